@@ -1,0 +1,81 @@
+"""Files that are written whole or not at all: run states and weights.
+
+A run state is a dict of tensors, numbers, text, lists and dicts. Its file is a line with the SHA-256 of what follows,
+then torch's own format, read with `weights_only=True`: reading one never runs code. The state before it is kept, for
+the case that the newest is damaged.
+"""
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+State = dict[str, Any]
+"""See `loop.train`."""
+
+LAST, BEFORE, WEIGHTS = "last.ckpt", "before.ckpt", "student.safetensors"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_state(directory: Path, state: State) -> None:
+    """Make `state` the last one of `directory`; the one that was last is kept as the one before."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    last = directory / LAST
+    fresh = directory / f"{LAST}.new"
+    write_whole(fresh, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    if last.exists():
+        last.replace(directory / BEFORE)
+    fresh.replace(last)
+
+
+def load_state(directory: Path) -> State | None:
+    """The newest whole state in `directory`; None where there is none. A damaged file is said, and passed over."""
+    for name in (LAST, BEFORE):
+        path = directory / name
+        if not path.exists():
+            continue
+        digest, _, content = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() == digest:
+            state: State = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            return state
+        warnings.warn(f"{path}: damaged (its checksum does not fit); going on without it", stacklevel=2)
+    return None
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Write a module's state_dict as safetensors with `about` in its header; returns the file's SHA-256."""
+    content = safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in weights.items()}, dict(about))
+    write_whole(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The state_dict in a safetensors file; with `sha256`, only if the file is the one that was written."""
+    content = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder and it is made again")
+    weights: dict[str, Tensor] = parse_safetensors(content)
+    return weights

@@ -1,0 +1,413 @@
+"""The command line: `tfkd VERB ...`. Every verb imports what it needs when it runs.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed, 2 wrong input,
+7 not better (confirm), 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tfkd_ray import __version__
+
+if TYPE_CHECKING:
+    from tfkd_ray.config import TrainConfig
+    from tfkd_ray.space import Space
+
+OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    from tfkd_ray.schema import ConfigError
+
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        _say(f"tfkd {args.verb}: {error}")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        _say(f"tfkd {args.verb}: interrupted; nothing was running that had something to save")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left: not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tfkd",
+        description="Search the hyperparameters of knowledge distillation and teacher-free KD on Ray.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 7 not better, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"tfkd {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def file_and_overrides(sub: argparse.ArgumentParser, what: str) -> None:
+        sub.add_argument("file", help=f"{what}, or the name of one that ships with tfkd")
+        sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+
+    def storage(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--storage", type=Path, default=Path("tfkd_results"), metavar="DIR",
+                         help="where experiments and teachers go (default: ./tfkd_results)")  # fmt: skip
+
+    sub = verb("tune", _tune, "Run a sweep.")
+    file_and_overrides(sub, "a search-space file")
+    storage(sub)
+    sub.add_argument("--name", help="of the experiment (default: the file's name and the time)")
+    sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
+
+    sub = verb("resume", _resume, "Go on with a sweep that was interrupted, or add trials to it.")
+    sub.add_argument("experiment", type=Path, help="its directory")
+    sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
+    sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
+
+    sub = verb("check", _check, "Check a search-space file and say what it searches; starts nothing.")
+    file_and_overrides(sub, "a search-space file")
+
+    sub = verb("train", _train, "Train one configuration: a file without ranges.")
+    file_and_overrides(sub, "a configuration file")
+    storage(sub)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes; the same DIR again goes on there")
+
+    sub = verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`.")
+    sub.add_argument("experiment", type=Path, help="its directory")
+
+    sub = verb("trials", _trials, "List the trials of an experiment.")
+    sub.add_argument("experiment", type=Path, help="its directory")
+
+    sub = verb("tensorboard", _tensorboard, "Compare the trials of an experiment in TensorBoard, on this machine only.")
+    sub.add_argument("experiment", type=Path, help="its directory")
+    sub.add_argument("--port", type=_count, default=6006)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > 10**9:
+        raise argparse.ArgumentTypeError(f"a whole number, got {text!r}")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _load(args: argparse.Namespace) -> "Space":
+    from tfkd_ray.schema import find_file
+    from tfkd_ray.space import load_space
+
+    return load_space(find_file(args.file, "search_spaces"), args.overrides)
+
+
+# --- check -----------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> int:
+    space = _load(args)
+    print("\n".join(_describe(space)))
+    return OK
+
+
+def _describe(space: "Space") -> Iterator[str]:
+    """What is searched, conditional and fixed, line by line."""
+    shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
+    search, epochs = space.search, space.epochs
+    rungs = search.stopping.rungs(epochs)
+    share = search.num_samples // len(space.branches)
+    per = f"{share} for each of {len(space.branches)} objectives" if search.split and len(space.branches) > 1 else ""
+    yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
+    yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (f" after {rungs} epochs" if rungs else "")
+    yield f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
+    if shared:
+        yield "searched for every objective:"
+        yield from (f"  {p.name:<34} {p.domain}" for p in shared)
+    for branch in space.branches:
+        own = [p for p in branch.parameters if p not in shared]
+        yield f"objective {branch.objective}:" + ("" if own else " nothing of its own")
+        yield from (f"  {p.name:<34} {p.domain}" for p in own)
+    for run in space.teacher_runs():
+        yield f"teacher, trained once before the trials: {run.student.name}, {run.objective.name}, {run.epochs} epochs"
+    yield "fixed:"
+    searched = {p.path for p in space.parameters}
+    for path, value in _leaves(space.tree):
+        if path[0] not in ("search", "objective", "teacher") and path not in searched:
+            yield f"  {'.'.join(path):<34} {value}"
+    yield from (f"note: {note}" for note in space.notes)
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, dict) and not {"low", "choices"} & set(tree):
+        for key, value in tree.items():
+            yield from _leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+# --- tune and resume -------------------------------------------------------------------------------------------
+
+
+def _tune(args: argparse.Namespace) -> int:
+    space = _load(args)
+    name = args.name or f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if Path(name).name != name or name.startswith("."):
+        from tfkd_ray.schema import ConfigError
+
+        raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
+    experiment = (args.storage / name).expanduser().absolute()
+    _join(args.address)
+    from tfkd_ray.tune import build_tuner
+
+    for note in space.notes:
+        _say(f"note: {note}")
+    return _sweep(
+        space,
+        experiment,
+        lambda progress: build_tuner(
+            space, name=name, storage=args.storage, callbacks=[progress], on_teacher=_teacher_line
+        ),
+    )
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from tfkd_ray.experiment import read_experiment
+    from tfkd_ray.space import build_space
+
+    experiment = args.experiment.expanduser().absolute()
+    about = read_experiment(experiment)
+    about["space"]["search"]["num_samples"] += args.add_trials
+    space = build_space(about["space"], experiment / "experiment.yaml")
+    _join(args.address)
+    from tfkd_ray.tune import resume_tuner
+
+    return _sweep(
+        space,
+        experiment,
+        lambda progress: resume_tuner(
+            experiment, add_trials=args.add_trials, callbacks=[progress], on_teacher=_teacher_line
+        ),
+    )
+
+
+def _join(address: str | None) -> None:
+    """Connect to Ray, quietly. Joining a cluster needs the token mode to be set before Ray is imported."""
+    if (address or os.environ.get("RAY_ADDRESS")) and (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _say("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")
+    import logging
+
+    from tfkd_ray.cluster import connect
+
+    connect(address)
+    for noisy in ("ray", "ray.tune", "ray.train"):  # our table says it
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+def _teacher_line(run: "TrainConfig", about: dict[str, Any] | None) -> None:
+    if about is None:
+        _say(f"teacher: training {run.student.name} with {run.objective.name} for {run.epochs} epochs, once")
+    else:
+        _say(f"teacher: {about['name']}, val_accuracy {about['metrics']['val_accuracy']:.4f}, kept for later sweeps")
+
+
+def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
+    """Run a Tuner under our table and our Ctrl-C, then print what came out."""
+    from tfkd_ray.live import Progress
+
+    progress = Progress(space, experiment)
+    started = time.monotonic()
+    try:
+        tuner = build(progress)
+    except KeyboardInterrupt:
+        if (experiment / "experiment.yaml").exists():
+            return _interrupted(experiment)
+        raise
+    with _ctrl_c(progress) as interrupted:
+        tuner.fit()
+    progress.stop()
+    code = _summary(space, experiment, time.monotonic() - started)
+    return _interrupted(experiment) if interrupted else code
+
+
+@contextlib.contextmanager
+def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
+    """Ctrl-C once: Tune ends, trials save; the list is then not empty. Twice: out at once."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours passes it on
+    interrupted: list[bool] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if interrupted or not callable(signal.getsignal(signal.SIGUSR1)):
+            progress.stop()
+            _say("stopped at once; what was not saved is repeated when you resume")
+            os._exit(INTERRUPTED)
+        interrupted.append(True)
+        progress.note("stopping: trials save their state (Ctrl-C again: at once)")
+        signal.raise_signal(signal.SIGUSR1)  # which Tune takes as the wish to end
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted(experiment: Path) -> int:
+    _say(f"interrupted; go on with:\n  tfkd resume {_short(experiment)}")
+    return INTERRUPTED
+
+
+def _summary(space: "Space", experiment: Path, seconds: float) -> int:
+    from tfkd_ray.experiment import best, read_records
+
+    metric, mode = space.search.metric, space.search.mode
+    records = read_records(experiment)
+    count = {s: sum(r.status == s for r in records) for s in ("done", "stopped", "failed", "interrupted", "running")}
+    winner = best(records, metric, mode)
+    print(
+        f"{len(records)} trials in {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
+        f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
+    )
+    for record in [r for r in records if r.status == "failed"][:3]:
+        print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
+    if winner is None:
+        print("no trial of full length yet, so there is no best one")
+        return FAILED if count["failed"] and not count["interrupted"] else OK
+    print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
+    for key, value in winner.parameters.items():
+        print(f"  {key:<34} {value:.6g}" if isinstance(value, float) else f"  {key:<34} {value}")
+    for name in ("ce", "lsr"):
+        rival = best([r for r in records if r.objective == name], metric, mode)
+        if rival is not None and rival is not winner:
+            print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
+    ties = sum(r.status == "done" and r.last[metric] == winner.last[metric] for r in records)
+    if ties > 1:
+        print(f"{ties} trials share this value; the first of them is named")
+    print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and the luckiest is always ahead.")
+    where = _short(experiment)
+    print(f"\nwritten to {where}\nnext:")
+    print(f"  tfkd tensorboard {where}")
+    print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
+    print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
+    return OK
+
+
+def _short(path: Path) -> str:
+    """A path as one would type it here."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+# --- the other verbs -------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    space = _load(args)
+    config = space.single()
+    out = (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
+    from tfkd_ray.schema import ConfigError
+
+    there = next(p for p in (out, *out.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write there ({there}); choose another place: --out DIR", out)
+    epochs = _epochs(config, out, args.storage.expanduser().absolute())
+    try:
+        for metrics in epochs:
+            shown = {k: metrics[k] for k in ("train_loss", "val_accuracy", "val_nll", "lr") if k in metrics}
+            _say(f"epoch {metrics['epoch']:.0f}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    except KeyboardInterrupt:
+        epochs.close()
+        _say(f"interrupted; the same command with --out {_short(out)} goes on where it was")
+        return INTERRUPTED
+    except (ArithmeticError, RuntimeError) as error:
+        _say(f"tfkd train: failed: {error}")
+        return FAILED
+    print(f"val_accuracy {metrics['val_accuracy']:.4f} after {metrics['epoch']:.0f} epochs; {_short(out)}/student.safetensors")
+    return OK
+
+
+def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
+    """The epochs of one run, each also a line of metrics.jsonl: here, or on Ray Train if it has several workers."""
+    import json
+
+    from tfkd_ray.experiment import write_text
+    from tfkd_ray.schema import dump_yaml
+    from tfkd_ray.teachers import find_or_train
+
+    if config.workers > 1:
+        _join(None)
+        from tfkd_ray.cluster import check_room
+
+        check_room(config)
+    teacher = find_or_train(config, storage)
+    write_text(out / "config.yaml", dump_yaml(config.model_dump(mode="json")))
+    if config.workers > 1:
+        from tfkd_ray.trial import Group
+
+        about = {"directory": str(out), "storage": str(storage), "name": out.name, "epochs": config.epochs}
+        source: Any = Group(config, out).epochs(config.model_dump(mode="json"), about)
+    else:
+        from tfkd_ray.loop import train_in
+
+        source = train_in(out, config, teacher=teacher)
+    lines: list[str] = []
+    for metrics in source:
+        lines.append(json.dumps(metrics) + "\n")
+        write_text(out / "metrics.jsonl", "".join(lines))
+        yield metrics
+
+
+def _best(args: argparse.Namespace) -> int:
+    from tfkd_ray.experiment import best, read_experiment, read_records
+    from tfkd_ray.schema import ConfigError, dump_yaml
+
+    search = read_experiment(args.experiment)["space"]["search"]
+    records = read_records(args.experiment)
+    metric = search["metric"]
+    winner = best(records, metric, "max" if metric == "val_accuracy" else "min")
+    if winner is None:
+        raise ConfigError(f"no trial of full length yet ({len(records)} trials)", args.experiment)
+    print(f"# {winner.name} of {args.experiment.name}: {metric} {winner.last[metric]:.4f}, the best of {len(records)} on validation")
+    print(dump_yaml(winner.config), end="")
+    return OK
+
+
+def _trials(args: argparse.Namespace) -> int:
+    from tfkd_ray.experiment import read_experiment, read_records
+
+    metric = read_experiment(args.experiment)["space"]["search"]["metric"]
+    print(f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>13}  parameters")
+    for r in read_records(args.experiment):
+        value = f"{r.last[metric]:.4f}" if metric in r.last else ""
+        shown = {k.rsplit(".", 1)[-1]: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.parameters.items()}
+        parameters = " ".join(f"{k}={v}" for k, v in shown.items())
+        print(f"{r.name:<22} {r.status:<12} {r.last.get('epoch', 0):>5.0f} {value:>13}  {r.reason or parameters}")
+    return OK
+
+
+def _tensorboard(args: argparse.Namespace) -> int:
+    from tfkd_ray.experiment import read_experiment
+
+    read_experiment(args.experiment)
+    _say(f"TensorBoard: http://127.0.0.1:{args.port}/ (Ctrl-C ends it)")
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(args.experiment / "tb"), "--host", "127.0.0.1",
+               "--port", str(args.port), "--reload_multifile", "true"]  # fmt: skip
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The Ray cluster a sweep runs on: connect to it, and refuse at once what it can never run."""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import secrets
+from pathlib import Path
+
+import ray
+from packaging.requirements import Requirement
+
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.schema import ConfigError
+
+DRIVER = "tfkd_driver"
+"""Custom resource that the process of a trial with several workers takes 0.01 of, so that it takes no CPU from them."""
+
+
+def check_ray() -> None:
+    """Raise where Ray is there without `ray[default]`: an early-stopped trial of several workers would hang the sweep."""
+    missing = []
+    for text in importlib.metadata.requires("ray") or []:
+        requirement = Requirement(text)
+        needed = requirement.marker is not None and requirement.marker.evaluate({"extra": "default"})
+        if needed and not requirement.marker.evaluate({"extra": ""}):  # type: ignore[union-attr]
+            try:
+                importlib.metadata.version(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                missing.append(requirement.name)
+    if missing:
+        raise ConfigError(
+            f"Ray is installed without its 'default' extra ({', '.join(sorted(set(missing)))} missing), and without it a "
+            "stopped trial can block the sweep for ever; run: pip install 'ray[default,train,tune]'"
+        )
+
+
+def connect(address: str | None = None) -> bool:
+    """Connect to a Ray cluster, or start one here; whether one was started.
+
+    An existing connection is used as it is. Otherwise `address`, then RAY_ADDRESS, say which cluster; with neither, a
+    new one starts on this machine, with token authentication, and ends with this process.
+    """
+    check_ray()
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None:
+        _own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
+        ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=False, **quiet)
+        return True
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from None
+    return False
+
+
+def _own_token() -> None:
+    """Make the token that Ray's processes know each other by, unless there is one; nobody else may read it."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+        path.chmod(0o600)  # one that Ray made is readable for all
+    except OSError as error:
+        raise ConfigError(f"{path}: Ray's token cannot be kept there: {error.strerror}; set RAY_AUTH_TOKEN") from None
+
+
+def check_room(config: TrainConfig) -> int:
+    """How many trials of this shape the cluster has room for at once; a ConfigError if not even one."""
+    have = ray.cluster_resources()
+    need = {"CPU": float(config.workers * config.cpus_per_worker), "GPU": config.workers * config.gpus_per_worker}
+    problems = [
+        f"workers: a trial needs {amount:g} {kind} ({config.workers} x {amount / config.workers:g}), and the cluster has "
+        f"{have.get(kind, 0):g}; use fewer workers, or a larger cluster"
+        for kind, amount in need.items()
+        if amount > have.get(kind, 0)
+    ]
+    if config.workers > 1 and have.get(DRIVER, 0) < 0.01:
+        problems.append(
+            f"workers: trials of several workers need the resource '{DRIVER}' on the cluster, and it has none; start its "
+            f"head with: ray start --head --resources='{{\"{DRIVER}\": 1000}}'"
+        )
+    if problems:
+        raise ConfigError(problems, "this cluster")
+    return max(1, int(min(have.get(kind, 0) // amount for kind, amount in need.items() if amount)))

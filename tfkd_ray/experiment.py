@@ -1,0 +1,135 @@
+"""An experiment's directory: what is in it, written and read plainly. No Ray, no torch, no unpickling.
+
+    experiment.yaml                the space as it was understood, versions, git commit, seeds, command line
+    study.journal                  Optuna's journal: proposals, values after every epoch, ends
+    trials/t0007-tfkd_reg/         one folder a trial
+        trial.json                 number, objective, searched parameters, configuration, status, reason
+        metrics.jsonl              one line an epoch
+        student.safetensors        weights after the last epoch (full-length trials)
+        last.ckpt, before.ckpt     run state to go on from, and the one before it
+    tb/t0007-tfkd_reg/             TensorBoard events
+    trials/*.pkl, *.json           Ray Tune's own files; nothing here reads them
+
+`teachers/` lies beside the experiments, because teachers are shared by them.
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
+
+VERSION = 1
+"""Of this layout; raised when a reader must know the difference."""
+
+
+def trials_folder(experiment: Path) -> Path:
+    """Where the trials' folders are; also Ray Tune's experiment directory."""
+    return experiment / "trials"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A trial as its files tell it."""
+
+    folder: Path
+    number: int
+    name: str
+    objective: str
+    status: str
+    """running, done, stopped (early), failed, interrupted."""
+    parameters: dict[str, Any]
+    config: dict[str, Any]
+    reason: str | None = None
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    """One entry an epoch."""
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Metrics of the last epoch; empty before the first."""
+        return self.metrics[-1] if self.metrics else {}
+
+
+def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str]) -> None:
+    """Write experiment.yaml: everything needed to say what was run, and to run it again."""
+    about = {
+        "layout": VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": argv,
+        "versions": {
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in ("tfkd_ray", "ray", "torch", "optuna")},
+        },
+        "git_commit": _git_commit(),
+        "seeds": {"trials": tree["seed"], "proposals": tree["search"]["seed"], "split": tree["data"]["split_seed"]},
+        "space": dict(tree),
+    }
+    write_text(experiment / "experiment.yaml", dump_yaml(about))
+
+
+def read_experiment(experiment: Path) -> dict[str, Any]:
+    """What experiment.yaml says, or a ConfigError if the directory is no experiment."""
+    if not (experiment / "experiment.yaml").is_file():
+        raise ConfigError("not an experiment: there is no experiment.yaml in it", experiment)
+    about = read_yaml(experiment / "experiment.yaml")
+    if about.get("layout") != VERSION:
+        message = f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; use the release that wrote it"
+        raise ConfigError(message, experiment / "experiment.yaml")
+    return about
+
+
+def read_records(experiment: Path) -> list[Record]:
+    """All trials, by number; a line that is only half there yet is left out."""
+    return [read_record(path.parent) for path in sorted(trials_folder(experiment).glob("t*/trial.json"))]
+
+
+def read_record(folder: Path) -> Record:
+    """One trial."""
+    about = json.loads((folder / "trial.json").read_text())
+    return Record(folder=folder, metrics=read_metrics(folder), **about)
+
+
+def write_record(record: Record) -> None:
+    """Write trial.json, whole."""
+    about = {k: v for k, v in record.__dict__.items() if k not in ("folder", "metrics")}
+    write_text(record.folder / "trial.json", json.dumps(about, indent=1) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The whole lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def best(records: list[Record], metric: str, mode: str) -> Record | None:
+    """The best of the full-length trials; of equals, the first."""
+    sign = 1 if mode == "max" else -1
+    full = [r for r in records if r.status == "done"]
+    return max(full, key=lambda r: (sign * r.last[metric], -r.number), default=None)
+
+
+def _git_commit() -> str | None:
+    """Commit of the repository in the current directory, with '+' where files differ from it; None outside of one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

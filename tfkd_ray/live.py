@@ -1,0 +1,135 @@
+"""The view of a running sweep: one table that refreshes in place on a terminal, one line an event when piped.
+
+Results go to standard output at the end (`summary`); everything here goes to standard error.
+"""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tfkd_ray.space import Space
+
+REFRESH_S = 0.25
+
+
+class Progress(tune.Callback):  # type: ignore[misc]
+    """Shows a sweep while it runs."""
+
+    def __init__(self, space: Space, experiment: Path, console: Console | None = None) -> None:
+        self._space, self._experiment = space, experiment
+        self._console = console or Console(file=sys.stderr)
+        self._live: Live | None = None
+        self._start = self._drawn = time.monotonic()
+        self._running: dict[str, dict[str, Any]] = {}
+        self._counts: dict[str, Counter[str]] = {b.objective: Counter() for b in space.branches}
+        self._best: dict[str, tuple[float, str]] = {}
+        self._failures: list[str] = []
+
+    # --- events
+
+    def setup(self, **info: Any) -> None:
+        self._start = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._draw(force=True)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._draw()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        again = trial.trial_id in self._running
+        about = trial.config["trial"]
+        self._running[trial.trial_id] = {"name": about["name"], "objective": trial.config["objective"]["name"], "epoch": 0}
+        self._say(f"{about['name']}: {'started again' if again else 'started'}")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if "epoch" in result and trial.trial_id in self._running:
+            self._running[trial.trial_id] |= {"epoch": result["epoch"], "value": result.get(self._space.search.metric)}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, (trial.last_result or {}).get("failed"))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "its process was lost")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(f"{trial.config['trial']['name']}: its process was lost; it goes on from its last checkpoint")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def note(self, text: str) -> None:
+        """Say something that is no trial's event."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _end(self, trial: Any, failed: str | None) -> None:
+        run = self._running.pop(trial.trial_id, None)
+        if run is None:
+            return
+        metric, value = self._space.search.metric, run.get("value")
+        counts = self._counts[run["objective"]]
+        if failed:
+            counts["failed"] += 1
+            self._failures.append(f"{run['name']}: {failed.splitlines()[0]}")
+            self._say(f"{run['name']}: failed: {failed.splitlines()[0]}")
+        elif run["epoch"] < self._space.epochs:
+            counts["stopped"] += 1
+            self._say(f"{run['name']}: stopped early at epoch {run['epoch']}, {metric} {value:.4f}")
+        else:
+            counts["done"] += 1
+            self._say(f"{run['name']}: done, {metric} {value:.4f}")
+            better = max if self._space.search.mode == "max" else min
+            best = self._best.get(run["objective"])
+            if best is None or better(value, best[0]) == value != best[0]:
+                self._best[run["objective"]] = (value, run["name"])
+
+    def _say(self, text: str) -> None:
+        if self._live is None:
+            self.note(text)
+
+    # --- the table
+
+    def _draw(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self._live is not None and (force or now - self._drawn >= REFRESH_S):
+            self._drawn = now
+            self._live.update(self.table(), refresh=True)
+
+    def table(self) -> Group:
+        """The current state, at most one screen high."""
+        over = sum(sum(c.values()) for c in self._counts.values())
+        total = self._space.search.num_samples
+        title = f"{self._experiment.name}: {over} of {total} trials, {len(self._running)} running, {self._elapsed()}"
+        table = Table(box=None, pad_edge=False)
+        for column in ("objective", "full", "stopped", "failed", f"best {self._space.search.metric}", "running"):
+            table.add_column(column, justify="left" if column in ("objective", "running") else "right", no_wrap=True)
+        for objective, counts in self._counts.items():
+            runs = [r for r in self._running.values() if r["objective"] == objective]
+            running = ", ".join(f"{r['name'].split('-')[0]} {r['epoch']}/{self._space.epochs}" for r in runs[:3])
+            best = f"{self._best[objective][0]:.4f}" if objective in self._best else ""
+            cells = [str(counts[k]) for k in ("done", "stopped", "failed")]
+            table.add_row(objective, *cells, best, running + (f" +{len(runs) - 3}" if len(runs) > 3 else ""))
+        failures = [Text(f"failed: {text}", style="red", overflow="ellipsis", no_wrap=True) for text in self._failures[-3:]]
+        return Group(Text(title, style="bold", overflow="ellipsis", no_wrap=True), table, *failures)
+
+    def _elapsed(self) -> str:
+        seconds = int(time.monotonic() - self._start)
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": None, "_console": None}

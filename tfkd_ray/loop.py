@@ -1,0 +1,229 @@
+"""The loop: plain PyTorch, read from top to bottom, one yield an epoch. It does not know Ray.
+
+`train` is a generator: `list(train(config))` is a whole run, `next()` is an epoch, `close()` stops it. `train_in` is
+the same run in a directory, where it saves itself and from where it goes on. With torch.distributed initialised, every
+worker runs `train` with the same configuration and gets its part of every batch.
+
+Shapes: B = images of a batch on this worker, K = classes.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tfkd_ray.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.data import ImageSet, address, generator
+from tfkd_ray.evaluate import metric_sums, metrics_from
+
+LOOP_VERSION = 1
+"""Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
+
+EVAL_BATCH = 1024
+
+
+class Epoch(NamedTuple):
+    """What `train` yields after each epoch."""
+
+    metrics: dict[str, float]
+    """`epoch` (from 1), `train_loss`, `train_ce`, `train_kd` (its parts, unweighted), `val_...` (see `evaluate`), `lr`
+    (of the last step), `seconds` and `images_per_s` (of this epoch, validation included and not)."""
+    state: Callable[[], State]
+    """Makes the whole run state, a copy on the CPU: `epoch`, `model`, `optimizer`, `history` (the metrics of all epochs,
+    so of the best one, too) and `run`. There is no schedule and no generator in it: the learning rate is a function of
+    the step, and all randomness is a function of (seed, what for, epoch, step, worker)."""
+
+
+class Diverged(ArithmeticError):
+    """The training loss or the validation loss is no longer a number."""
+
+
+def train(config: TrainConfig, state: State | None = None, *, teacher: nn.Module | None = None) -> Iterator[Epoch]:
+    """Train one student; yields after every epoch from the one after `state` to the last.
+
+    Args:
+        state: goes on from it, bit-identically to never having stopped (same processor type, threads, torch).
+        teacher: where the objective needs one; see `teachers.find_or_train`.
+    """
+    # 1. Where it runs
+    workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(config.cpus_per_worker)
+    try:
+        # 2. Data, resident on the device
+        train_set, val_set = (_on(device, images) for images in config.data.load())
+        mean = torch.tensor(config.data.mean, device=device).view(1, -1, 1, 1)
+        std = torch.tensor(config.data.std, device=device).view(1, -1, 1, 1)
+
+        def pixels(images: Tensor) -> Tensor:
+            return (images.float() - mean) / std
+
+        # 3. Student, teacher, optimizer
+        torch.manual_seed(address(config.seed, "init"))
+        student = config.student.build(config.data.shape, config.data.num_classes).to(device)
+        if config.batch_norm == "sync" and workers > 1:
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        if config.objective.needs_teacher and teacher is None:
+            raise ValueError(f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)")
+        teacher = teacher.to(device).eval().requires_grad_(False) if config.objective.needs_teacher and teacher else None
+        optim = config.optim
+        optimizer = torch.optim.SGD(
+            student.parameters(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            nesterov=optim.nesterov,
+            fused=True,
+        )
+
+        # 4. Resume
+        run = config.fingerprint(LOOP_VERSION)
+        history: list[dict[str, float]] = []
+        if state is not None:
+            if state["run"] != run:
+                raise ValueError(f"the state is of another run: {state['run']}, not {run} (configuration or loop version)")
+            student.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            history = list(state["history"])
+        model = DistributedDataParallel(student) if workers > 1 else student
+
+        def snapshot() -> State:
+            parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
+            return {**_copy_to_cpu(parts), "run": run, "epoch": len(history), "history": list(history)}
+
+        # 5. Epochs
+        for epoch in range(len(history), config.epochs):
+            start = time.perf_counter()
+            order = epoch_order(train_set, config.seed, epoch).to(device)
+            batches = split_batches(order, optim.batch_size, workers)
+            sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, CE and KD, each times images
+
+            # 6. Steps
+            model.train()
+            for step, batch in enumerate(batches):
+                mine = batch.tensor_split(workers)[rank]
+                lr = optim.lr * config.schedule.factor(epoch + (step + 1) / len(batches), config.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                torch.manual_seed(address(config.seed, "step", epoch, step, rank))  # dropout
+                images, labels = pixels(train_set.images[mine]), train_set.labels[mine]
+                with torch.no_grad():
+                    soft = teacher(images) if teacher is not None else None
+                terms = config.objective.terms(model(images), labels, soft)
+                loss = config.objective.combine(terms)
+                optimizer.zero_grad()
+                # workers average their gradients: weigh each by its images, for the mean over the whole batch
+                (loss * (len(mine) * workers / len(batch))).backward()
+                optimizer.step()
+                parts = torch.stack([loss, terms.ce, loss.new_zeros(()) if terms.kd is None else terms.kd])
+                sums += parts.detach() * len(mine)
+            train_seconds = time.perf_counter() - start
+
+            # 7. Validation: each worker its share, without padding
+            model.eval()
+            if workers > 1:
+                for buffer in student.buffers():  # workers judge with the same batch statistics
+                    dist.broadcast(buffer, src=0)
+            val_sums = torch.zeros(1, device=device)
+            with torch.no_grad():
+                for mine in torch.arange(len(val_set), device=device)[rank::workers].split(EVAL_BATCH):
+                    val_sums = val_sums + metric_sums(student(pixels(val_set.images[mine])), val_set.labels[mine])
+            if workers > 1:
+                dist.all_reduce(sums)
+                dist.all_reduce(val_sums)
+
+            # 8. Metrics
+            train_loss, train_ce, train_kd = (sums / len(train_set)).tolist()
+            metrics = {"epoch": float(epoch + 1), "train_loss": train_loss, "train_ce": train_ce}
+            if terms.kd is not None:
+                metrics["train_kd"] = train_kd
+            metrics |= metrics_from(val_sums)
+            metrics["lr"] = lr
+            for name in ("train_loss", "val_nll"):
+                if not abs(metrics[name]) < float("inf"):
+                    raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; a smaller optim.lr may help")
+            metrics["seconds"] = time.perf_counter() - start
+            metrics["images_per_s"] = len(train_set) / train_seconds
+            history.append(metrics)
+            yield Epoch(metrics, snapshot)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def train_in(
+    directory: Path, config: TrainConfig, *, teacher: nn.Module | None = None, about: dict[str, str] | None = None
+) -> Iterator[dict[str, float]]:
+    """`train` in a directory: yields the metrics of every epoch from the first, those of earlier sessions included.
+
+    Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
+    (`student.safetensors`, `about` in its header), before that epoch is yielded; and when it is closed half-way.
+    Nothing is written by other workers than the first.
+    """
+    state = load_state(directory)
+    yield from list(state["history"]) if state else []
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    saved_at, saved_epoch = time.monotonic(), state["epoch"] if state else 0
+    pending: Future[None] | None = None
+    last: Epoch | None = None
+    run = train(config, state, teacher=teacher)
+    with ThreadPoolExecutor(1) as writer:
+        try:
+            for last in run:
+                if writes and last.metrics["epoch"] == config.epochs:
+                    final = last.state()
+                    writer.submit(save_state, directory, final).result()
+                    save_weights(directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})})
+                    saved_epoch = config.epochs
+                elif writes and time.monotonic() - saved_at >= config.checkpoint_every_s:
+                    if pending is None or pending.done():
+                        pending = writer.submit(save_state, directory, last.state())
+                        saved_at, saved_epoch = time.monotonic(), int(last.metrics["epoch"])
+                yield last.metrics
+        except GeneratorExit:
+            if writes and last is not None and last.metrics["epoch"] > saved_epoch:
+                writer.submit(save_state, directory, last.state()).result()
+            raise
+        finally:
+            run.close()
+            if pending is not None:
+                pending.result()
+
+
+def epoch_order(images: ImageSet, seed: int, epoch: int) -> Tensor:
+    """Indices into a split, int64 [N], in the order of an epoch.
+
+    Drawn for the whole official set, so that two images keep their order whatever else is in the split.
+    """
+    priority = torch.randperm(images.official_size, generator=generator(seed, "order", epoch))
+    return priority[images.positions.cpu()].argsort()
+
+
+def split_batches(order: Tensor, batch_size: int, workers: int) -> list[Tensor]:
+    """The batches of an epoch; a last one too small for 2 images a worker is joined to the one before."""
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) < 2 * workers:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def _on(device: torch.device, images: ImageSet) -> ImageSet:
+    return ImageSet(
+        images.images.to(device), images.labels.to(device), images.positions.to(device), images.official_size
+    )
+
+
+def _copy_to_cpu(tree: State) -> State:
+    return copy.deepcopy(_moved(tree, torch.device("cpu")))
+
+
+def _moved(tree: State, device: torch.device) -> State:
+    return {k: v.to(device) if isinstance(v, Tensor) else _moved(v, device) if isinstance(v, dict) else v for k, v in tree.items()}

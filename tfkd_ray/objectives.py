@@ -1,0 +1,273 @@
+"""Objectives: each a frozen set of hyperparameters that is also the loss.
+
+Every objective is one instance of the canonical loss
+
+    L = s * [(1 - alpha) * CE + alpha * T^2 * KL_batchmean(target_T || student_T)]
+
+with s = `loss_scale`, so that alpha, T and s mean the same thing everywhere and carry over between data sets.
+`batchmean` (sum over classes, mean over the batch) is the only reduction. To add an objective: a class with a
+`name`, and one line in `Objective`.
+
+Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
+"""
+
+import math
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch.nn.functional as F
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from tfkd_ray.schema import ConfigError, Settings, named
+
+Weight = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Terms(NamedTuple):
+    """The two parts of a loss, unweighted: scalars, means over the batch."""
+
+    ce: Tensor
+    """Cross-entropy with the hard labels, in nats."""
+    kd: Tensor | None
+    """KL_batchmean(target_T || student_T) in nats, without T^2; None where there is no second part."""
+
+
+class Canonical(Settings):
+    """What all objectives share: the loss scale, and how the two parts are put together."""
+
+    needs_teacher: ClassVar[bool] = False
+    searchable: ClassVar[frozenset[str] | None] = None
+    """Names that a space may search; None: all. The others do nothing that the searchable ones cannot do."""
+
+    loss_scale: Positive = 1.0
+    """s: factor on the whole loss; at fixed weight decay it acts like a learning rate."""
+
+    @property
+    def kd_weight(self) -> float:
+        """alpha * T^2: the weight of `Terms.kd` inside the brackets."""
+        return 0.0
+
+    @property
+    def ce_weight(self) -> float:
+        """1 - alpha: the weight of `Terms.ce` inside the brackets."""
+        return 1.0
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise ValueError where a hyperparameter makes no sense for this number of classes."""
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        """CE and KL of one batch, unweighted (means over the batch, nats)."""
+        return Terms(F.cross_entropy(logits, labels), None)
+
+    def combine(self, terms: Terms) -> Tensor:
+        """The canonical loss of these terms, a scalar."""
+        loss = self.ce_weight * terms.ce
+        if terms.kd is not None:
+            loss = loss + self.kd_weight * terms.kd
+        return self.loss_scale * loss
+
+    def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
+        return self.combine(self.terms(logits, labels, teacher))
+
+
+class CrossEntropy(Canonical):
+    """Plain training. With `loss_scale` below 1 it is the control for losses that weigh CE by less than 1."""
+
+    name: Literal["ce"] = "ce"
+
+
+class LabelSmoothing(Canonical):
+    """Label-smoothing regularisation. (Szegedy et al. 2016, arXiv:1512.00567; Eq. 1-3 of Yuan et al. 2020.)
+
+    Spreads alpha over all K classes, the label included, as the paper does. The Tf-KD authors' code leaves exactly
+    1 - alpha on the label and spreads alpha over the other K - 1: their alpha is (K - 1) / K times this one.
+    The second term is KL(u || p) with u = 1/K; the loss is torch's `label_smoothing=alpha` less alpha * log K.
+    """
+
+    name: Literal["lsr"] = "lsr"
+    alpha: Weight = 0.1
+    """Mass moved from the label to the uniform distribution."""
+
+    @property
+    def kd_weight(self) -> float:
+        return self.alpha
+
+    @property
+    def ce_weight(self) -> float:
+        return 1 - self.alpha
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        log_p = F.log_softmax(logits, dim=1)
+        uniform_ce = -log_p.mean(dim=1).mean()
+        return Terms(F.nll_loss(log_p, labels), uniform_ce - math.log(logits.shape[1]))
+
+
+class _Distillation(Canonical):
+    """The parts of a KD loss in canonical form: `alpha` and `temperature`."""
+
+    alpha: Weight = 0.9
+    """Weight of the soft part; 1 - alpha is the weight of cross-entropy."""
+    temperature: Temperature = 4.0
+    """T: divides both sides' logits; T^2 keeps the gradient's size (Hinton et al. 2015)."""
+
+    @property
+    def kd_weight(self) -> float:
+        return self.alpha * self.temperature**2
+
+    @property
+    def ce_weight(self) -> float:
+        return 1 - self.alpha
+
+
+class KnowledgeDistillation(_Distillation):
+    """Knowledge distillation with a trained teacher. (Hinton et al. 2015, arXiv:1503.02531; Eq. 4 of Yuan et al. 2020.)
+
+    Yuan et al. print Eq. 4 without T^2 and release it with `mean` reduction, which divides by B * K: see
+    `from_released`.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["kd"] = "kd"
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        if teacher is None:
+            raise ValueError(f"objective {self.name}: needs the teacher's logits [B, K], got none")
+        return Terms(F.cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
+
+
+class TfkdSelf(KnowledgeDistillation):
+    """Tf-KD_self: KD from a trained copy of the student itself. (Eq. 7 of Yuan et al. 2020.)"""
+
+    name: Literal["tfkd_self"] = "tfkd_self"  # type: ignore[assignment]
+
+
+class TfkdReg(_Distillation):
+    """Tf-KD_reg: KD from a virtual teacher, as the paper defines it, with T^2. (Eq. 8 and 9 of Yuan et al. 2020.)
+
+    The virtual teacher gives p^d = `correct_prob` to the label and shares the rest equally. Its logits are log p^d;
+    T softens both sides. Without T^2, as Eq. 9 is printed, the term is nearly nothing (about 1e-3 of CE's gradient
+    at T = 20). The authors' code computes something else: `tfkd_reg_code`.
+    """
+
+    name: Literal["tfkd_reg"] = "tfkd_reg"
+    alpha: Weight = 0.1
+    temperature: Temperature = 20.0
+    correct_prob: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """a of Eq. 8: the virtual teacher's probability of the label; at least 1/K, below 1."""
+
+    def check_classes(self, num_classes: int) -> None:
+        if self.correct_prob < 1 / num_classes:
+            raise ValueError(
+                f"objective.{self.name}.correct_prob: must be at least 1/K = {1 / num_classes:g} (K = {num_classes} "
+                f"classes), got {self.correct_prob:g}: below it the virtual teacher prefers the wrong classes"
+            )
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        K, T = logits.shape[1], self.temperature
+        gap = math.log(self.correct_prob) - math.log((1 - self.correct_prob) / (K - 1))
+        return Terms(F.cross_entropy(logits, labels), flat_kl(logits, labels, gap / T, T))
+
+
+class TfkdRegCode(Canonical):
+    """Tf-KD_reg as the authors released it (commit d000ab3), in canonical numbers.
+
+    Differs from Eq. 9: the target is softmax(p^d / T), a temperature on probabilities; the student is not softened;
+    there is no T^2. It equals s * LSR(eps) + constant for every T and correct_prob (`as_label_smoothing`), so a
+    space searches `alpha` and `loss_scale` only.
+    """
+
+    searchable: ClassVar[frozenset[str] | None] = frozenset({"alpha", "loss_scale"})
+    name: Literal["tfkd_reg_code"] = "tfkd_reg_code"
+    alpha: Weight = 0.1
+    """Weight of the soft part in canonical form (not the released alpha: `from_released`)."""
+    temperature: Temperature = 20.0
+    """Divides the virtual teacher's probabilities, not its logits."""
+    correct_prob: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """p^d of the label; hard-coded as 0.99 in the release."""
+
+    @property
+    def kd_weight(self) -> float:
+        return self.alpha
+
+    @property
+    def ce_weight(self) -> float:
+        return 1 - self.alpha
+
+    def check_classes(self, num_classes: int) -> None:
+        if self.correct_prob < 1 / num_classes:
+            raise ValueError(
+                f"objective.{self.name}.correct_prob: must be at least 1/K = {1 / num_classes:g} (K = {num_classes} "
+                f"classes), got {self.correct_prob:g}"
+            )
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        return Terms(F.cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0))
+
+    def as_label_smoothing(self, num_classes: int) -> LabelSmoothing:
+        """The `lsr` whose loss is this one less a constant: alpha = alpha * (1 - p_c) * K / (K - 1), same scale.
+
+        p_c is the target's probability of the label, softmax(p^d / T).
+        """
+        K = num_classes
+        other = 1 / (math.exp(self._gap(K)) + K - 1)  # probability of each class that is not the label
+        return LabelSmoothing(alpha=min(self.alpha * other * K, 1.0), loss_scale=self.loss_scale)
+
+    def _gap(self, num_classes: int) -> float:
+        """Logit of the label above the other classes, which are all alike."""
+        return (self.correct_prob - (1 - self.correct_prob) / (num_classes - 1)) / self.temperature
+
+
+Objective = Annotated[
+    CrossEntropy | LabelSmoothing | KnowledgeDistillation | TfkdSelf | TfkdReg | TfkdRegCode,
+    Field(discriminator="name"),
+    BeforeValidator(named),
+]
+
+
+def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher_T || student_T) in nats: summed over classes, mean over the batch; no T^2. Both logits [B, K]."""
+    log_p = F.log_softmax(logits / temperature, dim=1)
+    log_q = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> Tensor:
+    """KL_batchmean(q || student_T) where q's logit is `gap` at the label and 0 at the other K - 1 classes.
+
+    The target's two probabilities are numbers, so that no [B, K] target is made: its cost beside CE is one softmax.
+    """
+    K = logits.shape[1]
+    log_other = -gap - math.log1p((K - 1) * math.exp(-gap))
+    other, label = math.exp(log_other), math.exp(log_other + gap)
+    log_p = F.log_softmax(logits / temperature, dim=1)
+    at_label = log_p.gather(1, labels[:, None]).mean()
+    everywhere = log_p.sum(dim=1).mean()
+    negative_entropy = label * (log_other + gap) + (K - 1) * other * log_other
+    return negative_entropy - (label - other) * at_label - other * everywhere
+
+
+def from_released(
+    name: Literal["kd", "tfkd_self", "tfkd_reg"],
+    *,
+    alpha: float,
+    temperature: float,
+    num_classes: int,
+    multiplier: float = 1.0,
+) -> KnowledgeDistillation | TfkdSelf | TfkdRegCode:
+    """The canonical objective that equals a setting of the authors' release, exactly.
+
+    Their `KLDivLoss` has reduction `mean`, which divides by B * K. With w = alpha * m / K: s = 1 - alpha + w, and
+    our alpha is w / s. T^2 stands inside the canonical loss for kd and tfkd_self; the released tfkd_reg has none.
+    """
+    weight = alpha * multiplier / num_classes
+    scale = 1 - alpha + weight
+    if not (0 <= alpha <= 1 and multiplier > 0 and num_classes > 1 and scale > 0):
+        raise ConfigError(
+            f"released setting: needs 0 <= alpha <= 1, multiplier > 0 and at least 2 classes, "
+            f"got {alpha=}, {multiplier=}, {num_classes=}"
+        )
+    kinds = {"kd": KnowledgeDistillation, "tfkd_self": TfkdSelf, "tfkd_reg": TfkdRegCode}
+    return kinds[name](alpha=weight / scale, temperature=temperature, loss_scale=scale)
+

@@ -1,0 +1,262 @@
+"""Settings, YAML and the sentences that say what is wrong with them.
+
+Every configuration object of the package is a `Settings`: frozen, no unknown keys, its default, range and unit
+beside the field. Whatever a person can get wrong ends as a `ConfigError`, which names file, field, rule and value.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+MAX_NODES = 100_000
+"""Most values a YAML file may hold once its aliases are expanded."""
+
+
+class ConfigError(Exception):
+    """Wrong input by a person: every problem at once, each a sentence that begins with the field it is about."""
+
+    def __init__(self, problems: str | Iterable[str], source: str | Path | None = None) -> None:
+        found = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = list(dict.fromkeys(found))
+        self.source = None if source is None else str(source)
+        lines = self.problems if source is None else [f"{source}:", *(f"  {p}" for p in self.problems)]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConfigError, (self.problems, self.source)
+
+
+class Settings(BaseModel):
+    """Base of all configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+def named(value: Any) -> Any:
+    """Let `student: mlp` stand for `student: {name: mlp}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that ends a sentence: the nearest known word, or all of them."""
+    options = sorted(known)
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(options)}"
+
+
+# --- pydantic's errors as sentences ----------------------------------------------------------------------------
+
+
+_S = TypeVar("_S", bound="Settings")
+
+
+def validated(model: type[_S], tree: Any, source: str | Path | None = None) -> _S:
+    """`tree` as a `model`, or a ConfigError with one sentence for each problem."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, model), source) from None
+
+
+def problems_of(error: ValidationError, model: type[Settings]) -> list[str]:
+    """One sentence for each problem pydantic found, led by the dotted path of the field."""
+    return [line for e in error.errors(include_url=False) for line in _sentence(dict(e), model).splitlines()]
+
+
+def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
+    loc = tuple(e["loc"])
+    path = ".".join(str(part) for part in loc) or "(the file)"
+    kind, value = e["type"], e["input"]
+    if kind == "extra_forbidden":
+        known = settings_at(model, loc[:-1])
+        return f"{path}: no such setting; {did_you_mean(str(loc[-1]), known)}"
+    if kind == "union_tag_invalid":
+        tags = [t.strip(" '") for t in e["ctx"]["expected_tags"].split(",")]
+        return f"{path}: no such name {e['ctx']['tag']!r}; {did_you_mean(e['ctx']['tag'], tags)}"
+    if kind == "literal_error" and isinstance(value, str):
+        names = re.findall(r"'([^']*)'", e["ctx"]["expected"])
+        return f"{path}: no such name {value!r}; {did_you_mean(value, names)}"
+    if kind == "union_tag_not_found":
+        return f"{path}: needs a 'name', got {value!r}"
+    if kind == "missing":
+        return f"{path}: required, and not given"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{path}: needs settings below it (key: value), got {value!r}"
+    if kind == "value_error":
+        message = str(e["ctx"]["error"])
+        return message if not loc else f"{path}: {message}"
+    return f"{path}: {e['msg']}, got {value!r}"
+
+
+def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
+    """Names of the settings at a path of pydantic's (which names the member of a union by its tag)."""
+    found: list[type[Settings]] = [model]
+    for part in loc:
+        inside = [f for m in found for name, f in m.model_fields.items() if name == part]
+        if inside:
+            found = [m for f in inside for m in members(f)]
+        else:
+            found = [m for m in found if tag(m) == part]
+    return {name for m in found for name in m.model_fields}
+
+
+def members(field: FieldInfo) -> list[type[Settings]]:
+    """The Settings classes that may stand in a field: one, the members of a union, or none."""
+    return [t for t in leaves(field.annotation) if isinstance(t, type) and issubclass(t, Settings)]
+
+
+def tag(model: type[Settings]) -> str | None:
+    """The value of a Settings class's `name: Literal[...]`, which picks it from a union."""
+    field = model.model_fields.get("name")
+    args = typing.get_args(field.annotation) if field else ()
+    return args[0] if len(args) == 1 else None
+
+
+def leaves(annotation: Any) -> Iterator[Any]:
+    """The types that may stand at an annotation: the members of its unions."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        args = typing.get_args(annotation)
+        for arg in args[:1] if origin is typing.Annotated else args:
+            yield from leaves(arg)
+    else:
+        yield annotation
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2 (1e-4 is a number, `on` and `1:30` are text) and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def compose_document(self) -> yaml.Node | None:
+        node = super().compose_document()
+        if node is not None:
+            _expanded_size(node, {}, set())
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
+            if key in mapping:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            mapping[key] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
+_SCALARS = [
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    ("merge", r"<<", "<"),
+]
+for _kind, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^$"), [""])
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
+    """Values below a node, aliases expanded; refuses files that would explode or that contain themselves."""
+    if id(node) in open_nodes:
+        raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
+    if id(node) not in sizes:
+        open_nodes.add(id(node))
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes, open_nodes) for part in below)
+        open_nodes.remove(id(node))
+        if sizes[id(node)] > MAX_NODES:
+            message = f"more than {MAX_NODES} values once its aliases are expanded"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+    return sizes[id(node)]
+
+
+def parse_yaml(text: str, source: str | Path) -> Any:
+    """The value of a YAML document, or a ConfigError with line, column and rule."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        if "\t" in line:
+            raise ConfigError(f"{where}: a tab, and YAML indents with spaces only; replace it", source) from None
+        raise ConfigError(f"{where}: not YAML: {error.problem or error.context}", source) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise ConfigError(f"not YAML: {reason}", source) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; every way in which that can fail is a ConfigError."""
+    if path.is_dir():
+        raise ConfigError("is a directory, not a file; name a YAML file in it", path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = [p.name for p in folder.glob("*.yaml")]
+        hint = f"; {did_you_mean(path.name, near)}" if near else ""
+        raise ConfigError(f"no such file (looked from {Path.cwd()}){hint}", path) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not a text file in UTF-8: byte {error.start} is {error.object[error.start]:#x}", path) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", path) from None
+    tree = parse_yaml(text, path)
+    if tree is None:
+        raise ConfigError("is empty; it needs at least an 'objective:'", path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"must be settings (key: value), got a {type(tree).__name__}", path)
+    return tree
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML text that `parse_yaml` reads back as the same tree; a `name` comes first."""
+    return yaml.dump(_name_first(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _name_first(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _name_first(tree[k]) for k in sorted(tree, key=lambda k: k != "name")}
+    return [_name_first(v) for v in tree] if isinstance(tree, list | tuple) else tree
+
+
+class _Dumper(yaml.SafeDumper):
+    """Floats that YAML 1.2 readers take for floats (1.0e-4, not 1e-04), and no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def find_file(path: str | Path, folder: str) -> Path:
+    """`path` itself, or the file of that name that ships with the package in `folder` (also without `.yaml`)."""
+    given = Path(path)
+    shipped = [root / folder / f"{given.stem}.yaml" for root in (Path(__file__).parent, Path(__file__).parent.parent)]
+    bare = given.parent in (Path(), Path(folder)) and given.suffix in ("", ".yaml")
+    if not given.exists() and bare:
+        return next((p for p in shipped if p.exists()), given)
+    return given
+
+

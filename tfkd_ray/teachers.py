@@ -1,0 +1,96 @@
+"""Teachers are artifacts: named by the fingerprint of all that made them, trained once, verified when loaded.
+
+A teacher lives in `<storage>/teachers/<network>-<fingerprint>/`: `student.safetensors` (it was a student when it was
+trained) and `teacher.json`, which says how it was made and how good it is on validation.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from tfkd_ray.checkpoint import WEIGHTS, load_weights, write_whole
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.loop import LOOP_VERSION, train_in
+
+
+def teacher_name(config: TrainConfig) -> str:
+    """Name of the teacher that `config` (a `TrainConfig.teacher_run`) makes: network and fingerprint."""
+    return f"{config.student.name}-{config.fingerprint(LOOP_VERSION)}"
+
+
+def teacher_folder(config: TrainConfig, storage: Path) -> Path:
+    """Where that teacher is, or will be."""
+    return storage / "teachers" / teacher_name(config)
+
+
+def is_trained(config: TrainConfig, storage: Path) -> bool:
+    """Whether that teacher is there, complete."""
+    return (teacher_folder(config, storage) / "teacher.json").exists()
+
+
+def train_teacher(
+    config: TrainConfig, storage: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
+) -> dict[str, Any]:
+    """Train the teacher unless it is there; returns what `teacher.json` says.
+
+    One process at a time trains a teacher, others wait for it; one that was killed half-way goes on where it was.
+    """
+    folder = teacher_folder(config, storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not is_trained(config, storage):
+            metrics: dict[str, float] = {}
+            for metrics in train_in(folder, config):
+                if on_epoch:
+                    on_epoch(metrics)
+            about = {
+                "name": teacher_name(config),
+                "loop_version": LOOP_VERSION,
+                "torch": torch.__version__,
+                "metrics": metrics,
+                "sha256": _sha256(folder / WEIGHTS),
+                "config": config.model_dump(mode="json"),
+            }
+            write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
+            for state in folder.glob("*.ckpt"):
+                state.unlink()
+    return describe(config, storage)
+
+
+def describe(config: TrainConfig, storage: Path) -> dict[str, Any]:
+    """What `teacher.json` says of a trained teacher."""
+    about: dict[str, Any] = json.loads((teacher_folder(config, storage) / "teacher.json").read_text())
+    return about
+
+
+def load_teacher(config: TrainConfig, storage: Path) -> nn.Module:
+    """A trained teacher, in eval mode, its file checked against the checksum it was written with."""
+    if not is_trained(config, storage):
+        raise FileNotFoundError(
+            f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it is trained before the sweep starts, "
+            f"so either the folder was emptied since, or this node does not see the storage that the driver sees"
+        )
+    module = config.student.build(config.data.shape, config.data.num_classes)
+    path = teacher_folder(config, storage) / WEIGHTS
+    module.load_state_dict(load_weights(path, describe(config, storage)["sha256"]))
+    return module.eval()
+
+
+def find_or_train(config: TrainConfig, storage: Path | str) -> nn.Module | None:
+    """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none."""
+    run = config.teacher_run()
+    if run is None:
+        return None
+    train_teacher(run, Path(storage))
+    return load_teacher(run, Path(storage))
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()

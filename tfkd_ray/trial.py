@@ -1,0 +1,336 @@
+"""One trial: in this process, or on a resident group of Ray Train workers.
+
+Both run `loop.train_in`, so a trial's files and numbers do not depend on which. `StudentTrial` is a reused Tune actor:
+a trial of one worker trains inside it; for trials of several workers it owns a `Group`, one TorchTrainer whose workers
+stay and take one trial after the other (a TorchTrainer started for each trial would cost 14 to 22 s each).
+"""
+
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray import tune
+
+from tfkd_ray import teachers
+from tfkd_ray.cluster import DRIVER
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.data import seal_test_split
+from tfkd_ray.loop import train_in
+from tfkd_ray.schema import validated
+
+Metrics = dict[str, float]
+
+START_TIMEOUT_S = 180.0
+"""Longest time that a group of workers may take to start."""
+STOP_TIMEOUT_S = 10.0
+"""Longest wait for a group to save and stop when the sweep ends."""
+
+
+class Stopped(Exception):
+    """Thrown into a running trial that is stopped for good: nothing of it needs to be saved."""
+
+
+class GroupLost(RuntimeError):
+    """A group's workers are gone, by no fault of the trial's configuration."""
+
+
+class TrialFailed(RuntimeError):
+    """The trial's own failure, with its reason, as a worker told it."""
+
+
+def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
+    """What Tune reserves for a trial's own process (a group's workers are reserved by Ray Train)."""
+    if config.workers > 1:
+        return tune.PlacementGroupFactory([{DRIVER: 0.01}])
+    bundle = {"CPU": float(config.cpus_per_worker)}
+    return tune.PlacementGroupFactory([bundle | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})])
+
+
+class StudentTrial(tune.Trainable):  # type: ignore[misc]
+    """A Tune trainable for proposals of `OptunaSearcher`: one step is one epoch, `done` after the last.
+
+    A failure of the trial itself is a result with `failed` (the reason), so that the actor can be used again; only a
+    lost process is an error for Tune, which then starts the trial again, from its last checkpoint.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        seal_test_split()
+        self._group: Group | None = None
+        self._epochs: Iterator[Metrics] = iter(())
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        _stop(self._epochs)
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._about = config["trial"]
+        run = {key: value for key, value in config.items() if key != "trial"}
+        workers = run["workers"]
+        if workers == 1:
+            self._epochs = _epochs_here(run, self._about)
+        else:
+            self._group = self._group or Group(validated(TrainConfig, run), Path(self._about["directory"]))
+            self._epochs = self._group.epochs(run, self._about)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            metrics = next(self._epochs)
+        except GroupLost:
+            raise
+        except Exception as error:
+            return self._failed(error)
+        epoch = int(metrics["epoch"])
+        return {**metrics, "epoch": epoch, "done": epoch == self._about["epochs"]}
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        reason = str(error) if isinstance(error, TrialFailed) else _reason(error)
+        folder = Path(self._about["directory"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+        return {"failed": reason, "done": True}
+
+    def cleanup(self) -> None:
+        if isinstance(self._epochs, Iterator) and hasattr(self._epochs, "close"):
+            self._epochs.close()  # saves what is not saved yet
+        if self._group is not None:
+            self._group.close()
+
+
+def _epochs_here(run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
+    """The epochs of a trial in this process, the first worker of a group included."""
+    config = validated(TrainConfig, run)
+    teacher_run = config.teacher_run()
+    teacher = None if teacher_run is None else teachers.load_teacher(teacher_run, Path(about["storage"]))
+    yield from train_in(Path(about["directory"]), config, teacher=teacher, about={"trial": about["name"]})
+
+
+def _stop(epochs: Iterator[Metrics]) -> None:
+    """End a trial without saving; fine if it ended already."""
+    if hasattr(epochs, "throw"):
+        try:
+            epochs.throw(Stopped())
+        except (Stopped, StopIteration):
+            pass
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# --- several workers -------------------------------------------------------------------------------------------
+
+
+class Group:
+    """A resident group of Ray Train workers, from the side of the trial that uses it."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._runs = 0
+        self._desk: Any = None
+
+    def epochs(self, run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
+        """The epochs of one trial on the group, which is started, or started again, if need be."""
+        if self._desk is None or not self._alive():
+            self._start()
+        self._runs += 1
+        number, done = self._runs, False
+        self._tell(("run", number, run, about))
+        try:
+            while not done:
+                kind, value = self._next(number)
+                if kind == "failed":
+                    done = True
+                    raise TrialFailed(value)
+                done = value["epoch"] == about["epochs"]
+                yield value
+                if not done:
+                    self._tell(("next",))
+        except GeneratorExit:
+            self._tell(("save",))
+            self._wait_until_saved(number)
+            raise
+        except Stopped:
+            self._tell(("stop",))
+            raise
+
+    def close(self) -> None:
+        """Let the workers leave."""
+        if self._desk is not None:
+            try:
+                self._tell(("leave",))
+                ray.get(self._desk.ended.remote(STOP_TIMEOUT_S), timeout=STOP_TIMEOUT_S + 5)
+            except (ray.exceptions.RayError, GroupLost):
+                pass
+            ray.kill(self._desk)
+            self._desk = None
+
+    def _start(self) -> None:
+        if self._desk is not None:
+            ray.kill(self._desk)
+        # Ray's cleaner of placement groups inherits this; without it, it gives up where two clusters share a host
+        env = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        env |= {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
+        env.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is noticed
+        desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env})
+        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder.parent.parent / "groups"))
+
+    def _alive(self) -> bool:
+        try:
+            return ray.get(self._desk.trouble.remote()) is None
+        except ray.exceptions.RayError:
+            return False
+
+    def _tell(self, message: tuple[Any, ...]) -> None:
+        try:
+            ray.get(self._desk.put_command.remote(message))
+        except ray.exceptions.RayError as error:
+            raise GroupLost(f"the group's desk is gone: {_reason(error)}") from None
+
+    def _next(self, number: int) -> tuple[str, Any]:
+        """What the workers say next about run `number`; GroupLost if there is no group left to say anything."""
+        while True:
+            try:
+                answer, trouble = ray.get(self._desk.get_result.remote(1.0))
+            except ray.exceptions.RayError as error:
+                raise GroupLost(f"the group's desk is gone: {_reason(error)}") from None
+            if answer is not None and answer[0] == number:
+                return answer[1], answer[2]
+            if answer is None and trouble is not None:
+                raise GroupLost(f"the group of {self._config.workers} workers is gone: {trouble}")
+
+    def _wait_until_saved(self, number: int) -> None:
+        until = time.monotonic() + STOP_TIMEOUT_S
+        try:
+            while time.monotonic() < until and self._next(number)[0] != "saved":
+                pass
+        except GroupLost:
+            pass
+
+
+class _Desk:
+    """Actor between a trial and its workers: owns their TorchTrainer, and passes messages both ways.
+
+    The trial owns it, so it ends with the trial's process, however that ends; the controller and the workers end with it.
+    """
+
+    def __init__(self, config: dict[str, Any], storage: str) -> None:
+        self._commands: queue.Queue[tuple[Any, ...]] = queue.Queue()
+        self._results: queue.Queue[tuple[int, str, Any]] = queue.Queue()
+        self._trouble: str | None = None
+        self._desk = ray.get_runtime_context().current_actor
+        self._thread = threading.Thread(target=self._fit, args=(validated(TrainConfig, config), storage), daemon=True)
+        self._thread.start()
+
+    def _fit(self, config: TrainConfig, storage: str) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        try:
+            TorchTrainer(
+                _worker,
+                train_loop_config={"desk": self._desk},
+                torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=config.workers,
+                    use_gpu=config.gpus_per_worker > 0,
+                    resources_per_worker=resources_of_worker(config),
+                ),
+                run_config=RunConfig(
+                    name=f"group-{os.getpid()}",
+                    storage_path=storage,
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+                ),
+            ).fit()
+            self._trouble = "it has ended"
+        except BaseException as error:  # told to the trial, which asks for it
+            self._trouble = _reason(error).splitlines()[0]
+
+    def put_command(self, message: tuple[Any, ...]) -> None:
+        self._commands.put(message)
+
+    def get_command(self, timeout_s: float) -> tuple[Any, ...] | None:
+        try:
+            return self._commands.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def put_result(self, number: int, kind: str, value: Any) -> None:
+        self._results.put((number, kind, value))
+
+    def get_result(self, timeout_s: float) -> tuple[tuple[int, str, Any] | None, str | None]:
+        """(a result or None, what is wrong with the group or None)."""
+        trouble = self._trouble  # first: results that came before it are still given out
+        try:
+            return self._results.get(timeout=timeout_s), trouble
+        except queue.Empty:
+            return None, trouble
+
+    def trouble(self) -> str | None:
+        return self._trouble
+
+    def ended(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+
+def resources_of_worker(config: TrainConfig) -> dict[str, float]:
+    """What Ray Train reserves for each worker."""
+    gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
+    return {"CPU": float(config.cpus_per_worker), **gpus}
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """What every worker of a group runs: one trial after the other, in step with the other workers.
+
+    The first worker asks the desk for commands and passes them on. All are told of an epoch's end by the same broadcast,
+    so no worker is ever left waiting in a collective operation that the others skipped.
+    """
+    seal_test_split()
+    desk, first = given["desk"], dist.get_rank() == 0
+    control = dist.new_group(backend="gloo")  # also where gradients go by nccl
+
+    def command() -> tuple[Any, ...]:
+        message: list[Any] = [None]
+        while first and message[0] is None:
+            message[0] = ray.get(desk.get_command.remote(5.0))
+        dist.broadcast_object_list(message, src=0, group=control)
+        return tuple(message[0])
+
+    def tell(number: int, kind: str, value: Any) -> None:
+        ray.get(desk.put_result.remote(number, kind, value))
+
+    while True:
+        what, *rest = command()
+        if what == "leave":
+            return
+        if what != "run":
+            continue  # meant for a trial that has failed meanwhile
+        number, run, about = rest
+        try:
+            epochs = _epochs_here(run, about)
+            for metrics in epochs:
+                if first:
+                    tell(number, "epoch", metrics)
+                if metrics["epoch"] == about["epochs"]:
+                    continue
+                what, *_ = command()
+                if what == "save":
+                    epochs.close()  # type: ignore[attr-defined]
+                    if first:
+                        tell(number, "saved", None)
+                elif what == "stop":
+                    _stop(epochs)
+        except Exception as error:
+            tell(number, "failed", _reason(error))
+            # goes on if all workers failed alike; where one failed alone, the others never come: the group ends
+            dist.monitored_barrier(group=control)

@@ -1,0 +1,298 @@
+"""A sweep: space, teachers, search and stopping put together as a `ray.tune.Tuner`."""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from filelock import FileLock, Timeout
+from ray import tune
+
+from tfkd_ray import teachers
+from tfkd_ray.cluster import check_room, connect
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import (
+    Record,
+    read_experiment,
+    read_metrics,
+    trials_folder,
+    write_experiment,
+    write_record,
+)
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.search import OptunaSearcher, StudyStopping
+from tfkd_ray.space import Space, build_space, load_space
+from tfkd_ray.tensorboard import TensorBoard
+from tfkd_ray.trial import StudentTrial, resources_of
+
+STORAGE = Path("tfkd_results")
+"""Where experiments and teachers go if nothing is said, below the current directory."""
+
+
+def build_tuner(
+    space: Space | dict[str, Any] | Path | str,
+    *,
+    name: str | None = None,
+    storage: Path | str = STORAGE,
+    callbacks: Sequence[tune.Callback] = (),
+    tune_config: tune.TuneConfig | None = None,
+    run_config: tune.RunConfig | None = None,
+    on_teacher: Callable[[TrainConfig, dict[str, Any] | None], None] | None = None,
+) -> tune.Tuner:
+    """A `ray.tune.Tuner` that runs a space; `.fit()` returns Ray's own `ResultGrid`.
+
+    Connects to Ray if nothing is connected yet, makes the experiment's directory, and trains the teachers that are
+    missing, once, before it returns. Wrong input is a ConfigError, raised before anything is written.
+
+    Args:
+        space: a `Space`, the tree of one, or the path of a space file.
+        name: of the experiment, a directory below `storage`; it must not be there yet. None: the file's name and the time.
+        storage: directory that all nodes see; teachers are shared by the experiments in it.
+        callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
+        tune_config: Ray's own; what it sets goes before the space's `search`, but the searcher must be ours.
+        run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`.
+        on_teacher: called with a teacher's run before it is trained (None) and after (what teacher.json says).
+    """
+    space, stem = _as_space(space)
+    run_config = run_config or tune.RunConfig()
+    if run_config.storage_path != tune.RunConfig().storage_path:  # Ray's default is no wish of the user's
+        storage = run_config.storage_path
+    storage = Path(storage).expanduser().absolute()
+    name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    experiment = storage / name
+    if experiment.exists():
+        raise ConfigError(
+            f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume {experiment}", storage
+        )
+    prepare(storage, space)
+    experiment.mkdir(parents=True)
+    write_experiment(experiment, space.tree, sys.argv)
+    train_teachers(space, storage, on_teacher)
+    return _tuner(space, experiment, callbacks, tune_config or tune.TuneConfig(), run_config)
+
+
+def resume_tuner(
+    experiment: Path | str,
+    *,
+    add_trials: int = 0,
+    callbacks: Sequence[tune.Callback] = (),
+    on_teacher: Callable[[TrainConfig, dict[str, Any] | None], None] | None = None,
+) -> tune.Tuner:
+    """A Tuner that goes on with an experiment: unfinished trials first, from their last checkpoint, then new ones.
+
+    What is finished is in the study, and is not run again; Ray's own snapshot is not read.
+    """
+    experiment = Path(experiment).expanduser().absolute()
+    about = read_experiment(experiment)
+    about["space"]["search"]["num_samples"] += add_trials
+    space = build_space(about["space"], experiment / "experiment.yaml")
+    prepare(experiment.parent, space)
+    if add_trials:
+        write_experiment(experiment, space.tree, about["command"])
+    train_teachers(space, experiment.parent, on_teacher)
+    return _tuner(space, experiment, callbacks, tune.TuneConfig(), tune.RunConfig())
+
+
+def prepare(storage: Path, space: Space) -> None:
+    """Connect to Ray and check everything that can be checked before a directory is made."""
+    _check_writable(storage)
+    connect()
+    check_room(space.branches[0].config({p.name: p.domain.probes[0] for p in space.branches[0].parameters}))
+
+
+def train_teachers(
+    space: Space, storage: Path, on_teacher: Callable[[TrainConfig, dict[str, Any] | None], None] | None = None
+) -> None:
+    """Train the teachers that a space needs and that are not there, as Ray tasks, on one worker's resources each."""
+    for run in space.teacher_runs():
+        if teachers.is_trained(run, storage):
+            continue
+        if on_teacher:
+            on_teacher(run, None)
+        task = ray.remote(teachers.train_teacher).options(
+            num_cpus=run.cpus_per_worker, num_gpus=run.gpus_per_worker, max_retries=2
+        )
+        about = ray.get(task.remote(run, storage))
+        if on_teacher:
+            on_teacher(run, about)
+
+
+def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
+    if isinstance(space, Space):
+        return space, "sweep"
+    if isinstance(space, dict):
+        return build_space(space), "sweep"
+    return load_space(Path(space)), Path(space).stem
+
+
+def _check_writable(storage: Path) -> None:
+    there = next(p for p in (storage, *storage.parents) if p.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file, and experiments go into directories", storage)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"no permission to write in {there}; choose another place: --storage DIR", storage)
+
+
+def _tuner(
+    space: Space,
+    experiment: Path,
+    callbacks: Sequence[tune.Callback],
+    tune_config: tune.TuneConfig,
+    run_config: tune.RunConfig,
+) -> tune.Tuner:
+    if tune_config.search_alg is not None:
+        raise ConfigError(
+            "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner of "
+            "your own"
+        )
+    os.environ.update(_TUNE_SETTINGS)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lock = Lock(experiment)
+    storage = experiment.parent
+    folder = trials_folder(experiment)
+    place = {"directory": str(folder / "{name}"), "storage": str(storage)}
+    searcher = OptunaSearcher(space, experiment / "study.journal", study=experiment.name, place=place)
+    config = space.branches[0].config({p.name: p.domain.probes[0] for p in space.branches[0].parameters})
+    at_once = space.search.max_concurrent or tune_config.max_concurrent_trials
+    if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
+        at_once = min(at_once or sys.maxsize, check_room(config))
+    ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), Recorder()]
+    return tune.Tuner(
+        tune.with_resources(StudentTrial, resources_of(config)),
+        tune_config=dataclasses.replace(
+            tune_config,
+            metric=tune_config.metric or space.search.metric,
+            mode=tune_config.mode or space.search.mode,
+            search_alg=searcher,
+            scheduler=tune_config.scheduler or StudyStopping(searcher),
+            num_samples=max(1, searcher.remaining()),
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=dataclasses.replace(
+            run_config,
+            name=folder.name,
+            storage_path=str(experiment),
+            callbacks=[*ours, *callbacks, *(run_config.callbacks or [])],
+            failure_config=run_config.failure_config or tune.FailureConfig(max_failures=space.search.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+
+
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours write less, and in one place
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one trial without its metric is one failed trial
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["trial"]["name"])
+
+
+class Recorder(tune.Callback):  # type: ignore[misc]
+    """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        folder = self._folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        metrics = read_metrics(folder)
+        path.write_text("".join(json.dumps(m) + "\n" for m in metrics))  # without a line that a crash left half-written
+        if not (folder / "result.json").exists():
+            (folder / "result.json").symlink_to(path.name)
+        self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
+        self._write(trial, "running")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        epoch = result.get("epoch", 0)
+        if epoch > self._seen.get(trial.trial_id, 0):
+            line = {k: v for k, v in result.items() if isinstance(v, int | float) and k in _METRICS or k.startswith("val_")}
+            with (self._folder(trial) / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._seen[trial.trial_id] = epoch
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result = trial.last_result or {}
+        failed = result.get("failed")
+        full = result.get("epoch") == trial.config["trial"]["epochs"]
+        self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._write(trial, "failed", "its process was lost, and again when it was started anew")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        for trial in trials:
+            if trial.trial_id in self._seen and trial.status not in ("ERROR",) and not _ended(trial):
+                self._write(trial, "interrupted")
+
+    def _folder(self, trial: Any) -> Path:
+        return Path(trial.config["trial"]["directory"])
+
+    def _write(self, trial: Any, status: str, reason: str | None = None) -> None:
+        about = trial.config["trial"]
+        trial_config = {k: v for k, v in trial.config.items() if k != "trial"}
+        write_record(
+            Record(
+                folder=self._folder(trial),
+                number=about["number"],
+                name=about["name"],
+                objective=trial_config["objective"]["name"],
+                status=status,
+                parameters=about["parameters"],
+                config=trial_config,
+                reason=reason,
+            )
+        )
+
+
+_METRICS = {"epoch", "train_loss", "train_ce", "train_kd", "lr", "seconds", "images_per_s"}
+
+
+def _ended(trial: Any) -> bool:
+    return bool((trial.last_result or {}).get("done"))
+
+
+class Lock(tune.Callback):  # type: ignore[misc]
+    """Holds the experiment while its sweep runs, so that a second driver is refused; freed by however this one ends."""
+
+    def __init__(self, experiment: Path) -> None:
+        self._experiment = experiment
+        self._take()
+
+    def _take(self) -> None:
+        self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
+        owner = self._experiment / "driver.txt"
+        try:
+            self._lock.acquire()
+        except Timeout:
+            who = owner.read_text().strip() if owner.exists() else "another process"
+            raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others run it; done when the sweep ends."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
