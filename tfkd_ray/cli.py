@@ -25,7 +25,13 @@ OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one run only; overrides may stand between and after options
+    if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     from tfkd_ray.schema import ConfigError
 
     try:
@@ -130,7 +136,9 @@ def _describe(space: "Space") -> Iterator[str]:
     share = search.num_samples // len(space.branches)
     per = f"{share} for each of {len(space.branches)} objectives" if search.split and len(space.branches) > 1 else ""
     yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
-    yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (f" after {rungs} epochs" if rungs else "")
+    yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
+        f" after {rungs} epochs" if rungs else ""
+    )
     yield f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
     if shared:
         yield "searched for every objective:"
@@ -238,7 +246,7 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
     with _ctrl_c(progress) as interrupted:
         tuner.fit()
     progress.stop()
-    code = _summary(space, experiment, time.monotonic() - started)
+    code = _summary(space, experiment, time.monotonic() - started, whole=not interrupted)
     return _interrupted(experiment) if interrupted else code
 
 
@@ -269,7 +277,8 @@ def _interrupted(experiment: Path) -> int:
     return INTERRUPTED
 
 
-def _summary(space: "Space", experiment: Path, seconds: float) -> int:
+def _summary(space: "Space", experiment: Path, seconds: float, *, whole: bool) -> int:
+    """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
     from tfkd_ray.experiment import best, read_records
 
     metric, mode = space.search.metric, space.search.mode
@@ -277,7 +286,7 @@ def _summary(space: "Space", experiment: Path, seconds: float) -> int:
     count = {s: sum(r.status == s for r in records) for s in ("done", "stopped", "failed", "interrupted", "running")}
     winner = best(records, metric, mode)
     print(
-        f"{len(records)} trials in {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
+        f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
         f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
     )
     for record in [r for r in records if r.status == "failed"][:3]:
@@ -295,9 +304,13 @@ def _summary(space: "Space", experiment: Path, seconds: float) -> int:
     ties = sum(r.status == "done" and r.last[metric] == winner.last[metric] for r in records)
     if ties > 1:
         print(f"{ties} trials share this value; the first of them is named")
-    print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and the luckiest is always ahead.")
+    print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
+    print("trials the luckiest is always ahead of its true value.")
     where = _short(experiment)
-    print(f"\nwritten to {where}\nnext:")
+    print(f"\nwritten to {where}")
+    if not whole:
+        return OK
+    print("next:")
     print(f"  tfkd tensorboard {where}")
     print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
     print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
@@ -317,7 +330,9 @@ def _short(path: Path) -> str:
 def _train(args: argparse.Namespace) -> int:
     space = _load(args)
     config = space.single()
-    out = (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
+    out = (
+        (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
+    )
     from tfkd_ray.schema import ConfigError
 
     there = next(p for p in (out, *out.parents) if p.exists())
@@ -335,7 +350,7 @@ def _train(args: argparse.Namespace) -> int:
     except (ArithmeticError, RuntimeError) as error:
         _say(f"tfkd train: failed: {error}")
         return FAILED
-    print(f"val_accuracy {metrics['val_accuracy']:.4f} after {metrics['epoch']:.0f} epochs; {_short(out)}/student.safetensors")
+    print(f"val_accuracy {metrics['val_accuracy']:.4f} after {metrics['epoch']:.0f} epochs, in {_short(out)}")
     return OK
 
 
@@ -380,7 +395,8 @@ def _best(args: argparse.Namespace) -> int:
     winner = best(records, metric, "max" if metric == "val_accuracy" else "min")
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", args.experiment)
-    print(f"# {winner.name} of {args.experiment.name}: {metric} {winner.last[metric]:.4f}, the best of {len(records)} on validation")
+    value = f"{metric} {winner.last[metric]:.4f}"
+    print(f"# {winner.name} of {args.experiment.name}: {value}, the best of {len(records)} on validation")
     print(dump_yaml(winner.config), end="")
     return OK
 

@@ -1,6 +1,5 @@
 """The Ray cluster a sweep runs on: connect to it, and refuse at once what it can never run."""
 
-import contextlib
 import importlib.metadata
 import logging
 import os
@@ -18,7 +17,7 @@ DRIVER = "tfkd_driver"
 
 
 def check_ray() -> None:
-    """Raise where Ray is there without `ray[default]`: an early-stopped trial of several workers would hang the sweep."""
+    """Raise where Ray is there without `ray[default]`: an early-stopped trial of several workers would hang then."""
     missing = []
     for text in importlib.metadata.requires("ray") or []:
         requirement = Requirement(text)
@@ -30,8 +29,8 @@ def check_ray() -> None:
                 missing.append(requirement.name)
     if missing:
         raise ConfigError(
-            f"Ray is installed without its 'default' extra ({', '.join(sorted(set(missing)))} missing), and without it a "
-            "stopped trial can block the sweep for ever; run: pip install 'ray[default,train,tune]'"
+            f"Ray is installed without its 'default' extra ({', '.join(sorted(set(missing)))} missing): a "
+            "stopped trial can then block the sweep for ever; run: pip install 'ray[default,train,tune]'"
         )
 
 
@@ -66,7 +65,7 @@ def _own_token() -> None:
     path = Path.home() / ".ray" / "auth_token"
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
+        if not path.exists():
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(secrets.token_hex(32))
         path.chmod(0o600)  # one that Ray made is readable for all
@@ -79,15 +78,15 @@ def check_room(config: TrainConfig) -> int:
     have = ray.cluster_resources()
     need = {"CPU": float(config.workers * config.cpus_per_worker), "GPU": config.workers * config.gpus_per_worker}
     problems = [
-        f"workers: a trial needs {amount:g} {kind} ({config.workers} x {amount / config.workers:g}), and the cluster has "
-        f"{have.get(kind, 0):g}; use fewer workers, or a larger cluster"
+        f"workers: a trial needs {amount:g} {kind} ({config.workers} x {amount / config.workers:g}), "
+        f"and the cluster has {have.get(kind, 0):g}; use fewer workers, or a larger cluster"
         for kind, amount in need.items()
         if amount > have.get(kind, 0)
     ]
     if config.workers > 1 and have.get(DRIVER, 0) < 0.01:
         problems.append(
-            f"workers: trials of several workers need the resource '{DRIVER}' on the cluster, and it has none; start its "
-            f"head with: ray start --head --resources='{{\"{DRIVER}\": 1000}}'"
+            f"workers: trials of several workers need the resource '{DRIVER}' on the cluster, and it has none; "
+            f"start its head with: ray start --head --resources='{{\"{DRIVER}\": 1000}}'"
         )
     if problems:
         raise ConfigError(problems, "this cluster")

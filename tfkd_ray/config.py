@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tfkd_ray.data import Data, Digits
 from tfkd_ray.models import Mlp, Model
-from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective
+from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
 from tfkd_ray.schema import Settings, named
 
 Positive = Annotated[float, Field(gt=0)]
@@ -137,14 +137,14 @@ class TrainConfig(Settings):
         except ValueError as error:
             problems.append(str(error))
         model = self.teacher.model if self.teacher else None
-        if self.objective.needs_teacher and self.objective.name == "kd" and model is None:
+        if self.objective.name == "kd" and model is None:
             problems.append(
                 "teacher.model: objective kd needs a teacher's network, and none is given; add teacher: {model: ...}, "
                 "or use tfkd_self, whose teacher is the student itself"
             )
-        if self.objective.name == "tfkd_self" and model not in (None, self.student):
+        if isinstance(self.objective, TfkdSelf) and model not in (None, self.student):
             problems.append(
-                "teacher.model: objective tfkd_self learns from a copy of the student; leave teacher.model out, or use kd"
+                "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
             )
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             problems.append(f"gpus_per_worker: above 1 it must be a whole number, got {self.gpus_per_worker:g}")
@@ -176,7 +176,7 @@ class TrainConfig(Settings):
         )
 
     def fingerprint(self, *more: Any) -> str:
-        """16 hex digits that name everything that makes this run's numbers (not where it runs, nor its teacher's name)."""
+        """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
         tree = self.model_dump(mode="json", exclude=RUN_ONLY)
         text = json.dumps([tree, *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -144,7 +144,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     spec = importlib.util.find_spec("sklearn")
     path = Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise ConfigError(f"data digits: not found (looked for {path}); it comes with scikit-learn: pip install scikit-learn")
+        raise ConfigError(
+            f"data digits: not found (looked for {path}); it comes with scikit-learn: pip install scikit-learn"
+        )
     with gzip.open(path, "rt") as file:
         table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     return table[:, :-1].reshape(-1, 1, 8, 8).contiguous(), table[:, -1].long()

@@ -79,7 +79,9 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
         raise ConfigError("not an experiment: there is no experiment.yaml in it", experiment)
     about = read_yaml(experiment / "experiment.yaml")
     if about.get("layout") != VERSION:
-        message = f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; use the release that wrote it"
+        message = (
+            f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; use the release that wrote it"
+        )
         raise ConfigError(message, experiment / "experiment.yaml")
     return about
 
@@ -129,7 +131,9 @@ def _git_commit() -> str | None:
     """Commit of the repository in the current directory, with '+' where files differ from it; None outside of one."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

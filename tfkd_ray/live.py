@@ -3,6 +3,7 @@
 Results go to standard output at the end (`summary`); everything here goes to standard error.
 """
 
+import math
 import sys
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._start = self._drawn = time.monotonic()
         self._running: dict[str, dict[str, Any]] = {}
         self._counts: dict[str, Counter[str]] = {b.objective: Counter() for b in space.branches}
-        self._best: dict[str, tuple[float, str]] = {}
+        self._best: dict[str, float] = {}
         self._failures: list[str] = []
 
     # --- events
@@ -48,10 +49,16 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         again = trial.trial_id in self._running
         about = trial.config["trial"]
-        self._running[trial.trial_id] = {"name": about["name"], "objective": trial.config["objective"]["name"], "epoch": 0}
+        self._running[trial.trial_id] = {
+            "name": about["name"],
+            "objective": trial.config["objective"]["name"],
+            "epoch": 0,
+        }
         self._say(f"{about['name']}: {'started again' if again else 'started'}")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if "epoch" in result and trial.trial_id in self._running:
             self._running[trial.trial_id] |= {"epoch": result["epoch"], "value": result.get(self._space.search.metric)}
 
@@ -81,7 +88,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         run = self._running.pop(trial.trial_id, None)
         if run is None:
             return
-        metric, value = self._space.search.metric, run.get("value")
+        metric, value = self._space.search.metric, float(run.get("value") or "nan")
         counts = self._counts[run["objective"]]
         if failed:
             counts["failed"] += 1
@@ -93,10 +100,9 @@ class Progress(tune.Callback):  # type: ignore[misc]
         else:
             counts["done"] += 1
             self._say(f"{run['name']}: done, {metric} {value:.4f}")
-            better = max if self._space.search.mode == "max" else min
-            best = self._best.get(run["objective"])
-            if best is None or better(value, best[0]) == value != best[0]:
-                self._best[run["objective"]] = (value, run["name"])
+            sign = 1 if self._space.search.mode == "max" else -1
+            if sign * value > sign * self._best.get(run["objective"], -sign * math.inf):
+                self._best[run["objective"]] = value
 
     def _say(self, text: str) -> None:
         if self._live is None:
@@ -121,10 +127,12 @@ class Progress(tune.Callback):  # type: ignore[misc]
         for objective, counts in self._counts.items():
             runs = [r for r in self._running.values() if r["objective"] == objective]
             running = ", ".join(f"{r['name'].split('-')[0]} {r['epoch']}/{self._space.epochs}" for r in runs[:3])
-            best = f"{self._best[objective][0]:.4f}" if objective in self._best else ""
+            best = f"{self._best[objective]:.4f}" if objective in self._best else ""
             cells = [str(counts[k]) for k in ("done", "stopped", "failed")]
             table.add_row(objective, *cells, best, running + (f" +{len(runs) - 3}" if len(runs) > 3 else ""))
-        failures = [Text(f"failed: {text}", style="red", overflow="ellipsis", no_wrap=True) for text in self._failures[-3:]]
+        failures = [
+            Text(f"failed: {text}", style="red", overflow="ellipsis", no_wrap=True) for text in self._failures[-3:]
+        ]
         return Group(Text(title, style="bold", overflow="ellipsis", no_wrap=True), table, *failures)
 
     def _elapsed(self) -> str:

@@ -9,7 +9,7 @@ Shapes: B = images of a batch on this worker, K = classes.
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,19 +34,21 @@ class Epoch(NamedTuple):
     """What `train` yields after each epoch."""
 
     metrics: dict[str, float]
-    """`epoch` (from 1), `train_loss`, `train_ce`, `train_kd` (its parts, unweighted), `val_...` (see `evaluate`), `lr`
-    (of the last step), `seconds` and `images_per_s` (of this epoch, validation included and not)."""
+    """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd`, `val_...` (see `evaluate`),
+    `lr` of the last step, `seconds` (of this epoch, validation included), `images_per_s` (validation left out)."""
     state: Callable[[], State]
-    """Makes the whole run state, a copy on the CPU: `epoch`, `model`, `optimizer`, `history` (the metrics of all epochs,
-    so of the best one, too) and `run`. There is no schedule and no generator in it: the learning rate is a function of
-    the step, and all randomness is a function of (seed, what for, epoch, step, worker)."""
+    """Makes the whole run state, a copy on the CPU: `epoch`, `model`, `optimizer`, `history` (the metrics of all
+    epochs, so of the best one, too) and `run`. It holds no schedule and no generator: the learning rate is a function
+    of the step, and all randomness is a function of (seed, what for, epoch, step, worker)."""
 
 
 class Diverged(ArithmeticError):
     """The training loss or the validation loss is no longer a number."""
 
 
-def train(config: TrainConfig, state: State | None = None, *, teacher: nn.Module | None = None) -> Iterator[Epoch]:
+def train(
+    config: TrainConfig, state: State | None = None, *, teacher: nn.Module | None = None
+) -> Generator[Epoch, None, None]:
     """Train one student; yields after every epoch from the one after `state` to the last.
 
     Args:
@@ -74,7 +76,9 @@ def train(config: TrainConfig, state: State | None = None, *, teacher: nn.Module
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if config.objective.needs_teacher and teacher is None:
             raise ValueError(f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)")
-        teacher = teacher.to(device).eval().requires_grad_(False) if config.objective.needs_teacher and teacher else None
+        teacher = (
+            teacher.to(device).eval().requires_grad_(False) if config.objective.needs_teacher and teacher else None
+        )
         optim = config.optim
         optimizer = torch.optim.SGD(
             student.parameters(),
@@ -90,7 +94,9 @@ def train(config: TrainConfig, state: State | None = None, *, teacher: nn.Module
         history: list[dict[str, float]] = []
         if state is not None:
             if state["run"] != run:
-                raise ValueError(f"the state is of another run: {state['run']}, not {run} (configuration or loop version)")
+                raise ValueError(
+                    f"the state is of another run: {state['run']}, not {run} (configuration or loop version)"
+                )
             student.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
@@ -161,7 +167,7 @@ def train(config: TrainConfig, state: State | None = None, *, teacher: nn.Module
 
 def train_in(
     directory: Path, config: TrainConfig, *, teacher: nn.Module | None = None, about: dict[str, str] | None = None
-) -> Iterator[dict[str, float]]:
+) -> Generator[dict[str, float], None, None]:
     """`train` in a directory: yields the metrics of every epoch from the first, those of earlier sessions included.
 
     Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
@@ -175,6 +181,10 @@ def train_in(
     pending: Future[None] | None = None
     last: Epoch | None = None
     run = train(config, state, teacher=teacher)
+
+    def writing(job: Future[None] | None) -> bool:
+        return job is not None and not job.done()  # a slow disk delays checkpoints, not training
+
     with ThreadPoolExecutor(1) as writer:
         try:
             for last in run:
@@ -183,10 +193,9 @@ def train_in(
                     writer.submit(save_state, directory, final).result()
                     save_weights(directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})})
                     saved_epoch = config.epochs
-                elif writes and time.monotonic() - saved_at >= config.checkpoint_every_s:
-                    if pending is None or pending.done():
-                        pending = writer.submit(save_state, directory, last.state())
-                        saved_at, saved_epoch = time.monotonic(), int(last.metrics["epoch"])
+                elif writes and time.monotonic() - saved_at >= config.checkpoint_every_s and not writing(pending):
+                    pending = writer.submit(save_state, directory, last.state())
+                    saved_at, saved_epoch = time.monotonic(), int(last.metrics["epoch"])
                 yield last.metrics
         except GeneratorExit:
             if writes and last is not None and last.metrics["epoch"] > saved_epoch:
@@ -226,4 +235,7 @@ def _copy_to_cpu(tree: State) -> State:
 
 
 def _moved(tree: State, device: torch.device) -> State:
-    return {k: v.to(device) if isinstance(v, Tensor) else _moved(v, device) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {
+        k: v.to(device) if isinstance(v, Tensor) else _moved(v, device) if isinstance(v, dict) else v
+        for k, v in tree.items()
+    }

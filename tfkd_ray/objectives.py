@@ -255,7 +255,7 @@ def from_released(
     temperature: float,
     num_classes: int,
     multiplier: float = 1.0,
-) -> KnowledgeDistillation | TfkdSelf | TfkdRegCode:
+) -> KnowledgeDistillation | TfkdRegCode:
     """The canonical objective that equals a setting of the authors' release, exactly.
 
     Their `KLDivLoss` has reduction `mean`, which divides by B * K. With w = alpha * m / K: s = 1 - alpha + w, and
@@ -268,6 +268,9 @@ def from_released(
             f"released setting: needs 0 <= alpha <= 1, multiplier > 0 and at least 2 classes, "
             f"got {alpha=}, {multiplier=}, {num_classes=}"
         )
-    kinds = {"kd": KnowledgeDistillation, "tfkd_self": TfkdSelf, "tfkd_reg": TfkdRegCode}
+    kinds: dict[str, type[KnowledgeDistillation | TfkdRegCode]] = {
+        "kd": KnowledgeDistillation,
+        "tfkd_self": TfkdSelf,
+        "tfkd_reg": TfkdRegCode,
+    }
     return kinds[name](alpha=weight / scale, temperature=temperature, loss_scale=scale)
-

@@ -103,10 +103,7 @@ def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
     found: list[type[Settings]] = [model]
     for part in loc:
         inside = [f for m in found for name, f in m.model_fields.items() if name == part]
-        if inside:
-            found = [m for f in inside for m in members(f)]
-        else:
-            found = [m for m in found if tag(m) == part]
+        found = [m for f in inside for m in members(f)] if inside else [m for m in found if tag(m) == part]
     return {name for m in found for name in m.model_fields}
 
 
@@ -164,14 +161,28 @@ _SCALARS = [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
     ("merge", r"<<", "<"),
 ]
 for _kind, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^$"), [""])
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _mapping(loader: _Loader, node: Any) -> dict[Any, Any]:
+    return loader.construct_mapping(node)
+
+
+def _int(loader: _Loader, node: Any) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
@@ -196,7 +207,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int])
 def parse_yaml(text: str, source: str | Path) -> Any:
     """The value of a YAML document, or a ConfigError with line, column and rule."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
@@ -221,7 +232,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         hint = f"; {did_you_mean(path.name, near)}" if near else ""
         raise ConfigError(f"no such file (looked from {Path.cwd()}){hint}", path) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not a text file in UTF-8: byte {error.start} is {error.object[error.start]:#x}", path) from None
+        raise ConfigError(
+            f"not a text file in UTF-8: byte {error.start} is {error.object[error.start]:#x}", path
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", path) from None
     tree = parse_yaml(text, path)
@@ -258,5 +271,3 @@ def find_file(path: str | Path, folder: str) -> Path:
     if not given.exists() and bare:
         return next((p for p in shipped if p.exists()), given)
     return given
-
-

@@ -34,13 +34,13 @@ class _Live:
         self.study, self.trial, self.reported = study, trial, reported
 
 
-class OptunaSearcher(Searcher):
+class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Proposes the trials of a space.
 
     A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
-    (t0007-tfkd_reg), and what `place` adds. Results must carry `epoch` and the space's metric. A trial is COMPLETE after
-    its last epoch, FAIL with its reason where a result says `failed` or Ray lost it, and PRUNED where it was stopped
-    before.
+    (t0007-tfkd_reg), and what `place` adds. Results must carry `epoch` and the space's metric. A trial is COMPLETE
+    after its last epoch, FAIL with its reason where a result says `failed` or Ray lost it, and PRUNED where it was
+    stopped before.
 
     Args:
         space: what to search.
@@ -49,7 +49,9 @@ class OptunaSearcher(Searcher):
         place: added to the `trial` section of every proposal.
     """
 
-    def __init__(self, space: Space, journal: Path, *, study: str = "tfkd", place: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, space: Space, journal: Path, *, study: str = "tfkd", place: dict[str, str] | None = None
+    ) -> None:
         super().__init__(metric=space.search.metric, mode=space.search.mode)
         self.space, self.journal, self.study, self.place = space, Path(journal), study, place or {}
         self._studies: list[optuna.Study] | None = None
@@ -76,7 +78,7 @@ class OptunaSearcher(Searcher):
             trial = study.ask()
             reported = set()
         else:
-            return Searcher.FINISHED
+            return str(Searcher.FINISHED)
         trial.set_user_attr("number", n)
         values, config = group.propose(trial)
         name = f"t{n:04d}-{config.objective.name}"
@@ -166,15 +168,18 @@ class OptunaSearcher(Searcher):
                 for group in self.space.groups
             ]
             known: set[int] = set()
-            unfinished, unnumbered = [], []
+            unfinished: list[tuple[Group, optuna.Study, int, int]] = []
+            unnumbered: list[tuple[Group, optuna.Study, int]] = []
             for group, study in zip(self.space.groups, self._studies, strict=True):
                 for trial in study.get_trials(deepcopy=False):
                     n = trial.user_attrs.get("number")
-                    if n is not None:
-                        known.add(n)
+                    if n is None:
+                        unnumbered.append((group, study, trial.number))
+                        continue
+                    known.add(n)
                     if not trial.state.is_finished():
-                        (unfinished if n is not None else unnumbered).append((group, study, trial.number, n))
-            for group, study, number, _ in unnumbered:  # the driver died between asking and numbering
+                        unfinished.append((group, study, trial.number, n))
+            for group, study, number in unnumbered:  # the driver died between asking and numbering
                 n = len(known)
                 known.add(n)
                 unfinished.append((group, study, number, n))
@@ -211,7 +216,7 @@ class OptunaSearcher(Searcher):
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=stopping.factor)
 
 
-class StudyStopping(FIFOScheduler):
+class StudyStopping(FIFOScheduler):  # type: ignore[misc]
     """Stops trials where the searcher's study says so: the rungs live in the study, and so survive the driver."""
 
     def __init__(self, searcher: OptunaSearcher) -> None:
@@ -221,7 +226,7 @@ class StudyStopping(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """STOP at a rung where the trial is not among the best 1 / factor of its group."""
         stop = self.searcher.report(trial.trial_id, result)
-        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
 
 def open_journal(path: Path) -> BaseStorage:
@@ -234,4 +239,3 @@ def open_journal(path: Path) -> BaseStorage:
                 file.truncate(whole)
     path.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(path)))
-

@@ -124,7 +124,9 @@ class Range:
         return [int(self.low), int(self.high)] if self.whole else [self.low, self.high]
 
     def __str__(self) -> str:
-        how = "log" if self.log else "log in 1 - x" if self.log_complement else f"step {self.step:g}" if self.step else ""
+        how = (
+            "log" if self.log else "log in 1 - x" if self.log_complement else f"step {self.step:g}" if self.step else ""
+        )
         return f"{self.low:g} to {self.high:g}" + (f" ({how})" if how else "")
 
 
@@ -168,7 +170,9 @@ def _domain(value: Any, path: Path_, *, whole: bool) -> Domain | None:
         return Choices(tuple(values))
     unknown = [key for key in value if key not in RANGE_KEYS]
     if unknown:
-        raise ConfigError([f"{where}.{key}: no such key of a range; {did_you_mean(key, RANGE_KEYS)}" for key in unknown])
+        raise ConfigError(
+            [f"{where}.{key}: no such key of a range; {did_you_mean(key, RANGE_KEYS)}" for key in unknown]
+        )
     for key in ("low", "high"):
         if not isinstance(value.get(key), int | float) or isinstance(value.get(key), bool):
             raise ConfigError(f"{where}.{key}: a range needs a number here, got {value.get(key)!r}")
@@ -247,7 +251,7 @@ class Space:
     branches: tuple[Branch, ...]
     search: SearchConfig
     tree: Tree
-    """The whole file as it is understood: every default in it, ranges where they were. Read back, it is the same space."""
+    """The whole file as it is understood: every default in it, ranges where they were. It reads back as this space."""
     notes: tuple[str, ...] = ()
     """What was added to what the file says, or is odd about it."""
 
@@ -276,7 +280,9 @@ class Space:
         ]
         if len(self.branches) > 1:
             names = ", ".join(b.objective for b in self.branches)
-            problems.insert(0, f"objective: is a choice of {names}, and one run needs one; fix it: objective={names[:2]}")
+            problems.insert(
+                0, f"objective: is a choice of {names}, and one run needs one; fix it: objective={names[:2]}"
+            )
         if problems:
             raise ConfigError(problems)
         return self.branches[0].config({})
@@ -411,7 +417,8 @@ def _branch(tree: Tree) -> Branch:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return Branch(objective, template, tuple(parameters))
+    # by name: the order in which a sampler is asked is part of its answers, and must outlive the file's layout
+    return Branch(objective, template, tuple(sorted(parameters, key=lambda p: p.name)))
 
 
 def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
@@ -437,7 +444,9 @@ def _is_whole(path: Path_, objective: str) -> bool:
 
 def _public(path: Path_, objective: str) -> Path_:
     """The path as a person writes it: objective.kd.alpha for alpha of the kd in the list."""
-    return (path[0], objective, *path[1:]) if path[:1] == ("objective",) and path[1:] != ("name",) and path[1:] else path
+    return (
+        (path[0], objective, *path[1:]) if path[:1] == ("objective",) and path[1:] != ("name",) and path[1:] else path
+    )
 
 
 def _put(tree: Tree, path: Path_, value: Any) -> None:
@@ -511,5 +520,3 @@ def _one_objective(tree: Tree, path: list[str]) -> tuple[Tree, list[str]]:
         raise ConfigError(f"objective.{path[1]}: not among the file's objectives; {did_you_mean(path[1], known)}")
     tree["objective"] = settings if isinstance(given, list) else settings[0]
     return settings[names.index(path[1])], path[2:]
-
-

@@ -72,8 +72,8 @@ def load_teacher(config: TrainConfig, storage: Path) -> nn.Module:
     """A trained teacher, in eval mode, its file checked against the checksum it was written with."""
     if not is_trained(config, storage):
         raise FileNotFoundError(
-            f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it is trained before the sweep starts, "
-            f"so either the folder was emptied since, or this node does not see the storage that the driver sees"
+            f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it is trained before a "
+            "sweep starts, so either the folder was emptied since, or this node does not see the driver's storage"
         )
     module = config.student.build(config.data.shape, config.data.num_classes)
     path = teacher_folder(config, storage) / WEIGHTS

@@ -69,7 +69,9 @@ class TensorBoard(Callback):  # type: ignore[misc]
         writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         writer, seen = self._writers[trial.trial_id]
         epoch = int(result.get("epoch", result.get("training_iteration", 0)))
         if epoch <= seen:
@@ -140,7 +142,9 @@ def _column(name: str, domain: Any) -> api_pb2.HParamInfo:
         text = any(not isinstance(v, int | float) for v in domain.values)
         info.type = api_pb2.DATA_TYPE_STRING if text else api_pb2.DATA_TYPE_FLOAT64
         for value in domain.values:
-            info.domain_discrete.values.add(**{"string_value" if text else "number_value": str(value) if text else value})
+            info.domain_discrete.values.add(
+                **{"string_value" if text else "number_value": str(value) if text else value}
+            )
     else:
         info.type = api_pb2.DATA_TYPE_FLOAT64
         info.domain_interval.min_value, info.domain_interval.max_value = domain.low, domain.high

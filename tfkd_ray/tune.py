@@ -53,7 +53,7 @@ def build_tuner(
 
     Args:
         space: a `Space`, the tree of one, or the path of a space file.
-        name: of the experiment, a directory below `storage`; it must not be there yet. None: the file's name and the time.
+        name: of the experiment, a directory below `storage` that is not there yet. None: the file's name and the time.
         storage: directory that all nodes see; teachers are shared by the experiments in it.
         callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
         tune_config: Ray's own; what it sets goes before the space's `search`, but the searcher must be ours.
@@ -69,7 +69,8 @@ def build_tuner(
     experiment = storage / name
     if experiment.exists():
         raise ConfigError(
-            f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume {experiment}", storage
+            f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume {experiment}",
+            storage,
         )
     prepare(storage, space)
     experiment.mkdir(parents=True)
@@ -149,8 +150,8 @@ def _tuner(
 ) -> tune.Tuner:
     if tune_config.search_alg is not None:
         raise ConfigError(
-            "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner of "
-            "your own"
+            "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner "
+            "of your own"
         )
     os.environ.update(_TUNE_SETTINGS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -219,10 +220,12 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
         self._write(trial, "running")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         epoch = result.get("epoch", 0)
         if epoch > self._seen.get(trial.trial_id, 0):
-            line = {k: v for k, v in result.items() if isinstance(v, int | float) and k in _METRICS or k.startswith("val_")}
+            line = {k: v for k, v in result.items() if k in _METRICS or k.startswith("val_")}
             with (self._folder(trial) / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._seen[trial.trial_id] = epoch
@@ -295,4 +298,3 @@ class Lock(tune.Callback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
-
