@@ -176,7 +176,7 @@ def _tune(args: argparse.Namespace) -> int:
 
         raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
     experiment = (args.storage / name).expanduser().absolute()
-    _join(args.address)
+    _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
 
     for note in space.notes:
@@ -198,7 +198,7 @@ def _resume(args: argparse.Namespace) -> int:
     about = read_experiment(experiment)
     about["space"]["search"]["num_samples"] += args.add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
-    _join(args.address)
+    _join(args.address, space.example.workers)
     from tfkd_ray.tune import resume_tuner
 
     return _sweep(
@@ -210,7 +210,7 @@ def _resume(args: argparse.Namespace) -> int:
     )
 
 
-def _join(address: str | None) -> None:
+def _join(address: str | None, workers: int) -> None:
     """Connect to Ray, quietly. Joining a cluster needs the token mode to be set before Ray is imported."""
     if (address or os.environ.get("RAY_ADDRESS")) and (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -219,7 +219,7 @@ def _join(address: str | None) -> None:
 
     from tfkd_ray.cluster import connect
 
-    connect(address)
+    connect(address, workers=workers)
     for noisy in ("ray", "ray.tune", "ray.train"):  # our table says it
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
@@ -363,7 +363,7 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
     from tfkd_ray.teachers import find_or_train
 
     if config.workers > 1:
-        _join(None)
+        _join(None, config.workers)
         from tfkd_ray.cluster import check_room
 
         check_room(config)

@@ -34,11 +34,12 @@ def check_ray() -> None:
         )
 
 
-def connect(address: str | None = None) -> bool:
+def connect(address: str | None = None, *, workers: int = 1) -> bool:
     """Connect to a Ray cluster, or start one here; whether one was started.
 
     An existing connection is used as it is. Otherwise `address`, then RAY_ADDRESS, say which cluster; with neither, a
-    new one starts on this machine, with token authentication, and ends with this process.
+    new one starts on this machine, with token authentication, and ends with this process. For trials of several
+    `workers` it has a dashboard, on loopback: Ray's clean-up after a killed trial asks there who is alive.
     """
     check_ray()
     if ray.is_initialized():
@@ -48,7 +49,7 @@ def connect(address: str | None = None) -> bool:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         _own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
-        ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=False, **quiet)
+        ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         return True
     try:
         ray.init(address=address, **quiet)
@@ -73,6 +74,18 @@ def _own_token() -> None:
         raise ConfigError(f"{path}: Ray's token cannot be kept there: {error.strerror}; set RAY_AUTH_TOKEN") from None
 
 
+def _state_api_answers() -> bool:
+    """Whether Ray can be asked which actors live; its clean-up after a lost trial depends on it."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=10)
+    except (RayStateApiException, ConnectionError, ValueError):
+        return False
+    return True
+
+
 def check_room(config: TrainConfig) -> int:
     """How many trials of this shape the cluster has room for at once; a ConfigError if not even one."""
     have = ray.cluster_resources()
@@ -87,6 +100,11 @@ def check_room(config: TrainConfig) -> int:
         problems.append(
             f"workers: trials of several workers need the resource '{DRIVER}' on the cluster, and it has none; "
             f"start its head with: ray start --head --resources='{{\"{DRIVER}\": 1000}}'"
+        )
+    if config.workers > 1 and not _state_api_answers():
+        problems.append(
+            "workers: trials of several workers need Ray's State API, and this cluster's does not answer: without it, a "
+            "killed trial keeps its CPUs for ever; start Ray with its dashboard (include_dashboard=True)"
         )
     if problems:
         raise ConfigError(problems, "this cluster")

@@ -214,7 +214,8 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
         if "\t" in line:
             raise ConfigError(f"{where}: a tab, and YAML indents with spaces only; replace it", source) from None
-        raise ConfigError(f"{where}: not YAML: {error.problem or error.context}", source) from None
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}: not YAML: {reason}", source) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"not YAML: {reason}", source) from None
@@ -257,7 +258,12 @@ def _name_first(tree: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Floats that YAML 1.2 readers take for floats (1.0e-4, not 1e-04), and no aliases."""
+    """No aliases, and quotes around text that a reader of YAML 1.1 or of 1.2 would take for something else."""
+
+    yaml_implicit_resolvers = {
+        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -272,6 +272,12 @@ class Space:
         """Full length of a trial."""
         return int(self.tree["epochs"])
 
+    @property
+    def example(self) -> TrainConfig:
+        """One configuration of the space; all that says where a trial runs is the same in every other."""
+        branch = self.branches[0]
+        return branch.config({p.name: p.domain.probes[0] for p in branch.parameters})
+
     def single(self) -> TrainConfig:
         """The one configuration of a file without ranges; a ConfigError that says what to fix otherwise."""
         problems = [

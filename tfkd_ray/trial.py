@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from tfkd_ray.schema import validated
 
 Metrics = dict[str, float]
 
+BARRIER_TIMEOUT_S = 10.0
+"""Longest wait for the other workers after a failure."""
 STOP_TIMEOUT_S = 10.0
 """Longest wait for a group to save and stop when the sweep ends."""
 
@@ -331,6 +334,22 @@ def _worker(given: dict[str, Any]) -> None:
                 elif what == "stop":
                     _stop(epochs)
         except Exception as error:
-            tell(number, "failed", _reason(error))
-            # goes on if all workers failed alike; where one failed alone, the others never come: the group ends
-            dist.monitored_barrier(group=control)
+            alike = _all_here(control)
+            if alike and first or not alike and not _is_of_communication(error):
+                tell(number, "failed", _reason(error))
+            if not alike:  # a worker is lost, or failed alone: the others cannot go on without it
+                raise
+
+
+def _all_here(control: dist.ProcessGroup) -> bool:
+    """Whether every worker comes here, so that all are in step again."""
+    try:
+        dist.monitored_barrier(group=control, timeout=timedelta(seconds=BARRIER_TIMEOUT_S))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _is_of_communication(error: Exception) -> bool:
+    """Whether an error says that another worker is gone, and nothing of the trial itself."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()

@@ -104,8 +104,9 @@ def resume_tuner(
 def prepare(storage: Path, space: Space) -> None:
     """Connect to Ray and check everything that can be checked before a directory is made."""
     _check_writable(storage)
-    connect()
-    check_room(space.branches[0].config({p.name: p.domain.probes[0] for p in space.branches[0].parameters}))
+    config = space.example
+    connect(workers=config.workers)
+    check_room(config)
 
 
 def train_teachers(
@@ -160,7 +161,7 @@ def _tuner(
     folder = trials_folder(experiment)
     place = {"directory": str(folder / "{name}"), "storage": str(storage)}
     searcher = OptunaSearcher(space, experiment / "study.journal", study=experiment.name, place=place)
-    config = space.branches[0].config({p.name: p.domain.probes[0] for p in space.branches[0].parameters})
+    config = space.example
     at_once = space.search.max_concurrent or tune_config.max_concurrent_trials
     if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
         at_once = min(at_once or sys.maxsize, check_room(config))
@@ -184,7 +185,11 @@ def _tuner(
             name=folder.name,
             storage_path=str(experiment),
             callbacks=[*ours, *callbacks, *(run_config.callbacks or [])],
-            failure_config=run_config.failure_config or tune.FailureConfig(max_failures=space.search.max_failures),
+            failure_config=(
+                run_config.failure_config
+                if run_config.failure_config not in (None, tune.FailureConfig())
+                else tune.FailureConfig(max_failures=space.search.max_failures)
+            ),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),

@@ -1,0 +1,52 @@
+"""One Ray cluster of 2 CPUs for the whole session; commands that tests start join it by RAY_ADDRESS."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("COLUMNS", "100")
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "search_spaces").rglob("*.yaml"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """Address of the session's cluster."""
+    import ray
+
+    from tfkd_ray.cluster import DRIVER, _own_token
+
+    _own_token()
+    ray.init(
+        address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
+        logging_level="ERROR", object_store_memory=150 * 2**20,
+    )  # fmt: skip
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    yield os.environ["RAY_ADDRESS"]
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tfkd(tmp_path: Path) -> Run:
+    """Run `tfkd ARGS` in an empty directory, as a person does."""
+
+    def run(*args: str, cwd: Path = tmp_path, timeout: float = 110, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tfkd_ray", *args],
+            cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
