@@ -36,6 +36,13 @@ def ray_cluster() -> Iterator[str]:
     ray.shutdown()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run where there is one."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -45,7 +45,9 @@ def softmax(row: list[float], T: float = 1.0) -> list[float]:
     return [v / sum(e) for v in e]
 
 
-def slow_loss(logits: Tensor, labels: Tensor, targets: list[list[float]], alpha: float, T: float, factor: float) -> float:
+def slow_loss(
+    logits: Tensor, labels: Tensor, targets: list[list[float]], alpha: float, T: float, factor: float
+) -> float:
     """(1 - alpha) CE + alpha * factor * KL(target || softmax(z / T)), means over the batch."""
     total = 0.0
     for z, c, q in zip(logits.tolist(), labels.tolist(), targets, strict=True):

@@ -28,10 +28,11 @@ STARTUP = 10
 
 
 class _Live:
-    """A trial that runs: its place in a study, and the epochs already reported there."""
+    """A trial that runs: its place in a study, and the epochs reported there, in this session and before."""
 
     def __init__(self, study: optuna.Study, trial: optuna.Trial, reported: set[int]) -> None:
         self.study, self.trial, self.reported = study, trial, reported
+        self.before = max(reported, default=0)
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
@@ -128,9 +129,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     # --- for the scheduler and the driver
 
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Put an epoch's value into the study, once; whether the trial is now at a rung where it should stop."""
+        """Put an epoch's value into the study, once; whether the trial is now at a rung where it should stop.
+
+        A resumed trial tells its epochs again. They are known, and were judged, but for the last: the driver may have
+        died before it acted on that.
+        """
         live = self._live.get(trial_id)
-        if live is None or not self._put(live, result) or result["epoch"] >= self.space.epochs:
+        if live is None:
+            return False
+        fresh = self._put(live, result)
+        epoch = result.get("epoch")
+        if epoch == self.space.epochs or not (fresh or (epoch == live.before and epoch in live.reported)):
             return False
         return bool(live.trial.should_prune())
 
@@ -210,10 +219,32 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         stopping = self.space.search.stopping
-        rungs = stopping.rungs(self.space.epochs)
-        if not isinstance(stopping, Halving) or not rungs:
-            return optuna.pruners.NopPruner()
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=stopping.factor)
+        if isinstance(stopping, Halving):
+            return Rungs(stopping.rungs(self.space.epochs), stopping.factor)
+        return optuna.pruners.NopPruner()
+
+
+class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
+    """Asynchronous successive halving. (Li et al. 2020, arXiv:1810.05934, without promotion of stopped trials.)
+
+    At a rung a trial goes on if its value is among the best 1 / `factor` of those that have come there, and at least if
+    it is the best. Unlike Optuna's own pruner it keeps no notes: its answer is a function of the reported values alone,
+    so that it can be asked again after a crash.
+    """
+
+    def __init__(self, rungs: list[int], factor: int) -> None:
+        self._rungs, self._factor = rungs, factor
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether the trial should stop at the epoch it has reported last."""
+        rung = trial.last_step
+        if rung not in self._rungs:
+            return False
+        came = [t.intermediate_values[rung] for t in study.get_trials(deepcopy=False) if rung in t.intermediate_values]
+        came.sort(reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE)
+        last_good = came[max(1, len(came) // self._factor) - 1]
+        value = trial.intermediate_values[rung]
+        return value < last_good if study.direction == optuna.study.StudyDirection.MAXIMIZE else value > last_good
 
 
 class StudyStopping(FIFOScheduler):  # type: ignore[misc]

@@ -1,0 +1,66 @@
+"""An experiment's files, written and read."""
+
+from pathlib import Path
+
+import pytest
+
+from tfkd_ray.experiment import (
+    Record,
+    best,
+    read_experiment,
+    read_metrics,
+    read_records,
+    write_experiment,
+    write_record,
+)
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.space import build_space
+
+
+def record(folder: Path, number: int, status: str = "done", accuracy: float = 0.5) -> Record:
+    name = f"t{number:04d}-ce"
+    metrics = [{"epoch": 1.0, "val_accuracy": accuracy}]
+    return Record(folder / "trials" / name, number, name, "ce", status, {"optim.lr": 0.1}, {}, metrics=metrics)
+
+
+def test_an_experiment_says_what_it_was_made_with(tmp_path: Path) -> None:
+    tree = build_space({"objective": "ce", "seed": 3}).tree
+    write_experiment(tmp_path, tree, ["tfkd", "tune"])
+    about = read_experiment(tmp_path)
+    assert about["space"] == tree and about["command"] == ["tfkd", "tune"]
+    assert about["seeds"] == {"trials": 3, "proposals": 0, "split": 0}
+    assert set(about["versions"]) == {"python", "tfkd_ray", "ray", "torch", "optuna"}
+
+
+def test_records_read_back_in_order(tmp_path: Path) -> None:
+    for number in (10, 2):
+        write_record(record(tmp_path, number))
+    assert [(r.number, r.status, r.parameters) for r in read_records(tmp_path)] == [
+        (2, "done", {"optim.lr": 0.1}),
+        (10, "done", {"optim.lr": 0.1}),
+    ]
+
+
+def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    assert read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_only_trials_of_full_length_can_be_best_and_of_equals_the_first_is(tmp_path: Path) -> None:
+    records = [
+        record(tmp_path, 0, "stopped", 0.9),
+        record(tmp_path, 1),
+        record(tmp_path, 2),
+        record(tmp_path, 3, accuracy=0.4),
+    ]
+    first, last = best(records, "val_accuracy", "max"), best(records, "val_accuracy", "min")
+    assert first is not None and first.number == 1 and last is not None and last.number == 3
+    assert best(records[:1], "val_accuracy", "max") is None
+
+
+def test_what_is_no_experiment_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not an experiment: there is no experiment.yaml in it"):
+        read_experiment(tmp_path)
+    (tmp_path / "experiment.yaml").write_text("layout: 99\n")
+    with pytest.raises(ConfigError, match="layout 99, and this release reads layout 1"):
+        read_experiment(tmp_path)

@@ -1,0 +1,77 @@
+"""Imports point one way, and the light commands stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfkd_ray
+
+PACKAGE = Path(tfkd_ray.__file__).parent
+
+# from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
+ORDER = [
+    "schema",
+    "objectives", "data", "models",
+    "config",
+    "checkpoint", "evaluate", "space", "experiment",
+    "loop",
+    "teachers",
+    "cluster", "search", "tensorboard", "live", "trial",
+    "tune",
+    "cli",
+    "__main__",
+]  # fmt: skip
+RAY = {"cluster", "search", "tensorboard", "live", "trial", "tune"}
+
+
+def imports(module: str) -> list[tuple[str, bool]]:
+    """(imported module, whether at the top of the file)."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    found = []
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            found += [(alias.name, top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"tfkd_ray.{a.name}" for a in node.names] if node.module == "tfkd_ray" else [node.module]
+            found += [(name, top) for name in names]
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_down(module: str) -> None:
+    below = ORDER[: ORDER.index(module)]
+    for name, _ in imports(module):
+        parts = name.split(".")
+        if parts[0] == "tfkd_ray" and len(parts) > 1 and parts[1] != "__version__":
+            assert parts[1] in below, f"{module} imports {name}"
+        if parts[0] == "ray":
+            assert module in RAY, f"{module} imports {name}"
+
+
+def test_public_names_are_there() -> None:
+    assert all(getattr(tfkd_ray, name) is not None for name in tfkd_ray.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tran'"):
+        _ = tfkd_ray.tran
+
+
+@pytest.mark.parametrize("command", ["--help", "--version"])
+def test_help_imports_neither_torch_nor_ray(command: str) -> None:
+    code = (
+        "import sys; from tfkd_ray.cli import main\n"
+        f"try: main(['{command}'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'optuna', 'yaml'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_reading_commands_import_neither_torch_nor_ray() -> None:
+    code = "import sys; import tfkd_ray.experiment; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,274 @@
+"""The loop: what it computes, that it stops and resumes bit by bit, and that workers agree."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
+from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
+from tfkd_ray.data import Digits, ImageSet
+from tfkd_ray.loop import Diverged, Epoch, epoch_order, split_batches, train, train_in
+from tfkd_ray.models import Cnn, Mlp
+from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
+from tfkd_ray.schema import validated
+
+TIMES = {"seconds", "images_per_s"}
+
+
+def config(**changes: Any) -> TrainConfig:
+    tree = {"objective": {"name": "ce"}, "student": {"name": "mlp", "hidden": [16]}, "epochs": 3, **changes}
+    return validated(TrainConfig, tree)
+
+
+def numbers(epochs: list[Epoch] | list[dict[str, float]]) -> list[dict[str, float]]:
+    """Metrics without the times."""
+    metrics = [e.metrics if isinstance(e, Epoch) else e for e in epochs]
+    return [{k: v for k, v in m.items() if k not in TIMES} for m in metrics]
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two trees of tensors are equal, bit by bit."""
+    return a.keys() == b.keys() and all(
+        same(v, b[k]) if isinstance(v, dict) else v.equal(b[k]) if isinstance(v, Tensor) else v == b[k]
+        for k, v in a.items()
+        if k != "history"
+    )
+
+
+# --- what it computes
+
+
+def test_an_epoch_is_the_textbook_loop() -> None:
+    """Against torch's own SGD, DataLoader-free but otherwise as everyone writes it."""
+    c = config(epochs=2, optim={"lr": 0.05, "weight_decay": 1e-3, "nesterov": True, "batch_size": 100})
+    ours = list(train(c))[-1].state()["model"]
+    from tfkd_ray.data import address
+
+    torch.manual_seed(address(0, "init"))
+    net = Mlp(hidden=(16,)).build((1, 8, 8), 10)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    images, _ = Digits().load()
+    for epoch in range(2):
+        batches = epoch_order(images, 0, epoch).split(100)
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * c.schedule.factor(epoch + (step + 1) / len(batches), 2)
+            x = (images.images[batch].float() - Digits.mean[0]) / Digits.std[0]
+            loss = F.cross_entropy(net(x), images.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, value in net.state_dict().items():
+        assert torch.allclose(ours[name], value, atol=1e-6), name
+
+
+def test_students_learn_real_digits() -> None:
+    last = list(train(config(epochs=15, student={"name": "mlp", "hidden": [32]})))[-1].metrics
+    assert last["val_accuracy"] > 0.93 and last["val_nll"] < 0.3
+
+
+def test_the_parts_of_the_loss_are_unweighted_and_add_up() -> None:
+    objective = TfkdReg(alpha=0.3, temperature=5.0, loss_scale=0.5)
+    for epoch in train(config(objective=objective.model_dump(), epochs=2)):
+        m = epoch.metrics
+        assert m["train_loss"] == pytest.approx(0.5 * (0.7 * m["train_ce"] + 0.3 * 25 * m["train_kd"]), rel=1e-5)
+
+
+def test_plain_training_has_no_kd_part() -> None:
+    assert "train_kd" not in next(train(config())).metrics
+
+
+def test_the_student_is_in_train_mode_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            modes.append(self.training)
+            return super().forward(x.flatten(1))
+
+    monkeypatch.setattr(Mlp, "build", lambda self, shape, K: Spy(64, K))
+    list(train(config(optim={"batch_size": 2000})))  # one step an epoch, then one batch of validation
+    assert modes == [True, False] * 3
+
+
+def test_the_learning_rate_follows_the_schedule() -> None:
+    c = config(epochs=10, schedule=Step(warmup_epochs=0).model_dump(), optim={"lr": 0.1})
+    assert [round(e.metrics["lr"], 9) for e in train(c)] == [
+        0.1,
+        0.1,
+        0.02,
+        0.02,
+        0.02,
+        0.004,
+        0.004,
+        0.0008,
+        0.0008,
+        0.0008,
+    ]
+
+
+def test_a_teacher_is_left_alone() -> None:
+    teacher = Mlp(hidden=(8,)).build((1, 8, 8), 10).train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    c = config(objective={"name": "kd"}, teacher={"model": {"name": "mlp", "hidden": [8]}})
+    list(train(c, teacher=teacher))
+    assert same(before, teacher.state_dict()) and not teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_missing_teacher_is_said() -> None:
+    with pytest.raises(ValueError, match="objective tfkd_self: needs a teacher"):
+        next(train(config(objective=TfkdSelf().model_dump())))
+
+
+def test_a_diverging_run_says_at_which_epoch() -> None:
+    with pytest.raises(Diverged, match=r"train_loss is (nan|inf) at epoch \d; a smaller optim.lr may help"):
+        list(train(config(optim={"lr": 1e20})))
+
+
+# --- common random numbers
+
+
+def test_trials_differ_by_their_hyperparameters_and_nothing_else() -> None:
+    a, b = next(train(config())), next(train(config(objective=LabelSmoothing(alpha=0.0).model_dump())))
+    assert a.metrics["train_ce"] == pytest.approx(b.metrics["train_ce"], rel=1e-6)
+    assert next(train(config(seed=1))).metrics["train_ce"] != a.metrics["train_ce"]
+
+
+def test_the_order_is_a_permutation_that_does_not_depend_on_what_else_is_in_the_split() -> None:
+    whole, _ = Digits().load()
+    half = ImageSet(whole.images[::2], whole.labels[::2], whole.positions[::2], whole.official_size)
+    order = epoch_order(whole, 0, 3)
+    assert sorted(order.tolist()) == list(range(len(whole)))
+    kept = [p for p in whole.positions[order].tolist() if p in set(half.positions.tolist())]
+    assert half.positions[epoch_order(half, 0, 3)].tolist() == kept
+    assert epoch_order(whole, 0, 4).tolist() != order.tolist()
+
+
+@pytest.mark.parametrize(
+    "n, size, workers, sizes", [(10, 4, 1, [4, 4, 2]), (9, 4, 1, [4, 5]), (9, 4, 2, [4, 5]), (3, 4, 2, [3])]
+)
+def test_a_last_batch_too_small_for_its_workers_is_joined(n: int, size: int, workers: int, sizes: list[int]) -> None:
+    assert [len(b) for b in split_batches(torch.arange(n), size, workers)] == sizes
+
+
+# --- stop and resume
+
+RUNS = {
+    "mlp with dropout": config(student={"name": "mlp", "hidden": [16], "dropout": 0.3}, epochs=4),
+    "cnn with batch statistics": config(student={"name": "cnn", "widths": [4]}, epochs=4, schedule="step"),
+    "tfkd_reg, nesterov": config(objective={"name": "tfkd_reg"}, optim={"nesterov": True, "batch_size": 50}, epochs=4),
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_stop_and_resume_equals_never_stopped(run: TrainConfig, stop: int, tmp_path: Path) -> None:
+    whole = list(train(run))
+    first = train(run)
+    states = [next(first) for _ in range(stop)]
+    state = states[-1].state()
+    first.close()
+    rest = list(train(run, state))
+    assert numbers(states) + numbers(rest) == numbers(whole)
+    assert same(rest[-1].state(), whole[-1].state())
+
+
+def test_a_state_is_a_copy_that_training_does_not_touch() -> None:
+    run = train(config())
+    state = next(run).state()
+    weights = {k: v.clone() for k, v in state["model"].items()}
+    next(run)
+    assert same(weights, state["model"])
+
+
+def test_the_state_of_another_run_is_refused() -> None:
+    state = next(train(config())).state()
+    with pytest.raises(ValueError, match="the state is of another run"):
+        next(train(config(seed=1), state))
+
+
+def test_closing_gives_the_threads_back() -> None:
+    before = torch.get_num_threads()
+    run = train(config(cpus_per_worker=before + 1))
+    next(run)
+    assert torch.get_num_threads() == before + 1
+    run.close()
+    assert torch.get_num_threads() == before
+
+
+def test_a_run_in_a_directory_leaves_its_last_state_and_its_weights(tmp_path: Path) -> None:
+    metrics = list(train_in(tmp_path, config(checkpoint_every_s=0)))
+    assert numbers(metrics) == numbers(list(train(config())))
+    state = load_state(tmp_path)
+    assert state is not None and state["epoch"] == 3
+    assert same(load_weights(tmp_path / WEIGHTS), state["model"])
+
+
+def test_a_closed_run_saves_itself_and_goes_on_there(tmp_path: Path) -> None:
+    run = train_in(tmp_path, config())
+    first = [next(run), next(run)]
+    assert not (tmp_path / LAST).exists()  # 10 s are not over
+    run.close()
+    state = load_state(tmp_path)
+    assert state is not None and state["epoch"] == 2
+    again = list(train_in(tmp_path, config()))
+    assert again[:2] == first and numbers(again) == numbers(list(train(config())))
+
+
+def test_a_run_that_is_stopped_for_good_saves_nothing(tmp_path: Path) -> None:
+    run = train_in(tmp_path, config())
+    next(run)
+    with pytest.raises(KeyError):
+        run.throw(KeyError("stopped"))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_finished_run_is_told_again_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(train_in(tmp_path, config()))
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: pytest.fail("trained again"))
+    assert list(train_in(tmp_path, config())) == whole
+
+
+# --- one worker or two
+
+
+def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for epoch in train(validated(TrainConfig, tree)):
+        last = epoch
+    if rank == 0:
+        torch.save(last.state(), f"{folder}/state.pt")
+    dist.destroy_process_group()
+
+
+AGREE = [CrossEntropy(), TfkdReg(alpha=0.5, temperature=4.0)]
+
+
+@pytest.mark.parametrize("objective", AGREE, ids=lambda o: o.name)
+def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> None:
+    """Without batch statistics and dropout: 1,151 images in batches of 64 leave an odd last batch of 63."""
+    c = config(
+        objective=objective.model_dump(),
+        optim=OptimConfig(batch_size=64).model_dump(),
+        schedule=Constant().model_dump(),
+    )
+    one = list(train(c))[-1].state()
+    mp.spawn(_worker, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
+    two = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name, value in one["model"].items():
+        assert (two["model"][name] - value).abs().max() < 1e-5, name
+    for a, b in zip(numbers(one["history"]), numbers(two["history"]), strict=True):
+        assert b == pytest.approx(a, abs=1e-5)
+
+
+@pytest.mark.gpu
+def test_the_loop_runs_on_a_gpu() -> None:
+    assert list(train(config(student=Cnn().model_dump())))[-1].metrics["val_accuracy"] > 0.5

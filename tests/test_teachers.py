@@ -1,0 +1,85 @@
+"""Teachers: made once, named by what made them, checked when loaded."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tfkd_ray import teachers
+from tfkd_ray.config import TeacherConfig, TrainConfig
+from tfkd_ray.models import Mlp
+from tfkd_ray.objectives import CrossEntropy, TfkdSelf
+from tfkd_ray.teachers import find_or_train, load_teacher, teacher_folder, teacher_name, train_teacher
+
+RUN = TrainConfig(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
+
+
+def test_a_teacher_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    about = train_teacher(RUN, tmp_path, lambda m: seen.append(m["epoch"]))
+    assert seen == [1.0, 2.0] and about["metrics"]["val_accuracy"] > 0.3
+    monkeypatch.setattr(teachers, "train_in", lambda *a: pytest.fail("trained again"))
+    assert train_teacher(RUN, tmp_path) == about
+    assert sorted(p.name for p in teacher_folder(RUN, tmp_path).iterdir()) == [
+        ".lock",
+        "student.safetensors",
+        "teacher.json",
+    ]
+
+
+def test_the_loaded_teacher_is_the_trained_one(tmp_path: Path) -> None:
+    config = TrainConfig(objective=TfkdSelf(), student=Mlp(hidden=(8,)), teacher=TeacherConfig(epochs=2))
+    teacher = find_or_train(config, tmp_path)
+    assert teacher is not None and not teacher.training
+    again = find_or_train(config, tmp_path)
+    assert again is not None
+    x = torch.randn(3, 1, 8, 8)
+    assert teacher(x).equal(again(x))
+    assert find_or_train(RUN, tmp_path) is None
+
+
+def test_the_name_changes_with_everything_that_makes_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        teacher_name(RUN.model_copy(update=u)) for u in ({}, {"seed": 1}, {"epochs": 3}, {"student": Mlp(hidden=(9,))})
+    }
+    monkeypatch.setattr(teachers, "LOOP_VERSION", 99)
+    assert len(names | {teacher_name(RUN)}) == 5
+    assert all(n.startswith("mlp-") for n in names)
+
+
+def test_a_damaged_teacher_is_refused(tmp_path: Path) -> None:
+    train_teacher(RUN, tmp_path)
+    path = teacher_folder(RUN, tmp_path) / "student.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        load_teacher(RUN, tmp_path)
+
+
+def test_a_missing_teacher_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="this node does not see the driver's storage"):
+        load_teacher(RUN, tmp_path)
+
+
+def _train(storage: Path, times: "multiprocessing.Queue[int]") -> None:
+    count = 0
+
+    def on_epoch(metrics: dict[str, float]) -> None:
+        nonlocal count
+        count += 1
+        time.sleep(0.1)
+
+    train_teacher(RUN, storage, on_epoch)
+    times.put(count)
+
+
+def test_two_processes_train_it_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    epochs: multiprocessing.Queue[int] = context.Queue()
+    both = [context.Process(target=_train, args=(tmp_path, epochs)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert sorted([epochs.get(), epochs.get()]) == [0, 2]
