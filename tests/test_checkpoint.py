@@ -25,7 +25,7 @@ def test_no_state_is_none(tmp_path: Path) -> None:
 def test_the_state_before_is_kept_and_no_other(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         save_state(tmp_path, {"epoch": epoch})
-    assert sorted(os.listdir(tmp_path)) == [BEFORE, LAST]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [BEFORE, LAST]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
@@ -44,7 +44,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "f", b"new")
-    assert (tmp_path / "f").read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
+    assert (tmp_path / "f").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 class Bomb:

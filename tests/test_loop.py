@@ -1,6 +1,5 @@
 """The loop: what it computes, that it stops and resumes bit by bit, and that workers agree."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +227,7 @@ def test_a_run_that_is_stopped_for_good_saves_nothing(tmp_path: Path) -> None:
     next(run)
     with pytest.raises(KeyError):
         run.throw(KeyError("stopped"))
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_told_again_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,7 @@ def test_the_converter_gives_the_table_of_effective_weights() -> None:
 
 
 def test_a_released_setting_out_of_range_is_refused() -> None:
-    with pytest.raises(ConfigError, match="alpha=1.5"):
+    with pytest.raises(ConfigError, match=r"alpha=1\.5"):
         from_released("kd", alpha=1.5, temperature=4, num_classes=10)
 
 
@@ -265,5 +265,5 @@ def test_large_logits_give_finite_losses(objective: CrossEntropy, dtype: torch.d
 
 def test_kd_without_a_teacher_says_what_it_needs(batch: Batch) -> None:
     logits, labels, _ = batch
-    with pytest.raises(ValueError, match="kd: needs the teacher's logits"):
+    with pytest.raises(ValueError, match="kd: needs the teacher's"):
         KnowledgeDistillation()(logits, labels)

@@ -84,7 +84,7 @@ def test_every_searched_parameter_is_a_typed_column(tmp_path: Path, space: Space
     assert (columns["lr"].domain_interval.min_value, columns["lr"].domain_interval.max_value) == (0.1, 1.0)
     assert [v.string_value for v in columns["objective"].domain_discrete.values] == ["ce", "lsr"]
     assert all(h.differs for h in columns.values())
-    assert [m.name.tag for m in experiment.metric_infos][0] == "hp/value"
+    assert next(m.name.tag for m in experiment.metric_infos) == "hp/value"
     assert len(list(tmp_path.glob("events.*"))) == 1
 
 

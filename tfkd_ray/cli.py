@@ -113,10 +113,9 @@ def _say(text: str) -> None:
 
 
 def _load(args: argparse.Namespace) -> "Space":
-    from tfkd_ray.schema import find_file
     from tfkd_ray.space import load_space
 
-    return load_space(find_file(args.file, "search_spaces"), args.overrides)
+    return load_space(args.file, args.overrides)
 
 
 # --- check -----------------------------------------------------------------------------------------------------
@@ -176,6 +175,9 @@ def _tune(args: argparse.Namespace) -> int:
 
         raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
     experiment = (args.storage / name).expanduser().absolute()
+    from tfkd_ray.experiment import check_new
+
+    check_new(experiment)
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
 
@@ -333,11 +335,9 @@ def _train(args: argparse.Namespace) -> int:
     out = (
         (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
     )
-    from tfkd_ray.schema import ConfigError
+    from tfkd_ray.experiment import check_writable
 
-    there = next(p for p in (out, *out.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write there ({there}); choose another place: --out DIR", out)
+    check_writable(out, "--out DIR")
     epochs = _epochs(config, out, args.storage.expanduser().absolute())
     try:
         for metrics in epochs:

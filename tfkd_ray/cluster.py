@@ -17,7 +17,7 @@ DRIVER = "tfkd_driver"
 
 
 def check_ray() -> None:
-    """Raise where Ray is there without `ray[default]`: an early-stopped trial of several workers would hang then."""
+    """Raise where Ray is there without `ray[default]`: a stopped trial of several workers would hang then."""
     missing = []
     for text in importlib.metadata.requires("ray") or []:
         requirement = Requirement(text)
@@ -103,7 +103,7 @@ def check_room(config: TrainConfig) -> int:
         )
     if config.workers > 1 and not _state_api_answers():
         problems.append(
-            "workers: trials of several workers need Ray's State API, and this cluster's does not answer: without it, a "
+            "workers: trials of several workers need Ray's State API, and this cluster's does not answer: without it a "
             "killed trial keeps its CPUs for ever; start Ray with its dashboard (include_dashboard=True)"
         )
     if problems:

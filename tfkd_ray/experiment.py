@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -118,6 +119,25 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.new")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def check_new(experiment: Path) -> None:
+    """Raise where an experiment of this name is there already, or cannot be made there."""
+    if experiment.exists():
+        message = f"experiment {experiment.name!r} exists already; choose another name, or go on with it: tfkd resume"
+        raise ConfigError(f"{message} {experiment}", experiment.parent)
+    check_writable(experiment.parent, "--storage DIR")
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise where a folder, or the nearest above it that is there, cannot be written to; `option` names the way out."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        message = f"{there} cannot be written to ({error.strerror}); choose another place: {option}"
+        raise ConfigError(message, folder) from None
 
 
 def best(records: list[Record], metric: str, mode: str) -> Record | None:

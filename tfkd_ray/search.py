@@ -243,8 +243,7 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
         came = [t.intermediate_values[rung] for t in study.get_trials(deepcopy=False) if rung in t.intermediate_values]
         came.sort(reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE)
         last_good = came[max(1, len(came) // self._factor) - 1]
-        value = trial.intermediate_values[rung]
-        return value < last_good if study.direction == optuna.study.StudyDirection.MAXIMIZE else value > last_good
+        return came.index(trial.intermediate_values[rung]) > came.index(last_good)
 
 
 class StudyStopping(FIFOScheduler):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from tfkd_ray.schema import (
     ConfigError,
     Settings,
     did_you_mean,
+    find_file,
     leaves,
     members,
     named,
@@ -304,8 +305,14 @@ class Space:
         return list(runs.values())
 
 
-def load_space(path: Path, overrides: Sequence[str] = ()) -> Space:
-    """Read, override and check a space file; every problem in it is in one ConfigError."""
+def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
+    """Read, override and check a space file; every problem in it is in one ConfigError.
+
+    Args:
+        path: of the file, or the name of one that ships with the package.
+        overrides: `key.path=value` each, in YAML, as on the command line.
+    """
+    path = find_file(path, "search_spaces")
     tree = read_yaml(path)
     problems: list[str] = []
     for override in overrides:

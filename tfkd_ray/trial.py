@@ -335,7 +335,7 @@ def _worker(given: dict[str, Any]) -> None:
                     _stop(epochs)
         except Exception as error:
             alike = _all_here(control)
-            if alike and first or not alike and not _is_of_communication(error):
+            if first if alike else not _is_of_communication(error):
                 tell(number, "failed", _reason(error))
             if not alike:  # a worker is lost, or failed alone: the others cannot go on without it
                 raise

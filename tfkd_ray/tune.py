@@ -20,6 +20,8 @@ from tfkd_ray.cluster import check_room, connect
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import (
     Record,
+    check_new,
+    check_writable,
     read_experiment,
     read_metrics,
     trials_folder,
@@ -67,12 +69,8 @@ def build_tuner(
     storage = Path(storage).expanduser().absolute()
     name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = storage / name
-    if experiment.exists():
-        raise ConfigError(
-            f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume {experiment}",
-            storage,
-        )
-    prepare(storage, space)
+    check_new(experiment)
+    prepare(space)
     experiment.mkdir(parents=True)
     write_experiment(experiment, space.tree, sys.argv)
     train_teachers(space, storage, on_teacher)
@@ -94,16 +92,16 @@ def resume_tuner(
     about = read_experiment(experiment)
     about["space"]["search"]["num_samples"] += add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
-    prepare(experiment.parent, space)
+    check_writable(experiment, "an experiment directory of yours")
+    prepare(space)
     if add_trials:
         write_experiment(experiment, space.tree, about["command"])
     train_teachers(space, experiment.parent, on_teacher)
     return _tuner(space, experiment, callbacks, tune.TuneConfig(), tune.RunConfig())
 
 
-def prepare(storage: Path, space: Space) -> None:
-    """Connect to Ray and check everything that can be checked before a directory is made."""
-    _check_writable(storage)
+def prepare(space: Space) -> None:
+    """Connect to Ray, and refuse what its cluster can never run, before a directory is made."""
     config = space.example
     connect(workers=config.workers)
     check_room(config)
@@ -132,14 +130,6 @@ def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
     if isinstance(space, dict):
         return build_space(space), "sweep"
     return load_space(Path(space)), Path(space).stem
-
-
-def _check_writable(storage: Path) -> None:
-    there = next(p for p in (storage, *storage.parents) if p.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{there} is a file, and experiments go into directories", storage)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"no permission to write in {there}; choose another place: --storage DIR", storage)
 
 
 def _tuner(

@@ -1,0 +1,60 @@
+# make demo   set up, then run the sweep of the README
+# make test   set up, then run the tests            make test-fast   those that need no Ray
+# make check  format, lint, types                   make ci          what CI runs
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-faults test-gpu check ci format clean
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED := 0
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+# installed again only when what is to be installed changes
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not here; name a Python 3.11 with: make PYTHON=..."; exit 2; }
+	@echo "set-up: making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "set-up: installing tfkd_ray and what it needs (several minutes the first time; torch is large)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
+		2> >(grep -v 'it is neither a file nor a directory' >&2)
+	@touch $@
+	@echo "set-up: done"
+
+demo: $(VENV)/.installed
+	@echo "demo: tfkd tune search_spaces/digits_tfkd.yaml"
+	@PATH="$$PWD/$(BIN):$$PATH" tfkd tune search_spaces/digits_tfkd.yaml
+	@echo
+	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
+
+test: $(VENV)/.installed
+	@echo "test: all but the marks 'fault' and 'gpu'"
+	@$(BIN)/python -m pytest -m 'not fault and not gpu' $(ARGS)
+
+test-fast: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not gpu' $(ARGS)
+
+test-faults: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m fault $(ARGS)
+
+test-gpu: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(VENV)/.installed
+	@$(BIN)/ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@echo "check: format, lint and types are fine"
+
+ci: check test test-faults
+
+format: $(VENV)/.installed
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format --quiet .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,102 @@
+"""A sweep on a Ray cluster of its own, with processes killed on the way; prints what happened as JSON.
+
+    python tests/sweep_under_fire.py STORAGE CPUS '{"space": {...}, "kill": [[trial number, epoch, "worker" or "trial"]]}'
+
+`kill` sends a real signal 9 to a Ray Train worker, or to the process of that trial, when the trial has told its epoch.
+Run by test_groups.py while the session's cluster is alive, too: two clusters on one host are part of the test.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray import tune
+
+from tfkd_ray.cluster import DRIVER
+from tfkd_ray.tune import build_tuner
+
+TITLES = {"worker": ("ray::RayTrainWorker",), "trial": ("ray::StudentTrial", "ray::ResourceTrainable")}
+ALL = TITLES["worker"] + TITLES["trial"]
+
+
+class Watch(tune.Callback):  # type: ignore[misc]
+    """Notes when each trial starts and ends, and kills on plan."""
+
+    def __init__(self, kill: list[list[Any]]) -> None:
+        self.kill = {(number, epoch): what for number, epoch, what in kill}
+        self.events: list[tuple[float, str, int]] = []
+
+    def _note(self, what: str, trial: Any) -> None:
+        self.events.append((time.time(), what, trial.config["trial"]["number"]))
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._note("start", trial)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if result.get("epoch") == 1:
+            self._note("first epoch", trial)
+        what = self.kill.pop((trial.config["trial"]["number"], result.get("epoch")), None)
+        if what:
+            pid = (
+                trial.temporary_state.ray_actor
+                and ray.get(trial.temporary_state.ray_actor.get_current_ip_pid.remote())[1]
+            )
+            victims = [pid] if what == "trial" else [p.pid for p in _ray_processes(TITLES["worker"])][:1]
+            self._note(f"kill {what}", trial)
+            os.kill(victims[0], signal.SIGKILL)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._note("lost", trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._note("end", trial)
+
+
+def _ray_processes(titles: tuple[str, ...]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(titles):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def main() -> None:
+    storage, cpus, plan = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(
+        address="local", num_cpus=cpus, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
+        logging_level="CRITICAL", object_store_memory=150 * 2**20,
+    )  # fmt: skip
+    watch = Watch(plan["kill"])
+    build_tuner(plan["space"], name="e", storage=storage, callbacks=[watch]).fit()
+    ended = time.time()
+    while (ray.available_resources().get("CPU") != cpus or _ray_processes(ALL)) and time.time() - ended < 30:
+        time.sleep(0.2)
+    groups = {g["state"] for g in ray.util.placement_group_table().values()}
+    report = {
+        "events": watch.events,
+        "free": ray.available_resources().get("CPU"),
+        "freed_after_s": time.time() - ended,
+        "groups": sorted(groups),
+        "left": [p.name() for p in _ray_processes(ALL)],
+        "trials": {
+            (about := json.loads(p.read_text()))["number"]: [about["status"], about["reason"]]
+            for p in Path(storage).glob("e/trials/*/trial.json")
+        },
+    }
+    print("REPORT " + json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

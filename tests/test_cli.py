@@ -1,0 +1,292 @@
+"""The command line, as a person meets it: bad input in process, real work in real processes."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Run
+
+from tfkd_ray.cli import main
+from tfkd_ray.experiment import read_records
+
+SPACE = """
+student: {name: mlp, hidden: [8]}
+epochs: 3
+objective: ce
+optim: {lr: {low: 0.01, high: 0.5, log: true}}
+search: {num_samples: 2}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(SPACE)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command that must end with exit code 2, one message on stderr and nothing on stdout."""
+    try:
+        code = main(argv)
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and "Traceback" not in err
+    return err
+
+
+BAD_FILES = {
+    "missing": (None, "no such file"),
+    "empty": ("", "is empty"),
+    "tab": ("objective:\n\tname: ce\n", "line 2, column 1: a tab, and YAML indents with spaces only"),
+    "not yaml": ("objective: [ce", "not YAML"),
+    "list": ("- ce\n", "must be settings (key: value), got a list"),
+    "misspelt key": ("objective: ce\noptimm: {lr: 1}\n", "optimm: no such setting; did you mean 'optim'?"),
+    "alpha 1.5": ("objective: {name: kd, alpha: 1.5}\n", "objective.kd.alpha: Input should be less than or equal to 1, got 1.5"),
+    "temperature 0": ("objective: {name: tfkd_reg, temperature: 0}\n", "objective.tfkd_reg.temperature: Input should be greater than 0, got 0"),
+    "correct_prob 1": ("objective: {name: tfkd_reg, correct_prob: 1.0}\n", "objective.tfkd_reg.correct_prob: Input should be less than 1, got 1.0"),
+    "correct_prob below 1/K": ("objective: {name: tfkd_reg, correct_prob: 0.05}\n", "objective.tfkd_reg.correct_prob: must be at least 1/K = 0.1"),
+    "low > high": ("objective: ce\noptim: {lr: {low: 2, high: 1}}\n", "optim.lr: low must not be above high, got low 2 and high 1"),
+    "log from 0": ("objective: ce\noptim: {lr: {low: 0, high: 1, log: true}}\n", "optim.lr: a log range starts above 0, got low 0"),
+    "unknown objective": ("objective: cee\n", "objective: no such name 'cee'; did you mean 'ce'?"),
+    "unknown model": ("objective: ce\nstudent: resnet\n", "student: no such name 'resnet'; known: cnn, mlp"),
+    "unknown data": ("objective: ce\ndata: mnist\n", "data.name: no such name 'mnist'; known: digits"),
+    "twice": ("objective: ce\nobjective: kd\n", "key 'objective' is given twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["check", "tune", "train"])
+@pytest.mark.parametrize("text, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_gets_one_message_and_exit_code_2(
+    here: Path, capsys: pytest.CaptureFixture[str], verb: str, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (here / "bad.yaml").write_text(text)
+    err = refused(capsys, verb, "bad.yaml")
+    assert "bad.yaml" in err and message in err
+    assert {p.name for p in here.iterdir()} <= {"bad.yaml", "mine.yaml"}
+
+
+def test_a_directory_is_no_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "dir").mkdir()
+    assert "is a directory, not a file" in refused(capsys, "tune", "dir")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["tune"], "the following arguments are required: file"),
+        (["tun", "mine.yaml"], "invalid choice: 'tun'"),
+        (["check", "mine.yaml", "optm.lr=1"], "optm: no such setting; did you mean 'optim'?"),
+        (["check", "mine.yaml", "epochs"], "an override is key.path=value"),
+        (["check", "mine.yaml", "--x"], "unrecognized arguments: --x"),
+        (["trials", "mine.yaml", "more"], "unrecognized arguments: more"),
+        (["tune", "mine.yaml", "--name", "a/b"], "--name: a plain name without slashes, got 'a/b'"),
+        (["tune", "mine.yaml", "--storage", "mine.yaml"], "mine.yaml cannot be written to"),
+        (
+            ["train", "mine.yaml"],
+            "optim.lr: is searched (0.01 to 0.5 (log)), and one run needs one value; fix it: optim.lr=0.01",
+        ),
+        (["train", "mine.yaml", "optim.lr=1", "--out", "/proc/x"], "/proc cannot be written to"),
+        (["resume", "."], "not an experiment: there is no experiment.yaml in it"),
+        (["resume", ".", "--add-trials", "-3"], "--add-trials: a whole number, got '-3'"),
+        (["best", "nowhere"], "not an experiment"),
+        (["trials", "."], "not an experiment"),
+        (["tensorboard", "."], "not an experiment"),
+    ],
+)
+def test_a_wrong_command_gets_one_message_and_exit_code_2(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert message in " ".join(refused(capsys, *argv).split())
+    assert {p.name for p in here.iterdir()} == {"mine.yaml"}
+
+
+def test_check_says_what_is_searched_fixed_and_conditional(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "digits_tfkd", "search.num_samples=40"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "40 trials, 10 for each of 4 objectives, 54 epochs each" in out
+    assert "stopped by halving after [6, 18] epochs" in out
+    assert re.search(r"objective tfkd_reg:\n(.*\n)*  objective.tfkd_reg.temperature +1.5 to 20 \(log\)", out)
+    assert re.search(r"searched for every objective:\n  optim.lr +0.01 to 0.5 \(log\)", out)
+    assert "teacher, trained once before the trials: cnn, ce, 54 epochs" in out
+    assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", out)
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_train_trains_saves_and_goes_on(tfkd: Run, here: Path) -> None:
+    command = ["train", "mine.yaml", "optim.lr=0.1", "--out", "out"]
+    first = tfkd(*command, cwd=here)
+    assert first.returncode == 0 and "val_accuracy 0." in first.stdout and "epoch 3: train_loss" in first.stderr
+    assert {"config.yaml", "metrics.jsonl", "student.safetensors"} <= {p.name for p in (here / "out").iterdir()}
+    again = tfkd(*command, cwd=here)
+    assert again.returncode == 0 and again.stdout == first.stdout
+
+
+def test_a_run_that_diverges_fails_with_a_sentence(tfkd: Run, here: Path) -> None:
+    run = tfkd("train", "mine.yaml", "optim.lr=1e20", cwd=here)
+    assert run.returncode == 1 and "failed: train_loss is" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_closed_pipe_is_no_failure(here: Path) -> None:
+    run = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m tfkd_ray check digits_tfkd | head -1"],
+        capture_output=True, text=True, cwd=here,
+    )  # fmt: skip
+    assert run.returncode == 0 and run.stderr == ""
+
+
+# --- sweeps
+
+
+@pytest.mark.ray
+def test_an_experiment_name_that_exists_and_too_many_workers_are_refused(
+    ray_cluster: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "tfkd_results" / "a").mkdir(parents=True)
+    assert "experiment 'a' exists already" in refused(capsys, "tune", "mine.yaml", "--name", "a")
+    assert "a trial needs 3 CPU (3 x 1), and the cluster has 2" in refused(capsys, "tune", "mine.yaml", "workers=3")
+    assert [p.name for p in (here / "tfkd_results").iterdir()] == ["a"]
+
+
+@pytest.mark.ray
+def test_the_main_job_on_real_digits(ray_cluster: str, tfkd: Run, here: Path) -> None:
+    """The shipped space in whole, piped: 24 trials, six for each objective, within 90 s."""
+    start = time.monotonic()
+    run = tfkd("tune", "digits_tfkd", "--name", "main", cwd=here)
+    assert run.returncode == 0, run.stderr
+    assert time.monotonic() - start < 90
+    records = read_records(here / "tfkd_results" / "main")
+    assert [r.objective for r in records] == ["tfkd_reg", "tfkd_self", "lsr", "ce"] * 6
+    assert {r.status for r in records} == {"done", "stopped"}
+    for objective in ("tfkd_reg", "tfkd_self", "lsr", "ce"):
+        full = [r for r in records if r.objective == objective and r.status == "done"]
+        assert full and all(len(r.metrics) == 54 and r.last["val_accuracy"] > 0.9 for r in full)
+    assert re.search(r"^best: t\d{4}-\w+, val_accuracy 0\.9\d+$", run.stdout, re.M)
+    assert "This is not a verdict: it is the best of 24 on validation" in run.stdout
+    assert "written to tfkd_results/main" in run.stdout
+    assert run.stdout.count("\n  tfkd ") == 3
+    assert "\x1b" not in run.stderr and run.stderr.count("started") == 24
+    assert max(len(line) for line in run.stdout.splitlines()) <= 80
+    best = tfkd("best", "tfkd_results/main", cwd=here)
+    (here / "best.yaml").write_text(best.stdout)
+    assert best.returncode == 0 and tfkd("check", "best.yaml", cwd=here).returncode == 0
+    listed = tfkd("trials", "tfkd_results/main", cwd=here)
+    assert listed.returncode == 0 and len(listed.stdout.splitlines()) == 25
+
+
+class Terminal:
+    """`tfkd` on a real terminal of 80 x 24."""
+
+    def __init__(self, *argv: str, cwd: Path) -> None:
+        self.text = ""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            env = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
+            os.execve(sys.executable, [sys.executable, "-m", "tfkd_ray", *argv], env)
+
+    def read_until(self, pattern: str, timeout_s: float = 60) -> None:
+        until = time.monotonic() + timeout_s
+        while not re.search(pattern, self.text) and time.monotonic() < until:
+            try:
+                self.text += os.read(self.fd, 65536).decode(errors="replace")
+            except OSError:  # the other side is closed
+                break
+        assert re.search(pattern, self.text), self.text[-2000:]
+
+    def press_ctrl_c(self) -> None:
+        os.write(self.fd, b"\x03")
+
+    def exit_code(self) -> int:
+        while True:
+            try:
+                if not os.read(self.fd, 65536):
+                    break
+            except OSError:
+                break
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+LONG = ["epochs=300", "search.num_samples=3", "search.stopping=none"]
+
+
+@pytest.mark.ray
+def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(ray_cluster: str, tfkd: Run, here: Path) -> None:
+    terminal = Terminal("tune", "mine.yaml", "--name", "c", *LONG, cwd=here)
+    terminal.read_until(r"t0000 \d+/300")  # the live table shows it running
+    terminal.press_ctrl_c()
+    terminal.read_until(r"tfkd resume tfkd_results/c\s")
+    assert terminal.exit_code() == 130
+    records = read_records(here / "tfkd_results" / "c")
+    stopped = [r for r in records if r.status == "interrupted"]
+    assert stopped and all((r.folder / "last.ckpt").exists() for r in stopped)
+    resumed = tfkd("resume", "tfkd_results/c", cwd=here)
+    assert resumed.returncode == 0, resumed.stderr
+    after = read_records(here / "tfkd_results" / "c")
+    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 300) for n in range(3)]
+    for record in stopped:  # it went on, and did not begin again: the epochs before are the same to the microsecond
+        again = next(r for r in after if r.number == record.number)
+        assert again.metrics[: len(record.metrics)] == record.metrics
+
+
+@pytest.mark.ray
+def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
+    terminal = Terminal("tune", "mine.yaml", "--name", "d", *LONG, cwd=here)
+    terminal.read_until(r"t0000 \d+/300")
+    terminal.press_ctrl_c()
+    terminal.read_until("Ctrl-C again")
+    start = time.monotonic()
+    terminal.press_ctrl_c()
+    assert terminal.exit_code() == 130 and time.monotonic() - start < 2
+
+
+@pytest.mark.ray
+def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here: Path) -> None:
+    """One trial at a time: the resumed sweep ends as an undisturbed one, bit by bit."""
+    settings = ["epochs=100", "checkpoint_every_s=0", "search.num_samples=5", "search.max_concurrent=1"]
+    assert tfkd("tune", "mine.yaml", "--name", "whole", *settings, cwd=here).returncode == 0
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "mine.yaml", "--name", "killed", *settings]
+    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as driver:
+        assert driver.stderr is not None
+        for line in driver.stderr:
+            if line.startswith("t0002-ce: started"):
+                time.sleep(0.2)
+                break
+        driver.send_signal(signal.SIGKILL)
+    assert any(r.status == "running" for r in read_records(here / "tfkd_results" / "killed"))
+    resumed = tfkd("resume", "tfkd_results/killed", cwd=here)
+    assert resumed.returncode == 0, resumed.stderr
+
+    def outcome(name: str) -> list[tuple[Any, ...]]:
+        return [
+            (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
+            for r in read_records(here / "tfkd_results" / name)
+        ]  # fmt: skip
+
+    assert outcome("killed") == outcome("whole")
+
+
+# --- what is shipped
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_the_search_spaces(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(next(tmp_path.glob("*.whl"))), str(site)], check=True)
+    assert (site / "tfkd_ray" / "py.typed").exists()
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    code = "import tfkd_ray; assert 'site/tfkd_ray' in tfkd_ray.__file__; from tfkd_ray.cli import main; main(['check', 'digits_tfkd'])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "24 trials" in run.stdout, run.stderr

@@ -1,0 +1,92 @@
+"""Trials of several workers on Ray Train: resident groups, what is freed, and what a kill costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tfkd_ray.experiment import read_metrics
+from tfkd_ray.loop import train
+from tfkd_ray.space import build_space
+
+pytestmark = pytest.mark.ray
+
+SPACE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [16]},
+    "objective": "ce",
+    "epochs": 9,
+    "workers": 2,
+    "checkpoint_every_s": 0,
+    "optim": {"lr": {"choices": [0.1, 0.0005, 1e20]}, "batch_size": 64},  # the last one diverges at once
+    "search": {"sampler": "random"},
+}
+
+
+def sweep(tmp_path: Path, cpus: int, space: dict[str, Any], kill: list[list[Any]]) -> dict[str, Any]:
+    script = Path(__file__).parent / "sweep_under_fire.py"
+    plan = json.dumps({"space": space, "kill": kill})
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(cpus), plan], capture_output=True, text=True, timeout=170
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
+    assert lines, run.stderr[-3000:]
+    report: dict[str, Any] = json.loads(lines[0][7:])
+    return report
+
+
+def at(report: dict[str, Any], what: str, number: int | None = None) -> list[float]:
+    return [t for t, event, n in report["events"] if event == what and number in (None, n)]
+
+
+def gaps(report: dict[str, Any]) -> list[float]:
+    """Seconds from the end of each trial to the first epoch of the next, where one trial runs at a time."""
+    times, first = at(report, "end"), at(report, "first epoch")
+    return [min(t - end for t in first if t > end) for end in times[:-1] if any(t > end for t in first)]
+
+
+def assert_all_is_free(report: dict[str, Any], cpus: int) -> None:
+    assert report["free"] == cpus, report
+    assert report["groups"] in ([], ["REMOVED"]), report
+    assert report["left"] == [], report
+
+
+@pytest.mark.timeout(180)
+def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(ray_cluster: str, tmp_path: Path) -> None:
+    report = sweep(tmp_path, 2, {**SPACE, "search": {"sampler": "random", "num_samples": 6, "seed": 6}}, [])
+    assert_all_is_free(report, 2)
+    states = [report["trials"][str(n)][0] for n in range(6)]
+    assert states == ["done", "failed", "stopped", "done", "stopped", "failed"], report["trials"]
+    assert all(
+        "Diverged: train_loss is" in reason for status, reason in report["trials"].values() if status == "failed"
+    )
+    assert max(gaps(report)) < 2, report["events"]
+    one = build_space({**SPACE, "workers": 1, "optim": {"lr": 0.1, "batch_size": 64}}).single()
+    for folder in (tmp_path / "e" / "trials").glob("t0*"):
+        about = json.loads((folder / "trial.json").read_text())
+        if about["status"] == "done" and about["config"]["optim"]["lr"] == 0.1:
+            alone = [e.metrics for e in train(one)]
+            for ours, theirs in zip(read_metrics(folder), alone, strict=True):
+                assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
+                assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.01)
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(180)
+def test_two_groups_survive_a_killed_worker_and_a_killed_trial(ray_cluster: str, tmp_path: Path) -> None:
+    space = {**SPACE, "optim": {"lr": {"choices": [0.1, 0.05]}, "batch_size": 64}}
+    space["search"] = {"sampler": "random", "num_samples": 8, "stopping": "none"}
+    report = sweep(tmp_path, 4, space, [[2, 3, "worker"], [5, 4, "trial"]])
+    assert_all_is_free(report, 4)
+    assert [status for status, _ in report["trials"].values()] == ["done"] * 8, report["trials"]
+    assert len(at(report, "lost")) == 2
+    for killed in at(report, "kill worker") + at(report, "kill trial"):
+        assert min(t - killed for t in at(report, "first epoch") if t > killed) < 30
+    one = {}
+    for folder in (tmp_path / "e" / "trials").glob("t0*"):  # killed or not: the same numbers for the same configuration
+        about = json.loads((folder / "trial.json").read_text())
+        losses = [m["train_loss"] for m in read_metrics(folder)]
+        assert len(losses) == 9
+        assert one.setdefault(about["config"]["optim"]["lr"], losses) == losses

@@ -1,0 +1,99 @@
+"""What the README shows is run: every command and every piece of Python, in order, in one directory."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run
+
+from tfkd_ray.space import build_space, parse_yaml
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands(start: str) -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "search_spaces", folder / "search_spaces")
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_in_their_order(ray_cluster: str, tfkd: Run, place: Path) -> None:
+    shown = [c for c in commands("tfkd ") if not c.startswith("tfkd tensorboard")]
+    assert len(shown) == 8
+    for command in shown:
+        words, _, target = command.removeprefix("tfkd ").partition(" > ")
+        run = tfkd(*words.split(), cwd=place)
+        assert run.returncode == 0, f"{command}: {run.stderr}"
+        if target:
+            (place / target).write_text(run.stdout)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("k", range(3))
+def test_the_python_of_the_readme_runs(ray_cluster: str, place: Path, k: int) -> None:
+    code = blocks("python")
+    assert len(code) == 3
+    run = subprocess.run([sys.executable, "-c", code[k]], cwd=place, capture_output=True, text=True, timeout=110)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_tensorboard_of_the_readme_answers_on_loopback(ray_cluster: str, place: Path) -> None:
+    (command,) = commands("tfkd tensorboard")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tfkd_ray", *command.split()[1:], "--port", "16006"],
+        cwd=place,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(200):
+            try:
+                runs = urllib.request.urlopen("http://127.0.0.1:16006/data/runs", timeout=5).read().decode()
+                if "t0000-tfkd_reg" in runs:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.1)
+        assert '"t0000-tfkd_reg"' in runs and '"t0003-ce"' in runs
+    finally:
+        os.kill(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def test_the_space_of_the_readme_is_valid() -> None:
+    (text,) = blocks("yaml")
+    space = build_space(parse_yaml(text, "README"))
+    assert [b.objective for b in space.branches] == ["tfkd_reg", "ce", "lsr"]
+
+
+def test_the_make_targets_of_the_readme_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands("make "):
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.M)
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

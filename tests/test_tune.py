@@ -1,0 +1,232 @@
+"""Sweeps on a real Ray: what comes back, what is written, and what a failure or a kill costs."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+
+from tfkd_ray import cluster
+from tfkd_ray.cluster import check_ray, check_room
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import read_records
+from tfkd_ray.loop import train
+from tfkd_ray.objectives import CrossEntropy
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.space import build_space
+from tfkd_ray.tune import build_tuner, resume_tuner
+
+pytestmark = pytest.mark.ray
+
+TREE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 3,
+    "checkpoint_every_s": 0,
+    "objective": "ce",
+    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+    "search": {"num_samples": 3, "stopping": "none"},
+}
+
+
+class Watch(tune.Callback):  # type: ignore[misc]
+    """Notes times, and kills the process of a trial when it has told an epoch."""
+
+    def __init__(self, kill: tuple[int, int] | None = None) -> None:
+        self.kill, self.starts, self.ends, self.lost = kill, list[float](), list[float](), 0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.starts.append(time.monotonic())
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if (trial.config["trial"]["number"], result.get("epoch")) == self.kill:
+            self.kill = None
+            os.kill(result["pid"], signal.SIGKILL)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.lost += 1
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.ends.append(time.monotonic())
+
+
+def times_aside(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in metrics]
+
+
+def alone(config: dict[str, Any]) -> list[dict[str, float]]:
+    return times_aside([e.metrics for e in train(TrainConfig.model_validate(config))])
+
+
+def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: str, tmp_path: Path) -> None:
+    mine = Watch()
+    grid = build_tuner(
+        {**TREE, "objective": ["tfkd_self", "ce"], "search": {"num_samples": 6, "stopping": "none"}},
+        name="e", storage=tmp_path, callbacks=[mine],
+    ).fit()  # fmt: skip
+    assert isinstance(grid, tune.ResultGrid) and len(grid) == 6 and grid.num_errors == 0
+    assert len(mine.ends) == 6  # the user's callback was called, too
+    best = grid.get_best_result()
+    assert best.metrics is not None and best.metrics["epoch"] == 3
+    assert best.config is not None and best.config["student"] == {"name": "mlp", "hidden": [8], "dropout": 0.0}
+    assert best.metrics_dataframe is not None and list(best.metrics_dataframe["epoch"]) == [1, 2, 3]
+    experiment = tmp_path / "e"
+    assert {p.name for p in experiment.iterdir()} == {
+        "experiment.yaml", "study.journal", "trials", "tb", "driver.lock", "driver.txt",
+    }  # fmt: skip
+    records = read_records(experiment)
+    assert [r.name for r in records] == [
+        "t0000-tfkd_self", "t0001-ce", "t0002-lsr", "t0003-tfkd_self", "t0004-ce", "t0005-lsr",
+    ]  # fmt: skip
+    for record in records:
+        assert record.status == "done" and len(record.metrics) == 3
+        files = {p.name for p in record.folder.iterdir()}
+        assert files == {
+            "trial.json",
+            "metrics.jsonl",
+            "result.json",
+            "student.safetensors",
+            "last.ckpt",
+            "before.ckpt",
+        }
+        assert list((experiment / "tb" / record.name).glob("events.*"))
+        if record.objective != "tfkd_self":  # a trial is `train(config)`, bit by bit
+            assert times_aside(record.metrics) == alone(record.config)
+    assert len(list((tmp_path / "teachers").iterdir())) == 1
+
+
+def test_a_failed_trial_is_one_failed_trial_and_the_next_starts_at_once(ray_cluster: str, tmp_path: Path) -> None:
+    watch = Watch()
+    tree = {**TREE, "optim": {"lr": {"choices": [0.1, 1e20]}}, "workers": 1}
+    tree["search"] = {"num_samples": 5, "stopping": "none", "sampler": "random", "max_concurrent": 1, "seed": 6}
+    grid = build_tuner(tree, name="e", storage=tmp_path, callbacks=[watch]).fit()
+    assert len(grid) == 5
+    records = read_records(tmp_path / "e")
+    for record in records:
+        bad = record.config["optim"]["lr"] > 1
+        assert record.status == ("failed" if bad else "done")
+        assert (record.folder / "error.txt").exists() == bad
+        assert not bad or "Diverged: train_loss is" in str(record.reason)
+    assert {r.status for r in records} == {"failed", "done"}
+    assert max(start - end for end, start in zip(watch.ends, watch.starts[1:], strict=False)) < 2
+
+
+def test_a_killed_trial_goes_on_from_its_checkpoint_bit_by_bit(ray_cluster: str, tmp_path: Path) -> None:
+    watch = Watch(kill=(1, 2))
+    tree = {**TREE, "epochs": 5, "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1}}
+    grid = build_tuner(tree, name="e", storage=tmp_path, callbacks=[watch]).fit()
+    assert watch.lost == 1 and watch.kill is None and grid.num_errors == 0
+    records = read_records(tmp_path / "e")
+    assert [r.status for r in records] == ["done"] * 3
+    for record in records:
+        assert times_aside(record.metrics) == alone(record.config)
+
+
+def test_a_trial_that_is_lost_too_often_fails_alone(ray_cluster: str, tmp_path: Path) -> None:
+    tree = {**TREE, "search": {"num_samples": 2, "stopping": "none", "max_concurrent": 1, "max_failures": 0}}
+    grid = build_tuner(tree, name="e", storage=tmp_path, callbacks=[Watch(kill=(0, 1))]).fit()
+    assert grid.num_errors == 1
+    assert [r.status for r in read_records(tmp_path / "e")] == ["failed", "done"]
+
+
+def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None:
+    mine = Watch()
+    tuner = build_tuner(
+        TREE,
+        run_config=tune.RunConfig(name="mine", storage_path=str(tmp_path), callbacks=[mine]),
+        tune_config=tune.TuneConfig(metric="val_nll", mode="min", max_concurrent_trials=1),
+    )
+    grid = tuner.fit()
+    assert (tmp_path / "mine" / "experiment.yaml").exists() and len(mine.ends) == 3
+    best = grid.get_best_result().metrics
+    assert best is not None and best["val_nll"] == min(r.metrics["val_nll"] for r in grid if r.metrics)
+    with pytest.raises(ConfigError, match=r"tune_config\.search_alg"):
+        build_tuner(TREE, name="x", storage=tmp_path, tune_config=tune.TuneConfig(search_alg=object()))
+
+
+def test_trials_are_added_to_a_finished_sweep(ray_cluster: str, tmp_path: Path) -> None:
+    build_tuner(TREE, name="e", storage=tmp_path).fit()
+    before = [(r.name, r.metrics) for r in read_records(tmp_path / "e")]
+    assert len(resume_tuner(tmp_path / "e", add_trials=2).fit()) == 2
+    after = [(r.name, r.metrics) for r in read_records(tmp_path / "e")]
+    assert after[:3] == before and [name for name, _ in after[3:]] == ["t0003-ce", "t0004-ce"]
+    assert json.loads((tmp_path / "e" / "trials" / "t0004-ce" / "trial.json").read_text())["status"] == "done"
+
+
+# --- refused before anything is written
+
+
+def test_an_experiment_is_not_written_over(ray_cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "e").mkdir()
+    with pytest.raises(ConfigError, match=r"experiment 'e' exists already; choose another name, or go on with it"):
+        build_tuner(TREE, name="e", storage=tmp_path)
+
+
+def test_a_second_driver_is_refused(ray_cluster: str, tmp_path: Path) -> None:
+    tuner = build_tuner(TREE, name="e", storage=tmp_path)
+    with pytest.raises(ConfigError, match=rf"is being run by process {os.getpid()} on "):
+        resume_tuner(tmp_path / "e")
+    assert len(tuner.fit()) == 3
+    resume_tuner(tmp_path / "e").fit()  # free again
+
+
+def test_more_workers_than_cpus_are_refused_at_once(ray_cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a trial needs 3 CPU \(3 x 1\), and the cluster has 2"):
+        build_tuner({**TREE, "workers": 3}, name="e", storage=tmp_path)
+    with pytest.raises(ConfigError, match=r"a trial needs 1 GPU \(1 x 1\), and the cluster has 0"):
+        build_tuner({**TREE, "gpus_per_worker": 1}, name="e", storage=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_without_write_permission_is_refused(ray_cluster: str) -> None:
+    with pytest.raises(ConfigError, match="/proc cannot be written to"):
+        build_tuner(TREE, name="e", storage="/proc/here")
+
+
+TWO = TrainConfig(objective=CrossEntropy(), workers=2)
+
+
+def test_a_cluster_without_the_driver_resource_is_refused(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ConfigError, match="need the resource 'tfkd_driver' on the cluster, and it has none"):
+        check_room(TWO)
+    assert check_room(TWO.model_copy(update={"workers": 1})) == 2
+
+
+def test_a_cluster_whose_state_api_is_silent_is_refused_for_several_workers(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(**_: Any) -> None:
+        raise ConnectionError("no dashboard")
+
+    assert check_room(TWO) == 1
+    monkeypatch.setattr("ray.util.state.list_nodes", silent)
+    with pytest.raises(ConfigError, match="need Ray's State API, and this cluster's does not answer"):
+        check_room(TWO)
+
+
+def test_a_ray_without_its_default_extra_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_ray()
+    real = cluster.importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "aiohttp":
+            raise cluster.importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(cluster.importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match=r"aiohttp missing\).*pip install 'ray\[default,train,tune\]'"):
+        check_ray()
+
+
+def test_the_space_of_an_experiment_is_the_one_it_was_started_with(ray_cluster: str, tmp_path: Path) -> None:
+    space = build_space(TREE)
+    build_tuner(space, name="e", storage=tmp_path).fit()
+    from tfkd_ray.experiment import read_experiment
+
+    assert build_space(read_experiment(tmp_path / "e")["space"]).tree == space.tree
