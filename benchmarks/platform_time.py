@@ -1,0 +1,78 @@
+"""Platform time per trial: what a trial costs beside its training, one trial at a time.
+
+    python benchmarks/platform_time.py [--workers 1|2] [--trials 30] [--repeats 3]
+
+(wall time between the ends of consecutive trials - seconds inside the loop), steady state: the first 5 trials, in which
+processes start and torch is imported, are left out. Prints the median of each repeat, and all repeats' spread.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from tfkd_ray import build_tuner
+from tfkd_ray.cluster import connect
+from tfkd_ray.experiment import read_records
+
+LEFT_OUT = 5
+
+
+class Ends(tune.Callback):  # type: ignore[misc]
+    """Notes when each trial ends."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def measure(workers: int, trials: int) -> list[float]:
+    """Seconds of platform time of each steady-state trial."""
+    ends = Ends()
+    space = {
+        "student": {"name": "mlp", "hidden": [32]},
+        "objective": "ce",
+        "epochs": 5,
+        "workers": workers,
+        "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+        "search": {"num_samples": trials, "stopping": "none", "max_concurrent": 1},
+    }
+    with tempfile.TemporaryDirectory() as storage:
+        build_tuner(space, name="e", storage=storage, callbacks=[ends]).fit()
+        records = read_records(Path(storage) / "e")
+    inside = [sum(m["seconds"] for m in r.metrics) for r in records]
+    walls = [b - a for a, b in zip(ends.times, ends.times[1:], strict=False)]
+    return [wall - loop for wall, loop in zip(walls, inside[1:], strict=True)][LEFT_OUT:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    connect(workers=args.workers)
+    medians = []
+    for repeat in range(args.repeats):
+        times = measure(args.workers, args.trials)
+        medians.append(statistics.median(times))
+        spread = f"range {min(times):.4f} to {max(times):.4f}"
+        print(f"repeat {repeat + 1}: median {medians[-1]:.4f} s, {spread}, n {len(times)}")
+    versions = f"python {platform.python_version()}, ray {ray.__version__}, torch {torch.__version__}"
+    print(
+        f"platform time per trial, {args.workers} worker(s): {statistics.median(medians):.4f} s "
+        f"(repeats {min(medians):.4f} to {max(medians):.4f}); {versions}, {platform.machine()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
