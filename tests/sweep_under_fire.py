@@ -71,6 +71,25 @@ def _ray_processes(titles: tuple[str, ...]) -> list[psutil.Process]:
     return found
 
 
+def sweep(storage: str, cpus: int, space: dict[str, Any], kill: list[list[Any]]) -> dict[str, Any]:
+    """Run it on the connected Ray; what happened, and what was left of it half a minute later."""
+    watch = Watch(kill)
+    build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
+    ended = time.time()
+    while (ray.available_resources().get("CPU") != cpus or _ray_processes(ALL)) and time.time() - ended < 30:
+        time.sleep(0.2)
+    return {
+        "events": watch.events,
+        "free": ray.available_resources().get("CPU"),
+        "groups": sorted({g["state"] for g in ray.util.placement_group_table().values()}),
+        "left": [p.name() for p in _ray_processes(ALL)],
+        "trials": {
+            str((about := json.loads(p.read_text()))["number"]): [about["status"], about["reason"]]
+            for p in Path(storage).glob("e/trials/*/trial.json")
+        },
+    }
+
+
 def main() -> None:
     storage, cpus, plan = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     os.environ.pop("RAY_ADDRESS", None)
@@ -78,24 +97,7 @@ def main() -> None:
         address="local", num_cpus=cpus, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
         logging_level="CRITICAL", object_store_memory=150 * 2**20,
     )  # fmt: skip
-    watch = Watch(plan["kill"])
-    build_tuner(plan["space"], name="e", storage=storage, callbacks=[watch]).fit()
-    ended = time.time()
-    while (ray.available_resources().get("CPU") != cpus or _ray_processes(ALL)) and time.time() - ended < 30:
-        time.sleep(0.2)
-    groups = {g["state"] for g in ray.util.placement_group_table().values()}
-    report = {
-        "events": watch.events,
-        "free": ray.available_resources().get("CPU"),
-        "freed_after_s": time.time() - ended,
-        "groups": sorted(groups),
-        "left": [p.name() for p in _ray_processes(ALL)],
-        "trials": {
-            (about := json.loads(p.read_text()))["number"]: [about["status"], about["reason"]]
-            for p in Path(storage).glob("e/trials/*/trial.json")
-        },
-    }
-    print("REPORT " + json.dumps(report))
+    print("REPORT " + json.dumps(sweep(storage, cpus, plan["space"], plan["kill"])))
 
 
 if __name__ == "__main__":

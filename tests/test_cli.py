@@ -15,6 +15,8 @@ from conftest import ROOT, Run
 
 from tfkd_ray.cli import main
 from tfkd_ray.experiment import read_records
+from tfkd_ray.space import load_space
+from tfkd_ray.tune import build_tuner
 
 SPACE = """
 student: {name: mlp, hidden: [8]}
@@ -253,13 +255,13 @@ def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
 @pytest.mark.ray
 def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here: Path) -> None:
     """One trial at a time: the resumed sweep ends as an undisturbed one, bit by bit."""
-    settings = ["epochs=100", "checkpoint_every_s=0", "search.num_samples=5", "search.max_concurrent=1"]
-    assert tfkd("tune", "mine.yaml", "--name", "whole", *settings, cwd=here).returncode == 0
+    settings = ["epochs=60", "checkpoint_every_s=0", "search.num_samples=4", "search.max_concurrent=1"]
+    build_tuner(load_space("mine.yaml", settings), name="whole", storage="tfkd_results").fit()
     command = [sys.executable, "-m", "tfkd_ray", "tune", "mine.yaml", "--name", "killed", *settings]
     with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as driver:
         assert driver.stderr is not None
         for line in driver.stderr:
-            if line.startswith("t0002-ce: started"):
+            if line.startswith("t0001-ce: started"):
                 time.sleep(0.2)
                 break
         driver.send_signal(signal.SIGKILL)

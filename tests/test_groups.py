@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_under_fire import sweep
 
 from tfkd_ray.experiment import read_metrics
 from tfkd_ray.loop import train
@@ -25,7 +26,8 @@ SPACE: dict[str, Any] = {
 }
 
 
-def sweep(tmp_path: Path, cpus: int, space: dict[str, Any], kill: list[list[Any]]) -> dict[str, Any]:
+def sweep_elsewhere(tmp_path: Path, cpus: int, space: dict[str, Any], kill: list[list[Any]]) -> dict[str, Any]:
+    """On a second cluster, beside the session's: two on one host must not disturb each other."""
     script = Path(__file__).parent / "sweep_under_fire.py"
     plan = json.dumps({"space": space, "kill": kill})
     run = subprocess.run(
@@ -55,7 +57,7 @@ def assert_all_is_free(report: dict[str, Any], cpus: int) -> None:
 
 @pytest.mark.timeout(180)
 def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(ray_cluster: str, tmp_path: Path) -> None:
-    report = sweep(tmp_path, 2, {**SPACE, "search": {"sampler": "random", "num_samples": 6, "seed": 6}}, [])
+    report = sweep(str(tmp_path), 2, {**SPACE, "search": {"sampler": "random", "num_samples": 6, "seed": 6}}, [])
     assert_all_is_free(report, 2)
     states = [report["trials"][str(n)][0] for n in range(6)]
     assert states == ["done", "failed", "stopped", "done", "stopped", "failed"], report["trials"]
@@ -78,7 +80,7 @@ def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(ra
 def test_two_groups_survive_a_killed_worker_and_a_killed_trial(ray_cluster: str, tmp_path: Path) -> None:
     space = {**SPACE, "optim": {"lr": {"choices": [0.1, 0.05]}, "batch_size": 64}}
     space["search"] = {"sampler": "random", "num_samples": 8, "stopping": "none"}
-    report = sweep(tmp_path, 4, space, [[2, 3, "worker"], [5, 4, "trial"]])
+    report = sweep_elsewhere(tmp_path, 4, space, [[2, 3, "worker"], [5, 4, "trial"]])
     assert_all_is_free(report, 4)
     assert [status for status, _ in report["trials"].values()] == ["done"] * 8, report["trials"]
     assert len(at(report, "lost")) == 2

@@ -13,7 +13,7 @@ from ray import tune
 from tfkd_ray import cluster
 from tfkd_ray.cluster import check_ray, check_room
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import read_records
+from tfkd_ray.experiment import read_experiment, read_records
 from tfkd_ray.loop import train
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
@@ -98,6 +98,8 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: st
         if record.objective != "tfkd_self":  # a trial is `train(config)`, bit by bit
             assert times_aside(record.metrics) == alone(record.config)
     assert len(list((tmp_path / "teachers").iterdir())) == 1
+    about = read_experiment(experiment)  # what is on disk is the space that was run
+    assert build_space(about["space"]).tree == about["space"] and len(about["space"]["objective"]) == 3
 
 
 def test_a_failed_trial_is_one_failed_trial_and_the_next_starts_at_once(ray_cluster: str, tmp_path: Path) -> None:
@@ -222,11 +224,3 @@ def test_a_ray_without_its_default_extra_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cluster.importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=r"aiohttp missing\).*pip install 'ray\[default,train,tune\]'"):
         check_ray()
-
-
-def test_the_space_of_an_experiment_is_the_one_it_was_started_with(ray_cluster: str, tmp_path: Path) -> None:
-    space = build_space(TREE)
-    build_tuner(space, name="e", storage=tmp_path).fit()
-    from tfkd_ray.experiment import read_experiment
-
-    assert build_space(read_experiment(tmp_path / "e")["space"]).tree == space.tree
