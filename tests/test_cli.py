@@ -253,6 +253,22 @@ def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
 
 
 @pytest.mark.ray
+def test_ctrl_c_while_ray_starts_ends_cleanly(here: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "mine.yaml"]
+    with subprocess.Popen(
+        command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    ) as driver:
+        assert driver.stderr is not None and driver.stdout is not None
+        assert driver.stderr.readline() == "starting Ray\n"
+        time.sleep(2)
+        driver.send_signal(signal.SIGINT)
+        err, out = driver.stderr.read(), driver.stdout.read()
+    assert driver.returncode == 130, err
+    assert "interrupted" in err and "Traceback" not in err and out == ""
+
+
+@pytest.mark.ray
 def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here: Path) -> None:
     """One trial at a time: the resumed sweep ends as an undisturbed one, bit by bit."""
     settings = ["epochs=60", "checkpoint_every_s=0", "search.num_samples=4", "search.max_concurrent=1"]

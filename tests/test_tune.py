@@ -4,10 +4,12 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import tune
 
 from tfkd_ray import cluster
@@ -53,6 +55,16 @@ class Watch(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.ends.append(time.monotonic())
+
+
+@pytest.fixture(autouse=True)
+def all_cpus_are_free_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "ray_cluster" in request.fixturenames:
+        until = time.monotonic() + 10
+        while ray.available_resources().get("CPU") != 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert ray.available_resources()["CPU"] == 2
 
 
 def times_aside(metrics: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -1,9 +1,13 @@
 """The Ray cluster a sweep runs on: connect to it, and refuse at once what it can never run."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import secrets
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -49,7 +53,8 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         _own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
-        ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
+        with _ctrl_c_waits():
+            ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         return True
     try:
         ray.init(address=address, **quiet)
@@ -57,6 +62,22 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from None
     return False
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C take effect afterwards: a Ray that is half started crashes, and leaves processes behind."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _own_token() -> None:

@@ -45,7 +45,11 @@ class GroupLost(RuntimeError):
 
 
 class TrialFailed(RuntimeError):
-    """The trial's own failure, with its reason, as a worker told it."""
+    """The trial's own failure, as a worker told it."""
+
+    def __init__(self, reason: str, trace: str) -> None:
+        super().__init__(reason)
+        self.trace = trace
 
 
 def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
@@ -95,15 +99,19 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         return {**metrics, "epoch": epoch, "done": epoch == self._about["epochs"]}
 
     def _failed(self, error: Exception) -> dict[str, Any]:
-        reason = str(error) if isinstance(error, TrialFailed) else _reason(error)
+        if isinstance(error, TrialFailed):
+            reason, trace = str(error), error.trace
+        else:
+            reason, trace = _reason(error), "".join(traceback.format_exception(error))
         folder = Path(self._about["directory"])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+        (folder / "error.txt").write_text(trace)
         return {"failed": reason, "done": True}
 
     def cleanup(self) -> None:
-        if isinstance(self._epochs, Iterator) and hasattr(self._epochs, "close"):
-            self._epochs.close()  # saves what is not saved yet
+        if hasattr(self._epochs, "close"):
+            with contextlib.suppress(GroupLost):
+                self._epochs.close()  # saves what is not saved yet
         if self._group is not None:
             self._group.close()
 
@@ -151,17 +159,19 @@ class Group:
                 kind, value = self._next(number)
                 if kind == "failed":
                     done = True
-                    raise TrialFailed(value)
+                    raise TrialFailed(*value)
                 done = value["epoch"] == about["epochs"]
                 yield value
                 if not done:
                     self._tell(("next",))
         except GeneratorExit:
-            self._tell(("save",))
-            self._wait_until_saved(number)
+            if not done:
+                self._tell(("save",))
+                self._wait_until_saved(number)
             raise
         except Stopped:
-            self._tell(("stop",))
+            if not done:
+                self._tell(("stop",))
             raise
 
     def close(self) -> None:
@@ -336,7 +346,7 @@ def _worker(given: dict[str, Any]) -> None:
         except Exception as error:
             alike = _all_here(control)
             if first if alike else not _is_of_communication(error):
-                tell(number, "failed", _reason(error))
+                tell(number, "failed", (_reason(error), traceback.format_exc()))
             if not alike:  # a worker is lost, or failed alone: the others cannot go on without it
                 raise
 
