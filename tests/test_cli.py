@@ -134,6 +134,32 @@ def test_train_trains_saves_and_goes_on(tfkd: Run, here: Path) -> None:
     assert again.returncode == 0 and again.stdout == first.stdout
 
 
+def test_train_refuses_the_directory_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "mine.yaml", "optim.lr=0.1", "--out", "out"]) == 0
+    before = {p.name: p.read_bytes() for p in (here / "out").iterdir()}
+    capsys.readouterr()
+    assert "holds another run" in refused(capsys, "train", "mine.yaml", "optim.lr=0.2", "--out", "out")
+    assert {p.name: p.read_bytes() for p in (here / "out").iterdir()} == before
+
+
+def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) -> None:
+    command = ["train", "mine.yaml", "optim.lr=0.1", "epochs=600", "--out", "out"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "tfkd_ray", *command], cwd=here, stderr=subprocess.PIPE, text=True
+    ) as run:  # fmt: skip
+        assert run.stderr is not None
+        for line in run.stderr:
+            if line.startswith("epoch 20:"):
+                break
+        run.send_signal(signal.SIGINT)
+        err = run.stderr.read()
+    assert run.returncode == 130 and "the same command with --out out goes on where it was" in err
+    told = len((here / "out" / "metrics.jsonl").read_text().splitlines())
+    assert 20 <= told < 600
+    again = tfkd(*command[:4], "epochs=600", "--out", "out", cwd=here)
+    assert again.returncode == 0 and len((here / "out" / "metrics.jsonl").read_text().splitlines()) == 600
+
+
 def test_a_run_that_diverges_fails_with_a_sentence(tfkd: Run, here: Path) -> None:
     run = tfkd("train", "mine.yaml", "optim.lr=1e20", cwd=here)
     assert run.returncode == 1 and "failed: train_loss is" in run.stderr and "Traceback" not in run.stderr
@@ -156,7 +182,9 @@ def test_an_experiment_name_that_exists_and_too_many_workers_are_refused(
 ) -> None:
     (here / "tfkd_results" / "a").mkdir(parents=True)
     assert "experiment 'a' exists already" in refused(capsys, "tune", "mine.yaml", "--name", "a")
-    assert "a trial needs 3 CPU (3 x 1), and the cluster has 2" in refused(capsys, "tune", "mine.yaml", "workers=3")
+    assert "a trial needs 3 x 1 CPU, each on one node, and the cluster has room for 2" in refused(
+        capsys, "tune", "mine.yaml", "workers=3"
+    )
     assert [p.name for p in (here / "tfkd_results").iterdir()] == ["a"]
 
 
@@ -219,13 +247,13 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-LONG = ["epochs=300", "search.num_samples=3", "search.stopping=none"]
+LONG = ["epochs=200", "search.num_samples=2", "search.stopping=none"]
 
 
 @pytest.mark.ray
 def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(ray_cluster: str, tfkd: Run, here: Path) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "c", *LONG, cwd=here)
-    terminal.read_until(r"t0000 \d+/300")  # the live table shows it running
+    terminal.read_until(r"t0000 \d+/200")  # the live table shows it running
     terminal.press_ctrl_c()
     terminal.read_until(r"tfkd resume tfkd_results/c\s")
     assert terminal.exit_code() == 130
@@ -235,7 +263,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(ray_cluster: str, tfk
     resumed = tfkd("resume", "tfkd_results/c", cwd=here)
     assert resumed.returncode == 0, resumed.stderr
     after = read_records(here / "tfkd_results" / "c")
-    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 300) for n in range(3)]
+    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 200) for n in range(2)]
     for record in stopped:  # it went on, and did not begin again: the epochs before are the same to the microsecond
         again = next(r for r in after if r.number == record.number)
         assert again.metrics[: len(record.metrics)] == record.metrics
@@ -244,7 +272,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(ray_cluster: str, tfk
 @pytest.mark.ray
 def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "d", *LONG, cwd=here)
-    terminal.read_until(r"t0000 \d+/300")
+    terminal.read_until(r"t0000 \d+/200")
     terminal.press_ctrl_c()
     terminal.read_until("Ctrl-C again")
     start = time.monotonic()

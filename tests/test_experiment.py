@@ -64,3 +64,6 @@ def test_what_is_no_experiment_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text("layout: 99\n")
     with pytest.raises(ConfigError, match="layout 99, and this release reads layout 1"):
         read_experiment(tmp_path)
+    (tmp_path / "experiment.yaml").write_text("layout: 1\n")
+    with pytest.raises(ConfigError, match="has no 'space:' with a 'search:' in it"):
+        read_experiment(tmp_path)

@@ -59,7 +59,7 @@ def test_an_epoch_is_the_textbook_loop() -> None:
         batches = epoch_order(images, 0, epoch).split(100)
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = 0.05 * c.schedule.factor(epoch + (step + 1) / len(batches), 2)
+                group["lr"] = 0.05 * c.schedule.factor(epoch + (step + 0.5) / len(batches), 2)
             x = (images.images[batch].float() - Digits.mean[0]) / Digits.std[0]
             loss = F.cross_entropy(net(x), images.labels[batch])
             optimizer.zero_grad()
@@ -100,18 +100,12 @@ def test_the_student_is_in_train_mode_in_every_epoch(monkeypatch: pytest.MonkeyP
 
 def test_the_learning_rate_follows_the_schedule() -> None:
     c = config(epochs=10, schedule=Step(warmup_epochs=0).model_dump(), optim={"lr": 0.1})
-    assert [round(e.metrics["lr"], 9) for e in train(c)] == [
-        0.1,
-        0.1,
-        0.02,
-        0.02,
-        0.02,
-        0.004,
-        0.004,
-        0.0008,
-        0.0008,
-        0.0008,
-    ]
+    assert [round(e.metrics["lr"], 9) for e in train(c)] == [0.1] * 3 + [0.02] * 3 + [0.004] * 2 + [0.0008] * 2
+
+
+def test_one_epoch_of_one_step_trains() -> None:
+    run = train(config(epochs=1, optim={"lr": 0.1, "batch_size": 2000}))
+    assert next(run).metrics["lr"] > 0.05
 
 
 def test_a_teacher_is_left_alone() -> None:
@@ -275,4 +269,27 @@ def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> 
 
 @pytest.mark.gpu
 def test_the_loop_runs_on_a_gpu() -> None:
-    assert list(train(config(student=Cnn().model_dump())))[-1].metrics["val_accuracy"] > 0.5
+    c = config(student=Cnn().model_dump(), gpus_per_worker=1, epochs=9)
+    assert list(train(c))[-1].metrics["val_accuracy"] > 0.5
+
+
+def test_a_gpu_is_used_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    next(train(config()))  # on the CPU: there is no CUDA here to run on
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="gpus_per_worker is 1, and torch sees no GPU here"):
+        next(train(config(gpus_per_worker=1)))
+
+
+def test_a_crash_between_weights_and_state_repeats_the_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = numbers(list(train(config())))
+    run = train_in(tmp_path, config(checkpoint_every_s=0))
+    seen = [next(run), next(run)]
+    monkeypatch.setattr("tfkd_ray.loop.save_state", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        next(run)
+    monkeypatch.undo()
+    assert numbers(seen) == whole[:2] and numbers(list(train_in(tmp_path, config()))) == whole
+    assert (tmp_path / WEIGHTS).exists()

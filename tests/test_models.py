@@ -21,5 +21,5 @@ def test_parameters_are_counted_by_hand() -> None:
 
 
 def test_too_many_stages_for_a_small_image_are_refused() -> None:
-    with pytest.raises(ValueError, match="5 stages halve a 8x8 image to nothing"):
+    with pytest.raises(ValueError, match="widths: 5 stages halve a 8x8 image to nothing"):
         Cnn(widths=(1, 1, 1, 1, 1)).build((1, 8, 8), 10)

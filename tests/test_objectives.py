@@ -239,9 +239,13 @@ def test_the_converter_gives_the_table_of_effective_weights() -> None:
     assert (lsr.loss_scale, lsr.alpha) == (pytest.approx(0.0595), pytest.approx(0.1597, abs=1e-3))
 
 
-def test_a_released_setting_out_of_range_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"alpha=1\.5"):
-        from_released("kd", alpha=1.5, temperature=4, num_classes=10)
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 1.5}, {"temperature": 0}, {"num_classes": 0}, {"multiplier": -1}], ids=lambda w: next(iter(w))
+)
+def test_a_released_setting_out_of_range_is_refused(wrong: dict[str, float]) -> None:
+    (name, value), setting = next(iter(wrong.items())), {"alpha": 0.5, "temperature": 4, "num_classes": 10, **wrong}
+    with pytest.raises(ConfigError, match=f"{name}={value}"):
+        from_released("kd", **setting)  # type: ignore[arg-type]
 
 
 # --- shapes, gradients, precision

@@ -31,6 +31,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("a: 1\n---\nb: 2", "expected a single document"),
         ("[" * 5000, "nested too deeply"),
+        ("a: !!bool x", "not YAML"),
     ],
 )
 def test_what_is_not_yaml_is_said_with_its_place(text: str, message: str) -> None:
@@ -63,6 +64,11 @@ def test_a_file_that_cannot_be_used_gets_one_sentence(tmp_path: Path, make, mess
     with pytest.raises(ConfigError) as error:
         read_yaml(path)
     assert str(path) in str(error.value) and message in str(error.value)
+
+
+def test_a_zero_byte_is_no_file_name() -> None:
+    with pytest.raises(ConfigError, match="no file has such a name"):
+        read_yaml(find_file("a\0b", "search_spaces"))
 
 
 def test_a_misspelt_file_name_is_guessed(tmp_path: Path) -> None:

@@ -74,8 +74,19 @@ def test_without_a_split_the_sampler_chooses_the_objective() -> None:
 
 
 def test_choices_may_be_whole_settings() -> None:
-    s = space(student={"choices": ["mlp", {"name": "cnn", "widths": [4]}]})
+    s = space(student={"choices": ["mlp", {"widths": [4], "name": "cnn"}]}, schedule={"choices": ["step", "cosine"]})
     assert {c.student.name for _, c in propose(s, 20)} == {"mlp", "cnn"}
+    again = build_space(parse_yaml(dump_yaml(s.tree), "again"))
+    study = optuna.create_study()  # what was proposed before is known after reading back
+    s.groups[0].propose(study.ask())
+    again.groups[0].propose(study.ask())
+
+
+def test_kd_and_a_self_teacher_go_together() -> None:
+    s = space(objective=["kd", "tfkd_self"], teacher={"model": "cnn", "epochs": 3}, search={"baselines": False})
+    assert sorted(run.student.name for run in s.teacher_runs()) == ["cnn", "mlp"]
+    again = build_space(parse_yaml(dump_yaml(s.tree), "again"))
+    assert again.tree == s.tree and again.teacher_runs() == s.teacher_runs()
 
 
 def test_every_teacher_that_may_be_needed_is_known_before() -> None:
@@ -111,6 +122,14 @@ def test_every_teacher_that_may_be_needed_is_known_before() -> None:
         ({"objective": None}, "objective: required, and not given"),
         ({"objective": ["ce", 3]}, "objective: needs a name or settings, got 3"),
         ({"objective": {"name": {"choices": ["ce", "lsr"]}}}, "objective.name: write a list instead"),
+        ({"objective": {"choices": ["ce", "lsr"]}}, "objective: write a list instead"),
+        ({"schedule": {"name": {"choices": ["cosine", "step"]}}}, "schedule.name: search the whole setting instead: schedule: {choices:"),
+        ({"objective": [{"name": ["ce"]}, "lsr"]}, "objective: no such name "),
+        ({"optim": {"lr": {"low": 1, "high": float("inf")}}}, "optim.lr.high: a finite number, got inf"),
+        ({"optim": {"lr": {"low": 1, "high": 2, "step": float("nan")}}}, "optim.lr.step: a finite number, got nan"),
+        ({"optim": {"batch_size": {"low": 10, "high": 10**400}}}, "optim.batch_size.high: a finite number, got 1000"),
+        ({"optim": {"nesterov": {"choices": [False, True]}, "momentum": {"choices": [0.0, 0.9]}}}, "optim: nesterov needs a momentum above 0"),
+        ({"student": {"name": "cnn", "widths": [1, 1, 1, 1, 1]}}, "student.widths: 5 stages halve a 8x8 image to nothing"),
         ({"epochs": {"low": 1, "high": 9}}, "epochs: one value for the whole sweep"),
         ({"workers": {"choices": [1, 2]}}, "workers: one value for the whole sweep"),
         ({"seed": {"choices": [1, 2]}}, "seed: one value for the whole sweep"),
@@ -118,7 +137,7 @@ def test_every_teacher_that_may_be_needed_is_known_before() -> None:
         ({"objective": {"name": "tfkd_reg_code", "temperature": {"low": 1, "high": 9}}}, "objective.tfkd_reg_code.temperature: fixed only"),
         ({"search": {"num_samples": 0}}, "search.num_samples: Input should be greater than or equal to 1, got 0"),
         ({"search": {"nm_samples": 3}}, "search.nm_samples: no such setting; did you mean 'num_samples'?"),
-        ({"search": 3}, "search.(the file): needs settings below it"),
+        ({"search": 3}, "search: needs settings below it (key: value), got 3"),
         ({"objective": ["ce", "lsr"], "search": {"num_samples": 1}}, "search.num_samples: 2 objectives share it equally, got 1"),
     ],
 )  # fmt: skip
@@ -166,6 +185,7 @@ def test_overrides_go_through_the_same_tree(text: str, read: Any, value: Any) ->
         ("optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
         ("epochs.x=1", "epochs: is 54, with nothing below it"),
         ("objective.kd.alpha=1", "objective.kd: not among the file's objectives"),
+        ("objective.tfkd_reg.alpha.high=2", "objective.tfkd_reg.alpha: Input should be less than or equal to 1, got 2"),
         ("optim.lr=[", "not YAML"),
         ("objective.tfkd_reg.alpha=1.5", "objective.tfkd_reg.alpha: Input should be less than or equal to 1, got 1.5"),
     ],

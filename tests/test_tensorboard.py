@@ -119,3 +119,18 @@ def test_short_names_are_short_only_where_that_is_clear(space: Space) -> None:
     assert short_names(space.parameters)["optim.lr"] == "lr"
     twice = build_space({"objective": "ce", "optim": {"lr": {"low": 0.1, "high": 1}}})
     assert short_names([*twice.parameters, *space.parameters])["student"] == "student"
+
+
+def test_a_trial_fills_the_columns_that_the_experiment_names(tmp_path: Path) -> None:
+    tree = {"objective": "kd", "teacher": {"optim": {"lr": {"choices": [0.1, 0.2]}}, "model": "mlp"}}
+    both = build_space({**tree, "optim": {"lr": {"low": 0.1, "high": 1.0}}})
+    callback = TensorBoard(tmp_path, both)
+    callback.setup()
+    callback.on_trial_start(0, [], trial(tmp_path, 0, "kd", **{"optim.lr": 0.3, "teacher.optim.lr": 0.2}))
+    events = read(tmp_path)
+    data = [
+        plugin_data_pb2.HParamsPluginData.FromString(events.SummaryMetadata(run, tag).plugin_data.content)
+        for run, tag in ((".", metadata.EXPERIMENT_TAG), ("t0000-kd", metadata.SESSION_START_INFO_TAG))
+    ]
+    columns = {h.name for h in data[0].experiment.hparam_infos}
+    assert set(data[1].session_start_info.hparams) - {"objective"} == columns == {"lr", "optim.lr"}

@@ -1,6 +1,5 @@
 """Sweeps on a real Ray: what comes back, what is written, and what a failure or a kill costs."""
 
-import json
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
 
 from tfkd_ray import cluster
 from tfkd_ray.cluster import check_ray, check_room
@@ -20,7 +20,7 @@ from tfkd_ray.loop import train
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import build_space
-from tfkd_ray.tune import build_tuner, resume_tuner
+from tfkd_ray.tune import TeacherFailed, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
 
@@ -159,8 +159,31 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
     assert (tmp_path / "mine" / "experiment.yaml").exists() and len(mine.ends) == 3
     best = grid.get_best_result().metrics
     assert best is not None and best["val_nll"] == min(r.metrics["val_nll"] for r in grid if r.metrics)
-    with pytest.raises(ConfigError, match=r"tune_config\.search_alg"):
-        build_tuner(TREE, name="x", storage=tmp_path, tune_config=tune.TuneConfig(search_alg=object()))
+    for wrong, message in [
+        ({"tune_config": tune.TuneConfig(search_alg=object())}, "tune_config.search_alg: build_tuner brings its own"),
+        ({"tune_config": tune.TuneConfig(num_samples=9)}, "tune_config.num_samples: the space says how many"),
+        (
+            {"run_config": tune.RunConfig(checkpoint_config=tune.CheckpointConfig(num_to_keep=1))},
+            "run_config.checkpoint",
+        ),
+        ({"storage": "s3://bucket/x"}, "needs a directory that all nodes see"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            build_tuner(TREE, **{"name": "x", "storage": tmp_path, **wrong})
+        assert message in str(error.value)
+
+
+def test_rays_asha_is_selectable_as_its_docs_show(ray_cluster: str, tmp_path: Path) -> None:
+    asha = ASHAScheduler(metric="val_accuracy", mode="max", time_attr="epoch", max_t=3, grace_period=1)
+    grid = build_tuner(TREE, name="e", storage=tmp_path, tune_config=tune.TuneConfig(scheduler=asha)).fit()
+    assert len(grid) == 3 and {r.status for r in read_records(tmp_path / "e")} <= {"done", "stopped"}
+
+
+def test_a_teacher_that_cannot_be_trained_is_said_and_uses_up_no_name(ray_cluster: str, tmp_path: Path) -> None:
+    tree = {**TREE, "objective": "tfkd_self", "teacher": {"optim": {"lr": 1e20}}}
+    with pytest.raises(TeacherFailed, match=r"teacher mlp-\w+: Diverged: train_loss is"):
+        build_tuner(tree, name="e", storage=tmp_path)
+    assert not (tmp_path / "e").exists()
 
 
 def test_trials_are_added_to_a_finished_sweep(ray_cluster: str, tmp_path: Path) -> None:
@@ -169,7 +192,9 @@ def test_trials_are_added_to_a_finished_sweep(ray_cluster: str, tmp_path: Path) 
     assert len(resume_tuner(tmp_path / "e", add_trials=2).fit()) == 2
     after = [(r.name, r.metrics) for r in read_records(tmp_path / "e")]
     assert after[:3] == before and [name for name, _ in after[3:]] == ["t0003-ce", "t0004-ce"]
-    assert json.loads((tmp_path / "e" / "trials" / "t0004-ce" / "trial.json").read_text())["status"] == "done"
+    (tmp_path / "e").rename(tmp_path / "f")  # an experiment may be moved
+    assert len(resume_tuner(tmp_path / "f", add_trials=1).fit()) == 1
+    assert [r.name for r in read_records(tmp_path / "f")][5:] == ["t0005-ce"]
 
 
 # --- refused before anything is written
@@ -183,16 +208,20 @@ def test_an_experiment_is_not_written_over(ray_cluster: str, tmp_path: Path) -> 
 
 def test_a_second_driver_is_refused(ray_cluster: str, tmp_path: Path) -> None:
     tuner = build_tuner(TREE, name="e", storage=tmp_path)
+    before = (tmp_path / "e" / "experiment.yaml").read_text()
     with pytest.raises(ConfigError, match=rf"is being run by process {os.getpid()} on "):
-        resume_tuner(tmp_path / "e")
+        resume_tuner(tmp_path / "e", add_trials=4)
+    assert (tmp_path / "e" / "experiment.yaml").read_text() == before
     assert len(tuner.fit()) == 3
     resume_tuner(tmp_path / "e").fit()  # free again
 
 
 def test_more_workers_than_cpus_are_refused_at_once(ray_cluster: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a trial needs 3 CPU \(3 x 1\), and the cluster has 2"):
+    with pytest.raises(ConfigError, match=r"a trial needs 3 x 1 CPU, each on one node, and the cluster has room for 2"):
         build_tuner({**TREE, "workers": 3}, name="e", storage=tmp_path)
-    with pytest.raises(ConfigError, match=r"a trial needs 1 GPU \(1 x 1\), and the cluster has 0"):
+    with pytest.raises(
+        ConfigError, match=r"a trial needs 1 x 1 CPU and 1 GPU, each on one node, and the cluster has room for 0"
+    ):
         build_tuner({**TREE, "gpus_per_worker": 1}, name="e", storage=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -202,14 +231,28 @@ def test_a_place_without_write_permission_is_refused(ray_cluster: str) -> None:
         build_tuner(TREE, name="e", storage="/proc/here")
 
 
+def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": r} for r in resources])
+
+
 TWO = TrainConfig(objective=CrossEntropy(), workers=2)
 
 
 def test_a_cluster_without_the_driver_resource_is_refused(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    nodes(monkeypatch, {"CPU": 2.0})
     with pytest.raises(ConfigError, match="need the resource 'tfkd_driver' on the cluster, and it has none"):
         check_room(TWO)
     assert check_room(TWO.model_copy(update={"workers": 1})) == 2
+
+
+def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, *[{"CPU": 3.0, "tfkd_driver": 1.0}] * 3)
+    monkeypatch.setattr(cluster, "_state_api_answers", lambda: True)
+    assert (
+        check_room(TWO.model_copy(update={"cpus_per_worker": 2})) == 1
+    )  # one worker a node: three, so one trial of two
+    with pytest.raises(ConfigError, match=r"needs 1 x 4 CPU, each on one node, and the cluster has room for 0"):
+        check_room(TWO.model_copy(update={"workers": 1, "cpus_per_worker": 4}))
 
 
 def test_a_cluster_whose_state_api_is_silent_is_refused_for_several_workers(

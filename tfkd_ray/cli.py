@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"tfkd {args.verb}: {error}")
         return WRONG_INPUT
     except KeyboardInterrupt:
-        _say(f"tfkd {args.verb}: interrupted; nothing was running that had something to save")
+        _say(f"tfkd {args.verb}: interrupted before a trial ran, so there is nothing to resume")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output left: not our failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -239,12 +239,13 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
 
     progress = Progress(space, experiment)
     started = time.monotonic()
+    from tfkd_ray.tune import TeacherFailed
+
     try:
         tuner = build(progress)
-    except KeyboardInterrupt:
-        if (experiment / "experiment.yaml").exists():
-            return _interrupted(experiment)
-        raise
+    except TeacherFailed as error:
+        _say(f"tfkd: {error}")
+        return FAILED
     with _ctrl_c(progress) as interrupted:
         tuner.fit()
     progress.stop()
@@ -338,20 +339,42 @@ def _train(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import check_writable
 
     check_writable(out, "--out DIR")
-    epochs = _epochs(config, out, args.storage.expanduser().absolute())
+    _check_same_run(config, out)
+    pressed: list[int] = []
+
+    def after_the_epoch(number: int, frame: Any) -> None:
+        """Ctrl-C once: at the end of the epoch, where the state can be saved. Twice: at once."""
+        pressed.append(number)
+        signal.signal(number, signal.default_int_handler)
+
     try:
+        epochs = _epochs(config, out, args.storage.expanduser().absolute())
         for metrics in epochs:
             shown = {k: metrics[k] for k in ("train_loss", "val_accuracy", "val_nll", "lr") if k in metrics}
             _say(f"epoch {metrics['epoch']:.0f}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
-    except KeyboardInterrupt:
-        epochs.close()
-        _say(f"interrupted; the same command with --out {_short(out)} goes on where it was")
-        return INTERRUPTED
+            if not pressed:
+                signal.signal(signal.SIGINT, after_the_epoch)
+            elif metrics["epoch"] < config.epochs:
+                epochs.close()
+                _say(f"interrupted; the same command with --out {_short(out)} goes on where it was")
+                return INTERRUPTED
     except (ArithmeticError, RuntimeError) as error:
         _say(f"tfkd train: failed: {error}")
         return FAILED
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"val_accuracy {metrics['val_accuracy']:.4f} after {metrics['epoch']:.0f} epochs, in {_short(out)}")
     return OK
+
+
+def _check_same_run(config: "TrainConfig", out: Path) -> None:
+    """Raise where a directory holds another run than this one."""
+    from tfkd_ray.config import TrainConfig
+    from tfkd_ray.schema import ConfigError, read_yaml, validated
+
+    path = out / "config.yaml"
+    if path.exists() and validated(TrainConfig, read_yaml(path), path).fingerprint() != config.fingerprint():
+        raise ConfigError("holds another run (see its config.yaml); choose another directory: --out DIR", out)
 
 
 def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
@@ -373,16 +396,22 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
         from tfkd_ray.trial import Group
 
         about = {"directory": str(out), "storage": str(storage), "name": out.name, "epochs": config.epochs}
-        source: Any = Group(config, out).epochs(config.model_dump(mode="json"), about)
+        group = Group(config, out / "group")
+        source: Any = group.epochs(config.model_dump(mode="json"), about)
     else:
         from tfkd_ray.loop import train_in
 
         source = train_in(out, config, teacher=teacher)
     lines: list[str] = []
-    for metrics in source:
-        lines.append(json.dumps(metrics) + "\n")
-        write_text(out / "metrics.jsonl", "".join(lines))
-        yield metrics
+    try:
+        for metrics in source:
+            lines.append(json.dumps(metrics) + "\n")
+            write_text(out / "metrics.jsonl", "".join(lines))
+            yield metrics
+    finally:
+        source.close()
+        if config.workers > 1:
+            group.close()
 
 
 def _best(args: argparse.Namespace) -> int:
@@ -408,7 +437,7 @@ def _trials(args: argparse.Namespace) -> int:
     print(f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>13}  parameters")
     for r in read_records(args.experiment):
         value = f"{r.last[metric]:.4f}" if metric in r.last else ""
-        shown = {k.rsplit(".", 1)[-1]: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.parameters.items()}
+        shown = {k.split(".", 1)[-1]: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.parameters.items()}
         parameters = " ".join(f"{k}={v}" for k, v in shown.items())
         print(f"{r.name:<22} {r.status:<12} {r.last.get('epoch', 0):>5.0f} {value:>13}  {r.reason or parameters}")
     return OK

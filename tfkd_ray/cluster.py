@@ -109,15 +109,19 @@ def _state_api_answers() -> bool:
 
 def check_room(config: TrainConfig) -> int:
     """How many trials of this shape the cluster has room for at once; a ConfigError if not even one."""
-    have = ray.cluster_resources()
-    need = {"CPU": float(config.workers * config.cpus_per_worker), "GPU": config.workers * config.gpus_per_worker}
-    problems = [
-        f"workers: a trial needs {amount:g} {kind} ({config.workers} x {amount / config.workers:g}), "
-        f"and the cluster has {have.get(kind, 0):g}; use fewer workers, or a larger cluster"
-        for kind, amount in need.items()
-        if amount > have.get(kind, 0)
-    ]
-    if config.workers > 1 and have.get(DRIVER, 0) < 0.01:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    need = {kind: float(amount) for kind, amount in
+            {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}.items() if amount}  # fmt: skip
+    room = sum(int(min(node.get(kind, 0) // amount for kind, amount in need.items())) for node in nodes)
+    problems = []
+    if room < config.workers:
+        shape = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+        there = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in need)
+        problems.append(
+            f"workers: a trial needs {config.workers} x {shape}, each on one node, and the cluster has room "
+            f"for {room} of them ({len(nodes)} nodes, {there}); use fewer or smaller workers, or a larger cluster"
+        )
+    if config.workers > 1 and sum(node.get(DRIVER, 0) for node in nodes) < 0.01:
         problems.append(
             f"workers: trials of several workers need the resource '{DRIVER}' on the cluster, and it has none; "
             f"start its head with: ray start --head --resources='{{\"{DRIVER}\": 1000}}'"
@@ -129,4 +133,4 @@ def check_room(config: TrainConfig) -> int:
         )
     if problems:
         raise ConfigError(problems, "this cluster")
-    return max(1, int(min(have.get(kind, 0) // amount for kind, amount in need.items() if amount)))
+    return room // config.workers

@@ -45,7 +45,7 @@ class Schedule(Settings):
     """Epochs of linear warm-up from 0 to the peak; at most half of the run."""
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Factor on the peak learning rate at a point in [0, epochs) of a run of `epochs`."""
+        """Factor on the peak learning rate at a point in [0, epochs) of a run; a step's point is its middle."""
         warmup = min(self.warmup_epochs, epochs / 2)
         if epoch < warmup:
             return epoch / warmup
@@ -123,7 +123,7 @@ class TrainConfig(Settings):
     cpus_per_worker: Count = 1
     """CPUs, and torch threads, of a worker."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs of a worker; a fraction lets one-worker trials share a GPU."""
+    """GPUs of a worker; a fraction lets one-worker trials share a GPU. 0: the CPU, also where there are GPUs."""
     batch_norm: Literal["local", "sync"] = "local"
     """Batch statistics of each worker's own part, or over all workers (GPU only)."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 10.0
@@ -137,6 +137,12 @@ class TrainConfig(Settings):
         except ValueError as error:
             problems.append(str(error))
         model = self.teacher.model if self.teacher else None
+        for path, network in (("student", self.student), ("teacher.model", model)):
+            try:
+                if network is not None:
+                    network.check(self.data.shape)
+            except ValueError as error:
+                problems.append(f"{path}.{error}")
         if self.objective.name == "kd" and model is None:
             problems.append(
                 "teacher.model: objective kd needs a teacher's network, and none is given; add teacher: {model: ...}, "

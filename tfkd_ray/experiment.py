@@ -84,6 +84,8 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
             f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; use the release that wrote it"
         )
         raise ConfigError(message, experiment / "experiment.yaml")
+    if not isinstance(about.get("space"), dict) or not isinstance(about["space"].get("search"), dict):
+        raise ConfigError("has no 'space:' with a 'search:' in it; it was changed by hand, or cut", experiment)
     return about
 
 

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tfkd_ray.experiment import read_records
 from tfkd_ray.space import Space
 
 REFRESH_S = 0.25
@@ -38,6 +39,9 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def setup(self, **info: Any) -> None:
         self._start = time.monotonic()
+        for record in read_records(self._experiment):  # what earlier sessions did
+            if record.status in ("done", "stopped", "failed"):
+                self._count(record.objective, record.status, record.last.get(self._space.search.metric, math.nan))
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -82,27 +86,30 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def note(self, text: str) -> None:
         """Say something that is no trial's event."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _end(self, trial: Any, failed: str | None) -> None:
         run = self._running.pop(trial.trial_id, None)
         if run is None:
             return
-        metric, value = self._space.search.metric, float(run.get("value") or "nan")
-        counts = self._counts[run["objective"]]
+        metric, value = self._space.search.metric, run.get("value")
+        value = math.nan if value is None else float(value)
         if failed:
-            counts["failed"] += 1
+            self._count(run["objective"], "failed", value)
             self._failures.append(f"{run['name']}: {failed.splitlines()[0]}")
             self._say(f"{run['name']}: failed: {failed.splitlines()[0]}")
         elif run["epoch"] < self._space.epochs:
-            counts["stopped"] += 1
+            self._count(run["objective"], "stopped", value)
             self._say(f"{run['name']}: stopped early at epoch {run['epoch']}, {metric} {value:.4f}")
         else:
-            counts["done"] += 1
+            self._count(run["objective"], "done", value)
             self._say(f"{run['name']}: done, {metric} {value:.4f}")
-            sign = 1 if self._space.search.mode == "max" else -1
-            if sign * value > sign * self._best.get(run["objective"], -sign * math.inf):
-                self._best[run["objective"]] = value
+
+    def _count(self, objective: str, status: str, value: float) -> None:
+        self._counts[objective][status] += 1
+        sign = 1 if self._space.search.mode == "max" else -1
+        if status == "done" and sign * value > sign * self._best.get(objective, -sign * math.inf):
+            self._best[objective] = value
 
     def _say(self, text: str) -> None:
         if self._live is None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,9 @@ def train(
     """
     # 1. Where it runs
     workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if config.gpus_per_worker and not torch.cuda.is_available():
+        raise RuntimeError(f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here")
+    device = torch.device("cuda", torch.cuda.current_device()) if config.gpus_per_worker else torch.device("cpu")
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
     try:
@@ -93,10 +95,7 @@ def train(
         run = config.fingerprint(LOOP_VERSION)
         history: list[dict[str, float]] = []
         if state is not None:
-            if state["run"] != run:
-                raise ValueError(
-                    f"the state is of another run: {state['run']}, not {run} (configuration or loop version)"
-                )
+            _check_run(state, config)
             student.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
@@ -117,7 +116,7 @@ def train(
             model.train()
             for step, batch in enumerate(batches):
                 mine = batch.tensor_split(workers)[rank]
-                lr = optim.lr * config.schedule.factor(epoch + (step + 1) / len(batches), config.epochs)
+                lr = optim.lr * config.schedule.factor(epoch + (step + 0.5) / len(batches), config.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 torch.manual_seed(address(config.seed, "step", epoch, step, rank))  # dropout
@@ -175,6 +174,9 @@ def train_in(
     Nothing is written by other workers than the first.
     """
     state = load_state(directory)
+    if state:
+        _check_run(state, config)
+    _check_same_epoch(state["epoch"] if state else 0)
     yield from list(state["history"]) if state else []
     writes = not dist.is_initialized() or dist.get_rank() == 0
     saved_at, saved_epoch = time.monotonic(), state["epoch"] if state else 0
@@ -190,8 +192,8 @@ def train_in(
             for last in run:
                 if writes and last.metrics["epoch"] == config.epochs:
                     final = last.state()
-                    writer.submit(save_state, directory, final).result()
                     save_weights(directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})})
+                    writer.submit(save_state, directory, final).result()  # last: it says that all is there
                     saved_epoch = config.epochs
                 elif writes and time.monotonic() - saved_at >= config.checkpoint_every_s and not writing(pending):
                     pending = writer.submit(save_state, directory, last.state())
@@ -222,6 +224,23 @@ def split_batches(order: Tensor, batch_size: int, workers: int) -> list[Tensor]:
     if len(batches) > 1 and len(batches[-1]) < 2 * workers:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
+
+
+def _check_run(state: State, config: TrainConfig) -> None:
+    run = config.fingerprint(LOOP_VERSION)
+    if state["run"] != run:
+        raise ValueError(f"the state is of another run: {state['run']}, not {run} (configuration or loop version)")
+
+
+def _check_same_epoch(epoch: int) -> None:
+    """Raise, on every worker alike, if workers read different checkpoints; going on would leave them out of step."""
+    if dist.is_initialized():
+        epochs: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(epochs, epoch)
+        if len(set(epochs)) > 1:
+            raise OSError(
+                f"workers read checkpoints of different epochs, {epochs}: the storage is not the same for all"
+            )
 
 
 def _on(device: torch.device, images: ImageSet) -> ImageSet:

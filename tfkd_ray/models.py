@@ -18,6 +18,9 @@ Width = Annotated[int, Field(ge=1, le=65536)]
 class Network(Settings):
     """A network by name; `build` makes it for a data set's shape."""
 
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
+
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """A new module, weights drawn from torch's global generator; shape is (C, H, W)."""
         raise TypeError(f"{type(self).__name__} does not say how it is built")
@@ -50,10 +53,14 @@ class Cnn(Network):
     widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=5)] = (16, 32)
     """Channels of each stage; images are halved between stages."""
 
-    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        channels, height, width = shape
+    def check(self, shape: tuple[int, int, int]) -> None:
+        _, height, width = shape
         if min(height, width) < 2 ** (len(self.widths) - 1):
-            raise ValueError(f"cnn.widths: {len(self.widths)} stages halve a {height}x{width} image to nothing")
+            raise ValueError(f"widths: {len(self.widths)} stages halve a {height}x{width} image to nothing")
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+        channels = shape[0]
         layers: list[nn.Module] = []
         for stage, out in enumerate(self.widths):
             layers += [nn.MaxPool2d(2)] if stage else []

@@ -211,7 +211,8 @@ class TfkdRegCode(Canonical):
         p_c is the target's probability of the label, softmax(p^d / T).
         """
         K = num_classes
-        other = 1 / (math.exp(self._gap(K)) + K - 1)  # probability of each class that is not the label
+        e = math.exp(-self._gap(K))
+        other = e / (1 + (K - 1) * e)  # probability of each class that is not the label
         return LabelSmoothing(alpha=min(self.alpha * other * K, 1.0), loss_scale=self.loss_scale)
 
     def _gap(self, num_classes: int) -> float:
@@ -261,13 +262,13 @@ def from_released(
     Their `KLDivLoss` has reduction `mean`, which divides by B * K. With w = alpha * m / K: s = 1 - alpha + w, and
     our alpha is w / s. T^2 stands inside the canonical loss for kd and tfkd_self; the released tfkd_reg has none.
     """
+    if not (0 <= alpha <= 1 and multiplier > 0 and num_classes > 1 and temperature > 0):
+        raise ConfigError(
+            f"released setting: needs 0 <= alpha <= 1, temperature and multiplier above 0 and at least 2 classes, "
+            f"got {alpha=}, {temperature=}, {multiplier=}, {num_classes=}"
+        )
     weight = alpha * multiplier / num_classes
     scale = 1 - alpha + weight
-    if not (0 <= alpha <= 1 and multiplier > 0 and num_classes > 1 and scale > 0):
-        raise ConfigError(
-            f"released setting: needs 0 <= alpha <= 1, multiplier > 0 and at least 2 classes, "
-            f"got {alpha=}, {multiplier=}, {num_classes=}"
-        )
     kinds: dict[str, type[KnowledgeDistillation | TfkdRegCode]] = {
         "kd": KnowledgeDistillation,
         "tfkd_self": TfkdSelf,

@@ -216,13 +216,15 @@ def parse_yaml(text: str, source: str | Path) -> Any:
             raise ConfigError(f"{where}: a tab, and YAML indents with spaces only; replace it", source) from None
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}: not YAML: {reason}", source) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"not YAML: {reason}", source) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; every way in which that can fail is a ConfigError."""
+    if "\0" in str(path):
+        raise ConfigError("no file has such a name: there is a zero byte in it", repr(str(path)))
     if path.is_dir():
         raise ConfigError("is a directory, not a file; name a YAML file in it", path)
     try:
@@ -276,7 +278,7 @@ def find_file(path: str | Path, folder: str) -> Path:
     """`path` itself, or the file of that name that ships with the package in `folder` (also without `.yaml`)."""
     given = Path(path)
     shipped = [root / folder / f"{given.stem}.yaml" for root in (Path(__file__).parent, Path(__file__).parent.parent)]
-    bare = given.parent in (Path(), Path(folder)) and given.suffix in ("", ".yaml")
-    if not given.exists() and bare:
+    bare = given.parent in (Path(), Path(folder)) and given.suffix in ("", ".yaml") and "\0" not in str(path)
+    if bare and not given.exists():
         return next((p for p in shipped if p.exists()), given)
     return given

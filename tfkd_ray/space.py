@@ -7,6 +7,8 @@ parameters. What stands in the file is checked through `TrainConfig` itself, at 
 
 import copy
 import itertools
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +141,8 @@ class Choices:
 
     def suggest(self, trial: Suggests, name: str) -> Any:
         """One of the values; the sampler sees settings as their text."""
-        labels = [v if isinstance(v, str | int | float | bool | None) else str(v) for v in self.values]
+        plain = str | int | float | bool | None
+        labels = [v if isinstance(v, plain) else json.dumps(v, sort_keys=True) for v in self.values]
         return copy.deepcopy(self.values[labels.index(trial.suggest_categorical(name, labels))])
 
     @property
@@ -152,6 +155,7 @@ class Choices:
 
 
 Domain = Range | Choices
+MAX_CORNERS = 256
 RANGE_KEYS = {"low", "high", "log", "step", "log_complement"}
 
 
@@ -177,6 +181,9 @@ def _domain(value: Any, path: Path_, *, whole: bool) -> Domain | None:
     for key in ("low", "high"):
         if not isinstance(value.get(key), int | float) or isinstance(value.get(key), bool):
             raise ConfigError(f"{where}.{key}: a range needs a number here, got {value.get(key)!r}")
+    for key in ("low", "high", "step"):
+        if not _is_finite(value.get(key)):
+            raise ConfigError(f"{where}.{key}: a finite number, got {str(value[key])[:40]}")
     for key in ("log", "log_complement"):
         if not isinstance(value.get(key, False), bool):
             raise ConfigError(f"{where}.{key}: true or false, got {value[key]!r}")
@@ -197,6 +204,11 @@ def _domain(value: Any, path: Path_, *, whole: bool) -> Domain | None:
     if whole and any(v is not None and v != int(v) for v in (low, high, step)):
         raise ConfigError(f"{where}: whole numbers only, got {Range(low, high, log, step, complement)}")
     return Range(low, high, log, step, complement, whole)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number, if it is one, is finite and of a size that a float can hold."""
+    return not isinstance(value, int | float) or (abs(value) < 1e300 and not math.isnan(value))
 
 
 # --- the space -------------------------------------------------------------------------------------------------
@@ -298,7 +310,7 @@ class Space:
         """Every teacher that a trial of this space may need, once each."""
         runs: dict[str, TrainConfig] = {}
         for branch in self.branches:
-            for values in _every_choice(branch):
+            for values in _every_choice(branch.parameters):
                 run = branch.config(values).teacher_run()
                 if run is not None:
                     runs.setdefault(run.fingerprint(), run)
@@ -331,17 +343,25 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     problems: list[str] = []
     notes: list[str] = []
     search = SearchConfig()
+    given = tree.pop("search", None)
+    if given is not None and not isinstance(given, dict):
+        problems.append(f"search: needs settings below it (key: value), got {given!r}")
+        given = None
     try:
-        given = tree.pop("search", {})
-        search = validated(SearchConfig, {} if given is None else given)
+        search = validated(SearchConfig, given or {})
     except ConfigError as error:
         problems += [f"search.{p}" for p in error.problems]
     branches: list[Branch] = []
     try:
         objectives = _objectives(tree.pop("objective", None), search, notes)
-        for objective in objectives:
+        names = [_name(o) for o in objectives]
+        for name, objective in zip(names, objectives, strict=True):
+            shared = dict(tree)
+            if name == "tfkd_self" and "kd" in names and isinstance(shared.get("teacher"), dict):
+                # the network given is kd's teacher; a self teacher is the student's
+                shared["teacher"] = {k: v for k, v in shared["teacher"].items() if k != "model"}
             try:
-                branches.append(_branch({**tree, "objective": objective}))
+                branches.append(_branch({**shared, "objective": objective}))
             except ConfigError as error:
                 problems += error.problems
     except ConfigError as error:
@@ -361,7 +381,7 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
         return [given]
     if not given:
         raise ConfigError("objective: an empty list; for example: objective: [ce, lsr, tfkd_reg]")
-    names = [named(o).get("name") if isinstance(named(o), dict) else None for o in given]
+    names = [_name(o) for o in given]
     twice = {n for n in names if n is not None and names.count(n) > 1}
     if twice:
         raise ConfigError(f"objective: {', '.join(sorted(twice))} is listed twice; widen one range instead")
@@ -377,6 +397,13 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
             "(search.baselines: false leaves them out)"
         )
     return given + added
+
+
+def _name(objective: Any) -> str | None:
+    """The name of an objective in a file, if it has one."""
+    settings = named(objective)
+    name = settings.get("name") if isinstance(settings, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _branch(tree: Tree) -> Branch:
@@ -412,11 +439,10 @@ def _branch(tree: Tree) -> Branch:
         name = ".".join(_public(path, objective))
         parameters.append(Parameter(name, path, domain))
         problems += _not_searchable(path, domain, name)
-    probes = [p.domain.probes for p in parameters]
-    for k in range(max([len(p) for p in probes], default=1)):
+    for values in _corners(parameters):
         probe = copy.deepcopy(template)
-        for parameter, values in zip(parameters, probes, strict=True):
-            _put(probe, parameter.path, copy.deepcopy(values[min(k, len(values) - 1)]))
+        for parameter in parameters:
+            _put(probe, parameter.path, copy.deepcopy(values[parameter.name]))
         try:
             config = validated(TrainConfig, probe)
             allowed = config.objective.searchable
@@ -438,8 +464,11 @@ def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
     top = path[0]
     if top in RUN_ONLY or top in ("data", "epochs", "seed", "batch_norm"):
         yield f"{name}: one value for the whole sweep; trials that differ in it cannot be compared"
-    if path == ("objective", "name"):
-        yield "objective.name: write a list instead: objective: [ce, lsr, ...]"
+    if path in (("objective",), ("objective", "name")):
+        yield f"{name}: write a list instead: objective: [ce, lsr, ...]"
+    elif path[-1] == "name":
+        above = ".".join(path[:-1])
+        yield f"{name}: search the whole setting instead: {above}: {{choices: [NAME, {{name: NAME, ...}}]}}"
     if top == "teacher" and isinstance(domain, Range):
         yield f"{name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
 
@@ -468,11 +497,17 @@ def _put(tree: Tree, path: Path_, value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _every_choice(branch: Branch) -> Iterator[dict[str, Any]]:
-    """Values for every combination of choices; ranges at their low end."""
-    options = [p.domain.probes if isinstance(p.domain, Choices) else p.domain.probes[:1] for p in branch.parameters]
+def _every_choice(parameters: Sequence[Parameter], end: int = 0) -> Iterator[dict[str, Any]]:
+    """Values for every combination of choices, with all ranges at their low (0) or high (1) end."""
+    options = [p.domain.probes if isinstance(p.domain, Choices) else [p.domain.probes[end]] for p in parameters]
     for combination in itertools.product(*options):
-        yield {p.name: v for p, v in zip(branch.parameters, combination, strict=True)}
+        yield {p.name: v for p, v in zip(parameters, combination, strict=True)}
+
+
+def _corners(parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
+    """Values to check a space with: every combination of choices (of many, the first), at both ends of the ranges."""
+    for end in (0, 1):
+        yield from itertools.islice(_every_choice(parameters, end), MAX_CORNERS)
 
 
 def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
@@ -483,8 +518,10 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
             _put(tree, parameter.path, _as_tree(parameter.domain))
         trees.append(tree)
     objectives = [tree["objective"] for tree in trees]
+    teachers = [tree["teacher"] for tree in trees]
     return {
         **trees[0],
+        "teacher": next((t for t in teachers if t and t["model"]), teachers[0]),
         "objective": objectives if len(objectives) > 1 else objectives[0],
         "search": search.model_dump(mode="json"),
     }
@@ -509,11 +546,10 @@ def _override(tree: Tree, text: str) -> None:
         known = settings_at(TrainConfig, ()) | {"search"}
         raise ConfigError(f"{path[0]}: no such setting; {did_you_mean(path[0], known)}")
     here: Any = tree
+    if path[0] == "objective" and len(path) > 2:
+        here, path = _one_objective(tree, path)
     for depth, part in enumerate(path[:-1]):
         below = here.get(part) if isinstance(here, dict) else None
-        if depth == 0 and part == "objective" and len(path) > 2:
-            here, path = _one_objective(tree, path)
-            break
         if below is None or isinstance(below, str):
             here[part] = {} if below is None else named(below)
         elif not isinstance(below, dict):
@@ -527,7 +563,7 @@ def _one_objective(tree: Tree, path: list[str]) -> tuple[Tree, list[str]]:
     given = tree.get("objective")
     listed = given if isinstance(given, list) else [given]
     settings = [named(o) for o in listed]
-    names = [o.get("name") if isinstance(o, dict) else None for o in settings]
+    names = [_name(o) for o in settings]
     if path[1] not in names:
         known = [str(n) for n in names if n]
         raise ConfigError(f"objective.{path[1]}: not among the file's objectives; {did_you_mean(path[1], known)}")

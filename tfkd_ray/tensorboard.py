@@ -45,6 +45,7 @@ class TensorBoard(Callback):  # type: ignore[misc]
 
     def __init__(self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy") -> None:
         self._folder, self._space, self._metric = Path(folder), space, metric
+        self._columns = short_names(space.parameters) if space is not None else {}
         self._writers: dict[str, tuple[EventFileWriter, int]] = {}
 
     def setup(self, **info: Any) -> None:
@@ -65,7 +66,11 @@ class TensorBoard(Callback):  # type: ignore[misc]
         values = about.get("parameters", trial.evaluated_params)
         objective = trial.config.get("objective")
         name = objective.get("name") if isinstance(objective, Mapping) else objective
-        _add(writer, 0, _session_start({"objective": name, **values} if name else values, about.get("name", "")))
+        _add(
+            writer,
+            0,
+            _session_start({"objective": name, **values} if name else values, about.get("name", ""), self._columns),
+        )
         writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
 
@@ -151,10 +156,10 @@ def _column(name: str, domain: Any) -> api_pb2.HParamInfo:
     return info
 
 
-def _session_start(values: Mapping[str, Any], name: str) -> summary_pb2.Summary:
+def _session_start(values: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> summary_pb2.Summary:
     info = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time.time())
     for key, value in values.items():
-        short = key.split(".", 1)[-1]
+        short = columns.get(key, key)
         if isinstance(value, bool):
             info.hparams[short].bool_value = value
         elif isinstance(value, int | float):

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -74,7 +75,10 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        _stop(self._epochs)
+        with contextlib.suppress(
+            Exception
+        ):  # the trial before has ended, and its end was told: no matter of this one's
+            _stop(self._epochs)
         self._begin(new_config)
         return True
 
@@ -85,7 +89,8 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         if workers == 1:
             self._epochs = _epochs_here(run, self._about)
         else:
-            self._group = self._group or Group(validated(TrainConfig, run), Path(self._about["directory"]))
+            folder = Path(self._about["directory"]).parent.parent / "groups"
+            self._group = self._group or Group(validated(TrainConfig, run), folder)
             self._epochs = self._group.epochs(run, self._about)
 
     def step(self) -> dict[str, Any]:
@@ -140,7 +145,12 @@ def _reason(error: BaseException) -> str:
 
 
 class Group:
-    """A resident group of Ray Train workers, from the side of the trial that uses it."""
+    """A resident group of Ray Train workers, from the side of the trial that uses it.
+
+    Args:
+        config: says how many workers, and on what.
+        folder: where Ray Train may keep its own files while the group lives; all nodes see it.
+    """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
@@ -191,7 +201,7 @@ class Group:
         env |= {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
         env.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is noticed
         desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env})
-        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder.parent.parent / "groups"))
+        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder))
 
     def _alive(self) -> bool:
         try:
@@ -242,7 +252,7 @@ class _Desk:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        name = f"group-{os.getpid()}"
+        name = f"group-{uuid.uuid4().hex[:12]}"
         try:
             TorchTrainer(
                 _worker,
@@ -278,6 +288,10 @@ class _Desk:
 
     def put_result(self, number: int, kind: str, value: Any) -> None:
         self._results.put((number, kind, value))
+
+    def give_up(self) -> None:
+        """A worker failed alone: the group ends, and no trial should begin on it."""
+        self._trouble = self._trouble or "a worker failed alone"
 
     def get_result(self, timeout_s: float) -> tuple[tuple[int, str, Any] | None, str | None]:
         """(a result or None, what is wrong with the group or None)."""
@@ -348,6 +362,7 @@ def _worker(given: dict[str, Any]) -> None:
             if first if alike else not _is_of_communication(error):
                 tell(number, "failed", (_reason(error), traceback.format_exc()))
             if not alike:  # a worker is lost, or failed alone: the others cannot go on without it
+                ray.get(desk.give_up.remote())
                 raise
 
 

@@ -27,8 +27,9 @@ from tfkd_ray.experiment import (
     trials_folder,
     write_experiment,
     write_record,
+    write_text,
 )
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.search import OptunaSearcher, StudyStopping
 from tfkd_ray.space import Space, build_space, load_space
 from tfkd_ray.tensorboard import TensorBoard
@@ -58,23 +59,27 @@ def build_tuner(
         name: of the experiment, a directory below `storage` that is not there yet. None: the file's name and the time.
         storage: directory that all nodes see; teachers are shared by the experiments in it.
         callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
-        tune_config: Ray's own; what it sets goes before the space's `search`, but the searcher must be ours.
+        tune_config: Ray's own; what it sets goes before the space's `search`. Searcher and number of trials are ours.
         run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`.
         on_teacher: called with a teacher's run before it is trained (None) and after (what teacher.json says).
     """
     space, stem = _as_space(space)
     run_config = run_config or tune.RunConfig()
+    tune_config = tune_config or tune.TuneConfig()
+    _check_ray_configs(tune_config, run_config)
     if run_config.storage_path != tune.RunConfig().storage_path:  # Ray's default is no wish of the user's
         storage = run_config.storage_path
+    if "://" in str(storage):
+        raise ConfigError(f"needs a directory that all nodes see (NFS, for example), got {storage}", "storage")
     storage = Path(storage).expanduser().absolute()
     name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = storage / name
     check_new(experiment)
     prepare(space)
+    train_teachers(space, storage, on_teacher)
     experiment.mkdir(parents=True)
     write_experiment(experiment, space.tree, sys.argv)
-    train_teachers(space, storage, on_teacher)
-    return _tuner(space, experiment, callbacks, tune_config or tune.TuneConfig(), run_config)
+    return _tuner(space, experiment, Lock(experiment), callbacks, tune_config, run_config)
 
 
 def resume_tuner(
@@ -90,14 +95,15 @@ def resume_tuner(
     """
     experiment = Path(experiment).expanduser().absolute()
     about = read_experiment(experiment)
+    check_writable(experiment, "an experiment directory of yours")
+    lock = Lock(experiment)
     about["space"]["search"]["num_samples"] += add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
-    check_writable(experiment, "an experiment directory of yours")
     prepare(space)
     if add_trials:
-        write_experiment(experiment, space.tree, about["command"])
+        write_text(experiment / "experiment.yaml", dump_yaml(about))
     train_teachers(space, experiment.parent, on_teacher)
-    return _tuner(space, experiment, callbacks, tune.TuneConfig(), tune.RunConfig())
+    return _tuner(space, experiment, lock, callbacks, tune.TuneConfig(), tune.RunConfig())
 
 
 def prepare(space: Space) -> None:
@@ -105,6 +111,10 @@ def prepare(space: Space) -> None:
     config = space.example
     connect(workers=config.workers)
     check_room(config)
+
+
+class TeacherFailed(RuntimeError):
+    """A teacher that a sweep needs could not be trained; the sweep has not begun."""
 
 
 def train_teachers(
@@ -119,7 +129,11 @@ def train_teachers(
         task = ray.remote(teachers.train_teacher).options(
             num_cpus=run.cpus_per_worker, num_gpus=run.gpus_per_worker, max_retries=2
         )
-        about = ray.get(task.remote(run, storage))
+        try:
+            about = ray.get(task.remote(run, storage))
+        except ray.exceptions.RayTaskError as error:
+            name = teachers.teacher_name(run)
+            raise TeacherFailed(f"teacher {name}: {type(error.cause).__name__}: {error.cause}") from None
         if on_teacher:
             on_teacher(run, about)
 
@@ -132,36 +146,49 @@ def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
     return load_space(Path(space)), Path(space).stem
 
 
+def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
+    """Refuse what would be ignored: settings of Ray's that a space, or a trial, has its own word on."""
+    problems = []
+    if tune_config.search_alg is not None:
+        problems.append(
+            "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner "
+            "of your own"
+        )
+    if tune_config.num_samples != tune.TuneConfig().num_samples:
+        problems.append("tune_config.num_samples: the space says how many trials; set search.num_samples there")
+    if run_config.checkpoint_config not in (None, tune.CheckpointConfig()):
+        problems.append("run_config.checkpoint_config: trials keep their own checkpoints; see checkpoint_every_s")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _tuner(
     space: Space,
     experiment: Path,
+    lock: "Lock",
     callbacks: Sequence[tune.Callback],
     tune_config: tune.TuneConfig,
     run_config: tune.RunConfig,
 ) -> tune.Tuner:
-    if tune_config.search_alg is not None:
-        raise ConfigError(
-            "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner "
-            "of your own"
-        )
     os.environ.update(_TUNE_SETTINGS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    lock = Lock(experiment)
+    (experiment / "study.journal.lock").unlink(missing_ok=True)  # of a driver that is dead: the lock is ours
     storage = experiment.parent
     folder = trials_folder(experiment)
     place = {"directory": str(folder / "{name}"), "storage": str(storage)}
-    searcher = OptunaSearcher(space, experiment / "study.journal", study=experiment.name, place=place)
+    searcher = OptunaSearcher(space, experiment / "study.journal", place=place)
     config = space.example
-    at_once = space.search.max_concurrent or tune_config.max_concurrent_trials
+    at_once = tune_config.max_concurrent_trials or space.search.max_concurrent
     if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
         at_once = min(at_once or sys.maxsize, check_room(config))
+    told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), Recorder()]
     return tune.Tuner(
         tune.with_resources(StudentTrial, resources_of(config)),
         tune_config=dataclasses.replace(
             tune_config,
-            metric=tune_config.metric or space.search.metric,
-            mode=tune_config.mode or space.search.mode,
+            metric=None if told else tune_config.metric or space.search.metric,
+            mode=None if told else tune_config.mode or space.search.mode,
             search_alg=searcher,
             scheduler=tune_config.scheduler or StudyStopping(searcher),
             num_samples=max(1, searcher.remaining()),
@@ -224,9 +251,13 @@ class Recorder(tune.Callback):  # type: ignore[misc]
             with (self._folder(trial) / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._seen[trial.trial_id] = epoch
+        if result.get("done"):  # before the study is told: a crash between repeats the end, and never loses it
+            self._end(trial, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        result = trial.last_result or {}
+        self._end(trial, trial.last_result or {})
+
+    def _end(self, trial: Any, result: dict[str, Any]) -> None:
         failed = result.get("failed")
         full = result.get("epoch") == trial.config["trial"]["epochs"]
         self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
