@@ -14,7 +14,7 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
     "schema",
-    "objectives", "data", "models",
+    "objectives", "data", "models", "augment",
     "config",
     "checkpoint", "evaluate", "space", "experiment",
     "loop",

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from tfkd_ray.objectives import (
     CrossEntropy,
+    DecoupledKD,
+    Dist,
     KnowledgeDistillation,
     LabelSmoothing,
+    StandardisedKD,
     TfkdReg,
     TfkdRegCode,
     TfkdSelf,
@@ -104,7 +107,10 @@ def test_tfkd_reg_code_is_what_was_released(batch: Batch, T: float) -> None:
 
 # --- limits and identities
 
-ALL = [CrossEntropy(), LabelSmoothing(), KnowledgeDistillation(), TfkdSelf(), TfkdReg(), TfkdRegCode()]
+ALL = [
+    CrossEntropy(), LabelSmoothing(), KnowledgeDistillation(), TfkdSelf(), TfkdReg(), TfkdRegCode(), DecoupledKD(), Dist(),
+    StandardisedKD(),
+]  # fmt: skip
 IDS = [o.name for o in ALL]
 
 
@@ -248,6 +254,76 @@ def test_a_released_setting_out_of_range_is_refused(wrong: dict[str, float]) -> 
         from_released("kd", **setting)  # type: ignore[arg-type]
 
 
+# --- follow-ups, against their published formulas in slow loops
+
+
+def test_dkd_is_its_definition(batch: Batch) -> None:
+    logits, labels, teacher = batch
+    T, target, nontarget = 4.0, 0.0, 0.0
+    for z, t, c in zip(logits.tolist(), teacher.tolist(), labels.tolist(), strict=True):
+        p, q = softmax(z, T), softmax(t, T)
+        target += q[c] * math.log(q[c] / p[c]) + (1 - q[c]) * math.log((1 - q[c]) / (1 - p[c]))
+        others = [k for k in range(10) if k != c]
+        for k in others:
+            nontarget += q[k] / (1 - q[c]) * math.log((q[k] / (1 - q[c])) / (p[k] / (1 - p[c])))
+    slow = (1 - 0.3) * F.cross_entropy(logits, labels).item() + 0.3 * T * T * (2 * target + 5 * nontarget) / 7
+    objective = DecoupledKD(alpha=0.3, temperature=T, target_weight=2, nontarget_weight=5)
+    assert objective(logits, labels, teacher).item() == pytest.approx(slow, rel=1e-10)
+
+
+def test_dkd_with_the_weights_that_kd_implies_is_kd() -> None:
+    """KD = TCKD + (1 - p^t(label)) NCKD (Eq. 6 there): for one image the weights can be written down."""
+    logits, labels, teacher = make_batch(B=1)
+    rest = 1 - softmax(teacher[0].tolist(), 4.0)[int(labels[0])]
+    dkd = DecoupledKD(alpha=0.5, temperature=4.0, target_weight=1, nontarget_weight=rest)
+    kd = KnowledgeDistillation(alpha=0.5, temperature=4.0)
+    assert dkd(logits, labels, teacher).item() == pytest.approx(kd(logits, labels, teacher).item(), rel=1e-12)
+
+
+def pearson(a: list[float], b: list[float]) -> float:
+    ma, mb = sum(a) / len(a), sum(b) / len(b)
+    top = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True))
+    return top / math.sqrt(sum((x - ma) ** 2 for x in a) * sum((y - mb) ** 2 for y in b))
+
+
+def test_dist_is_its_definition(batch: Batch) -> None:
+    logits, labels, teacher = batch
+    T = 2.0
+    p, q = [softmax(z, T) for z in logits.tolist()], [softmax(t, T) for t in teacher.tolist()]
+    inter = sum(1 - pearson(a, b) for a, b in zip(p, q, strict=True)) / 7
+    intra = sum(1 - pearson([r[k] for r in p], [r[k] for r in q]) for k in range(10)) / 10
+    slow = 0.5 * F.cross_entropy(logits, labels).item() + 0.5 * T * T * (3 * inter + 2 * intra)
+    objective = Dist(alpha=0.5, temperature=T, inter_weight=3, intra_weight=2)
+    assert objective(logits, labels, teacher).item() == pytest.approx(slow, rel=1e-6)
+
+
+def test_dist_does_not_see_a_shift_or_a_scale_of_the_probabilities(batch: Batch) -> None:
+    logits, labels, _ = batch
+    terms = Dist().terms(logits, labels, logits + 5)
+    assert terms.kd is not None and terms.kd.abs() < 1e-12
+
+
+def test_standardised_kd_is_its_definition(batch: Batch) -> None:
+    logits, labels, teacher = batch
+
+    def standardised(row: list[float]) -> list[float]:
+        mean = sum(row) / len(row)
+        deviation = math.sqrt(sum((z - mean) ** 2 for z in row) / (len(row) - 1))
+        return [(z - mean) / (deviation + 1e-7) for z in row]
+
+    soft = [standardised(z) for z in logits.tolist()]
+    targets = [softmax(standardised(t), 2.0) for t in teacher.tolist()]
+    kl = slow_loss(torch.tensor(soft, dtype=torch.float64), labels, targets, 1.0, 2.0, 4.0)
+    slow = 0.1 * F.cross_entropy(logits, labels).item() + 0.9 * kl
+    assert StandardisedKD(alpha=0.9, temperature=2.0)(logits, labels, teacher).item() == pytest.approx(slow, rel=1e-10)
+
+
+def test_standardised_kd_does_not_see_the_scale_of_the_logits(batch: Batch) -> None:
+    logits, labels, teacher = batch
+    a, b = StandardisedKD().terms(logits, labels, teacher), StandardisedKD().terms(logits, labels, 7 * teacher + 3)
+    assert a.kd is not None and b.kd is not None and a.kd.item() == pytest.approx(b.kd.item(), rel=1e-6)
+
+
 # --- shapes, gradients, precision
 
 
@@ -263,8 +339,10 @@ def test_no_gradient_reaches_the_teacher_and_the_loss_is_a_scalar(batch: Batch, 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_logits_give_finite_losses(objective: CrossEntropy, dtype: torch.dtype) -> None:
-    logits = (torch.tensor([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0]])).to(dtype)
-    assert objective(logits, torch.tensor([1, 2]), logits.flip(1)).isfinite()
+    logits = torch.tensor([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0], [60.0, 60.0, -60.0]]).to(dtype).requires_grad_()
+    loss = objective(logits, torch.tensor([1, 2, 0]), logits.detach().flip(1))
+    loss.backward()
+    assert loss.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
 
 
 def test_kd_without_a_teacher_says_what_it_needs(batch: Batch) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from tfkd_ray.augment import Augment
 from tfkd_ray.data import Data, Digits
 from tfkd_ray.models import Mlp, Model
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
@@ -109,10 +110,12 @@ class TrainConfig(Settings):
     """One training run, complete: what is trained, on what, how, and with which seed."""
 
     data: Data = Digits()
+    augment: Augment = Augment()
+    """How train images are varied; none by default."""
     student: Model = Mlp()
     objective: Objective
     teacher: TeacherConfig | None = None
-    """Needed by `kd`; `tfkd_self` has a default: the student's network under the default recipe."""
+    """Needed by `kd` and its kin; `tfkd_self` has a default: the student's network under the default recipe."""
     epochs: Count = 27
     optim: OptimConfig = OptimConfig()
     schedule: AnySchedule = Cosine()
@@ -143,10 +146,10 @@ class TrainConfig(Settings):
                     network.check(self.data.shape)
             except ValueError as error:
                 problems.append(f"{path}.{error}")
-        if self.objective.name == "kd" and model is None:
+        if self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf) and model is None:
             problems.append(
-                "teacher.model: objective kd needs a teacher's network, and none is given; add teacher: {model: ...}, "
-                "or use tfkd_self, whose teacher is the student itself"
+                f"teacher.model: objective {self.objective.name} needs a teacher's network, and none is given; add "
+                "teacher: {model: ...}, or use tfkd_self, whose teacher is the student itself"
             )
         if isinstance(self.objective, TfkdSelf) and model not in (None, self.student):
             problems.append(
@@ -171,6 +174,7 @@ class TrainConfig(Settings):
         teacher = self.teacher or TeacherConfig()
         return TrainConfig(
             data=self.data,
+            augment=self.augment,
             student=teacher.model or self.student,
             objective=teacher.objective,
             epochs=teacher.epochs or self.epochs,

@@ -110,6 +110,7 @@ def train(
             start = time.perf_counter()
             order = epoch_order(train_set, config.seed, epoch).to(device)
             batches = split_batches(order, optim.batch_size, workers)
+            view = config.augment.view(config.seed, epoch, train_set.official_size).on(device).of(train_set.positions)
             sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, CE and KD, each times images
 
             # 6. Steps
@@ -120,7 +121,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 torch.manual_seed(address(config.seed, "step", epoch, step, rank))  # dropout
-                images, labels = pixels(train_set.images[mine]), train_set.labels[mine]
+                images, labels = pixels(config.augment(train_set.images[mine], view.of(mine))), train_set.labels[mine]
                 with torch.no_grad():
                     soft = teacher(images) if teacher is not None else None
                 terms = config.objective.terms(model(images), labels, soft)

@@ -1,14 +1,16 @@
 """Student and teacher networks: each a frozen set of hyperparameters that builds a torch module.
 
-To add a network: a class with a `name` and `build`, and one line in `Model`.
+To add a network: a class with a `name` and `build`, and its name in `Model`. One of torchvision's: a subclass of
+`TorchvisionNetwork` with a `name` (and the pools of its stem). torchvision is imported when such a network is built.
 
 Shapes: images [B, C, H, W] float in, logits [B, K] out.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
-from torch import nn
+from pydantic import AfterValidator, BeforeValidator, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tfkd_ray.schema import Settings, named
 
@@ -69,4 +71,284 @@ class Cnn(Network):
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-Model = Annotated[Mlp | Cnn, Field(discriminator="name"), BeforeValidator(named)]
+class Cnn5(Network):
+    """The Tf-KD paper's plain CNN: three 3x3 convolutions, each with BatchNorm, ReLU and 2x2 pooling, and two layers."""
+
+    name: Literal["cnn5"] = "cnn5"
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        _at_least(8, "cnn5", shape)
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+        channels, height, width = shape
+        layers: list[nn.Module] = []
+        for out in (32, 64, 128):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = out
+        features = channels * (height // 8) * (width // 8)
+        layers += [nn.Flatten(), nn.Linear(features, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)]
+        return nn.Sequential(*layers)
+
+
+# --- Wide residual networks ------------------------------------------------------------------------------------
+
+
+def _six_n_plus_four(depth: int) -> int:
+    if depth % 6 != 4:
+        raise ValueError(f"must be 6n + 4 (10, 16, 22, 28, 34, 40, ...), got {depth}")
+    return depth
+
+
+class WideResNet(Network):
+    """Wide residual network without dropout, e.g. WRN-28-10. (Zagoruyko and Komodakis 2016, arXiv:1605.07146.)
+
+    Made for 32x32: its stem keeps the full resolution, at any size of image.
+    """
+
+    name: Literal["wide_resnet"] = "wide_resnet"
+    depth: Annotated[int, Field(ge=10, le=1000), AfterValidator(_six_n_plus_four)] = 16
+    """Layers with weights on the longest path: 6n + 4."""
+    width: Annotated[int, Field(ge=1, le=64)] = 2
+    """Factor on the 16, 32 and 64 channels of the three stages."""
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        channels = 16
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], channels, 3, padding=1, bias=False)]
+        for stage, out in enumerate((16 * self.width, 32 * self.width, 64 * self.width)):
+            for block in range((self.depth - 4) // 6):
+                layers.append(_WideBlock(channels, out, stride=2 if stage and not block else 1))
+                channels = out
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        network = nn.Sequential(*layers, nn.Linear(channels, num_classes))
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return network
+
+
+class _WideBlock(nn.Module):
+    """BatchNorm, ReLU, 3x3 convolution, twice; the shortcut is 1x1 where the shape changes."""
+
+    def __init__(self, channels: int, out: int, *, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        same = channels == out and stride == 1
+        self.shortcut = None if same else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
+        return residual + shortcut
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------
+
+SMALL_IMAGE = 64
+"""Longest shorter side, in pixels, of images that get a small-image stem."""
+
+
+class TorchvisionNetwork(Network):
+    """A network of torchvision's with random weights, and a stem that fits the images.
+
+    Images up to 64 pixels: the first convolution becomes 3x3 with stride 1, and no pooling follows it. Larger ones
+    keep torchvision's stem. A new first convolution (also for other than 3 channels) is drawn from He's normal,
+    fan out, whatever torchvision's was drawn from.
+    """
+
+    name: str
+    stem_pools: ClassVar[tuple[str, ...]] = ()
+    """Pooling modules that small images skip."""
+    options: ClassVar[dict[str, Any]] = {}
+    """Arguments of torchvision's builder."""
+    smallest: ClassVar[int] = 8
+    """Shortest side, in pixels, that is accepted."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        _at_least(self.smallest, self.name, shape)
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+        network = self.original(num_classes)
+        small = min(shape[1:]) <= SMALL_IMAGE
+        if small or shape[0] != 3:
+            _replace_first_convolution(network, shape[0], small)
+        if small:
+            self.shrink(network)
+        return network
+
+    def original(self, num_classes: int) -> nn.Module:
+        """torchvision's own network, for 3 channels and large images."""
+        from torchvision.models import get_model  # type: ignore[import-untyped]
+
+        network: nn.Module = get_model(self.name, weights=None, num_classes=num_classes, **self.options)
+        return network
+
+    def shrink(self, network: nn.Module) -> None:
+        """Adapt to small images what follows the first convolution."""
+        for pool in self.stem_pools:
+            network.set_submodule(pool, nn.Identity(), strict=True)
+
+
+def _at_least(smallest: int, name: str, shape: tuple[int, int, int]) -> None:
+    _, height, width = shape
+    if min(height, width) < smallest:
+        raise ValueError(f"{name} needs images of {smallest}x{smallest} or more, and these are {height}x{width}")
+
+
+def _replace_first_convolution(network: nn.Module, channels: int, small: bool) -> None:
+    """A first convolution for this many channels; for small images also 3x3 with stride 1."""
+    path, old = next((path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    kernel, stride, padding = (3, 1, 1) if small else (old.kernel_size[0], old.stride[0], old.padding[0])
+    assert isinstance(padding, int), f"{padding=}"
+    new = nn.Conv2d(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    network.set_submodule(path, new, strict=True)
+
+
+class _ResNet(TorchvisionNetwork):
+    stem_pools: ClassVar[tuple[str, ...]] = ("maxpool",)
+
+
+class ResNet18(_ResNet):
+    """Residual network; up to 64 pixels the one of the Tf-KD paper. (He et al. 2015, arXiv:1512.03385.)"""
+
+    name: Literal["resnet18"] = "resnet18"
+
+
+class ResNet34(_ResNet):
+    """Residual network. (He et al. 2015, arXiv:1512.03385.)"""
+
+    name: Literal["resnet34"] = "resnet34"
+
+
+class ResNet50(_ResNet):
+    """Residual network with bottlenecks; up to 64 pixels the one of the Tf-KD paper. (arXiv:1512.03385.)"""
+
+    name: Literal["resnet50"] = "resnet50"
+
+
+class ResNet101(_ResNet):
+    """Residual network with bottlenecks; up to 64 pixels the one of the Tf-KD paper. (arXiv:1512.03385.)"""
+
+    name: Literal["resnet101"] = "resnet101"
+
+
+class ResNeXt50(_ResNet):
+    """Residual network of 32 groups. (Xie et al. 2016, arXiv:1611.05431.)"""
+
+    name: Literal["resnext50_32x4d"] = "resnext50_32x4d"
+
+
+class ResNeXt101(_ResNet):
+    """Residual network of 32 groups. (Xie et al. 2016, arXiv:1611.05431.)"""
+
+    name: Literal["resnext101_32x8d"] = "resnext101_32x8d"
+
+
+class ResNeXt29(_ResNet):
+    """ResNeXt-29 8x64d: three stages of three blocks; up to 64 pixels the one of the Tf-KD paper. (arXiv:1611.05431.)"""
+
+    name: Literal["resnext29"] = "resnext29"
+
+    def original(self, num_classes: int) -> nn.Module:
+        from torchvision.models.resnet import Bottleneck, ResNet  # type: ignore[import-untyped]
+
+        network: nn.Module = ResNet(Bottleneck, [3, 3, 3, 1], groups=8, width_per_group=64)
+        network.layer4 = nn.Identity()  # torchvision always makes four stages
+        network.fc = nn.Linear(1024, num_classes)
+        return network
+
+
+class MobileNetV2(TorchvisionNetwork):
+    """MobileNetV2; up to 64 pixels its first two strides are 1. (Sandler et al. 2018, arXiv:1801.04381.)
+
+    The Tf-KD paper's has a 1x1 stem that pads to 34x34, halves earlier and not at 160 channels, and a bias on its
+    other convolutions: MOBILE more parameters at K = 100.
+    """
+
+    name: Literal["mobilenet_v2"] = "mobilenet_v2"
+
+    def shrink(self, network: Any) -> None:
+        depthwise = network.features[2].conv[1][0]
+        assert depthwise.stride == (2, 2), f"{depthwise.stride=}"
+        depthwise.stride = (1, 1)
+
+
+class ShuffleNetV2(TorchvisionNetwork):
+    """ShuffleNetV2 x1. (Ma et al. 2018, arXiv:1807.11164.)
+
+    SHUFFLE
+    """
+
+    name: Literal["shufflenet_v2_x1_0"] = "shufflenet_v2_x1_0"
+    stem_pools: ClassVar[tuple[str, ...]] = ("maxpool",)
+
+
+class GoogLeNet(TorchvisionNetwork):
+    """GoogLeNet with BatchNorm and without auxiliary classifiers. (Szegedy et al. 2014, arXiv:1409.4842.)
+
+    GOOGLE
+    """
+
+    name: Literal["googlenet"] = "googlenet"
+    stem_pools: ClassVar[tuple[str, ...]] = ("maxpool1", "maxpool2")
+    options: ClassVar[dict[str, Any]] = {"aux_logits": False, "init_weights": True}
+
+
+class DenseNet121(TorchvisionNetwork):
+    """DenseNet with growth rate 32. (Huang et al. 2016, arXiv:1608.06993.)
+
+    DENSE
+    """
+
+    name: Literal["densenet121"] = "densenet121"
+    stem_pools: ClassVar[tuple[str, ...]] = ("features.pool0",)
+
+
+class _Vgg(TorchvisionNetwork):
+    smallest: ClassVar[int] = 32  # five poolings halve it
+
+    def shrink(self, network: nn.Module) -> None:
+        """Nothing: a VGG begins with 3x3 at stride 1, and pools late enough."""
+
+
+class Vgg16(_Vgg):
+    """VGG with BatchNorm and its two layers of 4096. (Simonyan and Zisserman 2014, arXiv:1409.1556.)"""
+
+    name: Literal["vgg16_bn"] = "vgg16_bn"
+
+
+class Vgg19(_Vgg):
+    """VGG with BatchNorm and its two layers of 4096: the one of the Tf-KD authors' code. (arXiv:1409.1556.)"""
+
+    name: Literal["vgg19_bn"] = "vgg19_bn"
+
+
+Model = Annotated[
+    Mlp
+    | Cnn
+    | Cnn5
+    | WideResNet
+    | ResNet18
+    | ResNet34
+    | ResNet50
+    | ResNet101
+    | ResNeXt29
+    | ResNeXt50
+    | ResNeXt101
+    | MobileNetV2
+    | ShuffleNetV2
+    | GoogLeNet
+    | DenseNet121
+    | Vgg16
+    | Vgg19,
+    Field(discriminator="name"),
+    BeforeValidator(named),
+]

@@ -14,6 +14,7 @@ Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every
 import math
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from pydantic import BeforeValidator, Field
 from torch import Tensor
@@ -132,8 +133,7 @@ class KnowledgeDistillation(_Distillation):
     name: Literal["kd"] = "kd"
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
-        if teacher is None:
-            raise ValueError(f"objective {self.name}: needs the teacher's logits [B, K], got none")
+        teacher = _needed(teacher, self.name)
         return Terms(F.cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
 
 
@@ -141,6 +141,72 @@ class TfkdSelf(KnowledgeDistillation):
     """Tf-KD_self: KD from a trained copy of the student itself. (Eq. 7 of Yuan et al. 2020.)"""
 
     name: Literal["tfkd_self"] = "tfkd_self"  # type: ignore[assignment]
+
+
+class DecoupledKD(_Distillation):
+    """DKD: KL of (label, all else), and KL among all else, weighed apart. (Zhao et al. 2022, arXiv:2203.08679.)
+
+    The soft part is `target_weight` * TCKD + `nontarget_weight` * NCKD. The published code sums both with T^2 to a CE of
+    weight 1: that is alpha = 1/2 and loss_scale = 2 here. Both parts are computed from logarithms, so that they stay
+    finite where a probability rounds to 0 or 1.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["dkd"] = "dkd"
+    target_weight: Annotated[float, Field(ge=0)] = 1.0
+    """alpha of the paper."""
+    nontarget_weight: Annotated[float, Field(ge=0)] = 8.0
+    """beta of the paper."""
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        teacher = _needed(teacher, self.name)
+        ce = F.cross_entropy(logits, labels)
+        other = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
+        log_p, log_p_else, among_p = _decoupled(logits / self.temperature, labels, other)
+        log_q, log_q_else, among_q = _decoupled(teacher / self.temperature, labels, other)
+        target = (log_q.exp() * (log_q - log_p) + log_q_else.exp() * (log_q_else - log_p_else)).mean()
+        nontarget = F.kl_div(among_p, among_q, reduction="batchmean", log_target=True)
+        return Terms(ce, self.target_weight * target + self.nontarget_weight * nontarget)
+
+
+class Dist(_Distillation):
+    """DIST: the teacher's relations instead of its probabilities. (Huang et al. 2022, arXiv:2205.10536, Eq. 6-9.)
+
+    The soft part is 1 - Pearson correlation with the teacher's softened probabilities, over the classes of an image
+    (`inter_weight`) and over the images of the batch for each class (`intra_weight`). The second depends on the batch:
+    on its size, and on how it is split over workers.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["dist"] = "dist"
+    temperature: Temperature = 1.0
+    inter_weight: Annotated[float, Field(ge=0)] = 1.0
+    """beta of the paper."""
+    intra_weight: Annotated[float, Field(ge=0)] = 1.0
+    """gamma of the paper."""
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        teacher = _needed(teacher, self.name)
+        p = F.softmax(logits / self.temperature, dim=1)
+        q = F.softmax(teacher.to(logits.dtype) / self.temperature, dim=1)
+        relations = self.inter_weight * _unlike(p, q) + self.intra_weight * _unlike(p.T, q.T)
+        return Terms(F.cross_entropy(logits, labels), relations)
+
+
+class StandardisedKD(_Distillation):
+    """KD of standardised logits: each image's logits to mean 0 and deviation 1, on both sides, before T divides them.
+
+    (Sun et al. 2024, arXiv:2403.01427, Eq. 9 and Algorithm 1; their weights .1 for CE and 9 are alpha = .989, s = 9.1.)
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["kd_standardised"] = "kd_standardised"
+    temperature: Temperature = 2.0
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        teacher = _needed(teacher, self.name)
+        soft = softened_kl(_standardised(logits), _standardised(teacher), self.temperature)
+        return Terms(F.cross_entropy(logits, labels), soft)
 
 
 class TfkdReg(_Distillation):
@@ -221,10 +287,42 @@ class TfkdRegCode(Canonical):
 
 
 Objective = Annotated[
-    CrossEntropy | LabelSmoothing | KnowledgeDistillation | TfkdSelf | TfkdReg | TfkdRegCode,
+    CrossEntropy
+    | LabelSmoothing
+    | KnowledgeDistillation
+    | TfkdSelf
+    | TfkdReg
+    | TfkdRegCode
+    | DecoupledKD
+    | Dist
+    | StandardisedKD,
     Field(discriminator="name"),
     BeforeValidator(named),
 ]
+
+
+def _needed(teacher: Tensor | None, name: str) -> Tensor:
+    if teacher is None:
+        raise ValueError(f"objective {name}: needs the teacher's logits [B, K], got none")
+    return teacher
+
+
+def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(label) [B], log(1 - p(label)) [B], log-softmax among the other classes [B, K - 1]; `other` masks them."""
+    rest = logits[other].view(len(labels), -1)
+    norm, rest_norm = logits.logsumexp(dim=1), rest.logsumexp(dim=1)
+    return logits.gather(1, labels[:, None])[:, 0] - norm, rest_norm - norm, rest - rest_norm[:, None]
+
+
+def _unlike(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    """1 - Pearson correlation of the rows of two matrices, mean over the rows."""
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    return 1 - F.cosine_similarity(a, b, dim=1, eps=eps).mean()
+
+
+def _standardised(logits: Tensor) -> Tensor:
+    """Each row to mean 0 and (unbiased) deviation 1."""
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)
 
 
 def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

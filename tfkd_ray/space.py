@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BeforeValidator, Field
 
 from tfkd_ray.config import RUN_ONLY, Count, TrainConfig
+from tfkd_ray.objectives import Canonical
 from tfkd_ray.schema import (
     ConfigError,
     Settings,
@@ -156,6 +157,10 @@ class Choices:
 
 Domain = Range | Choices
 MAX_CORNERS = 256
+TAUGHT = {
+    str(tag(m)) for m in members(TrainConfig.model_fields["objective"]) if issubclass(m, Canonical) and m.needs_teacher
+} - {"tfkd_self"}
+"""Objectives whose teacher has a network of its own."""
 RANGE_KEYS = {"low", "high", "log", "step", "log_complement"}
 
 
@@ -357,8 +362,8 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
         names = [_name(o) for o in objectives]
         for name, objective in zip(names, objectives, strict=True):
             shared = dict(tree)
-            if name == "tfkd_self" and "kd" in names and isinstance(shared.get("teacher"), dict):
-                # the network given is kd's teacher; a self teacher is the student's
+            if name == "tfkd_self" and TAUGHT & set(names) and isinstance(shared.get("teacher"), dict):
+                # the network given is that of the others' teacher; a self teacher is the student's
                 shared["teacher"] = {k: v for k, v in shared["teacher"].items() if k != "model"}
             try:
                 branches.append(_branch({**shared, "objective": objective}))

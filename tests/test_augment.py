@@ -1,0 +1,74 @@
+"""Augmentation: against torchvision's per-image transforms, and that it is addressed by (seed, epoch, image)."""
+
+import math
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from tfkd_ray.augment import Augment
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.loop import train
+from tfkd_ray.objectives import CrossEntropy
+
+PAPER = Augment(crop_padding=4, flip=True, rotation_degrees=15)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(1, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [Augment(crop_padding=4), Augment(flip=True), Augment(rotation_degrees=15), Augment(rotation_degrees=180), PAPER],
+    ids=["crop", "flip", "rotation", "rotation 180", "paper"],
+)
+def test_it_is_torchvisions_crop_flip_and_rotation(images: torch.Tensor, augment: Augment) -> None:
+    view = augment.view(seed=0, epoch=3, official_size=64)
+    ours = augment(images, view)
+    for k in range(64):
+        padded = tv.pad(images[k], [augment.crop_padding])
+        one = tv.crop(padded, int(view.top[k]), int(view.left[k]), 32, 32)
+        one = tv.hflip(one) if view.flipped[k] else one
+        if augment.rotation_degrees:
+            one = tv.rotate(one, math.degrees(float(view.angle[k])), InterpolationMode.NEAREST)
+        unlike = (ours[k] != one).any(dim=0).float().mean()
+        assert unlike <= (0.01 if augment.rotation_degrees else 0)  # pixels that fall between two, rounded either way
+    assert ours.dtype == torch.uint8 and ours.shape == images.shape
+
+
+def test_a_view_depends_on_seed_epoch_and_image_alone(images: torch.Tensor) -> None:
+    view = PAPER.view(0, 1, 1000)
+    assert all(a.equal(b) for a, b in zip(view, PAPER.view(0, 1, 1000), strict=True))
+    assert not view.angle.equal(PAPER.view(0, 2, 1000).angle) and not view.angle.equal(PAPER.view(1, 1, 1000).angle)
+    some = torch.tensor([5, 3])
+    assert PAPER(images[some], view.of(some)).equal(PAPER(images, view.of(torch.arange(64)))[some])
+
+
+def test_the_draws_are_uniform() -> None:
+    view = PAPER.view(0, 0, 20_000)
+    assert view.top.bincount().tolist() == pytest.approx([20_000 / 9] * 9, rel=0.1)
+    assert view.flipped.float().mean() == pytest.approx(0.5, abs=0.02)
+    assert view.angle.abs().max() <= math.radians(15) and view.angle.mean().abs() < 0.005
+
+
+def test_nothing_is_nothing(images: torch.Tensor) -> None:
+    assert Augment().is_none and Augment()(images, Augment().view(0, 0, 64)) is images
+    assert not PAPER.is_none
+
+
+def test_float_images_are_seen_alike(images: torch.Tensor) -> None:
+    view = PAPER.view(0, 0, 64)
+    assert PAPER(images.float(), view).equal(PAPER(images, view).float())
+
+
+def test_training_sees_other_views_in_other_epochs_and_resumes_to_the_bit() -> None:
+    config = TrainConfig(objective=CrossEntropy(), epochs=3, augment=Augment(crop_padding=1, rotation_degrees=10))
+    whole = [e.metrics["train_loss"] for e in train(config)]
+    plain = [e.metrics["train_loss"] for e in train(config.model_copy(update={"augment": Augment()}))]
+    assert whole[0] != plain[0]
+    run = train(config)
+    state = next(run).state()
+    assert [e.metrics["train_loss"] for e in train(config, state)] == whole[1:]
