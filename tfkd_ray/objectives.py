@@ -146,9 +146,9 @@ class TfkdSelf(KnowledgeDistillation):
 class DecoupledKD(_Distillation):
     """DKD: KL of (label, all else), and KL among all else, weighed apart. (Zhao et al. 2022, arXiv:2203.08679.)
 
-    The soft part is `target_weight` * TCKD + `nontarget_weight` * NCKD. The published code sums both with T^2 to a CE of
-    weight 1: that is alpha = 1/2 and loss_scale = 2 here. Both parts are computed from logarithms, so that they stay
-    finite where a probability rounds to 0 or 1.
+    The soft part is `target_weight` * TCKD + `nontarget_weight` * NCKD. The published code adds both, with T^2, to a CE
+    of weight 1: that is alpha = 1/2 and loss_scale = 2 here. Both parts are computed from logarithms, so that they
+    stay finite where a probability rounds to 0 or 1.
     """
 
     needs_teacher: ClassVar[bool] = True
