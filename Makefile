@@ -32,8 +32,8 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'fault' and 'gpu'"
-	@$(BIN)/python -m pytest -m 'not fault and not gpu' $(ARGS)
+	@echo "test: all but the marks 'fault' and 'gpu', on two processes; one of them has the Ray cluster"
+	@$(BIN)/python -m pytest -m 'not fault and not gpu' -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not gpu' $(ARGS)

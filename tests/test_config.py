@@ -1,10 +1,12 @@
 """The configuration tree: schedules, fingerprints, teachers' runs."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from tfkd_ray.config import RUN_ONLY, Constant, Cosine, Step, TeacherConfig, TrainConfig
+from tfkd_ray.data import Mnist
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
 
@@ -39,6 +41,8 @@ def test_the_fingerprint_names_what_makes_the_numbers() -> None:
     changed = base.model_copy(update={"seed": 1}).fingerprint()
     moved = base.model_copy(update={"workers": 2, "cpus_per_worker": 3, "checkpoint_every_s": 0.0}).fingerprint()
     assert moved == base.fingerprint() != changed
+    here, there = (base.model_copy(update={"data": Mnist(root=Path(root))}) for root in ("/a", "/b"))
+    assert here.fingerprint() == there.fingerprint() != base.fingerprint()
     assert base.fingerprint(1) != base.fingerprint(2)
     assert set(TrainConfig.model_fields) > RUN_ONLY
 

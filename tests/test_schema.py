@@ -96,7 +96,7 @@ def test_dumped_trees_read_back_the_same() -> None:
         ({"objective": {"name": "tfkd_reg", "temperature": 0}}, "objective.tfkd_reg.temperature: Input should be greater than 0, got 0"),
         ({"objective": {"name": "tfkd_reg", "correct_prob": 1.0}}, "objective.tfkd_reg.correct_prob: Input should be less than 1, got 1.0"),
         ({"objective": {"name": "tfkd_reg", "correct_prob": 0.05}}, "objective.tfkd_reg.correct_prob: must be at least 1/K = 0.1"),
-        ({"objective": "ce", "data": "digit"}, "data.name: no such name 'digit'; did you mean 'digits'?"),
+        ({"objective": "ce", "data": "digit"}, "data: no such name 'digit'; did you mean 'digits'?"),
         ({"objective": "ce", "student": "mpl"}, "student: no such name 'mpl'; did you mean 'mlp'?"),
         ({"objective": "ce", "optim": {"lrr": 1}}, "optim.lrr: no such setting; did you mean 'lr'?"),
         ({"objective": "ce", "optim": 3}, "optim: needs settings below it (key: value), got 3"),

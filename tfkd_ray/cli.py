@@ -122,8 +122,14 @@ def _load(args: argparse.Namespace) -> "Space":
 
 
 def _check(args: argparse.Namespace) -> int:
+    from tfkd_ray.schema import ConfigError
+
     space = _load(args)
     print("\n".join(_describe(space)))
+    try:
+        space.example.data.check()
+    except ConfigError as error:  # a file may be checked where its data are not
+        print(f"note: on this machine {error}")
     return OK
 
 
@@ -178,6 +184,7 @@ def _tune(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import check_new
 
     check_new(experiment)
+    space.example.data.check()
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
 
@@ -339,6 +346,7 @@ def _train(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import check_writable
 
     check_writable(out, "--out DIR")
+    config.data.check()
     _check_same_run(config, out)
     pressed: list[int] = []
 

@@ -187,7 +187,7 @@ class TrainConfig(Settings):
 
     def fingerprint(self, *more: Any) -> str:
         """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
-        tree = self.model_dump(mode="json", exclude=RUN_ONLY)
+        tree = self.model_dump(mode="json", exclude={**dict.fromkeys(RUN_ONLY, True), "data": {"root"}})
         text = json.dumps([tree, *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -107,8 +107,9 @@ def resume_tuner(
 
 
 def prepare(space: Space) -> None:
-    """Connect to Ray, and refuse what its cluster can never run, before a directory is made."""
+    """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made."""
     config = space.example
+    config.data.check()
     connect(workers=config.workers)
     check_room(config)
 
