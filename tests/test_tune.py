@@ -39,6 +39,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, kill: tuple[int, int] | None = None) -> None:
         self.kill, self.starts, self.ends, self.lost = kill, list[float](), list[float](), 0
+        self.killed_at = 0.0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.starts.append(time.monotonic())
@@ -47,7 +48,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if (trial.config["trial"]["number"], result.get("epoch")) == self.kill:
-            self.kill = None
+            self.kill, self.killed_at = None, time.monotonic()
             os.kill(result["pid"], signal.SIGKILL)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -114,19 +115,19 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: st
     assert build_space(about["space"]).tree == about["space"] and len(about["space"]["objective"]) == 3
 
 
-def test_a_failed_trial_is_one_failed_trial_and_the_next_starts_at_once(ray_cluster: str, tmp_path: Path) -> None:
+def test_after_a_failed_or_a_stopped_trial_the_next_starts_at_once(ray_cluster: str, tmp_path: Path) -> None:
     watch = Watch()
-    tree = {**TREE, "optim": {"lr": {"choices": [0.1, 1e20]}}, "workers": 1}
-    tree["search"] = {"num_samples": 5, "stopping": "none", "sampler": "random", "max_concurrent": 1, "seed": 6}
+    tree = {**TREE, "optim": {"lr": {"choices": [0.1, 0.0005, 1e20]}}}
+    tree["search"] = {"num_samples": 6, "sampler": "random", "max_concurrent": 1, "seed": 6}
     grid = build_tuner(tree, name="e", storage=tmp_path, callbacks=[watch]).fit()
-    assert len(grid) == 5
+    assert len(grid) == 6 and grid.num_errors == 0
     records = read_records(tmp_path / "e")
     for record in records:
         bad = record.config["optim"]["lr"] > 1
-        assert record.status == ("failed" if bad else "done")
+        assert (record.status == "failed") == bad
         assert (record.folder / "error.txt").exists() == bad
         assert not bad or "Diverged: train_loss is" in str(record.reason)
-    assert {r.status for r in records} == {"failed", "done"}
+    assert [r.status for r in records] == ["done", "failed", "stopped", "done", "stopped", "failed"]
     assert max(start - end for end, start in zip(watch.ends, watch.starts[1:], strict=False)) < 2
 
 
@@ -135,6 +136,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_bit_by_bit(ray_cluster: str,
     tree = {**TREE, "epochs": 5, "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1}}
     grid = build_tuner(tree, name="e", storage=tmp_path, callbacks=[watch]).fit()
     assert watch.lost == 1 and watch.kill is None and grid.num_errors == 0
+    assert min(t - watch.killed_at for t in watch.starts if t > watch.killed_at) < 30
     records = read_records(tmp_path / "e")
     assert [r.status for r in records] == ["done"] * 3
     for record in records:
