@@ -28,6 +28,8 @@ class View(NamedTuple):
     """bool [N]."""
     angle: Tensor
     """float32 [N]: counter-clockwise, in radians."""
+    crop: Tensor
+    """float32 [N, 4], uniform in [0, 1): size, shape, top and left of a resized crop; [N, 0] where there is none."""
 
     def of(self, index: Tensor) -> "View":
         """The view of some of the images."""
@@ -41,6 +43,10 @@ class View(NamedTuple):
 class Augment(Settings):
     """Random crop out of the zero-padded image, horizontal flip, rotation: in this order, as in the paper's code."""
 
+    resized_crop: bool = False
+    """Crop 8 to 100 % of the area, 3:4 to 4:3, and resize it, as for ImageNet (Szegedy et al. 2014, arXiv:1409.4842).
+    For data that are read from image files: it is part of decoding them."""
+
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 0
     """Pixels of black padding on each side; 0: no crop. The paper's: 4."""
     flip: bool = False
@@ -50,7 +56,7 @@ class Augment(Settings):
 
     @property
     def is_none(self) -> bool:
-        """Whether every view is the image itself."""
+        """Whether every view of a decoded image is the image itself."""
         return not (self.crop_padding or self.flip or self.rotation_degrees)
 
     def view(self, seed: int, epoch: int, official_size: int) -> View:
@@ -59,7 +65,8 @@ class Augment(Settings):
         offsets = torch.randint(0, 2 * self.crop_padding + 1, (2, official_size), generator=g)
         coins, turns = torch.rand(official_size, generator=g), torch.rand(official_size, generator=g)
         reach = math.radians(self.rotation_degrees)
-        return View(offsets[0], offsets[1], (coins < 0.5) & self.flip, (2 * turns - 1) * reach)
+        crop = torch.rand(official_size, 4 if self.resized_crop else 0, generator=g)
+        return View(offsets[0], offsets[1], (coins < 0.5) & self.flip, (2 * turns - 1) * reach, crop)
 
     def __call__(self, images: Tensor, view: View) -> Tensor:
         """Images [B, C, H, W] as they are seen, of the same type; `view` is of these B images."""

@@ -6,15 +6,16 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from tfkd_ray.augment import Augment
-from tfkd_ray.data import Data, Digits
+from tfkd_ray.data import Data, Dataset, Digits
 from tfkd_ray.models import Mlp, Model
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
-from tfkd_ray.schema import Settings, named
+from tfkd_ray.schema import Settings, did_you_mean, members, named, tag
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -92,7 +93,7 @@ AnySchedule = Annotated[Cosine | Step | Constant, Field(discriminator="name"), B
 
 
 class TeacherConfig(Settings):
-    """How the teacher is trained: on the student's train split, with hard labels."""
+    """How the teacher is made: trained on the student's train split with hard labels, or taken from a file."""
 
     model: Model | None = None
     """Its network. None: the student's own, which is what makes `tfkd_self`."""
@@ -104,18 +105,31 @@ class TeacherConfig(Settings):
     optim: OptimConfig = OptimConfig()
     schedule: AnySchedule = Cosine()
     seed: Annotated[int, Field(ge=0)] = 0
+    stop_epoch: Count | None = None
+    """Stop it here, its schedule still spanning `epochs`: a poorly trained teacher (De-KD of Yuan et al. 2020)."""
+    stop_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Stop it after the first epoch with at least this accuracy on validation."""
+    weights: str | None = None
+    """A teacher from elsewhere, not trained here: a file (safetensors, or a torch state_dict), or `torchvision`, or
+    `torchvision:NAME` for one of its sets of ImageNet weights. What it was trained on is not known here."""
 
 
 class TrainConfig(Settings):
     """One training run, complete: what is trained, on what, how, and with which seed."""
 
+    recipe: str | None = None
+    """Settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data set's first one. Whatever
+    the configuration says goes before them."""
     data: Data = Digits()
     augment: Augment = Augment()
     """How train images are varied; none by default."""
     student: Model = Mlp()
     objective: Objective
     teacher: TeacherConfig | None = None
-    """Needed by `kd` and its kin; `tfkd_self` has a default: the student's network under the default recipe."""
+    """Needed by `kd` and its kin; `tfkd_self` has a default: the student's network under the recipe."""
+    init: Literal["random", "trained"] = "random"
+    """trained: starts from the weights of a trained copy of the student. With `ce` that is double training, the control
+    for the time that `tfkd_self` spends on its teacher."""
     epochs: Count = 27
     optim: OptimConfig = OptimConfig()
     schedule: AnySchedule = Cosine()
@@ -132,13 +146,27 @@ class TrainConfig(Settings):
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 10.0
     """Seconds between checkpoints of the whole run state, written at the end of an epoch; 0: every epoch."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_recipe(cls, tree: Any) -> Any:
+        """The tree with the recipe's settings where it has none of its own."""
+        if not isinstance(tree, Mapping):
+            return tree
+        recipe = _recipe(tree.get("data"), tree.get("recipe"))
+        filled = _filled(tree, recipe)
+        if isinstance(tree.get("teacher"), Mapping):
+            filled["teacher"] = _filled(tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE})
+        return filled
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = []
+        problems = list(self._teacher_problems())
         try:
             self.objective.check_classes(self.data.num_classes)
         except ValueError as error:
             problems.append(str(error))
+        if self.augment.resized_crop and not self.data.streams:
+            problems.append(f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory")
         model = self.teacher.model if self.teacher else None
         for path, network in (("student", self.student), ("teacher.model", model)):
             try:
@@ -146,15 +174,6 @@ class TrainConfig(Settings):
                     network.check(self.data.shape)
             except ValueError as error:
                 problems.append(f"{path}.{error}")
-        if self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf) and model is None:
-            problems.append(
-                f"teacher.model: objective {self.objective.name} needs a teacher's network, and none is given; add "
-                "teacher: {model: ...}, or use tfkd_self, whose teacher is the student itself"
-            )
-        if isinstance(self.objective, TfkdSelf) and model not in (None, self.student):
-            problems.append(
-                "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
-            )
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             problems.append(f"gpus_per_worker: above 1 it must be a whole number, got {self.gpus_per_worker:g}")
         if self.workers > 1 and 0 < self.gpus_per_worker < 1:
@@ -167,12 +186,37 @@ class TrainConfig(Settings):
             raise ValueError("\n".join(problems))
         return self
 
-    def teacher_run(self) -> "TrainConfig | None":
-        """The training run that makes this run's teacher; None where the objective needs none."""
-        if not self.objective.needs_teacher:
-            return None
+    def _teacher_problems(self) -> Iterator[str]:
         teacher = self.teacher or TeacherConfig()
-        return TrainConfig(
+        own_teacher = self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf)
+        if own_teacher and teacher.model is None:
+            yield (
+                f"teacher.model: objective {self.objective.name} needs a teacher's network, and none is given; add "
+                "teacher: {model: ...}, or use tfkd_self, whose teacher is the student itself"
+            )
+        if isinstance(self.objective, TfkdSelf) and teacher.model not in (None, self.student):
+            yield "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
+        if self.init == "trained" and (own_teacher or teacher.model not in (None, self.student)):
+            yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
+        epochs = teacher.epochs or self.epochs
+        if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
+            yield f"teacher.stop_epoch: must be at most teacher.epochs, {epochs}, got {teacher.stop_epoch}"
+        if teacher.stop_accuracy is not None and not self.data.val_fraction:
+            yield "teacher.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a trained network must be there before this run starts."""
+        return self.objective.needs_teacher or self.init == "trained"
+
+    def teacher_run(self) -> "TeacherRun | None":
+        """The training run that makes this run's teacher; None where it needs none."""
+        if not self.needs_teacher:
+            return None
+        recipe = {k: v for k, v in _recipe(self.data, self.recipe).items() if k in TEACHER_RECIPE}
+        teacher = self.teacher or TeacherConfig(**recipe)
+        return TeacherRun(
+            recipe=self.recipe,
             data=self.data,
             augment=self.augment,
             student=teacher.model or self.student,
@@ -181,15 +225,76 @@ class TrainConfig(Settings):
             optim=teacher.optim,
             schedule=teacher.schedule,
             seed=teacher.seed,
+            stop_epoch=teacher.stop_epoch,
+            stop_accuracy=teacher.stop_accuracy,
+            weights=teacher.weights,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=min(self.gpus_per_worker, 1),
         )
 
+    def is_last(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the run ends with the epoch of these metrics."""
+        return metrics["epoch"] >= self.epochs
+
     def fingerprint(self, *more: Any) -> str:
         """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
-        tree = self.model_dump(mode="json", exclude={**dict.fromkeys(RUN_ONLY, True), "data": {"root"}})
-        text = json.dumps([tree, *more], sort_keys=True)
+        out: Any = {**dict.fromkeys([*RUN_ONLY, "recipe", "teacher"], True), "data": {"root"}}
+        tree = self.model_dump(mode="json", exclude=out)
+        teacher = self.teacher_run()
+        text = json.dumps([tree, teacher and teacher.fingerprint(), *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class TeacherRun(TrainConfig):
+    """The run that makes a teacher: it may stop early, or take its weights from a file."""
+
+    stop_epoch: Count | None = None
+    stop_accuracy: float | None = None
+    weights: str | None = None
+
+    def is_last(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the run ends with the epoch of these metrics."""
+        return metrics["epoch"] >= (self.stop_epoch or self.epochs) or (
+            self.stop_accuracy is not None and metrics["val_accuracy"] >= self.stop_accuracy
+        )
+
+    def fingerprint(self, *more: Any) -> str:
+        """As of any run; of weights from elsewhere, by their name, the network and the data."""
+        if self.weights is None:
+            return super().fingerprint(*more)
+        tree = self.model_dump(mode="json", include={"weights": True, "student": True, "data": True})
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+TEACHER_RECIPE = {"optim", "schedule"}
+"""Settings of a recipe that a teacher of its own takes, too; the others it shares with the student."""
+
+
+def _recipe(data: Any, name: Any) -> dict[str, Any]:
+    """The settings of a data set's recipe; nothing where the data set itself is wrong, which is said elsewhere."""
+    given = named(data if data is not None else Digits())
+    word = given.get("name") if isinstance(given, dict) else given.name if isinstance(given, Dataset) else None
+    kinds = [m for m in members(TrainConfig.model_fields["data"]) if tag(m) == word and issubclass(m, Dataset)]
+    if not kinds:
+        return {}
+    recipes = kinds[0].recipes
+    if isinstance(name, str) and name not in recipes:
+        raise ValueError(f"recipe: {word} has no recipe {name!r}; {did_you_mean(name, recipes)}")
+    return recipes[name] if isinstance(name, str) else next(iter(recipes.values()))
+
+
+def _filled(tree: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree`, with what it lacks from `recipe`; settings of another name than the recipe's are left alone."""
+    filled = dict(tree)
+    for key, default in recipe.items():
+        given = named(filled[key]) if key in filled else {}
+        if key not in filled:
+            filled[key] = default
+        elif (
+            isinstance(given, dict) and isinstance(default, dict) and given.get("name", "") in ("", default.get("name"))
+        ):
+            filled[key] = _filled(given, default)
+    return filled
 
 
 RUN_ONLY = {"workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every_s"}

@@ -19,6 +19,7 @@ import math
 import pickle
 import tarfile
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, Literal
@@ -31,6 +32,15 @@ from torch import Tensor
 from tfkd_ray.schema import ConfigError, Settings, named
 
 Split = Literal["train", "test"]
+
+MODERN: dict[str, Any] = {"optim": {"nesterov": True}, "schedule": {"name": "cosine", "warmup_epochs": 1.0}}
+"""A recipe that does better than the paper's on every network we know figures of."""
+PAPER: dict[str, Any] = {
+    "epochs": 200,
+    "optim": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": False, "batch_size": 128},
+    "schedule": {"name": "step", "milestones": [0.3, 0.6, 0.8], "gamma": 0.2, "warmup_epochs": 1.0},
+}
+"""The Tf-KD paper's recipe for CIFAR, without its augmentation."""
 
 _test_split_sealed = False
 
@@ -68,25 +78,45 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def on(self, device: torch.device) -> "ImageSet":
+        """The set, its images included, on a device."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.positions.to(device), self.official_size)
+
+    def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
+        """The images of each batch of indices, uint8 [B, C, H, W]; these are whole already, and `crops` unused."""
+        return (self.images[batch] for batch in batches)
+
 
 class Dataset(Settings):
     """What every data set has: its facts as class attributes, and how validation is cut from train."""
 
+    name: str
     num_classes: ClassVar[int]
     shape: ClassVar[tuple[int, int, int]]
     """(C, H, W)."""
     mean: ClassVar[tuple[float, ...]]
     """Per channel, over the official train set, in units of a uint8 step."""
     std: ClassVar[tuple[float, ...]]
+    streams: ClassVar[bool] = False
+    """Whether images stay on the disk and are decoded when they are needed."""
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {"plain": {}, "modern": MODERN}
+    """Settings by recipe name, for whatever a configuration does not say; the first is the default."""
 
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Part of the official train set that is held out for validation, the same part of every class."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Part of the official train set that is held out for validation, the same part of every class. 0: none, as when a
+    student is trained for good."""
+    subset: Annotated[int, Field(ge=1)] | None = None
+    """About how many images of the official train set to use, the same part of every class; None: all."""
     split_seed: int = 0
     """Which images those are: fixed by (data set, split_seed), whatever the trial's seed."""
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
-        """(train, validation): disjoint, stratified, both from the official train set."""
+    def load(self) -> tuple[ImageSet, ImageSet | None]:
+        """(train, validation): disjoint, stratified, both from the official train set; None if nothing is held out."""
         return _load(self)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) per channel, in units of a uint8 step."""
+        return self.mean, self.std
 
     def load_test(self) -> ImageSet:
         """The test split. Refused in any process that trains trials of a sweep."""
@@ -279,6 +309,10 @@ class CifarDataset(FileDataset):
     folder: ClassVar[str]
     batches: ClassVar[dict[Split, tuple[str, ...]]]
     labels_key: ClassVar[bytes]
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {**PAPER, "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15.0}},
+        "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 4, "flip": True}},
+    }
 
     check_md5: bool = True
     """Refuse an archive that is not the official one, byte for byte."""
@@ -410,13 +444,22 @@ def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, T
 
 
 @functools.lru_cache(maxsize=4)
-def _load(data: Dataset) -> tuple[ImageSet, ImageSet]:
+def _load(data: Dataset) -> tuple[ImageSet, ImageSet | None]:
     images, labels = data._official("train")
-    train, val = stratified(labels, data.val_fraction, seed=data.split_seed)
-    return (
-        ImageSet(images[train], labels[train], train, len(labels)),
-        ImageSet(images[val], labels[val], val, len(labels)),
-    )
+    train, val = split(labels, data)
+    parts = [ImageSet(images[part], labels[part], part, len(labels)) for part in (train, val)]
+    return parts[0], parts[1] if len(val) else None
+
+
+def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
+    """(train, validation): positions in the official train set, sorted; validation may be empty."""
+    used = torch.arange(len(labels))
+    if data.subset is not None and data.subset < len(labels):
+        used = stratified(labels, 1 - data.subset / len(labels), seed=data.split_seed)[0]
+    if not data.val_fraction:
+        return used, used[:0]
+    train, val = stratified(labels[used], data.val_fraction, seed=data.split_seed)
+    return used[train], used[val]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ Shapes: B = images of a batch on this worker, K = classes.
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,8 @@ from tfkd_ray.evaluate import metric_sums, metrics_from
 LOOP_VERSION = 1
 """Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
 
-EVAL_BATCH = 1024
+EVAL_PIXELS = 2**18
+"""Pixels of a batch of validation: 256 images of 32x32, 5 of 224x224."""
 
 
 class Epoch(NamedTuple):
@@ -64,20 +66,24 @@ def train(
     torch.set_num_threads(config.cpus_per_worker)
     try:
         # 2. Data, resident on the device
-        train_set, val_set = (_on(device, images) for images in config.data.load())
-        mean = torch.tensor(config.data.mean, device=device).view(1, -1, 1, 1)
-        std = torch.tensor(config.data.std, device=device).view(1, -1, 1, 1)
+        train_set, val_set = config.data.load()
+        train_set, val_set = train_set.on(device), val_set and val_set.on(device)
+        mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in config.data.statistics())
 
         def pixels(images: Tensor) -> Tensor:
             return (images.float() - mean) / std
+
+        eval_batch = max(1, EVAL_PIXELS // math.prod(config.data.shape[1:]))
 
         # 3. Student, teacher, optimizer
         torch.manual_seed(address(config.seed, "init"))
         student = config.student.build(config.data.shape, config.data.num_classes).to(device)
         if config.batch_norm == "sync" and workers > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        if config.objective.needs_teacher and teacher is None:
+        if config.needs_teacher and teacher is None:
             raise ValueError(f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)")
+        if config.init == "trained" and teacher is not None:
+            student.load_state_dict(teacher.state_dict())
         teacher = (
             teacher.to(device).eval().requires_grad_(False) if config.objective.needs_teacher and teacher else None
         )
@@ -107,21 +113,25 @@ def train(
 
         # 5. Epochs
         for epoch in range(len(history), config.epochs):
+            if history and config.is_last(history[-1]):
+                return
             start = time.perf_counter()
             order = epoch_order(train_set, config.seed, epoch).to(device)
             batches = split_batches(order, optim.batch_size, workers)
-            view = config.augment.view(config.seed, epoch, train_set.official_size).on(device).of(train_set.positions)
+            view = config.augment.view(config.seed, epoch, train_set.official_size).of(train_set.positions.cpu())
+            shares = [batch.tensor_split(workers)[rank] for batch in batches]
+            reading, view = train_set.read(shares, view.crop), view.on(device)
             sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, CE and KD, each times images
 
             # 6. Steps
             model.train()
-            for step, batch in enumerate(batches):
-                mine = batch.tensor_split(workers)[rank]
+            for step, (batch, mine, images) in enumerate(zip(batches, shares, reading, strict=True)):
                 lr = optim.lr * config.schedule.factor(epoch + (step + 0.5) / len(batches), config.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 torch.manual_seed(address(config.seed, "step", epoch, step, rank))  # dropout
-                images, labels = pixels(config.augment(train_set.images[mine], view.of(mine))), train_set.labels[mine]
+                images = pixels(config.augment(images.to(device, non_blocking=True), view.of(mine)))
+                labels = train_set.labels[mine]
                 with torch.no_grad():
                     soft = teacher(images) if teacher is not None else None
                 terms = config.objective.terms(model(images), labels, soft)
@@ -140,9 +150,11 @@ def train(
                 for buffer in student.buffers():  # workers judge with the same batch statistics
                     dist.broadcast(buffer, src=0)
             val_sums = torch.zeros(1, device=device)
-            with torch.no_grad():
-                for mine in torch.arange(len(val_set), device=device)[rank::workers].split(EVAL_BATCH):
-                    val_sums = val_sums + metric_sums(student(pixels(val_set.images[mine])), val_set.labels[mine])
+            if val_set is not None:
+                shares = list(torch.arange(len(val_set), device=device)[rank::workers].split(eval_batch))
+                with torch.no_grad():
+                    for mine, images in zip(shares, val_set.read(shares), strict=True):
+                        val_sums = val_sums + metric_sums(student(pixels(images.to(device))), val_set.labels[mine])
             if workers > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(val_sums)
@@ -152,9 +164,9 @@ def train(
             metrics = {"epoch": float(epoch + 1), "train_loss": train_loss, "train_ce": train_ce}
             if terms.kd is not None:
                 metrics["train_kd"] = train_kd
-            metrics |= metrics_from(val_sums)
+            metrics |= metrics_from(val_sums) if val_set is not None else {}
             metrics["lr"] = lr
-            for name in ("train_loss", "val_nll"):
+            for name in {"train_loss", "val_nll"} & metrics.keys():
                 if not abs(metrics[name]) < float("inf"):
                     raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; a smaller optim.lr may help")
             metrics["seconds"] = time.perf_counter() - start
@@ -191,11 +203,11 @@ def train_in(
     with ThreadPoolExecutor(1) as writer:
         try:
             for last in run:
-                if writes and last.metrics["epoch"] == config.epochs:
+                if writes and config.is_last(last.metrics):
                     final = last.state()
                     save_weights(directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})})
                     writer.submit(save_state, directory, final).result()  # last: it says that all is there
-                    saved_epoch = config.epochs
+                    saved_epoch = int(last.metrics["epoch"])
                 elif writes and time.monotonic() - saved_at >= config.checkpoint_every_s and not writing(pending):
                     pending = writer.submit(save_state, directory, last.state())
                     saved_at, saved_epoch = time.monotonic(), int(last.metrics["epoch"])
@@ -242,12 +254,6 @@ def _check_same_epoch(epoch: int) -> None:
             raise OSError(
                 f"workers read checkpoints of different epochs, {epochs}: the storage is not the same for all"
             )
-
-
-def _on(device: torch.device, images: ImageSet) -> ImageSet:
-    return ImageSet(
-        images.images.to(device), images.labels.to(device), images.positions.to(device), images.official_size
-    )
 
 
 def _copy_to_cpu(tree: State) -> State:

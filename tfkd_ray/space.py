@@ -373,10 +373,13 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
         problems += error.problems
     if problems:
         raise ConfigError(problems, source)
+    space = Space(tuple(branches), search, _resolved(branches, search), tuple(notes))
+    if (space.parameters or len(branches) > 1) and not space.example.data.val_fraction:
+        raise ConfigError("data.val_fraction: a sweep chooses on validation, so it must be above 0, got 0", source)
     if search.num_samples < len(branches) and search.split:
         message = f"search.num_samples: {len(branches)} objectives share it equally, got {search.num_samples}"
         raise ConfigError(message, source)
-    return Space(tuple(branches), search, _resolved(branches, search), tuple(notes))
+    return space
 
 
 def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]:
@@ -467,7 +470,7 @@ def _branch(tree: Tree) -> Branch:
 
 def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
     top = path[0]
-    if top in RUN_ONLY or top in ("data", "epochs", "seed", "batch_norm"):
+    if top in RUN_ONLY or top in ("recipe", "data", "epochs", "seed", "batch_norm"):
         yield f"{name}: one value for the whole sweep; trials that differ in it cannot be compared"
     if path in (("objective",), ("objective", "name")):
         yield f"{name}: write a list instead: objective: [ce, lsr, ...]"
