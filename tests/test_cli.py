@@ -125,7 +125,7 @@ def test_check_says_what_is_searched_fixed_and_conditional(here: Path, capsys: p
     assert "stopped by halving after [6, 18] epochs" in out
     assert re.search(r"objective tfkd_reg:\n(.*\n)*  objective.tfkd_reg.temperature +1.5 to 20 \(log\)", out)
     assert re.search(r"searched for every objective:\n  optim.lr +0.01 to 0.5 \(log\)", out)
-    assert "teacher, trained once before the trials: cnn, ce, 54 epochs" in out
+    assert "teacher, once before the trials: training cnn with ce for 54 epochs" in out
     assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", out)
     assert max(len(line) for line in out.splitlines()) <= 80
 

@@ -1,20 +1,26 @@
 """Data: real digits, splits that leak nothing, randomness by address."""
 
+import functools
 import gzip
 import hashlib
+import http.server
 import io
+import os
 import pickle
 import struct
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import (
@@ -22,15 +28,29 @@ from tfkd_ray.data import (
     Cifar100,
     CifarDataset,
     Digits,
+    Emnist,
     FashionMnist,
+    FileDataset,
     IdxDataset,
     Kmnist,
     Mnist,
+    Own,
+    TinyImagenet,
     address,
     generator,
+    imported,
     stratified,
 )
+from tfkd_ray.loop import train
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml, validated
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of each test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "tfkd_ray"
 
 
 def test_the_digits_are_scikit_learns() -> None:
@@ -60,6 +80,26 @@ def test_the_splits_are_disjoint_complete_and_stratified() -> None:
 def test_the_validation_split_depends_on_the_split_seed_alone() -> None:
     assert Digits().load()[1].positions.equal(Digits().load()[1].positions)
     assert not Digits(split_seed=1).load()[1].positions.equal(Digits().load()[1].positions)
+
+
+def test_a_subset_takes_the_same_part_of_every_class_and_splits_within_it() -> None:
+    train_set, val_set = Digits(subset=300).load()
+    positions = torch.cat([train_set.positions, val_set.positions])
+    assert len(positions.unique()) == len(positions) == pytest.approx(300, abs=10)
+    labels = Digits()._official("train")[1]
+    for part in (train_set, val_set):
+        assert part.labels.equal(labels[part.positions]) and part.official_size == len(labels) == 1438
+    shares = labels[positions].bincount() / labels.bincount()
+    assert shares.max() - shares.min() < 0.02
+    assert Digits(subset=300, split_seed=1).load()[0].positions.tolist() != train_set.positions.tolist()
+    assert len(Digits(subset=5000, val_fraction=0).load()[0]) == 1438
+
+
+def test_without_validation_all_images_are_trained_on() -> None:
+    train_set, val_set = Digits(val_fraction=0).load()
+    assert val_set is None and train_set.positions.tolist() == list(range(1438))
+    [epoch] = train(TrainConfig(objective="ce", data=Digits(val_fraction=0, subset=200), epochs=1))  # type: ignore[arg-type]
+    assert not [name for name in epoch.metrics if name.startswith("val_")]
 
 
 def test_a_rare_class_is_never_emptied() -> None:
@@ -201,6 +241,71 @@ def test_the_real_fashion_mnist() -> None:
     assert values.std().item() / 255 == pytest.approx(data.std[0] / 255, abs=5e-5)
     assert len(data.load_test()) == 10_000
     assert data.load()[1].labels.bincount().tolist() == [1_200] * 10
+
+
+# --- EMNIST ----------------------------------------------------------------------------------------------------
+
+
+def write_emnist(folder: Path, variant: str, labels: np.ndarray[Any, Any], n: int = 130) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        for stem, array in (("images-idx3-ubyte", pixels(n, 28, 28)), ("labels-idx1-ubyte", labels)):
+            raw = gzip.compress(idx(array.astype(np.uint8)), 1)
+            (folder / f"emnist-{variant}-{split}-{stem}.gz").write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "variant, classes",
+    [("balanced", 47), ("byclass", 62), ("bymerge", 47), ("digits", 10), ("letters", 26), ("mnist", 10)],
+)
+def test_emnist_is_upright_and_its_labels_count_from_0(tmp_path: Path, variant: str, classes: int) -> None:
+    labels = np.arange(130) % classes
+    write_emnist(tmp_path / "gzip", variant, labels + (variant == "letters"))
+    data = validated(
+        TrainConfig, {"objective": "ce", "data": {"name": "emnist", "root": str(tmp_path), "variant": variant}}
+    ).data
+    assert isinstance(data, Emnist) and data.num_classes == classes
+    data.check()
+    images, found = data._official("train")
+    assert (images[:, 0].numpy() == pixels(130, 28, 28).transpose(0, 2, 1)).all() and found.tolist() == labels.tolist()
+    assert len(data.load_test()) == 130
+
+
+def test_emnists_mean_and_std_are_measured_once_whatever_the_split(tmp_path: Path) -> None:
+    write_emnist(tmp_path, "digits", np.arange(130) % 10)
+    data = Emnist(root=tmp_path, variant="digits")
+    (mean,), (std,) = data.statistics()
+    assert mean == pytest.approx(pixels(130, 28, 28).mean()) and std == pytest.approx(pixels(130, 28, 28).std())
+    assert data.statistics() == Emnist(root=tmp_path, variant="digits", val_fraction=0).statistics()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert data.statistics() == ((mean,), (std,))
+
+
+@pytest.mark.parametrize(
+    "variant, label, sentence",
+    [("letters", 0, "label 0 at 7 is outside 1..26"), ("letters", 27, "label 27 at 7 is outside 1..26"), ("balanced", 47, "label 47 at 7 is outside 0..46")],
+)  # fmt: skip
+def test_a_wrong_label_of_emnist_is_named_as_it_stands_in_the_file(
+    tmp_path: Path, variant: str, label: int, sentence: str
+) -> None:
+    labels = np.ones(130)
+    labels[7] = label
+    write_emnist(tmp_path, variant, labels)
+    with pytest.raises(ConfigError) as error:
+        Emnist(root=tmp_path, variant=variant).load()  # type: ignore[arg-type]
+    path = tmp_path / f"emnist-{variant}-train-labels-idx1-ubyte.gz"
+    assert error.value.problems == [f"data emnist: {path}: {sentence}"]
+
+
+def test_another_variant_of_emnist_is_another_file(tmp_path: Path) -> None:
+    write_emnist(tmp_path, "digits", np.arange(130) % 10)
+    with pytest.raises(
+        ConfigError, match=r"data emnist: not found: emnist-mnist-train-images-idx3-ubyte, .*gzip.zip, or set"
+    ):
+        Emnist(root=tmp_path, variant="mnist").check()
+    with pytest.raises(ConfigError, match=r"variant: no such name 'digit'; did you mean 'digits'\?"):
+        validated(TrainConfig, {"objective": "ce", "data": {"name": "emnist", "variant": "digit"}})
 
 
 # --- CIFAR -----------------------------------------------------------------------------------------------------
@@ -368,12 +473,443 @@ def test_a_broken_archive_gets_a_sentence(tmp_path: Path) -> None:
             data.load_test()
 
 
+def test_an_archive_is_unpacked_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_cifar(tmp_path, Cifar100, pickled(Cifar100), archive=True)
+    images, labels = data._official("train")
+    path = tmp_path / Cifar100.archive
+    assert len(list(cache.iterdir())) == 1
+    facts = path.stat()
+    path.write_bytes(bytes(facts.st_size))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    again = data._official("train")
+    assert images.equal(again[0]) and labels.equal(again[1]), "from the cache"
+    with pytest.raises(ConfigError, match="its md5 is"):  # what was read unchecked is not taken for checked
+        Cifar100(root=tmp_path).load()
+    os.utime(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        data._official("train")
+
+
+# --- Tiny ImageNet ---------------------------------------------------------------------------------------------
+
+WNIDS = [f"n{k:08}" for k in range(200)]
+
+
+@functools.cache
+def jpeg(seed: int, side: int = 64, mode: str = "RGB") -> bytes:
+    image = Image.fromarray(pixels(seed + 1, 4, 4, 3)[seed]).resize((side, side), Image.Resampling.BICUBIC)
+    image.convert(mode).save(raw := io.BytesIO(), "JPEG")
+    return raw.getvalue()
+
+
+def write_tiny(root: Path) -> Path:
+    """Two train images a class, the second of the first class grey, and 9 of val; wnids.txt is in no order."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "wnids.txt").write_text("\n".join(reversed(WNIDS)) + "\n")
+    for k, wnid in enumerate(WNIDS):
+        folder = root / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        for i in range(2):
+            (folder / f"{wnid}_{i}.JPEG").write_bytes(jpeg(k % 9 + i, mode="L" if k == 0 and i else "RGB"))
+    (root / "val/images").mkdir(parents=True)
+    for i in range(9):
+        (root / f"val/images/val_{i}.JPEG").write_bytes(jpeg(i))
+    lines = [f"val_{i}.JPEG\t{WNIDS[20 * i]}\t0\t32\t44\t62" for i in reversed(range(9))]
+    (root / "val/val_annotations.txt").write_text("\n".join(lines))
+    return root
+
+
+def decoded(raw: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("below", ["", "tiny-imagenet-200"])
+def test_tiny_imagenet_is_read_to_the_pixel(tmp_path: Path, below: str) -> None:
+    write_tiny(tmp_path / below)
+    data = TinyImagenet(root=tmp_path, val_fraction=0.5)
+    data.check()
+    images, labels = data._official("train")
+    assert images.shape == (400, 3, 64, 64) and images.dtype == torch.uint8
+    assert labels.tolist() == [k for k in range(200) for _ in range(2)]
+    assert (images[1].numpy() == decoded(jpeg(1, mode="L"))).all() and images[1, 0].equal(images[1, 2])
+    assert all((images[2 * k + i].numpy() == decoded(jpeg(k % 9 + i))).all() for k in range(1, 200) for i in range(2))
+    test = data.load_test()
+    assert test.labels.tolist() == [20 * i for i in range(9)]
+    assert all((next(test.read([torch.tensor([i])]))[0].numpy() == decoded(jpeg(i))).all() for i in range(9))
+
+
+def test_decoded_images_are_kept_until_a_file_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TinyImagenet(root=write_tiny(tmp_path / "tiny"))
+    images, labels = data._official("train")
+    [kept] = cache.iterdir()
+    path = tmp_path / "tiny/train/n00000005/images/n00000005_0.JPEG"
+    facts = path.stat()
+    path.write_bytes(bytes(facts.st_size))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    again = data._official("train")
+    assert images.equal(again[0]) and labels.equal(again[1]), "from the cache"
+    path.write_bytes(jpeg(3))
+    changed, _ = data._official("train")
+    assert not images.equal(changed) and list(cache.iterdir()) == [kept], "one file, of what is there now"
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert data._official("train")[0].equal(changed), "a broken cache is made anew"
+    assert data._official("train")[0].equal(changed) and kept.stat().st_size > 400 * 3 * 64 * 64
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert data._official("train")[0].equal(changed), "no cache can be written there"
+
+
+def test_wrong_files_of_tiny_imagenet_get_a_sentence(tmp_path: Path, cache: Path) -> None:
+    data = TinyImagenet(root=write_tiny(tmp_path))
+    path = tmp_path / "train/n00000005/images/n00000005_0.JPEG"
+    for raw, sentence in (
+        (jpeg(0, side=32), "is 32x32, and all images are 64x64"),
+        (jpeg(0)[:200], r"cannot be read as an image: .*; replace it"),
+        (b"", r"cannot be read as an image: .*; replace it"),
+    ):
+        path.write_bytes(raw)
+        with pytest.raises(ConfigError, match=f"^data tiny_imagenet: {path}: {sentence}"):
+            data.load()
+    assert not cache.exists(), "nothing is kept of what is wrong"
+    path.unlink()
+    (path.parent / "n00000005_1.JPEG").unlink()
+    with pytest.raises(ConfigError, match=r"/n00000005/images: there is no image .*; get and unpack http"):
+        data.load()
+    notes = tmp_path / "val/val_annotations.txt"
+    for line, sentence in (
+        ("val_0.JPEG\tn77", "line 1: needs an image and a class of wnids.txt, got 'val_0.JPEG.tn77'"),
+        ("val_99.JPEG\tn00000000\t0", "line 1: val_99.JPEG is not in val/images"),
+        ("", "is empty"),
+    ):
+        notes.write_text(line)
+        with pytest.raises(ConfigError, match=f"val_annotations.txt: {sentence.replace('.tn77', '..?tn77')}"):
+            data.load_test()
+    (tmp_path / "wnids.txt").write_text("n00000000")
+    with pytest.raises(ConfigError, match=r"wnids.txt: names 1 classes, not 200"):
+        data.load()
+    notes.unlink()
+    with pytest.raises(
+        ConfigError,
+        match=r"not found: wnids.txt, train, .*, all in one folder .looked in .*; get and unpack .*data.root",
+    ):
+        data.check()
+
+
+def test_tiny_imagenet_has_the_papers_recipe() -> None:
+    config = validated(TrainConfig, {"objective": "ce", "student": "cnn", "data": "tiny_imagenet"})
+    assert config.schedule.gamma == 0.1 and config.epochs == 200 and config.optim.weight_decay == 5e-4  # type: ignore[union-attr]
+    assert config.augment.rotation_degrees == 20 and config.augment.flip and not config.augment.crop_padding
+
+
+# --- one's own -------------------------------------------------------------------------------------------------
+
+MODULE = """
+import numpy as np, torch
+
+calls = []
+
+def make(split, n=20, offset=0):
+    calls.append(split)
+    r = np.random.default_rng(split == "test")
+    return r.integers(0, 256, (n, 3, 8, 6), dtype=np.uint8), torch.arange(n) % 4 + offset
+
+def give(split, what):
+    images, labels = make(split)
+    return eval(what)
+
+def sized(split):
+    return np.zeros((20, 1, 8, 6), np.uint8), np.arange(20) % 4
+
+table = {}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module in the working directory, which Python does not look into by itself."""
+    name = f"mine_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    (tmp_path / f"{name}_broken.py").write_text("import numpy\nnumpy.nothing")
+    (tmp_path / f"{name}_needy.py").write_text("import not_there_either")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    yield name
+    for module in [m for m in sys.modules if m.startswith(name)]:
+        del sys.modules[module]
+
+
+def own(path: str, **settings: Any) -> Own:
+    tree = {"name": "own", "path": path, "shape": [3, 8, 6], "num_classes": 4, **settings}
+    data = validated(TrainConfig, {"objective": "ce", "data": tree, "epochs": 1}).data
+    assert isinstance(data, Own)
+    return data
+
+
+def test_data_of_ones_own_are_trained_on(mine: str) -> None:
+    data = own(f"{mine}:make", args={"n": 40}, val_fraction=0.25)
+    data.check()
+    module = sys.modules[mine]
+    assert module.calls == [], "check does not call it"
+    [epoch] = train(TrainConfig(objective="ce", data=data, epochs=1))  # type: ignore[arg-type]
+    assert 0 <= epoch.metrics["val_accuracy"] <= 1
+    images, _ = module.make("train", 40)
+    assert np.allclose(data.statistics()[0], images.mean((0, 2, 3))) and np.allclose(
+        data.statistics()[1], images.std((0, 2, 3))
+    )
+    assert module.calls == ["train", "train"], "once by us, once by this test"
+    assert len(data.load_test()) == 40 and module.calls[-1] == "test"
+    given = own(f"{mine}:make", mean=[1, 2, 3], std=[4, 5, 6])
+    assert given.statistics() == ((1, 2, 3), (4, 5, 6))
+    text = dump_yaml({"objective": {"name": "ce"}, "data": data.model_dump(mode="json")})
+    assert validated(TrainConfig, parse_yaml(text, "f")).data == data
+
+
+@pytest.mark.parametrize(
+    "what, sentence",
+    [
+        ("images", "must return (images, labels), got ndarray of uint8 [20, 3, 8, 6]"),
+        ("None", "must return (images, labels), got None"),
+        ("(images, labels, 1)", "must return (images, labels), got tuple of 3"),
+        ("(images / 255, labels)", "images must be a uint8 tensor or array [N, C, H, W], got ndarray of float64 [20, 3, 8, 6]"),
+        ("(torch.tensor(images).float(), labels)", "images must be a uint8 tensor or array [N, C, H, W], got Tensor of float32 [20, 3, 8, 6]"),
+        ("(images[0], labels)", "images must be a uint8 tensor or array [N, C, H, W], got ndarray of uint8 [3, 8, 6]"),
+        ("('x', labels)", "images must be a uint8 tensor or array [N, C, H, W], got 'x'"),
+        ("(images.transpose(0, 2, 3, 1), labels)", "images are 8 x 6 x 3, and data.shape says 3 x 8 x 6"),
+        ("(images, labels / 2)", "labels must be whole numbers [N], got Tensor of float32 [20]"),
+        ("(images, labels > 1)", "labels must be whole numbers [N], got Tensor of bool [20]"),
+        ("(images, labels[:, None])", "labels must be whole numbers [N], got Tensor of int64 [20, 1]"),
+        ("(images, ['cat'] * 20)", "labels must be whole numbers [N], got list of 20"),
+        ("(images, labels[:19])", "19 labels for 20 images"),
+        ("(images[:0], labels[:0])", "0 labels for 0 images"),
+        ("(images, labels + 1)", "label 4 at 3 is outside 0..3 (data.num_classes is 4)"),
+        ("(images, labels - 1)", "label -1 at 0 is outside 0..3 (data.num_classes is 4)"),
+    ],
+)  # fmt: skip
+def test_what_ones_own_function_returns_is_checked(mine: str, what: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        own(f"{mine}:give", args={"what": what}).load()
+    assert error.value.problems == [f"data own: {mine}:give, called for 'train': {sentence}"]
+
+
+@pytest.mark.parametrize(
+    "what", ["(torch.tensor(images), labels.tolist())", "[images[:, :, ::-1], labels.numpy().astype('uint8')]", "(np.broadcast_to(images[:1], images.shape), labels.int())"]
+)  # fmt: skip
+def test_tensors_arrays_and_lists_will_do(mine: str, what: str) -> None:
+    images, labels = own(f"{mine}:give", args={"what": what})._official("train")
+    assert images.dtype == torch.uint8 and images.shape == (20, 3, 8, 6) and images.is_contiguous()
+    assert labels.dtype == torch.int64 and labels.tolist() == [i % 4 for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "path, sentence",
+    [
+        ("MINE.make", "data.path: must be 'package.module:name', got 'MINE.make'"),
+        ("MINE.py:make", "data.path: MINE.py:make: there is no module 'MINE.py' (looked in CWD and wherever Python does)"),
+        ("not_there:make", "data.path: not_there:make: there is no module 'not_there' (looked in CWD and wherever Python does)"),
+        ("MINE:mkae", "data.path: MINE:mkae: MINE has no 'mkae'; did you mean 'make'?"),
+        ("MINE_broken:f", "data.path: MINE_broken:f: importing MINE_broken ends in AttributeError: module 'numpy' has no attribute 'nothing'"),
+        ("MINE_needy:f", "data.path: MINE_needy:f: importing MINE_needy ends in ModuleNotFoundError: No module named 'not_there_either'"),
+        ("MINE:table", "data.path: MINE:table is {}, not a function"),
+        ("MINE:give", "data.path: MINE:give cannot be called as function('train'): missing a required argument: 'what'; see data.args"),
+    ],
+)  # fmt: skip
+def test_a_function_that_is_not_there_gets_a_sentence(mine: str, path: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        own(path.replace("MINE", mine)).check()
+    assert error.value.problems == [sentence.replace("MINE", mine).replace("CWD", str(Path.cwd()))]
+
+
+def test_an_import_path_leads_to_any_object(mine: str) -> None:
+    assert imported("os.path:join", "x") is os.path.join
+    assert imported(f"{mine}:table", "x") is sys.modules[mine].table
+
+
+def test_ones_own_constant_channel_cannot_be_normalised(mine: str) -> None:
+    with pytest.raises(ConfigError, match="data own: channel 0 has one value in all images; leave it out"):
+        own(f"{mine}:sized", shape=[1, 8, 6]).statistics()
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"mean": [1, 2, 3]}, "mean and std: give both, or neither and they are measured"),
+        ({"mean": [1, 2], "std": [1, 2, 3]}, "mean: 2 values for 3 channels, see shape"),
+        ({"num_classes": 1}, "num_classes: Input should be greater than or equal to 2, got 1"),
+        ({"shape": [8, 6]}, "shape"),
+        ({"args": {"f": object()}}, "args.f"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_of_ones_own_data_get_a_sentence(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.own") as error:
+        own("os:getcwd", **settings)
+    assert sentence in str(error.value)
+
+
+# --- downloads -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """(address, folder) of a server on this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}", folder
+        found.shutdown()
+        thread.join()
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def zipped(folder: Path, path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, f"{folder.name}/{file.relative_to(folder)}")
+
+
+@pytest.fixture
+def served(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], FileDataset]:
+    """Makes a data set whose official files are on that server, and whose root is not there yet."""
+    url, folder = server
+    root = tmp_path / "new/root"
+
+    def make(name: str) -> FileDataset:
+        data: FileDataset
+        if name in ("mnist", "fashion_mnist", "kmnist"):
+            data = {"mnist": Mnist, "fashion_mnist": FashionMnist, "kmnist": Kmnist}[name](root=root)
+            write_idx(folder, gz=True)
+            stems = [*data._files("train"), *data._files("test")]  # type: ignore[attr-defined]
+            monkeypatch.setattr(type(data), "url", url)
+            monkeypatch.setattr(type(data), "md5s", tuple(md5(folder / f"{stem}.gz") for stem in stems))
+        elif name == "emnist":
+            data = Emnist(root=root, variant="mnist")
+            write_emnist(tmp_path / "gzip", "mnist", np.arange(130) % 10)
+            zipped(tmp_path / "gzip", folder / "gzip.zip")
+            monkeypatch.setattr(Emnist, "url", f"{url}/gzip.zip")
+            monkeypatch.setattr(Emnist, "md5s", (md5(folder / "gzip.zip"),))
+        elif name == "tiny_imagenet":
+            data = TinyImagenet(root=root)
+            zipped(write_tiny(tmp_path / "tiny-imagenet-200"), folder / "tiny.zip")
+            monkeypatch.setattr(TinyImagenet, "url", f"{url}/tiny.zip")
+            monkeypatch.setattr(TinyImagenet, "md5", md5(folder / "tiny.zip"))
+        else:
+            kind: type[CifarDataset] = {"cifar10": Cifar10, "cifar100": Cifar100}[name]
+            data = kind(root=root)  # type: ignore[call-arg]
+            write_cifar(folder, kind, pickled(kind), archive=True)
+            monkeypatch.setattr(kind, "url", f"{url}/{kind.archive}")
+            monkeypatch.setattr(kind, "md5", md5(folder / kind.archive))
+        return data
+
+    return make
+
+
+DOWNLOADED = ["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "tiny_imagenet"]
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_a_data_set_is_downloaded_once(
+    served: Callable[[str], FileDataset], server: tuple[str, Path], name: str
+) -> None:
+    data = served(name)
+    data.download()
+    data.check()
+    data.load()
+    left = [
+        path.name for path in data.root.rglob("*") if path.suffix in (".part", ".zip") or path.name.startswith("tmp")
+    ]
+    assert not left
+    for path in server[1].iterdir():
+        path.unlink()
+    data.download()
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_nothing_is_kept_of_a_download_of_another_md5(
+    served: Callable[[str], FileDataset], server: tuple[str, Path], name: str
+) -> None:
+    data = served(name)
+    for path in server[1].iterdir():
+        path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(
+        ConfigError,
+        match=rf"^data {name}: http\S* has the md5 \w+, and the official file's is \w+; it is not kept; try again, or ",
+    ):
+        data.download()
+    assert not list(data.root.iterdir())
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_a_download_that_fails_says_so_and_leaves_nothing(
+    served: Callable[[str], FileDataset], server: tuple[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = served(name)
+    for path in server[1].iterdir():
+        path.unlink()
+    with pytest.raises(
+        ConfigError, match=rf"^data {name}: http\S* cannot be fetched to /.*: HTTP Error 404.*; .*, or set data.root"
+    ):
+        data.download()
+    assert not list(data.root.iterdir())
+    monkeypatch.setattr(type(data), "url", "http://127.0.0.1:1")  # nobody listens there
+    with pytest.raises(ConfigError, match=r"cannot be fetched to .*Connection refused"):
+        data.download()
+    assert not list(data.root.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named(served: Callable[[str], FileDataset], tmp_path: Path) -> None:
+    data = served("mnist")
+    (tmp_path / "new").write_text("a file")
+    with pytest.raises(ConfigError, match=r"cannot be fetched to /.*Not a directory.*, or set data.root"):
+        data.download()
+
+
+def test_only_files_that_are_missing_are_downloaded(
+    served: Callable[[str], FileDataset], server: tuple[str, Path]
+) -> None:
+    data = served("mnist")
+    data.download()
+    (data.root / f"{IMAGES}.gz").unlink()
+    for path in server[1].iterdir():
+        if path.name != f"{IMAGES}.gz":
+            path.unlink()
+    data.download()
+    data.check()
+
+
+def test_a_folder_that_is_not_complete_is_not_overwritten(served: Callable[[str], FileDataset]) -> None:
+    data = served("tiny_imagenet")
+    (data.root / "tiny-imagenet-200").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="tiny-imagenet-200: is there, but not complete; take it away"):
+        data.download()
+
+
+def test_what_is_not_for_download_says_how_to_get_it() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data digits: not for download; it comes with scikit-learn: pip install scikit-learn$"
+    ):
+        Digits().download()
+    with pytest.raises(ConfigError, match=r"^data own: not for download; the function at data.path makes it"):
+        own("os:getcwd").download()
+
+
 # --- as settings -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Digits, *IDX, Cifar10, Cifar100])
+@pytest.mark.parametrize("kind", [Digits, *IDX, Cifar10, Cifar100, TinyImagenet])
 def test_a_data_set_is_picked_by_name_and_survives_yaml(kind: type[Digits]) -> None:
-    data = validated(TrainConfig, {"objective": "ce", "data": kind().name}).data
+    data = validated(TrainConfig, {"objective": "ce", "student": "cnn", "data": kind().name}).data
     assert data == kind() and len(kind.mean) == len(kind.std) == kind.shape[0]
     text = dump_yaml({"objective": {"name": "ce"}, "data": data.model_dump(mode="json")})
     assert validated(TrainConfig, parse_yaml(text, "f")).data == data

@@ -1,17 +1,25 @@
 """Trials of several workers on Ray Train: resident groups, what is freed, and what a kill costs."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 from sweep_under_fire import sweep
+from test_folder import write_folder
 
-from tfkd_ray.experiment import read_metrics
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import read_metrics, read_records
 from tfkd_ray.loop import train
+from tfkd_ray.schema import validated
 from tfkd_ray.space import build_space
+from tfkd_ray.teachers import find_or_train
 
 pytestmark = pytest.mark.ray
 
@@ -92,3 +100,41 @@ def test_two_groups_survive_a_killed_worker_and_a_killed_trial(ray_cluster: str,
         losses = [m["train_loss"] for m in read_metrics(folder)]
         assert len(losses) == 9
         assert one.setdefault(about["config"]["optim"]["lr"], losses) == losses
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(180)
+def test_image_files_at_224_stream_through_a_teacher_two_workers_a_kill_and_a_resume(
+    ray_cluster: str, tmp_path: Path, tfkd: Run
+) -> None:
+    """The path that ImageNet takes: JPEGs decoded while training, random resized crops, KD, several workers."""
+    root = write_folder(tmp_path / "photographs", classes=2, train=24, side=230)
+    tree = {
+        "data": {"name": "image_folder", "root": str(root), "num_classes": 2, "val_fraction": 0.25},
+        "student": {"name": "mlp", "hidden": [4]},  # no batch statistics: one worker and two compute the same
+        "teacher": {"model": {"name": "cnn", "widths": [4]}, "epochs": 2, "optim": {"batch_size": 8}},
+        "objective": {"name": "kd", "alpha": 0.5},
+        "epochs": 6,
+        "workers": 2,
+        "checkpoint_every_s": 0,
+        "optim": {"lr": {"choices": [0.001, 0.0005]}, "batch_size": 8},
+        "augment": {"resized_crop": True, "flip": True},
+        "search": {"num_samples": 2, "stopping": "none", "sampler": "random"},
+    }
+    (tmp_path / "space.yaml").write_text(json.dumps(tree))
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e"]
+    driver = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL)
+    experiment, until = tmp_path / "tfkd_results/e", time.monotonic() + 80
+    while not any(len(r.metrics) >= 2 for r in (read_records(experiment) if experiment.exists() else [])):
+        assert time.monotonic() < until and driver.poll() is None
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    again = tfkd("resume", "tfkd_results/e")
+    assert again.returncode == 0, again.stderr
+    records = read_records(experiment)
+    assert [(r.status, [m["epoch"] for m in r.metrics]) for r in records] == [("done", [1, 2, 3, 4, 5, 6])] * 2
+    alone = validated(TrainConfig, {**records[0].config, "workers": 1})
+    teacher = find_or_train(alone, tmp_path / "tfkd_results")
+    for ours, theirs in zip(records[0].metrics, train(alone, teacher=teacher), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs.metrics["train_loss"], rel=1e-4)

@@ -13,18 +13,20 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "schema",
+    "schema", "verdict",
     "objectives", "data", "models", "augment",
     "config",
-    "checkpoint", "evaluate", "space", "experiment",
-    "loop",
+    "checkpoint", "evaluate", "space", "explain", "experiment",
+    "loop", "weights",
     "teachers",
+    "arms",
     "cluster", "search", "tensorboard", "live", "trial",
     "tune",
+    "confirm",
     "cli",
     "__main__",
 ]  # fmt: skip
-RAY = {"cluster", "search", "tensorboard", "live", "trial", "tune"}
+RAY = {"cluster", "search", "tensorboard", "live", "trial", "tune", "confirm"}
 
 
 def imports(module: str) -> list[tuple[str, bool]]:

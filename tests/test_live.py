@@ -8,9 +8,8 @@ import pytest
 from rich.console import Console
 
 from tfkd_ray.live import Progress
-from tfkd_ray.space import build_space
 
-SPACE = build_space({"objective": ["ce", "lsr"], "epochs": 9, "search": {"num_samples": 4}})
+ROWS = ["ce", "lsr"]
 
 
 class FakeTrial:
@@ -18,13 +17,15 @@ class FakeTrial:
 
     def __init__(self, name: str) -> None:
         self.trial_id = name
-        self.config = {"trial": {"name": name}, "objective": {"name": name.split("-")[1]}}
+        self.config = {"trial": {"name": name, "epochs": 9}, "objective": {"name": name.split("-")[1]}}
         self.last_result = dict[str, Any]()
 
 
 def view(tmp_path: Path, *, terminal: bool = False, width: int = 80) -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
-    progress = Progress(SPACE, tmp_path, Console(file=out, force_terminal=terminal, width=width))
+    progress = Progress(
+        tmp_path, ROWS, 4, "val_accuracy", "max", Console(file=out, force_terminal=terminal, width=width)
+    )
     progress.setup()
     return progress, out
 

@@ -1,15 +1,28 @@
 """Networks: shapes, settings, parameters, sentences."""
 
+import copy
+import math
+import re
 import subprocess
 import sys
 import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.config import TrainConfig
+from tfkd_ray.loop import train
 from tfkd_ray.models import (
+    AlexNet,
+    AlexNetSmall,
     Cnn,
     Cnn5,
     DenseNet121,
@@ -18,6 +31,7 @@ from tfkd_ray.models import (
     MobileNetV2,
     Model,
     Network,
+    Own,
     ResNet18,
     ResNet34,
     ResNet50,
@@ -26,15 +40,16 @@ from tfkd_ray.models import (
     ResNeXt50,
     ResNeXt101,
     ShuffleNetV2,
+    Timm,
     Vgg16,
     Vgg19,
     WideResNet,
 )
 from tfkd_ray.schema import ConfigError, validated
 
-ALL: list[type[Network]] = list(typing.get_args(typing.get_args(Model)[0]))
+ALL: list[type[Network]] = [n for n in typing.get_args(typing.get_args(Model)[0]) if n not in (Timm, Own)]
 VGG = (Vgg16, Vgg19)
-LIGHT = [n for n in ALL if n not in (*VGG, ResNeXt101)]
+LIGHT = [n for n in ALL if n not in (*VGG, ResNeXt101, AlexNet)]
 
 
 def name_of(network: type[Network]) -> str:
@@ -96,6 +111,7 @@ def test_parameters_are_counted_by_hand() -> None:
         (ShuffleNetV2(), 1_360_896, -4_792),
         (MobileNetV2(), 2_369_380, -17_408),
         (GoogLeNet(), 6_258_500, -563_776),
+        (AlexNetSmall(), 2_495_396, 0),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -103,10 +119,25 @@ def test_the_networks_of_the_paper_have_its_parameters(network: Network, theirs:
     assert count(network, (3, 32, 32), 100) == theirs + more
 
 
+# at K = 200, as for Tiny-ImageNet
+@pytest.mark.parametrize(
+    "network, theirs, more",
+    [(MobileNetV2(), 2_497_480, -17_408), (ShuffleNetV2(), 1_463_396, -4_792), (DenseNet121(), 7_151_048, 128)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_more_classes_add_what_they_add_in_the_paper(network: Network, theirs: int, more: int) -> None:
+    assert count(network, (3, 64, 64), 200) == theirs + more
+
+
+def test_vgg19_has_as_many_parameters_as_the_paper_rounds_to() -> None:
+    assert [round(count(Vgg19(), (3, 32, 32), k) / 1e6, 2) for k in (10, 100)] == [139.62, 139.99]
+
+
 @pytest.mark.parametrize(
     "network, num_classes, parameters",
     [
         (Cnn5(), 10, 357_514),
+        (AlexNetSmall(), 10, 2_472_266),
         (ResNet18(), 10, 11_173_962),
         (WideResNet(depth=28, width=10), 10, 36_479_194),
         (WideResNet(depth=40, width=2), 100, 2_255_156),
@@ -124,6 +155,7 @@ def test_parameters_are_those_of_the_literature(network: Network, num_classes: i
         (ResNet18, 11_689_512), (ResNet34, 21_797_672), (ResNet50, 25_557_032), (ResNet101, 44_549_160),
         (ResNeXt50, 25_028_904), (ResNeXt101, 88_791_336), (MobileNetV2, 3_504_872), (ShuffleNetV2, 2_278_604),
         (GoogLeNet, 6_624_904), (DenseNet121, 7_978_856), (Vgg16, 138_365_992), (Vgg19, 143_678_248),
+        (AlexNet, 61_100_840),
     ],
 )  # fmt: skip
 def test_large_images_keep_the_network_of_torchvision(network: type[Network], parameters: int) -> None:
@@ -205,3 +237,215 @@ def test_a_name_is_all_that_a_network_needs(network: type[Network]) -> None:
 def test_importing_the_networks_does_not_import_torchvision() -> None:
     code = "import sys, tfkd_ray.models; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- networks from elsewhere
+
+
+def model(given: object) -> Any:
+    return TypeAdapter(Model).validate_python(given)
+
+
+def refused(student: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        validated(TrainConfig, {"objective": "ce", "student": student})
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "short, network",
+    [
+        ("mlp", Mlp()),
+        ("timm:resnet10t", Timm(model="resnet10t")),
+        ("my.nets:small", Own(path="my.nets:small")),
+        ({"name": "timm:resnet10t", "args": {"drop_rate": 0.1}}, Timm(model="resnet10t", args={"drop_rate": 0.1})),
+        ({"name": "my.nets:small", "args": {"width": 3}}, Own(path="my.nets:small", args={"width": 3})),
+    ],
+)
+def test_a_name_stands_for_settings(short: object, network: Network) -> None:
+    assert model(short) == network
+    assert model(network.model_dump(mode="json")) == network
+
+
+@pytest.mark.parametrize(
+    "name, args, halves",
+    [
+        ("resnet10t", {}, True),  # its stem has three convolutions
+        ("mobilenetv3_small_050", {}, True),
+        ("convnext_atto", {}, False),
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 1}, False),
+    ],
+)
+def test_timm_networks_keep_small_images_large(name: str, args: dict[str, Any], halves: bool) -> None:
+    images = torch.randn(2, 1, 32, 32)
+    for stem in ("small", "timm"):
+        network = Timm(model=name, args=args, stem=stem).build(images.shape[1:], 7)
+        assert network(images).shape == (2, 7) and network.training
+        first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+        assert (first.stride[0] == 1) == (halves and stem == "small")
+        if hasattr(network, "maxpool"):
+            assert isinstance(network.maxpool, nn.Identity) == (stem == "small")
+
+
+def test_timm_networks_for_large_images_are_those_of_timm() -> None:
+    assert count(Timm(model="resnet18"), (3, 224, 224), 1000) == 11_689_512
+
+
+@pytest.mark.parametrize(
+    "student, sentence",
+    [
+        ("timm:resnet19", "student.model: timm .* has no model 'resnet19'; did you mean 'resnet"),
+        ("timm:", "student.model: timm .* has no model ''; timm.list_models"),
+        ("timm:hf-hub:a/b", "has no model 'hf-hub:a/b'"),  # which timm would get from the internet
+        (
+            {"name": "timm", "model": "resnet18", "args": {"pretrained": True}},
+            "student.args.pretrained: not for you to",
+        ),
+        ("nets", "student: no such name 'nets'; known: .*own, .*timm"),
+        ("nowhere.nets:small", "student.path: nowhere.nets:small: there is no module 'nowhere'"),
+        ("torch.nn:Linaer", "student.path: torch.nn:Linaer: torch.nn has no 'Linaer'; did you mean 'Linear'?"),
+        ("torch:__version__", "student.path: torch:__version__ is .*, not a function"),
+        ("torch.nn:Linear", "student.args: torch.nn:Linear is called with shape, num_classes and these: "),
+        ({"name": "own", "path": f"{__name__}:small", "args": {"widht": 3}}, "unexpected keyword argument 'widht'"),
+    ],
+)
+def test_wrong_networks_from_elsewhere_are_refused_before_anything_runs(student: object, sentence: str) -> None:
+    assert re.search(sentence, refused(student))
+
+
+def test_a_missing_timm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert refused("timm:resnet18") == "student.name: timm is not installed here: pip install 'tfkd_ray[timm]'"
+
+
+class Logits(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+@dataclass
+class Out:
+    out: Tensor
+
+
+OUTPUTS: dict[str, Any] = {
+    "tensor": lambda x: x,
+    "dict with logits": lambda x: {"features": x[:0], "logits": x},
+    "dict with out": lambda x: {"out": x, "aux": x[:0]},
+    "named tuple": lambda x: Logits(x, x[:0]),
+    "dataclass": Out,
+    "tuple": lambda x: (x, x[:0]),
+    "list": lambda x: [x, None],
+    "only in training": lambda x: x if not torch.is_grad_enabled() else (x, x),
+    "transposed": lambda x: x.T,
+    "features": lambda x: x[:, :3],
+    "map": lambda x: x[..., None],
+    "dict without": lambda x: {"predictions": x},
+    "nothing": lambda x: None,
+}
+
+
+class Small(nn.Module):
+    def __init__(self, shape: tuple[int, int, int], num_classes: int, width: int, output: str) -> None:
+        super().__init__()
+        self.output = output
+        self.norm = nn.BatchNorm2d(shape[0])
+        self.hidden = nn.Linear(math.prod(shape), width)
+        self.dropout = nn.Dropout(0.5)
+        self.last = nn.Linear(width, num_classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.last(self.dropout(F.relu(self.hidden(self.norm(x).flatten(1)))))
+
+    def forward(self, x: Tensor) -> Any:
+        return OUTPUTS[self.output](self.logits(x))
+
+
+def small(shape: tuple[int, int, int], num_classes: int, width: int = 4, output: str = "tensor") -> nn.Module:
+    return Small(shape, num_classes, width, output)
+
+
+def broken(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    raise KeyError("width")
+
+
+def no_module(shape: tuple[int, int, int], num_classes: int) -> str:
+    return "a network"
+
+
+def own(output: str) -> Own:
+    return Own(path=f"{__name__}:small", args={"output": output})
+
+
+RIGHT = list(OUTPUTS)[:8]
+
+
+@pytest.mark.parametrize("output", RIGHT)
+def test_a_network_of_your_own_gives_its_logits_alone(output: str) -> None:
+    module = own(output).build((1, 8, 8), 10)
+    assert isinstance(module, Small)
+    x = torch.randn(3, 1, 8, 8)
+    for network in (module, copy.deepcopy(module)):
+        torch.manual_seed(0)
+        logits = network(x)
+        torch.manual_seed(0)
+        assert logits.requires_grad and logits.equal(module.logits(x))
+    assert module.state_dict().keys() == small((1, 8, 8), 10).state_dict().keys()
+
+
+def test_trying_a_network_changes_neither_it_nor_the_random_numbers() -> None:
+    torch.manual_seed(0)
+    module = own("tuple").build((1, 8, 8), 10)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    plain = small((1, 8, 8), 10)
+    assert after == torch.rand(1)
+    assert all(m.training for m in module.modules())
+    assert all(value.equal(plain.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+def test_the_logits_are_alone_behind_data_parallel_workers_too(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        module = own("named tuple").build((1, 8, 8), 10)
+        logits = DistributedDataParallel(module)(torch.randn(3, 1, 8, 8))
+        logits.sum().backward()
+        assert logits.shape == (3, 10) and all(p.grad is not None for p in module.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "path, args, sentence",
+    [
+        ("small", {"output": "transposed"}, "gives [10, 2] for images [2, 1, 8, 8]; logits of 10 classes are [2, 10]"),
+        ("small", {"output": "features"}, "gives [2, 3] for images"),
+        ("small", {"output": "map"}, "gives [2, 10, 1] for images"),
+        ("small", {"output": "dict without"}, "gives dict without a tensor of them for images"),
+        ("small", {"output": "nothing"}, "gives NoneType without a tensor of them for images"),
+        ("small", {"output": "unheard-of"}, "KeyError when given images [2, 1, 8, 8]: 'unheard-of'"),
+        ("small", {"width": -1}, "RuntimeError when being built for images [1, 8, 8] and 10 classes: "),
+        ("broken", {}, "KeyError when being built for images [1, 8, 8] and 10 classes: 'width'"),
+        ("no_module", {}, "gives str; a network is a torch.nn.Module"),
+    ],
+)
+def test_a_network_that_does_not_work_is_named_when_it_is_built(path: str, args: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Own(path=f"{__name__}:{path}", args=args).build((1, 8, 8), 10)
+    assert str(error.value).startswith(f"model {__name__}:{path}: {sentence}")
+
+
+def test_a_timm_network_for_other_images_is_refused_when_it_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"model timm:test_vit2: AssertionError when given images \[2, 3, 32, 32\]: "):
+        Timm(model="test_vit2", args={"dynamic_img_size": False}).build((3, 32, 32), 10)
+
+
+def test_a_network_of_your_own_learns_and_teaches() -> None:
+    tree = {
+        "objective": "kd", "epochs": 2, "student": f"{__name__}:small", "data": {"name": "digits", "subset": 300},
+        "teacher": {"model": {"name": f"{__name__}:small", "args": {"output": "dict with logits"}}},
+    }  # fmt: skip
+    config = validated(TrainConfig, tree)
+    teacher = own("dict with logits").build((1, 8, 8), 10)
+    losses = [epoch.metrics["train_loss"] for epoch in train(config, teacher=teacher)]
+    assert losses[1] < losses[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import SHIPPED
+from conftest import ROOT, SHIPPED
 
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
@@ -20,6 +20,9 @@ def space(**tree: Any) -> Space:
 def propose(space: Space, n: int = 1) -> list[tuple[dict[str, Any], TrainConfig]]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     return [group.propose(study.ask()) for _ in range(n) for group in space.groups]
+
+
+DIGITS = ROOT / "search_spaces/digits_tfkd.yaml"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -174,7 +177,7 @@ OVERRIDES = [
 
 @pytest.mark.parametrize("text, read, value", OVERRIDES, ids=[o[0] for o in OVERRIDES])
 def test_overrides_go_through_the_same_tree(text: str, read: Any, value: Any) -> None:
-    assert read(load_space(SHIPPED[0].parent / "digits_tfkd.yaml", [text])) == value
+    assert read(load_space("digits_tfkd", [text])) == value
 
 
 @pytest.mark.parametrize(
@@ -192,12 +195,12 @@ def test_overrides_go_through_the_same_tree(text: str, read: Any, value: Any) ->
 )
 def test_a_wrong_override_gets_a_sentence(text: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load_space(SHIPPED[0].parent / "digits_tfkd.yaml", [text])
+        load_space("digits_tfkd", [text])
     assert any(sentence in p for p in error.value.problems), str(error.value)
 
 
 def test_one_run_needs_one_value_everywhere() -> None:
-    shipped = SHIPPED[0].parent / "digits_tfkd.yaml"
+    shipped = "digits_tfkd"
     with pytest.raises(ConfigError) as error:
         load_space(shipped).single()
     assert any("fix it: optim.lr=0.01" in p for p in error.value.problems)
@@ -224,7 +227,7 @@ def test_mutated_trees_are_refused_with_sentences_and_never_crash() -> None:
     rng = random.Random(0)
     odd = [None, [], {}, "", "x", -1, 0, 1e400, [None], {"low": 1}, {"choices": [[]]}, True, {"name": 3}, [["ce"]]]
     for _ in range(300):
-        tree = parse_yaml((SHIPPED[0].parent / "digits_tfkd.yaml").read_text(), "f")
+        tree = parse_yaml(DIGITS.read_text(), "f")
         where: Any = tree
         while True:
             key = rng.choice(list(where) if isinstance(where, dict) else list(range(len(where))))

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tfkd_ray import teachers
-from tfkd_ray.config import TeacherConfig, TrainConfig
+from tfkd_ray.config import TeacherConfig, TeacherRun, TrainConfig
 from tfkd_ray.models import Mlp
 from tfkd_ray.objectives import CrossEntropy, TfkdSelf
 from tfkd_ray.teachers import find_or_train, load_teacher, teacher_folder, teacher_name, train_teacher
 
-RUN = TrainConfig(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
+RUN = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
 
 
 def test_a_teacher_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

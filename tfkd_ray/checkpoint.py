@@ -67,7 +67,8 @@ def load_state(directory: Path) -> State | None:
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     """Write a module's state_dict as safetensors with `about` in its header; returns the file's SHA-256."""
-    content = safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in weights.items()}, dict(about))
+    # cloned: tied parameters share memory, which the format refuses
+    content = safetensors_bytes({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, dict(about))
     write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from tfkd_ray import __version__
 
 if TYPE_CHECKING:
-    from tfkd_ray.config import TrainConfig
+    from tfkd_ray.arms import Comparison
+    from tfkd_ray.config import TeacherRun, TrainConfig
     from tfkd_ray.space import Space
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -82,13 +84,39 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
     sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
 
-    sub = verb("check", _check, "Check a search-space file and say what it searches; starts nothing.")
-    file_and_overrides(sub, "a search-space file")
+    sub = verb("check", _check, "Check a search-space or arms file and say what it does; starts nothing.")
+    file_and_overrides(sub, "a search-space or arms file")
+
+    sub = verb("explain", _explain, "Say what each objective of a file amounts to, and which searched settings matter.")
+    file_and_overrides(sub, "a search space, an arms file or a configuration")
 
     sub = verb("train", _train, "Train one configuration: a file without ranges.")
     file_and_overrides(sub, "a configuration file")
     storage(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes; the same DIR again goes on there")
+
+    sub = verb("confirm", _confirm, "Train the arms of a file over several seeds and compare them on the test split.")
+    file_and_overrides(sub, "an arms file")
+    storage(sub)
+    sub.add_argument("--seeds", type=_count, default=5, metavar="N", help="runs of each arm (default: 5)")
+    sub.add_argument("--preset", choices=["smoke"], help="smoke: scaled down, to see it run")
+    sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
+    sub.add_argument("--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd")
+    sub.add_argument("--name", help="of the comparison (default: the file's name and the time)")
+    sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
+
+    sub = verb("teacher", _teacher, "Train, list or show teachers.")
+    actions = sub.add_subparsers(dest="do", required=True, metavar="train|list|show")
+    for do, text in (("train", "Train the teachers that a file needs."), ("list", "List the teachers that are there."),
+                     ("show", "Show how a teacher was made, and how good it is.")):  # fmt: skip
+        action = actions.add_parser(do, help=text, description=text)
+        storage(action)
+        if do == "train":
+            action.set_defaults(run=_teacher_train)
+            file_and_overrides(action, "a search space, an arms file or a configuration")
+            action.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one)")
+        elif do == "show":
+            action.add_argument("name", help="of the teacher")
 
     sub = verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`.")
     sub.add_argument("experiment", type=Path, help="its directory")
@@ -122,14 +150,38 @@ def _load(args: argparse.Namespace) -> "Space":
 
 
 def _check(args: argparse.Namespace) -> int:
+    from tfkd_ray.arms import is_arms_file, load_arms
+    from tfkd_ray.explain import warnings_of
     from tfkd_ray.schema import ConfigError
 
-    space = _load(args)
-    print("\n".join(_describe(space)))
+    if is_arms_file(args.file):
+        compared = load_arms(args.file, args.overrides)
+        example = compared.example
+        listed = f"{len(compared.arms)} arms: {', '.join(arm.name for arm in compared.arms)}"
+        print(compared.title)
+        print(textwrap.fill(listed, 80, subsequent_indent="  ", break_on_hyphens=False))
+    else:
+        space = _load(args)
+        example = space.example
+        print("\n".join(_describe(space)))
+        for warning in warnings_of(space):
+            print(f"warning: {warning}")
     try:
-        space.example.data.check()
+        example.data.check()
     except ConfigError as error:  # a file may be checked where its data are not
         print(f"note: on this machine {error}")
+    return OK
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from tfkd_ray.arms import is_arms_file, load_arms
+    from tfkd_ray.explain import arm_line, report
+
+    if is_arms_file(args.file):
+        for arm in load_arms(args.file, args.overrides).arms:
+            print("\n".join(arm_line(arm.name, arm.config)))
+    else:
+        print("\n".join(report(_load(args))))
     return OK
 
 
@@ -152,8 +204,7 @@ def _describe(space: "Space") -> Iterator[str]:
         own = [p for p in branch.parameters if p not in shared]
         yield f"objective {branch.objective}:" + ("" if own else " nothing of its own")
         yield from (f"  {p.name:<34} {p.domain}" for p in own)
-    for run in space.teacher_runs():
-        yield f"teacher, trained once before the trials: {run.student.name}, {run.objective.name}, {run.epochs} epochs"
+    yield from (f"teacher, once before the trials: {_made(run)}" for run in space.teacher_runs())
     yield "fixed:"
     searched = {p.path for p in space.parameters}
     for path, value in _leaves(space.tree):
@@ -175,15 +226,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 def _tune(args: argparse.Namespace) -> int:
     space = _load(args)
-    name = args.name or f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(name).name != name or name.startswith("."):
-        from tfkd_ray.schema import ConfigError
-
-        raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
-    experiment = (args.storage / name).expanduser().absolute()
-    from tfkd_ray.experiment import check_new
-
-    check_new(experiment)
+    experiment = _new_directory(args, Path(args.file).stem)
     space.example.data.check()
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
@@ -194,16 +237,34 @@ def _tune(args: argparse.Namespace) -> int:
         space,
         experiment,
         lambda progress: build_tuner(
-            space, name=name, storage=args.storage, callbacks=[progress], on_teacher=_teacher_line
+            space, name=experiment.name, storage=args.storage, callbacks=[progress], on_teacher=_teacher_line
         ),
     )
 
 
+def _new_directory(args: argparse.Namespace, stem: str) -> Path:
+    """Where a new experiment goes: `--storage`, and below it `--name`, or the stem and the time."""
+    from tfkd_ray.experiment import check_new
+    from tfkd_ray.schema import ConfigError
+
+    name = args.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if Path(name).name != name or name.startswith("."):
+        raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
+    directory: Path = (args.storage / name).expanduser().absolute()
+    check_new(directory)
+    return directory
+
+
 def _resume(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import read_experiment
+    from tfkd_ray.schema import ConfigError
     from tfkd_ray.space import build_space
 
     experiment = args.experiment.expanduser().absolute()
+    if (experiment / "confirm.yaml").is_file():
+        if args.add_trials:
+            raise ConfigError("--add-trials: is for sweeps; a comparison has a fixed number of runs", experiment)
+        return _compare(experiment, args.address)
     about = read_experiment(experiment)
     about["space"]["search"]["num_samples"] += args.add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
@@ -223,6 +284,8 @@ def _join(address: str | None, workers: int) -> None:
     """Connect to Ray, quietly. Joining a cluster needs the token mode to be set before Ray is imported."""
     if (address or os.environ.get("RAY_ADDRESS")) and (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
     _say("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")
     import logging
 
@@ -233,31 +296,52 @@ def _join(address: str | None, workers: int) -> None:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
-def _teacher_line(run: "TrainConfig", about: dict[str, Any] | None) -> None:
-    if about is None:
-        _say(f"teacher: training {run.student.name} with {run.objective.name} for {run.epochs} epochs, once")
+def _teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
+    if about is not None:
+        accuracy = about["metrics"].get("val_accuracy")
+        judged = "" if accuracy is None else f", val_accuracy {accuracy:.4f}"
+        _say(f"teacher: {about['name']}{judged}, kept for later")
     else:
-        _say(f"teacher: {about['name']}, val_accuracy {about['metrics']['val_accuracy']:.4f}, kept for later sweeps")
+        _say(f"teacher: {_made(run)}")
+
+
+def _made(run: "TeacherRun") -> str:
+    """How a teacher is made."""
+    if run.weights is not None:
+        return f"taking {run.student.name} from {run.weights}"
+    stop = f", stopped after {run.stop_epoch}" if run.stop_epoch else ""
+    stop += f", stopped at val_accuracy {run.stop_accuracy:g}" if run.stop_accuracy else ""
+    return f"training {run.student.name} with {run.objective.name} for {run.epochs} epochs{stop}"
 
 
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
     """Run a Tuner under our table and our Ctrl-C, then print what came out."""
     from tfkd_ray.live import Progress
 
-    progress = Progress(space, experiment)
+    search = space.search
+    rows = [b.objective for b in space.branches]
+    progress = Progress(experiment, rows, search.num_samples, search.metric, search.mode)
     started = time.monotonic()
+    ended = _fit(progress, build)
+    if ended is None:
+        return FAILED
+    code = _summary(space, experiment, time.monotonic() - started, whole=ended)
+    return code if ended else _interrupted(experiment)
+
+
+def _fit(progress: Any, build: Callable[[Any], Any]) -> bool | None:
+    """Build a Tuner and run it: whether it came to its end, or None if it could not begin."""
     from tfkd_ray.tune import TeacherFailed
 
     try:
         tuner = build(progress)
     except TeacherFailed as error:
         _say(f"tfkd: {error}")
-        return FAILED
+        return None
     with _ctrl_c(progress) as interrupted:
         tuner.fit()
     progress.stop()
-    code = _summary(space, experiment, time.monotonic() - started, whole=not interrupted)
-    return _interrupted(experiment) if interrupted else code
+    return not interrupted
 
 
 @contextlib.contextmanager
@@ -332,6 +416,111 @@ def _short(path: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
+
+
+# --- confirm ---------------------------------------------------------------------------------------------------
+
+
+def _confirm(args: argparse.Namespace) -> int:
+    from tfkd_ray.arms import FIRST_SEED, load_arms, new_comparison
+    from tfkd_ray.schema import ConfigError
+
+    compared = load_arms(args.file, args.overrides, preset=args.preset)
+    directory = _new_directory(args, Path(args.file).stem)
+    compared.example.data.check()
+    if args.seeds < 2:
+        message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
+        raise ConfigError(message, f"--seeds {args.seeds}")
+    _join(args.address, compared.example.workers)
+    from tfkd_ray.tune import prepare
+
+    prepare(compared.example)
+    seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
+    new_comparison(compared, seeds, directory, teacher_per_seed=args.teacher_per_seed, hold_out=args.train_only)
+    return _compare(directory, args.address)
+
+
+def _compare(directory: Path, address: str | None) -> int:
+    """Run what a comparison still lacks, then open the test split and print the table."""
+    from tfkd_ray.arms import read_comparison
+
+    compared = read_comparison(directory)
+    if not compared.is_trained:
+        _join(address, compared.runs[0].config.workers)
+        ended = _fit_arms(compared, directory)
+        if not ended:
+            return FAILED if ended is None else _interrupted(directory)
+    from tfkd_ray.confirm import judge_on_test, table
+
+    _say("opening the test split")
+    result = judge_on_test(directory)
+    print("\n".join(table(result)))
+    print(f"\nwritten to {_short(directory)}/confirm.json")
+    return OK if all(run["status"] == "done" for arm in result["arms"] for run in arm["runs"]) else FAILED
+
+
+def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
+    """Train the runs that a comparison lacks; see `_fit`."""
+    from tfkd_ray.confirm import comparison_tuner
+    from tfkd_ray.live import Progress
+
+    rows = [arm.name for arm in compared.arms.arms]
+    progress = Progress(directory, rows, len(compared.runs), "train_loss", "min")
+    return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=_teacher_line))
+
+
+# --- teachers --------------------------------------------------------------------------------------------------
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    from tfkd_ray.experiment import read_teachers
+    from tfkd_ray.schema import ConfigError, did_you_mean, dump_yaml
+
+    found = {about["name"]: about for about in read_teachers(args.storage)}
+    if args.do == "list":
+        print(f"{'teacher':<36} {'data':<14} {'epochs':>6} {'val_accuracy':>12}")
+        for name, about in found.items():
+            accuracy = about["metrics"].get("val_accuracy")
+            shown = "" if accuracy is None else f"{accuracy:.4f}"
+            print(f"{name:<36} {about['config']['data']['name']:<14} {_epochs_of(about):>6} {shown:>12}")
+        return OK
+    if args.name not in found:
+        hint = did_you_mean(args.name, found) if found else "there is none"
+        raise ConfigError(f"no teacher {args.name!r}; {hint}", args.storage / "teachers")
+    print(dump_yaml(found[args.name]), end="")
+    return OK
+
+
+def _epochs_of(about: dict[str, Any]) -> str:
+    return "given" if about["config"].get("weights") else f"{about['metrics']['epoch']:.0f}"
+
+
+def _teacher_train(args: argparse.Namespace) -> int:
+    from tfkd_ray.arms import is_arms_file, load_arms
+    from tfkd_ray.schema import ConfigError
+
+    if is_arms_file(args.file):
+        arms = load_arms(args.file, args.overrides).arms
+        runs = [run for arm in arms if (run := arm.config.teacher_run())]
+    else:
+        runs = _load(args).teacher_runs()
+    if not runs:
+        raise ConfigError("none of its objectives needs a teacher", args.file)
+    runs[0].data.check()
+    _join(args.address, 1)
+    from tfkd_ray.tune import TeacherFailed, train_teachers
+
+    storage = args.storage.expanduser().absolute()
+    try:
+        train_teachers({run.fingerprint(): run for run in runs}.values(), storage, _teacher_line)
+    except TeacherFailed as error:
+        _say(f"tfkd: {error}")
+        return FAILED
+    from tfkd_ray.teachers import teacher_folder
+
+    for run in runs:
+        print(_short(teacher_folder(run, storage)))
+    return OK
 
 
 # --- the other verbs -------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tfkd_ray.augment import Augment
 from tfkd_ray.data import Data, Dataset, Digits
@@ -92,6 +93,12 @@ class Step(Schedule):
 AnySchedule = Annotated[Cosine | Step | Constant, Field(discriminator="name"), BeforeValidator(named)]
 
 
+def _absolute(weights: str) -> str:
+    # a trial's process has a working directory of its own
+    elsewhere = weights.split(":")[0] == "torchvision" or weights.startswith("~")
+    return weights if elsewhere else str(Path(weights).absolute())
+
+
 class TeacherConfig(Settings):
     """How the teacher is made: trained on the student's train split with hard labels, or taken from a file."""
 
@@ -109,7 +116,7 @@ class TeacherConfig(Settings):
     """Stop it here, its schedule still spanning `epochs`: a poorly trained teacher (De-KD of Yuan et al. 2020)."""
     stop_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Stop it after the first epoch with at least this accuracy on validation."""
-    weights: str | None = None
+    weights: Annotated[str, AfterValidator(_absolute)] | None = None
     """A teacher from elsewhere, not trained here: a file (safetensors, or a torch state_dict), or `torchvision`, or
     `torchvision:NAME` for one of its sets of ImageNet weights. What it was trained on is not known here."""
 
@@ -153,10 +160,10 @@ class TrainConfig(Settings):
         if not isinstance(tree, Mapping):
             return tree
         recipe = _recipe(tree.get("data"), tree.get("recipe"))
-        filled = _filled(tree, recipe)
+        result = filled(tree, recipe)
         if isinstance(tree.get("teacher"), Mapping):
-            filled["teacher"] = _filled(tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE})
-        return filled
+            result["teacher"] = filled(tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE})
+        return result
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -238,7 +245,7 @@ class TrainConfig(Settings):
 
     def fingerprint(self, *more: Any) -> str:
         """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
-        out: Any = {**dict.fromkeys([*RUN_ONLY, "recipe", "teacher"], True), "data": {"root"}}
+        out: Any = {**dict.fromkeys([*RUN_ONLY, "recipe", "teacher"], True), "data": PLACES}
         tree = self.model_dump(mode="json", exclude=out)
         teacher = self.teacher_run()
         text = json.dumps([tree, teacher and teacher.fingerprint(), *more], sort_keys=True)
@@ -262,10 +269,13 @@ class TeacherRun(TrainConfig):
         """As of any run; of weights from elsewhere, by their name, the network and the data."""
         if self.weights is None:
             return super().fingerprint(*more)
-        tree = self.model_dump(mode="json", include={"weights": True, "student": True, "data": True})
+        tree = self.model_dump(mode="json", include={"weights", "student"})
+        tree["data"] = self.data.model_dump(mode="json", exclude=PLACES)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
+PLACES = {"root", "readers"}
+"""Settings of data sets that change no number."""
 TEACHER_RECIPE = {"optim", "schedule"}
 """Settings of a recipe that a teacher of its own takes, too; the others it shares with the student."""
 
@@ -283,18 +293,18 @@ def _recipe(data: Any, name: Any) -> dict[str, Any]:
     return recipes[name] if isinstance(name, str) else next(iter(recipes.values()))
 
 
-def _filled(tree: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree`, with what it lacks from `recipe`; settings of another name than the recipe's are left alone."""
-    filled = dict(tree)
-    for key, default in recipe.items():
-        given = named(filled[key]) if key in filled else {}
-        if key not in filled:
-            filled[key] = default
+def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree`, with what it lacks from `defaults`; settings of another `name` than theirs are left alone."""
+    result = dict(tree)
+    for key, default in defaults.items():
+        given = named(result[key]) if key in result else {}
+        if key not in result:
+            result[key] = default
         elif (
             isinstance(given, dict) and isinstance(default, dict) and given.get("name", "") in ("", default.get("name"))
         ):
-            filled[key] = _filled(given, default)
-    return filled
+            result[key] = filled(given, default)
+    return result
 
 
 RUN_ONLY = {"workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every_s"}

@@ -1,35 +1,51 @@
 """Data sets, their splits, and randomness that is addressed instead of consumed.
 
 A data set is a frozen Settings class that also loads itself. To add one: a class with a `name`, its facts and
-`_official`, and one line in `Data`. Images live as uint8 tensors; every image knows its position in the official
-train set, so that what is random about it is a function of (seed, epoch, position) and of nothing else.
+`_official`, and one line in `Data`. Images live as uint8 tensors, or stay in their files (`streams`); every image knows
+its position in the official train set, so that what is random about it is a function of (seed, epoch, position) and of
+nothing else.
 
-Nothing is downloaded and nothing unpacked to disk. Files are checked as input from elsewhere: an IDX file takes no more
-memory than the official one, and a pickle may hold arrays of bytes, text and numbers only.
+Nothing is downloaded but by `download`. What takes long to unpack or to decode is kept in a cache (see `_cached`).
+Files are checked as input from elsewhere: an IDX file takes no more memory than the official one, and a pickle may hold
+arrays of bytes, text and numbers only.
 
 Shapes: N = images, C = channels, H, W = height and width.
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib.util
+import inspect
 import io
 import math
+import os
 import pickle
+import secrets
+import sys
 import tarfile
+import tempfile
+import urllib.request
+import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field
+from PIL import Image
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tfkd_ray.schema import ConfigError, Settings, named
+from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
 
 Split = Literal["train", "test"]
 
@@ -41,6 +57,16 @@ PAPER: dict[str, Any] = {
     "schedule": {"name": "step", "milestones": [0.3, 0.6, 0.8], "gamma": 0.2, "warmup_epochs": 1.0},
 }
 """The Tf-KD paper's recipe for CIFAR, without its augmentation."""
+IMAGENET: dict[str, Any] = {
+    "epochs": 90,
+    "optim": {"lr": 0.2, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": False, "batch_size": 512},
+    "schedule": {"name": "step", "milestones": [30 / 90, 60 / 90, 80 / 90], "gamma": 0.1, "warmup_epochs": 0.0},
+    "augment": {"resized_crop": True, "flip": True},
+}
+"""The Tf-KD paper's recipe for ImageNet."""
+
+AHEAD = 2
+"""Batches that are decoded while the one before them is trained on."""
 
 _test_split_sealed = False
 
@@ -78,6 +104,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, index: Tensor) -> "ImageSet":
+        """Some of the images."""
+        return ImageSet(self.images[index], self.labels[index], self.positions[index], self.official_size)
+
     def on(self, device: torch.device) -> "ImageSet":
         """The set, its images included, on a device."""
         return ImageSet(self.images.to(device), self.labels.to(device), self.positions.to(device), self.official_size)
@@ -87,16 +117,153 @@ class ImageSet:
         return (self.images[batch] for batch in batches)
 
 
+@dataclass(frozen=True)
+class FolderSet:
+    """Images of one split that stay in their files, each decoded when it is read."""
+
+    data: "FolderDataset"
+    files: tuple[str, ...]
+    """Below data.root, one for each image."""
+    labels: Tensor
+    """int64 [N]."""
+    positions: Tensor
+    """int64 [N]: each image's place among all files of the official set, sorted by class and name."""
+    official_size: int
+    """Images in that official set."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, index: Tensor) -> "FolderSet":
+        """Some of the images."""
+        files = tuple(self.files[i] for i in index.tolist())
+        return FolderSet(self.data, files, self.labels[index], self.positions[index], self.official_size)
+
+    def on(self, device: torch.device) -> "FolderSet":
+        """The set with its labels and positions on a device; images are read on the CPU."""
+        labels, positions = self.labels.to(device), self.positions.to(device)
+        return FolderSet(self.data, self.files, labels, positions, self.official_size)
+
+    def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
+        """The images of each batch of indices, uint8 [B, 3, S, S], on the CPU; `data.readers` threads decode ahead.
+
+        Args:
+            crops: float [N, 4], see `crop_box`, on the CPU. None, or [N, 0]: the shorter side is resized to 256/224 of
+                S, and the centre cut out.
+        """
+        crops = crops if crops is not None and crops.shape[1] else None
+        plans = [batch.cpu() for batch in batches]  # now: later, each would wait for what the device has to do
+        ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        pool = ThreadPoolExecutor(self.data.readers, "tfkd-reader")
+        try:
+            for plan in plans:
+                ahead.append(self._start(pool, plan, crops))
+                if len(ahead) > AHEAD:
+                    yield _finished(*ahead.popleft())
+            while ahead:
+                yield _finished(*ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None) -> tuple[Tensor, list[Future[None]]]:
+        """(the batch, of which nothing is there yet; what fills it)."""
+        images = torch.empty(len(plan), *self.data.shape, dtype=torch.uint8, pin_memory=self.labels.is_cuda)
+        numbers: list[list[float] | None] = [None] * len(plan) if crops is None else crops[plan].tolist()
+        pixels, indices = images.numpy(), plan.tolist()
+        return images, [
+            pool.submit(self._decode, i, crop, pixels[k])
+            for k, (i, crop) in enumerate(zip(indices, numbers, strict=True))
+        ]
+
+    def _decode(self, index: int, crop: list[float] | None, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        size = self.data.image_size
+        view = functools.partial(_centre, size=size) if crop is None else functools.partial(_cut, crop=crop, size=size)
+        out[:] = self.data._decoded(self.data.root.expanduser() / self.files[index], view)
+
+
+def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
+    for job in jobs:
+        job.result()
+    return images
+
+
+def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random resized crop, inside the image whatever the numbers are.
+
+    As torchvision draws it: 8 to 100 % of the area and a log-uniform shape of 3:4 to 4:3, given that it fits. Instead
+    of drawing again until one does, the shape is drawn from what such draws end with. An image so long that nothing
+    fits gets the largest box of 3:4 or 4:3.
+
+    Args:
+        crop: uniform in [0, 1): area, shape, top, left.
+    """
+    wide = math.log(width / height)
+    shapes = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)  # log(w / h)
+    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(1e-9)  # areas that fit: from 8 % to this much more
+    drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
+    shape = float(np.interp(crop[1] * drawn[-1], drawn, shapes))
+    most = math.exp(-abs(shape - wide))
+    area = (min(0.08, most) + crop[0] * max(most - 0.08, 0)) * width * height
+    w = min(max(1, round(math.sqrt(area * math.exp(shape)))), width)
+    h = min(max(1, round(math.sqrt(area / math.exp(shape)))), height)
+    return int(crop[3] * (width - w + 1)), int(crop[2] * (height - h + 1)), w, h
+
+
+def _cut(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
+    """A random resized crop, RGB."""
+    width, height = image.size
+    left, top, w, h = crop_box(crop, width, height)
+    wide, high = _shrunk(image, width * size / w, height * size / h)
+    x, y = wide / width, high / height
+    box = (left * x, top * y, min((left + w) * x, wide), min((top + h) * y, high))
+    return _rgb(image).resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    """The centre of the image, its shorter side resized to size * 256 / 224, RGB; as torchvision does it."""
+    short = round(size * 256 / 224)
+    wide, high = (int(short * side / min(image.size)) for side in image.size)
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    whole = (0.0, 0.0, *_shrunk(image, wide, high))
+    resized = _rgb(image).resize((wide, high), Image.Resampling.BILINEAR, whole)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _shrunk(image: Image.Image, width: float, height: float) -> tuple[float, float]:
+    """Size of the image as it will be decoded: a large JPEG at 1/2, 1/4 or 1/8, still twice what is needed of it."""
+    drafted = image.draft(None, (math.ceil(2 * width), math.ceil(2 * height)))
+    return drafted[1][2:] if drafted else image.size  # draft's, as 900 / 8 columns are decoded to 113
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+Images = ImageSet | FolderSet
+"""Images of one split, wherever they are."""
+
+
 class Dataset(Settings):
-    """What every data set has: its facts as class attributes, and how validation is cut from train."""
+    """What every data set has: its facts, and how validation is cut from train."""
+
+    if TYPE_CHECKING:  # facts: class attributes where they are the same for all, settings or properties elsewhere
+
+        @property
+        def num_classes(self) -> int: ...
+        @property
+        def shape(self) -> tuple[int, int, int]:
+            """(C, H, W)."""
+
+        @property
+        def mean(self) -> tuple[float, ...] | None:
+            """Per channel, over the official train set, in units of a uint8 step. None: measured, see `statistics`."""
+
+        @property
+        def std(self) -> tuple[float, ...] | None: ...
 
     name: str
-    num_classes: ClassVar[int]
-    shape: ClassVar[tuple[int, int, int]]
-    """(C, H, W)."""
-    mean: ClassVar[tuple[float, ...]]
-    """Per channel, over the official train set, in units of a uint8 step."""
-    std: ClassVar[tuple[float, ...]]
+    origin: ClassVar[str]
+    """How to get the data: ends the sentence that says they are missing."""
     streams: ClassVar[bool] = False
     """Whether images stay on the disk and are decoded when they are needed."""
     recipes: ClassVar[dict[str, dict[str, Any]]] = {"plain": {}, "modern": MODERN}
@@ -110,27 +277,35 @@ class Dataset(Settings):
     split_seed: int = 0
     """Which images those are: fixed by (data set, split_seed), whatever the trial's seed."""
 
-    def load(self) -> tuple[ImageSet, ImageSet | None]:
+    def load(self) -> tuple[Images, Images | None]:
         """(train, validation): disjoint, stratified, both from the official train set; None if nothing is held out."""
         return _load(self)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std) per channel, in units of a uint8 step."""
-        return self.mean, self.std
+        """(mean, std) per channel, in units of a uint8 step: the known ones, or else those of train and validation."""
+        return (self.mean, self.std) if self.mean and self.std else _measured(self)
 
-    def load_test(self) -> ImageSet:
+    def load_test(self) -> Images:
         """The test split. Refused in any process that trains trials of a sweep."""
         if _test_split_sealed:
             raise PermissionError(
                 "the test split cannot be opened by a sweep: trials are chosen on validation, and test is opened once, "
                 "after everything is chosen"
             )
-        images, labels = self._official("test")
-        return ImageSet(images, labels, torch.arange(len(labels)), len(labels))
+        return self._whole("test")
+
+    def download(self) -> None:
+        """Fetch the official files into `root`, unless they are there: all of each, of the right md5, or nothing."""
+        raise ConfigError(f"data {self.name}: not for download; {self.origin}")
 
     def check(self) -> None:
         """Raise a ConfigError if the data are not on this machine; cheap, reads no image."""
         raise TypeError(f"{type(self).__name__} does not say where it is")
+
+    def _whole(self, split: Split) -> Images:
+        """An official split."""
+        images, labels = self._official(split)
+        return ImageSet(images, labels, torch.arange(len(labels)), len(labels))
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         """(uint8 [N, C, H, W], int64 [N]) of an official split."""
@@ -147,6 +322,7 @@ class Digits(Dataset):
     shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     mean: ClassVar[tuple[float, ...]] = (4.8826,)
     std: ClassVar[tuple[float, ...]] = (6.0141,)
+    origin: ClassVar[str] = "it comes with scikit-learn: pip install scikit-learn"
 
     name: Literal["digits"] = "digits"
 
@@ -175,9 +351,6 @@ Place = Annotated[Path, AfterValidator(_absolute)]
 class FileDataset(Dataset):
     """A data set whose official files a person has put somewhere: the same place on every machine."""
 
-    origin: ClassVar[str]
-    """How to get the files: ends the sentence that says they are missing."""
-
     name: str
     root: Place
     """The folder that holds the files. A place, not content: it changes no number."""
@@ -189,12 +362,54 @@ class FileDataset(Dataset):
         places = ", ".join(map(str, looked))
         return ConfigError(f"data {self.name}: not found: {what} (looked in {places}); {self.origin}, or set data.root")
 
-    def _checked_labels(self, path: Path, labels: Tensor) -> Tensor:
-        outside = ((labels < 0) | (labels >= self.num_classes)).nonzero()[:, 0]
-        if len(outside):
-            i = int(outside[0])
-            raise self._wrong(path, f"label {int(labels[i])} at {i} is outside 0..{self.num_classes - 1}")
-        return labels
+    def _checked_labels(self, path: Path, labels: Tensor, first: int = 0) -> Tensor:
+        """Labels from 0; in the file they count from `first`."""
+        if problem := _label_problem(labels, first, self.num_classes):
+            raise self._wrong(path, problem)
+        return labels - first
+
+    def _decoded(self, path: Path, view: Callable[[Image.Image], Image.Image]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """uint8 [3, H, W] of an image file, as `view` shows it in RGB."""
+        try:
+            with Image.open(path) as image:
+                return np.asarray(view(image)).transpose(2, 0, 1)
+        except Exception as error:  # an image that is not one can end in any exception
+            raise self._wrong(path, f"cannot be read as an image: {error}; replace it, or take it away") from None
+
+    def _fetch(self, url: str, md5: str, path: Path) -> None:
+        """Download a file; it is there whole, or not at all."""
+        digest = hashlib.md5(usedforsecurity=False)
+        try:
+            with (
+                _whole_file(path) as part,
+                part.open("wb") as file,
+                urllib.request.urlopen(url, timeout=60) as reply,
+            ):
+                while piece := reply.read(2**20):
+                    digest.update(piece)
+                    file.write(piece)
+                if digest.hexdigest() != md5:
+                    problem = (
+                        f"{url} has the md5 {digest.hexdigest()}, and the official file's is {md5}; it is not kept"
+                    )
+                    raise ConfigError(f"data {self.name}: {problem}; try again, or {self.origin}")
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"{url} cannot be fetched to {path}: {error}; {self.origin}, or set data.root"
+            raise ConfigError(f"data {self.name}: {problem}") from None
+
+    def _fetch_folder(self, url: str, md5: str, folder: str) -> None:
+        """Download a zip, and put the folder that it holds into `root`, whole or not at all."""
+        root = self.root.expanduser()
+        if (root / folder).exists():
+            raise self._wrong(root / folder, "is there, but not complete; take it away, and it is downloaded again")
+        archive = root / f"{folder}.zip"
+        self._fetch(url, md5, archive)
+        try:
+            with tempfile.TemporaryDirectory(dir=root) as unpacked, zipfile.ZipFile(archive) as file:
+                file.extractall(unpacked)
+                (Path(unpacked) / folder).rename(root / folder)
+        finally:
+            archive.unlink()
 
 
 class IdxDataset(FileDataset):
@@ -203,34 +418,54 @@ class IdxDataset(FileDataset):
     `root` is the folder that holds them, or one that torchvision has downloaded to.
     """
 
-    num_classes: ClassVar[int] = 10
     shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
-    official_sizes: ClassVar[dict[Split, int]] = {"train": 60_000, "test": 10_000}
-    files: ClassVar[dict[Split, tuple[str, str]]] = {
-        "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-        "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-    }
-    torchvision_folder: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]
+    """Where else the files may be, below `root`."""
+    url: ClassVar[str]
+    """Where the files are, or the archive that holds them."""
+    md5s: ClassVar[tuple[str, ...]]
+    """Of the gzipped files: images and labels of train, and of test."""
 
     def check(self) -> None:
         """Raise a ConfigError that names every file that is not there."""
-        self._paths(*self.files["train"], *self.files["test"])
+        self._paths(*self._files("train"), *self._files("test"))
+
+    def download(self) -> None:
+        for stem, md5 in zip([*self._files("train"), *self._files("test")], self.md5s, strict=True):
+            if not self._found(stem):
+                self._fetch(f"{self.url}/{stem}.gz", md5, self.root.expanduser() / f"{stem}.gz")
+
+    def _files(self, split: Split) -> tuple[str, str]:
+        """(images, labels), without `.gz`."""
+        part = {"train": "train", "test": "t10k"}[split]
+        return f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+
+    def _official_size(self, split: Split) -> int:
+        return {"train": 60_000, "test": 10_000}[split]
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
-        images_path, labels_path = self._paths(*self.files[split])
-        images = self._array(images_path, 0x803, self.shape[1:], self.official_sizes[split])
-        labels = self._array(labels_path, 0x801, (), self.official_sizes[split]).long()
+        (images_path, labels_path), most = self._paths(*self._files(split)), self._official_size(split)
+        images = self._array(images_path, 0x803, self.shape[1:], most)
+        labels = self._array(labels_path, 0x801, (), most).long()
         if len(images) != len(labels):
             raise self._wrong(labels_path, f"{len(labels)} labels, and {images_path.name} has {len(images)} images")
-        return images.reshape(-1, *self.shape), self._checked_labels(labels_path, labels)
+        return images.reshape(-1, *self.shape), self._checked_labels(labels_path, labels, self._first_label())
+
+    def _first_label(self) -> int:
+        return 0
+
+    def _folders(self) -> list[Path]:
+        root = self.root.expanduser()
+        return [root, *(root / folder for folder in self.folders)]
+
+    def _found(self, stem: str) -> list[Path]:
+        return [p for folder in self._folders() for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()]
 
     def _paths(self, *stems: str) -> list[Path]:
-        root = self.root.expanduser()
-        folders = [root, root / self.torchvision_folder / "raw"]
-        found = [[p for d in folders for p in (d / stem, d / f"{stem}.gz") if p.is_file()] for stem in stems]
+        found = [self._found(stem) for stem in stems]
         missing = [stem for stem, paths in zip(stems, found, strict=True) if not paths]
         if missing:
-            raise self._missing(f"{', '.join(missing)}, raw or with .gz", folders)
+            raise self._missing(f"{', '.join(missing)}, raw or with .gz", self._folders())
         return [paths[0] for paths in found]
 
     def _array(self, path: Path, magic: int, item: tuple[int, ...], most: int) -> Tensor:
@@ -261,9 +496,17 @@ class IdxDataset(FileDataset):
 class Mnist(IdxDataset):
     """70,000 handwritten digits. (LeCun et al. 1998.)"""
 
+    num_classes: ClassVar[int] = 10
     mean: ClassVar[tuple[float, ...]] = (0.1307 * 255,)
     std: ClassVar[tuple[float, ...]] = (0.3081 * 255,)
-    torchvision_folder: ClassVar[str] = "MNIST"
+    folders: ClassVar[tuple[str, ...]] = ("MNIST/raw",)
+    url: ClassVar[str] = "https://ossci-datasets.s3.amazonaws.com/mnist"
+    md5s: ClassVar[tuple[str, ...]] = (
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    )
     origin: ClassVar[str] = "get the four files from https://ossci-datasets.s3.amazonaws.com/mnist/"
 
     name: Literal["mnist"] = "mnist"
@@ -273,9 +516,17 @@ class Mnist(IdxDataset):
 class FashionMnist(IdxDataset):
     """70,000 pictures of clothes. (Xiao et al. 2017, arXiv:1708.07747.) `root` is by default where Debian puts them."""
 
+    num_classes: ClassVar[int] = 10
     mean: ClassVar[tuple[float, ...]] = (0.2860 * 255,)
     std: ClassVar[tuple[float, ...]] = (0.3530 * 255,)
-    torchvision_folder: ClassVar[str] = "FashionMNIST"
+    folders: ClassVar[tuple[str, ...]] = ("FashionMNIST/raw",)
+    url: ClassVar[str] = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+    md5s: ClassVar[tuple[str, ...]] = (
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    )
     origin: ClassVar[str] = (
         "apt-get install dataset-fashion-mnist, or get the four files from "
         "https://github.com/zalandoresearch/fashion-mnist"
@@ -288,13 +539,71 @@ class FashionMnist(IdxDataset):
 class Kmnist(IdxDataset):
     """70,000 cursive Japanese characters in 10 classes. (Clanuwat et al. 2018, arXiv:1812.01718.)"""
 
+    num_classes: ClassVar[int] = 10
     mean: ClassVar[tuple[float, ...]] = (0.1904 * 255,)
     std: ClassVar[tuple[float, ...]] = (0.3475 * 255,)
-    torchvision_folder: ClassVar[str] = "KMNIST"
+    folders: ClassVar[tuple[str, ...]] = ("KMNIST/raw",)
+    url: ClassVar[str] = "http://codh.rois.ac.jp/kmnist/dataset/kmnist"
+    md5s: ClassVar[tuple[str, ...]] = (
+        "bdb82020997e1d708af4cf47b453dcf7",
+        "e144d726b3acfaa3e44228e80efcd344",
+        "5c965bf0a639b31b8f53240b1b52f4d7",
+        "7320c461ea6c1c855c0b718fb2a4b134",
+    )
     origin: ClassVar[str] = "get the four files from http://codh.rois.ac.jp/kmnist/"
 
     name: Literal["kmnist"] = "kmnist"
     root: Place = Path("~/datasets/kmnist")
+
+
+class Emnist(IdxDataset):
+    """Handwritten letters and digits, cut in six ways. (Cohen et al. 2017, arXiv:1702.05373.)
+
+    The files hold images transposed; here they are upright. The paper gives no mean and std: they are measured.
+    """
+
+    mean: ClassVar[tuple[float, ...] | None] = None
+    std: ClassVar[tuple[float, ...] | None] = None
+    folders: ClassVar[tuple[str, ...]] = ("gzip", "EMNIST/raw")
+    url: ClassVar[str] = "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"
+    md5s: ClassVar[tuple[str, ...]] = ("58c8d27c78d21e728a6bc7b3cc06412e",)  # of the archive
+    origin: ClassVar[str] = f"get and unpack {url}"
+    facts: ClassVar[dict[str, tuple[int, int, int]]] = {
+        "balanced": (47, 112_800, 18_800),
+        "byclass": (62, 697_932, 116_323),
+        "bymerge": (47, 697_932, 116_323),
+        "digits": (10, 240_000, 40_000),
+        "letters": (26, 124_800, 20_800),
+        "mnist": (10, 60_000, 10_000),
+    }
+    """Classes, train images and test images by variant."""
+
+    name: Literal["emnist"] = "emnist"
+    root: Place = Path("~/datasets/emnist")
+    variant: Literal["balanced", "byclass", "bymerge", "digits", "letters", "mnist"] = "balanced"
+
+    @property
+    def num_classes(self) -> int:
+        """By variant."""
+        return self.facts[self.variant][0]
+
+    def download(self) -> None:
+        if any(not self._found(stem) for stem in (*self._files("train"), *self._files("test"))):
+            self._fetch_folder(self.url, self.md5s[0], "gzip")
+
+    def _files(self, split: Split) -> tuple[str, str]:
+        stem = f"emnist-{self.variant}-{split}"
+        return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
+
+    def _official_size(self, split: Split) -> int:
+        return self.facts[self.variant][1 if split == "train" else 2]
+
+    def _first_label(self) -> int:
+        return 1 if self.variant == "letters" else 0
+
+    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        images, labels = super()._official(split)
+        return images.transpose(2, 3).contiguous(), labels
 
 
 class CifarDataset(FileDataset):
@@ -304,6 +613,7 @@ class CifarDataset(FileDataset):
     """
 
     shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    url: ClassVar[str]
     archive: ClassVar[str]
     md5: ClassVar[str]
     folder: ClassVar[str]
@@ -321,9 +631,19 @@ class CifarDataset(FileDataset):
         """Raise a ConfigError if there is neither archive nor folder."""
         self._source()
 
+    def download(self) -> None:
+        root = self.root.expanduser()
+        if not (root / self.archive).is_file() and not (root / self.folder).is_dir():
+            self._fetch(self.url, self.md5, root / self.archive)
+
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         source, names = self._source(), self.batches[split]
-        raw = self._from_folder(source, names) if source.is_dir() else self._from_archive(source, names)
+        if source.is_dir():
+            return self._joined(source, names, self._from_folder(source, names))
+        kept = f"{self.name}-{split}" + "-md5" * self.check_md5
+        return _cached(kept, [source], lambda: self._joined(source, names, self._from_archive(source, names)))
+
+    def _joined(self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]) -> tuple[Tensor, Tensor]:
         parts = [self._batch(source / name, raw[name]) for name in names]
         return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
@@ -403,7 +723,8 @@ class Cifar10(CifarDataset):
         "test": ("test_batch",),
     }
     labels_key: ClassVar[bytes] = b"labels"
-    origin: ClassVar[str] = "get https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    url: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    origin: ClassVar[str] = f"get {url}"
 
     name: Literal["cifar10"] = "cifar10"
     root: Place = Path("~/datasets/cifar10")
@@ -420,15 +741,360 @@ class Cifar100(CifarDataset):
     folder: ClassVar[str] = "cifar-100-python"
     batches: ClassVar[dict[Split, tuple[str, ...]]] = {"train": ("train",), "test": ("test",)}
     labels_key: ClassVar[bytes] = b"fine_labels"
-    origin: ClassVar[str] = "get https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    url: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    origin: ClassVar[str] = f"get {url}"
 
     name: Literal["cifar100"] = "cifar100"
     root: Place = Path("~/datasets/cifar100")
 
 
+# --- data sets of image files ----------------------------------------------------------------------------------
+
+
+class TinyImagenet(FileDataset):
+    """Tiny ImageNet: 110,000 photographs of 64x64 in 200 classes, in memory. (Stanford's CS231n, 2015.)
+
+    The official layout, which is `root` or root/tiny-imagenet-200. Its `val` is the test split here, as the labels of
+    its `test` were never published. Classes are in the order of their WordNet ids.
+    """
+
+    num_classes: ClassVar[int] = 200
+    shape: ClassVar[tuple[int, int, int]] = (3, 64, 64)
+    mean: ClassVar[tuple[float, ...]] = (0.4802 * 255, 0.4481 * 255, 0.3975 * 255)
+    std: ClassVar[tuple[float, ...]] = (0.2302 * 255, 0.2265 * 255, 0.2262 * 255)
+    url: ClassVar[str] = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    md5: ClassVar[str] = "90528d7ca1a48142e341f4ef8d21d0de"
+    origin: ClassVar[str] = f"get and unpack {url}"
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            **PAPER,
+            "schedule": {**PAPER["schedule"], "gamma": 0.1},
+            "augment": {"flip": True, "rotation_degrees": 20.0},
+        },
+        "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 8, "flip": True}},
+    }
+
+    name: Literal["tiny_imagenet"] = "tiny_imagenet"
+    root: Place = Path("~/datasets/tiny_imagenet")
+
+    def check(self) -> None:
+        """Raise a ConfigError if its lists and folders are not there."""
+        self._folder()
+
+    def download(self) -> None:
+        try:
+            self._folder()
+        except ConfigError:
+            self._fetch_folder(self.url, self.md5, "tiny-imagenet-200")
+
+    def _folder(self) -> Path:
+        root = self.root.expanduser()
+        folders = [root, root / "tiny-imagenet-200"]
+        needs = ("wnids.txt", "train", "val/images", "val/val_annotations.txt")
+        for folder in folders:
+            if all((folder / name).exists() for name in needs):
+                return folder
+        raise self._missing(f"{', '.join(needs)}, all in one folder", folders)
+
+    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        folder = self._folder()
+        classes = sorted((folder / "wnids.txt").read_text().split())
+        if len(set(classes)) != self.num_classes:
+            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
+        files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
+        return _cached(
+            f"{self.name}-{split}",
+            [path for path, _ in files],
+            lambda: (self._images([path for path, _ in files]), torch.tensor([k for _, k in files])),
+        )
+
+    def _train_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+        found = []
+        for k, wnid in enumerate(classes):
+            place = folder / "train" / wnid / "images"
+            if not (names := sorted(place.glob("*.JPEG"))):
+                raise self._wrong(place, f"there is no image (*.JPEG) of this class; {self.origin}")
+            found += [(name, k) for name in names]
+        return found
+
+    def _val_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+        path, number = folder / "val/val_annotations.txt", {wnid: k for k, wnid in enumerate(classes)}
+        found = []
+        for n, line in enumerate(path.read_text().splitlines(), start=1):
+            name, _, rest = line.partition("\t")
+            wnid = rest.partition("\t")[0]
+            if wnid not in number:
+                raise self._wrong(path, f"line {n}: needs an image and a class of wnids.txt, got {line!r}")
+            if not (folder / "val/images" / name).is_file():
+                raise self._wrong(path, f"line {n}: {name} is not in val/images; {self.origin}")
+            found.append((folder / "val/images" / name, number[wnid]))
+        if not found:
+            raise self._wrong(path, f"is empty; {self.origin}")
+        return sorted(found)
+
+    def _images(self, paths: list[Path]) -> Tensor:
+        images = torch.empty(len(paths), *self.shape, dtype=torch.uint8)
+
+        def fill(start: int) -> None:
+            for k, path in enumerate(paths[start : start + 100], start):
+                pixels = self._decoded(path, _rgb)
+                if pixels.shape != self.shape:
+                    raise self._wrong(path, f"is {pixels.shape[2]}x{pixels.shape[1]}, and all images are 64x64")
+                images.numpy()[k] = pixels
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                list(pool.map(fill, range(0, len(paths), 100)))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return images
+
+
+Level = Annotated[float, Field(ge=0, le=255)]
+Spread = Annotated[float, Field(ge=1, le=255)]  # a fraction of 255 by mistake is refused
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class FolderDataset(FileDataset):
+    """Image files of any size in a folder for each class, as torchvision's ImageFolder has them; read while training.
+
+    root/train/CLASS/* and root/val/CLASS/*, which is the test split here; root/test/CLASS/* where there is no `val`.
+    Classes and images are in the order of their names. What begins with a dot is left alone, and so is what does not
+    end as images do.
+    """
+
+    streams: ClassVar[bool] = True
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": IMAGENET,
+        "modern": {
+            **IMAGENET,
+            "optim": {**IMAGENET["optim"], **MODERN["optim"]},
+            "schedule": {**MODERN["schedule"], "warmup_epochs": 5.0},
+        },
+    }
+
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 224
+    """Height and width in pixels, S, that images get when they are read."""
+    mean: tuple[Level, Level, Level] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+    """Of red, green and blue, in units of a uint8 step (0 to 255); ImageNet's."""
+    std: tuple[Spread, Spread, Spread] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+    """In the same units."""
+    readers: Annotated[int, Field(ge=1, le=256)] = 4
+    """Threads that decode ahead of training, for each worker. They change no number."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, S, S)."""
+        return 3, self.image_size, self.image_size
+
+    def check(self) -> None:
+        """Raise a ConfigError if a split is not there, or its classes are not as declared; looks at folders only."""
+        self._classes("test")
+
+    def _folder(self, split: Split) -> Path:
+        root = self.root.expanduser()
+        names = ("train",) if split == "train" else ("val", "test")
+        for name in names:
+            if (root / name).is_dir():
+                return root / name
+        raise self._missing(f"the folder {' or '.join(names)}", [root])
+
+    def _classes(self, split: Split) -> list[str]:
+        """Names of the class folders, sorted."""
+        folder = self._folder(split)
+        classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        if split == "train":
+            if len(classes) != self.num_classes:
+                raise self._wrong(folder, f"{len(classes)} class folders, and num_classes is {self.num_classes}")
+            return classes
+        if differing := sorted(set(classes) ^ set(train := self._classes("train"))):
+            where = "here, but not in train" if differing[0] in classes else "in train, but not here"
+            count = f"{len(classes)} class folders here, {len(train)} in train"
+            raise self._wrong(folder, f"its class folders must be those of train: {differing[0]} is {where} ({count})")
+        return classes
+
+    def _whole(self, split: Split) -> Images:
+        folder, files, labels = self._folder(split), list[str](), list[int]()
+        for k, name in enumerate(self._classes(split)):
+            found = sorted(_image_files(folder / name))
+            if not found:
+                raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
+            files += [f"{folder.name}/{name}/{file}" for file in found]
+            labels += [k] * len(found)
+        return FolderSet(self, tuple(files), torch.tensor(labels), torch.arange(len(files)), len(files))
+
+
+def _image_files(folder: Path) -> Iterator[str]:
+    """Image files below a folder, relative to it, in any order."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = place[len(str(folder)) + 1 :]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield f"{below}/{name}" if below else name
+
+
+class ImageFolder(FolderDataset):
+    """Image files of your own."""
+
+    origin: ClassVar[str] = "put images at root/train/CLASS/ and root/val/CLASS/"
+
+    name: Literal["image_folder"] = "image_folder"
+    num_classes: Annotated[int, Field(ge=2)]
+    """As many as there are folders in root/train."""
+
+
+class Imagenet(FolderDataset):
+    """ImageNet of 2012: 1.28 million photographs in 1000 classes. (Russakovsky et al. 2015, arXiv:1409.0575.)
+
+    50,000 more, its validation images, are the test split here.
+    """
+
+    num_classes: ClassVar[int] = 1000
+    origin: ClassVar[str] = (
+        "register at https://image-net.org for ILSVRC2012, and unpack it to root/train/CLASS/ and root/val/CLASS/"
+    )
+
+    name: Literal["imagenet"] = "imagenet"
+    root: Place = Path("~/datasets/imagenet")
+
+
+# --- your own --------------------------------------------------------------------------------------------------
+
+
+def imported(path: str, what: str) -> Any:
+    """The object at "package.module:name", also of a module in the working directory.
+
+    Args:
+        what: begins the ConfigError.
+    """
+    module_name, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise ConfigError(f"{what}: must be 'package.module:name', got {path!r}")
+    top = module_name.partition(".")[0]
+    try:
+        if top not in sys.modules and importlib.util.find_spec(top) is None:
+            sys.path.append(str(Path.cwd()))
+            importlib.invalidate_caches()
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever somebody's module does
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            looked = f"looked in {Path.cwd()} and wherever Python does"
+            raise ConfigError(f"{what}: {path}: there is no module {error.name!r} ({looked})") from None
+        problem = f"importing {module_name} ends in {type(error).__name__}: {error}"
+        raise ConfigError(f"{what}: {path}: {problem}") from error
+    if not hasattr(module, name):
+        hint = did_you_mean(name, [n for n in vars(module) if not n.startswith("_")])
+        raise ConfigError(f"{what}: {path}: {module_name} has no {name!r}; {hint}")
+    return getattr(module, name)
+
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Own(Dataset):
+    """Data from a function of yours: `function(split, **args)`, where split is "train" or "test".
+
+    It returns (images, labels): uint8 [N, C, H, W] and whole numbers [N] from 0, as torch tensors or numpy arrays. It
+    is called in every process that trains, and must return the same each time.
+    """
+
+    origin: ClassVar[str] = "the function at data.path makes it"
+
+    name: Literal["own"] = "own"
+    path: str
+    """package.module:function."""
+    shape: tuple[Side, Side, Side]
+    """(C, H, W)."""
+    num_classes: Annotated[int, Field(ge=2)]
+    args: dict[str, JsonValue] = {}
+    """Keyword arguments of the function."""
+    mean: tuple[Level, ...] | None = None
+    """Per channel, in units of a uint8 step (0 to 255). None: measured."""
+    std: tuple[Annotated[float, Field(gt=0, le=255)], ...] | None = None
+    """In the same units."""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    @model_validator(mode="after")
+    def _statistics_for_all_channels(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std: give both, or neither and they are measured")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.shape[0]:
+                raise ValueError(f"{name}: {len(values)} values for {self.shape[0]} channels, see shape")
+        return self
+
+    def check(self) -> None:
+        """Raise a ConfigError if the function is not there or does not take these arguments; it is not called."""
+        self._function()
+
+    def _function(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = imported(self.path, "data.path")
+        if not callable(function):
+            raise ConfigError(f"data.path: {self.path} is {function!r}, not a function")
+        try:
+            inspect.signature(function).bind("train", **self.args)
+        except TypeError as error:
+            given = "".join(f", {key}={value!r}" for key, value in self.args.items())
+            problem = f"cannot be called as function('train'{given}): {error}"
+            raise ConfigError(f"data.path: {self.path} {problem}; see data.args") from None
+        except ValueError:  # written in C, without a signature
+            pass
+        return function
+
+    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        found = self._function()(split, **self.args)
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise self._returned(split, f"must return (images, labels), got {_brief(found)}")
+        images, labels = (_tensor(part) for part in found)
+        if images is None or images.dtype != torch.uint8 or images.ndim != 4:
+            expected = "a uint8 tensor or array [N, C, H, W]"
+            raise self._returned(split, f"images must be {expected}, got {_brief(found[0])}")
+        if images.shape[1:] != self.shape:
+            got, declared = (" x ".join(map(str, sides)) for sides in (images.shape[1:], self.shape))
+            raise self._returned(split, f"images are {got}, and data.shape says {declared}")
+        whole = labels is not None and not (
+            labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+        )
+        if labels is None or not whole or labels.ndim != 1:
+            raise self._returned(split, f"labels must be whole numbers [N], got {_brief(found[1])}")
+        if not len(images) == len(labels) > 0:
+            raise self._returned(split, f"{len(labels)} labels for {len(images)} images")
+        if problem := _label_problem(labels.long(), 0, self.num_classes):
+            raise self._returned(split, f"{problem} (data.num_classes is {self.num_classes})")
+        return images, labels.long()
+
+    def _returned(self, split: Split, problem: str) -> ConfigError:
+        return ConfigError(f"data own: {self.path}, called for {split!r}: {problem}")
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """A tensor on the CPU of what may be one, else None."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    try:
+        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+    except (TypeError, ValueError):  # not numbers, or rows of different lengths
+        return None
+
+
+def _brief(value: Any) -> str:
+    """Type, and shape or length, for a sentence."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list | dict) else repr(value)[:60]
+
+
 Data = Annotated[
-    Digits | Mnist | FashionMnist | Kmnist | Cifar10 | Cifar100, Field(discriminator="name"), BeforeValidator(named)
+    Digits | Mnist | FashionMnist | Kmnist | Emnist | Cifar10 | Cifar100 | TinyImagenet | ImageFolder | Imagenet | Own,
+    Field(discriminator="name"),
+    BeforeValidator(named),
 ]
+
+
+# --- splits ----------------------------------------------------------------------------------------------------
 
 
 def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -444,11 +1110,27 @@ def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, T
 
 
 @functools.lru_cache(maxsize=4)
-def _load(data: Dataset) -> tuple[ImageSet, ImageSet | None]:
-    images, labels = data._official("train")
-    train, val = split(labels, data)
-    parts = [ImageSet(images[part], labels[part], part, len(labels)) for part in (train, val)]
-    return parts[0], parts[1] if len(val) else None
+def _load(data: Dataset) -> tuple[Images, Images | None]:
+    whole = data._whole("train")
+    train, val = split(whole.labels, data)
+    return whole.part(train), whole.part(val) if len(val) else None
+
+
+@functools.lru_cache(maxsize=4)
+def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel of train and validation, exact sums: the same however they are split."""
+    channels = data.shape[0]
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    for part in data.load():
+        assert part is None or isinstance(part, ImageSet), f"{data.name} streams, and says no mean"
+        for images in () if part is None else part.images.split(4096):
+            counts += torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(channels)])
+    levels, shares = torch.arange(256.0).double(), counts.double() / counts.sum(1, keepdim=True)
+    mean = shares @ levels
+    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt()
+    if not std.all():
+        raise ConfigError(f"data {data.name}: channel {int(std.argmin())} has one value in all images; leave it out")
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
@@ -468,12 +1150,62 @@ def _digits() -> tuple[Tensor, Tensor]:
     spec = importlib.util.find_spec("sklearn")
     path = Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise ConfigError(
-            f"data digits: not found (looked for {path}); it comes with scikit-learn: pip install scikit-learn"
-        )
+        raise ConfigError(f"data digits: not found (looked for {path}); {Digits.origin}")
     with gzip.open(path, "rt") as file:
         table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     return table[:, :-1].reshape(-1, 1, 8, 8).contiguous(), table[:, -1].long()
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _label_problem(labels: Tensor, first: int, num_classes: int) -> str | None:
+    last = first + num_classes - 1
+    outside = ((labels < first) | (labels > last)).nonzero()[:, 0]
+    return f"label {int(labels[outside[0]])} at {int(outside[0])} is outside {first}..{last}" if len(outside) else None
+
+
+def _cached(name: str, read: Iterable[Path], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(images, labels) that `make` makes of some files; if it has before, mapped from a file in ~/.cache/tfkd_ray/.
+
+    One file for each name and first path; made anew where a path, size or time differs. No cache where none can be
+    written: it saves time, and changes no number.
+    """
+    digest = hashlib.sha256()
+    first = None
+    for path in read:
+        first = first or hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        facts = path.stat()
+        digest.update(f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfkd_ray"
+    kept, key = folder / f"{name}-{first}.safetensors", digest.hexdigest()
+    try:
+        with safe_open(kept, "pt") as file:
+            if file.metadata() == {"key": key}:
+                return file.get_tensor("images"), file.get_tensor("labels")
+    except (OSError, SafetensorError):
+        pass
+    images, labels = make()
+    try:
+        with _whole_file(kept) as part:
+            save_file({"images": images, "labels": labels}, part, {"key": key})
+            with part.open("rb") as written:
+                os.fsync(written)
+    except (OSError, SafetensorError):
+        pass
+    return images, labels
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A place to write to: it becomes `path` if all goes well, and nothing if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 _MOST_BYTES = 2**28

@@ -3,11 +3,37 @@
 Shapes: B = batch, K = classes, M = `BINS` confidence bins.
 """
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Iterator
 
+import torch
+from torch import Tensor, nn
+
+from tfkd_ray.data import Dataset, Images
+
+EVAL_PIXELS = 2**18
+"""Pixels of a batch that is only judged: 256 images of 32x32, 5 of 224x224."""
 BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv:1706.04599)."""
+
+
+def predictions(
+    network: nn.Module, data: Dataset, images: Images, rank: int = 0, workers: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits [B, K], labels [B]), batch by batch, of a worker's share of the images, on the device of their labels."""
+    device = images.labels.device
+    mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in data.statistics())
+    batch = max(1, EVAL_PIXELS // math.prod(data.shape[1:]))
+    shares = list(torch.arange(len(images), device=device)[rank::workers].split(batch))
+    network.eval()
+    for mine, pixels in zip(shares, images.read(shares), strict=True):
+        with torch.no_grad():
+            yield network((pixels.to(device).float() - mean) / std), images.labels[mine]
+
+
+def evaluate(network: nn.Module, data: Dataset, images: Images) -> dict[str, float]:
+    """Metrics of a network on a set of images; see `metrics_from`."""
+    return metrics_from(sum((metric_sums(*batch) for batch in predictions(network, data, images)), torch.zeros(1)))
 
 
 def metric_sums(logits: Tensor, labels: Tensor) -> Tensor:

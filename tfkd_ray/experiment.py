@@ -59,7 +59,13 @@ class Record:
 
 def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str]) -> None:
     """Write experiment.yaml: everything needed to say what was run, and to run it again."""
-    about = {
+    seeds = {"trials": tree["seed"], "proposals": tree["search"]["seed"], "split": tree["data"]["split_seed"]}
+    write_text(experiment / "experiment.yaml", dump_yaml({**about_now(argv), "seeds": seeds, "space": dict(tree)}))
+
+
+def about_now(argv: list[str]) -> dict[str, Any]:
+    """What runs here and now: layout, time, command, versions, git commit."""
+    return {
         "layout": VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": argv,
@@ -68,10 +74,7 @@ def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str])
             **{p: importlib.metadata.version(p) for p in ("tfkd_ray", "ray", "torch", "optuna")},
         },
         "git_commit": _git_commit(),
-        "seeds": {"trials": tree["seed"], "proposals": tree["search"]["seed"], "split": tree["data"]["split_seed"]},
-        "space": dict(tree),
     }
-    write_text(experiment / "experiment.yaml", dump_yaml(about))
 
 
 def read_experiment(experiment: Path) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
 
 def read_records(experiment: Path) -> list[Record]:
     """All trials, by number; a line that is only half there yet is left out."""
-    return [read_record(path.parent) for path in sorted(trials_folder(experiment).glob("t*/trial.json"))]
+    return [read_record(path.parent) for path in sorted(trials_folder(experiment).glob("*/trial.json"))]
 
 
 def read_record(folder: Path) -> Record:
@@ -113,6 +116,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         return []
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_teachers(storage: Path) -> list[dict[str, Any]]:
+    """What teacher.json says of every finished teacher under a storage directory, by name."""
+    return [json.loads(path.read_text()) for path in sorted((storage / "teachers").glob("*/teacher.json"))]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,35 @@ from rich.table import Table
 from rich.text import Text
 
 from tfkd_ray.experiment import read_records
-from tfkd_ray.space import Space
 
 REFRESH_S = 0.25
 
 
 class Progress(tune.Callback):  # type: ignore[misc]
-    """Shows a sweep while it runs."""
+    """Shows a sweep, or a comparison of arms, while it runs.
 
-    def __init__(self, space: Space, experiment: Path, console: Console | None = None) -> None:
-        self._space, self._experiment = space, experiment
+    Args:
+        experiment: its directory.
+        rows: of the table: the objectives of a sweep, or the arms.
+        total: trials in all.
+        metric: whose last value is shown for each trial, and the best for each row; `mode` says which way is better.
+    """
+
+    def __init__(
+        self,
+        experiment: Path,
+        rows: Sequence[str],
+        total: int,
+        metric: str,
+        mode: str,
+        console: Console | None = None,
+    ) -> None:
+        self._experiment, self._total, self._metric, self._mode = experiment, total, metric, mode
         self._console = console or Console(file=sys.stderr)
         self._live: Live | None = None
         self._start = self._drawn = time.monotonic()
         self._running: dict[str, dict[str, Any]] = {}
-        self._counts: dict[str, Counter[str]] = {b.objective: Counter() for b in space.branches}
+        self._counts: dict[str, Counter[str]] = {row: Counter() for row in rows}
         self._best: dict[str, float] = {}
         self._failures: list[str] = []
 
@@ -41,7 +56,8 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._start = time.monotonic()
         for record in read_records(self._experiment):  # what earlier sessions did
             if record.status in ("done", "stopped", "failed"):
-                self._count(record.objective, record.status, record.last.get(self._space.search.metric, math.nan))
+                row = record.parameters.get("arm", record.objective)
+                self._count(row, record.status, record.last.get(self._metric, math.nan))
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -55,8 +71,9 @@ class Progress(tune.Callback):  # type: ignore[misc]
         about = trial.config["trial"]
         self._running[trial.trial_id] = {
             "name": about["name"],
-            "objective": trial.config["objective"]["name"],
+            "row": about.get("arm") or trial.config["objective"]["name"],
             "epoch": 0,
+            "epochs": about["epochs"],
         }
         self._say(f"{about['name']}: {'started again' if again else 'started'}")
 
@@ -64,7 +81,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "epoch" in result and trial.trial_id in self._running:
-            self._running[trial.trial_id] |= {"epoch": result["epoch"], "value": result.get(self._space.search.metric)}
+            self._running[trial.trial_id] |= {"epoch": result["epoch"], "value": result.get(self._metric)}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, (trial.last_result or {}).get("failed"))
@@ -92,24 +109,24 @@ class Progress(tune.Callback):  # type: ignore[misc]
         run = self._running.pop(trial.trial_id, None)
         if run is None:
             return
-        metric, value = self._space.search.metric, run.get("value")
+        metric, value = self._metric, run.get("value")
         value = math.nan if value is None else float(value)
         if failed:
-            self._count(run["objective"], "failed", value)
+            self._count(run["row"], "failed", value)
             self._failures.append(f"{run['name']}: {failed.splitlines()[0]}")
             self._say(f"{run['name']}: failed: {failed.splitlines()[0]}")
-        elif run["epoch"] < self._space.epochs:
-            self._count(run["objective"], "stopped", value)
+        elif run["epoch"] < run["epochs"]:
+            self._count(run["row"], "stopped", value)
             self._say(f"{run['name']}: stopped early at epoch {run['epoch']}, {metric} {value:.4f}")
         else:
-            self._count(run["objective"], "done", value)
+            self._count(run["row"], "done", value)
             self._say(f"{run['name']}: done, {metric} {value:.4f}")
 
-    def _count(self, objective: str, status: str, value: float) -> None:
-        self._counts[objective][status] += 1
-        sign = 1 if self._space.search.mode == "max" else -1
-        if status == "done" and sign * value > sign * self._best.get(objective, -sign * math.inf):
-            self._best[objective] = value
+    def _count(self, row: str, status: str, value: float) -> None:
+        self._counts[row][status] += 1
+        sign = 1 if self._mode == "max" else -1
+        if status == "done" and sign * value > sign * self._best.get(row, -sign * math.inf):
+            self._best[row] = value
 
     def _say(self, text: str) -> None:
         if self._live is None:
@@ -126,17 +143,17 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def table(self) -> Group:
         """The current state, at most one screen high."""
         over = sum(sum(c.values()) for c in self._counts.values())
-        total = self._space.search.num_samples
+        total = self._total
         title = f"{self._experiment.name}: {over} of {total} trials, {len(self._running)} running, {self._elapsed()}"
         table = Table(box=None, pad_edge=False)
-        for column in ("objective", "full", "stopped", "failed", f"best {self._space.search.metric}", "running"):
-            table.add_column(column, justify="left" if column in ("objective", "running") else "right", no_wrap=True)
-        for objective, counts in self._counts.items():
-            runs = [r for r in self._running.values() if r["objective"] == objective]
-            running = ", ".join(f"{r['name'].split('-')[0]} {r['epoch']}/{self._space.epochs}" for r in runs[:3])
-            best = f"{self._best[objective]:.4f}" if objective in self._best else ""
+        for column in ("", "full", "stopped", "failed", f"best {self._metric}", "running"):
+            table.add_column(column, justify="left" if column in ("", "running") else "right", no_wrap=True)
+        for row, counts in self._counts.items():
+            runs = [r for r in self._running.values() if r["row"] == row]
+            running = ", ".join(f"{r['name'].split('-')[0]} {r['epoch']}/{r['epochs']}" for r in runs[:3])
+            best = f"{self._best[row]:.4f}" if row in self._best else ""
             cells = [str(counts[k]) for k in ("done", "stopped", "failed")]
-            table.add_row(objective, *cells, best, running + (f" +{len(runs) - 3}" if len(runs) > 3 else ""))
+            table.add_row(row, *cells, best, running + (f" +{len(runs) - 3}" if len(runs) > 3 else ""))
         failures = [
             Text(f"failed: {text}", style="red", overflow="ellipsis", no_wrap=True) for text in self._failures[-3:]
         ]

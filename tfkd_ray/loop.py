@@ -8,7 +8,6 @@ Shapes: B = images of a batch on this worker, K = classes.
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,14 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.data import ImageSet, address, generator
-from tfkd_ray.evaluate import metric_sums, metrics_from
+from tfkd_ray.data import Images, address, generator
+from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
 
 LOOP_VERSION = 1
 """Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
-
-EVAL_PIXELS = 2**18
-"""Pixels of a batch of validation: 256 images of 32x32, 5 of 224x224."""
 
 
 class Epoch(NamedTuple):
@@ -72,8 +68,6 @@ def train(
 
         def pixels(images: Tensor) -> Tensor:
             return (images.float() - mean) / std
-
-        eval_batch = max(1, EVAL_PIXELS // math.prod(config.data.shape[1:]))
 
         # 3. Student, teacher, optimizer
         torch.manual_seed(address(config.seed, "init"))
@@ -145,16 +139,13 @@ def train(
             train_seconds = time.perf_counter() - start
 
             # 7. Validation: each worker its share, without padding
-            model.eval()
             if workers > 1:
                 for buffer in student.buffers():  # workers judge with the same batch statistics
                     dist.broadcast(buffer, src=0)
             val_sums = torch.zeros(1, device=device)
             if val_set is not None:
-                shares = list(torch.arange(len(val_set), device=device)[rank::workers].split(eval_batch))
-                with torch.no_grad():
-                    for mine, images in zip(shares, val_set.read(shares), strict=True):
-                        val_sums = val_sums + metric_sums(student(pixels(images.to(device))), val_set.labels[mine])
+                for batch_of in predictions(student, config.data, val_set, rank, workers):
+                    val_sums = val_sums + metric_sums(*batch_of)
             if workers > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(val_sums)
@@ -166,8 +157,8 @@ def train(
                 metrics["train_kd"] = train_kd
             metrics |= metrics_from(val_sums) if val_set is not None else {}
             metrics["lr"] = lr
-            for name in {"train_loss", "val_nll"} & metrics.keys():
-                if not abs(metrics[name]) < float("inf"):
+            for name in ("train_loss", "val_nll"):
+                if not abs(metrics.get(name, 0.0)) < float("inf"):
                     raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; a smaller optim.lr may help")
             metrics["seconds"] = time.perf_counter() - start
             metrics["images_per_s"] = len(train_set) / train_seconds
@@ -222,7 +213,7 @@ def train_in(
                 pending.result()
 
 
-def epoch_order(images: ImageSet, seed: int, epoch: int) -> Tensor:
+def epoch_order(images: Images, seed: int, epoch: int) -> Tensor:
     """Indices into a split, int64 [N], in the order of an epoch.
 
     Drawn for the whole official set, so that two images keep their order whatever else is in the split.

@@ -2,23 +2,32 @@
 
 To add a network: a class with a `name` and `build`, and its name in `Model`. One of torchvision's: a subclass of
 `TorchvisionNetwork` with a `name` (and the pools of its stem). torchvision is imported when such a network is built.
+Without a change here: `timm:NAME` is any of timm's networks, `package.module:function` is one of your own.
 
 Shapes: images [B, C, H, W] float in, logits [B, K] out.
 """
 
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+import torch
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tfkd_ray.schema import Settings, named
+from tfkd_ray.data import imported
+from tfkd_ray.schema import ConfigError, Settings, named
 
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class Network(Settings):
     """A network by name; `build` makes it for a data set's shape."""
+
+    name: str
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
@@ -94,6 +103,25 @@ class Cnn5(Network):
         return nn.Sequential(*layers, nn.Linear(128, num_classes))
 
 
+class AlexNetSmall(Network):
+    """AlexNet for small images, with one layer behind its convolutions: the "AlexNet-CIFAR" of the Tf-KD authors' code.
+
+    At 32x32 three poolings leave one pixel; what other sizes leave is averaged, or not pooled further.
+    """
+
+    name: Literal["alexnet_small"] = "alexnet_small"
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(2, ceil_mode=True)
+
+        layers = [nn.Conv2d(shape[0], 64, 11, stride=4, padding=5), nn.ReLU(), pool()]
+        layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), pool()]
+        for channels, out in ((192, 384), (384, 256), (256, 256)):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers, pool(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes))
+
+
 # --- Wide residual networks ------------------------------------------------------------------------------------
 
 
@@ -163,7 +191,6 @@ class TorchvisionNetwork(Network):
     fan out, whatever torchvision's was drawn from.
     """
 
-    name: str
     stem_pools: ClassVar[tuple[str, ...]] = ()
     """Pooling modules that small images skip."""
     options: ClassVar[dict[str, Any]] = {}
@@ -213,6 +240,13 @@ def _replace_first_convolution(network: nn.Module, channels: int, small: bool) -
     if new.bias is not None:
         nn.init.zeros_(new.bias)
     network.set_submodule(path, new, strict=True)
+
+
+class AlexNet(TorchvisionNetwork):
+    """AlexNet with its two layers of 4096. (Krizhevsky 2014, arXiv:1404.5997.)"""
+
+    name: Literal["alexnet"] = "alexnet"
+    stem_pools: ClassVar[tuple[str, ...]] = ("features.2",)
 
 
 class _ResNet(TorchvisionNetwork):
@@ -337,11 +371,151 @@ class Vgg19(_Vgg):
     name: Literal["vgg19_bn"] = "vgg19_bn"
 
 
+# --- networks from elsewhere -----------------------------------------------------------------------------------
+
+
+class Timm(Network):
+    """Any network of timm's with random weights; `timm:NAME` for short. (github.com/huggingface/pytorch-image-models.)
+
+    Its name and arguments make it, and so does timm's version, which is not recorded in a fingerprint.
+    """
+
+    name: Literal["timm"] = "timm"
+    model: str
+    """timm's name of it, e.g. `resnet26` or `vit_tiny_patch16_224`."""
+    args: dict[str, JsonValue] = {}
+    """More arguments of `timm.create_model`: `{drop_path_rate: 0.1}`, or a ViT's `{img_size: 32, patch_size: 4}`."""
+    stem: Literal["small", "timm"] = "small"
+    """timm: as it is there. small: for images up to 64 pixels, a first convolution that halves them becomes 3x3 with
+    stride 1, and a `maxpool` is left out; one as wide as its stride (the patches of a ViT or ConvNeXt) stays."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        try:
+            import timm
+        except ModuleNotFoundError:
+            raise ValueError("name: timm is not installed here: pip install 'tfkd_ray[timm]'") from None
+        if not timm.is_model(self.model):
+            near = difflib.get_close_matches(self.model.partition(".")[0], timm.list_models(), n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() names them all"
+            raise ValueError(f"model: timm {timm.__version__} has no model {self.model!r}; {hint}")
+        for key in {"pretrained", "checkpoint_path", "num_classes", "in_chans"} & self.args.keys():
+            raise ValueError(
+                f"args.{key}: not for you to set: weights are random, the rest is the data's; leave it out"
+            )
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+
+        def make() -> Any:
+            import timm
+
+            given = {"pretrained": False, "num_classes": num_classes, "in_chans": shape[0], **self.args}
+            network = timm.create_model(self.model, **given)
+            first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+            if self.stem == "timm" or min(shape[1:]) > SMALL_IMAGE or first is None:
+                return network
+            if first.in_channels == shape[0] and 1 < first.stride[0] < first.kernel_size[0]:
+                _replace_first_convolution(network, shape[0], small=True)
+                if hasattr(network, "maxpool"):
+                    network.maxpool = nn.Identity()
+            return network
+
+        return _tried(f"model timm:{self.model}", make, shape, num_classes)
+
+
+class Own(Network):
+    """A network of your own: what a function returns; `package.module:function` for short.
+
+    Called as `function(shape=(C, H, W), num_classes=K, **args)`. Its module may return the logits, a dict or an object
+    with `logits` (or `out`), or a tuple that begins with them; whatever else it returns is dropped. The name of the
+    function is what a run remembers: change what it does, and runs and teachers of before are taken for the same.
+    """
+
+    name: Literal["own"] = "own"
+    path: str
+    """`package.module:function`, importable from the current directory or installed, on every machine."""
+    args: dict[str, JsonValue] = {}
+    """More arguments of the function."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        try:
+            function = imported(self.path, "path")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if not callable(function):
+            raise ValueError(f"path: {self.path} is {function!r}, not a function")
+        try:
+            inspect.signature(function).bind(shape=shape, num_classes=2, **self.args)
+        except TypeError as error:
+            raise ValueError(f"args: {self.path} is called with shape, num_classes and these: {error}") from None
+        except ValueError:  # written in C, without a signature
+            pass
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+        function = imported(self.path, "path")
+        make = functools.partial(function, shape=shape, num_classes=num_classes, **self.args)
+        return _tried(f"model {self.path}", make, shape, num_classes)
+
+
+def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The module that `make` gives, which returns logits and nothing else; tried on two empty images.
+
+    The trial runs in eval mode and takes nothing from the random numbers. Whatever goes wrong is a ConfigError.
+    """
+    images = [2, *shape]
+    try:
+        doing = f"being built for images {list(shape)} and {num_classes} classes"
+        network = make()
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"{what}: gives {type(network).__name__}; a network is a torch.nn.Module")
+        doing = f"given images {images}"
+        network.register_forward_hook(functools.partial(_only_logits, what, num_classes))
+        training = network.training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            network.eval()(torch.zeros(images))
+        return network.train(training)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever its author lets it raise
+        raise ConfigError(f"{what}: {type(error).__name__} when {doing}: {error}") from error
+
+
+def _only_logits(what: str, num_classes: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
+    """A forward hook: the logits in what a module returns."""
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits", output.get("out"))
+    elif not isinstance(output, Tensor):
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        logits = getattr(output, "logits", getattr(output, "out", first))
+    wanted = [len(inputs[0]), num_classes]
+    if not isinstance(logits, Tensor) or list(logits.shape) != wanted:
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"{type(output).__name__} without a tensor of them"
+        raise ConfigError(
+            f"{what}: gives {got} for images {list(inputs[0].shape)}; logits of {num_classes} classes are {wanted}"
+        )
+    return logits
+
+
+def _shorthand(value: Any) -> Any:
+    """Let `timm:NAME` and `package.module:function` stand for settings, as a name does."""
+    tree = named(value)
+    name = tree.get("name") if isinstance(tree, dict) else None
+    if not isinstance(name, str) or ":" not in name:
+        return tree
+    if name.startswith("timm:"):
+        return {**tree, "name": "timm", "model": name.removeprefix("timm:")}
+    return {**tree, "name": "own", "path": name}
+
+
 Model = Annotated[
     Mlp
     | Cnn
     | Cnn5
+    | AlexNetSmall
     | WideResNet
+    | AlexNet
     | ResNet18
     | ResNet34
     | ResNet50
@@ -354,7 +528,9 @@ Model = Annotated[
     | GoogLeNet
     | DenseNet121
     | Vgg16
-    | Vgg19,
+    | Vgg19
+    | Timm
+    | Own,
     Field(discriminator="name"),
-    BeforeValidator(named),
+    BeforeValidator(_shorthand),
 ]

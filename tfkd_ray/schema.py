@@ -277,8 +277,9 @@ class _Dumper(yaml.SafeDumper):
 def find_file(path: str | Path, folder: str) -> Path:
     """`path` itself, or the file of that name that ships with the package in `folder` (also without `.yaml`)."""
     given = Path(path)
-    shipped = [root / folder / f"{given.stem}.yaml" for root in (Path(__file__).parent, Path(__file__).parent.parent)]
-    bare = given.parent in (Path(), Path(folder)) and given.suffix in ("", ".yaml") and "\0" not in str(path)
-    if bare and not given.exists():
-        return next((p for p in shipped if p.exists()), given)
-    return given
+    if given.is_absolute() or "\0" in str(path) or given.exists() or given.suffix not in ("", ".yaml"):
+        return given
+    inside = given.relative_to(folder) if given.is_relative_to(folder) else given
+    roots = (Path(__file__).parent, Path(__file__).parent.parent)
+    shipped = [root / folder / inside.with_suffix(".yaml") for root in roots]
+    return next((p for p in shipped if p.exists() and ".." not in inside.parts), given)

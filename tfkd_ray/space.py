@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
-from tfkd_ray.config import RUN_ONLY, Count, TrainConfig
+from tfkd_ray.config import RUN_ONLY, Count, TeacherRun, TrainConfig
 from tfkd_ray.objectives import Canonical
 from tfkd_ray.schema import (
     ConfigError,
@@ -164,8 +164,12 @@ TAUGHT = {
 RANGE_KEYS = {"low", "high", "log", "step", "log_complement"}
 
 
-def _domain(value: Any, path: Path_, *, whole: bool) -> Domain | None:
-    """The range or the choices that a value in a space file stands for; None if it is a plain value."""
+def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
+    """The range or the choices that a value in a space file stands for; None if it is a plain value.
+
+    Args:
+        whole: whether the setting is an integer; None: if low, high and step are.
+    """
     if not isinstance(value, dict) or not {"low", "high", "choices"} & set(value):
         return None
     where = ".".join(path)
@@ -206,6 +210,8 @@ def _domain(value: Any, path: Path_, *, whole: bool) -> Domain | None:
         raise ConfigError(f"{where}.step: a number above 0, got {step!r}")
     if (step is not None) + log + complement > 1:
         raise ConfigError(f"{where}: only one of log, step and log_complement")
+    if whole is None:
+        whole = all(isinstance(v, int) for v in (low, high, step if step is not None else 1))
     if whole and any(v is not None and v != int(v) for v in (low, high, step)):
         raise ConfigError(f"{where}: whole numbers only, got {Range(low, high, log, step, complement)}")
     return Range(low, high, log, step, complement, whole)
@@ -311,9 +317,9 @@ class Space:
             raise ConfigError(problems)
         return self.branches[0].config({})
 
-    def teacher_runs(self) -> list[TrainConfig]:
+    def teacher_runs(self) -> list[TeacherRun]:
         """Every teacher that a trial of this space may need, once each."""
-        runs: dict[str, TrainConfig] = {}
+        runs: dict[str, TeacherRun] = {}
         for branch in self.branches:
             for values in _every_choice(branch.parameters):
                 run = branch.config(values).teacher_run()
@@ -332,11 +338,11 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
     path = find_file(path, "search_spaces")
     tree = read_yaml(path)
     problems: list[str] = []
-    for override in overrides:
+    for text in overrides:
         try:
-            _override(tree, override)
+            override(tree, text)
         except ConfigError as error:
-            problems += [f"{p} (in {override!r})" for p in error.problems]
+            problems += [f"{p} (in {text!r})" for p in error.problems]
     if problems:
         raise ConfigError(problems, "command line")
     return build_space(tree, path)
@@ -373,6 +379,16 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
         problems += error.problems
     if problems:
         raise ConfigError(problems, source)
+    unused = _ranges(tree.get("teacher"), ("teacher",)) if not any(_needs_teacher(b.tree) for b in branches) else ()
+    problems = [f"{name}: is searched, and no objective here needs a teacher; leave it out" for name in unused]
+    if problems:
+        raise ConfigError(problems, source)
+    runs = [run for b in branches for v in _every_choice(b.parameters) if (run := b.config(v).teacher_run())]
+    if weights := {str(run.weights) for run in runs if run.weights}:
+        notes.append(
+            f"teacher.weights: what {' and '.join(sorted(weights))} was trained on is not known here; if it has seen "
+            "the validation images, its students look better than they are"
+        )
     space = Space(tuple(branches), search, _resolved(branches, search), tuple(notes))
     if (space.parameters or len(branches) > 1) and not space.example.data.val_fraction:
         raise ConfigError("data.val_fraction: a sweep chooses on validation, so it must be above 0, got 0", source)
@@ -407,11 +423,25 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
     return given + added
 
 
+def _needs_teacher(tree: Tree) -> bool:
+    """Whether a run of this tree, with one objective, needs a trained network before it."""
+    return tree.get("init") == "trained" or _name(tree.get("objective")) in {*TAUGHT, "tfkd_self"}
+
+
 def _name(objective: Any) -> str | None:
     """The name of an objective in a file, if it has one."""
     settings = named(objective)
     name = settings.get("name") if isinstance(settings, dict) else None
     return name if isinstance(name, str) else None
+
+
+def _ranges(value: Any, path: Path_) -> Iterator[str]:
+    """Dotted paths of the ranges in a part of a space."""
+    if isinstance(value, dict) and {"low", "high", "choices"} & set(value):
+        yield ".".join(path)
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            yield from _ranges(below, (*path, str(key)))
 
 
 def _branch(tree: Tree) -> Branch:
@@ -442,6 +472,11 @@ def _branch(tree: Tree) -> Branch:
         return below
 
     template: Tree = visit(tree, ())
+    if not _needs_teacher(tree):  # its settings do nothing here, so they are not searched
+        for path, domain in found:
+            if path[0] == "teacher":
+                _put(template, path, copy.deepcopy(domain.probes[0]))
+        found = [(path, domain) for path, domain in found if path[0] != "teacher"]
     parameters = []
     for path, domain in found:
         name = ".".join(_public(path, objective))
@@ -481,14 +516,16 @@ def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
         yield f"{name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
 
 
-def _is_whole(path: Path_, objective: str) -> bool:
-    """Whether the setting at a path is an integer."""
+def _is_whole(path: Path_, objective: str) -> bool | None:
+    """Whether the setting at a path is an integer; None if it is not ours (an argument of a person's own function)."""
     *above, last = _public(path, objective)
     models = [TrainConfig]
     for part in above:
         below = [m for model in models if part in model.model_fields for m in members(model.model_fields[part])]
         models = below or [m for m in models if tag(m) == part]  # type: ignore[assignment]
     fields = [m.model_fields[last] for m in models if last in m.model_fields]
+    if not fields:
+        return None
     return any(int in types and float not in types for types in (set(leaves(f.annotation)) for f in fields))
 
 
@@ -526,7 +563,7 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
             _put(tree, parameter.path, _as_tree(parameter.domain))
         trees.append(tree)
     objectives = [tree["objective"] for tree in trees]
-    teachers = [tree["teacher"] for tree in trees]
+    teachers = [tree["teacher"] for tree in trees if _needs_teacher(tree)] or [trees[0]["teacher"]]
     return {
         **trees[0],
         "teacher": next((t for t in teachers if t and t["model"]), teachers[0]),
@@ -544,8 +581,8 @@ def _as_tree(domain: Domain) -> Tree:
     return tree | ({"log_complement": True} if domain.log_complement else {})
 
 
-def _override(tree: Tree, text: str) -> None:
-    """Put one `key.path=value` of the command line into the tree of a file."""
+def override(tree: Tree, text: str) -> None:
+    """Put one `key.path=value` of the command line into the tree of a configuration or of a space."""
     key, equals, value = text.partition("=")
     path = key.split(".")
     if not equals or not all(path):

@@ -4,6 +4,7 @@ A teacher lives in `<storage>/teachers/<network>-<fingerprint>/`: `student.safet
 trained) and `teacher.json`, which says how it was made and how good it is on validation.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,30 +14,32 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from tfkd_ray.checkpoint import WEIGHTS, load_weights, write_whole
-from tfkd_ray.config import TrainConfig
+from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights, write_whole
+from tfkd_ray.config import TeacherRun, TrainConfig
+from tfkd_ray.evaluate import evaluate
 from tfkd_ray.loop import LOOP_VERSION, train_in
+from tfkd_ray.schema import ConfigError
 
 
-def teacher_name(config: TrainConfig) -> str:
+def teacher_name(config: TeacherRun) -> str:
     """Name of the teacher that `config` (a `TrainConfig.teacher_run`) makes: network and fingerprint."""
     return f"{config.student.name}-{config.fingerprint(LOOP_VERSION)}"
 
 
-def teacher_folder(config: TrainConfig, storage: Path) -> Path:
+def teacher_folder(config: TeacherRun, storage: Path) -> Path:
     """Where that teacher is, or will be."""
     return storage / "teachers" / teacher_name(config)
 
 
-def is_trained(config: TrainConfig, storage: Path) -> bool:
+def is_trained(config: TeacherRun, storage: Path) -> bool:
     """Whether that teacher is there, complete."""
     return (teacher_folder(config, storage) / "teacher.json").exists()
 
 
 def train_teacher(
-    config: TrainConfig, storage: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
+    config: TeacherRun, storage: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
 ) -> dict[str, Any]:
-    """Train the teacher unless it is there; returns what `teacher.json` says.
+    """Train the teacher, or take it from its file, unless it is there; returns what `teacher.json` says.
 
     One process at a time trains a teacher, others wait for it; one that was killed half-way goes on where it was.
     """
@@ -44,10 +47,7 @@ def train_teacher(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not is_trained(config, storage):
-            metrics: dict[str, float] = {}
-            for metrics in train_in(folder, config):
-                if on_epoch:
-                    on_epoch(metrics)
+            metrics = _trained(config, folder, on_epoch) if config.weights is None else _taken(config, folder)
             about = {
                 "name": teacher_name(config),
                 "loop_version": LOOP_VERSION,
@@ -56,19 +56,60 @@ def train_teacher(
                 "sha256": _sha256(folder / WEIGHTS),
                 "config": config.model_dump(mode="json"),
             }
+            if config.weights is not None:
+                about["source_sha256"] = _source_sha256(config)
             write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
             for state in folder.glob("*.ckpt"):
                 state.unlink()
-    return describe(config, storage)
+    about, source = describe(config, storage), _source_sha256(config)
+    if source is not None and about.get("source_sha256") != source:
+        raise ConfigError(
+            f"teacher.weights: {config.weights}: has changed since it became teacher {about['name']}; give the new "
+            f"file another name, or delete {folder}"
+        )
+    return about
 
 
-def describe(config: TrainConfig, storage: Path) -> dict[str, Any]:
+def _trained(config: TeacherRun, folder: Path, on_epoch: Callable[[dict[str, float]], None] | None) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for metrics in train_in(folder, config):
+        if on_epoch:
+            on_epoch(metrics)
+    if config.stop_accuracy is not None and metrics["val_accuracy"] < config.stop_accuracy:
+        raise ConfigError(
+            f"teacher.stop_accuracy: {config.stop_accuracy:g} was not reached in {config.epochs} epochs, only "
+            f"{metrics['val_accuracy']:g} after the last; lower it, or train the teacher longer"
+        )
+    return metrics
+
+
+def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
+    """Copy weights from elsewhere; their metrics on validation, if there is one."""
+    from tfkd_ray.weights import load_outside
+
+    assert config.weights is not None, f"{config.weights=}"
+    data = config.data
+    weights = load_outside(config.weights, config.student, data.shape, data.num_classes, data)
+    save_weights(folder / WEIGHTS, weights, {"from": config.weights})
+    module = config.student.build(data.shape, data.num_classes)
+    module.load_state_dict(weights)
+    val_set = data.load()[1]
+    return {} if val_set is None else evaluate(module, data, val_set)
+
+
+def _source_sha256(config: TeacherRun) -> str | None:
+    """Of the file that weights come from; None where there is none, or it is not here any more."""
+    path = Path(config.weights).expanduser() if config.weights else None
+    return _sha256(path) if path and path.is_file() else None
+
+
+def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
     """What `teacher.json` says of a trained teacher."""
     about: dict[str, Any] = json.loads((teacher_folder(config, storage) / "teacher.json").read_text())
     return about
 
 
-def load_teacher(config: TrainConfig, storage: Path) -> nn.Module:
+def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
     """A trained teacher, in eval mode, its file checked against the checksum it was written with."""
     if not is_trained(config, storage):
         raise FileNotFoundError(
@@ -91,6 +132,4 @@ def find_or_train(config: TrainConfig, storage: Path | str) -> nn.Module | None:
 
 
 def _sha256(path: Path) -> str:
-    import hashlib
-
     return hashlib.sha256(path.read_bytes()).hexdigest()

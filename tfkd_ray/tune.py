@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from ray import tune
 
 from tfkd_ray import teachers
 from tfkd_ray.cluster import check_room, connect
-from tfkd_ray.config import TrainConfig
+from tfkd_ray.config import TeacherRun, TrainConfig
+from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
     Record,
     check_new,
@@ -29,6 +30,7 @@ from tfkd_ray.experiment import (
     write_record,
     write_text,
 )
+from tfkd_ray.models import Own, Timm
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.search import OptunaSearcher, StudyStopping
 from tfkd_ray.space import Space, build_space, load_space
@@ -47,7 +49,7 @@ def build_tuner(
     callbacks: Sequence[tune.Callback] = (),
     tune_config: tune.TuneConfig | None = None,
     run_config: tune.RunConfig | None = None,
-    on_teacher: Callable[[TrainConfig, dict[str, Any] | None], None] | None = None,
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
 ) -> tune.Tuner:
     """A `ray.tune.Tuner` that runs a space; `.fit()` returns Ray's own `ResultGrid`.
 
@@ -75,8 +77,8 @@ def build_tuner(
     name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = storage / name
     check_new(experiment)
-    prepare(space)
-    train_teachers(space, storage, on_teacher)
+    prepare(space.example)
+    train_teachers(space.teacher_runs(), storage, on_teacher)
     experiment.mkdir(parents=True)
     write_experiment(experiment, space.tree, sys.argv)
     return _tuner(space, experiment, Lock(experiment), callbacks, tune_config, run_config)
@@ -87,7 +89,7 @@ def resume_tuner(
     *,
     add_trials: int = 0,
     callbacks: Sequence[tune.Callback] = (),
-    on_teacher: Callable[[TrainConfig, dict[str, Any] | None], None] | None = None,
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
 ) -> tune.Tuner:
     """A Tuner that goes on with an experiment: unfinished trials first, from their last checkpoint, then new ones.
 
@@ -99,17 +101,19 @@ def resume_tuner(
     lock = Lock(experiment)
     about["space"]["search"]["num_samples"] += add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
-    prepare(space)
+    prepare(space.example)
     if add_trials:
         write_text(experiment / "experiment.yaml", dump_yaml(about))
-    train_teachers(space, experiment.parent, on_teacher)
+    train_teachers(space.teacher_runs(), experiment.parent, on_teacher)
     return _tuner(space, experiment, lock, callbacks, tune.TuneConfig(), tune.RunConfig())
 
 
-def prepare(space: Space) -> None:
+def prepare(config: TrainConfig) -> None:
     """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made."""
-    config = space.example
     config.data.check()
+    for network in (config.student, config.teacher and config.teacher.model):
+        if isinstance(network, Own | Timm):  # not ours: whether it can be built is found out here
+            network.build(config.data.shape, config.data.num_classes)
     connect(workers=config.workers)
     check_room(config)
 
@@ -119,24 +123,35 @@ class TeacherFailed(RuntimeError):
 
 
 def train_teachers(
-    space: Space, storage: Path, on_teacher: Callable[[TrainConfig, dict[str, Any] | None], None] | None = None
+    runs: Iterable[TeacherRun],
+    storage: Path,
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
 ) -> None:
-    """Train the teachers that a space needs and that are not there, as Ray tasks, on one worker's resources each."""
-    for run in space.teacher_runs():
-        if teachers.is_trained(run, storage):
-            continue
-        if on_teacher:
-            on_teacher(run, None)
-        task = ray.remote(teachers.train_teacher).options(
-            num_cpus=run.cpus_per_worker, num_gpus=run.gpus_per_worker, max_retries=2
-        )
+    """Train the teachers that are not there, as Ray tasks side by side, each on one worker's resources.
+
+    If one fails the others are left to finish: they are kept, and `ray.cancel` of a task that just ended can end the
+    driver (Ray 2.60).
+    """
+    on_teacher = on_teacher or (lambda run, about: None)
+    missing = [run for run in runs if not teachers.is_trained(run, storage)]
+    tasks = []
+    for run in missing:
+        on_teacher(run, None)
+        task = ray.remote(_teacher).options(num_cpus=run.cpus_per_worker, num_gpus=run.gpus_per_worker, max_retries=2)
+        tasks.append(task.remote(run, storage))
+    for run, task in zip(missing, tasks, strict=True):
         try:
-            about = ray.get(task.remote(run, storage))
+            on_teacher(run, ray.get(task))
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise error.cause from None
             name = teachers.teacher_name(run)
             raise TeacherFailed(f"teacher {name}: {type(error.cause).__name__}: {error.cause}") from None
-        if on_teacher:
-            on_teacher(run, about)
+
+
+def _teacher(run: TeacherRun, storage: Path) -> dict[str, Any]:
+    seal_test_split()
+    return teachers.train_teacher(run, storage)
 
 
 def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
@@ -171,28 +186,56 @@ def _tuner(
     tune_config: tune.TuneConfig,
     run_config: tune.RunConfig,
 ) -> tune.Tuner:
-    os.environ.update(_TUNE_SETTINGS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     (experiment / "study.journal.lock").unlink(missing_ok=True)  # of a driver that is dead: the lock is ours
-    storage = experiment.parent
-    folder = trials_folder(experiment)
-    place = {"directory": str(folder / "{name}"), "storage": str(storage)}
-    searcher = OptunaSearcher(space, experiment / "study.journal", place=place)
-    config = space.example
-    at_once = tune_config.max_concurrent_trials or space.search.max_concurrent
-    if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
-        at_once = min(at_once or sys.maxsize, check_room(config))
+    searcher = OptunaSearcher(space, experiment / "study.journal", place=place_of(experiment))
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), Recorder()]
+    tune_config = dataclasses.replace(
+        tune_config,
+        metric=None if told else tune_config.metric or space.search.metric,
+        mode=None if told else tune_config.mode or space.search.mode,
+        search_alg=searcher,
+        scheduler=tune_config.scheduler or StudyStopping(searcher),
+        num_samples=max(1, searcher.remaining()),
+        max_concurrent_trials=tune_config.max_concurrent_trials or space.search.max_concurrent,
+    )
+    callbacks = [*ours, *callbacks, *(run_config.callbacks or [])]
+    return assemble(
+        space.example, experiment, tune_config, run_config, callbacks, max_failures=space.search.max_failures
+    )
+
+
+def place_of(experiment: Path) -> dict[str, str]:
+    """Where a trial of an experiment writes, and where it finds teachers; {name} is its name."""
+    return {"directory": str(trials_folder(experiment) / "{name}"), "storage": str(experiment.parent)}
+
+
+def assemble(
+    config: TrainConfig,
+    experiment: Path,
+    tune_config: tune.TuneConfig,
+    run_config: tune.RunConfig,
+    callbacks: Sequence[tune.Callback],
+    *,
+    max_failures: int,
+) -> tune.Tuner:
+    """A Tuner over `StudentTrial` in an experiment's directory.
+
+    Args:
+        config: says what each trial needs of the cluster.
+        tune_config: with a searcher whose proposals have a `trial` section (see `OptunaSearcher`).
+        callbacks: all of them.
+        max_failures: times that a trial whose process was lost is started again.
+    """
+    os.environ.update(_TUNE_SETTINGS)
+    at_once = tune_config.max_concurrent_trials
+    if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
+        at_once = min(at_once or sys.maxsize, check_room(config))
     return tune.Tuner(
         tune.with_resources(StudentTrial, resources_of(config)),
         tune_config=dataclasses.replace(
             tune_config,
-            metric=None if told else tune_config.metric or space.search.metric,
-            mode=None if told else tune_config.mode or space.search.mode,
-            search_alg=searcher,
-            scheduler=tune_config.scheduler or StudyStopping(searcher),
-            num_samples=max(1, searcher.remaining()),
             max_concurrent_trials=at_once,
             reuse_actors=True,
             trial_name_creator=_trial_name,
@@ -200,13 +243,13 @@ def _tuner(
         ),
         run_config=dataclasses.replace(
             run_config,
-            name=folder.name,
+            name=trials_folder(experiment).name,
             storage_path=str(experiment),
-            callbacks=[*ours, *callbacks, *(run_config.callbacks or [])],
+            callbacks=list(callbacks),
             failure_config=(
                 run_config.failure_config
                 if run_config.failure_config not in (None, tune.FailureConfig())
-                else tune.FailureConfig(max_failures=space.search.max_failures)
+                else tune.FailureConfig(max_failures=max_failures)
             ),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,

@@ -1,0 +1,151 @@
+"""Comparisons on a real Ray: every arm with every seed, once; the test split opened at the end, by the parent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from safetensors.numpy import load_file
+
+from tfkd_ray.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.confirm import LOGITS, ListSearcher, comparison_tuner, judge_on_test, table
+from tfkd_ray.data import Digits
+from tfkd_ray.experiment import read_records
+from tfkd_ray.loop import train
+from tfkd_ray.schema import ConfigError
+
+TREE: dict[str, Any] = {
+    "title": "a try",
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 3,
+    "checkpoint_every_s": 0,
+    "arms": [
+        {"name": "ce", "objective": "ce", "published": 97.0, "published_std": 0.2},
+        {"name": "self", "objective": "tfkd_self", "baseline": "ce"},
+    ],
+}
+
+
+def compare(directory: Path, tree: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
+    new_comparison(build_arms(tree), seeds, directory)
+    comparison_tuner(directory).fit()
+    return judge_on_test(directory)
+
+
+@pytest.mark.ray
+def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(tmp_path: Path, ray_cluster: str) -> None:
+    result = compare(tmp_path / "c", TREE, [1, 2])
+    assert [(a["name"], [r["seed"] for r in a["runs"]]) for a in result["arms"]] == [("ce", [1, 2]), ("self", [1, 2])]
+    assert json.loads((tmp_path / "c/confirm.json").read_text()) == result
+    assert [o["experiment"] for o in result["opened"]] == ["c"] and result["test"] == "digits"
+    # the numbers are those of the loop, and of the test split
+    run = read_comparison(tmp_path / "c").runs[0]
+    *_, last = train(run.config)
+    kept = load_file(tmp_path / "c/trials" / run.name / LOGITS)
+    test = Digits().load_test()
+    assert (kept["labels"] == test.labels.numpy()).all()
+    net = run.config.student.build((1, 8, 8), 10).eval()
+    net.load_state_dict(last.state()["model"])
+    logits = net((test.images.float() - Digits.mean[0]) / Digits.std[0])
+    assert result["arms"][0]["runs"][0]["accuracy"] == pytest.approx((logits.argmax(1) == test.labels).double().mean())
+    # a second time: nothing is run, nothing is opened
+    assert judge_on_test(tmp_path / "c") == result and read_comparison(tmp_path / "c").is_trained
+    lines = table(result)
+    assert max(map(len, lines)) <= 80
+    row = next(line for line in lines if line.startswith("ce "))
+    mean = 50 * sum(r["accuracy"] for r in result["arms"][0]["runs"])
+    assert row.split()[1] == f"{mean:.2f}" and f"{mean - 97:+.2f}" in row and "97.00 +- 0.20" in row
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_is_tried_twice_and_reported(tmp_path: Path, ray_cluster: str) -> None:
+    bad = {"name": "bad", "objective": "ce", "optim": {"lr": 1e9}}
+    result = compare(tmp_path / "c", {**TREE, "arms": [TREE["arms"][0], bad]}, [1, 2])
+    good, failed = result["arms"]
+    assert [r["status"] for r in good["runs"]] == ["done"] * 2 and [r["status"] for r in failed["runs"]] == [
+        "failed"
+    ] * 2
+    assert "Diverged" in failed["runs"][0]["reason"]
+    assert any(line.startswith("bad, seed 1: failed: Diverged") for line in table(result))
+    assert any(line.startswith("bad ") and " none " in line for line in table(result))
+
+
+def test_a_failing_run_comes_back_once() -> None:
+    searcher = ListSearcher([{"trial": {"name": "a"}}, {"trial": {"name": "b"}}])
+    assert searcher.suggest("1") == {"trial": {"name": "a"}}
+    searcher.on_trial_complete("1", {"failed": "it broke"})
+    assert searcher.suggest("2") == {"trial": {"name": "b"}}
+    assert searcher.suggest("3") == {"trial": {"name": "a"}}
+    assert searcher.suggest("4") is None  # both may come back
+    searcher.on_trial_complete("2", {"epoch": 3})
+    searcher.on_trial_complete("3", error=True)
+    assert searcher.suggest("4") == "FINISHED"
+
+
+@pytest.mark.ray
+def test_a_killed_comparison_goes_on_and_repeats_nothing(tmp_path: Path, ray_cluster: str, tfkd: Run) -> None:
+    tree = {**TREE, "epochs": 40, "student": {"name": "mlp", "hidden": [64]}}
+    (tmp_path / "arms.yaml").write_text(json.dumps(tree))
+    command = [sys.executable, "-m", "tfkd_ray", "confirm", "arms.yaml", "--seeds", "2", "--name", "c"]
+    driver = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL)
+    folder = tmp_path / "tfkd_results/c"
+    until = time.monotonic() + 60
+    while not any(r.status == "done" for r in (read_records(folder) if folder.exists() else [])):
+        assert time.monotonic() < until and driver.poll() is None
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert not (folder / "confirm.json").exists()
+    done = {
+        r.name: (r.folder / "student.safetensors").stat().st_mtime_ns
+        for r in read_records(folder)
+        if r.status == "done"
+    }
+    again = tfkd("resume", "tfkd_results/c")
+    assert again.returncode == 0, again.stderr
+    assert done and not any(f"{name}: started" in again.stderr for name in done)
+    assert all((folder / "trials" / n / "student.safetensors").stat().st_mtime_ns == t for n, t in done.items())
+    result = json.loads((folder / "confirm.json").read_text())
+    assert [len(a["runs"]) for a in result["arms"]] == [2, 2]
+    assert {r.name for r in read_records(folder)} == {"ce-s1001", "self-s1001", "ce-s1002", "self-s1002"}
+    run = read_comparison(folder).runs[0]
+    *_, last = train(run.config)
+    assert read_records(folder)[0].last["train_loss"] == last.metrics["train_loss"]
+
+
+def test_a_comparison_without_a_trained_run_is_refused(tmp_path: Path) -> None:
+    new_comparison(build_arms(TREE), [1, 2], tmp_path / "c")
+    with pytest.raises(ConfigError, match="none of its 4 runs was trained to the end"):
+        judge_on_test(tmp_path / "c")
+    assert not (tmp_path / "test_openings.jsonl").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("objective", ["ce", "tfkd_self"])
+def test_the_test_split_cannot_be_opened_from_inside_a_trial_or_a_teacher(
+    tmp_path: Path, ray_cluster: str, objective: str
+) -> None:
+    from tfkd_ray.tune import TeacherFailed, build_tuner
+
+    space = {
+        "objective": objective,
+        "student": {"name": "own", "path": "tests.peeking:network"},
+        "epochs": 1,
+        "search": {"num_samples": 1},
+    }
+    tuner = None
+    try:
+        tuner = build_tuner(space, name="e", storage=tmp_path)
+    except TeacherFailed as error:
+        assert objective == "tfkd_self" and "PermissionError: the test split cannot be opened by a sweep" in str(error)
+    if tuner is not None:
+        tuner.fit()
+        (record,) = read_records(tmp_path / "e")
+        assert record.status == "failed"
+        assert str(record.reason).startswith("PermissionError: the test split cannot be opened by a sweep")

@@ -1,0 +1,341 @@
+"""Image files read while training: reading ahead, random crops, resuming, and files that are not as they should be."""
+
+import gc
+import math
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as tv
+
+from tfkd_ray.augment import Augment
+from tfkd_ray.config import OptimConfig, TrainConfig
+from tfkd_ray.data import AHEAD, FolderSet, ImageFolder, Imagenet, crop_box
+from tfkd_ray.loop import Epoch, train
+from tfkd_ray.models import Cnn
+from tfkd_ray.objectives import CrossEntropy
+from tfkd_ray.schema import ConfigError, validated
+
+VIEWS = Augment(resized_crop=True, flip=True)
+
+
+def photograph(seed: int, width: int, height: int) -> Image.Image:
+    """Something smooth, as photographs are."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_folder(root: Path, *, classes: int = 2, train: int = 12, test: int = 3, side: int = 40) -> Path:
+    """Images of varying sizes from `side`, one of them grey, one a PNG with transparency; the test split is `val`."""
+    for split, n in (("train", train), ("val", test)):
+        for k in range(classes):
+            folder = root / split / f"class {k}"
+            folder.mkdir(parents=True)
+            for i in range(n):
+                image = photograph(100 * k + i, side + 7 * i % 23, side + 11 * i % 31)
+                path = folder / f"{i:03}.jpg"
+                if split == "train" and (k, i) == (0, 1):
+                    image = image.convert("L")
+                if split == "train" and (k, i) == (1, 2):
+                    image, path = image.convert("RGBA"), path.with_suffix(".PNG")
+                image.save(path)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> ImageFolder:
+    return ImageFolder(root=write_folder(tmp_path), num_classes=2, image_size=32, val_fraction=0.25)
+
+
+def loaded(data: ImageFolder) -> FolderSet:
+    found = data.load()[0]
+    assert isinstance(found, FolderSet)
+    return found
+
+
+def config(data: ImageFolder, **settings: object) -> TrainConfig:
+    tree = {"epochs": 3, "optim": OptimConfig(batch_size=4, lr=0.05), "augment": VIEWS, **settings}
+    return TrainConfig(objective=CrossEntropy(), data=data, student=Cnn(widths=(4,)), **tree)  # type: ignore[arg-type]
+
+
+def numbers(epochs: list[Epoch]) -> list[dict[str, float]]:
+    return [{k: v for k, v in e.metrics.items() if k not in ("seconds", "images_per_s")} for e in epochs]
+
+
+def readers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("tfkd-reader")]
+
+
+# --- what is read ----------------------------------------------------------------------------------------------
+
+
+def test_splits_are_stratified_and_positions_are_by_class_and_name(data: ImageFolder) -> None:
+    data.check()
+    train_set, val_set = data.load()
+    assert isinstance(train_set, FolderSet) and isinstance(val_set, FolderSet)
+    assert train_set.labels.bincount().tolist() == [9, 9] and val_set.labels.bincount().tolist() == [3, 3]
+    everything = sorted(str(p.relative_to(data.root)) for p in data.root.glob("train/*/*"))
+    assert train_set.official_size == 24
+    for part in (train_set, val_set):
+        assert [everything[i] for i in part.positions.tolist()] == list(part.files)
+    assert sorted([*train_set.positions.tolist(), *val_set.positions.tolist()]) == list(range(24))
+    test = data.load_test()
+    assert isinstance(test, FolderSet) and len(test) == 6 and test.files[0] == "val/class 0/000.jpg"
+    assert next(test.read([torch.tensor([0, 5])])).shape == (2, 3, 32, 32)
+
+
+def test_what_is_hidden_or_no_image_is_left_alone_and_folders_below_are_not(data: ImageFolder) -> None:
+    (data.root / "train/.cache").mkdir()
+    (data.root / "train/class 0/._001.jpg").write_bytes(b"of a Mac")
+    (data.root / "train/class 0/notes.txt").write_text("no image")
+    (data.root / "train/class 0/more").mkdir()
+    photograph(0, 40, 40).save(data.root / "train/class 0/more/x.jpg")
+    whole = data._whole("train")
+    assert isinstance(whole, FolderSet) and len(whole) == 25 and "train/class 0/more/x.jpg" in whole.files
+
+
+def test_without_crops_the_centre_is_torchvisions(data: ImageFolder) -> None:
+    images = loaded(data)
+    read = torch.cat(list(images.read(list(torch.arange(len(images)).split(5)))))
+    assert read.dtype == torch.uint8 and read.shape == (18, 3, 32, 32)
+    for file, ours in zip(images.files, read, strict=True):
+        with Image.open(data.root / file) as image:
+            theirs = tv.center_crop(tv.resize(image.convert("RGB"), [37]), [32])
+        assert (ours == tv.pil_to_tensor(theirs)).all(), file
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same(tmp_path: Path, mode: str) -> None:
+    root = write_folder(tmp_path, train=2, test=1)
+    photograph(7, 900, 700).convert(mode).save(root / "train/class 0/000.jpg", quality=95)
+    images = loaded(ImageFolder(root=root, num_classes=2, image_size=32, val_fraction=0))
+    with Image.open(root / images.files[0]) as image:
+        whole = image.convert("RGB")
+    theirs = tv.pil_to_tensor(tv.center_crop(tv.resize(whole, [37]), [32]))
+    assert (next(images.read([torch.tensor([0])]))[0].float() - theirs.float()).abs().mean() < 0.5
+    crop = [0.9, 0.4, 0.5, 0.5]
+    left, top, w, h = crop_box(crop, 900, 700)
+    theirs = tv.pil_to_tensor(tv.resized_crop(whole, top, left, h, w, [32, 32]))
+    ours = next(images.read([torch.tensor([0])], torch.tensor([crop])))[0]
+    assert (ours.float() - theirs.float()).abs().mean() < 0.5
+
+
+def test_a_crop_is_torchvisions_resized_crop_of_its_box(data: ImageFolder) -> None:
+    images = loaded(data)
+    crops = VIEWS.view(0, 0, images.official_size).crop[images.positions]
+    read = torch.cat(list(images.read(list(torch.arange(len(images)).split(5)), crops)))
+    for k, file in enumerate(images.files):
+        with Image.open(data.root / file) as image:
+            left, top, w, h = crop_box(crops[k].tolist(), *image.size)
+            theirs = tv.pil_to_tensor(tv.resized_crop(image.convert("RGB"), top, left, h, w, [32, 32]))
+        unlike = (read[k].float() - theirs.float()).abs()
+        assert unlike[:, 3:-3, 3:-3].max() <= 1, file  # at the rim ours also sees what lies just outside the box
+        assert unlike.mean() < 3
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (375, 500), (640, 360)])
+def test_boxes_are_distributed_as_torchvisions(width: int, height: int) -> None:
+    # of longer images torchvision takes the largest box whenever ten draws do not fit; ours never gives up
+    n = 3000
+    torch.manual_seed(0)
+    blank = torch.empty(3, height, width, device="meta")
+    theirs = [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+    ours = [crop_box(c, width, height) for c in torch.rand(n, 4).tolist()]
+    tables = (
+        np.array([(w * h / width / height, math.log(w / h), left, top) for left, top, w, h in ours]),
+        np.array([(w * h / width / height, math.log(w / h), left, top) for top, left, h, w in theirs]),
+    )
+    for a, b in zip(tables[0].T, tables[1].T, strict=True):
+        grid = np.sort(np.concatenate([a, b]))
+        gap = np.abs(np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")).max() / n
+        assert gap < 1.95 * math.sqrt(2 / n)  # Kolmogorov and Smirnov, 1 in 1000
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (1, 5000), (5000, 1), (2, 3), (30, 1000), (224, 224), (999, 30)])
+def test_a_box_lies_inside_whatever_the_numbers_and_the_image(width: int, height: int) -> None:
+    last = 1 - 2.0**-24  # the largest that torch.rand gives
+    draws = [[a, b, c, d] for a in (0, last) for b in (0, 0.5, last) for c in (0, last) for d in (0, last)]
+    for crop in [*draws, *torch.rand(200, 4, generator=torch.Generator().manual_seed(0)).tolist()]:
+        left, top, w, h = crop_box(crop, width, height)
+        assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
+        if min(width, height) > 100:
+            assert 0.079 < w * h / width / height <= 1 and 0.74 < w / h < 1.35
+
+
+# --- reading ahead ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_reading_ahead_is_reading_one_by_one(data: ImageFolder, n: int) -> None:
+    images = loaded(data.model_copy(update={"readers": n}))
+    crops = VIEWS.view(3, 1, images.official_size).crop[images.positions]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    at_once = torch.cat(list(images.read(list(order.split(4)), crops)))
+    singly = torch.stack([next(images.read([i.view(1)], crops))[0] for i in order])
+    assert at_once.equal(singly)
+    assert list(images.read([])) == []
+
+
+def test_a_closed_generator_leaves_no_thread_and_nothing_pending(data: ImageFolder) -> None:
+    images = loaded(data)
+    reading = images.read(list(torch.arange(len(images)).split(2)))
+    next(reading)
+    assert readers()
+    reading.close()  # type: ignore[attr-defined]
+    assert not readers()
+    assert len(list(images.read(list(torch.arange(len(images)).split(2))))) == 9 and not readers()
+    run = train(config(data))
+    next(run)
+    run.close()
+    assert not readers()
+
+
+def test_only_some_batches_are_in_memory(data: ImageFolder) -> None:
+    images = loaded(data)
+    reading = images.read(list(torch.arange(len(images)).split(1)))
+    first = weakref.ref(next(reading))
+    gc.collect()
+    assert first() is None, "a batch that was handed out is kept by nobody"
+    for file in images.files[AHEAD + 1 :]:
+        (data.root / file).write_bytes(b"spoilt before it was read")
+    got = 1
+    with pytest.raises(ConfigError):
+        for _ in reading:
+            got += 1
+    assert got == AHEAD + 1, "none further ahead had been read"
+    assert not readers()
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+def test_training_repeats_differs_by_epoch_and_resumes_to_the_bit(data: ImageFolder) -> None:
+    whole = list(train(config(data)))
+    assert len(whole) == 3 and len({e.metrics["train_loss"] for e in whole}) == 3
+    assert numbers(list(train(config(data.model_copy(update={"readers": 1}))))) == numbers(whole)
+    again = train(config(data))
+    state = next(again).state()
+    again.close()
+    resumed = list(train(config(data), state))
+    assert numbers(resumed) == numbers(whole[1:])
+    for name, weights in whole[-1].state()["model"].items():
+        assert weights.equal(resumed[-1].state()["model"][name])
+    assert numbers(list(train(config(data, augment=Augment()))))[0] != numbers(whole)[0]
+    crops = [VIEWS.view(0, epoch, 24).crop for epoch in (0, 1, 0)]
+    a, b, c = (torch.cat(list(loaded(data).read([torch.arange(18)], crop))) for crop in crops)
+    assert a.equal(c) and not a.equal(b)
+
+
+def test_training_at_224_with_all_of_train(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, train=3, test=1, side=230)
+    data = ImageFolder(root=root, num_classes=2, val_fraction=0)
+    assert data.shape == (3, 224, 224)
+    [epoch] = train(config(data, epochs=1))
+    assert "val_nll" not in epoch.metrics and epoch.metrics["train_loss"] < 5
+
+
+def test_the_papers_recipe_is_the_default() -> None:
+    tree = {"objective": "ce", "student": "cnn", "data": {"name": "imagenet", "root": "/nowhere"}}
+    found = validated(TrainConfig, tree)
+    assert isinstance(found.data, Imagenet) and found.data.num_classes == 1000
+    assert (found.epochs, found.optim.lr, found.optim.batch_size) == (90, 0.2, 512) and found.augment == VIEWS
+    assert [found.schedule.factor(epoch, 90) for epoch in (0.5, 30.5, 60.5, 80.5)] == pytest.approx(
+        [1, 0.1, 0.01, 0.001]
+    )
+    modern = validated(TrainConfig, {**tree, "recipe": "modern"})
+    assert modern.optim.nesterov and modern.schedule.warmup_epochs == 5 and modern.schedule.name == "cosine"
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoil", ["cut", "text", "empty", "gone"])
+def test_a_file_that_is_no_image_is_named(data: ImageFolder, spoil: str) -> None:
+    images = loaded(data)
+    path = data.root / images.files[4]
+    whole = path.read_bytes()
+    if spoil == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"text", "empty": b""}[spoil])
+    for crops in (None, torch.full((18, 4), 0.5)):
+        with pytest.raises(
+            ConfigError, match=f"^data image_folder: {path}: cannot be read as an image: .*; replace it"
+        ):
+            list(images.read(list(torch.arange(18).split(3)), crops))
+        assert not readers()
+    with pytest.raises(ConfigError, match=str(path)):
+        list(train(config(data)))
+    assert not readers()
+
+
+def drop(path: Path) -> None:
+    for below in path.iterdir():
+        drop(below) if below.is_dir() else below.unlink()
+    path.rmdir()
+
+
+def test_missing_folders_say_where_they_were_looked_for(data: ImageFolder) -> None:
+    drop(data.root / "val")
+    with pytest.raises(
+        ConfigError,
+        match=r"not found: the folder val or test .looked in .*; put images at root/train/CLASS/ .*data.root",
+    ):
+        data.check()
+    (data.root / "train").rename(data.root / "test")
+    with pytest.raises(ConfigError, match="not found: the folder train"):
+        data.check()
+    with pytest.raises(ConfigError, match=r"data imagenet: not found: .*; register at https://image-net.org"):
+        Imagenet(root=data.root / "nowhere").check()
+
+
+def test_classes_must_be_as_many_as_declared_and_the_same_in_both_splits(data: ImageFolder) -> None:
+    with pytest.raises(ConfigError) as error:
+        data.model_copy(update={"num_classes": 5}).check()
+    assert error.value.problems == [f"data image_folder: {data.root}/train: 2 class folders, and num_classes is 5"]
+    (data.root / "val/class 1").rename(data.root / "val/klass 1")
+    with pytest.raises(
+        ConfigError, match=r"/val: its class folders must be those of train: class 1 is in train, but not here .2 class"
+    ):
+        data.check()
+    (data.root / "val/klass 1").rename(data.root / "val/class 1")
+    (data.root / "val/class 2").mkdir()
+    with pytest.raises(ConfigError, match="class 2 is here, but not in train"):
+        data.load_test()
+    with pytest.raises(ConfigError, match=r"data imagenet: .*/train: 2 class folders, and num_classes is 1000"):
+        Imagenet(root=data.root).check()
+
+
+def test_a_class_without_images_is_named(data: ImageFolder) -> None:
+    for path in (data.root / "train/class 1").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    data.check()
+    with pytest.raises(ConfigError, match=r"/train/class 1: no image in it \(.bmp, .jpeg, .jpg, "):
+        data.load()
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({}, "data.image_folder.num_classes: required, and not given"),
+        ({"num_classes": 2, "std": [0.229, 0.224, 0.225]}, "data.image_folder.std.0: Input should be greater than or equal to 1, got 0.229"),
+        ({"num_classes": 2, "mean": [1, 2]}, "data.image_folder.mean"),
+        ({"num_classes": 2, "readers": 0}, "data.image_folder.readers: Input should be greater than or equal to 1, got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_get_a_sentence(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validated(TrainConfig, {"objective": "ce", "data": {"name": "image_folder", "root": "/x", **settings}})
+    assert sentence in str(error.value)
+
+
+def test_a_folder_is_not_for_download(data: ImageFolder) -> None:
+    with pytest.raises(ConfigError, match="data image_folder: not for download; put images at root/train/CLASS/"):
+        data.download()
+    with pytest.raises(ConfigError, match="data imagenet: not for download; register at"):
+        Imagenet().download()

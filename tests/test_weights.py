@@ -1,0 +1,261 @@
+"""Weights from elsewhere: read without running anything, and refused with a sentence where they do not fit."""
+
+import json
+import os
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.data import Cifar10, Cifar100, Digits, Own
+from tfkd_ray.models import Cnn, Cnn5, DenseNet121, GoogLeNet, Mlp, Network, ResNet18, ResNeXt29, ShuffleNetV2
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.teachers import teacher_folder, train_teacher
+from tfkd_ray.weights import load_outside
+
+CNN, SHAPE, K = Cnn(widths=(4, 8)), (1, 8, 8), 10
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    network = CNN.build(SHAPE, K)
+    network(torch.randn(8, *SHAPE))  # batch statistics that are not the default
+    return network.state_dict()
+
+
+def refused(weights: Path | str, network: Network = CNN, shape: Any = SHAPE, num_classes: int = K, **more: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_outside(str(weights), network, shape, num_classes, **more)
+    start = f"teacher.weights: {weights}: "
+    assert str(error.value).startswith(start)
+    return str(error.value).removeprefix(start)
+
+
+SAVE: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "w.safetensors": save_file,
+    "w.pt": torch.save,
+    "old.pth": lambda w, path: torch.save(w, path, _use_new_zipfile_serialization=False),
+    "state_dict.pth": lambda w, path: torch.save({"epoch": 3, "state_dict": w, "optim_dict": {}}, path),
+    "model.pth": lambda w, path: torch.save({"model": w, "best": 0.5}, path),
+    "parallel.pt": lambda w, path: torch.save({f"module.{k}": v for k, v in w.items()}, path),
+    "both.pt": lambda w, path: torch.save({"state_dict": {f"module.{k}": v for k, v in w.items()}}, path),
+    "without-counts.pt": lambda w, path: torch.save({k: v for k, v in w.items() if "num_batches" not in k}, path),
+    "double.pt": lambda w, path: torch.save(
+        {k: v.double() if v.is_floating_point() else v for k, v in w.items()}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_weights_in_a_file_are_the_ones_that_were_saved(name: str, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    SAVE[name](saved, tmp_path / name)
+    before = torch.random.get_rng_state()
+    found = load_outside(str(tmp_path / name), CNN, SHAPE, K)
+    assert before.equal(torch.random.get_rng_state())
+    assert found.keys() == saved.keys()
+    for key in saved:
+        assert found[key].dtype == saved[key].dtype
+        assert found[key].equal(saved[key]) or (name == "without-counts.pt" and key.endswith("num_batches_tracked"))
+    CNN.build(SHAPE, K).load_state_dict(found)
+
+
+class _Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(zipped: bool, tmp_path: Path) -> None:
+    path, mark = tmp_path / "w.pt", tmp_path / "it ran"
+    torch.save({"a": torch.ones(1), "b": _Touch(mark)}, path, _use_new_zipfile_serialization=zipped)
+    assert refused(path).startswith("asks for posix.mkdir, and loading that could run code; nothing was run. Save the")
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()  # it would have
+
+
+def test_a_whole_pickled_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.save(CNN.build(SHAPE, K), tmp_path / "w.pt")
+    assert "torch.save(network.state_dict(), FILE)" in refused(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "old.pth"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_called_damaged(name: str, kept: float, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    path = tmp_path / name
+    SAVE[name](saved, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    assert refused(path).startswith("damaged, or not ")
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n", b"hello world", b"\x80\x02.", b"<html>", bytes(range(256))])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_another_file_is_no_weights(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert refused(tmp_path / name).startswith("damaged, or not ")
+
+
+def test_files_that_are_not_there_are_said(tmp_path: Path) -> None:
+    assert refused(tmp_path / "w.pt") == f"no such file (looked from {Path.cwd()})"
+    assert refused(tmp_path) == "is a directory; name a file in it: it holds no weights"
+    (tmp_path / "b.pth").touch()
+    assert refused(tmp_path) == "is a directory; name a file in it: b.pth"
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ([torch.ones(2)], "holds no state_dict (tensors by name), but a list"),
+        ({}, "holds no state_dict (tensors by name), but a dict"),
+        ({"epoch": 3, "optim": {}}, "holds no state_dict (tensors by name), but a dict with epoch, optim"),
+        ({1: torch.ones(2)}, "holds no state_dict (tensors by name), but a dict with 1"),
+        (torch.ones(2), "holds no state_dict (tensors by name), but a Tensor"),
+    ],
+    ids=str,
+)
+def test_what_is_no_state_dict_is_said(content: object, sentence: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    assert refused(tmp_path / "w.pt") == sentence
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    broken = {k: v.clone() for k, v in saved.items()}
+    broken["1.running_var"][2] = value
+    save_file(broken, tmp_path / "w.safetensors")
+    assert refused(tmp_path / "w.safetensors").startswith("1.running_var holds NaN or infinity")
+
+
+@pytest.mark.parametrize("network", [CNN, Mlp(), Mlp(hidden=()), Cnn5()], ids=lambda n: n.name)
+def test_another_number_of_classes_is_said_so(network: Network, tmp_path: Path) -> None:
+    module = network.build(SHAPE, 7)
+    last = list(module.state_dict())[-2]
+    torch.save(module.state_dict(), tmp_path / "w.pt")
+    assert refused(tmp_path / "w.pt", network) == (
+        f"the file's teacher has 7 classes ({last!r} is {list(module.state_dict()[last].shape)}) and the data has 10; "
+        "it takes a teacher of these classes"
+    )
+
+
+def test_weights_of_another_network_are_refused_with_what_differs(tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(saved, path)
+    assert refused(path, Mlp(hidden=())) == (
+        "does not fit mlp for these images: it has 12 tensors (0.weight, 1.running_mean, "
+        "1.running_var, ...) that the network has not; of another shape: 2 tensors (1.weight is [4], not [10, 64], "
+        "1.bias is [4], not [10]). "
+        "teacher.model must be the network it is of"
+    )
+    lacks = {k: v for k, v in saved.items() if not k.startswith("0.")}
+    torch.save(lacks, tmp_path / "lacks.pt")
+    assert refused(tmp_path / "lacks.pt").startswith(
+        "does not fit cnn for these images: it lacks 1 tensor (0.weight). "
+    )
+    assert "of another shape: 6 tensors (0.weight is [4, 1, 3, 3], not [5, 1, 3, 3], " in refused(
+        path, Cnn(widths=(5, 8))
+    )
+    torch.save({**saved, "1.running_var": saved["1.running_var"].long()}, path)
+    assert refused(path) == "1.running_var is torch.int64, not torch.float32"
+
+
+def test_large_image_weights_for_small_images_name_the_first_convolution(tmp_path: Path) -> None:
+    torch.save(ResNet18().build((3, 224, 224), 10).state_dict(), tmp_path / "w.pt")
+    assert "1 tensor (conv1.weight is [64, 3, 7, 7], not [64, 3, 3, 3])" in refused(
+        tmp_path / "w.pt", ResNet18(), (3, 32, 32)
+    )
+
+
+def test_a_teacher_of_ours_is_for_the_data_it_was_trained_on(tmp_path: Path) -> None:
+    run = TrainConfig(objective="ce", student=CNN, epochs=1, teacher={"model": CNN, "epochs": 1}, init="trained")  # type: ignore[arg-type]
+    teacher = run.teacher_run()
+    assert teacher is not None
+    train_teacher(teacher, tmp_path)
+    path = teacher_folder(teacher, tmp_path) / "student.safetensors"
+    other_split = Digits(split_seed=7, val_fraction=0)
+    assert load_outside(str(path), CNN, SHAPE, K, other_split).keys() == CNN.build(SHAPE, K).state_dict().keys()
+    assert refused(path, data=Cifar10()) == "was trained on digits, and the data here is cifar10; train one on it"
+    own = Own(path="a.b:c", shape=SHAPE, num_classes=K)
+    assert "the data here is own (path a.b:c, num_classes 10, args {})" in refused(path, data=own)
+
+
+@pytest.mark.parametrize("about", ["", "[]", '{"config": 1}', '{"config": {"data": "x"}}', '{"name": "theirs"}'])
+def test_somebody_elses_teacher_json_says_nothing(about: str, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    (tmp_path / "teacher.json").write_text(about)
+    torch.save(saved, tmp_path / "w.pt")
+    load_outside(str(tmp_path / "w.pt"), CNN, SHAPE, K, Cifar100())
+    (tmp_path / "teacher.json").write_text(json.dumps({"config": {"data": {"name": "mnist", "root": "x"}}}))
+    assert "was trained on mnist" in refused(tmp_path / "w.pt", data=Cifar100())
+
+
+# --- torchvision
+
+LARGE = (3, 224, 224)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Torch's cache in an empty folder, and no network."""
+
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    return tmp_path / "hub/checkpoints"
+
+
+@pytest.mark.parametrize("weights", ["torchvision", "torchvision:IMAGENET1K_V1"])
+def test_weights_of_torchvision_are_read_from_the_cache(weights: str, hub: Path) -> None:
+    module = ShuffleNetV2().original(1000)
+    torch.save(module.state_dict(), hub / "shufflenetv2_x1-5666bf0f80.pth")
+    found = load_outside(weights, ShuffleNetV2(), LARGE, 1000)
+    assert all(found[key].equal(value) for key, value in module.state_dict().items())
+
+
+def test_old_names_in_the_file_of_densenet_are_understood(hub: Path) -> None:
+    module: nn.Module = DenseNet121().original(1000)
+    old = {
+        key.replace("norm1.", "norm.1.").replace("norm2.", "norm.2.").replace("conv1.", "conv.1.").replace("conv2.", "conv.2.")
+        : value for key, value in module.state_dict().items() if "num_batches" not in key
+    }  # fmt: skip
+    torch.save(old, hub / "densenet121-a639ec97.pth")
+    found = load_outside("torchvision", DenseNet121(), LARGE, 1000)
+    assert all(found[key].equal(value) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "weights, network, shape, num_classes, sentence",
+    [
+        ("torchvision", CNN, LARGE, 1000, "torchvision has no cnn; name a file"),
+        ("torchvision", ResNeXt29(), LARGE, 1000, "torchvision has no resnext29; name a file"),
+        ("torchvision", GoogLeNet(), LARGE, 1000, "googlenet's expect images of another mean and spread"),
+        ("torchvision", ResNet18(), LARGE, 10, "torchvision's teachers have the 1000 classes of ImageNet and the data has 10"),
+        ("torchvision", ResNet18(), (3, 64, 64), 1000, "torchvision's are for images of 3 channels above 64 pixels; these"),
+        ("torchvision", ResNet18(), (1, 224, 224), 1000, "torchvision's are for images of 3 channels above 64 pixels; these"),
+        ("torchvision:IMAGENET1K_V9", ResNet18(), LARGE, 1000, "resnet18 has no weights 'IMAGENET1K_V9'; did you mean 'IMAGENET1K_V1'?"),
+    ],
+)  # fmt: skip
+def test_what_torchvision_has_no_weights_for_is_said(
+    weights: str, network: Network, shape: Any, num_classes: int, sentence: str
+) -> None:
+    assert refused(weights, network, shape, num_classes).startswith(sentence)
+
+
+def test_without_a_network_the_place_for_the_file_is_said(hub: Path) -> None:
+    assert refused("torchvision", ResNet18(), LARGE, 1000) == (
+        "cannot be downloaded (<urlopen error no network here>); put "
+        f"https://download.pytorch.org/models/resnet18-f37072fd.pth at {hub / 'resnet18-f37072fd.pth'}"
+    )
+    assert not list(hub.iterdir())

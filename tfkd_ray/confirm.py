@@ -1,0 +1,311 @@
+"""Arms x seeds: train every arm with every seed as Ray trials, then open the test split once and judge them all on it.
+
+A comparison is a directory like an experiment's: `confirm.yaml` says what is compared, `trials/<arm>-s<seed>/` has each
+run, `confirm.json` the outcome. It can be stopped and continued like a sweep.
+"""
+
+import json
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from tfkd_ray import teachers, verdict
+from tfkd_ray.arms import Arms, Comparison, Run, read_comparison
+from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
+from tfkd_ray.config import TeacherRun
+from tfkd_ray.data import Dataset, Images
+from tfkd_ray.evaluate import predictions
+from tfkd_ray.experiment import Record, check_writable, read_records, trials_folder, write_text
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.tensorboard import TensorBoard
+from tfkd_ray.tune import Lock, Recorder, assemble, place_of, prepare, train_teachers
+from tfkd_ray.verdict import scores
+
+LOGITS = "test.safetensors"
+"""A run's logits [N, K] on the test split, the labels [N], and its teacher's guesses [N]."""
+OPENINGS = "test_openings.jsonl"
+"""Beside the experiments: one line each time that a test split was opened."""
+TRIES = 2
+"""Times that a failing run is tried before it is reported as failed."""
+
+
+class ListSearcher(Searcher):  # type: ignore[misc]
+    """Gives out a list of runs, in order, each again if it fails, up to `TRIES` times."""
+
+    def __init__(self, proposals: Sequence[dict[str, Any]]) -> None:
+        super().__init__(metric="train_loss", mode="min")
+        self._waiting = deque(proposals)
+        self._running: dict[str, dict[str, Any]] = {}
+        self._tries: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next run; None while a running one may still come back; then FINISHED."""
+        if not self._waiting:
+            return None if self._running else str(Searcher.FINISHED)
+        proposal = self._waiting.popleft()
+        self._running[trial_id] = proposal
+        return proposal
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        pass
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        proposal = self._running.pop(trial_id, None)
+        failed = error or bool((result or {}).get("failed"))
+        if proposal is None or not failed:
+            return
+        name = proposal["trial"]["name"]
+        self._tries[name] = self._tries.get(name, 0) + 1
+        if self._tries[name] < TRIES:
+            self._waiting.append(proposal)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is done is in the experiment's files."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+
+def comparison_tuner(
+    directory: Path,
+    *,
+    callbacks: Sequence[tune.Callback] = (),
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+) -> tune.Tuner:
+    """A Tuner that trains what a comparison's directory asks for and has not got; teachers first."""
+    runs = read_comparison(directory).runs
+    check_writable(directory, "a directory of yours")
+    lock = Lock(directory)
+    config = runs[0].config
+    prepare(config)
+    needed = {run.fingerprint(): run for r in runs if (run := r.config.teacher_run())}
+    train_teachers(needed.values(), directory.parent, on_teacher)
+    place = place_of(directory)
+    done = {r.name for r in read_records(directory) if r.status == "done"}
+    proposals = [
+        {
+            **run.config.model_dump(mode="json"),
+            "trial": {
+                "number": number,
+                "name": run.name,
+                "arm": run.arm,
+                "epochs": run.config.epochs,
+                "parameters": {"arm": run.arm, "seed": run.seed},
+                **{key: value.format(name=run.name) for key, value in place.items()},
+            },
+        }
+        for number, run in enumerate(runs)
+        if run.name not in done
+    ]
+    return assemble(
+        config,
+        directory,
+        tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=FIFOScheduler(), num_samples=-1),
+        tune.RunConfig(),
+        [lock, TensorBoard(directory / "tb"), Recorder(), *callbacks],
+        max_failures=3,
+    )
+
+
+# --- the test split --------------------------------------------------------------------------------------------
+
+
+def judge_on_test(directory: Path, on_run: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Open the test split, once, and judge every trained run on it; returns what confirm.json then says.
+
+    Its logits stay with each run. That the split was opened is written down beside the experiments, with what for.
+    """
+    runs = read_comparison(directory).runs
+    records = {record.name: record for record in read_records(directory)}
+    done = [run for run in runs if run.name in records and records[run.name].status == "done"]
+    if not done:
+        where = trials_folder(directory)
+        raise ConfigError(f"none of its {len(runs)} runs was trained to the end; see {where}", directory)
+    data = done[0].config.data
+    test: Images | None = None
+    guesses: dict[str, Tensor] = {}  # of teachers, [N]
+    for run in done:
+        path = trials_folder(directory) / run.name / LOGITS
+        if path.exists():
+            continue
+        if test is None:
+            _note_opening(directory, split_id(data))
+            test = data.load_test()
+        if on_run:
+            on_run(run.name)
+        network = run.config.student.build(data.shape, data.num_classes)
+        network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
+        logits, labels = _logits(network, data, test)
+        found = {"logits": logits, "labels": labels}
+        teacher = run.config.teacher_run() if run.config.objective.needs_teacher else None
+        if teacher is not None:
+            name = teachers.teacher_name(teacher)
+            if name not in guesses:
+                guesses[name] = _logits(teachers.load_teacher(teacher, directory.parent), data, test)[0].argmax(dim=1)
+            found["teacher"] = guesses[name]
+        save_weights(path, found, {"run": run.name})
+    return outcome(directory)
+
+
+def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
+    """(logits [N, K], labels [N])."""
+    logits, labels = (torch.cat(parts) for parts in zip(*predictions(network, data, images), strict=True))
+    return logits, labels
+
+
+def split_id(data: Dataset) -> str:
+    """Which test split that is: the data set's name, and whatever else decides about its test images."""
+    tree = data.model_dump(
+        mode="json", exclude={"root", "val_fraction", "split_seed", "subset", "check_md5", "readers"}
+    )
+    return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
+
+
+def _note_opening(directory: Path, split: str) -> None:
+    line = {"test": split, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "experiment": directory.name}
+    with (directory.parent / OPENINGS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def openings(directory: Path) -> list[dict[str, str]]:
+    """When the test split of a comparison was opened, in this storage, first to last."""
+    split = split_id(read_comparison(directory).data)
+    path = directory.parent / OPENINGS
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["test"] == split]
+
+
+# --- what came out ---------------------------------------------------------------------------------------------
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """What was measured and the verdict on it, read from a comparison's files; also written as confirm.json.
+
+    There is a verdict for each student network that has candidates and baselines.
+    """
+    compared = read_comparison(directory)
+    records = {record.name: record for record in read_records(directory)}
+    arms, arrays = [], {}
+    for arm in compared.arms.arms:
+        runs = [run for run in compared.runs if run.arm == arm.name]
+        found = [_run_outcome(directory, run, records.get(run.name)) for run in runs]
+        arms.append(
+            {
+                **arm.model_dump(
+                    mode="json", include={"name", "published", "published_std", "published_n", "baseline"}
+                ),
+                "role": arm.part,
+                "student": arm.config.student.name,
+                "objective": arm.config.objective.model_dump(mode="json"),
+                "runs": found,
+            }
+        )
+        arrays[arm.name] = _judged_arm(directory, arm.name, runs, found)
+    result = {
+        "title": compared.arms.title,
+        "source": compared.arms.source,
+        "preset": compared.arms.preset,
+        "test": split_id(compared.data),
+        "opened": openings(directory),
+        "trained_on": "train" if compared.hold_out else "train and validation",
+        "arms": arms,
+        "notes": list(_notes(directory, compared)),
+        "verdicts": [
+            {"student": student, "text": verdict.table(judged, arms=False), **judged.to_json()}
+            for student, judged in _verdicts(compared.arms, arrays)
+        ],
+    }
+    write_text(directory / "confirm.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _run_outcome(directory: Path, run: Run, record: Record | None) -> dict[str, Any]:
+    path = trials_folder(directory) / run.name / LOGITS
+    found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
+    if record and record.reason:
+        found["reason"] = record.reason.splitlines()[0]
+    if path.exists():
+        arrays = load_file(path)
+        found |= scores(arrays["logits"], arrays["labels"])
+        if "teacher" in arrays:
+            found["agreement"] = float((arrays["logits"].argmax(axis=1) == arrays["teacher"]).mean())
+    return found
+
+
+def _judged_arm(directory: Path, name: str, runs: Sequence[Run], found: Sequence[dict[str, Any]]) -> verdict.Arm:
+    done = [run for run, result in zip(runs, found, strict=True) if "accuracy" in result]
+    right = []
+    for run in done:
+        arrays = load_file(trials_folder(directory) / run.name / LOGITS)
+        right.append(arrays["logits"].argmax(axis=1) == arrays["labels"])
+    images = np.array(right)
+    return verdict.Arm(
+        name, tuple(r.seed for r in done), images.mean(axis=1) if right else np.zeros(0), images if right else None
+    )
+
+
+def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm]) -> Iterator[tuple[str, verdict.Verdict]]:
+    """One for each student network that has candidates and baselines with two runs or more."""
+    for student in dict.fromkeys(arm.config.student for arm in arms.arms):
+        mine = [arm for arm in arms.arms if arm.config.student == student]
+        roles = {role: [arrays[arm.name] for arm in mine if arm.part == role] for role in ("candidate", "baseline")}
+        enough = {role: [arm for arm in some if len(arm.seeds) > 1] for role, some in roles.items()}
+        if enough["candidate"] and enough["baseline"]:
+            yield student.name, verdict.judge(enough["candidate"], enough["baseline"], searched=arms.searched)
+
+
+def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
+    before = [o for o in openings(directory) if o["experiment"] != directory.name]
+    if before:
+        yield (
+            f"this test split was opened {len(before)} times before in this storage, first on "
+            f"{before[0]['when'][:10]} by {before[0]['experiment']}: what was chosen since may have been chosen by it"
+        )
+    for arm in compared.arms.arms:
+        made = {t.fingerprint(): t for r in compared.runs if r.arm == arm.name and (t := r.config.teacher_run())}
+        if any(t.weights for t in made.values()):
+            yield f"{arm.name}: its teacher is from elsewhere; training data unknown"
+        elif len(made) == 1:
+            yield f"{arm.name}: conditional on one teacher, which all its seeds share"
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The outcome as lines of at most 80 columns; accuracies in per cent."""
+    lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
+    if result["preset"]:
+        lines.append(f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published")
+    printed = any(arm["published"] is not None for arm in result["arms"])
+    lines += ["", f"{'arm':<25} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>16}"]
+    lines[-1] += f" {'published':>9} {'ours - it':>9}" if printed else ""
+    for arm in result["arms"]:
+        values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
+        ours = f"{values.mean():.2f}" if len(values) else "none"
+        interval = ""
+        if len(values) > 1:
+            s = verdict.summary(verdict.Arm(arm["name"], tuple(range(len(values))), values))
+            ours, interval = f"{s.mean:.2f} ± {s.sd:.2f}", f"{s.low:.2f} to {s.high:.2f}"
+        line = f"{arm['name'][:25]:<25} {ours:>15} {len(values):>3} {interval:>16}"
+        if arm["published"] is not None:
+            gap = f"{values.mean() - arm['published']:+.2f}" if len(values) else ""
+            line += f" {arm['published']:>9.2f} {gap:>9}"
+        lines.append(line)
+    for arm in result["arms"]:
+        for run in arm["runs"]:
+            if run["status"] != "done":
+                lines.append(f"{arm['name']}, seed {run['seed']}: {run['status']}: {run.get('reason', '')}")
+    for found in result["verdicts"]:
+        lines += ["", f"--- student {found['student']}", *found["text"]]
+    lines += [""] if result["notes"] else []
+    lines += [line for note in result["notes"] for line in textwrap.wrap(f"note: {note}", 80)]
+    return lines

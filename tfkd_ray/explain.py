@@ -1,0 +1,345 @@
+"""What an objective amounts to, and which of its searched settings do anything. (`tfkd explain`, `tfkd check`.)
+
+Training sees an objective only through its gradient by the logits, so objectives are compared there, in float64, on a
+fixed synthetic batch: images whose logits are normal plus a bump of 0 to 4 at the label, times 1, 5 and 10, so that
+there are images early and late in training, right and wrong. The teacher of `kd` and its kin is as synthetic: normal
+logits of deviation 2 plus a bump of 0 to 10 at the label, independent of the student's. It is like no real teacher in
+particular: read what it says of those objectives as an order of size.
+
+Shapes: S = logit scales, B = images, K = classes, N = B * K.
+"""
+
+import functools
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.data import generator
+from tfkd_ray.objectives import Canonical, CrossEntropy, LabelSmoothing
+from tfkd_ray.space import Branch, Choices, Domain, Parameter, Space
+
+SCALES = (1.0, 5.0, 10.0)
+"""Factors on the student's synthetic logits."""
+TOLERANCE = 0.02
+"""Two gradients are the same where less than this share of one is left unexplained by the other."""
+POINTS = 9
+"""Values of a range that are looked at, evenly on its own scale."""
+MAX_CORNERS = 16
+"""Most combinations of ends of the other settings at which one is looked at, beside their middle."""
+LIMIT = f"{100 * TOLERANCE:g} %"
+WIDTH = 80
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An objective in canonical form, and the label smoothing nearest to it."""
+
+    objective: Canonical
+    lsr: LabelSmoothing
+    """The `lsr` whose gradient is nearest, over all logit scales alike."""
+    residuals: tuple[float, ...]
+    """Share of the gradient that this `lsr` leaves unexplained, for each of SCALES."""
+
+    @property
+    def ce_weight(self) -> float:
+        """Weight of CE in the whole loss: s * (1 - alpha)."""
+        return self.objective.loss_scale * self.objective.ce_weight
+
+    @property
+    def soft_weight(self) -> float:
+        """Weight of the soft part in the whole loss: s * alpha * T^2, or s * alpha where there is no T^2."""
+        return self.objective.loss_scale * self.objective.kd_weight
+
+    @property
+    def residual(self) -> float:
+        """The largest of `residuals`."""
+        return max(self.residuals)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A searched setting of an objective, and what it does to the gradient over its range."""
+
+    name: str
+    """As in the space: objective.kd.temperature."""
+    domain: Domain
+    residual: float
+    """How far the gradient is from the best scalar times that at the range's middle, relative to its size; the largest.
+    One scalar for all logit scales: above 1 where they want different ones."""
+    scalars: tuple[float, float]
+    """Least and largest of these scalars: what the setting does to the size of the gradient."""
+
+    @property
+    def spread(self) -> float:
+        """How many times the largest scalar is the least."""
+        low, high = self.scalars
+        return high / low if low > 0 else math.inf
+
+    @property
+    def verdict(self) -> Literal["live", "redundant", "dead"]:
+        """dead: it does nothing. redundant: it only scales the loss."""
+        if self.residual >= TOLERANCE:
+            return "live"
+        return "dead" if all(abs(s - 1) < TOLERANCE for s in self.scalars) else "redundant"
+
+
+def amounts_to(objective: Canonical, num_classes: int) -> Amount:
+    """The label smoothing nearest to an objective, and how near.
+
+    s * LSR(eps) has the gradient s * (p - y) + s * eps * (y - 1/K), so the two are found by least squares.
+    """
+    gradient, (ce, flatter) = _gradients(num_classes)(objective), _directions(num_classes)
+    size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
+    g, a, b = (x / size for x in (gradient, ce, flatter))
+    c, d = torch.linalg.lstsq(torch.stack([a.flatten(), b.flatten()], dim=1), g.flatten()[:, None]).solution[:, 0]
+    inside = [(d / c).item()] if c > 0 and 0 <= d <= c else []
+
+    def fit(eps: float) -> Amount:
+        smoothed = a + eps * b
+        scale = max(((g * smoothed).sum() / (smoothed * smoothed).sum()).item(), TINY)
+        lsr = LabelSmoothing(alpha=eps, loss_scale=scale)
+        return Amount(objective, lsr, tuple((g - scale * smoothed).norm(dim=1).tolist()))
+
+    return min(map(fit, inside or [0.0, 1.0]), key=lambda amount: math.hypot(*amount.residuals))
+
+
+def knobs(branch: Branch, num_classes: int) -> list[Knob]:
+    """The searched settings of a branch's objective, each varied with the others at their middle and at their ends."""
+    searched, gradient, middle = _searched(branch), _gradients(num_classes), _middle(branch)
+    found = []
+    for parameter in searched:
+        others = [p for p in searched if p is not parameter]
+        corners = itertools.islice(itertools.product((0.0, 1.0), repeat=len(others)), MAX_CORNERS)
+        moved = []
+        for corner in [(0.5,) * len(others), *corners]:
+            there = {p.path[-1]: _at(p.domain, t) for p, t in zip(others, corner, strict=True)}
+            reference, *varied = (
+                gradient(middle.model_copy(update={**there, parameter.path[-1]: value}))
+                for value in [_at(parameter.domain, 0.5), *_values(parameter.domain)]
+            )
+            moved += [_moved(g, reference) for g in varied]
+        residuals, scalars = zip(*moved, strict=True)
+        found.append(Knob(parameter.name, parameter.domain, max(residuals), (min(scalars), max(scalars))))
+    return found
+
+
+def warnings_of(space: Space) -> list[str]:
+    """A sentence for every searched setting of an objective that does nothing of its own, naming a way out."""
+    K = space.example.data.num_classes
+    both = {"optim.lr", "optim.weight_decay"} <= {p.name for p in space.parameters}
+    way_out = "both are searched already: fix it" if both else "search these instead, or fix it"
+    sentences = []
+    for branch in space.branches:
+        found = knobs(branch, K)
+        for knob in found:
+            if knob.verdict == "dead":
+                sentences.append(
+                    f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below "
+                    f"{LIMIT}), and its size by {_percent(max(abs(s - 1) for s in knob.scalars))}; fix it, or widen it"
+                )
+            if knob.verdict == "redundant":
+                sentences.append(
+                    f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which "
+                    f"is optim.lr times that and optim.weight_decay divided by it; {way_out}"
+                )
+        live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
+        ends = list(_ends(branch)) if len(live) > 1 else []
+        if not ends or ends[0].searchable is not None:
+            continue
+        amounts = [amounts_to(o, K) for o in ends]
+        if max(a.residual for a in amounts) < TOLERANCE:
+            sentences.append(
+                f"objective.{branch.objective}: {' and '.join(live)} are one knob: at all ends of their ranges it "
+                f"{_as_smoothing(amounts)}; search one of them, or lsr"
+            )
+    return sentences
+
+
+def report(space: Space) -> Iterator[str]:
+    """What every objective of a space amounts to, and what its searched settings do: lines of at most 80 columns."""
+    data = space.example.data
+    K, scales = data.num_classes, ", ".join(f"{s:g}" for s in SCALES)
+    yield f"{data.name}, K = {K}: judged on {_images(K)} synthetic images, logits times {scales}"
+    for branch in space.branches:
+        found, amounts = knobs(branch, K), [amounts_to(o, K) for o in _ends(branch)]
+        yield ""
+        yield f"objective.{branch.objective}" + (", synthetic teacher" if amounts[0].objective.needs_teacher else "")
+        yield from _indented(_sentences(amounts))
+        if found:
+            yield f"  {'searched':<16} {'range':<32} {'moves':>6} {'scales':>9}  verdict"
+        for knob in found:
+            name, domain = knob.name.rpartition(".")[2], textwrap.shorten(str(knob.domain), 32, placeholder=" ...")
+            numbers = f"{_percent(knob.residual):>6} {f'{knob.spread:.2g}x':>9}"
+            yield f"  {name:<16} {domain:<32} {numbers}  {knob.verdict}"
+    if any(p.path[0] == "objective" for p in space.parameters):
+        yield ""
+        yield from textwrap.wrap(
+            "moves: how far the logit gradient is from the best multiple of that at the range's middle, relative to "
+            "its size; the largest over the range, with the other settings at their middle and at their ends. scales: "
+            f"the largest multiple over the least. live: moves by {LIMIT} or more. redundant: only scales the loss. "
+            "dead: neither.",
+            WIDTH,
+        )
+
+
+def arm_line(name: str, config: TrainConfig) -> Iterator[str]:
+    """What the objective of one configuration amounts to: a line with its name, and a few below it."""
+    yield textwrap.shorten(f"{name}: {config.objective.name}", WIDTH, placeholder=" ...")
+    yield from _indented(_sentences([amounts_to(config.objective, config.data.num_classes)]))
+
+
+# --- gradients -------------------------------------------------------------------------------------------------
+
+
+def _images(num_classes: int) -> int:
+    """B: 256, and less where there are more than 128 classes, so that a gradient has 2^15 numbers."""
+    return max(16, min(256, 2**15 // num_classes))
+
+
+@functools.lru_cache(maxsize=1)
+def _batch(num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(student logits [S, B, K], labels [B], teacher logits [B, K])."""
+    g, B = generator(0, "explain", num_classes), _images(num_classes)
+    labels = torch.randint(num_classes, (B,), generator=g)
+
+    def bumpy(deviation: float, height: float) -> Tensor:
+        logits = deviation * torch.randn(B, num_classes, generator=g, dtype=torch.float64)
+        logits[torch.arange(B), labels] += height * torch.rand(B, generator=g, dtype=torch.float64)
+        return logits
+
+    student, teacher = bumpy(1, 4), bumpy(2, 10)
+    return torch.stack([s * student for s in SCALES]), labels, teacher
+
+
+@functools.lru_cache(maxsize=1)
+def _directions(num_classes: int) -> tuple[Tensor, Tensor]:
+    """p - y, the gradient of CE, and y - 1/K; [S, N], means over the batch."""
+    logits, labels, _ = _batch(num_classes)
+    y = torch.nn.functional.one_hot(labels, num_classes).double()
+    ce, flatter = logits.softmax(dim=2) - y, (y - 1 / num_classes).expand_as(logits)
+    return ce.flatten(1) / len(labels), flatter.flatten(1) / len(labels)
+
+
+def _gradients(num_classes: int) -> Callable[[Canonical], Tensor]:
+    """The gradient [S, N] of an objective; the soft part is kept, so that alpha and loss_scale cost nothing."""
+    logits, labels, teacher = _batch(num_classes)
+    ce, _ = _directions(num_classes)
+
+    @functools.lru_cache(maxsize=64)  # of 0.8 MB, or less where there are few classes
+    def soft(objective: Canonical) -> Tensor:
+        z = logits.clone().requires_grad_()
+        kd = [objective.terms(each, labels, teacher).kd for each in z]
+        total = sum((k for k in kd if k is not None), 0 * z.sum())
+        return torch.autograd.grad(total, z)[0].flatten(1)
+
+    def gradient(objective: Canonical) -> Tensor:
+        weights = {"loss_scale": 1.0, "alpha": 0.5}
+        own = {k: v for k, v in weights.items() if k in type(objective).model_fields}
+        parts = objective.ce_weight * ce + objective.kd_weight * soft(objective.model_copy(update=own))
+        return objective.loss_scale * parts
+
+    return gradient
+
+
+def _moved(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(share of `gradient` that the best multiple of `reference` leaves, at the worst logit scale; the multiple)."""
+    size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
+    g, r = gradient / size, reference / size
+    scalar = (g * r).sum() / (r * r).sum().clamp_min(TINY)
+    return (g - scalar * r).norm(dim=1).max().item(), scalar.item()
+
+
+# --- ranges ----------------------------------------------------------------------------------------------------
+
+
+def _at(domain: Domain, t: float) -> Any:
+    """The value at a fraction t of the way through a range, on its own scale."""
+    if isinstance(domain, Choices):
+        return sorted(domain.values)[round(t * (len(domain.values) - 1))]
+    if domain.log:
+        return domain.low ** (1 - t) * domain.high**t
+    if domain.log_complement:
+        return 1 - (1 - domain.low) ** (1 - t) * (1 - domain.high) ** t
+    return domain.low * (1 - t) + domain.high * t
+
+
+def _values(domain: Domain) -> list[Any]:
+    if isinstance(domain, Choices):
+        return list(domain.values)
+    return [_at(domain, k / (POINTS - 1)) for k in range(POINTS)]
+
+
+def _searched(branch: Branch) -> list[Parameter]:
+    """The searched settings of the branch's objective: all of them numbers."""
+    return [p for p in branch.parameters if p.path[0] == "objective"]
+
+
+def _middle(branch: Branch) -> Canonical:
+    """The branch's objective with its searched settings at their middle."""
+    values = {p.name: p.domain.probes[0] for p in branch.parameters}
+    return branch.config(values | {p.name: _at(p.domain, 0.5) for p in _searched(branch)}).objective
+
+
+def _ends(branch: Branch) -> Iterator[Canonical]:
+    """The branch's objective at the middle and at all ends of its ranges; once if nothing of it is searched."""
+    searched, middle = _searched(branch), _middle(branch)
+    yield middle
+    for corner in itertools.product((0.0, 1.0), repeat=len(searched)) if searched else ():
+        yield middle.model_copy(update={p.path[-1]: _at(p.domain, t) for p, t in zip(searched, corner, strict=True)})
+
+
+# --- words -----------------------------------------------------------------------------------------------------
+
+
+def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
+    """On an objective, given what it amounts to at its middle and at all ends of its ranges (once if it is fixed)."""
+    objective = amounts[0].objective
+    settings = [
+        f"{label} {_span([getattr(a.objective, field) for a in amounts])}"
+        for label, field in (("alpha", "alpha"), ("T", "temperature"), ("correct_prob", "correct_prob"))
+        if field in type(objective).model_fields
+    ]
+    yield f"loss_scale {_span([a.objective.loss_scale for a in amounts])}" + "".join(f", {text}" for text in settings)
+    soft = f", of the soft part {_span([a.soft_weight for a in amounts])}" if settings else ""
+    yield f"weight of CE {_span([a.ce_weight for a in amounts])}{soft}"
+    if isinstance(objective, CrossEntropy | LabelSmoothing):
+        return
+    alpha, off = _span([a.lsr.alpha for a in amounts]), [a.residual for a in amounts]
+    if max(off) < TOLERANCE:
+        yield _as_smoothing(amounts)
+    elif len(amounts) == 1:
+        by_scale = ", ".join(f"{_percent(r)} at {s:g}" for r, s in zip(amounts[0].residuals, SCALES, strict=True))
+        yield (
+            f"no label smoothing is within {LIMIT}; the nearest, alpha {alpha}, is {_percent(off[0])} off "
+            f"(by the size of the logits: {by_scale})"
+        )
+    else:
+        yield f"the nearest label smoothing, alpha {alpha}, is {_percent(min(off))} to {_percent(max(off))} off"
+
+
+def _as_smoothing(amounts: Sequence[Amount]) -> str:
+    alpha, scale = _span([a.lsr.alpha for a in amounts]), _span([a.lsr.loss_scale for a in amounts])
+    return f"equals lsr alpha {alpha} with loss_scale {scale} (to {_percent(max(a.residual for a in amounts))})"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{v:.4g}" for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _percent(share: float) -> str:
+    digits = 2 if share < TOLERANCE else 1 if share < 0.1 else 0
+    return f"{100 * share:.{digits}f} %"
+
+
+def _indented(sentences: Iterator[str]) -> Iterator[str]:
+    for sentence in sentences:
+        yield from textwrap.wrap(sentence, WIDTH, initial_indent="  ", subsequent_indent="    ")

@@ -1,0 +1,199 @@
+"""Weights from elsewhere for a network here: a file of a person's, or torchvision's for ImageNet.
+
+A file is read without running anything it holds. What comes back fits the network, or a ConfigError says why not.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tfkd_ray.data import Dataset
+from tfkd_ray.models import SMALL_IMAGE, Network, TorchvisionNetwork
+from tfkd_ray.schema import ConfigError, did_you_mean
+
+Weights = dict[str, Tensor]
+"""A state_dict, on the CPU."""
+
+WRAPPERS = ("state_dict", "model")
+"""Keys under which training scripts keep the state_dict in their checkpoints."""
+OLD_DENSENET = r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"
+"""Names in torchvision's files for DenseNet, with a dot more than in its networks."""
+
+
+def load_outside(
+    weights: str, model: Network, shape: tuple[int, int, int], num_classes: int, data: Dataset | None = None
+) -> Weights:
+    """A state_dict that fits `model.build(shape, num_classes)`.
+
+    Args:
+        weights: a file (safetensors or a torch state_dict), `torchvision`, or `torchvision:NAME`.
+        data: what the teacher is for; a file of ours that was trained on other data is refused.
+    """
+    try:
+        if weights.partition(":")[0] == "torchvision":
+            path = _torchvision_file(weights.partition(":")[2], model, shape, num_classes)
+        else:
+            path = Path(weights).expanduser()
+            _check_same_data(path, data)
+        found = _read(path)
+        with torch.random.fork_rng(devices=[]):
+            wanted: Weights = model.build(shape, num_classes).state_dict()
+        if problems := list(_misfits(found, wanted, model.name, num_classes)):
+            raise ConfigError(problems)
+    except ConfigError as error:
+        raise ConfigError(f"teacher.weights: {weights}: {problem}" for problem in error.problems) from None
+    return {key: found[key].to(value.dtype, copy=True) if key in found else value for key, value in wanted.items()}
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Weights:
+    """The state_dict in a file, out of its wrapper; its tensors finite."""
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
+        raise ConfigError(f"is a directory; name a file in it: {', '.join(inside) or 'it holds no weights'}")
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise ConfigError(f"no such file (looked from {Path.cwd()})") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from None
+    tree = _parsed(path)
+    for key in WRAPPERS:
+        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
+            tree = tree[key]
+    pairs = list(tree.items()) if isinstance(tree, Mapping) else []
+    if not pairs or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        keys = f" with {', '.join(str(key) for key, _ in pairs[:3])}" if pairs else ""
+        raise ConfigError(f"holds no state_dict (tensors by name), but a {type(tree).__name__}{keys}")
+    if all(key.startswith("module.") for key in tree):  # of DistributedDataParallel
+        tree = {key.removeprefix("module."): value for key, value in tree.items()}
+    tree = {re.sub(OLD_DENSENET, r"\1\2", key): value for key, value in tree.items()}
+    for key, value in tree.items():
+        if not value.isfinite().all():
+            raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
+    return tree
+
+
+def _parsed(path: Path) -> Any:
+    """What a file of safetensors or of torch holds."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except SafetensorError as error:
+        raise ConfigError(f"damaged, or not safetensors: {error}") from None
+    except pickle.UnpicklingError as error:
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ConfigError(
+                f"asks for {asked[1]}, and loading that could run code; nothing was run. Save the tensors alone: "
+                "torch.save(network.state_dict(), FILE)"
+            ) from None
+        raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _check_same_data(path: Path, data: Dataset | None) -> None:
+    """Refuse a teacher of ours (a `teacher.json` lies beside it) that was trained on other data than `data`."""
+    about = path.parent / "teacher.json"
+    if data is None or not about.is_file():
+        return
+    try:
+        trained_on = _content(json.loads(about.read_text())["config"]["data"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # of that name, but not ours
+    here = _content(data.model_dump(mode="json"))
+    if trained_on != here:
+        raise ConfigError(f"was trained on {_said(trained_on)}, and the data here is {_said(here)}; train one on it")
+
+
+def _content(data: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a data set that say which images and classes it has, not where they are or how they are split."""
+    return {key: value for key, value in data.items() if key in ("name", "variant", "path", "args", "num_classes")}
+
+
+def _said(content: dict[str, Any]) -> str:
+    more = ", ".join(f"{key} {value}" for key, value in content.items() if key != "name")
+    return f"{content.get('name')} ({more})" if more else f"{content.get('name')}"
+
+
+# --- does it fit -----------------------------------------------------------------------------------------------
+
+
+def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> Iterator[str]:
+    """One sentence for each way in which the weights are not those of the network."""
+    shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    # torch fills these in, too: files of before 2018 lack them
+    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    more = [key for key in found if key not in wanted]
+    classes = {found[key].shape[:1] for key in shapes}
+    layers = {key.rpartition(".")[0] for key in shapes}
+    tails_fit = all(found[key].shape[1:] == wanted[key].shape[1:] for key in shapes)
+    ours = all(wanted[key].shape[:1] == (num_classes,) for key in shapes)
+    if not missing and not more and len(classes) == len(layers) == 1 and tails_fit and ours:
+        key, count = shapes[0], next(iter(classes))[0]
+        yield (
+            f"the file's teacher has {count} classes ({key!r} is {list(found[key].shape)}) and the data has "
+            f"{num_classes}; it takes a teacher of these classes"
+        )
+        return
+    both = [f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}" for key in shapes]
+    problems = [f"it lacks {_some(missing)}"] if missing else []
+    problems += [f"it has {_some(more)} that the network has not"] if more else []
+    problems += [f"of another shape: {_some(both)}"] if both else []
+    if problems:
+        yield f"does not fit {name} for these images: {'; '.join(problems)}. teacher.model must be the network it is of"
+    for key in wanted.keys() & found.keys():
+        if found[key].is_floating_point() != wanted[key].is_floating_point():
+            yield f"{key} is {found[key].dtype}, not {wanted[key].dtype}"
+
+
+def _some(items: list[str]) -> str:
+    """How many tensors, and three of them."""
+    return f"{len(items)} tensor{'s' * (len(items) > 1)} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------
+
+
+def _torchvision_file(name: str, model: Network, shape: tuple[int, int, int], num_classes: int) -> Path:
+    """The file of torchvision's weights in torch's own cache, downloaded if it is not there."""
+    from torchvision.models import get_model_weights, list_models  # type: ignore[import-untyped]
+
+    if not isinstance(model, TorchvisionNetwork) or model.name not in list_models():
+        raise ConfigError(f"torchvision has no {model.name}; name a file")
+    if model.name == "googlenet":
+        raise ConfigError("googlenet's expect images of another mean and spread than we give; take another network")
+    if num_classes != 1000:
+        raise ConfigError(f"torchvision's teachers have the 1000 classes of ImageNet and the data has {num_classes}")
+    if min(shape[1:]) <= SMALL_IMAGE or shape[0] != 3:
+        raise ConfigError(
+            f"torchvision's are for images of 3 channels above {SMALL_IMAGE} pixels; these are {list(shape)}, and "
+            f"{model.name} has another first convolution for them"
+        )
+    sets = get_model_weights(model.name)
+    if name and name not in sets.__members__:
+        raise ConfigError(f"{model.name} has no weights {name!r}; {did_you_mean(name, sets.__members__)}")
+    url: str = (sets[name] if name else sets.DEFAULT).url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+        except (OSError, RuntimeError) as error:  # no network, or not the file that was asked for
+            raise ConfigError(f"cannot be downloaded ({error}); put {url} at {path}") from None
+    return path
