@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from tfkd_ray.config import RUN_ONLY, Constant, Cosine, Step, TeacherConfig, Tra
 from tfkd_ray.data import Mnist
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
+from tfkd_ray.schema import ConfigError, validated
 
 
 def test_the_papers_step_schedule() -> None:
@@ -59,3 +61,83 @@ def test_every_trial_of_a_sweep_has_the_same_teacher_whatever_its_own_hyperparam
     a = TrainConfig(objective=KnowledgeDistillation(alpha=0.1), teacher=TeacherConfig(model=Mlp()))
     b = TrainConfig(objective=KnowledgeDistillation(alpha=0.9), teacher=TeacherConfig(model=Mlp()), seed=3)
     assert a.teacher_run() == b.teacher_run()
+
+
+# --- recipes
+
+
+def test_a_recipe_fills_what_a_configuration_does_not_say() -> None:
+    paper = TrainConfig(objective="ce", data="cifar100")  # type: ignore[arg-type]
+    assert (paper.epochs, paper.schedule.name, paper.optim.nesterov) == (200, "step", False)
+    assert (paper.augment.crop_padding, paper.augment.flip, paper.augment.rotation_degrees) == (4, True, 15.0)
+    own = validated(
+        TrainConfig, {"objective": "ce", "data": "cifar100", "epochs": 30, "optim": {"lr": 0.3}, "schedule": "cosine"}
+    )
+    assert (own.epochs, own.optim.lr, own.optim.weight_decay, own.schedule.name) == (30, 0.3, 5e-4, "cosine")
+    modern = validated(TrainConfig, {"objective": "ce", "data": "cifar100", "recipe": "modern"})
+    assert modern.optim.nesterov and modern.schedule.name == "cosine" and not modern.augment.rotation_degrees
+    assert validated(TrainConfig, {"objective": "ce"}).epochs == 27  # digits have none of their own
+
+
+@pytest.mark.parametrize(
+    "data, epochs, lr, milestones, gamma",
+    [
+        ("cifar10", 200, 0.1, (60, 120, 160), 0.2),
+        ("tiny_imagenet", 200, 0.1, (60, 120, 160), 0.1),
+        ("imagenet", 90, 0.2, (30, 60, 80), 0.1),
+    ],
+)
+def test_the_papers_recipes(data: str, epochs: int, lr: float, milestones: tuple[int, ...], gamma: float) -> None:
+    config = validated(TrainConfig, {"objective": "ce", "data": data, "student": "resnet18"})
+    assert (config.epochs, config.optim.lr) == (epochs, lr) and isinstance(config.schedule, Step)
+    assert [round(m * epochs) for m in config.schedule.milestones] == list(
+        milestones
+    ) and config.schedule.gamma == gamma
+    first, *_, last = (config.schedule.factor(e + 0.5, epochs) for e in range(epochs))
+    assert last == pytest.approx(gamma**3) and first == (1.0 if data == "imagenet" else 0.5)
+
+
+def test_a_teacher_follows_the_recipe_unless_it_says_otherwise() -> None:
+    tree = {"objective": "tfkd_self", "data": "cifar100", "optim": {"lr": 0.4}}
+    run = validated(TrainConfig, tree).teacher_run()
+    assert run is not None and run.schedule.name == "step" and run.optim.lr == 0.1 and run.epochs == 200
+    run = validated(TrainConfig, {**tree, "teacher": {"schedule": "cosine", "epochs": 9}}).teacher_run()
+    assert run is not None and run.schedule.name == "cosine" and run.epochs == 9 and run.optim.lr == 0.1
+
+
+def test_a_resolved_configuration_reads_back_as_itself_and_has_the_same_name() -> None:
+    for tree in (
+        {"objective": "tfkd_self", "data": "cifar100"},
+        {"objective": "ce", "data": "cifar100", "recipe": "modern"},
+    ):
+        config = validated(TrainConfig, tree)
+        again = validated(TrainConfig, config.model_dump(mode="json"))
+        assert again == config and again.fingerprint() == config.fingerprint()
+
+
+def test_the_fingerprint_follows_the_teacher_and_not_the_place() -> None:
+    tree = {"objective": "kd", "teacher": {"model": "cnn"}, "data": "mnist"}
+    base = validated(TrainConfig, tree).fingerprint()
+    assert validated(TrainConfig, {**tree, "teacher": {"model": "cnn", "seed": 1}}).fingerprint() != base
+    assert validated(TrainConfig, {**tree, "data": {"name": "mnist", "root": "/elsewhere"}}).fingerprint() == base
+    assert (
+        validated(TrainConfig, {**tree, "objective": "ce"}).fingerprint()
+        == validated(TrainConfig, {"objective": "ce", "data": "mnist"}).fingerprint()
+    )
+
+
+@pytest.mark.parametrize(
+    "tree, sentence",
+    [
+        ({"recipe": "papers", "data": "cifar10"}, "recipe: cifar10 has no recipe 'papers'; did you mean 'paper'?"),
+        ({"recipe": "paper"}, "recipe: digits has no recipe 'paper'; known: modern, plain"),
+        ({"augment": {"resized_crop": True}}, "augment.resized_crop: for data sets of image files; digits is in memory"),
+        ({"objective": "tfkd_self", "epochs": 5, "teacher": {"stop_epoch": 6}}, "teacher.stop_epoch: must be at most teacher.epochs, 5, got 6"),
+        ({"init": "trained", "teacher": {"model": "cnn"}}, "init: 'trained' starts from a trained copy of the student"),
+        ({"objective": "kd", "teacher": {"model": "cnn"}, "init": "trained"}, "init: 'trained' starts from a trained copy of the student"),
+    ],
+)  # fmt: skip
+def test_wrong_recipes_and_teachers_get_a_sentence(tree: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validated(TrainConfig, {"objective": "ce", **tree})
+    assert sentence in str(error.value)

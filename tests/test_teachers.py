@@ -9,8 +9,10 @@ import torch
 
 from tfkd_ray import teachers
 from tfkd_ray.config import TeacherConfig, TeacherRun, TrainConfig
+from tfkd_ray.loop import train
 from tfkd_ray.models import Mlp
 from tfkd_ray.objectives import CrossEntropy, TfkdSelf
+from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.teachers import find_or_train, load_teacher, teacher_folder, teacher_name, train_teacher
 
 RUN = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
@@ -83,3 +85,57 @@ def test_two_processes_train_it_once(tmp_path: Path) -> None:
     for process in both:
         process.join()
     assert sorted([epochs.get(), epochs.get()]) == [0, 2]
+
+
+# --- De-KD, double training, teachers from elsewhere
+
+
+def test_a_stopped_teacher_is_the_full_run_cut_short(tmp_path: Path) -> None:
+    whole = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=4)
+    cut = whole.model_copy(update={"stop_epoch": 2})
+    about = train_teacher(cut, tmp_path)
+    second = [e.metrics for e in train(whole)][1]
+    assert about["metrics"]["epoch"] == 2 and about["metrics"]["train_loss"] == second["train_loss"]
+    assert load_teacher(cut, tmp_path) is not None and teacher_name(cut) != teacher_name(whole)
+
+
+def test_a_teacher_can_be_stopped_at_an_accuracy(tmp_path: Path) -> None:
+    run = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(32,)), epochs=20, stop_accuracy=0.6)
+    metrics = train_teacher(run, tmp_path)["metrics"]
+    assert 0.6 <= metrics["val_accuracy"] < 0.95 and metrics["epoch"] < 20
+    with pytest.raises(ConfigError, match=r"teacher.stop_accuracy: 0.99 was not reached in 1 epochs, only 0\.\d+"):
+        train_teacher(run.model_copy(update={"epochs": 1, "stop_accuracy": 0.99}), tmp_path)
+
+
+def test_double_training_starts_from_the_trained_student(tmp_path: Path) -> None:
+    config = TrainConfig(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=3, init="trained")
+    first = find_or_train(config, tmp_path)
+    assert first is not None
+    again = list(train(config, teacher=first))
+    plain = list(train(config.model_copy(update={"init": "random"})))
+    assert again[0].metrics["train_loss"] < 0.7 * plain[0].metrics["train_loss"]
+    assert "train_kd" not in again[0].metrics
+
+
+def test_a_teacher_from_a_file_is_taken_judged_and_watched(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = Mlp(hidden=(8,)).build((1, 8, 8), 10)
+    path = tmp_path / "mine.pt"
+    torch.save(made.state_dict(), path)
+    tree = {
+        "objective": "kd",
+        "student": {"name": "mlp", "hidden": [4]},
+        "teacher": {"model": {"name": "mlp", "hidden": [8]}, "weights": str(path)},
+    }
+    config = validated(TrainConfig, tree)
+    teacher = find_or_train(config, tmp_path)
+    assert teacher is not None
+    x = torch.randn(3, 1, 8, 8)
+    assert teacher(x).equal(made.eval()(x))
+    run = config.teacher_run()
+    assert run is not None and 0 < teachers.describe(run, tmp_path)["metrics"]["val_accuracy"] < 0.5
+    torch.save(Mlp(hidden=(8,)).build((1, 8, 8), 10).state_dict(), path)
+    with pytest.raises(ConfigError, match="has changed since it became teacher mlp-"):
+        find_or_train(config, tmp_path)
+    path.unlink()  # it is not needed any more
+    assert find_or_train(config, tmp_path) is not None

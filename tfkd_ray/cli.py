@@ -69,12 +69,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("file", help=f"{what}, or the name of one that ships with tfkd")
         sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
 
+    def download(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--download", action="store_true", help="fetch the data set first, if it is not there")
+
     def storage(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--storage", type=Path, default=Path("tfkd_results"), metavar="DIR",
                          help="where experiments and teachers go (default: ./tfkd_results)")  # fmt: skip
 
     sub = verb("tune", _tune, "Run a sweep.")
     file_and_overrides(sub, "a search-space file")
+    download(sub)
     storage(sub)
     sub.add_argument("--name", help="of the experiment (default: the file's name and the time)")
     sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
@@ -92,11 +96,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("train", _train, "Train one configuration: a file without ranges.")
     file_and_overrides(sub, "a configuration file")
+    download(sub)
     storage(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes; the same DIR again goes on there")
 
     sub = verb("confirm", _confirm, "Train the arms of a file over several seeds and compare them on the test split.")
     file_and_overrides(sub, "an arms file")
+    download(sub)
     storage(sub)
     sub.add_argument("--seeds", type=_count, default=5, metavar="N", help="runs of each arm (default: 5)")
     sub.add_argument("--preset", choices=["smoke"], help="smoke: scaled down, to see it run")
@@ -113,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         storage(action)
         if do == "train":
             action.set_defaults(run=_teacher_train)
+            download(action)
             file_and_overrides(action, "a search space, an arms file or a configuration")
             action.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one)")
         elif do == "show":
@@ -144,6 +151,19 @@ def _load(args: argparse.Namespace) -> "Space":
     from tfkd_ray.space import load_space
 
     return load_space(args.file, args.overrides)
+
+
+def _have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
+    """Raise a ConfigError if the data are not here; with --download, fetch them first."""
+    from tfkd_ray.schema import ConfigError
+
+    if args.download:
+        try:
+            config.data.check()
+        except ConfigError:
+            _say(f"downloading {config.data.name}")
+            config.data.download()
+    config.data.check()
 
 
 # --- check -----------------------------------------------------------------------------------------------------
@@ -227,7 +247,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 def _tune(args: argparse.Namespace) -> int:
     space = _load(args)
     experiment = _new_directory(args, Path(args.file).stem)
-    space.example.data.check()
+    _have_data(space.example, args)
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
 
@@ -289,9 +309,13 @@ def _join(address: str | None, workers: int) -> None:
     _say("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")
     import logging
 
-    from tfkd_ray.cluster import connect
+    from tfkd_ray.experiment import ctrl_c_waits
 
-    connect(address, workers=workers)
+    with ctrl_c_waits():
+        import tfkd_ray.tune  # noqa: F401  # all that a sweep needs: seconds
+        from tfkd_ray.cluster import connect
+
+        connect(address, workers=workers)
     for noisy in ("ray", "ray.tune", "ray.train"):  # our table says it
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
@@ -427,7 +451,7 @@ def _confirm(args: argparse.Namespace) -> int:
 
     compared = load_arms(args.file, args.overrides, preset=args.preset)
     directory = _new_directory(args, Path(args.file).stem)
-    compared.example.data.check()
+    _have_data(compared.example, args)
     if args.seeds < 2:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
@@ -506,7 +530,7 @@ def _teacher_train(args: argparse.Namespace) -> int:
         runs = _load(args).teacher_runs()
     if not runs:
         raise ConfigError("none of its objectives needs a teacher", args.file)
-    runs[0].data.check()
+    _have_data(runs[0], args)
     _join(args.address, 1)
     from tfkd_ray.tune import TeacherFailed, train_teachers
 
@@ -535,7 +559,7 @@ def _train(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import check_writable
 
     check_writable(out, "--out DIR")
-    config.data.check()
+    _have_data(config, args)
     _check_same_run(config, out)
     pressed: list[int] = []
 

@@ -1,19 +1,16 @@
 """The Ray cluster a sweep runs on: connect to it, and refuse at once what it can never run."""
 
-import contextlib
 import importlib.metadata
 import logging
 import os
 import secrets
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import ray
 from packaging.requirements import Requirement
 
 from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import ctrl_c_waits
 from tfkd_ray.schema import ConfigError
 
 DRIVER = "tfkd_driver"
@@ -53,7 +50,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         _own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
-        with _ctrl_c_waits():
+        with ctrl_c_waits():
             ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         return True
     try:
@@ -62,22 +59,6 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from None
     return False
-
-
-@contextlib.contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Let Ctrl-C take effect afterwards: a Ray that is half started crashes, and leaves processes behind."""
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _own_token() -> None:

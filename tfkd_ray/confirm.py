@@ -286,8 +286,8 @@ def table(result: dict[str, Any]) -> list[str]:
     if result["preset"]:
         lines.append(f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published")
     printed = any(arm["published"] is not None for arm in result["arms"])
-    lines += ["", f"{'arm':<25} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>16}"]
-    lines[-1] += f" {'published':>9} {'ours - it':>9}" if printed else ""
+    lines += ["", f"{'arm':<23} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>18}"]
+    lines[-1] += f" {'published':>9} {'diff':>7}" if printed else ""
     for arm in result["arms"]:
         values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
         ours = f"{values.mean():.2f}" if len(values) else "none"
@@ -295,10 +295,10 @@ def table(result: dict[str, Any]) -> list[str]:
         if len(values) > 1:
             s = verdict.summary(verdict.Arm(arm["name"], tuple(range(len(values))), values))
             ours, interval = f"{s.mean:.2f} ± {s.sd:.2f}", f"{s.low:.2f} to {s.high:.2f}"
-        line = f"{arm['name'][:25]:<25} {ours:>15} {len(values):>3} {interval:>16}"
+        line = f"{arm['name'][:23]:<23} {ours:>15} {len(values):>3} {interval:>18}"
         if arm["published"] is not None:
             gap = f"{values.mean() - arm['published']:+.2f}" if len(values) else ""
-            line += f" {arm['published']:>9.2f} {gap:>9}"
+            line += f" {arm['published']:>9.2f} {gap:>7}"
         lines.append(line)
     for arm in result["arms"]:
         for run in arm["runs"]:

@@ -13,13 +13,16 @@
 `teachers/` lies beside the experiments, because teachers are shared by them.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
+import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +158,23 @@ def best(records: list[Record], metric: str, mode: str) -> Record | None:
     sign = 1 if mode == "max" else -1
     full = [r for r in records if r.status == "done"]
     return max(full, key=lambda r: (sign * r.last[metric], -r.number), default=None)
+
+
+@contextlib.contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C take effect afterwards: a Ray that is half started crashes and leaves processes behind, and an import
+    may swallow it."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _git_commit() -> str | None:
