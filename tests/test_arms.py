@@ -1,15 +1,30 @@
 """Arms files: what is compared, with what settings, and what is wrong with a file."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ARMS
 
-from tfkd_ray.arms import Arms, build_arms, is_arms_file, load_arms, new_comparison, read_comparison, runs_of
+from tfkd_ray.arms import (
+    Arms,
+    arms_of,
+    baseline_space,
+    build_arms,
+    is_arms_file,
+    load_arms,
+    new_comparison,
+    read_comparison,
+    runs_of,
+    untuned,
+)
 from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import Record, write_experiment, write_record
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.space import build_space
 
 TREE: dict[str, Any] = {
     "title": "a try",
@@ -120,3 +135,76 @@ def test_a_comparison_remembers_all_it_needs(tmp_path: Path) -> None:
         new_comparison(compared, [7, 8], tmp_path / "c")
     with pytest.raises(ConfigError, match="not a comparison of arms"):
         read_comparison(tmp_path)
+
+
+# --- the arms of a sweep
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep over tfkd_reg, ce and lsr, two trials each; the second tfkd_reg is nearly the first."""
+    space = build_space(
+        {
+            "student": "mlp",
+            "epochs": 2,
+            "optim": {"lr": {"low": 0.01, "high": 1.0, "log": True}},
+            "objective": [
+                {"name": "tfkd_reg", "alpha": {"low": 0.1, "high": 0.9}},
+                "ce",
+                {"name": "lsr", "alpha": 0.2},
+            ],
+            "search": {"num_samples": 9, "stopping": "none"},
+        }
+    )
+    write_experiment(tmp_path / "s", space.tree, [])
+    values = {"tfkd_reg": [(0.5, 0.1, 0.90), (0.51, 0.105, 0.95), (0.9, 0.1, 0.8)], "ce": [(None, 0.1, 0.7), (None, 0.5, 0.99), (None, 0.3, 0.2)], "lsr": [(None, 0.1, 0.6)] * 3}  # fmt: skip
+    number = 0
+    for branch in space.branches:
+        for alpha, lr, value in values[branch.objective]:
+            parameters = {"optim.lr": lr} | ({"objective.tfkd_reg.alpha": alpha} if alpha else {})
+            config = branch.config(parameters).model_dump(mode="json")
+            name = f"t{number:04}-{branch.objective}"
+            write_record(
+                Record(tmp_path / "s/trials" / name, number, name, branch.objective, "done", parameters, config)
+            )
+            (tmp_path / "s/trials" / name / "metrics.jsonl").write_text(
+                json.dumps({"epoch": 2, "val_accuracy": value}) + "\n"
+            )
+            number += 1
+    return tmp_path / "s"
+
+
+def test_the_arms_of_a_sweep_are_its_best_and_what_they_must_beat(sweep: Path) -> None:
+    compared = arms_of(sweep, top_k=3)
+    assert [(a.name, a.part) for a in compared.arms] == [
+        ("t0001-tfkd_reg", "candidate"),
+        ("t0002-tfkd_reg", "candidate"),  # t0000 is nearly t0001
+        ("t0004-ce", "baseline"),
+        ("t0006-lsr", "baseline"),
+        ("ce-scaled", "baseline"),
+        ("tfkd_reg-published", "reference"),
+    ]
+    assert compared.searched == 9 and compared.experiment == "s" and not untuned(sweep)
+    scaled, published = (compared.named(n).config for n in ("ce-scaled", "tfkd_reg-published"))
+    assert scaled.objective.loss_scale == pytest.approx(0.49) and scaled.optim.lr == published.optim.lr == 0.105
+    assert [a.name for a in arms_of(sweep, top_k=1).arms][0:2] == ["t0001-tfkd_reg", "t0004-ce"]
+
+
+def test_a_baseline_with_fewer_trials_is_to_be_tuned(sweep: Path) -> None:
+    shutil.rmtree(sweep / "trials/t0007-lsr")
+    assert untuned(sweep) == {"lsr": 3}
+    space = baseline_space(sweep, {"lsr": 3})
+    assert [b.objective for b in space.branches] == ["lsr"] and space.search.num_samples == 3
+    assert {p.name for p in space.parameters} == {"optim.lr", "objective.lsr.alpha"}
+    both = baseline_space(sweep, {"ce": 3, "lsr": 3})
+    assert [g.name for g in both.groups] == ["ce", "lsr"] and both.search.num_samples == 6
+
+
+def test_a_sweep_with_nothing_to_confirm_is_refused(sweep: Path) -> None:
+    for folder in (sweep / "trials").glob("*tfkd_reg"):
+        shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match="only baselines were searched"):
+        arms_of(sweep)
+    shutil.rmtree(sweep / "trials")
+    with pytest.raises(ConfigError, match="no trial of full length, so there is nothing to confirm"):
+        arms_of(sweep)

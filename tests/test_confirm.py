@@ -167,3 +167,28 @@ def test_a_table_of_the_paper_runs_scaled_down_on_official_files(tmp_path: Path,
     assert all(r["status"] == "done" for a in result["arms"] for r in a["runs"])
     r18 = next(line for line in run.stdout.splitlines() if line.startswith("r18 "))
     assert " 95.12 " in r18
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_is_confirmed_against_baselines_that_are_tuned_first(
+    tmp_path: Path, ray_cluster: str, tfkd: Run
+) -> None:
+    space = {
+        "student": {"name": "mlp", "hidden": [8]},
+        "epochs": 2,
+        "objective": "tfkd_reg",
+        "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+        "search": {"num_samples": 2, "stopping": "none"},
+    }
+    (tmp_path / "space.yaml").write_text(json.dumps(space))
+    assert tfkd("tune", "space.yaml", "--name", "s").returncode == 0
+    run = tfkd("confirm", "tfkd_results/s", "--seeds", "2", "--name", "c", "--fail-if-not-better")
+    assert run.returncode == 7, run.stderr
+    assert "baselines: ce and lsr had fewer trials than the winner's objective; tuning them first" in run.stderr
+    baselines = read_records(tmp_path / "tfkd_results/s-baselines")
+    assert sorted(r.objective for r in baselines) == ["ce", "ce", "lsr", "lsr"]
+    result = json.loads((tmp_path / "tfkd_results/c/confirm.json").read_text())
+    (found,) = result["verdicts"]
+    assert found["verdict"] != "better" and f"verdict: {found['sentence']}"[:40] in run.stdout
+    assert len(found["candidates"][0]["comparisons"]) == 3 and found["searched"] == 2

@@ -19,7 +19,7 @@ ORDER = [
     "checkpoint", "evaluate", "space", "explain", "experiment",
     "loop", "weights",
     "teachers",
-    "arms",
+    "arms", "export",
     "cluster", "search", "tensorboard", "live", "trial",
     "tune",
     "confirm",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run
 
+from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import build_space, parse_yaml
 
 README = (ROOT / "README.md").read_text()
@@ -37,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_in_their_order(ray_cluster: str, tfkd: Run, place: Path) -> None:
     shown = [c for c in commands("tfkd ") if not c.startswith("tfkd tensorboard")]
-    assert len(shown) == 7
+    assert len(shown) == 11
     for command in shown:
         words, _, target = command.removeprefix("tfkd ").partition(" > ")
         run = tfkd(*words.split(), cwd=place)
@@ -77,9 +78,12 @@ def test_the_python_of_the_readme_runs(ray_cluster: str, place: Path, k: int) ->
 
 
 def test_the_space_of_the_readme_is_valid() -> None:
-    (text,) = blocks("yaml")
+    text, own = blocks("yaml")
     space = build_space(parse_yaml(text, "README"))
     assert [b.objective for b in space.branches] == ["tfkd_reg", "ce", "lsr"]
+    with pytest.raises(ConfigError) as error:  # its modules are the reader's
+        build_space(parse_yaml(own, "README"))
+    assert all("there is no module 'my_" in problem for problem in error.value.problems)
 
 
 def test_the_make_targets_of_the_readme_are_there() -> None:

@@ -5,8 +5,9 @@ what a paper printed for it. An arm's settings go before the shared ones.
 """
 
 import copy
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +16,9 @@ from pydantic import Field, StringConstraints
 
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
-from tfkd_ray.experiment import about_now, check_new, read_records, write_text
+from tfkd_ray.experiment import Record, about_now, check_new, read_experiment, read_records, write_text
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
-from tfkd_ray.space import override
+from tfkd_ray.space import Domain, Range, Space, build_space, override
 
 FIRST_SEED = 1001
 """Of the seeds that arms are trained with; far from those that sweeps are run with."""
@@ -68,6 +69,8 @@ class Arms(Settings):
     """smoke: scaled down, to see it run; its numbers cannot be compared with anything published."""
     searched: Annotated[int, Field(ge=1)] | None = None
     """Configurations that the candidates are the best of."""
+    experiment: str | None = None
+    """Name of the sweep that they come from, in the same storage."""
 
     @property
     def example(self) -> TrainConfig:
@@ -196,6 +199,140 @@ def runs_of(
             except ConfigError as error:
                 raise ConfigError([f"arms.{arm.name}.{p}" for p in error.problems]) from None
     return runs
+
+
+# --- arms of a sweep -------------------------------------------------------------------------------------------
+
+BASELINES: tuple[str, ...] = ("ce", "lsr")
+NEAR = 0.05
+"""Configurations that differ by less than this share of every range are near-copies of each other."""
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "kd": {"alpha": 0.9, "temperature": 4.0},
+    "tfkd_self": {"alpha": 0.9048, "temperature": 6.0, "loss_scale": 0.525},
+    "tfkd_reg": {"alpha": 0.1, "temperature": 20.0, "correct_prob": 0.99},
+    "tfkd_reg_code": {"alpha": 0.1, "temperature": 20.0},
+    "dkd": {"alpha": 0.5, "loss_scale": 2.0},
+    "dist": {"alpha": 2 / 3, "loss_scale": 3.0},
+    "kd_standardised": {"alpha": 9 / 9.1, "loss_scale": 9.1, "temperature": 2.0},
+}
+"""One published setting of each objective, in canonical form: CRD's for kd, ResNet-18's on CIFAR-100 for tfkd_self and
+tfkd_reg_code, ImageNet's for tfkd_reg; the papers' own for the others."""
+
+
+def untuned(experiment: Path) -> dict[str, int]:
+    """Baselines that a sweep did not give as many trials as its winner's objective, and how many that were."""
+    records, _ = _full(experiment)
+    winner = _candidates(experiment, 1)[0]
+    trials = sum(r.objective == winner.objective for r in read_records(experiment))
+    return {
+        name: trials
+        for name in BASELINES
+        if sum(r.objective == name for r in read_records(experiment)) < trials
+        or not any(r.objective == name for r in records)
+    }
+
+
+def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
+    """The sweep's own space with these baselines in place of its objectives, and so many trials of each."""
+    tree = copy.deepcopy(read_experiment(experiment)["space"])
+    ranges = {"ce": {"name": "ce"}, "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}}
+    objectives = [ranges[name] for name in lacking]
+    tree |= {"objective": objectives if len(objectives) > 1 else objectives[0], "teacher": None, "init": "random"}
+    tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
+    return build_space(tree, experiment / "experiment.yaml")
+
+
+def arms_of(experiment: Path, *, top_k: int = 3, baselines: Path | None = None) -> Arms:
+    """The best configurations of a sweep as candidates, and what they must beat.
+
+    Candidates: the `top_k` best full-length trials by the sweep's own rule, no near-copies of each other. Baselines:
+    the best `ce` and `lsr` (also of `baselines`, a sweep of those alone, where the sweep itself lacks them), and the
+    winner with plain training in place of its objective, scaled to its weight of CE. Reference: the published setting.
+    """
+    winners = _candidates(experiment, top_k)
+    first = winners[0]
+    arms: list[dict[str, Any]] = [{"name": r.name, "config": r.config, "role": "candidate"} for r in winners]
+    for name in BASELINES:
+        found = [(r, s) for e in (experiment, *([baselines] if baselines else [])) for r, s in _of(e, name)]
+        if not found:
+            raise ConfigError(f"no full-length trial of the baseline {name}; tune it first", experiment)
+        rival = max(found, key=lambda pair: pair[1])[0]
+        arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
+    objective = validated(TrainConfig, first.config).objective
+    weight = objective.loss_scale * objective.ce_weight
+    if weight > 0:
+        scaled = {**first.config, "objective": {"name": "ce", "loss_scale": weight}, "teacher": None}
+        arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
+    if setting := PUBLISHED.get(first.objective):
+        published = {**first.config, "objective": {"name": first.objective, **setting}}
+        arms.append({"name": f"{first.objective}-published", "config": published, "role": "reference"})
+    configs: list[TrainConfig] = []
+    distinct = []
+    for arm in arms:
+        config = validated(TrainConfig, arm["config"])
+        if config not in configs:
+            configs.append(config)
+            distinct.append(arm)
+    return validated(
+        Arms,
+        {
+            "title": f"{experiment.name}: the best {len(winners)} against tuned baselines",
+            "arms": distinct,
+            "searched": len(read_records(experiment)),
+            "experiment": experiment.name,
+        },
+        experiment,
+    )
+
+
+def _full(experiment: Path) -> tuple[list[Record], Callable[[Record], float]]:
+    """(full-length trials, best first; their value, larger is better)."""
+    search = read_experiment(experiment)["space"]["search"]
+    metric = search["metric"]
+    sign = 1 if metric in ("val_accuracy", "val_top5") else -1
+
+    def value(record: Record) -> float:
+        return float(sign * record.last[metric])
+
+    done = [r for r in read_records(experiment) if r.status == "done"]
+    return sorted(done, key=lambda r: (-value(r), r.number)), value
+
+
+def _of(experiment: Path, objective: str) -> list[tuple[Record, float]]:
+    records, value = _full(experiment)
+    return [(r, value(r)) for r in records if r.objective == objective]
+
+
+def _candidates(experiment: Path, top_k: int) -> list[Record]:
+    about = read_experiment(experiment)
+    records, _ = _full(experiment)
+    if not records:
+        raise ConfigError("no trial of full length, so there is nothing to confirm", experiment)
+    others = [r for r in records if r.objective not in BASELINES]
+    if not others:
+        raise ConfigError("only baselines were searched (ce, lsr), so there is nothing to confirm", experiment)
+    domains = {p.name: p.domain for p in build_space(about["space"]).parameters}
+    chosen: list[Record] = []
+    for record in others:
+        if not any(_near(record, better, domains) for better in chosen):
+            chosen.append(record)
+        if len(chosen) == top_k:
+            break
+    return chosen
+
+
+def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
+    if a.objective != b.objective or a.parameters.keys() != b.parameters.keys():
+        return False
+    return all(_distance(domains[k], v, b.parameters[k]) < NEAR for k, v in a.parameters.items())
+
+
+def _distance(domain: Domain, a: Any, b: Any) -> float:
+    """Between two values, as a share of their range on its own scale."""
+    if not isinstance(domain, Range):
+        return float(a != b)
+    scale = math.log if domain.log else (lambda x: math.log(1 - x)) if domain.log_complement else float
+    return abs((scale(a) - scale(b)) / (scale(domain.high) - scale(domain.low)))
 
 
 # --- a comparison's directory ----------------------------------------------------------------------------------

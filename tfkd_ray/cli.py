@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tfkd_ray.config import TeacherRun, TrainConfig
     from tfkd_ray.space import Space
 
-OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,16 +100,33 @@ def _parser() -> argparse.ArgumentParser:
     storage(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes; the same DIR again goes on there")
 
-    sub = verb("confirm", _confirm, "Train the arms of a file over several seeds and compare them on the test split.")
-    file_and_overrides(sub, "an arms file")
+    sub = verb("confirm", _confirm, "Does it help? Train the best of a sweep, or the arms of a file, over several "
+               "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
+    file_and_overrides(sub, "a sweep's directory, or an arms file")
+    sub.add_argument("--top-k", type=_count, default=3, metavar="K", help="of a sweep: its K best (default: 3)")
+    sub.add_argument("--fail-if-not-better", action="store_true", help="end with exit code 7 unless an arm is better")
     download(sub)
     storage(sub)
-    sub.add_argument("--seeds", type=_count, default=5, metavar="N", help="runs of each arm (default: 5)")
+    sub.add_argument(
+        "--seeds",
+        type=_count,
+        default=5,
+        metavar="N",
+        help="runs of each arm (default: 5, which shows gains of about a point; 10 show half a point)",
+    )
     sub.add_argument("--preset", choices=["smoke"], help="smoke: scaled down, to see it run")
     sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
     sub.add_argument("--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd")
     sub.add_argument("--name", help="of the comparison (default: the file's name and the time)")
     sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
+
+    sub = verb("export", _export, "Write a student as a folder to give away: weights, graphs, model card.")
+    sub.add_argument("source", type=Path, help="a sweep, a trial's folder, what tfkd train made, or a comparison")
+    sub.add_argument("--arm", help="of a comparison (default: the first by verdict, then by mean)")
+    sub.add_argument("--seed", type=_count, help="of a comparison (default: the first that was trained to the end)")
+    sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="a new directory (default: ./NAME-export)")
+    sub.add_argument("--onnx", action="store_true", help="also as ONNX (pip install 'tfkd_ray[onnx]')")
+    sub.add_argument("--licence", metavar="NAME", help="of the weights, e.g. apache-2.0")
 
     sub = verb("teacher", _teacher, "Train, list or show teachers.")
     actions = sub.add_subparsers(dest="do", required=True, metavar="train|list|show")
@@ -340,17 +357,20 @@ def _made(run: "TeacherRun") -> str:
 
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
     """Run a Tuner under our table and our Ctrl-C, then print what came out."""
-    from tfkd_ray.live import Progress
-
-    search = space.search
-    rows = [b.objective for b in space.branches]
-    progress = Progress(experiment, rows, search.num_samples, search.metric, search.mode)
+    progress = _progress(space, experiment)
     started = time.monotonic()
     ended = _fit(progress, build)
     if ended is None:
         return FAILED
     code = _summary(space, experiment, time.monotonic() - started, whole=ended)
     return code if ended else _interrupted(experiment)
+
+
+def _progress(space: "Space", experiment: Path) -> Any:
+    from tfkd_ray.live import Progress
+
+    rows = [b.objective for b in space.branches]
+    return Progress(experiment, rows, space.search.num_samples, space.search.metric, space.search.mode)
 
 
 def _fit(progress: Any, build: Callable[[Any], Any]) -> bool | None:
@@ -446,25 +466,58 @@ def _short(path: Path) -> str:
 
 
 def _confirm(args: argparse.Namespace) -> int:
-    from tfkd_ray.arms import FIRST_SEED, load_arms, new_comparison
+    from tfkd_ray.arms import FIRST_SEED, arms_of, load_arms, new_comparison
     from tfkd_ray.schema import ConfigError
 
-    compared = load_arms(args.file, args.overrides, preset=args.preset)
-    directory = _new_directory(args, Path(args.file).stem)
-    _have_data(compared.example, args)
     if args.seeds < 2:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
+    given = Path(args.file).expanduser().absolute()
+    if (given / "experiment.yaml").is_file():
+        if args.overrides or args.preset:
+            raise ConfigError("settings and presets are for arms files; the arms of a sweep are as it trained them")
+        args.storage = given.parent  # where its teachers are
+        directory = _new_directory(args, f"{given.name}-confirm")
+        tuned = _tuned_baselines(given, args)
+        compared = arms_of(given, top_k=args.top_k, baselines=tuned)
+    else:
+        compared = load_arms(args.file, args.overrides, preset=args.preset)
+        directory = _new_directory(args, Path(args.file).stem)
+    _have_data(compared.example, args)
     _join(args.address, compared.example.workers)
     from tfkd_ray.tune import prepare
 
     prepare(compared.example)
     seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
     new_comparison(compared, seeds, directory, teacher_per_seed=args.teacher_per_seed, hold_out=args.train_only)
-    return _compare(directory, args.address)
+    return _compare(directory, args.address, strict=args.fail_if_not_better)
 
 
-def _compare(directory: Path, address: str | None) -> int:
+def _tuned_baselines(experiment: Path, args: argparse.Namespace) -> Path | None:
+    """Tune the baselines that a sweep did not tune as hard as its winner; the sweep that did, or None if none lacks."""
+    from tfkd_ray.arms import baseline_space, untuned
+
+    lacking = untuned(experiment)
+    if not lacking:
+        return None
+    tuned = experiment.with_name(f"{experiment.name}-baselines")
+    if not (tuned / "experiment.yaml").is_file():
+        space = baseline_space(experiment, lacking)
+        names = " and ".join(lacking)
+        _say(f"baselines: {names} had fewer trials than the winner's objective; tuning them first, in {_short(tuned)}")
+        _have_data(space.example, args)
+        _join(args.address, space.example.workers)
+        from tfkd_ray.tune import build_tuner
+
+        tuner = lambda shown: build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown])  # noqa: E731
+        if not _fit(_progress(space, tuned), tuner):
+            from tfkd_ray.schema import ConfigError
+
+            raise ConfigError(f"was not finished; go on with it: tfkd resume {_short(tuned)}", tuned)
+    return tuned
+
+
+def _compare(directory: Path, address: str | None, *, strict: bool = False) -> int:
     """Run what a comparison still lacks, then open the test split and print the table."""
     from tfkd_ray.arms import read_comparison
 
@@ -480,6 +533,8 @@ def _compare(directory: Path, address: str | None) -> int:
     result = judge_on_test(directory)
     print("\n".join(table(result)))
     print(f"\nwritten to {_short(directory)}/confirm.json")
+    if strict and not any(found["verdict"] == "better" for found in result["verdicts"]):
+        return NOT_BETTER
     return OK if all(run["status"] == "done" for arm in result["arms"] for run in arm["runs"]) else FAILED
 
 
@@ -491,6 +546,29 @@ def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
     rows = [arm.name for arm in compared.arms.arms]
     progress = Progress(directory, rows, len(compared.runs), "train_loss", "min")
     return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=_teacher_line))
+
+
+# --- export ----------------------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tfkd_ray.export import ExportFailed, export
+
+    out = args.out or Path(f"{args.source.absolute().name}-export")
+    try:
+        made = export(args.source, out, arm=args.arm, seed=args.seed, onnx=args.onnx, licence=args.licence)
+    except ExportFailed as error:
+        _say(f"tfkd export: {error}")
+        return FAILED
+    for name, found in made["differences"].items():
+        print(
+            f"{name}: logits differ by at most {found['largest']:.2g} (the largest is {found['scale']:.3g}) on "
+            f"{made['images']} images of {made['split']}"
+        )
+    for name, why in made["problems"].items():
+        _say(f"{name}: not written: {why}")
+    print(f"{made['name']} is in {_short(Path(made['folder']))}")
+    return FAILED if made["problems"] else OK
 
 
 # --- teachers --------------------------------------------------------------------------------------------------
@@ -584,7 +662,8 @@ def _train(args: argparse.Namespace) -> int:
         return FAILED
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    print(f"val_accuracy {metrics['val_accuracy']:.4f} after {metrics['epoch']:.0f} epochs, in {_short(out)}")
+    name = "val_accuracy" if "val_accuracy" in metrics else "train_loss"
+    print(f"{name} {metrics[name]:.4f} after {metrics['epoch']:.0f} epochs, in {_short(out)}")
     return OK
 
 
@@ -667,7 +746,8 @@ def _trials(args: argparse.Namespace) -> int:
 def _tensorboard(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import read_experiment
 
-    read_experiment(args.experiment)
+    if not (args.experiment / "confirm.yaml").is_file():
+        read_experiment(args.experiment)
     _say(f"TensorBoard: http://127.0.0.1:{args.port}/ (Ctrl-C ends it)")
     sys.stdout.flush()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(args.experiment / "tb"), "--host", "127.0.0.1",

@@ -28,7 +28,7 @@ from tfkd_ray.data import Dataset, Images
 from tfkd_ray.evaluate import predictions
 from tfkd_ray.experiment import Record, check_writable, read_records, trials_folder, write_text
 from tfkd_ray.schema import ConfigError
-from tfkd_ray.tensorboard import TensorBoard
+from tfkd_ray.tensorboard import TensorBoard, write_comparison
 from tfkd_ray.tune import Lock, Recorder, assemble, place_of, prepare, train_teachers
 from tfkd_ray.verdict import scores
 
@@ -227,7 +227,17 @@ def outcome(directory: Path) -> dict[str, Any]:
         ],
     }
     write_text(directory / "confirm.json", json.dumps(result, indent=1) + "\n")
+    write_comparison(directory / "tb", {name: _growth(arm) for name, arm in arrays.items()})
     return result
+
+
+def _growth(arm: verdict.Arm) -> dict[str, Sequence[Any]]:
+    """An arm's runs, their values, and mean and interval after 2, 3, ... seeds."""
+    parts = [
+        verdict.summary(verdict.Arm(arm.name, arm.seeds[:n], arm.values[:n])) for n in range(2, len(arm.seeds) + 1)
+    ]
+    curves = {kind: [getattr(part, kind) for part in parts] for kind in ("mean", "low", "high")}
+    return {"runs": [f"{arm.name}-s{seed}" for seed in arm.seeds], "values": arm.values.tolist(), **curves}
 
 
 def _run_outcome(directory: Path, run: Run, record: Record | None) -> dict[str, Any]:

@@ -489,7 +489,7 @@ def _only_logits(what: str, num_classes: int, module: nn.Module, inputs: tuple[T
     elif not isinstance(output, Tensor):
         first = output[0] if isinstance(output, tuple | list) and output else output
         logits = getattr(output, "logits", getattr(output, "out", first))
-    wanted = [len(inputs[0]), num_classes]
+    wanted = [inputs[0].shape[0], num_classes]
     if not isinstance(logits, Tensor) or list(logits.shape) != wanted:
         got = list(logits.shape) if isinstance(logits, Tensor) else f"{type(output).__name__} without a tensor of them"
         raise ConfigError(

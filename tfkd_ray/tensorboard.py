@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
-from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -69,7 +71,12 @@ class TensorBoard(Callback):  # type: ignore[misc]
         _add(
             writer,
             0,
-            _session_start({"objective": name, **values} if name else values, about.get("name", ""), self._columns),
+            # the seeds of an arm are one session group
+            _session_start(
+                {"objective": name, **values} if name else values,
+                about.get("arm") or about.get("name", ""),
+                self._columns,
+            ),
         )
         writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
@@ -114,6 +121,62 @@ class TensorBoard(Callback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_writers": {}}
+
+
+def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+    """Events that show a finished comparison: test accuracies as HParams' values, and a margin chart of the arms.
+
+    The chart, under Custom Scalars, shows mean and 95 % interval of each run `arms/NAME` after 2, 3, ... n seeds.
+
+    Args:
+        folder: where the runs' events are.
+        arms: by arm's name: `runs` their names, `values` their test accuracies, and for each number of seeds from 2 on
+            `mean`, `low` and `high`.
+    """
+    for old in (*folder.glob("events.*"), *folder.glob("*/events.*.test"), *folder.glob("arms/*/events.*")):
+        old.unlink()
+    columns = [
+        api_pb2.HParamInfo(name=name, type=api_pb2.DATA_TYPE_STRING, differs=True) for name in ("objective", "arm")
+    ]
+    columns.append(api_pb2.HParamInfo(name="seed", type=api_pb2.DATA_TYPE_FLOAT64, differs=True))
+    metric = api_pb2.MetricInfo(name=api_pb2.MetricName(tag=VALUE), display_name="test accuracy")
+    about = api_pb2.Experiment(hparam_infos=columns, metric_infos=[metric], time_created_secs=time.time())
+    band = layout_pb2.MarginChartContent.Series(value="test_acc/mean", lower="test_acc/low", upper="test_acc/high")
+    chart = layout_pb2.Chart(
+        title="mean and 95 % over seeds, by their number (tick the runs arms/...)",
+        margin=layout_pb2.MarginChartContent(series=[band]),
+    )
+    layout = layout_pb2.Layout(category=[layout_pb2.Category(title="test accuracy", chart=[chart])])
+    root = EventFileWriter(str(folder))
+    _add(root, 0, _summary(metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=about)))
+    _add(root, 0, _layout(layout))
+    root.close()
+    for name, arm in arms.items():
+        writer = EventFileWriter(str(folder / "arms" / name))
+        for kind in ("mean", "low", "high"):
+            for seeds, value in enumerate(arm[kind], start=2):
+                _add(writer, seeds, _scalar(f"test_acc/{kind}", value))
+        writer.close()
+        for run, value in zip(arm["runs"], arm["values"], strict=True):
+            writer = EventFileWriter(str(folder / str(run)), filename_suffix=".test")
+            _add(writer, 0, _scalar(VALUE, value))
+            writer.close()
+
+
+def _layout(layout: layout_pb2.Layout) -> summary_pb2.Summary:
+    # TensorBoard's own function for it needs TensorFlow
+    plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name=custom_scalar_metadata.PLUGIN_NAME)
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[layout.SerializeToString()])
+    value = summary_pb2.Summary.Value(
+        tag=custom_scalar_metadata.CONFIG_SUMMARY_TAG,
+        metadata=summary_pb2.SummaryMetadata(plugin_data=plugin),
+        tensor=tensor,
+    )
+    return summary_pb2.Summary(value=[value])
+
+
+def _scalar(tag: str, value: float) -> summary_pb2.Summary:
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)])
 
 
 def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:

@@ -547,7 +547,7 @@ def table(verdict: Verdict, *, arms: bool = True) -> list[str]:
 def _wrapped(text: str) -> list[str]:
     """Lines of at most 80 columns, with no break inside '95 %' or 'n = 5'."""
     kept = re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?== )|(?<= n =) (?=\d)", "\N{NO-BREAK SPACE}", text + ".")
-    lines = textwrap.wrap(kept, 80, subsequent_indent="  ")
+    lines = textwrap.wrap(kept, 80, subsequent_indent="  ", break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 

@@ -1,0 +1,504 @@
+"""An exported student computes what the student computes, says how it was chosen, and needs torch alone."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tfkd_ray import export as exporting
+from tfkd_ray.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.data import Dataset, Digits
+from tfkd_ray.experiment import Record, read_records, write_experiment, write_record, write_text
+from tfkd_ray.export import GRAPH, NOT_CONFIRMED, ONNX, SUMS, ExportFailed, export, verify
+from tfkd_ray.loop import train_in
+from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml, validated
+from tfkd_ray.space import build_space
+from tfkd_ray.teachers import find_or_train, teacher_name
+
+SMALL: dict[str, Any] = {"student": {"name": "mlp", "hidden": [8]}, "epochs": 2, "checkpoint_every_s": 100}
+CNN: dict[str, Any] = {"student": {"name": "cnn", "widths": [4, 8]}, "epochs": 2}
+
+
+# --- networks of a person's own --------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """BatchNorm, and logits in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.norm(x).flatten(1))}
+
+
+class Branching(nn.Linear):
+    """What it does depends on the values of the images: no graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)) * (1.0 if x.mean().item() > 0 else 2.0)
+
+
+class Noisy(nn.Linear):
+    """Another answer each time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)) + torch.rand(len(x), 10)
+
+
+def wrapped(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    return Wrapped()
+
+
+def branching(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    return Branching(64, num_classes)
+
+
+def noisy(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    return Noisy(64, num_classes)
+
+
+# --- what is exported: real runs, in the folders that tune, train and confirm make -------------------------------
+
+
+def trained(folder: Path, config: TrainConfig, storage: Path) -> list[dict[str, float]]:
+    """Train as a trial does, without Ray."""
+    found = list(train_in(folder, config, teacher=find_or_train(config, storage), about={"trial": folder.name}))
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in found))
+    return found
+
+
+def run_of(folder: Path, tree: dict[str, Any]) -> Path:
+    """As `tfkd train` leaves it."""
+    config = validated(TrainConfig, {"objective": "ce", **tree})
+    write_text(folder / "config.yaml", dump_yaml(config.model_dump(mode="json")))
+    trained(folder, config, folder.parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep `sweep`, a comparison `arms` that judged one of its trials, and a run `run`."""
+    place = tmp_path_factory.mktemp("storage")
+    tree = build_space({**SMALL, "objective": ["lsr", "tfkd_self"]}).tree
+    write_experiment(place / "sweep", tree, ["/somewhere/bin/tfkd", "tune", "mine.yaml"])
+    for number, (objective, status, lr) in enumerate(
+        [("lsr", "done", 0.01), ("tfkd_self", "done", 0.2), ("lsr", "stopped", 0.1), ("ce", "failed", 0.1)]
+    ):
+        name = f"t{number:04d}-{objective}"
+        config = validated(TrainConfig, {**SMALL, "objective": objective, "optim": {"lr": lr}})
+        folder = place / "sweep/trials" / name
+        if status == "done":
+            trained(folder, config, place)
+        reason = "Diverged: train_loss is nan" if status == "failed" else None
+        write_record(Record(folder, number, name, objective, status, {}, config.model_dump(mode="json"), reason))
+    arms = {
+        **SMALL,
+        "arms": [
+            {"name": "ce", "objective": "ce", "optim": {"lr": 0.2}},
+            {"name": "self", "objective": "tfkd_self", "optim": {"lr": 0.2}},
+            {"name": "slow", "objective": "tfkd_self", "optim": {"lr": 0.001}},
+        ],
+    }
+    new_comparison(build_arms(arms), [1, 2, 3], place / "arms")
+    for number, run in enumerate(read_comparison(place / "arms").runs):
+        folder = place / "arms/trials" / run.name
+        status = "failed" if run.name == "slow-s3" else "done"
+        if status == "done":
+            trained(folder, run.config, place)
+        told = {"arm": run.arm, "seed": run.seed}
+        write_record(Record(folder, number, run.name, run.arm, status, told, run.config.model_dump(mode="json"), "out"))
+    from tfkd_ray.confirm import judge_on_test
+
+    judge_on_test(place / "arms")
+    run_of(place / "run", CNN)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _no_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dataset, "load_test", lambda self: pytest.fail("the test split was opened"))
+
+
+def student(folder: Path) -> tuple[nn.Module, Dataset]:
+    """The student that an exported folder's weights and configuration make."""
+    config = validated(TrainConfig, read_yaml(folder / "config.yaml"))
+    network = config.student.build(config.data.shape, config.data.num_classes)
+    network.load_state_dict(load_file(folder / "student.safetensors"))
+    return network.eval(), config.data
+
+
+# --- what is written -------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_with_torch_alone_gives_the_students_logits(tmp_path: Path, storage: Path) -> None:
+    result = export(storage / "run", tmp_path / "out")
+    assert result["files"] == ["README.md", "config.yaml", GRAPH, "student.safetensors", SUMS]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(result["files"]) == {*verify(tmp_path / "out"), SUMS}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    network, data = student(tmp_path / "out")
+    images = data.load()[0].part(torch.arange(64)).images  # type: ignore[union-attr]
+    with torch.no_grad():
+        wanted = network((images.float() - Digits.mean[0]) / Digits.std[0])
+    torch.save({"images": images, "logits": wanted}, tmp_path / "wanted.pt")
+    code = (
+        "import sys\n"
+        "for name in ('tfkd_ray', 'ray', 'torchvision', 'timm', 'safetensors', 'numpy'): sys.modules[name] = None\n"
+        "import torch\n"
+        f"student = torch.export.load('out/{GRAPH}').module()\n"
+        "wanted = torch.load('wanted.pt')\n"
+        "for size in (1, 7, 64):\n"
+        "    logits = student(wanted['images'][:size])\n"
+        "    torch.testing.assert_close(logits, wanted['logits'][:size], rtol=1e-5, atol=1e-5)\n"
+    )
+    ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.slow
+def test_onnx_gives_the_students_logits_at_every_batch_size(tmp_path: Path, storage: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    result = export(storage / "run", tmp_path / "out", onnx=True)
+    assert result["images"] == 256 and result["split"] == "validation" and not result["problems"]
+    assert {n: d["largest"] < 1e-5 < d["scale"] for n, d in result["differences"].items()} == {GRAPH: True, ONNX: True}
+    model = onnx.load(tmp_path / "out" / ONNX)
+    onnx.checker.check_model(model)
+    assert [o.version for o in model.opset_import if not o.domain] == [exporting.OPSET]
+    session = onnxruntime.InferenceSession(tmp_path / "out" / ONNX)
+    network, data = student(tmp_path / "out")
+    images = data.load()[0].part(torch.arange(30)).images  # type: ignore[union-attr]
+    with torch.no_grad():
+        wanted = network((images.float() - Digits.mean[0]) / Digits.std[0])
+    for size in (1, 7, 30):
+        (logits,) = session.run(["logits"], {"images": images[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), wanted[:size], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_and_configuration_are_those_of_the_run(tmp_path: Path, storage: Path) -> None:
+    export(storage / "run", tmp_path / "out", licence="apache-2.0")
+    first, copy = (load_file(f / "student.safetensors") for f in (storage / "run", tmp_path / "out"))
+    assert first.keys() == copy.keys() and all(first[k].equal(copy[k]) for k in first)
+    assert read_yaml(tmp_path / "out/config.yaml") == read_yaml(storage / "run/config.yaml")
+    with safe_open(tmp_path / "out/student.safetensors", "pt") as file:
+        header = file.metadata()
+    with safe_open(storage / "run/student.safetensors", "pt") as file:
+        assert header["run"] == file.metadata()["run"]
+    assert json.loads(header["mean"]) == list(Digits.mean) and header["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("file", [GRAPH, ONNX])
+@pytest.mark.slow
+def test_no_place_on_this_machine_is_in_a_graph(tmp_path: Path, storage: Path, file: str) -> None:
+    export(storage / "run", tmp_path / "out", onnx=True)
+    content = (tmp_path / "out" / file).read_bytes()
+    assert not [p for p in (Path(torch.__file__).parent, Path(exporting.__file__).parent) if str(p).encode() in content]
+
+
+def test_all_or_nothing_is_written(tmp_path: Path, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()  # an empty one may be there
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch.export, "save", stopped)
+        export(storage / "run", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
+    export(storage / "run", tmp_path / "out")
+    assert verify(tmp_path / "out")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+# --- networks that are not ours --------------------------------------------------------------------------------
+
+
+def test_an_own_network_with_a_dict_of_logits_is_exported(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", {"student": "test_export:wrapped", "epochs": 1})
+    result = export(tmp_path / "run", tmp_path / "out")
+    assert not result["problems"] and result["differences"][GRAPH]["largest"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_network_of_timm_is_exported(tmp_path: Path) -> None:
+    tree = {"student": {"name": "timm", "model": "test_resnet"}, "epochs": 1, "data": {"name": "digits", "subset": 300}}
+    run_of(tmp_path / "run", tree)
+    result = export(tmp_path / "run", tmp_path / "out", onnx=True)
+    assert not result["problems"] and (result["split"], result["images"]) == (
+        "train",
+        len(Digits(subset=300).load()[0]),
+    )
+    assert all(d["largest"] < 1e-4 * d["scale"] for d in result["differences"].values())
+
+
+def test_without_a_graph_the_weights_are_there_and_the_card_says_why(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", {"student": "test_export:branching", "epochs": 1})
+    result = export(tmp_path / "run", tmp_path / "out", onnx=True)
+    assert result["files"] == ["README.md", "config.yaml", "student.safetensors", SUMS]
+    assert set(result["problems"]) == {GRAPH, ONNX} and not result["differences"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"`{GRAPH}` is not here, as the network could not be exported to it: `torch.export: " in card
+    assert "torch.export.load" not in card and verify(tmp_path / "out")
+
+
+def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", {"student": "test_export:noisy", "epochs": 1})
+    with pytest.raises(
+        ExportFailed, match=r"student\.pt2: its logits differ from the student's by up to 0\.\d+ on 256"
+    ):
+        export(tmp_path / "run", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+# --- which student, and what the card says ---------------------------------------------------------------------
+
+
+def card_of(source: Path, out: Path, **which: Any) -> tuple[str, str]:
+    """(name, card on one line)."""
+    name: str = export(source, out, **which)["name"]
+    return name, " ".join((out / "README.md").read_text().split())
+
+
+def test_of_a_sweep_the_best_trial_is_taken_and_the_card_says_of_how_many(tmp_path: Path, storage: Path) -> None:
+    name, card = card_of(storage / "sweep", tmp_path / "out")
+    records = read_records(storage / "sweep")
+    value = records[1].last["val_accuracy"]
+    assert name == "sweep/t0001-tfkd_self" and value > records[0].last["val_accuracy"]
+    assert (
+        f"The best of 4 trials of the sweep `sweep` on validation (2 of full length): val_accuracy {value:.4f}" in card
+    )
+    assert f"| val_accuracy | {value:.4f} |" in card
+    assert "tfkd tune mine.yaml" in card and "/somewhere" not in card and f"torch=={torch.__version__[:4]}" in card
+
+
+def test_the_card_has_the_verdict_on_the_trials_configuration(tmp_path: Path, storage: Path) -> None:
+    _, card = card_of(storage / "sweep", tmp_path / "out")
+    (found,) = json.loads((storage / "arms/confirm.json").read_text())["verdicts"]
+    mine = next(c for c in found["candidates"] if c["name"] == "self")
+    assert f"**{mine['sentence']}.**" in card and "95 %" in mine["sentence"]
+    low, high = (100 * mine["comparisons"][0][end] for end in ("low", "high"))
+    assert f"| {low:z.2f} to {high:z.2f} |" in card
+    assert "These weights are not among those that were judged" in card and "Not confirmed" not in card
+
+
+def test_the_card_names_the_teacher_and_what_is_known_of_it(tmp_path: Path, storage: Path) -> None:
+    _, card = card_of(storage / "sweep", tmp_path / "out")
+    run = validated(TrainConfig, read_yaml(tmp_path / "out/config.yaml")).teacher_run()
+    assert run is not None
+    about = json.loads((storage / "teachers" / teacher_name(run) / "teacher.json").read_text())
+    assert f"`{teacher_name(run)}`" in card and about["sha256"] in card
+    assert f"val_accuracy: {about['metrics']['val_accuracy']:.4f}" in card
+
+
+def test_another_trial_is_picked_by_hand_and_not_confirmed(tmp_path: Path, storage: Path) -> None:
+    name, card = card_of(storage / "sweep/trials/t0000-lsr", tmp_path / "out")
+    assert name == "sweep/t0000-lsr" and "picked by hand" in card and "its best trial is `t0001-tfkd_self`" in card
+    assert NOT_CONFIRMED in card
+
+
+def test_a_run_of_a_comparison_is_the_best_candidates_first_seed(tmp_path: Path, storage: Path) -> None:
+    name, card = card_of(storage / "arms", tmp_path / "out")
+    assert name == "arms/self-s1"
+    assert (
+        "of the 2 candidates of the comparison `arms` the first by verdict" in card
+        and "Seed 1: the first that was trained to the end" in card
+    )
+    assert "There is no value on validation: it was trained on, too." in card and "images of train:" in card
+    result = json.loads((storage / "arms/confirm.json").read_text())
+    values = [run["accuracy"] for run in next(a for a in result["arms"] if a["name"] == "self")["runs"]]
+    assert f"Test accuracy of this run: {100 * values[0]:.2f} %" in card
+    assert f"the mean over all 3 seeds: {100 * sum(values) / 3:.2f} %" in card
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ({"a": "better", "b": "not better"}, "a"),
+        ({"a": "cannot tell", "b": "not better"}, "b"),
+        ({"a": "better", "b": "better"}, "b"),
+        ({"b": "not better"}, "b"),
+    ],
+)
+def test_a_better_arm_goes_first_and_else_the_mean_decides(words: dict[str, str], first: str) -> None:
+    means = {"base": 0.99, "a": 0.5, "b": 0.6}
+    arms = [
+        {"name": n, "role": "baseline" if n == "base" else "candidate", "runs": [{"accuracy": v}]}
+        for n, v in means.items()
+    ]
+    verdicts = [{"candidates": [{"name": n, "verdict": w} for n, w in words.items()]}]
+    assert exporting._best_arm({"arms": arms, "verdicts": verdicts}) == first
+
+
+@pytest.mark.parametrize("by_folder", [False, True], ids=["--arm --seed", "the trial's folder"])
+def test_an_arm_and_a_seed_can_be_asked_for(tmp_path: Path, storage: Path, by_folder: bool) -> None:
+    asked = {} if by_folder else {"arm": "ce", "seed": 2}
+    name, card = card_of(storage / "arms" / ("trials/ce-s2" if by_folder else ""), tmp_path / "out", **asked)
+    assert name == "arms/ce-s2" and "Seed 2: picked by hand" in card and "No verdict on `ce`: it is a baseline" in card
+
+
+def test_the_front_matter_names_a_licence_or_that_there_is_none(tmp_path: Path, storage: Path) -> None:
+    for licence, wanted in ((None, {"license": "other", "license_name": "none-given"}), ("mit", {"license": "mit"})):
+        out = tmp_path / str(licence)
+        export(storage / "run", out, licence=licence)
+        front = (out / "README.md").read_text().split("---\n")[1]
+        (tmp_path / "front.yaml").write_text(front)
+        found = read_yaml(tmp_path / "front.yaml")
+        assert {k: v for k, v in found.items() if "license" in k} == wanted
+        assert found["pipeline_tag"] == "image-classification" and "ce" in found["tags"]
+
+
+def test_weights_of_another_release_are_exported_with_a_word(tmp_path: Path, storage: Path) -> None:
+    shutil.copytree(storage / "run", tmp_path / "run")
+    tree = read_yaml(tmp_path / "run/config.yaml")
+    write_text(tmp_path / "run/config.yaml", dump_yaml({**tree, "seed": 5}))
+    _, card = card_of(tmp_path / "run", tmp_path / "out")
+    assert "another release trained them, or a file was changed by hand" in card
+
+
+# --- damage ----------------------------------------------------------------------------------------------------
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda f: _flip(f / "student.safetensors"), r"student\.safetensors: changed: its SHA-256 is not the one"),
+        (lambda f: _flip(f / GRAPH), r"student\.pt2: changed"),
+        (lambda f: (f / "README.md").unlink(), r"README\.md: missing; SHA256SUMS lists it"),
+        (lambda f: (f / "more.txt").touch(), r"more\.txt: not in SHA256SUMS"),
+        (lambda f: (f / SUMS).unlink(), "not an exported student: there is no SHA256SUMS"),
+        (lambda f: (f / SUMS).write_text(""), "lists no file"),
+        (lambda f: (f / SUMS).write_text("0" * 64 + "  ../secret\n"), "line 1 is not a checksum and a name"),
+    ],
+    ids=["weights", "graph", "missing", "added", "no sums", "empty sums", "a path"],
+)
+def test_what_was_changed_is_found(tmp_path: Path, storage: Path, harm: Any, sentence: str) -> None:
+    export(storage / "run", tmp_path / "out")
+    harm(tmp_path / "out")
+    with pytest.raises(ConfigError, match=sentence):
+        verify(tmp_path / "out")
+
+
+def test_sha256sum_reads_the_checksums(tmp_path: Path, storage: Path) -> None:
+    export(storage / "run", tmp_path / "out")
+    checked = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=tmp_path / "out", capture_output=True)
+    assert checked.returncode == 0
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------
+
+
+def _unfinished(storage: Path, place: Path) -> Path:
+    shutil.copytree(storage / "run", place)
+    (place / "student.safetensors").unlink()
+    return place
+
+
+def _unjudged(storage: Path, place: Path) -> Path:
+    place.mkdir()
+    shutil.copy(storage / "arms/confirm.yaml", place)
+    return place
+
+
+def _without_a_full_trial(storage: Path, place: Path) -> Path:
+    shutil.copytree(storage / "sweep", place, ignore=shutil.ignore_patterns("t0000*", "t0001*"))
+    return place
+
+
+def _torn(storage: Path, place: Path) -> Path:
+    shutil.copytree(storage / "run", place)
+    path = place / "student.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return place
+
+
+def _misfit(storage: Path, place: Path) -> Path:
+    shutil.copytree(storage / "run", place)
+    tree = read_yaml(place / "config.yaml")
+    write_text(place / "config.yaml", dump_yaml({**tree, "student": {"name": "cnn", "widths": [4, 9]}}))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("source", "which", "sentence"),
+    [
+        ("sweeep", {}, "no such folder"),
+        ("run/config.yaml", {}, "is a file; name the folder it is in"),
+        ("teachers", {}, "holds no student: an experiment has experiment.yaml"),
+        ("sweep", {"arm": "ce"}, "--arm: picks a run of a comparison, and there is no confirm.yaml here"),
+        ("run", {"seed": 1}, "--seed: picks a run of a comparison"),
+        ("sweep/trials/t0002-lsr", {}, "stopped; only a trial of full length has weights to export"),
+        ("sweep/trials/t0003-ce", {}, "failed: Diverged: train_loss is nan; only a trial of full length"),
+        ("arms", {"arm": "sself"}, "--arm: no arm 'sself'; did you mean 'self'?"),
+        ("arms", {"arm": "ce", "seed": 9}, "--seed: ce with 9: no such seed; trained to the end: 1, 2, 3"),
+        ("arms", {"arm": "slow", "seed": 3}, "--seed: slow with 3: failed: out; trained to the end: 1, 2"),
+        ("run", {"licence": "my licence"}, "--licence: a short name such as apache-2.0"),
+        (_unfinished, {}, "not finished: no student.safetensors in it, 2 of 2 epochs done"),
+        (_unjudged, {}, "not finished: not judged yet, no confirm.json in it"),
+        (_without_a_full_trial, {}, "no trial of full length yet (2 trials)"),
+        (_torn, {}, "damaged: "),
+        (_misfit, {}, "its weights do not fit its configuration"),
+    ],
+    ids=[
+        "no folder",
+        "a file",
+        "no student",
+        "arm of a sweep",
+        "seed of a run",
+        "stopped",
+        "failed",
+        "no arm",
+        "no seed",
+        "failed seed",
+        "licence",
+        "unfinished",
+        "unjudged",
+        "no full trial",
+        "torn weights",
+        "misfit weights",
+    ],
+)
+def test_wrong_input_is_a_sentence(
+    tmp_path: Path, storage: Path, source: Any, which: dict[str, Any], sentence: str
+) -> None:
+    place = storage / source if isinstance(source, str) else source(storage, tmp_path / "source")
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        export(place, tmp_path / "out", **which)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("there", ["folder", "file"])
+def test_nothing_is_written_over(tmp_path: Path, storage: Path, there: str) -> None:
+    out = tmp_path / "out"
+    if there == "folder":
+        out.mkdir()
+        (out / "mine.txt").touch()
+    else:
+        out.touch()
+    with pytest.raises(ConfigError, match=f"is {'not empty' if there == 'folder' else 'a file'}; choose another"):
+        export(storage / "run", out)
+
+
+def test_without_the_packages_onnx_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"--onnx: onnxruntime not installed here: pip install 'tfkd_ray\[onnx\]'"):
+        export(tmp_path / "nothing", tmp_path / "out", onnx=True)
