@@ -17,6 +17,7 @@ from tfkd_ray.arms import (
     load_arms,
     new_comparison,
     read_comparison,
+    rivals_of,
     runs_of,
     untuned,
 )
@@ -208,3 +209,11 @@ def test_a_sweep_with_nothing_to_confirm_is_refused(sweep: Path) -> None:
     shutil.rmtree(sweep / "trials")
     with pytest.raises(ConfigError, match="no trial of full length, so there is nothing to confirm"):
         arms_of(sweep)
+
+
+def test_baselines_can_be_chosen(sweep: Path) -> None:
+    assert [a.name for a in arms_of(sweep, top_k=1, rivals=rivals_of("lsr")).arms] == ["t0001-tfkd_reg", "t0006-lsr"]
+    with pytest.raises(ConfigError, match="no such baseline 'lrs'; did you mean 'lsr'"):
+        rivals_of("ce,lrs")
+    with pytest.raises(ConfigError, match="name a baseline to beat"):
+        rivals_of("published")

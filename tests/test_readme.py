@@ -68,6 +68,18 @@ def assert_tensorboard_answers(command: str, place: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
+def test_the_commands_of_the_docs_run(ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path) -> None:
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S) for line in block.splitlines()]
+    for line in lines:
+        command = line.split("  #")[0].strip().replace("--seeds 10", "--seeds 2")
+        if command.startswith("tfkd ") and not command.startswith("tfkd tensorboard"):
+            run = tfkd(*command.split()[1:], cwd=tmp_path)
+            assert run.returncode == 0, f"{command}: {run.stderr}"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("k", range(3))
 def test_the_python_of_the_readme_runs(ray_cluster: str, place: Path, k: int) -> None:
     code = blocks("python")
@@ -93,5 +105,6 @@ def test_the_make_targets_of_the_readme_are_there() -> None:
 
 
 def test_the_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

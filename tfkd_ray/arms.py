@@ -203,7 +203,9 @@ def runs_of(
 
 # --- arms of a sweep -------------------------------------------------------------------------------------------
 
-BASELINES: tuple[str, ...] = ("ce", "lsr")
+BASELINES = ("ce", "lsr")
+RIVALS = (*BASELINES, "scaled", "published")
+"""What the best of a sweep are compared with: see `arms_of`."""
 NEAR = 0.05
 """Configurations that differ by less than this share of every range are near-copies of each other."""
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -217,6 +219,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 """One published setting of each objective, in canonical form: CRD's for kd, ResNet-18's on CIFAR-100 for tfkd_self and
 tfkd_reg_code, ImageNet's for tfkd_reg; the papers' own for the others."""
+
+
+def rivals_of(text: str) -> list[str]:
+    """Some of RIVALS, from a list with commas."""
+    words = text.split(",")
+    if wrong := [word for word in words if word not in RIVALS]:
+        raise ConfigError([f"no such baseline {word!r}; {did_you_mean(word, RIVALS)}" for word in wrong], "--baselines")
+    if not {*words} - {"published"}:
+        raise ConfigError(
+            "the published setting is only shown; name a baseline to beat: ce, lsr or scaled", "--baselines"
+        )
+    return words
 
 
 def untuned(experiment: Path) -> dict[str, int]:
@@ -242,17 +256,18 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     return build_space(tree, experiment / "experiment.yaml")
 
 
-def arms_of(experiment: Path, *, top_k: int = 3, baselines: Path | None = None) -> Arms:
+def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS, baselines: Path | None = None) -> Arms:
     """The best configurations of a sweep as candidates, and what they must beat.
 
     Candidates: the `top_k` best full-length trials by the sweep's own rule, no near-copies of each other. Baselines:
     the best `ce` and `lsr` (also of `baselines`, a sweep of those alone, where the sweep itself lacks them), and the
     winner with plain training in place of its objective, scaled to its weight of CE. Reference: the published setting.
+    `rivals` may leave some out: `better` then means better than the others.
     """
     winners = _candidates(experiment, top_k)
     first = winners[0]
     arms: list[dict[str, Any]] = [{"name": r.name, "config": r.config, "role": "candidate"} for r in winners]
-    for name in BASELINES:
+    for name in [b for b in BASELINES if b in rivals]:
         found = [(r, s) for e in (experiment, *([baselines] if baselines else [])) for r, s in _of(e, name)]
         if not found:
             raise ConfigError(f"no full-length trial of the baseline {name}; tune it first", experiment)
@@ -260,10 +275,10 @@ def arms_of(experiment: Path, *, top_k: int = 3, baselines: Path | None = None) 
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     objective = validated(TrainConfig, first.config).objective
     weight = objective.loss_scale * objective.ce_weight
-    if weight > 0:
+    if weight > 0 and "scaled" in rivals:
         scaled = {**first.config, "objective": {"name": "ce", "loss_scale": weight}, "teacher": None}
         arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
-    if setting := PUBLISHED.get(first.objective):
+    if (setting := PUBLISHED.get(first.objective)) and "published" in rivals:
         published = {**first.config, "objective": {"name": first.objective, **setting}}
         arms.append({"name": f"{first.objective}-published", "config": published, "role": "reference"})
     configs: list[TrainConfig] = []

@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
                "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
     file_and_overrides(sub, "a sweep's directory, or an arms file")
     sub.add_argument("--top-k", type=_count, default=3, metavar="K", help="of a sweep: its K best (default: 3)")
+    sub.add_argument("--baselines", default="ce,lsr,scaled,published", metavar="LIST",
+                     help="of a sweep: what its best must beat (default: ce,lsr,scaled,published)")  # fmt: skip
     sub.add_argument("--fail-if-not-better", action="store_true", help="end with exit code 7 unless an arm is better")
     download(sub)
     storage(sub)
@@ -466,7 +468,7 @@ def _short(path: Path) -> str:
 
 
 def _confirm(args: argparse.Namespace) -> int:
-    from tfkd_ray.arms import FIRST_SEED, arms_of, load_arms, new_comparison
+    from tfkd_ray.arms import FIRST_SEED, arms_of, load_arms, new_comparison, rivals_of
     from tfkd_ray.schema import ConfigError
 
     if args.seeds < 2:
@@ -478,8 +480,9 @@ def _confirm(args: argparse.Namespace) -> int:
             raise ConfigError("settings and presets are for arms files; the arms of a sweep are as it trained them")
         args.storage = given.parent  # where its teachers are
         directory = _new_directory(args, f"{given.name}-confirm")
-        tuned = _tuned_baselines(given, args)
-        compared = arms_of(given, top_k=args.top_k, baselines=tuned)
+        rivals = rivals_of(args.baselines)
+        tuned = _tuned_baselines(given, rivals, args)
+        compared = arms_of(given, top_k=args.top_k, rivals=rivals, baselines=tuned)
     else:
         compared = load_arms(args.file, args.overrides, preset=args.preset)
         directory = _new_directory(args, Path(args.file).stem)
@@ -493,11 +496,11 @@ def _confirm(args: argparse.Namespace) -> int:
     return _compare(directory, args.address, strict=args.fail_if_not_better)
 
 
-def _tuned_baselines(experiment: Path, args: argparse.Namespace) -> Path | None:
+def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Namespace) -> Path | None:
     """Tune the baselines that a sweep did not tune as hard as its winner; the sweep that did, or None if none lacks."""
     from tfkd_ray.arms import baseline_space, untuned
 
-    lacking = untuned(experiment)
+    lacking = {name: n for name, n in untuned(experiment).items() if name in rivals}
     if not lacking:
         return None
     tuned = experiment.with_name(f"{experiment.name}-baselines")

@@ -290,6 +290,27 @@ def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
             yield f"{arm.name}: conditional on one teacher, which all its seeds share"
 
 
+OTHERS = {
+    "top5": "top-5",
+    "nll": "NLL",
+    "ece": "ECE",
+    "ece_equal_mass": "ECE =mass",
+    "brier": "Brier",
+    "agreement": "agrees",
+}
+"""Metrics that are shown beside the accuracy, and their headings."""
+
+
+def _other_metrics(result: dict[str, Any]) -> list[str]:
+    """Means over seeds: top-5 and agreement with the teacher are fractions, NLL is in nats."""
+    lines = ["", f"{'means on test':<23}" + "".join(f"{heading:>9}" for heading in OTHERS.values())]
+    for arm in result["arms"]:
+        values = [[run[key] for run in arm["runs"] if key in run] for key in OTHERS]
+        cells = "".join(f"{np.mean(v):>9.4f}" if v else " " * 9 for v in values)
+        lines.append(f"{arm['name'][:23]:<23}{cells}".rstrip())
+    return lines
+
+
 def table(result: dict[str, Any]) -> list[str]:
     """The outcome as lines of at most 80 columns; accuracies in per cent."""
     lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
@@ -314,6 +335,7 @@ def table(result: dict[str, Any]) -> list[str]:
         for run in arm["runs"]:
             if run["status"] != "done":
                 lines.append(f"{arm['name']}, seed {run['seed']}: {run['status']}: {run.get('reason', '')}")
+    lines += _other_metrics(result)
     for found in result["verdicts"]:
         lines += ["", f"--- student {found['student']}", *found["text"]]
     lines += [""] if result["notes"] else []
