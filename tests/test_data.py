@@ -36,11 +36,10 @@ from tfkd_ray.data import (
     Mnist,
     Own,
     TinyImagenet,
-    address,
-    generator,
     imported,
     stratified,
 )
+from tfkd_ray.images import address, generator
 from tfkd_ray.loop import train
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml, validated
 
@@ -408,7 +407,7 @@ def test_a_poisoned_pickle_is_refused_and_runs_nothing(tmp_path: Path, archive: 
 
 @pytest.mark.parametrize(
     "name",
-    [b"os\nsystem", b"builtins\neval", b"__builtin__\neval", b"numpy\nload", b"numpy\nndarray.tofile", b"numpy.core.multiarray\nfromfile", b"copyreg\n_reconstructor", b"_codecs\ndecode", b"tfkd_ray.data\n_encode"],
+    [b"os\nsystem", b"builtins\neval", b"__builtin__\neval", b"numpy\nload", b"numpy\nndarray.tofile", b"numpy.core.multiarray\nfromfile", b"copyreg\n_reconstructor", b"_codecs\ndecode", b"tfkd_ray.files\n_encode"],
 )  # fmt: skip
 def test_a_pickle_may_name_nothing_but_arrays(tmp_path: Path, name: bytes) -> None:
     data = write_cifar(tmp_path, Cifar100, {"test": b"c" + name + b"\n(S'1'\ntR."}, archive=False)

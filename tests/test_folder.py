@@ -15,7 +15,8 @@ from torchvision.transforms import functional as tv
 
 from tfkd_ray.augment import Augment
 from tfkd_ray.config import OptimConfig, TrainConfig
-from tfkd_ray.data import AHEAD, FolderSet, ImageFolder, Imagenet, crop_box
+from tfkd_ray.data import ImageFolder, Imagenet
+from tfkd_ray.images import AHEAD, FolderSet, crop_box
 from tfkd_ray.loop import Epoch, train
 from tfkd_ray.models import Cnn
 from tfkd_ray.objectives import CrossEntropy

@@ -13,7 +13,8 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "schema", "verdict",
+    "schema", "verdict", "files",
+    "images",
     "objectives", "data", "models", "augment",
     "config",
     "checkpoint", "evaluate", "space", "explain", "experiment",

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
 from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
-from tfkd_ray.data import Digits, ImageSet
+from tfkd_ray.data import Digits
+from tfkd_ray.images import ImageSet
 from tfkd_ray.loop import Diverged, Epoch, epoch_order, split_batches, train, train_in
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
@@ -49,7 +50,7 @@ def test_an_epoch_is_the_textbook_loop() -> None:
     """Against torch's own SGD, DataLoader-free but otherwise as everyone writes it."""
     c = config(epochs=2, optim={"lr": 0.05, "weight_decay": 1e-3, "nesterov": True, "batch_size": 100})
     ours = list(train(c))[-1].state()["model"]
-    from tfkd_ray.data import address
+    from tfkd_ray.images import address
 
     torch.manual_seed(address(0, "init"))
     net = Mlp(hidden=(16,)).build((1, 8, 8), 10)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tfkd_ray.data import generator
+from tfkd_ray.images import generator
 from tfkd_ray.schema import Settings
 
 

@@ -24,9 +24,10 @@ from tfkd_ray import teachers, verdict
 from tfkd_ray.arms import Arms, Comparison, Run, read_comparison
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
-from tfkd_ray.data import Dataset, Images
+from tfkd_ray.data import Dataset
 from tfkd_ray.evaluate import predictions
 from tfkd_ray.experiment import Record, check_writable, read_records, trials_folder, write_text
+from tfkd_ray.images import Images
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
 from tfkd_ray.tune import Lock, Recorder, assemble, place_of, prepare, train_teachers

@@ -1,18 +1,17 @@
-"""Data sets, their splits, and randomness that is addressed instead of consumed.
+"""Data sets and their splits.
 
 A data set is a frozen Settings class that also loads itself. To add one: a class with a `name`, its facts and
 `_official`, and one line in `Data`. Images live as uint8 tensors, or stay in their files (`streams`); every image knows
 its position in the official train set, so that what is random about it is a function of (seed, epoch, position) and of
 nothing else.
 
-Nothing is downloaded but by `download`. What takes long to unpack or to decode is kept in a cache (see `_cached`).
+Nothing is downloaded but by `download`. What takes long to unpack or to decode is kept in a cache (see `files.cached`).
 Files are checked as input from elsewhere: an IDX file takes no more memory than the official one, and a pickle may hold
 arrays of bytes, text and numbers only.
 
 Shapes: N = images, C = channels, H, W = height and width.
 """
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -22,29 +21,24 @@ import inspect
 import io
 import math
 import os
-import pickle
-import secrets
 import sys
 import tarfile
 import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tfkd_ray.files import ArraysOnly, cached, read_at_most, whole_file
+from tfkd_ray.images import FolderSet, Images, ImageSet, decoded, generator, rgb
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
 
 Split = Literal["train", "test"]
@@ -65,182 +59,17 @@ IMAGENET: dict[str, Any] = {
 }
 """The Tf-KD paper's recipe for ImageNet."""
 
-AHEAD = 2
-"""Batches that are decoded while the one before them is trained on."""
+MOST_BYTES = 2**28
+"""More than the largest pickle of CIFAR, which has 155,249,918 bytes."""
+
 
 _test_split_sealed = False
-
-
-def address(seed: int, *stream: str | int) -> int:
-    """A 63-bit seed for one named use of randomness, such as (seed, "order", epoch)."""
-    text = "/".join(str(part) for part in (seed, *stream))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def generator(seed: int, *stream: str | int) -> torch.Generator:
-    """A CPU generator at an address: the same numbers on every machine, device and number of workers."""
-    return torch.Generator().manual_seed(address(seed, *stream))
 
 
 def seal_test_split() -> None:
     """Make `load_test` refuse in this process, for good: a process that trains has no business with test images."""
     global _test_split_sealed
     _test_split_sealed = True
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images of one split, in memory."""
-
-    images: Tensor
-    """uint8 [N, C, H, W]."""
-    labels: Tensor
-    """int64 [N]."""
-    positions: Tensor
-    """int64 [N]: each image's place in the official train set (or test set)."""
-    official_size: int
-    """Images in that official set."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, index: Tensor) -> "ImageSet":
-        """Some of the images."""
-        return ImageSet(self.images[index], self.labels[index], self.positions[index], self.official_size)
-
-    def on(self, device: torch.device) -> "ImageSet":
-        """The set, its images included, on a device."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.positions.to(device), self.official_size)
-
-    def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
-        """The images of each batch of indices, uint8 [B, C, H, W]; these are whole already, and `crops` unused."""
-        return (self.images[batch] for batch in batches)
-
-
-@dataclass(frozen=True)
-class FolderSet:
-    """Images of one split that stay in their files, each decoded when it is read."""
-
-    data: "FolderDataset"
-    files: tuple[str, ...]
-    """Below data.root, one for each image."""
-    labels: Tensor
-    """int64 [N]."""
-    positions: Tensor
-    """int64 [N]: each image's place among all files of the official set, sorted by class and name."""
-    official_size: int
-    """Images in that official set."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, index: Tensor) -> "FolderSet":
-        """Some of the images."""
-        files = tuple(self.files[i] for i in index.tolist())
-        return FolderSet(self.data, files, self.labels[index], self.positions[index], self.official_size)
-
-    def on(self, device: torch.device) -> "FolderSet":
-        """The set with its labels and positions on a device; images are read on the CPU."""
-        labels, positions = self.labels.to(device), self.positions.to(device)
-        return FolderSet(self.data, self.files, labels, positions, self.official_size)
-
-    def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
-        """The images of each batch of indices, uint8 [B, 3, S, S], on the CPU; `data.readers` threads decode ahead.
-
-        Args:
-            crops: float [N, 4], see `crop_box`, on the CPU. None, or [N, 0]: the shorter side is resized to 256/224 of
-                S, and the centre cut out.
-        """
-        crops = crops if crops is not None and crops.shape[1] else None
-        plans = [batch.cpu() for batch in batches]  # now: later, each would wait for what the device has to do
-        ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
-        pool = ThreadPoolExecutor(self.data.readers, "tfkd-reader")
-        try:
-            for plan in plans:
-                ahead.append(self._start(pool, plan, crops))
-                if len(ahead) > AHEAD:
-                    yield _finished(*ahead.popleft())
-            while ahead:
-                yield _finished(*ahead.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _start(self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None) -> tuple[Tensor, list[Future[None]]]:
-        """(the batch, of which nothing is there yet; what fills it)."""
-        images = torch.empty(len(plan), *self.data.shape, dtype=torch.uint8, pin_memory=self.labels.is_cuda)
-        numbers: list[list[float] | None] = [None] * len(plan) if crops is None else crops[plan].tolist()
-        pixels, indices = images.numpy(), plan.tolist()
-        return images, [
-            pool.submit(self._decode, i, crop, pixels[k])
-            for k, (i, crop) in enumerate(zip(indices, numbers, strict=True))
-        ]
-
-    def _decode(self, index: int, crop: list[float] | None, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        size = self.data.image_size
-        view = functools.partial(_centre, size=size) if crop is None else functools.partial(_cut, crop=crop, size=size)
-        out[:] = self.data._decoded(self.data.root.expanduser() / self.files[index], view)
-
-
-def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
-    for job in jobs:
-        job.result()
-    return images
-
-
-def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random resized crop, inside the image whatever the numbers are.
-
-    As torchvision draws it: 8 to 100 % of the area and a log-uniform shape of 3:4 to 4:3, given that it fits. Instead
-    of drawing again until one does, the shape is drawn from what such draws end with. An image so long that nothing
-    fits gets the largest box of 3:4 or 4:3.
-
-    Args:
-        crop: uniform in [0, 1): area, shape, top, left.
-    """
-    wide = math.log(width / height)
-    shapes = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)  # log(w / h)
-    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(1e-9)  # areas that fit: from 8 % to this much more
-    drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
-    shape = float(np.interp(crop[1] * drawn[-1], drawn, shapes))
-    most = math.exp(-abs(shape - wide))
-    area = (min(0.08, most) + crop[0] * max(most - 0.08, 0)) * width * height
-    w = min(max(1, round(math.sqrt(area * math.exp(shape)))), width)
-    h = min(max(1, round(math.sqrt(area / math.exp(shape)))), height)
-    return int(crop[3] * (width - w + 1)), int(crop[2] * (height - h + 1)), w, h
-
-
-def _cut(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
-    """A random resized crop, RGB."""
-    width, height = image.size
-    left, top, w, h = crop_box(crop, width, height)
-    wide, high = _shrunk(image, width * size / w, height * size / h)
-    x, y = wide / width, high / height
-    box = (left * x, top * y, min((left + w) * x, wide), min((top + h) * y, high))
-    return _rgb(image).resize((size, size), Image.Resampling.BILINEAR, box)
-
-
-def _centre(image: Image.Image, size: int) -> Image.Image:
-    """The centre of the image, its shorter side resized to size * 256 / 224, RGB; as torchvision does it."""
-    short = round(size * 256 / 224)
-    wide, high = (int(short * side / min(image.size)) for side in image.size)
-    left, top = round((wide - size) / 2), round((high - size) / 2)
-    whole = (0.0, 0.0, *_shrunk(image, wide, high))
-    resized = _rgb(image).resize((wide, high), Image.Resampling.BILINEAR, whole)
-    return resized.crop((left, top, left + size, top + size))
-
-
-def _shrunk(image: Image.Image, width: float, height: float) -> tuple[float, float]:
-    """Size of the image as it will be decoded: a large JPEG at 1/2, 1/4 or 1/8, still twice what is needed of it."""
-    drafted = image.draft(None, (math.ceil(2 * width), math.ceil(2 * height)))
-    return drafted[1][2:] if drafted else image.size  # draft's, as 900 / 8 columns are decoded to 113
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-Images = ImageSet | FolderSet
-"""Images of one split, wherever they are."""
 
 
 class Dataset(Settings):
@@ -368,20 +197,12 @@ class FileDataset(Dataset):
             raise self._wrong(path, problem)
         return labels - first
 
-    def _decoded(self, path: Path, view: Callable[[Image.Image], Image.Image]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """uint8 [3, H, W] of an image file, as `view` shows it in RGB."""
-        try:
-            with Image.open(path) as image:
-                return np.asarray(view(image)).transpose(2, 0, 1)
-        except Exception as error:  # an image that is not one can end in any exception
-            raise self._wrong(path, f"cannot be read as an image: {error}; replace it, or take it away") from None
-
     def _fetch(self, url: str, md5: str, path: Path) -> None:
         """Download a file; it is there whole, or not at all."""
         digest = hashlib.md5(usedforsecurity=False)
         try:
             with (
-                _whole_file(path) as part,
+                whole_file(path) as part,
                 part.open("wb") as file,
                 urllib.request.urlopen(url, timeout=60) as reply,
             ):
@@ -473,7 +294,7 @@ class IdxDataset(FileDataset):
         head, each = 8 + 4 * len(item), math.prod(item)
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                raw = _read(file, head + most * each + 1)
+                raw = read_at_most(file, head + most * each + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise self._wrong(path, f"cannot be read: {error}; get it again") from None
         if len(raw) < head:
@@ -641,7 +462,7 @@ class CifarDataset(FileDataset):
         if source.is_dir():
             return self._joined(source, names, self._from_folder(source, names))
         kept = f"{self.name}-{split}" + "-md5" * self.check_md5
-        return _cached(kept, [source], lambda: self._joined(source, names, self._from_archive(source, names)))
+        return cached(kept, [source], lambda: self._joined(source, names, self._from_archive(source, names)))
 
     def _joined(self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]) -> tuple[Tensor, Tensor]:
         parts = [self._batch(source / name, raw[name]) for name in names]
@@ -662,7 +483,7 @@ class CifarDataset(FileDataset):
         found = {}
         for name in names:
             with (folder / name).open("rb") as file:
-                found[name] = _read(file, _MOST_BYTES)
+                found[name] = read_at_most(file, MOST_BYTES)
         return found
 
     def _from_archive(self, path: Path, names: tuple[str, ...]) -> dict[str, bytearray]:
@@ -678,7 +499,7 @@ class CifarDataset(FileDataset):
             with tarfile.open(path, "r:gz") as archive:
                 for member in archive:
                     if member.name in wanted and (content := archive.extractfile(member)):
-                        found[wanted[member.name]] = _read(content, _MOST_BYTES)
+                        found[wanted[member.name]] = read_at_most(content, MOST_BYTES)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise self._wrong(path, f"cannot be read: {error}; {self.origin}") from None
         missing = [member for member, name in wanted.items() if name not in found]
@@ -688,10 +509,10 @@ class CifarDataset(FileDataset):
 
     def _batch(self, path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
         """(uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""
-        if len(raw) >= _MOST_BYTES:
-            raise self._wrong(path, f"larger than any batch of CIFAR: {_MOST_BYTES} bytes or more")
+        if len(raw) >= MOST_BYTES:
+            raise self._wrong(path, f"larger than any batch of CIFAR: {MOST_BYTES} bytes or more")
         try:
-            batch = _ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
+            batch = ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
         except Exception as error:  # a pickle that is not one can end in any exception
             raise self._wrong(path, f"not a pickle of arrays, text and numbers: {error}") from None
         if not isinstance(batch, dict) or not {b"data", self.labels_key} <= batch.keys():
@@ -802,7 +623,7 @@ class TinyImagenet(FileDataset):
         if len(set(classes)) != self.num_classes:
             raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
         files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
-        return _cached(
+        return cached(
             f"{self.name}-{split}",
             [path for path, _ in files],
             lambda: (self._images([path for path, _ in files]), torch.tensor([k for _, k in files])),
@@ -837,7 +658,7 @@ class TinyImagenet(FileDataset):
 
         def fill(start: int) -> None:
             for k, path in enumerate(paths[start : start + 100], start):
-                pixels = self._decoded(path, _rgb)
+                pixels = decoded(self.name, path, rgb)
                 if pixels.shape != self.shape:
                     raise self._wrong(path, f"is {pixels.shape[2]}x{pixels.shape[1]}, and all images are 64x64")
                 images.numpy()[k] = pixels
@@ -921,7 +742,10 @@ class FolderDataset(FileDataset):
                 raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
             files += [f"{folder.name}/{name}/{file}" for file in found]
             labels += [k] * len(found)
-        return FolderSet(self, tuple(files), torch.tensor(labels), torch.arange(len(files)), len(files))
+        root, positions = self.root.expanduser(), torch.arange(len(files))
+        return FolderSet(
+            self.name, root, tuple(files), torch.tensor(labels), positions, len(files), self.image_size, self.readers
+        )
 
 
 def _image_files(folder: Path) -> Iterator[str]:
@@ -1163,98 +987,3 @@ def _label_problem(labels: Tensor, first: int, num_classes: int) -> str | None:
     last = first + num_classes - 1
     outside = ((labels < first) | (labels > last)).nonzero()[:, 0]
     return f"label {int(labels[outside[0]])} at {int(outside[0])} is outside {first}..{last}" if len(outside) else None
-
-
-def _cached(name: str, read: Iterable[Path], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(images, labels) that `make` makes of some files; if it has before, mapped from a file in ~/.cache/tfkd_ray/.
-
-    One file for each name and first path; made anew where a path, size or time differs. No cache where none can be
-    written: it saves time, and changes no number.
-    """
-    digest = hashlib.sha256()
-    first = None
-    for path in read:
-        first = first or hashlib.sha256(str(path).encode()).hexdigest()[:16]
-        facts = path.stat()
-        digest.update(f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfkd_ray"
-    kept, key = folder / f"{name}-{first}.safetensors", digest.hexdigest()
-    try:
-        with safe_open(kept, "pt") as file:
-            if file.metadata() == {"key": key}:
-                return file.get_tensor("images"), file.get_tensor("labels")
-    except (OSError, SafetensorError):
-        pass
-    images, labels = make()
-    try:
-        with _whole_file(kept) as part:
-            save_file({"images": images, "labels": labels}, part, {"key": key})
-            with part.open("rb") as written:
-                os.fsync(written)
-    except (OSError, SafetensorError):
-        pass
-    return images, labels
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to: it becomes `path` if all goes well, and nothing if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-_MOST_BYTES = 2**28
-"""More than the largest pickle of CIFAR, which has 155,249,918 bytes."""
-
-
-def _read(file: IO[bytes] | gzip.GzipFile, most: int) -> bytearray:
-    """The file's first `most` bytes, or all; piecewise, so that memory follows what is there, not what is claimed."""
-    found = bytearray()
-    while piece := file.read(min(2**20, most - len(found))):
-        found += piece
-    return found
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads a pickle of numpy arrays, text and numbers without calling anything that the pickle names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for one of the four names that a pickled array needs; any other is an error."""
-        multiarray = module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
-        if multiarray or (module == "numpy" and name in ("ndarray", "dtype")):
-            return _Pickled
-        if (module, name) == ("_codecs", "encode"):
-            return functools.partial(_encode)  # a new one each time: a pickle may set attributes of what it gets
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code; nothing was run")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"bytes as {encoding!r}, not latin1")
-    return text.encode("latin1")
-
-
-class _Pickled:
-    """What a pickle says about an array or a dtype, inert: numpy sees none of it but the bytes."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def uint8(self, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The array, if it is one of uint8 [N, width]; else a TypeError or ValueError."""
-        _, (count, columns), dtype, fortran, raw = self.state
-        if not isinstance(dtype, _Pickled) or dtype.args[:1] not in (("u1",), (b"u1",)) or not isinstance(raw, bytes):
-            raise TypeError("not uint8")
-        if columns != width:
-            raise ValueError(f"{columns} columns, not {width}")
-        # bytearray: torch wants memory that it may write to
-        return np.frombuffer(bytearray(raw), np.uint8).reshape((count, width), order="F" if fortran else "C")

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from tfkd_ray.data import Dataset, Images
+from tfkd_ray.data import Dataset
+from tfkd_ray.images import Images
 
 EVAL_PIXELS = 2**18
 """Pixels of a batch that is only judged: 256 images of 32x32, 5 of 224x224."""

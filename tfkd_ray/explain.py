@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.data import generator
+from tfkd_ray.images import generator
 from tfkd_ray.objectives import Canonical, CrossEntropy, LabelSmoothing
 from tfkd_ray.space import Branch, Choices, Domain, Parameter, Space
 

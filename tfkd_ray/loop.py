@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.data import Images, address, generator
 from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
+from tfkd_ray.images import Images, address, generator
 
 LOOP_VERSION = 1
 """Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""

@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tfkd_ray.data import address
+from tfkd_ray.images import address
 from tfkd_ray.space import Group, Halving, Space
 
 STARTUP = 10

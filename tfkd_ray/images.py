@@ -1,0 +1,209 @@
+"""Images of one split, in memory or in their files, and randomness that is addressed instead of consumed.
+
+Every image knows its position in the official train set, so that what is random about it is a function of (seed, epoch,
+position) and of nothing else.
+
+Shapes: N = images, B = images of a batch, C = channels, H, W = height and width, S = side of images made square.
+"""
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tfkd_ray.schema import ConfigError
+
+AHEAD = 2
+"""Batches that are decoded while the one before them is trained on."""
+
+
+def address(seed: int, *stream: str | int) -> int:
+    """A 63-bit seed for one named use of randomness, such as (seed, "order", epoch)."""
+    text = "/".join(str(part) for part in (seed, *stream))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *stream: str | int) -> torch.Generator:
+    """A CPU generator at an address: the same numbers on every machine, device and number of workers."""
+    return torch.Generator().manual_seed(address(seed, *stream))
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one split, in memory."""
+
+    images: Tensor
+    """uint8 [N, C, H, W]."""
+    labels: Tensor
+    """int64 [N]."""
+    positions: Tensor
+    """int64 [N]: each image's place in the official train set (or test set)."""
+    official_size: int
+    """Images in that official set."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, index: Tensor) -> "ImageSet":
+        """Some of the images."""
+        return ImageSet(self.images[index], self.labels[index], self.positions[index], self.official_size)
+
+    def on(self, device: torch.device) -> "ImageSet":
+        """The set, its images included, on a device."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.positions.to(device), self.official_size)
+
+    def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
+        """The images of each batch of indices, uint8 [B, C, H, W]; these are whole already, and `crops` unused."""
+        return (self.images[batch] for batch in batches)
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """Images of one split that stay in their files, each decoded when it is read."""
+
+    name: str
+    """Of the data set, for errors."""
+    folder: Path
+    files: tuple[str, ...]
+    """Below the folder, one for each image."""
+    labels: Tensor
+    """int64 [N]."""
+    positions: Tensor
+    """int64 [N]: each image's place among all files of the official set, sorted by class and name."""
+    official_size: int
+    """Images in that official set."""
+    side: int
+    """S: images are made S x S."""
+    readers: int
+    """Threads that decode ahead."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, index: Tensor) -> "FolderSet":
+        """Some of the images."""
+        files = tuple(self.files[i] for i in index.tolist())
+        return replace(self, files=files, labels=self.labels[index], positions=self.positions[index])
+
+    def on(self, device: torch.device) -> "FolderSet":
+        """The set with its labels and positions on a device; images are read on the CPU."""
+        return replace(self, labels=self.labels.to(device), positions=self.positions.to(device))
+
+    def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
+        """The images of each batch of indices, uint8 [B, 3, S, S], on the CPU; `readers` threads decode ahead.
+
+        Args:
+            crops: float [N, 4], see `crop_box`, on the CPU. None, or [N, 0]: the shorter side is resized to 256/224 of
+                S, and the centre cut out.
+        """
+        crops = crops if crops is not None and crops.shape[1] else None
+        plans = [batch.cpu() for batch in batches]  # now: later, each would wait for what the device has to do
+        ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        pool = ThreadPoolExecutor(self.readers, "tfkd-reader")
+        try:
+            for plan in plans:
+                ahead.append(self._start(pool, plan, crops))
+                if len(ahead) > AHEAD:
+                    yield _finished(*ahead.popleft())
+            while ahead:
+                yield _finished(*ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None) -> tuple[Tensor, list[Future[None]]]:
+        """(the batch, of which nothing is there yet; what fills it)."""
+        images = torch.empty(len(plan), 3, self.side, self.side, dtype=torch.uint8, pin_memory=self.labels.is_cuda)
+        numbers: list[list[float] | None] = [None] * len(plan) if crops is None else crops[plan].tolist()
+        pixels, indices = images.numpy(), plan.tolist()
+        return images, [
+            pool.submit(self._decode, i, crop, pixels[k])
+            for k, (i, crop) in enumerate(zip(indices, numbers, strict=True))
+        ]
+
+    def _decode(self, index: int, crop: list[float] | None, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        def view(image: Image.Image) -> Image.Image:
+            return _centre(image, self.side) if crop is None else _cut(image, crop, self.side)
+
+        out[:] = decoded(self.name, self.folder / self.files[index], view)
+
+
+def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
+    for job in jobs:
+        job.result()
+    return images
+
+
+def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """uint8 [3, H, W] of an image file, as `view` shows it in RGB; `name` is the data set's, for errors."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(view(image)).transpose(2, 0, 1)
+    except Exception as error:  # an image that is not one can end in any exception
+        problem = f"cannot be read as an image: {error}; replace it, or take it away"
+        raise ConfigError(f"data {name}: {path}: {problem}") from None
+
+
+def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random resized crop, inside the image whatever the numbers are.
+
+    As torchvision draws it: 8 to 100 % of the area and a log-uniform shape of 3:4 to 4:3, given that it fits. Instead
+    of drawing again until one does, the shape is drawn from what such draws end with. An image so long that nothing
+    fits gets the largest box of 3:4 or 4:3.
+
+    Args:
+        crop: uniform in [0, 1): area, shape, top, left.
+    """
+    wide = math.log(width / height)
+    shapes = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)  # log(w / h)
+    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(1e-9)  # areas that fit: from 8 % to this much more
+    drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
+    shape = float(np.interp(crop[1] * drawn[-1], drawn, shapes))
+    most = math.exp(-abs(shape - wide))
+    area = (min(0.08, most) + crop[0] * max(most - 0.08, 0)) * width * height
+    w = min(max(1, round(math.sqrt(area * math.exp(shape)))), width)
+    h = min(max(1, round(math.sqrt(area / math.exp(shape)))), height)
+    return int(crop[3] * (width - w + 1)), int(crop[2] * (height - h + 1)), w, h
+
+
+def _cut(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
+    """A random resized crop, RGB."""
+    width, height = image.size
+    left, top, w, h = crop_box(crop, width, height)
+    wide, high = _shrunk(image, width * size / w, height * size / h)
+    x, y = wide / width, high / height
+    box = (left * x, top * y, min((left + w) * x, wide), min((top + h) * y, high))
+    return rgb(image).resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    """The centre of the image, its shorter side resized to size * 256 / 224, RGB; as torchvision does it."""
+    short = round(size * 256 / 224)
+    wide, high = (int(short * side / min(image.size)) for side in image.size)
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    whole = (0.0, 0.0, *_shrunk(image, wide, high))
+    resized = rgb(image).resize((wide, high), Image.Resampling.BILINEAR, whole)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _shrunk(image: Image.Image, width: float, height: float) -> tuple[float, float]:
+    """Size of the image as it will be decoded: a large JPEG at 1/2, 1/4 or 1/8, still twice what is needed of it."""
+    drafted = image.draft(None, (math.ceil(2 * width), math.ceil(2 * height)))
+    return drafted[1][2:] if drafted else image.size  # draft's, as 900 / 8 columns are decoded to 113
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+Images = ImageSet | FolderSet
+"""Images of one split, wherever they are."""
