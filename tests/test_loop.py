@@ -15,12 +15,12 @@ from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
 from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
 from tfkd_ray.data import Digits
 from tfkd_ray.images import ImageSet
-from tfkd_ray.loop import Diverged, Epoch, epoch_order, split_batches, train, train_in
+from tfkd_ray.loop import Diverged, Epoch, epoch_order, gradient_ratio, split_batches, train, train_in
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
 from tfkd_ray.schema import validated
 
-TIMES = {"seconds", "images_per_s"}
+TIMES = {"seconds", "images_per_s", "train_kd_ratio"}  # the ratio: of the first worker's part of a batch
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -294,3 +294,32 @@ def test_a_crash_between_weights_and_state_repeats_the_last_epoch(
     monkeypatch.undo()
     assert numbers(seen) == whole[:2] and numbers(list(train_in(tmp_path, config()))) == whole
     assert (tmp_path / WEIGHTS).exists()
+
+
+# --- what is said of a teacher
+
+
+def test_agreement_and_distance_to_the_teacher_are_those_of_their_definition() -> None:
+    teacher = Mlp(hidden=(8,)).build((1, 8, 8), 10).eval()
+    c = config(objective={"name": "kd", "alpha": 0.5}, teacher={"model": {"name": "mlp", "hidden": [8]}}, epochs=2)
+    for epoch in train(c, teacher=teacher):
+        student = c.student.build((1, 8, 8), 10).eval()
+        student.load_state_dict(epoch.state()["model"])
+        _, val = Digits().load()
+        assert val is not None
+        x = (val.images.float() - Digits.mean[0]) / Digits.std[0]
+        with torch.no_grad():
+            p, q = student(x).double().softmax(1), teacher(x).double().softmax(1)
+        assert epoch.metrics["val_agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).double().mean().item())
+        assert epoch.metrics["val_teacher_kl"] == pytest.approx((q * (q / p).log()).sum(1).mean().item(), rel=1e-4)
+    assert "val_agreement" not in next(train(config())).metrics
+
+
+def test_the_gradient_ratio_is_that_of_the_weighted_parts() -> None:
+    objective = TfkdReg(alpha=0.3, temperature=5.0)
+    logits, labels = torch.randn(16, 10, requires_grad=True), torch.arange(16) % 10
+    terms = objective.terms(logits, labels)
+    ce = torch.autograd.grad(0.7 * terms.ce, logits, retain_graph=True)[0].norm()
+    kd = torch.autograd.grad(0.3 * 25 * terms.kd, logits, retain_graph=True)[0].norm()
+    assert gradient_ratio(objective, terms, logits) == pytest.approx((kd / ce).item(), rel=1e-5)
+    assert gradient_ratio(CrossEntropy(), CrossEntropy().terms(logits, labels), logits) == 0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tfkd_ray.data import Dataset
 from tfkd_ray.images import Images
@@ -37,10 +38,11 @@ def evaluate(network: nn.Module, data: Dataset, images: Images) -> dict[str, flo
     return metrics_from(sum((metric_sums(*batch) for batch in predictions(network, data, images)), torch.zeros(1)))
 
 
-def metric_sums(logits: Tensor, labels: Tensor) -> Tensor:
+def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
     """What a batch adds to the metrics: float64 [4 + 3 * M], logits [B, K], labels [B].
 
-    Count, correct in the first 1, correct in the first 5, NLL; then of each bin its count, confidence and correct ones.
+    Count, correct in the first 1, correct in the first 5, NLL; then of each bin its count, confidence and correct ones;
+    with the teacher's logits [B, K] two more: images where both guess the same, and KL(teacher || student) in nats.
     """
     log_p = torch.log_softmax(logits.double(), dim=1)
     top = log_p.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -51,21 +53,29 @@ def metric_sums(logits: Tensor, labels: Tensor) -> Tensor:
     table.index_add_(1, bins, torch.stack([torch.ones_like(first), confidence, first]))
     nll = -log_p.gather(1, labels[:, None]).sum()
     heads = torch.stack([nll.new_tensor(float(len(labels))), first.sum(), top.any(dim=1).double().sum(), nll])
-    return torch.cat([heads, table.flatten()])
+    sums = torch.cat([heads, table.flatten()])
+    if teacher is None:
+        return sums
+    log_q = torch.log_softmax(teacher.double(), dim=1)
+    same = (logits.argmax(dim=1) == teacher.argmax(dim=1)).double().sum()
+    return torch.cat([sums, torch.stack([same, F.kl_div(log_p, log_q, reduction="sum", log_target=True)])])
 
 
 def metrics_from(sums: Tensor) -> dict[str, float]:
     """Metrics of all images whose `metric_sums` were added up.
 
     `val_accuracy` and `val_top5` (the first 5 guesses) are fractions; `val_nll` is in nats an image; `val_ece` is the
-    mean gap between confidence and accuracy over the bins, weighted by their counts, a fraction.
+    mean gap between confidence and accuracy over the bins, weighted by their counts, a fraction. Where a teacher was
+    given: `val_agreement`, the fraction of images where both guess the same, and `val_teacher_kl`, in nats an image.
     """
     count, first, fifth, nll, *rest = sums.tolist()
-    confidence, correct = rest[BINS : 2 * BINS], rest[2 * BINS :]
+    confidence, correct, of_teacher = rest[BINS : 2 * BINS], rest[2 * BINS : 3 * BINS], rest[3 * BINS :]
     gap = sum(abs(conf - hits) for conf, hits in zip(confidence, correct, strict=True))
+    beside = dict(zip(("val_agreement", "val_teacher_kl"), (v / count for v in of_teacher), strict=False))
     return {
         "val_accuracy": first / count,
         "val_top5": fifth / count,
         "val_nll": nll / count,
         "val_ece": gap / count,
+        **beside,
     }

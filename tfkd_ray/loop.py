@@ -8,6 +8,7 @@ Shapes: B = images of a batch on this worker, K = classes.
 """
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from tfkd_ray.checkpoint import WEIGHTS, State, load_state, save_state, save_wei
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
 from tfkd_ray.images import Images, address, generator
+from tfkd_ray.objectives import Canonical, Terms
 
 LOOP_VERSION = 1
 """Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
@@ -32,8 +34,9 @@ class Epoch(NamedTuple):
     """What `train` yields after each epoch."""
 
     metrics: dict[str, float]
-    """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd`, `val_...` (see `evaluate`),
-    `lr` of the last step, `seconds` (of this epoch, validation included), `images_per_s` (validation left out)."""
+    """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd`, `train_kd_ratio` (see
+    `gradient_ratio`; of the first batch's part on the first worker), `val_...` (see `evaluate`), `lr` of the last step,
+    `seconds` (of this epoch, validation included), `images_per_s` (validation left out)."""
     state: Callable[[], State]
     """Makes the whole run state, a copy on the CPU: `epoch`, `model`, `optimizer`, `history` (the metrics of all
     epochs, so of the best one, too) and `run`. It holds no schedule and no generator: the learning rate is a function
@@ -105,6 +108,8 @@ def train(
             parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
             return {**_copy_to_cpu(parts), "run": run, "epoch": len(history), "history": list(history)}
 
+        teacher_val: list[Tensor] = []
+
         # 5. Epochs
         for epoch in range(len(history), config.epochs):
             if history and config.is_last(history[-1]):
@@ -128,8 +133,11 @@ def train(
                 labels = train_set.labels[mine]
                 with torch.no_grad():
                     soft = teacher(images) if teacher is not None else None
-                terms = config.objective.terms(model(images), labels, soft)
+                logits = model(images)
+                terms = config.objective.terms(logits, labels, soft)
                 loss = config.objective.combine(terms)
+                if step == 0:
+                    ratio = gradient_ratio(config.objective, terms, logits)
                 optimizer.zero_grad()
                 # workers average their gradients: weigh each by its images, for the mean over the whole batch
                 (loss * (len(mine) * workers / len(batch))).backward()
@@ -144,8 +152,11 @@ def train(
                     dist.broadcast(buffer, src=0)
             val_sums = torch.zeros(1, device=device)
             if val_set is not None:
-                for batch_of in predictions(student, config.data, val_set, rank, workers):
-                    val_sums = val_sums + metric_sums(*batch_of)
+                if teacher is not None and not teacher_val:  # the same in every epoch
+                    teacher_val = [soft for soft, _ in predictions(teacher, config.data, val_set, rank, workers)]
+                judged = predictions(student, config.data, val_set, rank, workers)
+                for (guess, labels), soft in itertools.zip_longest(judged, teacher_val):
+                    val_sums = val_sums + metric_sums(guess, labels, soft)
             if workers > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(val_sums)
@@ -154,7 +165,7 @@ def train(
             train_loss, train_ce, train_kd = (sums / len(train_set)).tolist()
             metrics = {"epoch": float(epoch + 1), "train_loss": train_loss, "train_ce": train_ce}
             if terms.kd is not None:
-                metrics["train_kd"] = train_kd
+                metrics |= {"train_kd": train_kd, "train_kd_ratio": float(ratio)}
             metrics |= metrics_from(val_sums) if val_set is not None else {}
             metrics["lr"] = lr
             for name in ("train_loss", "val_nll"):
@@ -211,6 +222,15 @@ def train_in(
             run.close()
             if pending is not None:
                 pending.result()
+
+
+def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor:
+    """Norm of the soft part's gradient by the logits over that of CE's, both weighted; 0 where one has no weight."""
+    if terms.kd is None or not objective.kd_weight * objective.ce_weight:
+        return torch.zeros(())
+    ce, kd = (torch.autograd.grad(part, logits, retain_graph=True)[0].norm() for part in (terms.ce, terms.kd))
+    ratio: Tensor = objective.kd_weight * kd / (objective.ce_weight * ce)
+    return ratio
 
 
 def epoch_order(images: Images, seed: int, epoch: int) -> Tensor:

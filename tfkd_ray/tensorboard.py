@@ -28,10 +28,14 @@ TAGS = {
     "val_top5": "val/top5",
     "val_nll": "val/loss",
     "val_ece": "val/ece",
+    "val_agreement": "kd/agreement",
+    "val_teacher_kl": "kd/kl",
+    "train_kd_ratio": "kd/grad_ratio",
     "lr": "opt/lr",
     "images_per_s": "sys/img_per_s",
 }
-"""Our metrics and the tags they go by; losses are in nats, accuracies fractions."""
+"""Our metrics and the tags they go by; losses are in nats, accuracies fractions. kd/grad_ratio: how much larger the
+soft part's gradient by the logits is than that of CE."""
 VALUE = "hp/value"
 """The trial's value by the selection rule: HParams' metric."""
 
