@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-gpu check ci format clean
+.PHONY: help demo test test-fast test-faults test-browser test-gpu check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -32,14 +32,18 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'fault' and 'gpu', on two processes; one of them has the Ray cluster"
-	@$(BIN)/python -m pytest -m 'not fault and not gpu' -n 2 --dist loadgroup $(ARGS)
+	@echo "test: all but the marks 'fault', 'browser' and 'gpu', on two processes; one of them has the Ray cluster"
+	@$(BIN)/python -m pytest -m 'not fault and not browser and not gpu' -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not gpu' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not browser and not gpu' $(ARGS)
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)
+
+test-browser: $(VENV)/.installed
+	@command -v chromium >/dev/null || { echo "test-browser: needs Chromium: apt-get install chromium"; exit 2; }
+	@$(BIN)/python -m pytest -m browser $(ARGS)
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -50,7 +54,7 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
-ci: check test test-faults
+ci: check test test-faults test-browser
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true

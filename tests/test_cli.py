@@ -105,7 +105,7 @@ def test_a_directory_is_no_file(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["train", "mine.yaml", "optim.lr=1", "--out", "/proc/x"], "/proc cannot be written to"),
         (["resume", "."], "not an experiment: there is no experiment.yaml in it"),
         (["resume", ".", "--add-trials", "-3"], "--add-trials: a whole number, got '-3'"),
-        (["best", "nowhere"], "not an experiment"),
+        (["best", "nowhere"], "nowhere: no such directory"),
         (["trials", "."], "not an experiment"),
         (["tensorboard", "."], "not an experiment"),
     ],
@@ -264,7 +264,8 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(ray_cluster: str, tfk
     assert terminal.exit_code() == 130
     records = read_records(here / "tfkd_results" / "c")
     stopped = [r for r in records if r.status == "interrupted"]
-    assert stopped and all((r.folder / "last.ckpt").exists() for r in stopped)
+    assert any(r.metrics for r in stopped)  # the other may not have come to its first epoch
+    assert all((r.folder / "last.ckpt").exists() for r in stopped if r.metrics)
     resumed = tfkd("resume", "tfkd_results/c", cwd=here)
     assert resumed.returncode == 0, resumed.stderr
     after = read_records(here / "tfkd_results" / "c")

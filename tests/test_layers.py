@@ -17,7 +17,7 @@ ORDER = [
     "images",
     "objectives", "data", "models", "augment",
     "config",
-    "checkpoint", "evaluate", "space", "explain", "experiment",
+    "checkpoint", "evaluate", "space", "explain", "experiment", "readers", "report",
     "loop", "weights",
     "teachers",
     "arms", "export",
@@ -76,5 +76,5 @@ def test_help_imports_neither_torch_nor_ray(command: str) -> None:
 
 
 def test_reading_commands_import_neither_torch_nor_ray() -> None:
-    code = "import sys; import tfkd_ray.experiment; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
+    code = "import sys; import tfkd_ray.readers; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

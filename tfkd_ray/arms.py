@@ -350,6 +350,12 @@ def _distance(domain: Domain, a: Any, b: Any) -> float:
     return abs((scale(a) - scale(b)) / (scale(domain.high) - scale(domain.low)))
 
 
+def comparisons_of(experiment: Path) -> list[Path]:
+    """The finished comparisons beside a sweep that its best were confirmed in."""
+    found = [p.parent for p in experiment.parent.glob("*/confirm.json")]
+    return sorted(p for p in found if read_yaml(p / "confirm.yaml")["compared"].get("experiment") == experiment.name)
+
+
 # --- a comparison's directory ----------------------------------------------------------------------------------
 
 

@@ -144,11 +144,42 @@ def _parser() -> argparse.ArgumentParser:
         elif do == "show":
             action.add_argument("name", help="of the teacher")
 
-    sub = verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`.")
-    sub.add_argument("experiment", type=Path, help="its directory")
+    def experiment(sub: argparse.ArgumentParser, *, follow: bool = False) -> None:
+        sub.add_argument("experiment", type=Path, help="its directory")
+        if follow:
+            sub.add_argument("-f", "--follow", action="store_true", help="go on as long as it runs")
+
+    experiment(verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`."))
 
     sub = verb("trials", _trials, "List the trials of an experiment.")
-    sub.add_argument("experiment", type=Path, help="its directory")
+    experiment(sub)
+    sub.add_argument("--sort", default="number", metavar="FIELD[:desc]", help="by a metric or a parameter")
+    sub.add_argument("--filter", action="append", default=[], metavar="EXPR",
+                     help="such as status=done, objective=kd, val_accuracy>0.9; several must all hold")  # fmt: skip
+    sub.add_argument("--columns", metavar="A,B", help="which, in this order")
+    sub.add_argument("--limit", type=_count, metavar="N", help="only the first N")
+    sub.add_argument("-o", "--output", choices=["table", "json", "csv"], default="table")
+
+    sub = verb("status", _status, "How far an experiment is, also while it runs.")
+    experiment(sub, follow=True)
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = verb("logs", _logs, "What a trial said, epoch by epoch.")
+    experiment(sub, follow=True)
+    sub.add_argument("trial", help="its name, the beginning of it, or its number")
+
+    sub = verb("ls", _ls, "List experiments and comparisons.")
+    storage(sub)
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = verb("report", _report, "Write an experiment, or a comparison, as one HTML page.")
+    experiment(sub)
+    sub.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default: report.html)"
+    )
+    sub.add_argument("--figures", type=Path, metavar="DIR", help="the figures as SVG, too")
+    sub.add_argument("--confirm", type=Path, action="append", metavar="DIR",
+                     help="a comparison to report with it (default: all of this sweep's)")  # fmt: skip
 
     sub = verb("tensorboard", _tensorboard, "Compare the trials of an experiment in TensorBoard, on this machine only.")
     sub.add_argument("experiment", type=Path, help="its directory")
@@ -718,31 +749,77 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
 
 
 def _best(args: argparse.Namespace) -> int:
-    from tfkd_ray.experiment import best, read_experiment, read_records
-    from tfkd_ray.schema import ConfigError, dump_yaml
+    from tfkd_ray.readers import best_of, read_lasts
+    from tfkd_ray.schema import dump_yaml
 
-    search = read_experiment(args.experiment)["space"]["search"]
-    records = read_records(args.experiment)
-    metric = search["metric"]
-    winner = best(records, metric, "max" if metric == "val_accuracy" else "min")
-    if winner is None:
-        raise ConfigError(f"no trial of full length yet ({len(records)} trials)", args.experiment)
-    value = f"{metric} {winner.last[metric]:.4f}"
-    print(f"# {winner.name} of {args.experiment.name}: {value}, the best of {len(records)} on validation")
+    winner, plan = best_of(args.experiment)
+    assert plan.metric is not None, f"{plan=}"
+    value = f"{plan.metric} {winner.last[plan.metric]:.4f}"
+    count = len(read_lasts(args.experiment))
+    print(f"# {winner.name} of {args.experiment.name}: {value}, the best of {count} on validation")
     print(dump_yaml(winner.config), end="")
     return OK
 
 
 def _trials(args: argparse.Namespace) -> int:
-    from tfkd_ray.experiment import read_experiment, read_records
+    from tfkd_ray.readers import trials_table
 
-    metric = read_experiment(args.experiment)["space"]["search"]["metric"]
-    print(f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>13}  parameters")
-    for r in read_records(args.experiment):
-        value = f"{r.last[metric]:.4f}" if metric in r.last else ""
-        shown = {k.split(".", 1)[-1]: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.parameters.items()}
-        parameters = " ".join(f"{k}={v}" for k, v in shown.items())
-        print(f"{r.name:<22} {r.status:<12} {r.last.get('epoch', 0):>5.0f} {value:>13}  {r.reason or parameters}")
+    columns = args.columns.split(",") if args.columns else None
+    print(
+        trials_table(
+            args.experiment, sort=args.sort, filter=args.filter, columns=columns, limit=args.limit, output=args.output
+        )
+    )
+    return OK
+
+
+def _status(args: argparse.Namespace) -> int:
+    import json
+
+    from tfkd_ray.readers import follow_status, status, status_lines
+
+    shown = ""
+    try:
+        for found in follow_status(args.experiment) if args.follow else [status(args.experiment)]:
+            text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
+            if text != shown:
+                clear = "\x1b[H\x1b[2J" if args.follow and sys.stdout.isatty() else ""
+                print(clear + text, flush=True)
+            shown = text
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return OK
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from tfkd_ray.readers import logs
+
+    try:
+        for line in logs(args.experiment, args.trial, follow=args.follow):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return OK
+
+
+def _ls(args: argparse.Namespace) -> int:
+    import json
+
+    from tfkd_ray.readers import ls, ls_lines
+
+    found = ls(args.storage)
+    print(json.dumps(found, indent=1) if args.json else "\n".join(ls_lines(found)))
+    return OK
+
+
+def _report(args: argparse.Namespace) -> int:
+    from tfkd_ray.arms import comparisons_of
+    from tfkd_ray.report import report
+
+    experiment = args.experiment.expanduser().absolute()
+    found = args.confirm or comparisons_of(experiment)
+    for path in report(experiment, args.out, figures=args.figures, comparisons=found):
+        print(path)
     return OK
 
 

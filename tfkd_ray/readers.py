@@ -1,0 +1,712 @@
+"""Experiments as they are now, for `tfkd status`, `best`, `trials`, `logs` and `ls`. No torch, no Ray, no Optuna.
+
+A reader may be another process, user or machine than the sweep: nothing here writes or locks. Of a metrics.jsonl only
+the last line is read, so 1,000 trials take a fraction of a second. An experiment is a sweep (experiment.yaml) or a
+comparison of arms (confirm.yaml). To show one thing more: a key in `status`, a line in `status_lines`.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import socket
+import statistics
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+
+from tfkd_ray.experiment import VERSION, Record, best, read_experiment, read_metrics, trials_folder
+from tfkd_ray.schema import ConfigError, did_you_mean, read_yaml
+
+STATUSES = ("running", "done", "stopped", "failed", "interrupted")
+BASELINES = ("ce", "lsr")
+QUIET_S = 600.0
+"""A sweep on another host counts as running if one of its files changed within this time."""
+TAIL = 8192
+"""Bytes at the end of a metrics.jsonl in which the last line is looked for first."""
+WIDTH = 80
+
+
+# --- what a directory holds ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment was meant to run."""
+
+    kind: str
+    """`sweep`, or `comparison` of arms."""
+    created: str
+    rows: dict[str, int]
+    """Epochs of a trial of full length, by objective; by arm in a comparison."""
+    trials: int
+    metric: str | None
+    """A trial's value is this metric after its last epoch. None: a comparison, which is judged on the test split."""
+    about: dict[str, Any]
+    """The whole file."""
+
+    @property
+    def mode(self) -> str:
+        """Which way of the metric is better."""
+        return "max" if self.metric == "val_accuracy" else "min"
+
+    @property
+    def epochs(self) -> int:
+        """Of all trials, were each of full length; rows share the trials equally."""
+        return round(self.trials * statistics.fmean(self.rows.values()))
+
+    def row(self, record: Record) -> str:
+        """The row that a trial belongs to."""
+        return str(record.parameters.get("arm", record.objective)) if self.kind == "comparison" else record.objective
+
+
+def read_plan(experiment: Path) -> Plan:
+    """What an experiment was meant to run; a ConfigError if the directory is none, or is of another layout."""
+    path = experiment / "confirm.yaml"
+    try:
+        if path.is_file():
+            about = read_yaml(path)
+            if about.get("layout") != VERSION:
+                raise ConfigError(f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path)
+            arms = {str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]}
+            return Plan("comparison", str(about["created"]), arms, len(arms) * len(about["seeds"]), None, about)
+        path = experiment / "experiment.yaml"
+        if not path.is_file():
+            raise ConfigError(_no_experiment(experiment), experiment)
+        about = read_experiment(experiment)
+        space, search = about["space"], about["space"]["search"]
+        given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
+        rows = {str(objective["name"]): int(space["epochs"]) for objective in given}
+        return Plan("sweep", str(about["created"]), rows, int(search["num_samples"]), str(search["metric"]), about)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", path) from None
+
+
+def _no_experiment(directory: Path) -> str:
+    if not directory.is_dir():
+        near = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
+        return "no such directory" + (f"; {did_you_mean(directory.name, near)}" if near else "")
+    inside = [p.name for p in _experiments_in(directory)]
+    if inside:
+        return f"not an experiment, but a directory of experiments; name one of them: {', '.join(inside[:9])}"
+    return "not an experiment: there is no experiment.yaml in it, and no confirm.yaml"
+
+
+def _words(error: Exception) -> str:
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error)
+
+
+def read_lasts(experiment: Path) -> list[Record]:
+    """All trials by number, each with the metrics of its last epoch only.
+
+    One that a driver left as 'running' when it was killed is 'interrupted': nobody runs it.
+    """
+    alive = is_running(experiment)
+    records = []
+    for folder in _folders(experiment):
+        record = _record(folder)
+        if record is not None:
+            dead = record.status == "running" and not alive
+            records.append(replace(record, status="interrupted") if dead else record)
+    return sorted(records, key=lambda r: r.number)
+
+
+def _folders(experiment: Path) -> list[Path]:
+    try:
+        with os.scandir(trials_folder(experiment)) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir()]
+    except FileNotFoundError:  # no trial has begun
+        return []
+
+
+def _record(folder: Path) -> Record | None:
+    """A trial and its last epoch; None if it has no trial.json yet."""
+    path = folder / "trial.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        last = last_line(folder / "metrics.jsonl")
+        return Record(folder=folder, metrics=[last] if last else [], **about)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError) as error:
+        message = f"not a trial as this release writes it, or cut ({error}); move its folder away to see the others"
+        raise ConfigError(message, path) from None
+
+
+def last_line(path: Path) -> dict[str, float]:
+    """The last whole line of a metrics.jsonl; empty if there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        back = TAIL
+        while True:
+            file.seek(max(0, size - back))
+            tail = file.read(min(back, size))
+            end = tail.rfind(b"\n")
+            start = tail.rfind(b"\n", 0, max(end, 0))
+            if start >= 0 or back >= size:
+                break
+            back *= 8
+    if end < 0:
+        return {}
+    found = json.loads(tail[start + 1 : end])
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} ends in {found!r}")
+    return found
+
+
+# --- who runs it -----------------------------------------------------------------------------------------------
+
+
+def is_running(experiment: Path) -> bool:
+    """Whether a driver runs the experiment now, told without touching its lock.
+
+    On this host: whether the process that driver.txt names has driver.lock open (or, where that cannot be seen, is
+    alive). On another host: whether a file of the experiment changed within `QUIET_S`.
+    """
+    driver = driver_of(experiment)
+    if driver is None:
+        return False
+    process, host = driver
+    if host == socket.gethostname():
+        return _holds(process, experiment / "driver.lock")
+    return time.time() - _last_change(experiment) < QUIET_S
+
+
+def driver_of(experiment: Path) -> tuple[int, str] | None:
+    """(process, host) of the driver that ran the experiment last."""
+    with suppress(OSError, UnicodeDecodeError):
+        found = re.fullmatch(r"process (\d+) on (.+)\n", (experiment / "driver.txt").read_text(encoding="utf-8"))
+        return (int(found[1]), found[2]) if found else None
+    return None
+
+
+def _holds(process: int, lock: Path) -> bool:
+    try:
+        held = lock.stat()
+        links = list(Path(f"/proc/{process}/fd").iterdir())
+    except PermissionError:  # another user's
+        return True
+    except FileNotFoundError:
+        return not Path("/proc/self").exists() and _alive(process)
+    for link in links:
+        with suppress(OSError):
+            if os.path.samestat(link.stat(), held):
+                return True
+    return False
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _last_change(experiment: Path) -> float:
+    """When a file that a running sweep writes changed last, in seconds since 1970."""
+    files = [experiment / "driver.txt", experiment / "study.journal", experiment / "confirm.json"]
+    return max((_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in _folders(experiment))]), default=0.0)
+
+
+def _changed(path: Path) -> float:
+    with suppress(OSError):
+        return path.lstat().st_mtime
+    return 0.0
+
+
+# --- status ----------------------------------------------------------------------------------------------------
+
+
+def status(experiment: Path) -> dict[str, Any]:
+    """How an experiment stands, as JSON's own types (`tfkd status --json`). Keys are only ever added:
+
+    name, kind (sweep, comparison), created
+    state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
+    metric, mode  of a trial's value; metric is null in a comparison
+    trials        planned, started, and the number running, done (full length), stopped (early), failed, interrupted
+    rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
+    best          trial, objective, value, and how many trials share the value; null before one is of full length
+    baselines     the best of ce and of lsr, where they are searched
+    verdict       of a comparison: its sentences, one for each student; empty before it is judged
+    epochs        done, planned (all trials of full length)
+    elapsed_s     from its making until now, or until its last change; pauses are in it
+    rate          epochs_per_s of all trials together in this session; null if not running
+    left_s        estimated: new and running trials take as many epochs as ended ones did; null if not running
+    failures      the last three: trial, reason (first line)
+    """
+    plan = read_plan(experiment)
+    alive, records = is_running(experiment), read_lasts(experiment)
+    counts = Counter(r.status for r in records)
+    over = counts["done"] + counts["stopped"] + counts["failed"]
+    verdict = _verdict(experiment)
+    finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
+    done_epochs = sum(_epoch(r) for r in records)
+    now = time.time()
+    rate = _rate(experiment, records, now) if alive and not finished else None
+    rows = {
+        name: {
+            **{s: sum(r.status == s for r in records if plan.row(r) == name) for s in STATUSES},
+            "best": _best([r for r in records if plan.row(r) == name], plan),
+        }
+        for name in {**plan.rows, **{plan.row(r): 0 for r in records}}
+    }
+    failed = [r for r in records if r.status == "failed"]
+    failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
+    return {
+        "name": _name(experiment),
+        "kind": plan.kind,
+        "created": plan.created,
+        "state": "finished" if finished else "running" if alive else "interrupted",
+        "metric": plan.metric,
+        "mode": plan.mode if plan.metric else None,
+        "trials": {"planned": plan.trials, "started": len(records), **{s: counts[s] for s in STATUSES}},
+        "rows": rows,
+        "best": _best(records, plan),
+        "baselines": {name: rows[name]["best"] for name in BASELINES if name in rows and plan.kind == "sweep"},
+        "verdict": verdict or [],
+        "epochs": {"done": done_epochs, "planned": plan.epochs},
+        "elapsed_s": _elapsed(plan.created, _last_change(experiment) if finished or not alive else now),
+        "rate": rate,
+        "left_s": _left(plan, records, rate),
+        "failures": [{"trial": r.name, "reason": _first_line(r.reason)} for r in failed[-3:]],
+    }
+
+
+def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, Any]]:
+    """The status now, and again every `every_s` seconds until the experiment no longer runs."""
+    while True:
+        found = status(experiment)
+        yield found
+        if found["state"] != "running":
+            return
+        time.sleep(every_s)
+
+
+def best_of(experiment: Path) -> tuple[Record, Plan]:
+    """The best trial of full length of a sweep, and what was planned; a ConfigError if there is none."""
+    plan = read_plan(experiment)
+    if plan.metric is None:
+        raise ConfigError("a comparison of arms has no best trial; its verdict is in confirm.json", experiment)
+    records = read_lasts(experiment)
+    winner = best(_judged(records, plan.metric), plan.metric, plan.mode)
+    if winner is None:
+        raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
+    return winner, plan
+
+
+def _name(experiment: Path) -> str:
+    return experiment.absolute().name
+
+
+def _epoch(record: Record) -> int:
+    return int(record.last.get("epoch", 0))
+
+
+def _first_line(reason: str | None) -> str:
+    return next(iter((reason or "").strip().splitlines()), "no reason is known")
+
+
+def _judged(records: Sequence[Record], metric: str) -> list[Record]:
+    """Trials of full length with a finite value."""
+    return [r for r in records if r.status == "done" and math.isfinite(r.last.get(metric, math.nan))]
+
+
+def _best(records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
+    if plan.metric is None:
+        return None
+    judged = _judged(records, plan.metric)
+    winner = best(judged, plan.metric, plan.mode)
+    if winner is None:
+        return None
+    value = winner.last[plan.metric]
+    shared = sum(r.last[plan.metric] == value for r in judged)
+    return {"trial": winner.name, "objective": winner.objective, "value": value, "shared_by": shared}
+
+
+def _verdict(experiment: Path) -> list[str] | None:
+    """The sentences of a comparison's verdicts; None if it is not judged."""
+    try:
+        judged = json.loads((experiment / "confirm.json").read_text(encoding="utf-8"))
+        return [f"{found['student']}: {found['sentence']}" for found in judged["verdicts"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", experiment / "confirm.json") from None
+
+
+def _elapsed(created: str, until: float) -> float | None:
+    with suppress(ValueError):
+        return max(0.0, until - datetime.fromisoformat(created).timestamp())
+    return None
+
+
+def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | None:
+    """Epochs a second of all trials together, since the driver started or the first trial of this session did."""
+    start = _changed(experiment / "driver.txt")
+    active = [r for r in records if r.last and _changed(r.folder / "metrics.jsonl") >= start]
+    if not active:
+        return None
+    began = {r.name: _changed(r.folder / "result.json") for r in active}  # a link, made when the trial first starts
+    since = max(start, min(began.values()))
+    epochs = 0
+    for record in active:
+        if began[record.name] >= start:
+            epochs += _epoch(record)
+            continue
+        seconds = 0.0  # went on from an earlier session: count back what this one has had time for
+        for metrics in reversed(read_metrics(record.folder)):
+            seconds += metrics.get("seconds", 0.0)
+            if seconds > now - since:
+                break
+            epochs += 1
+    return epochs / (now - since) if epochs and now > since else None
+
+
+def _left(plan: Plan, records: Sequence[Record], rate: float | None) -> float | None:
+    if not rate:
+        return None
+    full = max(plan.rows.values())
+    ended = [_epoch(r) for r in records if r.status in ("done", "stopped")]
+
+    def length(epoch: int) -> float:
+        """Epochs that a trial takes in all which has come as far as `epoch`."""
+        return statistics.fmean([e for e in ended if e > epoch] or [max(full, epoch)])
+
+    begun = [r for r in records if r.status in ("running", "interrupted")]
+    epochs = sum(length(_epoch(r)) - _epoch(r) for r in begun) + max(0, plan.trials - len(records)) * length(0)
+    return epochs / rate
+
+
+def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
+    """A status as lines of at most `width` columns."""
+    trials, epochs, metric = found["trials"], found["epochs"], found["metric"]
+    over = sum(trials[s] for s in ("done", "stopped", "failed"))
+    tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
+    tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
+    lines = [_fit(found["name"], max(8, width - len(tail))) + tail, ""]
+    heading = f"best {metric}" if metric else ""
+    lines.append(f"{'':<24} {'running':>7} {'full':>6} {'stopped':>7} {'failed':>6}  {heading}")
+    for name, row in found["rows"].items():
+        shown = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
+        running = row["running"] + row["interrupted"] if found["state"] != "running" else row["running"]
+        lines.append(f"{_pad(name, 24)} {running:>7} {row['done']:>6} {row['stopped']:>7} {row['failed']:>6}  {shown}")
+    lines.append("")
+    if found["best"]:
+        best, shared = found["best"], found["best"]["shared_by"]
+        ties = f", shared by {shared} trials" if shared > 1 else ""
+        lines.append(f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}")
+        for name, rival in found["baselines"].items():
+            if rival is not None and rival["trial"] != best["trial"]:
+                lines.append(f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}")
+        lines.append(f"best of {trials['started']:,} on validation: not a verdict")
+    elif metric:
+        lines.append("no trial of full length yet, so there is no best one")
+    for sentence in found["verdict"]:
+        lines += textwrap.wrap(f"verdict, {sentence}", width, subsequent_indent="  ")
+    parts = [f"elapsed {duration(found['elapsed_s'])}"] if found["elapsed_s"] is not None else []
+    parts += [f"{found['rate']:.2g} epochs/s"] if found["rate"] else []
+    parts += [f"about {duration(found['left_s'])} left"] if found["left_s"] is not None else []
+    if found["state"] == "interrupted":
+        parts.append("go on with: tfkd resume")
+    lines += [", ".join(parts)] if parts else []
+    lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
+    return [_fit(line.rstrip(), width) for line in lines]
+
+
+def duration(seconds: float) -> str:
+    """0:34, 12:05, 3:07:00."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def _fit(text: str, width: int) -> str:
+    """Text without control characters, cut to a number of terminal columns."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def _pad(text: str, width: int) -> str:
+    return set_cell_size(_fit(text, width), width)
+
+
+# --- trials ----------------------------------------------------------------------------------------------------
+
+Row = dict[str, Any]
+FIRST = ("trial", "number", "objective", "status", "epoch")
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": lambda a, b: a <= b,
+    ">=": lambda a, b: a >= b,
+    "!=": lambda a, b: a != b,
+    "=": lambda a, b: a == b,
+    "<": lambda a, b: a < b,
+    ">": lambda a, b: a > b,
+}
+
+
+def trials_table(
+    experiment: Path,
+    *,
+    sort: str = "number",
+    filter: Sequence[str] = (),
+    columns: str | None = None,
+    limit: int | None = None,
+    output: str = "table",
+) -> str:
+    """The trials of an experiment as text.
+
+    A field is trial, number, objective, status, epoch, reason, a metric after the last epoch, or a searched parameter
+    by its whole name or its end (`alpha` is that of each trial's own objective).
+
+    Args:
+        sort: a field, ascending; `FIELD:desc` for descending. Trials without the field come last.
+        filter: `FIELD OP VALUE` each, all of which must hold; OP is one of = != < <= > >=. A trial without the field
+            does not match.
+        columns: fields, comma-separated. None: all for csv and json, a choice of them for a table.
+        limit: most trials that are shown.
+        output: `table`, `json` (a list of objects) or `csv`.
+    """
+    plan = read_plan(experiment)
+    rows = [_row(record) for record in read_lasts(experiment)]
+    fields = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row if key != "reason"), "reason"]))
+    known = set(fields) | {key.rpartition(".")[2] for key in fields} | ({plan.metric} if plan.metric else set())
+    problems: list[str] = []
+    tests = [_test(text, known, rows, plan, problems) for text in filter]
+    key, _, order = sort.partition(":")
+    if order not in ("", "desc", "asc"):
+        problems.append(f"--sort {sort}: {key}, or {key}:desc for the other way round")
+    chosen = [c.strip() for c in columns.split(",")] if columns is not None else None
+    for option, names in (("--sort", [key]), ("--columns", chosen or [])):
+        for name in names:
+            if name not in known and rows:
+                problems.append(f"{option}: no such field {name!r}; {did_you_mean(name, known)}")
+    if output not in ("table", "json", "csv"):
+        problems.append(f"--output: no such format {output!r}; {did_you_mean(output, ('table', 'json', 'csv'))}")
+    if limit is not None and limit < 1:
+        problems.append(f"--limit: at least 1, got {limit}")
+    if problems:
+        raise ConfigError(problems)
+    found = _sorted([row for row in rows if all(test(row) for test in tests if test)], key, order == "desc")[:limit]
+    if output == "json":
+        shown = [{c: _plain(_value(row, c)) for c in chosen or row} for row in found]
+        return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False)
+    if output == "csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(chosen or fields)
+        writer.writerows([_cell(_value(row, c), exact=True) for c in chosen or fields] for row in found)
+        return text.getvalue().rstrip("\n")
+    return _columns(found, chosen) if chosen else _usual(found, plan)
+
+
+def _row(record: Record) -> Row:
+    ends = {name.rpartition(".")[2] for name in record.parameters}  # `lr` is what was searched, not the last epoch's
+    return {
+        "trial": record.name,
+        "number": record.number,
+        "objective": record.objective,
+        "status": record.status,
+        "epoch": _epoch(record),
+        **{k: v for k, v in record.last.items() if k != "epoch" and k not in ends},
+        **record.parameters,
+        "reason": record.reason,
+    }
+
+
+def _value(row: Row, field: str) -> Any:
+    if field in row:
+        return row[field]
+    return next((row[key] for key in row if key.endswith(f".{field}")), None)
+
+
+def _test(
+    text: str, known: set[str], rows: Sequence[Row], plan: Plan, problems: list[str]
+) -> Callable[[Row], bool] | None:
+    """Whether a row passes a filter; what is wrong with the filter goes to `problems`."""
+    parts = re.fullmatch(r"\s*([^\s=!<>]+)\s*(<=|>=|!=|=|<|>)\s*(\S.*?)\s*", text)
+    if parts is None:
+        problems.append(f"--filter {text!r}: needs FIELD, one of = != < <= > >=, and a value: 'val_accuracy>0.9'")
+        return None
+    field, operator, value = parts[1], parts[2], parts[3]
+    if rows and field not in known:
+        problems.append(f"--filter {text!r}: no such field {field!r}; {did_you_mean(field, known)}")
+        return None
+    options = {"status": STATUSES, "objective": tuple({**plan.rows, **{r["objective"]: 0 for r in rows}})}.get(field)
+    if options and plan.kind == "sweep" and value not in options:
+        problems.append(f"--filter {text!r}: no such {field}; {did_you_mean(value, options)}")
+        return None
+    number = _number(value)
+    if number is None and operator not in ("=", "!="):
+        problems.append(f"--filter {text!r}: {operator} needs a number, got {value!r}")
+        return None
+
+    def passes(row: Row) -> bool:
+        there = _value(row, field)
+        if there is None:
+            return False
+        if number is not None and isinstance(there, int | float) and not isinstance(there, bool):
+            return OPERATORS[operator](there, number)
+        return operator in ("=", "!=") and OPERATORS[operator](_cell(there, exact=True), value)
+
+    return passes
+
+
+def _number(text: str) -> float | None:
+    with suppress(ValueError):
+        return float(text)
+    return None
+
+
+def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
+    """By a field: numbers before text, rows without it last, equals as they were."""
+
+    def usable(row: Row) -> bool:
+        value = _value(row, field)
+        return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+    def key(row: Row) -> tuple[bool, float, str]:
+        value = _value(row, field)
+        return (False, value, "") if isinstance(value, int | float) else (True, 0.0, _cell(value))
+
+    return sorted(filter(usable, rows), key=key, reverse=descending) + [r for r in rows if not usable(r)]
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: Any, *, exact: bool = False) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and not exact:
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else json.dumps(value)
+
+
+def _usual(rows: Sequence[Row], plan: Plan) -> str:
+    metric = plan.metric or "train_loss"
+    lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>13}  parameters"]
+    for row in rows:
+        value = f"{row[metric]:.4f}" if metric in row else ""
+        own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
+        parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row[k])}" for k in own)
+        reason = _first_line(row["reason"]) if row["reason"] else parameters
+        lines.append(f"{row['trial']:<22} {row['status']:<12} {row['epoch']:>5} {value:>13}  {reason}")
+    return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    cells = [list(columns), *([_cell(_value(row, c)).replace("\n", " ") for c in columns] for row in rows)]
+    widths = [max(cell_len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(set_cell_size(text, w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+# --- one trial's log -------------------------------------------------------------------------------------------
+
+
+def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5) -> Iterator[str]:
+    """What a trial wrote, line by line: its epochs, and how it ended, with the traceback if it failed.
+
+    Args:
+        trial: its name, the beginning of one that no other has (t0007), or its number.
+        follow: wait for more while the trial runs.
+    """
+    read_plan(experiment)
+    folder = _folder_of(experiment, trial)
+    return _log_lines(experiment, folder, follow, every_s)
+
+
+def _folder_of(experiment: Path, trial: str) -> Path:
+    folders = {folder.name: folder for folder in sorted(_folders(experiment)) if (folder / "trial.json").is_file()}
+    if trial in folders:
+        return folders[trial]
+    wanted = f"t{int(trial):04d}-" if trial.isdecimal() else trial
+    near = [folder for name, folder in folders.items() if trial and name.startswith(wanted)]
+    if len(near) == 1:
+        return near[0]
+    if near:
+        raise ConfigError(f"{trial!r} is the beginning of {len(near)} trials: {near[0].name}, {near[1].name}, ...")
+    raise ConfigError(
+        f"no trial {trial!r}; " + (did_you_mean(trial, list(folders)) if folders else "none has begun"), experiment
+    )
+
+
+def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> Iterator[str]:
+    shown = 0
+    while True:
+        record = _record(folder)  # first: what is written before it says that it ended is then read
+        alive = is_running(experiment)
+        metrics = read_metrics(folder)
+        total = record.config.get("epochs", "?") if record else "?"
+        for line in metrics[shown:]:
+            values = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "epoch")
+            yield f"epoch {line.get('epoch', 0):.0f}/{total}  {values}"
+        shown = len(metrics)
+        if not follow or record is None or record.status != "running" or not alive:
+            break
+        time.sleep(every_s)
+    if record is not None:
+        state = "interrupted" if record.status == "running" and not alive else record.status
+        yield f"{state}: {record.reason}" if record.reason else state
+        error = folder / "error.txt"
+        if record.status == "failed" and error.is_file():
+            yield from error.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+# --- all experiments -------------------------------------------------------------------------------------------
+
+
+def ls(storage: Path) -> list[dict[str, Any]]:
+    """The experiments in a storage directory, oldest first (`tfkd ls --json`): name, kind, created, state, planned and
+    ended trials, best and metric (null in a comparison and before a trial is of full length), and of one that cannot be
+    read state `unreadable` and why.
+    """
+    if not storage.is_dir():
+        raise ConfigError("no such directory; name where the experiments are: --storage DIR", storage)
+    found = []
+    for experiment in _experiments_in(storage):
+        entry: dict[str, Any] = dict.fromkeys(("kind", "created", "trials", "ended", "best", "metric", "why"))
+        try:
+            s = status(experiment)
+            ended = sum(s["trials"][k] for k in ("done", "stopped", "failed"))
+            entry |= {key: s[key] for key in ("kind", "created", "state", "best", "metric")}
+            entry |= {"trials": s["trials"]["planned"], "ended": ended}
+        except ConfigError as error:
+            entry |= {"state": "unreadable", "why": "; ".join(error.problems)}
+        found.append({"name": experiment.name, **entry})
+    return sorted(found, key=lambda e: (e["created"] or "", e["name"]))
+
+
+def _experiments_in(storage: Path) -> list[Path]:
+    return sorted(p.parent for name in ("experiment.yaml", "confirm.yaml") for p in storage.glob(f"*/{name}"))
+
+
+def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
+    """The experiments as lines of at most `width` columns."""
+    if not found:
+        return ["no experiments here"]
+    lines = [f"{'experiment':<28} {'created':<16} {'state':<11} {'ended':>9}  best"]
+    for entry in found:
+        created = (entry["created"] or "")[:16].replace("T", " ")
+        ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
+        best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else entry["why"] or ""
+        best = best or ("(of arms)" if entry["kind"] == "comparison" else "")
+        lines.append(f"{_pad(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
+    return [_fit(line.rstrip(), width) for line in lines]
