@@ -342,3 +342,91 @@ def test_the_wheel_brings_the_search_spaces(tmp_path: Path) -> None:
     code = "import tfkd_ray; assert 'site/tfkd_ray' in tfkd_ray.__file__; from tfkd_ray.cli import main; main(['check', 'digits_tfkd'])"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "24 trials" in run.stdout, run.stderr
+
+
+# --- arms, teachers, explain, readers
+
+
+def test_check_warns_of_a_setting_that_does_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "dead.yaml").write_text(
+        "data: {name: cifar100, root: /nowhere}\nstudent: resnet18\nepochs: 9\n"
+        "objective: {name: tfkd_reg, temperature: {low: 30, high: 40}, alpha: 0.01}\n"
+    )
+    assert main(["check", "dead.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: objective.tfkd_reg.temperature: dead: over its range the logit gradient moves by" in out
+    assert "note: on this machine data cifar100: not found" in out
+
+
+def test_check_and_explain_read_arms_files_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "paper/table_9"]) == 0
+    assert "24 arms: mv2, shv2, r18" in capsys.readouterr().out
+    assert main(["explain", "paper/table_9"]) == 0
+    out = capsys.readouterr().out
+    assert "equals lsr alpha 0.1596 with loss_scale 0.0595 (to 0.00 %)" in out and max(map(len, out.splitlines())) <= 80
+    assert main(["explain", "digits_tfkd"]) == 0
+    assert "correct_prob     0.9 to 0.999 (log in 1 - x)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["confirm", "digits_arms", "--seeds", "1"], "one run of each arm cannot tell a difference from luck"),
+        (["confirm", "mine.yaml"], "arms: needs a list of at least one arm"),
+        (["confirm", "digits_arms", "epochs=x"], "arms.ce.epochs: Input should be a valid integer"),
+        (["confirm", "digits_arms", "--preset", "tiny"], "invalid choice: 'tiny'"),
+        (["confirm", "paper/table_1", "data.root=/nowhere"], "data cifar100: not found: cifar-100-python.tar.gz"),
+        (["train", "mine.yaml", "optim.lr=1", "data=imagenet", "student=resnet18", "--download"], "data imagenet: not for download; register at"),
+        (["teacher", "train", "mine.yaml"], "none of its objectives needs a teacher"),
+        (["teacher", "show", "cnn-1"], "no teacher 'cnn-1'; there is none"),
+        (["export", "."], "holds no student"),
+        (["report", "."], "no experiment.yaml in it"),
+        (["status", "nowhere"], "no such directory"),
+        (["logs", ".", "t0000"], "no experiment.yaml in it"),
+        (["check", "mine.yaml", "student=nets:small"], "there is no module 'nets'"),
+        (["check", "mine.yaml", "student=timm:resnet1818"], "did you mean 'resnet18'"),
+    ],
+)  # fmt: skip
+def test_more_wrong_commands(here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    err = " ".join(refused(capsys, *argv).split())
+    assert message in err, err
+    assert {p.name for p in here.iterdir()} == {"mine.yaml"}
+
+
+@pytest.mark.ray
+def test_teachers_are_trained_listed_and_shown(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
+    (tmp_path / "kd.yaml").write_text(
+        "student: {name: mlp, hidden: [4]}\nepochs: 2\nobjective: kd\n"
+        "teacher: {model: {name: mlp, hidden: [8]}, stop_epoch: {choices: [1, 2]}}\noptim: {lr: {low: 0.1, high: 0.2}}\n"
+    )
+    made = tfkd("teacher", "train", "kd.yaml")
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.count("teacher: training mlp with ce for 2 epochs, stopped after") == 2
+    folders = made.stdout.split()
+    assert len(folders) == 2 and all((tmp_path / f / "student.safetensors").exists() for f in folders)
+    listed = tfkd("teacher", "list").stdout.splitlines()
+    assert [line.split()[1:3] for line in sorted(listed[1:], key=lambda x: x.split()[2])] == [
+        ["digits", "1"],
+        ["digits", "2"],
+    ]
+    shown = tfkd("teacher", "show", Path(folders[0]).name)
+    assert shown.returncode == 0 and "sha256:" in shown.stdout and "stop_epoch: 1" in shown.stdout
+    assert "training" not in tfkd("teacher", "train", "kd.yaml").stderr  # they are there
+
+
+@pytest.mark.ray
+def test_what_a_sweep_left_is_read_reported_and_exported(ray_cluster: str, tfkd: Run, here: Path) -> None:
+    assert tfkd("tune", "mine.yaml", "--name", "ä b", cwd=here).returncode == 0
+    place = "tfkd_results/ä b"
+    for argv, shown in (
+        (["status", place], "finished, 2 of 2 trials"),
+        (["trials", place, "--sort", "val_accuracy:desc", "-o", "csv"], "t0001-ce"),
+        (["logs", place, "t0001"], "epoch 3/3"),
+        (["ls"], "ä b"),
+        (["best", place], "the best of 2 on validation"),
+        (["report", place, "-o", "r.html"], "r.html"),
+        (["export", place, "-o", "out"], "student.pt2: logits differ by at most"),
+    ):
+        run = tfkd(*argv, cwd=here)
+        assert run.returncode == 0 and shown in run.stdout, f"{argv}: {run.stdout} {run.stderr}"
+    assert "<html" in (here / "r.html").read_text()[:200] and (here / "out/README.md").exists()
