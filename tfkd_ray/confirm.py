@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from tfkd_ray import teachers, verdict
-from tfkd_ray.arms import Arms, Comparison, Run, read_comparison
+from tfkd_ray.arms import Arm, Arms, Comparison, Run, read_comparison
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
 from tfkd_ray.data import Dataset
@@ -267,13 +267,18 @@ def _judged_arm(directory: Path, name: str, runs: Sequence[Run], found: Sequence
 
 
 def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm]) -> Iterator[tuple[str, verdict.Verdict]]:
-    """One for each student network that has candidates and baselines with two runs or more."""
-    for student in dict.fromkeys(arm.config.student for arm in arms.arms):
-        mine = [arm for arm in arms.arms if arm.config.student == student]
+    """One for each student network that has candidates and baselines with two runs or more; of a sweep's best, one."""
+
+    def group(arm: Arm) -> str:
+        return "of the sweep" if arms.experiment else str(arm.config.student)
+
+    for key in dict.fromkeys(group(arm) for arm in arms.arms):
+        mine = [arm for arm in arms.arms if group(arm) == key]
         roles = {role: [arrays[arm.name] for arm in mine if arm.part == role] for role in ("candidate", "baseline")}
         enough = {role: [arm for arm in some if len(arm.seeds) > 1] for role, some in roles.items()}
         if enough["candidate"] and enough["baseline"]:
-            yield student.name, verdict.judge(enough["candidate"], enough["baseline"], searched=arms.searched)
+            names = dict.fromkeys(arm.config.student.name for arm in mine)
+            yield ", ".join(names), verdict.judge(enough["candidate"], enough["baseline"], searched=arms.searched)
 
 
 def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
@@ -295,7 +300,7 @@ OTHERS = {
     "top5": "top-5",
     "nll": "NLL",
     "ece": "ECE",
-    "ece_equal_mass": "ECE =mass",
+    "ece_equal_mass": "ECE mass",
     "brier": "Brier",
     "agreement": "agrees",
 }
