@@ -18,7 +18,7 @@ ORDER = [
     "objectives", "data", "models", "augment",
     "config",
     "checkpoint", "evaluate", "space", "explain", "experiment", "readers", "report",
-    "loop", "weights",
+    "loop", "weights", "plan",
     "teachers",
     "arms", "export",
     "cluster", "search", "tensorboard", "live", "trial",

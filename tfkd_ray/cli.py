@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("check", _check, "Check a search-space or arms file and say what it does; starts nothing.")
     file_and_overrides(sub, "a search-space or arms file")
 
+    sub = verb("plan", _plan, "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.")
+    file_and_overrides(sub, "a search-space file")
+    sub.add_argument("--probe", action="store_true", help="train a few steps of each objective here, for the hours")
+    sub.add_argument("--slots", type=_count, default=1, metavar="N", help="trials at a time (default: 1)")
+    sub.add_argument("--gpu-hour-price", type=float, metavar="X", help="of one GPU")
+
     sub = verb("explain", _explain, "Say what each objective of a file amounts to, and which searched settings matter.")
     file_and_overrides(sub, "a search space, an arms file or a configuration")
 
@@ -240,6 +246,17 @@ def _check(args: argparse.Namespace) -> int:
         example.data.check()
     except ConfigError as error:  # a file may be checked where its data are not
         print(f"note: on this machine {error}")
+    return OK
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tfkd_ray.plan import lines, plan
+
+    space = _load(args)
+    if args.probe:
+        space.example.data.check()
+    found = plan(space, probe=args.probe)
+    print("\n".join(lines(found, slots=max(1, args.slots), gpu_hour_price=args.gpu_hour_price)))
     return OK
 
 

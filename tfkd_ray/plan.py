@@ -1,0 +1,161 @@
+"""What a sweep will take, before anything starts: trials at each rung, epochs, hours, GPU-hours, money and disk.
+
+How many trials pass a rung is an expectation: trial i is judged among the i that have come so far, and with equal
+chances it is among the best i / `factor` of them, or the best. Better proposals later on pass more. `at most` is never
+exceeded.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.loop import train
+from tfkd_ray.space import Halving, Space
+
+PROBE_STEPS = 8
+"""Steps that a probe trains, after one that warms up."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trials of one objective."""
+
+    objective: str
+    trials: int
+    reaching: tuple[tuple[int, float], ...]
+    """(epoch, trials that are expected to come to it), for each rung and the last epoch."""
+    epochs: float
+    """Expected, over all of its trials."""
+    most: int
+    """Epochs if no trial were stopped."""
+    epoch_s: float | None
+    """Seconds of an epoch on this machine; None if it was not probed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep before it starts."""
+
+    parts: tuple[Part, ...]
+    teacher_epochs: int
+    teacher_s: float | None
+    """Seconds for all teachers, one after the other."""
+    workers: int
+    gpus: float
+    """Of one trial, over its workers."""
+    disk: int
+    """Bytes of weights and checkpoints."""
+
+    @property
+    def epochs(self) -> float:
+        """Expected, over all trials."""
+        return sum(part.epochs for part in self.parts)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, teachers included, one trial at a time; None if it was not probed."""
+        if self.teacher_s is None or any(part.epoch_s is None for part in self.parts):
+            return None
+        return self.teacher_s + sum(part.epochs * (part.epoch_s or 0) for part in self.parts)
+
+
+def plan(space: Space, *, probe: bool = False) -> Plan:
+    """Plan a sweep.
+
+    Args:
+        probe: train some steps of each objective here, to know the seconds of an epoch; needs the data.
+    """
+    share = space.search.num_samples // len(space.branches)
+    extra = space.search.num_samples % len(space.branches)
+    parts = []
+    for k, branch in enumerate(space.branches):
+        config = branch.config({p.name: p.domain.probes[0] for p in branch.parameters})
+        trials = share + (k < extra)
+        reaching = _reaching(space, trials)
+        spent, before = 0.0, 0
+        for epoch, count in reaching:
+            spent, before = spent + count * (epoch - before), epoch
+        seconds = _epoch_seconds(config) if probe else None
+        parts.append(Part(branch.objective, trials, reaching, spent, trials * space.epochs, seconds))
+    runs = [run for run in space.teacher_runs() if run.weights is None]
+    teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
+    teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs) if probe else None
+    config = space.example
+    size = sum(
+        p.numel() for p in config.student.build(config.data.shape, config.data.num_classes).state_dict().values()
+    )
+    # weights once, and two run states of weights and momentum, in float32
+    disk = 4 * size * 5 * space.search.num_samples
+    return Plan(
+        tuple(parts), sum(teachers.values()), teacher_s, config.workers, config.workers * config.gpus_per_worker, disk
+    )
+
+
+def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -> Iterator[str]:
+    """A plan as lines of at most 80 columns.
+
+    Args:
+        slots: trials at a time.
+        gpu_hour_price: money for an hour of one GPU.
+    """
+    yield f"{'objective':<16} {'trials':>6}  {'expected to come to epoch':<32} {'epochs':>7} {'at most':>7}"
+    for part in found.parts:
+        reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
+        yield f"{part.objective:<16} {part.trials:>6}  {reaching:<32} {part.epochs:>7.0f} {part.most:>7}"
+    most = sum(part.most for part in found.parts)
+    yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
+    if found.teacher_epochs:
+        yield f"teachers that are not there yet: {found.teacher_epochs} epochs, once"
+    yield f"disk: at most {_bytes(found.disk)} of weights and checkpoints"
+    if found.seconds is None:
+        yield "hours: not known; --probe trains a few steps of each objective here and says"
+        return
+    for part in found.parts:
+        yield f"an epoch of {part.objective}: {part.epoch_s:.3g} s on this machine"
+    hours = found.seconds / 3600
+    yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
+    if found.gpus:
+        money = "" if gpu_hour_price is None else f", {hours * found.gpus * gpu_hour_price:,.2f} in money"
+        yield from textwrap.wrap(
+            f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine", 80
+        )
+
+
+def _reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
+    stopping = space.search.stopping
+    rungs = stopping.rungs(space.epochs) if isinstance(stopping, Halving) else []
+    factor = stopping.factor if isinstance(stopping, Halving) else 1
+    reaching, here = [], float(trials)
+    for epoch in (*rungs, space.epochs):
+        reaching.append((epoch, here))
+        here = sum(max(1, i // factor) / i for i in range(1, round(here) + 1))
+    return tuple(reaching)
+
+
+def _epoch_seconds(config: TrainConfig) -> float:
+    """Seconds of an epoch, from a few steps on a part of the data; the teacher, if it needs one, is untrained."""
+    data = config.data.model_copy(update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0})
+    changes: dict[str, Any] = {
+        "data": data,
+        "epochs": 2,
+        "workers": 1,
+        "gpus_per_worker": min(config.gpus_per_worker, 1),
+    }
+    short = config.model_copy(update=changes)
+    run = config.teacher_run()
+    teacher = run.student.build(config.data.shape, config.data.num_classes) if run else None
+    *_, last = train(short, teacher=teacher)
+    train_set, val_set = config.data.load()
+    images = len(train_set) + (len(val_set) if val_set is not None else 0) / 3  # judging is about a third of training
+    return images / last.metrics["images_per_s"] / config.workers
+
+
+def _time(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count > 2**30 else f"{count / 2**20:.1f} MiB"
