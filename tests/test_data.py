@@ -824,7 +824,7 @@ def test_a_data_set_is_downloaded_once(
     data = served(name)
     data.download()
     data.check()
-    data.load()
+    data.load_test()
     left = [
         path.name for path in data.root.rglob("*") if path.suffix in (".part", ".zip") or path.name.startswith("tmp")
     ]
@@ -925,3 +925,10 @@ def test_root_is_kept_as_a_path_that_holds_in_any_working_directory(
     monkeypatch.setenv("HOME", str(tmp_path))
     write_idx(tmp_path / "datasets/mnist")
     Mnist().check()
+
+
+def test_a_data_set_with_one_image_a_class_cannot_be_held_out(tmp_path: Path) -> None:
+    data = write_cifar(tmp_path, Cifar100, pickled(Cifar100), archive=True)
+    with pytest.raises(ConfigError, match=r"val_fraction: no class has two images, so none can be held out; got 0.2"):
+        data.load()
+    assert data.model_copy(update={"val_fraction": 0.0}).load()[1] is None

@@ -965,6 +965,9 @@ def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
     if not data.val_fraction:
         return used, used[:0]
     train, val = stratified(labels[used], data.val_fraction, seed=data.split_seed)
+    if not len(val):
+        raise ConfigError(f"data {data.name}: val_fraction: no class has two images, so none can be held out; got "
+                          f"{data.val_fraction:g}")  # fmt: skip
     return used[train], used[val]
 
 
