@@ -6,14 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from scipy.stats import qmc
 
-from tfkd_ray.search import OptunaSearcher, StudyStopping, open_journal
-from tfkd_ray.space import Space, build_space
+from tfkd_ray.experiment import Record, write_experiment, write_record
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.search import (
+    OptunaSearcher,
+    Rungs,
+    StudyStopping,
+    copy_trials,
+    importance,
+    open_journal,
+    prior_trials,
+)
+from tfkd_ray.space import Space, build_space, not_superset, warm_points
 
 EPOCHS = 9
 
@@ -39,7 +51,7 @@ def value(config: dict[str, Any], epoch: int) -> float:
 def run_trial(searcher: OptunaSearcher, trial_id: str, config: dict[str, Any], upto: int = EPOCHS) -> dict[str, Any]:
     """Epochs until the study says stop; what Tune would call, in Tune's order. Returns the last result."""
     result: dict[str, Any] = {}
-    for epoch in range(1, upto + 1):
+    for epoch in range(1, min(upto, config["trial"]["epochs"]) + 1):
         result = {"epoch": epoch, "val_accuracy": value(config, epoch)}
         if searcher.report(trial_id, result):
             break
@@ -47,10 +59,10 @@ def run_trial(searcher: OptunaSearcher, trial_id: str, config: dict[str, Any], u
     return result
 
 
-def run_sweep(searcher: OptunaSearcher, kill_at: int | None = None) -> list[dict[str, Any]]:
+def run_sweep(searcher: OptunaSearcher, kill_at: int | None = None, most: int = 1000) -> list[dict[str, Any]]:
     """One trial at a time; with `kill_at`, the driver dies in the middle of that trial."""
     configs = []
-    for k in range(1000):
+    for k in range(most):
         config = searcher.suggest(f"id{k}")
         if config == Searcher.FINISHED:
             break
@@ -71,7 +83,7 @@ def trials(journal: Path) -> list[FrozenTrial]:
         for s in optuna.study.get_all_study_names(storage)
         for t in optuna.load_study(study_name=s, storage=storage).trials
     ]
-    return sorted(found, key=lambda t: t.user_attrs["number"])
+    return sorted((t for t in found if "number" in t.user_attrs), key=lambda t: t.user_attrs["number"])
 
 
 @pytest.fixture
@@ -231,3 +243,458 @@ def test_the_scheduler_asks_the_study(journal: Path) -> None:
         searcher.suggest(Trial.trial_id)
         decisions.append(scheduler.on_trial_result(None, Trial(), {"epoch": 1, "val_accuracy": accuracy}))  # type: ignore[arg-type]
     assert decisions == [TrialScheduler.CONTINUE, TrialScheduler.CONTINUE, TrialScheduler.STOP, TrialScheduler.CONTINUE]
+
+
+# --- samplers and stopping rules by name
+
+
+NUMBERS = {"lr": {"low": 0.01, "high": 1, "log": True}, "weight_decay": {"low": 1e-5, "high": 1e-2, "log": True}}
+
+
+def plain(sampler: Any, **search: Any) -> Space:
+    """No choices, no stopping: any sampler can search it."""
+    return build_space(
+        {
+            "student": "mlp",
+            "epochs": 3,
+            "objective": "lsr",
+            "optim": NUMBERS,
+            "search": {"num_samples": 9, "sampler": sampler, "stopping": "none", **search},
+        }
+    )
+
+
+MODELS = [{"name": "tpe", "startup": 3}, {"name": "gp", "startup": 3}, {"name": "cmaes"}]
+SAMPLERS = [*MODELS, {"name": "qmc"}, {"name": "qmc", "kind": "halton"}, {"name": "random"}]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_killed_driver_changes_no_proposal_of_any_sampler(tmp_path: Path, sampler: dict[str, Any]) -> None:
+    whole = run_sweep(OptunaSearcher(plain(sampler), tmp_path / "a"))
+    before = run_sweep(OptunaSearcher(plain(sampler), tmp_path / "b"), kill_at=7)
+    assert before + run_sweep(OptunaSearcher(plain(sampler), tmp_path / "b"))[1:] == whole and len(whole) == 9
+
+
+@pytest.mark.parametrize(
+    "sampler", [s for s in SAMPLERS if s["name"] != "cmaes"], ids=lambda s: "-".join(map(str, s.values()))
+)
+def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler_but_cmaes(
+    tmp_path: Path, sampler: dict[str, Any]
+) -> None:
+    journal = tmp_path / "a"
+    whole = run_sweep(OptunaSearcher(plain(sampler), journal))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    numbered = [i for i, line in enumerate(lines) if b'"number"' in line]
+    for n in (3, 7):  # a random one, and one of the model
+        for cut in range(numbered[n] - 4, numbered[n] + 1):
+            journal.write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
+            after = run_sweep(OptunaSearcher(plain(sampler), journal), most=1)
+            assert after == [whole[n]] or cut == numbered[n] - 4
+
+
+@pytest.mark.parametrize("sampler", MODELS, ids=lambda s: s["name"])
+def test_a_model_finds_what_a_random_search_does_not(tmp_path: Path, sampler: dict[str, Any]) -> None:
+    def late(sampler: Any) -> float:
+        configs = run_sweep(OptunaSearcher(plain(sampler, num_samples=30, warm_start=False), tmp_path / str(sampler)))
+        return float(np.mean([abs(np.log(c["optim"]["lr"] / 0.1)) for c in configs[18:]]))
+
+    assert late(sampler) < 0.7 * late("random")
+
+
+def test_quasi_random_points_cover_the_space_more_evenly_than_random_ones(tmp_path: Path) -> None:
+    def discrepancy(sampler: str) -> float:
+        searcher = OptunaSearcher(plain(sampler, num_samples=64, warm_start=False), tmp_path / sampler)
+        optim = [c["optim"] for k in range(64) if isinstance(c := searcher.suggest(f"id{k}"), dict)]
+        points = [[np.log10(o["lr"]) / 2 + 1, np.log10(o["weight_decay"]) / 3 + 5 / 3] for o in optim]
+        return float(qmc.discrepancy(np.clip(points, 0, 1)))
+
+    assert discrepancy("qmc") < 0.5 * discrepancy("random")
+
+
+def grid(**search: Any) -> Space:
+    return build_space(
+        {
+            "student": "mlp",
+            "epochs": EPOCHS,
+            "objective": ["ce", {"name": "lsr", "alpha": {"choices": [0.1, 0.2]}}],
+            "optim": {"lr": {"low": 0.1, "high": 0.3, "step": 0.1}, "nesterov": {"choices": [True, False]}},
+            "search": {"sampler": "grid", **search},
+        }
+    )
+
+
+def test_a_grid_is_every_combination_once_also_after_a_kill(tmp_path: Path) -> None:
+    def point(c: dict[str, Any]) -> tuple[Any, ...]:
+        return (c["objective"]["name"], c["objective"].get("alpha"), round(c["optim"]["lr"], 9), c["optim"]["nesterov"])
+
+    whole = run_sweep(OptunaSearcher(grid(), tmp_path / "a"))
+    assert len(whole) == grid().search.num_samples == 6 + 12 and len({point(c) for c in whole}) == 18
+    assert [c["objective"]["name"] for c in whole] == ["ce", "lsr"] * 6 + ["lsr"] * 6
+    for kill_at in (2, 14):
+        journal = tmp_path / f"b{kill_at}"
+        before = run_sweep(OptunaSearcher(grid(), journal), kill_at=kill_at)
+        assert before + run_sweep(OptunaSearcher(grid(), journal))[1:] == whole
+
+
+@pytest.mark.parametrize("stopping", ["hyperband", "median", {"name": "halving", "factor": 2}, "asha"])
+def test_a_killed_driver_changes_no_judgment(tmp_path: Path, stopping: Any) -> None:
+    search = {"stopping": stopping, "num_samples": 28}
+    whole = run_sweep(OptunaSearcher(space(**search), tmp_path / "a"))
+    states = [(t.state, t.last_step) for t in trials(tmp_path / "a")]
+    stopped = [step for state, step in states if state == TrialState.PRUNED]
+    assert bool(stopped) == (stopping != "asha")  # asha is Ray's: the study stops nothing
+    for kill_at in (9, 20):
+        journal = tmp_path / f"b{kill_at}"
+        before = run_sweep(OptunaSearcher(space(**search), journal), kill_at=kill_at)
+        assert before + run_sweep(OptunaSearcher(space(**search), journal))[1:] == whole
+        assert [(t.state, t.last_step) for t in trials(journal)] == states
+
+
+def test_hyperband_judges_a_trial_among_those_of_its_own_bracket(journal: Path) -> None:
+    run_sweep(OptunaSearcher(space(stopping="hyperband", num_samples=60), journal))
+    found = trials(journal)
+    steps = {b: {t.last_step for t in found if t.user_attrs["bracket"] == b} for b in (0, 1, 2)}
+    assert steps == {0: {1, 3, 9}, 1: {3, 9}, 2: {9}}
+
+
+def test_median_stops_only_once_it_has_enough_to_compare_with(journal: Path) -> None:
+    run_sweep(OptunaSearcher(space(stopping={"name": "median", "startup": 4}, num_samples=40), journal))
+    for objective in ("ce", "lsr"):
+        states = [t.state for t in trials(journal) if t.user_attrs["name"].endswith(objective)]
+        assert states[:4] == [TrialState.COMPLETE] * 4 and TrialState.PRUNED in states
+
+
+# --- published settings
+
+
+def test_published_settings_are_tried_first_and_once_also_after_a_kill(tmp_path: Path) -> None:
+    lsr = [p.values for p in warm_points(space()) if p.objective == "lsr"]
+    assert [v["objective.lsr.alpha"] for v in lsr] == [0.1, 0.2]
+    for kill_at in (None, 0, 1, 3):
+        journal = tmp_path / str(kill_at)
+        run_sweep(OptunaSearcher(space(), journal), kill_at=kill_at)
+        run_sweep(OptunaSearcher(space(), journal))
+        params = [t.params for t in trials(journal) if t.user_attrs["name"].endswith("lsr")]
+        assert params[:2] == lsr and all(p not in lsr for p in params[2:]) and len(params) == 8
+
+
+def test_a_published_setting_reaches_every_kind_of_parameter(journal: Path) -> None:
+    s = build_space(
+        {
+            "student": "mlp",
+            "objective": {"name": "tfkd_reg", "correct_prob": {"low": 0.9, "high": 0.995, "log_complement": True}},
+            "optim": {"batch_size": {"low": 64, "high": 256, "log": True}, "momentum": {"choices": [0.0, 0.9]}},
+            "schedule": {"choices": ["step", {"name": "cosine", "final": 0.1}]},
+            "search": {"num_samples": 8},
+        }
+    )
+    first = OptunaSearcher(s, journal).suggest("a")
+    assert isinstance(first, dict)
+    assert first["objective"]["correct_prob"] == pytest.approx(0.99, abs=1e-12)
+    assert (first["optim"]["batch_size"], first["optim"]["momentum"], first["schedule"]["name"]) == (128, 0.9, "step")
+
+
+# --- several metrics
+
+
+def test_several_metrics_are_told_together_and_the_study_has_a_front(journal: Path) -> None:
+    s = plain("tpe", metric=["val_accuracy", "val_ece"], num_samples=16)
+    searcher = OptunaSearcher(s, journal)
+    ends: dict[int, dict[str, Any]] = {}
+    for k in range(16):
+        config = searcher.suggest(f"id{k}")
+        assert isinstance(config, dict)
+        lr = config["optim"]["lr"]
+        ends[k] = {"epoch": 3, "val_accuracy": -abs(np.log(lr)), "val_ece": lr}
+        if k == 2:
+            ends[k]["val_ece"] = float("nan")
+        assert not searcher.report(f"id{k}", {**ends[k], "epoch": 1})
+        searcher.on_trial_complete(f"id{k}", ends[k] if k != 4 else {"epoch": 2, "val_accuracy": 1.0, "val_ece": 0.1})
+    found = trials(journal)
+    assert found[2].state == TrialState.FAIL and found[2].user_attrs["reason"] == "val_ece is nan"
+    assert found[4].state == TrialState.PRUNED and found[0].values == [ends[0]["val_accuracy"], ends[0]["val_ece"]]
+    for study in searcher.studies():
+        assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"] and study.best_trials
+
+
+@pytest.mark.parametrize("sampler", ["tpe", {"name": "gp", "startup": 3}, "qmc", "random"], ids=str)
+def test_several_metrics_and_a_kill(tmp_path: Path, sampler: Any) -> None:
+    s = plain(sampler, metric=["val_accuracy", "val_nll"])
+
+    def run(journal: Path, upto: int) -> list[Any]:
+        searcher, configs = OptunaSearcher(s, journal), []
+        for k in range(upto):
+            config = searcher.suggest(f"id{k}")
+            if isinstance(config, dict):
+                configs.append(config)
+                if k < upto - 1 or upto == 20:
+                    v = value(config, 9)
+                    searcher.on_trial_complete(f"id{k}", {"epoch": 3, "val_accuracy": v, "val_nll": v})
+        return configs
+
+    whole = run(tmp_path / "a", 20)
+    before = run(tmp_path / "b", 8)
+    assert before + run(tmp_path / "b", 20)[1:] == whole and len(whole) == 9
+
+
+# --- failed trials, once more
+
+
+def test_failed_trials_run_again_with_their_numbers_and_parameters_and_the_total_is_exact(journal: Path) -> None:
+    searcher = OptunaSearcher(space(), journal)
+    configs = {}
+    for k in range(16):
+        configs[k] = searcher.suggest(f"id{k}")
+        assert isinstance(configs[k], dict)
+        if k in (3, 7):
+            searcher.report(f"id{k}", {"epoch": 1, "val_accuracy": 0.99})
+            searcher.on_trial_complete(f"id{k}", {"failed": "OSError: disk full", "done": True})
+        else:
+            searcher.on_trial_complete(f"id{k}", run_trial(searcher, f"id{k}", configs[k]))  # type: ignore[arg-type]
+    plainly = OptunaSearcher(space(), journal)
+    assert plainly.remaining() == 0  # without being asked, they are not run again
+    assert plainly.retry_failed() == 2 and plainly.remaining() == 2 and plainly.waiting() == {3, 7}
+    again = OptunaSearcher(space(), journal)  # the driver died: they are still to be done
+    assert again.remaining() == 2
+    for n in (3, 7):
+        config = again.suggest(f"again{n}")
+        assert config == configs[n]
+        assert not again.report(f"again{n}", {"epoch": 1, "val_accuracy": 0.0})  # known from the first attempt
+        again.on_trial_complete(f"again{n}", {"epoch": 9, "val_accuracy": 0.9})
+    assert again.suggest("x") == Searcher.FINISHED
+    last = OptunaSearcher(space(), journal)
+    assert last.remaining() == 0 and last.retry_failed() == 0
+    attempts = [
+        (t.user_attrs["number"], t.state.name, t.user_attrs.get("attempt"), t.intermediate_values)
+        for t in trials(journal)
+        if t.user_attrs["number"] in (3, 7)
+    ]
+    assert attempts == [
+        (n, *rest) for n in (3, 7) for rest in (("FAIL", None, {1: 0.99}), ("COMPLETE", 2, {1: 0.99, 9: 0.9}))
+    ]
+
+
+def test_a_trial_that_was_tried_again_counts_once_at_a_rung(journal: Path) -> None:
+    searcher = OptunaSearcher(space(num_samples=12), journal)
+    for k, accuracy in enumerate([0.9, 0.8]):
+        searcher.suggest(f"id{2 * k}")
+        searcher.suggest(f"id{2 * k + 1}")
+        searcher.report(f"id{2 * k}", {"epoch": 1, "val_accuracy": accuracy})
+    searcher.on_trial_complete("id0", {"failed": "x"})
+    searcher.retry_failed()
+    searcher.suggest("other")  # whatever waits
+    study = searcher.studies()[0]
+    came = [t.intermediate_values[1] for t in study.trials if 1 in t.intermediate_values]
+    assert sorted(came) == [0.8, 0.9, 0.9]
+    rungs = Rungs([[1, 3]], 2)
+    values = {0.9: False, 0.8: True}  # of two trials, the better goes on; counted thrice, 0.8 would still be behind
+    for trial in study.get_trials(deepcopy=False):
+        if 1 in trial.intermediate_values:
+            assert rungs.prune(study, trial) == values[trial.intermediate_values[1]]
+    three = [*came, 0.85, 0.7]
+    assert len(three) // 2 == 2  # with the attempt counted twice, 0.85 would be third and stop
+    trial = study.ask()
+    trial.report(0.85, 1)
+    other = study.ask()
+    other.report(0.7, 1)
+    assert not rungs.prune(study, study.get_trials(deepcopy=False)[trial.number])
+
+
+# --- earlier experiments
+
+
+def finished(folder: Path, s: Space, values: list[float], *, status: str = "done") -> Path:
+    """An experiment with random trials, as its files tell it."""
+    folder.mkdir()
+    write_experiment(folder, s.tree, ["tfkd"])
+    searcher = OptunaSearcher(s, folder / "study.journal")
+    for k, value in enumerate(values):
+        config = searcher.suggest(f"id{k}")
+        assert isinstance(config, dict)
+        about = config.pop("trial")
+        searcher.on_trial_complete(f"id{k}", {"epoch": s.epochs, "val_accuracy": value})
+        path = folder / "trials" / about["name"]
+        write_record(
+            Record(
+                path, about["number"], about["name"], config["objective"]["name"], status, about["parameters"], config
+            )
+        )
+        (path / "metrics.jsonl").write_text(
+            json.dumps({"epoch": s.epochs, "val_accuracy": value, "seconds": 1.0}) + "\n"
+        )
+    return folder
+
+
+def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_one(tmp_path: Path) -> None:
+    earlier = finished(
+        tmp_path / "old", space(sampler="random", warm_start=False, num_samples=20), [k / 20 for k in range(20)]
+    )
+    cold = run_sweep(OptunaSearcher(space(), tmp_path / "a"))
+    journal = tmp_path / "b"
+    searcher = OptunaSearcher(space(), journal, priors=[earlier])
+    warm = run_sweep(searcher, kill_at=9) + run_sweep(OptunaSearcher(space(), journal, priors=[earlier]))[1:]
+    assert [c["trial"]["number"] for c in warm] == list(range(16)) and warm != cold
+    assert warm == run_sweep(OptunaSearcher(space(), tmp_path / "c", priors=[earlier]))
+    storage = open_journal(journal)
+    found = [
+        t
+        for s in optuna.study.get_all_study_names(storage)
+        for t in optuna.load_study(study_name=s, storage=storage).trials
+    ]
+    priors = [t for t in found if "prior" in t.user_attrs]
+    assert len(priors) == 20 and len(found) == 36  # each once, though told twice
+    assert all(
+        t.state == TrialState.COMPLETE and not t.intermediate_values and "number" not in t.user_attrs for t in priors
+    )
+    assert {t.user_attrs["prior"] for t in priors} == {
+        f"old/t{n:04d}-{'ce' if n % 2 == 0 else 'lsr'}" for n in range(20)
+    }
+    assert OptunaSearcher(space(), journal).remaining() == 0 and set(OptunaSearcher(space(), journal).known()) == set(
+        range(16)
+    )
+
+
+def test_a_rung_is_made_of_this_experiments_trials_alone(tmp_path: Path) -> None:
+    earlier = finished(tmp_path / "old", space(sampler="random"), [0.99] * 16)
+    searcher = OptunaSearcher(space(), tmp_path / "a", priors=[earlier])
+    searcher.suggest("a")
+    assert not searcher.report("a", {"epoch": 1, "val_accuracy": 0.1})  # it is the best that has come here
+
+
+def test_a_median_is_made_of_this_experiments_trials_alone(tmp_path: Path) -> None:
+    earlier = finished(tmp_path / "old", space(sampler="random"), [0.99] * 16)
+    stopping = {"name": "median", "startup": 3}
+    searcher = OptunaSearcher(space(stopping=stopping), tmp_path / "a", priors=[earlier])
+    stopped = []
+    for k, accuracy in enumerate([0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.1, 0.1]):  # each objective in turn
+        searcher.suggest(f"id{k}")
+        stopped.append(searcher.report(f"id{k}", {"epoch": 1, "val_accuracy": accuracy}))
+        searcher.on_trial_complete(f"id{k}", {"epoch": 9, "val_accuracy": accuracy})
+    assert stopped == [False] * 6 + [True] * 2
+
+
+LARGER = {"optim": {"lr": {"low": 0.001, "high": 2, "log": True}, "momentum": {"choices": [0.0, 0.9]}}}
+SMALLER = {"optim": {"lr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    "change, usable",
+    [(LARGER, "some"), (SMALLER, "all"), ({"seed": 5, "checkpoint_every_s": 1}, "all")],
+    ids=["larger", "smaller", "seed"],
+)
+def test_an_earlier_space_may_be_larger_or_smaller(tmp_path: Path, change: dict[str, Any], usable: str) -> None:
+    tree = {**space(sampler="random", num_samples=20, warm_start=False).tree, **change}
+    tree["optim"] = {**space().tree["optim"], **change.get("optim", {})}
+    earlier = finished(tmp_path / "old", build_space(tree), [k / 20 for k in range(20)])
+    priors = prior_trials(space(), [earlier])
+    assert (0 < len(priors) < 20) if usable == "some" else len(priors) == 20
+    for prior in priors:
+        assert 0.01 <= prior.params["optim.lr"] <= 1 and "optim.momentum" not in prior.params
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"epochs": 5}, "epochs: 5 there, 9 here"),
+        ({"student": "cnn"}, "student.name: 'cnn' there, 'mlp' here"),
+        ({"data": {"name": "digits", "split_seed": 3}}, "data.split_seed: 3 there, 0 here"),
+        ({"optim": {"lr": 5}}, "optim.lr: 5.0 there, 0.01 to 1 (log) here"),
+        ({"objective": "tfkd_reg"}, "objective: tfkd_reg there, and not among ce, lsr"),
+    ],
+)  # fmt: skip
+def test_an_experiment_without_overlap_is_refused_and_says_why(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    old = build_space(
+        {
+            "student": "mlp",
+            "epochs": EPOCHS,
+            "objective": "ce",
+            "search": {"num_samples": 2, "stopping": "none"},
+            **change,
+        }
+    )
+    earlier = finished(tmp_path / "old", old, [0.1, 0.2])
+    with pytest.raises(ConfigError) as error:
+        prior_trials(space(), [earlier])
+    assert f"priors: of 2 full-length trials of {earlier} none lies in this space: {sentence}" in str(error.value)
+
+
+def test_what_makes_no_sense_as_an_earlier_experiment_is_refused(tmp_path: Path) -> None:
+    stopped = finished(tmp_path / "old", space(), [0.5], status="stopped")
+    with pytest.raises(ConfigError, match=r"of 0 full-length trials of .* it has no full-length trial"):
+        prior_trials(space(), [stopped])
+    with pytest.raises(ConfigError, match="not an experiment"):
+        prior_trials(space(), [tmp_path])
+    with pytest.raises(ConfigError, match="earlier results would change nothing for the sampler random; use tpe or gp"):
+        prior_trials(space(sampler="random"), [stopped])
+    assert prior_trials(space(sampler="random"), []) == []
+
+
+# --- a wider space
+
+
+def test_an_experiment_goes_on_in_a_wider_space_with_all_its_trials(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    old = OptunaSearcher(space(), journal)
+    before = run_sweep(old, kill_at=9)
+    tree = {
+        **space().tree,
+        "optim": {"lr": {"low": 0.001, "high": 1, "log": True}, "momentum": {"choices": [0.9, 0.0]}},
+    }
+    tree["objective"] = [*tree["objective"], "tfkd_reg"]
+    tree["search"] = {**tree["search"], "num_samples": 30, "study": "tfkd@2"}
+    wide = build_space(tree)
+    assert not_superset(space(), wide) == []
+    for _ in range(2):  # copied again after a crash, they are there once
+        new = OptunaSearcher(wide, journal)
+        copy_trials(OptunaSearcher(space(), journal), new)
+    assert sorted(new.known()) == list(range(10)) and new.remaining() == 21
+    was, copied = ({t.user_attrs["number"]: t for study in s.studies() for t in study.trials} for s in (old, new))
+    assert all(t.params["optim.momentum"] == 0.9 for t in copied.values())
+    for n, trial in was.items():
+        assert (copied[n].state, copied[n].intermediate_values) == (trial.state, trial.intermediate_values)
+        assert copied[n].params.items() >= trial.params.items()
+    after = run_sweep(new)
+    assert after[0]["optim"]["lr"] == before[-1]["optim"]["lr"] and after[0]["trial"]["number"] == 9
+    assert [c["trial"]["number"] for c in after] == list(range(9, 30))
+    count = [sum(name.endswith(o) for name in new.known().values()) for o in ("ce", "lsr", "tfkd_reg")]
+    assert count == [10, 10, 10]  # the objective that is new catches up
+
+
+# --- what mattered
+
+
+@pytest.mark.parametrize("evaluator", ["pedanova", "fanova", "mdi"])
+def test_importance_is_told_for_each_objective_over_its_full_length_trials(tmp_path: Path, evaluator: str) -> None:
+    s = space(sampler="random", stopping="none", num_samples=40, warm_start=False)
+    s = build_space({**s.tree, "objective": ["ce", "lsr"], "optim": NUMBERS})
+    experiment = tmp_path / "e"
+    experiment.mkdir()
+    write_experiment(experiment, s.tree, ["tfkd"])
+    searcher = OptunaSearcher(s, experiment / "study.journal")
+    for k in range(40):
+        config = searcher.suggest(f"id{k}")
+        assert isinstance(config, dict)
+        about, name = config.pop("trial"), config["objective"]["name"]
+        decisive = "lr" if name == "ce" else "weight_decay"
+        accuracy = np.log10(config["optim"][decisive]) / 5 + 1
+        path = experiment / "trials" / about["name"]
+        stopped = k % 10 == 0
+        write_record(
+            Record(path, k, about["name"], name, "stopped" if stopped else "done", about["parameters"], config)
+        )
+        (path / "metrics.jsonl").write_text(
+            json.dumps({"epoch": 9, "val_accuracy": -1e6 if stopped else accuracy}) + "\n"
+        )
+    shares = importance(experiment, evaluator=evaluator)
+    assert max(shares["ce"], key=shares["ce"].__getitem__) == "optim.lr"
+    assert max(shares["lsr"], key=shares["lsr"].__getitem__) == "optim.weight_decay"
+    assert all(sum(of.values()) == pytest.approx(1) for of in shares.values())
+    assert shares["ce"]["optim.lr"] > 0.8
+
+
+def test_importance_of_too_few_trials_is_not_told(tmp_path: Path) -> None:
+    assert importance(finished(tmp_path / "e", space(), [0.1, 0.2, 0.3])) == {"ce": {}, "lsr": {}}
+    with pytest.raises(ConfigError, match="no such evaluator 'x'; known: pedanova, fanova, mdi"):
+        importance(tmp_path / "e", evaluator="x")

@@ -1,6 +1,7 @@
 """Search spaces: what is searched, what is refused, and that a space reads back as itself."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,23 @@ import pytest
 from conftest import ROOT, SHIPPED
 
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
-from tfkd_ray.space import Choices, Halving, Range, Space, build_space, load_space
+from tfkd_ray.objectives import PUBLISHED
+from tfkd_ray.schema import ConfigError, dump_yaml, members, parse_yaml, tag
+from tfkd_ray.space import (
+    Choices,
+    Halving,
+    Hyperband,
+    Median,
+    Range,
+    SearchConfig,
+    Space,
+    build_space,
+    load_space,
+    masked,
+    not_superset,
+    pareto,
+    warm_points,
+)
 
 
 def space(**tree: Any) -> Space:
@@ -239,3 +255,283 @@ def test_mutated_trees_are_refused_with_sentences_and_never_crash() -> None:
             build_space(tree, "f")
         except ConfigError as error:
             assert all(": " in p for p in error.problems)
+
+
+# --- how it is searched: what goes together
+
+
+CHOICE = {"optim": {"lr": {"choices": [0.1, 0.2]}}}
+RANGE = {"optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}}
+PROBES: dict[str, dict[str, Any]] = {
+    "ranges": RANGE,
+    "choices": CHOICE,
+    "`split: false`": {**CHOICE, "objective": ["ce", "lsr"], "search": {"split": False}},
+    "several metrics": {**CHOICE, "search": {"metric": ["val_accuracy", "val_ece"]}},
+    "early stopping": {**CHOICE, "search": {"stopping": "halving"}},
+}
+
+
+def allowed(sampler: str, probe: dict[str, Any]) -> bool:
+    """Whether the pair is accepted; what else a sampler needs is given to it."""
+    tree = {"objective": "ce", "student": "mlp", "epochs": 9, **probe}
+    if sampler == "cmaes" and probe is not RANGE and probe is not CHOICE:
+        tree |= RANGE
+    search = {"baselines": False, "sampler": sampler, "stopping": "none", **probe.get("search", {})}
+    try:
+        build_space({**tree, "search": search})
+    except ConfigError as error:
+        assert all(p.startswith("search.") for p in error.problems), str(error)
+        return False
+    return True
+
+
+def pairs() -> str:
+    """The table of docs/search.md, from the code."""
+    lines = [f"| sampler | {' | '.join(PROBES)} | earlier experiments |", "|---" * (len(PROBES) + 2) + "|"]
+    for kind in members(SearchConfig.model_fields["sampler"]):
+        cells = ["yes" if allowed(str(tag(kind)), probe) else "no" for probe in PROBES.values()]
+        lines.append(f"| `{tag(kind)}` | {' | '.join(cells)} | {'yes' if kind.priors else 'no'} |")  # type: ignore[attr-defined]
+    return "\n".join(lines)
+
+
+def test_the_table_of_what_goes_together_is_that_of_the_code() -> None:
+    text = (ROOT / "docs/search.md").read_text()
+    assert pairs() in text, pairs()
+    for name in (tag(m) for m in members(SearchConfig.model_fields["stopping"])):
+        assert f"| `{name}` |" in text
+
+
+ONE_LR = {"lr": {"low": 0.01, "high": 0.5, "log": True}}
+
+
+@pytest.mark.parametrize(
+    "tree, sentence",
+    [
+        ({"optim": {"lr": {"choices": [1, 2]}}, "search": {"sampler": "cmaes", "stopping": "none"}}, "search.sampler: cmaes proposes numbers only, and optim.lr is a choice"),
+        ({"optim": ONE_LR, "search": {"sampler": "cmaes"}}, "search.stopping: a trial that is stopped early is missing from a generation of cmaes; set stopping: none"),
+        ({"optim": ONE_LR, "search": {"sampler": "cmaes", "stopping": "none", "metric": ["val_accuracy", "val_ece"]}}, "search.sampler: cmaes has one metric only"),
+        ({"optim": ONE_LR, "search": {"sampler": "grid"}}, "search.sampler: grid needs choices or a step, and optim.lr is 0.01 to 0.5 (log)"),
+        ({"optim": {"lr": {"choices": [1, 2]}}, "search": {"sampler": "grid", "num_samples": 3}}, "search.num_samples: the grid has 2 points, each is one trial, got 3; leave it out"),
+        ({"optim": {"batch_size": {"low": 1, "high": 200_000}}, "search": {"sampler": "grid"}}, "search.sampler: a grid of 200000 trials is more than 100000"),
+        ({"objective": ["ce", "lsr"], "search": {"sampler": "gp", "split": False}}, "search.sampler: gp cannot choose among objectives; use tpe or random"),
+        ({"optim": ONE_LR, "search": {"metric": ["val_accuracy", "val_nll"]}}, "search.stopping: halving judges by one metric, and there are 2"),
+        ({"optim": ONE_LR, "search": {"metric": ["val_nll", "val_nll"]}}, "search.metric: a list of different metrics, got val_nll, val_nll"),
+        ({"optim": ONE_LR, "search": {"metric": []}}, "search.metric: "),
+        ({"optim": ONE_LR, "search": {"metric": ["val_acc"]}}, "search.metric: no such name 'val_acc'; did you mean 'val_accuracy'?"),
+        ({"epochs": 2, "optim": ONE_LR, "search": {"stopping": {"name": "hyperband", "min_epochs": 2}}}, "search.stopping: hyperband has no rung in 2 epochs"),
+        ({"epochs": 9, "optim": ONE_LR, "search": {"stopping": "hyperband", "num_samples": 5}}, "search.stopping: hyperband's 3 brackets need 6 trials of each objective, got 5"),
+        ({"optim": ONE_LR, "search": {"stopping": "median", "num_samples": 5}}, "search.stopping: median begins after 5 full-length trials of an objective, and each has 5"),
+        ({"optim": ONE_LR, "search": {"gpu_hours": 1}}, "search.gpu_hours: trials here use no GPU"),
+        ({"search": {"time_budget_s": 0}}, "search.time_budget_s: Input should be greater than 0, got 0"),
+        ({"search": {"cpu_hours": -1}}, "search.cpu_hours: Input should be greater than 0, got -1"),
+        ({"search": {"max_failed_trials": 0}}, "search.max_failed_trials: Input should be greater than or equal to 1, got 0"),
+        ({"search": {"sampler": "tpee"}}, "search.sampler: no such name 'tpee'; did you mean 'tpe'?"),
+        ({"search": {"sampler": {"name": "tpe", "startupp": 3}}}, "search.sampler.tpe.startupp: no such setting; did you mean 'startup'?"),
+        ({"search": {"stopping": "asa"}}, "search.stopping: no such name 'asa'; did you mean 'asha'?"),
+        ({"search": {"storage": "sqlite://"}}, "search.storage: a database in memory ends with the process"),
+        ({"search": {"storage": "study.db"}}, "search.storage: a URL: sqlite:///FILE, or postgresql://USER@HOST/DATABASE"),
+    ],
+)  # fmt: skip
+def test_a_wrong_search_gets_a_sentence(tree: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        space(**tree)
+    assert any(p.startswith(sentence) for p in error.value.problems), str(error.value)
+
+
+def test_a_sampler_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfkd_ray.space.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"cmaes needs the package cmaes, which is not here: pip install cmaes"):
+        space(optim=ONE_LR, search={"sampler": "cmaes", "stopping": "none"})
+
+
+def test_a_grid_says_how_many_trials_it_is_and_reads_back() -> None:
+    s = space(
+        optim={"lr": {"choices": [1, 2, 3]}, "momentum": {"low": 0, "high": 0.9, "step": 0.3}},
+        search={"sampler": "grid"},
+    )
+    assert s.search.num_samples == 12
+    assert build_space(parse_yaml(dump_yaml(s.tree), "again")).tree == s.tree
+
+
+def test_hyperband_deals_its_trials_out_evenly() -> None:
+    h = Hyperband()
+    assert h.brackets(9) == [[1, 3], [3], []]
+    dealt = [h.bracket(9, k) for k in range(34)]
+    assert [dealt.count(b) for b in range(3)] == [18, 10, 6]  # 9 : 5 : 3, as of Optuna
+    assert sorted(set(dealt[:4])) == [0, 1, 2]
+
+
+def test_median_judges_after_every_ninth() -> None:
+    assert Median().rungs(54) == [6, 12, 18, 24, 30, 36, 42, 48]
+    assert Median(min_epochs=4).rungs(9) == [4, 8] and Median().rungs(1) == []
+
+
+# --- published settings
+
+
+def test_a_search_begins_with_the_published_settings_that_lie_in_the_space() -> None:
+    s = space(
+        objective=[
+            {"name": "kd", "alpha": {"low": 0.5, "high": 0.99}, "temperature": {"low": 1, "high": 30, "log": True}},
+            {"name": "tfkd_reg", "correct_prob": {"low": 0.95, "high": 0.999, "log_complement": True}},
+            {
+                "name": "tfkd_self",
+                "loss_scale": {"low": 0.01, "high": 1, "log": True},
+                "temperature": 6,
+                "alpha": 0.9048,
+            },
+        ],
+        teacher={"model": "cnn"},
+        optim={"lr": {"low": 0.01, "high": 0.4, "log": True}, "weight_decay": {"low": 1e-3, "high": 1e-1, "log": True}},
+        search={"num_samples": 100, "baselines": False},
+    )
+    points = warm_points(s)
+    assert [(p.objective, p.values.get("objective.kd.alpha")) for p in points] == [
+        ("kd", 0.9), ("kd", 0.9), ("kd", 0.95), ("kd", 0.5), ("tfkd_reg", None), ("tfkd_self", None),
+    ]  # fmt: skip
+    assert points[0].origin == "CRD and mdistiller"
+    assert points[0].values["optim.lr"] == 0.1  # the paper's; its weight decay is outside, so the middle
+    assert points[0].values["optim.weight_decay"] == pytest.approx(1e-2)
+    assert points[4].values["objective.tfkd_reg.correct_prob"] == 0.99
+    assert points[5].values["objective.tfkd_self.loss_scale"] == 0.525
+    for point in points:  # and each is a configuration
+        branch = next(b for b in s.branches if b.objective == point.objective)
+        branch.config(point.values)
+
+
+def test_published_settings_are_at_most_a_quarter_and_can_be_left_out() -> None:
+    kd = {"name": "kd", "alpha": {"low": 0, "high": 1}, "temperature": {"low": 1, "high": 30}}
+    for samples, count in ((40, 6), (16, 4), (8, 2), (3, 0)):
+        s = space(objective=kd, teacher={"model": "mlp"}, search={"num_samples": samples})
+        assert len(warm_points(s)) == count
+    assert warm_points(space(objective=kd, teacher={"model": "mlp"}, search={"warm_start": False})) == []
+    assert warm_points(space(optim={"lr": {"choices": [1, 2]}}, search={"sampler": "grid"})) == []
+    both = space(objective=[kd, "ce"], teacher={"model": "mlp"}, search={"split": False, "baselines": False})
+    assert [p.objective for p in warm_points(both)] == ["kd", "ce", "kd", "kd", "kd", "kd"]
+
+
+def test_every_published_setting_is_valid_and_says_where_it_is_from() -> None:
+    for setting in PUBLISHED:
+        assert setting.origin and build_space(
+            {"objective": setting.objective.model_dump(), "teacher": {"model": "mlp"}}
+        )
+
+
+def test_the_middle_of_a_range_is_on_its_scale_and_in_it() -> None:
+    for domain, middle in [
+        (Range(1, 100, log=True), 10),
+        (Range(0.9, 0.999, log_complement=True), 0.99),
+        (Range(0, 1), 0.5),
+        (Range(0, 0.9, step=0.3), 0.6),
+        (Range(1, 4, whole=True), 2),
+        (Choices(("a", "b", "c")), "b"),
+    ]:
+        assert domain.middle == pytest.approx(middle) if not isinstance(middle, str) else domain.middle == middle
+        assert domain.contains(domain.middle)
+    assert Range(0, 0.9, step=0.3).points == pytest.approx([0, 0.3, 0.6, 0.9]) and Range(0, 1).points is None
+    assert not Range(0, 0.9, step=0.3).contains(0.4) and not Range(0, 1).contains(True)
+
+
+# --- fronts
+
+
+@dataclass(frozen=True)
+class Trial:
+    number: int
+    last: dict[str, float]
+    status: str = "done"
+
+
+def test_a_front_is_what_no_other_trial_beats() -> None:
+    def trial(number: int, accuracy: float, ece: float, status: str = "done") -> Trial:
+        return Trial(number, {"val_accuracy": accuracy, "val_ece": ece}, status)
+
+    trials = [
+        trial(0, 0.9, 0.2),
+        trial(1, 0.8, 0.1),
+        trial(2, 0.8, 0.2),  # beaten by both
+        trial(3, 0.9, 0.2),  # as good as 0
+        trial(4, 0.99, 0.0, "stopped"),
+        trial(5, float("nan"), 0.0),
+        trial(6, 0.7, 0.1),
+    ]
+    metrics = ["val_accuracy", "val_ece"]
+    assert [t.number for t in pareto(trials, metrics)] == [0, 3, 1]
+    assert [t.number for t in pareto(trials, metrics[:1])] == [0, 3] and pareto([], metrics) == []
+    rng = random.Random(0)
+    many = [trial(k, rng.random(), rng.random()) for k in range(60)]
+    slow = {
+        t.number for t in many
+        if not any(o.last["val_accuracy"] >= t.last["val_accuracy"] and o.last["val_ece"] <= t.last["val_ece"] and o is not t for o in many)
+    }  # fmt: skip
+    assert {t.number for t in pareto(many, metrics)} == slow
+
+
+def test_a_list_of_metrics_leads_with_its_first_and_reads_back() -> None:
+    s = space(optim=ONE_LR, search={"metric": ["val_ece", "val_accuracy"], "stopping": "none"})
+    assert s.search.metric == "val_ece" and s.search.mode == "min" and s.search.metrics == ("val_ece", "val_accuracy")
+    assert build_space(parse_yaml(dump_yaml(s.tree), "again")).search == s.search
+
+
+# --- other spaces
+
+
+WIDE: dict[str, Any] = {"optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}, "momentum": {"choices": [0.0, 0.9]}}}
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({}, None),
+        ({"optim": {**WIDE["optim"], "lr": {"low": 0.001, "high": 0.5, "log": True}}}, None),
+        ({"optim": {**WIDE["optim"], "momentum": {"choices": [0.5, 0.9, 0.0]}}}, None),
+        ({"optim": {**WIDE["optim"], "weight_decay": {"low": 1e-5, "high": 1e-2}}}, None),
+        ({"objective": ["lsr", "ce"], "search": {"baselines": False}}, None),
+        ({"workers": 2, "checkpoint_every_s": 3}, None),
+        ({"optim": {**WIDE["optim"], "lr": {"low": 0.02, "high": 0.5, "log": True}}}, "optim.lr: was 0.01 to 0.5 (log), and 0.02 to 0.5 (log) does not hold all of it"),
+        ({"optim": {**WIDE["optim"], "lr": {"low": 0.01, "high": 0.5}}}, "optim.lr: was 0.01 to 0.5 (log), and 0.01 to 0.5 does not"),
+        ({"optim": {**WIDE["optim"], "momentum": {"choices": [0.5, 0.9]}}}, "optim.momentum: was 0.0 | 0.9"),
+        ({"optim": {"lr": WIDE["optim"]["lr"]}}, "optim.momentum: was searched (0.0 | 0.9), and is fixed now"),
+        ({"optim": {**WIDE["optim"], "weight_decay": {"low": 1e-3, "high": 1e-2}}}, "optim.weight_decay: was fixed at 0.0005"),
+        ({"epochs": 5}, "epochs: was 27, and is 5 now"),
+        ({"objective": {"name": "lsr", "alpha": 0.2}}, "objective.lsr.alpha: was 0.1, and is 0.2 now"),
+        ({"objective": "ce"}, "objective: lsr is in the trials that are there, and not in the new space"),
+        ({"search": {"metric": "val_nll"}}, "search.metric: was val_accuracy"),
+        ({"seed": 1}, "seed: was 0, and is 1 now"),
+    ],
+)  # fmt: skip
+def test_a_wider_space_holds_every_trial_of_a_narrower_one(change: dict[str, Any], sentence: str | None) -> None:
+    problems = not_superset(space(**WIDE), space(**{**WIDE, **change}))
+    assert (problems == []) if sentence is None else any(p.startswith(sentence) for p in problems), problems
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:se/cr:et@host:5432/db?x=1", "postgresql://me:***@host:5432/db?x=1"),
+        ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=***&x=1"),
+        ("search.storage=postgresql://a@b:secret@host/db", "search.storage=postgresql://a@b:***@host/db"),
+        ("postgresql://me@host:5432/db", "postgresql://me@host:5432/db"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_no_password_is_shown(url: str, shown: str) -> None:
+    assert masked(url) == shown and masked(shown) == shown
+
+
+def test_the_password_of_a_storage_is_in_no_tree_and_in_no_repr() -> None:
+    s = space(search={"storage": "postgresql://me:secret@host/db"})
+    assert s.search.storage == "postgresql://me:secret@host/db"
+    assert "secret" not in repr(s) + dump_yaml(s.tree) and s.tree["search"]["storage"] == "postgresql://me:***@host/db"
+    with pytest.raises(ConfigError) as error:
+        load_space(
+            "digits_tfkd",
+            ["search.storage.x=postgresql://me:secret@host/db", "search.storage={postgresql://me:secret@host/db"],
+        )
+    assert "secret" not in str(error.value)
+
+
+def test_a_sqlite_file_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert space(search={"storage": "sqlite:///s.db"}).search.storage == f"sqlite:///{tmp_path}/s.db"

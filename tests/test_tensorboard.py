@@ -1,14 +1,29 @@
 """Event files as TensorBoard itself reads them, its HParams backend included."""
 
+import io
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import Run
+from PIL import Image
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
+from tfkd_ray.cli import _HOW_TO_COMPARE
+from tfkd_ray.experiment import write_experiment
+from tfkd_ray.objectives import Canonical, LabelSmoothing, TfkdReg, TfkdRegCode
+from tfkd_ray.schema import parse_yaml
 from tfkd_ray.space import Space, build_space
-from tfkd_ray.tensorboard import TensorBoard, short_names
+from tfkd_ray.tensorboard import TensorBoard, label_probability, short_names, side_by_side
 
 
 class FakeTrial:
@@ -68,7 +83,9 @@ def test_runs_have_readable_names_and_few_stable_tags(tmp_path: Path, space: Spa
     )
     events = read(tmp_path)
     assert set(events.Runs()) == {".", "t0007-lsr"}
-    assert set(events.Runs()["t0007-lsr"]["scalars"]) == {"train/loss", "val/acc", "hp/value"}
+    assert set(events.Runs()["t0007-lsr"]["scalars"]) == {
+        "train/loss", "val/acc", "hp/value", "objective/lsr", "hp/epochs",
+    }  # fmt: skip
     scalars = events.Scalars("t0007-lsr", "hp/value")
     assert [(s.step, round(s.value, 6)) for s in scalars] == [(1, 0.5), (2, 0.6)]
 
@@ -134,3 +151,215 @@ def test_a_trial_fills_the_columns_that_the_experiment_names(tmp_path: Path) -> 
     ]
     columns = {h.name for h in data[0].experiment.hparam_infos}
     assert set(data[1].session_start_info.hparams) - {"objective"} == columns == {"lr", "optim.lr"}
+
+
+def content(events: EventMultiplexer, run: str, tag: str) -> bytes:
+    """Text, or a layout, as it was written."""
+    (event,) = events.Tensors(run, tag)
+    return bytes(event.tensor_proto.string_val[0])
+
+
+def test_a_trial_that_fails_and_is_tried_again_has_the_status_of_its_last_try(tmp_path: Path, space: Space) -> None:
+    t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2})
+    callback = TensorBoard(tmp_path / "tb", space)
+    for failed, status in (("ArithmeticError: nan", 2), (None, 1)):
+        t.last_result = {}
+        run(callback, t, [0.1, 0.2], failed)
+        events = read(tmp_path / "tb")
+        data = events.SummaryMetadata("t0000-ce", metadata.SESSION_END_INFO_TAG).plugin_data.content
+        assert plugin_data_pb2.HParamsPluginData.FromString(data).session_end_info.status == status
+    assert content(events, "t0000-ce", "trial/outcome") == b"after 2 of 2 epochs: done"
+    assert len(events.Tensors("t0000-ce", "trial/config")) == 1  # once, though it was started twice
+
+
+@pytest.mark.parametrize(
+    "last, failed, says",
+    [(9, None, "after 9 of 9 epochs: done"), (3, None, "after 3 of 9 epochs: stopped early"),
+     (3, "ArithmeticError: nan", "after 3 of 9 epochs: failed: ArithmeticError: nan")],
+    ids=["done", "stopped", "failed"],
+)  # fmt: skip
+def test_how_a_trial_ended_is_told_in_words_and_epochs(
+    tmp_path: Path, space: Space, last: int, failed: str | None, says: str
+) -> None:
+    t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2})
+    t.config["trial"]["epochs"] = 9
+    run(TensorBoard(tmp_path, space), t, [0.5] * last, failed)
+    events = read(tmp_path)
+    assert content(events, "t0000-ce", "trial/outcome").decode() == says
+    assert events.Scalars("t0000-ce", "hp/epochs")[0].value == last
+
+
+def test_the_root_says_what_is_searched_and_has_a_chart_for_each_objective(tmp_path: Path, space: Space) -> None:
+    write_experiment(tmp_path, space.tree, ["tfkd", "tune", "my space.yaml"])
+    callback = TensorBoard(tmp_path / "tb", space)
+    callback.setup()
+    events = read(tmp_path / "tb")
+    text = content(events, ".", "experiment").decode()
+    assert "    tfkd tune 'my space.yaml'" in text and "Git commit" in text
+    assert "| objective.lsr.alpha | lsr.alpha | 0.1 to 0.4 | lsr |" in text
+    assert "| student | student | mlp or cnn | ce, lsr |" in text.replace("  ", " ")
+    layout = layout_pb2.Layout.FromString(content(events, ".", "custom_scalars__config__"))
+    assert [c.multiline.tag[0] for c in layout.category[0].chart] == ["^objective/ce$", "^objective/lsr$"]
+    assert not any("teacher" in c.title for category in layout.category for c in category.chart)
+
+
+def test_a_trial_says_how_it_differs_and_its_configuration_reads_back(tmp_path: Path, space: Space) -> None:
+    callback = TensorBoard(tmp_path, space)
+    values = {"optim.lr": 0.2, "student": "mlp", "objective.lsr.alpha": 0.3}
+    config = space.branches[1].config(values).model_dump(mode="json")
+    t = trial(tmp_path, 1, "lsr", **values)
+    t.config = {**config, "trial": t.config["trial"]}
+    callback.on_trial_start(0, [], t)
+    events = read(tmp_path)
+    change = content(events, "t0001-lsr", "trial/change").decode().splitlines()
+    assert {"| objective.name | ce | lsr |", "| objective.alpha |  | 0.3 |", "| optim.lr | 0.1 | 0.2 |"} <= {*change}
+    again = content(events, "t0001-lsr", "trial/config").decode()
+    assert "`tfkd train t0001-lsr.yaml`" in again
+    assert parse_yaml(again.split("```yaml\n")[1].removesuffix("```"), Path("x.yaml")) == config
+
+
+@pytest.mark.parametrize("K", [2, 10, 1000])
+@pytest.mark.parametrize(
+    "objective", [TfkdReg(temperature=3), TfkdRegCode(temperature=3)], ids=lambda o: o.name
+)  # fmt: skip
+def test_the_target_in_the_figure_is_where_the_soft_part_is_zero(objective: Canonical, K: int) -> None:
+    label = label_probability(objective, K)
+    assert label is not None
+    target = torch.full((1, K), (1 - label) / (K - 1), dtype=torch.float64)
+    target[0, 0] = label
+    T = 3.0 if isinstance(objective, TfkdReg) else 1.0  # whether the student is softened, too
+    kd = objective.terms(T * target.log(), torch.tensor([0])).kd
+    assert kd is not None and kd.abs() < 1e-12
+
+
+def test_the_target_of_label_smoothing_is_torchs() -> None:
+    logits = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0]), label_smoothing=0.3).backward()
+    assert logits.grad is not None
+    assert label_probability(LabelSmoothing(alpha=0.3), 5) == pytest.approx(1 / 5 - logits.grad[0, 0].item())
+
+
+def test_figures_are_small_images(tmp_path: Path, space: Space) -> None:
+    run(TensorBoard(tmp_path, space), trial(tmp_path, 0, "lsr"), [0.5])
+    run(TensorBoard(tmp_path, space), trial(tmp_path, 1, "ce"), [0.5])
+    events = read(tmp_path)
+    (image,) = events.Images("t0000-lsr", "trial/soft_targets")
+    png = image.encoded_image_string
+    assert Image.open(io.BytesIO(png)).size == (image.width, image.height) and len(png) < 10_000
+    assert not events.Runs()["t0001-ce"]["images"]  # hard labels only
+
+
+def test_a_report_costs_less_than_two_milliseconds(tmp_path: Path, space: Space) -> None:
+    callback, t = TensorBoard(tmp_path, space), trial(tmp_path, 0, "lsr")
+    callback.on_trial_start(0, [], t)
+    result = {"train_loss": 1.0, "train_ce": 1.0, "train_kd": 1.0, "val_accuracy": 0.5, "val_top5": 0.9, "val_nll": 1.0,
+              "val_ece": 0.1, "train_kd_ratio": 0.1, "lr": 0.1, "images_per_s": 1.0}  # fmt: skip
+    seconds = []
+    for epoch in range(1, 1001):
+        began = time.perf_counter()
+        callback.on_trial_result(0, [], t, {**result, "epoch": epoch})
+        seconds.append(time.perf_counter() - began)
+    callback.on_trial_complete(0, [], t)
+    assert statistics.median(seconds) < 2e-3
+    assert len(read(tmp_path).Scalars("t0000-lsr", "hp/value")) == 1000
+
+
+# --- tfkd tensorboard
+
+
+def test_several_experiments_stand_side_by_side_with_the_columns_of_all(tmp_path: Path, space: Space) -> None:
+    other = build_space(
+        {"objective": "kd", "teacher": {"model": "mlp"}, "optim": {"lr": {"low": 0.01, "high": 0.1, "log": True}}}
+    )
+    experiments = {"a b": tmp_path / "a b", "ü": tmp_path / "ü"}
+    for (name, folder), its in zip(experiments.items(), (space, other), strict=True):
+        write_experiment(folder, its.tree, ["tfkd"])
+        callback = TensorBoard(folder / "tb", its)
+        callback.setup()
+        run(callback, trial(folder, 0, "ce" if name == "a b" else "kd", **{"optim.lr": 0.1}), [0.5])
+    board = tmp_path / "board"
+    board.mkdir()
+    side_by_side(board, experiments)
+    run(TensorBoard(tmp_path / "ü" / "tb", other), trial(tmp_path, 1, "kd"), [0.5])
+    side_by_side(board, experiments)  # a trial is new
+    assert len(list(board.glob("events.*"))) == 1
+    events = read(board)
+    assert set(events.Runs()) == {".", "a b/t0000-ce", "ü/t0000-kd", "ü/t0001-kd"}
+    data = events.SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
+    columns = {h.name: h for h in plugin_data_pb2.HParamsPluginData.FromString(data).experiment.hparam_infos}
+    assert set(columns) == {"objective", "lr", "lsr.alpha", "student"}
+    assert not columns["lr"].HasField("domain_interval")  # two ranges
+    groups = {
+        plugin_data_pb2.HParamsPluginData.FromString(
+            events.SummaryMetadata(name, metadata.SESSION_START_INFO_TAG).plugin_data.content
+        ).session_start_info.group_name
+        for name in ("a b/t0000-ce", "ü/t0000-kd")
+    }
+    assert groups == {"t0000-ce (a b)", "t0000-kd (ü)"}
+    layout = layout_pb2.Layout.FromString(content(events, ".", "custom_scalars__config__"))
+    assert [c.title for c in layout.category[0].chart] == ["ce", "lsr", "kd"]
+
+
+def test_the_five_steps_fit_a_terminal() -> None:
+    assert max(map(len, _HOW_TO_COMPARE.splitlines())) <= 80
+    assert [line[0] for line in _HOW_TO_COMPARE.splitlines() if line[1:3] == ". "] == list("12345")
+
+
+def test_a_port_that_is_taken_is_named_with_the_next_free_one(tmp_path: Path, space: Space, tfkd: Run) -> None:
+    write_experiment(tmp_path / "e", space.tree, ["tfkd"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = tfkd("tensorboard", "e", "--port", str(port))
+    assert done.returncode == 2 and f"{port} cannot be used (Address already in use)" in done.stderr
+    assert "the next free one: --port " in done.stderr and "Traceback" not in done.stderr
+    done = tfkd("tensorboard", "e", "--port", "70000")
+    assert done.returncode == 2 and "ports end at 65535" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_ctrl_c_ends_it_cleanly(tmp_path: Path, space: Space, number: int) -> None:
+    for name in "ef":
+        write_experiment(tmp_path / name, space.tree, ["tfkd"])
+    command = [sys.executable, "-m", "tfkd_ray", "tensorboard", "e", "f", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert server.stderr.readline().startswith("TensorBoard: http://127.0.0.1:")
+        server.send_signal(number)
+        said = server.stderr.read()
+    assert (server.returncode, said.strip()) == (0, _HOW_TO_COMPARE)
+
+
+# --- in a Tuner of one's own
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_it_works_in_any_tuner_with_any_trainable(ray_cluster: str, tmp_path: Path) -> None:
+    from ray import tune
+
+    def trainable(config: dict[str, Any]) -> None:
+        for step in (1, 2):
+            tune.report({"loss": config["lr"] / step})
+        if config["lr"] > 0.15:
+            raise ValueError("too large")
+
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"lr": tune.grid_search([0.1, 0.2]), "objective": "mse", "layers": [3, 4]},
+        run_config=tune.RunConfig(
+            name="own", storage_path=str(tmp_path), verbose=0, callbacks=[TensorBoard(tmp_path / "tb", metric="loss")]
+        ),
+    )
+    assert tuner.fit().num_errors == 1
+    events = read(tmp_path / "tb")
+    found = {}
+    for name in events.Runs():
+        start, end = (
+            plugin_data_pb2.HParamsPluginData.FromString(events.SummaryMetadata(name, tag).plugin_data.content)
+            for tag in (metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG)
+        )
+        scalars = events.Scalars(name, "hp/value")
+        lr = start.session_start_info.hparams["lr"].number_value
+        found[lr] = ([s.step for s in scalars], round(scalars[-1].value, 6), end.session_end_info.status)
+    assert found == {0.1: ([1, 2], 0.05, 1), 0.2: ([1, 2], 0.1, 2)}

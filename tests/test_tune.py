@@ -90,7 +90,7 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: st
     assert best.metrics_dataframe is not None and list(best.metrics_dataframe["epoch"]) == [1, 2, 3]
     experiment = tmp_path / "e"
     assert {p.name for p in experiment.iterdir()} == {
-        "experiment.yaml", "study.journal", "trials", "tb", "driver.lock", "driver.txt",
+        "experiment.yaml", "study.journal", "spent.json", "trials", "tb", "driver.lock", "driver.txt",
     }  # fmt: skip
     records = read_records(experiment)
     assert [r.name for r in records] == [

@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import Record, about_now, check_new, read_experiment, read_records, write_text
+from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
 from tfkd_ray.space import Domain, Range, Space, build_space, override
 
@@ -208,17 +209,6 @@ RIVALS = (*BASELINES, "scaled", "published")
 """What the best of a sweep are compared with: see `arms_of`."""
 NEAR = 0.05
 """Configurations that differ by less than this share of every range are near-copies of each other."""
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "kd": {"alpha": 0.9, "temperature": 4.0},
-    "tfkd_self": {"alpha": 0.9048, "temperature": 6.0, "loss_scale": 0.525},
-    "tfkd_reg": {"alpha": 0.1, "temperature": 20.0, "correct_prob": 0.99},
-    "tfkd_reg_code": {"alpha": 0.1, "temperature": 20.0},
-    "dkd": {"alpha": 0.5, "loss_scale": 2.0},
-    "dist": {"alpha": 2 / 3, "loss_scale": 3.0},
-    "kd_standardised": {"alpha": 9 / 9.1, "loss_scale": 9.1, "temperature": 2.0},
-}
-"""One published setting of each objective, in canonical form: CRD's for kd, ResNet-18's on CIFAR-100 for tfkd_self and
-tfkd_reg_code, ImageNet's for tfkd_reg; the papers' own for the others."""
 
 
 def rivals_of(text: str) -> list[str]:
@@ -278,8 +268,9 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     if weight > 0 and "scaled" in rivals:
         scaled = {**first.config, "objective": {"name": "ce", "loss_scale": weight}, "teacher": None}
         arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
-    if (setting := PUBLISHED.get(first.objective)) and "published" in rivals:
-        published = {**first.config, "objective": {"name": first.objective, **setting}}
+    setting = next((p.objective for p in PUBLISHED if p.objective.name == first.objective), None)  # type: ignore[attr-defined]
+    if setting is not None and "published" in rivals:
+        published = {**first.config, "objective": setting.model_dump(mode="json")}
         arms.append({"name": f"{first.objective}-published", "config": published, "role": "reference"})
     configs: list[TrainConfig] = []
     distinct = []

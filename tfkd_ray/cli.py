@@ -6,6 +6,7 @@ Results go to standard output, progress and errors to standard error. Exit codes
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -83,9 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", help="of the experiment (default: the file's name and the time)")
     sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
 
+    _budgets(sub)
+    sub.add_argument("--num-samples", type=_count, metavar="N", help="trials, over all objectives")
+    sub.add_argument("--prior", type=Path, action="append", default=[], metavar="DIR",
+                     help="learn from an earlier experiment's trials, where they lie in this space")  # fmt: skip
+    sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study (default: a journal in the experiment)")
+
     sub = verb("resume", _resume, "Go on with a sweep that was interrupted, or add trials to it.")
     sub.add_argument("experiment", type=Path, help="its directory")
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
+    sub.add_argument("--retry-failed", action="store_true", help="run the failed trials again")
+    _budgets(sub)
+    sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE")
     sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
 
     sub = verb("check", _check, "Check a search-space or arms file and say what it does; starts nothing.")
@@ -187,10 +197,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--confirm", type=Path, action="append", metavar="DIR",
                      help="a comparison to report with it (default: all of this sweep's)")  # fmt: skip
 
-    sub = verb("tensorboard", _tensorboard, "Compare the trials of an experiment in TensorBoard, on this machine only.")
-    sub.add_argument("experiment", type=Path, help="its directory")
-    sub.add_argument("--port", type=_count, default=6006)
+    sub = verb("tensorboard", _tensorboard, "Compare the trials of experiments in TensorBoard, on this machine only.")
+    sub.add_argument("experiments", type=Path, nargs="+", metavar="EXPERIMENT", help="directories, shown side by side")
+    sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
     return parser
+
+
+def _budgets(sub: argparse.ArgumentParser) -> None:
+    """Options that end a sweep; each goes by the name of its setting in `search`."""
+    for option, name, unit, text in (
+        ("--time-budget", "time_budget_s", "S", "seconds"),
+        ("--gpu-hours", "gpu_hours", "H", "GPU-hours of its trials"),
+        ("--cpu-hours", "cpu_hours", "H", "CPU-hours of its trials"),
+        ("--max-failures", "max_failed_trials", "N", "failed trials"),
+    ):
+        sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
+                         help=f"end the sweep, to be resumed, after so many {text}")  # fmt: skip
+
+
+BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
 
 
 def _count(text: str) -> int:
@@ -274,6 +299,8 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _describe(space: "Space") -> Iterator[str]:
     """What is searched, conditional and fixed, line by line."""
+    from tfkd_ray.space import warm_points
+
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
     search, epochs = space.search, space.epochs
     rungs = search.stopping.rungs(epochs)
@@ -284,6 +311,9 @@ def _describe(space: "Space") -> Iterator[str]:
         f" after {rungs} epochs" if rungs else ""
     )
     yield f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
+    yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
+    for point in warm_points(space):
+        yield from textwrap.wrap(f"tried first: {point.objective}: {point.origin}", 80, subsequent_indent="  ")
     if shared:
         yield "searched for every objective:"
         yield from (f"  {p.name:<34} {p.domain}" for p in shared)
@@ -312,6 +342,9 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _tune(args: argparse.Namespace) -> int:
+    options = {"num_samples": args.num_samples, **{name: getattr(args, name) for name in BUDGETS}}
+    args.overrides += [f"search.{name}={value}" for name, value in options.items() if value is not None]
+    args.overrides += [f"search.storage={args.study_storage}"] if args.study_storage else []
     space = _load(args)
     experiment = _new_directory(args, Path(args.file).stem)
     _have_data(space.example, args)
@@ -324,7 +357,13 @@ def _tune(args: argparse.Namespace) -> int:
         space,
         experiment,
         lambda progress: build_tuner(
-            space, name=experiment.name, storage=args.storage, callbacks=[progress], on_teacher=_teacher_line
+            space,
+            name=experiment.name,
+            storage=args.storage,
+            callbacks=[progress],
+            on_teacher=_teacher_line,
+            priors=args.prior,
+            on_budget=progress.end,
         ),
     )
 
@@ -362,7 +401,14 @@ def _resume(args: argparse.Namespace) -> int:
         space,
         experiment,
         lambda progress: resume_tuner(
-            experiment, add_trials=args.add_trials, callbacks=[progress], on_teacher=_teacher_line
+            experiment,
+            add_trials=args.add_trials,
+            callbacks=[progress],
+            on_teacher=_teacher_line,
+            retry_failed=args.retry_failed,
+            study_storage=args.study_storage,
+            on_budget=progress.end,
+            **{name: getattr(args, name) for name in BUDGETS},
         ),
     )
 
@@ -412,7 +458,11 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
     ended = _fit(progress, build)
     if ended is None:
         return FAILED
-    code = _summary(space, experiment, time.monotonic() - started, whole=ended)
+    code = _summary(space, experiment, time.monotonic() - started, whole=ended and not progress.ended_by)
+    if progress.ended_by:
+        print(
+            f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_short(experiment)} --time-budget SECONDS"
+        )
     return code if ended else _interrupted(experiment)
 
 
@@ -840,16 +890,77 @@ def _report(args: argparse.Namespace) -> int:
     return OK
 
 
+_HOW_TO_COMPARE = """\
+1. Time Series: filter the runs (tfkd_reg), pin hp/value, set smoothing to 0.
+2. HParams, Table: tick the columns you want (5 are ticked), sort by the value.
+3. HParams, Parallel Coordinates and Scatter Plot Matrix: untick columns that
+   some trials lack, else those trials are not drawn; log scale for lr; drag
+   along the value's axis to keep the best, and read which T and alpha are left.
+4. Custom Scalars: the value by objective, and the intervals of confirmed arms.
+5. Text: how a trial differs from plain training, and how to run it again.
+A trial that runs, or was interrupted, has the status Unknown."""
+
+
 def _tensorboard(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from tensorboard import program
+
     from tfkd_ray.experiment import read_experiment
 
-    if not (args.experiment / "confirm.yaml").is_file():
-        read_experiment(args.experiment)
-    _say(f"TensorBoard: http://127.0.0.1:{args.port}/ (Ctrl-C ends it)")
-    sys.stdout.flush()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(args.experiment / "tb"), "--host", "127.0.0.1",
-               "--port", str(args.port), "--reload_multifile", "true"]  # fmt: skip
-    os.execv(sys.executable, command)
+    for experiment in args.experiments:
+        if not (experiment / "confirm.yaml").is_file():
+            read_experiment(experiment)
+    _check_port(args.port)
+    # of two with the same name, the later ones get numbers
+    experiments: dict[str, Path] = {}
+    for path in dict.fromkeys(path.resolve() for path in args.experiments):
+        experiments[path.name if path.name not in experiments else f"{path.name}-{len(experiments) + 1}"] = path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="tfkd-tensorboard-") as folder:
+        several = len(experiments) > 1
+
+        def link() -> None:
+            if several:
+                from tfkd_ray.tensorboard import side_by_side
+
+                side_by_side(Path(folder), experiments)
+
+        link()
+        board = program.TensorBoard()
+        logdir = folder if several else str(next(iter(experiments.values())) / "tb")
+        # of a run's files, all are read; no epoch is left out
+        board.configure(argv=["tensorboard", "--logdir", logdir, "--host", "127.0.0.1", "--port", str(args.port),
+                              "--reload_multifile", "true", "--samples_per_plugin", "scalars=5000"])  # fmt: skip
+        with contextlib.redirect_stderr(io.StringIO()):  # its advice on its flags
+            url = board.launch()
+        _say(f"TensorBoard: {url} (Ctrl-C ends it)\n{_HOW_TO_COMPARE}")
+        while True:
+            time.sleep(2)
+            link()
+    return OK
+
+
+def _check_port(port: int) -> None:
+    """Raise a ConfigError that names the next free port, if this one cannot be used."""
+    import socket
+
+    from tfkd_ray.schema import ConfigError
+
+    def problem(port: int) -> str | None:
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return str(error.strerror)
+        return None
+
+    if port > 65535:
+        raise ConfigError(f"ports end at 65535, got {port}", "--port")
+    if why := problem(port):
+        free = next((p for p in range(max(port, 1023) + 1, 65536) if not problem(p)), 0)
+        raise ConfigError(f"{port} cannot be used ({why}); the next free one: --port {free}", "--port")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     experiment.yaml                the space as it was understood, versions, git commit, seeds, command line
     study.journal                  Optuna's journal: proposals, values after every epoch, ends
+    spent.json                     seconds of all drivers, and of all trials, for budgets
     trials/t0007-tfkd_reg/         one folder a trial
         trial.json                 number, objective, searched parameters, configuration, status, reason
         metrics.jsonl              one line an epoch

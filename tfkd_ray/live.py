@@ -49,8 +49,15 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._counts: dict[str, Counter[str]] = {row: Counter() for row in rows}
         self._best: dict[str, float] = {}
         self._failures: list[str] = []
+        self.ended_by = ""
+        """The budget that ended the sweep, if one did."""
 
     # --- events
+
+    def end(self, budget: str) -> None:
+        """Hear that a budget ends the sweep."""
+        self.ended_by = budget
+        self.note(f"ending: {budget}")
 
     def setup(self, **info: Any) -> None:
         self._start = time.monotonic()

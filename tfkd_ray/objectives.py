@@ -373,3 +373,50 @@ def from_released(
         "tfkd_reg": TfkdRegCode,
     }
     return kinds[name](alpha=weight / scale, temperature=temperature, loss_scale=scale)
+
+
+# --- published settings ----------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """A setting that somebody has published, in canonical numbers."""
+
+    objective: Canonical
+    origin: str
+
+
+PUBLISHED: tuple[Published, ...] = (
+    Published(CrossEntropy(), "the paper's baseline"),
+    Published(CrossEntropy(loss_scale=0.05), "control for the paper's MobileNetV2 and ShuffleNetV2: CE's weight there"),
+    Published(CrossEntropy(loss_scale=0.4), "control for the paper's Re-KD: CE's weight there"),
+    Published(LabelSmoothing(alpha=0.1), "Szegedy et al. 2016, and the paper's baseline"),
+    Published(LabelSmoothing(alpha=0.2), "twice the usual label smoothing"),
+    Published(KnowledgeDistillation(alpha=0.9, temperature=4), "CRD and mdistiller"),
+    Published(
+        KnowledgeDistillation(alpha=0.1597, temperature=20, loss_scale=0.0595),
+        "the paper's code, MobileNetV2 and ShuffleNetV2",
+    ),
+    Published(KnowledgeDistillation(alpha=0.0148, temperature=20, loss_scale=0.406), "the paper's code, Re-KD"),
+    Published(KnowledgeDistillation(alpha=0.9, temperature=20), "Nasty Teacher (Ma et al. 2021)"),
+    Published(KnowledgeDistillation(alpha=0.95, temperature=20), "the paper's alpha and T, read as batchmean with T^2"),
+    Published(KnowledgeDistillation(alpha=0.1, temperature=20), "the paper's ImageNet setting"),
+    Published(KnowledgeDistillation(alpha=0.1, temperature=1), "torchdistill, ImageNet"),
+    Published(KnowledgeDistillation(alpha=0.5, temperature=3), "equal weights, as DLB has them"),
+    Published(
+        StandardisedKD(alpha=0.989, temperature=2, loss_scale=9.1), "Sun et al. 2024: weights .1 for CE and 9, rounded"
+    ),
+    Published(TfkdSelf(alpha=0.9048, temperature=6, loss_scale=0.525), "the paper's code, ResNet-18"),
+    Published(TfkdSelf(alpha=0.8182, temperature=20, loss_scale=0.55), "the paper's code, DenseNet-121"),
+    Published(TfkdSelf(alpha=0.25, temperature=20, loss_scale=0.8), "the paper's code, GoogLeNet"),
+    Published(TfkdSelf(alpha=0.9, temperature=20), "the paper's code, ResNeXt-29"),
+    Published(
+        TfkdSelf(alpha=0.1597, temperature=20, loss_scale=0.0595), "the paper's code, MobileNetV2 and ShuffleNetV2"
+    ),
+    Published(TfkdReg(alpha=0.1, temperature=20, correct_prob=0.99), "Eq. 9 with T^2, the paper's ImageNet setting"),
+    Published(TfkdReg(alpha=0.5, temperature=20, correct_prob=0.9), "Eq. 9 with T^2, a softer virtual teacher"),
+    Published(TfkdRegCode(alpha=0.1), "the paper's code, ResNet-18"),
+    Published(TfkdRegCode(alpha=0.1597, loss_scale=0.0595), "the paper's code, MobileNetV2 and ShuffleNetV2"),
+    Published(TfkdRegCode(alpha=0.0526, loss_scale=0.95), "the paper's code, GoogLeNet"),
+    Published(TfkdRegCode(alpha=0.5), "the paper's code, ResNeXt-29"),
+)
+"""Where a search begins (`search.warm_start`). Numbers are rounded to four digits."""

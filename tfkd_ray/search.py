@@ -1,30 +1,61 @@
 """Optuna behind Ray Tune's public Searcher and TrialScheduler interfaces. The study is the truth.
 
-Every group of a space (see `Space.groups`) is a study of its own in one storage, the experiment's journal file by
-default. Proposal n is made by a sampler seeded with (seed, n), so it is a function of what the studies hold: after a
-crash, the search goes on as if nothing had happened. A trial that was running then is handed out again, with the same
-number and parameters. Only the driver process talks to Optuna.
+Every group of a space (see `Space.groups`) is a study of its own in one storage: the experiment's journal file, or any
+storage of Optuna's by its URL. Proposal n is made by a sampler seeded with (seed, n), so it is a function of what the
+studies hold: after a crash, the search goes on as if nothing had happened. A trial that was running then is handed out
+again, with the same number and parameters. Only the driver process talks to Optuna.
+
+A trial's number is the last thing that is written of a proposal. A trial in a study without one is either the rest of a
+proposal that a crash cut off (it failed, without a value, and is proposed again), or a result of an earlier experiment.
 """
 
+import bisect
+import collections
+import dataclasses
+import itertools
 import json
 import math
+import os
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import Record, read_experiment, read_records
 from tfkd_ray.images import address
-from tfkd_ray.space import Group, Halving, Space
+from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.space import (
+    DIRECTIONS,
+    CmaEs,
+    Gp,
+    Grid,
+    Group,
+    Halving,
+    Hyperband,
+    Median,
+    Qmc,
+    Space,
+    Tpe,
+    build_space,
+    group_points,
+    masked,
+    placed,
+)
 
 STARTUP = 10
-"""Most random proposals before TPE begins; fewer in a small study."""
+"""Most random proposals before a model begins; fewer in a small study."""
+ENVIRONMENT = "TFKD_STORAGE"
+"""Variable that holds a storage's whole URL where the password in the experiment's is ***."""
 
 
 class _Live:
@@ -39,51 +70,77 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Proposes the trials of a space.
 
     A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
-    (t0007-tfkd_reg), and what `place` adds. Results must carry `epoch` and the space's metric. A trial is COMPLETE
+    (t0007-tfkd_reg), and what `place` adds. Results must carry `epoch` and the space's metrics. A trial is COMPLETE
     after its last epoch, FAIL with its reason where a result says `failed` or Ray lost it, and PRUNED where it was
     stopped before.
 
     Args:
         space: what to search.
-        journal: Optuna's journal file; made if it is not there, continued if it is.
-        study: prefix of the studies' names.
+        journal: Optuna's journal file; made if it is not there, continued if it is. Not used with a `storage`.
+        study: prefix of the studies' names. None: `search.study` of the space, or else `tfkd`.
         place: added to the `trial` section of every proposal.
+        storage: URL of an Optuna storage. None: `search.storage` of the space, or else the journal.
+        priors: directories of earlier experiments whose results the sampler should know (see `prior_trials`).
     """
 
     def __init__(
-        self, space: Space, journal: Path, *, study: str = "tfkd", place: dict[str, str] | None = None
+        self,
+        space: Space,
+        journal: Path,
+        *,
+        study: str | None = None,
+        place: dict[str, str] | None = None,
+        storage: str | None = None,
+        priors: Sequence[Path | str] = (),
     ) -> None:
         super().__init__(metric=space.search.metric, mode=space.search.mode)
-        self.space, self.journal, self.study, self.place = space, Path(journal), study, place or {}
+        self.storage = storage or space.search.storage
+        self.space, self.journal = without_password(space), Path(journal)
+        self.study, self.place = study or space.search.study or "tfkd", place or {}
+        self.priors = [Path(p) for p in priors]
+        self._forget()
+
+    def _forget(self) -> None:
         self._studies: list[optuna.Study] | None = None
         self._storage: Any = None
         self._live: dict[str, _Live] = {}
-        self._unfinished: list[tuple[Group, optuna.Study, int, int]] = []
+        self._todo: list[int] = []
+        self._started: dict[int, int] = {}
+        self._group_of: dict[int, int] = {}
+        self._counts: collections.Counter[int] = collections.Counter()
         self._next = 0
+        self._warm: dict[int, list[dict[str, Any]]] = {}
+        self._points: dict[int, list[dict[str, Any]]] = {}
+        self._dealt: dict[int, optuna.Study] = {}
 
     # --- what Tune calls
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next configuration: first the unfinished trials, then new ones, FINISHED after `num_samples`."""
+        """The next configuration: first what is unfinished, then new ones, FINISHED after `num_samples`."""
         studies = self._open()
-        if self._unfinished:
-            group, study, number, n = self._unfinished.pop(0)
-            study.sampler = self._sampler(n)
-            trial = self._again(study, number)
-            reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
+        if self._todo:
+            n = self._todo.pop(0)
         elif self._next < self.space.search.num_samples:
             n = self._next
             self._next += 1
-            group, study = self.space.groups[n % len(studies)], studies[n % len(studies)]
-            study.sampler = self._sampler(n)
-            trial = study.ask()
-            reported = set()
         else:
             return str(Searcher.FINISHED)
-        trial.set_user_attr("number", n)
+        number = self._started.pop(n, None)
+        g, k = (self._group_of[n], 0) if number is not None else self._deal(n)
+        group, study = self.space.groups[g], studies[g]
+        if number is None:
+            study.sampler = self._sampler(n, g, k)
+            trial, reported = study.ask(), set[int]()
+            if isinstance(self.space.search.stopping, Hyperband):
+                trial.set_user_attr("bracket", self.space.search.stopping.bracket(self.space.epochs, k))
+        else:
+            trial = self._again(study, number)
+            reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
         values, config = group.propose(trial)
         name = f"t{n:04d}-{config.objective.name}"
-        trial.set_user_attr("name", name)
+        if number is None:
+            trial.set_user_attr("name", name)
+            trial.set_user_attr("number", n)  # last: now the proposal is whole
         self._live[trial_id] = _Live(study, trial, reported)
         place = {key: value.replace("{name}", name) for key, value in self.place.items()}
         about = {"number": n, "name": name, "parameters": values, "epochs": config.epochs, **place}
@@ -106,11 +163,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("reason", failed or "ended without a result")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         elif result.get("epoch") == self.space.epochs:
-            value = result.get(self.space.search.metric)
-            if isinstance(value, int | float) and math.isfinite(value):
-                study.tell(trial.number, float(value), skip_if_finished=True)
+            bad = [f"{m} is {result.get(m)}" for m in self.space.search.metrics if not _is_number(result.get(m))]
+            if not bad:
+                values = [float(result[m]) for m in self.space.search.metrics]
+                study.tell(trial.number, values, skip_if_finished=True)
             else:
-                trial.set_user_attr("reason", f"{self.space.search.metric} is {value}")
+                trial.set_user_attr("reason", ", ".join(bad))
                 study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         else:
             study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
@@ -124,7 +182,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._studies = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_studies": None, "_storage": None, "_live": {}, "_unfinished": [], "_next": 0}
+        kept = {key: value for key, value in self.__dict__.items() if key not in _ALIVE}
+        return {**kept, "storage": self.storage and masked(self.storage)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     # --- for the scheduler and the driver
 
@@ -146,14 +209,87 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def remaining(self) -> int:
         """Trials still to be handed out: unfinished and new ones."""
         self._open()
-        return len(self._unfinished) + self.space.search.num_samples - self._next
+        return len(self._todo) + self.space.search.num_samples - self._next
+
+    def close(self) -> None:
+        """Leave the storage; whatever is asked next opens it again."""
+        if self._studies is not None:
+            close_storage(self._storage)
+            self._studies = None
+
+    def retry_failed(self) -> int:
+        """Queue the failed trials, with their numbers, parameters and values on the way; how many they are."""
+        studies = self._open()
+        latest = {
+            t.user_attrs["number"]: (study, t)
+            for study in studies
+            for t in study.get_trials(deepcopy=False)
+            if "number" in t.user_attrs
+        }
+        failed = [entry for entry in latest.values() if entry[1].state == TrialState.FAIL]
+        for study, trial in failed:
+            about = {k: v for k, v in trial.user_attrs.items() if k != "reason"}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.RUNNING,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    user_attrs={**about, "attempt": about.get("attempt", 1) + 1},
+                    intermediate_values=trial.intermediate_values,
+                )
+            )
+        self._take_stock(studies)
+        return len(failed)
+
+    def add_priors(self, priors: Sequence["Prior"]) -> None:
+        """Give the studies results of earlier experiments, each once.
+
+        They have no number, so they are no trials of this experiment, and no values on the way, so that no rung and no
+        median is made of them: there are none here of the trials that were stopped there.
+        """
+        studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
+        for prior in priors:
+            study = studies[prior.group]
+            if all(t.user_attrs.get("prior") != prior.origin for t in study.get_trials(deepcopy=False)):
+                study.add_trial(
+                    optuna.trial.create_trial(
+                        values=prior.values,
+                        params=prior.params,
+                        distributions=prior.distributions,
+                        user_attrs={"prior": prior.origin},
+                    )
+                )
+
+    def waiting(self) -> set[int]:
+        """Numbers of the trials that are to be handed out again."""
+        self._open()
+        return set(self._todo)
+
+    def open_trials(self) -> int:
+        """Trials that are handed out and have not ended."""
+        return len(self._live)
+
+    def known(self) -> dict[int, str]:
+        """The names of the trials that the studies hold, by number."""
+        trials = [t for study in self._open() for t in study.get_trials(deepcopy=False)]
+        return {t.user_attrs["number"]: str(t.user_attrs.get("name")) for t in trials if "number" in t.user_attrs}
+
+    def studies(self) -> list[optuna.Study]:
+        """The studies, one for each group of the space."""
+        return self._open()
+
+    def optuna_storage(self) -> BaseStorage:
+        """Where the studies are."""
+        self._open()
+        storage: BaseStorage = self._storage
+        return storage
 
     def _put(self, live: _Live, result: dict[str, Any]) -> bool:
         """Whether the value is new to the study, and a number."""
         epoch, value = result.get("epoch"), result.get(self.space.search.metric)
-        if not isinstance(epoch, int | float) or not isinstance(value, int | float) or not math.isfinite(value):
+        if self.space.search.more_metrics:  # Optuna keeps no values on the way for several
             return False
-        if int(epoch) in live.reported:
+        if not isinstance(epoch, int | float) or not _is_number(value) or int(epoch) in live.reported:
             return False
         live.reported.add(int(epoch))
         live.trial.report(float(value), int(epoch))
@@ -164,64 +300,152 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def _open(self) -> list[optuna.Study]:
         """The studies, made or continued; what is unfinished in them is queued."""
         if self._studies is None:
-            self._storage = open_journal(self.journal)
-            direction = "maximize" if self.mode == "max" else "minimize"
-            self._studies = [
+            self._forget()
+            self._storage = open_journal(self.journal) if self.storage is None else open_storage(self.storage)
+            directions = {"max": "maximize", "min": "minimize"}
+            studies = [
                 optuna.create_study(
                     storage=self._storage,
                     study_name=f"{self.study}/{group.name}",
-                    direction=direction,
+                    directions=[directions[DIRECTIONS[m]] for m in self.space.search.metrics],
                     pruner=self._pruner(),
                     load_if_exists=True,
                 )
                 for group in self.space.groups
             ]
-            known: set[int] = set()
-            unfinished: list[tuple[Group, optuna.Study, int, int]] = []
-            unnumbered: list[tuple[Group, optuna.Study, int]] = []
-            for group, study in zip(self.space.groups, self._studies, strict=True):
-                for trial in study.get_trials(deepcopy=False):
-                    n = trial.user_attrs.get("number")
-                    if n is None:
-                        unnumbered.append((group, study, trial.number))
-                        continue
-                    known.add(n)
-                    if not trial.state.is_finished():
-                        unfinished.append((group, study, trial.number, n))
-            for group, study, number in unnumbered:  # the driver died between asking and numbering
-                n = len(known)
-                known.add(n)
-                unfinished.append((group, study, number, n))
-            self._unfinished = sorted(unfinished, key=lambda entry: entry[3])
-            self._next = len(known)
+            self._studies = studies
+            self.add_priors(prior_trials(self.space, self.priors))
+            self._take_stock(studies)
         return self._studies
+
+    def _take_stock(self, studies: Sequence[optuna.Study]) -> None:
+        """Find out what is there: which numbers, in which group, and what of them is to be done (again)."""
+        latest: dict[int, FrozenTrial] = {}
+        for g, study in enumerate(studies):
+            for trial in study.get_trials(deepcopy=False):
+                n = trial.user_attrs.get("number")
+                if n is not None:
+                    latest[n], self._group_of[n] = trial, g  # a later attempt stands for an earlier one
+                elif trial.state == TrialState.RUNNING:
+                    study.tell(trial.number, state=TrialState.FAIL)
+        self._started = {n: trial.number for n, trial in latest.items() if not trial.state.is_finished()}
+        self._next = max(latest, default=-1) + 1
+        self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
+        self._counts = collections.Counter(self._group_of.values())
+
+    def _deal(self, n: int) -> tuple[int, int]:
+        """(group of trial n, how many of the group came before it): the group that has the fewest so far."""
+        newest = len(self._group_of) == n  # nothing is missing before it
+        counts = self._counts if newest else collections.Counter(g for m, g in self._group_of.items() if m < n)
+        groups = self.space.groups
+        sizes = [g.grid_size if isinstance(self.space.search.sampler, Grid) else None for g in groups]
+        room = [g for g, size in enumerate(sizes) if size is None or counts[g] < size]
+        g = min(room, key=lambda g: (counts[g], g))
+        k = counts[g]
+        self._group_of[n] = g
+        self._counts[g] += 1
+        return g, k
 
     def _again(self, study: optuna.Study, number: int) -> optuna.Trial:
         """A handle on a trial of an earlier session: asked for its parameters, it returns what it was given then."""
+        study.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to say: all parameters are there
         study_id = self._storage.get_study_id_from_name(study.study_name)
         return optuna.Trial(study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
 
-    def _sampler(self, n: int) -> optuna.samplers.BaseSampler:
-        search = self.space.search
-        seed = address(search.seed, "proposal", n) % 2**32
-        if search.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
+    def _sampler(self, n: int, g: int, k: int) -> optuna.samplers.BaseSampler:
+        """What proposes trial n, the k-th of its group."""
+        search, group = self.space.search, self.space.groups[g]
+        settings, seed = search.sampler, address(search.seed, "proposal", n) % 2**32
+        random = optuna.samplers.RandomSampler(seed=seed)
+        if g not in self._warm:
+            points = group_points(self.space, group)
+            self._warm[g] = [group.told(_branch(group, p.objective), p.values) for p in points]
+        given = self._warm[g][k] if k < len(self._warm[g]) else None
+        if given is None and isinstance(settings, Qmc | Grid):
+            given = self._point(g, k)
         share = search.num_samples // len(self.space.groups)
+        startup = getattr(settings, "startup", None) or min(STARTUP, max(3, share // 2))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(
-                seed=seed,
-                multivariate=True,
-                group=len(self.space.branches) > 1 and not search.split,
-                constant_liar=True,
-                n_startup_trials=min(STARTUP, max(3, share // 2)),
-            )
+            if given is not None:
+                return optuna.samplers.PartialFixedSampler(given, random)
+            if isinstance(settings, Tpe):
+                return optuna.samplers.TPESampler(
+                    seed=seed,
+                    multivariate=settings.multivariate,
+                    group=settings.multivariate and len(self.space.branches) > 1 and not search.split,
+                    constant_liar=True,
+                    n_startup_trials=startup,
+                    n_ei_candidates=settings.candidates,
+                )
+            if isinstance(settings, Gp):
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+            if isinstance(settings, CmaEs):
+                return optuna.samplers.CmaEsSampler(
+                    seed=seed,
+                    n_startup_trials=settings.startup,
+                    popsize=settings.population,
+                    warn_independent_sampling=False,
+                )
+        return random
+
+    def _point(self, g: int, k: int) -> dict[str, Any]:
+        """Point k of a sampler that looks at no values: the k-th that Optuna's own gives to a study in memory.
+
+        So it depends on k alone, whatever else the real study holds: priors, attempts, the rest of a crash.
+        """
+        search, group = self.space.search, self.space.groups[g]
+        points = self._points.setdefault(g, [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if g not in self._dealt:
+                seed = address(search.seed, "points", g) % 2**32
+                sampler = (
+                    optuna.samplers.QMCSampler(
+                        qmc_type=search.sampler.kind, scramble=True, seed=seed, warn_independent_sampling=False
+                    )
+                    if isinstance(search.sampler, Qmc)
+                    else optuna.samplers.GridSampler(group.grid or {}, seed=seed)
+                )
+                self._dealt[g] = optuna.create_study(sampler=sampler)
+            while len(points) <= k:
+                trial = self._dealt[g].ask()
+                for p in group.branches[0].parameters:
+                    p.domain.suggest(trial, p.name)
+                points.append(dict(trial.params))
+                if isinstance(search.sampler, Qmc):
+                    self._dealt[g].tell(trial, 0.0)
+        return points[k]
 
     def _pruner(self) -> optuna.pruners.BasePruner:
-        stopping = self.space.search.stopping
-        if isinstance(stopping, Halving):
-            return Rungs(stopping.rungs(self.space.epochs), stopping.factor)
+        stopping, epochs = self.space.search.stopping, self.space.epochs
+        if isinstance(stopping, Hyperband):
+            return Rungs(stopping.brackets(epochs), stopping.factor)
+        if type(stopping) is Halving:
+            return Rungs([stopping.rungs(epochs)], stopping.factor)
+        if isinstance(stopping, Median):
+            every = stopping.rungs(epochs)[:1] or [epochs]
+            return optuna.pruners.MedianPruner(
+                n_startup_trials=stopping.startup,
+                n_min_trials=stopping.startup,  # of this experiment: priors have no values on the way
+                n_warmup_steps=every[0],
+                interval_steps=every[0],
+            )
         return optuna.pruners.NopPruner()
+
+
+_ALIVE = {
+    *("_studies", "_storage", "_live", "_todo", "_started", "_group_of", "_counts", "_next", "_warm", "_points"),
+    "_dealt",
+}
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _branch(group: Group, objective: str) -> Any:
+    return next(b for b in group.branches if b.objective == objective)
 
 
 class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
@@ -230,18 +454,25 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
     At a rung a trial goes on if its value is among the best 1 / `factor` of those that have come there, and at least if
     it is the best. Unlike Optuna's own pruner it keeps no notes: its answer is a function of the reported values alone,
     so that it can be asked again after a crash.
+
+    Args:
+        brackets: the rungs of each halving; a trial's is its user attribute `bracket`, or the first.
+        factor: one in so many goes on.
     """
 
-    def __init__(self, rungs: list[int], factor: int) -> None:
-        self._rungs, self._factor = rungs, factor
+    def __init__(self, brackets: list[list[int]], factor: int) -> None:
+        self._brackets, self._factor = brackets, factor
 
-    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether the trial should stop at the epoch it has reported last."""
-        rung = trial.last_step
-        if rung not in self._rungs:
+        rung, bracket = trial.last_step, trial.user_attrs.get("bracket", 0)
+        if rung not in self._brackets[bracket]:
             return False
-        came = [t.intermediate_values[rung] for t in study.get_trials(deepcopy=False) if rung in t.intermediate_values]
-        came.sort(reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE)
+        values: dict[Any, float] = {}
+        for t in study.get_trials(deepcopy=False):  # of a trial that was tried again, the last attempt
+            if rung in t.intermediate_values and t.user_attrs.get("bracket", 0) == bracket:
+                values[t.user_attrs.get("number", (t.number,))] = t.intermediate_values[rung]
+        came = sorted(values.values(), reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE)
         last_good = came[max(1, len(came) // self._factor) - 1]
         return came.index(trial.intermediate_values[rung]) > came.index(last_good)
 
@@ -259,13 +490,292 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
 
+# --- storages --------------------------------------------------------------------------------------------------
+
+
 def open_journal(path: Path) -> BaseStorage:
-    """Optuna's storage in a journal file; what a crash left half-written at its end is cut off first."""
+    """Optuna's storage in a journal file; what a crash left half-written at its end is cut off first.
+
+    Anything else that is wrong with the file is a ConfigError with the byte where it begins, and changes nothing.
+    """
     if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
+        _mend(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _mend(path: Path) -> None:
+    content = path.read_bytes()
+    start = 0
+    logs = []
+    for line in content.splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n"):
+                break
+            log = json.loads(line)
+            if not isinstance(log, dict) or not isinstance(log.get("op_code"), int):
+                raise ValueError("no operation")
+        except ValueError:
+            raise _corrupt(path, start, line) from None
+        logs.append(log)
+        start += len(line)
+    tail = content[start:]
+    if tail and not tail.startswith(b'{"op_code"'[: len(tail)]):
+        raise _corrupt(path, start, tail)
+    misfit = _misfit(logs)
+    if misfit is not None:
+        lines = content.splitlines(keepends=True)
+        raise _corrupt(path, sum(len(line) for line in lines[:misfit]), lines[misfit])
+    if tail:
+        with path.open("r+b") as file:
+            file.truncate(start)
+
+
+def _corrupt(path: Path, byte: int, line: bytes) -> ConfigError:
+    return ConfigError(
+        f"byte {byte}: this is no line of Optuna's journal: {line[:40]!r}; nothing was changed. Put back a copy of the "
+        f"file, or give up what comes after (head -c {byte} {path.name} > mended) with the folders of those trials",
+        path,
+    )
+
+
+class _Logs(BaseJournalBackend):  # type: ignore[misc]
+    """A journal in memory, to try lines out."""
+
+    def __init__(self, logs: list[dict[str, Any]]) -> None:
+        self._logs = logs
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        return iter(self._logs[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise AssertionError("only read here")
+
+
+def _misfit(logs: list[dict[str, Any]]) -> int | None:
+    """Index of the first log that Optuna cannot make sense of."""
+
+    def fails(upto: int) -> bool:
+        try:
+            JournalStorage(_Logs(logs[:upto]))
+        except Exception:  # whatever Optuna makes of it
+            return True
+        return False
+
+    if not fails(len(logs)):
+        return None
+    return bisect.bisect_left(range(1, len(logs) + 1), True, key=fails)
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Optuna's storage behind a URL, or a ConfigError if it cannot be reached."""
+    whole = whole_url(url)
+    shown = masked(url)
+    kind = whole.partition(":")[0]
+    wait = {"sqlite": {"timeout": 20}}.get(kind.partition("+")[0], {"connect_timeout": 10})
+    try:
+        return RDBStorage(whole, engine_kwargs={"connect_args": wait})
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None) or kind
+        package = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}.get(missing)
+        package = package or missing
+        raise ConfigError(
+            f"search.storage: {shown} needs the package {package}, which is not here: pip install {package}"
+        ) from None
+    except ArgumentError:
+        raise ConfigError(f"search.storage: {shown} is no URL of a database that SQLAlchemy knows") from None
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError, TypeError) as error:
+        cause = error.__cause__ or error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        raise ConfigError(f"search.storage: {shown} cannot be used: {_hidden(reason, whole)}") from None
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Close a database's connections."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _hidden(text: str, url: str) -> str:
+    """A database's own words, without the password of the URL."""
+    for secret in set(_secrets(url)):
+        text = text.replace(secret, "***")
+    return masked(text)
+
+
+def _secrets(url: str) -> Iterable[str]:
+    hidden = masked(url).split("***")
+    for before, after in itertools.pairwise(hidden):
+        start = url.index(before) + len(before)
+        end = url.index(after, start) if after else len(url)
+        if end > start:
+            yield url[start:end]
+
+
+def whole_url(url: str) -> str:
+    """The URL with its password; where that is ***, from TFKD_STORAGE."""
+    if ":***@" not in url and "=***" not in url:
+        return url
+    given = os.environ.get(ENVIRONMENT)
+    if given is None:
+        raise ConfigError(f"search.storage: the password of {url} is not kept; set {ENVIRONMENT} to the whole URL")
+    if masked(given) != url:
+        raise ConfigError(f"search.storage: {ENVIRONMENT} is {masked(given)}, and the experiment's storage is {url}")
+    return given
+
+
+def without_password(space: Space) -> Space:
+    """The same space, with *** for the password of its storage: what may be pickled, logged and shown."""
+    url = space.search.storage
+    if url is None or masked(url) == url:
+        return space
+    return dataclasses.replace(space, search=space.search.model_copy(update={"storage": masked(url)}))
+
+
+# --- earlier experiments ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """A finished trial of an earlier experiment, as a trial of this space."""
+
+    group: str
+    params: dict[str, Any]
+    distributions: dict[str, Any]
+    values: list[float]
+    origin: str
+    """experiment/trial."""
+
+
+def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]:
+    """The full-length trials of earlier experiments that lie in this space and were trained as its trials are.
+
+    The old space may have been larger or smaller: what counts is each trial's own configuration. Only the seed, and
+    where it ran, may differ. An experiment without any such trial is a ConfigError that says what is different.
+    """
+    if not experiments:
+        return []
+    sampler, metrics = space.search.sampler, space.search.metrics
+    if not sampler.priors:
+        raise ConfigError(f"priors: earlier results would change nothing for the sampler {sampler}; use tpe or gp")
+    found: list[Prior] = []
+    problems = []
+    for experiment in (Path(e) for e in experiments):
+        read_experiment(experiment)
+        differences: collections.Counter[str] = collections.Counter()
+        before = len(found)
+        full = [r for r in read_records(experiment) if r.status == "done"]
+        for record in full:
+            prior = _prior(space, record, metrics, f"{experiment.name}/{record.name}")
+            if isinstance(prior, Prior):
+                found.append(prior)
+            else:
+                differences.update(prior)
+        if len(found) == before:
+            why = "; ".join(d for d, _ in differences.most_common(5)) or "it has no full-length trial"
+            problems.append(f"priors: of {len(full)} full-length trials of {experiment} none lies in this space: {why}")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _prior(space: Space, record: Record, metrics: Sequence[str], origin: str) -> Prior | list[str]:
+    try:
+        config = validated(TrainConfig, record.config)
+    except ConfigError as error:
+        return error.problems
+    place = placed(space, config)
+    if isinstance(place, list):
+        return place
+    values = [v for metric in metrics if _is_number(v := record.last.get(metric))]
+    if len(values) < len(metrics) or record.last["epoch"] != config.epochs:
+        return [f"{' or '.join(metrics)}: not measured there, or not a number"]
+    group, parameters = place
+    params, distributions = _asked(group, config.objective.name, parameters)
+    return Prior(group.name, params, distributions, values, origin)
+
+
+def _asked(group: Group, objective: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters, distributions) of a trial of a study with these values."""
+    fixed = optuna.trial.FixedTrial(group.told(_branch(group, objective), values))
+    group.propose(fixed)
+    return fixed.params, fixed.distributions
+
+
+def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
+    """Give the studies of a wider space (see `not_superset`) all trials of a narrower one; what was in them is lost.
+
+    What was fixed before, and is searched now, is a parameter of the copied trials.
+    """
+    copies: list[tuple[int, str, FrozenTrial]] = []
+    for group, study in zip(old.space.groups, old.studies(), strict=True):
+        for trial in study.get_trials(deepcopy=False):
+            if "number" in trial.user_attrs or "prior" in trial.user_attrs:
+                _, config = group.propose(optuna.trial.FixedTrial(trial.params))
+                place = placed(new.space, config)
+                assert not isinstance(place, list), f"{trial.user_attrs=} {place=}"
+                params, distributions = _asked(place[0], config.objective.name, place[1])
+                copied = optuna.trial.create_trial(
+                    state=trial.state,
+                    values=trial.values if trial.state == TrialState.COMPLETE else None,
+                    params=params,
+                    distributions=distributions,
+                    user_attrs=trial.user_attrs,
+                    intermediate_values=trial.intermediate_values,
+                )
+                copies.append((trial.user_attrs.get("number", -1), place[0].name, copied))
+    for name in optuna.study.get_all_study_names(storage=old.optuna_storage()):
+        if name.startswith(f"{new.study}/"):  # the rest of a crash
+            optuna.delete_study(study_name=name, storage=old.optuna_storage())
+    studies = dict(zip([g.name for g in new.space.groups], new.studies(), strict=True))
+    for _, name, copied in sorted(copies, key=lambda entry: entry[0]):
+        studies[name].add_trial(copied)
+    old.close()
+    new.close()
+
+
+# --- what mattered ---------------------------------------------------------------------------------------------
+
+EVALUATORS = ("pedanova", "fanova", "mdi")
+ENOUGH = 4
+"""Fewest full-length trials of an objective from which importance is told."""
+
+
+def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[str, dict[str, float]]:
+    """How much of the metric each searched setting explains: {objective: {parameter: share}}, shares that sum to 1.
+
+    Over the full-length trials of each objective apart; an objective with fewer than 4 of them, or with nothing
+    searched, has no shares. With several metrics, of the first. `evaluator` is one of Optuna's: pedanova, fanova, mdi.
+    """
+    if evaluator not in EVALUATORS:
+        raise ConfigError(f"evaluator: no such evaluator {evaluator!r}; known: {', '.join(EVALUATORS)}")
+    experiment = Path(experiment)
+    space = build_space(read_experiment(experiment)["space"], experiment / "experiment.yaml")
+    metric = space.search.metric
+    records = [r for r in read_records(experiment) if r.status == "done" and _is_number(r.last.get(metric))]
+    found: dict[str, dict[str, float]] = {}
+    for branch in space.branches:
+        mine = [r for r in records if r.objective == branch.objective]
+        found[branch.objective] = {}
+        if len(mine) < ENOUGH or not branch.parameters:
+            continue
+        direction = "maximize" if space.search.mode == "max" else "minimize"
+        study = optuna.create_study(direction=direction)
+        group = Group(branch.objective, (branch,))
+        for r in mine:
+            params, distributions = _asked(group, branch.objective, r.parameters)
+            study.add_trial(optuna.trial.create_trial(value=r.last[metric], params=params, distributions=distributions))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            shares = optuna.importance.get_param_importances(study, evaluator=_evaluator(evaluator))
+        found[branch.objective] = {name.removeprefix("1 - "): float(share) for name, share in shares.items()}
+    return found
+
+
+def _evaluator(name: str) -> Any:
+    if name == "pedanova":
+        return optuna.importance.PedAnovaImportanceEvaluator()
+    if name == "fanova":
+        return optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)

@@ -6,18 +6,21 @@ parameters. What stands in the file is checked through `TrainConfig` itself, at 
 """
 
 import copy
+import dataclasses
+import importlib.util
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
-from tfkd_ray.config import RUN_ONLY, Count, TeacherRun, TrainConfig
-from tfkd_ray.objectives import Canonical
+from tfkd_ray.config import PLACES, RUN_ONLY, Count, OptimConfig, Positive, TeacherRun, TrainConfig
+from tfkd_ray.objectives import PUBLISHED, Canonical
 from tfkd_ray.schema import (
     ConfigError,
     Settings,
@@ -39,6 +42,88 @@ Path_ = tuple[str, ...]
 # --- how a space is searched -----------------------------------------------------------------------------------
 
 
+class _Sampler(Settings):
+    """A sampler of Optuna's; what it cannot do stands here, and `_search_problems` makes sentences of it."""
+
+    choices: ClassVar[bool] = True
+    """It can propose one of a list."""
+    together: ClassVar[bool] = False
+    """It can choose among objectives that have parameters of their own (`split: false`)."""
+    several: ClassVar[bool] = True
+    """It can make several metrics good at once."""
+    priors: ClassVar[bool] = True
+    """Results of earlier experiments help it."""
+    full_length_only: ClassVar[bool] = False
+    """A trial that is stopped early breaks it."""
+    needs: ClassVar[str | None] = None
+    """A package that is not among our requirements."""
+
+    def __str__(self) -> str:
+        return str(tag(type(self)))
+
+
+class Tpe(_Sampler):
+    """Tree-structured Parzen estimators: models where good trials are. Stopped trials count, too."""
+
+    together: ClassVar[bool] = True
+    name: Literal["tpe"] = "tpe"
+    startup: Count | None = None
+    """Random proposals before it begins. None: 10, or half of an objective's trials if that is less (at least 3)."""
+    candidates: Count = 24
+    """Candidates that it chooses a proposal from."""
+    multivariate: bool = True
+    """One model over all parameters. false: one for each, as if they did not act together."""
+
+
+class Gp(_Sampler):
+    """A Gaussian process with log expected improvement. It learns from full-length trials only."""
+
+    name: Literal["gp"] = "gp"
+    startup: Count | None = None
+    """Random proposals before it begins. None: as of tpe."""
+
+
+class CmaEs(_Sampler):
+    """CMA-ES: moves a normal distribution, generation by generation. Ranges only, one metric, no early stopping."""
+
+    choices: ClassVar[bool] = False
+    several: ClassVar[bool] = False
+    priors: ClassVar[bool] = False
+    full_length_only: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "cmaes"
+    name: Literal["cmaes"] = "cmaes"
+    startup: Count = 1
+    """Random proposals before it begins."""
+    population: Annotated[int, Field(ge=2)] | None = None
+    """Trials of a generation. None: 4 + 3 log(parameters)."""
+
+
+class Qmc(_Sampler):
+    """Quasi-random points, which cover the space more evenly than random ones."""
+
+    priors: ClassVar[bool] = False
+    name: Literal["qmc"] = "qmc"
+    kind: Literal["sobol", "halton"] = "sobol"
+
+
+class Random(_Sampler):
+    """Independent random proposals."""
+
+    together: ClassVar[bool] = True
+    priors: ClassVar[bool] = False
+    name: Literal["random"] = "random"
+
+
+class Grid(_Sampler):
+    """Every combination of choices and steps once, in random order; so many trials, no more and no fewer."""
+
+    priors: ClassVar[bool] = False
+    name: Literal["grid"] = "grid"
+
+
+Sampler = Tpe | Gp | CmaEs | Qmc | Random | Grid
+
+
 class Halving(Settings):
     """Successive halving: at each rung only the best 1 / `factor` of its objective's trials go on."""
 
@@ -53,6 +138,52 @@ class Halving(Settings):
         return list(itertools.takewhile(lambda r: r < epochs, (rung * self.factor**k for k in itertools.count())))
 
 
+class Hyperband(Halving):
+    """Several halvings side by side, which begin to judge at different rungs; one of them never stops a trial.
+
+    (Li et al. 2018, arXiv:1603.06560.) Trials are judged among those of their own halving. They are dealt out as
+    Optuna's pruner does it: a bracket that stops more gets more.
+    """
+
+    name: Literal["hyperband"] = "hyperband"  # type: ignore[assignment]
+
+    def brackets(self, epochs: int) -> list[list[int]]:
+        """The rungs of each halving."""
+        rungs = self.rungs(epochs)
+        return [rungs[k:] for k in range(len(rungs) + 1)]
+
+    def bracket(self, epochs: int, k: int) -> int:
+        """Which halving the k-th trial of an objective belongs to."""
+        n = len(self.brackets(epochs))
+        weights = [math.ceil(n * self.factor ** (n - 1 - b) / (n - b)) for b in range(n)]
+        dealt = [0] * n
+        for j in range(k % sum(weights) + 1):
+            last = max(range(n), key=lambda b: weights[b] * (j + 1) / sum(weights) - dealt[b])
+            dealt[last] += 1
+        return last
+
+
+class Asha(Halving):
+    """Ray's own ASHAScheduler. Its rungs live in the driver: after a kill -9 they begin anew, so it is not exact."""
+
+    name: Literal["asha"] = "asha"  # type: ignore[assignment]
+
+
+class Median(Settings):
+    """Stops a trial whose best value so far is worse than the median of full-length trials at the same epoch."""
+
+    name: Literal["median"] = "median"
+    startup: Count = 5
+    """Full-length trials of an objective before the first is stopped."""
+    min_epochs: Count | None = None
+    """Epochs before the first judgment, and between two. None: a ninth of the epochs."""
+
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs after which a trial is judged, ascending; the last epoch is not among them."""
+        every = self.min_epochs or max(1, epochs // 9)
+        return list(range(every, epochs, every))
+
+
 class NoStopping(Settings):
     """Every trial runs its full length."""
 
@@ -63,30 +194,102 @@ class NoStopping(Settings):
         return []
 
 
+Stopping = Halving | Hyperband | Asha | Median | NoStopping
+
+Metric = Literal["val_accuracy", "val_nll", "val_ece"]
+DIRECTIONS: dict[str, Literal["max", "min"]] = {"val_accuracy": "max", "val_nll": "min", "val_ece": "min"}
+"""Which way is better."""
+
+
+def masked(url: str) -> str:
+    """A storage's URL, or a text with one in it, with *** for every password."""
+    url = re.sub(r"(://[^/\s:]*):[^\s@]*@", r"\1:***@", url)
+    return re.sub(r"([?&](?:password|passwd|pwd|sslpassword)=)[^&\s]*", r"\1***", url)
+
+
+def _storage_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    if not re.match(r"[a-z][a-z0-9+_]*://", url):
+        raise ValueError("a URL: sqlite:///FILE, or postgresql://USER@HOST/DATABASE; null keeps a journal file")
+    kind, _, rest = url.partition(":///")
+    if url.startswith("sqlite") and rest in ("", ":memory:"):
+        raise ValueError("a database in memory ends with the process; name a file: sqlite:///FILE")
+    if kind.startswith("sqlite") and rest and not rest.startswith("/"):  # whoever resumes may stand elsewhere
+        return f"{kind}:///{Path(rest).absolute()}"
+    return url
+
+
 class SearchConfig(Settings):
-    """How many trials, proposed and stopped by what."""
+    """How many trials, proposed and stopped by what, for how long, and where that is kept."""
 
     num_samples: Count = 24
-    """Trials, over all objectives."""
+    """Trials, over all objectives. With the grid sampler: left out, the size of the grid."""
     split: bool = True
     """Give every objective equally many trials and a sampler of its own. false: the sampler chooses the objective."""
     baselines: bool = True
     """Add `ce` and `lsr` where a list of objectives lacks them, so that the baselines are tuned as hard as the rest."""
-    sampler: Literal["tpe", "random"] = "tpe"
-    stopping: Annotated[Halving | NoStopping, Field(discriminator="name"), BeforeValidator(named)] = Halving()
-    metric: Literal["val_accuracy", "val_nll", "val_ece"] = "val_accuracy"
-    """A trial's value: this metric after its last epoch, on validation. Accuracy is maximised, the others minimised."""
+    sampler: Annotated[Sampler, Field(discriminator="name"), BeforeValidator(named)] = Tpe()
+    warm_start: bool = True
+    """Try published settings first, as far as they lie in the space; at most a quarter of an objective's trials."""
+    stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(named)] = Halving()
+    metric: Metric = "val_accuracy"
+    """A trial's value: this metric after its last epoch, on validation. Accuracy is maximised, the others minimised.
+    A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first one leads."""
+    more_metrics: tuple[Metric, ...] = ()
+    """The rest of a list given as `metric`."""
     max_concurrent: Count | None = None
     """Trials at a time. None: as many as the cluster has room for."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Times that a trial whose process was lost goes on from its last checkpoint before it counts as failed."""
+    time_budget_s: Positive | None = None
+    """Seconds of trials, all sessions together, after which the sweep ends; unfinished trials are kept for resume."""
+    gpu_hours: Positive | None = None
+    """The same, in hours of one GPU that trials hold."""
+    cpu_hours: Positive | None = None
+    """The same, in hours of one CPU that trials hold."""
+    max_failed_trials: Count | None = None
+    """Failed trials after which the sweep ends."""
+    storage: Annotated[str | None, AfterValidator(_storage_url), Field(repr=False)] = None
+    """URL of an Optuna storage for the studies. None: a journal file in the experiment. Its password is never written:
+    where one is needed again, the whole URL is taken from the environment variable TFKD_STORAGE."""
+    study: Annotated[str, Field(min_length=1)] | None = None
+    """What the studies are called in the storage. None: the experiment's name there, `tfkd` in a journal file."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the proposals: proposal n is a function of this seed, n, and what the study holds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _metrics_as_a_list(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping) and isinstance(tree.get("metric"), list | tuple) and tree["metric"]:
+            return {**tree, "metric": tree["metric"][0], "more_metrics": tree["metric"][1:]}
+        return tree
+
+    @model_validator(mode="after")
+    def _different_metrics(self) -> Self:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metric: a list of different metrics, got {', '.join(self.metrics)}")
+        return self
+
+    @field_serializer("storage")
+    def _without_password(self, storage: str | None) -> str | None:
+        return None if storage is None else masked(storage)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics that are made good at once; mostly one."""
+        return (self.metric, *self.more_metrics)
 
     @property
     def mode(self) -> Literal["max", "min"]:
         """Which way is better."""
-        return "max" if self.metric == "val_accuracy" else "min"
+        return DIRECTIONS[self.metric]
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The limits that are set, beside the number of trials."""
+        names = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------
@@ -127,6 +330,51 @@ class Range:
         """Values that are valid only if the whole range is."""
         return [int(self.low), int(self.high)] if self.whole else [self.low, self.high]
 
+    def told(self, name: str, value: Any) -> Tree:
+        """The value as `suggest` asks for it."""
+        if self.log_complement:
+            return {f"1 - {name}": min(max(1 - value, 1 - self.high), 1 - self.low)}
+        return {name: value}
+
+    def contains(self, value: Any) -> bool:
+        """Whether it may be proposed."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return False
+        step = self.step or (1 if self.whole else None)
+        steps = (value - self.low) / step if step else 0
+        return math.isclose(steps, round(steps), abs_tol=1e-9)
+
+    def includes(self, other: "Domain") -> bool:
+        """Whether all that the other may propose is in here, on the same scale."""
+        if not isinstance(other, Range):
+            return False
+        alike = ("log", "step", "log_complement", "whole")
+        return (
+            all(getattr(self, a) == getattr(other, a) for a in alike)
+            and self.contains(other.low)
+            and self.low <= other.low <= other.high <= self.high
+        )
+
+    @property
+    def middle(self) -> float:
+        """The value in the middle, on the scale of the range."""
+        if self.log_complement:
+            return 1 - math.sqrt((1 - self.low) * (1 - self.high))
+        value = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        if self.step:
+            value = min(self.low + round((value - self.low) / self.step) * self.step, self.high)
+        return round(value) if self.whole else value
+
+    @property
+    def points(self) -> list[Any] | None:
+        """All values, where they can be counted one by one."""
+        step = self.step or (1 if self.whole and not self.log else None)
+        if step is None:
+            return None
+        count = math.floor((self.high - self.low) / step + 1e-9) + 1
+        found = [min(self.low + k * step, self.high) for k in range(count)]
+        return [round(v) for v in found] if self.whole else found
+
     def __str__(self) -> str:
         how = (
             "log" if self.log else "log in 1 - x" if self.log_complement else f"step {self.step:g}" if self.step else ""
@@ -142,9 +390,31 @@ class Choices:
 
     def suggest(self, trial: Suggests, name: str) -> Any:
         """One of the values; the sampler sees settings as their text."""
-        plain = str | int | float | bool | None
-        labels = [v if isinstance(v, plain) else json.dumps(v, sort_keys=True) for v in self.values]
+        labels = self.points
         return copy.deepcopy(self.values[labels.index(trial.suggest_categorical(name, labels))])
+
+    def told(self, name: str, value: Any) -> Tree:
+        """The value as `suggest` asks for it."""
+        return {name: self.points[self.values.index(value)]}
+
+    def contains(self, value: Any) -> bool:
+        """Whether it is one of the values."""
+        return value in self.values
+
+    def includes(self, other: "Domain") -> bool:
+        """Whether all that the other may propose is in here."""
+        return isinstance(other, Choices) and all(v in self.values for v in other.values)
+
+    @property
+    def middle(self) -> Any:
+        """The value in the middle of the list."""
+        return self.values[(len(self.values) - 1) // 2]
+
+    @property
+    def points(self) -> list[Any]:
+        """All values, as the sampler sees them."""
+        plain = str | int | float | bool | None
+        return [v if isinstance(v, plain) else json.dumps(v, sort_keys=True) for v in self.values]
 
     @property
     def probes(self) -> list[Any]:
@@ -251,6 +521,11 @@ class Branch:
             _put(tree, parameter.path, values[parameter.name])
         return validated(TrainConfig, tree)
 
+    @property
+    def example(self) -> TrainConfig:
+        """A configuration of this branch."""
+        return self.config({p.name: p.domain.probes[0] for p in self.parameters})
+
 
 @dataclass(frozen=True)
 class Group:
@@ -266,6 +541,24 @@ class Group:
         branch = self.branches[names.index(chosen)]
         values = {p.name: p.domain.suggest(trial, p.name) for p in branch.parameters}
         return values, branch.config(values)
+
+    def told(self, branch: Branch, values: Mapping[str, Any]) -> Tree:
+        """The values of one of its branches as the sampler is asked for them."""
+        chosen = {"objective": branch.objective} if len(self.branches) > 1 else {}
+        return chosen | {k: v for p in branch.parameters for k, v in p.domain.told(p.name, values[p.name]).items()}
+
+    @property
+    def grid(self) -> dict[str, list[Any]] | None:
+        """All values of every parameter, as the sampler sees them; None where they cannot be counted."""
+        if len(self.branches) > 1:
+            return None
+        points = {p.name: p.domain.points for p in self.branches[0].parameters}
+        return None if None in points.values() else {k: v for k, v in points.items() if v is not None}
+
+    @property
+    def grid_size(self) -> int | None:
+        """Combinations in the grid."""
+        return None if self.grid is None else math.prod(len(v) for v in self.grid.values())
 
 
 @dataclass(frozen=True)
@@ -299,8 +592,7 @@ class Space:
     @property
     def example(self) -> TrainConfig:
         """One configuration of the space; all that says where a trial runs is the same in every other."""
-        branch = self.branches[0]
-        return branch.config({p.name: p.domain.probes[0] for p in branch.parameters})
+        return self.branches[0].example
 
     def single(self) -> TrainConfig:
         """The one configuration of a file without ranges; a ConfigError that says what to fix otherwise."""
@@ -342,7 +634,7 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
         try:
             override(tree, text)
         except ConfigError as error:
-            problems += [f"{p} (in {text!r})" for p in error.problems]
+            problems += [f"{p} (in {masked(text)!r})" for p in error.problems]
     if problems:
         raise ConfigError(problems, "command line")
     return build_space(tree, path)
@@ -389,13 +681,266 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
             f"teacher.weights: what {' and '.join(sorted(weights))} was trained on is not known here; if it has seen "
             "the validation images, its students look better than they are"
         )
-    space = Space(tuple(branches), search, _resolved(branches, search), tuple(notes))
+    given_samples = "num_samples" in search.model_fields_set
+    space = Space(tuple(branches), search, {}, tuple(notes))
+    size = sum(group.grid_size or 0 for group in space.groups)
+    if isinstance(search.sampler, Grid) and not given_samples and size:
+        search = search.model_copy(update={"num_samples": size})
+    space = dataclasses.replace(space, search=search, tree=_resolved(branches, search))
     if (space.parameters or len(branches) > 1) and not space.example.data.val_fraction:
         raise ConfigError("data.val_fraction: a sweep chooses on validation, so it must be above 0, got 0", source)
     if search.num_samples < len(branches) and search.split:
         message = f"search.num_samples: {len(branches)} objectives share it equally, got {search.num_samples}"
         raise ConfigError(message, source)
+    problems = [f"search.{p}" for p in _search_problems(space, size)]
+    if problems:
+        raise ConfigError(problems, source)
     return space
+
+
+MAX_GRID = 100_000
+
+
+def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
+    """What does not go together in how a space is searched."""
+    search, sampler, stopping, epochs = space.search, space.search.sampler, space.search.stopping, space.epochs
+    share = search.num_samples // len(space.groups)
+    if sampler.needs and importlib.util.find_spec(sampler.needs) is None:
+        yield f"sampler: {sampler} needs the package {sampler.needs}, which is not here: pip install {sampler.needs}"
+    if not sampler.choices:
+        for p in (p for p in space.parameters if isinstance(p.domain, Choices)):
+            yield f"sampler: {sampler} proposes numbers only, and {p.name} is a choice; use tpe, or fix {p.name}"
+    if not sampler.together and not search.split and len(space.branches) > 1:
+        yield f"sampler: {sampler} cannot choose among objectives; use tpe or random, or split: true"
+    elif isinstance(sampler, Grid):
+        endless = [p for p in space.parameters if p.domain.points is None]
+        for p in endless:
+            yield f"sampler: grid needs choices or a step, and {p.name} is {p.domain}; write {{choices: [...]}}"
+        if grid_size > MAX_GRID:
+            yield f"sampler: a grid of {grid_size} trials is more than {MAX_GRID}; use qmc or random"
+        elif not endless and search.num_samples != grid_size:
+            given = search.num_samples
+            yield f"num_samples: the grid has {grid_size} points, each is one trial, got {given}; leave it out"
+    if search.more_metrics and not sampler.several:
+        yield f"sampler: {sampler} has one metric only; use tpe or gp for {', '.join(search.metrics)}"
+    if search.more_metrics and not isinstance(stopping, NoStopping):
+        yield (
+            f"stopping: {stopping.name} judges by one metric, and there are {len(search.metrics)}: a trial that is "
+            "behind in one may be ahead in another; set stopping: none"
+        )
+    if sampler.full_length_only and not isinstance(stopping, NoStopping):
+        yield f"stopping: a trial that is stopped early is missing from a generation of {sampler}; set stopping: none"
+    if isinstance(stopping, Hyperband):
+        n = len(stopping.brackets(epochs))
+        if n < 2:
+            yield f"stopping: hyperband has no rung in {epochs} epochs, so it would stop nothing; lower min_epochs"
+        elif share < 2 * n:
+            yield f"stopping: hyperband's {n} brackets need {2 * n} trials of each objective, got {share}; use halving"
+    if isinstance(stopping, Median) and share <= stopping.startup:
+        yield (
+            f"stopping: median begins after {stopping.startup} full-length trials of an objective, and each has "
+            f"{share}; lower startup, or use halving"
+        )
+    if search.gpu_hours is not None and not space.example.gpus_per_worker:
+        yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
+
+
+# --- published settings, fronts, and other spaces ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WarmPoint:
+    """A published setting as it lies in a space."""
+
+    objective: str
+    values: Tree
+    """By parameter name."""
+    origin: str
+
+
+def warm_points(space: Space) -> list[WarmPoint]:
+    """What the sweep tries first, each group's in the order in which it tries them.
+
+    A setting is left out where a value of its objective is outside of the space or fixed otherwise. What it does not
+    speak of is as in the paper (the defaults of `OptimConfig`) if that is inside, else in the middle of its range.
+    """
+    return [point for group in space.groups for point in group_points(space, group)]
+
+
+def group_points(space: Space, group: Group) -> list[WarmPoint]:
+    """The first of `warm_points` of one group: objectives in turn, at most a quarter of the group's trials."""
+    if not space.search.warm_start or isinstance(space.search.sampler, Grid):
+        return []
+    found = [list(_published(branch)) for branch in group.branches]
+    in_turn = [point for row in itertools.zip_longest(*found) for point in row if point is not None]
+    return in_turn[: space.search.num_samples // len(space.groups) // 4]
+
+
+def _published(branch: Branch) -> Iterator[WarmPoint]:
+    seen: list[Tree] = []
+    for setting in PUBLISHED:
+        if tag(type(setting.objective)) != branch.objective:
+            continue
+        values = {}
+        for p in branch.parameters:
+            if p.path[0] == "objective":
+                values[p.name] = getattr(setting.objective, p.path[1])
+            else:
+                usual = PAPER.get(p.path)
+                values[p.name] = usual if usual is not None and p.domain.contains(usual) else p.domain.middle
+        if values in seen or not all(p.domain.contains(values[p.name]) for p in branch.parameters):
+            continue
+        try:
+            config = branch.config(values)
+        except ConfigError:  # its parts are allowed, but not together
+            continue
+        if config.objective == setting.objective:
+            seen.append(values)
+            yield WarmPoint(branch.objective, values, setting.origin)
+
+
+PAPER: dict[Path_, Any] = {("optim", name): value for name, value in OptimConfig().model_dump().items()}
+"""The paper's recipe, which is also our default."""
+
+
+class _Judged(Protocol):
+    """The part of an `experiment.Record` that a front needs."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def last(self) -> dict[str, float]: ...
+    @property
+    def number(self) -> int: ...
+
+
+_R = TypeVar("_R", bound=_Judged)
+
+
+def pareto(records: Iterable[_R], metrics: Sequence[str]) -> list[_R]:
+    """The full-length trials that no other beats: none is at least as good in every metric and better in one.
+
+    Best in the first metric first; of equals all are in, the first of them first.
+    """
+    signs = [1 if DIRECTIONS[m] == "max" else -1 for m in metrics]
+
+    def values(record: _R) -> tuple[float, ...]:
+        return tuple(sign * record.last.get(m, math.nan) for sign, m in zip(signs, metrics, strict=True))
+
+    full = [(values(r), r) for r in records if r.status == "done"]
+    full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]
+    front = [
+        (v, r) for v, r in full if not any(w != v and all(b >= a for a, b in zip(v, w, strict=True)) for w, _ in full)
+    ]
+    return [r for _, r in sorted(front, key=lambda entry: (tuple(-x for x in entry[0]), entry[1].number))]
+
+
+def not_superset(old: Space, new: Space) -> list[str]:
+    """Why the trials of one space would not all be trials of another: a sentence each; empty if they would."""
+    problems = [
+        f"objective: {b.objective} is in the trials that are there, and not in the new space; add it"
+        for b in old.branches
+        if b.objective not in {n.objective for n in new.branches}
+    ]
+    if old.search.split != new.search.split:
+        problems.append("search.split: cannot change while a sweep goes on")
+    if old.search.metrics != new.search.metrics:
+        problems.append(f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it")
+    for was in old.branches:
+        for now in (b for b in new.branches if b.objective == was.objective):
+            problems += _narrower(was, now)
+    return list(dict.fromkeys(problems))
+
+
+def _narrower(was: Branch, now: Branch) -> Iterator[str]:
+    """Where one branch's space is no part of another's."""
+    before, after = ({p.path: p for p in b.parameters} for b in (was, now))
+    example = was.example.model_dump(mode="json")
+    for path, p in before.items():
+        if path not in after:
+            yield f"{p.name}: was searched ({p.domain}), and is fixed now; leave it searched"
+        elif not after[path].domain.includes(p.domain):
+            yield f"{p.name}: was {p.domain}, and {after[path].domain} does not hold all of it; widen it"
+    for path, p in after.items():
+        if path not in before:
+            value = value_at(example, path)
+            if not p.domain.contains(value):
+                yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
+    searched = {*before, *after}
+    for path, a, b in _differences(example, now.example.model_dump(mode="json")):
+        if not any(path[: len(s)] == s for s in searched):
+            yield f"{'.'.join(_public(path, was.objective))}: was {a!r}, and is {b!r} now"
+
+
+def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
+    """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
+    left, right = dict(_leaves(a)), dict(_leaves(b))
+    paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
+    kinds = {p[:-1] for p in paths if p[-1] == "name"}
+    for path in paths:
+        if path[-1] != "name" and any(path[:n] in kinds for n in range(1, len(path))):
+            continue
+        if path[0] not in {"recipe", *RUN_ONLY} and not (path[0] == "data" and path[-1] in PLACES):
+            yield path, left.get(path), right.get(path)
+
+
+def _leaves(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def value_at(tree: Any, path: Path_) -> Any:
+    """What stands at a path of a tree; None where it ends before."""
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def placed(space: Space, config: TrainConfig) -> tuple[Group, Tree] | list[str]:
+    """(group, values by parameter name) of a configuration of another space in this one, or what is different.
+
+    The seed, and where a run runs, may differ.
+    """
+    tree = config.model_dump(mode="json")
+    for group in space.groups:
+        for branch in group.branches:
+            if branch.objective == config.objective.name:
+                found = _values_of(branch, tree)
+                return found if isinstance(found, list) else (group, found)
+    return [f"objective: {config.objective.name} there, and not among {', '.join(b.objective for b in space.branches)}"]
+
+
+def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
+    values: Tree = {}
+    different = []
+    for p in branch.parameters:
+        value = value_at(tree, p.path)
+        if isinstance(p.domain, Choices):  # in a file, a choice may be a name or a part of its settings
+            others = {q.name: q.domain.probes[0] for q in branch.parameters}
+            same = [
+                c
+                for c in p.domain.values
+                if value_at(branch.config({**others, p.name: c}).model_dump(mode="json"), p.path) == value
+            ]
+            fits, value = bool(same), same[0] if same else value
+        else:
+            fits = p.domain.contains(value)
+        if not fits:
+            different.append(f"{p.name}: {value!r} there, {p.domain} here")
+        values[p.name] = value
+    if different:
+        return different
+    try:
+        here = branch.config(values).model_dump(mode="json")
+    except ConfigError as error:
+        return error.problems
+    for path, a, b in _differences(tree, here):
+        if path != ("seed",):
+            different.append(f"{'.'.join(_public(path, branch.objective))}: {a!r} there, {b!r} here")
+    return different or values
 
 
 def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]:

@@ -1,12 +1,14 @@
 """A sweep: space, teachers, search and stopping put together as a `ray.tune.Tuner`."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import optuna
 import ray
 from filelock import FileLock, Timeout
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.stopper import CombinedStopper, FunctionStopper
 
 from tfkd_ray import teachers
 from tfkd_ray.cluster import check_room, connect
@@ -25,15 +29,25 @@ from tfkd_ray.experiment import (
     check_writable,
     read_experiment,
     read_metrics,
+    read_records,
     trials_folder,
     write_experiment,
     write_record,
     write_text,
 )
 from tfkd_ray.models import Own, Timm
-from tfkd_ray.schema import ConfigError, dump_yaml
-from tfkd_ray.search import OptunaSearcher, StudyStopping
-from tfkd_ray.space import Space, build_space, load_space
+from tfkd_ray.schema import ConfigError, dump_yaml, validated
+from tfkd_ray.search import (
+    OptunaSearcher,
+    StudyStopping,
+    close_storage,
+    copy_trials,
+    open_storage,
+    prior_trials,
+    whole_url,
+    without_password,
+)
+from tfkd_ray.space import Asha, SearchConfig, Space, build_space, load_space, masked, not_superset
 from tfkd_ray.tensorboard import TensorBoard
 from tfkd_ray.trial import StudentTrial, resources_of
 
@@ -50,6 +64,8 @@ def build_tuner(
     tune_config: tune.TuneConfig | None = None,
     run_config: tune.RunConfig | None = None,
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    priors: Sequence[Path | str] = (),
+    on_budget: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
     """A `ray.tune.Tuner` that runs a space; `.fit()` returns Ray's own `ResultGrid`.
 
@@ -64,6 +80,8 @@ def build_tuner(
         tune_config: Ray's own; what it sets goes before the space's `search`. Searcher and number of trials are ours.
         run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`.
         on_teacher: called with a teacher's run before it is trained (None) and after (what teacher.json says).
+        priors: directories of earlier experiments whose finished trials the sampler should know.
+        on_budget: called with a sentence if a budget of the space's `search` ends the sweep.
     """
     space, stem = _as_space(space)
     run_config = run_config or tune.RunConfig()
@@ -77,11 +95,20 @@ def build_tuner(
     name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = storage / name
     check_new(experiment)
+    prior_trials(space, priors)
+    url = space.search.storage and whole_url(space.search.storage)
+    if url:
+        space = _with_search(space, study=space.search.study or name)
+        _check_free(url, str(space.search.study))
+    space = without_password(space)
     prepare(space.example)
     train_teachers(space.teacher_runs(), storage, on_teacher)
     experiment.mkdir(parents=True)
-    write_experiment(experiment, space.tree, sys.argv)
-    return _tuner(space, experiment, Lock(experiment), callbacks, tune_config, run_config)
+    lock = Lock(experiment)
+    searcher = _searcher(space, experiment, url, priors=priors)
+    searcher.remaining()  # makes the studies, with the priors in them
+    write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
+    return _tuner(space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget)
 
 
 def resume_tuner(
@@ -90,22 +117,136 @@ def resume_tuner(
     add_trials: int = 0,
     callbacks: Sequence[tune.Callback] = (),
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    retry_failed: bool = False,
+    time_budget_s: float | None = None,
+    gpu_hours: float | None = None,
+    cpu_hours: float | None = None,
+    max_failed_trials: int | None = None,
+    priors: Sequence[Path | str] = (),
+    space: Space | dict[str, Any] | Path | str | None = None,
+    study_storage: str | None = None,
+    on_budget: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
     """A Tuner that goes on with an experiment: unfinished trials first, from their last checkpoint, then new ones.
 
     What is finished is in the study, and is not run again; Ray's own snapshot is not read.
+
+    Args:
+        add_trials: raises `search.num_samples` by so many.
+        retry_failed: run the failed trials again, with their numbers and parameters, from their last checkpoints.
+        time_budget_s: a new budget, from now on; as are `gpu_hours`, `cpu_hours` and `max_failed_trials`. None: what
+            is left of the old one.
+        priors: more earlier experiments for the sampler.
+        space: go on in this wider space, which holds every trial of the experiment's.
+        study_storage: the storage's URL, where it has moved or its password is not in TFKD_STORAGE.
+        on_budget: called with a sentence if a budget ends the sweep.
     """
+    budgets = {
+        "time_budget_s": time_budget_s,
+        "gpu_hours": gpu_hours,
+        "cpu_hours": cpu_hours,
+        "max_failed_trials": max_failed_trials,
+    }
+    for name, more in budgets.items():
+        if more is not None and not more > 0:
+            raise ConfigError(f"{name}: a budget is above 0, got {more}")
     experiment = Path(experiment).expanduser().absolute()
     about = read_experiment(experiment)
     check_writable(experiment, "an experiment directory of yours")
-    lock = Lock(experiment)
-    about["space"]["search"]["num_samples"] += add_trials
-    space = build_space(about["space"], experiment / "experiment.yaml")
-    prepare(space.example)
-    if add_trials:
-        write_text(experiment / "experiment.yaml", dump_yaml(about))
-    train_teachers(space.teacher_runs(), experiment.parent, on_teacher)
-    return _tuner(space, experiment, lock, callbacks, tune.TuneConfig(), tune.RunConfig())
+    with contextlib.ExitStack() as undone:
+        lock = Lock(experiment)
+        undone.callback(lock.release)
+        about["space"]["search"]["num_samples"] += add_trials
+        if study_storage is not None:
+            about["space"]["search"]["storage"] = study_storage
+        old = build_space(about["space"], experiment / "experiment.yaml")
+        url = old.search.storage and whole_url(old.search.storage)
+        old = without_password(old)
+        searcher = _searcher(old, experiment, url)
+        undone.callback(searcher.close)
+        _check_all_there(searcher, experiment)
+        new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
+        earlier = prior_trials(new, priors)
+        spent = spent_so_far(experiment, workers=_workers(old.tree))
+        spent["max_failed_trials"] = 0 if retry_failed else len(_failed(experiment) - searcher.waiting())
+        new = _with_search(new, **{name: more + spent[name] for name, more in budgets.items() if more is not None})
+        over = over_budget(new.search.budgets, spent)
+        if over:
+            raise ConfigError(f"{over}; to go on, give a new one, which counts from now on", experiment)
+        prepare(new.example)
+        if new.search.study != old.search.study:
+            wider = _searcher(new, experiment, url)
+            copy_trials(searcher, wider)
+            searcher = wider
+        searcher.add_priors(earlier)
+        if retry_failed:
+            searcher.retry_failed()
+        if add_trials or study_storage or space is not None or any(more is not None for more in budgets.values()):
+            about["space"] = new.tree
+            write_text(experiment / "experiment.yaml", dump_yaml(about))
+        train_teachers(new.teacher_runs(), experiment.parent, on_teacher)
+        tuner = _tuner(new, experiment, lock, callbacks, tune.TuneConfig(), tune.RunConfig(), searcher, on_budget)
+        undone.pop_all()
+    return tuner
+
+
+def _failed(experiment: Path) -> set[int]:
+    return {r.number for r in read_records(experiment) if r.status == "failed"}
+
+
+def _with_search(space: Space, **settings: Any) -> Space:
+    """The same space with other settings of its search."""
+    try:
+        search = validated(SearchConfig, {**space.search.model_dump(mode="json"), **settings})
+    except ConfigError as error:
+        raise ConfigError(f"search.{p}" for p in error.problems) from None
+    return dataclasses.replace(space, search=search, tree={**space.tree, "search": search.model_dump(mode="json")})
+
+
+def _searcher(space: Space, experiment: Path, url: str | None, **more: Any) -> OptunaSearcher:
+    journal = experiment / "study.journal"
+    if url is None:
+        journal.with_name("study.journal.lock").unlink(missing_ok=True)  # of a dead driver: the experiment is ours
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return OptunaSearcher(space, journal, place=place_of(experiment), storage=url, **more)
+
+
+def _check_free(url: str, study: str) -> None:
+    """Refuse a storage that cannot be reached, or that has studies of this name already."""
+    storage = open_storage(url)
+    names = optuna.study.get_all_study_names(storage=storage)
+    close_storage(storage)
+    if any(name.startswith(f"{study}/") for name in names):
+        raise ConfigError(f"search.study: {masked(url)} has studies called {study!r} already; choose another --name")
+
+
+def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
+    """Refuse studies that do not hold the trials whose files are there: numbers would be given twice."""
+    known = searcher.known()
+    lost = [r.name for r in read_records(experiment) if known.get(r.number) != r.name]
+    if lost:
+        where = "study.journal" if searcher.storage is None else masked(searcher.storage)
+        names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        message = (
+            f"{where} does not hold {names}, whose files are there; put back a copy of it, or remove their folders"
+        )
+        raise ConfigError(message, experiment)
+
+
+def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
+    """A wider space to go on in, with the old one's storage; its studies have a name of their own."""
+    problems = not_superset(old, new)
+    if problems:
+        message = "an experiment goes on in its own space, or in one that holds all of it"
+        raise ConfigError([message, *problems], experiment)
+    if new.search.storage not in (None, old.search.storage):
+        raise ConfigError("search.storage: an experiment's studies stay where they are; leave it out", experiment)
+    alike = {b.objective: b.parameters for b in old.branches} == {b.objective: b.parameters for b in new.branches}
+    name, _, count = (old.search.study or "tfkd").partition("@")
+    study = old.search.study if alike else f"{name}@{int(count or 1) + 1}"
+    samples = new.search.num_samples + add_trials
+    budgets = old.search.budgets | new.search.budgets
+    return _with_search(new, storage=old.search.storage, study=study, num_samples=samples, **budgets)
 
 
 def prepare(config: TrainConfig) -> None:
@@ -185,25 +326,46 @@ def _tuner(
     callbacks: Sequence[tune.Callback],
     tune_config: tune.TuneConfig,
     run_config: tune.RunConfig,
+    searcher: OptunaSearcher,
+    on_budget: Callable[[str], None] | None,
 ) -> tune.Tuner:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    (experiment / "study.journal.lock").unlink(missing_ok=True)  # of a driver that is dead: the lock is ours
-    searcher = OptunaSearcher(space, experiment / "study.journal", place=place_of(experiment))
+    trials = searcher.remaining()
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
-    ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), Recorder()]
+    budget = Budget(experiment, space, searcher, on_budget=on_budget)
+    ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), budget, Recorder(budget)]
     tune_config = dataclasses.replace(
         tune_config,
         metric=None if told else tune_config.metric or space.search.metric,
         mode=None if told else tune_config.mode or space.search.mode,
         search_alg=searcher,
-        scheduler=tune_config.scheduler or StudyStopping(searcher),
-        num_samples=max(1, searcher.remaining()),
+        scheduler=tune_config.scheduler or _scheduler(space, searcher),
+        num_samples=max(1, trials),
         max_concurrent_trials=tune_config.max_concurrent_trials or space.search.max_concurrent,
     )
     callbacks = [*ours, *callbacks, *(run_config.callbacks or [])]
+    if space.search.budgets:
+        run_config = dataclasses.replace(run_config, stop=_both(run_config.stop, budget))
     return assemble(
         space.example, experiment, tune_config, run_config, callbacks, max_failures=space.search.max_failures
     )
+
+
+def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
+    stopping, epochs = space.search.stopping, space.epochs
+    if isinstance(stopping, Asha):
+        first = [*stopping.rungs(epochs), epochs][0]
+        return ASHAScheduler(time_attr="epoch", max_t=epochs, grace_period=first, reduction_factor=stopping.factor)
+    return StudyStopping(searcher)
+
+
+def _both(stop: Any, budget: "Budget") -> tune.Stopper:
+    """A budget beside the user's own `RunConfig.stop`."""
+    if stop is None:
+        return budget
+    if isinstance(stop, dict):
+        limits = dict(stop)
+        stop = FunctionStopper(lambda trial_id, result: any(result.get(k, -math.inf) >= v for k, v in limits.items()))
+    return CombinedStopper(stop if isinstance(stop, tune.Stopper) else FunctionStopper(stop), budget)
 
 
 def place_of(experiment: Path) -> dict[str, str]:
@@ -272,8 +434,9 @@ def _trial_name(trial: Any) -> str:
 class Recorder(tune.Callback):  # type: ignore[misc]
     """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: "Budget | None" = None) -> None:
         self._seen: dict[str, int] = {}
+        self._budget = budget
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
@@ -284,6 +447,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         if not (folder / "result.json").exists():
             (folder / "result.json").symlink_to(path.name)
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
+        (folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         self._write(trial, "running")
 
     def on_trial_result(
@@ -312,7 +476,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         for trial in trials:
             if trial.trial_id in self._seen and trial.status not in ("ERROR",) and not _ended(trial):
-                self._write(trial, "interrupted")
+                self._write(trial, "interrupted", self._budget and self._budget.reason)
 
     def _folder(self, trial: Any) -> Path:
         return Path(trial.config["trial"]["directory"])
@@ -339,6 +503,150 @@ _METRICS = {"epoch", "train_loss", "train_ce", "train_kd", "lr", "seconds", "ima
 
 def _ended(trial: Any) -> bool:
     return bool((trial.last_result or {}).get("done"))
+
+
+def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, float]:
+    """What an experiment has spent: seconds, GPU-hours, CPU-hours and failed trials, by the name of their budget.
+
+    Hours are those of the epochs in metrics.jsonl, or, if that is more, of what a driver counted, epochs that were not
+    told included, times what `workers` says a trial holds (`gpus`, `cpus`). Seconds are those that drivers ran.
+    """
+    records = read_records(experiment)
+    path = experiment / "spent.json"
+    counted = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "trial_seconds": 0.0}
+    hours = max(sum(m.get("seconds", 0.0) for r in records for m in r.metrics), counted["trial_seconds"]) / 3600
+    return {
+        "time_budget_s": float(counted["seconds"]),
+        "gpu_hours": hours * workers["gpus"],
+        "cpu_hours": hours * workers["cpus"],
+        "max_failed_trials": sum(r.status == "failed" for r in records),
+    }
+
+
+def over_budget(budgets: Mapping[str, float], spent: Mapping[str, float]) -> str | None:
+    """A sentence about the first budget that is spent; None if there is none."""
+    for name, limit in budgets.items():
+        if spent[name] >= limit:
+            unit = {"time_budget_s": "s", "max_failed_trials": "failed trials"}.get(name, "h")
+            return f"search.{name}: {spent[name]:.4g} of {limit:.4g} {unit} are reached"
+    return None
+
+
+def _workers(tree: Mapping[str, Any]) -> dict[str, float]:
+    """What a trial holds, from the tree of a space."""
+    return {"gpus": tree["workers"] * tree["gpus_per_worker"], "cpus": tree["workers"] * tree["cpus_per_worker"]}
+
+
+class Budget(tune.Callback, tune.Stopper):  # type: ignore[misc]
+    """Ends a sweep when a budget of its `search` is spent: trials save, and can be resumed.
+
+    What a running trial has held since its last report counts, so no trial goes on for more than the epoch it is in.
+    """
+
+    reason: str | None = None
+    """Why the sweep was ended; None while it was not."""
+
+    def __init__(
+        self,
+        experiment: Path,
+        space: Space,
+        searcher: OptunaSearcher,
+        *,
+        on_budget: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._experiment, self._limits, self._clock, self._on_budget = (
+            experiment,
+            space.search.budgets,
+            clock,
+            on_budget,
+        )
+        self._searcher: OptunaSearcher | None = searcher
+        self._workers = _workers(space.tree)
+        self._before = spent_so_far(experiment, workers=self._workers)
+        self._began = clock()
+        self._failed = _failed(experiment) - searcher.waiting()
+        self._told = 0.0
+        self._since: dict[str, float] = {}
+        self._seen: dict[str, int] = {}
+
+    def spent(self) -> dict[str, float]:
+        """What is spent by now, by the name of the budget."""
+        now = self._clock()
+        hours = self._held(now) / 3600
+        return {
+            "time_budget_s": self._before["time_budget_s"] + now - self._began,
+            "gpu_hours": self._before["gpu_hours"] + hours * self._workers["gpus"],
+            "cpu_hours": self._before["cpu_hours"] + hours * self._workers["cpus"],
+            "max_failed_trials": len(self._failed),
+        }
+
+    # --- what Tune asks
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self.reason is None and self._searcher is not None:
+            reason = over_budget(self._limits, self.spent())
+            if reason and self._searcher.remaining() + self._searcher.open_trials() > 0:
+                self.reason = reason
+                if self._on_budget is not None:
+                    self._on_budget(reason)
+        return self.reason is not None
+
+    # --- what Tune tells
+
+    def setup(self, **info: Any) -> None:
+        self._began = self._clock()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        metrics = read_metrics(Path(trial.config["trial"]["directory"]))
+        self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
+        self._since[trial.trial_id] = self._clock()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if result.get("epoch", 0) > self._seen.get(trial.trial_id, 0):
+            self._seen[trial.trial_id] = result["epoch"]
+            self._told += result.get("seconds", 0.0)
+            self._since[trial.trial_id] = self._clock()
+        if result.get("failed"):
+            self._failed.add(trial.config["trial"]["number"])
+        self._write()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._since.pop(trial.trial_id, None)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._lost(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._lost(trial)
+        self._failed.add(trial.config["trial"]["number"])
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self._write()
+        if self._searcher is not None:
+            self._searcher.close()
+
+    def _lost(self, trial: Any) -> None:
+        """A process was lost: what it held since its last report was spent all the same."""
+        self._told += self._clock() - self._since.pop(trial.trial_id, self._clock())
+
+    def _held(self, now: float) -> float:
+        """Seconds that trials have run in this session, added up."""
+        return self._told + sum(now - since for since in self._since.values())
+
+    def _write(self) -> None:
+        before = self._before["cpu_hours"] / self._workers["cpus"] * 3600
+        counted = {"seconds": self.spent()["time_budget_s"], "trial_seconds": before + self._held(self._clock())}
+        text = json.dumps({name: round(value, 3) for name, value in counted.items()})
+        write_text(self._experiment / "spent.json", text + "\n")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
 
 
 class Lock(tune.Callback):  # type: ignore[misc]

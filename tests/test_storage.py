@@ -1,0 +1,276 @@
+"""Where the studies are: a journal that a crash or a person has damaged, SQLite, PostgreSQL, and the dashboard."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from test_search import run_sweep, space
+
+from tfkd_ray.experiment import read_experiment, read_records
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.search import OptunaSearcher, open_journal, open_storage, whole_url
+from tfkd_ray.space import build_space
+from tfkd_ray.tune import build_tuner, resume_tuner
+
+TREE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 2,
+    "objective": "ce",
+    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+}
+
+
+def tree(**search: Any) -> dict[str, Any]:
+    return {**TREE, "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1, **search}}
+
+
+# --- the journal
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    path = tmp_path / "study.journal"
+    run_sweep(OptunaSearcher(space(num_samples=4), path))
+    return path
+
+
+def test_a_line_that_a_crash_left_half_written_is_cut_off_wherever_it_was_cut(journal: Path) -> None:
+    content = journal.read_bytes()
+    start = content[:-1].rfind(b"\n") + 1
+    for upto in range(start + 1, len(content)):
+        journal.write_bytes(content[:upto])
+        open_journal(journal)
+        assert journal.read_bytes() == content[:start]
+
+
+def broken(content: bytes, how: str) -> tuple[bytes, int]:
+    """(a damaged journal, the byte where the damage is)."""
+    lines = content.splitlines(keepends=True)
+    byte = len(b"".join(lines[:5]))
+    if how == "zeros":
+        return content[:byte] + bytes(40) + content[byte + 40 :], byte
+    if how == "a half line in the middle":
+        return content[: byte + 9] + content[byte + len(lines[5]) :], byte
+    if how == "an operation that is none":
+        return content[:byte] + b'{"op_code":99,"worker_id":"x"}\n' + content[byte:], byte
+    if how == "a line without what it needs":
+        return content[:byte] + b'{"op_code":4,"worker_id":"x"}\n' + content[byte:], byte
+    if how == "another file's text":
+        return content[:byte] + b"hello\n" + content[byte:], byte
+    return content + b"\0" * 30, len(content)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "zeros", "a half line in the middle", "an operation that is none", "a line without what it needs",
+        "another file's text", "zeros at the end",
+    ],
+)  # fmt: skip
+def test_anything_worse_is_reported_with_the_byte_and_nothing_is_changed(journal: Path, how: str) -> None:
+    content, byte = broken(journal.read_bytes(), how)
+    journal.write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=rf"byte {byte}: this is no line of Optuna's journal: b'.*nothing was changed"
+    ):
+        OptunaSearcher(space(), journal).suggest("a")
+    assert journal.read_bytes() == content
+
+
+# --- SQLite
+
+
+def test_a_sweep_in_sqlite_proposes_what_one_in_a_journal_does_also_after_a_kill(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    whole = run_sweep(OptunaSearcher(space(num_samples=8), tmp_path / "a"))
+    before = run_sweep(OptunaSearcher(space(num_samples=8, storage=url), tmp_path / "none"), kill_at=5)
+    after = run_sweep(OptunaSearcher(space(num_samples=8, storage=url), tmp_path / "none"))
+    assert before + after[1:] == whole and not (tmp_path / "none").exists()
+    assert OptunaSearcher(space(num_samples=8), tmp_path / "none", storage=url).remaining() == 0
+
+
+UNREACHABLE = [
+    ("sqlite:////nowhere/s.db", "cannot be used: unable to open database file"),
+    ("postgresql://me:secret@127.0.0.1:1/db", "Connection refused"),
+    ("oracle9://me:secret@host/db", "is no URL of a database that SQLAlchemy knows"),
+    ("mysql+nodriver://me:secret@host/db", "is no URL of a database that SQLAlchemy knows"),
+    ("mysql+pymysql://me:secret@host/db", "needs the package"),
+]
+
+
+@pytest.mark.parametrize("url, sentence", UNREACHABLE, ids=[u for u, _ in UNREACHABLE])
+def test_a_storage_that_cannot_be_reached_is_refused_before_anything_is_written(
+    tmp_path: Path, url: str, sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_tuner(tree(storage=url), name="e", storage=tmp_path)
+    assert str(error.value).startswith("search.storage: ") and sentence in str(error.value)
+    assert "secret" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TFKD_STORAGE", raising=False)
+    hidden, whole = "postgresql://me:***@host/db", "postgresql://me:secret@host/db"
+    assert whole_url(whole) == whole
+    with pytest.raises(
+        ConfigError, match=r"the password of postgresql://me:\*\*\*@host/db is not kept; set TFKD_STORAGE"
+    ):
+        whole_url(hidden)
+    monkeypatch.setenv("TFKD_STORAGE", whole)
+    assert whole_url(hidden) == whole
+    monkeypatch.setenv("TFKD_STORAGE", "postgresql://me:secret@other/db")
+    with pytest.raises(ConfigError) as error:
+        whole_url(hidden)
+    assert "secret" not in str(error.value) and "other" in str(error.value)
+
+
+@pytest.mark.ray
+def test_an_experiment_in_sqlite_resumes_and_keeps_its_name_to_itself(ray_cluster: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    build_tuner(tree(storage=url), name="e", storage=tmp_path / "x").fit()
+    experiment = tmp_path / "x" / "e"
+    assert not (experiment / "study.journal").exists() and optuna.get_all_study_names(open_storage(url)) == ["e/ce"]
+    assert read_experiment(experiment)["space"]["search"]["study"] == "e"
+    with pytest.raises(ConfigError, match=r"has studies called 'e' already; choose another --name"):
+        build_tuner(tree(storage=url), name="e", storage=tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+    experiment.rename(tmp_path / "x" / "moved")
+    assert len(resume_tuner(tmp_path / "x" / "moved", add_trials=1).fit()) == 1
+    assert [r.number for r in read_records(tmp_path / "x" / "moved")] == [0, 1, 2, 3]
+    moved = tmp_path / "other.db"
+    shutil.copy(tmp_path / "s.db", moved)
+    assert len(resume_tuner(tmp_path / "x" / "moved", add_trials=1, study_storage=f"sqlite:///{moved}").fit()) == 1
+    with pytest.raises(ConfigError, match=r"does not hold t0000-ce, t0001-ce, .* whose files are there"):
+        resume_tuner(tmp_path / "x" / "moved", add_trials=1, study_storage=f"sqlite:///{tmp_path}/empty.db")
+
+
+# --- PostgreSQL
+
+BIN = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL, with a password, of a server of our own on loopback; ended by its process id."""
+    if BIN is None or shutil.which("runuser") is None or os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI has PostgreSQL: see .ci/run"
+        pytest.skip("no PostgreSQL here, or not root: apt-get install postgresql")
+    user = pwd.getpwnam("postgres")
+    folder = Path(
+        subprocess.run(["mktemp", "-d", "/tmp/tfkd-pg-XXXX"], capture_output=True, text=True, check=True).stdout.strip()
+    )
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    secret = folder / "password"
+    secret.write_text("s3cret-word\n")
+    os.chown(secret, user.pw_uid, user.pw_gid)
+
+    def as_user(*command: str) -> list[str]:
+        return ["runuser", "-u", "postgres", "--", *command]
+
+    data = str(folder / "data")
+    subprocess.run(
+        as_user(f"{BIN}/initdb", "-D", data, "-A", "scram-sha-256", "-U", "tfkd", "--pwfile", str(secret), "-N"),
+        check=True, capture_output=True, cwd=folder,
+    )  # fmt: skip
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = subprocess.Popen(
+        [f"{BIN}/postgres", "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}", "-F"],
+        user="postgres", group="postgres", extra_groups=[], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"postgresql://tfkd:s3cret-word@127.0.0.1:{port}/postgres"
+    try:
+        for _ in range(100):
+            ready = subprocess.run([f"{BIN}/pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True)
+            if ready.returncode == 0:
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)  # fast: without waiting for its clients
+        server.wait(timeout=20)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_in_postgresql_resumes_and_writes_its_password_nowhere(
+    ray_cluster: str, tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tfkd", "tune", f"search.storage={postgres}"])
+    monkeypatch.delenv("TFKD_STORAGE", raising=False)
+    wrong = postgres.replace("s3cret-word", "an0ther")
+    with pytest.raises(ConfigError) as error:
+        build_tuner(tree(storage=wrong), name="e", storage=tmp_path)
+    assert "password authentication failed" in str(error.value) and "an0ther" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    grid = build_tuner(tree(storage=postgres), name="e", storage=tmp_path).fit()
+    assert len(grid) == 3 and grid.num_errors == 0
+    with pytest.raises(ConfigError, match="is not kept; set TFKD_STORAGE"):
+        resume_tuner(tmp_path / "e", add_trials=1)
+    monkeypatch.setenv("TFKD_STORAGE", postgres)
+    assert len(resume_tuner(tmp_path / "e", add_trials=1).fit()) == 1
+    assert [(r.number, r.status) for r in read_records(tmp_path / "e")] == [(n, "done") for n in range(4)]
+    files = [p for p in (tmp_path / "e").rglob("*") if p.is_file()]
+    assert any(p.suffix == ".pkl" for p in files)
+    assert [p for p in files if b"s3cret-word" in p.read_bytes()] == []
+    whole = run_sweep(OptunaSearcher(space(num_samples=8), tmp_path / "a"))  # and proposes what a journal does
+    searchers = [OptunaSearcher(space(num_samples=8), tmp_path / "none", storage=postgres, study="k") for _ in "ab"]
+    before, after = run_sweep(searchers[0], kill_at=5), run_sweep(searchers[1])
+    assert before + after[1:] == whole
+    for searcher in searchers:
+        searcher.close()
+
+
+# --- the dashboard
+
+
+@pytest.mark.slow
+def test_the_dashboard_opens_the_journal_while_a_search_goes_on_and_does_not_disturb_it(tmp_path: Path) -> None:
+    whole = run_sweep(OptunaSearcher(space(), tmp_path / "a"))
+    journal = tmp_path / "study.journal"
+    searcher = OptunaSearcher(space(), journal)
+    configs = run_sweep(searcher, most=6)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = Path(sys.executable).with_name("optuna-dashboard")
+    server = subprocess.Popen(
+        [command, str(journal), "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def read(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    try:
+        for _ in range(200):
+            try:
+                studies = read("/api/studies")
+                break
+            except OSError:
+                time.sleep(0.2)
+        assert "tfkd/ce" in studies and "tfkd/lsr" in studies
+        configs += run_sweep(searcher, most=4)
+        content = read("/api/studies/0?after=0")
+        assert content.count('"intermediate_values"') >= 3
+        configs += run_sweep(searcher)
+        assert '"trials"' in read("/api/studies/1?after=0")
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+    assert configs == whole and OptunaSearcher(space(), journal).remaining() == 0
+    assert build_space(space().tree).search == space().search
