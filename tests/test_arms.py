@@ -66,6 +66,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "not settings": ({"arms": ["ce"]}, "arms.0: needs settings (name, objective, ...), got 'ce'"),
     "name twice": (with_arm(name="ce", objective="lsr"), "arms.ce: two arms have this name"),
     "the same arm": (with_arm(name="again", objective="ce"), "arms.again: the same configuration as ce"),
+    "the same but for a seed": (with_arm(name="again", objective="tfkd_self", optim={"lr": 0.1}, teacher={"seed": 5}), "arms.again: the same configuration as self"),
     "a name for no folder": (with_arm(name="A/b", objective="lsr"), "arms.3.name: String should match pattern"),
     "no such baseline": (with_arm(name="x", objective="lsr", baseline="cee"), "arms.x.baseline: no arm 'cee'; did you mean 'ce'?"),
     "other data": (with_arm(name="x", objective="ce", data={"name": "digits", "split_seed": 1}), "arms.x.data: all arms are compared on the same data"),
@@ -100,7 +101,7 @@ def test_a_self_teacher_is_trained_for_each_seed_and_another_only_if_asked(per_s
     self_run = next(r for r in runs if r.name == "self-s6").config.teacher_run()
     assert (
         self_run is not None
-        and self_run.seed == 6
+        and self_run.seed == 1_000_006  # not the student run once more
         and self_run.optim.lr == TrainConfig(objective=CrossEntropy()).optim.lr
     )
 

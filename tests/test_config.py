@@ -53,7 +53,7 @@ def test_a_self_teacher_is_the_student_under_the_teachers_recipe() -> None:
     config = TrainConfig(objective=TfkdSelf(), student=Cnn(), teacher=TeacherConfig(epochs=3), seed=7)
     run = config.teacher_run()
     assert run is not None
-    assert (run.student, run.epochs, run.seed, run.objective) == (Cnn(), 3, 0, CrossEntropy())
+    assert (run.student, run.epochs, run.seed, run.objective) == (Cnn(), 3, 1_000_000, CrossEntropy())
     assert run.teacher_run() is None
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Run
 from safetensors.numpy import load_file
 from test_data import pickled, write_cifar
 
 from tfkd_ray.arms import build_arms, new_comparison, read_comparison
-from tfkd_ray.confirm import LOGITS, ListSearcher, comparison_tuner, judge_on_test, table
+from tfkd_ray.checkpoint import save_weights
+from tfkd_ray.confirm import LOGITS, ListSearcher, comparison_tuner, judge_on_test, outcome, table
 from tfkd_ray.data import Cifar10, Digits
-from tfkd_ray.experiment import read_records
+from tfkd_ray.experiment import Record, read_records, write_record
 from tfkd_ray.loop import train
 from tfkd_ray.schema import ConfigError
 
@@ -192,3 +194,63 @@ def test_a_sweep_is_confirmed_against_baselines_that_are_tuned_first(
     (found,) = result["verdicts"]
     assert found["verdict"] != "better" and f"verdict: {found['sentence']}"[:40] in run.stdout
     assert len(found["candidates"][0]["comparisons"]) == 3 and found["searched"] == 2
+
+
+# --- what a sceptical reader asks for, on made-up outcomes
+
+
+def outcome_of(
+    tmp_path: Path, values: dict[str, list[float | None]], name: str = "c", reason: str = "lost"
+) -> dict[str, Any]:
+    """The outcome of arms whose runs were right on these shares of 1,000 test images; None: the run failed."""
+    tree = {**TREE, "arms": [{"name": n, "objective": "ce" if n == "ce" else "lsr" if n == "lsr" else "tfkd_reg",
+                              "optim": {"lr": 0.1 + 0.01 * k}} for k, n in enumerate(values)]}  # fmt: skip
+    new_comparison(build_arms(tree), [1, 2, 3, 4, 5], tmp_path / name)
+    labels = torch.zeros(1000, dtype=torch.int64)
+    for number, run in enumerate(read_comparison(tmp_path / name).runs):
+        value = values[run.arm][run.seed - 1]
+        folder, config = tmp_path / name / "trials" / run.name, run.config.model_dump(mode="json")
+        status, why = ("done", None) if value is not None else ("failed", reason)
+        write_record(Record(folder, number, run.name, config["objective"]["name"], status, {}, config, why))
+        if value is not None:
+            logits = torch.zeros(1000, 10)
+            logits[torch.arange(1000), (torch.arange(1000) >= round(1000 * value)).long()] = 5.0
+            save_weights(folder / LOGITS, {"logits": logits, "labels": labels}, {})
+    return outcome(tmp_path / name)
+
+
+GOOD = [0.95, 0.952, 0.951, 0.949, 0.953]
+FAIR = [0.90, 0.903, 0.899, 0.901, 0.904]
+
+
+def test_an_arm_that_beats_every_baseline_is_better(tmp_path: Path) -> None:
+    (found,) = outcome_of(tmp_path, {"ce": FAIR, "lsr": FAIR[::-1], "reg": GOOD})["verdicts"]
+    assert found["verdict"] == "better" and "reg is better than every baseline" in found["sentence"]
+
+
+def test_nothing_is_better_where_a_baseline_has_no_two_runs(tmp_path: Path) -> None:
+    (found,) = outcome_of(tmp_path, {"ce": FAIR, "lsr": [0.9, None, None, None, None], "reg": GOOD})["verdicts"]
+    assert found["verdict"] == "cannot tell" and "baseline lsr has 1 of its runs" in found["sentence"]
+
+
+def test_nothing_is_better_where_a_baseline_diverged(tmp_path: Path) -> None:
+    values = {"ce": FAIR, "lsr": [*FAIR[:4], None], "reg": GOOD}
+    (found,) = outcome_of(tmp_path, values, reason="Diverged: train_loss is nan")["verdicts"]
+    assert found["verdict"] == "cannot tell" and "baseline lsr diverged" in found["sentence"]
+
+
+def test_a_candidate_that_diverges_is_judged_by_it(tmp_path: Path) -> None:
+    values = {"ce": FAIR, "lsr": FAIR[::-1], "reg": [*GOOD[:4], None]}
+    (found,) = outcome_of(tmp_path, values, reason="Diverged: train_loss is nan")["verdicts"]
+    assert found["verdict"] != "better"
+    (lost,) = outcome_of(tmp_path, values, name="d", reason="its process was lost")["verdicts"]
+    assert lost["verdict"] == "better" and any("no value at seed 5" in note for note in lost["notes"])
+
+
+def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_path: Path) -> None:
+    line = json.dumps({"test": "digits", "when": "2026-01-01T00:00:00+0000", "experiment": "c", "id": "another"})
+    (tmp_path / "test_openings.jsonl").write_text(line + "\n" + line[:20])
+    result = outcome_of(tmp_path, {"ce": FAIR, "reg": GOOD})
+    assert any(
+        "was opened 1 times before in this storage, first on 2026-01-01 by c" in note for note in result["notes"]
+    )

@@ -40,6 +40,7 @@ from tfkd_ray.verdict import (
     summary,
     table,
     top_k,
+    undecided,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -524,3 +525,19 @@ def test_there_is_an_end_to_counting_seeds() -> None:
     v = judge([a], [arm("b", *np.full(5, 0.8))])
     assert v.candidates[0].comparisons[0].needed is None
     assert f"more than {MOST_SEEDS:,} seeds would show one of 0.00" in v.sentence
+
+
+def test_candidates_that_cannot_be_judged_count_in_holm() -> None:
+    rng = np.random.default_rng(0)
+    base = 0.9 + 0.001 * rng.standard_normal(6)
+    a, b = (
+        Arm(n, tuple(range(6)), base + shift + 0.001 * rng.standard_normal(6)) for n, shift in (("a", 0.003), ("b", 0))
+    )
+    alone, with_lost = judge([a], [b]), judge([a], [b], lost=3)
+    assert with_lost.candidates[0].p_holm == pytest.approx(min(1, 4 * alone.candidates[0].p))
+
+
+def test_where_nothing_can_be_judged_the_reason_is_said() -> None:
+    found = undecided(["baseline lsr has 1 of its runs"])
+    assert found.to_json()["verdict"] == "cannot tell"
+    assert table(found, arms=False)[-1].startswith("verdict: cannot tell: baseline lsr has 1 of its runs")

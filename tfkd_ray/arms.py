@@ -7,6 +7,7 @@ what a paper printed for it. An arm's settings go before the shared ones.
 import copy
 import math
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from pydantic import Field, StringConstraints
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import Record, about_now, check_new, read_experiment, read_records, write_text
+from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
 from tfkd_ray.space import Domain, Range, Space, build_space, override
 
 FIRST_SEED = 1001
 """Of the seeds that arms are trained with; far from those that sweeps are run with."""
+TEACHER_SEEDS = 1_000_000
+"""Added to a seed for the teacher that is trained for it: not the student's own run once more."""
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=48)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -72,6 +76,8 @@ class Arms(Settings):
     """Configurations that the candidates are the best of."""
     experiment: str | None = None
     """Name of the sweep that they come from, in the same storage."""
+    metric: Literal["val_accuracy", "val_nll", "val_ece"] = "val_accuracy"
+    """What the verdict is about, on test."""
 
     @property
     def example(self) -> TrainConfig:
@@ -146,7 +152,9 @@ def build_arms(
         problems.append(f"--preset: no such preset {preset!r}; known: smoke")
     if problems:
         raise ConfigError(problems, source)
-    about = {k: tree[k] for k in ("title", "source", "note", "searched") if k in tree}
+    about = {k: tree[k] for k in ("title", "source", "note", "searched", "metric") if k in tree}
+    if overrides:
+        about["note"] = f"{about.get('note', '')} Changed from the file: {' '.join(overrides)}.".strip()
     compared = validated(Arms, {**about, "arms": arms, "preset": preset}, source)
     problems = list(_problems(compared))
     if problems:
@@ -158,12 +166,13 @@ def _problems(compared: Arms) -> Iterator[str]:
     names = [arm.name for arm in compared.arms]
     first = compared.example
     made: dict[str, str] = {}
+    twins = {run.arm: run.config.fingerprint() for run in runs_of(compared, [FIRST_SEED], hold_out=True)}
     for arm in compared.arms:
         if names.count(arm.name) > 1 and arm is compared.named(arm.name):
             yield f"arms.{arm.name}: two arms have this name"
         if arm.baseline is not None and arm.baseline not in names:
             yield f"arms.{arm.name}.baseline: no arm {arm.baseline!r}; {did_you_mean(arm.baseline, names)}"
-        twin = made.setdefault(arm.config.fingerprint(), arm.name)
+        twin = made.setdefault(twins[arm.name], arm.name)
         if twin != arm.name:
             yield f"arms.{arm.name}: the same configuration as {twin}; leave one out, or change it"
         if arm.config.data != first.data:
@@ -193,7 +202,7 @@ def runs_of(
                 run = config.teacher_run()
                 assert run is not None, f"{config=}"
                 teacher = config.teacher or TeacherConfig(optim=run.optim, schedule=run.schedule)
-                changes["teacher"] = teacher.model_copy(update={"seed": seed})
+                changes["teacher"] = teacher.model_copy(update={"seed": TEACHER_SEEDS + seed})
             tree = config.model_copy(update=changes).model_dump(mode="json")
             try:
                 runs.append(Run(arm.name, seed, validated(TrainConfig, tree)))
@@ -242,6 +251,8 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     ranges = {"ce": {"name": "ce"}, "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}}
     objectives = [ranges[name] for name in lacking]
     tree |= {"objective": objectives if len(objectives) > 1 else objectives[0], "teacher": None, "init": "random"}
+    own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
+    tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
 
@@ -266,25 +277,24 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     objective = validated(TrainConfig, first.config).objective
     weight = objective.loss_scale * objective.ce_weight
     if weight > 0 and "scaled" in rivals:
-        scaled = {**first.config, "objective": {"name": "ce", "loss_scale": weight}, "teacher": None}
+        teacher = first.config["teacher"] if first.config.get("init") == "trained" else None
+        scaled = {**first.config, "objective": {"name": "ce", "loss_scale": weight}, "teacher": teacher}
         arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
     setting = next((p.objective for p in PUBLISHED if p.objective.name == first.objective), None)  # type: ignore[attr-defined]
     if setting is not None and "published" in rivals:
         published = {**first.config, "objective": setting.model_dump(mode="json")}
         arms.append({"name": f"{first.objective}-published", "config": published, "role": "reference"})
-    configs: list[TrainConfig] = []
-    distinct = []
+    distinct: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        config = validated(TrainConfig, arm["config"])
-        if config not in configs:
-            configs.append(config)
-            distinct.append(arm)
+        whole = validated(Arms, {"arms": [arm]})
+        distinct.setdefault(runs_of(whole, [FIRST_SEED], hold_out=True)[0].config.fingerprint(), arm)
     return validated(
         Arms,
         {
             "title": f"{experiment.name}: the best {len(winners)} against tuned baselines",
-            "arms": distinct,
+            "arms": list(distinct.values()),
             "searched": len(read_records(experiment)),
+            "metric": read_experiment(experiment)["space"]["search"]["metric"],
             "experiment": experiment.name,
         },
         experiment,
@@ -300,7 +310,7 @@ def _full(experiment: Path) -> tuple[list[Record], Callable[[Record], float]]:
     def value(record: Record) -> float:
         return float(sign * record.last[metric])
 
-    done = [r for r in read_records(experiment) if r.status == "done"]
+    done = [r for r in read_records(experiment) if r.status == "done" and metric in r.last]
     return sorted(done, key=lambda r: (-value(r), r.number)), value
 
 
@@ -351,20 +361,30 @@ def comparisons_of(experiment: Path) -> list[Path]:
 
 
 def new_comparison(
-    compared: Arms, seeds: Sequence[int], directory: Path, *, teacher_per_seed: bool = False, hold_out: bool = False
+    compared: Arms,
+    seeds: Sequence[int],
+    directory: Path,
+    *,
+    teacher_per_seed: bool = False,
+    hold_out: bool = False,
+    strict: bool = False,
 ) -> None:
     """Make a comparison's directory; wrong input is a ConfigError, raised before anything is written."""
     check_new(directory)
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
     about = {
         **about_now(sys.argv),
+        "id": uuid.uuid4().hex,
+        "loop_version": LOOP_VERSION,
+        "fail_if_not_better": strict,
         "seeds": list(seeds),
         "teacher_per_seed": teacher_per_seed,
         "hold_out": hold_out,
         "compared": compared.model_dump(mode="json"),
     }
-    directory.mkdir(parents=True)
-    write_text(directory / "confirm.yaml", dump_yaml(about))
+    partial = directory.with_name(f".{directory.name}.{about['id']}")
+    write_text(partial / "confirm.yaml", dump_yaml(about))
+    partial.rename(directory)
 
 
 @dataclass(frozen=True)
@@ -375,6 +395,12 @@ class Comparison:
     runs: list[Run]
     hold_out: bool
     """Whether validation was left out of training."""
+    id: str
+    """Of this comparison, whatever it is called."""
+    strict: bool
+    """Whether it fails if nothing is better."""
+    made_with: tuple[str, int]
+    """(torch's version, the loop's version) that its runs are trained with."""
 
     is_trained: bool
     """Whether every run has come to its end."""
@@ -395,7 +421,15 @@ def read_comparison(directory: Path) -> Comparison:
     options = {key: about[key] for key in ("teacher_per_seed", "hold_out")}
     runs = runs_of(arms, about["seeds"], **options)
     done = {record.name for record in read_records(directory) if record.status == "done"}
-    return Comparison(arms, runs, about["hold_out"], is_trained=done >= {run.name for run in runs})
+    return Comparison(
+        arms,
+        runs,
+        about["hold_out"],
+        about["id"],
+        about["fail_if_not_better"],
+        (about["versions"]["torch"], about["loop_version"]),
+        is_trained=done >= {run.name for run in runs},
+    )
 
 
 # --- presets ---------------------------------------------------------------------------------------------------
@@ -411,9 +445,14 @@ def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration scaled down: two epochs, about a thousand images, networks of one convolution, one process."""
     data = named(tree.get("data", "digits"))
     small = {**tree, "epochs": 2, "data": {**data, "subset": 1000} if isinstance(data, dict) else data}
-    small |= {"workers": 1, "gpus_per_worker": 0, "student": _small_network(tree.get("student", "mlp"))}
+    small |= {
+        "workers": 1,
+        "gpus_per_worker": 0,
+        "batch_norm": "local",
+        "student": _small_network(tree.get("student", "mlp")),
+    }
     if isinstance(tree.get("teacher"), dict):
-        teacher = {k: v for k, v in tree["teacher"].items() if k not in ("epochs", "weights")}
+        teacher = {k: v for k, v in tree["teacher"].items() if k not in ("epochs", "weights", "stop_accuracy")}
         small["teacher"] = teacher | ({"model": _small_network(teacher["model"])} if teacher.get("model") else {})
         small["teacher"] |= {"stop_epoch": 1} if teacher.get("stop_epoch") else {}
     return small

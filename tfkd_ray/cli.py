@@ -267,6 +267,7 @@ def _check(args: argparse.Namespace) -> int:
         print("\n".join(_describe(space)))
         for warning in warnings_of(space):
             print(f"warning: {warning}")
+    example.try_networks()
     try:
         example.data.check()
     except ConfigError as error:  # a file may be checked where its data are not
@@ -549,6 +550,8 @@ def _summary(space: "Space", experiment: Path, seconds: float, *, whole: bool) -
     if not whole:
         return OK
     print("next:")
+    print(f"  tfkd confirm {where}          (is it really better? over seeds, on test)")
+    print(f"  tfkd report {where}")
     print(f"  tfkd tensorboard {where}")
     print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
     print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
@@ -567,8 +570,11 @@ def _short(path: Path) -> str:
 
 def _confirm(args: argparse.Namespace) -> int:
     from tfkd_ray.arms import FIRST_SEED, arms_of, load_arms, new_comparison, rivals_of
+    from tfkd_ray.experiment import read_experiment
     from tfkd_ray.schema import ConfigError
 
+    if args.top_k < 1:
+        raise ConfigError("at least the best one is compared", f"--top-k {args.top_k}")
     if args.seeds < 2:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
@@ -589,14 +595,18 @@ def _confirm(args: argparse.Namespace) -> int:
     from tfkd_ray.tune import prepare
 
     prepare(compared.example)
-    seeds = range(FIRST_SEED, FIRST_SEED + args.seeds)
-    new_comparison(compared, seeds, directory, teacher_per_seed=args.teacher_per_seed, hold_out=args.train_only)
-    return _compare(directory, args.address, strict=args.fail_if_not_better)
+    taken = read_experiment(given)["space"]["seed"] if compared.experiment else None
+    seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + args.seeds + 1) if seed != taken][: args.seeds]
+    options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
+    new_comparison(compared, seeds, directory, strict=args.fail_if_not_better, **options)
+    return _compare(directory, args.address)
 
 
 def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Namespace) -> Path | None:
     """Tune the baselines that a sweep did not tune as hard as its winner; the sweep that did, or None if none lacks."""
     from tfkd_ray.arms import baseline_space, untuned
+    from tfkd_ray.experiment import read_experiment, read_records
+    from tfkd_ray.schema import ConfigError
 
     lacking = {name: n for name, n in untuned(experiment).items() if name in rivals}
     if not lacking:
@@ -604,21 +614,26 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
     tuned = experiment.with_name(f"{experiment.name}-baselines")
     if not (tuned / "experiment.yaml").is_file():
         space = baseline_space(experiment, lacking)
-        names = " and ".join(lacking)
-        _say(f"baselines: {names} had fewer trials than the winner's objective; tuning them first, in {_short(tuned)}")
+        _say(f"baselines: {' and '.join(lacking)} had fewer trials than the winner's objective; tuning them first, in "
+             f"{_short(tuned)}")  # fmt: skip
         _have_data(space.example, args)
         _join(args.address, space.example.workers)
         from tfkd_ray.tune import build_tuner
 
-        tuner = lambda shown: build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown])  # noqa: E731
-        if not _fit(_progress(space, tuned), tuner):
-            from tfkd_ray.schema import ConfigError
+        def build(shown: Any) -> Any:
+            return build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown])
 
-            raise ConfigError(f"was not finished; go on with it: tfkd resume {_short(tuned)}", tuned)
+        _fit(_progress(space, tuned), build)
+    ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
+    if short := {name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n}:
+        missing = ", ".join(f"{n} trials of {name}" for name, n in short.items())
+        more = sum(short.values()) - (read_experiment(tuned)["space"]["search"]["num_samples"] - len(ended))
+        extra = f" --add-trials {more}" if more > 0 else ""
+        raise ConfigError(f"lacks {missing}; tune them first: tfkd resume {_short(tuned)}{extra}", tuned)
     return tuned
 
 
-def _compare(directory: Path, address: str | None, *, strict: bool = False) -> int:
+def _compare(directory: Path, address: str | None) -> int:
     """Run what a comparison still lacks, then open the test split and print the table."""
     from tfkd_ray.arms import read_comparison
 
@@ -631,10 +646,13 @@ def _compare(directory: Path, address: str | None, *, strict: bool = False) -> i
     from tfkd_ray.confirm import judge_on_test, table
 
     _say("opening the test split")
-    result = judge_on_test(directory)
+    try:
+        result = judge_on_test(directory)
+    except KeyboardInterrupt:
+        return _interrupted(directory)
     print("\n".join(table(result)))
     print(f"\nwritten to {_short(directory)}/confirm.json")
-    if strict and not any(found["verdict"] == "better" for found in result["verdicts"]):
+    if compared.strict and not all(found["verdict"] == "better" for found in result["verdicts"]):
         return NOT_BETTER
     return OK if all(run["status"] == "done" for arm in result["arms"] for run in arm["runs"]) else FAILED
 
@@ -831,10 +849,14 @@ def _best(args: argparse.Namespace) -> int:
 def _trials(args: argparse.Namespace) -> int:
     from tfkd_ray.readers import trials_table
 
-    columns = args.columns.split(",") if args.columns else None
     print(
         trials_table(
-            args.experiment, sort=args.sort, filter=args.filter, columns=columns, limit=args.limit, output=args.output
+            args.experiment,
+            sort=args.sort,
+            filter=args.filter,
+            columns=args.columns,
+            limit=args.limit,
+            output=args.output,
         )
     )
     return OK

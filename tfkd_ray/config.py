@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tfkd_ray.augment import Augment
 from tfkd_ray.data import Data, Dataset, Digits
-from tfkd_ray.models import Mlp, Model
+from tfkd_ray.models import Mlp, Model, Own, Timm
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
 from tfkd_ray.schema import Settings, did_you_mean, members, named, tag
 
@@ -111,7 +111,8 @@ class TeacherConfig(Settings):
     """None: as many as the student's."""
     optim: OptimConfig = OptimConfig()
     schedule: AnySchedule = Cosine()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 1_000_000
+    """Another than the student's, so that a self teacher is no replay of the student's own run."""
     stop_epoch: Count | None = None
     """Stop it here, its schedule still spanning `epochs`: a poorly trained teacher (De-KD of Yuan et al. 2020)."""
     stop_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -203,7 +204,7 @@ class TrainConfig(Settings):
             )
         if isinstance(self.objective, TfkdSelf) and teacher.model not in (None, self.student):
             yield "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
-        if self.init == "trained" and (own_teacher or teacher.model not in (None, self.student)):
+        if self.init == "trained" and teacher.model not in (None, self.student):
             yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
         epochs = teacher.epochs or self.epochs
         if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
@@ -239,13 +240,19 @@ class TrainConfig(Settings):
             gpus_per_worker=min(self.gpus_per_worker, 1),
         )
 
+    def try_networks(self) -> None:
+        """Build the networks that are not ours, so that what is wrong with one is found before anything starts."""
+        for network in (self.student, self.teacher and self.teacher.model):
+            if isinstance(network, Own | Timm):
+                network.build(self.data.shape, self.data.num_classes)
+
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Whether the run ends with the epoch of these metrics."""
         return metrics["epoch"] >= self.epochs
 
     def fingerprint(self, *more: Any) -> str:
         """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
-        out: Any = {**dict.fromkeys([*RUN_ONLY, "recipe", "teacher"], True), "data": PLACES}
+        out: Any = {**dict.fromkeys([*RUN_ONLY, "recipe", "teacher"], True), "data": self.data.places}
         tree = self.model_dump(mode="json", exclude=out)
         teacher = self.teacher_run()
         text = json.dumps([tree, teacher and teacher.fingerprint(), *more], sort_keys=True)
@@ -270,12 +277,10 @@ class TeacherRun(TrainConfig):
         if self.weights is None:
             return super().fingerprint(*more)
         tree = self.model_dump(mode="json", include={"weights", "student"})
-        tree["data"] = self.data.model_dump(mode="json", exclude=PLACES)
+        tree["data"] = self.data.model_dump(mode="json", exclude=self.data.places)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-PLACES = {"root", "readers"}
-"""Settings of data sets that change no number."""
 TEACHER_RECIPE = {"optim", "schedule"}
 """Settings of a recipe that a teacher of its own takes, too; the others it shares with the student."""
 

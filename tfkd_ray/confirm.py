@@ -4,7 +4,10 @@ A comparison is a directory like an experiment's: `confirm.yaml` says what is co
 run, `confirm.json` the outcome. It can be stopped and continued like a sweep.
 """
 
+import contextlib
 import json
+import math
+import os
 import textwrap
 import time
 from collections import deque
@@ -26,11 +29,12 @@ from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
 from tfkd_ray.data import Dataset
 from tfkd_ray.evaluate import predictions
-from tfkd_ray.experiment import Record, check_writable, read_records, trials_folder, write_text
+from tfkd_ray.experiment import Record, check_writable, read_records, trials_folder, write_record, write_text
 from tfkd_ray.images import Images
+from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
-from tfkd_ray.tune import Lock, Recorder, assemble, place_of, prepare, train_teachers
+from tfkd_ray.tune import Lock, Recorder, assemble, prepare, train_teachers
 from tfkd_ray.verdict import scores
 
 LOGITS = "test.safetensors"
@@ -85,15 +89,38 @@ def comparison_tuner(
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
 ) -> tune.Tuner:
     """A Tuner that trains what a comparison's directory asks for and has not got; teachers first."""
-    runs = read_comparison(directory).runs
+    compared = read_comparison(directory)
+    here = (torch.__version__.split("+")[0], LOOP_VERSION)
+    if compared.made_with != here:
+        raise ConfigError(
+            f"begun with torch {compared.made_with[0]} and loop version {compared.made_with[1]}, and here are "
+            f"{here[0]} and {here[1]}: its runs would not be pairs; begin a new comparison",
+            directory,
+        )
+    runs = compared.runs
     check_writable(directory, "a directory of yours")
-    lock = Lock(directory)
     config = runs[0].config
+    for arm in compared.arms.arms:
+        arm.config.try_networks()
     prepare(config)
-    needed = {run.fingerprint(): run for r in runs if (run := r.config.teacher_run())}
-    train_teachers(needed.values(), directory.parent, on_teacher)
-    place = place_of(directory)
+    lock = Lock(directory)
+    without_teacher: dict[str, str] = {}
+
+    def lost(teacher: TeacherRun, reason: str) -> None:
+        without_teacher[teacher.fingerprint()] = reason
+
+    needed = {made.fingerprint(): made for run in runs if (made := run.config.teacher_run())}
+    try:
+        train_teachers(needed.values(), directory.parent, on_teacher, lost)
+    except BaseException:
+        lock.release()
+        raise
     done = {r.name for r in read_records(directory) if r.status == "done"}
+    for number, run in enumerate(runs):
+        teacher = run.config.teacher_run()
+        if teacher is not None and teacher.fingerprint() in without_teacher:
+            done.add(run.name)
+            write_record(_failed(directory, number, run, without_teacher[teacher.fingerprint()]))
     proposals = [
         {
             **run.config.model_dump(mode="json"),
@@ -103,7 +130,8 @@ def comparison_tuner(
                 "arm": run.arm,
                 "epochs": run.config.epochs,
                 "parameters": {"arm": run.arm, "seed": run.seed},
-                **{key: value.format(name=run.name) for key, value in place.items()},
+                "directory": str(trials_folder(directory) / run.name),
+                "storage": str(directory.parent),
             },
         }
         for number, run in enumerate(runs)
@@ -119,6 +147,19 @@ def comparison_tuner(
     )
 
 
+def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
+    return Record(
+        folder=trials_folder(directory) / run.name,
+        number=number,
+        name=run.name,
+        objective=run.config.objective.name,
+        status="failed",
+        parameters={"arm": run.arm, "seed": run.seed},
+        config=run.config.model_dump(mode="json"),
+        reason=reason,
+    )
+
+
 # --- the test split --------------------------------------------------------------------------------------------
 
 
@@ -127,13 +168,23 @@ def judge_on_test(directory: Path, on_run: Callable[[str], None] | None = None) 
 
     Its logits stay with each run. That the split was opened is written down beside the experiments, with what for.
     """
-    runs = read_comparison(directory).runs
+    lock = Lock(directory)
+    try:
+        return _judged(directory, on_run)
+    finally:
+        lock.release()
+
+
+def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, Any]:
+    compared = read_comparison(directory)
+    runs = compared.runs
     records = {record.name: record for record in read_records(directory)}
     done = [run for run in runs if run.name in records and records[run.name].status == "done"]
     if not done:
         where = trials_folder(directory)
         raise ConfigError(f"none of its {len(runs)} runs was trained to the end; see {where}", directory)
     data = done[0].config.data
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test: Images | None = None
     guesses: dict[str, Tensor] = {}  # of teachers, [N]
     for run in done:
@@ -141,20 +192,21 @@ def judge_on_test(directory: Path, on_run: Callable[[str], None] | None = None) 
         if path.exists():
             continue
         if test is None:
-            _note_opening(directory, split_id(data))
-            test = data.load_test()
+            test = data.load_test().on(device)
+            _note_opening(directory, compared)
         if on_run:
             on_run(run.name)
         network = run.config.student.build(data.shape, data.num_classes)
         network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
-        logits, labels = _logits(network, data, test)
+        logits, labels = _logits(network.to(device), data, test)
         found = {"logits": logits, "labels": labels}
         teacher = run.config.teacher_run() if run.config.objective.needs_teacher else None
         if teacher is not None:
             name = teachers.teacher_name(teacher)
-            if name not in guesses:
-                guesses[name] = _logits(teachers.load_teacher(teacher, directory.parent), data, test)[0].argmax(dim=1)
-            found["teacher"] = guesses[name]
+            if name not in guesses and teachers.is_trained(teacher, directory.parent):
+                network = teachers.load_teacher(teacher, directory.parent).to(device)
+                guesses[name] = _logits(network, data, test)[0].argmax(dim=1)
+            found |= {"teacher": guesses[name]} if name in guesses else {}
         save_weights(path, found, {"run": run.name})
     return outcome(directory)
 
@@ -167,24 +219,33 @@ def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, 
 
 def split_id(data: Dataset) -> str:
     """Which test split that is: the data set's name, and whatever else decides about its test images."""
-    tree = data.model_dump(
-        mode="json", exclude={"root", "val_fraction", "split_seed", "subset", "check_md5", "readers"}
-    )
+    other = {"val_fraction", "split_seed", "subset", "check_md5", "image_size", "mean", "std"}
+    tree = data.model_dump(mode="json", exclude=data.places | other)
     return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
 
 
-def _note_opening(directory: Path, split: str) -> None:
-    line = {"test": split, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "experiment": directory.name}
+def _note_opening(directory: Path, compared: Comparison) -> None:
+    line = {
+        "test": split_id(compared.data),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "experiment": directory.name,
+        "id": compared.id,
+    }
     with (directory.parent / OPENINGS).open("a") as file:
         file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def openings(directory: Path) -> list[dict[str, str]]:
     """When the test split of a comparison was opened, in this storage, first to last."""
     split = split_id(read_comparison(directory).data)
     path = directory.parent / OPENINGS
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line["test"] == split]
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # cut by a full disk
+            found.append(json.loads(line))
+    return [line for line in found if line["test"] == split]
 
 
 # --- what came out ---------------------------------------------------------------------------------------------
@@ -197,7 +258,7 @@ def outcome(directory: Path) -> dict[str, Any]:
     """
     compared = read_comparison(directory)
     records = {record.name: record for record in read_records(directory)}
-    arms, arrays = [], {}
+    arms, arrays, diverged = [], {}, set[str]()
     for arm in compared.arms.arms:
         runs = [run for run in compared.runs if run.arm == arm.name]
         found = [_run_outcome(directory, run, records.get(run.name)) for run in runs]
@@ -212,11 +273,13 @@ def outcome(directory: Path) -> dict[str, Any]:
                 "runs": found,
             }
         )
-        arrays[arm.name] = _judged_arm(directory, arm.name, runs, found)
+        arrays[arm.name] = _judged_arm(directory, arm.name, runs, found, METRICS[compared.arms.metric])
+        diverged |= {arm.name} if any(_has_diverged(result) for result in found) else set()
     result = {
         "title": compared.arms.title,
         "source": compared.arms.source,
         "preset": compared.arms.preset,
+        "note": compared.arms.note,
         "test": split_id(compared.data),
         "opened": openings(directory),
         "trained_on": "train" if compared.hold_out else "train and validation",
@@ -224,21 +287,23 @@ def outcome(directory: Path) -> dict[str, Any]:
         "notes": list(_notes(directory, compared)),
         "verdicts": [
             {"student": student, "text": verdict.table(judged, arms=False), **judged.to_json()}
-            for student, judged in _verdicts(compared.arms, arrays)
+            for student, judged in _verdicts(compared.arms, arrays, diverged)
         ],
     }
     write_text(directory / "confirm.json", json.dumps(result, indent=1) + "\n")
-    write_comparison(directory / "tb", {name: _growth(arm) for name, arm in arrays.items()})
+    write_comparison(directory / "tb", {name: _growth(directory, arm) for name, arm in arrays.items()})
     return result
 
 
-def _growth(arm: verdict.Arm) -> dict[str, Sequence[Any]]:
-    """An arm's runs, their values, and mean and interval after 2, 3, ... seeds."""
+def _growth(directory: Path, arm: verdict.Arm) -> dict[str, Sequence[Any]]:
+    """An arm's judged runs, their values, and mean and interval after 2, 3, ... seeds."""
     parts = [
         verdict.summary(verdict.Arm(arm.name, arm.seeds[:n], arm.values[:n])) for n in range(2, len(arm.seeds) + 1)
     ]
     curves = {kind: [getattr(part, kind) for part in parts] for kind in ("mean", "low", "high")}
-    return {"runs": [f"{arm.name}-s{seed}" for seed in arm.seeds], "values": arm.values.tolist(), **curves}
+    runs = {f"{arm.name}-s{seed}": float(value) for seed, value in zip(arm.seeds, arm.values, strict=True)}
+    runs = {name: value for name, value in runs.items() if (trials_folder(directory) / name / LOGITS).exists()}
+    return {"runs": list(runs), "values": list(runs.values()), **curves}
 
 
 def _run_outcome(directory: Path, run: Run, record: Record | None) -> dict[str, Any]:
@@ -254,8 +319,19 @@ def _run_outcome(directory: Path, run: Run, record: Record | None) -> dict[str, 
     return found
 
 
-def _judged_arm(directory: Path, name: str, runs: Sequence[Run], found: Sequence[dict[str, Any]]) -> verdict.Arm:
-    done = [run for run, result in zip(runs, found, strict=True) if "accuracy" in result]
+def _judged_arm(
+    directory: Path, name: str, runs: Sequence[Run], found: Sequence[dict[str, Any]], metric: verdict.Metric
+) -> verdict.Arm:
+    """The arm's values on test; a run that diverged is a result, too: what guessing would have."""
+    pairs = list(zip(runs, found, strict=True))
+    diverged = [run.seed for run, result in pairs if _has_diverged(result)]
+    if metric.name != "accuracy" or diverged:
+        chance = 1 / runs[0].config.data.num_classes
+        worst = {"accuracy": chance, "nll": -math.log(chance), "ece": 1.0}[metric.name]
+        values = {run.seed: result[metric.name] for run, result in pairs if metric.name in result}
+        values |= dict.fromkeys(diverged, worst)
+        return verdict.Arm(name, tuple(values), np.array(list(values.values())))
+    done = [run for run, result in pairs if "accuracy" in result]
     right = []
     for run in done:
         arrays = load_file(trials_folder(directory) / run.name / LOGITS)
@@ -266,23 +342,54 @@ def _judged_arm(directory: Path, name: str, runs: Sequence[Run], found: Sequence
     )
 
 
-def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm]) -> Iterator[tuple[str, verdict.Verdict]]:
-    """One for each student network that has candidates and baselines with two runs or more; of a sweep's best, one."""
+def _has_diverged(result: dict[str, Any]) -> bool:
+    return result["status"] == "failed" and str(result.get("reason", "")).startswith("Diverged")
+
+
+METRICS = {
+    "val_accuracy": verdict.ACCURACY,
+    "val_nll": verdict.Metric("nll", larger_is_better=False, percent=False, margin=0.005),
+    "val_ece": verdict.Metric("ece", larger_is_better=False, percent=True, margin=0.002),
+}
+"""What the verdict is about, by the metric that a sweep chose by."""
+
+
+def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm], diverged: set[str]) -> Iterator[tuple[str, verdict.Verdict]]:
+    """One for each student network that has candidates and baselines; of a sweep's best, one.
+
+    Nothing is judged where a baseline has no two runs, or one that diverged: a candidate would win by its default.
+    """
 
     def group(arm: Arm) -> str:
         return "of the sweep" if arms.experiment else str(arm.config.student)
 
     for key in dict.fromkeys(group(arm) for arm in arms.arms):
         mine = [arm for arm in arms.arms if group(arm) == key]
-        roles = {role: [arrays[arm.name] for arm in mine if arm.part == role] for role in ("candidate", "baseline")}
-        enough = {role: [arm for arm in some if len(arm.seeds) > 1] for role, some in roles.items()}
-        if enough["candidate"] and enough["baseline"]:
-            names = dict.fromkeys(arm.config.student.name for arm in mine)
-            yield ", ".join(names), verdict.judge(enough["candidate"], enough["baseline"], searched=arms.searched)
+        candidates, baselines = ([arrays[a.name] for a in mine if a.part == p] for p in ("candidate", "baseline"))
+        if not candidates or not baselines:
+            continue
+        names = ", ".join(dict.fromkeys(arm.config.student.name for arm in mine))
+        metric = METRICS[arms.metric]
+        reasons = [f"baseline {b.name} has {len(b.seeds)} of its runs" for b in baselines if len(b.seeds) < 2]
+        reasons += [f"baseline {b.name} diverged" for b in baselines if b.name in diverged]
+        able = [c for c in candidates if len(c.seeds) > 1]
+        reasons += [] if able else ["no candidate has two runs"]
+        if not reasons:
+            try:
+                lost = len(candidates) - len(able)
+                yield names, verdict.judge(able, baselines, metric, searched=arms.searched, lost=lost)
+                continue
+            except ConfigError as error:  # seeds that are not in common
+                reasons = error.problems
+        yield names, verdict.undecided(reasons, metric, searched=arms.searched)
 
 
 def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
-    before = [o for o in openings(directory) if o["experiment"] != directory.name]
+    found = openings(directory)
+    own = next((k for k, o in enumerate(found) if o.get("id") == compared.id), len(found))
+    before = found[:own]
+    if sum(o.get("id") == compared.id for o in found) > 1:
+        yield "this test split was opened again after more runs were trained: the verdict before may have been seen"
     if before:
         yield (
             f"this test split was opened {len(before)} times before in this storage, first on "
@@ -323,6 +430,7 @@ def table(result: dict[str, Any]) -> list[str]:
     if result["preset"]:
         lines.append(f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published")
     printed = any(arm["published"] is not None for arm in result["arms"])
+    lines += textwrap.wrap(result["note"], 80) if result["note"] else []
     lines += ["", f"{'arm':<23} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>18}"]
     lines[-1] += f" {'published':>9} {'diff':>7}" if printed else ""
     for arm in result["arms"]:

@@ -95,6 +95,8 @@ class Dataset(Settings):
     """How to get the data: ends the sentence that says they are missing."""
     streams: ClassVar[bool] = False
     """Whether images stay on the disk and are decoded when they are needed."""
+    places: ClassVar[set[str]] = {"root", "readers"}
+    """Settings that say where the images are and how they are read, and change no number."""
     recipes: ClassVar[dict[str, dict[str, Any]]] = {"plain": {}, "modern": MODERN}
     """Settings by recipe name, for whatever a configuration does not say; the first is the default."""
 
@@ -761,6 +763,7 @@ def _image_files(folder: Path) -> Iterator[str]:
 class ImageFolder(FolderDataset):
     """Image files of your own."""
 
+    places: ClassVar[set[str]] = {"readers"}  # here the folder is what tells one data set from another
     origin: ClassVar[str] = "put images at root/train/CLASS/ and root/val/CLASS/"
 
     name: Literal["image_folder"] = "image_folder"

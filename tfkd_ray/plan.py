@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tfkd_ray.config import TrainConfig
+from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.loop import train
 from tfkd_ray.space import Halving, Space
 
@@ -107,7 +107,7 @@ def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -
     most = sum(part.most for part in found.parts)
     yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
     if found.teacher_epochs:
-        yield f"teachers that are not there yet: {found.teacher_epochs} epochs, once"
+        yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes(found.disk)} of weights and checkpoints"
     if found.seconds is None:
         yield "hours: not known; --probe trains a few steps of each objective here and says"
@@ -143,6 +143,7 @@ def _epoch_seconds(config: TrainConfig) -> float:
         "workers": 1,
         "gpus_per_worker": min(config.gpus_per_worker, 1),
     }
+    changes |= {"stop_epoch": None, "stop_accuracy": None} if isinstance(config, TeacherRun) else {}
     short = config.model_copy(update=changes)
     run = config.teacher_run()
     teacher = run.student.build(config.data.shape, config.data.num_classes) if run else None

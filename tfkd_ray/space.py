@@ -19,7 +19,8 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
-from tfkd_ray.config import PLACES, RUN_ONLY, Count, OptimConfig, Positive, TeacherRun, TrainConfig
+from tfkd_ray.config import RUN_ONLY, Count, OptimConfig, Positive, TeacherRun, TrainConfig
+from tfkd_ray.data import Dataset
 from tfkd_ray.objectives import PUBLISHED, Canonical
 from tfkd_ray.schema import (
     ConfigError,
@@ -643,6 +644,8 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
 def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     """A space from its tree; `source` names it in errors."""
     tree = copy.deepcopy(tree)
+    if "arms" in tree:
+        raise ConfigError("arms: this file lists arms, which are compared, not searched: tfkd confirm FILE", source)
     problems: list[str] = []
     notes: list[str] = []
     search = SearchConfig()
@@ -880,7 +883,7 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
     for path in paths:
         if path[-1] != "name" and any(path[:n] in kinds for n in range(1, len(path))):
             continue
-        if path[0] not in {"recipe", *RUN_ONLY} and not (path[0] == "data" and path[-1] in PLACES):
+        if path[0] not in {"recipe", *RUN_ONLY} and not (path[0] == "data" and path[-1] in Dataset.places):
             yield path, left.get(path), right.get(path)
 
 

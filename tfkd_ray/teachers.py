@@ -61,13 +61,18 @@ def train_teacher(
             write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
             for state in folder.glob("*.ckpt"):
                 state.unlink()
+    check_source(config, storage)
+    return describe(config, storage)
+
+
+def check_source(config: TeacherRun, storage: Path) -> None:
+    """Raise where the file that a teacher was taken from has changed since."""
     about, source = describe(config, storage), _source_sha256(config)
     if source is not None and about.get("source_sha256") != source:
         raise ConfigError(
             f"teacher.weights: {config.weights}: has changed since it became teacher {about['name']}; give the new "
-            f"file another name, or delete {folder}"
+            f"file another name, or delete {teacher_folder(config, storage)}"
         )
-    return about
 
 
 def _trained(config: TeacherRun, folder: Path, on_epoch: Callable[[dict[str, float]], None] | None) -> dict[str, float]:

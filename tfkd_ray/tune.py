@@ -35,7 +35,6 @@ from tfkd_ray.experiment import (
     write_record,
     write_text,
 )
-from tfkd_ray.models import Own, Timm
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -252,9 +251,7 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
 def prepare(config: TrainConfig) -> None:
     """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made."""
     config.data.check()
-    for network in (config.student, config.teacher and config.teacher.model):
-        if isinstance(network, Own | Timm):  # not ours: whether it can be built is found out here
-            network.build(config.data.shape, config.data.num_classes)
+    config.try_networks()
     connect(workers=config.workers)
     check_room(config)
 
@@ -267,13 +264,22 @@ def train_teachers(
     runs: Iterable[TeacherRun],
     storage: Path,
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    on_failure: Callable[[TeacherRun, str], None] | None = None,
 ) -> None:
     """Train the teachers that are not there, as Ray tasks side by side, each on one worker's resources.
 
-    If one fails the others are left to finish: they are kept, and `ray.cancel` of a task that just ended can end the
-    driver (Ray 2.60).
+    Weights from elsewhere are taken by this process, which may be the only one that sees their file. If a teacher fails
+    the others are left to finish: they are kept, and `ray.cancel` of a task that just ended can end the driver (Ray
+    2.60). TeacherFailed is raised, or `on_failure` called with the reason.
     """
     on_teacher = on_teacher or (lambda run, about: None)
+    runs = list(runs)
+    for run in runs:
+        if run.weights is not None:
+            if not teachers.is_trained(run, storage):
+                on_teacher(run, None)
+                on_teacher(run, teachers.train_teacher(run, storage))
+            teachers.check_source(run, storage)
     missing = [run for run in runs if not teachers.is_trained(run, storage)]
     tasks = []
     for run in missing:
@@ -284,10 +290,13 @@ def train_teachers(
         try:
             on_teacher(run, ray.get(task))
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
+            reason = f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}"
+            if on_failure is not None:
+                on_failure(run, reason)
+            elif isinstance(error.cause, ConfigError):
                 raise error.cause from None
-            name = teachers.teacher_name(run)
-            raise TeacherFailed(f"teacher {name}: {type(error.cause).__name__}: {error.cause}") from None
+            else:
+                raise TeacherFailed(reason) from None
 
 
 def _teacher(run: TeacherRun, storage: Path) -> dict[str, Any]:
@@ -498,7 +507,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         )
 
 
-_METRICS = {"epoch", "train_loss", "train_ce", "train_kd", "lr", "seconds", "images_per_s"}
+_METRICS = {"epoch", "train_loss", "train_ce", "train_kd", "train_kd_ratio", "lr", "seconds", "images_per_s"}
 
 
 def _ended(trial: Any) -> bool:

@@ -167,15 +167,15 @@ class Decision(NamedTuple):
     """The baseline the verdict hangs on: the closest call, or the one that a lead over is ruled out most clearly."""
 
 
-def decide(leads: Leads, margin: float) -> Decision:
-    """The verdicts for leads [..., k, m] of k candidates over m baselines.
+def decide(leads: Leads, margin: float, lost: int = 0) -> Decision:
+    """The verdicts for leads [..., k, m] of k candidates over m baselines, and `lost` candidates that cannot be judged.
 
     The largest p of several tests is a valid p of 'not better than every one' (Berger 1982), so only the k candidates
     are corrected for. 'Not better' is said of one baseline, at the level of the interval printed beside it.
     """
     p_each = np.where(leads.mean > 0, leads.p, 1.0)
     p = p_each.max(axis=-1)
-    p_holm = holm(p)
+    p_holm = holm(np.concatenate([p, np.ones((*p.shape[:-1], lost))], axis=-1))[..., : p.shape[-1]]
     better = p_holm <= ALPHA
     ruled_out = (leads.high < margin) | (leads.high <= 0)
     not_better = ~better & ruled_out.any(axis=-1)
@@ -370,21 +370,32 @@ def _plain(tree: Any) -> Any:
 
 
 def judge(
-    candidates: Sequence[Arm], baselines: Sequence[Arm], metric: Metric = ACCURACY, *, searched: int | None = None
+    candidates: Sequence[Arm],
+    baselines: Sequence[Arm],
+    metric: Metric = ACCURACY,
+    *,
+    searched: int | None = None,
+    lost: int = 0,
 ) -> Verdict:
-    """Which candidates are better than every baseline. Raises ConfigError where that cannot be asked."""
+    """Which candidates are better than every baseline. Raises ConfigError where that cannot be asked.
+
+    Args:
+        searched: configurations that the candidates are the best of.
+        lost: candidates of the same comparison that have too few runs to be judged; Holm counts them, too.
+    """
     if problems := _problems(candidates, baselines, metric):
         raise ConfigError(problems)
-    rows = [[paired(a, b, metric, candidates=len(candidates)) for b in baselines] for a in candidates]
+    k = len(candidates) + lost
+    rows = [[paired(a, b, metric, candidates=k) for b in baselines] for a in candidates]
     table = {
         f: np.array([[getattr(c, f) for c in row] for row in rows]) for f in ("sd", "low", "high", "p", "constant")
     }
-    decision = decide(Leads(mean=np.array([[c.lead for c in row] for row in rows]), **table), metric.margin)
+    decision = decide(Leads(mean=np.array([[c.lead for c in row] for row in rows]), **table), metric.margin, lost)
     judged = []
     for i, (arm, row) in enumerate(zip(candidates, rows, strict=True)):
         word: Word = "better" if decision.better[i] else "not better" if decision.not_better[i] else "cannot tell"
         named, p_holm = row[decision.against[i]], float(decision.p_holm[i])
-        sentence = _sentence(arm.name, word, named, p_holm, len(candidates), metric)
+        sentence = _sentence(arm.name, word, named, p_holm, k, metric)
         judged.append(Judged(arm.name, word, sentence, named.over, float(decision.p[i]), p_holm, tuple(row)))
     words = {j.verdict for j in judged}
     overall: Word = "better" if "better" in words else "not better" if words == {"not better"} else "cannot tell"
@@ -397,6 +408,11 @@ def judge(
         arms=tuple(summary(arm) for arm in (*candidates, *baselines)),
         notes=tuple(_notes(judged, [*candidates, *baselines], metric)),
     )
+
+
+def undecided(reasons: Sequence[str], metric: Metric = ACCURACY, *, searched: int | None = None) -> Verdict:
+    """The verdict where nothing can be judged."""
+    return Verdict("cannot tell", f"cannot tell: {'; '.join(reasons)}", metric, searched, (), (), ())
 
 
 def _problems(candidates: Sequence[Arm], baselines: Sequence[Arm], metric: Metric) -> list[str]:

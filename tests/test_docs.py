@@ -1,0 +1,144 @@
+"""What docs/ says is true: generated pages are up to date, sentences are the program's, and what is shown runs."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run
+
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.space import build_space, parse_yaml
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.S)
+
+
+# --- generated
+
+
+def test_the_generated_pages_are_what_the_code_says_now() -> None:
+    for path, text in runpy.run_path(str(DOCS / "api.py"))["pages"]().items():
+        assert path.read_text() == text, f"{path.name} is out of date: python docs/api.py"
+
+
+def test_the_reference_has_every_public_name_and_names_no_place_on_this_machine() -> None:
+    import tfkd_ray
+
+    text = (DOCS / "api.md").read_text()
+    missing = [name for name in tfkd_ray.__all__ if f"## {name}\n" not in text]
+    assert not missing
+    assert str(Path.home()) not in text and str(ROOT) not in text
+
+
+# --- search spaces
+
+
+@pytest.mark.parametrize("text", blocks("space.md", "yaml"))
+def test_the_spaces_of_the_page_are_valid_and_search_something_or_name_a_recipe(text: str) -> None:
+    space = build_space(parse_yaml(text, "space.md"))
+    assert space.parameters or "recipe" in text
+
+
+MISTAKES = re.findall(r"^\| `(.+?)` \| ((?:[a-z_]+\.)*[a-z_]+: .+) \|$", (DOCS / "space.md").read_text(), re.M)
+
+
+def test_there_are_mistakes_in_the_table() -> None:
+    section = (DOCS / "space.md").read_text().partition("## Common mistakes")[2]
+    assert len(MISTAKES) == section.count("\n| `") > 10
+
+
+@pytest.mark.parametrize("text, sentence", MISTAKES, ids=[text[:40] for text, _ in MISTAKES])
+def test_a_common_mistake_is_answered_with_the_very_sentence_of_the_page(text: str, sentence: str) -> None:
+    tree = {"objective": "ce", **parse_yaml(text, "space.md")}
+    with pytest.raises(ConfigError) as error:
+        build_space(tree)
+    assert str(error.value) == sentence
+
+
+# --- your own
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: Path) -> None:
+    for block in (*blocks("own.md", "python"), *blocks("own.md", "yaml")):
+        first = block.partition("\n")[0]
+        (tmp_path / first.removeprefix("# ")).write_text(block)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "kd.yaml", "make_photos.py", "my_data.py", "my_nets.py", "own.yaml", "photos.yaml", "timm.yaml",
+    }  # fmt: skip
+    lines = [line for block in blocks("own.md", "console") for line in block.splitlines()]
+    shown = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    assert len(shown) == 7
+    printed = []
+    for command in shown:
+        program, *words = command.split()
+        if program == "tfkd":
+            run = tfkd(*words, cwd=tmp_path)
+        else:
+            run = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert run.returncode == 0, f"{command}: {run.stderr}"
+        printed += run.stdout.splitlines()
+    for line in lines:  # and prints what is shown, but for the last digits
+        if not line.startswith("$ "):
+            value, rest = line.split()[1], line.partition("after")[2]
+            (found,) = (text.split()[1] for text in printed if text.endswith(rest))
+            assert float(found) == pytest.approx(float(value), abs=0.02)
+
+
+# --- links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_the_links_of_the_docs_lead_somewhere(page: Path) -> None:
+    for target, _, anchor in re.findall(r"\]\(([^)#:]*)(#([^)]+))?\)", page.read_text()):
+        there = page.parent / target if target else page
+        assert there.exists(), f"{page.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+            assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+
+
+def test_no_page_names_a_place_that_only_we_have() -> None:
+    for page in (*PAGES, DOCS / "api.py", ROOT / "examples/tune_digits.ipynb"):
+        assert not re.search(r"/work/|/root|/tmp|/home/|index-url", page.read_text()), page.name
+
+
+# --- the notebook
+
+
+def test_the_notebook_is_kept_without_output() -> None:
+    cells = json.loads((ROOT / "examples/tune_digits.ipynb").read_text())["cells"]
+    assert all(not c["outputs"] and c["execution_count"] is None for c in cells if c["cell_type"] == "code")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
+def test_the_notebook_runs_from_space_to_report(ray_cluster: str, tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    shutil.copy(ROOT / "examples/tune_digits.ipynb", tmp_path)
+    book = nbformat.read(tmp_path / "tune_digits.ipynb", 4)
+    client = nbclient.NotebookClient(
+        book, timeout=100, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    shown = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
+    texts = [str(o.get("text") or o["data"]["text/plain"]) for o in shown if o.output_type != "error"]
+    follows = [t for t in texts if "of 8 trials" in t]
+    assert len(follows) == 1 and "8 of 8 trials" in follows[0]  # one cell, kept up to date
+    assert any("8 trials, 0 errors; best: val_accuracy 0." in t for t in texts)
+    assert "iframe" in shown[-1]["data"]["text/html"] and (tmp_path / "report.html").stat().st_size > 10**5
+    said = [line for o in shown if o.get("name") == "stderr" for line in o["text"].splitlines()]
+    assert not [line for line in said if "ipywidgets" not in line and "tqdm" not in line]  # which are not needed
