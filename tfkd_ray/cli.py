@@ -550,7 +550,7 @@ def _summary(space: "Space", experiment: Path, seconds: float, *, whole: bool) -
     if not whole:
         return OK
     print("next:")
-    print(f"  tfkd confirm {where}          (is it really better? over seeds, on test)")
+    print(f"  tfkd confirm {where}")
     print(f"  tfkd report {where}")
     print(f"  tfkd tensorboard {where}")
     print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")

@@ -235,7 +235,7 @@ def _changed(path: Path) -> float:
 def status(experiment: Path) -> dict[str, Any]:
     """How an experiment stands, as JSON's own types (`tfkd status --json`). Keys are only ever added:
 
-    name, kind (sweep, comparison), created
+    name, kind (sweep, comparison), preset, created
     state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
     metric, mode  of a trial's value; metric is null in a comparison
     trials        planned, started, and the number running, done (full length), stopped (early), failed, interrupted
@@ -269,6 +269,7 @@ def status(experiment: Path) -> dict[str, Any]:
     failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
     return {
         "name": _name(experiment),
+        "preset": plan.about.get("compared", {}).get("preset"),
         "kind": plan.kind,
         "created": plan.created,
         "state": "finished" if finished else "running" if alive else "interrupted",
@@ -399,6 +400,8 @@ def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
     tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
     tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
     lines = [_fit(found["name"], max(8, width - len(tail))) + tail, ""]
+    if found["preset"]:
+        lines.insert(1, f"PRESET {found['preset']}: scaled down, not comparable with what is published")
     heading = f"best {metric}" if metric else ""
     lines.append(f"{'':<24} {'running':>7} {'full':>6} {'stopped':>7} {'failed':>6}  {heading}")
     for name, row in found["rows"].items():
@@ -682,11 +685,11 @@ def ls(storage: Path) -> list[dict[str, Any]]:
         raise ConfigError("no such directory; name where the experiments are: --storage DIR", storage)
     found = []
     for experiment in _experiments_in(storage):
-        entry: dict[str, Any] = dict.fromkeys(("kind", "created", "trials", "ended", "best", "metric", "why"))
+        entry: dict[str, Any] = dict.fromkeys(("kind", "preset", "created", "trials", "ended", "best", "metric", "why"))
         try:
             s = status(experiment)
             ended = sum(s["trials"][k] for k in ("done", "stopped", "failed"))
-            entry |= {key: s[key] for key in ("kind", "created", "state", "best", "metric")}
+            entry |= {key: s[key] for key in ("kind", "preset", "created", "state", "best", "metric")}
             entry |= {"trials": s["trials"]["planned"], "ended": ended}
         except ConfigError as error:
             entry |= {"state": "unreadable", "why": "; ".join(error.problems)}
@@ -707,6 +710,7 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
         created = (entry["created"] or "")[:16].replace("T", " ")
         ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
         best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else entry["why"] or ""
-        best = best or ("(of arms)" if entry["kind"] == "comparison" else "")
+        arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
+        best = best or (arms if entry["kind"] == "comparison" else "")
         lines.append(f"{_pad(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
     return [_fit(line.rstrip(), width) for line in lines]

@@ -181,11 +181,13 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
     """
     for old in (*folder.glob("events.*"), *folder.glob("*/events.*.test"), *folder.glob("arms/*/events.*")):
         old.unlink()
+    whole = read_comparison(folder.parent).arms
+    label = "test accuracy" + (f" (preset {whole.preset}: scaled down)" if whole.preset else "")
     root = EventFileWriter(str(folder))
-    _add(root, 0, _experiment(_ARM_COLUMNS, {VALUE: "test accuracy"}))
+    _add(root, 0, _experiment(_ARM_COLUMNS, {VALUE: label}))
     _add(root, 0, _layout([_MARGINS]))
     root.close()
-    compared = {arm.name: arm for arm in read_comparison(folder.parent).arms.arms}
+    compared = {arm.name: arm for arm in whole.arms}
     per_class: dict[str, Any] = {}
     figures = {}
     for name, arm in arms.items():
