@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m 'not fault and not browser and not gpu' -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not browser and not gpu' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not browser and not gpu' -n 2 $(ARGS)
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)

@@ -130,6 +130,7 @@ def test_check_says_what_is_searched_fixed_and_conditional(here: Path, capsys: p
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_train_trains_saves_and_goes_on(tfkd: Run, here: Path) -> None:
     command = ["train", "mine.yaml", "optim.lr=0.1", "--out", "out"]
     first = tfkd(*command, cwd=here)
@@ -147,6 +148,7 @@ def test_train_refuses_the_directory_of_another_run(here: Path, capsys: pytest.C
     assert {p.name: p.read_bytes() for p in (here / "out").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) -> None:
     command = ["train", "mine.yaml", "optim.lr=0.1", "epochs=300", "--out", "out"]
     with subprocess.Popen(
@@ -165,11 +167,13 @@ def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) ->
     assert again.returncode == 0 and len((here / "out" / "metrics.jsonl").read_text().splitlines()) == 300
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_fails_with_a_sentence(tfkd: Run, here: Path) -> None:
     run = tfkd("train", "mine.yaml", "optim.lr=1e20", cwd=here)
     assert run.returncode == 1 and "failed: train_loss is" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_failure(here: Path) -> None:
     run = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m tfkd_ray check digits_tfkd | head -1"],

@@ -143,6 +143,7 @@ def student(folder: Path) -> tuple[nn.Module, Dataset]:
 # --- what is written -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fresh_process_with_torch_alone_gives_the_students_logits(tmp_path: Path, storage: Path) -> None:
     result = export(storage / "run", tmp_path / "out")
     assert result["files"] == ["README.md", "config.yaml", GRAPH, "student.safetensors", SUMS]

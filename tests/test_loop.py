@@ -252,6 +252,7 @@ AGREE = [CrossEntropy(), TfkdReg(alpha=0.5, temperature=4.0)]
 
 
 @pytest.mark.parametrize("objective", AGREE, ids=lambda o: o.name)
+@pytest.mark.slow
 def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> None:
     """Without batch statistics and dropout: 1,151 images in batches of 64 leave an odd last batch of 63."""
     c = config(

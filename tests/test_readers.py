@@ -180,6 +180,7 @@ def test_the_last_line_is_the_last_whole_one_however_long(tmp_path: Path) -> Non
         assert readers.last_line(path).get("epoch") == epoch, text[:40]
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_while_its_driver_holds_the_lock_and_is_interrupted_once_that_is_killed(
     small: Path, driver: subprocess.Popen[str]
 ) -> None:
@@ -258,6 +259,7 @@ def test_epochs_of_an_earlier_session_do_not_count_as_speed(small: Path) -> None
     assert status(small)["rate"] == pytest.approx(4, rel=0.3)
 
 
+@pytest.mark.slow
 def test_following_ends_with_the_sweep(small: Path, driver: subprocess.Popen[str]) -> None:
     change(small, 1, status="running")
     states = []
@@ -422,6 +424,7 @@ def test_logs_are_the_epochs_and_how_it_ended(sweep: Path) -> None:
         logs(sweep, "t003")
 
 
+@pytest.mark.slow
 def test_following_a_log_shows_whole_lines_until_the_trial_ends(small: Path, driver: subprocess.Popen[str]) -> None:
     folder = change(small, 2, status="running")
     path = folder / "metrics.jsonl"

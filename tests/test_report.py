@@ -178,6 +178,7 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
+@pytest.mark.slow
 def test_every_kind_of_sweep_has_a_report(tmp_path: Path, changes: dict[str, Any]) -> None:
     make_sweep(tmp_path / "e", 24, **changes) if "optim" not in changes else plain(tmp_path / "e", changes)
     report(tmp_path / "e", tmp_path / "r.html", figures=tmp_path / "figures")
@@ -265,6 +266,7 @@ def test_a_comparison_that_is_not_judged_says_so(comparison: Path, tmp_path: Pat
 # --- figures and the browser
 
 
+@pytest.mark.slow
 def test_figures_are_also_written_as_svg(sweep: Path, tmp_path: Path) -> None:
     written = report(sweep, tmp_path / "r.html", figures=tmp_path / "figures")
     names = {"parallel", "slices", "contour", "importance", "curves", "pareto", "fidelity"}

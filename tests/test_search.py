@@ -278,6 +278,7 @@ def test_a_killed_driver_changes_no_proposal_of_any_sampler(tmp_path: Path, samp
 @pytest.mark.parametrize(
     "sampler", [s for s in SAMPLERS if s["name"] != "cmaes"], ids=lambda s: "-".join(map(str, s.values()))
 )
+@pytest.mark.slow
 def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler_but_cmaes(
     tmp_path: Path, sampler: dict[str, Any]
 ) -> None:
@@ -293,6 +294,7 @@ def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler_but_cmaes(
 
 
 @pytest.mark.parametrize("sampler", MODELS, ids=lambda s: s["name"])
+@pytest.mark.slow
 def test_a_model_finds_what_a_random_search_does_not(tmp_path: Path, sampler: dict[str, Any]) -> None:
     def late(sampler: Any) -> float:
         configs = run_sweep(OptunaSearcher(plain(sampler, num_samples=30, warm_start=False), tmp_path / str(sampler)))
@@ -418,6 +420,7 @@ def test_several_metrics_are_told_together_and_the_study_has_a_front(journal: Pa
 
 
 @pytest.mark.parametrize("sampler", ["tpe", {"name": "gp", "startup": 3}, "qmc", "random"], ids=str)
+@pytest.mark.slow
 def test_several_metrics_and_a_kill(tmp_path: Path, sampler: Any) -> None:
     s = plain(sampler, metric=["val_accuracy", "val_nll"])
 

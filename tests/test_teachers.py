@@ -76,6 +76,7 @@ def _train(storage: Path, times: "multiprocessing.Queue[int]") -> None:
     times.put(count)
 
 
+@pytest.mark.slow
 def test_two_processes_train_it_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     epochs: multiprocessing.Queue[int] = context.Queue()

@@ -488,6 +488,7 @@ def test_simulated_runs_vary_as_the_benchmark_says(simulation: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("case", ["all the same", "one baseline", "winner's curse", "360 images"])
+@pytest.mark.slow
 def test_a_false_better_is_rare_and_intervals_cover(simulation: dict[str, Any], case: str) -> None:
     simulate, one = simulation["simulate"], simulation["ONE_BASELINE"]
     rates = {
