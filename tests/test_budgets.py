@@ -8,20 +8,13 @@ import optuna
 import pytest
 from ray import tune
 from test_search import run_sweep, space
+from test_tune import TREE
 
 from tfkd_ray.experiment import Record, read_experiment, read_metrics, read_records, write_experiment, write_record
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import OptunaSearcher, open_journal
 from tfkd_ray.space import Space, build_space
 from tfkd_ray.tune import Budget, build_tuner, over_budget, resume_tuner, spent_so_far
-
-TREE: dict[str, Any] = {
-    "student": {"name": "mlp", "hidden": [8]},
-    "epochs": 3,
-    "checkpoint_every_s": 0,
-    "objective": "ce",
-    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
-}
 
 
 def tree(**search: Any) -> dict[str, Any]:

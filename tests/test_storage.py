@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -167,9 +168,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert not os.environ.get("CI"), "CI has PostgreSQL: see .ci/run"
         pytest.skip("no PostgreSQL here, or not root: apt-get install postgresql")
     user = pwd.getpwnam("postgres")
-    folder = Path(
-        subprocess.run(["mktemp", "-d", "/tmp/tfkd-pg-XXXX"], capture_output=True, text=True, check=True).stdout.strip()
-    )
+    folder = Path(tempfile.mkdtemp(prefix="tfkd-pg-"))  # pytest's own is closed to the user postgres
     os.chown(folder, user.pw_uid, user.pw_gid)
     secret = folder / "password"
     secret.write_text("s3cret-word\n")

@@ -21,7 +21,7 @@ from tfkd_ray.experiment import Record, about_now, check_new, read_experiment, r
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
-from tfkd_ray.space import Domain, Range, Space, build_space, override
+from tfkd_ray.space import DIRECTIONS, Domain, Range, Space, build_space, override
 
 FIRST_SEED = 1001
 """Of the seeds that arms are trained with; far from those that sweeps are run with."""
@@ -305,7 +305,7 @@ def _full(experiment: Path) -> tuple[list[Record], Callable[[Record], float]]:
     """(full-length trials, best first; their value, larger is better)."""
     search = read_experiment(experiment)["space"]["search"]
     metric = search["metric"]
-    sign = 1 if metric in ("val_accuracy", "val_top5") else -1
+    sign = 1 if DIRECTIONS[metric] == "max" else -1
 
     def value(record: Record) -> float:
         return float(sign * record.last[metric])

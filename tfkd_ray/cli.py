@@ -727,13 +727,16 @@ def _teacher_train(args: argparse.Namespace) -> int:
         runs = _load(args).teacher_runs()
     if not runs:
         raise ConfigError("none of its objectives needs a teacher", args.file)
+    runs = list({run.fingerprint(): run for run in runs}.values())
     _have_data(runs[0], args)
     _join(args.address, 1)
-    from tfkd_ray.tune import TeacherFailed, train_teachers
+    from tfkd_ray.tune import TeacherFailed, prepare, train_teachers
 
     storage = args.storage.expanduser().absolute()
     try:
-        train_teachers({run.fingerprint(): run for run in runs}.values(), storage, _teacher_line)
+        for run in runs:
+            prepare(run)
+        train_teachers(runs, storage, _teacher_line)
     except TeacherFailed as error:
         _say(f"tfkd: {error}")
         return FAILED

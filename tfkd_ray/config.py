@@ -210,7 +210,10 @@ class TrainConfig(Settings):
         if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
             yield f"teacher.stop_epoch: must be at most teacher.epochs, {epochs}, got {teacher.stop_epoch}"
         if teacher.stop_accuracy is not None and not self.data.val_fraction:
-            yield "teacher.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch"
+            yield (
+                "teacher.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch, "
+                "or confirm --train-only"
+            )
 
     @property
     def needs_teacher(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -261,7 +262,7 @@ def outcome(directory: Path) -> dict[str, Any]:
     arms, arrays, diverged = [], {}, set[str]()
     for arm in compared.arms.arms:
         runs = [run for run in compared.runs if run.arm == arm.name]
-        found = [_run_outcome(directory, run, records.get(run.name)) for run in runs]
+        found, right = zip(*(_run_outcome(directory, run, records.get(run.name)) for run in runs), strict=True)
         arms.append(
             {
                 **arm.model_dump(
@@ -270,10 +271,10 @@ def outcome(directory: Path) -> dict[str, Any]:
                 "role": arm.part,
                 "student": arm.config.student.name,
                 "objective": arm.config.objective.model_dump(mode="json"),
-                "runs": found,
+                "runs": list(found),
             }
         )
-        arrays[arm.name] = _judged_arm(directory, arm.name, runs, found, METRICS[compared.arms.metric])
+        arrays[arm.name] = _judged_arm(arm.name, runs, found, right, METRICS[compared.arms.metric])
         diverged |= {arm.name} if any(_has_diverged(result) for result in found) else set()
     result = {
         "title": compared.arms.title,
@@ -306,21 +307,28 @@ def _growth(directory: Path, arm: verdict.Arm) -> dict[str, Sequence[Any]]:
     return {"runs": list(runs), "values": list(runs.values()), **curves}
 
 
-def _run_outcome(directory: Path, run: Run, record: Record | None) -> dict[str, Any]:
+def _run_outcome(directory: Path, run: Run, record: Record | None) -> tuple[dict[str, Any], NDArray[np.bool_] | None]:
+    """(what is said of a run, which test images it got right [N])."""
     path = trials_folder(directory) / run.name / LOGITS
     found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
     if record and record.reason:
         found["reason"] = record.reason.splitlines()[0]
-    if path.exists():
-        arrays = load_file(path)
-        found |= scores(arrays["logits"], arrays["labels"])
-        if "teacher" in arrays:
-            found["agreement"] = float((arrays["logits"].argmax(axis=1) == arrays["teacher"]).mean())
-    return found
+    if not path.exists():
+        return found, None
+    arrays = load_file(path)
+    found |= scores(arrays["logits"], arrays["labels"])
+    guesses = arrays["logits"].argmax(axis=1)
+    if "teacher" in arrays:
+        found["agreement"] = float((guesses == arrays["teacher"]).mean())
+    return found, guesses == arrays["labels"]
 
 
 def _judged_arm(
-    directory: Path, name: str, runs: Sequence[Run], found: Sequence[dict[str, Any]], metric: verdict.Metric
+    name: str,
+    runs: Sequence[Run],
+    found: Sequence[dict[str, Any]],
+    right: Sequence[NDArray[np.bool_] | None],
+    metric: verdict.Metric,
 ) -> verdict.Arm:
     """The arm's values on test; a run that diverged is a result, too: what guessing would have."""
     pairs = list(zip(runs, found, strict=True))
@@ -331,15 +339,11 @@ def _judged_arm(
         values = {run.seed: result[metric.name] for run, result in pairs if metric.name in result}
         values |= dict.fromkeys(diverged, worst)
         return verdict.Arm(name, tuple(values), np.array(list(values.values())))
-    done = [run for run, result in pairs if "accuracy" in result]
-    right = []
-    for run in done:
-        arrays = load_file(trials_folder(directory) / run.name / LOGITS)
-        right.append(arrays["logits"].argmax(axis=1) == arrays["labels"])
-    images = np.array(right)
-    return verdict.Arm(
-        name, tuple(r.seed for r in done), images.mean(axis=1) if right else np.zeros(0), images if right else None
-    )
+    judged = {run.seed: images for run, images in zip(runs, right, strict=True) if images is not None}
+    if not judged:
+        return verdict.Arm(name, (), np.zeros(0))
+    images = np.array(list(judged.values()))
+    return verdict.Arm(name, tuple(judged), images.mean(axis=1), images)
 
 
 def _has_diverged(result: dict[str, Any]) -> bool:
