@@ -342,6 +342,7 @@ OUTPUTS: dict[str, Any] = {
     "map": lambda x: x[..., None],
     "dict without": lambda x: {"predictions": x},
     "nothing": lambda x: None,
+    "not finite": lambda x: x * float("nan"),
 }
 
 
@@ -423,6 +424,11 @@ def test_the_logits_are_alone_behind_data_parallel_workers_too(tmp_path: Path) -
         ("small", {"output": "map"}, "gives [2, 10, 1] for images"),
         ("small", {"output": "dict without"}, "gives dict without a tensor of them for images"),
         ("small", {"output": "nothing"}, "gives NoneType without a tensor of them for images"),
+        (
+            "small",
+            {"output": "not finite"},
+            "gives logits that are not finite numbers for images [2, 1, 8, 8] of zeros",
+        ),
         ("small", {"output": "unheard-of"}, "KeyError when given images [2, 1, 8, 8]: 'unheard-of'"),
         ("small", {"width": -1}, "RuntimeError when being built for images [1, 8, 8] and 10 classes: "),
         ("broken", {}, "KeyError when being built for images [1, 8, 8] and 10 classes: 'width'"),

@@ -473,7 +473,9 @@ def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_
         network.register_forward_hook(functools.partial(_only_logits, what, num_classes))
         training = network.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            network.eval()(torch.zeros(images))
+            logits = network.eval()(torch.zeros(images))
+        if not logits.isfinite().all():
+            raise ConfigError(f"{what}: gives logits that are not finite numbers for images {images} of zeros")
         return network.train(training)
     except ConfigError:
         raise
