@@ -234,14 +234,13 @@ def rivals_of(text: str) -> list[str]:
 
 def untuned(experiment: Path) -> dict[str, int]:
     """Baselines that a sweep did not give as many trials as its winner's objective, and how many that were."""
-    records, _ = _full(experiment)
     winner = _candidates(experiment, 1)[0]
-    trials = sum(r.objective == winner.objective for r in read_records(experiment))
+    ended: dict[str, list[str]] = {}
+    for record in read_records(experiment):
+        ended.setdefault(record.objective, []).append(record.status)
+    trials = len(ended[winner.objective])
     return {
-        name: trials
-        for name in BASELINES
-        if sum(r.objective == name for r in read_records(experiment)) < trials
-        or not any(r.objective == name for r in records)
+        name: trials for name in BASELINES if len(ended.get(name, ())) < trials or "done" not in ended.get(name, ())
     }
 
 

@@ -238,10 +238,9 @@ def _note_opening(directory: Path, compared: Comparison) -> None:
         os.fsync(file.fileno())
 
 
-def openings(directory: Path) -> list[dict[str, str]]:
-    """When the test split of a comparison was opened, in this storage, first to last."""
-    split = split_id(read_comparison(directory).data)
-    path = directory.parent / OPENINGS
+def openings(storage: Path, data: Dataset) -> list[dict[str, str]]:
+    """When the test split of a data set was opened, in this storage, first to last."""
+    split, path = split_id(data), storage / OPENINGS
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # cut by a full disk
@@ -282,7 +281,7 @@ def outcome(directory: Path) -> dict[str, Any]:
         "preset": compared.arms.preset,
         "note": compared.arms.note,
         "test": split_id(compared.data),
-        "opened": openings(directory),
+        "opened": openings(directory.parent, compared.data),
         "trained_on": "train" if compared.hold_out else "train and validation",
         "arms": arms,
         "notes": list(_notes(directory, compared)),
@@ -389,7 +388,7 @@ def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm], diverged: set[str]) ->
 
 
 def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
-    found = openings(directory)
+    found = openings(directory.parent, compared.data)
     own = next((k for k, o in enumerate(found) if o.get("id") == compared.id), len(found))
     before = found[:own]
     if sum(o.get("id") == compared.id for o in found) > 1:
