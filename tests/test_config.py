@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from tfkd_ray import config as config_module
 from tfkd_ray.config import RUN_ONLY, Constant, Cosine, Step, TeacherConfig, TrainConfig
 from tfkd_ray.data import Mnist
 from tfkd_ray.models import Cnn, Mlp
@@ -141,3 +144,32 @@ def test_wrong_recipes_and_teachers_get_a_sentence(tree: dict[str, Any], sentenc
     with pytest.raises(ConfigError) as error:
         validated(TrainConfig, {"objective": "ce", **tree})
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_the_precision_is_decided_when_the_configuration_is_read(
+    hardware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "_multiplies_bf16", lambda gpu: hardware)
+
+    def decided(**tree: Any) -> TrainConfig:
+        return validated(TrainConfig, {"objective": "tfkd_self", **tree})
+
+    tiny, large = decided(student="mlp"), decided(student="resnet18")
+    assert (tiny.precision, tiny.compile) == ("fp32", "off")
+    assert large.precision == ("bf16" if hardware else "fp32")
+    taught = large.teacher_run()
+    assert taught is not None and taught.precision == large.precision
+    asked = decided(student="resnet18", precision="bf16" if not hardware else "fp32")
+    assert asked.precision != large.precision and asked.fingerprint() != large.fingerprint()
+    assert validated(TrainConfig, large.model_dump(mode="json")) == large
+
+
+def test_what_counts_as_tiny_is_counted() -> None:
+    """Against torch's own counter."""
+    for network in (Mlp(hidden=(64, 32)), Cnn(widths=(4, 8, 6))):
+        module = network.build((3, 28, 28), 10).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.zeros(1, 3, 28, 28))
+        last = 2 * list(module.modules())[-1].in_features * 10  # type: ignore[operator]
+        assert network.operations((3, 28, 28)) == counter.get_total_flops() - last

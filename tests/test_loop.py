@@ -1,15 +1,16 @@
 """The loop: what it computes, that it stops and resumes bit by bit, and that workers agree."""
 
+import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
 from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
@@ -44,6 +45,42 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 # --- what it computes
+
+
+def plain(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """A person's own network, which counts on the order of pixels in memory."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(shape[0], 4, 3, padding=1)
+            self.last = nn.Linear(4 * shape[1] * shape[2], num_classes)
+
+        def forward(self, images: Tensor) -> Tensor:
+            features = self.convolution(images).relu()
+            return cast(Tensor, self.last(features.view(len(images), -1)))
+
+    return Net()
+
+
+@pytest.mark.parametrize("student", [{"name": "cnn", "widths": [16, 32]}, f"{__name__}:plain"])
+def test_bfloat16_changes_the_arithmetic_and_not_the_outcome(student: Any) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        last = list(train(config(student=student, epochs=6, precision=precision)))[-1]
+        assert all(v.dtype != torch.bfloat16 for v in last.state()["model"].values())
+        found[precision] = last.metrics
+    assert found["bf16"]["val_nll"] != found["fp32"]["val_nll"]
+    assert found["bf16"]["val_accuracy"] == pytest.approx(found["fp32"]["val_accuracy"], abs=0.04)
+    assert found["fp32"]["val_accuracy"] > 0.8
+
+
+def test_a_compiled_step_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by torch.compile, and run without a C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    off, on = (list(train(config(epochs=2, compile=word))) for word in ("off", "on"))
+    assert numbers(on) == numbers(off)
+    assert set(on[-1].state()["model"]) == set(off[-1].state()["model"])
 
 
 def test_an_epoch_is_the_textbook_loop() -> None:

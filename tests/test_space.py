@@ -535,3 +535,16 @@ def test_the_password_of_a_storage_is_in_no_tree_and_in_no_repr() -> None:
 def test_a_sqlite_file_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert space(search={"storage": "sqlite:///s.db"}).search.storage == f"sqlite:///{tmp_path}/s.db"
+
+
+def test_one_precision_for_a_sweep_that_searches_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfkd_ray.config._multiplies_bf16", lambda gpu: True)
+    space = build_space({"objective": ["ce", "lsr"], "student": {"choices": ["mlp", "resnet18"]}})
+    found = {
+        b.config({**values, **more}).precision
+        for b in space.branches
+        for values, more in (({"student": s}, {"objective.lsr.epsilon": 0.1}) for s in ("mlp", "resnet18"))
+    }
+    assert found == {"fp32"} and space.tree["precision"] == "fp32"
+    with pytest.raises(ConfigError, match="precision: one value for the whole sweep"):
+        build_space({"objective": "ce", "precision": {"choices": ["fp32", "bf16"]}})

@@ -214,7 +214,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
 
 def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
     """(logits [N, K], labels [N])."""
-    logits, labels = (torch.cat(parts) for parts in zip(*predictions(network, data, images), strict=True))
+    logits, labels = (torch.cat(parts) for parts in zip(*predictions(network, images, data), strict=True))
     return logits, labels
 
 

@@ -20,22 +20,26 @@ BINS = 15
 
 
 def predictions(
-    network: nn.Module, data: Dataset, images: Images, rank: int = 0, workers: int = 1
+    network: nn.Module, images: Images, data: Dataset, *, rank: int = 0, workers: int = 1, bf16: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits [B, K], labels [B]), batch by batch, of a worker's share of the images, on the device of their labels."""
+    """(logits [B, K], labels [B]), batch by batch, of a worker's share of the images, on the device of their labels.
+
+    Logits are float32; with `bf16` the network's arithmetic is bfloat16.
+    """
     device = images.labels.device
     mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in data.statistics())
     batch = max(1, EVAL_PIXELS // math.prod(data.shape[1:]))
     shares = list(torch.arange(len(images), device=device)[rank::workers].split(batch))
     network.eval()
     for mine, pixels in zip(shares, images.read(shares), strict=True):
-        with torch.no_grad():
-            yield network((pixels.to(device).float() - mean) / std), images.labels[mine]
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = network((pixels.to(device).float() - mean) / std)
+        yield logits.float(), images.labels[mine]
 
 
 def evaluate(network: nn.Module, data: Dataset, images: Images) -> dict[str, float]:
     """Metrics of a network on a set of images; see `metrics_from`."""
-    return metrics_from(sum((metric_sums(*batch) for batch in predictions(network, data, images)), torch.zeros(1)))
+    return metrics_from(sum((metric_sums(*batch) for batch in predictions(network, images, data)), torch.zeros(1)))
 
 
 def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:

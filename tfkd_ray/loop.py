@@ -8,6 +8,7 @@ Shapes: B = images of a batch on this worker, K = classes.
 """
 
 import copy
+import functools
 import itertools
 import time
 from collections.abc import Callable, Generator
@@ -26,7 +27,7 @@ from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
 from tfkd_ray.images import Images, address, generator
 from tfkd_ray.objectives import Canonical, Terms
 
-LOOP_VERSION = 1
+LOOP_VERSION = 2
 """Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
 
 
@@ -72,18 +73,22 @@ def train(
         def pixels(images: Tensor) -> Tensor:
             return (images.float() - mean) / std
 
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
         # 3. Student, teacher, optimizer
         torch.manual_seed(address(config.seed, "init"))
-        student = config.student.build(config.data.shape, config.data.num_classes).to(device)
+        student = config.student.build(config.data.shape, config.data.num_classes)
+        student = student.to(device).to(memory_format=config.student.memory_format)
         if config.batch_norm == "sync" and workers > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if config.needs_teacher and teacher is None:
             raise ValueError(f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)")
         if config.init == "trained" and teacher is not None:
             student.load_state_dict(teacher.state_dict())
-        teacher = (
-            teacher.to(device).eval().requires_grad_(False) if config.objective.needs_teacher and teacher else None
-        )
+        made, teacher = config.teacher_run(), teacher if config.objective.needs_teacher else None
+        if made and teacher is not None:
+            teacher = teacher.to(device).to(memory_format=made.student.memory_format)
+            teacher.eval().requires_grad_(False)
         optim = config.optim
         optimizer = torch.optim.SGD(
             student.parameters(),
@@ -103,11 +108,15 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
         model = DistributedDataParallel(student) if workers > 1 else student
+        forward = torch.compile(model, dynamic=False) if config.compile == "on" else model
 
         def snapshot() -> State:
             parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
             return {**_copy_to_cpu(parts), "run": run, "epoch": len(history), "history": list(history)}
 
+        judge = functools.partial(
+            predictions, data=config.data, rank=rank, workers=workers, bf16=config.precision == "bf16"
+        )
         teacher_val: list[Tensor] = []
 
         # 5. Epochs
@@ -131,9 +140,11 @@ def train(
                 torch.manual_seed(address(config.seed, "step", epoch, step, rank))  # dropout
                 images = pixels(config.augment(images.to(device, non_blocking=True), view.of(mine)))
                 labels = train_set.labels[mine]
-                with torch.no_grad():
-                    soft = teacher(images) if teacher is not None else None
-                logits = model(images)
+                with torch.no_grad(), autocast:
+                    soft = teacher(images).float() if teacher is not None else None
+                with autocast:
+                    logits = forward(images)
+                logits = logits.float()
                 terms = config.objective.terms(logits, labels, soft)
                 loss = config.objective.combine(terms)
                 if step == 0:
@@ -153,8 +164,8 @@ def train(
             val_sums = torch.zeros(1, device=device)
             if val_set is not None:
                 if teacher is not None and not teacher_val:  # the same in every epoch
-                    teacher_val = [soft for soft, _ in predictions(teacher, config.data, val_set, rank, workers)]
-                judged = predictions(student, config.data, val_set, rank, workers)
+                    teacher_val = [soft for soft, _ in judge(teacher, val_set)]
+                judged = judge(student, val_set)
                 for (guess, labels), soft in itertools.zip_longest(judged, teacher_val):
                     val_sums = val_sums + metric_sums(guess, labels, soft)
             if workers > 1:

@@ -10,6 +10,8 @@ Shapes: images [B, C, H, W] float in, logits [B, K] out.
 import difflib
 import functools
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,9 +30,15 @@ class Network(Settings):
     """A network by name; `build` makes it for a data set's shape."""
 
     name: str
+    memory_format: ClassVar[torch.memory_format] = torch.channels_last
+    """Order in memory of its convolutions' weights in training, which images follow; it changes no shape."""
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
+
+    def operations(self, shape: tuple[int, int, int]) -> float:
+        """Multiplications and additions of a forward pass of an image (C, H, W), where they may be few; or infinity."""
+        return math.inf
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """A new module, weights drawn from torch's global generator; shape is (C, H, W)."""
@@ -45,6 +53,10 @@ class Mlp(Network):
     """Width of each hidden layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping a hidden unit."""
+
+    def operations(self, shape: tuple[int, int, int]) -> float:
+        units = (math.prod(shape), *self.hidden)
+        return 2.0 * sum(a * b for a, b in itertools.pairwise(units))
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         channels, height, width = shape
@@ -68,6 +80,11 @@ class Cnn(Network):
         _, height, width = shape
         if min(height, width) < 2 ** (len(self.widths) - 1):
             raise ValueError(f"widths: {len(self.widths)} stages halve a {height}x{width} image to nothing")
+
+    def operations(self, shape: tuple[int, int, int]) -> float:
+        channels = (shape[0], *self.widths)
+        pixels = [(shape[1] >> stage) * (shape[2] >> stage) for stage in range(len(self.widths))]
+        return 2.0 * sum(9 * a * b * n for (a, b), n in zip(itertools.pairwise(channels), pixels, strict=True))
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         self.check(shape)
@@ -432,6 +449,7 @@ class Own(Network):
     """
 
     name: Literal["own"] = "own"
+    memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # a `view` of theirs may count on the order
     path: str
     """`package.module:function`, importable from the current directory or installed, on every machine."""
     args: dict[str, JsonValue] = {}

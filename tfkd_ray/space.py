@@ -1048,12 +1048,14 @@ def _branch(tree: Tree) -> Branch:
     if problems:
         raise ConfigError(problems)
     # by name: the order in which a sampler is asked is part of its answers, and must outlive the file's layout
-    return Branch(objective, template, tuple(sorted(parameters, key=lambda p: p.name)))
+    branch = Branch(objective, template, tuple(sorted(parameters, key=lambda p: p.name)))
+    template |= {"precision": branch.example.precision}  # one for the sweep, also where students are searched
+    return branch
 
 
 def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
     top = path[0]
-    if top in RUN_ONLY or top in ("recipe", "data", "epochs", "seed", "batch_norm"):
+    if top in RUN_ONLY or top in ("recipe", "data", "epochs", "seed", "batch_norm", "precision", "compile"):
         yield f"{name}: one value for the whole sweep; trials that differ in it cannot be compared"
     if path in (("objective",), ("objective", "name")):
         yield f"{name}: write a list instead: objective: [ce, lsr, ...]"
