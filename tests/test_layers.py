@@ -17,7 +17,7 @@ ORDER = [
     "images",
     "objectives", "data", "models", "augment",
     "config",
-    "checkpoint", "evaluate", "space", "explain", "experiment", "readers", "report",
+    "checkpoint", "evaluate", "soft_labels", "space", "explain", "experiment", "readers", "report",
     "loop", "weights", "plan",
     "teachers",
     "arms", "export",

@@ -34,11 +34,11 @@ def test_a_teacher_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.
 def test_the_loaded_teacher_is_the_trained_one(tmp_path: Path) -> None:
     config = TrainConfig(objective=TfkdSelf(), student=Mlp(hidden=(8,)), teacher=TeacherConfig(epochs=2))
     teacher = find_or_train(config, tmp_path)
-    assert teacher is not None and not teacher.training
+    assert teacher is not None and not teacher.network().training
     again = find_or_train(config, tmp_path)
     assert again is not None
     x = torch.randn(3, 1, 8, 8)
-    assert teacher(x).equal(again(x))
+    assert teacher.network()(x).equal(again.network()(x))
     assert find_or_train(RUN, tmp_path) is None
 
 
@@ -132,7 +132,7 @@ def test_a_teacher_from_a_file_is_taken_judged_and_watched(tmp_path: Path) -> No
     teacher = find_or_train(config, tmp_path)
     assert teacher is not None
     x = torch.randn(3, 1, 8, 8)
-    assert teacher(x).equal(made.eval()(x))
+    assert teacher.network()(x).equal(made.eval()(x))
     run = config.teacher_run()
     assert run is not None and 0 < teachers.describe(run, tmp_path)["metrics"]["val_accuracy"] < 0.5
     torch.save(Mlp(hidden=(8,)).build((1, 8, 8), 10).state_dict(), path)

@@ -7,7 +7,7 @@ Shapes: N = images of the official set, B = batch, C = channels, H, W = height a
 """
 
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -58,6 +58,12 @@ class Augment(Settings):
     def is_none(self) -> bool:
         """Whether every view of a decoded image is the image itself."""
         return not (self.crop_padding or self.flip or self.rotation_degrees)
+
+    def key(self, seed: int, epoch: int) -> dict[str, Any]:
+        """What tells the view of an epoch from all others; where nothing is random there is one for all epochs."""
+        fixed = self.is_none and not self.resized_crop
+        which = {} if fixed else {"seed": seed, "epoch": epoch}
+        return {"split": "train", "augment": self.model_dump(mode="json"), **which}
 
     def view(self, seed: int, epoch: int, official_size: int) -> View:
         """The view of all N images of an official set in an epoch, on the CPU."""

@@ -52,6 +52,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         _own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
         with ctrl_c_waits():
             ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
+        _started.append(ray.get_runtime_context().gcs_address)
         return True
     try:
         ray.init(address=address, **quiet)
@@ -59,6 +60,14 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from None
     return False
+
+
+_started: list[str] = []
+
+
+def started_here() -> bool:
+    """Whether this process has started the cluster that it is connected to, so that it is this machine alone."""
+    return ray.get_runtime_context().gcs_address in _started
 
 
 def _own_token() -> None:

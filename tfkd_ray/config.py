@@ -121,6 +121,9 @@ class TeacherConfig(Settings):
     weights: Annotated[str, AfterValidator(_absolute)] | None = None
     """A teacher from elsewhere, not trained here: a file (safetensors, or a torch state_dict), or `torchvision`, or
     `torchvision:NAME` for one of its sets of ImageNet weights. What it was trained on is not known here."""
+    labels: Literal["auto", "bank", "online"] = "auto"
+    """bank: its logits are computed once for each epoch's view of the images, kept on the node in half precision, and
+    shared by all trials that see that view. online: computed in every step. auto: bank, but for tiny teachers."""
 
 
 class TrainConfig(Settings):
@@ -241,6 +244,15 @@ class TrainConfig(Settings):
         """Whether a trained network must be there before this run starts."""
         return self.objective.needs_teacher or self.init == "trained"
 
+    @property
+    def banked(self) -> bool:
+        """Whether the teacher's logits come from the bank, where they fit in (`soft_labels.fits`)."""
+        run = self.teacher_run() if self.objective.needs_teacher else None
+        if run is None:
+            return False
+        labels = self.teacher.labels if self.teacher else "auto"
+        return labels == "bank" or (labels == "auto" and run.student.operations(self.data.shape) >= TINY)
+
     def teacher_run(self) -> "TeacherRun | None":
         """The training run that makes this run's teacher; None where it needs none."""
         if not self.needs_teacher:
@@ -281,7 +293,7 @@ class TrainConfig(Settings):
         out: Any = {**dict.fromkeys([*RUN_ONLY, "recipe", "teacher"], True), "data": self.data.places}
         tree = self.model_dump(mode="json", exclude=out)
         teacher = self.teacher_run()
-        text = json.dumps([tree, teacher and teacher.fingerprint(), *more], sort_keys=True)
+        text = json.dumps([tree, teacher and teacher.fingerprint(), self.banked, *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -29,8 +29,7 @@ def cached(name: str, read: Iterable[Path], make: Callable[[], tuple[Tensor, Ten
         first = first or hashlib.sha256(str(path).encode()).hexdigest()[:16]
         facts = path.stat()
         digest.update(f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfkd_ray"
-    kept, key = folder / f"{name}-{first}.safetensors", digest.hexdigest()
+    kept, key = cache_folder() / f"{name}-{first}.safetensors", digest.hexdigest()
     try:
         with safe_open(kept, "pt") as file:
             if file.metadata() == {"key": key}:
@@ -46,6 +45,11 @@ def cached(name: str, read: Iterable[Path], make: Callable[[], tuple[Tensor, Ten
     except (OSError, SafetensorError):
         pass
     return images, labels
+
+
+def cache_folder() -> Path:
+    """Where this node keeps what can be made again: ~/.cache/tfkd_ray."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfkd_ray"
 
 
 @contextlib.contextmanager

@@ -9,9 +9,8 @@ Shapes: B = images of a batch on this worker, K = classes.
 
 import copy
 import functools
-import itertools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tfkd_ray.augment import View
 from tfkd_ray.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
 from tfkd_ray.images import Images, address, generator
 from tfkd_ray.objectives import Canonical, Terms
+from tfkd_ray.soft_labels import Bank, fits
 
 LOOP_VERSION = 2
 """Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
@@ -49,13 +50,13 @@ class Diverged(ArithmeticError):
 
 
 def train(
-    config: TrainConfig, state: State | None = None, *, teacher: nn.Module | None = None
+    config: TrainConfig, state: State | None = None, *, teacher: nn.Module | Bank | None = None
 ) -> Generator[Epoch, None, None]:
     """Train one student; yields after every epoch from the one after `state` to the last.
 
     Args:
         state: goes on from it, bit-identically to never having stopped (same processor type, threads, torch).
-        teacher: where the objective needs one; see `teachers.find_or_train`.
+        teacher: where the objective needs one; see `teachers.find_or_train`. A bare module is asked in every step.
     """
     # 1. Where it runs
     workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -73,22 +74,41 @@ def train(
         def pixels(images: Tensor) -> Tensor:
             return (images.float() - mean) / std
 
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        def seen(shares: list[Tensor], view: View) -> Iterator[Tensor]:
+            """The images [B, C, H, W] of each share of the train set, as an epoch's view on the CPU shows them."""
+            reading, there = train_set.read(shares, view.crop), view.on(device)
+            for mine, images in zip(shares, reading, strict=True):
+                yield pixels(config.augment(images.to(device, non_blocking=True), there.of(mine)))
+
+        bf16 = config.precision == "bf16"
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
         # 3. Student, teacher, optimizer
+        classes = config.data.num_classes
         torch.manual_seed(address(config.seed, "init"))
-        student = config.student.build(config.data.shape, config.data.num_classes)
+        student = config.student.build(config.data.shape, classes)
         student = student.to(device).to(memory_format=config.student.memory_format)
         if config.batch_norm == "sync" and workers > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if config.needs_teacher and teacher is None:
             raise ValueError(f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)")
         if config.init == "trained" and teacher is not None:
-            student.load_state_dict(teacher.state_dict())
-        made, teacher = config.teacher_run(), teacher if config.objective.needs_teacher else None
-        if made and teacher is not None:
-            teacher = teacher.to(device).to(memory_format=made.student.memory_format)
-            teacher.eval().requires_grad_(False)
+            student.load_state_dict((teacher.network() if isinstance(teacher, Bank) else teacher).state_dict())
+        made = config.teacher_run() if config.objective.needs_teacher else None
+
+        def placed(network: nn.Module) -> nn.Module:
+            """The teacher where it can be asked."""
+            assert made is not None
+            return network.to(device).to(memory_format=made.student.memory_format).eval().requires_grad_(False)
+
+        bank = None
+        if made is None:
+            teacher = None
+        elif isinstance(teacher, Bank):
+            small = fits(len(train_set), classes)
+            bank, teacher = (teacher, None) if config.banked and small else (None, placed(teacher.network()))
+        elif teacher is not None:
+            teacher = placed(teacher)
         optim = config.optim
         optimizer = torch.optim.SGD(
             student.parameters(),
@@ -114,10 +134,20 @@ def train(
             parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
             return {**_copy_to_cpu(parts), "run": run, "epoch": len(history), "history": list(history)}
 
-        judge = functools.partial(
-            predictions, data=config.data, rank=rank, workers=workers, bf16=config.precision == "bf16"
-        )
-        teacher_val: list[Tensor] = []
+        teacher_val: Tensor | None = None
+
+        def ask_on_train(view: View, network: nn.Module, index: Tensor) -> Tensor:
+            """The teacher's logits [n, K] of train images as a view shows them: what fills the bank."""
+            network = placed(network)
+            with torch.no_grad(), autocast:
+                batches = list(index.to(device).split(optim.batch_size))
+                return torch.cat([network(images).float() for images in seen(batches, view)])
+
+        def ask_on_val(network: nn.Module, index: Tensor) -> Tensor:
+            """The teacher's logits [n, K] of validation images."""
+            assert val_set is not None
+            found = predictions(placed(network), val_set.part(index.to(device)), config.data, bf16=bf16)
+            return torch.cat([soft for soft, _ in found])
 
         # 5. Epochs
         for epoch in range(len(history), config.epochs):
@@ -128,20 +158,26 @@ def train(
             batches = split_batches(order, optim.batch_size, workers)
             view = config.augment.view(config.seed, epoch, train_set.official_size).of(train_set.positions.cpu())
             shares = [batch.tensor_split(workers)[rank] for batch in batches]
-            reading, view = train_set.read(shares, view.crop), view.on(device)
+            soft_labels = None
+            if bank is not None:
+                key = config.augment.key(config.seed, epoch)
+                soft_labels = bank.logits(key, len(train_set), classes, functools.partial(ask_on_train, view)).to(
+                    device
+                )
             sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, CE and KD, each times images
 
             # 6. Steps
             model.train()
-            for step, (batch, mine, images) in enumerate(zip(batches, shares, reading, strict=True)):
+            for step, (batch, mine, images) in enumerate(zip(batches, shares, seen(shares, view), strict=True)):
                 lr = optim.lr * config.schedule.factor(epoch + (step + 0.5) / len(batches), config.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 torch.manual_seed(address(config.seed, "step", epoch, step, rank))  # dropout
-                images = pixels(config.augment(images.to(device, non_blocking=True), view.of(mine)))
                 labels = train_set.labels[mine]
-                with torch.no_grad(), autocast:
-                    soft = teacher(images).float() if teacher is not None else None
+                soft = None if soft_labels is None else soft_labels[mine].float()
+                if teacher is not None:
+                    with torch.no_grad(), autocast:
+                        soft = teacher(images).float()
                 with autocast:
                     logits = forward(images)
                 logits = logits.float()
@@ -163,10 +199,14 @@ def train(
                     dist.broadcast(buffer, src=0)
             val_sums = torch.zeros(1, device=device)
             if val_set is not None:
-                if teacher is not None and not teacher_val:  # the same in every epoch
-                    teacher_val = [soft for soft, _ in judge(teacher, val_set)]
-                judged = judge(student, val_set)
-                for (guess, labels), soft in itertools.zip_longest(judged, teacher_val):
+                if made is not None and teacher_val is None:  # the same in every epoch
+                    if bank is not None:
+                        teacher_val = bank.logits({"split": "val"}, len(val_set), classes, ask_on_val)[rank::workers]
+                    elif teacher is not None:
+                        teacher_val = ask_on_val(teacher, torch.arange(len(val_set))[rank::workers])
+                judged, at = predictions(student, val_set, config.data, rank=rank, workers=workers, bf16=bf16), 0
+                for guess, labels in judged:
+                    soft = None if teacher_val is None else teacher_val[at : (at := at + len(guess))].to(device)
                     val_sums = val_sums + metric_sums(guess, labels, soft)
             if workers > 1:
                 dist.all_reduce(sums)
@@ -191,7 +231,11 @@ def train(
 
 
 def train_in(
-    directory: Path, config: TrainConfig, *, teacher: nn.Module | None = None, about: dict[str, str] | None = None
+    directory: Path,
+    config: TrainConfig,
+    *,
+    teacher: nn.Module | Bank | None = None,
+    about: dict[str, str] | None = None,
 ) -> Generator[dict[str, float], None, None]:
     """`train` in a directory: yields the metrics of every epoch from the first, those of earlier sessions included.
 

@@ -19,6 +19,7 @@ from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.evaluate import evaluate
 from tfkd_ray.loop import LOOP_VERSION, train_in
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.soft_labels import Bank, Elsewhere
 
 
 def teacher_name(config: TeacherRun) -> str:
@@ -127,13 +128,29 @@ def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
     return module.eval()
 
 
-def find_or_train(config: TrainConfig, storage: Path | str) -> nn.Module | None:
+def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = None) -> Bank | None:
+    """The soft labels of a student's trained teacher, which is loaded when it is asked; None if it needs none."""
+    run = config.teacher_run()
+    if run is None:
+        return None
+    if not is_trained(run, storage):
+        load_teacher(run, storage)  # says what is wrong
+    of = {
+        "teacher": describe(run, storage)["sha256"],
+        "data": config.data.model_dump(mode="json", exclude=config.data.places),
+        "precision": config.precision,
+        "loop": LOOP_VERSION,
+    }
+    return Bank(lambda: load_teacher(run, storage), of, elsewhere=elsewhere)
+
+
+def find_or_train(config: TrainConfig, storage: Path | str) -> Bank | None:
     """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none."""
     run = config.teacher_run()
     if run is None:
         return None
     train_teacher(run, Path(storage))
-    return load_teacher(run, Path(storage))
+    return bank_of(config, Path(storage))
 
 
 def _sha256(path: Path) -> str:

@@ -124,8 +124,8 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
 def _epochs_here(run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
     """The epochs of a trial in this process, the first worker of a group included."""
     config = validated(TrainConfig, run)
-    teacher_run = config.teacher_run()
-    teacher = None if teacher_run is None else teachers.load_teacher(teacher_run, Path(about["storage"]))
+    shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
+    teacher = teachers.bank_of(config, Path(about["storage"]), shelf)
     yield from train_in(Path(about["directory"]), config, teacher=teacher, about={"trial": about["name"]})
 
 
@@ -139,6 +139,54 @@ def _stop(epochs: Iterator[Metrics]) -> None:
 def _reason(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# --- soft labels of other nodes ----------------------------------------------------------------------------------
+
+
+def shelf_name(experiment: Path) -> str:
+    """Name of the actor that holds an experiment's soft labels."""
+    return f"tfkd-soft-labels:{experiment}"
+
+
+class Shelf:
+    """Actor with the views that a node has filled, for the other nodes, in Ray's object store.
+
+    The driver owns it, so a view outlives the trial that filled it. The oldest go when there are `limit` bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._views = limit, dict[str, tuple[Any, int]]()
+
+    def fetch(self, name: str) -> list[Any]:
+        """A reference to a view's file, or nothing."""
+        return [self._views[name][0]] if name in self._views else []
+
+    def offer(self, name: str, content: bytes) -> None:
+        """Keep a view's file."""
+        while self._views and sum(size for _, size in self._views.values()) + len(content) > self._limit:
+            del self._views[next(iter(self._views))]
+        self._views[name] = (ray.put(content), len(content))
+
+
+class _Elsewhere:
+    """The shelf of an experiment from a trial's side; where there is none, nobody else has anything."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._shelf: Any = None
+
+    def fetch(self, name: str) -> bytes | None:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            self._shelf = self._shelf or ray.get_actor(self._name)
+            refs = ray.get(self._shelf.fetch.remote(name))
+            return ray.get(refs[0]) if refs else None
+        return None
+
+    def offer(self, name: str, content: bytes) -> None:
+        if self._shelf is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._shelf.offer.remote(name, content))
 
 
 # --- several workers -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper, FunctionStopper
 
 from tfkd_ray import teachers
-from tfkd_ray.cluster import check_room, connect
+from tfkd_ray.cluster import check_room, connect, started_here
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
@@ -48,7 +48,7 @@ from tfkd_ray.search import (
 )
 from tfkd_ray.space import Asha, SearchConfig, Space, build_space, load_space, masked, not_superset
 from tfkd_ray.tensorboard import TensorBoard
-from tfkd_ray.trial import StudentTrial, resources_of
+from tfkd_ray.trial import Shelf, StudentTrial, resources_of, shelf_name
 
 STORAGE = Path("tfkd_results")
 """Where experiments and teachers go if nothing is said, below the current directory."""
@@ -351,6 +351,8 @@ def _tuner(
         num_samples=max(1, trials),
         max_concurrent_trials=tune_config.max_concurrent_trials or space.search.max_concurrent,
     )
+    if any(branch.example.banked for branch in space.branches):
+        ours.append(SoftLabels(experiment))
     callbacks = [*ours, *callbacks, *(run_config.callbacks or [])]
     if space.search.budgets:
         run_config = dataclasses.replace(run_config, stop=_both(run_config.stop, budget))
@@ -656,6 +658,26 @@ class Budget(tune.Callback, tune.Stopper):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
+
+
+class SoftLabels(tune.Callback):  # type: ignore[misc]
+    """Keeps the teacher's soft labels that nodes share, while a sweep runs on a cluster that others started."""
+
+    def __init__(self, experiment: Path) -> None:
+        self._name = shelf_name(experiment)
+        self._shelf: Any = None
+
+    def setup(self, **info: Any) -> None:
+        if not started_here():
+            memory = int(ray.cluster_resources().get("object_store_memory", 0) / 4)
+            self._shelf = ray.remote(Shelf).options(name=self._name, num_cpus=0).remote(memory)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if self._shelf is not None:
+            ray.kill(self._shelf)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shelf": None}
 
 
 class Lock(tune.Callback):  # type: ignore[misc]
