@@ -1,0 +1,306 @@
+"""What a training step costs, against other loops on the same nets, batches and images: one thread, interleaved.
+
+    python benchmarks/step.py [--student cnn5|resnet18|mobilenet_v2] [--teacher resnet50] [--rounds 7] [--steps 6]
+
+Every loop trains the same student with batches of 64 images of 32x32 in 100 classes (synthetic files in CIFAR-100's
+format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps` steps of each loop, one loop after the
+other; printed are medians over the rounds (the first left out) of images a second and of the ratio to ours.
+
+    ours        this package's loop, as trials run it: `precision: auto`; the teacher's logits from a filled bank
+    ours fp32   the same in float32
+    usual       DataLoader, transforms of PIL images, the teacher under no_grad, loss.item(), as most scripts have it
+    timm        timm's loader and, with a teacher, its LogitDistillationTask, as its train.py drives them
+    torchdistill  its TrainingBox and DistillationBox, if it is installed
+    bare        forward, backward and optimizer of the same net on one batch that stays: what cannot be saved
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+from data import write_cifar100
+
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.data import Cifar100
+from tfkd_ray.loop import train
+from tfkd_ray.schema import validated
+from tfkd_ray.soft_labels import Bank
+
+BATCH, K, T, ALPHA = 64, 100, 4.0, 0.9
+Round = Iterator[float]
+"""Gives the seconds of `steps` steps each time it is asked."""
+
+
+class Pictures(torch.utils.data.Dataset[Any]):
+    """As torchvision's data sets: a PIL image of each array, and its label."""
+
+    def __init__(self, data: Cifar100, transform: Any) -> None:
+        images = data.load()[0]
+        self.arrays = images.images.permute(0, 2, 3, 1).numpy()  # type: ignore[union-attr]
+        self.labels = images.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.fromarray(self.arrays[index])
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+def transforms(data: Cifar100) -> Any:
+    """Those of the Tf-KD authors' code."""
+    from torchvision import transforms as tv  # type: ignore[import-untyped]
+
+    mean, std = ([value / 255 for value in values] for values in (data.mean, data.std))
+    steps = [tv.RandomCrop(32, padding=4), tv.RandomHorizontalFlip(), tv.RandomRotation(15), tv.ToTensor()]
+    return tv.Compose([*steps, tv.Normalize(mean, std)])
+
+
+class Case:
+    """One student, and one teacher or none."""
+
+    def __init__(self, data: Cifar100, student: str, teacher: str | None, steps: int) -> None:
+        self.data, self.steps = data.model_copy(update={"subset": steps * BATCH, "val_fraction": 0.0}), steps
+        objective: dict[str, Any] = {"name": "kd", "alpha": ALPHA, "temperature": T} if teacher else {"name": "ce"}
+        self.tree = {
+            "data": self.data.model_dump(mode="json"),
+            "student": student,
+            "objective": objective,
+            "teacher": {"model": teacher, "labels": "bank"} if teacher else None,
+            "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15},
+            "optim": {"lr": 0.05, "batch_size": BATCH},
+            "epochs": 1000,
+        }
+
+    def config(self, **changes: Any) -> TrainConfig:
+        return validated(TrainConfig, self.tree | changes)
+
+    def student(self) -> nn.Module:
+        return self.config().student.build((3, 32, 32), K)
+
+    def teacher(self) -> nn.Module | None:
+        run = self.config().teacher_run()
+        return run.student.build((3, 32, 32), K).eval().requires_grad_(False) if run else None
+
+
+def ours(case: Case, rounds: int, folder: Path, **changes: Any) -> Round:
+    """An epoch of the loop is a round; the bank is filled first, as the trial before has done in a sweep."""
+    config = case.config(**changes)
+    bank = Bank(lambda: case.teacher() or nn.Identity(), {"changes": str(changes)}, folder)
+    if config.banked:
+        fill = config.model_copy(update={"epochs": rounds})
+        for _ in train(fill, teacher=bank):
+            pass
+    for epoch in train(config, teacher=bank):
+        yield case.steps * BATCH / epoch.metrics["images_per_s"]
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def usual(case: Case) -> Round:
+    """The loop of most scripts."""
+    student, teacher = case.student().train(), case.teacher()
+    pictures = Pictures(case.data, transforms(case.data))
+    batches = endless(torch.utils.data.DataLoader(pictures, BATCH, shuffle=True))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    while True:
+        start = time.perf_counter()
+        for _ in range(case.steps):
+            images, labels = next(batches)
+            logits = student(images)
+            loss = F.cross_entropy(logits, labels)
+            if teacher is not None:
+                with torch.no_grad():
+                    soft = teacher(images)
+                kd = F.kl_div(F.log_softmax(logits / T, 1), F.softmax(soft / T, 1), reduction="batchmean")
+                loss = (1 - ALPHA) * loss + ALPHA * T * T * kd
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        yield time.perf_counter() - start
+
+
+def timms(case: Case) -> Round:
+    """timm's loader, and its task for a teacher."""
+    import timm.data
+    import timm.optim
+    from timm.task import LogitDistillationTask
+
+    student, teacher = case.student().train(), case.teacher()
+    mean, std = (tuple(value / 255 for value in values) for values in (case.data.mean, case.data.std))
+    loader = timm.data.create_loader(
+        Pictures(case.data, None),  # type: ignore[arg-type]
+        (3, 32, 32), BATCH, is_training=True, color_jitter=0.0, train_crop_mode="rkrc", mean=mean, std=std,
+        num_workers=0, persistent_workers=False, use_prefetcher=False, device=torch.device("cpu"),
+    )  # fmt: skip
+    loader.dataset.transform = transforms(case.data)  # the same images as the others
+    batches = endless(loader)
+    optimizer = timm.optim.create_optimizer_v2(student, "momentum", lr=0.05, weight_decay=5e-4, momentum=0.9)
+    task: Any = None
+    if teacher is not None:
+        for network in (student, teacher):
+            about = {"pretrained_cfg": {"mean": mean, "std": std}, "num_classes": K, "in_chans": 3}
+            network.__dict__.update(about)  # of timm's own networks
+        task = LogitDistillationTask(
+            student, teacher, task_loss_weight=1 - ALPHA, distill_loss_weight=ALPHA, temperature=T, verbose=False
+        ).train()
+    while True:
+        start = time.perf_counter()
+        for _ in range(case.steps):
+            images, labels = next(batches)
+            loss = task(images, labels)["loss"] if task is not None else F.cross_entropy(student(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        yield time.perf_counter() - start
+
+
+def torchdistills(case: Case) -> Round:
+    """torchdistill's boxes, as its examples drive them."""
+    from torchdistill.core.distillation import get_distillation_box  # type: ignore[import-not-found]
+    from torchdistill.core.training import get_training_box  # type: ignore[import-not-found]
+
+    logging.getLogger("torchdistill").setLevel(logging.ERROR)
+    student, teacher = case.student(), case.teacher()
+    sampler = {"class_or_func": torch.utils.data.RandomSampler}
+    loader = {"dataset_id": "train", "sampler": sampler, "kwargs": {"batch_size": BATCH}}
+    optimizer = {"key": "SGD", "kwargs": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}}
+    common = {"num_epochs": 1, "train_data_loader": loader, "val_data_loader": loader, "optimizer": optimizer}
+    datasets = {"train": Pictures(case.data, transforms(case.data))}
+    network = {"requires_grad": True, "forward_proc": "forward_batch_only"}
+    output = {"student_module_path": ".", "student_module_io": "output"}
+    if teacher is not None:
+        output |= {"teacher_module_path": ".", "teacher_module_io": "output"}
+        kd = {**output, "temperature": T, "alpha": 1 - ALPHA, "reduction": "batchmean"}
+        term: dict[str, Any] = {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}
+        networks = {"teacher": {**network, "requires_grad": False}, "student": network}
+    else:
+        given = {"is_from_teacher": False, "module_path": ".", "io": "output"}
+        wrapper = {"key": "SimpleLossWrapper", "kwargs": {"input": given, "target": {"uses_label": True}}}
+        plain = {"key": "CrossEntropyLoss", "kwargs": {}}
+        term = {"criterion": plain, "criterion_wrapper": wrapper, "weight": 1.0}
+        networks = {"model": network}
+    config = {**common, **networks, "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"loss": term}}}}
+    if teacher is not None:
+        box = get_distillation_box(teacher, student, datasets, config, torch.device("cpu"), None, False, 1)
+    else:
+        box = get_training_box(student, datasets, config, torch.device("cpu"), None, False, 1)
+    while True:
+        start = time.perf_counter()
+        box.pre_epoch_process(epoch=0)
+        for batch in box.train_data_loader:
+            images, labels = batch[:2]
+            loss = box.forward_process(images, labels, batch[2] if len(batch) > 2 else None)
+            box.post_forward_process(loss)
+        yield time.perf_counter() - start
+
+
+def bare(case: Case, precision: str) -> Round:
+    """The arithmetic alone."""
+    network = case.config().student
+    student = network.build((3, 32, 32), K).to(memory_format=network.memory_format).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+    images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(0, K, (BATCH,))
+    while True:
+        start = time.perf_counter()
+        for _ in range(case.steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = student(images)
+            loss: Tensor = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        yield time.perf_counter() - start
+
+
+def measure(loops: dict[str, Round], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round but the first."""
+    found: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(rounds):
+        for name, loop in loops.items():
+            seconds = next(loop)
+            if number:
+                found[name].append(seconds)
+    return found
+
+
+def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict[str, Round]:
+    """All loops that can run here, by name."""
+    precision = case.config().precision
+    makers: dict[str, Callable[[], Round]] = {
+        "ours": lambda: ours(case, rounds, folder),
+        "ours fp32": lambda: ours(case, rounds, folder, precision="fp32"),
+        "usual": lambda: usual(case),
+        "timm": lambda: timms(case),
+        "torchdistill": lambda: torchdistills(case),
+        "bare": lambda: bare(case, precision),
+        "bare fp32": lambda: bare(case, "fp32"),
+    }
+    if teacher is None:
+        for name, objective in (("tfkd_reg", {"name": "tfkd_reg"}), ("lsr", {"name": "lsr"})):
+            makers[f"ours {name}"] = lambda o=objective: ours(case, rounds, folder, objective=o)  # type: ignore[misc]
+    else:
+        plain = {"objective": {"name": "ce"}, "teacher": None}
+        makers["ours ce"] = lambda: ours(case, rounds, folder, **plain)
+    found = {}
+    for name, make in makers.items():
+        with contextlib.suppress(ImportError):
+            loop = make()
+            next(loop)
+            found[name] = loop
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--student", default="resnet18")
+    parser.add_argument("--teacher", default="resnet50")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = name
+        write_cifar100(folder)
+        data = Cifar100(root=folder, check_md5=False)
+        for teacher in (None, args.teacher):
+            case = Case(data, args.student, teacher, args.steps)
+            print(
+                f"{args.student}, teacher {teacher}, precision {case.config().precision}, torch {torch.__version__}, "
+                f"{platform.machine()}; {args.rounds - 1} rounds of {args.steps} steps of {BATCH} images",
+                flush=True,
+            )
+            found = measure(loops_of(case, teacher, args.rounds + 2, folder / "bank"), args.rounds)
+            images = case.steps * BATCH
+            for loop, seconds in found.items():
+                ratio = [s / o for s, o in zip(seconds, found["ours"], strict=True)]
+                print(
+                    f"  {loop:14} {images / statistics.median(seconds):8.1f} images/s   takes "
+                    f"{statistics.median(ratio):6.3f} of ours (rounds {min(ratio):.3f} to {max(ratio):.3f})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
