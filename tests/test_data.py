@@ -52,6 +52,38 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder / "tfkd_ray"
 
 
+MAPPED = """
+import sys, torch
+from pathlib import Path
+from tfkd_ray.files import cached
+from tfkd_ray.images import ImageSet
+
+def memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split()[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith("Rss")}
+
+def make():
+    assert len(sys.argv) < 3, "made again"
+    return torch.ones(40, 2**20, 1, 1, dtype=torch.uint8), torch.arange(40)
+
+stored, labels = cached("x", [Path(sys.argv[1])], make)
+part = ImageSet(stored, labels, labels, 40).part(torch.arange(36))
+before = memory()
+assert sum(int(batch.sum()) for batch in part.read(list(torch.arange(36).split(1)))) == 36 * 2**20
+grown = {kind: size - before[kind] for kind, size in memory().items()}
+assert grown["RssFile:"] > 30 and grown["RssAnon:"] < 10, grown
+"""
+
+
+def test_processes_share_the_memory_of_decoded_images(tmp_path: Path) -> None:
+    """Megabytes of 36 images of 1 MB, which are a part of those stored: mapped from the file, also where it is new."""
+    (tmp_path / "source").touch()
+    for more in ([], ["made"]):
+        command = [sys.executable, "-c", MAPPED, str(tmp_path / "source"), *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_the_digits_are_scikit_learns() -> None:
     sklearn_datasets = pytest.importorskip("sklearn.datasets")
     theirs = sklearn_datasets.load_digits()

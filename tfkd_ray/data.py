@@ -950,7 +950,7 @@ def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
     counts = torch.zeros(channels, 256, dtype=torch.int64)
     for part in data.load():
         assert part is None or isinstance(part, ImageSet), f"{data.name} streams, and says no mean"
-        for images in () if part is None else part.images.split(4096):
+        for images in () if part is None else part.read(torch.arange(len(part)).split(4096)):
             counts += torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(channels)])
     levels, shares = torch.arange(256.0).double(), counts.double() / counts.sum(1, keepdim=True)
     mean = shares @ levels

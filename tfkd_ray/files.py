@@ -30,21 +30,28 @@ def cached(name: str, read: Iterable[Path], make: Callable[[], tuple[Tensor, Ten
         facts = path.stat()
         digest.update(f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
     kept, key = cache_folder() / f"{name}-{first}.safetensors", digest.hexdigest()
+    found = _kept(kept, key)
+    if found is None:
+        images, labels = found = make()
+        try:
+            with whole_file(kept) as part:
+                save_file({"images": images, "labels": labels}, part, {"key": key})
+                with part.open("rb") as written:
+                    os.fsync(written)
+        except (OSError, SafetensorError):
+            return found
+        found = _kept(kept, key) or found  # mapped: processes that read it share its memory
+    return found
+
+
+def _kept(path: Path, key: str) -> tuple[Tensor, Tensor] | None:
     try:
-        with safe_open(kept, "pt") as file:
+        with safe_open(path, "pt") as file:
             if file.metadata() == {"key": key}:
                 return file.get_tensor("images"), file.get_tensor("labels")
     except (OSError, SafetensorError):
         pass
-    images, labels = make()
-    try:
-        with whole_file(kept) as part:
-            save_file({"images": images, "labels": labels}, part, {"key": key})
-            with part.open("rb") as written:
-                os.fsync(written)
-    except (OSError, SafetensorError):
-        pass
-    return images, labels
+    return None
 
 
 def cache_folder() -> Path:

@@ -41,29 +41,40 @@ def generator(seed: int, *stream: str | int) -> torch.Generator:
 class ImageSet:
     """Images of one split, in memory."""
 
-    images: Tensor
-    """uint8 [N, C, H, W]."""
+    stored: Tensor
+    """uint8 [M, C, H, W]: these images and maybe others; mapped from a file, all processes of a node share them."""
     labels: Tensor
     """int64 [N]."""
     positions: Tensor
     """int64 [N]: each image's place in the official train set (or test set)."""
     official_size: int
     """Images in that official set."""
+    rows: Tensor | None = None
+    """int64 [N]: where each image is stored. None: N = M, in order."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """uint8 [N, C, H, W], a copy if they are some of those stored."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
     def part(self, index: Tensor) -> "ImageSet":
         """Some of the images."""
-        return ImageSet(self.images[index], self.labels[index], self.positions[index], self.official_size)
+        rows = index if self.rows is None else self.rows[index]
+        return ImageSet(self.stored, self.labels[index], self.positions[index], self.official_size, rows)
 
     def on(self, device: torch.device) -> "ImageSet":
         """The set, its images included, on a device."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.positions.to(device), self.official_size)
+        if device.type == "cpu":
+            return self
+        images = self.images.to(device)
+        return ImageSet(images, self.labels.to(device), self.positions.to(device), self.official_size)
 
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
         """The images of each batch of indices, uint8 [B, C, H, W]; these are whole already, and `crops` unused."""
-        return (self.images[batch] for batch in batches)
+        return (self.stored[batch if self.rows is None else self.rows[batch]] for batch in batches)
 
 
 @dataclass(frozen=True)
