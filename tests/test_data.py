@@ -71,7 +71,7 @@ part = ImageSet(stored, labels, labels, 40).part(torch.arange(36))
 before = memory()
 assert sum(int(batch.sum()) for batch in part.read(list(torch.arange(36).split(1)))) == 36 * 2**20
 grown = {kind: size - before[kind] for kind, size in memory().items()}
-assert grown["RssFile:"] > 30 and grown["RssAnon:"] < 10, grown
+assert grown["RssFile:"] > 30 and grown["RssAnon:"] < 18, grown
 """
 
 
@@ -585,7 +585,9 @@ def test_decoded_images_are_kept_until_a_file_changes(
     path.write_bytes(jpeg(3))
     changed, _ = data._official("train")
     assert not images.equal(changed) and list(cache.iterdir()) == [kept], "one file, of what is there now"
-    kept.write_bytes(kept.read_bytes()[:1000])
+    half = kept.read_bytes()[:1000]
+    kept.unlink()  # it is mapped
+    kept.write_bytes(half)
     assert data._official("train")[0].equal(changed), "a broken cache is made anew"
     assert data._official("train")[0].equal(changed) and kept.stat().st_size > 400 * 3 * 64 * 64
     (tmp_path / "file").write_text("no folder")
