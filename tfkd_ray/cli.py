@@ -579,7 +579,7 @@ def _confirm(args: argparse.Namespace) -> int:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
     given = Path(args.file).expanduser().absolute()
-    if (given / "experiment.yaml").is_file():
+    if given.is_dir():
         if args.overrides or args.preset:
             raise ConfigError("settings and presets are for arms files; the arms of a sweep are as it trained them")
         args.storage = given.parent  # where its teachers are
