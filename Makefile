@@ -1,10 +1,11 @@
 # make demo   set up, then run the sweep of the README
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
+# make fuzz   5,000 files as nobody would write them, as CI does with 500
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-browser test-gpu check ci format clean
+.PHONY: help demo test test-fast test-faults test-browser test-gpu fuzz check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -47,6 +48,9 @@ test-browser: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+fuzz: $(VENV)/.installed
+	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py -n 2 $(ARGS)
 
 check: $(VENV)/.installed
 	@$(BIN)/ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }

@@ -25,13 +25,22 @@ class ConfigError(Exception):
 
     def __init__(self, problems: str | Iterable[str], source: str | Path | None = None) -> None:
         found = [problems] if isinstance(problems, str) else list(problems)
-        self.problems = list(dict.fromkeys(found))
+        self.problems = [_short(problem) for problem in dict.fromkeys(found)]
         self.source = None if source is None else str(source)
         lines = self.problems if source is None else [f"{source}:", *(f"  {p}" for p in self.problems)]
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConfigError, (self.problems, self.source)
+
+
+def _short(problem: str) -> str:
+    """A sentence without the middle of what it quotes, where that is long."""
+    return problem if len(problem) <= LONGEST else f"{problem[: LONGEST * 2 // 3]} ... {problem[-LONGEST // 4 :]}"
+
+
+LONGEST = 1000
+"""Characters of a problem; who has quoted a whole file wants to read the rule, not the file."""
 
 
 class Settings(BaseModel):

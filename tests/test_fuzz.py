@@ -1,0 +1,185 @@
+"""Files as nobody would write them: a valid one is understood, any other is a sentence, at once, and nothing starts.
+
+TFKD_FUZZ sets how many files are made (500), TFKD_FUZZ_SEED with which seed (printed if one fails).
+"""
+
+import contextlib
+import copy
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ARMS, SHIPPED
+
+from tfkd_ray.arms import Arms, load_arms
+from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
+from tfkd_ray.space import Space, build_space, load_space
+
+pytestmark = pytest.mark.slow
+COUNT = int(os.environ.get("TFKD_FUZZ", "500"))
+SEED = int(os.environ.get("TFKD_FUZZ_SEED", "0"))
+SLOWEST_S = 2.0
+FILES = [p for p in SHIPPED + ARMS if len(p.read_text()) < 6000]
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1, 2, 1e-300, -0.0, 1e308, 10**400, float("nan"), float("inf"), -float("inf"), "", " ", "x", "ce", "null",
+    "1e-3", "\0", "ü" * 300, "a" * 100_000, "${HOME}", "../../etc/passwd", "package.module:function", "os:system", "timm:x", [], {},
+    [[]], [None], [{}], {"": ""}, {"name": None}, {"name": "ce"}, {"name": []}, {"low": 0, "high": 1}, {"low": 1, "high": 0},
+    {"low": 0, "high": "1"}, {"low": -1e308, "high": 1e308}, {"low": 0, "high": 1, "log": True}, {"choices": []}, {"choices": [1, 1]},
+    {"choices": [None, [], {}]}, {"low": 0}, {"low": 0, "high": 1, "step": 0}, {"low": 0, "high": 1, "step": 1e-300},
+    {"low": 1, "high": 10**30, "step": 1}, list(range(2000)), {1: 2}, {None: None},
+]  # fmt: skip
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a tree, the root left out."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found = []
+    for key, value in items:
+        found += [(*path, key), *places(value, (*path, key))]
+    return found
+
+
+def holder(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree
+
+
+def replaced(tree: Any, rng: random.Random) -> None:
+    path = rng.choice(places(tree))
+    holder(tree, path)[path[-1]] = copy.deepcopy(rng.choice(ODD))
+
+
+def removed(tree: Any, rng: random.Random) -> None:
+    path = rng.choice(places(tree))
+    del holder(tree, path)[path[-1]]
+
+
+def renamed(tree: Any, rng: random.Random) -> None:
+    path = rng.choice(places(tree))
+    above = holder(tree, path)
+    if isinstance(above, dict):
+        word = str(path[-1])
+        new = rng.choice([word[:-1], word + "s", word.upper(), word[::-1], "low", "choices", "name", ""])
+        above[new] = above.pop(path[-1])
+
+
+def moved(tree: Any, rng: random.Random) -> None:
+    a, b = rng.choice(places(tree)), rng.choice(places(tree))
+    holder(tree, a)[a[-1]] = copy.deepcopy(holder(tree, b)[b[-1]])
+
+
+def nested(tree: Any, rng: random.Random) -> None:
+    path = rng.choice(places(tree))
+    value = holder(tree, path)[path[-1]]
+    for _ in range(rng.choice([1, 3, 200])):
+        value = {rng.choice(["name", "x", "objective"]): value} if rng.random() < 0.5 else [value]
+    holder(tree, path)[path[-1]] = value
+
+
+def added(tree: Any, rng: random.Random) -> None:
+    path = rng.choice(places(tree))
+    above = holder(tree, path)
+    if isinstance(above, dict):
+        above[rng.choice(["x", "seed", "search", "arms", "teacher", "epochs", "data", 7])] = rng.choice(ODD)
+
+
+def numbered(tree: Any, rng: random.Random) -> None:
+    """A number a little, or wildly, off."""
+    numbers = [p for p in places(tree) if isinstance(holder(tree, p)[p[-1]], int | float)]
+    if numbers:
+        path = rng.choice(numbers)
+        value = holder(tree, path)[path[-1]]
+        holder(tree, path)[path[-1]] = rng.choice(
+            [-value, value + 0.5, value * 1e9, value / 3, str(value), [value], not value]
+        )
+
+
+TREE: list[Callable[[Any, random.Random], None]] = [replaced, removed, renamed, moved, nested, added, numbered]
+
+
+def torn(text: str, rng: random.Random) -> str:
+    """The text, harmed as text."""
+    at, lines = rng.randrange(len(text)), text.split("\n")
+    line = rng.randrange(len(lines))
+    way = rng.randrange(9)
+    if way == 0:
+        return text[:at]
+    if way == 1:
+        return text[:at] + rng.choice("\t\0:{}[]&*!|>'\"%@`,#-\x7f\ud7ff\u2028") + text[at:]
+    if way == 2:
+        lines.insert(line, rng.choice(lines))
+    if way == 3:
+        lines[line] = " " * rng.randrange(9) + lines[line].strip()
+    if way == 4:
+        lines[line] = rng.choice(
+            ["a: &a [*a]", "x: !!python/object/apply:os.system ['true']", "<<: *x", "? [1]", "---", "..."]
+        )
+    if way == 5:
+        return text.replace("\n", rng.choice(["\r\n", "\r", "\n\n", "\x85"]))
+    if way == 6:
+        return "\ufeff" + text
+    if way == 7:
+        lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]",
+                 *(f"b{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 9)), *lines]  # fmt: skip
+    if way == 8:
+        del lines[line]
+    return "\n".join(lines)
+
+
+def mutated(rng: random.Random) -> str:
+    """One of the shipped files, changed in one to four places."""
+    tree = parse_yaml(rng.choice(FILES).read_text(), "shipped")
+    for _ in range(rng.randrange(5)):
+        with contextlib.suppress(IndexError):  # nothing is left of it
+            rng.choice(TREE)(tree, rng)
+    with contextlib.suppress(yaml.YAMLError, RecursionError):
+        text = yaml.safe_dump(tree, allow_unicode=True)
+        return torn(text, rng) if rng.random() < 0.4 else text
+    return torn("objective: ce\n", rng)
+
+
+def understood(path: Path) -> Space | Arms | None:
+    """What a file says; None if it is refused. Anything but a ConfigError with a sentence for each problem fails."""
+    try:
+        is_arms = "arms" in (parse_yaml(path.read_text(), path) or {})
+        return load_arms(path) if is_arms else load_space(path)
+    except ConfigError as error:
+        assert str(path) in str(error) or path.name in str(error), str(error)
+        for problem in error.problems:
+            assert re.match(r"\S.*\S", problem) and len(problem) < 1001, problem[:3000]
+            assert "Traceback" not in problem and "pydantic" not in problem
+        return None
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_a_file_is_understood_or_refused_with_sentences(part: int, tmp_path: Path) -> None:
+    valid = 0
+    for number in range(COUNT // 10):
+        seed = f"{SEED}/{part}/{number}"
+        path = tmp_path / "mutated.yaml"
+        path.write_text(mutated(random.Random(seed)), encoding="utf-8", errors="surrogatepass")
+        start = time.perf_counter()
+        try:
+            found = understood(path)
+            if isinstance(found, Space):
+                again = build_space(parse_yaml(dump_yaml(found.tree), "again"))
+                assert again.tree == found.tree and again.parameters == found.parameters
+            elif isinstance(found, Arms):
+                assert Arms.model_validate(found.model_dump(mode="json")) == found
+        except BaseException as error:
+            error.add_note(f"TFKD_FUZZ_SEED={SEED}, file {seed}:\n{path.read_bytes()[:4000]!r}")
+            raise
+        assert time.perf_counter() - start < SLOWEST_S, f"{seed}: {path.read_bytes()[:2000]!r}"
+        valid += found is not None
+    assert 0 < valid < COUNT // 10  # some survive, or it would show nothing
+    ray = sys.modules.get("ray")
+    assert ray is None or os.environ.get("RAY_ADDRESS") or not ray.is_initialized()
