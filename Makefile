@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 # installed again only when what is to be installed changes
 $(VENV)/.installed: pyproject.toml constraints.txt
