@@ -1,0 +1,66 @@
+"""How well two workers share a batch: images a second of 2 workers with a core each, over those of 1 worker with one.
+
+    python benchmarks/workers.py [--student cnn5|resnet18|...] [--epochs 5] [--repeats 3]
+
+Both train the same student with the same batches of 128 images (Fashion-MNIST, cropped and flipped), in turns. The
+first epoch of each run is left out. 100 % would be twice the images of one worker.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tfkd_ray.cluster import connect
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.schema import validated
+from tfkd_ray.trial import Group
+
+
+def images_per_s(group: Group, config: TrainConfig, folder: Path) -> float:
+    """Median over the epochs of a run on a group."""
+    about = {"directory": str(folder), "storage": str(folder.parent), "name": folder.name, "epochs": config.epochs}
+    epochs = list(group.epochs(config.model_dump(mode="json"), about))
+    return statistics.median(epoch["images_per_s"] for epoch in epochs[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--student", default="resnet18")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    connect(workers=2)
+    found: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as name:
+        configs = {
+            workers: validated(
+                TrainConfig,
+                {
+                    "data": {"name": "fashion_mnist", "subset": 1500},
+                    "student": args.student,
+                    "objective": "ce",
+                    "augment": {"crop_padding": 2, "flip": True},
+                    "epochs": args.epochs,
+                    "workers": workers,
+                },
+            )
+            for workers in found
+        }
+        for repeat in range(args.repeats):
+            for workers, config in configs.items():
+                group = Group(config, Path(name) / "groups")
+                found[workers].append(images_per_s(group, config, Path(name) / f"{workers}-{repeat}"))
+                group.close()
+                print(f"{workers} workers: {found[workers][-1]:.1f} images/s", flush=True)
+    shares = [100 * two / (2 * one) for one, two in zip(found[1], found[2], strict=True)]
+    print(
+        f"{args.student}, {configs[2].precision}, torch {torch.__version__}: efficiency of 2 workers "
+        f"{statistics.median(shares):.0f} % ({min(shares):.0f} to {max(shares):.0f}, {args.repeats} repeats)"
+    )
+
+
+if __name__ == "__main__":
+    main()
