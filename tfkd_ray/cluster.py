@@ -5,9 +5,11 @@ import logging
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 import ray
 from packaging.requirements import Requirement
+from ray.tune import PlacementGroupFactory
 
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
@@ -60,6 +62,24 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from None
     return False
+
+
+OUT_OF_MEMORY = "out_of_memory"
+"""File in a trial's folder: the share of a GPU whose memory was not enough for it."""
+
+
+def give_larger_share(trial: Any) -> None:
+    """Let a failed trial that shares a GPU have half as many neighbours, if memory was what it lacked.
+
+    Args:
+        trial: Ray Tune's, which has ended with an error and is not pending again yet.
+    """
+    path = Path(trial.config["trial"]["directory"]) / OUT_OF_MEMORY
+    if path.exists():
+        neighbours = max(1, int(1 / float(path.read_text()) + 1e-6) // 2)
+        bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
+        trial.update_resources(PlacementGroupFactory([bundle]))
+        path.unlink()
 
 
 _started: list[str] = []

@@ -30,6 +30,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from tfkd_ray.cluster import give_larger_share
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import Record, read_experiment, read_records
 from tfkd_ray.images import address
@@ -483,6 +484,9 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, searcher: OptunaSearcher) -> None:
         super().__init__()
         self.searcher = searcher
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        give_larger_share(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """STOP at a rung where the trial is not among the best 1 / factor of its group."""

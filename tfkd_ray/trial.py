@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
 from ray import tune
 
 from tfkd_ray import teachers
-from tfkd_ray.cluster import DRIVER
+from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.loop import train_in
@@ -111,6 +112,10 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         folder = Path(self._about["directory"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(trace)
+        share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
+        if isinstance(error, torch.OutOfMemoryError) and 0 < share < 1:
+            (folder / OUT_OF_MEMORY).write_text(str(share))
+            raise error  # ends this process; the trial starts again, with a larger share
         return {"failed": reason, "done": True}
 
     def cleanup(self) -> None:

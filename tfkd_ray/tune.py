@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper, FunctionStopper
 
 from tfkd_ray import teachers
-from tfkd_ray.cluster import check_room, connect, started_here
+from tfkd_ray.cluster import check_room, connect, give_larger_share, started_here
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
@@ -365,8 +365,16 @@ def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
     stopping, epochs = space.search.stopping, space.epochs
     if isinstance(stopping, Asha):
         first = [*stopping.rungs(epochs), epochs][0]
-        return ASHAScheduler(time_attr="epoch", max_t=epochs, grace_period=first, reduction_factor=stopping.factor)
+        return SharingAsha(time_attr="epoch", max_t=epochs, grace_period=first, reduction_factor=stopping.factor)
     return StudyStopping(searcher)
+
+
+class SharingAsha(ASHAScheduler):  # type: ignore[misc]
+    """Ray's ASHA, where trials that share a GPU may run out of its memory."""
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        give_larger_share(trial)
+        super().on_trial_error(tune_controller, trial)
 
 
 def _both(stop: Any, budget: "Budget") -> tune.Stopper:

@@ -1,0 +1,53 @@
+"""Trials that share a GPU: one whose memory was not enough comes back with a larger share. The GPU is Ray's word here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SWEEP = """
+import json, os, sys
+os.environ.pop("RAY_ADDRESS", None)
+import ray, torch
+from pathlib import Path
+from ray import cloudpickle, tune
+from tfkd_ray import tune as ours
+from tfkd_ray.space import build_space
+from tfkd_ray.trial import StudentTrial
+
+class Full(StudentTrial):
+    '''A trial that needs half of a GPU's memory, as long as it does not ask for a GPU that is not there.'''
+    def _begin(self, config):
+        super()._begin({**config, "gpus_per_worker": 0})
+        share, epochs = self.trial_resources.required_resources["GPU"], self._epochs
+        def limited():
+            for metrics in epochs:
+                if metrics["epoch"] == 2 and share < 0.5:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                yield metrics
+        self._epochs = limited()
+
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+ours.StudentTrial = Full
+tree = {"objective": "ce", "student": "mlp", "epochs": 3, "gpus_per_worker": 0.25, "checkpoint_every_s": 0,
+        "optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 2, "stopping": sys.argv[2]}}
+results = ours.build_tuner(tree, name="e", storage=sys.argv[1]).fit()
+print(json.dumps([(r.metrics.get("failed"), r.metrics["epoch"]) for r in results]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("stopping", ["halving", "asha"])
+def test_a_trial_without_enough_memory_gets_a_larger_share(tmp_path: Path, stopping: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWEEP, str(tmp_path), stopping],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = json.loads(done.stdout.splitlines()[-1])
+    assert [failed for failed, _ in ended] == [None, None] and max(epoch for _, epoch in ended) == 3
+    assert not list(tmp_path.rglob("out_of_memory"))
