@@ -1,6 +1,8 @@
 """Plans: what a sweep is expected to take, and what it never exceeds."""
 
+import dataclasses
 import random
+import re
 
 import pytest
 
@@ -47,3 +49,17 @@ def test_a_probe_gives_hours_and_money() -> None:
     assert max(map(len, text)) <= 80 and sum("an epoch of" in line for line in text) == 4
     gpu = plan(load_space("digits_tfkd", ["gpus_per_worker=1", "workers=2"]))
     assert gpu.gpus == 2
+
+
+@pytest.mark.gpu
+def test_a_probe_proposes_how_many_trials_share_a_gpu() -> None:
+    space = build_space({"objective": "ce", "student": "mlp", "gpus_per_worker": 1})
+    (line,) = (line for line in lines(plan(space, probe=True)) if line.startswith("GPU memory"))
+    assert re.search(r"; [0-9]+ fit on it: gpus_per_worker=0", line)
+
+
+def test_the_packing_is_that_of_the_largest_trial() -> None:
+    found = plan(build_space({"objective": ["ce", "lsr"], "student": "mlp"}))
+    parts = [dataclasses.replace(p, epoch_s=1.0, share=s) for p, s in zip(found.parts, (0.2, 0.3), strict=True)]
+    text = list(lines(dataclasses.replace(found, parts=tuple(parts), teacher_s=0.0)))
+    assert "GPU memory: a trial takes 30% of one; 3 fit on it: gpus_per_worker=0.333" in text

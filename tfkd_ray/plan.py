@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.loop import train
 from tfkd_ray.space import Halving, Space
@@ -32,6 +34,8 @@ class Part:
     """Epochs if no trial were stopped."""
     epoch_s: float | None
     """Seconds of an epoch on this machine; None if it was not probed."""
+    share: float | None = None
+    """Of a GPU that a one-worker trial's memory takes up here, the process's own included; None without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def plan(space: Space, *, probe: bool = False) -> Plan:
         for epoch, count in reaching:
             spent, before = spent + count * (epoch - before), epoch
         seconds = _epoch_seconds(config) if probe else None
-        parts.append(Part(branch.objective, trials, reaching, spent, trials * space.epochs, seconds))
+        memory = _gpu_share() if probe and config.gpus_per_worker and config.workers == 1 else None
+        parts.append(Part(branch.objective, trials, reaching, spent, trials * space.epochs, seconds, memory))
     runs = [run for run in space.teacher_runs() if run.weights is None]
     teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
     teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs) if probe else None
@@ -114,6 +119,10 @@ def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -
         return
     for part in found.parts:
         yield f"an epoch of {part.objective}: {part.epoch_s:.3g} s on this machine"
+    if shares := [part.share for part in found.parts if part.share is not None]:
+        fit = max(1, int(1 / max(shares)))
+        setting = f"gpus_per_worker={1000 // fit / 1000:g}"
+        yield f"GPU memory: a trial takes {max(shares):.0%} of one; {fit} fit on it: {setting}"
     hours = found.seconds / 3600
     yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
     if found.gpus:
@@ -151,6 +160,18 @@ def _epoch_seconds(config: TrainConfig) -> float:
     train_set, val_set = config.data.load()
     images = len(train_set) + (len(val_set) if val_set is not None else 0) / 3  # judging is about a third of training
     return images / last.metrics["images_per_s"] / config.workers
+
+
+GPU_CONTEXT = 2**29
+"""Bytes of a GPU that a process takes beside its tensors, about."""
+
+
+def _gpu_share() -> float | None:
+    """Of the GPU's memory that the largest run of this process so far would take in one of its own."""
+    if not torch.cuda.is_available():
+        return None
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return min(1.0, (torch.cuda.max_memory_reserved() + GPU_CONTEXT) / (0.95 * total))
 
 
 def _time(seconds: float) -> str:
