@@ -199,7 +199,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
             on_run(run.name)
         network = run.config.student.build(data.shape, data.num_classes)
         network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
-        logits, labels = _logits(network.to(device), data, test)
+        logits, labels = _logits(network.to(device).to(memory_format=run.config.student.memory_format), data, test)
         found = {"logits": logits, "labels": labels}
         teacher = run.config.teacher_run() if run.config.objective.needs_teacher else None
         if teacher is not None:
