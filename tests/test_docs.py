@@ -138,7 +138,7 @@ def test_the_notebook_runs_from_space_to_report(ray_cluster: str, tmp_path: Path
     shown = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
     texts = [str(o.get("text") or o["data"]["text/plain"]) for o in shown if o.output_type != "error"]
     follows = [t for t in texts if "of 8 trials" in t]
-    assert len(follows) == 1 and "8 of 8 trials" in follows[0]  # one cell, kept up to date
+    assert len(follows) == 1 and "8 of 8 trials" in follows[0]  # one output, kept up to date
     assert any("8 trials, 0 errors; best: val_accuracy 0." in t for t in texts)
     assert "iframe" in shown[-1]["data"]["text/html"] and (tmp_path / "report.html").stat().st_size > 10**5
     said = [line for o in shown if o.get("name") == "stderr" for line in o["text"].splitlines()]

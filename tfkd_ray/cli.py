@@ -454,12 +454,11 @@ def _made(run: "TeacherRun") -> str:
 
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
     """Run a Tuner under our table and our Ctrl-C, then print what came out."""
-    progress = _progress(space, experiment)
-    started = time.monotonic()
+    progress = _progress(experiment)
     ended = _fit(progress, build)
     if ended is None:
         return FAILED
-    code = _summary(space, experiment, time.monotonic() - started, whole=ended and not progress.ended_by)
+    code = _summary(space, experiment, whole=ended and not progress.ended_by)
     if progress.ended_by:
         print(
             f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_short(experiment)} --time-budget SECONDS"
@@ -467,11 +466,10 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
     return code if ended else _interrupted(experiment)
 
 
-def _progress(space: "Space", experiment: Path) -> Any:
+def _progress(experiment: Path) -> Any:
     from tfkd_ray.live import Progress
 
-    rows = [b.objective for b in space.branches]
-    return Progress(experiment, rows, space.search.num_samples, space.search.metric, space.search.mode)
+    return Progress(experiment)
 
 
 def _fit(progress: Any, build: Callable[[Any], Any]) -> bool | None:
@@ -516,14 +514,15 @@ def _interrupted(experiment: Path) -> int:
     return INTERRUPTED
 
 
-def _summary(space: "Space", experiment: Path, seconds: float, *, whole: bool) -> int:
+def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
     from tfkd_ray.experiment import best, read_records
+    from tfkd_ray.readers import spent
 
     metric, mode = space.search.metric, space.search.mode
     records = read_records(experiment)
     count = {s: sum(r.status == s for r in records) for s in ("done", "stopped", "failed", "interrupted", "running")}
-    winner = best(records, metric, mode)
+    winner, seconds = best(records, metric, mode), spent(experiment)["seconds"]
     print(
         f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
         f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
@@ -623,7 +622,7 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
         def build(shown: Any) -> Any:
             return build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown])
 
-        _fit(_progress(space, tuned), build)
+        _fit(_progress(tuned), build)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
     if short := {name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n}:
         missing = ", ".join(f"{n} trials of {name}" for name, n in short.items())
@@ -660,10 +659,8 @@ def _compare(directory: Path, address: str | None) -> int:
 def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
     """Train the runs that a comparison lacks; see `_fit`."""
     from tfkd_ray.confirm import comparison_tuner
-    from tfkd_ray.live import Progress
 
-    rows = [arm.name for arm in compared.arms.arms]
-    progress = Progress(directory, rows, len(compared.runs), "train_loss", "min")
+    progress = _progress(directory)
     return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=_teacher_line))
 
 
