@@ -57,6 +57,12 @@ class Plan:
     """The whole file."""
 
     @property
+    def metrics(self) -> list[str]:
+        """All that are made good at once, the one that leads first."""
+        more = self.about["space"]["search"].get("more_metrics", []) if self.kind == "sweep" else []
+        return [self.metric, *more] if self.metric else []
+
+    @property
     def mode(self) -> str:
         """Which way of the metric is better."""
         return "max" if self.metric == "val_accuracy" else "min"
@@ -318,6 +324,45 @@ def best_of(experiment: Path) -> tuple[Record, Plan]:
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
     return winner, plan
+
+
+def front_of(front: Sequence[Record], plan: Plan, trials: int) -> dict[str, Any]:
+    """The best of a sweep as JSON's own types (`tfkd best --json`). Keys are only ever added:
+
+    metrics   what trials are judged by; the first one leads
+    trials    how many have begun
+    best      trial, objective, values by metric, parameters, config: of one trial, or, of several metrics, of each that
+              no other beats in all of them, the best in the first metric first
+    """
+    return {
+        "metrics": plan.metrics,
+        "trials": trials,
+        "best": [
+            {
+                "trial": r.name,
+                "objective": r.objective,
+                "values": {m: r.last[m] for m in plan.metrics},
+                "parameters": r.parameters,
+                "config": r.config,
+            }
+            for r in front
+        ],
+    }
+
+
+def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
+    """The same as lines; of several metrics a table."""
+    metrics, best = found["metrics"], found["best"]
+    if len(metrics) == 1:
+        value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
+        return [f"{best[0]['trial']} of {_name(experiment)}: {value}, the best of {found['trials']} on validation"]
+    lines = [
+        f"{_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
+        f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
+    ]
+    for entry in best:
+        lines.append(f"{padded(entry['trial'], 24)}" + "".join(f" {entry['values'][m]:>12.4f}" for m in metrics))
+    return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
 
 
 def _name(experiment: Path) -> str:
