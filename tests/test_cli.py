@@ -181,10 +181,17 @@ def test_teachers_that_differ_in_their_seeds_are_announced_once(
     assert runs[0] is not None
     told(runs[0], {"name": "mlp-1", "metrics": {"val_accuracy": 0.5}})
     assert capsys.readouterr().err.splitlines() == [
-        "teacher: training mlp with ce for 9 epochs; 2 of them, with different seeds",
+        "teacher: training mlp with ce for 9 epochs (2 seeds)",
         "teacher: training mlp with ce for 3 epochs",
         "teacher: mlp-1, val_accuracy 0.5000, kept for later",
     ]
+
+
+def test_check_notes_that_nothing_is_searched(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "mine.yaml", "optim.lr=0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "note: nothing is searched: all 2 trials are one and the same run" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.slow

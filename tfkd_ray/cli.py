@@ -269,9 +269,7 @@ def _check(args: argparse.Namespace) -> int:
     else:
         space = _load(args)
         example = space.example
-        print(
-            "\n".join([*_describe(space), *_fixed(space, whole=args.all), *(f"note: {note}" for note in space.notes)])
-        )
+        print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *_notes(space)]))
         for warning in warnings_of(space):
             print(f"warning: {warning}")
     example.try_networks()
@@ -332,6 +330,11 @@ def _describe(space: "Space") -> Iterator[str]:
     yield from (f"teacher, once before the trials: {_made(run)}" for run in space.teacher_runs())
 
 
+def _notes(space: "Space") -> Iterator[str]:
+    for note in space.notes:
+        yield from textwrap.wrap(f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
     """What is fixed: the networks, and what differs from the recipe and the defaults; or everything."""
     from tfkd_ray.config import TrainConfig
@@ -376,8 +379,8 @@ def _tune(args: argparse.Namespace) -> int:
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
 
-    for note in space.notes:
-        _say(f"note: {note}")
+    for line in _notes(space):
+        _say(line)
     return _sweep(
         space,
         experiment,
@@ -480,7 +483,7 @@ def _teacher_lines(
         if about is not None:
             _teacher_line(run, about)
         elif number := counts.pop(_made(run), 0):
-            _say(f"teacher: {_made(run)}" + (f"; {number} of them, with different seeds" if number > 1 else ""))
+            _say(f"teacher: {_made(run)}" + (f" ({number} seeds)" if number > 1 else ""))
 
     return say
 
