@@ -45,6 +45,7 @@ test-faults: $(VENV)/.installed
 test-browser: $(VENV)/.installed
 	@command -v chromium >/dev/null || { echo "test-browser: needs Chromium: apt-get install chromium"; exit 2; }
 	@$(BIN)/python -m pytest -m browser $(ARGS)
+	@echo "test-browser: screenshots are in test-artifacts/"
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -1,7 +1,9 @@
-"""TensorBoard as a person sees it: in a real browser, over a small sweep, a comparison, and both side by side."""
+"""What a person sees in a real browser: TensorBoard over a small sweep, a comparison, and both side by side; the report;
+optuna-dashboard. Screenshots are left in test-artifacts/."""
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,12 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_readers import make_sweep as make_records
+from test_search import run_sweep
+from test_search import space as two_objectives
 from test_tensorboard import FakeTrial
 
 from tfkd_ray.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.checkpoint import save_weights
 from tfkd_ray.confirm import LOGITS, outcome
 from tfkd_ray.experiment import Record, write_experiment, write_record
+from tfkd_ray.report import report
+from tfkd_ray.search import OptunaSearcher
 from tfkd_ray.space import build_space
 from tfkd_ray.tensorboard import TensorBoard
 
@@ -102,13 +109,13 @@ def serve(*experiments: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def address(server: subprocess.Popen[str], run: str) -> str:
+def address(server: subprocess.Popen[str], run: str, timeout_s: float = 30) -> str:
     """Of a server, once it shows a run."""
     assert server.stderr is not None
     line = server.stderr.readline()
     assert line.startswith("TensorBoard: http://127.0.0.1:"), line + server.stderr.read()
     url = line.split()[1]
-    until = time.monotonic() + 30
+    until = time.monotonic() + timeout_s
     while run not in urllib.request.urlopen(f"{url}data/runs", timeout=10).read().decode():
         assert time.monotonic() < until, f"{url} does not show {run}"
         time.sleep(0.2)
@@ -291,3 +298,44 @@ def wait_for_images(page: Any, number: int) -> None:
         }""",
         arg=number,
     )
+
+
+def test_the_report_fits_a_phone_and_a_desk(browser: Any, tmp_path: Path) -> None:
+    make_records(tmp_path / "sweep", 48)
+    report(tmp_path / "sweep", tmp_path / "report.html")
+    desk = browser.viewport_size
+    for name, width in (("phone", 390), ("desk", desk["width"])):
+        browser.set_viewport_size({"width": width, "height": desk["height"]})
+        browser.goto((tmp_path / "report.html").as_uri())
+        browser.locator("html[data-drawn]").wait_for()
+        browser.screenshot(path=ARTIFACTS / f"report-{name}.png")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+        wide = "[...document.querySelectorAll('.plot .main-svg')].map(p => p.getBoundingClientRect().right)"
+        assert max(browser.evaluate(wide)) <= width
+    browser.set_viewport_size(desk)
+
+
+def test_optuna_dashboard_shows_the_studies_of_a_sweep(browser: Any, tmp_path: Path) -> None:
+    run_sweep(OptunaSearcher(two_objectives(), tmp_path / "study.journal"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).with_name("optuna-dashboard"), tmp_path / "study.journal", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=10)
+                    break
+                except OSError:
+                    assert time.monotonic() < until, "optuna-dashboard does not answer"
+                    time.sleep(0.2)
+            browser.goto(f"http://127.0.0.1:{port}/dashboard")
+            browser.locator("text=tfkd/lsr").first.wait_for()
+            browser.locator("text=tfkd/ce").first.click()
+            browser.locator(".js-plotly-plot .main-svg").first.wait_for(state="attached")
+            browser.locator(".js-plotly-plot .points path").first.wait_for(state="attached")
+            browser.screenshot(path=ARTIFACTS / "optuna-dashboard.png")
+        finally:
+            server.terminate()

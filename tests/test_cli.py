@@ -1,5 +1,6 @@
 """The command line, as a person meets it: bad input in process, real work in real processes."""
 
+import json
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Run
+from test_readers import change, make_sweep
 
 from tfkd_ray.cli import main
 from tfkd_ray.experiment import read_records
@@ -126,8 +128,70 @@ def test_check_says_what_is_searched_fixed_and_conditional(here: Path, capsys: p
     assert re.search(r"objective tfkd_reg:\n(.*\n)*  objective.tfkd_reg.temperature +1.5 to 20 \(log\)", out)
     assert re.search(r"searched for every objective:\n  optim.lr +0.01 to 0.5 \(log\)", out)
     assert "teacher, once before the trials: training cnn with ce for 54 epochs" in out
-    assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", out)
-    assert max(len(line) for line in out.splitlines()) <= 80
+    assert re.search(r"fixed:\n(.*\n)*  optim.batch_size +64", out) and "optim.momentum" not in out
+    assert "22 more are as in the recipe plain of digits, or as usual (--all lists them)" in out
+    assert main(["check", "digits_tfkd", "--all"]) == 0
+    assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", capsys.readouterr().out)
+    assert len(out.splitlines()) < 30 and max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_sweep(here / "e", 4, search={"metric": ["val_accuracy", "val_ece"], "stopping": "none"})
+    for number, (accuracy, ece) in enumerate([(0.9, 0.2), (0.95, 0.3), (0.8, 0.1), (0.85, 0.25)]):
+        folder = change(here / "e", number, status="done")
+        last = {"epoch": 18, "val_accuracy": accuracy, "val_ece": ece}
+        (folder / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+    assert main(["best", "e"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[:6] == [
+        "# e: of 4 trials, 3 that no other beats on validation in all of",
+        "# trial                    val_accuracy      val_ece",
+        "# t0001-kd_standardised          0.9500       0.3000",
+        "# t0000-tfkd_reg                 0.9000       0.2000",
+        "# t0002-lsr                      0.8000       0.1000",
+        "# below: t0001-kd_standardised, the best in val_accuracy",
+    ]
+    (here / "best.yaml").write_text(out)
+    assert load_space("best.yaml").single().objective.name == "kd_standardised"
+    assert main(["best", "e", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"] == ["val_accuracy", "val_ece"] and found["trials"] == 4
+    assert [entry["trial"][:5] for entry in found["best"]] == ["t0001", "t0000", "t0002"]
+    assert found["best"][2]["values"] == {"val_accuracy": 0.8, "val_ece": 0.1}
+    assert set(found["best"][0]) == {"trial", "objective", "values", "parameters", "config"}
+    for trial in (here / "e" / "trials").iterdir():
+        (trial / "metrics.jsonl").write_text('{"epoch": 18, "val_accuracy": 0.5}\n')
+    assert "no trial of full length has a value of val_accuracy and of val_ece" in refused(capsys, "best", "e")
+
+
+def test_teachers_that_differ_in_their_seeds_are_announced_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tfkd_ray.cli import _teacher_lines
+    from tfkd_ray.config import TrainConfig
+
+    runs = [TrainConfig.model_validate({"objective": "tfkd_self", "epochs": e, "teacher": {"seed": s}}).teacher_run()
+            for e, s in ((9, 1), (9, 2), (3, 1), (9, 2))]  # fmt: skip
+    told = _teacher_lines([run for run in runs if run], tmp_path)
+    for run in runs[:3]:
+        assert run is not None
+        told(run, None)
+    assert runs[0] is not None
+    told(runs[0], {"name": "mlp-1", "metrics": {"val_accuracy": 0.5}})
+    assert capsys.readouterr().err.splitlines() == [
+        "teacher: training mlp with ce for 9 epochs (2 seeds)",
+        "teacher: training mlp with ce for 3 epochs",
+        "teacher: mlp-1, val_accuracy 0.5000, kept for later",
+    ]
+
+
+def test_check_notes_that_nothing_is_searched(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "mine.yaml", "optim.lr=0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "note: nothing is searched: all 2 trials are one and the same run" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run
+from test_readers import make_sweep
 
+from tfkd_ray.readers import best_of, front_of, ls, status
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import build_space, parse_yaml
 
@@ -95,6 +97,25 @@ def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: 
             assert float(found) == pytest.approx(float(value), abs=0.02)
 
 
+# --- what programs read
+
+
+def test_the_page_names_every_key_that_programs_read(tmp_path: Path) -> None:
+    section = (DOCS / "compare.md").read_text().partition("## For other programs")[2].partition("\n## ")[0]
+    make_sweep(tmp_path / "sweep", 8)
+    found = status(tmp_path / "sweep")
+    table, _, rest = section.partition("\n`best`: ")
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])} == set(found)
+    assert {*found["trials"], *found["best"], *found["epochs"], *found["failures"]} <= set(
+        re.findall(r"`(\w+)`", table)
+    )
+    assert set(ls(tmp_path)[0]) <= set(re.findall(r"`(\w+)`", rest.partition("`ls`: ")[2].partition("`trials`: ")[0]))
+    best, plan = best_of(tmp_path / "sweep")
+    front = front_of([best], plan, 8)
+    assert {*front, *front["best"][0]} <= set(re.findall(r"`(\w+)`", rest.partition("`ls`: ")[0])) | {"best"}
+
+
 # --- links
 
 
@@ -138,7 +159,7 @@ def test_the_notebook_runs_from_space_to_report(ray_cluster: str, tmp_path: Path
     shown = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
     texts = [str(o.get("text") or o["data"]["text/plain"]) for o in shown if o.output_type != "error"]
     follows = [t for t in texts if "of 8 trials" in t]
-    assert len(follows) == 1 and "8 of 8 trials" in follows[0]  # one cell, kept up to date
+    assert len(follows) == 1 and "8 of 8 trials" in follows[0]  # one output, kept up to date
     assert any("8 trials, 0 errors; best: val_accuracy 0." in t for t in texts)
     assert "iframe" in shown[-1]["data"]["text/html"] and (tmp_path / "report.html").stat().st_size > 10**5
     said = [line for o in shown if o.get("name") == "stderr" for line in o["text"].splitlines()]

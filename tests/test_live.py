@@ -1,76 +1,220 @@
-"""The view of a running sweep, fed with events by hand."""
+"""The view of a running sweep, fed with events by hand; in a notebook, by a sweep."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from test_readers import change, make_sweep
 
+from tfkd_ray import live
+from tfkd_ray.arms import build_arms, new_comparison
+from tfkd_ray.experiment import write_experiment
 from tfkd_ray.live import Progress
+from tfkd_ray.readers import epochs_left
+from tfkd_ray.space import build_space
 
-ROWS = ["ce", "lsr"]
+EPOCHS = 9
+SPACE: dict[str, Any] = {
+    "student": "mlp",
+    "objective": ["ce", {"name": "lsr", "alpha": {"low": 0.1, "high": 0.4}}],
+    "epochs": EPOCHS,
+    "search": {"num_samples": 4},
+}
 
 
 class FakeTrial:
     """What the view reads of a Tune trial."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **about: Any) -> None:
         self.trial_id = name
-        self.config = {"trial": {"name": name, "epochs": 9}, "objective": {"name": name.split("-")[1]}}
+        about = {"name": name, "epochs": EPOCHS, "parameters": {f"objective.{name[6:]}.alpha": 0.123}, **about}
+        self.config = {"trial": about, "objective": {"name": name.split("-")[1]}}
         self.last_result = dict[str, Any]()
 
 
-def view(tmp_path: Path, *, terminal: bool = False, width: int = 80) -> tuple[Progress, io.StringIO]:
+def view(experiment: Path, *, terminal: bool = False, **search: Any) -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
-    progress = Progress(
-        tmp_path, ROWS, 4, "val_accuracy", "max", Console(file=out, force_terminal=terminal, width=width)
-    )
+    if not experiment.exists():
+        space = build_space({**SPACE, "search": {**SPACE["search"], **search}})
+        write_experiment(experiment, space.tree, ["tfkd"])
+    progress = Progress(experiment, Console(file=out, force_terminal=terminal, width=80, height=24))
     progress.setup()
     return progress, out
 
 
-def run(progress: Progress, name: str, epoch: int, value: float | None, failed: str | None = None) -> None:
-    trial = FakeTrial(name)
+def start(progress: Progress, name: str, **about: Any) -> FakeTrial:
+    trial = FakeTrial(name, **about)
     progress.on_trial_start(0, [], trial)
+    return trial
+
+
+def tell(progress: Progress, trial: FakeTrial, epoch: int, value: float) -> None:
+    result = {"epoch": epoch, "val_accuracy": value, "train_loss": 1 - value, "seconds": 2.0, "images_per_s": 750.0}
+    progress.on_trial_result(0, [], trial, result)
+
+
+def run(progress: Progress, name: str, epoch: int, value: float | None, failed: str | None = None) -> None:
+    trial = start(progress, name)
     if value is not None:
-        progress.on_trial_result(0, [], trial, {"epoch": epoch, "val_accuracy": value})
+        tell(progress, trial, epoch, value)
     trial.last_result = {"failed": failed} if failed else {}
     progress.on_trial_complete(0, [], trial)
 
 
+class Clock:
+    """Time that passes when the test says so."""
+
+    now = 1_000_000.0
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("time", "monotonic"):
+            monkeypatch.setattr(live.time, name, lambda: self.now)
+
+
 def test_piped_it_says_one_line_an_event(tmp_path: Path) -> None:
-    progress, out = view(tmp_path)
+    progress, out = view(tmp_path / "e")
     run(progress, "t0000-ce", 9, 0.9)
     run(progress, "t0001-lsr", 1, 0.5)
-    run(
-        progress,
-        "t0002-ce",
-        0,
-        None,
-        failed="RuntimeError: [/pytorch/third_party/gloo/x.cc:81] [enforce fail] timed out",
-    )
+    gloo = "RuntimeError: [/pytorch/third_party/gloo/x.cc:81] [enforce fail] timed out"
+    run(progress, "t0002-ce", 0, None, failed=f"{gloo}\nmore")
     assert out.getvalue().splitlines() == [
         "t0000-ce: started",
         "t0000-ce: done, val_accuracy 0.9000",
         "t0001-lsr: started",
         "t0001-lsr: stopped early at epoch 1, val_accuracy 0.5000",
         "t0002-ce: started",
-        "t0002-ce: failed: RuntimeError: [/pytorch/third_party/gloo/x.cc:81] [enforce fail] timed out",
+        f"t0002-ce: failed: {gloo}",
     ]
 
 
-@pytest.mark.parametrize("width", [20, 80, 200])
-def test_on_a_terminal_it_is_one_screen(tmp_path: Path, width: int) -> None:
-    progress, _ = view(tmp_path, terminal=True, width=width)
-    run(progress, "t0000-ce", 9, 0.0)
-    run(progress, "t0001-lsr", 0, None, failed="ValueError: " + "x" * 300)
-    progress.on_trial_start(0, [], FakeTrial("t0002-lsr"))
+def test_it_says_how_it_stands_to_the_second_and_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    budgets = {"time_budget_s": 3600, "cpu_hours": 2, "max_failed_trials": 3}
+    progress, _ = view(tmp_path / "sweep", num_samples=8, **budgets)
+    spent = tmp_path / "sweep" / "spent.json"
+    assert not [line for line in progress.lines(80, 24) if "left" in line or "/min" in line]  # no data, no claim
+    first = start(progress, "t0000-ce")
+    for epoch in range(1, EPOCHS + 1):
+        clock.now += 2
+        tell(progress, first, epoch, epoch / 10)
+    progress.on_trial_complete(0, [], first)
+    run(progress, "t0001-lsr", EPOCHS, 0.875)
+    run(progress, "t0002-ce", 1, 0.4)
+    run(progress, "t0003-lsr", 0, None, failed="Diverged: train_loss is nan")
+    second = start(progress, "t0004-ce")
+    clock.now += 2
+    tell(progress, second, 3, 0.6)
+    spent.write_text(json.dumps({"seconds": 20.0, "trial_seconds": 1800.0}))
+    # 12 epochs in 20 s. Of 4 trials that came to epoch 1, 1 was stopped there, so 3 new ones take 1 + 8 * 3/4 epochs,
+    # and the one that runs takes 6 more: 27 epochs at 0.6 a second
+    assert progress.lines(80, 24) == [
+        "sweep: 4 of 8 trials, 1 running, 0:20, about 0:45 left",
+        "36 epochs/min, 750 images/s, time 0:20 of 1:00:00, 0.50 of 2 CPU-hours",
+        "1 of 3 failures",
+        "",
+        "           full stopped failed  best val_accuracy    vs ce  running",
+        "ce            1       1      0             0.9000           t0004 3/9",
+        "lsr           1       0      1             0.8750  -0.0250",
+        "",
+        "best: t0000-ce, val_accuracy 0.9000: alpha 0.123",
+        "rung at epoch       1      3      9",
+        "  came there        4      3      2",
+        "  were stopped      1      0",
+        "failed: t0003-lsr: Diverged: train_loss is nan",
+    ]
+    progress._search = progress._search.model_copy(update={"time_budget_s": 50.0})
+    assert progress.lines(80, 24)[0].endswith("0:30 left of the time budget")
+
+
+def test_epochs_left_are_those_of_trials_stopped_as_often_as_so_far() -> None:
+    assert epochs_left([], [9, 9]) == 18
+    done, at_one, at_three = (9, 9, "done"), (1, 9, "stopped"), (3, 9, "stopped")
+    assert epochs_left([done], [9]) == 9
+    assert epochs_left([done, at_one], [9]) == 1 + 8 / 2
+    assert epochs_left([done, at_one, at_one, at_three], [9]) == 1 + (2 + 6 / 2) / 2
+    running = (2, 9, "running")  # passed epoch 1, so it counts there; what may stop it is epoch 3
+    assert epochs_left([done, at_one, at_three, running], []) == 1 + 6 / 2
+    assert epochs_left([(1, 9, "stopped")], [9]) == 1  # nobody went on
+    assert epochs_left([(1, 9, "failed"), (4, 9, "interrupted")], []) == 5
+
+
+def test_what_earlier_sessions_did_counts_and_a_retried_trial_counts_once(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "e", 48)
+    change(tmp_path / "e", 7, status="interrupted")
+    progress, _ = view(tmp_path / "e")
+    assert progress.lines(80, 24)[0].startswith("e: 47 of 48 trials, 0 running, 0:00")
+    start(progress, "t0039-ce")  # the one that failed
+    assert progress.lines(80, 24)[0].startswith("e: 46 of 48 trials, 1 running, 0:00")
+
+
+@pytest.mark.parametrize("width, height", [(20, 8), (80, 24), (200, 50)])
+@pytest.mark.parametrize("rungs", ["halving", "many"])
+def test_on_a_terminal_it_is_one_screen(tmp_path: Path, width: int, height: int, rungs: str) -> None:
+    stopping = {"stopping": {"name": "median", "min_epochs": 1}} if rungs == "many" else {}
+    make_sweep(tmp_path / "größe 試", 80, 100, search=stopping)
+    progress, _ = view(tmp_path / "größe 試", terminal=True)
+    for n in range(5):
+        run(progress, f"t{n:04d}-lsr", 0, None, failed="ValueError: " + "x" * 300)
+    for n in range(10, 40):
+        tell(progress, start(progress, f"t{n:04d}-kd_standardised", epochs=100), 17, 0.8)
+    lines = progress.lines(width, height)
     screen = io.StringIO()
-    Console(file=screen, width=width).print(progress.table())
+    Console(file=screen, width=width).print(progress._styled(lines))
     progress.stop()
-    lines = screen.getvalue().splitlines()
-    assert len(lines) <= 24 and max(len(line) for line in lines) <= width
+    shown = screen.getvalue().splitlines()
+    assert len(shown) < height and max(map(len, shown)) <= width
     if width >= 80:
-        assert "2 of 4 trials, 1 running" in lines[0]
-        assert "0.0000" in screen.getvalue() and "t0002 0/9" in screen.getvalue()
+        assert "failed: t0004-lsr: ValueError" in screen.getvalue() and "rung at epoch" in screen.getvalue()
+        assert ("t0010 17/100 0.8000, t0011" in screen.getvalue()) == (width == 200)
+        assert len(lines) <= 20
+
+
+def test_of_223_arms_those_that_run_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
+    arms = [{"name": f"arm-{n}", "objective": "ce", "optim": {"lr": (n + 1) / 300}} for n in range(223)]
+    compared = build_arms({"title": "Many", "arms": arms, "student": "mlp", "epochs": EPOCHS})
+    new_comparison(compared, [1001, 1002], tmp_path / "c")
+    progress, out = view(tmp_path / "c")
+    assert len(progress.lines(80, 24)) <= 23
+    for n in (0, 1, 2):
+        run_arm = start(progress, f"arm-{n}-s1001", arm=f"arm-{n}")
+        tell(progress, run_arm, EPOCHS, 0.5)
+        progress.on_trial_complete(0, [], run_arm)
+    for n in (100, 222):
+        tell(progress, start(progress, f"arm-{n}-s1001", arm=f"arm-{n}"), 4, 0.5)
+    lines = progress.lines(80, 24)
+    rows = {line.split()[0] for line in lines if line.startswith("arm-")}
+    assert {"arm-0", "arm-2", "arm-100", "arm-222"} <= rows and len(lines) <= 23
+    assert lines[0].startswith("c: 3 of 446 trials, 2 running")
+    assert f"and {223 - len(rows)} more, of which 0 have begun" in lines
+    assert next(line for line in lines if line.startswith("arm-222")).endswith("s1001 4/9")
+    assert "rung" not in "".join(lines) and "vs ce" not in "".join(lines) and "arm-0-s1001: done" in out.getvalue()
+
+
+NOTEBOOK = """
+from pathlib import Path
+from tfkd_ray import Progress, build_tuner
+space = {"student": {"name": "mlp", "hidden": [4]}, "objective": "ce", "epochs": 3,
+         "optim": {"lr": {"low": 0.01, "high": 0.5}}, "search": {"num_samples": 4}}
+grid = build_tuner(space, name="sweep", storage="here", callbacks=[Progress("here/sweep")]).fit()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
+def test_in_a_notebook_it_is_one_output_of_the_cell_that_fits(ray_cluster: str, tmp_path: Path) -> None:
+    import nbclient
+    import nbformat.v4
+
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=100, kernel_name="python3", resources=resources).execute()
+    outputs = [o for o in book.cells[0].outputs if o.output_type == "display_data"]
+    ours = [o["data"] for o in outputs if o["data"].get("text/html")]  # Ray's reporter leaves an empty one
+    assert len(ours) == 1, outputs
+    assert ours[0]["text/plain"].startswith("sweep: 4 of 4 trials, 0 running")
+    assert ours[0]["text/html"].startswith("<pre>sweep: 4 of 4 trials")
+    assert not [o for o in book.cells[0].outputs if o.output_type == "stream" and "started" in o["text"]]

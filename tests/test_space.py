@@ -128,6 +128,12 @@ def test_every_teacher_that_may_be_needed_is_known_before() -> None:
         ({"optim": {"lr": {"low": 1, "high": 2, "log": True, "step": 1}}}, "optim.lr: only one of log, step"),
         ({"optim": {"lr": {"low": 1, "high": 2, "step": 0}}}, "optim.lr.step: a number above 0, got 0"),
         ({"optim": {"lr": {"low": 1, "high": 2, "log_complement": True}}}, "optim.lr: log_complement needs 0 <= low < high < 1"),
+        ({"optim": {"lr": {"from": 1, "to": 5, "log": True}}}, "optim.lr: needs a number or a range, got {from: 1, to: 5, log: true}; a range is written {low: 1, high: 5, log: true}"),
+        ({"optim": {"lr": {"values": [1, 2]}}}, "optim.lr: needs a number or a range, got {values: [1, 2]}; a range is written {low: ..., high: ...}, or {choices: [...]}"),
+        ({"optim": {"lr": {"low": 1, "max": 2}}}, "optim.lr.max: no such key of a range; it is called 'high'"),
+        ({"objective": {"name": "lsr", "alpha": [0.4, 0.1]}}, "objective.lsr.alpha: a list is no range, got [0.4, 0.1]; write for all between {low: 0.1, high: 0.4}, for one of them {choices: [0.4, 0.1]}"),
+        ({"optim": {"batch_size": [8, 16, 32]}}, "optim.batch_size: a list is no range, got [8, 16, 32]; write for one of them {choices: [8, 16, 32]}"),
+        ({"teacher": {"epochs": [1, 2]}, "objective": "tfkd_self"}, "teacher.epochs: a list is no range"),
         ({"optim": {"lr": {"choices": []}}}, "optim.lr.choices: needs a list of at least one value, got []"),
         ({"optim": {"lr": {"choices": [1, 1]}}}, "optim.lr.choices: a value is given twice"),
         ({"optim": {"lr": {"choices": [1], "low": 1}}}, "optim.lr: choices stand alone, got also low"),
@@ -164,6 +170,21 @@ def test_a_wrong_space_gets_a_sentence(tree: dict[str, Any], sentence: str) -> N
     with pytest.raises(ConfigError) as error:
         space(**tree)
     assert any(p.startswith(sentence) for p in error.value.problems), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, note",
+    [
+        ({"search": {"num_samples": 6}}, "nothing is searched: all 6 trials are one and the same run"),
+        ({"objective": ["ce", "lsr"], "search": {"num_samples": 6}}, "nothing is searched: the 3 trials of ce, lsr each are"),
+        ({"objective": ["ce", {"name": "lsr", "alpha": {"low": 0.1, "high": 0.2}}]}, "nothing is searched for ce: the 12 trials of ce each"),
+        ({"search": {"num_samples": 1}}, None),
+        ({"optim": {"lr": {"low": 0.1, "high": 0.2}}}, None),
+    ],
+)  # fmt: skip
+def test_equal_trials_are_noted(changes: dict[str, Any], note: str | None) -> None:
+    notes = space(**changes).notes
+    assert notes == () if note is None else notes[-1].startswith(note), notes
 
 
 def test_all_problems_of_a_space_are_named_at_once() -> None:

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tfkd_ray.config import TrainConfig
+    from tfkd_ray.live import Progress
     from tfkd_ray.loop import train
     from tfkd_ray.schema import ConfigError
     from tfkd_ray.search import OptunaSearcher, StudyStopping
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ConfigError": "schema",
     "OptunaSearcher": "search",
+    "Progress": "live",
     "StudyStopping": "search",
     "TensorBoard": "tensorboard",
     "TrainConfig": "config",
@@ -31,6 +33,7 @@ _HOME = {
 __all__ = [
     "ConfigError",
     "OptunaSearcher",
+    "Progress",
     "StudyStopping",
     "TensorBoard",
     "TrainConfig",

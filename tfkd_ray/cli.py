@@ -12,7 +12,8 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("check", _check, "Check a search-space or arms file and say what it does; starts nothing.")
     file_and_overrides(sub, "a search-space or arms file")
+    sub.add_argument("--all", action="store_true", help="list every fixed setting, also those that are as usual")
 
     sub = verb("plan", _plan, "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.")
     file_and_overrides(sub, "a search-space file")
@@ -174,7 +176,10 @@ def _parser() -> argparse.ArgumentParser:
         if follow:
             sub.add_argument("-f", "--follow", action="store_true", help="go on as long as it runs")
 
-    experiment(verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`."))
+    sub = verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`; of a sweep with "
+               "several metrics, the trials that no other beats.")  # fmt: skip
+    experiment(sub)
+    sub.add_argument("--json", action="store_true", help="for programs")
 
     sub = verb("trials", _trials, "List the trials of an experiment.")
     experiment(sub)
@@ -273,7 +278,7 @@ def _check(args: argparse.Namespace) -> int:
     else:
         space = _load(args)
         example = space.example
-        print("\n".join(_describe(space)))
+        print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *_notes(space)]))
         for warning in warnings_of(space):
             print(f"warning: {warning}")
     example.try_networks()
@@ -332,12 +337,34 @@ def _describe(space: "Space") -> Iterator[str]:
         yield f"objective {branch.objective}:" + ("" if own else " nothing of its own")
         yield from (f"  {p.name:<34} {p.domain}" for p in own)
     yield from (f"teacher, once before the trials: {_made(run)}" for run in space.teacher_runs())
-    yield "fixed:"
+
+
+def _notes(space: "Space") -> Iterator[str]:
+    for note in space.notes:
+        yield from textwrap.wrap(f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
+    """What is fixed: the networks, and what differs from the recipe and the defaults; or everything."""
+    from tfkd_ray.config import TrainConfig
+
+    data, recipe = space.example.data, space.example.recipe
+    bare = {"objective": "ce", "data": data, "recipe": recipe, "precision": space.tree["precision"]}
+    usual = dict(_leaves(TrainConfig.model_validate(bare).model_dump(mode="json")))
+    own = {"name", *data.model_dump(exclude_defaults=True)}
     searched = {p.path for p in space.parameters}
+    count = 0
+    yield "fixed:"
     for path, value in _leaves(space.tree):
-        if path[0] not in ("search", "objective", "teacher") and path not in searched:
+        if path[0] in ("search", "objective", "teacher") or path in searched:
+            continue
+        differs = path[1] in own if path[0] == "data" else path[0] == "student" or usual.get(path) != value
+        count += not differs
+        if differs or whole:
             yield f"  {'.'.join(path):<34} {value}"
-    yield from (f"note: {note}" for note in space.notes)
+    if count and not whole:
+        named = recipe or next(iter(data.recipes))
+        yield f"  {count} more are as in the recipe {named} of {data.name}, or as usual (--all lists them)"
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -361,8 +388,8 @@ def _tune(args: argparse.Namespace) -> int:
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
 
-    for note in space.notes:
-        _say(f"note: {note}")
+    for line in _notes(space):
+        _say(line)
     return _sweep(
         space,
         experiment,
@@ -452,6 +479,24 @@ def _teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
         _say(f"teacher: {_made(run)}")
 
 
+def _teacher_lines(
+    runs: Iterable["TeacherRun"], storage: Path
+) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
+    """The same for many teachers: those that are made alike, but for the seed, are announced once."""
+    from tfkd_ray.teachers import is_trained
+
+    missing = {run.fingerprint(): _made(run) for run in runs if not is_trained(run, storage)}
+    counts = Counter(missing.values())
+
+    def say(run: "TeacherRun", about: dict[str, Any] | None) -> None:
+        if about is not None:
+            _teacher_line(run, about)
+        elif number := counts.pop(_made(run), 0):
+            _say(f"teacher: {_made(run)}" + (f" ({number} seeds)" if number > 1 else ""))
+
+    return say
+
+
 def _made(run: "TeacherRun") -> str:
     """How a teacher is made."""
     if run.weights is not None:
@@ -463,12 +508,11 @@ def _made(run: "TeacherRun") -> str:
 
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
     """Run a Tuner under our table and our Ctrl-C, then print what came out."""
-    progress = _progress(space, experiment)
-    started = time.monotonic()
+    progress = _progress(experiment)
     ended = _fit(progress, build)
     if ended is None:
         return FAILED
-    code = _summary(space, experiment, time.monotonic() - started, whole=ended and not progress.ended_by)
+    code = _summary(space, experiment, whole=ended and not progress.ended_by)
     if progress.ended_by:
         print(
             f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_short(experiment)} --time-budget SECONDS"
@@ -476,11 +520,10 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
     return code if ended else _interrupted(experiment)
 
 
-def _progress(space: "Space", experiment: Path) -> Any:
+def _progress(experiment: Path) -> Any:
     from tfkd_ray.live import Progress
 
-    rows = [b.objective for b in space.branches]
-    return Progress(experiment, rows, space.search.num_samples, space.search.metric, space.search.mode)
+    return Progress(experiment)
 
 
 def _fit(progress: Any, build: Callable[[Any], Any]) -> bool | None:
@@ -525,14 +568,15 @@ def _interrupted(experiment: Path) -> int:
     return INTERRUPTED
 
 
-def _summary(space: "Space", experiment: Path, seconds: float, *, whole: bool) -> int:
+def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
     from tfkd_ray.experiment import best, read_records
+    from tfkd_ray.readers import spent
 
     metric, mode = space.search.metric, space.search.mode
     records = read_records(experiment)
     count = {s: sum(r.status == s for r in records) for s in ("done", "stopped", "failed", "interrupted", "running")}
-    winner = best(records, metric, mode)
+    winner, seconds = best(records, metric, mode), spent(experiment)["seconds"]
     print(
         f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
         f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
@@ -632,7 +676,7 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
         def build(shown: Any) -> Any:
             return build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown])
 
-        _fit(_progress(space, tuned), build)
+        _fit(_progress(tuned), build)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
     if short := {name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n}:
         missing = ", ".join(f"{n} trials of {name}" for name, n in short.items())
@@ -669,11 +713,11 @@ def _compare(directory: Path, address: str | None) -> int:
 def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
     """Train the runs that a comparison lacks; see `_fit`."""
     from tfkd_ray.confirm import comparison_tuner
-    from tfkd_ray.live import Progress
 
-    rows = [arm.name for arm in compared.arms.arms]
-    progress = Progress(directory, rows, len(compared.runs), "train_loss", "min")
-    return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=_teacher_line))
+    progress = _progress(directory)
+    teachers = [teacher for run in compared.runs if (teacher := run.config.teacher_run())]
+    told = _teacher_lines(teachers, directory.parent)
+    return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=told))
 
 
 # --- export ----------------------------------------------------------------------------------------------------
@@ -846,15 +890,27 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
 
 
 def _best(args: argparse.Namespace) -> int:
-    from tfkd_ray.readers import best_of, read_lasts
-    from tfkd_ray.schema import dump_yaml
+    import json
+
+    from tfkd_ray.readers import best_lines, best_of, front_of, read_lasts
+    from tfkd_ray.schema import ConfigError, dump_yaml
 
     winner, plan = best_of(args.experiment)
-    assert plan.metric is not None, f"{plan=}"
-    value = f"{plan.metric} {winner.last[plan.metric]:.4f}"
-    count = len(read_lasts(args.experiment))
-    print(f"# {winner.name} of {args.experiment.name}: {value}, the best of {count} on validation")
-    print(dump_yaml(winner.config), end="")
+    front, records = [winner], read_lasts(args.experiment)
+    if len(plan.metrics) > 1:
+        from tfkd_ray.space import pareto
+
+        front = pareto(records, plan.metrics)
+        if not front:
+            raise ConfigError(
+                f"no trial of full length has a value of {' and of '.join(plan.metrics)}", args.experiment
+            )
+    found = front_of(front, plan, len(records))
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return OK
+    print("\n".join(f"# {line}" for line in best_lines(found, args.experiment)))
+    print(dump_yaml(front[0].config), end="")
     return OK
 
 

@@ -1,56 +1,76 @@
-"""The view of a running sweep: one table that refreshes in place on a terminal, one line an event when piped.
+"""The view of a running sweep: one screen that refreshes in place on a terminal, one updating output in a notebook, one
+line an event when piped.
 
-Results go to standard output at the end (`summary`); everything here goes to standard error.
+What was planned is read from the experiment. Results go to standard output at the end (`tfkd tune`); everything here
+goes to standard error. To show one thing more: a line in `Progress.lines`.
 """
 
+import html
 import math
 import sys
+import textwrap
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from tfkd_ray.experiment import read_records
+from tfkd_ray.readers import Plan, duration, epochs_left, fitted, padded, read_plan, spent
+from tfkd_ray.schema import validated
+from tfkd_ray.space import SearchConfig
 
 REFRESH_S = 0.25
+SPEED_EPOCHS = 200
+"""Speed is that of so many epochs, the last ones of all trials together."""
+NOTEBOOK = (110, 30)
+"""Columns and lines in a notebook."""
+
+
+@dataclass
+class _Run:
+    """A trial that has begun, in this session or an earlier one."""
+
+    name: str
+    row: str
+    epochs: int
+    """Of full length."""
+    parameters: dict[str, Any]
+    epoch: int = 0
+    status: str = "running"
+    value: float = math.nan
+    images_per_s: float = 0.0
 
 
 class Progress(tune.Callback):  # type: ignore[misc]
-    """Shows a sweep, or a comparison of arms, while it runs.
+    """Shows a sweep, or a comparison of arms, while it runs. Beside a `build_tuner` of your own it needs nothing else:
+
+        build_tuner(space, name="mine", callbacks=[Progress(Path("tfkd_results/mine"))]).fit()
 
     Args:
-        experiment: its directory.
-        rows: of the table: the objectives of a sweep, or the arms.
-        total: trials in all.
-        metric: whose last value is shown for each trial, and the best for each row; `mode` says which way is better.
+        experiment: its directory, which must be there when the sweep begins.
+        console: where it is shown. None: standard error, or the cell of a notebook that calls `fit`.
     """
 
-    def __init__(
-        self,
-        experiment: Path,
-        rows: Sequence[str],
-        total: int,
-        metric: str,
-        mode: str,
-        console: Console | None = None,
-    ) -> None:
-        self._experiment, self._total, self._metric, self._mode = experiment, total, metric, mode
+    ended_by = ""
+    """The budget that ended the sweep, if one did."""
+
+    def __init__(self, experiment: Path | str, console: Console | None = None) -> None:
+        self._experiment = Path(experiment)
         self._console = console or Console(file=sys.stderr)
         self._live: Live | None = None
-        self._start = self._drawn = time.monotonic()
-        self._running: dict[str, dict[str, Any]] = {}
-        self._counts: dict[str, Counter[str]] = {row: Counter() for row in rows}
-        self._best: dict[str, float] = {}
+        self._cell: Any = None
+        self._runs: dict[str, _Run] = {}
         self._failures: list[str] = []
-        self.ended_by = ""
-        """The budget that ended the sweep, if one did."""
+        self._notes: list[str] = []
+        self._epochs: deque[float] = deque(maxlen=SPEED_EPOCHS)
+        self._drawn = 0.0
 
     # --- events
 
@@ -60,12 +80,20 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self.note(f"ending: {budget}")
 
     def setup(self, **info: Any) -> None:
-        self._start = time.monotonic()
+        self._plan: Plan = read_plan(self._experiment)
+        self._metric = self._plan.metric or "train_loss"
+        search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
+        self._search = validated(SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *BUDGETS)})
+        self._start = time.time()
         for record in read_records(self._experiment):  # what earlier sessions did
             if record.status in ("done", "stopped", "failed"):
-                row = record.parameters.get("arm", record.objective)
-                self._count(row, record.status, record.last.get(self._metric, math.nan))
-        if self._console.is_terminal:
+                row, last = self._plan.row(record), record.last
+                run = _Run(record.name, row, self._plan.rows.get(row, 0), record.parameters)
+                run.epoch, run.status, run.value = int(last.get("epoch", 0)), record.status, _number(last, self._metric)
+                self._runs[record.name] = run
+        if self._console.is_jupyter:
+            self._cell = _Cell()
+        elif self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
         self._draw(force=True)
@@ -74,21 +102,23 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._draw()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        again = trial.trial_id in self._running
         about = trial.config["trial"]
-        self._running[trial.trial_id] = {
-            "name": about["name"],
-            "row": about.get("arm") or trial.config["objective"]["name"],
-            "epoch": 0,
-            "epochs": about["epochs"],
-        }
+        before = self._runs.pop(about["name"], None)  # the last to start stands last
+        again = before is not None and before.status == "running"
+        row = about.get("arm") or trial.config["objective"]["name"]
+        self._runs[about["name"]] = _Run(about["name"], row, about["epochs"], about.get("parameters", {}))
+        if not self._epochs:
+            self._epochs.append(time.monotonic())
         self._say(f"{about['name']}: {'started again' if again else 'started'}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if "epoch" in result and trial.trial_id in self._running:
-            self._running[trial.trial_id] |= {"epoch": result["epoch"], "value": result.get(self._metric)}
+        run = self._runs.get(trial.config["trial"]["name"])
+        if run is not None and "epoch" in result:
+            run.epoch, run.value = int(result["epoch"]), _number(result, self._metric)
+            run.images_per_s = _number(result, "images_per_s")
+            self._epochs.append(time.monotonic())
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, (trial.last_result or {}).get("failed"))
@@ -100,75 +130,225 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._say(f"{trial.config['trial']['name']}: its process was lost; it goes on from its last checkpoint")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self._draw(force=True)
         self.stop()
 
     def stop(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was; in a notebook, leave the last state."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._cell = None
 
     def note(self, text: str) -> None:
         """Say something that is no trial's event."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self._cell is not None:
+            self._notes.append(text)
+        else:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _end(self, trial: Any, failed: str | None) -> None:
-        run = self._running.pop(trial.trial_id, None)
-        if run is None:
+        run = self._runs.get(trial.config["trial"]["name"])
+        if run is None or run.status != "running":
             return
-        metric, value = self._metric, run.get("value")
-        value = math.nan if value is None else float(value)
+        value = f"{self._metric} {run.value:.4f}"
         if failed:
-            self._count(run["row"], "failed", value)
-            self._failures.append(f"{run['name']}: {failed.splitlines()[0]}")
-            self._say(f"{run['name']}: failed: {failed.splitlines()[0]}")
-        elif run["epoch"] < run["epochs"]:
-            self._count(run["row"], "stopped", value)
-            self._say(f"{run['name']}: stopped early at epoch {run['epoch']}, {metric} {value:.4f}")
+            run.status, reason = "failed", failed.splitlines()[0]
+            self._failures.append(f"{run.name}: {reason}")
+            self._say(f"{run.name}: failed: {reason}")
+        elif run.epoch < run.epochs:
+            run.status = "stopped"
+            self._say(f"{run.name}: stopped early at epoch {run.epoch}, {value}")
         else:
-            self._count(run["row"], "done", value)
-            self._say(f"{run['name']}: done, {metric} {value:.4f}")
-
-    def _count(self, row: str, status: str, value: float) -> None:
-        self._counts[row][status] += 1
-        sign = 1 if self._mode == "max" else -1
-        if status == "done" and sign * value > sign * self._best.get(row, -sign * math.inf):
-            self._best[row] = value
+            run.status = "done"
+            self._say(f"{run.name}: done, {value}")
 
     def _say(self, text: str) -> None:
-        if self._live is None:
+        if self._live is None and self._cell is None:
             self.note(text)
 
-    # --- the table
+    # --- what is shown
 
     def _draw(self, *, force: bool = False) -> None:
         now = time.monotonic()
-        if self._live is not None and (force or now - self._drawn >= REFRESH_S):
-            self._drawn = now
-            self._live.update(self.table(), refresh=True)
+        if (self._live is None and self._cell is None) or (not force and now - self._drawn < REFRESH_S):
+            return
+        self._drawn = now
+        if self._live is not None:
+            self._live.update(self._styled(self.lines(*self._console.size)), refresh=True)
+        else:
+            self._cell.show(self.lines(*NOTEBOOK))
 
-    def table(self) -> Group:
-        """The current state, at most one screen high."""
-        over = sum(sum(c.values()) for c in self._counts.values())
-        total = self._total
-        title = f"{self._experiment.name}: {over} of {total} trials, {len(self._running)} running, {self._elapsed()}"
-        table = Table(box=None, pad_edge=False)
-        for column in ("", "full", "stopped", "failed", f"best {self._metric}", "running"):
-            table.add_column(column, justify="left" if column in ("", "running") else "right", no_wrap=True)
-        for row, counts in self._counts.items():
-            runs = [r for r in self._running.values() if r["row"] == row]
-            running = ", ".join(f"{r['name'].split('-')[0]} {r['epoch']}/{r['epochs']}" for r in runs[:3])
-            best = f"{self._best[row]:.4f}" if row in self._best else ""
-            cells = [str(counts[k]) for k in ("done", "stopped", "failed")]
-            table.add_row(row, *cells, best, running + (f" +{len(runs) - 3}" if len(runs) > 3 else ""))
-        failures = [
-            Text(f"failed: {text}", style="red", overflow="ellipsis", no_wrap=True) for text in self._failures[-3:]
-        ]
-        return Group(Text(title, style="bold", overflow="ellipsis", no_wrap=True), table, *failures)
+    def _styled(self, lines: Sequence[str]) -> Group:
+        def style(line: str) -> str:
+            return "red" if line.startswith("failed:") else ""
 
-    def _elapsed(self) -> str:
-        seconds = int(time.monotonic() - self._start)
-        return f"{seconds // 60}:{seconds % 60:02d}"
+        first, *rest = lines
+        return Group(Text(first, style="bold", no_wrap=True), *(Text(t, style=style(t), no_wrap=True) for t in rest))
+
+    def lines(self, width: int, height: int) -> list[str]:
+        """The current state, as lines that leave at least one of the screen's free."""
+        runs = list(self._runs.values())
+        count = Counter(run.status for run in runs)
+        over = count["done"] + count["stopped"] + count["failed"]
+        used = spent(self._experiment, count["running"], since=self._start)
+        title = f"{over:,} of {self._plan.trials:,} trials, {count['running']} running, {duration(used['seconds'])}"
+        title += self._left(runs, used)
+        lines = [f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"]
+        lines += self._joined([*self._speed(runs), *self._budgets(used, count["failed"])], width)
+        below = [*self._best_lines(runs, width), *self._rungs(runs, width)]
+        below += [f"failed: {text}" for text in self._failures[-3:]] + self._notes[-2:]
+        rows = self._rows(runs, width, most=max(3, height - len(lines) - len(below) - 4))
+        lines += ["", *rows, "", *below]
+        return [fitted(line.rstrip(), width) for line in lines[: max(1, height - 1)]]
+
+    def _joined(self, parts: Sequence[str], width: int) -> list[str]:
+        """Parts with commas between them, on as few lines as they need."""
+        lines: list[str] = []
+        for part in parts:
+            if lines and len(lines[-1]) + len(part) + 2 <= width:
+                lines[-1] += f", {part}"
+            else:
+                lines.append(part)
+        return lines
+
+    def _speed(self, runs: Sequence[_Run]) -> Iterator[str]:
+        if rate := self._rate():
+            per_minute = 60 * rate
+            yield f"{per_minute:,.0f} epochs/min" if per_minute >= 10 else f"{per_minute:.2g} epochs/min"
+        images = sum(run.images_per_s for run in runs if run.status == "running" and run.images_per_s > 0)
+        if images:
+            yield f"{images:,.0f} images/s"
+
+    def _rate(self) -> float:
+        """Epochs a second of all trials together; 0 before there are any."""
+        seconds = time.monotonic() - self._epochs[0] if self._epochs else 0.0
+        return (len(self._epochs) - 1) / seconds if seconds > 0 else 0.0
+
+    def _left(self, runs: Sequence[_Run], used: dict[str, float]) -> str:
+        """How long it will go on at this speed; empty while there is none."""
+        rate = self._rate()
+        if not rate:
+            return ""
+        new = self._plan.not_begun(Counter(run.row for run in runs))
+        left = epochs_left([(run.epoch, run.epochs, run.status) for run in runs], new) / rate
+        budget = (self._search.time_budget_s or math.inf) - used["seconds"]
+        if budget < left:
+            return f", {duration(max(0.0, budget))} left of the time budget"
+        return f", about {duration(left)} left"
+
+    def _budgets(self, used: dict[str, float], failed: int) -> Iterator[str]:
+        tree = self._plan.about.get("space", {})
+        hours = used["trial_seconds"] / 3600 * tree.get("workers", 1)
+        for name, limit in self._search.budgets.items():
+            if name == "time_budget_s":
+                yield f"time {duration(used['seconds'])} of {duration(limit)}"
+            elif name == "max_failed_trials":
+                yield f"{failed} of {limit:g} failures"
+            else:
+                unit = name.removesuffix("_hours")
+                yield f"{hours * tree[f'{unit}s_per_worker']:.2f} of {limit:g} {unit.upper()}-hours"
+
+    def _best_of(self, runs: Sequence[_Run]) -> _Run | None:
+        sign = 1 if self._plan.mode == "max" else -1
+        judged = [run for run in runs if run.status == "done" and math.isfinite(run.value)]
+        return max(judged, key=lambda run: sign * run.value, default=None)
+
+    def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
+        """The best of a sweep, and its parameters."""
+        winner = self._best_of(runs) if self._plan.metric else None
+        if winner is None:
+            return []
+        short = {name.rpartition(".")[2]: value for name, value in winner.parameters.items()}
+        values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
+        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (f": {values}" if values else "")
+        return textwrap.wrap(text, width, subsequent_indent="  ", max_lines=2, placeholder=" ...")
+
+    def _rungs(self, runs: Sequence[_Run], width: int) -> list[str]:
+        """How many trials came to each rung, and how many were stopped there; neighbours share a column if need be."""
+        epochs = max(self._plan.rows.values(), default=0)
+        rungs = self._search.stopping.rungs(epochs) if self._plan.kind == "sweep" else []
+        if not rungs or not runs:
+            return []
+        each = math.ceil(len(rungs) / max(1, (width - 14) // 7 - 1))
+        groups = [*(rungs[k : k + each] for k in range(0, len(rungs), each)), [epochs]]
+        ends = [run.epoch for run in runs if run.status == "stopped"]
+        table = [
+            ("rung at epoch", [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups]),
+            ("  came there", [str(sum(run.epoch >= g[0] for run in runs)) for g in groups]),
+            ("  were stopped", [str(sum(g[0] <= epoch <= g[-1] for epoch in ends)) for g in groups[:-1]]),
+        ]  # fmt: skip
+        return [f"{label:<14}" + "".join(f"{cell:>7}" for cell in cells) for label, cells in table]
+
+    def _rows(self, runs: Sequence[_Run], width: int, *, most: int) -> list[str]:
+        """A line for each objective or arm; of many, those that run or ran last, and a line that counts the rest."""
+        by_row: dict[str, list[_Run]] = {row: [] for row in self._plan.rows}
+        for run in runs:
+            by_row.setdefault(run.row, []).append(run)
+        shown = list(by_row)
+        if len(shown) > most - 1:
+            order = {run.row: n for n, run in enumerate(runs)} | {
+                run.row: len(runs) + n for n, run in enumerate(runs) if run.status == "running"
+            }
+            first = sorted(by_row, key=lambda row: -order.get(row, -1))[: max(1, most - 2)]
+            shown = [row for row in by_row if row in first]
+        column = max(8, min(max(map(len, shown)), 20 if width < 120 else 40))
+        ce = self._best_of(by_row.get("ce", []))
+        versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1
+        head = f"best {self._metric}" if self._plan.metric else f"least {self._metric}"
+        cells = f"{'full':>6} {'stopped':>7} {'failed':>6}  {head:>{len(head)}}" + (f" {'vs ce':>8}" if versus else "")
+        lines = [f"{'':<{column}} {cells}  running"]
+        for row in shown:
+            count, best = Counter(run.status for run in by_row[row]), self._best_of(by_row[row])
+            value = f"{best.value:.4f}" if best else ""
+            lead = f"{best.value - ce.value:+.4f}" if best and ce and best is not ce else ""
+            text = f"{padded(row, column)} {count['done']:>6} {count['stopped']:>7} {count['failed']:>6}"
+            text += f"  {value:>{len(head)}}" + (f" {lead:>8}" if versus else "")
+            lines.append(f"{text}  {self._running(by_row[row], width - len(lines[0]) + 7)}")
+        if hidden := [row for row in by_row if row not in shown]:
+            begun = sum(bool(by_row[row]) for row in hidden)
+            lines.append(f"and {len(hidden)} more, of which {begun} have begun")
+        return lines
+
+    def _running(self, runs: Sequence[_Run], width: int) -> str:
+        """The running ones of a row, as many as there is room for."""
+        texts = []
+        for run in (run for run in runs if run.status == "running"):
+            name = run.name.split("-")[0] if self._plan.kind == "sweep" else run.name.removeprefix(f"{run.row}-")
+            value = f" {run.value:.4f}" if width >= 60 and math.isfinite(run.value) else ""
+            texts.append(f"{name} {run.epoch}/{run.epochs}{value}")
+        for shown in range(len(texts), 0, -1):
+            more = f" +{len(texts) - shown}" if shown < len(texts) else ""
+            text = ", ".join(texts[:shown]) + more
+            if len(text) <= width or shown == 1:
+                return text
+        return ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None, "_console": None}
+        return {**self.__dict__, "_live": None, "_cell": None, "_console": None}
+
+
+BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
+
+
+class _Cell:
+    """One output of a notebook's cell, kept up to date. It needs IPython alone, no widgets."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Replace what stands there."""
+        from IPython import display
+
+        text = "\n".join(lines)
+        both = {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
+        if self._handle is None:
+            self._handle = display.display(both, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(both, raw=True)
+
+
+def _number(metrics: dict[str, Any], name: str) -> float:
+    value = metrics.get(name)
+    return math.nan if value is None else float(value)

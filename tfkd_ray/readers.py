@@ -5,6 +5,7 @@ the last line is read, so 1,000 trials take a fraction of a second. An experimen
 comparison of arms (confirm.yaml). To show one thing more: a key in `status`, a line in `status_lines`.
 """
 
+import bisect
 import csv
 import io
 import json
@@ -16,7 +17,7 @@ import statistics
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -56,6 +57,12 @@ class Plan:
     """The whole file."""
 
     @property
+    def metrics(self) -> list[str]:
+        """All that are made good at once, the one that leads first."""
+        more = self.about["space"]["search"].get("more_metrics", []) if self.kind == "sweep" else []
+        return [self.metric, *more] if self.metric else []
+
+    @property
     def mode(self) -> str:
         """Which way of the metric is better."""
         return "max" if self.metric == "val_accuracy" else "min"
@@ -64,6 +71,13 @@ class Plan:
     def epochs(self) -> int:
         """Of all trials, were each of full length; rows share the trials equally."""
         return round(self.trials * statistics.fmean(self.rows.values()))
+
+    def not_begun(self, begun: Mapping[str, int]) -> list[int]:
+        """Full lengths of the trials that have not begun, where so many have, by row."""
+        if self.kind == "sweep":
+            return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
+        seeds = self.trials // max(1, len(self.rows))
+        return [epochs for row, epochs in self.rows.items() for _ in range(seeds - begun.get(row, 0))]
 
     def row(self, record: Record) -> str:
         """The row that a trial belongs to."""
@@ -245,8 +259,9 @@ def status(experiment: Path) -> dict[str, Any]:
     verdict       of a comparison: its sentences, one for each student; empty before it is judged
     epochs        done, planned (all trials of full length)
     elapsed_s     from its making until now, or until its last change; pauses are in it
+    ran_s         seconds that drivers ran its trials, all sessions together, without pauses; null in a comparison
     rate          epochs_per_s of all trials together in this session; null if not running
-    left_s        estimated: new and running trials take as many epochs as ended ones did; null if not running
+    left_s        estimated: at each epoch as large a share is stopped as so far; null if not running
     failures      the last three: trial, reason (first line)
     """
     plan = read_plan(experiment)
@@ -282,6 +297,7 @@ def status(experiment: Path) -> dict[str, Any]:
         "verdict": verdict or [],
         "epochs": {"done": done_epochs, "planned": plan.epochs},
         "elapsed_s": _elapsed(plan.created, _last_change(experiment) if finished or not alive else now),
+        "ran_s": _ran(experiment, alive=alive) if plan.kind == "sweep" else None,
         "rate": rate,
         "left_s": _left(plan, records, rate),
         "failures": [{"trial": r.name, "reason": _first_line(r.reason)} for r in failed[-3:]],
@@ -308,6 +324,45 @@ def best_of(experiment: Path) -> tuple[Record, Plan]:
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
     return winner, plan
+
+
+def front_of(front: Sequence[Record], plan: Plan, trials: int) -> dict[str, Any]:
+    """The best of a sweep as JSON's own types (`tfkd best --json`). Keys are only ever added:
+
+    metrics   what trials are judged by; the first one leads
+    trials    how many have begun
+    best      trial, objective, values by metric, parameters, config: of one trial, or, of several metrics, of each that
+              no other beats in all of them, the best in the first metric first
+    """
+    return {
+        "metrics": plan.metrics,
+        "trials": trials,
+        "best": [
+            {
+                "trial": r.name,
+                "objective": r.objective,
+                "values": {m: r.last[m] for m in plan.metrics},
+                "parameters": r.parameters,
+                "config": r.config,
+            }
+            for r in front
+        ],
+    }
+
+
+def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
+    """The same as lines; of several metrics a table."""
+    metrics, best = found["metrics"], found["best"]
+    if len(metrics) == 1:
+        value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
+        return [f"{best[0]['trial']} of {_name(experiment)}: {value}, the best of {found['trials']} on validation"]
+    lines = [
+        f"{_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
+        f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
+    ]
+    for entry in best:
+        lines.append(f"{padded(entry['trial'], 24)}" + "".join(f" {entry['values'][m]:>12.4f}" for m in metrics))
+    return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
 
 
 def _name(experiment: Path) -> str:
@@ -356,6 +411,10 @@ def _elapsed(created: str, until: float) -> float | None:
     return None
 
 
+def _ran(experiment: Path, *, alive: bool) -> float:
+    return spent(experiment, since=_changed(experiment / "driver.txt") if alive else math.inf)["seconds"]
+
+
 def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | None:
     """Epochs a second of all trials together, since the driver started or the first trial of this session did."""
     start = _changed(experiment / "driver.txt")
@@ -381,16 +440,56 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
 def _left(plan: Plan, records: Sequence[Record], rate: float | None) -> float | None:
     if not rate:
         return None
-    full = max(plan.rows.values())
-    ended = [_epoch(r) for r in records if r.status in ("done", "stopped")]
+    runs = [(_epoch(r), int(r.config.get("epochs", 0)), r.status) for r in records]
+    return epochs_left(runs, plan.not_begun(Counter(plan.row(r) for r in records))) / rate
 
-    def length(epoch: int) -> float:
-        """Epochs that a trial takes in all which has come as far as `epoch`."""
-        return statistics.fmean([e for e in ended if e > epoch] or [max(full, epoch)])
 
-    begun = [r for r in records if r.status in ("running", "interrupted")]
-    epochs = sum(length(_epoch(r)) - _epoch(r) for r in begun) + max(0, plan.trials - len(records)) * length(0)
-    return epochs / rate
+def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> float:
+    """Epochs that trials will still take, if as many are stopped at each epoch as were among those that came there.
+
+    (The estimator of Kaplan and Meier: a trial that runs counts for the epochs that it has behind it.) Before one is
+    stopped, all are taken to run their full length.
+
+    Args:
+        begun: (epoch, full length, status) of each trial.
+        new: the full length of each that has not begun.
+    """
+    at_end = sorted(epoch for epoch, _, _ in begun)
+    stopped = Counter(epoch for epoch, _, status in begun if status == "stopped")
+    goes_on = {}
+    for epoch, n in sorted(stopped.items()):
+        beyond = len(at_end) - bisect.bisect_right(at_end, epoch)
+        goes_on[epoch] = beyond / (beyond + n)
+
+    def rest(epoch: int, full: int) -> float:
+        total, share = 0.0, 1.0
+        for stop, part in goes_on.items():
+            if epoch < stop < full:
+                total, share, epoch = total + share * (stop - epoch), share * part, stop
+        return total + share * max(0, full - epoch)
+
+    lengths = Counter((0, full) for full in new)
+    lengths.update((epoch, full) for epoch, full, status in begun if status in ("running", "interrupted"))
+    return sum(n * rest(*where) for where, n in lengths.items())
+
+
+def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dict[str, float]:
+    """`seconds` that drivers ran a sweep, and `trial_seconds`, those of its trials added up: what budgets count.
+
+    Args:
+        running: trials that run now.
+        since: when the driver began that runs it now, in seconds since 1970. inf: none does.
+    """
+    path = experiment / "spent.json"
+    try:
+        counted = json.loads(path.read_text(encoding="utf-8"))
+        seconds, trials = float(counted["seconds"]), float(counted["trial_seconds"])
+    except FileNotFoundError:
+        seconds = trials = 0.0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", path) from None
+    more = max(0.0, time.time() - max(_changed(path), since))
+    return {"seconds": seconds + more, "trial_seconds": trials + running * more}
 
 
 def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
@@ -399,7 +498,7 @@ def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
     over = sum(trials[s] for s in ("done", "stopped", "failed"))
     tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
     tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
-    lines = [_fit(found["name"], max(8, width - len(tail))) + tail, ""]
+    lines = [fitted(found["name"], max(8, width - len(tail))) + tail, ""]
     if found["preset"]:
         lines.insert(1, f"PRESET {found['preset']}: scaled down, not comparable with what is published")
     heading = f"best {metric}" if metric else ""
@@ -407,7 +506,9 @@ def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
     for name, row in found["rows"].items():
         shown = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
         running = row["running"] + row["interrupted"] if found["state"] != "running" else row["running"]
-        lines.append(f"{_pad(name, 24)} {running:>7} {row['done']:>6} {row['stopped']:>7} {row['failed']:>6}  {shown}")
+        lines.append(
+            f"{padded(name, 24)} {running:>7} {row['done']:>6} {row['stopped']:>7} {row['failed']:>6}  {shown}"
+        )
     lines.append("")
     if found["best"]:
         best, shared = found["best"], found["best"]["shared_by"]
@@ -421,14 +522,15 @@ def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
         lines.append("no trial of full length yet, so there is no best one")
     for sentence in found["verdict"]:
         lines += textwrap.wrap(f"verdict, {sentence}", width, subsequent_indent="  ")
-    parts = [f"elapsed {duration(found['elapsed_s'])}"] if found["elapsed_s"] is not None else []
+    shown = "ran" if found["ran_s"] else "elapsed"
+    parts = [f"{shown} {duration(found[f'{shown}_s'])}"] if found[f"{shown}_s"] is not None else []
     parts += [f"{found['rate']:.2g} epochs/s"] if found["rate"] else []
     parts += [f"about {duration(found['left_s'])} left"] if found["left_s"] is not None else []
     if found["state"] == "interrupted":
         parts.append("go on with: tfkd resume")
     lines += [", ".join(parts)] if parts else []
     lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
-    return [_fit(line.rstrip(), width) for line in lines]
+    return [fitted(line.rstrip(), width) for line in lines]
 
 
 def duration(seconds: float) -> str:
@@ -438,14 +540,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-def _fit(text: str, width: int) -> str:
+def fitted(text: str, width: int) -> str:
     """Text without control characters, cut to a number of terminal columns."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
-def _pad(text: str, width: int) -> str:
-    return set_cell_size(_fit(text, width), width)
+def padded(text: str, width: int) -> str:
+    """Text of exactly so many terminal columns."""
+    return set_cell_size(fitted(text, width), width)
 
 
 # --- trials ----------------------------------------------------------------------------------------------------
@@ -712,5 +815,5 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
         best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else entry["why"] or ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
         best = best or (arms if entry["kind"] == "comparison" else "")
-        lines.append(f"{_pad(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
-    return [_fit(line.rstrip(), width) for line in lines]
+        lines.append(f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
+    return [fitted(line.rstrip(), width) for line in lines]

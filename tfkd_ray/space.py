@@ -433,6 +433,11 @@ TAUGHT = {
 } - {"tfkd_self"}
 """Objectives whose teacher has a network of its own."""
 RANGE_KEYS = {"low", "high", "log", "step", "log_complement"}
+ENDS = {
+    **dict.fromkeys(("min", "minimum", "from", "lower", "lo", "start"), "low"),
+    **dict.fromkeys(("max", "maximum", "to", "upper", "hi", "end", "stop"), "high"),
+}
+"""What the ends of a range are called elsewhere."""
 
 
 def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
@@ -456,7 +461,9 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
     unknown = [key for key in value if key not in RANGE_KEYS]
     if unknown:
         raise ConfigError(
-            [f"{where}.{key}: no such key of a range; {did_you_mean(key, RANGE_KEYS)}" for key in unknown]
+            f"{where}.{key}: no such key of a range; "
+            + (f"it is called {ENDS[key]!r}" if key in ENDS else did_you_mean(key, RANGE_KEYS))
+            for key in unknown
         )
     for key in ("low", "high"):
         if not isinstance(value.get(key), int | float) or isinstance(value.get(key), bool):
@@ -486,6 +493,27 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
     if whole and any(v is not None and v != int(v) for v in (low, high, step)):
         raise ConfigError(f"{where}: whole numbers only, got {Range(low, high, log, step, complement)}")
     return Range(low, high, log, step, complement, whole)
+
+
+def _range_meant(value: Any, path: Path_) -> str:
+    """How to write what stands, as a list or settings, where a number belongs."""
+    where, got = ".".join(path), _flow(value)
+    if isinstance(value, list):
+        numbers = len(value) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        between = f"for all between {{low: {min(value)}, high: {max(value)}}}, " if numbers else ""
+        return f"{where}: a list is no range, got {got}; write {between}for one of them {{choices: {got}}}"
+    renamed = {ENDS.get(key, key): v for key, v in value.items()}
+    right = _flow(renamed) if {"low", "high"} <= set(renamed) else "{low: ..., high: ...}, or {choices: [...]}"
+    return f"{where}: needs a number or a range, got {got}; a range is written {right}"
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _is_finite(value: Any) -> bool:
@@ -698,7 +726,21 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     problems = [f"search.{p}" for p in _search_problems(space, size)]
     if problems:
         raise ConfigError(problems, source)
-    return space
+    return dataclasses.replace(space, notes=(*space.notes, *_idle(space)))
+
+
+def _idle(space: Space) -> Iterator[str]:
+    """That trials differ in nothing, where they do."""
+    share = space.search.num_samples // len(space.groups)
+    idle = [b.objective for b in space.branches if not b.parameters]
+    if share < 2 or not idle or (len(idle) < len(space.branches) and not space.search.split):
+        return
+    whose = f"the {share} trials of {', '.join(idle)} each" if len(space.groups) > 1 else f"all {share} trials"
+    what = "nothing is searched" if len(idle) == len(space.branches) else f"nothing is searched for {', '.join(idle)}"
+    yield (
+        f"{what}: {whose} are one and the same run, seed included; write a range, or train it once with tfkd train, or "
+        "over several seeds with tfkd confirm and a file of arms"
+    )
 
 
 MAX_GRID = 100_000
@@ -1009,6 +1051,8 @@ def _branch(tree: Tree) -> Branch:
             there = (*path, str(key))
             try:
                 domain = _domain(v, _public(there, objective), whole=_is_whole(there, objective))
+                if domain is None and isinstance(v, list | dict) and _is_number(there, objective):
+                    raise ConfigError(_range_meant(v, _public(there, objective)))
             except ConfigError as error:
                 problems.extend(error.problems)
                 continue
@@ -1068,15 +1112,24 @@ def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
 
 def _is_whole(path: Path_, objective: str) -> bool | None:
     """Whether the setting at a path is an integer; None if it is not ours (an argument of a person's own function)."""
+    found = _types(path, objective)
+    return any(int in types and float not in types for types in found) if found else None
+
+
+def _is_number(path: Path_, objective: str) -> bool:
+    """Whether the setting at a path is a number, or nothing."""
+    found = _types(path, objective)
+    return bool(found) and all(types <= {int, float, type(None)} for types in found)
+
+
+def _types(path: Path_, objective: str) -> list[set[Any]]:
+    """What may stand at a path, for each network, objective, ... that has such a setting; empty if none of ours has."""
     *above, last = _public(path, objective)
     models = [TrainConfig]
     for part in above:
         below = [m for model in models if part in model.model_fields for m in members(model.model_fields[part])]
         models = below or [m for m in models if tag(m) == part]  # type: ignore[assignment]
-    fields = [m.model_fields[last] for m in models if last in m.model_fields]
-    if not fields:
-        return None
-    return any(int in types and float not in types for types in (set(leaves(f.annotation)) for f in fields))
+    return [set(leaves(m.model_fields[last].annotation)) for m in models if last in m.model_fields]
 
 
 def _public(path: Path_, objective: str) -> Path_:
