@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-browser test-gpu check ci format clean
+.PHONY: help demo test test-fast test-faults test-browser test-gpu test-cluster check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -32,11 +32,11 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'fault', 'browser' and 'gpu', on two processes; one of them has the Ray cluster"
-	@$(BIN)/python -m pytest -m 'not fault and not browser and not gpu' -n 2 --dist loadgroup $(ARGS)
+	@echo "test: all but the marks 'fault', 'browser', 'cluster' and 'gpu', on two processes; one of them has the Ray cluster"
+	@$(BIN)/python -m pytest -m 'not fault and not browser and not cluster and not gpu' -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not browser and not gpu' -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not browser and not cluster and not gpu' -n 2 $(ARGS)
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)
@@ -47,6 +47,10 @@ test-browser: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-cluster: $(VENV)/.installed
+	@command -v rsync >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync"; exit 2; }
+	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
 check: $(VENV)/.installed
 	@$(BIN)/ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }

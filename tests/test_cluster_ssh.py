@@ -30,10 +30,9 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Cluster:
-    """Where its files are, and the environment of whoever uses it."""
+    """Where its files are (`work/` is the folder of its user), and the environment of whoever uses it."""
 
     place: Path
-    file: Path
     env: dict[str, str]
 
 
@@ -66,7 +65,8 @@ def on_loopback(place: Path) -> str:
     for old, new in changes.items():
         assert old in head, old
         head = head.replace(old, new)
-    more = {"6380": "6981", "6381": "6982", "52365": "6984", "52366": "6985", "52367": "6986", "52368": "6987",
+    more = {"RAY_AUTH_MODE=token": "RAY_AUTH_MODE=token RAY_gcs_rpc_server_reconnect_timeout_s=5",  # not 60
+            "6380": "6981", "6381": "6982", "52365": "6984", "52366": "6985", "52367": "6986", "52368": "6987",
             "20000": "27000", "24999": "27499",
             "HEAD_IP:6379": f"HEAD_IP:6390 --node-ip-address={WORKER} {own}/w"}  # fmt: skip
     for old, new in more.items():
@@ -87,6 +87,7 @@ def cluster() -> Iterator[Cluster]:
     os.chdir(place)
     (place / "home").mkdir(mode=0o700)
     (place / "bin").mkdir()
+    (place / "work").mkdir()
     for name in ("host", "key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", name], check=True)
     Path("/run/sshd").mkdir(exist_ok=True)
@@ -103,9 +104,8 @@ def cluster() -> Iterator[Cluster]:
     for name in ("ray", "ssh"):
         (place / "bin" / name).chmod(0o755)
     (place / "token").write_text(secrets.token_hex(32))
-    (place / "cluster.yaml").write_text(on_loopback(place))
-    (place / "work").mkdir()
-    (place / "work/mine.yaml").write_text(
+    (place / "work/mine.yaml").write_text(on_loopback(place))
+    (place / "work/space.yaml").write_text(
         "student: {name: mlp, hidden: [8]}\nepochs: 3\nobjective: ce\nsearch: {num_samples: 2, stopping: none}\n"
         "optim: {lr: {low: 0.01, high: 0.5, log: true}}\n"
     )
@@ -117,7 +117,7 @@ def cluster() -> Iterator[Cluster]:
         while subprocess.run(["ss", "-ltnH", f"src {HEAD}:22"], capture_output=True).stdout == b"":
             assert time.monotonic() < until and sshd.poll() is None, (place / "sshd.log").read_text()
             time.sleep(0.1)
-        yield Cluster(place, place / "cluster.yaml", {"RAY_AUTH_TOKEN_PATH": str(place / "token")})
+        yield Cluster(place, {"RAY_AUTH_TOKEN_PATH": str(place / "token")})
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -136,64 +136,68 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(shared(place), ignore_errors=True)
 
 
-def test_a_cluster_is_started_by_ssh_runs_a_sweep_as_a_job_and_ends(cluster: Cluster, tfkd: Run) -> None:
-    place, file, nfs = cluster.place, str(cluster.file), shared(cluster.place)
+SHOWN = re.findall(r"^\$ tfkd (.*?)(?:  +#.*)?$", (ROOT / "docs/clusters.md").read_text(), re.M)
+
+
+def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_end_it(
+    cluster: Cluster, tfkd: Run
+) -> None:
+    place, nfs = cluster.place, shared(cluster.place)
 
     def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return tfkd(*words, cwd=place / "work", timeout=200, **{**cluster.env, **env})
 
-    checked = run("cluster", "check", file)
+    def page(verb: str, *more: str, name: str = "") -> subprocess.CompletedProcess[str]:
+        """Run the command of docs/clusters.md that begins so."""
+        (line,) = (line for line in SHOWN if line.startswith(verb))
+        return run(*line.replace("/mnt/shared/tfkd_results/NAME", f"{nfs}/{name}").split(), *more)
+
+    assert len(SHOWN) == 6
+    checked = run("cluster", "check", "mine.yaml")
     assert checked.returncode == 0, checked.stderr
-    assert "is down" in run("cluster", "status", file).stdout
+    assert "is down" in page("cluster status").stdout
 
-    up = run("cluster", "up", file)
+    up = page("cluster up")
     assert up.returncode == 0, up.stderr
-    assert (
-        oct((place / "token").stat().st_mode)[-3:] == oct((place / "home/.ray/auth_token").stat().st_mode)[-3:] == "600"
-    )
-    again = run("cluster", "up", file)  # a running cluster is left alone
+    modes = {oct(path.stat().st_mode)[-3:] for path in (place / "token", place / "home/.ray/auth_token")}
+    assert modes == {"600"}
+    again = page("cluster up")  # a running cluster is left alone
     assert again.returncode == 0 and "Ray runtime started" not in again.stdout + again.stderr, again.stderr
-
     until = time.monotonic() + 60
-    while "2 nodes" not in (status := run("cluster", "status", file)).stdout:
+    while "2 nodes" not in (status := page("cluster status")).stdout:
         assert time.monotonic() < until, status.stdout + status.stderr
         time.sleep(2)
 
     # a token that is not the cluster's, and none, each with its own sentence
     (place / "wrong").write_text("0" * 64)
-    for env, sentence in (
-        ({"RAY_AUTH_TOKEN_PATH": str(place / "wrong")}, "refuses the token that is here"),
-        ({"RAY_AUTH_TOKEN_PATH": str(place / "none")}, "wants a token, and there is none here"),
-    ):
-        refused = run("cluster", "submit", file, "--", "true", **env)
+    for path, sentence in (("wrong", "refuses the token that is here"), ("none", "wants a token, and there is none")):
+        refused = run("cluster", "submit", "mine.yaml", "--", "true", RAY_AUTH_TOKEN_PATH=str(place / path))
         assert refused.returncode == 2 and sentence in refused.stderr and "Traceback" not in refused.stderr
 
-    # a sweep as a job: both nodes take part, the results are on the shared directory
-    swept = run("tune", "mine.yaml", "--cluster", file, "--name", "one")
-    assert swept.returncode == 0, swept.stderr
-    assert [r.status for r in read_records(nfs / "one")] == ["done", "done"]
-    token = (place / "token").read_text()
-    written = [p for p in nfs.rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
-    assert not written and token not in swept.stderr + swept.stdout
-    assert "one" in run("status", str(nfs / "one")).stdout
-
-    # detached, and followed later; a resume as a job
-    sent = run("resume", str(nfs / "one"), "--add-trials", "1", "--cluster", file, "--detach")
+    # a sweep as a job, not waited for; followed later; the results are on the shared directory
+    sent = page("tune")
     assert sent.returncode == 0, sent.stderr
-    followed = run("cluster", "logs", file)
-    assert followed.returncode == 0 and "3 trials" in followed.stderr, followed.stderr
-    assert len(read_records(nfs / "one")) == 3
+    followed = page("cluster logs")
+    assert followed.returncode == 0 and "2 trials" in followed.stderr, followed.stderr
+    (experiment,) = (path.parent for path in nfs.glob("*/experiment.yaml"))
+    assert [r.status for r in read_records(experiment)] == ["done", "done"]
+    assert f"job tune-{experiment.name.removeprefix('space-')[:8]}" in page("cluster status").stdout
+    assert "2 of 2" in run("status", str(experiment)).stdout
+    resumed = page("resume", "--add-trials", "1", name=experiment.name)
+    assert resumed.returncode == 0 and "3 trials" in resumed.stderr, resumed.stderr
+    assert len(read_records(experiment)) == 3
 
-    # what is sent holds no secrets
-    listed = run("cluster", "submit", file, "--", "ls", "-a")
-    assert "mine.yaml" in listed.stderr and ".env\n" not in listed.stderr and "plain-name" not in listed.stderr, (
-        listed.stderr
-    )
+    # the token is in no file of the experiment, and was not said
+    token = (place / "token").read_text()
+    files = [path for path in nfs.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if token.encode() in path.read_bytes()]
+    assert not [r for r in (up, sent, followed, resumed) if token in r.stdout + r.stderr]
 
-    # a job that fails is a failure here
-    failed = run("cluster", "submit", file, "--", "false")
+    # a job that fails is a failure here; what it was sent holds no secrets
+    failed = run("cluster", "submit", "mine.yaml", "--", "sh", "-c", "ls -a; exit 3")
     assert failed.returncode == 1 and "failed" in failed.stderr
+    assert "space.yaml\n" in failed.stderr
+    assert ".env\n" not in failed.stderr and "plain-name\n" not in failed.stderr, failed.stderr
 
-    down = run("cluster", "down", file)
+    down = page("cluster down")
     assert down.returncode == 0 and "is down: nothing of it runs" in down.stdout, down.stdout + down.stderr
-    assert "is down" in run("cluster", "status", file).stdout
