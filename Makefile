@@ -1,6 +1,7 @@
 # make demo   set up, then run the sweep of the README
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
+# make test-cluster  two nodes by ssh on loopback, a sweep as a job (some minutes; as root, with sshd and rsync)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

@@ -22,7 +22,7 @@ from conftest import ROOT, Run
 
 from tfkd_ray.experiment import read_records
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 HEAD, WORKER = "127.77.0.1", "127.77.0.2"
 BIN = Path(sys.executable).parent
@@ -201,3 +201,35 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
 
     down = page("cluster down")
     assert down.returncode == 0 and "is down: nothing of it runs" in down.stdout, down.stdout + down.stderr
+
+
+def test_a_cluster_on_this_machine_starts_runs_a_job_and_ends_without_touching_others(tfkd: Run) -> None:
+    place = Path(tempfile.mkdtemp(prefix="tc"))
+    text = (ROOT / "clusters/local.yaml").read_text()
+    ports = "--ray-client-server-port=6491 --dashboard-agent-listen-port=6492 --min-worker-port=28000 --max-worker-port=28499"
+    changes = {"6379": "6490", "8265": "8399", "/tmp/tfkd-local": f"{place}/t", "2000000000": "150000000",
+               "--num-cpus=$(nproc)": f"--num-cpus=1 {ports}"}  # fmt: skip
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (place / "mine.yaml").write_text(text)
+    (place / "token").write_text("t" * 64)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return tfkd("cluster", *words, cwd=place, timeout=100, RAY_AUTH_TOKEN_PATH=str(place / "token"))
+
+    bystander = subprocess.Popen(["bash", "-c", "sleep 200", f"{place}/other/session"])
+    try:
+        up = run("up", "mine.yaml")
+        assert up.returncode == 0, up.stderr
+        assert "1 node" in run("status", "mine.yaml").stdout
+        assert run("submit", "mine.yaml", "--", "false").returncode == 1
+    finally:
+        down = run("down", "mine.yaml")
+        ended = bystander.poll()
+        bystander.kill()
+        bystander.wait()
+    assert down.returncode == 0 and "is down" in down.stdout and ended is None, down.stderr
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if f"{place}/t/session".encode() in p.read_bytes()]
+    assert not left
+    shutil.rmtree(place, ignore_errors=True)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from tfkd_ray.cli import main
-from tfkd_ray.clusterfile import LOOPBACK, check, load_cluster, node_types, option
+from tfkd_ray.clusterfile import check, load_cluster, node_types
 from tfkd_ray.jobs import stage
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import build_space
@@ -129,6 +129,8 @@ MUTATIONS = {
     "token not copied": ("aws-gpu.yaml", "file_mounts:\n  ~/.ray/auth_token: ~/.ray/auth_token\n", "file_mounts: {}\n", "file_mounts: the nodes do not get the token; add: ~/.ray/auth_token: ~/.ray/auth_token"),
     "token in the file": ("aws-gpu.yaml", START, f"{START} RAY_AUTH_TOKEN=abc", "RAY_AUTH_TOKEN: a token does not belong in a file"),
     "dashboard": ("aws-gpu.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "head_start_ray_commands: --dashboard-host=0.0.0.0 lets others than this node run code on it; use 127.0.0.1"),
+    "no directory of its own": ("local.yaml", "    --temp-dir=/tmp/tfkd-local", "   ", "head_start_ray_commands: --temp-dir: required, and not /tmp/ray"),
+    "long directory": ("local.yaml", "--temp-dir=/tmp/tfkd-local", f"--temp-dir=/tmp/{'x' * 40}", "is too long for the names of Ray's sockets; use at most 40 characters"),
     "no start": ("aws-gpu.yaml", "head_start_ray_commands:", "metadata_of_old:", "metadata_of_old: no such field"),
     "Ray's own start": ("onprem.yaml", re.compile(r"head_start_ray_commands:\n.*?\n\n", re.S), "", "head_start_ray_commands: required, with a `ray start`; Ray's own starts without a token"),
     "driver": ("onprem.yaml", " --resources='{\"tfkd_driver\": 1000}'", "", "head_start_ray_commands: the head lacks the resource 'tfkd_driver'"),
@@ -472,7 +474,7 @@ def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pyt
         (["--cluster", "aws-gpu", "--address", "auto"], "--cluster and --address: one of them says where the sweep runs"),
         (["--detach"], "--detach: needs --cluster FILE or --address http://..."),
         (["--address", "ray://x:10001"], "--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got 'ray://x:10001'"),
-        (["--address", "nonsense"], "--address: auto, HOST:PORT or http://HOST:PORT"),
+        (["--address", "nonsense"], "--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got 'nonsense'"),
         (["--address", "127.0.0.1:9"], "no Ray head answers at 127.0.0.1:9 within 10 s"),
         (["--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
         (["--address", "http://127.0.0.1:9", "--storage", "x"], "--storage: an absolute path that all nodes of the cluster see, got x"),
@@ -502,6 +504,21 @@ def test_a_job_from_a_machine_with_other_versions_is_refused(
     assert "other versions than the cluster (torch 2.13.0 there and " in err
 
 
-def test_names_of_the_rules_of_this_page() -> None:
-    """What is loopback here is so for Ray."""
-    assert "0.0.0.0" not in LOOPBACK and option("ray start --port=1 --x 2", "port") == "1"
+@pytest.mark.parametrize(
+    "token, reason, sentence",
+    [
+        (None, "Failed to connect", "there is no token here"),
+        ("x", "Failed to connect to Ray cluster at a:1", "it answers, so the token here"),
+        ("x", "Can't find a `node_ip_address.json` file", "this machine is no node of it: submit a job instead"),
+        ("x", "Version mismatch: the cluster has Ray 2.59", "cannot join the Ray cluster at a:1: Version mismatch"),
+    ],
+)
+def test_why_a_cluster_could_not_be_joined(
+    here: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, reason: str, sentence: str
+) -> None:
+    from tfkd_ray.cluster import _cannot_join
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    if token:
+        (here / "token").write_text(token)
+    assert sentence in _cannot_join("a:1", reason)

@@ -67,9 +67,9 @@ def _check_answers(address: str) -> None:
     """Raise where nothing listens at HOST:PORT; Ray would take minutes to say so."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {address!r}")
+        raise ConfigError(f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {address!r}")
     try:
-        socket.create_connection((host, int(port)), timeout=TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"no Ray head answers at {address} within {TIMEOUT_S} s ({error}); is it up, and is this machine one of "

@@ -473,6 +473,15 @@ def _starts(file: ClusterFile) -> Iterator[str]:
                     f"{field}: --dashboard-host={host} lets others than this node run code on it; use 127.0.0.1, and "
                     f"reach it by: ray dashboard {file.path}"
                 )
+    for field, commands in (("head_start_ray_commands", file.head), ("worker_start_ray_commands", file.workers)):
+        place = option(commands, "temp-dir")
+        if place is not None and len(place) > 40:
+            yield f"{field}: --temp-dir={place} is too long for the names of Ray's sockets; use at most 40 characters"
+    if file.here and option(file.head, "temp-dir") in (None, "/tmp/ray"):
+        yield (
+            "head_start_ray_commands: --temp-dir: required, and not /tmp/ray: `down` ends the processes that have it "
+            "in their command line; add: --temp-dir=/tmp/tfkd-local"
+        )
     if re.search(r"RAY_AUTH_TOKEN=", file.text):
         yield "RAY_AUTH_TOKEN: a token does not belong in a file; put it in ~/.ray/auth_token, and that in file_mounts"
     types = file.tree.get("available_node_types") or {}
