@@ -1,11 +1,19 @@
 # make demo   set up, then run the sweep of the README
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
+<<<<<<< HEAD
 # make fuzz   5,000 files as nobody would write them, as CI does with 500
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-faults test-browser test-gpu fuzz check ci format clean
+=======
+# make test-cluster  two nodes by ssh on loopback, a sweep as a job (some minutes; as root, with sshd and rsync)
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-faults test-browser test-gpu test-cluster check ci format clean
+>>>>>>> 49bb35e3623f9b474650c29ffb22fe5490d2a1b8
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -33,11 +41,11 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'fault', 'browser' and 'gpu', on two processes; one of them has the Ray cluster"
-	@$(BIN)/python -m pytest -m 'not fault and not browser and not gpu' -n 2 --dist loadgroup $(ARGS)
+	@echo "test: all but the marks 'fault', 'browser', 'cluster' and 'gpu', on two processes; one of them has the Ray cluster"
+	@$(BIN)/python -m pytest -m 'not fault and not browser and not cluster and not gpu' -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not browser and not gpu' -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -m 'not ray and not slow and not fault and not browser and not cluster and not gpu' -n 2 $(ARGS)
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)
@@ -50,8 +58,14 @@ test-browser: $(VENV)/.installed
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
+<<<<<<< HEAD
 fuzz: $(VENV)/.installed
 	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py -n 2 $(ARGS)
+=======
+test-cluster: $(VENV)/.installed
+	@command -v rsync >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync"; exit 2; }
+	@$(BIN)/python -m pytest -m cluster $(ARGS)
+>>>>>>> 49bb35e3623f9b474650c29ffb22fe5490d2a1b8
 
 check: $(VENV)/.installed
 	@$(BIN)/ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }

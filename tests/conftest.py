@@ -26,9 +26,10 @@ def ray_cluster() -> Iterator[str]:
     """Address of the session's cluster."""
     import ray
 
-    from tfkd_ray.cluster import DRIVER, _own_token
+    from tfkd_ray.auth import own_token
+    from tfkd_ray.cluster import DRIVER
 
-    _own_token()
+    own_token()
     ray.init(
         address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
         logging_level="ERROR", object_store_memory=150 * 2**20,

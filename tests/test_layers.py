@@ -13,21 +13,22 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "schema", "verdict", "files",
+    "schema", "verdict", "files", "auth",
     "images",
     "objectives", "data", "models", "augment",
     "config",
     "checkpoint", "evaluate", "soft_labels", "space", "explain", "experiment", "readers", "report",
-    "loop", "weights", "plan",
+    "loop", "weights", "plan", "clusterfile", "jobs",
     "teachers",
     "arms", "export",
     "cluster", "search", "tensorboard", "live", "trial",
     "tune",
     "confirm",
+    "cluster_verbs",
     "cli",
     "__main__",
 ]  # fmt: skip
-RAY = {"cluster", "search", "tensorboard", "live", "trial", "tune", "confirm"}
+RAY = {"cluster", "clusterfile", "search", "tensorboard", "live", "trial", "tune", "confirm"}
 
 
 def imports(module: str) -> list[tuple[str, bool]]:

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     parser = _parser()
+    argv, command = _command_of(list(sys.argv[1:] if argv is None else argv))
     args, rest = parser.parse_known_args(argv)
     # argparse takes positional arguments in one run only; overrides may stand between and after options
     if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     from tfkd_ray.schema import ConfigError
 
+    args.command = command
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -60,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.filename)
         _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
+
+
+def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments, and the command that follows `--` in `tfkd cluster submit FILE -- COMMAND`."""
+    cut = argv.index("--") if argv[:2] == ["cluster", "submit"] and "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     download(sub)
     storage(sub)
     sub.add_argument("--name", help="of the experiment (default: the file's name and the time)")
-    sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
+    _elsewhere(sub)
 
     _budgets(sub)
     sub.add_argument("--num-samples", type=_count, metavar="N", help="trials, over all objectives")
@@ -106,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--retry-failed", action="store_true", help="run the failed trials again")
     _budgets(sub)
     sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE")
-    sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
+    _elsewhere(sub)
 
     sub = verb("check", _check, "Check a search-space or arms file and say what it does; starts nothing.")
     file_and_overrides(sub, "a search-space or arms file")
@@ -214,7 +222,46 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("tensorboard", _tensorboard, "Compare the trials of experiments in TensorBoard, on this machine only.")
     sub.add_argument("experiments", type=Path, nargs="+", metavar="EXPERIMENT", help="directories, shown side by side")
     sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
+
+    _cluster_parser(verb("cluster", _cluster, "Check, start, watch and end clusters; see docs/clusters.md."))
     return parser
+
+
+def _elsewhere(sub: argparse.ArgumentParser) -> None:
+    """Options that say where a sweep runs."""
+    sub.add_argument("--address", help="of a Ray cluster to run on: auto, HOST:PORT, or http://HOST:PORT, where it "
+                     "runs as a job (default: RAY_ADDRESS, or start one here)")  # fmt: skip
+    sub.add_argument("--cluster", metavar="FILE", help="of a cluster that is up, to run on as a job")
+    sub.add_argument("--detach", action="store_true", help="do not follow the job")
+
+
+def _cluster_parser(sub: argparse.ArgumentParser) -> None:
+    actions = sub.add_subparsers(dest="do", required=True, metavar="check|up|status|submit|logs|down")
+    for do, text in (
+        ("check", "Say what is wrong with a cluster file; starts nothing."),
+        ("up", "Start the cluster; if it is up, leave it as it is."),
+        ("status", "Say which of its nodes run, and so cost money, and which jobs."),
+        ("submit", "Run a command on the cluster, as a job."),
+        ("logs", "Follow a job."),
+        ("down", "End the cluster, and see that it has ended."),
+    ):
+        action = actions.add_parser(do, help=text, description=text)
+        action.add_argument("file", help="a cluster file, or the name of one that ships with tfkd")
+        if do == "check":
+            action.add_argument("--space", metavar="FILE", help="a search space whose trials must find room on it")
+            continue
+        action.add_argument("--print", action="store_true", help="print the commands instead of running them")
+        if do == "submit":
+            action.add_argument("--detach", action="store_true", help="do not follow it")
+            action.usage = "%(prog)s [--print] [--detach] FILE -- COMMAND"
+        elif do == "logs":
+            action.add_argument("job", nargs="?", help="which (default: the newest)")
+
+
+def _cluster(args: argparse.Namespace) -> int:
+    from tfkd_ray.cluster_verbs import cluster
+
+    return cluster(args)
 
 
 def _budgets(sub: argparse.ArgumentParser) -> None:
@@ -383,6 +430,10 @@ def _tune(args: argparse.Namespace) -> int:
     args.overrides += [f"search.{name}={value}" for name, value in options.items() if value is not None]
     args.overrides += [f"search.storage={args.study_storage}"] if args.study_storage else []
     space = _load(args)
+    from tfkd_ray.cluster_verbs import tune_as_job
+
+    if (code := tune_as_job(args, space)) is not None:
+        return code
     experiment = _new_directory(args, Path(args.file).stem)
     _have_data(space.example, args)
     _join(args.address, space.example.workers)
@@ -419,10 +470,13 @@ def _new_directory(args: argparse.Namespace, stem: str) -> Path:
 
 
 def _resume(args: argparse.Namespace) -> int:
+    from tfkd_ray.cluster_verbs import resume_as_job
     from tfkd_ray.experiment import read_experiment
     from tfkd_ray.schema import ConfigError
     from tfkd_ray.space import build_space
 
+    if (code := resume_as_job(args, BUDGETS)) is not None:
+        return code
     experiment = args.experiment.expanduser().absolute()
     if (experiment / "confirm.yaml").is_file():
         if args.add_trials:
@@ -452,7 +506,9 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _join(address: str | None, workers: int) -> None:
     """Connect to Ray, quietly. Joining a cluster needs the token mode to be set before Ray is imported."""
-    if (address or os.environ.get("RAY_ADDRESS")) and (Path.home() / ".ray" / "auth_token").exists():
+    from tfkd_ray.auth import token
+
+    if (address or os.environ.get("RAY_ADDRESS")) and token() is not None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return

@@ -3,7 +3,7 @@
 import importlib.metadata
 import logging
 import os
-import secrets
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import ray
 from packaging.requirements import Requirement
 from ray.tune import PlacementGroupFactory
 
+from tfkd_ray.auth import own_token, token, token_file
+from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
 from tfkd_ray.schema import ConfigError
 
-DRIVER = "tfkd_driver"
-"""Custom resource that the process of a trial with several workers takes 0.01 of, so that it takes no CPU from them."""
+TIMEOUT_S = 10
+"""How long a head may take to answer at all; one that answers and refuses the token takes Ray half a minute."""
 
 
 def check_ray() -> None:
@@ -51,16 +53,17 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     address = address or os.environ.get("RAY_ADDRESS") or None
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
-        _own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
+        own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
         with ctrl_c_waits():
             ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         _started.append(ray.get_runtime_context().gcs_address)
         return True
+    if address != "auto":
+        _check_answers(address)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from None
+        raise ConfigError(_cannot_join(address, str(error).strip() or type(error).__name__)) from None
     return False
 
 
@@ -90,19 +93,32 @@ def started_here() -> bool:
     return ray.get_runtime_context().gcs_address in _started
 
 
-def _own_token() -> None:
-    """Make the token that Ray's processes know each other by, unless there is one; nobody else may read it."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    path = Path.home() / ".ray" / "auth_token"
+def _check_answers(address: str) -> None:
+    """Raise where nothing listens at HOST:PORT; Ray would take minutes to say so."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {address!r}")
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
-        path.chmod(0o600)  # one that Ray made is readable for all
-    except OSError as error:
-        raise ConfigError(f"{path}: Ray's token cannot be kept there: {error.strerror}; set RAY_AUTH_TOKEN") from None
+        socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray head answers at {address} within {TIMEOUT_S} s ({error}); is it up, and is this machine one of "
+            "its nodes? From elsewhere, submit a job: --cluster FILE, or --address http://127.0.0.1:8265 and a tunnel"
+        ) from None
+
+
+def _cannot_join(address: str, reason: str) -> str:
+    """Why Ray could not join a cluster that is there."""
+    first = f"cannot join the Ray cluster at {address}: {reason.splitlines()[0]}"
+    if token() is None or os.environ.get("RAY_AUTH_MODE") != "token":
+        return f"{first}; there is no token here ({token_file()}), which the cluster may want: copy its own, mode 600"
+    if "Failed to connect" in reason or "uthenticat" in reason:
+        return f"{first}; it answers, so the token here ({token_file()}, or RAY_AUTH_TOKEN) is probably not its own"
+    if "raylet" in reason or "node_ip_address" in reason or "local node" in reason:
+        return (
+            f"{first}; this machine is no node of it: submit a job instead, with --address http://... or --cluster FILE"
+        )
+    return first
 
 
 def _state_api_answers() -> bool:

@@ -154,15 +154,20 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        self.flatten_mapping(node)
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        own: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
-            if key in mapping:
+            if key in own:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            mapping[key] = self.construct_object(value_node, deep=True)
+            own.add(key)
+        self.flatten_mapping(node)  # `<<` brings keys, which the mapping's own replace
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            mapping[self.construct_object(key_node, deep=True)] = self.construct_object(value_node, deep=True)
         return mapping
 
 
@@ -283,12 +288,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def find_file(path: str | Path, folder: str) -> Path:
-    """`path` itself, or the file of that name that ships with the package in `folder` (also without `.yaml`)."""
+def find_file(path: str | Path, folder: str, *, suffix: str = ".yaml") -> Path:
+    """`path` itself, or the file of that name that ships with the package in `folder` (also without its suffix)."""
     given = Path(path)
-    if given.is_absolute() or "\0" in str(path) or given.exists() or given.suffix not in ("", ".yaml"):
+    if given.is_absolute() or "\0" in str(path) or given.exists() or given.suffix not in ("", suffix):
         return given
     inside = given.relative_to(folder) if given.is_relative_to(folder) else given
     roots = (Path(__file__).parent, Path(__file__).parent.parent)
-    shipped = [root / folder / inside.with_suffix(".yaml") for root in roots]
+    shipped = [root / folder / inside.with_suffix(suffix) for root in roots]
     return next((p for p in shipped if p.exists() and ".." not in inside.parts), given)

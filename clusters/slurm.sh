@@ -1,0 +1,41 @@
+#!/bin/bash
+# One sweep as one Slurm job: Ray starts on all its nodes, `tfkd` runs on the first, Ray ends with it.
+#
+#   tfkd cluster check clusters/slurm.sh --space search_spaces/cifar100_tfkd_reg.yaml
+#   tfkd cluster submit clusters/slurm.sh -- tfkd tune search_spaces/cifar100_tfkd_reg.yaml --name cifar100-1
+#   tfkd cluster status clusters/slurm.sh
+#
+# To change, five lines:  partition, nodes, gpus-per-node, time, and TFKD_RESULTS.
+# Out of time, or preempted? Submit: tfkd resume $TFKD_RESULTS/cifar100-1
+#
+#SBATCH --job-name=tfkd
+#SBATCH --partition=gpu
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --output=%x-%j.log
+# --exclusive: when the sweep ends, Ray's `symmetric-run` ends every Ray process of yours on these nodes
+
+set -euo pipefail
+TFKD_RESULTS=/shared/$USER/tfkd_results      # experiments and teachers: a directory that all nodes see
+source "$HOME/tfkd-env/bin/activate"         # tfkd_ray==0.1.0 ray[default,train,tune]==2.60.0 torch==2.14.1, Python 3.11
+
+# the token: in your home directory, which all nodes see; made once, readable by you alone
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+umask 077
+ray get-auth-token --generate > /dev/null
+chmod 600 "$HOME/.ray/auth_token"
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000))       # two jobs never meet
+[ "${2:-}" = tune ] && set -- "$@" --storage "$TFKD_RESULTS"
+
+# --resources: trials of several workers need it (their own process takes none of the CPUs)
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+  ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
+  --dashboard-host=127.0.0.1 --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
+  --resources='{"tfkd_driver": 1000}' \
+  -- "$@"

@@ -1,0 +1,524 @@
+"""Cluster files: those that ship are good and safe, each rule has its sentence, each verb its commands."""
+
+import http.server
+import json
+import re
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from tfkd_ray.cli import main
+from tfkd_ray.clusterfile import check, load_cluster, node_types
+from tfkd_ray.jobs import stage
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.space import build_space
+
+SHIPPED = sorted((ROOT / "clusters").iterdir())
+TEXTS = {path.name: path.read_text() for path in SHIPPED}
+
+
+def test_all_that_were_promised_are_there() -> None:
+    assert set(TEXTS) == {
+        "local.yaml", "onprem.yaml", "aws-gpu.yaml", "gcp-gpu.yaml", "azure-gpu.yaml", "kuberay-cluster.yaml",
+        "kuberay-job.yaml", "slurm.sh",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_file_passes_its_own_check_quickly(path: Path) -> None:
+    started = time.monotonic()
+    lines = check(load_cluster(path))
+    assert time.monotonic() - started < 4
+    assert any(line.startswith("experiments go to ") for line in lines)
+
+
+# --- security: these read the text, not through our check
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_shipped_file_has_a_token_and_none_in_it(name: str) -> None:
+    text = TEXTS[name]
+    starts = len(re.findall(r"^[^#\n]*\bray (start|symmetric-run)\b", text, re.M))
+    assert text.count("RAY_AUTH_MODE=token") == starts >= 1 or "authOptions: {mode: token}" in text
+    code = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    assert not re.search(r"RAY_AUTH_TOKEN\b", code)
+    assert not re.search(r"(?i)(password|secret[_-]?key|access[_-]?key)\s*[:=]\s*\S", code)
+    if "worker_start_ray_commands:\n" in text:
+        assert "~/.ray/auth_token: ~/.ray/auth_token" in text
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_shipped_file_opens_a_port_to_the_world(name: str) -> None:
+    text = TEXTS[name]
+    assert "0.0.0.0/0" not in text and "::/0" not in text
+    assert not re.search(r"NodePort|LoadBalancer|enableIngress|hostNetwork", text)
+    hosts = re.findall(r"dashboard-host[:=]\s*([\w.:]+)", text)
+    assert hosts, "named in every file"
+    if name == "kuberay-job.yaml":  # its operator asks the dashboard; a NetworkPolicy keeps all others out
+        assert hosts == ["0.0.0.0"] and "kind: NetworkPolicy" in text and "policyTypes: [Ingress]" in text
+    else:
+        assert set(hosts) == {"127.0.0.1"}
+    if name == "aws-gpu.yaml":
+        assert "SecurityGroupIds: [sg-" in text
+    if name == "azure-gpu.yaml":
+        assert "use_internal_ips: true" in text
+    if name == "gcp-gpu.yaml":
+        assert text.count("networkInterfaces:") == 3 and "subnetworks/tfkd" in text
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_shipped_file_pins_what_was_tested_and_gives_the_head_its_resource(name: str) -> None:
+    text = TEXTS[name]
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    for package, version in re.findall(r"\b(torch|torchvision|optuna|ray)(?:\[[^\]]*\])?==([\w.]+)", text):
+        assert version == tested[package], package
+    for version in re.findall(r"rayproject/ray:([\d.]+)|rayVersion: ([\d.]+)|-ray([\d.]+)-", text):
+        assert "".join(version) == tested["ray"]
+    assert ":latest" not in text and "nightly" not in text
+    assert re.search(r'tfkd_driver\\?": 1000', text)
+
+
+@pytest.mark.parametrize("name", ["aws-gpu.yaml", "gcp-gpu.yaml", "azure-gpu.yaml"])
+def test_rented_workers_are_spot_from_zero_and_end_when_idle_while_the_head_is_not(name: str) -> None:
+    file = load_cluster(ROOT / "clusters" / name)
+    types = file.tree["available_node_types"]
+    spot = {n: bool(re.search(r"'spot'|'Spot'|'preemptible': True", str(t))) for n, t in types.items()}
+    assert spot == {"head": False, "gpu1": True, "gpu4": True}
+    assert file.tree["idle_timeout_minutes"] <= 10
+    nodes = node_types(file)
+    assert nodes and {n.name: n.least for n in nodes} == {"head": 1, "gpu1": 0, "gpu4": 0}
+
+
+def test_the_files_come_with_the_package() -> None:
+    assert '"clusters" = "tfkd_ray/clusters"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_shipped_file_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_cluster("aws-gpu").name == "tfkd-aws" and load_cluster("clusters/slurm.sh").name == "tfkd"
+    assert load_cluster("slurm").kind == "slurm"
+
+
+# --- rules: one change to a shipped file, one sentence
+
+START = "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0"
+MUTATIONS = {
+    "misspelt field": ("aws-gpu.yaml", "idle_timeout_minutes", "idle_timeout", "idle_timeout: no such field; did you mean 'idle_timeout_minutes'?"),
+    "wrong type": ("aws-gpu.yaml", "max_workers: 8\nidle", "max_workers: many\nidle", "max_workers: must be of type integer, got 'many'"),
+    "no name": ("aws-gpu.yaml", "cluster_name: tfkd-aws", "", "cluster_name: required, and not given"),
+    "half a CPU": ("aws-gpu.yaml", "{CPU: 8, GPU: 1}", "{CPU: 8, GPU: 0.5}", "available_node_types.gpu1.resources.GPU: must be of type integer, got 0.5"),
+    "no head type": ("aws-gpu.yaml", "head_node_type: head", "head_node_type: haed", "head_node_type: no such node type 'haed'; did you mean 'head'?"),
+    "container name": ("aws-gpu.yaml", "  container_name: tfkd\n", "  container_name: ''\n", "(Ray): "),
+    "provider": ("aws-gpu.yaml", "type: aws", "type: awss", "provider.type: no such provider 'awss'; did you mean 'aws'?"),
+    "provider key": ("aws-gpu.yaml", "region: us", "regionn: us", "provider.regionn: Ray reads no such setting for aws; did you mean 'region'?"),
+    "no worker_ips": ("onprem.yaml", "  worker_ips: [10.0.0.11, 10.0.0.12]\n", "", "provider.worker_ips: required, and not given"),
+    "host twice": ("onprem.yaml", "10.0.0.12]", "10.0.0.11]", "provider.worker_ips: an address is given twice"),
+    "head as worker": ("onprem.yaml", "10.0.0.12]", "10.0.0.10]", "provider.worker_ips: the head, 10.0.0.10, is a node already; leave it out"),
+    "N - 1 workers": ("onprem.yaml", "RAY_enable_autoscaler_v2=0 PATH", "PATH", "head_start_ray_commands: with the autoscaler that is Ray's default, one of worker_ips never starts; set RAY_enable_autoscaler_v2=0"),
+    "min above max": ("aws-gpu.yaml", "min_workers: 0\n    max_workers: 2", "min_workers: 3\n    max_workers: 2", "available_node_types.gpu4: min_workers must not be above max_workers, got 3 and 2"),
+    "sum of min": ("aws-gpu.yaml", "min_workers: 0\n    max_workers: 8", "min_workers: 9\n    max_workers: 9", "max_workers: must be at least the sum of all min_workers, 9, got 8"),
+    "no token on the head": ("aws-gpu.yaml", f"{START}; ulimit -n 65536;\n    (exec", "ulimit -n 65536;\n    (exec", "head_start_ray_commands: no token; put before `ray start`"),
+    "no token on workers": ("gcp-gpu.yaml", f"{START}; ulimit -n 65536;\n    ray start --address", "ulimit -n 65536;\n    ray start --address", "worker_start_ray_commands: no token; put before `ray start`"),
+    "token not copied": ("aws-gpu.yaml", "file_mounts:\n  ~/.ray/auth_token: ~/.ray/auth_token\n", "file_mounts: {}\n", "file_mounts: the nodes do not get the token; add: ~/.ray/auth_token: ~/.ray/auth_token"),
+    "token in the file": ("aws-gpu.yaml", START, f"{START} RAY_AUTH_TOKEN=abc", "RAY_AUTH_TOKEN: a token does not belong in a file"),
+    "dashboard": ("aws-gpu.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "head_start_ray_commands: --dashboard-host=0.0.0.0 lets others than this node run code on it; use 127.0.0.1"),
+    "no directory of its own": ("local.yaml", "    --temp-dir=/tmp/tfkd-local", "   ", "head_start_ray_commands: --temp-dir: required, and not /tmp/ray"),
+    "long directory": ("local.yaml", "--temp-dir=/tmp/tfkd-local", f"--temp-dir=/tmp/{'x' * 40}", "is too long for the names of Ray's sockets; use at most 40 characters"),
+    "no start": ("aws-gpu.yaml", "head_start_ray_commands:", "metadata_of_old:", "metadata_of_old: no such field"),
+    "Ray's own start": ("onprem.yaml", re.compile(r"head_start_ray_commands:\n.*?\n\n", re.S), "", "head_start_ray_commands: required, with a `ray start`; Ray's own starts without a token"),
+    "driver": ("onprem.yaml", " --resources='{\"tfkd_driver\": 1000}'", "", "head_start_ray_commands: the head lacks the resource 'tfkd_driver'"),
+    "world: aws": ("aws-gpu.yaml", "      SecurityGroupIds: [sg-0123456789abcdef0]\n", "", "available_node_types.gpu1.node_config.SecurityGroupIds: required: the security group that Ray would make opens port 22 to the world"),
+    "world: aws rule": ("aws-gpu.yaml", "  cache_stopped_nodes", "  security_group: {IpPermissions: [{FromPort: 8265, ToPort: 8265, IpProtocol: TCP, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n  cache_stopped_nodes", "provider.security_group: opens a port to the whole world"),
+    "world: gcp": ("gcp-gpu.yaml", "      networkInterfaces: *net\n      scheduling", "      scheduling", "available_node_types.gpu1.node_config.networkInterfaces: required: the default network opens port 22 to the world"),
+    "world: azure": ("azure-gpu.yaml", "  use_internal_ips: true\n", "", "provider.use_internal_ips: must be true"),
+    "no storage": ("onprem.yaml", "    storage: /mnt/shared/tfkd_results", "    else: 1", "metadata.tfkd.storage: required, and not given; name a directory that all nodes see"),
+    "storage in home": ("onprem.yaml", "/mnt/shared/tfkd_results ", "~/tfkd_results ", "metadata.tfkd.storage: ~/tfkd_results is local to each node"),
+    "storage in /tmp": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: /tmp/results", "metadata.tfkd.storage: /tmp/results is local to each node"),
+    "storage not mounted": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: /mnt/other/results", "metadata.tfkd.storage: /mnt/other/results is on no file system that the commands for all nodes mount (they mount /mnt/tfkd)"),
+    "storage not in the container": ("aws-gpu.yaml", "-v /mnt/tfkd:/mnt/tfkd, ", "", "docker.run_options: /mnt/tfkd is not seen in the container; add: -v /mnt/tfkd:/mnt/tfkd"),
+    "storage in a bucket": ("aws-gpu.yaml", "storage: /mnt/tfkd/results", "storage: s3://bucket/results", "metadata.tfkd.storage: needs a directory, got s3://bucket/results"),
+    "other Ray than here": ("gcp-gpu.yaml", "2.60.0", "2.59.1", "ray: 2.59.1 on the cluster and 2.60.0 here; `ray up` needs one for both"),
+    "two Rays": ("gcp-gpu.yaml", "rayproject/ray:2.60.0", "rayproject/ray:2.59.0", "head: more than one version of ray, 2.59.0 and 2.60.0; keep one"),
+    "another image for workers": ("gcp-gpu.yaml", "  container_name", "  worker_image: rayproject/ray:2.60.0-py312-gpu\n  container_name", "python: 3.11 on the head and 3.12 on the workers; use the same on all nodes"),
+    "another torch for workers": ("gcp-gpu.yaml", "head_setup_commands:", "worker_setup_commands: [pip install torch==2.13.0]\nhead_setup_commands:", "workers: more than one version of torch, 2.13.0 and 2.14.1; keep one"),
+    "unpinned": ("onprem.yaml", "'torch==2.14.1'", "torch", "setup_commands: torch without a version; pin it: torch==VERSION"),
+    "latest image": ("gcp-gpu.yaml", "rayproject/ray:2.60.0-py311-gpu", "rayproject/ray:latest-py311-gpu", "docker: the image 'rayproject/ray:latest-py311-gpu' is latest: it changes by itself; name one"),
+    "kuberay: misspelt": ("kuberay-cluster.yaml", "maxReplicas", "maxReplica", "spec.workerGroupSpecs.0.maxReplica: no such field; did you mean 'maxReplicas'?"),
+    "kuberay: number as text": ("kuberay-cluster.yaml", "maxReplicas: 8", "maxReplicas: '8'", "spec.workerGroupSpecs.0.maxReplicas: must be of type integer, got '8'"),
+    "kuberay: version": ("kuberay-cluster.yaml", "apiVersion: ray.io/v1\n", "apiVersion: ray.io/v1alpha1\n", "apiVersion: 'ray.io/v1' was expected"),
+    "kuberay: no image": ("kuberay-job.yaml", re.compile(r"            - name: ray-head\n.*?\n"), "            - name: ray-head\n", "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.image: required, and not given"),
+    "kuberay: no token": ("kuberay-cluster.yaml", "  authOptions: {mode: token}\n", "", "spec.authOptions.mode: must be token, got None"),
+    "kuberay: token off": ("kuberay-job.yaml", "mode: token", "mode: disabled", "spec.rayClusterSpec.authOptions.mode: must be token, got 'disabled'"),
+    "kuberay: load balancer": ("kuberay-cluster.yaml", "serviceType: ClusterIP\n", "serviceType: LoadBalancer\n", "spec.headGroupSpec.serviceType: LoadBalancer opens Ray's ports outside of Kubernetes; use ClusterIP"),
+    "kuberay: ingress": ("kuberay-cluster.yaml", "serviceType: ClusterIP\n", "enableIngress: true\n", "spec.headGroupSpec.enableIngress: opens the dashboard outside of Kubernetes"),
+    "kuberay: dashboard, no policy": ("kuberay-job.yaml", "kind: NetworkPolicy", "kind: ConfigMap", "spec.rayClusterSpec.headGroupSpec.rayStartParams.dashboard-host: 0.0.0.0 lets every pod reach the dashboard"),
+    "kuberay: driver": ("kuberay-cluster.yaml", "tfkd_driver\\", "tfkd\\", "spec.headGroupSpec.rayStartParams: the head lacks the resource 'tfkd_driver'"),
+    "kuberay: min above max": ("kuberay-cluster.yaml", "minReplicas: 0", "minReplicas: 9", "spec.workerGroupSpecs.0: minReplicas must not be above maxReplicas, got 9 and 8"),
+    "kuberay: images differ": ("kuberay-cluster.yaml", re.compile(r"(ray-worker\n\s+image: registry.example.com/tfkd_ray:)0.1.0"), r"\g<1>0.2.0", "use the same on all pods"),
+    "kuberay: latest": ("kuberay-cluster.yaml", "tfkd_ray:0.1.0-ray2.60.0-py311", "tfkd_ray:latest", "spec.headGroupSpec.template.spec.containers.0.image: 'registry.example.com/tfkd_ray:latest' changes under you; name a release"),
+    "kuberay: other Ray in the image": ("kuberay-cluster.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "Ray 2.60.0, and rayVersion is 2.59.0; make them equal"),
+    "kuberay: storage not mounted": ("kuberay-cluster.yaml", "              - {name: results, mountPath: /mnt/tfkd}\n", "", "spec.workerGroupSpecs.0.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, and no volume is mounted there"),
+    "kuberay: storage of one pod": ("kuberay-cluster.yaml", re.compile(r"(volumes: \[\{name: results, )persistentVolumeClaim: \{.*?\}"), r"\g<1>emptyDir: {}", "spec.headGroupSpec.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, and only emptyDir is mounted there"),
+    "kuberay: stays": ("kuberay-job.yaml", "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "spec.shutdownAfterJobFinishes: must be true"),
+    "slurm: no token": ("slurm.sh", "export RAY_AUTH_MODE=token", "export X=1", "RAY_AUTH_MODE: no token; put before Ray starts"),
+    "slurm: dashboard": ("slurm.sh", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "--dashboard-host: 0.0.0.0 lets others run code on the node"),
+    "slurm: driver": ("slurm.sh", "tfkd_driver", "driver", "--resources: the head lacks 'tfkd_driver'"),
+    "slurm: storage": ("slurm.sh", "TFKD_RESULTS=/shared/$USER/tfkd_results", "TFKD_RESULTS=/tmp/tfkd_results", "TFKD_RESULTS: /tmp/tfkd_results is local to each node"),
+    "slurm: shared nodes": ("slurm.sh", "#SBATCH --exclusive\n", "", "#SBATCH --exclusive: required, and not given"),
+    "slurm: no time": ("slurm.sh", "#SBATCH --time=24:00:00\n", "", "#SBATCH --time: required, and not given"),
+    "slurm: begins too early": ("slurm.sh", "--min-nodes", "--some-nodes", "--min-nodes: required, and not given"),
+    "slurm: no Ray": ("slurm.sh", "ray symmetric-run", "true", "ray symmetric-run: not there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, old, new, sentence", MUTATIONS.values(), ids=MUTATIONS)
+def test_each_rule_has_its_own_sentence(
+    tmp_path: Path, name: str, old: "str | re.Pattern[str]", new: str, sentence: str
+) -> None:
+    text = TEXTS[name]
+    changed = text.replace(old, new) if isinstance(old, str) else old.sub(new, text)
+    assert changed != text
+    path = tmp_path / name
+    path.write_text(changed)
+    with pytest.raises(ConfigError) as error:
+        check(load_cluster(path))
+    assert sentence in str(error.value) and str(path) in str(error.value)
+
+
+NO_CLUSTER = {
+    "missing": ("x.yaml", None, "no such file"),
+    "empty": ("x.yaml", "", "is empty; begin with one from clusters/"),
+    "a search space": ("x.yaml", "objective: ce\n", "is a search space or an arms file, not a cluster file"),
+    "something else": ("x.yaml", "a: 1\n", "not a cluster file: it has neither 'provider:'"),
+    "provider as a word": ("x.yaml", "provider: aws\n", "provider: needs settings below it"),
+    "a tab": ("x.yaml", "provider:\n\ttype: aws\n", "a tab, and YAML indents with spaces only"),
+    "a script": ("x.sh", "echo\n", "not a Slurm script"),
+    "another kind": ("x.json", "{}", "a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm)"),
+    "the second document": ("x.yaml", "a: 1\n---\nb: 1\nb: 2\n", "line 4, column 1: not YAML: key 'b' is given twice"),
+}
+
+
+@pytest.mark.parametrize("name, text, sentence", NO_CLUSTER.values(), ids=NO_CLUSTER)
+def test_what_is_no_cluster_file_is_said_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | None, sentence: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert main(["cluster", "check", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "name, shape, sentence",
+    [
+        ("aws-gpu.yaml", {"workers": 8, "gpus_per_worker": 1}, None),
+        ("aws-gpu.yaml", {"workers": 15, "gpus_per_worker": 1}, "a trial needs 15 x 1 CPU and 1 GPU, each on one node, and with all its nodes the cluster has room for 14"),
+        ("aws-gpu.yaml", {"gpus_per_worker": 8}, "room for 0 of them"),
+        ("kuberay-cluster.yaml", {"workers": 9, "gpus_per_worker": 1}, "room for 8 of them"),
+        ("slurm.sh", {"workers": 8, "gpus_per_worker": 1}, None),
+        ("slurm.sh", {"workers": 9, "gpus_per_worker": 1}, "room for 8 of them"),
+    ],
+)  # fmt: skip
+def test_a_trial_that_can_never_fit_is_refused(name: str, shape: dict[str, int], sentence: str | None) -> None:
+    space = build_space(
+        {"objective": "ce", "student": {"name": "mlp", "hidden": [8]}, "optim": {"batch_size": 360}, **shape}
+    )
+    file = load_cluster(ROOT / "clusters" / name)
+    if sentence is None:
+        check(file, space.example)
+        return
+    with pytest.raises(ConfigError) as error:
+        check(file, space.example)
+    assert "workers: " in str(error.value) and sentence in str(error.value)
+
+
+# --- verbs
+
+
+@pytest.mark.parametrize("verb", ["up", "status", "submit", "logs", "down"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_commands_are_printed_without_any_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: Path, verb: str
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    code = main(["cluster", verb, str(path), "--print", *(["--", "tfkd", "ls"] if verb == "submit" else [])])
+    out, err = capsys.readouterr()
+    if (verb, path.name) == ("up", "slurm.sh"):
+        assert code == 2 and "lives as long as its job" in err
+        return
+    assert code == 0 and err == ""
+    first = {
+        ("up", "local"): "bash -c", ("up", "ray"): "ray up --yes", ("up", "kube"): "kubectl apply --filename",
+        ("down", "ray"): "ray down --yes", ("down", "kube"): "kubectl delete", ("down", "slurm"): "scancel --me --name tfkd",
+        ("submit", "slurm"): "sbatch", ("submit", "ray"): "ray dashboard", ("submit", "local"): "ray job submit",
+        ("status", "slurm"): "squeue", ("status", "kube"): "kubectl get pods",
+    }  # fmt: skip
+    kind = path.stem.split("-")[0].replace("kuberay", "kube")
+    kind = kind if kind in ("local", "kube", "slurm") else "ray"
+    assert out.startswith(first.get((verb, kind), ""))
+    if verb == "submit":
+        assert "tfkd ls" in out
+
+
+def test_the_lists_of_nodes_are_asked_of_whoever_rents_them_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, program in (
+        ("aws-gpu", "aws ec2"),
+        ("gcp-gpu", "gcloud compute"),
+        ("azure-gpu", "az vm"),
+        ("onprem", "ssh "),
+    ):
+        assert main(["cluster", "down", name, "--print"]) == 0
+        assert program in capsys.readouterr().out
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH with nothing but what a test puts there; what is called is written to `called`."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
+    return folder
+
+
+def fake(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f'#!/bin/bash\necho {name} "$@" >> {folder}/called\n{script}\n')
+    path.chmod(0o755)
+
+
+def test_a_missing_kubectl_and_missing_credentials_are_said(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cluster", "up", "kuberay-cluster"]) == 2
+    assert "kubectl is not installed, or not on PATH" in capsys.readouterr().err
+    fake(tools, "kubectl", "exit 1")
+    assert main(["cluster", "up", "kuberay-cluster"]) == 2
+    assert "kubectl knows no Kubernetes cluster (no current context)" in capsys.readouterr().err
+    assert main(["cluster", "submit", "slurm", "--", "tfkd", "ls"]) == 2
+    assert "sbatch is not installed" in capsys.readouterr().err
+
+
+def test_a_failing_step_is_shown_and_the_next_is_not_run(tools: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fake(tools, "kubectl", '[ "$1" != apply ] || { echo "no matches for kind RayCluster" >&2; exit 4; }')
+    assert main(["cluster", "up", "kuberay-cluster"]) == 1
+    err = capfd.readouterr().err
+    assert "no matches for kind RayCluster" in err and "step 1 of 2 failed (exit code 4)" in err
+    assert "wait" not in (tools / "called").read_text()
+
+
+def test_down_is_down_only_when_nothing_is_left(
+    tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
+    fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Running"')
+    assert main(["cluster", "down", "kuberay-cluster"]) == 1
+    assert "these are still there, and may cost money" in (err := capsys.readouterr().err) and "tfkd-head-x" in err
+    fake(tools, "kubectl", "")
+    assert main(["cluster", "down", "kuberay-cluster"]) == 0
+    assert main(["cluster", "status", "kuberay-cluster"]) == 0
+    assert capsys.readouterr().out.endswith("tfkd is down: nothing of it runs, nothing costs money\n")
+
+
+def test_a_key_that_others_may_read_is_refused(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = tmp_path / "key"
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        TEXTS["onprem.yaml"]
+        .replace("~/.ssh/id_ed25519", str(key))
+        .replace("auth_token: ~/.ray/auth_token", f"auth_token: {tmp_path}/token")
+    )
+    (tmp_path / "token").write_text("a-token")
+    assert main(["cluster", "up", str(path)]) == 2
+    assert f"auth.ssh_private_key: {key} is not there" in capsys.readouterr().err
+    key.write_text("x")
+    key.chmod(0o644)
+    assert main(["cluster", "up", str(path)]) == 2
+    assert f"may be read by others (mode 644), and ssh refuses such a key; chmod 600 {key}" in capsys.readouterr().err
+    (tmp_path / "token").write_text("another")
+    assert main(["cluster", "up", str(path)]) == 2
+    assert "is to be the nodes' token, and is not the one used here" in capsys.readouterr().err
+    assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+
+
+def test_slurm_runs_the_command_under_symmetric_run(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script itself, with stand-ins for Slurm and Ray."""
+    (tmp_path / "home/tfkd-env/bin").mkdir(parents=True)
+    (tmp_path / "home/tfkd-env/bin/activate").write_text("")
+    (tmp_path / "home/.ray").mkdir()
+    (tmp_path / "home/.ray/auth_token").write_text("x")
+    (tmp_path / "home/.ray/auth_token").chmod(0o644)
+    fake(tools, "scontrol", "printf 'n1\\nn2\\n'")
+    fake(tools, "ray", "")
+    fake(tools, "srun", 'echo "$RAY_AUTH_MODE" >> ' + f"{tools}/called")
+    env = {"HOME": str(tmp_path / "home"), "USER": "me", "PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]",
+           "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "32", "SLURM_GPUS_ON_NODE": "4"}  # fmt: skip
+    script = ["bash", str(ROOT / "clusters/slurm.sh"), "tfkd", "tune", "mine.yaml"]
+    run = subprocess.run(script, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    called = (tools / "called").read_text()
+    assert "ray symmetric-run --address n1:20077 --min-nodes 2" in called
+    assert "-- tfkd tune mine.yaml --storage /shared/me/tfkd_results\ntoken\n" in called
+    assert stat.S_IMODE((tmp_path / "home/.ray/auth_token").stat().st_mode) == 0o600
+
+
+# --- jobs
+
+
+def test_a_job_gets_code_and_no_data_keys_or_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
+    here, there = tmp_path / "here", tmp_path / "there"
+    kept = {"mine.yaml", "my_nets.py", "sub/more.py", "setup.sh", ".rayignore"}
+    left = {
+        ".env", ".env.local", "id_rsa", "my.pem", "server.key", "aws_credentials.json", ".ssh/config", ".aws/config",
+        "data/x.bin", "tfkd_results/one/experiment.yaml", "w.safetensors", "w.pt", "archive.tar.gz", ".git/HEAD",
+        ".venv/bin/python", "__pycache__/x.pyc", "big.bin", "own/x.py", "renamed", "notes",
+    }  # fmt: skip
+    for name in kept | left:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("x")
+    (here / ".rayignore").write_text("# mine\n*.bin\n/own/\n")
+    (here / "renamed").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    (here / "notes").write_text("a-token\n")
+    (here / "link").symlink_to(tmp_path)
+    (tmp_path / "elsewhere.yaml").write_text("x")
+    there.mkdir()
+    assert stage(here, there, here / "sub/more.py") == "sub/more.py"
+    found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
+    assert {p for p in found if not p.startswith("tfkd_ray/")} == kept
+    assert {"tfkd_ray/cli.py", "tfkd_ray/kuberay-schema.json"} <= found and not [p for p in found if p.endswith(".pyc")]
+    assert stage(here, there, tmp_path / "elsewhere.yaml") == "elsewhere.yaml" and (there / "elsewhere.yaml").exists()
+
+
+def test_a_large_working_directory_is_refused_with_its_largest_files(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with (tmp_path / "here/film.mp4").open("wb") as file:
+        file.truncate(150 * 10**6)
+    with pytest.raises(
+        ConfigError, match=r"150 MB are more than 100: film.mp4 \(150 MB\); name what is not code in .rayignore"
+    ):
+        stage(tmp_path / "here", tmp_path / "there")
+
+
+class Head(http.server.BaseHTTPRequestHandler):
+    """A head that wants the token `right`, and says that it has another Ray."""
+
+    def do_GET(self) -> None:
+        given = self.headers.get("Authorization")
+        code = 200 if given == "Bearer right" else 401 if given is None else 403
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps({"ray_version": "2.59.1"}).encode() if code == 200 else b"no")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Head)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "mine.yaml").write_text("objective: ce\nstudent: {name: mlp, hidden: [8]}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "token, sentence",
+    [
+        (None, "wants a token, and there is none here; copy the head's ~/.ray/auth_token here (mode 600)"),
+        ("wrong", "refuses the token that is here: it is another cluster's"),
+        ("right", "Ray 2.59.1 runs on the cluster at http://127.0.0.1:"),
+    ],
+)
+def test_a_job_that_the_cluster_would_refuse_is_told_why(
+    here: Path, capsys: pytest.CaptureFixture[str], head: str, token: str | None, sentence: str
+) -> None:
+    if token:
+        (here / "token").write_text(token)
+    assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as silent:  # takes the connection, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        assert main(["tune", "mine.yaml", "--address", address, "--storage", "/mnt/x"]) == 1
+        assert 9 < time.monotonic() - started < 20
+    assert f"no Ray head answers at {address} within 10 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--cluster", "aws-gpu", "--address", "auto"], "--cluster and --address: one of them says where the sweep runs"),
+        (["--detach"], "--detach: needs --cluster FILE or --address http://..."),
+        (["--address", "ray://x:10001"], "--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got 'ray://x:10001'"),
+        (["--address", "nonsense"], "--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got 'nonsense'"),
+        (["--address", "127.0.0.1:9"], "no Ray head answers at 127.0.0.1:9 within 10 s"),
+        (["--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
+        (["--address", "http://127.0.0.1:9", "--storage", "x"], "--storage: an absolute path that all nodes of the cluster see, got x"),
+        (["--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),
+        (["--cluster", "aws-gpu", "--name", "a/b"], "--name: a plain name without slashes"),
+        (["--cluster", "aws-gpu", "--study-storage", "postgresql://me:pw@db/x"], "a job's command is shown on the dashboard"),
+        (["--cluster", "aws-gpu", "gpus_per_worker=8"], "room for 0 of them"),
+    ],
+)  # fmt: skip
+def test_where_a_sweep_runs_is_checked_before_anything_is_sent(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
+) -> None:
+    assert main(["tune", "mine.yaml", *argv]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and "Traceback" not in err
+    assert {p.name for p in here.iterdir()} == {"mine.yaml"}
+
+
+def test_a_job_from_a_machine_with_other_versions_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tfkd_ray.jobs import versions_here
+
+    monkeypatch.setenv("TFKD_SUBMITTED_FROM", json.dumps({**versions_here(), "torch": "2.13.0"}))
+    assert main(["tune", "mine.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert "other versions than the cluster (torch 2.13.0 there and " in err
+
+
+@pytest.mark.parametrize(
+    "token, reason, sentence",
+    [
+        (None, "Failed to connect", "there is no token here"),
+        ("x", "Failed to connect to Ray cluster at a:1", "it answers, so the token here"),
+        ("x", "Can't find a `node_ip_address.json` file", "this machine is no node of it: submit a job instead"),
+        ("x", "Version mismatch: the cluster has Ray 2.59", "cannot join the Ray cluster at a:1: Version mismatch"),
+    ],
+)
+def test_why_a_cluster_could_not_be_joined(
+    here: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, reason: str, sentence: str
+) -> None:
+    from tfkd_ray.cluster import _cannot_join
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    if token:
+        (here / "token").write_text(token)
+    assert sentence in _cannot_join("a:1", reason)

@@ -1,0 +1,655 @@
+"""`tfkd cluster check|up|status|submit|logs|down`, and sweeps as jobs: thin over ray, kubectl and Slurm's commands.
+
+What a verb runs is a list of commands, made before anything runs; `--print` prints it instead. To run one is to show
+what it says, and to stop at the first that fails. No Ray is imported here.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.auth import own_token, token, token_file
+from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option
+from tfkd_ray.jobs import (
+    Unreachable,
+    as_entrypoint,
+    ask,
+    check_ray_version,
+    check_submitted_from,
+    jobs_at,
+    stage,
+    submit_command,
+)
+from tfkd_ray.schema import ConfigError, find_file
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+TUNNEL_S = 60
+"""How long a tunnel to a head may take to stand."""
+LEFT_S = 120
+"""How long nodes may take to end after `down`; a Ray node without its head ends by itself within a minute."""
+
+Command = list[str]
+
+
+class StepFailed(Exception):
+    """A command that failed; the message is for a person, who has seen what it said."""
+
+    def __init__(self, message: str, *, code: int = 1, said: str = "") -> None:
+        super().__init__(message)
+        self.code, self.said = code, said
+
+
+def cluster(args: argparse.Namespace) -> int:
+    """Run one of `tfkd cluster`'s verbs; returns its exit code."""
+    file = load_cluster(args.file)
+    lines = check(file, _shape(args.space) if args.do == "check" and args.space else None)
+    if args.do == "check":
+        print("\n".join(lines))
+        return OK
+    if args.print:
+        print("\n".join(_shown(command) for command in _commands(file, args)))
+        return OK
+    try:
+        code: int = {"up": _up, "status": _status, "submit": _submit, "logs": _logs, "down": _down}[args.do](file, args)
+    except (StepFailed, Unreachable) as error:
+        _say(f"tfkd cluster {args.do}: {error}")
+        return FAILED
+    return code
+
+
+def _shape(space: str) -> Any:
+    from tfkd_ray.space import load_space
+
+    return load_space(space).example
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- what a verb runs ------------------------------------------------------------------------------------------
+
+
+def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
+    """All that a verb would run, for --print; what only a running cluster knows stands there in capitals."""
+    if args.do == "up":
+        return up_commands(file)
+    if args.do == "status":
+        return nodes_commands(file)
+    if args.do == "down":
+        return [*down_commands(file), *nodes_commands(file)]
+    if file.kind == "slurm":
+        return [slurm_submit(file, _words(args)) if args.do == "submit" else slurm_logs(file)]
+    if args.do == "logs" and file.kind == "kuberay" and file.tree["kind"] == "RayJob":
+        return [kube(file, "logs", "--follow", f"job/{file.name}")]
+    address = f"http://127.0.0.1:{file.dashboard_port}"
+    tunnel = tunnel_command(file, file.dashboard_port)
+    before = [] if tunnel is None else [[*tunnel, "&"]]
+    if args.do == "logs":
+        return [*before, logs_command(address, args.job or "JOB")]
+    entrypoint = _words(args)
+    return [*before, submit_command(address, "JOB", Path(), entrypoint, detach=args.detach)]
+
+
+def _shown(command: Command) -> str:
+    return shlex.join(command[:-1]) + " &" if command[-1] == "&" else shlex.join(command)
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    if not args.command:
+        raise ConfigError("what to run? tfkd cluster submit FILE -- COMMAND", "submit")
+    return [*args.command]
+
+
+def up_commands(file: ClusterFile) -> list[Command]:
+    """What starts a cluster."""
+    path = str(file.path)
+    if file.here:
+        return [["bash", "-c", str(line)] for line in file.tree["head_start_ray_commands"]]
+    if file.kind == "ray":
+        return [["ray", "up", "--yes", "--no-config-cache", path]]
+    if file.kind == "slurm":
+        raise ConfigError(
+            "a Slurm cluster lives as long as its job; start both: tfkd cluster submit FILE -- tfkd tune SPACE", path
+        )
+    wait = kube(file, "wait", "--for=condition=HeadPodReady", "--timeout=900s", f"raycluster/{file.name}")
+    return [kube(file, "apply", "--filename", path), *([wait] if file.tree["kind"] == "RayCluster" else [])]
+
+
+def down_commands(file: ClusterFile) -> list[Command]:
+    """What ends a cluster; storage stays."""
+    if file.here:
+        return []  # by the processes' own command lines: see _end_here
+    if file.kind == "ray":
+        return [["ray", "down", "--yes", str(file.path)]]
+    if file.kind == "slurm":
+        return [["scancel", "--me", "--name", file.name]]
+    return [kube(file, "delete", "--ignore-not-found", "--timeout=300s", f"{file.tree['kind'].lower()}/{file.name}")]
+
+
+def nodes_commands(file: ClusterFile) -> list[Command]:
+    """What lists the nodes that run, asked of whoever rents them out, so that it is true when Ray is gone, too."""
+    provider = file.tree.get("provider", {})
+    if file.here:
+        return [["pgrep", "--list-full", "--full", f"{_temp_dir(file)}/session"]]
+    if file.provider == "local":
+        return [ssh(file, host, f"pgrep -f {shlex.quote(_raylet(file))} > /dev/null && echo {host}; true")
+                for host in (provider["head_ip"], *provider["worker_ips"])]  # fmt: skip
+    if file.provider == "aws":
+        return [["aws", "ec2", "describe-instances", "--region", provider["region"], "--output", "text",
+                 "--filters", f"Name=tag:ray-cluster-name,Values={file.name}",
+                 "Name=instance-state-name,Values=pending,running,shutting-down,stopping,stopped", "--query",
+                 "Reservations[].Instances[].[InstanceId,InstanceType,State.Name,InstanceLifecycle]"]]  # fmt: skip
+    if file.provider == "gcp":
+        return [["gcloud", "compute", "instances", "list", "--project", provider["project_id"],
+                 "--filter", f"labels.ray-cluster-name={file.name}",
+                 "--format", "value(name,machineType,status,scheduling.preemptible)"]]  # fmt: skip
+    if file.provider == "azure":
+        query = f"[?tags.\"ray-cluster-name\"=='{file.name}'].[name,hardwareProfile.vmSize,powerState,priority]"
+        return [["az", "vm", "list", "--resource-group", provider["resource_group"], "--show-details",
+                 "--query", query, "--output", "tsv"]]  # fmt: skip
+    if file.kind == "slurm":
+        return [["squeue", "--me", "--noheader", "--name", file.name, "--format", "%i %T %D nodes %R %L left"]]
+    return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file))]
+
+
+def _selector(file: ClusterFile) -> str:
+    if file.tree["kind"] == "RayCluster":
+        return f"ray.io/cluster={file.name}"
+    return f"ray.io/originated-from-cr-name={file.name}"
+
+
+def kube(file: ClusterFile, *words: str) -> Command:
+    """`kubectl` in the file's namespace."""
+    namespace = file.tree["metadata"].get("namespace")
+    return ["kubectl", *(["--namespace", namespace] if namespace else []), *words]
+
+
+def ssh(file: ClusterFile, host: str, command: str) -> Command:
+    """A command on a node, by the file's user and key."""
+    auth = file.tree.get("auth") or {}
+    key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
+    options = ["BatchMode=yes", "ConnectTimeout=10", "LogLevel=ERROR"]
+    options += ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"]  # as `ray up` does
+    user = f"{auth['ssh_user']}@" if "ssh_user" in auth else ""
+    return ["ssh", *key, *(word for o in options for word in ("-o", o)), f"{user}{host}", command]
+
+
+def _raylet(file: ClusterFile) -> str:
+    """A pattern of the command lines of this cluster's raylets; the brackets keep it from finding itself."""
+    return f"[r]aylet .*--gcs-address=[0-9.]*:{file.port} "
+
+
+def tunnel_command(file: ClusterFile, port: int) -> Command | None:
+    """What brings the head's dashboard to a port of this machine; None where it is here."""
+    if file.here:
+        return None
+    if file.kind == "ray":
+        return ["ray", "dashboard", "--port", str(port), "--remote-port", str(file.dashboard_port), str(file.path)]
+    target = f"service/{file.name}-head-svc" if file.tree["kind"] == "RayCluster" else f"rayjob/{file.name}"
+    return kube(file, "port-forward", "--address", "127.0.0.1", target, f"{port}:8265")
+
+
+def logs_command(address: str, job: str) -> Command:
+    """What follows a job."""
+    return ["ray", "job", "logs", "--address", address, "--follow", job]
+
+
+def slurm_submit(file: ClusterFile, words: Sequence[str]) -> Command:
+    """A command as a Slurm job."""
+    return ["sbatch", str(file.path), *words]
+
+
+def slurm_logs(file: ClusterFile) -> Command:
+    """What follows a Slurm job's newest output, where it was submitted from."""
+    return ["bash", "-c", f'tail -n +1 -F "$(ls -t {shlex.quote(file.name)}-*.log | head -n 1)"']
+
+
+# --- running ---------------------------------------------------------------------------------------------------
+
+
+def run(command: Command, *, what: str, quiet: bool = False) -> str:
+    """Run a command and show what it says (its output is returned instead if `quiet`); StepFailed if it fails."""
+    said = []
+    with subprocess.Popen(
+        _found(command), env=_env(), stdin=subprocess.DEVNULL, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=None if quiet else subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                said.append(line)
+                if not quiet:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+    text = "".join(said)
+    if code:
+        above = "" if quiet else "; what it said is above"
+        raise StepFailed(f"{what} failed (exit code {code}){above}:\n  {_shown(command)}", code=code, said=text)
+    return text
+
+
+def _found(command: Command) -> Command:
+    """The command with its program's path; a ConfigError if it is not installed."""
+    name = command[0]
+    beside = Path(sys.executable).parent / name  # ray's commands are in this environment, on PATH or not
+    path = str(beside) if name == "ray" and beside.exists() else shutil.which(name)
+    if path is None:
+        raise ConfigError(
+            f"{name} is not installed, or not on PATH, and this cluster file needs it; install it, or see what "
+            "it would be asked: --print"
+        )
+    return [path, *command[1:]]
+
+
+def _env() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}
+    return {**os.environ, **settings, "PATH": path}
+
+
+@contextlib.contextmanager
+def reached(file: ClusterFile) -> Iterator[str]:
+    """Address of the cluster's dashboard, through a tunnel that stands as long as this does."""
+    if file.kind == "slurm":
+        raise ConfigError(
+            "a Slurm cluster runs the one command it was submitted with; read its experiment on the shared storage",
+            file.path,
+        )
+    port = file.dashboard_port if file.here else _free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = tunnel_command(file, port)
+    if command is None:
+        check_ray_version(address)
+        yield address
+        return
+    with tempfile.TemporaryFile() as said:
+        tunnel = subprocess.Popen(
+            _found(command), env=_env(), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            until = time.monotonic() + TUNNEL_S
+            while not _listens(port):
+                if tunnel.poll() is not None or time.monotonic() > until:
+                    said.seek(0)
+                    text = said.read().decode(errors="replace").strip()
+                    raise Unreachable(
+                        f"no tunnel to the head of {file.name} within {TUNNEL_S} s; is it up? tfkd cluster status "
+                        f"{file.path}\n  {_shown(command)}\n{text[-2000:]}"
+                    )
+                time.sleep(0.2)
+            check_ray_version(address)
+            yield address
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(tunnel.pid, signal.SIGTERM)
+            tunnel.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# --- up and down -----------------------------------------------------------------------------------------------
+
+
+def _up(file: ClusterFile, args: argparse.Namespace) -> int:
+    commands = up_commands(file)
+    if file.kind == "ray":
+        own_token()
+        _check_token_mounts(file)
+        _check_key(file)
+    _check_credentials(file)
+    for n, command in enumerate(commands, 1):
+        _step(command, what=f"step {n} of {len(commands)}")
+    if file.here:
+        check_ray_version(f"http://127.0.0.1:{file.dashboard_port}")
+    _say(f"{file.name} is up")
+    if file.kind != "kuberay" or file.tree["kind"] == "RayCluster":
+        _say(f"  a sweep on it:   tfkd tune SPACE --cluster {file.path}")
+        if tunnel := tunnel_command(file, file.dashboard_port):
+            _say(f"  its dashboard:   {_shown(tunnel)}")
+    _say(f"  what runs:       tfkd cluster status {file.path}\n  end it:          tfkd cluster down {file.path}")
+    return OK
+
+
+def _step(command: Command, *, what: str) -> None:
+    """Run a step; once more where Ray 2.60 itself stumbles (a race when a process of its ends)."""
+    for attempt in (1, 2, 3):
+        try:
+            run(command, what=what)
+            return
+        except StepFailed as error:
+            if attempt == 3 or "'>' not supported between instances of 'NoneType' and 'int'" not in error.said:
+                raise
+            _say("(that is a mistake of Ray's, not of the cluster file; again)")
+
+
+def _check_token_mounts(file: ClusterFile) -> None:
+    """The token that the nodes get must be there, and private."""
+    for there, here in (file.tree.get("file_mounts") or {}).items():
+        if str(there).endswith("auth_token"):
+            path = Path(str(here)).expanduser()
+            if not path.is_file():
+                raise ConfigError(
+                    f"file_mounts: {here} is to be the nodes' token, and is not there; make it: "
+                    "ray get-auth-token --generate",
+                    file.path,
+                )
+            path.chmod(0o600)
+            if path.read_text().strip() != token():
+                raise ConfigError(
+                    f"file_mounts: {here} is to be the nodes' token, and is not the one used here "
+                    f"({token_file()} or RAY_AUTH_TOKEN); make them one",
+                    file.path,
+                )
+
+
+def _check_key(file: ClusterFile) -> None:
+    """An ssh key must be there, and private, or ssh would refuse it somewhere in the middle."""
+    key = (file.tree.get("auth") or {}).get("ssh_private_key")
+    if key is None:
+        return
+    path = Path(key).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"auth.ssh_private_key: {key} is not there; name a key of yours, or make one: ssh-keygen -t ed25519",
+            file.path,
+        )
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(
+            f"auth.ssh_private_key: {key} may be read by others (mode {path.stat().st_mode & 0o777:o}), and ssh "
+            f"refuses such a key; chmod 600 {key}",
+            file.path,
+        )
+
+
+_ASKED = {
+    "aws": ("boto3", "import boto3, sys; sys.exit(boto3.Session().get_credentials() is None)", "aws configure"),
+    "gcp": (
+        "googleapiclient",
+        "import googleapiclient, google.auth; google.auth.default()",
+        "gcloud auth application-default login",
+    ),
+    "azure": (
+        "azure.identity",
+        "import azure.identity, azure.mgmt.compute, subprocess; subprocess.run(['az', 'account', 'show'], check=True)",
+        "az login",
+    ),
+}
+_PIP = {
+    "aws": "boto3",
+    "gcp": "google-api-python-client google-auth",
+    "azure": "azure-cli azure-identity azure-mgmt-compute azure-mgmt-network azure-mgmt-resource",
+}
+
+
+def _check_credentials(file: ClusterFile) -> None:
+    """Whoever rents out the machines must know us, before Ray asks."""
+    if file.kind == "kuberay":
+        found = subprocess.run(_found(["kubectl", "config", "current-context"]), capture_output=True, text=True)
+        if found.returncode:
+            raise ConfigError(
+                "kubectl knows no Kubernetes cluster (no current context); get one's credentials, such as: "
+                "gcloud container clusters get-credentials NAME",
+                file.path,
+            )
+    if file.provider in _ASKED:
+        module, code, login = _ASKED[file.provider]
+        asked = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
+        if asked.returncode:
+            raise ConfigError(
+                f"provider {file.provider} needs {module} here; pip install {_PIP[file.provider]}", file.path
+            )
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+        if asked.returncode:
+            raise ConfigError(f"no credentials for {file.provider} here; {login}", file.path)
+
+
+def _down(file: ClusterFile, args: argparse.Namespace) -> int:
+    if file.here:
+        _end_here(file)
+    for command in down_commands(file):
+        _step(command, what="down")
+    left, until = _nodes(file), time.monotonic() + LEFT_S
+    while left and time.monotonic() < until:
+        _say(f"{file.name}: {len(left)} still there, ending")
+        time.sleep(5)
+        left = _nodes(file)
+    if left:
+        listed = "\n  ".join(left)
+        raise StepFailed(f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}")
+    print(f"{file.name} is down: nothing of it runs")
+    return OK
+
+
+def _temp_dir(file: ClusterFile) -> str:
+    """Where a cluster on this machine keeps its sockets; it is in the command lines of all its processes."""
+    return option(file.head, "temp-dir") or "/tmp/ray"
+
+
+def _end_here(file: ClusterFile) -> None:
+    """End the processes of a cluster on this machine, and no other's."""
+    mark = f"{_temp_dir(file)}/session".encode()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes() and int(path.parent.name) != os.getpid():
+                    os.kill(int(path.parent.name), number)
+        time.sleep(2)
+
+
+def _nodes(file: ClusterFile) -> list[str]:
+    """What runs of the cluster, a line each, as the list of whoever rents it out says."""
+    found = []
+    for command in nodes_commands(file):
+        try:
+            found += run(command, what="listing its nodes", quiet=True).splitlines()
+        except StepFailed as error:
+            if not (command[0] == "pgrep" and error.code == 1):  # which has found none
+                raise
+    return [line for line in found if line.strip()]
+
+
+# --- status, jobs ----------------------------------------------------------------------------------------------
+
+
+_PRICED = {"aws", "gcp", "azure", "kuberay", "slurm"}
+
+
+def _status(file: ClusterFile, args: argparse.Namespace) -> int:
+    nodes = _nodes(file)
+    if file.here:
+        nodes = nodes and ["127.0.0.1"]
+    if not nodes:
+        print(
+            f"{file.name} is down: nothing of it runs" + (", nothing costs money" if file.provider in _PRICED else "")
+        )
+        return OK
+    what = "costs money until `tfkd cluster down`" if file.provider in _PRICED else "runs until `tfkd cluster down`"
+    print(f"{file.name}: {len(nodes)} node{'s' if len(nodes) > 1 else ''}; each {what}")
+    print("\n".join(f"  {line}" for line in nodes))
+    if file.kind == "slurm":
+        return OK
+    with reached(file) as address:
+        jobs = jobs_at(address)
+        summary = ask(address, "/api/cluster_status")["data"].get("clusterStatus") or {}
+    for job in jobs[:10]:
+        print(f"  job {job['submission_id']}: {job['status'].lower()}: {job['entrypoint']}")
+    waiting = (summary.get("autoscalerReport") or {}).get("pendingNodes") or []
+    print("\n".join(f"  starting: {' '.join(map(str, node))}" for node in waiting) or "  no node is being started")
+    return OK
+
+
+def _submit(file: ClusterFile, args: argparse.Namespace) -> int:
+    words = _words(args)
+    if file.kind == "slurm":
+        run(slurm_submit(file, words), what="submitting")
+        return OK
+    with tempfile.TemporaryDirectory(prefix="tfkd-job-") as folder, reached(file) as address:
+        stage(Path.cwd(), Path(folder))
+        return _run_job(file.path, address, Path(folder), words, name="job", detach=args.detach)
+
+
+def _run_job(where: Path | str, address: str, folder: Path, words: Sequence[str], *, name: str, detach: bool) -> int:
+    """Submit a staged folder as a job and, unless detached, follow it; its exit code."""
+    job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    follow = _shown(logs_command(address, job)) if str(where).startswith("http") else f"tfkd cluster logs {where} {job}"
+    command = submit_command(address, job, folder, as_entrypoint(words, folder), detach=detach)
+    _say(f"submitting job {job}; follow it again, from here or elsewhere:\n  {follow}")
+    try:
+        run(command, what="the job")
+    except KeyboardInterrupt:
+        _say("not followed any more; the job goes on")
+        return INTERRUPTED
+    except StepFailed:
+        state = next((j for j in jobs_at(address) if j["submission_id"] == job), None)
+        if state is None:
+            raise StepFailed(f"the job did not begin; what Ray said is above:\n  {_shown(command)}") from None
+        raise StepFailed(f"job {job}: {state['status'].lower()}: {(state.get('message') or '').strip()}") from None
+    return OK
+
+
+def _logs(file: ClusterFile, args: argparse.Namespace) -> int:
+    if file.kind == "slurm" or (file.kind == "kuberay" and file.tree["kind"] == "RayJob"):
+        run(_commands(file, args)[0], what="following")
+        return OK
+    with reached(file) as address:
+        known = [job["submission_id"] for job in jobs_at(address)]
+        if not known:
+            raise ConfigError("no job has been submitted to it; tfkd tune SPACE --cluster FILE", file.path)
+        if args.job and args.job not in known:
+            raise ConfigError(f"no job {args.job!r}; there are {', '.join(known)}", file.path)
+        run(logs_command(address, args.job or known[0]), what="following")
+    return OK
+
+
+# --- sweeps as jobs --------------------------------------------------------------------------------------------
+
+
+def is_job(args: argparse.Namespace) -> bool:
+    """Whether a sweep is to run as a job elsewhere."""
+    return bool(args.cluster) or str(args.address or "").startswith(("http://", "https://"))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, and addresses of no kind we know; in a job, other versions."""
+    if args.cluster and args.address:
+        raise ConfigError("--cluster and --address: one of them says where the sweep runs; give one")
+    if args.detach and not is_job(args):
+        raise ConfigError(
+            "--detach: needs --cluster FILE or --address http://...: what runs here ends with this command"
+        )
+    address = args.address or ""
+    if "://" in address and not is_job(args):
+        raise ConfigError(f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {address!r}")
+    check_submitted_from()
+
+
+def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path | None = None, shape: Any = None) -> int:
+    """Run `tfkd WORDS` as a job; the word `{file}` stands for a file that is sent along."""
+    try:
+        if args.cluster is None:
+            address = args.address.rstrip("/")
+            check_ray_version(address)
+            return _send(address, address, words, file, args.detach)
+        cluster = load_cluster(args.cluster)
+        check(cluster, shape)
+        if cluster.kind == "slurm":
+            run(slurm_submit(cluster, ["tfkd", *(str(file) if w == "{file}" else w for w in words)]), what="submitting")
+            return OK
+        with reached(cluster) as address:
+            return _send(args.cluster, address, words, file, args.detach)
+    except (StepFailed, Unreachable) as error:
+        _say(f"tfkd {args.verb}: {error}")
+        return FAILED
+
+
+def _send(where: str, address: str, words: Sequence[str], file: Path | None, detach: bool) -> int:
+    with tempfile.TemporaryDirectory(prefix="tfkd-job-") as folder:
+        sent = stage(Path.cwd(), Path(folder), file)
+        command = ["python", "-m", "tfkd_ray", *(str(sent) if word == "{file}" else word for word in words)]
+        return _run_job(where, address, Path(folder), command, name=words[0], detach=detach)
+
+
+def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
+    """Run `tfkd tune` as a job if it is to run elsewhere; None if it runs here."""
+    check_options(args)
+    if not is_job(args):
+        return None
+    if args.study_storage and "@" in args.study_storage:
+        raise ConfigError(
+            "--study-storage: a job's command is shown on the dashboard, its password too; set "
+            "TFKD_STORAGE on the cluster instead"
+        )
+    file = find_file(args.file, "search_spaces")
+    name = args.name or f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if Path(name).name != name or name.startswith("."):
+        raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
+    storage = _storage_of(args)
+    words = ["tune", "{file}", *args.overrides, "--name", name, *(["--download"] if args.download else [])]
+    words += [word for prior in args.prior for word in ("--prior", str(prior))]
+    words += ["--storage", storage] if storage else []
+    _say(
+        f"experiment: {storage or '$TFKD_RESULTS'}/{name}, on the cluster; tfkd status, report and resume take "
+        "that path where it is mounted"
+    )
+    return sweep_as_job(words, args, file=file, shape=space.example)
+
+
+def resume_as_job(args: argparse.Namespace, budgets: Sequence[str]) -> int | None:
+    """Run `tfkd resume` as a job if it is to run elsewhere; None if it runs here."""
+    check_options(args)
+    if not is_job(args):
+        return None
+    if not args.experiment.is_absolute():
+        raise ConfigError(f"an absolute path that the cluster sees, got {args.experiment}", "resume")
+    words = ["resume", str(args.experiment), *(["--retry-failed"] if args.retry_failed else [])]
+    words += ["--add-trials", str(args.add_trials)] if args.add_trials else []
+    names = {"time_budget_s": "--time-budget", "max_failed_trials": "--max-failures"}
+    for name in budgets:
+        if (value := getattr(args, name)) is not None:
+            words += [names.get(name, "--" + name.replace("_", "-")), f"{value:g}"]
+    return sweep_as_job(words, args)
+
+
+def _storage_of(args: argparse.Namespace) -> str | None:
+    """Where experiments go on the cluster: `--storage`, or what the cluster file says; None: Slurm's script says it."""
+    if args.storage != Path("tfkd_results"):  # which is the default
+        if not args.storage.is_absolute():
+            raise ConfigError(f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}")
+        return str(args.storage)
+    if args.cluster is None:
+        raise ConfigError(
+            "--storage: required with --address http://...: a directory that all nodes of the cluster see"
+        )
+    file = load_cluster(args.cluster)
+    if file.kind == "slurm":
+        return None
+    check(file)
+    assert file.storage is not None, f"{args.cluster=}"
+    return str(Path(file.storage).expanduser()) if file.here else file.storage
