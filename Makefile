@@ -1,19 +1,12 @@
 # make demo   set up, then run the sweep of the README
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
-<<<<<<< HEAD
 # make fuzz   5,000 files as nobody would write them, as CI does with 500
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
-.DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-browser test-gpu fuzz check ci format clean
-=======
 # make test-cluster  two nodes by ssh on loopback, a sweep as a job (some minutes; as root, with sshd and rsync)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-browser test-gpu test-cluster check ci format clean
->>>>>>> 49bb35e3623f9b474650c29ffb22fe5490d2a1b8
+.PHONY: help demo test test-fast test-faults test-browser test-cluster test-gpu fuzz check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
