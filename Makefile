@@ -51,14 +51,11 @@ test-browser: $(VENV)/.installed
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
-<<<<<<< HEAD
 fuzz: $(VENV)/.installed
 	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py -n 2 $(ARGS)
-=======
 test-cluster: $(VENV)/.installed
 	@command -v rsync >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync"; exit 2; }
 	@$(BIN)/python -m pytest -m cluster $(ARGS)
->>>>>>> 49bb35e3623f9b474650c29ffb22fe5490d2a1b8
 
 check: $(VENV)/.installed
 	@$(BIN)/ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
