@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Run
 
 from tfkd_ray.cli import main
-from tfkd_ray.experiment import read_records
+from tfkd_ray.experiment import pareto, read_records
 from tfkd_ray.space import load_space
 from tfkd_ray.tune import build_tuner
 
@@ -330,6 +330,43 @@ def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here:
         ]  # fmt: skip
 
     assert outcome("killed") == outcome("whole")
+
+
+@pytest.mark.ray
+def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider_space(
+    ray_cluster: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The front in `tune`, `best` and the report; then `tfkd resume --space`."""
+    search = "search: {num_samples: 4, stopping: none, metric: [val_accuracy, parameters]}"
+    student = "student: {choices: [{name: mlp, hidden: [4]}, {name: mlp, hidden: [32]}]}"
+    text = SPACE.replace("student: {name: mlp, hidden: [8]}", student).replace("search: {num_samples: 2}", search)
+    (here / "mine.yaml").write_text(text)
+    assert main(["tune", "mine.yaml", "--name", "front"]) == 0
+    records = read_records(here / "tfkd_results" / "front")
+    assert {r.last["parameters"] for r in records} == {64 * 4 + 4 + 4 * 10 + 10, 64 * 32 + 32 + 32 * 10 + 10}
+    front = [r.name for r in pareto(records, ["val_accuracy", "parameters"])]
+    out = capsys.readouterr().out
+    assert 2 <= len(front) < 4
+    assert "none is better in all of val_accuracy, parameters than:\n" in out
+    assert f"used                     {sum(len(r.metrics) for r in records)} epochs, " in out
+    assert main(["best", "tfkd_results/front"]) == 0
+    best = capsys.readouterr().out
+    assert re.findall(r"^# no other is better in all: (\S+), val_accuracy \S+, parameters \d+$", best, re.M) == front
+    assert main(["report", "tfkd_results/front"]) == 0 and capsys.readouterr().out == "report.html\n"
+    page = (here / "report.html").read_text()
+    assert (
+        "Validation accuracy against parameters of the student" in page and f"the front is: {', '.join(front)}" in page
+    )
+    (here / "wider.yaml").write_text(
+        text.replace("low: 0.01", "low: 0.001").replace("num_samples: 4", "num_samples: 5")
+    )
+    (here / "other.yaml").write_text(text.replace("epochs: 3", "epochs: 4"))
+    assert "epochs: was 3, and is 4 now" in refused(capsys, "resume", "tfkd_results/front", "--space", "other.yaml")
+    assert "no such file" in refused(capsys, "resume", "tfkd_results/front", "--space", "missing.yaml")
+    assert main(["resume", "tfkd_results/front", "--space", "wider.yaml", "--add-trials", "1"]) == 0
+    assert "6 trials, " in capsys.readouterr().out
+    after = read_records(here / "tfkd_results" / "front")
+    assert [r.metrics for r in after[:4]] == [r.metrics for r in records] and len(after) == 6
 
 
 # --- what is shipped

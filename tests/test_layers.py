@@ -13,11 +13,11 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "schema", "verdict", "files",
+    "schema", "verdict", "files", "experiment",
     "images",
     "objectives", "data", "models", "augment",
     "config",
-    "checkpoint", "evaluate", "space", "explain", "experiment", "readers", "report",
+    "checkpoint", "evaluate", "space", "explain", "readers", "receipt", "report",
     "loop", "weights", "plan",
     "teachers",
     "arms", "export",

@@ -31,11 +31,10 @@ from ray.tune.search import Searcher
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import Record, read_experiment, read_records
+from tfkd_ray.experiment import DIRECTIONS, Record, read_experiment, read_records
 from tfkd_ray.images import address
 from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.space import (
-    DIRECTIONS,
     CmaEs,
     Gp,
     Grid,
