@@ -70,7 +70,8 @@ class Tpe(_Sampler):
     together: ClassVar[bool] = True
     name: Literal["tpe"] = "tpe"
     startup: Count | None = None
-    """Random proposals before it begins. None: 10, or half of an objective's trials if that is less (at least 3)."""
+    """Proposals before it begins, quasi-random ones where an objective has a sampler of its own and nothing is known of
+    it. None: 10, or half of an objective's trials if that is less (at least 3)."""
     candidates: Count = 24
     """Candidates that it chooses a proposal from."""
     multivariate: bool = True
@@ -82,7 +83,7 @@ class Gp(_Sampler):
 
     name: Literal["gp"] = "gp"
     startup: Count | None = None
-    """Random proposals before it begins. None: as of tpe."""
+    """Proposals before it begins, as of tpe."""
 
 
 class CmaEs(_Sampler):
