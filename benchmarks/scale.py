@@ -1,120 +1,154 @@
-"""What looking at 1,000 trials of 100 epochs takes: `python benchmarks/scale.py [TRIALS [EPOCHS]]`.
+"""Driver time per trial for 100 to 10,000 trials that do nothing, and memory.
 
-Makes a sweep up (no training, no Ray), writes it as a sweep does, TensorBoard events included, and looks at it: status,
-report, the live view, TensorBoard in headless Chromium until HParams has drawn its table. Prints one line a figure.
+    python benchmarks/scale.py direct [--sampler random|tpe] [--trials 10000]      our part, called as Tune calls it
+    python benchmarks/scale.py ray [--trials 1000] [--sampler random]              a whole sweep, through Ray
+    python benchmarks/scale.py plain [--trials 1000]                               Ray Tune alone, for comparison
+
+`direct` drives searcher, stopping rule and callbacks (records, TensorBoard, budget) without Ray: proposal, start, one
+result, end. Told is the processor time of the driver for each of the last tenth of the trials up to then (CPU, so that
+other jobs on the machine count little), and the most memory that the driver has held. One objective, stopping none,
+one epoch, one trial at a time.
 """
 
-import shutil
-import statistics
-import sys
+import argparse
+import gc
+import os
+import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import optuna
+import ray
+from ray import tune
 
-from test_browser import address, cells, look, serve, tick
-from test_readers import make_sweep
-from test_tensorboard import FakeTrial
-
-from tfkd_ray.experiment import read_records
-from tfkd_ray.live import Progress
-from tfkd_ray.readers import status
-from tfkd_ray.report import report
+import tfkd_ray.tune as ours
+from tfkd_ray.experiment import write_experiment
+from tfkd_ray.search import OptunaSearcher, StudyStopping
+from tfkd_ray.space import Space, build_space
 from tfkd_ray.tensorboard import TensorBoard
 
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print how long a block takes."""
-    start = time.perf_counter()
-    yield
-    print(f"{what}: {time.perf_counter() - start:.2f} s", flush=True)
+RESULT = {"epoch": 1, "val_accuracy": 0.5, "val_nll": 1.0, "val_ece": 0.1, "train_loss": 1.0, "seconds": 0.0}
 
 
-def write_events(experiment: Path, space: object) -> None:
-    """The events of every trial, through the callback that a sweep has; prints its cost."""
-    callback = TensorBoard(experiment / "tb", space)  # type: ignore[arg-type]
-    callback.setup()
-    reports, whole = [], []
-    for record in read_records(experiment):
-        began = time.perf_counter()
-        epochs = record.config["epochs"]
-        about = {"number": record.number, "name": record.name, "parameters": record.parameters, "epochs": epochs,
-                 "directory": str(experiment.parent / "new" / record.name)}  # fmt: skip  # as if it began now
-        trial = FakeTrial(record.name, {**record.config, "trial": about})
-        callback.on_trial_start(0, [], trial)
-        for metrics in record.metrics:
-            trial.last_result = dict(metrics)
-            start = time.perf_counter()
+def space_of(trials: int, sampler: str) -> Space:
+    lr, decay = {"low": 0.01, "high": 0.5, "log": True}, {"low": 1e-5, "high": 1e-2, "log": True}
+    search = {"num_samples": trials, "sampler": sampler, "stopping": "none", "max_concurrent": 1, "warm_start": False}
+    tree = {"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 1}
+    return build_space({**tree, "optim": {"lr": lr, "weight_decay": decay}, "search": search})
+
+
+class Clock(tune.Callback):  # type: ignore[misc]
+    """Processor time of the driver at the end of every trial."""
+
+    def __init__(self) -> None:
+        self.cpu, self.wall = [time.process_time()], [time.perf_counter()]
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.cpu.append(time.process_time())
+        self.wall.append(time.perf_counter())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def direct(trials: int, sampler: str, folder: Path) -> Clock:
+    """Our own part of a sweep, in Tune's order."""
+    space = space_of(trials, sampler)
+    experiment = folder / "e"
+    write_experiment(experiment, space.tree, [])
+    searcher = OptunaSearcher(space, experiment / "study.journal", place=ours.place_of(experiment))
+    stopping, budget, clock = StudyStopping(searcher), ours.Budget(experiment, space, searcher), Clock()
+    callbacks = [TensorBoard(experiment / "tb", space), budget, ours.Recorder(budget), clock]
+    for callback in callbacks:
+        callback.setup()
+    for n in range(trials):
+        config = searcher.suggest(f"id{n}")
+        about = {"trial_id": f"id{n}", "config": config, "last_result": {**RESULT, "done": True}, "status": "RUNNING"}
+        trial: Any = SimpleNamespace(**about, logdir=str(folder), experiment_tag="", evaluated_params={})
+        for callback in callbacks:
+            callback.on_trial_start(0, [], trial)
+        stopping.on_trial_result(None, trial, trial.last_result)
+        searcher.on_trial_result(trial.trial_id, trial.last_result)
+        for callback in callbacks:
             callback.on_trial_result(0, [], trial, trial.last_result)
-            reports.append(time.perf_counter() - start)
-        if record.status == "failed":
-            trial.last_result["failed"] = record.reason
-        callback.on_trial_complete(0, [], trial)
-        whole.append(time.perf_counter() - began)
-    print(f"a report to TensorBoard, median of {len(reports):,}: {1000 * statistics.median(reports):.2f} ms")
-    print(f"a trial in TensorBoard, all its reports included, median: {1000 * statistics.median(whole):.0f} ms")
-    size = sum(p.stat().st_size for p in (experiment / "tb").rglob("*") if p.is_file())
-    print(f"events: {size / 2**20:.0f} MiB")
+        searcher.on_trial_complete(trial.trial_id, trial.last_result)
+        for callback in callbacks:
+            callback.on_trial_complete(0, [], trial)
+    return clock
 
 
-def look_at_hparams(experiment: Path, trials: int) -> None:
-    """TensorBoard in a browser, until it has drawn its table, and until it has drawn one of failed trials only."""
-    from playwright.sync_api import sync_playwright
+class Nothing(tune.Trainable):  # type: ignore[misc]
+    """A trial of one epoch that trains nothing."""
 
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    last = max(r.name for r in read_records(experiment))
-    with timed("TensorBoard from its start until it lists the last trial"):
-        server = serve(experiment)
-        url = address(server, last, timeout_s=300)
-    try:
-        with sync_playwright() as playwright:
-            page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
-            page.set_default_timeout(120_000)
-            steps: dict[str, Callable[[], object]] = {
-                "HParams opened, until its table is drawn": lambda: (look(page, url, "hparams"), cells(page)),
-                "HParams, only successful trials": lambda: (
-                    tick(page, "Failure"),
-                    page.wait_for_selector(f"text=/matching session groups: (?!{trials}$)/"),
-                ),
-                "HParams, parallel coordinates drawn": lambda: (
-                    page.locator("text=Parallel coordinates view").click(),
-                    page.wait_for_selector("tf-hparams-parallel-coords-plot svg path", state="attached"),
-                ),
-            }
-            for what, step in steps.items():
-                with timed(what):
-                    step()
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    def setup(self, config: dict[str, Any]) -> None:
+        pass
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        return True
+
+    def step(self) -> dict[str, Any]:
+        return {**RESULT, "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        pass
 
 
-def main(trials: int = 1000, epochs: int = 100) -> None:
-    """Make the sweep and look at it in every way."""
+def through_ray(trials: int, sampler: str, folder: Path) -> Clock:
+    """`build_tuner`, with trials that do nothing."""
+    clock = Clock()
+    ours.StudentTrial = Nothing  # type: ignore[misc, assignment]
+    ours.build_tuner(space_of(trials, sampler), name="e", storage=folder, callbacks=[clock]).fit()
+    return clock
+
+
+def plain(trials: int, sampler: str, folder: Path) -> Clock:
+    """Ray Tune alone: its own random search, no callbacks but the clock."""
+    clock = Clock()
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    tune.Tuner(
+        tune.with_resources(Nothing, {"cpu": 1}),
+        param_space={"lr": tune.loguniform(0.01, 0.5), "weight_decay": tune.loguniform(1e-5, 1e-2)},
+        tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=1, reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(folder), name="e", callbacks=[clock], verbose=0),
+    ).fit()
+    return clock
+
+
+def rows(clock: Clock, trials: int) -> Iterator[str]:
+    """Milliseconds a trial up to 100, 1,000 and 10,000 trials: of the last tenth of them."""
+    for upto in sorted({n for n in (100, 300, 1000, 3000, 10_000, trials) if 100 <= n <= trials}):
+        first = upto - max(50, upto // 10)
+        cpu, wall = (1000 * (t[upto] - t[first]) / (upto - first) for t in (clock.cpu, clock.wall))
+        yield f"| {upto:,} | {cpu:.2f} | {wall:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("how", choices=["direct", "ray", "plain"])
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--sampler", choices=["random", "tpe"], default="random")
+    args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if args.how != "direct":
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with tempfile.TemporaryDirectory() as folder:
-        experiment = Path(folder) / "large"
-        space = make_sweep(experiment, trials, epochs)
-        write_events(experiment, space)
-        with timed("status"):
-            status(experiment)
-        page = Path(folder) / "report.html"
-        with timed("report"):
-            report(experiment, page)
-        print(f"report: {page.stat().st_size / 1e6:.1f} MB")
-        progress = Progress(experiment)
-        progress.setup()
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            progress.lines(80, 24)
-            times.append(time.perf_counter() - start)
-        print(f"live view drawn, median of 20: {1000 * statistics.median(times):.1f} ms")
-        look_at_hparams(experiment, trials)
+        run = {"direct": direct, "ray": through_ray, "plain": plain}[args.how]
+        clock = run(args.trials, args.sampler, Path(folder))
+        files = {p.name: p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and p.name != "result.json"}
+    print(f"{args.how}, {args.sampler}, {args.trials:,} trials")
+    print("| trials | driver CPU, ms a trial | wall, ms a trial |\n|---|---|---|")
+    print("\n".join(rows(clock, args.trials)))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    gc.collect()
+    print(f"memory of the driver at most {after:.0f} MiB, {after - before:.0f} more than before the first trial")
+    large = sorted(files.items(), key=lambda f: -f[1])[:3]
+    print("largest files: " + ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in large))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -16,9 +16,10 @@ from conftest import ROOT, Run
 from test_readers import change, make_sweep
 
 from tfkd_ray.cli import main
-from tfkd_ray.experiment import read_records
+from tfkd_ray.experiment import pareto, read_records
+from tfkd_ray.schema import dump_yaml, parse_yaml
 from tfkd_ray.space import load_space
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.tune import build_tuner, resume_tuner
 
 SPACE = """
 student: {name: mlp, hidden: [8]}
@@ -370,6 +371,14 @@ def test_ctrl_c_while_ray_starts_ends_cleanly(here: Path) -> None:
     assert "interrupted" in err and "Traceback" not in err and out == ""
 
 
+def outcome(experiment: Path) -> list[tuple[Any, ...]]:
+    """All that a sweep's trials came to, but for the time that it took."""
+    return [
+        (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
+        for r in read_records(experiment)
+    ]  # fmt: skip
+
+
 @pytest.mark.ray
 def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here: Path) -> None:
     """One trial at a time: the resumed sweep ends as an undisturbed one, bit by bit."""
@@ -386,14 +395,94 @@ def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here:
     assert any(r.status == "running" for r in read_records(here / "tfkd_results" / "killed"))
     resumed = tfkd("resume", "tfkd_results/killed", cwd=here)
     assert resumed.returncode == 0, resumed.stderr
+    assert outcome(here / "tfkd_results" / "killed") == outcome(here / "tfkd_results" / "whole")
 
-    def outcome(name: str) -> list[tuple[Any, ...]]:
-        return [
-            (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
-            for r in read_records(here / "tfkd_results" / name)
-        ]  # fmt: skip
 
-    assert outcome("killed") == outcome("whole")
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"storage": "sqlite:///HERE/NAME.db", "stopping": "hyperband", "num_samples": 8},
+        {"metric": ["val_accuracy", "val_ece"], "stopping": "none", "num_samples": 5},
+    ],
+    ids=["SQLite, Hyperband, published settings, an earlier experiment", "several metrics"],
+)
+def test_a_driver_killed_with_9_loses_nothing_of_what_else_there_is(
+    ray_cluster: str, here: Path, search: dict[str, Any]
+) -> None:
+    lsr = {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}
+    tree: dict[str, Any] = {**parse_yaml(SPACE, "space"), "objective": lsr, "epochs": 45, "checkpoint_every_s": 0}
+    prior = []
+    if "storage" in search:
+        build_tuner(
+            {**tree, "search": {"num_samples": 2, "warm_start": False, "seed": 9}}, name="old", storage=here
+        ).fit()
+        prior = [here / "old"]
+
+    def written(name: str) -> str:
+        storage = {"storage": search["storage"].replace("HERE", str(here)).replace("NAME", name)} if prior else {}
+        more = {"max_concurrent": 1, "sampler": {"name": "tpe", "startup": 3}}
+        (here / f"{name}.yaml").write_text(dump_yaml({**tree, "search": {**search, **storage, **more}}))
+        return f"{name}.yaml"
+
+    build_tuner(written("whole"), name="whole", storage=here, priors=prior).fit()
+    options = ["--name", "killed", "--storage", ".", *(word for p in prior for word in ("--prior", str(p)))]
+    command = [sys.executable, "-m", "tfkd_ray", "tune", written("killed"), *options]
+    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as driver:
+        assert driver.stderr is not None
+        said = ""
+        for line in driver.stderr:
+            said += line
+            if line.startswith("t0003-lsr: started"):
+                time.sleep(0.15)
+                break
+        driver.send_signal(signal.SIGKILL)
+    before = {r.name: r.metrics for r in read_records(here / "killed") if r.status in ("done", "stopped")}
+    assert 3 <= len(before) < search["num_samples"], said
+    resume_tuner(here / "killed").fit()
+    assert outcome(here / "killed") == outcome(here / "whole") and len(outcome(here / "whole")) == search["num_samples"]
+    after = {r.name: r.metrics for r in read_records(here / "killed")}
+    assert all(after[name] == metrics for name, metrics in before.items())  # with its seconds: nothing ran again
+    first = [r.parameters["objective.lsr.alpha"] for r in read_records(here / "whole")[:2]]
+    assert first[:1] == [0.1] and (first[1] == 0.2 or search["num_samples"] < 8)
+
+
+@pytest.mark.ray
+def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider_space(
+    ray_cluster: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The front in `tune`, `best` and the report; then `tfkd resume --space`."""
+    search = "search: {num_samples: 4, stopping: none, metric: [val_accuracy, parameters]}"
+    student = "student: {choices: [{name: mlp, hidden: [4]}, {name: mlp, hidden: [32]}]}"
+    text = SPACE.replace("student: {name: mlp, hidden: [8]}", student).replace("search: {num_samples: 2}", search)
+    (here / "mine.yaml").write_text(text)
+    assert main(["tune", "mine.yaml", "--name", "front"]) == 0
+    records = read_records(here / "tfkd_results" / "front")
+    assert {r.last["parameters"] for r in records} == {64 * 4 + 4 + 4 * 10 + 10, 64 * 32 + 32 + 32 * 10 + 10}
+    front = [r.name for r in pareto(records, ["val_accuracy", "parameters"])]
+    out = capsys.readouterr().out
+    assert 2 <= len(front) < 4
+    assert "none is better in all of val_accuracy, parameters than:\n" in out
+    assert f"used                     {sum(len(r.metrics) for r in records)} epochs, " in out
+    assert main(["best", "tfkd_results/front"]) == 0
+    best = capsys.readouterr().out
+    assert re.findall(r"^# no other is better in all: (\S+), val_accuracy \S+, parameters \d+$", best, re.M) == front
+    assert main(["report", "tfkd_results/front"]) == 0 and capsys.readouterr().out == "report.html\n"
+    page = (here / "report.html").read_text()
+    assert (
+        "Validation accuracy against parameters of the student" in page and f"the front is: {', '.join(front)}" in page
+    )
+    (here / "wider.yaml").write_text(
+        text.replace("low: 0.01", "low: 0.001").replace("num_samples: 4", "num_samples: 5")
+    )
+    (here / "other.yaml").write_text(text.replace("epochs: 3", "epochs: 4"))
+    assert "epochs: was 3, and is 4 now" in refused(capsys, "resume", "tfkd_results/front", "--space", "other.yaml")
+    assert "no such file" in refused(capsys, "resume", "tfkd_results/front", "--space", "missing.yaml")
+    assert main(["resume", "tfkd_results/front", "--space", "wider.yaml", "--add-trials", "1"]) == 0
+    assert "6 trials, " in capsys.readouterr().out
+    after = read_records(here / "tfkd_results" / "front")
+    assert [r.metrics for r in after[:4]] == [r.metrics for r in records] and len(after) == 6
 
 
 # --- what is shipped

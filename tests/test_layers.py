@@ -13,11 +13,11 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "schema", "verdict", "files", "auth",
+    "schema", "verdict", "files", "auth", "experiment",
     "images",
     "objectives", "data", "models", "augment",
     "config",
-    "checkpoint", "evaluate", "soft_labels", "space", "explain", "experiment", "readers", "report",
+    "checkpoint", "evaluate", "soft_labels", "space", "explain", "readers", "receipt", "report",
     "loop", "weights", "plan", "clusterfile", "jobs",
     "teachers",
     "arms", "export",

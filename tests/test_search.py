@@ -325,6 +325,18 @@ def grid(**search: Any) -> Space:
     )
 
 
+@pytest.mark.parametrize("name", ["tpe", "gp"])
+def test_a_model_begins_with_quasi_random_points_also_after_a_kill(tmp_path: Path, name: str) -> None:
+    more = {"warm_start": False, "num_samples": 8}
+    even = run_sweep(OptunaSearcher(space(sampler="qmc", **more), tmp_path / "even"))
+    s = space(sampler={"name": name, "startup": 3}, **more)
+    before = run_sweep(OptunaSearcher(s, tmp_path / name), kill_at=4)
+    found = before + run_sweep(OptunaSearcher(s, tmp_path / name))[1:]
+    assert found[:6] == even[:6] and found[6:] != even[6:]  # three of each objective
+    together = run_sweep(OptunaSearcher(space(sampler="tpe", split=False, **more), tmp_path / "together"))
+    assert [c["optim"] for c in together[:3]] != [c["optim"] for c in even[:3]]
+
+
 def test_a_grid_is_every_combination_once_also_after_a_kill(tmp_path: Path) -> None:
     def point(c: dict[str, Any]) -> tuple[Any, ...]:
         return (c["objective"]["name"], c["objective"].get("alpha"), round(c["optim"]["lr"], 9), c["optim"]["nesterov"])

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SHIPPED
 
 from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import pareto
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.schema import ConfigError, dump_yaml, members, parse_yaml, tag
 from tfkd_ray.space import (
@@ -24,7 +25,6 @@ from tfkd_ray.space import (
     load_space,
     masked,
     not_superset,
-    pareto,
     warm_points,
 )
 
@@ -248,9 +248,18 @@ def test_one_run_needs_one_value_everywhere() -> None:
 
 def test_rungs_are_at_a_ninth_and_a_third() -> None:
     assert Halving().rungs(54) == [6, 18]
-    assert Halving().rungs(200) == [22, 66, 198]
+    assert Halving().rungs(9) == [1, 3] and Halving(min_epochs=8).rungs(9) == [8]
     assert Halving(min_epochs=5, factor=2).rungs(20) == [5, 10]
     assert Halving().rungs(1) == []
+
+
+def test_a_rung_that_would_save_next_to_nothing_is_left_out() -> None:
+    for epochs in range(1, 400):
+        for stopping in (Halving(), Halving(factor=2), Halving(factor=4, min_epochs=3), Hyperband()):
+            rungs = stopping.rungs(epochs)
+            assert all(epochs - rung >= epochs / 9 for rung in rungs)
+            assert epochs < 9 or len(rungs) >= 2 or stopping.min_epochs  # and no more is left out than that
+    assert Halving().rungs(100) == [11, 33] and Halving().rungs(200) == [22, 66]  # not 99, not 198
 
 
 def test_ranges_and_choices_say_what_they_are() -> None:
@@ -339,7 +348,10 @@ ONE_LR = {"lr": {"low": 0.01, "high": 0.5, "log": True}}
         ({"optim": ONE_LR, "search": {"metric": ["val_nll", "val_nll"]}}, "search.metric: a list of different metrics, got val_nll, val_nll"),
         ({"optim": ONE_LR, "search": {"metric": []}}, "search.metric: "),
         ({"optim": ONE_LR, "search": {"metric": ["val_acc"]}}, "search.metric: no such name 'val_acc'; did you mean 'val_accuracy'?"),
-        ({"epochs": 2, "optim": ONE_LR, "search": {"stopping": {"name": "hyperband", "min_epochs": 2}}}, "search.stopping: hyperband has no rung in 2 epochs"),
+        ({"epochs": 1, "optim": ONE_LR, "search": {"stopping": "hyperband"}}, "search.stopping: hyperband has no rung in 1 epochs"),
+        ({"epochs": 9, "optim": ONE_LR, "search": {"stopping": {"name": "halving", "min_epochs": 9}}}, "search.stopping: halving would never stop a trial: min_epochs is 9 of 9"),
+        ({"optim": ONE_LR, "search": {"metric": ["val_accuracy", "parameters"], "stopping": "none"}}, "search.more_metrics: parameters are the same in all trials where the student is fixed"),
+        ({"optim": ONE_LR, "search": {"metric": ["parameters", "val_accuracy"]}}, "search.metric: no such name 'parameters'"),
         ({"epochs": 9, "optim": ONE_LR, "search": {"stopping": "hyperband", "num_samples": 5}}, "search.stopping: hyperband's 3 brackets need 6 trials of each objective, got 5"),
         ({"optim": ONE_LR, "search": {"stopping": "median", "num_samples": 5}}, "search.stopping: median begins after 5 full-length trials of an objective, and each has 5"),
         ({"optim": ONE_LR, "search": {"gpu_hours": 1}}, "search.gpu_hours: trials here use no GPU"),

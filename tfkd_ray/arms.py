@@ -17,11 +17,11 @@ from pydantic import Field, StringConstraints
 
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
-from tfkd_ray.experiment import Record, about_now, check_new, read_experiment, read_records, write_text
+from tfkd_ray.experiment import DIRECTIONS, Record, about_now, check_new, read_experiment, read_records, write_text
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
-from tfkd_ray.space import DIRECTIONS, Domain, Range, Space, build_space, override
+from tfkd_ray.space import Domain, Range, Space, build_space, override
 
 FIRST_SEED = 1001
 """Of the seeds that arms are trained with; far from those that sweeps are run with."""

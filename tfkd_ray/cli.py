@@ -6,6 +6,7 @@ Results go to standard output, progress and errors to standard error. Exit codes
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import signal
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("resume", _resume, "Go on with a sweep that was interrupted, or add trials to it.")
     sub.add_argument("experiment", type=Path, help="its directory")
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
+    sub.add_argument("--space", metavar="FILE", help="go on in a wider space, which holds every trial of this one")
     sub.add_argument("--retry-failed", action="store_true", help="run the failed trials again")
     _budgets(sub)
     sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE")
@@ -473,7 +475,7 @@ def _resume(args: argparse.Namespace) -> int:
     from tfkd_ray.cluster_verbs import resume_as_job
     from tfkd_ray.experiment import read_experiment
     from tfkd_ray.schema import ConfigError
-    from tfkd_ray.space import build_space
+    from tfkd_ray.space import build_space, load_space
 
     if (code := resume_as_job(args, BUDGETS)) is not None:
         return code
@@ -481,10 +483,16 @@ def _resume(args: argparse.Namespace) -> int:
     if (experiment / "confirm.yaml").is_file():
         if args.add_trials:
             raise ConfigError("--add-trials: is for sweeps; a comparison has a fixed number of runs", experiment)
+        if args.space:
+            raise ConfigError("--space: is for sweeps; a comparison has its arms", experiment)
         return _compare(experiment, args.address)
     about = read_experiment(experiment)
     about["space"]["search"]["num_samples"] += args.add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
+    wider = load_space(args.space) if args.space else None
+    if wider is not None:
+        samples = wider.search.num_samples + args.add_trials
+        space = dataclasses.replace(wider, search=wider.search.model_copy(update={"num_samples": samples}))
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import resume_tuner
 
@@ -497,6 +505,7 @@ def _resume(args: argparse.Namespace) -> int:
             callbacks=[progress],
             on_teacher=_teacher_line,
             retry_failed=args.retry_failed,
+            space=wider,
             study_storage=args.study_storage,
             on_budget=progress.end,
             **{name: getattr(args, name) for name in BUDGETS},
@@ -626,8 +635,9 @@ def _interrupted(experiment: Path) -> int:
 
 def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
-    from tfkd_ray.experiment import best, read_records
+    from tfkd_ray.experiment import best, pareto, read_records
     from tfkd_ray.readers import spent
+    from tfkd_ray.receipt import receipt_lines
 
     metric, mode = space.search.metric, space.search.mode
     records = read_records(experiment)
@@ -652,6 +662,11 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     ties = sum(r.status == "done" and r.last[metric] == winner.last[metric] for r in records)
     if ties > 1:
         print(f"{ties} trials share this value; the first of them is named")
+    if space.search.more_metrics:
+        print(f"\nnone is better in all of {', '.join(space.search.metrics)} than:")
+        for r in pareto(records, space.search.metrics):
+            print(f"  {r.name:<24} " + ", ".join(f"{m} {r.last[m]:.6g}" for m in space.search.metrics))
+    print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
     print("trials the luckiest is always ahead of its true value.")
     where = _short(experiment)
@@ -954,7 +969,7 @@ def _best(args: argparse.Namespace) -> int:
     winner, plan = best_of(args.experiment)
     front, records = [winner], read_lasts(args.experiment)
     if len(plan.metrics) > 1:
-        from tfkd_ray.space import pareto
+        from tfkd_ray.experiment import pareto
 
         front = pareto(records, plan.metrics)
         if not front:

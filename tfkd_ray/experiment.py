@@ -17,21 +17,29 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
 
 VERSION = 1
 """Of this layout; raised when a reader must know the difference."""
+DIRECTIONS: dict[str, Literal["max", "min"]] = {
+    "val_accuracy": "max",
+    "val_nll": "min",
+    "val_ece": "min",
+    "parameters": "min",
+}
+"""Of what a search may make good: which way is better."""
 
 
 def trials_folder(experiment: Path) -> Path:
@@ -159,6 +167,38 @@ def best(records: list[Record], metric: str, mode: str) -> Record | None:
     sign = 1 if mode == "max" else -1
     full = [r for r in records if r.status == "done"]
     return max(full, key=lambda r: (sign * r.last[metric], -r.number), default=None)
+
+
+class _Judged(Protocol):
+    """The part of an `experiment.Record` that a front needs."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def last(self) -> dict[str, float]: ...
+    @property
+    def number(self) -> int: ...
+
+
+_J = TypeVar("_J", bound=_Judged)
+
+
+def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
+    """The full-length trials that no other beats: none is at least as good in every metric and better in one.
+
+    Best in the first metric first; of equals all are in, the first of them first.
+    """
+    signs = [1 if DIRECTIONS[m] == "max" else -1 for m in metrics]
+
+    def values(record: _J) -> tuple[float, ...]:
+        return tuple(sign * record.last.get(m, math.nan) for sign, m in zip(signs, metrics, strict=True))
+
+    full = [(values(r), r) for r in records if r.status == "done"]
+    full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]
+    front = [
+        (v, r) for v, r in full if not any(w != v and all(b >= a for a, b in zip(v, w, strict=True)) for w, _ in full)
+    ]
+    return [r for _, r in sorted(front, key=lambda entry: (tuple(-x for x in entry[0]), entry[1].number))]
 
 
 @contextlib.contextmanager

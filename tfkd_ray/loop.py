@@ -38,7 +38,8 @@ class Epoch(NamedTuple):
     metrics: dict[str, float]
     """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd`, `train_kd_ratio` (see
     `gradient_ratio`; of the first batch's part on the first worker), `val_...` (see `evaluate`), `lr` of the last step,
-    `seconds` (of this epoch, validation included), `images_per_s` (validation left out)."""
+    `parameters` (the student's, how many), `seconds` (of this epoch, validation included), `images_per_s` (validation
+    left out)."""
     state: Callable[[], State]
     """Makes the whole run state, a copy on the CPU: `epoch`, `model`, `optimizer`, `history` (the metrics of all
     epochs, so of the best one, too) and `run`. It holds no schedule and no generator: the learning rate is a function
@@ -218,7 +219,7 @@ def train(
             if terms.kd is not None:
                 metrics |= {"train_kd": train_kd, "train_kd_ratio": float(ratio)}
             metrics |= metrics_from(val_sums) if val_set is not None else {}
-            metrics["lr"] = lr
+            metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
             for name in ("train_loss", "val_nll"):
                 if not abs(metrics.get(name, 0.0)) < float("inf"):
                     raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; a smaller optim.lr may help")

@@ -1,8 +1,6 @@
 """What a sweep will take, before anything starts: trials at each rung, epochs, hours, GPU-hours, money and disk.
 
-How many trials pass a rung is an expectation: trial i is judged among the i that have come so far, and with equal
-chances it is among the best i / `factor` of them, or the best. Better proposals later on pass more. `at most` is never
-exceeded.
+How many trials pass a rung is an expectation (see `receipt`); `at most` is never exceeded.
 """
 
 import textwrap
@@ -14,7 +12,8 @@ import torch
 
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.loop import train
-from tfkd_ray.space import Halving, Space
+from tfkd_ray.receipt import expected_epochs, reaching, shares
+from tfkd_ray.space import Space
 
 PROBE_STEPS = 8
 """Steps that a probe trains, after one that warms up."""
@@ -71,19 +70,13 @@ def plan(space: Space, *, probe: bool = False) -> Plan:
     Args:
         probe: train some steps of each objective here, to know the seconds of an epoch; needs the data.
     """
-    share = space.search.num_samples // len(space.branches)
-    extra = space.search.num_samples % len(space.branches)
     parts = []
-    for k, branch in enumerate(space.branches):
-        config = branch.config({p.name: p.domain.probes[0] for p in branch.parameters})
-        trials = share + (k < extra)
-        reaching = _reaching(space, trials)
-        spent, before = 0.0, 0
-        for epoch, count in reaching:
-            spent, before = spent + count * (epoch - before), epoch
+    for branch, trials in zip(space.branches, shares(space).values(), strict=True):
+        config = branch.example
         seconds = _epoch_seconds(config) if probe else None
         memory = _gpu_share() if probe and config.gpus_per_worker and config.workers == 1 else None
-        parts.append(Part(branch.objective, trials, reaching, spent, trials * space.epochs, seconds, memory))
+        come, epochs = reaching(space, trials), expected_epochs(space, trials)
+        parts.append(Part(branch.objective, trials, come, epochs, trials * space.epochs, seconds, memory))
     runs = [run for run in space.teacher_runs() if run.weights is None]
     teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
     teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs) if probe else None
@@ -119,10 +112,10 @@ def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -
         return
     for part in found.parts:
         yield f"an epoch of {part.objective}: {part.epoch_s:.3g} s on this machine"
-    if shares := [part.share for part in found.parts if part.share is not None]:
-        fit = max(1, int(1 / max(shares)))
+    if measured := [part.share for part in found.parts if part.share is not None]:
+        fit = max(1, int(1 / max(measured)))
         setting = f"gpus_per_worker={1000 // fit / 1000:g}"
-        yield f"GPU memory: a trial takes {max(shares):.0%} of one; {fit} fit on it: {setting}"
+        yield f"GPU memory: a trial takes {max(measured):.0%} of one; {fit} fit on it: {setting}"
     hours = found.seconds / 3600
     yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
     if found.gpus:
@@ -130,17 +123,6 @@ def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -
         yield from textwrap.wrap(
             f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine", 80
         )
-
-
-def _reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
-    stopping = space.search.stopping
-    rungs = stopping.rungs(space.epochs) if isinstance(stopping, Halving) else []
-    factor = stopping.factor if isinstance(stopping, Halving) else 1
-    reaching, here = [], float(trials)
-    for epoch in (*rungs, space.epochs):
-        reaching.append((epoch, here))
-        here = sum(max(1, i // factor) / i for i in range(1, round(here) + 1))
-    return tuple(reaching)
 
 
 def _epoch_seconds(config: TrainConfig) -> float:

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import Record, check_writable, read_metrics, write_text
+from tfkd_ray.experiment import Record, check_writable, pareto, read_metrics, write_text
 from tfkd_ray.explain import TOLERANCE, amounts_to
 from tfkd_ray.readers import Plan, duration, read_lasts, read_plan, status
+from tfkd_ray.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, receipt, receipt_rows
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
 from tfkd_ray.space import Choices, Parameter, Range, Space, build_space
 
@@ -34,8 +35,6 @@ MAX_CURVES = 200
 """Most trials whose epochs are drawn, over all objectives."""
 MAX_POINTS = 100
 """Most epochs drawn of a trial."""
-MIN_TRIALS = 8
-"""Fewest trials of full length that importance, contours and rank correlations are made of."""
 MAX_FOREST = 150
 """Most trials that importance is computed from."""
 MAX_FAILURES = 50
@@ -47,6 +46,7 @@ METRICS = {
     "val_accuracy": ("validation accuracy", "%", 100.0),
     "val_nll": ("validation NLL", "nats an image", 1.0),
     "val_ece": ("validation calibration error", "%", 100.0),
+    "parameters": ("parameters of the student", "thousands", 0.001),
 }
 """Name, unit, and what the stored value is multiplied by."""
 LUCK = "the luckiest of many trials is always ahead of its true value"
@@ -305,21 +305,12 @@ def _equivalence(record: Record) -> str:
 
 
 def _receipt(sweep: Sweep) -> str:
-    planned, used = sweep.plan.epochs, sum(int(r.last.get("epoch", 0)) for r in sweep.records)
-    length = sweep.space.epochs
-    saved = sum(length - int(r.last.get("epoch", 0)) for r in sweep.records if r.status == "stopped")
-    seconds = [sum(m.get("seconds", 0.0) for m in r.metrics) for r in sweep.records]
-    share = f", {100 * saved / planned:.0f} % of the plan" if planned else ""
+    seconds = sum(m.get("seconds", 0.0) for r in sweep.records for m in r.metrics)
     count = Counter(r.status for r in sweep.records)
-    return _table(
-        ["", ""],
-        [
-            ["planned", f"{sweep.plan.trials:,} trials of {length} epochs: {planned:,} epochs"],
-            ["used", f"{used:,} epochs, by {len(sweep.records):,} trials"],
-            ["saved by early stopping", f"{saved:,} epochs, by {count['stopped']:,} trials{share}"],
-            ["time inside the training loop", f"{duration(sum(seconds))} (h:mm:ss or m:ss), all trials together"],
-        ],
-    )
+    trials = f"{sweep.plan.trials:,} planned, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
+    time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
+    return _table(["", ""], [*rows, ["time inside the training loop", time]])
 
 
 def _failures(sweep: Sweep) -> str:
@@ -587,32 +578,35 @@ def _epochs(name: str, records: Sequence[Record], sweep: Sweep, colour: str, wid
 
 
 def _pareto(sweep: Sweep) -> Figure:
-    some = [r for r in sweep.full if all(math.isfinite(r.last.get(m, math.nan)) for m in ("val_accuracy", "val_nll"))]
-    series = []
-    for objective in sweep.plan.rows:
-        mine = sweep.of(objective, some)
-        x, y = ([sweep.value(r.last, m) for r in mine] for m in ("val_nll", "val_accuracy"))
-        series.append(Series("points", x, y, objective, sweep.colour(objective), [sweep.hover(r) for r in mine]))
-    front: list[Record] = []
-    for record in sorted(some, key=lambda r: (r.last["val_nll"], -r.last["val_accuracy"])):
-        if not front or record.last["val_accuracy"] > front[-1].last["val_accuracy"]:
-            front.append(record)
-    x, y = ([sweep.value(r.last, m) for r in front] for m in ("val_nll", "val_accuracy"))
-    series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
+    searched = sweep.space.search.metrics
+    first, *others = searched if len(searched) > 1 else ("val_accuracy", "val_nll")
+    front = pareto(sweep.full, searched) if len(searched) > 1 else []
+    panels = []
+    for other in others:
+        some = [r for r in sweep.full if all(math.isfinite(r.last.get(m, math.nan)) for m in (first, other))]
+        if not some:
+            continue
+        series = []
+        for objective in sweep.plan.rows:
+            mine = sweep.of(objective, some)
+            x, y = ([sweep.value(r.last, m) for r in mine] for m in (other, first))
+            series.append(Series("points", x, y, objective, sweep.colour(objective), [sweep.hover(r) for r in mine]))
+        x, y = ([sweep.value(r.last, m) for r in pareto(some, (first, other))] for m in (other, first))
+        series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
+        panels.append(Panel("all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]))
+    names = [METRICS[m][0] for m in (first, *others)]
+    many = f" Of all {len(searched)} together the front is: {_some([r.name for r in front])}."
     return Figure(
         "pareto",
-        "Accuracy against NLL",
-        "Each point is a trial of full length; those on the line are beaten by no other in both accuracy and negative "
-        "log-likelihood (lower is better: probabilities that can be relied on).",
-        [Panel("all objectives", sweep.axis("val_nll"), sweep.axis("val_accuracy"), [s for s in series if s.x])]
-        if some
-        else [],
+        f"{names[0][0].upper()}{names[0][1:]} against {' and '.join(names[1:])}",
+        "Each point is a trial of full length; those on the line are beaten by no other in both."
+        + (many if front else ""),
+        panels,
     )
 
 
 def _fidelity(sweep: Sweep) -> Figure:
-    from scipy.stats import spearmanr
-
+    ranks = {(o, rung): rank for o, rung, _, rank in rank_correlations(sweep.space, sweep.records)}
     panels: list[Panel] = []
     few = sorted({f"{o} ({len(sweep.of(o, sweep.full))})" for o in sweep.plan.rows
                   if len(sweep.of(o, sweep.full)) < MIN_TRIALS})  # fmt: skip
@@ -624,16 +618,18 @@ def _fidelity(sweep: Sweep) -> Figure:
             if len(pairs) < MIN_TRIALS:
                 continue
             x, y = [p[0] for p in pairs], [p[1] for p in pairs]
-            rank = float(spearmanr(x, y).statistic) if len(set(x)) > 1 and len(set(y)) > 1 else math.nan
+            rank = ranks.get((objective, rung), math.nan)
             name = f"{objective}: {rank:.2f} (n = {len(pairs)})" if math.isfinite(rank) else f"{objective}: no spread"
             series.append(Series("points", x, y, name, sweep.colour(objective), [sweep.hover(p[2]) for p in pairs]))
         if series:
             axis = replace(sweep.axis(), label=f"{sweep.axis().label}, after {rung} epochs")
             panels.append(Panel(f"rung at {rung} epochs", axis, sweep.axis(), series))
+    warnings = [f" Warning: {warning}." for warning in fidelity_warnings(sweep.space, sweep.records)]
     sentence = (
         "The value at a rung against the final one, over trials of full length; the legend has Spearman's rank "
         "correlation (1: the rung ranks trials as the end does). Trials that a rung stopped have no final value, so "
         "the correlation over all trials is not known, and that over the survivors tends to be lower."
+        + "".join(warnings)
     )
     if not sweep.space.search.stopping.rungs(sweep.space.epochs):
         return Figure(

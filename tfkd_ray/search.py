@@ -32,11 +32,10 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.cluster import give_larger_share
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import Record, read_experiment, read_records
+from tfkd_ray.experiment import DIRECTIONS, Record, read_experiment, read_records
 from tfkd_ray.images import address
 from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.space import (
-    DIRECTIONS,
     CmaEs,
     Gp,
     Grid,
@@ -362,10 +361,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             points = group_points(self.space, group)
             self._warm[g] = [group.told(_branch(group, p.objective), p.values) for p in points]
         given = self._warm[g][k] if k < len(self._warm[g]) else None
-        if given is None and isinstance(settings, Qmc | Grid):
-            given = self._point(g, k)
         share = search.num_samples // len(self.space.groups)
         startup = getattr(settings, "startup", None) or min(STARTUP, max(3, share // 2))
+        if given is None and (isinstance(settings, Qmc | Grid) or self._begins_evenly(g, k < startup)):
+            given = self._point(g, k)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if given is not None:
@@ -390,6 +389,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 )
         return random
 
+    def _begins_evenly(self, g: int, early: bool) -> bool:
+        """Whether a model begins with quasi-random points: where nothing is known yet, and there is one branch."""
+        modelled = isinstance(self.space.search.sampler, Tpe | Gp)
+        if not (early and modelled and len(self.space.groups[g].branches) == 1):
+            return False
+        return all("prior" not in t.user_attrs for t in self._open()[g].get_trials(deepcopy=False))
+
     def _point(self, g: int, k: int) -> dict[str, Any]:
         """Point k of a sampler that looks at no values: the k-th that Optuna's own gives to a study in memory.
 
@@ -403,9 +409,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 seed = address(search.seed, "points", g) % 2**32
                 sampler = (
                     optuna.samplers.QMCSampler(
-                        qmc_type=search.sampler.kind, scramble=True, seed=seed, warn_independent_sampling=False
+                        qmc_type=getattr(search.sampler, "kind", "sobol"),
+                        scramble=True,
+                        seed=seed,
+                        warn_independent_sampling=False,
                     )
-                    if isinstance(search.sampler, Qmc)
+                    if not isinstance(search.sampler, Grid)
                     else optuna.samplers.GridSampler(group.grid or {}, seed=seed)
                 )
                 self._dealt[g] = optuna.create_study(sampler=sampler)
@@ -414,7 +423,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 for p in group.branches[0].parameters:
                     p.domain.suggest(trial, p.name)
                 points.append(dict(trial.params))
-                if isinstance(search.sampler, Qmc):
+                if not isinstance(search.sampler, Grid):
                     self._dealt[g].tell(trial, 0.0)
         return points[k]
 

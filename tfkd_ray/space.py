@@ -12,15 +12,16 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
 from tfkd_ray.config import RUN_ONLY, Count, OptimConfig, Positive, TeacherRun, TrainConfig
 from tfkd_ray.data import Dataset
+from tfkd_ray.experiment import DIRECTIONS
 from tfkd_ray.objectives import PUBLISHED, Canonical
 from tfkd_ray.schema import (
     ConfigError,
@@ -69,7 +70,8 @@ class Tpe(_Sampler):
     together: ClassVar[bool] = True
     name: Literal["tpe"] = "tpe"
     startup: Count | None = None
-    """Random proposals before it begins. None: 10, or half of an objective's trials if that is less (at least 3)."""
+    """Proposals before it begins, quasi-random ones where an objective has a sampler of its own and nothing is known of
+    it. None: 10, or half of an objective's trials if that is less (at least 3)."""
     candidates: Count = 24
     """Candidates that it chooses a proposal from."""
     multivariate: bool = True
@@ -81,7 +83,7 @@ class Gp(_Sampler):
 
     name: Literal["gp"] = "gp"
     startup: Count | None = None
-    """Random proposals before it begins. None: as of tpe."""
+    """Proposals before it begins, as of tpe."""
 
 
 class CmaEs(_Sampler):
@@ -131,12 +133,14 @@ class Halving(Settings):
     name: Literal["halving"] = "halving"
     factor: Annotated[int, Field(ge=2)] = 3
     min_epochs: Count | None = None
-    """Epochs before the first rung. None: epochs / factor^2, so that the rungs are at 1/9, 1/3 and 1 of the epochs."""
+    """Epochs before the first rung. None: epochs / factor^2, so that the rungs are at 1/9 and 1/3 of the epochs."""
 
     def rungs(self, epochs: int) -> list[int]:
-        """Epochs after which a trial is judged, ascending; the last epoch is not among them."""
+        """Epochs after which a trial is judged, ascending; none in the last ninth, where there is little to save."""
         rung = self.min_epochs or max(1, epochs // self.factor**2)
-        return list(itertools.takewhile(lambda r: r < epochs, (rung * self.factor**k for k in itertools.count())))
+        return list(
+            itertools.takewhile(lambda r: 9 * r <= 8 * epochs, (rung * self.factor**k for k in itertools.count()))
+        )
 
 
 class Hyperband(Halving):
@@ -198,8 +202,6 @@ class NoStopping(Settings):
 Stopping = Halving | Hyperband | Asha | Median | NoStopping
 
 Metric = Literal["val_accuracy", "val_nll", "val_ece"]
-DIRECTIONS: dict[str, Literal["max", "min"]] = {"val_accuracy": "max", "val_nll": "min", "val_ece": "min"}
-"""Which way is better."""
 
 
 def masked(url: str) -> str:
@@ -237,8 +239,8 @@ class SearchConfig(Settings):
     metric: Metric = "val_accuracy"
     """A trial's value: this metric after its last epoch, on validation. Accuracy is maximised, the others minimised.
     A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first one leads."""
-    more_metrics: tuple[Metric, ...] = ()
-    """The rest of a list given as `metric`."""
+    more_metrics: tuple[Metric | Literal["parameters"], ...] = ()
+    """The rest of a list given as `metric`; also `parameters`, the number of the student's weights, minimised."""
     max_concurrent: Count | None = None
     """Trials at a time. None: as many as the cluster has room for."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -768,6 +770,8 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
             yield f"num_samples: the grid has {grid_size} points, each is one trial, got {given}; leave it out"
     if search.more_metrics and not sampler.several:
         yield f"sampler: {sampler} has one metric only; use tpe or gp for {', '.join(search.metrics)}"
+    if "parameters" in search.more_metrics and not any(p.path[0] == "student" for p in space.parameters):
+        yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
     if search.more_metrics and not isinstance(stopping, NoStopping):
         yield (
             f"stopping: {stopping.name} judges by one metric, and there are {len(search.metrics)}: a trial that is "
@@ -775,7 +779,12 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
         )
     if sampler.full_length_only and not isinstance(stopping, NoStopping):
         yield f"stopping: a trial that is stopped early is missing from a generation of {sampler}; set stopping: none"
-    if isinstance(stopping, Hyperband):
+    if isinstance(stopping, Halving) and stopping.min_epochs and epochs > 1 and not stopping.rungs(epochs):
+        yield (
+            f"stopping: {stopping.name} would never stop a trial: min_epochs is {stopping.min_epochs} of {epochs}, and "
+            "none is stopped in the last ninth; lower it, or set stopping: none"
+        )
+    elif isinstance(stopping, Hyperband):
         n = len(stopping.brackets(epochs))
         if n < 2:
             yield f"stopping: hyperband has no rung in {epochs} epochs, so it would stop nothing; lower min_epochs"
@@ -790,7 +799,7 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
         yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
 
 
-# --- published settings, fronts, and other spaces ---------------------------------------------------------------
+# --- published settings, and other spaces -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -846,38 +855,6 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
 
 PAPER: dict[Path_, Any] = {("optim", name): value for name, value in OptimConfig().model_dump().items()}
 """The paper's recipe, which is also our default."""
-
-
-class _Judged(Protocol):
-    """The part of an `experiment.Record` that a front needs."""
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def last(self) -> dict[str, float]: ...
-    @property
-    def number(self) -> int: ...
-
-
-_R = TypeVar("_R", bound=_Judged)
-
-
-def pareto(records: Iterable[_R], metrics: Sequence[str]) -> list[_R]:
-    """The full-length trials that no other beats: none is at least as good in every metric and better in one.
-
-    Best in the first metric first; of equals all are in, the first of them first.
-    """
-    signs = [1 if DIRECTIONS[m] == "max" else -1 for m in metrics]
-
-    def values(record: _R) -> tuple[float, ...]:
-        return tuple(sign * record.last.get(m, math.nan) for sign, m in zip(signs, metrics, strict=True))
-
-    full = [(values(r), r) for r in records if r.status == "done"]
-    full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]
-    front = [
-        (v, r) for v, r in full if not any(w != v and all(b >= a for a, b in zip(v, w, strict=True)) for w, _ in full)
-    ]
-    return [r for _, r in sorted(front, key=lambda entry: (tuple(-x for x in entry[0]), entry[1].number))]
 
 
 def not_superset(old: Space, new: Space) -> list[str]:

@@ -48,9 +48,10 @@ TAGS = {
     "train_kd_ratio": "kd/grad_ratio",
     "lr": "opt/lr",
     "images_per_s": "sys/img_per_s",
+    "parameters": "model/parameters",
 }
 """Our metrics and the tags they go by; losses are in nats, accuracies fractions. kd/grad_ratio: how much larger the
-soft part's gradient by the logits is than that of CE."""
+soft part's gradient by the logits is than that of CE. model/parameters is there where it is searched for."""
 VALUE = "hp/value"
 """The trial's value by the selection rule: HParams' metric. The same goes under objective/NAME, because charts under
 Custom Scalars can choose among tags, and not among runs."""
@@ -70,6 +71,8 @@ class TensorBoard(Callback):  # type: ignore[misc]
     def __init__(self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy") -> None:
         self._folder, self._space, self._metric = Path(folder), space, metric
         self._columns = short_names(space.parameters) if space is not None else {}
+        searched = space.search.metrics if space is not None else ()
+        self._tags = {key: tag for key, tag in TAGS.items() if key != "parameters" or key in searched}
         self._writers: dict[str, tuple[EventFileWriter, int]] = {}
 
     def setup(self, **info: Any) -> None:
@@ -119,7 +122,7 @@ class TensorBoard(Callback):  # type: ignore[misc]
         epoch = int(result.get("epoch", result.get("training_iteration", 0)))
         if epoch <= seen:
             return
-        values = {tag: result[key] for key, tag in TAGS.items() if isinstance(result.get(key), int | float)}
+        values = {tag: result[key] for key, tag in self._tags.items() if isinstance(result.get(key), int | float)}
         if isinstance(result.get(self._metric), int | float):
             values[VALUE] = result[self._metric]
             if name := _objective(trial):

@@ -517,7 +517,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         )
 
 
-_METRICS = {"epoch", "train_loss", "train_ce", "train_kd", "train_kd_ratio", "lr", "seconds", "images_per_s"}
+_METRICS = {
+    *("epoch", "train_loss", "train_ce", "train_kd", "train_kd_ratio", "lr", "parameters", "seconds", "images_per_s")
+}
 
 
 def _ended(trial: Any) -> bool:

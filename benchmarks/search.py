@@ -1,0 +1,266 @@
+"""Samplers and stopping rules, replayed over the tables of benchmarks/curves.py: epochs to match a random search.
+
+    python benchmarks/search.py fashion [--repeats 20] [--pairs tpe:halving,random:none] [--figure FILE.svg]
+    python benchmarks/search.py fashion --surrogate          how well the table answers for what was not measured
+
+A replay is a sweep by our own searcher and stopping rule, without Ray, in which an epoch is looked up instead of
+trained. In repeat r the goal is the best value that a random search of 64 full-length trials finds (seed 1000 + r);
+told is how many epochs another search (seed r) spends until a full-length trial of its own is as good. It has no other
+end than twice the epochs of that random search.
+
+What was not measured is answered with a measured run (seed 0, same objective), by predictive mean matching: of the 5
+runs that a forest takes to be most alike, by its out-of-fold curves, the one with the nearest settings. So every answer
+is a real curve, with its noise.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+from curves import SPACES, Table, load
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from scipy.stats import spearmanr
+from sklearn.base import clone
+from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.model_selection import KFold
+
+import tfkd_ray.search
+from tfkd_ray.search import OptunaSearcher, StudyStopping
+from tfkd_ray.space import Halving, Parameter, Space, build_space
+
+TRIALS = 64
+PAIRS = [f"{sampler}:{stopping}" for sampler in ("tpe", "random", "qmc", "gp")
+         for stopping in ("none", "median", "hyperband", "halving")] + ["cmaes:none"]  # fmt: skip
+TREES, FOLDS, DONORS = 60, 5, 5
+
+
+class Surrogate:
+    """Answers for one objective from measured runs; see the top of this file."""
+
+    def __init__(self, x: np.ndarray, curves: np.ndarray) -> None:
+        self._x, self._curves = x, curves
+        y = np.nan_to_num(curves, nan=0.1)  # a run that diverged guesses
+        self.forest = ExtraTreesRegressor(TREES, min_samples_leaf=2, random_state=0).fit(x, y)
+        self._guess = np.empty_like(y)
+        for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(x):
+            self._guess[held] = clone(self.forest).fit(x[fit], y[fit]).predict(x[held])
+
+    def __call__(self, at: np.ndarray) -> np.ndarray:
+        """The curve of a configuration."""
+        alike = ((self._guess - self.forest.predict(at[None])) ** 2).sum(axis=1).argsort()[:DONORS]
+        curve: np.ndarray = self._curves[alike[((self._x[alike] - at) ** 2).sum(axis=1).argmin()]]
+        return curve
+
+
+class World:
+    """Learning curves of every configuration of a table's space."""
+
+    def __init__(self, table: Table) -> None:
+        self.epochs = table.space.epochs
+        self._parameters = {b.objective: b.parameters for b in table.space.branches}
+        self._of = {name: Surrogate(x, curves) for name, x, curves in runs(table)}
+
+    def curve(self, objective: str, values: dict[str, Any]) -> np.ndarray:
+        """Validation accuracy after every epoch; NaN from where it diverges."""
+        return self._of[objective](np.array(places(self._parameters[objective], values)))
+
+
+def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Of each objective its runs of seed 0: (name, places, curves)."""
+    for branch in table.space.branches:
+        mine = [i for i in range(len(table.seed)) if table.objective[i] == branch.objective and table.seed[i] == 0]
+        x = np.array([places(branch.parameters, table.parameters[i]) for i in mine])
+        yield branch.objective, x, table.curves[mine]
+
+
+def places(parameters: Sequence[Parameter], values: dict[str, Any]) -> list[float]:
+    """Where values lie in their ranges, each on its own scale: 0 to 1."""
+
+    def place(p: Parameter) -> float:
+        seen = [next(iter(p.domain.told(p.name, v).values())) for v in (values[p.name], *p.domain.probes)]
+        if p.domain.log or p.domain.log_complement:
+            seen = [math.log(v) for v in seen]
+        return (seen[0] - min(seen[1:])) / (max(seen[1:]) - min(seen[1:]))
+
+    return [place(p) for p in parameters]
+
+
+def surrogate(table: Table) -> Iterator[str]:
+    """How far answers for held-out runs are off, and those of the nearest run and the forest; what a seed changes."""
+    epochs = [*Halving().rungs(table.space.epochs), table.space.epochs]
+
+    def row(name: str, guess: np.ndarray, truth: np.ndarray) -> str:
+        columns = [(guess[:, e - 1], truth[:, e - 1]) for e in epochs]
+        errors = [f"{100 * np.median(abs(a - b)):.2f} ({spearmanr(a, b).statistic:.2f})" for a, b in columns]
+        return f"| {name} | " + " | ".join(errors) + " |"
+
+    yield "| median absolute error, points (rank correlation) | " + " | ".join(f"epoch {e}" for e in epochs) + " |"
+    yield "|---" * (len(epochs) + 1) + "|"
+    found: dict[str, list[np.ndarray]] = {"measured": [], "the nearest run": [], "the forest": [], "matched": []}
+    lines = []
+    for name, x, curves in runs(table):
+        y = np.nan_to_num(curves, nan=0.1)
+        for fit, held in KFold(FOLDS, shuffle=True, random_state=1).split(x):
+            answer = Surrogate(x[fit], curves[fit])
+            found["measured"].append(y[held])
+            found["the nearest run"].append(y[fit][((x[held][:, None] - x[fit][None]) ** 2).sum(axis=2).argmin(axis=1)])
+            found["the forest"].append(answer.forest.predict(x[held]))
+            found["matched"].append(np.nan_to_num(np.array([answer(at) for at in x[held]]), nan=0.1))
+        ranks = ", ".join(f"{e}: {spearmanr(y[:, e - 1], y[:, -1]).statistic:.2f}" for e in epochs[:-1])
+        lost = f"{np.isnan(curves[:, -1]).sum()} diverged"
+        lines.append(f"{name}: {len(y)} runs, {lost}, best {y[:, -1].max():.4f}, rank correlation with the end {ranks}")
+    truth, *guesses = (np.concatenate(parts) for parts in found.values())
+    yield from (row(name, guess, truth) for name, guess in zip(list(found)[1:], guesses, strict=True))
+    again = [
+        (i, j) for i in range(len(table.seed) - 2) for j in (i + 1, i + 2)
+        if not table.seed[i] and table.seed[j] and table.parameters[i] == table.parameters[j]
+    ]  # fmt: skip
+    first, other = (np.nan_to_num(table.curves[[pair[k] for pair in again]], nan=0.1) for k in (0, 1))
+    yield row(f"the same run with another seed (n {len(again)})", other, first)
+    yield from lines
+
+
+def replay(
+    space: Space, world: World, *, most: int, goal: float = math.inf, at_once: int = 1
+) -> Iterator[tuple[int, float]]:
+    """A sweep: (epochs spent so far, value) of each full-length trial, until `most` are spent or the goal is met."""
+    searcher = OptunaSearcher(space, Path("in memory"))
+    stopping = StudyStopping(searcher)
+    live: dict[str, tuple[np.ndarray, int]] = {}
+    spent, asked, open_ = 0, 0, True
+    while spent < most and (open_ or live):
+        while open_ and len(live) < at_once:
+            proposal = searcher.suggest(f"id{asked}")
+            if proposal == Searcher.FINISHED:
+                open_ = False
+                break
+            assert isinstance(proposal, dict)
+            live[f"id{asked}"] = (world.curve(proposal["objective"]["name"], proposal["trial"]["parameters"]), 0)
+            asked += 1
+        for trial_id, (curve, before) in list(live.items()):
+            spent += 1
+            epoch, value = before + 1, float(curve[before])
+            live[trial_id] = (curve, epoch)
+            result: dict[str, Any] = {"epoch": epoch, space.search.metric: value}
+            if math.isnan(value):
+                result = {"failed": "Diverged", "done": True}
+                stop = True
+            else:
+                stop = stopping.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result) == TrialScheduler.STOP
+                searcher.on_trial_result(trial_id, result)
+            if stop or epoch == space.epochs:
+                searcher.on_trial_complete(trial_id, result)
+                del live[trial_id]
+                if epoch == space.epochs and not stop:
+                    yield spent, value
+                    if value >= goal:
+                        return
+
+
+def search_of(table: Table, pair: str, seed: int, **more: Any) -> Space:
+    """The table's space, searched by a sampler and a stopping rule, with the defaults of `search` otherwise."""
+    sampler, stopping, *rest = pair.split(":")
+    for word in rest:
+        key, _, value = word.partition("=")
+        if key in ("factor", "min_epochs"):
+            more["stopping"] = {"name": stopping, **more.get("stopping", {}), key: int(value)}
+        elif key in ("startup", "candidates", "multivariate"):
+            more["sampler"] = {"name": sampler, **more.get("sampler", {}), key: json.loads(value)}
+        else:
+            more[key] = json.loads(value)
+    search = {"num_samples": 5 * TRIALS, "seed": seed, "sampler": sampler, "stopping": stopping, **more}
+    return build_space({**table.about["space"], "search": search})
+
+
+def goal_of(table: Table, world: World, repeat: int) -> float:
+    """The best of a random search of 64 full-length trials."""
+    space = search_of(table, "random:none", 1000 + repeat, num_samples=TRIALS, warm_start=False)
+    return max(value for _, value in replay(space, world, most=TRIALS * world.epochs))
+
+
+def spent_until(table: Table, world: World, pair: str, repeat: int, goal: float, at_once: int = 1) -> float:
+    """Epochs that a search spends until it is as good, in those of the random search; infinite if never."""
+    whole = TRIALS * world.epochs
+    for spent, value in replay(search_of(table, pair, repeat), world, most=2 * whole, goal=goal, at_once=at_once):
+        if value >= goal:
+            return spent / whole
+    return math.inf
+
+
+def _in_memory() -> None:
+    """Studies live in this process alone: nothing is written, so that a replay takes a second."""
+    tfkd_ray.search.open_journal = lambda path: optuna.storages.InMemoryStorage()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def quartile(values: list[float], k: int) -> str:
+    """The k-th quartile of values of which some are infinite."""
+    found = sorted(values)[max(0, math.ceil(len(values) * k / 4) - 1)] if k != 2 else statistics.median(values)
+    return "> 2" if math.isinf(found) else f"{found:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("table", choices=list(SPACES))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--at-once", type=int, default=1, help="trials at a time")
+    parser.add_argument("--surrogate", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+    _in_memory()
+    table = load(args.table)
+    if args.surrogate:
+        print("\n".join(surrogate(table)))
+        return
+    world = World(table)
+    goals = [goal_of(table, world, repeat) for repeat in range(args.repeats)]
+    print(f"{args.table}: best of a random search {min(goals):.4f} to {max(goals):.4f}, {args.repeats} repeats")
+    print("| sampler | stopping | epochs to match, of the random search's: median | quartiles | matched | s a replay |")
+    print("|---|---|---|---|---|---|")
+    found: dict[str, list[float]] = {}
+    for pair in args.pairs.split(","):
+        began = time.perf_counter()
+        found[pair] = [spent_until(table, world, pair, r, goal, args.at_once) for r, goal in enumerate(goals)]
+        sampler, _, rest = pair.partition(":")
+        matched = sum(math.isfinite(v) for v in found[pair])
+        spread = f"{quartile(found[pair], 1)} to {quartile(found[pair], 3)}"
+        seconds = (time.perf_counter() - began) / args.repeats
+        row = [sampler, rest, quartile(found[pair], 2), spread, f"{matched} of {args.repeats}", f"{seconds:.1f}"]
+        print("| " + " | ".join(row) + " |", flush=True)
+    if args.figure:
+        draw(found, args.figure, f"{args.table}: {args.repeats} repeats")
+
+
+def draw(found: dict[str, list[float]], path: Path, title: str) -> None:
+    """How many repeats were matched by then."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles = {"none": ":", "median": "-.", "hyperband": "--", "halving": "-"}
+    colours = {"tpe": "#0072B2", "random": "#555555", "qmc": "#E69F00", "gp": "#009E73", "cmaes": "#CC79A7"}
+    for pair, values in found.items():
+        sampler, stopping = pair.split(":")[:2]
+        x = [0, *sorted(v for v in values if math.isfinite(v))]
+        y = [100 * k / len(values) for k in range(len(x))]
+        style = {"color": colours[sampler], "linestyle": styles[stopping], "label": pair.replace(":", ", ")}
+        axes.step([*x, 2], [*y, y[-1]], where="post", **style)
+    axes.set(xlabel="epochs spent, of those of a random search of 64 full-length trials", xlim=(0, 2))
+    axes.set(ylabel="repeats that match its best, %", ylim=(0, 100), title=title)
+    axes.axvline(0.25, color="#AAAAAA", linewidth=0.8)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
