@@ -325,7 +325,7 @@ def test_status_of_a_thousand_trials_takes_less_than_a_second(tmp_path: Path) ->
         start = time.process_time()
         found = status(tmp_path / "large")
         taken.append(time.process_time() - start)
-    assert found["trials"]["started"] == 1000 and found["epochs"]["done"] > 50_000
+    assert found["trials"]["started"] == 1000 and found["epochs"]["done"] > 40_000
     assert min(taken) < 1, taken
 
 
