@@ -64,19 +64,20 @@ def memory():
 
 def make():
     assert len(sys.argv) < 3, "made again"
-    return torch.ones(40, 2**20, 1, 1, dtype=torch.uint8), torch.arange(40)
+    return torch.ones(40 * 2**8, 2**12, 1, 1, dtype=torch.uint8), torch.arange(40 * 2**8)
 
 stored, labels = cached("x", [Path(sys.argv[1])], make)
-part = ImageSet(stored, labels, labels, 40).part(torch.arange(36))
+part = ImageSet(stored, labels, labels, len(labels)).part(torch.arange(36 * 2**8))
 before = memory()
-assert sum(int(batch.sum()) for batch in part.read(list(torch.arange(36).split(1)))) == 36 * 2**20
+seen = sum(int(batch.sum()) for batch in part.read(list(torch.arange(36 * 2**8).split(16))))
+assert seen == 36 * 2**20
 grown = {kind: size - before[kind] for kind, size in memory().items()}
 assert grown["RssFile:"] > 30 and grown["RssAnon:"] < 18, grown
 """
 
 
 def test_processes_share_the_memory_of_decoded_images(tmp_path: Path) -> None:
-    """Megabytes of 36 images of 1 MB, which are a part of those stored: mapped from the file, also where it is new."""
+    """Megabytes of images of 4 kB, 36 of them among 40 stored: mapped from the file, also where it is new."""
     (tmp_path / "source").touch()
     for more in ([], ["made"]):
         command = [sys.executable, "-c", MAPPED, str(tmp_path / "source"), *more]
