@@ -485,8 +485,9 @@ def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pyt
     ],
 )  # fmt: skip
 def test_where_a_sweep_runs_is_checked_before_anything_is_sent(
-    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], sentence: str
 ) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # in this process, another test may have connected
     assert main(["tune", "mine.yaml", *argv]) == 2
     err = capsys.readouterr().err
     assert sentence in err and "Traceback" not in err

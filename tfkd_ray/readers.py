@@ -361,7 +361,7 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
         f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
     ]
     for entry in best:
-        lines.append(f"{padded(entry['trial'], 24)}" + "".join(f" {entry['values'][m]:>12.4f}" for m in metrics))
+        lines.append(f"{padded(entry['trial'], 24)}" + "".join(f" {entry['values'][m]:>12.6g}" for m in metrics))
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
 
 
