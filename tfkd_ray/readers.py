@@ -361,7 +361,9 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
         f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
     ]
     for entry in best:
-        lines.append(f"{padded(entry['trial'], 24)}" + "".join(f" {entry['values'][m]:>12.6g}" for m in metrics))
+        values = (entry["values"][m] for m in metrics)
+        cells = (f" {v:>12.0f}" if v > 1 and v == round(v) else f" {v:>12.4f}" for v in values)
+        lines.append(f"{padded(entry['trial'], 24)}" + "".join(cells))
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
 
 
