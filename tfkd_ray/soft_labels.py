@@ -93,6 +93,7 @@ class Bank:
         self, path: Path, about: dict[str, str], count: int, compute: Callable[[nn.Module, Tensor], Tensor]
     ) -> Tensor:
         """The logits of a view, computed together with whoever wants them at the same time."""
+        _make_room(self._folder, 4 * count * int(json.loads(about["shape"])[1]))  # the view, and once more its parts
         parts: dict[int, Tensor] = {}
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
         for wait in (False, True):  # first what nobody is at, then what somebody was at
@@ -177,23 +178,22 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
     return logits
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Keep a file, others removed for it if the bank is full, the longest unused first; where it cannot be, do not."""
-    try:
-        files = [
-            (facts.st_mtime, facts.st_size, file) for file in path.parent.glob("[0-9a-f]*") if (facts := _facts(file))
-        ]
-        room = limit() - len(content) - sum(size for _, size, _ in files)
-        for _, size, file in sorted(files):
-            if room >= 0:
-                break
+def _make_room(folder: Path, size: int) -> None:
+    """Remove files, the longest unused first, until so many bytes more are within the limit."""
+    files = [(facts.st_mtime, facts.st_size, file) for file in folder.glob("[0-9a-f]*") if (facts := _facts(file))]
+    room = limit() - size - sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
+        if room >= 0:
+            return
+        with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
             room += size
-        if room >= 0:
-            with whole_file(path) as part:
-                part.write_bytes(content)
-    except OSError:
-        pass
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Keep a file; where it cannot be, do not."""
+    with contextlib.suppress(OSError), whole_file(path) as part:
+        part.write_bytes(content)
 
 
 def _facts(file: Path) -> os.stat_result | None:
