@@ -97,7 +97,7 @@ def main(trials: int = 1000, epochs: int = 100) -> None:
     """Make the sweep and look at it in every way."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = Path(folder) / "large"
-        space = make_sweep(experiment, trials, epochs)
+        space = make_sweep(experiment, trials, epochs, search={"stopping": "none"})  # every trial in full
         write_events(experiment, space)
         with timed("status"):
             status(experiment)

@@ -319,13 +319,13 @@ def test_what_cannot_be_read_is_one_sentence(small: Path, break_it: Any, where: 
 
 
 def test_status_of_a_thousand_trials_takes_less_than_a_second(tmp_path: Path) -> None:
-    make_sweep(tmp_path / "large", 1000, 100)
+    make_sweep(tmp_path / "large", 1000, 100, search={"stopping": "none"})
     taken = []
     for _ in range(3):
         start = time.process_time()
         found = status(tmp_path / "large")
         taken.append(time.process_time() - start)
-    assert found["trials"]["started"] == 1000 and found["epochs"]["done"] > 40_000
+    assert found["trials"]["started"] == 1000 and found["epochs"]["done"] > 50_000
     assert min(taken) < 1, taken
 
 

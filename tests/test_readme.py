@@ -68,13 +68,11 @@ def assert_tensorboard_answers(command: str, place: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
 def test_the_commands_of_the_docs_run(ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path) -> None:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S) for line in block.splitlines()]
     for line in lines:
         command = line.split("  #")[0].strip().replace("--seeds 10", "--seeds 2")
-        command += " epochs=9" if command.startswith("tfkd tune digits_tfkd") and "epochs=" not in command else ""
         if command.startswith("tfkd ") and not command.startswith("tfkd tensorboard"):
             run = tfkd(*command.split()[1:], cwd=tmp_path)
             assert run.returncode == 0, f"{command}: {run.stderr}"

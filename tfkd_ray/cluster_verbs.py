@@ -449,7 +449,9 @@ def _down(file: ClusterFile, args: argparse.Namespace) -> int:
 
 def _temp_dir(file: ClusterFile) -> str:
     """Where a cluster on this machine keeps its sockets; it is in the command lines of all its processes."""
-    return option(file.head, "temp-dir") or "/tmp/ray"
+    place = option(file.head, "temp-dir")
+    assert place is not None, f"{file.path}: checked to have one of its own"
+    return place
 
 
 def _end_here(file: ClusterFile) -> None:
