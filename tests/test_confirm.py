@@ -228,6 +228,13 @@ def test_an_arm_that_beats_every_baseline_is_better(tmp_path: Path) -> None:
     assert found["verdict"] == "better" and "reg is better than every baseline" in found["sentence"]
 
 
+def test_equal_runs_have_no_interval_in_the_table(tmp_path: Path) -> None:
+    lines = table(outcome_of(tmp_path, {"ce": [0.9] * 5, "lsr": FAIR, "reg": GOOD}))
+    row = next(line for line in lines if line.startswith("ce "))
+    assert row.split() == ["ce", "90.00", "±", "0.00", "5", "-"]
+    assert not any("inf" in line for line in lines)
+
+
 def test_nothing_is_better_where_a_baseline_has_no_two_runs(tmp_path: Path) -> None:
     (found,) = outcome_of(tmp_path, {"ce": FAIR, "lsr": [0.9, None, None, None, None], "reg": GOOD})["verdicts"]
     assert found["verdict"] == "cannot tell" and "baseline lsr has 1 of its runs" in found["sentence"]

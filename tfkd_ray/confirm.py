@@ -442,7 +442,8 @@ def table(result: dict[str, Any]) -> list[str]:
         interval = ""
         if len(values) > 1:
             s = verdict.summary(verdict.Arm(arm["name"], tuple(range(len(values))), values))
-            ours, interval = f"{s.mean:.2f} ± {s.sd:.2f}", f"{s.low:.2f} to {s.high:.2f}"
+            ours = f"{s.mean:.2f} ± {s.sd:.2f}"
+            interval = verdict.ACCURACY.interval(s.low / 100, s.high / 100)
         line = f"{arm['name'][:23]:<23} {ours:>15} {len(values):>3} {interval:>18}"
         if arm["published"] is not None:
             gap = f"{values.mean() - arm['published']:+.2f}" if len(values) else ""
