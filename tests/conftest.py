@@ -11,6 +11,7 @@ import pytest
 import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves trials while the other half of the tests runs
 os.environ.setdefault("COLUMNS", "100")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tfkd-cache-")  # decoded data sets
 
