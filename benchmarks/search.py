@@ -2,6 +2,7 @@
 
     python benchmarks/search.py fashion [--repeats 20] [--pairs tpe:halving,random:none] [--figure FILE.svg]
     python benchmarks/search.py fashion --surrogate          how well the table answers for what was not measured
+    python benchmarks/search.py digits --warnings            how often a sweep warns of its early stopping
 
 A replay is a sweep by our own searcher and stopping rule, without Ray, in which an epoch is looked up instead of
 trained. In repeat r the goal is the best value that a random search of 64 full-length trials finds (seed 1000 + r);
@@ -18,6 +19,7 @@ import json
 import math
 import statistics
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,8 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import KFold
 
 import tfkd_ray.search
+from tfkd_ray.experiment import Record
+from tfkd_ray.receipt import fidelity_warnings, rank_correlations
 from tfkd_ray.search import OptunaSearcher, StudyStopping
 from tfkd_ray.space import Halving, Parameter, Space, build_space
 
@@ -60,6 +64,11 @@ class Surrogate:
         curve: np.ndarray = self._curves[alike[((self._x[alike] - at) ** 2).sum(axis=1).argmin()]]
         return curve
 
+    def drawn(self, rng: np.random.Generator) -> np.ndarray:
+        """The curve of any run."""
+        curve: np.ndarray = np.nan_to_num(self._curves[rng.integers(len(self._curves))], nan=0.1)
+        return curve
+
 
 class World:
     """Learning curves of every configuration of a table's space."""
@@ -69,9 +78,29 @@ class World:
         self._parameters = {b.objective: b.parameters for b in table.space.branches}
         self._of = {name: Surrogate(x, curves) for name, x, curves in runs(table)}
 
-    def curve(self, objective: str, values: dict[str, Any]) -> np.ndarray:
+    def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
         """Validation accuracy after every epoch; NaN from where it diverges."""
-        return self._of[objective](np.array(places(self._parameters[objective], values)))
+        return self._of[objective](np.array(places(self._parameters[objective], parameters)))
+
+
+class Unsafe(World):
+    """The same, where values before the last mislead."""
+
+    def __init__(self, table: Table, how: str) -> None:
+        super().__init__(table)
+        self._how = how
+
+    def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
+        """Validation accuracy after every epoch."""
+        end = super().curve(objective, parameters)
+        if self._how == "of other runs":
+            early = self._of[objective].drawn(np.random.default_rng(zlib.crc32(repr(parameters).encode())))
+        elif self._how == "reversed":
+            early = 1 - end
+        else:  # "late bloomers": what is best at the end begins 20 points behind, by its first setting of its own
+            own = [p for p in self._parameters[objective] if p.name.startswith("objective.")][:1]
+            early = end - 0.2 * sum(places(own, parameters))
+        return np.concatenate([early[:-1], end[-1:]])
 
 
 def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -130,12 +159,22 @@ def surrogate(table: Table) -> Iterator[str]:
 
 
 def replay(
-    space: Space, world: World, *, most: int, goal: float = math.inf, at_once: int = 1
+    space: Space,
+    world: World,
+    *,
+    most: float,
+    goal: float = math.inf,
+    at_once: int = 1,
+    ended: list[Record] | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """A sweep: (epochs spent so far, value) of each full-length trial, until `most` are spent or the goal is met."""
+    """A sweep: (epochs spent so far, value) of each full-length trial, until `most` are spent or the goal is met.
+
+    Args:
+        ended: gets all trials that end.
+    """
     searcher = OptunaSearcher(space, Path("in memory"))
     stopping = StudyStopping(searcher)
-    live: dict[str, tuple[np.ndarray, int]] = {}
+    live: dict[str, tuple[dict[str, Any], np.ndarray, int]] = {}
     spent, asked, open_ = 0, 0, True
     while spent < most and (open_ or live):
         while open_ and len(live) < at_once:
@@ -144,12 +183,13 @@ def replay(
                 open_ = False
                 break
             assert isinstance(proposal, dict)
-            live[f"id{asked}"] = (world.curve(proposal["objective"]["name"], proposal["trial"]["parameters"]), 0)
+            about = {"objective": proposal["objective"]["name"], "parameters": proposal["trial"]["parameters"]}
+            live[f"id{asked}"] = (about, world.curve(**about), 0)
             asked += 1
-        for trial_id, (curve, before) in list(live.items()):
+        for trial_id, (about, curve, before) in list(live.items()):
             spent += 1
             epoch, value = before + 1, float(curve[before])
-            live[trial_id] = (curve, epoch)
+            live[trial_id] = (about, curve, epoch)
             result: dict[str, Any] = {"epoch": epoch, space.search.metric: value}
             if math.isnan(value):
                 result = {"failed": "Diverged", "done": True}
@@ -160,7 +200,12 @@ def replay(
             if stop or epoch == space.epochs:
                 searcher.on_trial_complete(trial_id, result)
                 del live[trial_id]
-                if epoch == space.epochs and not stop:
+                full = epoch == space.epochs and not stop
+                if ended is not None:
+                    status = "done" if full else "stopped"
+                    metrics = [{"epoch": k + 1, space.search.metric: float(v)} for k, v in enumerate(curve[:epoch])]
+                    ended.append(Record(Path(), len(ended), "", status=status, config={}, metrics=metrics, **about))
+                if full:
                     yield spent, value
                     if value >= goal:
                         return
@@ -196,6 +241,23 @@ def spent_until(table: Table, world: World, pair: str, repeat: int, goal: float,
     return math.inf
 
 
+def warnings(table: Table, repeats: int, trials: int) -> Iterator[str]:
+    """Of sweeps with the defaults: how many objectives are warned of, where early stopping was safe and where not."""
+    yield f"| {repeats} sweeps of {trials} trials | objectives with 8 full-length trials | warned of | share |"
+    yield "|---|---|---|---|"
+    misleading = {f"before the end {how}": Unsafe(table, how) for how in ("of other runs", "reversed", "late bloomers")}
+    for name, world in {"as measured": World(table), **misleading}.items():
+        judged = warned = 0
+        for repeat in range(repeats):
+            space = search_of(table, "tpe:halving", repeat, num_samples=trials)
+            records: list[Record] = []
+            for _ in replay(space, world, most=math.inf, ended=records):
+                pass
+            judged += len({ranking.objective for ranking in rank_correlations(space, records)})
+            warned += len(fidelity_warnings(space, records))
+        yield f"| {name} | {judged} | {warned} | {warned / max(1, judged):.2f} |"
+
+
 def _in_memory() -> None:
     """Studies live in this process alone: nothing is written, so that a replay takes a second."""
     tfkd_ray.search.open_journal = lambda path: optuna.storages.InMemoryStorage()
@@ -215,12 +277,17 @@ def main() -> None:
     parser.add_argument("--pairs", default=",".join(PAIRS))
     parser.add_argument("--at-once", type=int, default=1, help="trials at a time")
     parser.add_argument("--surrogate", action="store_true")
+    parser.add_argument("--warnings", action="store_true")
+    parser.add_argument("--trials", type=int, default=240, help="with --warnings: trials of a sweep")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     _in_memory()
     table = load(args.table)
     if args.surrogate:
         print("\n".join(surrogate(table)))
+        return
+    if args.warnings:
+        print("\n".join(warnings(table, args.repeats, args.trials)))
         return
     world = World(table)
     goals = [goal_of(table, world, repeat) for repeat in range(args.repeats)]

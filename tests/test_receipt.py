@@ -1,6 +1,7 @@
 """What a sweep took beside what was planned, and whether its rungs can be trusted."""
 
 import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,15 @@ from typing import Any
 import pytest
 
 from tfkd_ray.experiment import Record
-from tfkd_ray.receipt import expected_epochs, fidelity_warnings, reaching, receipt, receipt_lines, receipt_rows
+from tfkd_ray.receipt import (
+    expected_epochs,
+    fidelity_warnings,
+    rank_correlations,
+    reaching,
+    receipt,
+    receipt_lines,
+    receipt_rows,
+)  # fmt: skip
 from tfkd_ray.space import Space, build_space
 
 KD = {"name": "kd", "temperature": {"low": 1, "high": 20, "log": True}, "alpha": 0.5}
@@ -87,6 +96,24 @@ def test_early_stopping_that_was_not_safe_is_said_and_what_to_set(
         assert ("trials with high objective.kd.temperature rise after it" in found[0]) == (final(0, 1) == 0.5)
         assert max(map(len, receipt_lines(s, records))) <= 80
         assert fidelity_warnings(s, records[:7]) == []  # too few to tell
+
+
+def test_a_correlation_over_survivors_is_corrected_for_their_selection() -> None:
+    """Values that correlate by 0.8, of which the best sixth at the rung has a final value: 0.4 over those."""
+    found = []
+    for seed in range(60):
+        rng, records = random.Random(seed), []
+        for k in range(90):
+            early = rng.gauss(0, 1)
+            records.append(record(k, [early] * 3 + [0.8 * early + 0.6 * rng.gauss(0, 1)] * 6))
+        best = sorted(records, key=lambda r: -r.metrics[0]["val_accuracy"])[:15]
+        stopped = [record(r.number, [r.metrics[0]["val_accuracy"]] * 3, "stopped") for r in records if r not in best]
+        s = space(search={"stopping": {"name": "halving", "min_epochs": 3}})
+        found.append(next(rank_correlations(s, best + stopped)))
+        assert (found[-1].rung, found[-1].n, found[-1].judged) == (3, 15, 90)
+    assert 0.3 < statistics.mean(f.rank for f in found) < 0.5
+    assert 0.65 < statistics.mean(f.corrected for f in found) < 0.85
+    assert sum(f.most > 0.8 for f in found) >= 0.85 * len(found)  # 95 % of intervals, and their own spread
 
 
 def test_a_sweep_without_rungs_and_one_without_spread_get_no_warning() -> None:

@@ -6,19 +6,22 @@ chances it is among the best i / `factor` of them, or the best. Better proposals
 
 import itertools
 import math
+import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tfkd_ray.experiment import DIRECTIONS, Record
-from tfkd_ray.space import Halving, Hyperband, Parameter, Range, Space
+from tfkd_ray.space import Halving, Hyperband, Range, Space
 
 MIN_TRIALS = 8
 """Fewest full-length trials of an objective from which a rung is judged."""
 LOW = 0.3
-"""A rank correlation below this is a warning."""
+"""A correlation below this is too low for stopping by."""
+Z = 1.645
+"""Of a one-sided 95 % interval."""
 
 
 # --- planned, used, saved --------------------------------------------------------------------------------------
@@ -117,69 +120,115 @@ def receipt_rows(found: Receipt) -> list[tuple[str, str]]:
 # --- rungs -----------------------------------------------------------------------------------------------------
 
 
-def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[tuple[str, int, int, float]]:
-    """(objective, rung, n, Spearman's rank correlation of the value there with the final one), where n is enough.
+class Ranking(NamedTuple):
+    """How well the value at a rung told the final one, for one objective."""
 
-    Over the full-length trials of the objective: those that were stopped have no final value.
-    """
+    objective: str
+    rung: int
+    """Epochs before it."""
+    n: int
+    """Trials of full length: only they have a final value."""
+    judged: int
+    """Trials that came to the rung."""
+    rank: float
+    """Spearman's rank correlation of the two values over them."""
+    corrected: float
+    """The correlation (of normal scores) over all trials that were judged at the rung, as far as the survivors tell.
+
+    Those who survive a rung differ less there than those who came to it, which hides a correlation; this is
+    Thorndike's correction (1949, case 2) for the ratio of the two spreads."""
+    most: float
+    """The upper end of its one-sided 95 % interval (Fisher's z)."""
+
+
+def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[Ranking]:
+    """For each objective and rung, where there are enough trials of full length and they differ."""
     from scipy.stats import spearmanr
 
     for branch, rung in itertools.product(space.branches, space.search.stopping.rungs(space.epochs)):
         pairs = _pairs(space, records, branch.objective, rung)
-        if len(pairs) >= MIN_TRIALS and all(len({p[k] for p in pairs}) > 1 for k in (1, 2)):
-            rank = float(spearmanr([p[1] for p in pairs], [p[2] for p in pairs]).statistic)
-            yield branch.objective, rung, len(pairs), rank
+        at_rung, at_end = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+        if len(pairs) < MIN_TRIALS or len(set(at_rung)) == 1 or len(set(at_end)) == 1:
+            continue
+        judged = [v for r in records if r.objective == branch.objective for v in [_value(space, r, rung)]]
+        judged = [v for v in judged if math.isfinite(v)]
+        score = dict(zip(judged, _normal_scores(judged), strict=True))
+        seen = [score[v] for v in at_rung]
+        z = math.atanh(max(-0.999, min(0.999, statistics.correlation(seen, _normal_scores(at_end)))))
+        ratio = statistics.pstdev(score[v] for v in judged) / statistics.pstdev(seen)
+        corrected, most = (
+            x * ratio / math.sqrt(1 - x * x + x * x * ratio * ratio)
+            for x in (math.tanh(z), math.tanh(z + Z / math.sqrt(len(pairs) - 3)))
+        )
+        rank = float(spearmanr(at_rung, at_end).statistic)
+        yield Ranking(branch.objective, rung, len(pairs), len(judged), rank, corrected, most)
+
+
+def _normal_scores(values: Sequence[float]) -> list[float]:
+    """Each value's place among all, as a quantile of the normal distribution."""
+    from scipy.stats import norm, rankdata
+
+    return [float(x) for x in norm.ppf((rankdata(values) - 0.5) / len(values))]
+
+
+def _value(space: Space, record: Record, epoch: int) -> float:
+    """The metric of a trial after an epoch; NaN if it did not come to it."""
+    return next((m.get(space.search.metric, math.nan) for m in record.metrics if m.get("epoch") == epoch), math.nan)
 
 
 def _pairs(space: Space, records: Sequence[Record], objective: str, rung: int) -> list[tuple[Record, float, float]]:
     """The full-length trials of an objective, with their values at a rung and at the end."""
-    metric = space.search.metric
     found = [
-        (r, next((m.get(metric, math.nan) for m in r.metrics if m.get("epoch") == rung), math.nan), r.last[metric])
+        (r, _value(space, r, rung), r.last.get(space.search.metric, math.nan))
         for r in records
-        if r.objective == objective and r.status == "done" and metric in r.last
+        if r.objective == objective and r.status == "done"
     ]
     return [pair for pair in found if math.isfinite(pair[1]) and math.isfinite(pair[2])]
 
 
 def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
-    """Where early stopping was not safe: a sentence for each objective, at its first rung that does not rank.
+    """Where early stopping was not safe: a sentence for each objective, at its first rung that did not rank.
 
-    The rule: of 8 or more full-length trials of the objective, the rank correlation of the value at the rung with the
-    final one is below 0.3.
+    The rule, for 8 or more full-length trials of the objective: the correlation of the value at the rung with the
+    final one, corrected for the selection there, is below 0.3 with 95 % confidence; or it is below 0.3, and a setting
+    goes with rising in rank after the rung. How often that is right is measured: benchmarks/RESULTS.md.
     """
     found: dict[str, str] = {}
     rungs = space.search.stopping.rungs(space.epochs)
-    for objective, rung, n, rank in rank_correlations(space, records):
-        if rank < LOW and objective not in found:
-            later = [r for r in rungs if r > rung]
+    for at in rank_correlations(space, records):
+        bloomers = _late_bloomers(space, records, at.objective, at.rung)
+        if at.objective not in found and (at.most < LOW or (at.corrected < LOW and bloomers)):
+            later = [r for r in rungs if r > at.rung]
             instead = (
                 f"set search.stopping.min_epochs: {later[0]}, or stopping: none" if later else "set stopping: none"
             )
-            found[objective] = (
-                f"stopping {objective} after {rung} epochs was not safe: over the {n} trials of full length the rank "
-                f"correlation of the value there with the final one is {rank:.2f} (below {LOW}; of survivors it is "
-                f"often low){_late_bloomers(space, records, objective, rung)}; {instead}"
+            found[at.objective] = (
+                f"stopping {at.objective} after {at.rung} epochs was not safe: over the {at.n} trials of full length "
+                f"the rank correlation of the value there with the final one is {at.rank:.2f}, corrected for the "
+                f"selection there {at.corrected:.2f} (below {LOW}){bloomers}; {instead}"
             )
     return list(found.values())
 
 
 def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung: int) -> str:
-    """Which setting goes with rising in rank after a rung, if one does clearly."""
+    """Which setting goes with rising in rank after a rung, if one does clearly; the others are allowed for."""
     from scipy.stats import rankdata, spearmanr
 
     pairs = _pairs(space, records, objective, rung)
     sign = 1 if DIRECTIONS[space.search.metric] == "max" else -1
     rise = rankdata([sign * p[2] for p in pairs]) - rankdata([sign * p[1] for p in pairs])
-    strongest: tuple[float, Parameter | None] = (0.0, None)
-    for p in next(b for b in space.branches if b.objective == objective).parameters:
+    strongest: tuple[float, str] = (0.05, "")
+    searched = [
+        p for b in space.branches if b.objective == objective for p in b.parameters if isinstance(p.domain, Range)
+    ]
+    for p in searched:
         values: list[Any] = [pair[0].parameters.get(p.name, math.nan) for pair in pairs]
-        if isinstance(p.domain, Range) and len(set(values)) > 1 and len(set(rise)) > 1:
-            rank = float(spearmanr(values, rise).statistic)
-            strongest = max(strongest, (rank, p), key=lambda found: abs(found[0]))
-    if strongest[1] is None or abs(strongest[0]) < 0.5:
-        return ""
-    return f"; trials with {'high' if strongest[0] > 0 else 'low'} {strongest[1].name} rise after it"
+        if len(set(values)) > 1 and len(set(rise)) > 1:
+            rank = spearmanr(values, rise)
+            which = "high" if rank.statistic > 0 else "low"
+            sentence = f"; trials with {which} {p.name} rise after it"
+            strongest = min(strongest, (float(rank.pvalue) * len(searched), sentence))
+    return strongest[1]
 
 
 def receipt_lines(space: Space, records: Sequence[Record], width: int = 80) -> Iterator[str]:

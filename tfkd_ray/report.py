@@ -606,7 +606,7 @@ def _pareto(sweep: Sweep) -> Figure:
 
 
 def _fidelity(sweep: Sweep) -> Figure:
-    ranks = {(o, rung): rank for o, rung, _, rank in rank_correlations(sweep.space, sweep.records)}
+    ranks = {(found.objective, found.rung): found for found in rank_correlations(sweep.space, sweep.records)}
     panels: list[Panel] = []
     few = sorted({f"{o} ({len(sweep.of(o, sweep.full))})" for o in sweep.plan.rows
                   if len(sweep.of(o, sweep.full)) < MIN_TRIALS})  # fmt: skip
@@ -618,8 +618,11 @@ def _fidelity(sweep: Sweep) -> Figure:
             if len(pairs) < MIN_TRIALS:
                 continue
             x, y = [p[0] for p in pairs], [p[1] for p in pairs]
-            rank = ranks.get((objective, rung), math.nan)
-            name = f"{objective}: {rank:.2f} (n = {len(pairs)})" if math.isfinite(rank) else f"{objective}: no spread"
+            found = ranks.get((objective, rung))
+            told = f"{found.rank:.2f} (n = {found.n})" if found else "no spread"
+            if found and found.judged > found.n:
+                told += f"; corrected {found.corrected:.2f}"
+            name = f"{objective}: {told}"
             series.append(Series("points", x, y, name, sweep.colour(objective), [sweep.hover(p[2]) for p in pairs]))
         if series:
             axis = replace(sweep.axis(), label=f"{sweep.axis().label}, after {rung} epochs")
@@ -627,8 +630,8 @@ def _fidelity(sweep: Sweep) -> Figure:
     warnings = [f" Warning: {warning}." for warning in fidelity_warnings(sweep.space, sweep.records)]
     sentence = (
         "The value at a rung against the final one, over trials of full length; the legend has Spearman's rank "
-        "correlation (1: the rung ranks trials as the end does). Trials that a rung stopped have no final value, so "
-        "the correlation over all trials is not known, and that over the survivors tends to be lower."
+        "correlation (1: the rung ranks trials as the end does). Trials that a rung stopped have no final value, and "
+        "over the survivors a correlation is lower than over all that came to the rung: so it is corrected, too."
         + "".join(warnings)
     )
     if not sweep.space.search.stopping.rungs(sweep.space.epochs):
