@@ -187,7 +187,7 @@ def _pairs(space: Space, records: Sequence[Record], objective: str, rung: int) -
 
 
 def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
-    """Where early stopping was not safe: a sentence for each objective, at its first rung that did not rank.
+    """Where early stopping may not have been safe: a sentence for each objective, at its first rung that did not rank.
 
     The rule, for 8 or more full-length trials of the objective: the correlation of the value at the rung with the
     final one, corrected for the selection there, is below 0.3 with 95 % confidence; or it is below 0.3, and a setting
@@ -203,7 +203,7 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
                 f"set search.stopping.min_epochs: {later[0]}, or stopping: none" if later else "set stopping: none"
             )
             found[at.objective] = (
-                f"stopping {at.objective} after {at.rung} epochs was not safe: over the {at.n} trials of full length "
+                f"stopping {at.objective} after {at.rung} epochs may not have been safe: over the {at.n} trials of full length "
                 f"the rank correlation of the value there with the final one is {at.rank:.2f}, corrected for the "
                 f"selection there {at.corrected:.2f} (below {LOW}){bloomers}; {instead}"
             )
