@@ -203,8 +203,8 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
                 f"set search.stopping.min_epochs: {later[0]}, or stopping: none" if later else "set stopping: none"
             )
             found[at.objective] = (
-                f"stopping {at.objective} after {at.rung} epochs may not have been safe: over the {at.n} trials of full length "
-                f"the rank correlation of the value there with the final one is {at.rank:.2f}, corrected for the "
+                f"stopping {at.objective} after {at.rung} epochs may not have been safe: over the {at.n} trials of "
+                f"full length the rank correlation of the value there with the final one is {at.rank:.2f}, corrected for the "
                 f"selection there {at.corrected:.2f} (below {LOW}){bloomers}; {instead}"
             )
     return list(found.values())
