@@ -2,8 +2,8 @@
 
     python benchmarks/formats.py [--students resnet18,mobilenet_v2] [--rounds 5] [--batch 64]
 
-One thread, images of 32x32, 100 classes; the four ways take turns. Told is how long each takes against contiguous float32
-(median over the rounds, and their range), and what `tfkd` chooses on this machine.
+One thread, images of 32x32, 100 classes; the four ways take turns. Told is how long each takes against contiguous
+float32 (median over the rounds, and their range), and what `tfkd` chooses on this machine.
 """
 
 import argparse

@@ -204,8 +204,8 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
             )
             found[at.objective] = (
                 f"stopping {at.objective} after {at.rung} epochs may not have been safe: over the {at.n} trials of "
-                f"full length the rank correlation of the value there with the final one is {at.rank:.2f}, corrected for the "
-                f"selection there {at.corrected:.2f} (below {LOW}){bloomers}; {instead}"
+                f"full length the rank correlation of the value there with the final one is {at.rank:.2f}, corrected "
+                f"for the selection there {at.corrected:.2f} (below {LOW}){bloomers}; {instead}"
             )
     return list(found.values())
 
