@@ -115,7 +115,7 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
         name = ""
         try:
             for name, read in reads(storage, tmp_path / "report.html"):  # noqa: B007
-                start = time.perf_counter()
+                start, cpu = time.monotonic(), time.process_time()
                 try:
                     code = read()
                 except ConfigError as error:
@@ -126,7 +126,7 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
                 out, err = capsys.readouterr()
                 assert "Traceback" not in out + err
                 assert not isinstance(code, int) or code in (0, 2) or (code == 1 and err)
-                assert time.perf_counter() - start < SLOWEST_S, time.perf_counter() - start
+                assert time.process_time() - cpu < SLOWEST_S and time.monotonic() - start < 10 * SLOWEST_S
                 refused += code == 2
         except BaseException as error:
             error.add_note(
