@@ -1,12 +1,18 @@
 """SECURITY.md, claim by claim: nothing is executed by reading it, no secret is written, no port is open that is not named."""
 
 import ast
+import contextlib
 import importlib.metadata
 import io
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import optuna
+import psutil
 import pytest
 import torch
 from conftest import ROOT, Run
@@ -21,13 +28,18 @@ from packaging.requirements import Requirement
 from test_damage import RELEASE, Reached, reads
 from test_layers import ORDER, PACKAGE
 from test_report import make_comparison
+from test_storage import postgres  # noqa: F401
 
+import tfkd_ray.schema
 import tfkd_ray.tune
 from tfkd_ray.checkpoint import BEFORE, LAST, save_state
 from tfkd_ray.cli import main
-from tfkd_ray.experiment import read_records
+from tfkd_ray.experiment import read_experiment, read_records
 from tfkd_ray.export import export
+from tfkd_ray.jobs import stage, submit_command
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
+from tfkd_ray.space import masked
+from tfkd_ray.tensorboard import side_by_side
 from tfkd_ray.tune import resume_tuner
 
 # --- what the package may call -----------------------------------------------------------------------------------
@@ -66,9 +78,7 @@ def test_yaml_is_read_by_the_safe_loader_alone() -> None:
         ("schema", "_Loader")
     ]
     assert all(keywords(call).get("Loader") == "_Loader" for _, _, call in loads)
-    from tfkd_ray.schema import _Loader
-
-    assert [base.__name__ for base in _Loader.__bases__] == ["SafeLoader"]
+    assert [base.__name__ for base in tfkd_ray.schema._Loader.__bases__] == ["SafeLoader"]
 
 
 def test_nothing_is_unpickled_and_no_text_is_run() -> None:
@@ -271,3 +281,163 @@ def test_reading_imports_no_model_of_ones_own_and_training_does(tmp_path: Path, 
         done = tfkd(*argv, "storage/sweep", *(["0"] if argv == ["logs"] else []))
         assert done.returncode == 0 and not boom.exists(), (argv, done.stderr)
     assert tfkd("export", "storage/sweep/trials/t0002-ce").returncode == 2 and boom.exists()  # its weights are an MLP's
+
+
+# --- secrets -----------------------------------------------------------------------------------------------------
+
+CANARIES = {
+    "AWS_SECRET_ACCESS_KEY": "canary-aws-5f1c",
+    "AWS_SESSION_TOKEN": "canary-session-77aa",
+    "AZURE_CLIENT_SECRET": "canary-azure-0b1d",
+    "HF_TOKEN": "hf_canary5e2a",
+    "WANDB_API_KEY": "canary-wandb-9d3e",
+    "RAY_AUTH_TOKEN": "canary0000111122223333444455556666777788889999aaaabbbbccccdddd00",
+}
+SMALL = """
+student: {name: mlp, hidden: [8]}
+epochs: 2
+objective: [{name: tfkd_reg, alpha: {low: 0.1, high: 0.9}}, ce]
+optim: {lr: {low: 0.01, high: 0.5, log: true}}
+search: {num_samples: 4, baselines: false, stopping: none}
+"""
+
+
+def places_of(words: dict[str, str], folders: list[Path]) -> list[tuple[str, Path]]:
+    """(whose secret, file) wherever a canary has got to."""
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    return [(name, p) for p in files for name, word in words.items() if word.encode() in p.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_no_secret_is_written_anywhere(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A sweep with a Ray of its own, its storage given with its password on the command line; then all that reads it."""
+    canaries = CANARIES | {"the storage's password": "s3cret-word"}
+    temp = Path(tempfile.mkdtemp(prefix="tfkd-"))  # Ray's, whose logs are looked through, too
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TFKD_STORAGE")}
+    env |= CANARIES | {"RAY_TMPDIR": str(temp), "PYTHONUNBUFFERED": "1"}
+    (tmp_path / "small.yaml").write_text(SMALL)
+    said: list[str] = []
+    seen: set[str] = set()
+
+    def run(*words: str) -> None:
+        command = [sys.executable, "-m", "tfkd_ray", *words]
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said.append(line)
+                with contextlib.suppress(psutil.Error):
+                    seen.add(" ".join(psutil.Process(process.pid).cmdline()))
+        assert process.returncode == 0, (words, said[-20:])
+
+    try:
+        run("tune", "small.yaml", "--name", "e", f"search.storage={postgres}")
+        env["TFKD_STORAGE"] = postgres
+        for words in (["status"], ["best"], ["trials"], ["report"], ["export"]):
+            run(words[0], "tfkd_results/e")
+        run("ls")
+        side_by_side(tmp_path, {"both": tmp_path / "tfkd_results/e"})
+        assert (
+            read_experiment(tmp_path / "tfkd_results/e")["space"]["search"]["storage"] == masked(postgres) != postgres
+        )
+        assert seen and not [words for words in seen if "s3cret-word" in words], "Ray lists a driver's command"
+        assert not [line for line in said for word in canaries.values() if word in line]
+        assert places_of(canaries, [tmp_path]) == []
+        assert places_of({k: v for k, v in canaries.items() if k != "RAY_AUTH_TOKEN"}, [temp]) == []
+        assert list(temp.rglob("*.log")), "Ray logged elsewhere"
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def test_a_jobs_metadata_and_files_hold_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, word in CANARIES.items():
+        monkeypatch.setenv(name, word)
+    home, staged = tmp_path / "home", tmp_path / "staged"
+    (home / ".aws").mkdir(parents=True)
+    for name in (".env", ".aws/credentials", "notes.txt", "token.txt"):
+        (home / name).write_text(
+            {"notes.txt": "mine", "token.txt": CANARIES["RAY_AUTH_TOKEN"]}.get(name, CANARIES["AWS_SECRET_ACCESS_KEY"])
+        )
+    staged.mkdir()
+    stage(home, staged)
+    assert (staged / "notes.txt").exists() and places_of(CANARIES, [staged]) == []
+    command = submit_command("http://127.0.0.1:8265", "job", staged, ["python", "-m", "tfkd_ray", "tune"], detach=True)
+    assert not [word for word in CANARIES.values() if any(word in part for part in command)]
+    monkeypatch.chdir(home)
+    (home / "small.yaml").write_text(SMALL)
+    for words in (
+        ["search.storage=postgresql://me:pw-canary@db/x"],
+        ["search={storage: 'postgresql://me:pw-canary@db/x'}"],
+        ["--study-storage", "postgresql://me:pw-canary@db/x"],
+    ):
+        assert main(["tune", "small.yaml", "--cluster", "local", *words]) == 2
+        err = capsys.readouterr().err
+        assert "a job's command is shown on the dashboard" in err and "pw-canary" not in err
+
+
+# --- ports -------------------------------------------------------------------------------------------------------
+
+TWO_WORKERS = {
+    "student": {"name": "mlp", "hidden": [16]}, "objective": "ce", "epochs": 400, "workers": 2,
+    "optim": {"lr": {"choices": [0.1, 0.05]}}, "search": {"num_samples": 2, "stopping": "none", "sampler": "random"},
+}  # fmt: skip
+
+
+def allowed() -> dict[str, bool]:
+    """Of each kind of process that may listen, whether it may beyond loopback: the table of docs/clusters.md."""
+    table = (ROOT / "docs/clusters.md").read_text().partition("| process | listens on |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {row[0].strip("`"): row[1] != "loopback" for row in rows}
+
+
+def kind_of(process: psutil.Process) -> str:
+    """What a process is called in the table: the program's file, the script's, or the module's, by whatever is known."""
+    words = process.cmdline()
+    if words and words[0].startswith("ray::"):
+        return "worker"
+    names = [Path(word).name for word in words if not word.startswith("--")][:4]
+    return next((kind for kind in allowed() if kind in names), " ".join(names))
+
+
+def listening(root: psutil.Process) -> set[tuple[str, str, int]]:
+    """(kind of process, address, port) of every listening socket of a process, the driver, and of those below it."""
+    found = set()
+    for process in [root, *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            kind = "driver" if process == root and root.cmdline()[1] != "-m" else kind_of(process)
+            sockets = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            found |= {(kind, c.laddr.ip, c.laddr.port) for c in sockets}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_no_port_is_open_that_is_not_named(tmp_path: Path) -> None:
+    """A sweep of trials with two workers on a Ray of its own, with its dashboard, and TensorBoard."""
+    plan = json.dumps({"space": TWO_WORKERS, "kill": []})
+    shutil.copytree(RELEASE, tmp_path / "storage", symlinks=True)
+    board = [sys.executable, "-m", "tfkd_ray", "tensorboard", str(tmp_path / "storage/sweep"), "--port", "0"]
+    driver = [sys.executable, str(ROOT / "tests/sweep_under_fire.py"), str(tmp_path / "own"), "2", plan]
+    seen: set[tuple[str, str, int]] = set()
+    with (
+        subprocess.Popen(board, stderr=subprocess.PIPE) as shown,
+        subprocess.Popen(driver, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as sweep,
+    ):
+        while sweep.poll() is None:
+            for process in (shown, sweep):
+                with contextlib.suppress(psutil.Error):
+                    seen |= listening(psutil.Process(process.pid))
+            time.sleep(0.2)
+        assert sweep.stdout is not None and b'"done"' in sweep.stdout.read()
+        shown.terminate()
+    kinds = {kind for kind, _, _ in seen}
+    assert kinds >= {"tfkd_ray", "gcs_server", "raylet", "dashboard.py", "worker"}, kinds
+    beyond = {(kind, port) for kind, host, port in seen if host not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")}
+    assert not {(kind, port) for kind, port in beyond if not allowed().get(kind, False)}, sorted(seen)
+    assert kinds <= allowed().keys(), sorted(seen)
