@@ -44,11 +44,14 @@ def page(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_comparison(tmp_path_factory.mktemp("storage") / "arms")
+
+
+def make_comparison(directory: Path) -> Path:
     """A judged comparison, with made-up logits: reg is better than ce and lsr by 4 points or so."""
     from tfkd_ray.checkpoint import save_weights
     from tfkd_ray.confirm import LOGITS, outcome
 
-    directory = tmp_path_factory.mktemp("storage") / "arms"
     arms = [{"name": "plain", "objective": "ce"}, {"name": "smooth", "objective": "lsr"},
             {"name": "reg", "objective": "tfkd_reg"}]  # fmt: skip
     new_comparison(build_arms({"title": "Three arms", "arms": arms, "student": "mlp"}), range(1001, 1006), directory)

@@ -17,11 +17,20 @@ from pydantic import Field, StringConstraints
 
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
-from tfkd_ray.experiment import DIRECTIONS, Record, about_now, check_new, read_experiment, read_records, write_text
+from tfkd_ray.experiment import (
+    DIRECTIONS,
+    Record,
+    about_now,
+    check_new,
+    damaged,
+    read_experiment,
+    read_records,
+    write_text,
+)
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
-from tfkd_ray.space import Domain, Range, Space, build_space, override
+from tfkd_ray.space import Domain, Range, Space, build_space, masked, override
 
 FIRST_SEED = 1001
 """Of the seeds that arms are trained with; far from those that sweeps are run with."""
@@ -353,7 +362,15 @@ def _distance(domain: Domain, a: Any, b: Any) -> float:
 def comparisons_of(experiment: Path) -> list[Path]:
     """The finished comparisons beside a sweep that its best were confirmed in."""
     found = [p.parent for p in experiment.parent.glob("*/confirm.json")]
-    return sorted(p for p in found if read_yaml(p / "confirm.yaml")["compared"].get("experiment") == experiment.name)
+    return sorted(p for p in found if _compared(p).get("experiment") == experiment.name)
+
+
+def _compared(directory: Path) -> dict[str, Any]:
+    path = directory / "confirm.yaml"
+    with damaged(path):
+        compared: dict[str, Any] = read_yaml(path)["compared"]
+        compared.get  # noqa: B018
+    return compared
 
 
 # --- a comparison's directory ----------------------------------------------------------------------------------
@@ -372,7 +389,7 @@ def new_comparison(
     check_new(directory)
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
     about = {
-        **about_now(sys.argv),
+        **about_now([masked(word) for word in sys.argv]),
         "id": uuid.uuid4().hex,
         "loop_version": LOOP_VERSION,
         "fail_if_not_better": strict,
@@ -416,19 +433,15 @@ def read_comparison(directory: Path) -> Comparison:
     if not path.is_file():
         raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
     about = read_yaml(path)
-    arms = validated(Arms, about["compared"], path)
-    options = {key: about[key] for key in ("teacher_per_seed", "hold_out")}
-    runs = runs_of(arms, about["seeds"], **options)
+    with damaged(path):
+        arms = validated(Arms, about["compared"], path)
+        options = {key: bool(about[key]) for key in ("teacher_per_seed", "hold_out")}
+        runs = runs_of(arms, [int(seed) for seed in about["seeds"]], **options)
+        made_with = (str(about["versions"]["torch"]), int(about["loop_version"]))
+        id, strict = str(about["id"]), bool(about["fail_if_not_better"])
     done = {record.name for record in read_records(directory) if record.status == "done"}
-    return Comparison(
-        arms,
-        runs,
-        about["hold_out"],
-        about["id"],
-        about["fail_if_not_better"],
-        (about["versions"]["torch"], about["loop_version"]),
-        is_trained=done >= {run.name for run in runs},
-    )
+    is_trained = done >= {run.name for run in runs}
+    return Comparison(arms, runs, options["hold_out"], id, strict, made_with, is_trained)
 
 
 # --- presets ---------------------------------------------------------------------------------------------------

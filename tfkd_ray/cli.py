@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    if argv is None:
+        _hide_password()
     parser = _parser()
     argv, command = _command_of(list(sys.argv[1:] if argv is None else argv))
     args, rest = parser.parse_known_args(argv)
@@ -63,6 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.filename)
         _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
+
+
+_URL = r"(?<![^={,\s'\"])[a-z][a-z0-9+_]*://[^\s'\"}]+"
+
+
+def _hide_password() -> None:
+    """Begin anew with a storage's password in the environment: Ray lists the command of a driver, and `ps` any."""
+    given = [url for word in sys.argv[1:] for url in re.findall(_URL, word)]
+    if not given:
+        return
+    from tfkd_ray.space import ENVIRONMENT, masked
+
+    secret = next((url for url in given if masked(url) != url), None)
+    if secret is not None:
+        os.environ[ENVIRONMENT] = secret
+        os.execv(sys.executable, [sys.executable, *(masked(word) for word in sys.orig_argv[1:])])
 
 
 def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -603,9 +603,11 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    if args.study_storage and "@" in args.study_storage:
+    from tfkd_ray.space import masked
+
+    if any(masked(word) != word for word in args.overrides) or "@" in (args.study_storage or ""):
         raise ConfigError(
-            "--study-storage: a job's command is shown on the dashboard, its password too; set "
+            "--study-storage (search.storage): a job's command is shown on the dashboard, its password too; set "
             "TFKD_STORAGE on the cluster instead"
         )
     file = find_file(args.file, "search_spaces")

@@ -12,6 +12,7 @@ arrays of bytes, text and numbers only.
 Shapes: N = images, C = channels, H, W = height and width.
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -29,6 +30,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -787,6 +789,24 @@ class Imagenet(FolderDataset):
 
 
 # --- your own --------------------------------------------------------------------------------------------------
+
+
+_reads_only: ContextVar[bool] = ContextVar("_reads_only", default=False)
+
+
+@contextlib.contextmanager
+def only_reading() -> Iterator[None]:
+    """Within it, settings that name code of one's own are believed: who reads an experiment imports nothing of it."""
+    before = _reads_only.set(True)
+    try:
+        yield
+    finally:
+        _reads_only.reset(before)
+
+
+def is_only_reading() -> bool:
+    """Whether this is within `only_reading`."""
+    return _reads_only.get()
 
 
 def imported(path: str, what: str) -> Any:

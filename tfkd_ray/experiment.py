@@ -31,6 +31,10 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
 
+STATUSES = ("running", "done", "stopped", "failed", "interrupted")
+MOST_BYTES = 2**26
+"""Of a JSON file: far more than any of ours has."""
+MOST_EPOCHS = 10**7
 VERSION = 1
 """Of this layout; raised when a reader must know the difference."""
 DIRECTIONS: dict[str, Literal["max", "min"]] = {
@@ -110,9 +114,26 @@ def read_records(experiment: Path) -> list[Record]:
 
 
 def read_record(folder: Path) -> Record:
-    """One trial."""
-    about = json.loads((folder / "trial.json").read_text())
-    return Record(folder=folder, metrics=read_metrics(folder), **about)
+    """One trial, or a ConfigError if a file of it is damaged."""
+    return as_record(folder, read_metrics(folder))
+
+
+def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
+    """What trial.json says, with these metrics."""
+    path = folder / "trial.json"
+    try:
+        about = parse_json(read_text(path))
+        record = Record(folder=folder, metrics=metrics, **about)
+        kinds = {"number": int, "name": str, "objective": str, "parameters": dict, "config": dict}
+        for name, kind in kinds.items():
+            if not isinstance(about[name], kind):
+                raise ValueError(f"{name} is {about[name]!r}")
+        if record.status not in STATUSES or not isinstance(record.reason, str | None):
+            raise ValueError(f"status is {record.status!r}, reason {record.reason!r}")
+    except (ValueError, TypeError) as error:
+        message = f"not a trial as this release writes it, or cut ({error}); move its folder away to see the others"
+        raise ConfigError(message, path) from None
+    return record
 
 
 def write_record(record: Record) -> None:
@@ -126,13 +147,84 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    with damaged(path):
+        text = read_text(path)
+        return [as_metrics(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def as_metrics(line: str | bytes) -> dict[str, float]:
+    """A line of metrics.jsonl; a ValueError if it is none."""
+    found = parse_json(line)
+    if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
+        raise ValueError(f"no metrics of an epoch: {str(found)[:80]}")
+    epoch = found.get("epoch", 0)
+    if not 0 <= epoch <= MOST_EPOCHS:
+        raise ValueError(f"epoch is {epoch}")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    """Also nan and infinity, which a trial that diverges reports."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def read_teachers(storage: Path) -> list[dict[str, Any]]:
     """What teacher.json says of every finished teacher under a storage directory, by name."""
-    return [json.loads(path.read_text()) for path in sorted((storage / "teachers").glob("*/teacher.json"))]
+    return [read_teacher(path.parent) for path in sorted((storage / "teachers").glob("*/teacher.json"))]
+
+
+def read_teacher(folder: Path) -> dict[str, Any]:
+    """What teacher.json says of a teacher, or a ConfigError if it is damaged."""
+    path = folder / "teacher.json"
+    with damaged(path):
+        about: dict[str, Any] = parse_json(read_text(path))
+        as_metrics(json.dumps(about["metrics"]))
+        if (
+            not all(isinstance(about[name], str) for name in ("name", "sha256"))
+            or "name" not in about["config"]["data"]
+        ):
+            raise ValueError("its name, its checksum or its data are not there")
+    return about
+
+
+def read_spent(experiment: Path) -> dict[str, float]:
+    """What spent.json says: `seconds` that drivers ran, and `trial_seconds`; both 0 where there is none."""
+    path = experiment / "spent.json"
+    if not path.exists():
+        return {"seconds": 0.0, "trial_seconds": 0.0}
+    with damaged(path):
+        counted = parse_json(read_text(path))
+        found = {name: float(counted[name]) for name in ("seconds", "trial_seconds")}
+        if not all(0 <= value < math.inf for value in found.values()):
+            raise ValueError(f"{found}")
+    return found
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; whatever is wrong with it is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_text(path: Path) -> str:
+    """A text file of an experiment; one that is larger than any of ours is not read, and a ValueError."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"larger than any such file: more than {MOST_BYTES} bytes")
+    return content.decode()
+
+
+@contextlib.contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """A file that does not read as we write it is a ConfigError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        what = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"was changed by hand, or cut: {what}", path) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -165,7 +257,7 @@ def check_writable(folder: Path, option: str) -> None:
 def best(records: list[Record], metric: str, mode: str) -> Record | None:
     """The best of the full-length trials; of equals, the first."""
     sign = 1 if mode == "max" else -1
-    full = [r for r in records if r.status == "done"]
+    full = [r for r in records if r.status == "done" and metric in r.last]
     return max(full, key=lambda r: (sign * r.last[metric], -r.number), default=None)
 
 

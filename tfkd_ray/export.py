@@ -27,7 +27,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,10 +43,13 @@ from tfkd_ray.experiment import (
     Record,
     best,
     check_writable,
+    damaged,
+    parse_json,
     read_experiment,
     read_metrics,
     read_record,
     read_records,
+    read_text,
     trials_folder,
     write_text,
 )
@@ -62,8 +65,6 @@ TOLERANCE = 1e-3
 OPSET = 20
 """Of ONNX: the one that ONNX 1.15 brought, and torch's default."""
 GRAPH, ONNX, SUMS = "student.pt2", "student.onnx", "SHA256SUMS"
-
-_T = TypeVar("_T")
 
 
 class ExportFailed(RuntimeError):
@@ -210,7 +211,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         )
     if (source / "experiment.yaml").is_file():
         metric, mode = _metric(source)
-        records = _undamaged(read_records, source)
+        records = read_records(source)
         winner = best(records, metric, mode)
         if winner is None:
             raise ConfigError(
@@ -220,7 +221,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
             )
         return _of_trial(winner, source)
     if (source / "trial.json").is_file():
-        record, above = _undamaged(read_record, source), source.parent.parent
+        record, above = read_record(source), source.parent.parent
         if (above / "confirm.yaml").is_file():
             return _of_comparison(above, record.parameters.get("arm"), record.parameters.get("seed"))
         return _of_trial(record, above)
@@ -238,14 +239,6 @@ def _metric(experiment: Path) -> tuple[str, str]:
     return metric, "max" if metric == "val_accuracy" else "min"
 
 
-def _undamaged(read: Callable[[Path], _T], folder: Path) -> _T:
-    """What `read` makes of a folder's JSON files, or a ConfigError where one of them is damaged."""
-    try:
-        return read(folder)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"a trial.json or metrics.jsonl in it is damaged: {error}", folder) from None
-
-
 def _of_trial(record: Record, experiment: Path) -> Chosen:
     """A trial of a sweep."""
     path = record.folder / "trial.json"
@@ -254,7 +247,7 @@ def _of_trial(record: Record, experiment: Path) -> Chosen:
         raise ConfigError(f"{record.status}{reason}; only a trial of full length has weights to export", path)
     config = validated(TrainConfig, record.config, path)
     metric, mode = _metric(experiment)
-    records = _undamaged(read_records, experiment)
+    records = read_records(experiment)
     winner = best(records, metric, mode)
     value = f"{metric} {record.last[metric]:.4f}"
     if winner is not None and winner.name == record.name:
@@ -286,7 +279,7 @@ def _of_trial(record: Record, experiment: Path) -> Chosen:
 def _of_run(folder: Path) -> Chosen:
     """What `tfkd train` made."""
     config = validated(TrainConfig, read_yaml(folder / "config.yaml"), folder / "config.yaml")
-    metrics = _undamaged(read_metrics, folder)
+    metrics = read_metrics(folder)
     if not (folder / WEIGHTS).is_file():
         done = f"{metrics[-1]['epoch']:.0f}" if metrics else "none"
         raise ConfigError(
@@ -325,7 +318,12 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     if seed is not None and seed not in done:
         why = f"{runs[seed]['status']}: {runs[seed].get('reason', '')}" if seed in runs else "no such seed"
         raise ConfigError(f"--seed: {name} with {seed}: {why}; trained to the end: {_listed(done)}", directory)
-    run = next(r for r in compared.runs if r.arm == name and r.seed == (done[0] if seed is None else seed))
+    wanted = (name, done[0] if seed is None else seed)
+    run = next((r for r in compared.runs if (r.arm, r.seed) == wanted), None)
+    if run is None:
+        raise ConfigError(
+            f"confirm.json has a run of {wanted[0]} with seed {wanted[1]}, confirm.yaml has none", directory
+        )
     folder = trials_folder(directory) / run.name
     about = read_yaml(directory / "confirm.yaml")
     return Chosen(
@@ -333,7 +331,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
         folder=folder,
         storage=directory.parent,
         config=run.config,
-        metrics=(_undamaged(read_metrics, folder) or [{}])[-1],
+        metrics=(read_metrics(folder) or [{}])[-1],
         selection=_arm_selection(result, directory, name, run.seed, by_hand=(arm is not None, seed is not None)),
         verdict=_verdict(result, directory, name),
         made={key: about[key] for key in MADE if key in about},
@@ -342,11 +340,8 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
 
 def _outcome(directory: Path) -> dict[str, Any] | None:
     """What confirm.json says; None where there is none."""
-    path = directory / "confirm.json"
-    try:
-        found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    except ValueError as error:
-        raise ConfigError(f"damaged: {error}; tfkd resume {directory} writes it anew", path) from None
+    with damaged(path := directory / "confirm.json"):
+        found: dict[str, Any] | None = parse_json(read_text(path)) if path.is_file() else None
     return found
 
 

@@ -26,15 +26,29 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from tfkd_ray.experiment import VERSION, Record, best, read_experiment, read_metrics, trials_folder
+from tfkd_ray.experiment import (
+    STATUSES,
+    VERSION,
+    Record,
+    as_metrics,
+    as_record,
+    best,
+    parse_json,
+    read_experiment,
+    read_metrics,
+    read_spent,
+    read_text,
+    trials_folder,
+)
 from tfkd_ray.schema import ConfigError, did_you_mean, read_yaml
 
-STATUSES = ("running", "done", "stopped", "failed", "interrupted")
 BASELINES = ("ce", "lsr")
 QUIET_S = 600.0
 """A sweep on another host counts as running if one of its files changed within this time."""
 TAIL = 8192
 """Bytes at the end of a metrics.jsonl in which the last line is looked for first."""
+LONGEST = 2**22
+"""Bytes of a line, which has some hundreds, beyond which its beginning is not looked for."""
 WIDTH = 80
 
 
@@ -145,16 +159,14 @@ def _folders(experiment: Path) -> list[Path]:
 
 def _record(folder: Path) -> Record | None:
     """A trial and its last epoch; None if it has no trial.json yet."""
-    path = folder / "trial.json"
+    path = folder / "metrics.jsonl"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        last = last_line(folder / "metrics.jsonl")
-        return Record(folder=folder, metrics=[last] if last else [], **about)
+        last = last_line(path)
+        return as_record(folder, [last] if last else [])
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError) as error:
-        message = f"not a trial as this release writes it, or cut ({error}); move its folder away to see the others"
-        raise ConfigError(message, path) from None
+    except ValueError as error:
+        raise ConfigError(f"was changed by hand, or cut: {error}", path) from None
 
 
 def last_line(path: Path) -> dict[str, float]:
@@ -171,13 +183,10 @@ def last_line(path: Path) -> dict[str, float]:
             start = tail.rfind(b"\n", 0, max(end, 0))
             if start >= 0 or back >= size:
                 break
+            if back > LONGEST:
+                raise ValueError(f"its last line is longer than {LONGEST} bytes")
             back *= 8
-    if end < 0:
-        return {}
-    found = json.loads(tail[start + 1 : end])
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} ends in {found!r}")
-    return found
+    return as_metrics(tail[start + 1 : end]) if end >= 0 else {}
 
 
 # --- who runs it -----------------------------------------------------------------------------------------------
@@ -399,7 +408,7 @@ def _best(records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
 def _verdict(experiment: Path) -> list[str] | None:
     """The sentences of a comparison's verdicts; None if it is not judged."""
     try:
-        judged = json.loads((experiment / "confirm.json").read_text(encoding="utf-8"))
+        judged = parse_json(read_text(experiment / "confirm.json"))
         return [f"{found['student']}: {found['sentence']}" for found in judged["verdicts"]]
     except FileNotFoundError:
         return None
@@ -482,16 +491,9 @@ def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dic
         running: trials that run now.
         since: when the driver began that runs it now, in seconds since 1970. inf: none does.
     """
-    path = experiment / "spent.json"
-    try:
-        counted = json.loads(path.read_text(encoding="utf-8"))
-        seconds, trials = float(counted["seconds"]), float(counted["trial_seconds"])
-    except FileNotFoundError:
-        seconds = trials = 0.0
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", path) from None
-    more = max(0.0, time.time() - max(_changed(path), since))
-    return {"seconds": seconds + more, "trial_seconds": trials + running * more}
+    counted = read_spent(experiment)
+    more = max(0.0, time.time() - max(_changed(experiment / "spent.json"), since))
+    return {"seconds": counted["seconds"] + more, "trial_seconds": counted["trial_seconds"] + running * more}
 
 
 def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:

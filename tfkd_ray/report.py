@@ -24,7 +24,17 @@ from typing import Any
 import numpy as np
 
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import Record, check_writable, pareto, read_metrics, write_text
+from tfkd_ray.data import only_reading
+from tfkd_ray.experiment import (
+    Record,
+    check_writable,
+    damaged,
+    pareto,
+    parse_json,
+    read_metrics,
+    read_text,
+    write_text,
+)
 from tfkd_ray.explain import TOLERANCE, amounts_to
 from tfkd_ray.readers import Plan, duration, read_lasts, read_plan, status
 from tfkd_ray.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, receipt, receipt_rows
@@ -123,6 +133,7 @@ class Section:
 # --- the report ------------------------------------------------------------------------------------------------
 
 
+@only_reading()
 def report(experiment: Path, out: Path, *, figures: Path | None = None, comparisons: Sequence[Path] = ()) -> list[Path]:
     """Write a report on a sweep or on a comparison of arms; returns the files written, the page first.
 
@@ -215,10 +226,7 @@ class Sweep:
 def _read_sweep(experiment: Path, plan: Plan) -> Sweep:
     records = []
     for record in read_lasts(experiment):
-        try:
-            records.append(replace(record, metrics=read_metrics(record.folder)))
-        except ValueError as error:
-            raise ConfigError(f"was changed by hand, or cut: {error}", record.folder / "metrics.jsonl") from None
+        records.append(replace(record, metrics=read_metrics(record.folder)))
     return Sweep(plan, build_space(plan.about["space"], experiment / "experiment.yaml"), records)
 
 
@@ -759,14 +767,11 @@ def _read_judged(directory: Path) -> dict[str, Any] | None:
     path = directory / "confirm.json"
     if not path.exists():
         return None
-    try:
-        judged = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"title", "arms", "verdicts", "notes", "test", "trained_on", "opened", "preset"} - set(judged)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"was changed by hand, or cut: {error}", path) from None
+    with damaged(path):
+        judged: dict[str, Any] = parse_json(read_text(path))
+        missing = {"title", "arms", "verdicts", "notes", "test", "trained_on", "opened", "preset"} - judged.keys()
     if missing:
         raise ConfigError(f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {directory}", path)
-    assert isinstance(judged, dict)
     return judged
 
 

@@ -36,6 +36,7 @@ from tfkd_ray.experiment import DIRECTIONS, Record, read_experiment, read_record
 from tfkd_ray.images import address
 from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.space import (
+    ENVIRONMENT,
     CmaEs,
     Gp,
     Grid,
@@ -54,8 +55,6 @@ from tfkd_ray.space import (
 
 STARTUP = 10
 """Most random proposals before a model begins; fewer in a small study."""
-ENVIRONMENT = "TFKD_STORAGE"
-"""Variable that holds a storage's whole URL where the password in the experiment's is ***."""
 
 
 class _Live:

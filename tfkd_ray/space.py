@@ -204,6 +204,10 @@ Stopping = Halving | Hyperband | Asha | Median | NoStopping
 Metric = Literal["val_accuracy", "val_nll", "val_ece"]
 
 
+ENVIRONMENT = "TFKD_STORAGE"
+"""Variable that holds a storage's whole URL where the password in the experiment's is ***."""
+
+
 def masked(url: str) -> str:
     """A storage's URL, or a text with one in it, with *** for every password."""
     url = re.sub(r"(://[^/\s:]*):[^\s@]*@", r"\1:***@", url)

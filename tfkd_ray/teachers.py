@@ -17,6 +17,7 @@ from torch import nn
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights, write_whole
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.evaluate import evaluate
+from tfkd_ray.experiment import read_teacher
 from tfkd_ray.loop import LOOP_VERSION, train_in
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.soft_labels import Bank, Elsewhere
@@ -111,8 +112,7 @@ def _source_sha256(config: TeacherRun) -> str | None:
 
 def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
     """What `teacher.json` says of a trained teacher."""
-    about: dict[str, Any] = json.loads((teacher_folder(config, storage) / "teacher.json").read_text())
-    return about
+    return read_teacher(teacher_folder(config, storage))
 
 
 def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:

@@ -30,6 +30,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tfkd_ray.arms import Arm, read_comparison
 from tfkd_ray.config import RUN_ONLY, TrainConfig
+from tfkd_ray.data import only_reading
 from tfkd_ray.experiment import read_experiment, read_metrics, trials_folder
 from tfkd_ray.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
 from tfkd_ray.schema import dump_yaml
@@ -217,6 +218,7 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
             writer.close()
 
 
+@only_reading()
 def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
     """A folder that shows several experiments or comparisons, by name: links to their runs, and one summary of all.
 

@@ -30,6 +30,7 @@ from tfkd_ray.experiment import (
     read_experiment,
     read_metrics,
     read_records,
+    read_spent,
     trials_folder,
     write_experiment,
     write_record,
@@ -159,6 +160,7 @@ def resume_tuner(
         if study_storage is not None:
             about["space"]["search"]["storage"] = study_storage
         old = build_space(about["space"], experiment / "experiment.yaml")
+        _check_own_study(old, experiment / "study.journal")
         url = old.search.storage and whole_url(old.search.storage)
         old = without_password(old)
         searcher = _searcher(old, experiment, url)
@@ -217,6 +219,16 @@ def _check_free(url: str, study: str) -> None:
     close_storage(storage)
     if any(name.startswith(f"{study}/") for name in names):
         raise ConfigError(f"search.study: {masked(url)} has studies called {study!r} already; choose another --name")
+
+
+def _check_own_study(space: Space, journal: Path) -> None:
+    """Refuse cmaes where the journal is somebody else's: Optuna keeps that sampler's state in it as a pickle."""
+    if space.search.sampler.name == "cmaes" and journal.exists() and journal.stat().st_uid != os.getuid():
+        message = (
+            f"study.journal is another user's ({journal.stat().st_uid}), and cmaes keeps its state in it as a pickle, "
+            "which runs as code; if you trust whoever wrote it, copy the experiment, and go on with the copy"
+        )
+        raise ConfigError(message, journal.parent)
 
 
 def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
@@ -535,11 +547,10 @@ def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, fl
     told included, times what `workers` says a trial holds (`gpus`, `cpus`). Seconds are those that drivers ran.
     """
     records = read_records(experiment)
-    path = experiment / "spent.json"
-    counted = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "trial_seconds": 0.0}
+    counted = read_spent(experiment)
     hours = max(sum(m.get("seconds", 0.0) for r in records for m in r.metrics), counted["trial_seconds"]) / 3600
     return {
-        "time_budget_s": float(counted["seconds"]),
+        "time_budget_s": counted["seconds"],
         "gpu_hours": hours * workers["gpus"],
         "cpu_hours": hours * workers["cpus"],
         "max_failed_trials": sum(r.status == "failed" for r in records),
