@@ -62,7 +62,7 @@ def direct(trials: int, sampler: str, folder: Path) -> Clock:
     write_experiment(experiment, space.tree, [])
     searcher = OptunaSearcher(space, experiment / "study.journal", place=ours.place_of(experiment))
     stopping, budget, clock = StudyStopping(searcher), ours.Budget(experiment, space, searcher), Clock()
-    losses = ours.Losses(experiment)
+    losses = ours.Losses()
     callbacks = [TensorBoard(experiment / "tb", space), budget, ours.Recorder(losses, budget), clock]
     for callback in callbacks:
         callback.setup()

@@ -276,7 +276,7 @@ def test_a_trial_of_two_workers_that_gets_sigterm_saves_and_goes_on_from_there(
 
 
 def assert_sigterm_saves(tmp_path: Path, workers: int) -> None:
-    kill = Kill({(0, 4): 0.0, (1, 30): 0.02}, signal.SIGTERM)
+    kill = Kill({(0, 10): 0.01}, signal.SIGTERM)  # in the middle of an epoch
     saved: list[int] = []
 
     class Look(tune.Callback):  # type: ignore[misc]
@@ -284,11 +284,11 @@ def assert_sigterm_saves(tmp_path: Path, workers: int) -> None:
             state = load_state(Path(trial.config["trial"]["directory"]))
             saved.append(state["epoch"] if state else 0)
 
-    space = tree({"num_samples": 2}, epochs=60, checkpoint_every_s=1000, workers=workers, optim={"lr": 0.1})
+    space = tree({"num_samples": 2}, epochs=40, checkpoint_every_s=1000, workers=workers, optim={"lr": 0.1})
     build_tuner(space, name="e", storage=tmp_path, callbacks=[kill, Look()]).fit()
-    assert len(saved) == 2 and saved[0] >= 4 and saved[1] >= 30  # nothing else would have saved anything
-    for (sent, _), (lost, _) in zip(kill.sent, kill.lost, strict=True):
-        assert lost - sent < 10
+    assert len(saved) == 1 and saved[0] >= 10  # nothing else would have saved anything
+    [(sent, _)], [(lost, _)] = kill.sent, kill.lost
+    assert lost - sent < 10
     first, second = read_records(tmp_path / "e")
     assert [r.status for r in (first, second)] == ["done"] * 2
     assert times_aside(first.metrics) == times_aside(second.metrics)
@@ -366,7 +366,7 @@ def test_faults_of_every_kind_in_one_sweep_have_each_their_reason_and_a_good_che
 
 def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_time(tmp_path: Path) -> None:
     now = [0.0]
-    losses = Losses(tmp_path, 10, lambda: now[0])
+    losses = Losses(10, lambda: now[0])
     trial = SimpleNamespace(
         trial_id="a", max_failures=2, num_failures=0, config={"trial": {"directory": str(tmp_path)}}
     )

@@ -138,7 +138,7 @@ def comparison_tuner(
         for number, run in enumerate(runs)
         if run.name not in done
     ]
-    losses = Losses(directory)
+    losses = Losses()
     return assemble(
         config,
         directory,

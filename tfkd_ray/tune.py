@@ -355,7 +355,7 @@ def _tuner(
     trials = searcher.remaining()
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
-    losses = Losses(experiment, space.search.trial_timeout_s)
+    losses = Losses(space.search.trial_timeout_s)
     ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), budget, losses, Recorder(losses, budget)]
     tune_config = dataclasses.replace(
         tune_config,
@@ -549,10 +549,8 @@ class Losses(tune.Callback):  # type: ignore[misc]
     written to, no trial is to blame: the system's OSError ends the sweep, which can be resumed.
     """
 
-    def __init__(
-        self, experiment: Path, timeout_s: float | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._experiment, self._timeout_s, self._clock = experiment, timeout_s, clock
+    def __init__(self, timeout_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout_s, self._clock = timeout_s, clock
         self._since: dict[str, tuple[float, Any]] = {}
         self._again: dict[str, int] = {}
         self._epoch: dict[str, int] = {}
