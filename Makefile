@@ -1,12 +1,14 @@
 # make demo   set up, then run the sweep of the README
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
+# make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
+# make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
 # make fuzz   5,000 files as nobody would write them, as CI does with 500
 # make test-cluster  two nodes by ssh on loopback, a sweep as a job (some minutes; as root, with sshd and rsync)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-browser test-cluster test-gpu fuzz check ci format clean
+.PHONY: help demo test test-fast test-faults test-faults-short soak test-browser test-cluster test-gpu fuzz check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -43,6 +45,13 @@ test-fast: $(VENV)/.installed
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)
 
+test-faults-short: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m 'fault and not slow' $(ARGS)
+
+MINUTES ?= 30
+soak: $(VENV)/.installed
+	@$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
+
 test-browser: $(VENV)/.installed
 	@command -v chromium >/dev/null || { echo "test-browser: needs Chromium: apt-get install chromium"; exit 2; }
 	@$(BIN)/python -m pytest -m browser $(ARGS)
@@ -63,7 +72,7 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
-ci: check test test-faults test-browser
+ci: check test test-faults-short test-browser
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true

@@ -62,7 +62,8 @@ def direct(trials: int, sampler: str, folder: Path) -> Clock:
     write_experiment(experiment, space.tree, [])
     searcher = OptunaSearcher(space, experiment / "study.journal", place=ours.place_of(experiment))
     stopping, budget, clock = StudyStopping(searcher), ours.Budget(experiment, space, searcher), Clock()
-    callbacks = [TensorBoard(experiment / "tb", space), budget, ours.Recorder(budget), clock]
+    losses = ours.Losses()
+    callbacks = [TensorBoard(experiment / "tb", space), budget, ours.Recorder(losses, budget), clock]
     for callback in callbacks:
         callback.setup()
     for n in range(trials):

@@ -2,7 +2,8 @@
 
     python tests/sweep_under_fire.py STORAGE CPUS '{"space": {...}, "kill": [[trial number, epoch, "worker" or "trial"]]}'
 
-`kill` sends a real signal 9 to a Ray Train worker, or to the process of that trial, when the trial has told its epoch.
+`kill` sends a real signal 9 to a Ray Train worker, or to the process of that trial, when the trial has told its epoch;
+`store` there fills Ray's object store three times over, and `tmp` removes all but sockets from Ray's folder in /tmp.
 Run by test_groups.py while the session's cluster is alive, too: two clusters on one host are part of the test.
 """
 
@@ -45,19 +46,31 @@ class Watch(tune.Callback):  # type: ignore[misc]
             self._note("first epoch", trial)
         what = self.kill.pop((trial.config["trial"]["number"], result.get("epoch")), None)
         if what:
-            pid = (
-                trial.temporary_state.ray_actor
-                and ray.get(trial.temporary_state.ray_actor.get_current_ip_pid.remote())[1]
-            )
-            victims = [pid] if what == "trial" else [p.pid for p in _ray_processes(TITLES["worker"])][:1]
             self._note(f"kill {what}", trial)
-            os.kill(victims[0], signal.SIGKILL)
+            if what == "store":
+                self.held = [ray.put(os.urandom(10 * 2**20)) for _ in range(45)]
+            elif what == "tmp":
+                _clean(Path(ray._private.worker._global_node.get_session_dir_path()))
+            elif what == "trial":
+                os.kill(ray.get(trial.temporary_state.ray_actor.get_current_ip_pid.remote())[1], signal.SIGKILL)
+            else:
+                os.kill(_ray_processes(TITLES["worker"])[0].pid, signal.SIGKILL)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": []}
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._note("lost", trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._note("end", trial)
+
+
+def _clean(folder: Path) -> None:
+    """What a cleaner of /tmp does: files go, also those that are open; sockets stay."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _ray_processes(titles: tuple[str, ...]) -> list[psutil.Process]:

@@ -103,6 +103,7 @@ def test_two_groups_survive_a_killed_worker_and_a_killed_trial(ray_cluster: str,
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_image_files_at_224_stream_through_a_teacher_two_workers_a_kill_and_a_resume(
     ray_cluster: str, tmp_path: Path, tfkd: Run

@@ -41,6 +41,7 @@ print(json.dumps([(r.metrics.get("failed"), r.metrics["epoch"]) for r in results
 
 @pytest.mark.ray
 @pytest.mark.fault
+@pytest.mark.slow
 @pytest.mark.parametrize("stopping", ["halving", "asha"])
 def test_a_trial_without_enough_memory_gets_a_larger_share(tmp_path: Path, stopping: str) -> None:
     done = subprocess.run(

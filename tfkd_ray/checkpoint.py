@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(directory: Path) -> None:
+    """Remove what processes that were killed while they wrote have left; nobody may be writing there."""
+    for partial in directory.glob(".*.*[0-9]"):
+        if partial.suffix[1:].isdecimal():
+            partial.unlink(missing_ok=True)
+
+
 def save_state(directory: Path, state: State) -> None:
     """Make `state` the last one of `directory`; the one that was last is kept as the one before."""
     buffer = io.BytesIO()
@@ -51,8 +58,11 @@ def save_state(directory: Path, state: State) -> None:
     fresh.replace(last)
 
 
-def load_state(directory: Path) -> State | None:
-    """The newest whole state in `directory`; None where there is none. A damaged file is said, and passed over."""
+def load_state(directory: Path, say: Callable[[str], None] | None = None) -> State | None:
+    """The newest whole state in `directory`; None where there is none.
+
+    A damaged file is passed over, and `say` called with a sentence; without one it is a warning.
+    """
     for name in (LAST, BEFORE):
         path = directory / name
         if not path.exists():
@@ -61,7 +71,11 @@ def load_state(directory: Path) -> State | None:
         if hashlib.sha256(content).hexdigest().encode() == digest:
             state: State = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
             return state
-        warnings.warn(f"{path}: damaged (its checksum does not fit); going on without it", stacklevel=2)
+        damage = f"{path}: damaged (its checksum does not fit); going on without it"
+        if say is not None:
+            say(damage)
+        else:
+            warnings.warn(damage, stacklevel=2)
     return None
 
 

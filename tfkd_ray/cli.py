@@ -61,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except OSError as error:
-        if error.filename is None:
+        from tfkd_ray.experiment import DISK_ERRORS
+
+        if error.filename is None and error.errno not in DISK_ERRORS:
             raise
-        name = str(error.filename)
+        name = str(error.filename or "the disk")
         _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
 
@@ -593,7 +595,7 @@ def _made(run: "TeacherRun") -> str:
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
     """Run a Tuner under our table and our Ctrl-C, then print what came out."""
     progress = _progress(experiment)
-    ended = _fit(progress, build)
+    ended = _fit(progress, build, experiment)
     if ended is None:
         return FAILED
     code = _summary(space, experiment, whole=ended and not progress.ended_by)
@@ -610,24 +612,32 @@ def _progress(experiment: Path) -> Any:
     return Progress(experiment)
 
 
-def _fit(progress: Any, build: Callable[[Any], Any]) -> bool | None:
-    """Build a Tuner and run it: whether it came to its end, or None if it could not begin."""
-    from tfkd_ray.tune import TeacherFailed
+def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
+    """Build a Tuner and run it: whether it came to its end; None, and a sentence, if something was in its way."""
+    from tfkd_ray.tune import TeacherFailed, disk_trouble
 
     try:
         tuner = build(progress)
     except TeacherFailed as error:
         _say(f"tfkd: {error}")
         return None
-    with _ctrl_c(progress) as interrupted:
-        tuner.fit()
+    try:
+        with _ctrl_c(progress) as interrupted:
+            tuner.fit()
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        progress.stop()
+        _say(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {_short(experiment)}")
+        return None
     progress.stop()
     return not interrupted
 
 
 @contextlib.contextmanager
 def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
-    """Ctrl-C once: Tune ends, trials save; the list is then not empty. Twice: out at once."""
+    """Ctrl-C or SIGTERM once: Tune ends, trials save; the list is then not empty. Twice: out at once."""
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours passes it on
     interrupted: list[bool] = []
 
@@ -640,11 +650,12 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
         progress.note("stopping: trials save their state (Ctrl-C again: at once)")
         signal.raise_signal(signal.SIGUSR1)  # which Tune takes as the wish to end
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _interrupted(experiment: Path) -> int:
@@ -766,7 +777,7 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
         def build(shown: Any) -> Any:
             return build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown])
 
-        _fit(_progress(tuned), build)
+        _fit(_progress(tuned), build, tuned)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
     if short := {name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n}:
         missing = ", ".join(f"{n} trials of {name}" for name, n in short.items())
@@ -807,7 +818,7 @@ def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
     progress = _progress(directory)
     teachers = [teacher for run in compared.runs if (teacher := run.config.teacher_run())]
     told = _teacher_lines(teachers, directory.parent)
-    return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=told))
+    return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=told), directory)
 
 
 # --- export ----------------------------------------------------------------------------------------------------
@@ -961,7 +972,7 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
         from tfkd_ray.trial import Group
 
         about = {"directory": str(out), "storage": str(storage), "name": out.name, "epochs": config.epochs}
-        group = Group(config, out / "group")
+        group = Group(config, out / "group", _say)
         source: Any = group.epochs(config.model_dump(mode="json"), about)
     else:
         from tfkd_ray.loop import train_in

@@ -82,6 +82,7 @@ def give_larger_share(trial: Any) -> None:
         neighbours = max(1, int(1 / float(path.read_text()) + 1e-6) // 2)
         bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
         trial.update_resources(PlacementGroupFactory([bundle]))
+        trial.max_failures += trial.max_failures >= 0  # it was not lost
         path.unlink()
 
 

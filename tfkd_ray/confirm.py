@@ -35,7 +35,7 @@ from tfkd_ray.images import Images
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
-from tfkd_ray.tune import Lock, Recorder, assemble, prepare, train_teachers
+from tfkd_ray.tune import Lock, Losses, Recorder, assemble, prepare, train_teachers
 from tfkd_ray.verdict import scores
 
 LOGITS = "test.safetensors"
@@ -138,13 +138,14 @@ def comparison_tuner(
         for number, run in enumerate(runs)
         if run.name not in done
     ]
+    losses = Losses()
     return assemble(
         config,
         directory,
         tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=FIFOScheduler(), num_samples=-1),
         tune.RunConfig(),
-        [lock, TensorBoard(directory / "tb"), Recorder(), *callbacks],
-        max_failures=3,
+        [lock, TensorBoard(directory / "tb"), losses, Recorder(losses), *callbacks],
+        max_failures=2,
     )
 
 

@@ -15,6 +15,7 @@
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
@@ -231,16 +232,42 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.new")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
+}
+"""What the system says of a disk that is full, read-only or gone: no fault of who wants to write."""
+
+
+def check_room_for(folder: Path, size: int) -> None:
+    """Raise the system's own OSError where `size` more bytes cannot be written to a folder now."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(0, size, 2**20):
+            file.write(bytes(2**20))
+        file.flush()
 
 
 def check_new(experiment: Path) -> None:
     """Raise where an experiment of this name is there already, or cannot be made there."""
-    if experiment.exists():
+    if experiment.exists() and not is_begun(experiment):
         message = f"experiment {experiment.name!r} exists already; choose another name, or go on with it: tfkd resume"
         raise ConfigError(f"{message} {experiment}", experiment.parent)
     check_writable(experiment.parent, "--storage DIR")
+
+
+_BEGINNING = {"driver.lock", "driver.txt", "study.journal", "study.journal.lock", ".experiment.yaml.new"}
+
+
+def is_begun(experiment: Path) -> bool:
+    """Whether a directory is what a driver has left that was killed before it had written experiment.yaml."""
+    names = {p.name for p in experiment.iterdir()} if experiment.is_dir() else set()
+    return "driver.lock" in names and names <= _BEGINNING
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from tfkd_ray.experiment import read_records
+from tfkd_ray.experiment import read_record, read_records
 from tfkd_ray.readers import Plan, duration, epochs_left, fitted, padded, read_plan, spent
 from tfkd_ray.schema import validated
 from tfkd_ray.space import SearchConfig
@@ -115,6 +115,8 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         run = self._runs.get(trial.config["trial"]["name"])
+        if run is not None and "note" in result:
+            self.note(f"{run.name}: {result['note']}")
         if run is not None and "epoch" in result:
             run.epoch, run.value = int(result["epoch"]), _number(result, self._metric)
             run.images_per_s = _number(result, "images_per_s")
@@ -124,7 +126,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._end(trial, (trial.last_result or {}).get("failed"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "its process was lost")
+        self._end(trial, read_record(Path(trial.config["trial"]["directory"])).reason or "its process was lost")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(f"{trial.config['trial']['name']}: its process was lost; it goes on from its last checkpoint")

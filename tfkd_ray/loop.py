@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.augment import View
-from tfkd_ray.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
+from tfkd_ray.checkpoint import WEIGHTS, State, load_state, remove_partial, save_state, save_weights
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
 from tfkd_ray.images import Images, address, generator
@@ -237,19 +237,22 @@ def train_in(
     *,
     teacher: nn.Module | Bank | None = None,
     about: dict[str, str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Generator[dict[str, float], None, None]:
     """`train` in a directory: yields the metrics of every epoch from the first, those of earlier sessions included.
 
     Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
     (`student.safetensors`, `about` in its header), before that epoch is yielded; and when it is closed half-way.
-    Nothing is written by other workers than the first.
+    Nothing is written by other workers than the first. A damaged checkpoint is told to `say`.
     """
-    state = load_state(directory)
+    state = load_state(directory, say)
     if state:
         _check_run(state, config)
     _check_same_epoch(state["epoch"] if state else 0)
     yield from list(state["history"]) if state else []
     writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
+        remove_partial(directory)
     saved_at, saved_epoch = time.monotonic(), state["epoch"] if state else 0
     pending: Future[None] | None = None
     last: Epoch | None = None

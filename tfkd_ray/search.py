@@ -69,9 +69,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Proposes the trials of a space.
 
     A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
-    (t0007-tfkd_reg), and what `place` adds. Results must carry `epoch` and the space's metrics. A trial is COMPLETE
-    after its last epoch, FAIL with its reason where a result says `failed` or Ray lost it, and PRUNED where it was
-    stopped before.
+    (t0007-tfkd_reg), the `metrics` it is judged by, and what `place` adds. Results must carry `epoch` and these.
+    A trial is COMPLETE after its last epoch, FAIL with its reason where a result says `failed` or Ray lost it, and
+    PRUNED where it was stopped before.
 
     Args:
         space: what to search.
@@ -143,6 +143,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._live[trial_id] = _Live(study, trial, reported)
         place = {key: value.replace("{name}", name) for key, value in self.place.items()}
         about = {"number": n, "name": name, "parameters": values, "epochs": config.epochs, **place}
+        about["metrics"] = list(self.space.search.metrics)
         return {"trial": about, **config.model_dump(mode="json")}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -247,8 +247,12 @@ class SearchConfig(Settings):
     """The rest of a list given as `metric`; also `parameters`, the number of the student's weights, minimised."""
     max_concurrent: Count | None = None
     """Trials at a time. None: as many as the cluster has room for."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Times that a trial whose process was lost goes on from its last checkpoint before it counts as failed."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Times that a trial whose process was lost goes on from its last checkpoint; lost once more in the same epoch, it
+    has failed."""
+    trial_timeout_s: Positive | None = None
+    """Seconds that a trial may take for one epoch, its start included; then it hangs: its process is ended, and it has
+    failed."""
     time_budget_s: Positive | None = None
     """Seconds of trials, all sessions together, after which the sweep ends; unfinished trials are kept for resume."""
     gpu_hours: Positive | None = None

@@ -6,14 +6,16 @@ stay and take one trial after the other (a TorchTrainer started for each trial w
 """
 
 import contextlib
+import functools
 import os
 import queue
 import shutil
+import signal
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from tfkd_ray import teachers
 from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
+from tfkd_ray.experiment import DISK_ERRORS
 from tfkd_ray.loop import train_in
 from tfkd_ray.schema import validated
 
@@ -66,13 +69,18 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
     """A Tune trainable for proposals of `OptunaSearcher`: one step is one epoch, `done` after the last.
 
     A failure of the trial itself is a result with `failed` (the reason), so that the actor can be used again; only a
-    lost process is an error for Tune, which then starts the trial again, from its last checkpoint.
+    lost process, and a disk that cannot be written to, are errors for Tune, which then starts the trial again, from its
+    last checkpoint. A result's `note` is a sentence for who looks on.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         seal_test_split()
         self._group: Group | None = None
         self._epochs: Iterator[Metrics] = iter(())
+        self._notes: list[str] = []
+        self._leaving = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._leave)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -83,28 +91,46 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         self._begin(new_config)
         return True
 
+    def _leave(self, number: int, frame: Any) -> None:
+        """SIGTERM, as a node gets that is taken away: save and go, now or after the epoch that is being trained."""
+        self._leaving = True
+        if not getattr(self._epochs, "gi_running", False):
+            self._save_and_go()
+
+    def _save_and_go(self) -> None:
+        if hasattr(self._epochs, "close"):
+            self._epochs.close()
+        os._exit(1)  # the trial goes on in another process
+
     def _begin(self, config: dict[str, Any]) -> None:
         self._about = config["trial"]
         run = {key: value for key, value in config.items() if key != "trial"}
         workers = run["workers"]
         if workers == 1:
-            self._epochs = _epochs_here(run, self._about)
+            self._epochs = _epochs_here(run, self._about, self._notes.append)
         else:
             folder = Path(self._about["directory"]).parent.parent / "groups"
-            self._group = self._group or Group(validated(TrainConfig, run), folder)
+            self._group = self._group or Group(validated(TrainConfig, run), folder, self._notes.append)
             self._epochs = self._group.epochs(run, self._about)
 
     def step(self) -> dict[str, Any]:
         try:
             metrics = next(self._epochs)
+            check_metrics(metrics, self._about)
         except GroupLost:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if _is_of_storage(error):
+                raise
             return self._failed(error)
+        if self._leaving:
+            self._save_and_go()
         epoch = int(metrics["epoch"])
-        return {**metrics, "epoch": epoch, "done": epoch == self._about["epochs"]}
+        note = {"note": "; ".join(self._notes)} if self._notes else {}
+        self._notes.clear()
+        return {**metrics, **note, "epoch": epoch, "done": epoch == self._about["epochs"]}
 
-    def _failed(self, error: Exception) -> dict[str, Any]:
+    def _failed(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, TrialFailed):
             reason, trace = str(error), error.trace
         else:
@@ -126,12 +152,23 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             self._group.close()
 
 
-def _epochs_here(run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
+def check_metrics(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Raise where an epoch's metrics are no numbers, or lack one by which the trial is judged."""
+    for name, value in metrics.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, and no number")
+    missing = [name for name in about.get("metrics", ()) if name not in metrics]
+    if missing:
+        raise LookupError(f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it")
+
+
+def _epochs_here(run: dict[str, Any], about: dict[str, Any], say: Callable[[str], None]) -> Iterator[Metrics]:
     """The epochs of a trial in this process, the first worker of a group included."""
     config = validated(TrainConfig, run)
     shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
     teacher = teachers.bank_of(config, Path(about["storage"]), shelf)
-    yield from train_in(Path(about["directory"]), config, teacher=teacher, about={"trial": about["name"]})
+    directory, header = Path(about["directory"]), {"trial": about["name"]}
+    yield from train_in(directory, config, teacher=teacher, about=header, say=say)
 
 
 def _stop(epochs: Iterator[Metrics]) -> None:
@@ -142,8 +179,15 @@ def _stop(epochs: Iterator[Metrics]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).strip()
+    text = ""
+    with contextlib.suppress(Exception):  # an exception of the user's own may not even have a text
+        text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, read-only or gone, and nothing of the trial itself."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 # --- soft labels of other nodes ----------------------------------------------------------------------------------
@@ -203,10 +247,11 @@ class Group:
     Args:
         config: says how many workers, and on what.
         folder: where Ray Train may keep its own files while the group lives; all nodes see it.
+        say: called with what the workers have to say beside their metrics.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        self._config, self._folder = config, folder
+    def __init__(self, config: TrainConfig, folder: Path, say: Callable[[str], None] | None = None) -> None:
+        self._config, self._folder, self._say = config, folder, say or _unheard
         self._runs = 0
         self._desk: Any = None
 
@@ -223,6 +268,9 @@ class Group:
                 if kind == "failed":
                     done = True
                     raise TrialFailed(*value)
+                if kind == "note":
+                    self._say(value)
+                    continue
                 done = value["epoch"] == about["epochs"]
                 yield value
                 if not done:
@@ -342,9 +390,9 @@ class _Desk:
     def put_result(self, number: int, kind: str, value: Any) -> None:
         self._results.put((number, kind, value))
 
-    def give_up(self) -> None:
-        """A worker failed alone: the group ends, and no trial should begin on it."""
-        self._trouble = self._trouble or "a worker failed alone"
+    def give_up(self, reason: str | None) -> None:
+        """A worker failed alone, or for a reason that is not the trial's: the group ends, no trial begins on it."""
+        self._trouble = self._trouble or reason or "a worker failed alone"
 
     def get_result(self, timeout_s: float) -> tuple[tuple[int, str, Any] | None, str | None]:
         """(a result or None, what is wrong with the group or None)."""
@@ -397,8 +445,9 @@ def _worker(given: dict[str, Any]) -> None:
             continue  # meant for a trial that has failed meanwhile
         number, run, about = rest
         try:
-            epochs = _epochs_here(run, about)
+            epochs = _epochs_here(run, about, functools.partial(tell, number, "note") if first else _unheard)
             for metrics in epochs:
+                check_metrics(metrics, about)
                 if first:
                     tell(number, "epoch", metrics)
                 if metrics["epoch"] == about["epochs"]:
@@ -410,13 +459,18 @@ def _worker(given: dict[str, Any]) -> None:
                         tell(number, "saved", None)
                 elif what == "stop":
                     _stop(epochs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             alike = _all_here(control)
-            if first if alike else not _is_of_communication(error):
+            own = not _is_of_storage(error)
+            if own and (first if alike else not _is_of_communication(error)):
                 tell(number, "failed", (_reason(error), traceback.format_exc()))
-            if not alike:  # a worker is lost, or failed alone: the others cannot go on without it
-                ray.get(desk.give_up.remote())
+            if not (alike and own):  # a worker is lost, or failed alone: the others cannot go on without it
+                ray.get(desk.give_up.remote(None if own else _reason(error)))
                 raise
+
+
+def _unheard(text: str) -> None:
+    """Nobody needs to know, or another worker says it."""
 
 
 def _all_here(control: dist.ProcessGroup) -> bool:
@@ -428,6 +482,6 @@ def _all_here(control: dist.ProcessGroup) -> bool:
     return True
 
 
-def _is_of_communication(error: Exception) -> bool:
+def _is_of_communication(error: BaseException) -> bool:
     """Whether an error says that another worker is gone, and nothing of the trial itself."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()

@@ -18,15 +18,20 @@ from filelock import FileLock, Timeout
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper, FunctionStopper
+from sqlalchemy.exc import OperationalError
 
 from tfkd_ray import teachers
+from tfkd_ray.checkpoint import LAST
 from tfkd_ray.cluster import check_room, connect, give_larger_share, started_here
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
+    DISK_ERRORS,
     Record,
     check_new,
+    check_room_for,
     check_writable,
+    is_begun,
     read_experiment,
     read_metrics,
     read_records,
@@ -99,12 +104,13 @@ def build_tuner(
     url = space.search.storage and whole_url(space.search.storage)
     if url:
         space = _with_search(space, study=space.search.study or name)
-        _check_free(url, str(space.search.study))
+        _check_free(url, str(space.search.study), begun=is_begun(experiment))
     space = without_password(space)
     prepare(space.example)
     train_teachers(space.teacher_runs(), storage, on_teacher)
-    experiment.mkdir(parents=True)
+    experiment.mkdir(parents=True, exist_ok=True)
     lock = Lock(experiment)
+    (experiment / "study.journal").unlink(missing_ok=True)  # of a driver that was killed while it made this
     searcher = _searcher(space, experiment, url, priors=priors)
     searcher.remaining()  # makes the studies, with the priors in them
     write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
@@ -207,17 +213,25 @@ def _with_search(space: Space, **settings: Any) -> Space:
 def _searcher(space: Space, experiment: Path, url: str | None, **more: Any) -> OptunaSearcher:
     journal = experiment / "study.journal"
     if url is None:
-        journal.with_name("study.journal.lock").unlink(missing_ok=True)  # of a dead driver: the experiment is ours
+        for old in experiment.glob("study.journal.lock*"):  # of a dead driver: the experiment is ours
+            old.unlink()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearcher(space, journal, place=place_of(experiment), storage=url, **more)
 
 
-def _check_free(url: str, study: str) -> None:
-    """Refuse a storage that cannot be reached, or that has studies of this name already."""
+def _check_free(url: str, study: str, *, begun: bool) -> None:
+    """Refuse a storage that cannot be reached, or that has studies of this name already.
+
+    With `begun`, empty ones are of a driver that was killed while it made them; they go.
+    """
     storage = open_storage(url)
-    names = optuna.study.get_all_study_names(storage=storage)
+    found = optuna.study.get_all_study_summaries(storage=storage)
+    names = [s.study_name for s in found if s.study_name.startswith(f"{study}/")]
+    taken = [name for name in names if not begun or any(s.n_trials for s in found if s.study_name == name)]
+    for name in names if not taken else ():
+        optuna.delete_study(study_name=name, storage=storage)
     close_storage(storage)
-    if any(name.startswith(f"{study}/") for name in names):
+    if taken:
         raise ConfigError(f"search.study: {masked(url)} has studies called {study!r} already; choose another --name")
 
 
@@ -353,7 +367,8 @@ def _tuner(
     trials = searcher.remaining()
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
-    ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), budget, Recorder(budget)]
+    losses = Losses(space.search.trial_timeout_s)
+    ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), budget, losses, Recorder(losses, budget)]
     tune_config = dataclasses.replace(
         tune_config,
         metric=None if told else tune_config.metric or space.search.metric,
@@ -419,7 +434,7 @@ def assemble(
         config: says what each trial needs of the cluster.
         tune_config: with a searcher whose proposals have a `trial` section (see `OptunaSearcher`).
         callbacks: all of them.
-        max_failures: times that a trial whose process was lost is started again.
+        max_failures: times that a trial whose process was lost in the same epoch is started again (see `Losses`).
     """
     os.environ.update(_TUNE_SETTINGS)
     at_once = tune_config.max_concurrent_trials
@@ -467,16 +482,16 @@ def _trial_name(trial: Any) -> str:
 class Recorder(tune.Callback):  # type: ignore[misc]
     """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json."""
 
-    def __init__(self, budget: "Budget | None" = None) -> None:
+    def __init__(self, losses: "Losses", budget: "Budget | None" = None) -> None:
         self._seen: dict[str, int] = {}
-        self._budget = budget
+        self._losses, self._budget = losses, budget
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         metrics = read_metrics(folder)
-        path.write_text("".join(json.dumps(m) + "\n" for m in metrics))  # without a line that a crash left half-written
+        write_text(path, "".join(json.dumps(m) + "\n" for m in metrics))  # without what a crash left half-written
         if not (folder / "result.json").exists():
             (folder / "result.json").symlink_to(path.name)
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
@@ -504,7 +519,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._write(trial, "failed", "its process was lost, and again when it was started anew")
+        self._write(trial, "failed", self._losses.reason(trial))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         for trial in trials:
@@ -538,6 +553,89 @@ _METRICS = {
 
 def _ended(trial: Any) -> bool:
     return bool((trial.last_result or {}).get("done"))
+
+
+class Losses(tune.Callback):  # type: ignore[misc]
+    """What becomes of a trial whose process was lost: it goes on, or it has failed, or the sweep must end.
+
+    A trial that is lost `max_failures` + 1 times in the same epoch is itself to blame (no memory, a crash). One that
+    tells no epoch for `timeout_s` hangs: its process is ended, and it has failed. Where the disk is full, or cannot be
+    written to, no trial is to blame: the system's OSError ends the sweep, which can be resumed.
+    """
+
+    def __init__(self, timeout_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout_s, self._clock = timeout_s, clock
+        self._since: dict[str, tuple[float, Any]] = {}
+        self._again: dict[str, int] = {}
+        self._epoch: dict[str, int] = {}
+        self._hung: set[str] = set()
+
+    def reason(self, trial: Any) -> str:
+        """Why a trial that was lost has failed."""
+        if trial.trial_id in self._hung:
+            return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung, and was ended"
+        times = self._again.get(trial.trial_id, 0) + 1
+        return (
+            f"its process was lost {f'{times} times' if times > 1 else 'once'} in epoch "
+            f"{self._epoch.get(trial.trial_id, 0) + 1} (no memory, a crash?)"
+        )
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._again.setdefault(trial.trial_id, trial.max_failures)
+        self._since[trial.trial_id] = self._clock(), trial
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._since[trial.trial_id] = self._clock(), trial
+        if result.get("epoch", 0) > self._epoch.get(trial.trial_id, 0):  # a new epoch: what was lost before is forgiven
+            self._epoch[trial.trial_id] = result["epoch"]
+            if trial.max_failures >= 0:
+                trial.max_failures = trial.num_failures + self._again[trial.trial_id]
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for known in (self._since, self._again, self._epoch):
+            known.pop(trial.trial_id, None)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._since.pop(trial.trial_id, None)
+        self._check_disk(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._since.pop(trial.trial_id, None)
+        self._check_disk(trial)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._timeout_s is None:
+            return
+        for trial_id, (since, trial) in list(self._since.items()):
+            actor = trial.temporary_state.ray_actor
+            if self._clock() - since > self._timeout_s and actor is not None:
+                del self._since[trial_id]
+                self._hung.add(trial_id)
+                trial.max_failures = trial.num_failures  # it would hang again
+                ray.kill(actor)
+
+    def _check_disk(self, trial: Any) -> None:
+        """Raise if the trial's next checkpoint could not be written."""
+        folder = Path(trial.config["trial"]["directory"])
+        state = folder / LAST
+        check_room_for(folder, 2 * (state.stat().st_size if state.exists() else 0) + 2**20)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_since": {}, "_clock": None}
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """A sentence about the disk that is full, read-only or gone, if that is what an error came of."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror or error}"
+        if isinstance(error, OperationalError):
+            return f"search.storage: {str(error.orig).splitlines()[0]}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,216 @@
+"""Does anything grow? Sweeps of tiny trials one after the other, with random faults, from one driver on one Ray.
+
+    python benchmarks/soak.py [--minutes 30] [--seed N]
+
+After each sweep, when its processes are gone: memory, open files, processes and shared memory of the driver and of what
+Ray runs here. It fails if the median of the last third of the samples is above that of the first third by more than
+ALLOWED; a fifth of the time before them is warm-up. Every sweep must come to its end with its exact number of trials.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray import tune
+
+from tfkd_ray.auth import own_token
+from tfkd_ray.cluster import DRIVER
+from tfkd_ray.experiment import read_records
+from tfkd_ray.schema import dump_yaml
+from tfkd_ray.tune import build_tuner, resume_tuner
+
+TRIALS = 6
+ALLOWED = {
+    "driver's memory (MB)": (0.05, 30),
+    "Ray's memory (MB)": (0.10, 60),
+    "open files": (0.05, 12),
+    "processes": (0.0, 1),
+    "shared memory (MB)": (0.05, 8),
+    "files in /dev/shm": (0.0, 1),
+}
+"""What the last third of the samples may have more than the first: the larger of a share and an amount."""
+
+
+class Kill(tune.Callback):  # type: ignore[misc]
+    """Kills the process of a trial, at a random moment after it has told a random epoch."""
+
+    def __init__(self, dice: random.Random, times: int) -> None:
+        self.dice, self.times = dice, times
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if self.times and self.dice.random() < 0.2:
+            self.times -= 1
+            threading.Timer(self.dice.uniform(0, 0.1), _kill, (result["pid"],)).start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def space(**changes: Any) -> dict[str, Any]:
+    search = {"num_samples": TRIALS, "warm_start": False, "seed": changes.pop("seed", 0), **changes.pop("search", {})}
+    tree = {"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 9, "checkpoint_every_s": 0}
+    return {**tree, "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}, **changes, "search": search}
+
+
+def undisturbed(storage: Path, dice: random.Random) -> None:
+    build_tuner(space(seed=dice.randrange(99)), name="e", storage=storage).fit()
+
+
+def soft_labels(storage: Path, dice: random.Random) -> None:
+    """A teacher, the bank, and a killed trial."""
+    teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 1}
+    kd = space(objective={"name": "kd", "alpha": 0.5}, teacher=teacher, search={"split": False})
+    build_tuner(kd, name="e", storage=storage, callbacks=[Kill(dice, 1)]).fit()
+
+
+def killed_trials(storage: Path, dice: random.Random) -> None:
+    build_tuner(space(epochs=27), name="e", storage=storage, callbacks=[Kill(dice, 2)]).fit()
+
+
+def failing_trials(storage: Path, dice: random.Random) -> None:
+    rates = {"choices": [0.1, 0.01, 1e20]}
+    build_tuner(space(optim={"lr": rates}, search={"sampler": "random"}), name="e", storage=storage).fit()
+
+
+def budget(storage: Path, dice: random.Random) -> None:
+    """A sweep that a budget ends, and that goes on."""
+    build_tuner(space(search={"cpu_hours": 1e-9}), name="e", storage=storage).fit()
+    resume_tuner(storage / "e", cpu_hours=9).fit()
+
+
+def killed_driver(storage: Path, dice: random.Random) -> None:
+    (storage / "space.yaml").write_text(dump_yaml(space(epochs=81)))
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e", "--storage", "."]
+    with subprocess.Popen(command, cwd=storage, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as driver:
+        while driver.poll() is None and not list(storage.glob("e/trials/*/metrics.jsonl")):
+            time.sleep(0.05)
+        time.sleep(dice.uniform(0, 2))
+        driver.kill()
+    resume_tuner(storage / "e").fit()
+
+
+def two_workers(storage: Path, dice: random.Random) -> None:
+    """Trials of two workers, one of whose processes is killed."""
+    both = space(workers=2, optim={"lr": {"low": 0.01, "high": 0.5, "log": True}, "batch_size": 64})
+    build_tuner(both, name="e", storage=storage, callbacks=[Kill(dice, 1)]).fit()
+
+
+FAULTS: list[Callable[[Path, random.Random], None]] = [
+    *(undisturbed, soft_labels, killed_trials, failing_trials, budget, killed_driver, two_workers)
+]
+
+
+def sample(before: set[str]) -> dict[str, float]:
+    """What the driver and Ray's processes hold now; workers that idle are Ray's cache, and left out."""
+    driver = psutil.Process()
+    found: Counter[str] = Counter()
+    found["driver's memory (MB)"] = driver.memory_full_info().uss // 2**20
+    for process in [driver, *driver.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
+            if process.name().startswith("ray::IDLE") or " ".join(process.cmdline()).startswith("ray::IDLE"):
+                continue
+            found["processes"] += 1
+            found["open files"] += process.num_fds()
+            if process != driver:
+                found["Ray's memory (MB)"] += process.memory_full_info().uss // 2**20
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+            found["shared memory (MB)"] += int(status["RssShmem"].split()[0]) // 1024
+    found["files in /dev/shm"] = len({p.name for p in Path("/dev/shm").iterdir()} - before)
+    return {name: float(found[name]) for name in ALLOWED}
+
+
+def quiet(cpus: int) -> None:
+    """Wait until trials and groups are gone; raise if they stay."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        titles = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True) if p.is_running()]
+        busy = [t for t in titles if t.startswith("ray::") and not t.startswith("ray::IDLE")]
+        busy = [t for t in busy if "DashboardAgent" not in t and "RuntimeEnvAgent" not in t and "Dashboard" not in t]
+        if ray.available_resources().get("CPU") == cpus and not any("Train" in t or "Student" in t for t in busy):
+            return
+        time.sleep(0.2)
+    raise SystemExit(f"soak: after a minute something of a sweep is left: {busy}")
+
+
+def judge(samples: list[dict[str, float]]) -> bool:
+    """Print the table; whether nothing has grown."""
+    third = len(samples) // 3
+    good = True
+    print(f"\n{'':<24} {'first third':>12} {'last third':>12} {'most':>8}")
+    for name, (share, amount) in ALLOWED.items():
+        values = [s[name] for s in samples]
+        first, last = statistics.median(values[:third]), statistics.median(values[-third:])
+        grew = last - first > max(share * first, amount)
+        good = good and not grew
+        print(f"{name:<24} {first:>12.0f} {last:>12.0f} {max(values):>8.0f}{'   GREW' if grew else ''}")
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Sweeps with random faults in a loop; fails if something grows.")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
+    args = parser.parse_args()
+    print(f"soak: {args.minutes:g} minutes, --seed {args.seed}", flush=True)
+    dice, samples, ran = random.Random(args.seed), list[dict[str, float]](), Counter[str]()
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    before = {p.name for p in Path("/dev/shm").iterdir()}
+    own_token()
+    ray.init(
+        address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
+        logging_level="ERROR", object_store_memory=150 * 2**20,
+    )  # fmt: skip
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for the drivers that are killed
+    start = time.monotonic()
+    pending: list[Callable[[Path, random.Random], None]] = []
+    while (passed := time.monotonic() - start) < 60 * args.minutes:
+        if not pending:  # each once, in a new order
+            pending = dice.sample(FAULTS, len(FAULTS))
+        fault = pending.pop()
+        storage = Path(tempfile.mkdtemp(prefix="tfkd-soak-"))
+        fault(storage, dice)
+        numbers = [r.number for r in read_records(storage / "e") if r.status != "running"]
+        if numbers != list(range(TRIALS)):
+            print(f"soak: {fault.__name__}: trials {numbers} of {TRIALS}; see {storage}")
+            return 1
+        shutil.rmtree(storage)
+        quiet(2)
+        ran[fault.__name__] += 1
+        if passed > 12 * args.minutes:
+            samples.append(sample(before))
+            print(f"{passed:6.0f} s  {fault.__name__:<15} {list(samples[-1].values())}", flush=True)
+    print(f"\n{ran.total()} sweeps of {TRIALS} trials: {', '.join(f'{n} {name}' for name, n in ran.most_common())}")
+    if len(samples) < 6:
+        print("soak: too short to say anything; give it more --minutes")
+        return 1
+    good = judge(samples)
+    ray.shutdown()
+    print("\nsoak: " + ("nothing grows" if good else "something grows"))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

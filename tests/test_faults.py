@@ -1,0 +1,564 @@
+"""What a sweep comes through: drivers and trials killed, signals, trials that fail, disks that are full, clocks that jump.
+
+Faults are real: signal 9, small disks, networks that crash. Random moments come from TFKD_FAULT_SEED, or else from the
+time, and a test that fails prints its seed; TFKD_FAULT_MOMENTS says how many (20 for a driver, 10 for a trial).
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+from conftest import ROOT, Run
+from ray import tune
+from test_groups import sweep_elsewhere
+from test_tune import alone, times_aside
+from torch import nn
+
+from tfkd_ray.checkpoint import LAST, load_state
+from tfkd_ray.experiment import read_metrics, read_records
+from tfkd_ray.schema import ConfigError, dump_yaml
+from tfkd_ray.soft_labels import Bank
+from tfkd_ray.tune import Losses, build_tuner, resume_tuner
+
+pytestmark = [pytest.mark.ray, pytest.mark.fault]
+
+TREE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 12,
+    "checkpoint_every_s": 0,
+    "objective": "ce",
+    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+    "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1},
+}
+
+
+def tree(search: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    return {**TREE, **settings, "search": {**TREE["search"], **(search or {})}}
+
+
+@pytest.fixture
+def moments() -> random.Random:
+    """Where the random moments come from."""
+    seed = int(os.environ.get("TFKD_FAULT_SEED", time.time_ns() % 2**32))
+    print(f"TFKD_FAULT_SEED={seed}")
+    return random.Random(seed)
+
+
+def wait(until: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not until():
+        assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def outcome(experiment: Path) -> list[tuple[Any, ...]]:
+    """All that a sweep's trials came to, but for the time that it took."""
+    return [(r.number, r.status, r.parameters, times_aside(r.metrics)) for r in read_records(experiment)]
+
+
+def ended(experiment: Path) -> dict[str, Any]:
+    """What the trials that have ended have told, times included."""
+    records = read_records(experiment) if experiment.exists() else []
+    return {r.name: r.metrics for r in records if r.status in ("done", "stopped")}
+
+
+def assert_no_orphans(experiment: Path) -> None:
+    """A run in TensorBoard for each trial, and nothing that an interrupted write has left."""
+    names = [r.name for r in read_records(experiment)]
+    assert sorted(p.name for p in (experiment / "trials").iterdir() if p.is_dir()) == names
+    assert sorted(p.name for p in (experiment / "tb").iterdir() if p.is_dir()) == names
+    kept = {"trial.json", "metrics.jsonl", "result.json", "student.safetensors", "last.ckpt", "before.ckpt"}
+    assert {p.name for name in names for p in (experiment / "trials" / name).iterdir()} <= kept
+    assert not [p.name for p in experiment.iterdir() if p.name.startswith((".", "study.journal.lock"))]
+
+
+# --- the driver
+
+
+def drive(space: dict[str, Any], storage: Path, address: str) -> None:
+    """What a driver does: begin the experiment, or go on with it."""
+    os.environ["RAY_ADDRESS"], os.environ["RAY_AUTH_MODE"] = address, "token"
+    sys.stderr = sys.stdout = (storage / "driver.log").open("a")
+    if (storage / "e" / "experiment.yaml").exists():
+        resume_tuner(storage / "e").fit()
+    else:
+        build_tuner(space, name="e", storage=storage).fit()
+
+
+def written(experiment: Path) -> dict[Path, int]:
+    """When each trial's metrics were written last."""
+    return {p: p.stat().st_mtime_ns for p in experiment.glob("trials/*/metrics.jsonl")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("place", ["journal", "SQLite"])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
+    ray_cluster: str, tmp_path: Path, moments: random.Random, place: str, at_once: int
+) -> None:
+    """One trial at a time: bit by bit, with stopping. Several: every point of a grid with its value."""
+    lr = {"choices": [0.02, 0.03, 0.05, 0.08, 0.1, 0.2, 0.3, 0.4]} if at_once > 1 else TREE["optim"]["lr"]
+    search = {"num_samples": 8, "max_concurrent": at_once}
+    search |= {"sampler": "grid"} if at_once > 1 else {"stopping": "halving", "sampler": {"name": "tpe", "startup": 3}}
+
+    def space(name: str) -> dict[str, Any]:
+        url = {"storage": f"sqlite:///{tmp_path}/{name}.db"} if place == "SQLite" else {}
+        return tree({**search, **url}, epochs=81, optim={"lr": lr})
+
+    build_tuner(space("whole"), name="whole", storage=tmp_path).fit()
+    context = multiprocessing.get_context("forkserver")  # drivers that have imported what they need
+    context.set_forkserver_preload(["tfkd_ray.tune"])
+    experiment, kills = tmp_path / "e", 0
+    before: dict[str, Any] = {}
+    most = int(os.environ.get("TFKD_FAULT_MOMENTS", "20"))
+    while True:
+        driver = context.Process(target=drive, args=(space("e"), tmp_path, ray_cluster))
+        seen = written(experiment)
+        driver.start()
+        if kills < most:
+            if moments.random() < 0.25:  # while it begins
+                driver.join(moments.uniform(0, 4))
+            else:
+                wait(lambda seen=seen, d=driver: written(experiment) != seen or not d.is_alive(), "a trial")  # type: ignore[misc]
+                driver.join(moments.uniform(0, 0.5))
+        else:
+            driver.join(150)
+        alive = driver.is_alive()
+        driver.kill()
+        driver.join()
+        now = ended(experiment)
+        assert all(now[name] == metrics for name, metrics in before.items())  # also the times: nothing ran again
+        before = now
+        if not alive:
+            break
+        kills += 1
+        print(f"kill {kills}: {sorted(now)} have ended")
+    assert driver.exitcode == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    assert kills == most, f"only {kills} kills"
+    if at_once == 1:
+        assert outcome(experiment) == outcome(tmp_path / "whole")
+    else:
+        values = [
+            sorted((r.parameters["optim.lr"], *times_aside(r.metrics)[-1].items()) for r in read_records(e))
+            for e in (experiment, tmp_path / "whole")
+        ]
+        assert values[0] == values[1] and len(values[0]) == 8
+    assert [r.number for r in read_records(experiment)] == list(range(8))
+    assert_no_orphans(experiment)
+
+
+@pytest.mark.timeout(240)
+def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_checkpoints_are_passed_over(
+    ray_cluster: str, tmp_path: Path, tfkd: Run
+) -> None:
+    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=200)
+    (tmp_path / "space.yaml").write_text(dump_yaml(space))
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e"]
+    experiment = tmp_path / "tfkd_results" / "e"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as driver:
+        wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
+        with pytest.raises(ConfigError, match=f"is being run by process {driver.pid} on {socket.gethostname()}; wait"):
+            resume_tuner(experiment)
+        assert driver.poll() is None
+        driver.kill()
+    killed = {r.name: r for r in read_records(experiment)}
+    assert [r.status for r in killed.values()] == ["running"] * 2
+    wait(lambda: ray.available_resources().get("CPU") == 2, "the killed driver's trials are gone")
+    for (name, record), damage in zip(killed.items(), ("cut", "flipped"), strict=True):
+        content = bytearray((record.folder / LAST).read_bytes())
+        content[len(content) // 2] ^= 4
+        (record.folder / LAST).write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+        assert (record.folder / "before.ckpt").exists(), name
+    resumed = tfkd("resume", "tfkd_results/e")
+    assert resumed.returncode == 0, resumed.stderr
+    for record in read_records(experiment):
+        assert record.status == "done" and times_aside(record.metrics) == alone(record.config)
+        said = f"{record.name}: {record.folder / LAST}: damaged (its checksum does not fit); going on without it"
+        assert said in resumed.stderr.splitlines(), resumed.stderr
+        kept = len(killed[record.name].metrics) - 3  # it went on from the checkpoint before: the times tell
+        assert kept > 0 and record.metrics[:kept] == killed[record.name].metrics[:kept]
+    assert_no_orphans(experiment)
+
+
+def written_metrics(experiment: Path) -> list[list[dict[str, float]]]:
+    return [read_metrics(p.parent) for p in experiment.glob("trials/*/metrics.jsonl")]
+
+
+def test_an_experiment_whose_driver_was_killed_while_it_was_made_can_be_made(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt  # as good as a kill: nothing more is done
+
+    for url in ({}, {"storage": f"sqlite:///{tmp_path}/s.db"}):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("tfkd_ray.tune.write_experiment", killed)
+            build_tuner(tree(url), name="e", storage=tmp_path)
+        assert (tmp_path / "e").is_dir() and not (tmp_path / "e" / "experiment.yaml").exists()
+        build_tuner(tree({**url, "num_samples": 1}, epochs=1), name="e", storage=tmp_path).fit()
+        assert [r.status for r in read_records(tmp_path / "e")] == ["done"]
+        shutil.rmtree(tmp_path / "e")
+
+
+# --- a trial's process
+
+
+class Kill(tune.Callback):  # type: ignore[misc]
+    """Sends a signal to the process of a trial, some time after it has told an epoch."""
+
+    def __init__(self, plan: dict[tuple[int, int], float], number: int = signal.SIGKILL) -> None:
+        self.plan, self.number = dict(plan), number
+        self.sent: list[tuple[float, Any]] = []
+        self.lost: list[tuple[float, Any]] = []
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        after = self.plan.pop((trial.config["trial"]["number"], result.get("epoch", 0)), None)
+        if after is not None:
+            self.sent.append((time.monotonic() + after, trial))
+            threading.Timer(after, os.kill, (result["pid"], self.number)).start()
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.lost.append((time.monotonic(), trial))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_trials_killed_at_10_random_moments_end_as_if_undisturbed(
+    ray_cluster: str, tmp_path: Path, moments: random.Random, workers: int
+) -> None:
+    most = int(os.environ.get("TFKD_FAULT_MOMENTS", "10"))
+    points = moments.sample([(n, epoch) for n in range(4) for epoch in range(1, 38)], most)
+    kill = Kill({point: moments.uniform(0, 0.05) for point in points})
+    space = tree({"num_samples": 5}, epochs=40, workers=workers, optim={"lr": 0.1, "batch_size": 64})
+    build_tuner(space, name="e", storage=tmp_path, callbacks=[kill]).fit()
+    records = read_records(tmp_path / "e")
+    assert not kill.plan and most - 2 <= len(kill.lost) <= most  # two may fall on one process that ends already
+    assert [(r.status, len(r.metrics)) for r in records] == [("done", 40)] * 5
+    whole = alone(records[4].config) if workers == 1 else times_aside(records[4].metrics)  # nobody killed the last one
+    assert all(times_aside(r.metrics) == whole for r in records)
+    assert_no_orphans(tmp_path / "e")
+
+
+def test_a_trial_that_gets_sigterm_saves_and_goes_on_from_there(ray_cluster: str, tmp_path: Path) -> None:
+    assert_sigterm_saves(tmp_path, workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_trial_of_two_workers_that_gets_sigterm_saves_and_goes_on_from_there(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    assert_sigterm_saves(tmp_path, workers=2)
+
+
+def assert_sigterm_saves(tmp_path: Path, workers: int) -> None:
+    kill = Kill({(0, 10): 0.01}, signal.SIGTERM)  # in the middle of an epoch
+    saved: list[int] = []
+
+    class Look(tune.Callback):  # type: ignore[misc]
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            state = load_state(Path(trial.config["trial"]["directory"]))
+            saved.append(state["epoch"] if state else 0)
+
+    space = tree({"num_samples": 2}, epochs=40, checkpoint_every_s=1000, workers=workers, optim={"lr": 0.1})
+    build_tuner(space, name="e", storage=tmp_path, callbacks=[kill, Look()]).fit()
+    assert len(saved) == 1 and saved[0] >= 10  # nothing else would have saved anything
+    [(sent, _)], [(lost, _)] = kill.sent, kill.lost
+    assert lost - sent < 10
+    first, second = read_records(tmp_path / "e")
+    assert [r.status for r in (first, second)] == ["done"] * 2
+    assert times_aside(first.metrics) == times_aside(second.metrics)
+    if workers == 1:
+        assert times_aside(first.metrics) == alone(first.config)
+
+
+def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str, tmp_path: Path, tfkd: Run) -> None:
+    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=150, checkpoint_every_s=1000)
+    (tmp_path / "space.yaml").write_text(dump_yaml(space))
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e"]
+    experiment = tmp_path / "tfkd_results" / "e"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as driver:
+        wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
+        start = time.monotonic()
+        driver.send_signal(signal.SIGTERM)
+        _, err = driver.communicate(timeout=30)
+        assert time.monotonic() - start < 10
+    assert driver.returncode == 130 and "tfkd resume tfkd_results/e\n" in err and "Traceback" not in err, err
+    records = read_records(experiment)
+    for record in records:
+        state = load_state(record.folder)
+        assert record.status == "interrupted" and state is not None and state["epoch"] >= len(record.metrics)
+    assert tfkd("resume", "tfkd_results/e").returncode == 0
+    for record, again in zip(records, read_records(experiment), strict=True):
+        assert again.status == "done" and again.metrics[: len(record.metrics)] == record.metrics
+
+
+# --- trials that fail
+
+FAULTS = {
+    "none": ("done", None),
+    "nan": ("failed", "Diverged: train_loss is nan at epoch 3"),
+    "inf": ("failed", "Diverged: train_loss is (nan|inf) at epoch 3"),
+    "exception": ("failed", "ValueError: as it was told to"),
+    "silent": ("failed", "Silent"),
+    "memory": ("failed", "RuntimeError: .*(memory|alloc|size)"),
+    "no memory in Python": ("failed", "MemoryError"),
+    "exit": ("failed", "SystemExit: 1"),
+    "crash": ("failed", r"its process was lost 3 times in epoch 3 \(no memory, a crash\?\)"),
+    "hang": ("failed", r"no epoch within 15 s \(search.trial_timeout_s\): it hung, and was ended"),
+    "unpicklable": ("failed", "TypeError: val_ece is <function .* at epoch 3, and no number"),
+    "no metric": ("failed", "LookupError: val_accuracy missing at epoch 3; the search needs it"),
+}
+
+
+@pytest.mark.timeout(240)
+def test_faults_of_every_kind_in_one_sweep_have_each_their_reason_and_a_good_checkpoint(
+    ray_cluster: str, tmp_path: Path, tfkd: Run
+) -> None:
+    students = [{"name": "own", "path": "tests.faulty:network", "args": {"fault": fault}} for fault in FAULTS]
+    search = {"sampler": "grid", "num_samples": len(FAULTS), "max_concurrent": 2, "trial_timeout_s": 15}
+    space = tree({**search, "warm_start": False}, student={"choices": students}, epochs=5, optim={"lr": 0.1})
+    (tmp_path / "space.yaml").write_text(dump_yaml(space))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = tfkd("tune", "space.yaml", "--name", "e", PYTHONPATH=path, timeout=200)
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
+    records = {r.config["student"]["args"]["fault"]: r for r in read_records(tmp_path / "tfkd_results" / "e")}
+    assert records.keys() == FAULTS.keys()
+    for fault, (status, reason) in FAULTS.items():
+        record = records[fault]
+        assert record.status == status, f"{fault}: {record.status} {record.reason}"
+        assert re.match(reason or "None$", str(record.reason)), f"{fault}: {record.reason}"
+        assert f"{record.name}: {'done' if reason is None else f'failed: {record.reason}'}" in run.stderr, run.stderr
+        state = load_state(record.folder)
+        told = 5 if reason is None else 2
+        assert len(record.metrics) == told and state is not None and state["epoch"] in (told, 3), fault
+    assert (
+        f"{len(FAULTS)} trials, " in run.stdout
+        and f"1 of full length, 0 stopped early, {len(FAULTS) - 1} failed" in run.stdout
+    )
+
+
+def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_time(tmp_path: Path) -> None:
+    now = [0.0]
+    losses = Losses(10, lambda: now[0])
+    trial = SimpleNamespace(
+        trial_id="a", max_failures=2, num_failures=0, config={"trial": {"directory": str(tmp_path)}}
+    )
+    trial.temporary_state = SimpleNamespace(ray_actor=None)
+    losses.on_trial_start(0, [], trial)
+    trial.num_failures = 2  # lost twice before its first epoch
+    losses.on_trial_recover(0, [], trial)
+    losses.on_trial_start(0, [], trial)
+    losses.on_trial_result(0, [], trial, {"epoch": 1})
+    assert trial.max_failures == 4  # two more in the next one
+    losses.on_trial_result(0, [], trial, {"epoch": 1})  # told again after a restart
+    trial.num_failures = 5
+    losses.on_trial_result(0, [], trial, {"epoch": 1})
+    assert trial.max_failures == 4 and losses.reason(trial).startswith("its process was lost 3 times in epoch 2")
+    ended: list[Any] = []
+    trial.temporary_state.ray_actor = "actor"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tfkd_ray.tune.ray.kill", ended.append)
+        now[0] += 10
+        losses.on_step_end(0, [])
+        assert not ended
+        now[0] += 0.1
+        losses.on_step_end(0, [])
+        losses.on_step_end(0, [])
+    assert ended == ["actor"] and trial.max_failures == trial.num_failures and "hung" in losses.reason(trial)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_group_of_two_workers_that_hangs_is_ended_and_the_next_trial_starts_another(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    students = [{"name": "own", "path": "tests.faulty:network", "args": {"fault": fault}} for fault in ("hang", "none")]
+    search = {"sampler": "grid", "num_samples": 2, "trial_timeout_s": 40, "warm_start": False}
+    space = tree(search, student={"choices": students}, epochs=5, workers=2, optim={"lr": 0.1, "batch_size": 64})
+    build_tuner(space, name="e", storage=tmp_path).fit()
+    found = {r.config["student"]["args"]["fault"]: (r.status, len(r.metrics)) for r in read_records(tmp_path / "e")}
+    assert found["none"] == ("done", 5) and found["hang"][0] == "failed" and found["hang"][1] >= 2
+    wait(lambda: ray.available_resources().get("CPU") == 2, "the hung workers are gone", 30)
+
+
+# --- disks
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A small disk of a file system's kind, mounted for the test."""
+    place, image = tmp_path / "disk", tmp_path / "image"
+    place.mkdir()
+    if os.geteuid() != 0:
+        assert "CI" not in os.environ, "CI runs as root, so that it can mount"
+        pytest.skip("mounting a disk needs root")
+
+    def mount(kind: str) -> Path:
+        if kind == "tmpfs":
+            command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)]
+        else:
+            with image.open("wb") as file:
+                file.truncate(64 * 2**20)
+            subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True)
+            command = ["mount", "-o", "loop,errors=remount-ro", str(image), str(place)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            assert "CI" not in os.environ, done.stderr
+            pytest.skip(f"this machine cannot mount: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", "-l", str(place)], capture_output=True)
+
+
+def fill(where: Path) -> None:
+    """Leave no room on a disk."""
+    with (where / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_bank_without_room_computes_what_it_cannot_keep(disk: Callable[[str], Path]) -> None:
+    where = disk("tmpfs")
+    asked: list[int] = []
+
+    def logits(network: nn.Module, index: torch.Tensor) -> torch.Tensor:
+        asked.extend(index.tolist())
+        return torch.arange(3.0) + index.unsqueeze(1)
+
+    for full in (False, True):
+        bank = Bank(nn.Identity, {"teacher": f"{full}"}, folder=where / "bank")
+        if full:
+            fill(where)
+        for _ in range(2):
+            assert bank.logits({"epoch": 1}, 40, 3, logits).tolist() == [[-1.0, 0.0, 1.0]] * 40
+        assert len(asked) == (120 if full else 40)  # twice where it could not be kept
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("trouble", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["journal", pytest.param("SQLite", marks=pytest.mark.slow)])
+def test_a_sweep_on_a_bad_disk_stops_with_a_sentence_and_goes_on_when_it_is_mended(
+    ray_cluster: str, tmp_path: Path, tfkd: Run, disk: Callable[[str], Path], trouble: str, place: str
+) -> None:
+    where = disk("tmpfs" if trouble == "full" else "ext4")
+    url = {"storage": f"sqlite:///{where}/s.db"} if place == "SQLite" else {}
+    teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}
+    space = tree({"max_concurrent": 2, **url}, epochs=100, objective={"name": "kd", "alpha": 0.5}, teacher=teacher)
+    space["search"]["split"] = False
+    (tmp_path / "space.yaml").write_text(dump_yaml(space))
+    experiment = where / "r" / "e"
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e", "--storage", str(where / "r")]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) >= 1, "3 epochs")
+        if trouble == "full":
+            fill(where)
+        else:
+            device = Path(subprocess.check_output(["findmnt", "-n", "-o", "SOURCE", str(where)], text=True).strip())
+            Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("a test")
+        out, err = driver.communicate(timeout=90)
+    assert driver.returncode == 1 and "Traceback" not in err + out, err
+    stopped = [line for line in err.splitlines() if line.startswith("stopped: ")]
+    words = (
+        "No space left on device|disk is full" if trouble == "full" else "Read-only file system|readonly|read-only|I/O"
+    )
+    assert len(stopped) == 1 and re.search(words, stopped[0]) and err.endswith("tfkd resume disk/r/e\n"), err
+    before = read_records(experiment)  # what was written is readable
+    assert 1 <= len(before) <= 3 and all(r.status != "failed" for r in before)
+    status = tfkd("status", str(experiment))
+    assert status.returncode == 0, status.stderr
+    if trouble == "full":
+        refused = tfkd("resume", str(experiment))
+        assert refused.returncode != 0 and "Traceback" not in refused.stderr and "No space" in refused.stderr
+        (where / "ballast").unlink()
+    else:
+        refused = tfkd("resume", str(experiment))
+        assert refused.returncode == 2 and "cannot be written to (Read-only file system)" in refused.stderr
+        wait(lambda: subprocess.run(["umount", str(where)], capture_output=True).returncode == 0, "nobody is there", 30)
+        subprocess.run(["fsck.ext4", "-p", str(tmp_path / "image")], capture_output=True)
+        subprocess.run(["mount", "-o", "loop", str(tmp_path / "image"), str(where)], check=True)
+    resumed = tfkd("resume", str(experiment))
+    assert resumed.returncode == 0, resumed.stderr
+    after = read_records(experiment)
+    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 100) for n in range(3)]
+    for record in after:
+        ours = next((r.metrics for r in before if r.number == record.number), [])
+        assert times_aside(record.metrics[: len(ours)]) == times_aside(ours)
+    assert_no_orphans(experiment)
+
+
+# --- the machine
+
+
+def test_a_clock_that_jumps_changes_neither_budgets_nor_speeds_nor_results(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    shift = [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + shift[0])
+
+    class Jump(tune.Callback):  # type: ignore[misc]
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            shift[0] = {2: 5 * 3600.0, 3: -9 * 3600.0, 4: 24 * 3600.0}.get(result["epoch"], shift[0])
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    student = {"name": "own", "path": "tests.faulty:network", "args": {"fault": "clock"}}  # 1970, in the trial itself
+    budgets = {"time_budget_s": 600, "cpu_hours": 1, "trial_timeout_s": 300}
+    build_tuner(tree(budgets, student=student, epochs=5), name="e", storage=tmp_path, callbacks=[Jump()]).fit()
+    records = read_records(tmp_path / "e")
+    assert [(r.status, len(r.metrics)) for r in records] == [("done", 5)] * 3
+    assert all(0 < m["seconds"] < 60 and m["images_per_s"] > 0 for r in records for m in r.metrics)
+    spent = json.loads((tmp_path / "e" / "spent.json").read_text())
+    assert 0 < spent["seconds"] < 120 and 0 < spent["trial_seconds"] < 120
+    monkeypatch.undo()
+    for record in records:
+        sane = {**record.config, "student": {**record.config["student"], "args": {"fault": "none"}}}
+        assert times_aside(record.metrics) == alone(sane)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_full_object_store_and_a_cleaned_tmp_end_no_sweep(ray_cluster: str, tmp_path: Path) -> None:
+    """On a cluster of its own: its store is filled three times over, then all but sockets goes from Ray's folder."""
+    teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}
+    space = tree(
+        {"num_samples": 4, "max_concurrent": 2, "split": False},
+        objective={"name": "kd", "alpha": 0.5}, teacher=teacher, epochs=20,
+    )  # fmt: skip
+    report = sweep_elsewhere(tmp_path, 2, space, [[0, 2, "store"], [1, 3, "trial"], [2, 3, "tmp"]])
+    assert [status for status, _ in report["trials"].values()] == ["done"] * 4, report
+    assert {event for _, event, _ in report["events"]} >= {"kill store", "kill tmp", "kill trial", "lost"}
+    assert report["left"] == [] and report["free"] == 2, report
+    teacherless = read_records(tmp_path / "e")
+    assert all(len(r.metrics) == 20 for r in teacherless)
