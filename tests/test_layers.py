@@ -22,13 +22,13 @@ ORDER = [
     "teachers",
     "arms", "export",
     "cluster", "search", "tensorboard", "live", "trial",
-    "tune",
+    "tune", "doctor",
     "confirm",
     "cluster_verbs",
     "cli",
     "__main__",
 ]  # fmt: skip
-RAY = {"cluster", "clusterfile", "search", "tensorboard", "live", "trial", "tune", "confirm"}
+RAY = {"cluster", "clusterfile", "search", "tensorboard", "live", "trial", "tune", "confirm", "doctor"}
 
 
 def imports(module: str) -> list[tuple[str, bool]]:

@@ -225,6 +225,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("experiments", type=Path, nargs="+", metavar="EXPERIMENT", help="directories, shown side by side")
     sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
 
+    sub = verb(
+        "doctor", _doctor, "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes."
+    )
+    sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
+                     "RAY_ADDRESS, or this machine alone)")  # fmt: skip
+    sub.add_argument("--cluster", metavar="FILE", help="of the cluster, that is up, to look at")
+    sub.add_argument("--storage", type=Path, metavar="DIR", help="where experiments go, which all nodes must see "
+                     "(default: what the cluster file says; on this machine ./tfkd_results)")  # fmt: skip
+    sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
+    sub.add_argument("--reap", action="store_true", help="remove placement groups of jobs that have ended")
+
     _cluster_parser(verb("cluster", _cluster, "Check, start, watch and end clusters; see docs/clusters.md."))
     return parser
 
@@ -258,6 +269,24 @@ def _cluster_parser(sub: argparse.ArgumentParser) -> None:
             action.usage = "%(prog)s [--print] [--detach] FILE -- COMMAND"
         elif do == "logs":
             action.add_argument("job", nargs="?", help="which (default: the newest)")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tfkd_ray.cluster_verbs import doctor_as_job
+    from tfkd_ray.space import load_space
+
+    shape = load_space(args.space).example if args.space else None
+    if (code := doctor_as_job(args, shape)) is not None:
+        return code
+    connected = bool(args.address or os.environ.get("RAY_ADDRESS"))
+    if connected:
+        _join(args.address, 1)
+    from tfkd_ray.doctor import doctor
+
+    storage = args.storage or (None if connected else Path("tfkd_results"))
+    found = doctor(storage and storage.expanduser().absolute(), shape, reap=args.reap, connected=connected)
+    print("\n".join(one.line() for one in found))
+    return FAILED if any(one.level == "problem" for one in found) else OK
 
 
 def _cluster(args: argparse.Namespace) -> int:

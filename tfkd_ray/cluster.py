@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,64 @@ def check_room(config: TrainConfig) -> int:
     if problems:
         raise ConfigError(problems, "this cluster")
     return room // config.workers
+
+
+# --- what Ray does not say by a public name: for `tfkd doctor` ---------------------------------------------------
+
+
+def other_clusters(ours: str | None) -> set[str]:
+    """Addresses of the Ray clusters that have a node on this machine, but for ours."""
+    from ray._private.services import find_gcs_addresses
+
+    find_gcs_addresses.cache_clear()
+    found = set(find_gcs_addresses())
+    port = (ours or "").rpartition(":")[2]
+    mine = {*(node["NodeManagerAddress"] for node in ray.nodes()), "127.0.0.1"} if ours else set()
+    return {a for a in found if not (a.rpartition(":")[2] == port and a.rpartition(":")[0] in mine)}
+
+
+def temp_dir() -> str:
+    """Where a Ray that starts here would keep its sockets."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    return str(get_default_ray_temp_dir())
+
+
+def dashboard() -> str | None:
+    """HOST:PORT of the cluster's dashboard."""
+    from ray._private.worker import get_dashboard_url
+
+    return get_dashboard_url() or None
+
+
+@dataclass(frozen=True)
+class LeakedGroup:
+    """A placement group of a job that has ended."""
+
+    id: str
+    bundles: tuple[dict[str, float], ...]
+
+
+def leaked_groups() -> list[LeakedGroup] | None:
+    """Placement groups that no running job has made; None where Ray's State API does not answer."""
+    from ray.util.state import list_jobs, list_placement_groups
+    from ray.util.state.exception import RayStateApiException
+
+    options = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": TIMEOUT_S}
+    try:
+        running = {job.job_id for job in list_jobs(**options) if job.status in ("PENDING", "RUNNING")}
+        groups = list_placement_groups(detail=True, **options)
+    except (RayStateApiException, ConnectionError, ValueError):
+        return None
+    return [
+        LeakedGroup(g.placement_group_id, tuple(b.get("unit_resources", {}) for b in g.bundles or []))
+        for g in groups
+        if g.state != "REMOVED" and g.creator_job_id not in running
+    ]
+
+
+def remove_group(group_id: str) -> None:
+    """Remove a placement group by its id."""
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))

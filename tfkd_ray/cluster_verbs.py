@@ -639,9 +639,21 @@ def resume_as_job(args: argparse.Namespace, budgets: Sequence[str]) -> int | Non
     return sweep_as_job(words, args)
 
 
+def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
+    """Run `tfkd doctor` as a job if it is to look at another place; None if it runs here."""
+    args.detach = False
+    check_options(args)
+    if not is_job(args):
+        return None
+    storage = _storage_of(args) if args.cluster or args.storage else None
+    words = ["doctor", *(["--reap"] if args.reap else []), *(["--storage", storage] if storage else [])]
+    words += ["--space", "{file}"] if args.space else []
+    return sweep_as_job(words, args, file=find_file(args.space, "search_spaces") if args.space else None, shape=shape)
+
+
 def _storage_of(args: argparse.Namespace) -> str | None:
     """Where experiments go on the cluster: `--storage`, or what the cluster file says; None: Slurm's script says it."""
-    if args.storage != Path("tfkd_results"):  # which is the default
+    if args.storage not in (None, Path("tfkd_results")):  # which are the defaults
         if not args.storage.is_absolute():
             raise ConfigError(f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}")
         return str(args.storage)
