@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray import tune
 from ray.cluster_utils import Cluster
@@ -23,33 +22,41 @@ from ray.cluster_utils import Cluster
 from tfkd_ray.cluster import DRIVER
 from tfkd_ray.tune import build_tuner, spent_so_far
 
-PACE_S = 0.4
+PACE_S = 0.2
 
 
 class Nodes(tune.Callback):  # type: ignore[misc]
     """Adds a node, kills another, and notes on which node each epoch was told."""
 
     def __init__(self, cluster: Cluster, doomed: Any, workers: int) -> None:
-        self.cluster, self.doomed, self.workers, self.added = cluster, doomed, workers, 0
+        self.cluster, self.doomed, self.workers, self.added = cluster, doomed, workers, ""
         self.epochs: list[tuple[int, int, str]] = []
         self.lost: list[int] = []
-        self.names = {raylet(doomed): "doomed"}
+        self.places: dict[Any, str] = {}
+        self.names = {node_id(doomed): "doomed"}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         number, epoch = trial.config["trial"]["number"], result.get("epoch", 0)
-        self.epochs.append((number, epoch, self.names.get(_parent(result["pid"]), "first")))
+        where = self.names.get(self.place_of(trial), "first")
+        self.epochs.append((number, epoch, where))
         if not self.added:
-            self.added = raylet(self.cluster.add_node(num_cpus=1))
+            self.added = node_id(self.cluster.add_node(num_cpus=1))
             self.names[self.added] = "added"
-        used = any(where == "added" for *_, where in self.epochs)
-        dying = (self.workers > 1 and epoch >= 2) or (self.epochs[-1][2] == "doomed" and epoch >= 2 and used)
-        if self.doomed and dying:
-            os.kill(raylet(self.doomed), signal.SIGKILL)
+        used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
+        if self.doomed and used and epoch >= 2 and (self.workers > 1 or where == "doomed"):
+            os.kill(int(self.doomed.all_processes["raylet"][0].process.pid), signal.SIGKILL)
             self.doomed = None
             self.epochs.append((number, epoch, "killed"))
-        time.sleep(PACE_S)
+        time.sleep(PACE_S if self.doomed else 0)
+
+    def place_of(self, trial: Any) -> str:
+        """Node that a trial's process is on."""
+        actor = trial.temporary_state.ray_actor
+        if actor not in self.places:
+            self.places[actor] = ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
+        return self.places[actor]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.lost.append(trial.config["trial"]["number"])
@@ -58,17 +65,10 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         return {}
 
 
-def _parent(pid: int) -> int:
-    """The raylet of a worker process; 0 if it is gone already."""
-    try:
-        return psutil.Process(pid).ppid()
-    except psutil.NoSuchProcess:
-        return 0
-
-
-def raylet(node: Any) -> int:
-    """Process of a node's raylet."""
-    return int(node.all_processes["raylet"][0].process.pid)
+def node_id(node: Any) -> str:
+    """Ray's name of a node that was started here."""
+    socket = node.plasma_store_socket_name
+    return next(str(n["NodeID"]) for n in ray.nodes() if n["ObjectStoreSocketName"] == socket)
 
 
 def main() -> None:
@@ -77,9 +77,10 @@ def main() -> None:
     workers = space.get("workers", 1)
     head = {"num_cpus": 1 if workers == 1 else 0, "resources": {DRIVER: 1000}, "include_dashboard": True}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    doomed = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
-    watch = Nodes(cluster, nodes[0], workers)
+    watch = Nodes(cluster, doomed, workers)
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
     report = {
         "epochs": watch.epochs,

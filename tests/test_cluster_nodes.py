@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ BIN = Path(sys.executable).parent
 SPACE: dict[str, Any] = {
     "student": {"name": "mlp", "hidden": [16]},
     "objective": "ce",
-    "epochs": 9,
+    "epochs": 40,
     "checkpoint_every_s": 0,
     "optim": {"lr": {"choices": [0.1, 0.05]}, "batch_size": 64},
     "search": {"sampler": "random", "num_samples": 10, "stopping": "none", "max_failed_trials": 1},
@@ -67,6 +68,8 @@ def sweep_on_nodes(place: Path, space: dict[str, Any]) -> dict[str, Any]:
     lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, run.stderr[-3000:]
     report: dict[str, Any] = json.loads(lines[0][7:])
+    places = Counter(where for *_, where in report["epochs"])
+    assert places["killed"] == 1, places
     return report
 
 

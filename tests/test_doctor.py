@@ -13,7 +13,8 @@ from conftest import Run
 
 from tfkd_ray import doctor
 from tfkd_ray.cluster import leaked_groups
-from tfkd_ray.doctor import Found, Node
+from tfkd_ray.doctor import Found
+from tfkd_ray.nodes import Node, versions_of_node
 
 SPACE = "student: {name: mlp, hidden: [8]}\nobjective: ce\noptim: {lr: {low: 0.01, high: 0.5}}\n"
 
@@ -103,7 +104,7 @@ def test_a_node_that_does_not_see_the_storage_or_answer_is_named(tmp_path: Path)
 
 
 def test_other_versions_on_a_node_are_named() -> None:
-    here = doctor._versions()
+    here = versions_of_node()
     found = one(doctor.check_versions([Node("a", here), Node("b", {**here, "torch": "2.13.0"})]))
     assert found.level == "problem" and "torch 2.13.0" in found.text and "on b" in found.text
     assert one(doctor.check_versions([Node("a", here)])).level == "ok"

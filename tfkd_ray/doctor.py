@@ -1,38 +1,33 @@
 """`tfkd doctor`: what would make a sweep slow, unsafe or stuck, here and on every node of a cluster, before one runs.
 
 A check yields what it found, a line each, with the way out of what is wrong. What is to be known of a node is found by
-a task on it (`Node`). To add a check: a function that yields `Found`, and a line in `examine`.
+a task on it (`nodes.py`). To add a check: a function that yields `Found`, and a line in `examine`.
 """
 
 import importlib.metadata
 import os
-import platform
-import secrets
-import shutil
 import stat
 import textwrap
 import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tfkd_ray.auth import token, token_file
 from tfkd_ray.cluster import check_ray, check_room, dashboard, leaked_groups, other_clusters, remove_group, temp_dir
 from tfkd_ray.config import TrainConfig
+from tfkd_ray.nodes import Mark, Node, shared_memory, unshared, versions_of_node, visit
 from tfkd_ray.schema import ConfigError
 
 SOCKET_BYTES = 107
 """Longest path of a Unix socket."""
 LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """What Ray adds to its temporary directory."""
-NODE_S = 30
-"""How long a node may take to answer."""
 SHM_OF_MEMORY = 0.3
 """Part of a node's memory that Ray takes for its object store, if nothing is said."""
 
@@ -49,24 +44,6 @@ class Found:
         """For a terminal."""
         return textwrap.fill(f"{self.level:<8} {self.what}: {self.text}", width, subsequent_indent=" " * 9,
                              break_on_hyphens=False, break_long_words=False)  # fmt: skip
-
-
-@dataclass
-class Node:
-    """A node as a task on it found it."""
-
-    name: str
-    versions: dict[str, str] = field(default_factory=dict)
-    shm: int = 0
-    """Bytes of its shared memory."""
-    object_store: float = 0
-    """Bytes that Ray shares objects in there."""
-    socket: int = 0
-    """Bytes of the longest path of a socket of Ray's there."""
-    storage: str | None = None
-    """What is wrong with the storage seen from there; None: nothing, or it was not asked for."""
-    silent: str | None = None
-    """Why it did not answer; None: it did."""
 
 
 def doctor(
@@ -91,7 +68,7 @@ def examine(storage: Path | None, shape: TrainConfig | None, *, reap: bool, conn
     if not connected:
         yield from check_sockets({"this machine": len(temp_dir()) + len(LONGEST_SOCKET)})
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        yield from check_shared_memory({"this machine": (_shared_memory(), memory * SHM_OF_MEMORY)})
+        yield from check_shared_memory({"this machine": (shared_memory(), memory * SHM_OF_MEMORY)})
         yield from check_storage_here(storage)
         return
     yield from check_asked()
@@ -173,7 +150,7 @@ def check_storage_here(storage: Path | None) -> Iterator[Found]:
     if storage is None:
         return
     try:
-        mark = _Mark(storage)
+        mark = Mark(storage)
         mark.remove()
         yield Found("ok", "storage", f"{storage} can be written to from here")
     except OSError as error:
@@ -186,91 +163,6 @@ def _no_storage(storage: Path, error: OSError) -> Found:
 
 
 # --- the nodes -------------------------------------------------------------------------------------------------
-
-
-def visit(storage: Path | None) -> list[Node]:
-    """Every living node, by a task on each, all at once."""
-    try:
-        mark = None if storage is None else _Mark(storage)
-    except OSError:  # told by check_storage
-        mark = None
-    nodes, tasks = [], {}
-    for about in ray.nodes():
-        if not about["Alive"]:
-            continue
-        sockets = (about.get("RayletSocketName", ""), about.get("ObjectStoreSocketName", ""))
-        longest = max(len(name.removeprefix("unix:").encode()) for name in sockets)
-        store = float(about["Resources"].get("object_store_memory", 0))
-        node = Node(f"{about['NodeManagerAddress']} ({about['NodeID'][:8]})", object_store=store, socket=longest)
-        pinned = NodeAffinitySchedulingStrategy(about["NodeID"], soft=False)
-        task = ray.remote(_look).options(num_cpus=0, scheduling_strategy=pinned, max_retries=0)
-        nodes.append(node)
-        tasks[task.remote(mark and str(mark.folder), mark and mark.word, about["NodeID"])] = node
-    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_S) if tasks else ([], [])
-    for task in late:
-        tasks[task].silent = f"does not answer within {NODE_S} s; is its Ray alive?"
-        ray.cancel(task, force=True)
-    for task in done:
-        _fill(tasks[task], task, mark)
-    if mark is not None:
-        mark.remove()
-    return nodes
-
-
-def _fill(node: Node, task: Any, mark: "_Mark | None") -> None:
-    try:
-        found = ray.get(task)
-    except ray.exceptions.RayError as error:
-        node.silent = f"cannot run a task: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
-        return
-    node.versions, node.shm, node.storage = found["versions"], found["shm"], found["storage"]
-    if mark is not None and node.storage is None and not mark.answered(found["node"]):
-        node.storage = "writes what is not seen from here"
-
-
-def _look(folder: str | None, word: str | None, node: str) -> dict[str, Any]:
-    """Runs on a node: what is there. Reads what the driver wrote in the storage, and writes an answer."""
-    wrong = None
-    if folder is not None and word is not None:
-        try:
-            if (Path(folder) / "driver").read_text() != word:
-                wrong = "holds other files there"
-            else:
-                (Path(folder) / node).write_text(word)
-        except OSError as error:
-            wrong = f"cannot use it ({error.strerror})"
-    return {"versions": _versions(), "shm": _shared_memory(), "storage": wrong, "node": node}
-
-
-class _Mark:
-    """A folder in the storage with a word in it, for nodes to read and to answer."""
-
-    def __init__(self, storage: Path) -> None:
-        self.word = secrets.token_hex(8)
-        self.folder = storage / f".tfkd-doctor-{self.word}"
-        self._made = [p for p in (storage, *storage.parents) if not p.exists()]
-        self.folder.mkdir(parents=True)
-        (self.folder / "driver").write_text(self.word)
-
-    def answered(self, node: str) -> bool:
-        """Whether a node's answer is seen from here."""
-        path = self.folder / node
-        return path.exists() and path.read_text() == self.word
-
-    def remove(self) -> None:
-        """Leave the storage as it was."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for path in self._made:
-            path.rmdir()
-
-
-def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name).partition("+")[0] for name in ("ray", "torch")}
-    return {**found, "python": platform.python_version()}
-
-
-def _shared_memory() -> int:
-    return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
 
 
 def _gb(size: float, unit: str = " GB") -> str:
@@ -289,7 +181,7 @@ def check_nodes(nodes: Sequence[Node]) -> Iterator[Found]:
 def check_versions(nodes: Iterable[Node]) -> Iterator[Found]:
     """The same Ray, Python and torch on all nodes, and here."""
     kinds = defaultdict[str, list[str]](list)
-    for name, versions in [("here", _versions()), *((node.name, node.versions) for node in nodes)]:
+    for name, versions in [("here", versions_of_node()), *((node.name, node.versions) for node in nodes)]:
         kinds[", ".join(f"{what} {version}" for what, version in versions.items())].append(name)
     if len(kinds) == 1:
         yield Found("ok", "versions", f"{next(iter(kinds))} on all")
@@ -327,14 +219,12 @@ def check_storage(storage: Path | None, nodes: Sequence[Node]) -> Iterator[Found
         yield Found("warning", "storage", "not checked; say where experiments go: --storage DIR")
         return
     try:
-        _Mark(storage).remove()
+        Mark(storage).remove()
     except OSError as error:
         yield _no_storage(storage, error)
         return
     wrong = [node for node in nodes if node.storage is not None]
-    for node in wrong:
-        yield Found("problem", "storage", f"{node.name} {node.storage}: {storage} must be one directory for all nodes "
-                    "(NFS, for example); mount it there")  # fmt: skip
+    yield from (Found("problem", "storage", unshared(node, storage)) for node in wrong)
     if not wrong:
         yield Found("ok", "storage", f"{storage} is one directory for {len(nodes)} nodes")
 

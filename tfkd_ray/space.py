@@ -244,7 +244,8 @@ class SearchConfig(Settings):
     max_concurrent: Count | None = None
     """Trials at a time. None: as many as the cluster has room for."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Times that a trial whose process was lost goes on from its last checkpoint before it counts as failed."""
+    """Times that a trial whose process was lost at one epoch goes on from its last checkpoint before it counts as
+    failed. A trial that gets further in between was lost by no fault of its own."""
     time_budget_s: Positive | None = None
     """Seconds of trials, all sessions together, after which the sweep ends; unfinished trials are kept for resume."""
     gpu_hours: Positive | None = None

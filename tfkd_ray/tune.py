@@ -17,10 +17,11 @@ import ray
 from filelock import FileLock, Timeout
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.stopper import CombinedStopper, FunctionStopper
 
 from tfkd_ray import teachers
-from tfkd_ray.cluster import check_room, connect, give_larger_share, started_here
+from tfkd_ray.cluster import check_room, connect, give_larger_share, grows_for, room_for, started_here
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
@@ -29,12 +30,14 @@ from tfkd_ray.experiment import (
     check_writable,
     read_experiment,
     read_metrics,
+    read_record,
     read_records,
     trials_folder,
     write_experiment,
     write_record,
     write_text,
 )
+from tfkd_ray.nodes import check_shared
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -100,7 +103,7 @@ def build_tuner(
         space = _with_search(space, study=space.search.study or name)
         _check_free(url, str(space.search.study))
     space = without_password(space)
-    prepare(space.example)
+    prepare(space.example, storage)
     train_teachers(space.teacher_runs(), storage, on_teacher)
     experiment.mkdir(parents=True)
     lock = Lock(experiment)
@@ -172,7 +175,7 @@ def resume_tuner(
         over = over_budget(new.search.budgets, spent)
         if over:
             raise ConfigError(f"{over}; to go on, give a new one, which counts from now on", experiment)
-        prepare(new.example)
+        prepare(new.example, experiment.parent)
         if new.search.study != old.search.study:
             wider = _searcher(new, experiment, url)
             copy_trials(searcher, wider)
@@ -248,12 +251,13 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     return _with_search(new, storage=old.search.storage, study=study, num_samples=samples, **budgets)
 
 
-def prepare(config: TrainConfig) -> None:
+def prepare(config: TrainConfig, storage: Path) -> None:
     """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made."""
     config.data.check()
     config.try_networks()
     connect(workers=config.workers)
     check_room(config)
+    check_shared(storage)
 
 
 class TeacherFailed(RuntimeError):
@@ -284,7 +288,10 @@ def train_teachers(
     tasks = []
     for run in missing:
         on_teacher(run, None)
-        task = ray.remote(_teacher).options(num_cpus=run.cpus_per_worker, num_gpus=run.gpus_per_worker, max_retries=2)
+        need = run.worker_resources
+        task = ray.remote(_teacher).options(
+            num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
+        )
         tasks.append(task.remote(run, storage))
     for run, task in zip(missing, tasks, strict=True):
         try:
@@ -410,13 +417,14 @@ def assemble(
         max_failures: times that a trial whose process was lost is started again.
     """
     os.environ.update(_TUNE_SETTINGS)
-    at_once = tune_config.max_concurrent_trials
+    at_once, searcher = tune_config.max_concurrent_trials, tune_config.search_alg
     if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
-        at_once = min(at_once or sys.maxsize, check_room(config))
+        searcher, at_once = Room(searcher, config, at_once or sys.maxsize), None
     return tune.Tuner(
         tune.with_resources(StudentTrial, resources_of(config)),
         tune_config=dataclasses.replace(
             tune_config,
+            search_alg=searcher,
             max_concurrent_trials=at_once,
             reuse_actors=True,
             trial_name_creator=_trial_name,
@@ -438,6 +446,25 @@ def assemble(
     )
 
 
+class Room(ConcurrencyLimiter):  # type: ignore[misc]
+    """Lets as many trials of several workers begin as there is room for now, since nodes come and go.
+
+    Where an autoscaler starts nodes for one more, one more may wait for them.
+    """
+
+    def __init__(self, searcher: Searcher, config: TrainConfig, most: int) -> None:
+        room = check_room(config)
+        super().__init__(searcher, max_concurrent=room)
+        self._config, self._most = config, most
+        self._more = int(most > room and grows_for(config, room + 1))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """A proposal, or None: not now."""
+        self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
+        found: dict[str, Any] | None = super().suggest(trial_id)
+        return found
+
+
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours write less, and in one place
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one trial without its metric is one failed trial
@@ -455,6 +482,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, budget: "Budget | None" = None) -> None:
         self._seen: dict[str, int] = {}
+        self._lost: dict[str, _Losses] = {}
         self._budget = budget
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -466,6 +494,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         if not (folder / "result.json").exists():
             (folder / "result.json").symlink_to(path.name)
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
+        if trial.trial_id not in self._lost:
+            before = read_record(folder).lost if (folder / "trial.json").exists() else 0
+            self._lost[trial.trial_id] = _Losses(trial.max_failures, all=before)
         (folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         self._write(trial, "running")
 
@@ -488,6 +519,16 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         failed = result.get("failed")
         full = result.get("epoch") == trial.config["trial"]["epochs"]
         self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A process was lost: where it was lost before, it may be the trial's fault, and after progress it is not."""
+        lost = self._lost[trial.trial_id]
+        epoch = self._seen.get(trial.trial_id, 0)
+        lost.here = lost.here + 1 if epoch == lost.epoch else 1
+        lost.epoch = epoch
+        lost.all += 1
+        if lost.allowed >= 0:
+            trial.max_failures = trial.num_failures + lost.allowed - lost.here
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._write(trial, "failed", "its process was lost, and again when it was started anew")
@@ -513,8 +554,22 @@ class Recorder(tune.Callback):  # type: ignore[misc]
                 parameters=about["parameters"],
                 config=trial_config,
                 reason=reason,
+                lost=self._lost[trial.trial_id].all if trial.trial_id in self._lost else 0,
             )
         )
+
+
+@dataclasses.dataclass
+class _Losses:
+    """How often the process of a trial was lost."""
+
+    allowed: int
+    """At one epoch; -1: always."""
+    all: int = 0
+    epoch: int = -1
+    """Where it was the last time."""
+    here: int = 0
+    """Times at that epoch."""
 
 
 _METRICS = {
