@@ -1,6 +1,5 @@
 """What a trial asks of a cluster, what no node can give, and whose fault a lost process is."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from tfkd_ray.cluster import check_room
 from tfkd_ray.clusterfile import check, load_cluster
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_metrics, read_records
-from tfkd_ray.models import Mlp
 from tfkd_ray.schema import ConfigError, validated
 
 TREE: dict[str, Any] = {"student": {"name": "mlp", "hidden": [8]}, "objective": "ce"}
@@ -88,26 +86,12 @@ def test_a_trial_that_gets_further_between_its_losses_may_be_lost_more_often_tha
     assert [m["epoch"] for m in read_metrics(first.folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def deadly(shape: tuple[int, int, int], num_classes: int, after: int) -> Any:
-    """A network whose process dies in its n-th training step, every time: as if its memory ran out."""
-    network, steps = Mlp(hidden=[4]).build(shape, num_classes), [0]
-
-    def die(module: Any, inputs: Any) -> None:
-        steps[0] += module.training
-        if steps[0] >= after:
-            os.kill(os.getpid(), 9)
-
-    network.register_forward_pre_hook(die)
-    return network
-
-
 @pytest.mark.ray
 @pytest.mark.fault
 def test_a_trial_that_is_lost_at_the_same_epoch_again_and_again_has_failed_itself(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parent)  # where Ray's processes find this module
-    network = {"name": "own", "path": "test_room:deadly", "args": {"after": 30}}
+    network = {"name": "own", "path": "tests.deadly:network", "args": {"after": 5}}
     tree = {**PACED, "student": network, "search": {"num_samples": 1, "stopping": "none", "max_failures": 2}}
     report = sweep(str(tmp_path), 2, tree, [])
     (record,) = read_records(tmp_path / "e")

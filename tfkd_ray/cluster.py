@@ -201,15 +201,15 @@ def check_room(config: TrainConfig) -> int:
 
 def grows_for(config: TrainConfig, trials: int) -> bool:
     """Whether nodes are started for so many trials at once. Asked by a placement group that is removed again."""
-    if started_here():
-        return False
+    if started_here() or not any(node.ray_node_type_name for node in _status().cluster_resource_state.node_states):
+        return False  # nobody has started its nodes by their types
     group = placement_group([config.worker_resources] * config.workers * trials, strategy=config.placement.upper())
     try:
         begun = None
         until = time.monotonic() + AUTOSCALER_S
         while time.monotonic() < until:
             time.sleep(0.5)
-            state = _autoscaling_state()
+            state = _status().autoscaling_state
             version = state.last_seen_cluster_resource_state_version
             begun = version if begun is None else begun
             if any(_is_of(gang, config) for gang in state.infeasible_gang_resource_requests):
@@ -227,20 +227,20 @@ def _is_of(gang: Any, config: TrainConfig) -> bool:
     return any(dict(r.resources_bundle) == config.worker_resources for r in gang.requests)
 
 
-def _autoscaling_state() -> Any:
+def _status() -> Any:
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply = GetClusterStatusReply()
     gcs = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
     reply.ParseFromString(gcs.get_cluster_status(timeout_s=TIMEOUT_S))
-    return reply.autoscaling_state
+    return reply
 
 
 def starting() -> list[str]:
     """Nodes that the autoscaler is starting, or could not, a phrase for each type; empty: none."""
     if not ray.is_initialized() or started_here():
         return []
-    state = _autoscaling_state()
+    state = _status().autoscaling_state
     found = [f"{request.count} {request.ray_node_type_name} asked for" for request in state.pending_instance_requests]
     kinds = Counter(node.ray_node_type_name for node in state.pending_instances)
     found += [f"{count} {name} starting" for name, count in kinds.items()]

@@ -53,6 +53,10 @@ from tfkd_ray.space import Asha, SearchConfig, Space, build_space, load_space, m
 from tfkd_ray.tensorboard import TensorBoard
 from tfkd_ray.trial import Shelf, StudentTrial, resources_of, shelf_name
 
+MANY = 16
+"""Trials at a time from which on their processes are started side by side."""
+LOOK_S = 5
+"""How often nodes are counted, which come and go."""
 STORAGE = Path("tfkd_results")
 """Where experiments and teachers go if nothing is said, below the current directory."""
 
@@ -417,9 +421,12 @@ def assemble(
         max_failures: times that a trial whose process was lost is started again.
     """
     os.environ.update(_TUNE_SETTINGS)
-    at_once, searcher = tune_config.max_concurrent_trials, tune_config.search_alg
-    if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
-        searcher, at_once = Room(searcher, config, at_once or sys.maxsize), None
+    at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, check_room(config)
+    more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
+    # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room // 8, more))
+    if config.workers > 1 or room >= MANY or more:  # else Tune would ask for more trials than there is room for
+        searcher, at_once = Room(searcher, config, at_once or sys.maxsize, more), None
     return tune.Tuner(
         tune.with_resources(StudentTrial, resources_of(config)),
         tune_config=dataclasses.replace(
@@ -447,20 +454,22 @@ def assemble(
 
 
 class Room(ConcurrencyLimiter):  # type: ignore[misc]
-    """Lets as many trials of several workers begin as there is room for now, since nodes come and go.
+    """Lets as many trials begin as there is room for now, since nodes come and go.
 
-    Where an autoscaler starts nodes for one more, one more may wait for them.
+    Args:
+        most: trials at a time, whatever the room.
+        more: trials that may wait for nodes that an autoscaler starts.
     """
 
-    def __init__(self, searcher: Searcher, config: TrainConfig, most: int) -> None:
-        room = check_room(config)
-        super().__init__(searcher, max_concurrent=room)
-        self._config, self._most = config, most
-        self._more = int(most > room and grows_for(config, room + 1))
+    def __init__(self, searcher: Searcher, config: TrainConfig, most: int, more: int) -> None:
+        super().__init__(searcher, max_concurrent=1)
+        self._config, self._most, self._more, self._looked = config, most, more, -math.inf
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """A proposal, or None: not now."""
-        self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
         found: dict[str, Any] | None = super().suggest(trial_id)
         return found
 
