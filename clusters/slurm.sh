@@ -29,7 +29,7 @@ umask 077
 ray get-auth-token --generate > /dev/null
 chmod 600 "$HOME/.ray/auth_token"
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000))       # two jobs never meet
 [ "${2:-}" = tune ] && set -- "$@" --storage "$TFKD_RESULTS"
 

@@ -21,14 +21,14 @@ ORDER = [
     "loop", "weights", "plan", "clusterfile", "jobs",
     "teachers",
     "arms", "export",
-    "cluster", "search", "tensorboard", "live", "trial",
-    "tune",
+    "cluster", "search", "tensorboard", "live", "trial", "nodes",
+    "tune", "doctor",
     "confirm",
     "cluster_verbs",
     "cli",
     "__main__",
 ]  # fmt: skip
-RAY = {"cluster", "clusterfile", "search", "tensorboard", "live", "trial", "tune", "confirm"}
+RAY = {"cluster", "clusterfile", "search", "tensorboard", "live", "trial", "tune", "confirm", "doctor", "nodes"}
 
 
 def imports(module: str) -> list[tuple[str, bool]]:

@@ -460,6 +460,8 @@ def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
     small |= {
         "workers": 1,
         "gpus_per_worker": 0,
+        "accelerator_type": None,
+        "resources": {},
         "batch_norm": "local",
         "student": _small_network(tree.get("student", "mlp")),
     }

@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
     sub.add_argument("--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd")
     sub.add_argument("--name", help="of the comparison (default: the file's name and the time)")
-    sub.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one here)")
+    _elsewhere(sub)
 
     sub = verb("export", _export, "Write a student as a folder to give away: weights, graphs, model card.")
     sub.add_argument("source", type=Path, help="a sweep, a trial's folder, what tfkd train made, or a comparison")
@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
             action.set_defaults(run=_teacher_train)
             download(action)
             file_and_overrides(action, "a search space, an arms file or a configuration")
-            action.add_argument("--address", help="of a Ray cluster to run on (default: RAY_ADDRESS, or start one)")
+            _elsewhere(action)
         elif do == "show":
             action.add_argument("name", help="of the teacher")
 
@@ -246,6 +246,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("experiments", type=Path, nargs="+", metavar="EXPERIMENT", help="directories, shown side by side")
     sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
 
+    sub = verb(
+        "doctor", _doctor, "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes."
+    )
+    sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
+                     "RAY_ADDRESS, or this machine alone)")  # fmt: skip
+    sub.add_argument("--cluster", metavar="FILE", help="of the cluster, that is up, to look at")
+    sub.add_argument("--storage", type=Path, metavar="DIR", help="where experiments go, which all nodes must see "
+                     "(default: what the cluster file says; on this machine ./tfkd_results)")  # fmt: skip
+    sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
+    sub.add_argument("--reap", action="store_true", help="remove placement groups of jobs that have ended")
+
     _cluster_parser(verb("cluster", _cluster, "Check, start, watch and end clusters; see docs/clusters.md."))
     return parser
 
@@ -279,6 +290,24 @@ def _cluster_parser(sub: argparse.ArgumentParser) -> None:
             action.usage = "%(prog)s [--print] [--detach] FILE -- COMMAND"
         elif do == "logs":
             action.add_argument("job", nargs="?", help="which (default: the newest)")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tfkd_ray.cluster_verbs import doctor_as_job
+    from tfkd_ray.space import load_space
+
+    shape = load_space(args.space).example if args.space else None
+    if (code := doctor_as_job(args, shape)) is not None:
+        return code
+    connected = bool(args.address or os.environ.get("RAY_ADDRESS"))
+    if connected:
+        _join(args.address, 1)
+    from tfkd_ray.doctor import doctor
+
+    storage = args.storage or (None if connected else Path("tfkd_results"))
+    found = doctor(storage and storage.expanduser().absolute(), shape, reap=args.reap, connected=connected)
+    print("\n".join(one.line() for one in found))
+    return FAILED if any(one.level == "problem" for one in found) else OK
 
 
 def _cluster(args: argparse.Namespace) -> int:
@@ -677,6 +706,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
         f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
         f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
     )
+    if lost := sum(r.lost for r in records):
+        print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
     for record in [r for r in records if r.status == "failed"][:3]:
         print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
     if winner is None:
@@ -724,6 +755,7 @@ def _short(path: Path) -> str:
 
 def _confirm(args: argparse.Namespace) -> int:
     from tfkd_ray.arms import FIRST_SEED, arms_of, load_arms, new_comparison, rivals_of
+    from tfkd_ray.cluster_verbs import confirm_as_job
     from tfkd_ray.experiment import read_experiment
     from tfkd_ray.schema import ConfigError
 
@@ -732,6 +764,8 @@ def _confirm(args: argparse.Namespace) -> int:
     if args.seeds < 2:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
+    if (code := confirm_as_job(args)) is not None:
+        return code
     given = Path(args.file).expanduser().absolute()
     if given.is_dir():
         if args.overrides or args.preset:
@@ -748,7 +782,7 @@ def _confirm(args: argparse.Namespace) -> int:
     _join(args.address, compared.example.workers)
     from tfkd_ray.tune import prepare
 
-    prepare(compared.example)
+    prepare(compared.example, directory.parent)
     taken = read_experiment(given)["space"]["seed"] if compared.experiment else None
     seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + args.seeds + 1) if seed != taken][: args.seeds]
     options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
@@ -872,6 +906,7 @@ def _epochs_of(about: dict[str, Any]) -> str:
 
 def _teacher_train(args: argparse.Namespace) -> int:
     from tfkd_ray.arms import is_arms_file, load_arms
+    from tfkd_ray.cluster_verbs import teacher_as_job
     from tfkd_ray.schema import ConfigError
 
     if is_arms_file(args.file):
@@ -882,6 +917,8 @@ def _teacher_train(args: argparse.Namespace) -> int:
     if not runs:
         raise ConfigError("none of its objectives needs a teacher", args.file)
     runs = list({run.fingerprint(): run for run in runs}.values())
+    if (code := teacher_as_job(args, runs[0])) is not None:
+        return code
     _have_data(runs[0], args)
     _join(args.address, 1)
     from tfkd_ray.tune import TeacherFailed, prepare, train_teachers
@@ -889,7 +926,7 @@ def _teacher_train(args: argparse.Namespace) -> int:
     storage = args.storage.expanduser().absolute()
     try:
         for run in runs:
-            prepare(run)
+            prepare(run, storage)
         train_teachers(runs, storage, _teacher_line)
     except TeacherFailed as error:
         _say(f"tfkd: {error}")

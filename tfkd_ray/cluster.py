@@ -4,19 +4,26 @@ import importlib.metadata
 import logging
 import os
 import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from packaging.requirements import Requirement
 from ray.tune import PlacementGroupFactory
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
-from tfkd_ray.config import TrainConfig
+from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
 from tfkd_ray.schema import ConfigError
 
+AUTOSCALER_S = 15
+"""How long an autoscaler may take to say whether it can start nodes for a trial; it looks every 5 s."""
 TIMEOUT_S = 10
 """How long a head may take to answer at all; one that answers and refuses the token takes Ray half a minute."""
 
@@ -134,19 +141,49 @@ def _state_api_answers() -> bool:
     return True
 
 
+def _amount(kind: str, amount: float) -> str:
+    """An amount of a resource, for a person."""
+    return f"a GPU of kind {kind.removeprefix(KIND)}" if kind.startswith(KIND) else f"{amount:g} {kind}"
+
+
+def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]:
+    """What no node has any of, beside CPUs and GPUs."""
+    there = {kind for node in nodes for kind, amount in node.items() if amount}
+    kinds = sorted(kind.partition(":")[2] for kind in there if kind.startswith(KIND))
+    own = sorted(kind for kind in there if kind not in (*RAYS_OWN, DRIVER) and ":" not in kind)
+    for kind in set(config.worker_resources) - there - {"CPU", "GPU"}:
+        if kind.startswith(KIND):
+            yield f"accelerator_type: no node has {config.accelerator_type}; they have {', '.join(kinds) or 'none'}"
+        else:
+            yield f"resources.{kind}: no node has it; they have {', '.join(own) or 'none'} (ray start --resources=...)"
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:
+    return int(min(node.get(kind, 0) / amount + 1e-9 for kind, amount in need.items()))
+
+
+def room_for(config: TrainConfig) -> int:
+    """How many trials of this shape the nodes that are there have room for at once."""
+    return sum(_workers_on(node, config.worker_resources) for node in _nodes()) // config.workers
+
+
 def check_room(config: TrainConfig) -> int:
     """How many trials of this shape the cluster has room for at once; a ConfigError if not even one."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    need = {kind: float(amount) for kind, amount in
-            {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}.items() if amount}  # fmt: skip
-    room = sum(int(min(node.get(kind, 0) // amount for kind, amount in need.items())) for node in nodes)
+    nodes, need = _nodes(), config.worker_resources
+    room = sum(_workers_on(node, need) for node in nodes)
     problems = []
-    if room < config.workers:
-        shape = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+    if room < config.workers and not grows_for(config, 1):
+        problems += list(_absent(config, nodes))
+        shape = " and ".join(_amount(kind, amount) for kind, amount in need.items())
         there = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in need)
         problems.append(
             f"workers: a trial needs {config.workers} x {shape}, each on one node, and the cluster has room "
             f"for {room} of them ({len(nodes)} nodes, {there}); use fewer or smaller workers, or a larger cluster"
+            + ("" if started_here() else "; no autoscaler starts nodes for it")
         )
     if config.workers > 1 and sum(node.get(DRIVER, 0) for node in nodes) < 0.01:
         problems.append(
@@ -160,4 +197,113 @@ def check_room(config: TrainConfig) -> int:
         )
     if problems:
         raise ConfigError(problems, "this cluster")
-    return room // config.workers
+    return max(1, room // config.workers)
+
+
+def grows_for(config: TrainConfig, trials: int) -> bool:
+    """Whether nodes are started for so many trials at once. Asked by a placement group that is removed again."""
+    if started_here() or not any(node.ray_node_type_name for node in _status().cluster_resource_state.node_states):
+        return False  # nobody has started its nodes by their types
+    group = placement_group([config.worker_resources] * config.workers * trials, strategy=config.placement.upper())
+    try:
+        begun = None
+        until = time.monotonic() + AUTOSCALER_S
+        while time.monotonic() < until:
+            time.sleep(0.5)
+            state = _status().autoscaling_state
+            version = state.last_seen_cluster_resource_state_version
+            begun = version if begun is None else begun
+            if any(_is_of(gang, config) for gang in state.infeasible_gang_resource_requests):
+                return False
+            if version > begun and (state.pending_instance_requests or state.pending_instances):
+                return True
+            if group.wait(0):
+                return True
+        return False
+    finally:
+        remove_placement_group(group)
+
+
+def _is_of(gang: Any, config: TrainConfig) -> bool:
+    return any(dict(r.resources_bundle) == config.worker_resources for r in gang.requests)
+
+
+def _status() -> Any:
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply()
+    gcs = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
+    reply.ParseFromString(gcs.get_cluster_status(timeout_s=TIMEOUT_S))
+    return reply
+
+
+def starting() -> list[str]:
+    """Nodes that the autoscaler is starting, or could not, a phrase for each type; empty: none."""
+    if not ray.is_initialized() or started_here():
+        return []
+    state = _status().autoscaling_state
+    found = [f"{request.count} {request.ray_node_type_name} asked for" for request in state.pending_instance_requests]
+    kinds = Counter(node.ray_node_type_name for node in state.pending_instances)
+    found += [f"{count} {name} starting" for name, count in kinds.items()]
+    found += [f"{r.count} {r.ray_node_type_name} refused ({r.reason or 'no reason given'})"
+              for r in state.failed_instance_requests]  # fmt: skip
+    return found
+
+
+# --- what Ray does not say by a public name: for `tfkd doctor` ---------------------------------------------------
+
+
+def other_clusters(ours: str | None) -> set[str]:
+    """Addresses of the Ray clusters that have a node on this machine, but for ours."""
+    from ray._private.services import find_gcs_addresses
+
+    find_gcs_addresses.cache_clear()
+    found = set(find_gcs_addresses())
+    port = (ours or "").rpartition(":")[2]
+    mine = {*(node["NodeManagerAddress"] for node in ray.nodes()), "127.0.0.1"} if ours else set()
+    return {a for a in found if not (a.rpartition(":")[2] == port and a.rpartition(":")[0] in mine)}
+
+
+def temp_dir() -> str:
+    """Where a Ray that starts here would keep its sockets."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    return str(get_default_ray_temp_dir())
+
+
+def dashboard() -> str | None:
+    """HOST:PORT of the cluster's dashboard."""
+    from ray._private.worker import get_dashboard_url
+
+    return get_dashboard_url() or None
+
+
+@dataclass(frozen=True)
+class LeakedGroup:
+    """A placement group of a job that has ended."""
+
+    id: str
+    bundles: tuple[dict[str, float], ...]
+
+
+def leaked_groups() -> list[LeakedGroup] | None:
+    """Placement groups that no running job has made; None where Ray's State API does not answer."""
+    from ray.util.state import list_jobs, list_placement_groups
+    from ray.util.state.exception import RayStateApiException
+
+    options = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": TIMEOUT_S}
+    try:
+        running = {job.job_id for job in list_jobs(**options) if job.status in ("PENDING", "RUNNING")}
+        groups = list_placement_groups(detail=True, **options)
+    except (RayStateApiException, ConnectionError, ValueError):
+        return None
+    return [
+        LeakedGroup(g.placement_group_id, tuple(b.get("unit_resources", {}) for b in g.bundles or []))
+        for g in groups
+        if g.state != "REMOVED" and g.creator_job_id not in running
+    ]
+
+
+def remove_group(group_id: str) -> None:
+    """Remove a placement group by its id."""
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))

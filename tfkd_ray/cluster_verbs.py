@@ -7,6 +7,7 @@ what it says, and to stop at the first that fails. No Ray is imported here.
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +38,10 @@ from tfkd_ray.schema import ConfigError, find_file
 OK, FAILED, INTERRUPTED = 0, 1, 130
 TUNNEL_S = 60
 """How long a tunnel to a head may take to stand."""
+SUBMIT_S = 300
+"""How long a head may take to accept a job, its working directory included."""
+END_S = 30
+"""How long a job may take to be told ended after its last line."""
 LEFT_S = 120
 """How long nodes may take to end after `down`; a Ray node without its head ends by itself within a minute."""
 
@@ -99,7 +105,8 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
     if args.do == "logs":
         return [*before, logs_command(address, args.job or "JOB")]
     entrypoint = _words(args)
-    return [*before, submit_command(address, "JOB", Path(), entrypoint, detach=args.detach)]
+    follow = [] if args.detach else [logs_command(address, "JOB")]
+    return [*before, submit_command(address, "JOB", Path(), entrypoint), *follow]
 
 
 def _shown(command: Command) -> str:
@@ -219,14 +226,21 @@ def slurm_logs(file: ClusterFile) -> Command:
 # --- running ---------------------------------------------------------------------------------------------------
 
 
-def run(command: Command, *, what: str, quiet: bool = False) -> str:
-    """Run a command and show what it says (its output is returned instead if `quiet`); StepFailed if it fails."""
-    said = []
+def run(command: Command, *, what: str, quiet: bool = False, limit_s: float | None = None) -> str:
+    """Run a command and show what it says (its output is returned instead if `quiet`); StepFailed if it fails.
+
+    Args:
+        limit_s: end it, as a failure, after so many seconds. None: it may take as long as it likes.
+    """
+    said, late = [], threading.Event()
     with subprocess.Popen(
         _found(command), env=_env(), stdin=subprocess.DEVNULL, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=None if quiet else subprocess.STDOUT,
     ) as process:  # fmt: skip
         assert process.stdout is not None
+        clock = threading.Timer(limit_s or threading.TIMEOUT_MAX, _too_late, (process, late))
+        clock.daemon = True
+        clock.start()
         try:
             for line in process.stdout:
                 said.append(line)
@@ -237,11 +251,20 @@ def run(command: Command, *, what: str, quiet: bool = False) -> str:
         except BaseException:
             process.terminate()
             raise
+        finally:
+            clock.cancel()
     text = "".join(said)
+    if late.is_set():
+        raise StepFailed(f"{what} did not end within {limit_s:g} s:\n  {_shown(command)}", code=code, said=text)
     if code:
         above = "" if quiet else "; what it said is above"
         raise StepFailed(f"{what} failed (exit code {code}){above}:\n  {_shown(command)}", code=code, said=text)
     return text
+
+
+def _too_late(process: subprocess.Popen[str], late: threading.Event) -> None:
+    late.set()
+    process.kill()
 
 
 def _found(command: Command) -> Command:
@@ -499,12 +522,22 @@ def _status(file: ClusterFile, args: argparse.Namespace) -> int:
         return OK
     with reached(file) as address:
         jobs = jobs_at(address)
-        summary = ask(address, "/api/cluster_status")["data"].get("clusterStatus") or {}
+        text = ask(address, "/api/cluster_status?format=1")["data"].get("clusterStatus") or ""
     for job in jobs[:10]:
         print(f"  job {job['submission_id']}: {job['status'].lower()}: {job['entrypoint']}")
-    waiting = (summary.get("autoscalerReport") or {}).get("pendingNodes") or []
-    print("\n".join(f"  starting: {' '.join(map(str, node))}" for node in waiting) or "  no node is being started")
+    print("\n".join(f"  {line}" for line in waiting_lines(text)) or "  no node is being started")
     return OK
+
+
+def waiting_lines(text: str) -> list[str]:
+    """What `ray status` says is waited for: nodes that start or failed to, and what is asked of them."""
+    found = []
+    parts = (("Pending", "starting"), ("Recent failures", "failed"), ("Pending Demands", "waits"))
+    for title, word in parts:
+        section = re.search(rf"^{title}:\n((?:[ \t]+\S.*\n?)*)", text, re.M)
+        lines = [line.strip() for line in section[1].splitlines()] if section else []
+        found += [f"{word}: {line}" for line in lines if not line.startswith("(no ")]
+    return found
 
 
 def _submit(file: ClusterFile, args: argparse.Namespace) -> int:
@@ -521,19 +554,46 @@ def _run_job(where: Path | str, address: str, folder: Path, words: Sequence[str]
     """Submit a staged folder as a job and, unless detached, follow it; its exit code."""
     job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     follow = _shown(logs_command(address, job)) if str(where).startswith("http") else f"tfkd cluster logs {where} {job}"
-    command = submit_command(address, job, folder, as_entrypoint(words, folder), detach=detach)
+    command = submit_command(address, job, folder, as_entrypoint(words, folder))
     _say(f"submitting job {job}; follow it again, from here or elsewhere:\n  {follow}")
     try:
-        run(command, what="the job")
+        _submit_job(command, address, job)
+        if detach:
+            return OK
+        with contextlib.suppress(StepFailed):  # of a job that failed, too; its state is asked below
+            run(logs_command(address, job), what="following the job")
     except KeyboardInterrupt:
         _say("not followed any more; the job goes on")
         return INTERRUPTED
-    except StepFailed:
-        state = next((j for j in jobs_at(address) if j["submission_id"] == job), None)
-        if state is None:
-            raise StepFailed(f"the job did not begin; what Ray said is above:\n  {_shown(command)}") from None
-        raise StepFailed(f"job {job}: {state['status'].lower()}: {(state.get('message') or '').strip()}") from None
+    until = time.monotonic() + END_S
+    while (state := _state_of(address, job)) and state["status"] in ("PENDING", "RUNNING"):
+        if time.monotonic() > until:
+            raise StepFailed(f"job {job} runs, and is not followed any more; follow it again:\n  {follow}")
+        time.sleep(0.5)
+    if state is None or state["status"] != "SUCCEEDED":
+        told = "is not known there any more" if state is None else f"{state['status'].lower()}: {state.get('message')}"
+        raise StepFailed(f"job {job}: {told}".strip())
     return OK
+
+
+def _submit_job(command: Command, address: str, job: str) -> None:
+    """Submit a job; a failure says whether it is there all the same."""
+    try:
+        run(command, what="submitting the job", limit_s=SUBMIT_S)
+    except StepFailed as error:
+        try:
+            there = _state_of(address, job) is not None
+        except Unreachable as gone:
+            raise StepFailed(
+                f"the head at {address} went away while it was sent job {job}, so whether the job runs is not known; "
+                f"when the head is back, `ray job list --address {address}` tells ({gone})"
+            ) from None
+        if not there:
+            raise StepFailed(f"the job did not begin; what Ray said is above: {error}") from None
+
+
+def _state_of(address: str, job: str) -> dict[str, Any] | None:
+    return next((j for j in jobs_at(address) if j["submission_id"] == job), None)
 
 
 def _logs(file: ClusterFile, args: argparse.Namespace) -> int:
@@ -641,9 +701,58 @@ def resume_as_job(args: argparse.Namespace, budgets: Sequence[str]) -> int | Non
     return sweep_as_job(words, args)
 
 
+def confirm_as_job(args: argparse.Namespace) -> int | None:
+    """Run `tfkd confirm` as a job if it is to run elsewhere; None if it runs here."""
+    check_options(args)
+    if not is_job(args):
+        return None
+    given, file, shape = Path(args.file), None, None
+    words = ["confirm", args.file, *args.overrides, "--seeds", str(args.seeds)]
+    if given.is_dir() or (given.is_absolute() and not given.is_file()):  # a sweep's directory, there or here
+        if not given.is_absolute():
+            raise ConfigError(f"an absolute path that the cluster sees, got {given}", "confirm")
+        words += ["--top-k", str(args.top_k), "--baselines", args.baselines]
+    else:
+        from tfkd_ray.arms import load_arms
+
+        shape = load_arms(args.file, args.overrides, preset=args.preset).example
+        file, words[1] = find_file(args.file, "search_spaces"), "{file}"
+        words += _stored(args)
+    for name in ("fail_if_not_better", "download", "train_only", "teacher_per_seed"):
+        words += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
+    words += ["--preset", args.preset] if args.preset else []
+    words += ["--name", args.name] if args.name else []
+    return sweep_as_job(words, args, file=file, shape=shape)
+
+
+def teacher_as_job(args: argparse.Namespace, shape: Any) -> int | None:
+    """Run `tfkd teacher train` as a job if it is to run elsewhere; None if it runs here."""
+    check_options(args)
+    if not is_job(args):
+        return None
+    words = ["teacher", "train", "{file}", *args.overrides, *(["--download"] if args.download else []), *_stored(args)]
+    return sweep_as_job(words, args, file=find_file(args.file, "search_spaces"), shape=shape)
+
+
+def _stored(args: argparse.Namespace) -> list[str]:
+    storage = _storage_of(args)
+    return ["--storage", storage] if storage else []
+
+
+def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
+    """Run `tfkd doctor` as a job if it is to look at another place; None if it runs here."""
+    args.detach = False
+    check_options(args)
+    if not is_job(args):
+        return None
+    words = ["doctor", *(["--reap"] if args.reap else []), *(_stored(args) if args.cluster or args.storage else [])]
+    words += ["--space", "{file}"] if args.space else []
+    return sweep_as_job(words, args, file=find_file(args.space, "search_spaces") if args.space else None, shape=shape)
+
+
 def _storage_of(args: argparse.Namespace) -> str | None:
     """Where experiments go on the cluster: `--storage`, or what the cluster file says; None: Slurm's script says it."""
-    if args.storage != Path("tfkd_results"):  # which is the default
+    if args.storage not in (None, Path("tfkd_results")):  # which are the defaults
         if not args.storage.is_absolute():
             raise ConfigError(f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}")
         return str(args.storage)

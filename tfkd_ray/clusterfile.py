@@ -351,8 +351,10 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
     nodes = node_types(file)
     if shape is None or nodes is None:
         return
-    need = {"CPU": float(shape.cpus_per_worker), "GPU": float(shape.gpus_per_worker)}
-    need = {kind: amount for kind, amount in need.items() if amount}
+    from tfkd_ray.config import KIND
+
+    need = {kind: amount for kind, amount in shape.worker_resources.items()
+            if kind in ("CPU", "GPU") or (file.kind == "ray" and not kind.startswith(KIND))}  # fmt: skip
     most = file.tree.get("max_workers", 2) if file.kind == "ray" else None
     fits = {n.name: int(min((n.resources.get(k, 0) // v for k, v in need.items()), default=1)) for n in nodes}
     if most is None:

@@ -23,6 +23,12 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+KIND = "accelerator_type:"
+"""What the resource begins with by which Ray names the kind of a node's GPUs."""
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+"""Resources that Ray gives a node by itself."""
+
+
 class OptimConfig(Settings):
     """SGD with momentum; weight decay on all parameters, as in the paper's code."""
 
@@ -153,6 +159,12 @@ class TrainConfig(Settings):
     """CPUs, and torch threads, of a worker."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """GPUs of a worker; a fraction lets one-worker trials share a GPU. 0: the CPU, also where there are GPUs."""
+    accelerator_type: Annotated[str, Field(min_length=1)] | None = None
+    """Kind of GPU that a worker needs, as Ray names it: H100, A100, ... None: any."""
+    resources: dict[str, Positive] = {}
+    """Custom resources of a worker, by the names that the cluster's nodes have them, beside CPUs and GPUs."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Workers of one trial on as few nodes as can be, or on as many; where it cannot be, as there is room."""
     batch_norm: Literal["local", "sync"] = "local"
     """Batch statistics of each worker's own part, or over all workers (GPU only)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -208,6 +220,10 @@ class TrainConfig(Settings):
                 problems.append(f"{path}.{error}")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             problems.append(f"gpus_per_worker: above 1 it must be a whole number, got {self.gpus_per_worker:g}")
+        if self.accelerator_type and not self.gpus_per_worker:
+            problems.append(f"accelerator_type: {self.accelerator_type} is a kind of GPU; set gpus_per_worker, too")
+        if own := sorted(set(RAYS_OWN) & set(self.resources)):
+            problems.append(f"resources.{own[0]}: is Ray's own; custom ones only (cpus_per_worker, gpus_per_worker)")
         if self.workers > 1 and 0 < self.gpus_per_worker < 1:
             problems.append(f"gpus_per_worker: {self.workers} workers need whole GPUs, got {self.gpus_per_worker:g}")
         if self.batch_norm == "sync" and self.gpus_per_worker == 0:
@@ -238,6 +254,13 @@ class TrainConfig(Settings):
                 "teacher.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch, "
                 "or confirm --train-only"
             )
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for a worker, by Ray's names; a kind of accelerator is a resource that its nodes have."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        kind = {f"{KIND}{self.accelerator_type}": 0.001} if self.accelerator_type else {}
+        return {"CPU": float(self.cpus_per_worker), **gpus, **self.resources, **kind}
 
     @property
     def needs_teacher(self) -> bool:
@@ -274,6 +297,8 @@ class TrainConfig(Settings):
             weights=teacher.weights,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=min(self.gpus_per_worker, 1),
+            accelerator_type=self.accelerator_type,
+            resources=self.resources,
             precision=self.precision,
             compile=self.compile,
         )
@@ -362,5 +387,6 @@ def _multiplies_bf16(gpu: bool) -> bool:
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
-RUN_ONLY = {"workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every_s"}
+RUN_ONLY = {"workers", "cpus_per_worker", "gpus_per_worker", "accelerator_type", "resources", "placement",
+            "checkpoint_every_s"}  # fmt: skip
 """Settings of TrainConfig that say where and how safely it runs. They are one for a whole sweep: never searched."""

@@ -103,7 +103,7 @@ def comparison_tuner(
     config = runs[0].config
     for arm in compared.arms.arms:
         arm.config.try_networks()
-    prepare(config)
+    prepare(config, directory.parent)
     lock = Lock(directory)
     without_teacher: dict[str, str] = {}
 

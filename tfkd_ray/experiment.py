@@ -65,6 +65,8 @@ class Record:
     parameters: dict[str, Any]
     config: dict[str, Any]
     reason: str | None = None
+    lost: int = 0
+    """Times that its process was lost, and it went on; no failure of its own."""
     metrics: list[dict[str, float]] = field(default_factory=list)
     """One entry an epoch."""
 

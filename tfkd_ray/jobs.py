@@ -115,13 +115,12 @@ def as_entrypoint(words: Sequence[str], folder: Path) -> list[str]:
     return ["bash", "tfkd_job.sh"]
 
 
-def submit_command(address: str, job: str, folder: Path, entrypoint: Sequence[str], *, detach: bool) -> list[str]:
-    """`ray job submit` for a staged folder. `detach`: do not follow it."""
+def submit_command(address: str, job: str, folder: Path, entrypoint: Sequence[str]) -> list[str]:
+    """`ray job submit` for a staged folder, which returns when the job is accepted."""
     versions = {} if os.environ.get(SUBMITTED_FROM) == "any" else {SUBMITTED_FROM: json.dumps(versions_here())}
     env = {"env_vars": versions}
-    wait = ["--no-wait"] if detach else []
     return ["ray", "job", "submit", "--address", address, "--submission-id", job, "--working-dir", str(folder),
-            "--runtime-env-json", json.dumps(env), *wait, "--", *entrypoint]  # fmt: skip
+            "--runtime-env-json", json.dumps(env), "--no-wait", "--", *entrypoint]  # fmt: skip
 
 
 # --- the cluster's answers -------------------------------------------------------------------------------------

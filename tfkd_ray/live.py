@@ -21,12 +21,15 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from tfkd_ray.cluster import starting
 from tfkd_ray.experiment import read_record, read_records
 from tfkd_ray.readers import Plan, duration, epochs_left, fitted, padded, read_plan, spent
 from tfkd_ray.schema import validated
 from tfkd_ray.space import SearchConfig
 
 REFRESH_S = 0.25
+NODES_S = 5
+"""How often an autoscaler is asked what it is starting, while no trial trains."""
 SPEED_EPOCHS = 200
 """Speed is that of so many epochs, the last ones of all trials together."""
 NOTEBOOK = (110, 30)
@@ -71,6 +74,8 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._notes: list[str] = []
         self._epochs: deque[float] = deque(maxlen=SPEED_EPOCHS)
         self._drawn = 0.0
+        self._looked = time.monotonic()
+        self._waiting = ""
 
     # --- events
 
@@ -99,7 +104,19 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._draw(force=True)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._look_for_nodes()
         self._draw()
+
+    def _look_for_nodes(self) -> None:
+        """While trials wait for nodes, say which ones an autoscaler is starting."""
+        now = time.monotonic()
+        if any(run.status == "running" and run.epoch for run in self._runs.values()):
+            self._waiting = ""
+        elif now - self._looked > NODES_S:
+            self._looked = now
+            before, self._waiting = self._waiting, ", ".join(starting())
+            if self._waiting and self._waiting != before:
+                self._say(f"waiting for nodes: {self._waiting}")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         about = trial.config["trial"]
@@ -199,6 +216,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         lines = [f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"]
         lines += self._joined([*self._speed(runs), *self._budgets(used, count["failed"])], width)
         below = [*self._best_lines(runs, width), *self._rungs(runs, width)]
+        below += [f"waiting for nodes: {self._waiting}"] if self._waiting else []
         below += [f"failed: {text}" for text in self._failures[-3:]] + self._notes[-2:]
         rows = self._rows(runs, width, most=max(3, height - len(lines) - len(below) - 4))
         lines += ["", *rows, "", *below]

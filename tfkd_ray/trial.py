@@ -61,8 +61,7 @@ def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
     """What Tune reserves for a trial's own process (a group's workers are reserved by Ray Train)."""
     if config.workers > 1:
         return tune.PlacementGroupFactory([{DRIVER: 0.01}])
-    bundle = {"CPU": float(config.cpus_per_worker)}
-    return tune.PlacementGroupFactory([bundle | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})])
+    return tune.PlacementGroupFactory([config.worker_resources])
 
 
 class StudentTrial(tune.Trainable):  # type: ignore[misc]
@@ -301,6 +300,7 @@ class Group:
         env = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         env |= {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
         env.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is noticed
+        env.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # a node may have to be started first
         desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env})
         self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder))
 
@@ -362,7 +362,8 @@ class _Desk:
                 scaling_config=ScalingConfig(
                     num_workers=config.workers,
                     use_gpu=config.gpus_per_worker > 0,
-                    resources_per_worker=resources_of_worker(config),
+                    resources_per_worker=config.worker_resources,
+                    placement_strategy=config.placement.upper(),
                 ),
                 run_config=RunConfig(
                     name=name,
@@ -408,12 +409,6 @@ class _Desk:
     def ended(self, timeout_s: float) -> bool:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
-
-
-def resources_of_worker(config: TrainConfig) -> dict[str, float]:
-    """What Ray Train reserves for each worker."""
-    gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
-    return {"CPU": float(config.cpus_per_worker), **gpus}
 
 
 def _worker(given: dict[str, Any]) -> None:

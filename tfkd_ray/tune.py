@@ -17,12 +17,13 @@ import ray
 from filelock import FileLock, Timeout
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.stopper import CombinedStopper, FunctionStopper
 from sqlalchemy.exc import OperationalError
 
 from tfkd_ray import teachers
 from tfkd_ray.checkpoint import LAST
-from tfkd_ray.cluster import check_room, connect, give_larger_share, started_here
+from tfkd_ray.cluster import check_room, connect, give_larger_share, grows_for, room_for, started_here
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
@@ -34,6 +35,7 @@ from tfkd_ray.experiment import (
     is_begun,
     read_experiment,
     read_metrics,
+    read_record,
     read_records,
     read_spent,
     trials_folder,
@@ -41,6 +43,7 @@ from tfkd_ray.experiment import (
     write_record,
     write_text,
 )
+from tfkd_ray.nodes import check_shared
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -56,6 +59,10 @@ from tfkd_ray.space import Asha, SearchConfig, Space, build_space, load_space, m
 from tfkd_ray.tensorboard import TensorBoard
 from tfkd_ray.trial import Shelf, StudentTrial, resources_of, shelf_name
 
+MANY = 16
+"""Trials at a time from which on their processes are started side by side."""
+LOOK_S = 5
+"""How often nodes are counted, which come and go."""
 STORAGE = Path("tfkd_results")
 """Where experiments and teachers go if nothing is said, below the current directory."""
 
@@ -106,7 +113,7 @@ def build_tuner(
         space = _with_search(space, study=space.search.study or name)
         _check_free(url, str(space.search.study), begun=is_begun(experiment))
     space = without_password(space)
-    prepare(space.example)
+    prepare(space.example, storage)
     train_teachers(space.teacher_runs(), storage, on_teacher)
     experiment.mkdir(parents=True, exist_ok=True)
     lock = Lock(experiment)
@@ -180,7 +187,7 @@ def resume_tuner(
         over = over_budget(new.search.budgets, spent)
         if over:
             raise ConfigError(f"{over}; to go on, give a new one, which counts from now on", experiment)
-        prepare(new.example)
+        prepare(new.example, experiment.parent)
         if new.search.study != old.search.study:
             wider = _searcher(new, experiment, url)
             copy_trials(searcher, wider)
@@ -274,12 +281,13 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     return _with_search(new, storage=old.search.storage, study=study, num_samples=samples, **budgets)
 
 
-def prepare(config: TrainConfig) -> None:
+def prepare(config: TrainConfig, storage: Path) -> None:
     """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made."""
     config.data.check()
     config.try_networks()
     connect(workers=config.workers)
     check_room(config)
+    check_shared(storage)
 
 
 class TeacherFailed(RuntimeError):
@@ -310,7 +318,10 @@ def train_teachers(
     tasks = []
     for run in missing:
         on_teacher(run, None)
-        task = ray.remote(_teacher).options(num_cpus=run.cpus_per_worker, num_gpus=run.gpus_per_worker, max_retries=2)
+        need = run.worker_resources
+        task = ray.remote(_teacher).options(
+            num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
+        )
         tasks.append(task.remote(run, storage))
     for run, task in zip(missing, tasks, strict=True):
         try:
@@ -437,13 +448,17 @@ def assemble(
         max_failures: times that a trial whose process was lost in the same epoch is started again (see `Losses`).
     """
     os.environ.update(_TUNE_SETTINGS)
-    at_once = tune_config.max_concurrent_trials
-    if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
-        at_once = min(at_once or sys.maxsize, check_room(config))
+    at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, check_room(config)
+    more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
+    # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room // 8, more))
+    if config.workers > 1 or room >= MANY or more:  # else Tune would ask for more trials than there is room for
+        searcher, at_once = Room(searcher, config, at_once or sys.maxsize, more), None
     return tune.Tuner(
         tune.with_resources(StudentTrial, resources_of(config)),
         tune_config=dataclasses.replace(
             tune_config,
+            search_alg=searcher,
             max_concurrent_trials=at_once,
             reuse_actors=True,
             trial_name_creator=_trial_name,
@@ -463,6 +478,27 @@ def assemble(
             verbose=0,
         ),
     )
+
+
+class Room(ConcurrencyLimiter):  # type: ignore[misc]
+    """Lets as many trials begin as there is room for now, since nodes come and go.
+
+    Args:
+        most: trials at a time, whatever the room.
+        more: trials that may wait for nodes that an autoscaler starts.
+    """
+
+    def __init__(self, searcher: Searcher, config: TrainConfig, most: int, more: int) -> None:
+        super().__init__(searcher, max_concurrent=1)
+        self._config, self._most, self._more, self._looked = config, most, more, -math.inf
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """A proposal, or None: not now."""
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
+        found: dict[str, Any] | None = super().suggest(trial_id)
+        return found
 
 
 _TUNE_SETTINGS = {
@@ -542,6 +578,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
                 parameters=about["parameters"],
                 config=trial_config,
                 reason=reason,
+                lost=self._losses.count(trial),
             )
         )
 
@@ -569,6 +606,11 @@ class Losses(tune.Callback):  # type: ignore[misc]
         self._again: dict[str, int] = {}
         self._epoch: dict[str, int] = {}
         self._hung: set[str] = set()
+        self._all: dict[str, int] = {}
+
+    def count(self, trial: Any) -> int:
+        """Times that a trial's process was lost, and it went on; those of earlier sessions included."""
+        return self._all.get(trial.trial_id, 0)
 
     def reason(self, trial: Any) -> str:
         """Why a trial that was lost has failed."""
@@ -581,6 +623,9 @@ class Losses(tune.Callback):  # type: ignore[misc]
         )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.trial_id not in self._all:
+            folder = Path(trial.config["trial"]["directory"])
+            self._all[trial.trial_id] = read_record(folder).lost if (folder / "trial.json").exists() else 0
         self._again.setdefault(trial.trial_id, trial.max_failures)
         self._since[trial.trial_id] = self._clock(), trial
 
@@ -599,6 +644,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._since.pop(trial.trial_id, None)
+        self._all[trial.trial_id] = self.count(trial) + 1
         self._check_disk(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

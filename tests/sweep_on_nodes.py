@@ -1,0 +1,97 @@
+"""A sweep on a Ray cluster of three nodes of its own, one added and one killed on the way; prints what happened as JSON.
+
+    python tests/sweep_on_nodes.py STORAGE SPACE_AS_JSON
+
+The head and two more nodes have one CPU each. After the first epoch of any trial a fourth node comes; when a trial has
+told an epoch on it, or a group could not, the raylet of the second node gets a signal 9, as if its machine had gone.
+Every result waits a little, so that trials are long enough to be met on their way. Run by test_cluster_nodes.py.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.cluster_utils import Cluster
+
+from tfkd_ray.cluster import DRIVER
+from tfkd_ray.tune import build_tuner, spent_so_far
+
+PACE_S = 0.2
+
+
+class Nodes(tune.Callback):  # type: ignore[misc]
+    """Adds a node, kills another, and notes on which node each epoch was told."""
+
+    def __init__(self, cluster: Cluster, doomed: Any, workers: int) -> None:
+        self.cluster, self.doomed, self.workers, self.added = cluster, doomed, workers, ""
+        self.epochs: list[tuple[int, int, str]] = []
+        self.lost: list[int] = []
+        self.places: dict[Any, str] = {}
+        self.names = {node_id(doomed): "doomed"}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        number, epoch = trial.config["trial"]["number"], result.get("epoch", 0)
+        where = self.names.get(self.place_of(trial), "first")
+        self.epochs.append((number, epoch, where))
+        if not self.added:
+            self.added = node_id(self.cluster.add_node(num_cpus=1))
+            self.names[self.added] = "added"
+        used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
+        if self.doomed and used and epoch >= 2 and (self.workers > 1 or where == "doomed"):
+            os.kill(int(self.doomed.all_processes["raylet"][0].process.pid), signal.SIGKILL)
+            self.doomed = None
+            self.epochs.append((number, epoch, "killed"))
+        time.sleep(PACE_S if self.doomed else 0)
+
+    def place_of(self, trial: Any) -> str:
+        """Node that a trial's process is on."""
+        actor = trial.temporary_state.ray_actor
+        if actor not in self.places:
+            self.places[actor] = ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
+        return self.places[actor]
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.lost.append(trial.config["trial"]["number"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def node_id(node: Any) -> str:
+    """Ray's name of a node that was started here."""
+    socket = node.plasma_store_socket_name
+    return next(str(n["NodeID"]) for n in ray.nodes() if n["ObjectStoreSocketName"] == socket)
+
+
+def main() -> None:
+    storage, space = Path(sys.argv[1]), json.loads(sys.argv[2])
+    os.environ.pop("RAY_ADDRESS", None)
+    workers = space.get("workers", 1)
+    head = {"num_cpus": 1 if workers == 1 else 0, "resources": {DRIVER: 1000}, "include_dashboard": True}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    doomed = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
+    watch = Nodes(cluster, doomed, workers)
+    build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
+    report = {
+        "epochs": watch.epochs,
+        "lost": watch.lost,
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "failed": spent_so_far(storage / "e", workers={"gpus": 0, "cpus": 1})["max_failed_trials"],
+    }
+    print("REPORT " + json.dumps(report), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What goes wrong on the way to a cluster: each with its own sentence and exit code, and none hangs beyond its limit."""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import ROOT, Run
+
+from tfkd_ray.cli import main
+from tfkd_ray.cluster_verbs import StepFailed, run, waiting_lines
+
+SPACE = "objective: ce\nstudent: {name: mlp, hidden: [8]}\n"
+
+
+class Head(BaseHTTPRequestHandler):
+    """A head of the right version that goes away, or falls silent, as soon as a job is sent to it."""
+
+    silent = False
+
+    def do_GET(self) -> None:
+        if self.path == "/api/version":
+            body = json.dumps({"ray_version": ray.__version__, "version": "4", "ray_commit": "", "session_name": ""})
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+        elif self.path.startswith("/api/jobs") and self.command == "GET" and self.silent:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"[]")
+        else:
+            self.go()
+
+    def go(self) -> None:
+        """The end of the head."""
+        if self.silent:
+            time.sleep(60)
+            return
+        self.server.socket.close()
+        threading.Thread(target=self.server.shutdown, daemon=True).start()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    do_POST = do_PUT = go
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    (tmp_path / "mine.yaml").write_text(SPACE)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Head)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.server_close()
+
+
+def test_a_head_that_dies_while_a_job_is_sent_is_told_from_a_job_that_failed(
+    head: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 1
+    assert time.monotonic() - began < 60
+    last = capfd.readouterr().err.rpartition("tfkd tune: ")[2]
+    assert (
+        f"the head at {head} went away while it was sent job tune-" in last
+        and "whether the job runs is not known" in last
+    )
+
+
+def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
+    head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Head, "silent", True)
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.SUBMIT_S", 6)
+    began = time.monotonic()
+    assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 1
+    assert time.monotonic() - began < 30
+    assert "the job did not begin" in (said := capfd.readouterr().err) and "did not end within 6 s" in said
+
+
+def test_a_command_that_takes_too_long_is_ended() -> None:
+    began = time.monotonic()
+    with pytest.raises(StepFailed, match=r"sleeping did not end within 0\.5 s"):
+        run(["sleep", "30"], what="sleeping", limit_s=0.5)
+    assert time.monotonic() - began < 5
+
+
+PROVIDERS = {
+    "aws": ("boto3", "class Session:\n    def get_credentials(self): return None\n", "aws configure"),
+    "gcp": ("googleapiclient", "", "gcloud auth application-default login"),
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_without_a_providers_package_or_credentials_nothing_is_started(
+    tfkd: Run, tmp_path: Path, provider: str
+) -> None:
+    package, content, login = PROVIDERS[provider]
+    for folder in ("site", ".ray"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / ".ray/auth_token").write_text("x")
+    paths = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    sentences = {
+        "raise ImportError": f"provider {provider} needs {package} here; pip install",
+        content: f"no credentials for {provider} here; {login}",
+    }
+    for code, sentence in sentences.items():
+        (tmp_path / f"site/{package}.py").write_text(code)
+        refused = tfkd("cluster", "up", f"{provider}-gpu", PYTHONPATH=paths, RAY_AUTH_TOKEN="x", HOME=str(tmp_path))
+        assert refused.returncode == 2 and sentence in refused.stderr, refused.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["confirm", "digits_arms", "--detach"], "--detach: needs --cluster FILE or --address http://..."),
+        (["confirm", "digits_arms", "--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
+        (["confirm", ".", "--address", "http://127.0.0.1:9"], "an absolute path that the cluster sees, got ."),
+        (["confirm", "digits_arms", "--cluster", "aws-gpu", "gpus_per_worker=8"], "room for 0 of them"),
+        (["teacher", "train", "digits_tfkd", "--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
+        (["teacher", "train", "digits_tfkd", "--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),
+        (["doctor", "--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),
+    ],
+)  # fmt: skip
+def test_what_runs_as_a_job_is_checked_before_it_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(SPACE)
+    assert main(argv) == 2
+    assert sentence in capsys.readouterr().err
+
+
+JOBS = {
+    ("confirm", "digits_arms", "--preset", "smoke", "--seeds", "2", "--name", "n"):
+        "-m tfkd_ray confirm digits_arms.yaml --seeds 2 --storage /mnt/x --preset smoke --name n",
+    ("confirm", "/mnt/x/e", "--top-k", "1", "--train-only"):
+        "-m tfkd_ray confirm /mnt/x/e --seeds 5 --top-k 1 --baselines ce,lsr,scaled,published --train-only",
+    ("teacher", "train", "digits_tfkd", "epochs=2"): "-m tfkd_ray teacher train digits_tfkd.yaml epochs=2 --storage /mnt/x",
+    ("doctor", "--reap", "--space", "mine.yaml"): "-m tfkd_ray doctor --reap --storage /mnt/x --space mine.yaml",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", JOBS, ids=lambda argv: " ".join(argv[:2]))
+def test_what_a_job_is_sent_is_the_command_with_paths_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(SPACE)
+    sent: list[list[str]] = []
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.check_ray_version", lambda address: None)
+    monkeypatch.setattr("tfkd_ray.cluster_verbs._submit_job", lambda command, *more: sent.append(command))
+    detach = [] if argv[0] == "doctor" else ["--detach"]
+    monkeypatch.setattr("tfkd_ray.cluster_verbs._state_of", lambda address, job: {"status": "SUCCEEDED"})
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.logs_command", lambda address, job: ["true"])
+    assert main([*argv, "--address", "http://127.0.0.1:9", "--storage", "/mnt/x", *detach]) == 0
+    ((*_, words),) = [" ".join(command).partition(" -- ") for command in sent]
+    assert words == f"python {JOBS[argv]}"
+
+
+def test_what_an_autoscaler_waits_for_is_read_from_rays_own_status() -> None:
+    text = (
+        "Node status\nActive:\n 1 head\nPending:\n 10.0.0.5: gpu1, setting-up\n gpu4, 2 launching\nRecent failures:\n"
+        " (no failures)\n\nResources\nPending Demands:\n {'CPU': 1.0, 'GPU': 1.0} * 1 (PACK): 3+ pending placement groups\n"
+    )
+    assert waiting_lines(text) == [
+        "starting: 10.0.0.5: gpu1, setting-up",
+        "starting: gpu4, 2 launching",
+        "waits: {'CPU': 1.0, 'GPU': 1.0} * 1 (PACK): 3+ pending placement groups",
+    ]
+    assert waiting_lines("Pending:\n (no pending nodes)\nPending Demands:\n (no resource demands)\n") == []

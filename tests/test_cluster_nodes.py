@@ -1,0 +1,271 @@
+"""Sweeps on real clusters of several nodes: one is added, one dies, one is cut off; tokens that are wrong.
+
+Three kinds of nodes on this machine: raylets of `ray.cluster_utils.Cluster`, `ray start` on loopback with a token, and
+network namespaces with their own addresses. All have their own ports and temporary directories.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+from tfkd_ray.experiment import read_metrics, read_records
+from tfkd_ray.loop import train
+from tfkd_ray.space import build_space
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+BIN = Path(sys.executable).parent
+SPACE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [16]},
+    "objective": "ce",
+    "epochs": 40,
+    "checkpoint_every_s": 0,
+    "optim": {"lr": {"choices": [0.1, 0.05]}, "batch_size": 64},
+    "search": {"sampler": "random", "num_samples": 10, "stopping": "none", "max_failed_trials": 1},
+}
+
+
+def end(place: Path) -> None:
+    """End the processes that have a directory of ours in their command line."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"{place}/".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                    os.kill(int(path.parent.name), number)
+        time.sleep(1)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A short path: Ray's sockets are below it."""
+    folder = Path(tempfile.mkdtemp(prefix="tn"))
+    yield folder
+    end(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- raylets that come and go
+
+
+def sweep_on_nodes(place: Path, space: dict[str, Any]) -> dict[str, Any]:
+    words = [sys.executable, str(Path(__file__).parent / "sweep_on_nodes.py"), str(place / "s"), json.dumps(space)]
+    env = {**os.environ, "TMPDIR": str(place), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}
+    run = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
+    assert lines, run.stderr[-3000:]
+    report: dict[str, Any] = json.loads(lines[0][7:])
+    places = Counter(where for *_, where in report["epochs"])
+    assert places["killed"] == 1, places
+    return report
+
+
+def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
+    """Every trial has its epochs once each, bit by bit those of a run that nothing happened to."""
+    records = read_records(experiment)
+    assert [r.status for r in records] == ["done"] * trials, [(r.name, r.status, r.reason) for r in records]
+    weights: dict[float, set[bytes]] = {}
+    for record in records:
+        lr = record.config["optim"]["lr"]
+        alone = [e.metrics for e in train(build_space({**record.config, "workers": 1}).single())]
+        told = [(m["epoch"], m["train_loss"], m["val_accuracy"]) for m in record.metrics]
+        if record.config["workers"] == 1:
+            assert told == [(m["epoch"], m["train_loss"], m["val_accuracy"]) for m in alone], record.name
+        else:
+            assert [epoch for epoch, *_ in told] == [m["epoch"] for m in alone]
+        weights.setdefault(lr, set()).add((record.folder / "student.safetensors").read_bytes())
+    assert all(len(found) == 1 for found in weights.values()), "weights of equal trials differ"
+
+
+def test_a_node_that_is_added_is_used_and_the_trials_of_one_that_dies_go_on_elsewhere(place: Path) -> None:
+    report = sweep_on_nodes(place, SPACE)
+    killed = next(i for i, (*_, where) in enumerate(report["epochs"]) if where == "killed")
+    number, at, _ = report["epochs"][killed]
+    assert number in report["lost"] and report["nodes"] == 3
+    assert {where for *_, where in report["epochs"][:killed]} == {"first", "doomed", "added"}
+    later = [(epoch, where) for n, epoch, where in report["epochs"][killed + 1 :] if n == number]
+    assert later[0][0] in (at, at + 1) and {where for _, where in later} <= {"first", "added"}, "from its checkpoint"
+    assert report["failed"] == 0, "a lost node is not the trial's failure"
+    assert_same_as_never_lost(place / "s/e", 10)
+
+
+def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_added(place: Path) -> None:
+    space = {**SPACE, "workers": 2, "search": {**SPACE["search"], "num_samples": 4}}
+    report = sweep_on_nodes(place, space)
+    killed = next(i for i, (*_, where) in enumerate(report["epochs"]) if where == "killed")
+    number, at, _ = report["epochs"][killed]
+    assert number in report["lost"] and report["nodes"] == 3 and report["failed"] == 0
+    first_again = next(epoch for n, epoch, where in report["epochs"][killed + 1 :] if n == number)
+    assert first_again in (at, at + 1), "from its checkpoint"
+    assert_same_as_never_lost(place / "s/e", 4)
+
+
+# --- ray start, with a token
+
+PORTS = {"port": 6490, "dashboard-port": 8390, "ray-client-server-port": 6491}
+
+
+def ray_start(place: Path, name: str, *words: str, inside: tuple[str, ...] = (), **env: str) -> None:
+    """A node of its own; its processes have `place` in their command lines."""
+    given = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "token"), **env}
+    given.pop("RAY_ADDRESS", None)
+    command = [*inside, str(BIN / "ray"), "start", *words, "--num-cpus=1", "--object-store-memory=150000000",
+               f"--temp-dir={place}/{name}"]  # fmt: skip
+    run = subprocess.run(command, env=given, capture_output=True, text=True, timeout=90)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture
+def started(place: Path) -> Path:
+    """A head and two workers on loopback."""
+    (place / "token").write_text(secrets.token_hex(32))
+    (place / "token").chmod(0o600)
+    (place / "wrong").write_text("0" * 64)
+    (place / "wrong").chmod(0o600)
+    (place / "work").mkdir()
+    space = {**SPACE, "search": {**SPACE["search"], "num_samples": 4}}
+    (place / "work/space.yaml").write_text(json.dumps(space))
+    ports = [f"--{name}={port}" for name, port in PORTS.items()]
+    ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *ports, "--dashboard-agent-listen-port=6492",
+              '--resources={"tfkd_driver": 1000}')  # fmt: skip
+    for n in (1, 2):
+        ray_start(place, f"w{n}", "--address=127.0.0.1:6490", "--node-ip-address=127.0.0.1",
+                  f"--dashboard-agent-listen-port={6492 + n}")  # fmt: skip
+    return place
+
+
+def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_right_token_only(
+    started: Path, tfkd: Run
+) -> None:
+    place, http, gcs = started, "http://127.0.0.1:8390", "127.0.0.1:6490"
+
+    def run(*words: str, token: str = "token") -> tuple[subprocess.CompletedProcess[str], float]:
+        env = {"RAY_AUTH_TOKEN_PATH": str(place / token), "RAY_ADDRESS": ""}
+        began = time.monotonic()
+        done = tfkd(*words, cwd=place / "work", timeout=150, **env)
+        assert (place / "token").read_text() not in done.stdout + done.stderr and "Traceback" not in done.stderr
+        return done, time.monotonic() - began
+
+    looked, _ = run("doctor", "--address", gcs, "--storage", str(place / "s"), "--space", "space.yaml")
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    for line in ("3 of 3 ran a task", "refused without the token", "one directory for 3 nodes", "room for 3 at a time"):
+        assert line in looked.stdout, looked.stdout
+
+    swept, _ = run("tune", "space.yaml", "--address", gcs, "--storage", str(place / "s"), "--name", "direct")
+    assert swept.returncode == 0, swept.stderr
+    assert_same_as_never_lost(place / "s/direct", 4)
+
+    sent, _ = run("tune", "space.yaml", "--address", http, "--storage", str(place / "s"), "--name", "job")
+    assert sent.returncode == 0, sent.stderr
+    assert_same_as_never_lost(place / "s/job", 4)
+
+    refusals = {
+        ("wrong", gcs): ("it answers, so the token here", 60),
+        ("none", gcs): ("there is no token here", 60),
+        ("wrong", http): ("refuses the token that is here", 15),
+        ("none", http): ("wants a token, and there is none here", 15),
+    }
+    for (token, address), (sentence, seconds) in refusals.items():
+        refused, took = run("tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token)
+        assert refused.returncode == 2 and sentence in refused.stderr, (token, address, refused.stderr)
+        assert took < seconds, (token, address, took)
+    assert {path.name for path in (place / "s").iterdir()} == {"direct", "job"}
+
+
+# --- hosts with their own addresses
+
+HOSTS = {"tn1": "10.213.77.1", "tn2": "10.213.77.2", "tn3": "10.213.77.3"}
+
+
+def ip(*words: str, inside: str | None = None) -> None:
+    netns = ["-n", inside] if inside else []
+    run = subprocess.run(["ip", *netns, *words], capture_output=True, text=True)
+    assert run.returncode == 0, f"ip {' '.join(words)}: {run.stderr}"
+
+
+@pytest.fixture
+def hosts(place: Path) -> Iterator[Path]:
+    """Three network namespaces on a bridge: a head with no CPU to lose, and two workers."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.fail("needs root, and: apt-get install iproute2")
+    (place / "token").write_text(secrets.token_hex(32))
+    (place / "token").chmod(0o600)
+    made: list[list[str]] = []
+    try:
+        ip("link", "add", "tnbr", "type", "bridge")
+        made.append(["link", "del", "tnbr"])
+        ip("link", "set", "tnbr", "up")
+        for name, address in HOSTS.items():
+            ip("netns", "add", name)
+            made.append(["netns", "del", name])
+            ip("link", "add", f"{name}h", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", f"{name}h", "master", "tnbr", "up")
+            ip("addr", "add", f"{address}/24", "dev", "eth0", inside=name)
+            ip("link", "set", "eth0", "up", inside=name)
+            ip("link", "set", "lo", "up", inside=name)
+        yield place
+    finally:
+        end(place)
+        for words in reversed(made):
+            subprocess.run(["ip", *words], capture_output=True)
+
+
+def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: Path) -> None:
+    place, head = hosts, HOSTS["tn1"]
+    space = {**SPACE, "epochs": 150, "search": {**SPACE["search"], "num_samples": 6}}
+    (place / "space.yaml").write_text(json.dumps(space))
+    inside = {name: ("ip", "netns", "exec", name) for name in HOSTS}
+    soon = {"RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3"}  # Ray's: 10 s, five times
+    ray_start(place, "h", "--head", f"--node-ip-address={head}", "--port=6379", '--resources={"tfkd_driver": 1000}',
+              inside=inside["tn1"], **soon)  # fmt: skip
+    for name in ("tn2", "tn3"):
+        ray_start(
+            place, name, f"--address={head}:6379", f"--node-ip-address={HOSTS[name]}", inside=inside[name], **soon
+        )
+    env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(place / "token")}
+    env.pop("RAY_ADDRESS", None)
+    tfkd = [*inside["tn1"], sys.executable, "-m", "tfkd_ray"]
+
+    (place / "s").mkdir()
+    words = ["doctor", "--address", f"{head}:6379", "--storage", str(place / "s")]
+    looked = subprocess.run([*tfkd, *words], env=env, capture_output=True, text=True, timeout=100)
+    assert looked.returncode == 0 and "3 of 3 ran a task" in looked.stdout, looked.stdout + looked.stderr
+
+    words = [
+        "tune",
+        str(place / "space.yaml"),
+        "--address",
+        f"{head}:6379",
+        "--storage",
+        str(place / "s"),
+        "--name",
+        "e",
+    ]
+    driver = subprocess.Popen([*tfkd, *words], env=env, cwd=place, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 90
+        while sum(len(read_metrics(f)) >= 10 for f in (place / "s/e/trials").glob("t0*")) < 3:
+            assert driver.poll() is None and time.monotonic() < until, driver.stderr and driver.stderr.read()
+            time.sleep(0.2)
+        before = {r.name: len(r.metrics) for r in read_records(place / "s/e") if r.status == "running"}
+        ip("link", "set", "tn3h", "down")
+        _, said = driver.communicate(timeout=150)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0, said
+    lost = [line.split(":")[0] for line in said.splitlines() if "its process was lost; it goes on" in line]
+    assert len(lost) == 1 and lost[0] in before, said
+    assert_same_as_never_lost(place / "s/e", 6)
