@@ -158,6 +158,7 @@ def test_the_precision_is_decided_when_the_configuration_is_read(
     tiny, large = decided(student="mlp"), decided(student="resnet18")
     assert (tiny.precision, tiny.compile) == ("fp32", "off")
     assert large.precision == ("bf16" if hardware else "fp32")
+    assert decided(student="shufflenet_v2_x1_0").precision == "fp32"  # slower in bf16: benchmarks/RESULTS.md
     taught = large.teacher_run()
     assert taught is not None and taught.precision == large.precision
     asked = decided(student="resnet18", precision="bf16" if not hardware else "fp32")

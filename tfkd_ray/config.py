@@ -169,8 +169,9 @@ class TrainConfig(Settings):
     """Batch statistics of each worker's own part, or over all workers (GPU only)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of student and teacher in training and on validation; losses, weights, optimizer and the test are
-    always fp32. auto: bf16 where the processor has it in hardware and the student is not tiny (2 million operations an
-    image); decided when the file is read, and kept."""
+    always fp32. auto: bf16 where the processor has it in hardware and the student gains by it (not a tiny one, of less
+    than 2 million operations an image; on CPUs not `shufflenet_v2_x1_0` and `alexnet_small`); decided when the file is
+    read, and kept."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training step. auto: off, as on CPUs it takes 10 to 50 s and gains at most a fifth."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 10.0
@@ -194,8 +195,9 @@ class TrainConfig(Settings):
         known = {"data", "student", "gpus_per_worker"} <= info.data.keys()
         if value != "auto" or not known:
             return value
-        tiny = info.data["student"].operations(info.data["data"].shape) < TINY
-        return "bf16" if _multiplies_bf16(info.data["gpus_per_worker"] > 0) and not tiny else "fp32"
+        student, on_gpu = info.data["student"], info.data["gpus_per_worker"] > 0
+        gains = student.operations(info.data["data"].shape) >= TINY and (student.fast_in_bf16 or on_gpu)
+        return "bf16" if gains and _multiplies_bf16(on_gpu) else "fp32"
 
     @field_validator("compile")
     @classmethod

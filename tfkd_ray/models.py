@@ -32,6 +32,8 @@ class Network(Settings):
     name: str
     memory_format: ClassVar[torch.memory_format] = torch.channels_last
     """Order in memory of its convolutions' weights in training, which images follow; it changes no shape."""
+    fast_in_bf16: ClassVar[bool] = True
+    """Whether bfloat16 makes it faster where the processor has it; measured by benchmarks/formats.py."""
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
@@ -127,6 +129,8 @@ class AlexNetSmall(Network):
     """
 
     name: Literal["alexnet_small"] = "alexnet_small"
+    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
+    fast_in_bf16: ClassVar[bool] = False
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         def pool() -> nn.Module:
@@ -343,6 +347,7 @@ class ShuffleNetV2(TorchvisionNetwork):
     """
 
     name: Literal["shufflenet_v2_x1_0"] = "shufflenet_v2_x1_0"
+    fast_in_bf16: ClassVar[bool] = False
     stem_pools: ClassVar[tuple[str, ...]] = ("maxpool",)
 
 
