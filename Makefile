@@ -3,7 +3,7 @@
 # make check  format, lint, types                   make ci          what CI runs
 # make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
-# make fuzz   5,000 files as nobody would write them, as CI does with 500
+# make fuzz   5,000 files as nobody would write them, and damaged experiments, as CI does with 500
 # make test-cluster  two nodes by ssh on loopback, a sweep as a job (some minutes; as root, with sshd and rsync)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -61,7 +61,7 @@ test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 fuzz: $(VENV)/.installed
-	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py -n 2 $(ARGS)
+	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_damage.py --timeout 1800 -n 2 $(ARGS)
 test-cluster: $(VENV)/.installed
 	@command -v rsync >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync"; exit 2; }
 	@$(BIN)/python -m pytest -m cluster $(ARGS)

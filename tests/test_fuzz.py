@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ARMS, SHIPPED
+from conftest import ARMS, ROOT, SHIPPED
 
 from tfkd_ray.arms import Arms, load_arms
+from tfkd_ray.clusterfile import ClusterFile, check, load_cluster
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
 from tfkd_ray.space import Space, build_space, load_space
 
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("TFKD_FUZZ", "500"))
 SEED = int(os.environ.get("TFKD_FUZZ_SEED", "0"))
 SLOWEST_S = 2.0
+CLUSTERS = [p for p in sorted((ROOT / "clusters").glob("*.yaml")) if "\n---" not in p.read_text()]
+SCRIPTS = [ROOT / "clusters" / "slurm.sh", *sorted((ROOT / "clusters").glob("kuberay-*.yaml"))]  # changed as text
 FILES = [p for p in SHIPPED + ARMS if len(p.read_text()) < 6000]
 
 ODD: list[Any] = [
@@ -135,11 +138,11 @@ def torn(text: str, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-def mutated(rng: random.Random) -> str:
-    """One of the shipped files, changed in one to four places."""
-    tree = parse_yaml(rng.choice(FILES).read_text(), "shipped")
+def mutated(rng: random.Random, files: list[Path] = FILES) -> str:
+    """One of some files, changed in one to four places."""
+    tree = parse_yaml(rng.choice(files).read_text(), "shipped")
     for _ in range(rng.randrange(5)):
-        with contextlib.suppress(IndexError):  # nothing is left of it
+        with contextlib.suppress(IndexError, OverflowError):  # nothing is left of it, or a number is too large already
             rng.choice(TREE)(tree, rng)
     with contextlib.suppress(yaml.YAMLError, RecursionError):
         text = yaml.safe_dump(tree, allow_unicode=True)
@@ -153,11 +156,27 @@ def understood(path: Path) -> Space | Arms | None:
         is_arms = "arms" in (parse_yaml(path.read_text(), path) or {})
         return load_arms(path) if is_arms else load_space(path)
     except ConfigError as error:
-        assert str(path) in str(error) or path.name in str(error), str(error)
-        for problem in error.problems:
-            assert re.match(r"\S.*\S", problem) and len(problem) < 1001, problem[:3000]
-            assert "Traceback" not in problem and "pydantic" not in problem
+        refused(path, error)
         return None
+
+
+def checked(path: Path) -> ClusterFile | None:
+    """A cluster file that passes `tfkd cluster check`; None if it is refused."""
+    try:
+        file = load_cluster(path)
+        assert check(file) and (file.kind == "slurm" or file.tree)
+        return file
+    except ConfigError as error:
+        refused(path, error)
+        return None
+
+
+def refused(path: Path, error: ConfigError) -> None:
+    """Whether the file is named, and each problem is a sentence."""
+    assert str(path) in str(error) or path.name in str(error), str(error)
+    for problem in error.problems:
+        assert re.match(r"\S.*\S", problem) and len(problem) < 1001, problem[:3000]
+        assert "Traceback" not in problem and "pydantic" not in problem
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -181,5 +200,30 @@ def test_a_file_is_understood_or_refused_with_sentences(part: int, tmp_path: Pat
         assert time.perf_counter() - start < SLOWEST_S, f"{seed}: {path.read_bytes()[:2000]!r}"
         valid += found is not None
     assert 0 < valid < COUNT // 10  # some survive, or it would show nothing
+    assert_no_ray()
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_a_cluster_file_is_understood_or_refused_with_sentences(part: int, tmp_path: Path) -> None:
+    valid = 0
+    for number in range(COUNT // 10):
+        seed = f"{SEED}/cluster/{part}/{number}"
+        rng = random.Random(seed)
+        whole = number % 4 == 0
+        text = torn((script := rng.choice(SCRIPTS)).read_text(), rng) if whole else mutated(rng, CLUSTERS)
+        path = tmp_path / f"mutated{script.suffix if whole else '.yaml'}"
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        start, cpu = time.monotonic(), time.process_time()
+        try:
+            valid += checked(path) is not None
+        except BaseException as error:
+            error.add_note(f"TFKD_FUZZ_SEED={SEED}, file {seed}:\n{path.read_bytes()[:4000]!r}")
+            raise
+        assert time.process_time() - cpu < SLOWEST_S and time.monotonic() - start < 10 * SLOWEST_S, seed
+    assert 0 < valid < COUNT // 10
+    assert_no_ray()
+
+
+def assert_no_ray() -> None:
     ray = sys.modules.get("ray")
     assert ray is None or os.environ.get("RAY_ADDRESS") or not ray.is_initialized()

@@ -83,10 +83,11 @@ class ClusterFile:
         if self.kind == "slurm":
             found = re.search(r"^TFKD_RESULTS=[\"']?([^\s\"'#]+)", self.text, re.M)
             return found[1] if found else None
-        metadata = self.tree.get("metadata") or {}
-        below = metadata.get("tfkd") if self.kind == "ray" else metadata.get("annotations")
-        found_there = (below or {}).get("storage" if self.kind == "ray" else "tfkd/storage")
-        return None if found_there is None else str(found_there)
+        place = ("tfkd", "storage") if self.kind == "ray" else ("annotations", "tfkd/storage")
+        below: Any = self.tree.get("metadata")
+        for key in place:
+            below = below.get(key) if isinstance(below, dict) else None
+        return None if below is None else str(below)
 
     @property
     def head(self) -> str:
@@ -393,18 +394,24 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
     provider, name = file.tree["provider"], file.provider
     if name not in PROVIDERS:
         found.append(f"provider.type: no such provider {name!r}; {did_you_mean(name, PROVIDERS)}")
-    elif provider["type"] == "local":
+    for key in ("head_ip", "external_head_ip", "coordinator_address", "region"):
+        if not isinstance(provider.get(key, ""), str):
+            found.append(f"provider.{key}: must be text, got {provider[key]!r}")
+    hosts = provider.get("worker_ips") or []
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        found.append(f"provider.worker_ips: must be a list of addresses, got {hosts!r}")
+    if name == "local":
         if "coordinator_address" not in provider:
             found += [f"provider.{k}: required, and not given" for k in ("head_ip", "worker_ips") if k not in provider]
         if "available_node_types" in file.tree:
             found.append("available_node_types: not for provider local, where head_ip and worker_ips are the nodes")
-    else:
+    elif name in PROVIDERS:
         for key in ("available_node_types", "head_node_type"):
             if key not in file.tree:
                 found.append(f"{key}: required, and not given")
         types = file.tree.get("available_node_types")
         head = file.tree.get("head_node_type")
-        if isinstance(types, dict) and head is not None and head not in types:
+        if isinstance(types, dict) and head is not None and head not in list(types):
             found.append(f"head_node_type: no such node type {head!r}; {did_you_mean(str(head), types)}")
     yield from found
     if not found:
@@ -654,7 +661,8 @@ def _kuberay_ports(file: ClusterFile, place: str, head: dict[str, Any]) -> Itera
     labels = (head["template"].get("metadata") or {}).get("labels") or {}
     guarded = any(
         d.get("kind") == "NetworkPolicy"
-        and "Ingress" in d["spec"].get("policyTypes", [])
+        and isinstance(d.get("spec"), dict)
+        and "Ingress" in (d["spec"].get("policyTypes") or [])
         and (d["spec"].get("podSelector") or {}).get("matchLabels", {}).items() <= labels.items()
         for d in file.others
     )

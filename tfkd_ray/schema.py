@@ -16,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+MOST_BYTES = 2**24
+"""Of a YAML file."""
 MAX_NODES = 100_000
 """Most values a YAML file may hold once its aliases are expanded."""
 
@@ -242,7 +244,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError("is a directory, not a file; name a YAML file in it", path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", path)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path()
         near = [p.name for p in folder.glob("*.yaml")]
