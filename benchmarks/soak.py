@@ -9,6 +9,7 @@ ALLOWED; a fifth of the time before them is warm-up. Every sweep must come to it
 
 import argparse
 import contextlib
+import logging
 import os
 import random
 import shutil
@@ -44,6 +45,16 @@ ALLOWED = {
     "files in /dev/shm": (0.0, 1),
 }
 """What the last third of the samples may have more than the first: the larger of a share and an amount."""
+
+
+OURS = (
+    "ray::StudentTrial",
+    "ray::ResourceTrainable",
+    "ray::with_resources",
+    "ray::RayTrainWorker",
+    "ray::TrainController",
+)
+"""How the processes of trials and groups are called."""
 
 
 class Kill(tune.Callback):  # type: ignore[misc]
@@ -129,7 +140,7 @@ def sample(before: set[str]) -> dict[str, float]:
     found["driver's memory (MB)"] = driver.memory_full_info().uss // 2**20
     for process in [driver, *driver.children(recursive=True)]:
         with contextlib.suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
-            if process.name().startswith("ray::IDLE") or " ".join(process.cmdline()).startswith("ray::IDLE"):
+            if " ".join(process.cmdline()).startswith("ray::IDLE"):
                 continue
             found["processes"] += 1
             found["open files"] += process.num_fds()
@@ -141,17 +152,23 @@ def sample(before: set[str]) -> dict[str, float]:
     return {name: float(found[name]) for name in ALLOWED}
 
 
+def titles() -> list[str]:
+    """The command lines of Ray's processes."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
 def quiet(cpus: int) -> None:
-    """Wait until trials and groups are gone; raise if they stay."""
+    """Wait until trials and groups are gone; end if they stay."""
     until = time.monotonic() + 60
-    while time.monotonic() < until:
-        titles = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True) if p.is_running()]
-        busy = [t for t in titles if t.startswith("ray::") and not t.startswith("ray::IDLE")]
-        busy = [t for t in busy if "DashboardAgent" not in t and "RuntimeEnvAgent" not in t and "Dashboard" not in t]
-        if ray.available_resources().get("CPU") == cpus and not any("Train" in t or "Student" in t for t in busy):
-            return
+    left: list[str] = []
+    while ray.available_resources().get("CPU") != cpus or (left := [t for t in titles() if t.startswith(OURS)]):
+        if time.monotonic() > until:
+            raise SystemExit(f"soak: after a minute something of a sweep is left: {left}")
         time.sleep(0.2)
-    raise SystemExit(f"soak: after a minute something of a sweep is left: {busy}")
 
 
 def judge(samples: list[dict[str, float]]) -> bool:
@@ -183,6 +200,8 @@ def main() -> int:
         address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
         logging_level="ERROR", object_store_memory=150 * 2**20,
     )  # fmt: skip
+    for noisy in ("ray", "ray.tune", "ray.train"):  # it tells of every fault
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for the drivers that are killed
     start = time.monotonic()
     pending: list[Callable[[Path, random.Random], None]] = []
