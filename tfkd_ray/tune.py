@@ -505,7 +505,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
         if trial.trial_id not in self._lost:
             before = read_record(folder).lost if (folder / "trial.json").exists() else 0
-            self._lost[trial.trial_id] = _Losses(trial.max_failures, all=before)
+            self._lost[trial.trial_id] = _Losses(all=before)
         (folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         self._write(trial, "running")
 
@@ -536,6 +536,8 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         lost.here = lost.here + 1 if epoch == lost.epoch else 1
         lost.epoch = epoch
         lost.all += 1
+        if lost.allowed is None:
+            lost.allowed = trial.max_failures
         if lost.allowed >= 0:
             trial.max_failures = trial.num_failures + lost.allowed - lost.here
 
@@ -572,9 +574,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 class _Losses:
     """How often the process of a trial was lost."""
 
-    allowed: int
-    """At one epoch; -1: always."""
     all: int = 0
+    allowed: int | None = None
+    """At one epoch; -1: always."""
     epoch: int = -1
     """Where it was the last time."""
     here: int = 0
