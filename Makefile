@@ -4,7 +4,7 @@
 # make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
 # make fuzz   5,000 files as nobody would write them, and damaged experiments, as CI does with 500
-# make test-cluster  two nodes by ssh on loopback, a sweep as a job (some minutes; as root, with sshd and rsync)
+# make test-cluster  real clusters: by ssh, nodes that come and go, hosts cut off (some minutes; as root, with sshd, rsync, ip)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -63,7 +63,7 @@ test-gpu: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_damage.py --timeout 1800 -n 2 $(ARGS)
 test-cluster: $(VENV)/.installed
-	@command -v rsync >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync"; exit 2; }
+	@command -v rsync >/dev/null && command -v ip >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync iproute2"; exit 2; }
 	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
 check: $(VENV)/.installed

@@ -227,45 +227,88 @@ def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: P
     place, head = hosts, HOSTS["tn1"]
     space = {**SPACE, "epochs": 150, "search": {**SPACE["search"], "num_samples": 6}}
     (place / "space.yaml").write_text(json.dumps(space))
+    (place / "other").mkdir()  # where the third host sees a directory of its own
     inside = {name: ("ip", "netns", "exec", name) for name in HOSTS}
+    own = ("bash", "-c", f'mount -t tmpfs none {place}/other && exec "$@"', "--")
     soon = {"RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3"}  # Ray's: 10 s, five times
     ray_start(place, "h", "--head", f"--node-ip-address={head}", "--port=6379", '--resources={"tfkd_driver": 1000}',
               inside=inside["tn1"], **soon)  # fmt: skip
-    for name in ("tn2", "tn3"):
-        ray_start(
-            place, name, f"--address={head}:6379", f"--node-ip-address={HOSTS[name]}", inside=inside[name], **soon
-        )
+    for name, more in (("tn2", ()), ("tn3", own)):
+        ray_start(place, name, f"--address={head}:6379", f"--node-ip-address={HOSTS[name]}", inside=inside[name] + more)
     env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(place / "token")}
     env.pop("RAY_ADDRESS", None)
-    tfkd = [*inside["tn1"], sys.executable, "-m", "tfkd_ray"]
 
-    (place / "s").mkdir()
-    words = ["doctor", "--address", f"{head}:6379", "--storage", str(place / "s")]
-    looked = subprocess.run([*tfkd, *words], env=env, capture_output=True, text=True, timeout=100)
-    assert looked.returncode == 0 and "3 of 3 ran a task" in looked.stdout, looked.stdout + looked.stderr
+    def started_on_the_head(verb: str, *words: str, storage: str) -> subprocess.Popen[str]:
+        command = [*inside["tn1"], sys.executable, "-m", "tfkd_ray", verb, *words, "--address", f"{head}:6379"]
+        command += ["--storage", str(place / storage)]
+        return subprocess.Popen(command, env=env, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    words = [
-        "tune",
-        str(place / "space.yaml"),
-        "--address",
-        f"{head}:6379",
-        "--storage",
-        str(place / "s"),
-        "--name",
-        "e",
-    ]
-    driver = subprocess.Popen([*tfkd, *words], env=env, cwd=place, stderr=subprocess.PIPE, text=True)
+    looked = started_on_the_head("doctor", storage="other")
+    said = " ".join(looked.communicate(timeout=60)[0].split())
+    assert looked.returncode == 1 and "ok nodes: 3 of 3 ran a task" in said, said
+    assert f"problem storage: {HOSTS['tn3']}" in said and "must be one directory for all nodes" in said, said
+    refused = started_on_the_head("tune", "space.yaml", storage="other")
+    _, said = refused.communicate(timeout=60)
+    assert refused.returncode == 2 and HOSTS["tn3"] in said and "must be one directory for all nodes" in said, said
+    assert not list((place / "other").iterdir())
+
+    driver = started_on_the_head("tune", "space.yaml", "--name", "e", storage="s")
     try:
         until = time.monotonic() + 90
         while sum(len(read_metrics(f)) >= 10 for f in (place / "s/e/trials").glob("t0*")) < 3:
-            assert driver.poll() is None and time.monotonic() < until, driver.stderr and driver.stderr.read()
+            assert driver.poll() is None and time.monotonic() < until, "three trials do not begin"
             time.sleep(0.2)
-        before = {r.name: len(r.metrics) for r in read_records(place / "s/e") if r.status == "running"}
+        running = {r.name for r in read_records(place / "s/e") if r.status == "running"}
         ip("link", "set", "tn3h", "down")
         _, said = driver.communicate(timeout=150)
     finally:
         driver.kill()
     assert driver.returncode == 0, said
     lost = [line.split(":")[0] for line in said.splitlines() if "its process was lost; it goes on" in line]
-    assert len(lost) == 1 and lost[0] in before, said
+    assert len(lost) == 1 and lost[0] in running, said
     assert_same_as_never_lost(place / "s/e", 6)
+
+
+# --- an autoscaler
+
+HEAD_ID = "f" * 51 + "00000"
+SCALED: dict[str, Any] = {
+    "cluster_name": "fake", "max_workers": 2, "idle_timeout_minutes": 1, "upscaling_speed": 10,
+    "provider": {
+        "type": "external", "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "head_node_id": HEAD_ID, "launch_multiple": True, "gcs_address": "127.0.0.1:6490",
+    },
+    "head_node_type": "ray.head.default",
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 1, "tfkd_driver": 1000}, "node_config": {}, "max_workers": 0},
+        "disks": {"resources": {"CPU": 1, "fast_disk": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    },
+    "auth": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False,
+    **{f"{name}_commands": [] for name in ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")},
+}  # fmt: skip
+
+
+def test_a_sweep_waits_for_the_nodes_that_an_autoscaler_starts_and_says_so(place: Path, tfkd: Run) -> None:
+    """Ray's autoscaler, with its provider whose nodes are raylets of this machine."""
+    (place / "token").write_text(secrets.token_hex(32))
+    (place / "scaled.json").write_text(json.dumps(SCALED))
+    ids = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
+    ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *(f"--{k}={v}" for k, v in PORTS.items()),
+              "--dashboard-agent-listen-port=6492", '--resources={"tfkd_driver": 1000}',
+              f"--autoscaling-config={place}/scaled.json", RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1",
+              RAY_enable_autoscaler_v2="1", RAY_NODE_TYPE_NAME="ray.head.default", TMPDIR=str(place), **ids)  # fmt: skip
+    space = {**SPACE, "epochs": 3, "search": {**SPACE["search"], "num_samples": 4}}
+    for name in ("fast_disk", "tape"):
+        (place / f"{name}.yaml").write_text(json.dumps({**space, "resources": {name: 1}}))
+
+    def tune(name: str) -> subprocess.CompletedProcess[str]:
+        words = ["tune", f"{name}.yaml", "--address", "127.0.0.1:6490", "--storage", str(place / "s"), "--name", name]
+        return tfkd(*words, cwd=place, timeout=120, RAY_AUTH_TOKEN_PATH=str(place / "token"), RAY_ADDRESS="")
+
+    refused = tune("tape")
+    assert refused.returncode == 2, refused.stderr
+    assert "resources.tape: no node has it" in refused.stderr and "no autoscaler starts nodes for it" in refused.stderr
+    swept = tune("fast_disk")
+    assert swept.returncode == 0, swept.stderr
+    assert "waiting for nodes: " in swept.stderr and "disks" in swept.stderr, swept.stderr
+    assert [r.status for r in read_records(place / "s/fast_disk")] == ["done"] * 4

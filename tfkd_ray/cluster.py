@@ -1,5 +1,6 @@
 """The Ray cluster a sweep runs on: connect to it, and refuse at once what it can never run."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -179,7 +180,8 @@ def check_room(config: TrainConfig) -> int:
     if room < config.workers and not grows_for(config, 1):
         problems += list(_absent(config, nodes))
         shape = " and ".join(_amount(kind, amount) for kind, amount in need.items())
-        there = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in need)
+        kinds = [kind for kind in need if not kind.startswith(KIND)]
+        there = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in kinds)
         problems.append(
             f"workers: a trial needs {config.workers} x {shape}, each on one node, and the cluster has room "
             f"for {room} of them ({len(nodes)} nodes, {there}); use fewer or smaller workers, or a larger cluster"
@@ -229,11 +231,13 @@ def _is_of(gang: Any, config: TrainConfig) -> bool:
 
 
 def _status() -> Any:
+    """What the head knows of nodes and autoscaler; an empty answer where it gives none."""
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply = GetClusterStatusReply()
-    gcs = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
-    reply.ParseFromString(gcs.get_cluster_status(timeout_s=TIMEOUT_S))
+    with contextlib.suppress(ray.exceptions.RayError):
+        gcs = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
+        reply.ParseFromString(gcs.get_cluster_status(timeout_s=TIMEOUT_S))
     return reply
 
 
