@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-from tfkd_ray import teachers
+from tfkd_ray import remote, teachers
 from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
@@ -90,7 +90,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         if workers == 1:
             self._epochs = _epochs_here(run, self._about)
         else:
-            folder = Path(self._about["directory"]).parent.parent / "groups"
+            folder = Path(remote.here(self._about)["directory"]).parent.parent / "groups"
             self._group = self._group or Group(validated(TrainConfig, run), folder)
             self._epochs = self._group.epochs(run, self._about)
 
@@ -109,12 +109,15 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             reason, trace = str(error), error.trace
         else:
             reason, trace = _reason(error), "".join(traceback.format_exception(error))
-        folder = Path(self._about["directory"])
+        folder = Path(remote.here(self._about)["directory"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(trace)
+        with contextlib.suppress(OSError):  # the reason is told all the same
+            remote.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
         if isinstance(error, torch.OutOfMemoryError) and 0 < share < 1:
             (folder / OUT_OF_MEMORY).write_text(str(share))
+            remote.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
         return {"failed": reason, "done": True}
 
@@ -130,8 +133,14 @@ def _epochs_here(run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics
     """The epochs of a trial in this process, the first worker of a group included."""
     config = validated(TrainConfig, run)
     shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
-    teacher = teachers.bank_of(config, Path(about["storage"]), shelf)
-    yield from train_in(Path(about["directory"]), config, teacher=teacher, about={"trial": about["name"]})
+    about = remote.here(about)
+    directory, storage = Path(about["directory"]), Path(about["storage"])
+    remote.begin_trial(directory)
+    if (run_of_teacher := config.teacher_run()) is not None:
+        teachers.fetch(run_of_teacher, storage)
+    teacher = teachers.bank_of(config, storage, shelf)
+    told = {"trial": about["name"]}
+    yield from train_in(directory, config, teacher=teacher, about=told, on_saved=remote.on_saved(directory))
 
 
 def _stop(epochs: Iterator[Metrics]) -> None:

@@ -1,0 +1,335 @@
+"""Experiments on object storage, against a real S3-compatible server (moto) on loopback, killed and started again."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from tfkd_ray import remote
+from tfkd_ray.schema import ConfigError
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Server:
+    """moto's server, which keeps buckets in memory; ended by its process id."""
+
+    def __init__(self, **env: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url, self._env = f"http://127.0.0.1:{self.port}", env
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env={**os.environ, **self._env}, **quiet)
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            assert self.process.poll() is None, "moto's server has ended"
+            time.sleep(0.1)
+        raise AssertionError("moto's server does not listen")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=20)
+
+    def client(self) -> Any:
+        return boto3.client("s3", endpoint_url=self.url)
+
+    def objects(self) -> dict[str, bytes]:
+        """Everything in the bucket, without the empty objects that stand for a folder after pyarrow has removed a file."""
+        client = self.client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket")
+        keys = [o["Key"] for page in pages for o in page.get("Contents", ()) if not o["Key"].endswith("/")]
+        return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of an empty storage; `AWS_ENDPOINT_URL` names its server."""
+    urllib.request.urlopen(urllib.request.Request(f"{server.url}/moto-api/reset", method="POST"), timeout=10)
+    server.client().create_bucket(Bucket="bucket")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    yield "s3://bucket/lab/me"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Be on another machine: with a cache of its own, so without the mirrors of this one."""
+
+    def move(name: str) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+
+    return move
+
+
+# --- URLs
+
+URLS = [
+    ("s3:///prefix", "a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got 's3:///prefix'"),
+    ("http://host/bucket", "got 'http://host/bucket'"),
+    ("s3://bucket/../other", "got 's3://bucket/../other'"),
+    ("s3://AKIAKEY:s3cret@bucket/prefix", "credentials come from the environment (set AWS_ACCESS_KEY_ID"),
+    ("s3://bucket/p?secret_key=s3cret", "an endpoint from AWS_ENDPOINT_URL"),
+    ("s3://[bucket/p", "Invalid IPv6 URL"),
+]
+
+
+@pytest.mark.parametrize("url, sentence", URLS, ids=[url for url, _ in URLS])
+def test_a_url_that_names_no_storage_is_refused_without_repeating_a_secret(url: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        remote.store_at(url)
+    assert sentence in str(error.value) and "s3cret" not in str(error.value)
+
+
+def test_a_url_is_one_store_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert remote.store_at("s3://b/p/").url == remote.store_at("s3://b//p").url == "s3://b/p"
+    assert remote.experiment_at("s3://b/p/e") == (remote.store_at("s3://b/p"), "e")
+    assert remote.experiment_at("s3://b/e") == (remote.store_at("s3://b"), "e")
+    with pytest.raises(ConfigError, match="an experiment's URL is STORAGE/NAME"):
+        remote.experiment_at("s3://b")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:s3cret@host")
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL: http://HOST:PORT or https://HOST, without credentials$"):
+        remote.store_at("s3://b")
+
+
+# --- what is fetched and uploaded
+
+
+def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
+    bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    store = remote.store_at(bucket)
+    e = store.mark() / "e"
+    trial = e / "trials" / "t0000-ce"
+    trial.mkdir(parents=True)
+    (e / "study.journal").write_text("1\n")
+    (e / "driver.lock").write_text("")
+    (e / "trials" / "tuner.pkl").write_bytes(b"Ray's")
+    (trial / "trial.json").write_text("{}")
+    (trial / "result.json").symlink_to("trial.json")
+    (trial / "last.ckpt").write_bytes(b"the trial's own")
+    upload = remote.Upload(e)
+    assert upload.once() == 2 and upload.once() == 0
+    assert set(server.objects()) == {"lab/me/e/study.journal", "lab/me/e/trials/t0000-ce/trial.json"}
+    (trial / "metrics.jsonl").write_text("a\n")
+    assert upload.once() == 1
+    (trial / "metrics.jsonl").write_text("b\n")  # as long as before
+    assert upload.once() == 1
+    assert remote.Upload(e).once() == 0  # a driver that goes on knows what is there
+
+    remote.send(trial / "last.ckpt")
+    elsewhere("other")
+    there = remote.fetch(store, "e")
+    assert there.is_relative_to(Path(os.environ["XDG_CACHE_HOME"])) and there != e
+    assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "b\n"
+    assert not (there / "trials/t0000-ce/last.ckpt").exists()
+    server.client().put_object(Bucket="bucket", Key="lab/me/e/trials/t0000-ce/metrics.jsonl", Body=b"c\n")
+    remote.fetch(store, "e")  # within the second in which it was written before
+    assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "c\n"
+    server.client().delete_object(Bucket="bucket", Key="lab/me/e/trials/t0000-ce/metrics.jsonl")
+    assert not (remote.fetch(store, "e") / "trials/t0000-ce/metrics.jsonl").exists()
+
+
+def test_a_file_that_goes_while_a_driver_runs_goes_there_and_one_that_a_cleaner_took_stays(
+    bucket: str, server: Server
+) -> None:
+    e = remote.store_at(bucket).mark() / "gone"
+    e.mkdir()
+    for name in ("a", "b"):
+        (e / name).write_text(name)
+    upload = remote.Upload(e)
+    upload.once()
+    (e / "a").unlink()
+    assert upload.once() == 1 and set(server.objects()) == {"lab/me/gone/b"}
+    (e / "b").unlink()
+    assert remote.Upload(e).once() == 0 and set(server.objects()) == {"lab/me/gone/b"}
+
+
+def test_the_study_is_written_last_and_as_it_was_before_the_files_were_looked_at(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e = remote.store_at(bucket).mark() / "order"
+    e.mkdir()
+    (e / "study.journal").write_text("trial 0 ended\n")
+    (e / "spent.json").write_text("{}")
+    written: list[tuple[str, bytes]] = []
+
+    def write(self: remote.Store, name: str, content: bytes) -> None:
+        written.append((name, content))
+        (e / "study.journal").write_text("trial 0 ended\ntrial 1 ended\n")  # while it is being uploaded
+
+    monkeypatch.setattr(remote.Store, "write", write)
+    upload = remote.Upload(e)
+    upload.once()
+    assert written == [("order/spent.json", b"{}"), ("order/study.journal", b"trial 0 ended\n")]
+    upload.once()
+    assert written[2:] == [("order/study.journal", b"trial 0 ended\ntrial 1 ended\n")]
+
+
+# --- one driver
+
+
+def begun(bucket: str, name: str = "e") -> tuple[Path, remote.Claim]:
+    experiment = remote.store_at(bucket).mark() / name
+    experiment.mkdir(parents=True, exist_ok=True)
+    claim = remote.Claim(experiment)
+    claim.take()
+    return experiment, claim
+
+
+def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_is_silent(
+    bucket: str, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = begun(bucket)
+    elsewhere("other")
+    remote.fetch(remote.store_at(bucket), "e")
+    with pytest.raises(ConfigError) as error:
+        begun(bucket)
+    assert f"is being run by process {os.getpid()} on {socket.gethostname()}, heard of" in str(error.value)
+    assert f"{bucket}/e:" in str(error.value) and "try again in" in str(error.value)
+    monkeypatch.setattr(remote, "STALE_S", 2.0)
+    time.sleep(1.5)
+    first.refresh()
+    time.sleep(1)
+    with pytest.raises(ConfigError, match="is being run by"):
+        begun(bucket)
+    time.sleep(3)
+    begun(bucket)
+    with pytest.raises(ConfigError, match=r"was taken over by process \d+ on .*uploads nothing more"):
+        first.refresh()
+    with pytest.raises(ConfigError, match="was taken over"):
+        first.release()
+
+
+def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_is_known_to_have(
+    bucket: str, elsewhere: Callable[[str], None]
+) -> None:
+    begun(bucket)[1].release()
+    begun(bucket)  # whose lock on this disk is not held: it has died
+    begun(bucket)[1].release()
+    elsewhere("other")
+    with pytest.raises(ConfigError, match="was run by another driver meanwhile; try again"):
+        begun(bucket)  # before anything was fetched
+    remote.fetch(remote.store_at(bucket), "e")
+    begun(bucket)
+
+
+def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last(
+    bucket: str, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = os.environ["XDG_CACHE_HOME"]
+    e, claim = begun(bucket)
+    (e / "spent.json").write_text("1")
+    remote.Upload(e).once()
+    (e / "spent.json").write_text("2")  # and then it is killed
+    remote.fetch(remote.store_at(bucket), "e")
+    assert (e / "spent.json").read_text() == "2"
+    claim.release()
+    elsewhere("other")
+    there = remote.fetch(remote.store_at(bucket), "e")
+    assert (there / "spent.json").read_text() == "1"
+    begun(bucket)[1].release()
+    monkeypatch.setenv("XDG_CACHE_HOME", here)
+    remote.fetch(remote.store_at(bucket), "e")
+    assert (e / "spent.json").read_text() == "1"
+
+
+def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(tmp_path: Path) -> None:
+    for n, name in enumerate(("t0", "t1", "t2")):
+        (tmp_path / "trials" / name).mkdir(parents=True)
+        (tmp_path / "trials" / name / "trial.json").write_text("{}")
+        os.utime(tmp_path / "trials" / name / "trial.json", (n, n))
+    (tmp_path / "study.journal").write_text("")
+    os.utime(tmp_path / "study.journal", (1, 1))
+    remote.drop_unknown(tmp_path, ["t1"])
+    assert sorted(p.name for p in (tmp_path / "trials").iterdir()) == ["t0", "t1"]  # t0 is lost from the study: said
+
+
+# --- what cannot be used
+
+
+def refused(tfkd: Run, *words: str, **env: str) -> str:
+    start = time.monotonic()
+    done = tfkd(*words, timeout=60, **env)
+    assert done.returncode == 2, done.stderr
+    assert time.monotonic() - start < 20 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
+    bucket: str, tfkd: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sentence(url: str = bucket) -> str:
+        start = time.monotonic()
+        with pytest.raises(ConfigError) as error:
+            remote.check_new(remote.checked(remote.store_at(url)) / "e")
+        assert time.monotonic() - start < 12, error.value
+        return str(error.value)
+
+    remote.check_new(remote.checked(remote.store_at(bucket)) / "e")
+    assert sentence("s3://none/x") == "s3://none/x:\n  there is no such bucket; make it, or correct the URL"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert sentence() == (
+        f"{bucket}:\n  does not answer; is the network up, and the endpoint right (http://127.0.0.1:1)?"
+    )
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert "does not answer; is the network up" in sentence()
+
+
+POLICY = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "*"}]}
+
+
+def test_wrong_credentials_and_missing_rights_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = Server(INITIAL_NO_AUTH_ACTION_COUNT="4")  # from the fifth request on, who asks must be allowed to
+    try:
+        strict.client().create_bucket(Bucket="bucket")
+        iam = boto3.client("iam", endpoint_url=strict.url)
+        iam.create_user(UserName="reader")
+        iam.put_user_policy(UserName="reader", PolicyName="list", PolicyDocument=json.dumps(POLICY))
+        key = iam.create_access_key(UserName="reader")["AccessKey"]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", strict.url)
+        with pytest.raises(ConfigError, match=r"the credentials are not accepted; set AWS_ACCESS_KEY_ID and"):
+            remote.checked(remote.store_at("s3://bucket/x"))
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-right-one")
+        with pytest.raises(ConfigError, match=r"the credentials are not accepted"):
+            remote.checked(remote.store_at("s3://bucket/x"))
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        mirror = remote.checked(remote.store_at("s3://bucket/x"))  # it may list
+        with pytest.raises(ConfigError, match=r"not allowed with these credentials; ask for the right to list, read"):
+            remote.check_new(mirror / "e")
+    finally:
+        strict.stop()
+
+
+def test_commands_say_it_with_the_url_and_end_with_2(bucket: str, tfkd: Run) -> None:
+    space = "digits_tfkd"
+    assert "there is no such bucket" in refused(tfkd, "tune", space, "--storage", "s3://none/x")
+    assert "there is nothing; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
+    assert "does not answer" in refused(tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert "name a directory" in refused(tfkd, "train", "x.yaml", "--storage", bucket)
