@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +17,10 @@ from typing import Any
 import boto3
 import pytest
 
-from tfkd_ray import remote
-from tfkd_ray.schema import ConfigError
+from tfkd_ray import remote, trial
+from tfkd_ray.experiment import read_records
+from tfkd_ray.schema import ConfigError, dump_yaml
+from tfkd_ray.tune import Lock, Uploads, build_tuner, resume_tuner
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -333,3 +337,221 @@ def test_commands_say_it_with_the_url_and_end_with_2(bucket: str, tfkd: Run) -> 
     assert "there is nothing; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
     assert "does not answer" in refused(tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1")
     assert "name a directory" in refused(tfkd, "train", "x.yaml", "--storage", bucket)
+
+
+# --- sweeps
+
+TREE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 3,
+    "checkpoint_every_s": 0,
+    "objective": ["tfkd_self", "ce"],
+    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+    "search": {"num_samples": 6, "stopping": "none"},
+}
+LONG = {**TREE, "objective": "ce", "epochs": 250, "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1}}
+
+
+def outcome(experiment: Path) -> list[tuple[Any, ...]]:
+    """All that a sweep's trials came to, but for the time that it took."""
+    return [
+        (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
+        for r in read_records(experiment)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tfkd: Run, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    elsewhere("driver")  # the trials' processes have the session's cache: another node's disk
+    grid = build_tuner(TREE, name="e", storage=bucket, on_note=notes.append).fit()
+    assert len(grid) == 6 and grid.num_errors == 0 and notes == []
+    objects = server.objects()
+    names = {key.removeprefix("lab/me/") for key in objects}
+    trials = ["t0000-tfkd_self", "t0001-ce", "t0002-lsr", "t0003-tfkd_self", "t0004-ce", "t0005-lsr"]
+    assert {n for n in names if n.startswith("e/trials/")} == {
+        f"e/trials/{trial}/{file}"
+        for trial in trials
+        for file in ("trial.json", "metrics.jsonl", "student.safetensors", "last.ckpt")
+    }
+    rest = {n for n in names if not n.startswith(("e/trials/", "e/tb/", "teachers/"))}
+    assert rest == {
+        ".tfkd",
+        *(f"e/{n}" for n in ("experiment.yaml", "study.journal", "spent.json", "driver.json", "driver.txt")),
+    }
+    assert sorted(n.rpartition("/")[2] for n in names if n.startswith("teachers/")) == [
+        "student.safetensors",
+        "teacher.json",
+    ]
+    assert all(any(n.startswith(f"e/tb/{trial}/events") for n in names) for trial in trials)
+    assert [k for k, content in objects.items() if b"s3cret-of-s3" in content or b"tfkd-key" in content] == []
+    assert not list((remote.store_at(bucket).folder / "e").rglob("last.ckpt"))  # they were on the other node
+
+    elsewhere("reader")
+    mirror = remote.store_at(bucket).folder
+    url = f"{bucket}/e"
+    found = json.loads(tfkd("status", url, "--json").stdout)
+    assert found["state"] == "finished" and found["trials"]["done"] == 6 and found["name"] == "e"
+    assert not [p for p in mirror.rglob("*") if p.suffix in (".ckpt", ".safetensors") or "tb" in p.parts]
+    assert json.loads(tfkd("best", url, "--json").stdout)["best"][0]["trial"] == found["best"]["trial"]
+    assert len(json.loads(tfkd("trials", url, "-o", "json").stdout)) == 6
+    assert tfkd("logs", url, "0").stdout.splitlines()[-1] == "done"
+    [listed] = json.loads(tfkd("ls", "--storage", bucket, "--json").stdout)
+    assert (listed["name"], listed["state"], listed["ended"]) == ("e", "finished", 6)
+    assert "mlp-" in tfkd("teacher", "list", "--storage", bucket).stdout
+    assert tfkd("report", url).returncode == 0 and (tmp_path / "report.html").stat().st_size > 10_000
+    exported = tfkd("export", url)
+    assert exported.returncode == 0 and (tmp_path / "e-export" / "model.safetensors").exists(), exported.stderr
+    with pytest.raises(ConfigError, match=f"experiment 'e' exists already.*tfkd resume {url}"):
+        build_tuner(TREE, name="e", storage=bucket)
+
+    more = tfkd("resume", url, "--add-trials", "3")
+    assert more.returncode == 0, more.stderr
+    assert f"written to {url}" in more.stdout and str(mirror) not in more.stdout + more.stderr
+    elsewhere("reader-2")
+    assert [r.status for r in read_records(remote.fetched(url))] == ["done"] * 9
+
+
+def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path: Path) -> None:
+    tree = {**TREE, "objective": "ce", "data": {"name": "cifar10", "root": str(tmp_path)}, "optim": {}}
+    del tree["search"]
+    epochs = trial._epochs_here(tree, {"directory": str(tmp_path / "t"), "storage": str(tmp_path), "name": "t"})
+    with pytest.raises(ConfigError) as error:
+        next(epochs)
+    assert str(error.value).startswith(f"node {socket.gethostname()}: data cifar10: not found: ")
+    assert "setup_commands of the cluster file" in str(error.value)
+
+
+def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for_nothing_else(bucket: str) -> None:
+    code = (
+        "import sys; from tfkd_ray.cli import main\n"
+        f"assert main(['ls', '--storage', '{bucket}']) == 0 and main(['status', '{bucket}/e']) == 2\n"
+        "assert not {'torch', 'ray', 'optuna'} & set(sys.modules) and 'pyarrow' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = "import sys; from tfkd_ray.cli import main; main(['status', 'x']); assert 'pyarrow' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def forget(*caches: str) -> None:
+    """Lose the disks of nodes: their mirrors."""
+    for cache in caches:
+        shutil.rmtree(Path(cache) / "tfkd_ray" / "storage", ignore_errors=True)
+
+
+def until(there: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if there():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it does not come")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_number(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tfkd: Run, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    session = os.environ["XDG_CACHE_HOME"]
+    build_tuner(LONG, name="whole", storage=tmp_path).fit()
+    (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
+    elsewhere("driver")
+    url, command = f"{bucket}/e", [sys.executable, "-m", "tfkd_ray", "tune", "long.yaml"]
+    said = (tmp_path / "said").open("w")
+    driver = subprocess.Popen(
+        [*command, "--storage", bucket, "--name", "e"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said
+    )
+    try:
+        until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.objects())
+        until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.objects())
+        elsewhere("second")
+        refusal = tfkd("resume", url)
+        assert refusal.returncode == 2
+        assert f"is being run by process {driver.pid} on {socket.gethostname()}, heard of" in refusal.stderr
+        assert json.loads(tfkd("status", url, "--json").stdout)["state"] == "running"
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    forget(session, str(tmp_path / "driver"))
+    monkeypatch.setattr(remote, "STALE_S", 0.0)
+    elsewhere("third")
+    assert len(read_records(tmp_path / "whole")) == 3
+    grid = resume_tuner(url).fit()
+    assert grid.num_errors == 0
+    elsewhere("reader")
+    assert outcome(remote.fetched(url)) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
+) -> None:
+    build_tuner(LONG, name="whole", storage=tmp_path).fit()
+    (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "long.yaml", "--storage", bucket, "--name", "e"]
+    with (tmp_path / "said").open("w") as said:
+        sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.objects())
+            kept = server.objects()
+            server.stop()
+            time.sleep(12)
+            server.start()  # its memory was its disk
+            server.client().create_bucket(Bucket="bucket")
+            for key, content in kept.items():
+                server.client().put_object(Bucket="bucket", Key=key, Body=content)
+            assert sweep.wait(timeout=90) == 0
+        finally:
+            sweep.kill()
+            sweep.wait()
+    text = (tmp_path / "said").read_text()
+    assert text.count("does not answer") == 1 and "the sweep goes on" in text and "answers again" in text, text
+    elsewhere("reader")
+    assert outcome(remote.fetched(f"{bucket}/e")) == outcome(tmp_path / "whole")
+    weights = [key for key in server.objects() if key.endswith("student.safetensors")]
+    assert len(weights) == 3
+
+
+def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_later(
+    bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "END_S", 1.0)
+    experiment = remote.store_at(bucket).mark() / "late"
+    experiment.mkdir()
+    lock, notes = Lock(experiment), list[str]()
+    assert lock.claim is not None
+    uploads = Uploads(experiment, lock.claim, notes.append)
+    uploads.setup()
+    until(lambda: "lab/me/late/driver.txt" in server.objects())
+    monkeypatch.setattr(remote.Store, "write", _refused)
+    (experiment / "spent.json").write_text("{}")
+    uploads.on_experiment_end([])
+    assert notes[-1] == (
+        f"{bucket}/late: not all is uploaded: does not answer; is the network up, and the endpoint right ({server.url})?; "
+        f"the rest is on this machine, in {experiment}; when the store answers, upload it from here: tfkd resume {bucket}/late"
+    )
+
+
+def _refused(self: remote.Store, name: str, content: bytes) -> None:
+    raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7, Could not connect to server")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_of_a_group_the_first_worker_uploads_and_all_fetch(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    elsewhere("driver")
+    tree = {**TREE, "objective": "kd", "teacher": {"student": "mlp", "epochs": 2}, "workers": 2}
+    tree["search"] = {"num_samples": 2, "stopping": "none", "split": False}
+    grid = build_tuner(tree, name="e", storage=bucket).fit()
+    assert grid.num_errors == 0
+    names = {key.removeprefix("lab/me/e/trials/") for key in server.objects() if "/trials/" in key}
+    assert all(f"{trial}/{file}" in names for trial in {n.split("/")[0] for n in names}
+               for file in ("student.safetensors", "last.ckpt", "metrics.jsonl"))  # fmt: skip

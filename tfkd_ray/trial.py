@@ -9,6 +9,7 @@ import contextlib
 import os
 import queue
 import shutil
+import socket
 import threading
 import time
 import traceback
@@ -28,7 +29,7 @@ from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.loop import train_in
-from tfkd_ray.schema import validated
+from tfkd_ray.schema import ConfigError, validated
 
 Metrics = dict[str, float]
 
@@ -132,6 +133,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
 def _epochs_here(run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
     """The epochs of a trial in this process, the first worker of a group included."""
     config = validated(TrainConfig, run)
+    check_data_here(config)
     shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
     about = remote.here(about)
     directory, storage = Path(about["directory"]), Path(about["storage"])
@@ -141,6 +143,17 @@ def _epochs_here(run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics
     teacher = teachers.bank_of(config, storage, shelf)
     told = {"trial": about["name"]}
     yield from train_in(directory, config, teacher=teacher, about=told, on_saved=remote.on_saved(directory))
+
+
+def check_data_here(config: TrainConfig) -> None:
+    """Raise where this node, unlike the driver's, has no copy of the data; with the node and the way out."""
+    try:
+        config.data.check()
+    except ConfigError as error:
+        raise ConfigError(
+            f"node {socket.gethostname()}: {'; '.join(error.problems)}. Each node reads its own copy: put it there, in "
+            "setup_commands of the cluster file, or use a file system that all nodes see (docs/storage.md)"
+        ) from None
 
 
 def _stop(epochs: Iterator[Metrics]) -> None:

@@ -48,7 +48,7 @@ from tfkd_ray.search import (
 )
 from tfkd_ray.space import Asha, SearchConfig, Space, build_space, load_space, masked, not_superset
 from tfkd_ray.tensorboard import TensorBoard
-from tfkd_ray.trial import Shelf, StudentTrial, resources_of, shelf_name
+from tfkd_ray.trial import Shelf, StudentTrial, check_data_here, resources_of, shelf_name
 
 STORAGE = Path("tfkd_results")
 """Where experiments and teachers go if nothing is said, below the current directory."""
@@ -316,6 +316,7 @@ def train_teachers(
 
 def _teacher(run: TeacherRun, storage: Path, place: dict[str, str]) -> dict[str, Any]:
     seal_test_split()
+    check_data_here(run)
     storage = Path(remote.here({"directory": storage, "storage": storage, **place})["storage"])
     teachers.fetch(run, storage)
     about = teachers.train_teacher(run, storage, on_saved=remote.on_saved(teachers.teacher_folder(run, storage)))
