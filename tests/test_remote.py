@@ -10,17 +10,20 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 
-from tfkd_ray import remote, trial
+from tfkd_ray import remote, teachers, trial
+from tfkd_ray.checkpoint import load_state
+from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records
 from tfkd_ray.schema import ConfigError, dump_yaml
-from tfkd_ray.tune import Lock, Uploads, build_tuner, resume_tuner
+from tfkd_ray.teachers import teacher_name
+from tfkd_ray.tune import Lock, Uploads, _teacher, build_tuner, place_of, resume_tuner
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -423,6 +426,114 @@ def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path:
         next(epochs)
     assert str(error.value).startswith(f"node {socket.gethostname()}: data cifar10: not found: ")
     assert "setup_commands of the cluster file" in str(error.value)
+
+
+def run_of(**settings: Any) -> dict[str, Any]:
+    tree = {
+        "student": {"name": "mlp", "hidden": [8]},
+        "epochs": 6,
+        "checkpoint_every_s": 0,
+        "objective": "ce",
+        **settings,
+    }
+    return TrainConfig.model_validate(tree).model_dump(mode="json")
+
+
+def about(storage: Path, experiment: str = "e") -> dict[str, Any]:
+    """What a driver says of a trial, wherever that runs."""
+    place = {key: value.replace("{name}", "t0") for key, value in place_of(storage / experiment).items()}
+    return {"name": "t0", "epochs": 6, **place}
+
+
+def alike(metrics: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in metrics]
+
+
+def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
+    bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
+) -> None:
+    run, told = run_of(), about(remote.store_at(bucket).mark())
+    alone = {"name": "t0", "epochs": 6, "directory": str(tmp_path / "t0"), "storage": str(tmp_path)}
+    whole = alike(trial._epochs_here(run, alone))
+    elsewhere("node-1")
+    epochs = trial._epochs_here(run, told)
+    begun = [next(epochs), next(epochs), next(epochs)]
+    epochs.close()  # type: ignore[attr-defined]
+    assert not any(key.endswith("student.safetensors") for key in server.objects())
+    elsewhere("node-2")
+    again = list(trial._epochs_here(run, told))
+    assert again[:3] == begun and alike(again) == whole  # the first three were not trained again
+    here = remote.store_at(bucket).folder / "e/trials/t0"
+    weights = server.objects()["lab/me/e/trials/t0/student.safetensors"]
+    assert weights == (here / "student.safetensors").read_bytes()
+    assert weights == (tmp_path / "t0/student.safetensors").read_bytes()
+    elsewhere("node-1")  # whose own files are older
+    assert list(trial._epochs_here(run, told)) == again
+    server.client().delete_object(Bucket="bucket", Key="lab/me/e/trials/t0/last.ckpt")
+    assert next(trial._epochs_here(run, told)) not in again[:1]  # seconds differ: it begins anew
+
+
+def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
+    bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, refused = about(remote.store_at(bucket).mark()), list[str]()
+    write = remote.Store.write
+
+    def at_first_refused(self: remote.Store, name: str, content: bytes) -> None:
+        if len(refused) < 4:
+            refused.append(name)
+            _refused(self, name, content)
+        write(self, name, content)
+
+    monkeypatch.setattr(remote.Store, "write", at_first_refused)
+    assert len(list(trial._epochs_here(run_of(epochs=2), told))) == 2
+    assert {"last.ckpt", "student.safetensors"} == {name.rpartition("/")[2] for name in refused}
+    assert "lab/me/e/trials/t0/student.safetensors" in server.objects()
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(remote.Store, "write", _refused)
+    with pytest.raises(OSError, match=f"{bucket}: does not answer; is the network up"):
+        list(trial._epochs_here(run_of(epochs=3), about(remote.store_at(bucket).folder, "f")))
+
+
+def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_third(
+    bucket: str, server: Server, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfkd_ray.tune.seal_test_split", lambda: None)  # for good, in this process
+    config = TrainConfig.model_validate(run_of(objective="tfkd_self", teacher={"epochs": 4}))
+    made_by, storage = config.teacher_run(), remote.store_at(bucket).mark()
+    assert made_by is not None
+    run = made_by.model_copy(update={"checkpoint_every_s": 0.0})  # which is no part of its name
+    place, told, folder = remote.place_of(storage), about(storage), f"lab/me/teachers/{teacher_name(run)}"
+    elsewhere("node-1")
+    trained = [0]
+
+    def killed(path: Path, weights: Any, about: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:  # at its end
+        dying.setattr("tfkd_ray.loop.save_weights", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _teacher(run, storage, place)
+    assert f"{folder}/last.ckpt" in server.objects()
+    elsewhere("node-2")
+    real = teachers._trained
+
+    def counted(config: Any, folder: Path, on_epoch: Any, on_saved: Any) -> dict[str, float]:
+        trained[0] = load_state(folder)["epoch"]  # type: ignore[index]
+        return real(config, folder, on_epoch, on_saved)
+
+    monkeypatch.setattr(teachers, "_trained", counted)
+    made = _teacher(run, storage, place)
+    assert trained == [3]
+    assert {k for k in server.objects() if k.startswith(folder)} == {
+        f"{folder}/student.safetensors",
+        f"{folder}/teacher.json",
+    }
+    elsewhere("node-3")
+    assert _teacher(run, storage, place) == made and trained == [3]
+    elsewhere("node-4")
+    metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
+    assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0
 
 
 def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for_nothing_else(bucket: str) -> None:
