@@ -1205,7 +1205,7 @@ def _report(args: argparse.Namespace) -> int:
     from tfkd_ray.report import report
 
     experiment = _with_comparisons(args.experiment).expanduser().absolute()
-    found = [_here(place) for place in args.confirm] or comparisons_of(experiment)
+    found = [_here(place) for place in args.confirm or ()] or comparisons_of(experiment)
     for path in report(experiment, args.out, figures=args.figures, comparisons=found):
         print(path)
     return OK
