@@ -263,15 +263,17 @@ def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last
     assert (e / "spent.json").read_text() == "1"
 
 
-def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(tmp_path: Path) -> None:
-    for n, name in enumerate(("t0", "t1", "t2")):
-        (tmp_path / "trials" / name).mkdir(parents=True)
-        (tmp_path / "trials" / name / "trial.json").write_text("{}")
-        os.utime(tmp_path / "trials" / name / "trial.json", (n, n))
-    (tmp_path / "study.journal").write_text("")
-    os.utime(tmp_path / "study.journal", (1, 1))
-    remote.drop_unknown(tmp_path, ["t1"])
-    assert sorted(p.name for p in (tmp_path / "trials").iterdir()) == ["t0", "t1"]  # t0 is lost from the study: said
+def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(
+    bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    client, store = server.client(), remote.store_at(bucket)
+    for name in ("trials/t0/trial.json", "study.journal", "trials/t1/trial.json", "trials/t2/trial.json"):
+        client.put_object(Bucket="bucket", Key=f"lab/me/e/{name}", Body=b"{}")
+        time.sleep(1.1)
+    e = remote.fetch(store, "e")
+    (e / "study.journal").write_text("opened, so newer than all")
+    remote.drop_unknown(e, ["t1"])
+    assert sorted(p.name for p in (e / "trials").iterdir()) == ["t0", "t1"]  # t0 is lost from the study: said
 
 
 # --- what cannot be used
@@ -407,7 +409,7 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
     assert "mlp-" in tfkd("teacher", "list", "--storage", bucket).stdout
     assert tfkd("report", url).returncode == 0 and (tmp_path / "report.html").stat().st_size > 10_000
     exported = tfkd("export", url)
-    assert exported.returncode == 0 and (tmp_path / "e-export" / "model.safetensors").exists(), exported.stderr
+    assert exported.returncode == 0 and (tmp_path / "e-export" / "student.safetensors").exists(), exported.stderr
     with pytest.raises(ConfigError, match=f"experiment 'e' exists already.*tfkd resume {url}"):
         build_tuner(TREE, name="e", storage=bucket)
 

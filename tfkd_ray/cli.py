@@ -785,9 +785,11 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
 
 def _short(path: Path) -> str:
     """A path as one would type it here."""
+    if (url := _as_given(str(path))) != str(path):
+        return url
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
-    return _as_given(str(path))
+    return str(path)
 
 
 # --- confirm ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -585,14 +586,16 @@ def up_to_date(experiment: Path, *beside: Path) -> Iterator[None]:
 
 
 def drop_unknown(experiment: Path, known: Iterable[str]) -> None:
-    """Remove from a mirror the trials that a study does not know, where the store's study is older than they are.
+    """Remove from a fetched mirror the trials that its study does not know, and that the store got after the study.
 
     They were begun after its last upload, by a driver that was lost with its disk; they are proposed again.
     """
-    names, journal = set(known), _stat(experiment / "study.journal")
-    for path in (experiment / "trials").glob("*/trial.json"):
-        if path.parent.name not in names and journal and path.stat().st_mtime_ns >= journal[1]:
-            shutil.rmtree(path.parent)
+    index, names, name = _read_index(experiment), set(known), experiment.name
+    written = {n: about[1] for n, about in index.items() if about[1] is not None}
+    for folder in (experiment / "trials").glob("*"):
+        when = written.get(f"{name}/trials/{folder.name}/trial.json")
+        if folder.name not in names and when is not None and when >= written.get(f"{name}/study.journal", math.inf):
+            shutil.rmtree(folder)
 
 
 # --- bits ------------------------------------------------------------------------------------------------------
