@@ -19,12 +19,15 @@ import pytest
 
 from tfkd_ray import remote, teachers, trial
 from tfkd_ray.checkpoint import load_state
+from tfkd_ray.cli import main
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.teachers import teacher_name
 from tfkd_ray.tune import Lock, Uploads, _teacher, build_tuner, place_of, resume_tuner
 
+NODE = os.environ["XDG_CACHE_HOME"]
+"""The cache of the session's Ray: where trials run, so another node's disk than a test's own."""
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -56,12 +59,15 @@ class Server:
     def client(self) -> Any:
         return boto3.client("s3", endpoint_url=self.url)
 
+    def names(self) -> set[str]:
+        """Of everything in the bucket, but the empty objects that stand for a folder after pyarrow has removed a file."""
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket="bucket")
+        return {o["Key"] for page in pages for o in page.get("Contents", ()) if not o["Key"].endswith("/")}
+
     def objects(self) -> dict[str, bytes]:
-        """Everything in the bucket, without the empty objects that stand for a folder after pyarrow has removed a file."""
+        """The same with what is in it."""
         client = self.client()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket")
-        keys = [o["Key"] for page in pages for o in page.get("Contents", ()) if not o["Key"].endswith("/")]
-        return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+        return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in self.names()}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +78,9 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of an empty storage; `AWS_ENDPOINT_URL` names its server."""
+def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of an empty storage; `AWS_ENDPOINT_URL` names its server. This machine has no mirror of it yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     urllib.request.urlopen(urllib.request.Request(f"{server.url}/moto-api/reset", method="POST"), timeout=10)
     server.client().create_bucket(Bucket="bucket")
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -368,10 +375,19 @@ def outcome(experiment: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
-    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tfkd: Run, tmp_path: Path
-) -> None:
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     notes: list[str] = []
-    elsewhere("driver")  # the trials' processes have the session's cache: another node's disk
+
+    def run(*words: str) -> str:
+        """What a command prints that ends well."""
+        code, (out, err) = main(words), capsys.readouterr()
+        assert code == 0, err
+        assert str(mirror) not in out + err, out + err
+        return out
+
     grid = build_tuner(TREE, name="e", storage=bucket, on_note=notes.append).fit()
     assert len(grid) == 6 and grid.num_errors == 0 and notes == []
     objects = server.objects()
@@ -398,24 +414,22 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
     elsewhere("reader")
     mirror = remote.store_at(bucket).folder
     url = f"{bucket}/e"
-    found = json.loads(tfkd("status", url, "--json").stdout)
+    capsys.readouterr()
+    found = json.loads(run("status", url, "--json"))
     assert found["state"] == "finished" and found["trials"]["done"] == 6 and found["name"] == "e"
     assert not [p for p in mirror.rglob("*") if p.suffix in (".ckpt", ".safetensors") or "tb" in p.parts]
-    assert json.loads(tfkd("best", url, "--json").stdout)["best"][0]["trial"] == found["best"]["trial"]
-    assert len(json.loads(tfkd("trials", url, "-o", "json").stdout)) == 6
-    assert tfkd("logs", url, "0").stdout.splitlines()[-1] == "done"
-    [listed] = json.loads(tfkd("ls", "--storage", bucket, "--json").stdout)
+    assert json.loads(run("best", url, "--json"))["best"][0]["trial"] == found["best"]["trial"]
+    assert len(json.loads(run("trials", url, "-o", "json"))) == 6
+    assert run("logs", url, "0").splitlines()[-1] == "done"
+    [listed] = json.loads(run("ls", "--storage", bucket, "--json"))
     assert (listed["name"], listed["state"], listed["ended"]) == ("e", "finished", 6)
-    assert "mlp-" in tfkd("teacher", "list", "--storage", bucket).stdout
-    assert tfkd("report", url).returncode == 0 and (tmp_path / "report.html").stat().st_size > 10_000
-    exported = tfkd("export", url)
-    assert exported.returncode == 0 and (tmp_path / "e-export" / "student.safetensors").exists(), exported.stderr
+    assert "mlp-" in run("teacher", "list", "--storage", bucket)
+    assert run("report", url) == "report.html\n" and (tmp_path / "report.html").stat().st_size > 10_000
+    assert "e/" in run("export", url) and (tmp_path / "e-export" / "student.safetensors").exists()
     with pytest.raises(ConfigError, match=f"experiment 'e' exists already.*tfkd resume {url}"):
         build_tuner(TREE, name="e", storage=bucket)
 
-    more = tfkd("resume", url, "--add-trials", "3")
-    assert more.returncode == 0, more.stderr
-    assert f"written to {url}" in more.stdout and str(mirror) not in more.stdout + more.stderr
+    assert f"written to {url}" in run("resume", url, "--add-trials", "3")
     elsewhere("reader-2")
     assert [r.status for r in read_records(remote.fetched(url))] == ["done"] * 9
 
@@ -461,7 +475,7 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     epochs = trial._epochs_here(run, told)
     begun = [next(epochs), next(epochs), next(epochs)]
     epochs.close()  # type: ignore[attr-defined]
-    assert not any(key.endswith("student.safetensors") for key in server.objects())
+    assert not any(key.endswith("student.safetensors") for key in server.names())
     elsewhere("node-2")
     again = list(trial._epochs_here(run, told))
     assert again[:3] == begun and alike(again) == whole  # the first three were not trained again
@@ -570,7 +584,6 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tfkd: Run, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    session = os.environ["XDG_CACHE_HOME"]
     build_tuner(LONG, name="whole", storage=tmp_path).fit()
     (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
     elsewhere("driver")
@@ -580,8 +593,8 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
         [*command, "--storage", bucket, "--name", "e"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said
     )
     try:
-        until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.objects())
-        until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.objects())
+        until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
+        until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.names())
         elsewhere("second")
         refusal = tfkd("resume", url)
         assert refusal.returncode == 2
@@ -590,7 +603,7 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    forget(session, str(tmp_path / "driver"))
+    forget(NODE, str(tmp_path / "driver"))
     monkeypatch.setattr(remote, "STALE_S", 0.0)
     elsewhere("third")
     assert len(read_records(tmp_path / "whole")) == 3
@@ -611,7 +624,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     with (tmp_path / "said").open("w") as said:
         sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said)
         try:
-            until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.objects())
+            until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
             kept = server.objects()
             server.stop()
             time.sleep(12)
@@ -641,7 +654,7 @@ def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_la
     assert lock.claim is not None
     uploads = Uploads(experiment, lock.claim, notes.append)
     uploads.setup()
-    until(lambda: "lab/me/late/driver.txt" in server.objects())
+    until(lambda: "lab/me/late/driver.txt" in server.names())
     monkeypatch.setattr(remote.Store, "write", _refused)
     (experiment / "spent.json").write_text("{}")
     uploads.on_experiment_end([])
