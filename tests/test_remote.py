@@ -237,6 +237,27 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
         first.release()
 
 
+def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
+    bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = remote.store_at(bucket).mark() / "e"
+    experiment.mkdir()
+    lock = Lock(experiment)
+    assert lock.claim is not None
+    uploads = Uploads(experiment, lock.claim, None)
+    monkeypatch.setattr(remote, "STALE_S", 0.0)  # as if it had been suspended for a minute
+    elsewhere("other")
+    remote.fetch(remote.store_at(bucket), "e")
+    begun(bucket)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    (experiment / "spent.json").write_text("{}")
+    uploads.setup()
+    uploads._thread.join(timeout=10)
+    with pytest.raises(ConfigError, match="was taken over by process"):
+        uploads.on_step_end(0, [])
+    assert "lab/me/e/spent.json" not in server.names()
+
+
 def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_is_known_to_have(
     bucket: str, elsewhere: Callable[[str], None]
 ) -> None:

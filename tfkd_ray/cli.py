@@ -702,8 +702,10 @@ def _fit(progress: Any, build: Callable[[Any], Any]) -> bool | None:
         _say(f"tfkd: {error}")
         return None
     with _ctrl_c(progress) as interrupted:
-        tuner.fit()
-    progress.stop()
+        try:
+            tuner.fit()
+        finally:
+            progress.stop()
     return not interrupted
 
 
