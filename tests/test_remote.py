@@ -602,8 +602,8 @@ def until(there: Callable[[], bool]) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_number(
-    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tfkd: Run, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     build_tuner(LONG, name="whole", storage=tmp_path).fit()
     (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
@@ -617,10 +617,10 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
         until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
         until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.names())
         elsewhere("second")
-        refusal = tfkd("resume", url)
-        assert refusal.returncode == 2
-        assert f"is being run by process {driver.pid} on {socket.gethostname()}, heard of" in refusal.stderr
-        assert json.loads(tfkd("status", url, "--json").stdout)["state"] == "running"
+        assert main(["resume", url]) == 2
+        assert f"is being run by process {driver.pid} on {socket.gethostname()}, heard of" in capsys.readouterr().err
+        assert main(["status", url, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["state"] == "running"
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
