@@ -609,10 +609,8 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
     elsewhere("driver")
     url, command = f"{bucket}/e", [sys.executable, "-m", "tfkd_ray", "tune", "long.yaml"]
-    said = (tmp_path / "said").open("w")
-    driver = subprocess.Popen(
-        [*command, "--storage", bucket, "--name", "e"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    driver = subprocess.Popen([*command, "--storage", bucket, "--name", "e"], cwd=tmp_path, **quiet)
     try:
         until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
         until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.names())
@@ -627,7 +625,7 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     forget(NODE, str(tmp_path / "driver"))
     monkeypatch.setattr(remote, "STALE_S", 0.0)
     elsewhere("third")
-    assert len(read_records(tmp_path / "whole")) == 3
+    assert "running" in [r.status for r in read_records(remote.fetched(url))]
     grid = resume_tuner(url).fit()
     assert grid.num_errors == 0
     elsewhere("reader")
