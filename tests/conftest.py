@@ -14,6 +14,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves trials while the other half of the tests runs
 os.environ.setdefault("COLUMNS", "100")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tfkd-cache-")  # decoded data sets
+# of test_remote.py's own server; here, so that the processes of the session's Ray have them
+os.environ |= {
+    "AWS_ACCESS_KEY_ID": "tfkd-key",
+    "AWS_SECRET_ACCESS_KEY": "s3cret-of-s3",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 ROOT = Path(__file__).parent.parent
 ARMS = [p for p in sorted((ROOT / "search_spaces").rglob("*.yaml")) if "\narms:" in p.read_text()]

@@ -15,18 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from tfkd_ray import remote
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
-from tfkd_ray.experiment import (
-    DIRECTIONS,
-    Record,
-    about_now,
-    check_new,
-    damaged,
-    read_experiment,
-    read_records,
-    write_text,
-)
+from tfkd_ray.experiment import DIRECTIONS, Record, about_now, damaged, read_experiment, read_records, write_text
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
@@ -386,7 +378,7 @@ def new_comparison(
     strict: bool = False,
 ) -> None:
     """Make a comparison's directory; wrong input is a ConfigError, raised before anything is written."""
-    check_new(directory)
+    remote.check_new(directory)
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
     about = {
         **about_now([masked(word) for word in sys.argv]),

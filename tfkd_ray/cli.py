@@ -114,8 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--download", action="store_true", help="fetch the data set first, if it is not there")
 
     def storage(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--storage", type=Path, default=Path("tfkd_results"), metavar="DIR",
-                         help="where experiments and teachers go (default: ./tfkd_results)")  # fmt: skip
+        sub.add_argument("--storage", type=_place, default=Path("tfkd_results"), metavar="DIR",
+                         help="where experiments and teachers go: a directory, s3://BUCKET/PREFIX or "
+                         "gs://BUCKET/PREFIX (default: ./tfkd_results)")  # fmt: skip
 
     sub = verb("tune", _tune, "Run a sweep.")
     file_and_overrides(sub, "a search-space file")
@@ -126,12 +127,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _budgets(sub)
     sub.add_argument("--num-samples", type=_count, metavar="N", help="trials, over all objectives")
-    sub.add_argument("--prior", type=Path, action="append", default=[], metavar="DIR",
+    sub.add_argument("--prior", type=_place, action="append", default=[], metavar="DIR",
                      help="learn from an earlier experiment's trials, where they lie in this space")  # fmt: skip
     sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study (default: a journal in the experiment)")
 
     sub = verb("resume", _resume, "Go on with a sweep that was interrupted, or add trials to it.")
-    sub.add_argument("experiment", type=Path, help="its directory")
+    sub.add_argument("experiment", type=_place, help="its directory, or URL")
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
     sub.add_argument("--space", metavar="FILE", help="go on in a wider space, which holds every trial of this one")
     sub.add_argument("--retry-failed", action="store_true", help="run the failed trials again")
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("confirm", _confirm, "Does it help? Train the best of a sweep, or the arms of a file, over several "
                "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
-    file_and_overrides(sub, "a sweep's directory, or an arms file")
+    file_and_overrides(sub, "a sweep's directory or URL, or an arms file")
     sub.add_argument("--top-k", type=_count, default=3, metavar="K", help="of a sweep: its K best (default: 3)")
     sub.add_argument("--baselines", default="ce,lsr,scaled,published", metavar="LIST",
                      help="of a sweep: what its best must beat (default: ce,lsr,scaled,published)")  # fmt: skip
@@ -181,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     _elsewhere(sub)
 
     sub = verb("export", _export, "Write a student as a folder to give away: weights, graphs, model card.")
-    sub.add_argument("source", type=Path, help="a sweep, a trial's folder, what tfkd train made, or a comparison")
+    sub.add_argument("source", type=_place, help="a sweep, a trial's folder, what tfkd train made, or a comparison")
     sub.add_argument("--arm", help="of a comparison (default: the first by verdict, then by mean)")
     sub.add_argument("--seed", type=_count, help="of a comparison (default: the first that was trained to the end)")
     sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="a new directory (default: ./NAME-export)")
@@ -203,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
             action.add_argument("name", help="of the teacher")
 
     def experiment(sub: argparse.ArgumentParser, *, follow: bool = False) -> None:
-        sub.add_argument("experiment", type=Path, help="its directory")
+        sub.add_argument("experiment", type=_place, help="its directory, or URL")
         if follow:
             sub.add_argument("-f", "--follow", action="store_true", help="go on as long as it runs")
 
@@ -239,11 +240,12 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default: report.html)"
     )
     sub.add_argument("--figures", type=Path, metavar="DIR", help="the figures as SVG, too")
-    sub.add_argument("--confirm", type=Path, action="append", metavar="DIR",
+    sub.add_argument("--confirm", type=_place, action="append", metavar="DIR",
                      help="a comparison to report with it (default: all of this sweep's)")  # fmt: skip
 
     sub = verb("tensorboard", _tensorboard, "Compare the trials of experiments in TensorBoard, on this machine only.")
-    sub.add_argument("experiments", type=Path, nargs="+", metavar="EXPERIMENT", help="directories, shown side by side")
+    sub.add_argument("experiments", type=_place, nargs="+", metavar="EXPERIMENT",
+                     help="directories, or URLs, shown side by side")  # fmt: skip
     sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
 
     sub = verb(
@@ -338,7 +340,93 @@ def _count(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(_as_given(text), file=sys.stderr, flush=True)
+
+
+# --- places on object storage ----------------------------------------------------------------------------------
+
+
+def _place(text: str) -> "Path | str":
+    """A directory, or a URL as it is."""
+    return text if "://" in text else Path(text)
+
+
+_mirrors: dict[str, str] = {}
+"""URLs of the stores that this command has to do with, by their mirrors' folders."""
+
+
+def _as_given(text: str) -> str:
+    """A text with URLs where it names their mirrors."""
+    for folder, url in _mirrors.items():
+        text = text.replace(folder, url)
+    return text
+
+
+def _storage_here(place: "Path | str") -> Path:
+    """A storage's folder on this machine; of a URL that can be listed its mirror."""
+    if isinstance(place, Path):
+        return place
+    from tfkd_ray import remote
+
+    store = remote.store_at(place)
+    folder = remote.checked(store)
+    _mirrors[str(folder)] = store.url
+    return folder
+
+
+def _here(place: "Path | str", want: Callable[[str], bool] | None = None) -> Path:
+    """An experiment's directory on this machine; of a URL its mirror, up to date in what is wanted (`light`)."""
+    if isinstance(place, Path):
+        return place
+    from tfkd_ray import remote
+
+    store, _ = remote.experiment_at(place)
+    _mirrors[str(store.folder)] = store.url
+    return remote.fetched(place, want or remote.light)
+
+
+def _with_comparisons(place: "Path | str") -> Path:
+    """The same, with what the store has of comparisons and teachers, which reports and model cards mention."""
+    experiment = _here(place)
+    if isinstance(place, str):
+        from tfkd_ray import remote
+
+        store, _ = remote.experiment_at(place)
+        with remote.said(store):
+            for name in store.names():
+                if name == "teachers" or store.info(f"{name}/confirm.json"):
+                    remote.fetch(store, name)
+    return experiment
+
+
+@contextlib.contextmanager
+def _kept_up_to_date(places: "Sequence[Path | str]", want: Callable[[str], bool] | None = None) -> Iterator[None]:
+    """Fetch again and again what a command shows as it changes."""
+    import threading
+
+    from tfkd_ray.schema import ConfigError
+
+    over, urls = threading.Event(), [place for place in places if isinstance(place, str)]
+
+    def fetch() -> None:
+        while not over.wait(FETCH_S):
+            for url in urls:
+                with contextlib.suppress(ConfigError):  # it is tried again
+                    _here(url, want)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    if urls:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if urls:
+            thread.join()
+
+
+FETCH_S = 5.0
+"""How often -f looks at object storage."""
 
 
 def _load(args: argparse.Namespace) -> "Space":
@@ -486,6 +574,8 @@ def _tune(args: argparse.Namespace) -> int:
 
     if (code := tune_as_job(args, space)) is not None:
         return code
+    args.storage = _storage_here(args.storage)
+    args.prior = [_here(prior) for prior in args.prior]
     experiment = _new_directory(args, Path(args.file).stem)
     _have_data(space.example, args)
     _join(args.address, space.example.workers)
@@ -504,13 +594,14 @@ def _tune(args: argparse.Namespace) -> int:
             on_teacher=_teacher_line,
             priors=args.prior,
             on_budget=progress.end,
+            on_note=progress.note,
         ),
     )
 
 
 def _new_directory(args: argparse.Namespace, stem: str) -> Path:
     """Where a new experiment goes: `--storage`, and below it `--name`, or the stem and the time."""
-    from tfkd_ray.experiment import check_new
+    from tfkd_ray.remote import check_new
     from tfkd_ray.schema import ConfigError
 
     name = args.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -529,7 +620,7 @@ def _resume(args: argparse.Namespace) -> int:
 
     if (code := resume_as_job(args, BUDGETS)) is not None:
         return code
-    experiment = args.experiment.expanduser().absolute()
+    experiment = _to_resume(args.experiment).expanduser().absolute()
     if (experiment / "confirm.yaml").is_file():
         if args.add_trials:
             raise ConfigError("--add-trials: is for sweeps; a comparison has a fixed number of runs", experiment)
@@ -558,9 +649,19 @@ def _resume(args: argparse.Namespace) -> int:
             space=wider,
             study_storage=args.study_storage,
             on_budget=progress.end,
+            on_note=progress.note,
             **{name: getattr(args, name) for name in BUDGETS},
         ),
     )
+
+
+def _to_resume(place: "Path | str") -> Path:
+    """An experiment's directory with all that a driver needs to go on."""
+    if isinstance(place, Path):
+        return place
+    from tfkd_ray import remote
+
+    return _here(place, remote.to_resume)
 
 
 def _join(address: str | None, workers: int) -> None:
@@ -660,7 +761,8 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
         progress.stop()
         _say(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {_short(experiment)}")
         return None
-    progress.stop()
+    finally:
+        progress.stop()
     return not interrupted
 
 
@@ -745,6 +847,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
 
 def _short(path: Path) -> str:
     """A path as one would type it here."""
+    if (url := _as_given(str(path))) != str(path):
+        return url
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
@@ -766,17 +870,20 @@ def _confirm(args: argparse.Namespace) -> int:
         raise ConfigError(message, f"--seeds {args.seeds}")
     if (code := confirm_as_job(args)) is not None:
         return code
-    given = Path(args.file).expanduser().absolute()
+    given = _to_resume(_place(args.file)).expanduser().absolute()
     if given.is_dir():
         if args.overrides or args.preset:
             raise ConfigError("settings and presets are for arms files; the arms of a sweep are as it trained them")
         args.storage = given.parent  # where its teachers are
         directory = _new_directory(args, f"{given.name}-confirm")
         rivals = rivals_of(args.baselines)
+        if isinstance(_place(args.file), str):
+            _baselines_here(args.file)
         tuned = _tuned_baselines(given, rivals, args)
         compared = arms_of(given, top_k=args.top_k, rivals=rivals, baselines=tuned)
     else:
         compared = load_arms(args.file, args.overrides, preset=args.preset)
+        args.storage = _storage_here(args.storage)
         directory = _new_directory(args, Path(args.file).stem)
     _have_data(compared.example, args)
     _join(args.address, compared.example.workers)
@@ -788,6 +895,15 @@ def _confirm(args: argparse.Namespace) -> int:
     options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
     new_comparison(compared, seeds, directory, strict=args.fail_if_not_better, **options)
     return _compare(directory, args.address)
+
+
+def _baselines_here(url: str) -> None:
+    """Fetch the baselines that were tuned for a sweep, if any were."""
+    from tfkd_ray import remote
+
+    store, name = remote.experiment_at(url)
+    with remote.said(store):
+        remote.fetch(store, f"{name}-baselines", remote.to_resume)
 
 
 def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Namespace) -> Path | None:
@@ -809,7 +925,7 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
         from tfkd_ray.tune import build_tuner
 
         def build(shown: Any) -> Any:
-            return build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown])
+            return build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown], on_note=shown.note)
 
         _fit(_progress(tuned), build, tuned)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
@@ -852,7 +968,11 @@ def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
     progress = _progress(directory)
     teachers = [teacher for run in compared.runs if (teacher := run.config.teacher_run())]
     told = _teacher_lines(teachers, directory.parent)
-    return _fit(progress, lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=told), directory)
+    return _fit(
+        progress,
+        lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=told, on_note=shown.note),
+        directory,
+    )
 
 
 # --- export ----------------------------------------------------------------------------------------------------
@@ -861,9 +981,10 @@ def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
 def _export(args: argparse.Namespace) -> int:
     from tfkd_ray.export import ExportFailed, export
 
-    out = args.out or Path(f"{args.source.absolute().name}-export")
+    source = _to_export(args.source)
+    out = args.out or Path(f"{source.absolute().name}-export")
     try:
-        made = export(args.source, out, arm=args.arm, seed=args.seed, onnx=args.onnx, licence=args.licence)
+        made = export(source, out, arm=args.arm, seed=args.seed, onnx=args.onnx, licence=args.licence)
     except ExportFailed as error:
         _say(f"tfkd export: {error}")
         return FAILED
@@ -878,6 +999,29 @@ def _export(args: argparse.Namespace) -> int:
     return FAILED if made["problems"] else OK
 
 
+def _to_export(place: "Path | str") -> Path:
+    """What is exported, on this machine: of a sweep's URL the best trial's weights, else all below the URL."""
+    if isinstance(place, Path):
+        return place
+    from tfkd_ray import remote
+    from tfkd_ray.readers import best_of
+
+    whole = remote.store_at(place).url
+    if "/trials/" in whole:
+        url, _, trial = whole.partition("/trials/")
+        source = folder = _with_comparisons(url) / "trials" / trial
+    else:
+        source = experiment = _with_comparisons(whole)
+        if (experiment / "confirm.yaml").is_file():
+            return _here(whole, lambda name: not name.endswith(".ckpt"))
+        folder = best_of(experiment)[0].folder
+    store = remote.store_of(folder)
+    assert store is not None, f"{folder=}"
+    with remote.said(store):
+        remote.bring(folder / "student.safetensors")
+    return source
+
+
 # --- teachers --------------------------------------------------------------------------------------------------
 
 
@@ -885,6 +1029,13 @@ def _teacher(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import read_teachers
     from tfkd_ray.schema import ConfigError, did_you_mean, dump_yaml
 
+    if isinstance(args.storage, str):
+        from tfkd_ray import remote
+
+        store = remote.store_at(args.storage)
+        args.storage = _storage_here(args.storage)
+        with remote.said(store):
+            remote.fetch(store, "teachers")
     found = {about["name"]: about for about in read_teachers(args.storage)}
     if args.do == "list":
         print(f"{'teacher':<36} {'data':<14} {'epochs':>6} {'val_accuracy':>12}")
@@ -923,7 +1074,7 @@ def _teacher_train(args: argparse.Namespace) -> int:
     _join(args.address, 1)
     from tfkd_ray.tune import TeacherFailed, prepare, train_teachers
 
-    storage = args.storage.expanduser().absolute()
+    storage = _storage_here(args.storage).expanduser().absolute()
     try:
         for run in runs:
             prepare(run, storage)
@@ -942,6 +1093,10 @@ def _teacher_train(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from tfkd_ray.schema import ConfigError
+
+    if isinstance(args.storage, str):
+        raise ConfigError("one run is made on this machine's disk: name a directory, or leave it out", "--storage")
     space = _load(args)
     config = space.single()
     out = (
@@ -1033,21 +1188,20 @@ def _best(args: argparse.Namespace) -> int:
     from tfkd_ray.readers import best_lines, best_of, front_of, read_lasts
     from tfkd_ray.schema import ConfigError, dump_yaml
 
-    winner, plan = best_of(args.experiment)
-    front, records = [winner], read_lasts(args.experiment)
+    experiment = _here(args.experiment)
+    winner, plan = best_of(experiment)
+    front, records = [winner], read_lasts(experiment)
     if len(plan.metrics) > 1:
         from tfkd_ray.experiment import pareto
 
         front = pareto(records, plan.metrics)
         if not front:
-            raise ConfigError(
-                f"no trial of full length has a value of {' and of '.join(plan.metrics)}", args.experiment
-            )
+            raise ConfigError(f"no trial of full length has a value of {' and of '.join(plan.metrics)}", experiment)
     found = front_of(front, plan, len(records))
     if args.json:
         print(json.dumps(found, indent=1))
         return OK
-    print("\n".join(f"# {line}" for line in best_lines(found, args.experiment)))
+    print("\n".join(f"# {line}" for line in best_lines(found, experiment)))
     print(dump_yaml(front[0].config), end="")
     return OK
 
@@ -1057,7 +1211,7 @@ def _trials(args: argparse.Namespace) -> int:
 
     print(
         trials_table(
-            args.experiment,
+            _here(args.experiment),
             sort=args.sort,
             filter=args.filter,
             columns=args.columns,
@@ -1073,14 +1227,15 @@ def _status(args: argparse.Namespace) -> int:
 
     from tfkd_ray.readers import follow_status, status, status_lines
 
-    shown = ""
+    shown, experiment = "", _here(args.experiment)
     try:
-        for found in follow_status(args.experiment) if args.follow else [status(args.experiment)]:
-            text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
-            if text != shown:
-                clear = "\x1b[H\x1b[2J" if args.follow and sys.stdout.isatty() else ""
-                print(clear + text, flush=True)
-            shown = text
+        with _kept_up_to_date([args.experiment] if args.follow else []):
+            for found in follow_status(experiment) if args.follow else [status(experiment)]:
+                text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
+                if text != shown:
+                    clear = "\x1b[H\x1b[2J" if args.follow and sys.stdout.isatty() else ""
+                    print(clear + text, flush=True)
+                shown = text
     except KeyboardInterrupt:
         return INTERRUPTED
     return OK
@@ -1089,9 +1244,11 @@ def _status(args: argparse.Namespace) -> int:
 def _logs(args: argparse.Namespace) -> int:
     from tfkd_ray.readers import logs
 
+    experiment = _here(args.experiment)
     try:
-        for line in logs(args.experiment, args.trial, follow=args.follow):
-            print(line, flush=True)
+        with _kept_up_to_date([args.experiment] if args.follow else []):
+            for line in logs(experiment, args.trial, follow=args.follow):
+                print(line, flush=True)
     except KeyboardInterrupt:
         return INTERRUPTED
     return OK
@@ -1102,7 +1259,15 @@ def _ls(args: argparse.Namespace) -> int:
 
     from tfkd_ray.readers import ls, ls_lines
 
-    found = ls(args.storage)
+    storage = _storage_here(args.storage)
+    if isinstance(args.storage, str):
+        from tfkd_ray import remote
+
+        store = remote.store_at(args.storage)
+        with remote.said(store):
+            for name in {*store.names(), *(p.name for p in storage.iterdir() if p.is_dir())} - {"teachers"}:
+                remote.fetch(store, name)
+    found = ls(storage)
     print(json.dumps(found, indent=1) if args.json else "\n".join(ls_lines(found)))
     return OK
 
@@ -1111,8 +1276,8 @@ def _report(args: argparse.Namespace) -> int:
     from tfkd_ray.arms import comparisons_of
     from tfkd_ray.report import report
 
-    experiment = args.experiment.expanduser().absolute()
-    found = args.confirm or comparisons_of(experiment)
+    experiment = _with_comparisons(args.experiment).expanduser().absolute()
+    found = [_here(place) for place in args.confirm or ()] or comparisons_of(experiment)
     for path in report(experiment, args.out, figures=args.figures, comparisons=found):
         print(path)
     return OK
@@ -1136,6 +1301,7 @@ def _tensorboard(args: argparse.Namespace) -> int:
 
     from tfkd_ray.experiment import read_experiment
 
+    places, args.experiments = args.experiments, [_here(place, _with_events) for place in args.experiments]
     for experiment in args.experiments:
         if not (experiment / "confirm.yaml").is_file():
             read_experiment(experiment)
@@ -1145,7 +1311,11 @@ def _tensorboard(args: argparse.Namespace) -> int:
     for path in dict.fromkeys(path.resolve() for path in args.experiments):
         experiments[path.name if path.name not in experiments else f"{path.name}-{len(experiments) + 1}"] = path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="tfkd-tensorboard-") as folder:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="tfkd-tensorboard-") as folder,
+        _kept_up_to_date(places, _with_events),
+    ):
         several = len(experiments) > 1
 
         def link() -> None:
@@ -1167,6 +1337,10 @@ def _tensorboard(args: argparse.Namespace) -> int:
             time.sleep(2)
             link()
     return OK
+
+
+def _with_events(name: str) -> bool:
+    return not name.endswith((".ckpt", ".safetensors"))
 
 
 def _check_port(port: int) -> None:

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from ray.tune import PlacementGroupFactory
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from tfkd_ray import remote
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
@@ -85,13 +86,14 @@ def give_larger_share(trial: Any) -> None:
     Args:
         trial: Ray Tune's, which has ended with an error and is not pending again yet.
     """
-    path = Path(trial.config["trial"]["directory"]) / OUT_OF_MEMORY
+    path = remote.bring(Path(trial.config["trial"]["directory"]) / OUT_OF_MEMORY)
     if path.exists():
         neighbours = max(1, int(1 / float(path.read_text()) + 1e-6) // 2)
         bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
         trial.update_resources(PlacementGroupFactory([bundle]))
         trial.max_failures += trial.max_failures >= 0  # it was not lost
         path.unlink()
+        remote.send(path)
 
 
 _started: list[str] = []

@@ -33,6 +33,7 @@ from tfkd_ray.jobs import (
     stage,
     submit_command,
 )
+from tfkd_ray.remote import store_at
 from tfkd_ray.schema import ConfigError, find_file
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
@@ -680,7 +681,7 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     words += ["--storage", storage] if storage else []
     _say(
         f"experiment: {storage or '$TFKD_RESULTS'}/{name}, on the cluster; tfkd status, report and resume take "
-        "that path where it is mounted"
+        + ("that URL" if "://" in (storage or "") else "that path where it is mounted")
     )
     return sweep_as_job(words, args, file=file, shape=space.example)
 
@@ -690,8 +691,8 @@ def resume_as_job(args: argparse.Namespace, budgets: Sequence[str]) -> int | Non
     check_options(args)
     if not is_job(args):
         return None
-    if not args.experiment.is_absolute():
-        raise ConfigError(f"an absolute path that the cluster sees, got {args.experiment}", "resume")
+    if isinstance(args.experiment, Path) and not args.experiment.is_absolute():
+        raise ConfigError(f"an absolute path that the cluster sees, or a URL, got {args.experiment}", "resume")
     words = ["resume", str(args.experiment), *(["--retry-failed"] if args.retry_failed else [])]
     words += ["--add-trials", str(args.add_trials)] if args.add_trials else []
     names = {"time_budget_s": "--time-budget", "max_failed_trials": "--max-failures"}
@@ -708,8 +709,9 @@ def confirm_as_job(args: argparse.Namespace) -> int | None:
         return None
     given, file, shape = Path(args.file), None, None
     words = ["confirm", args.file, *args.overrides, "--seeds", str(args.seeds)]
-    if given.is_dir() or (given.is_absolute() and not given.is_file()):  # a sweep's directory, there or here
-        if not given.is_absolute():
+    url = "://" in args.file
+    if url or given.is_dir() or (given.is_absolute() and not given.is_file()):  # a sweep, there or here
+        if not (url or given.is_absolute()):
             raise ConfigError(f"an absolute path that the cluster sees, got {given}", "confirm")
         words += ["--top-k", str(args.top_k), "--baselines", args.baselines]
     else:
@@ -753,6 +755,8 @@ def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
 def _storage_of(args: argparse.Namespace) -> str | None:
     """Where experiments go on the cluster: `--storage`, or what the cluster file says; None: Slurm's script says it."""
     if args.storage not in (None, Path("tfkd_results")):  # which are the defaults
+        if isinstance(args.storage, str):
+            return store_at(args.storage).url
         if not args.storage.is_absolute():
             raise ConfigError(f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}")
         return str(args.storage)

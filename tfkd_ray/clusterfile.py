@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tfkd_ray.remote import is_url, store_at
 from tfkd_ray.schema import ConfigError, did_you_mean, find_file, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
@@ -232,14 +233,15 @@ def _storage(file: ClusterFile) -> Iterator[str]:
     if file.storage is None:
         yield f"{field}: required, and not given; name a directory that all nodes see, such as /mnt/shared/tfkd_results"
         return
+    if is_url(file.storage):
+        try:
+            store_at(file.storage)
+        except ConfigError as error:
+            yield from (f"{field}: {problem.removeprefix('storage: ')}" for problem in error.problems)
+        return
     if file.here:
         return
-    if "://" in file.storage:
-        yield (
-            f"{field}: needs a directory, got {file.storage}; experiments are appended to, which object storage "
-            "cannot: mount NFS (EFS, Filestore, Azure Files), or the bucket, on all nodes"
-        )
-    elif file.kind == "slurm":
+    if file.kind == "slurm":
         if re.match(r"/(tmp|dev/shm|var/tmp|local)(/|$)", file.storage) or "$TMPDIR" in file.storage:
             yield _local_to_a_node(field, file.storage)
     elif NODE_LOCAL.match(file.storage):

@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from tfkd_ray import teachers, verdict
+from tfkd_ray import remote, teachers, verdict
 from tfkd_ray.arms import Arm, Arms, Comparison, Run, read_comparison
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
@@ -35,7 +35,7 @@ from tfkd_ray.images import Images
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
-from tfkd_ray.tune import Lock, Losses, Recorder, assemble, prepare, train_teachers
+from tfkd_ray.tune import Lock, Losses, Recorder, assemble, ending, place_of, prepare, train_teachers
 from tfkd_ray.verdict import scores
 
 LOGITS = "test.safetensors"
@@ -88,6 +88,7 @@ def comparison_tuner(
     *,
     callbacks: Sequence[tune.Callback] = (),
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
     """A Tuner that trains what a comparison's directory asks for and has not got; teachers first."""
     compared = read_comparison(directory)
@@ -131,8 +132,7 @@ def comparison_tuner(
                 "arm": run.arm,
                 "epochs": run.config.epochs,
                 "parameters": {"arm": run.arm, "seed": run.seed},
-                "directory": str(trials_folder(directory) / run.name),
-                "storage": str(directory.parent),
+                **{key: value.replace("{name}", run.name) for key, value in place_of(directory).items()},
             },
         }
         for number, run in enumerate(runs)
@@ -144,7 +144,7 @@ def comparison_tuner(
         directory,
         tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=FIFOScheduler(), num_samples=-1),
         tune.RunConfig(),
-        [lock, TensorBoard(directory / "tb"), losses, Recorder(losses), *callbacks],
+        [TensorBoard(directory / "tb"), losses, Recorder(losses), *callbacks, *ending(directory, lock, on_note)],
         max_failures=2,
     )
 
@@ -172,7 +172,8 @@ def judge_on_test(directory: Path, on_run: Callable[[str], None] | None = None) 
     """
     lock = Lock(directory)
     try:
-        return _judged(directory, on_run)
+        with remote.up_to_date(directory, directory.parent / OPENINGS):
+            return _judged(directory, on_run)
     finally:
         lock.release()
 

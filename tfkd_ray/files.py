@@ -9,20 +9,23 @@ import pickle
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def cached(name: str, read: Iterable[Path], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def cached(name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Tensor]"]) -> "tuple[Tensor, Tensor]":
     """(images, labels) that `make` makes of some files; if it has before, mapped from a file in ~/.cache/tfkd_ray/.
 
     One file for each name and first path; made anew where a path, size or time differs. No cache where none can be
     written: it saves time, and changes no number.
     """
+    from safetensors.torch import save_file
+
     digest = hashlib.sha256()
     first = None
     for path in read:
@@ -44,7 +47,7 @@ def cached(name: str, read: Iterable[Path], make: Callable[[], tuple[Tensor, Ten
     return found
 
 
-def _kept(path: Path, key: str) -> tuple[Tensor, Tensor] | None:
+def _kept(path: Path, key: str) -> "tuple[Tensor, Tensor] | None":
     try:
         with safe_open(path, "pt") as file:
             if file.metadata() == {"key": key}:

@@ -238,12 +238,14 @@ def train_in(
     teacher: nn.Module | Bank | None = None,
     about: dict[str, str] | None = None,
     say: Callable[[str], None] | None = None,
+    on_saved: Callable[[bool], None] | None = None,
 ) -> Generator[dict[str, float], None, None]:
     """`train` in a directory: yields the metrics of every epoch from the first, those of earlier sessions included.
 
     Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
     (`student.safetensors`, `about` in its header), before that epoch is yielded; and when it is closed half-way.
-    Nothing is written by other workers than the first. A damaged checkpoint is told to `say`.
+    Nothing is written by other workers than the first. A damaged checkpoint is told to `say`. `on_saved` hears of each
+    save, where it was written, and whether it was the last.
     """
     state = load_state(directory, say)
     if state:
@@ -258,6 +260,11 @@ def train_in(
     last: Epoch | None = None
     run = train(config, state, teacher=teacher)
 
+    def save(state: State, *, final: bool) -> None:
+        save_state(directory, state)
+        if on_saved:
+            on_saved(final)
+
     def writing(job: Future[None] | None) -> bool:
         return job is not None and not job.done()  # a slow disk delays checkpoints, not training
 
@@ -267,15 +274,15 @@ def train_in(
                 if writes and config.is_last(last.metrics):
                     final = last.state()
                     save_weights(directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})})
-                    writer.submit(save_state, directory, final).result()  # last: it says that all is there
+                    writer.submit(save, final, final=True).result()  # last: it says that all is there
                     saved_epoch = int(last.metrics["epoch"])
                 elif writes and time.monotonic() - saved_at >= config.checkpoint_every_s and not writing(pending):
-                    pending = writer.submit(save_state, directory, last.state())
+                    pending = writer.submit(save, last.state(), final=False)
                     saved_at, saved_epoch = time.monotonic(), int(last.metrics["epoch"])
                 yield last.metrics
         except GeneratorExit:
             if writes and last is not None and last.metrics["epoch"] > saved_epoch:
-                writer.submit(save_state, directory, last.state()).result()
+                writer.submit(save, last.state(), final=False).result()
             raise
         finally:
             run.close()

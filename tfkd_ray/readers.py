@@ -45,6 +45,8 @@ from tfkd_ray.schema import ConfigError, did_you_mean, read_yaml
 BASELINES = ("ce", "lsr")
 QUIET_S = 600.0
 """A sweep on another host counts as running if one of its files changed within this time."""
+HELD_S = 90.0
+"""The same on object storage, where a driver says every 10 s that it lives."""
 TAIL = 8192
 """Bytes at the end of a metrics.jsonl in which the last line is looked for first."""
 LONGEST = 2**22
@@ -202,6 +204,9 @@ def is_running(experiment: Path) -> bool:
     if driver is None:
         return False
     process, host = driver
+    held = experiment / "driver.json"
+    if held.exists():  # fetched from object storage, where the driver refreshes it
+        return not json.loads(held.read_text())["ended"] and time.time() - _changed(held) < HELD_S
     if host == socket.gethostname():
         return _holds(process, experiment / "driver.lock")
     return time.time() - _last_change(experiment) < QUIET_S

@@ -14,7 +14,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights, write_whole
+from tfkd_ray import remote
+from tfkd_ray.checkpoint import LAST, WEIGHTS, load_weights, save_weights, write_whole
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.evaluate import evaluate
 from tfkd_ray.experiment import read_teacher
@@ -39,7 +40,10 @@ def is_trained(config: TeacherRun, storage: Path) -> bool:
 
 
 def train_teacher(
-    config: TeacherRun, storage: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
+    config: TeacherRun,
+    storage: Path,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_saved: Callable[[bool], None] | None = None,
 ) -> dict[str, Any]:
     """Train the teacher, or take it from its file, unless it is there; returns what `teacher.json` says.
 
@@ -49,7 +53,8 @@ def train_teacher(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not is_trained(config, storage):
-            metrics = _trained(config, folder, on_epoch) if config.weights is None else _taken(config, folder)
+            taken = config.weights is not None
+            metrics = _taken(config, folder) if taken else _trained(config, folder, on_epoch, on_saved)
             about = {
                 "name": teacher_name(config),
                 "loop_version": LOOP_VERSION,
@@ -77,9 +82,14 @@ def check_source(config: TeacherRun, storage: Path) -> None:
         )
 
 
-def _trained(config: TeacherRun, folder: Path, on_epoch: Callable[[dict[str, float]], None] | None) -> dict[str, float]:
+def _trained(
+    config: TeacherRun,
+    folder: Path,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+    on_saved: Callable[[bool], None] | None,
+) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for metrics in train_in(folder, config):
+    for metrics in train_in(folder, config, on_saved=on_saved):
         if on_epoch:
             on_epoch(metrics)
     if config.stop_accuracy is not None and metrics["val_accuracy"] < config.stop_accuracy:
@@ -113,6 +123,21 @@ def _source_sha256(config: TeacherRun) -> str | None:
 def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
     """What `teacher.json` says of a trained teacher."""
     return read_teacher(teacher_folder(config, storage))
+
+
+def fetch(config: TeacherRun, storage: Path, *, weights: bool = True) -> None:
+    """Where a storage mirrors a store: get what there is of a teacher, with its weights, or those of a half-trained."""
+    store = remote.store_of(storage)
+    if store is not None:
+        below = f"teachers/{teacher_name(config)}"
+        remote.patiently(lambda: remote.fetch(store, below, remote.everything if weights else remote.light), store)
+
+
+def upload(config: TeacherRun, storage: Path) -> None:
+    """The other way, for a trained one."""
+    store, folder = remote.store_of(storage), teacher_folder(config, storage)
+    if store is not None:
+        remote.patiently(lambda: remote.send(folder / WEIGHTS, folder / "teacher.json", folder / LAST), store)
 
 
 def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:

@@ -11,6 +11,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -25,13 +26,13 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-from tfkd_ray import teachers
+from tfkd_ray import remote, teachers
 from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import DISK_ERRORS
 from tfkd_ray.loop import train_in
-from tfkd_ray.schema import validated
+from tfkd_ray.schema import ConfigError, validated
 
 Metrics = dict[str, float]
 
@@ -108,7 +109,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         if workers == 1:
             self._epochs = _epochs_here(run, self._about, self._notes.append)
         else:
-            folder = Path(self._about["directory"]).parent.parent / "groups"
+            folder = Path(remote.here(self._about)["directory"]).parent.parent / "groups"
             self._group = self._group or Group(validated(TrainConfig, run), folder, self._notes.append)
             self._epochs = self._group.epochs(run, self._about)
 
@@ -134,12 +135,15 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             reason, trace = str(error), error.trace
         else:
             reason, trace = _reason(error), "".join(traceback.format_exception(error))
-        folder = Path(self._about["directory"])
+        folder = Path(remote.here(self._about)["directory"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(trace)
+        with contextlib.suppress(OSError):  # the reason is told all the same
+            remote.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
         if isinstance(error, torch.OutOfMemoryError) and 0 < share < 1:
             (folder / OUT_OF_MEMORY).write_text(str(share))
+            remote.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
         return {"failed": reason, "done": True}
 
@@ -164,10 +168,27 @@ def check_metrics(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> None:
 def _epochs_here(run: dict[str, Any], about: dict[str, Any], say: Callable[[str], None]) -> Iterator[Metrics]:
     """The epochs of a trial in this process, the first worker of a group included."""
     config = validated(TrainConfig, run)
+    check_data_here(config)
     shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
-    teacher = teachers.bank_of(config, Path(about["storage"]), shelf)
-    directory, header = Path(about["directory"]), {"trial": about["name"]}
-    yield from train_in(directory, config, teacher=teacher, about=header, say=say)
+    about = remote.here(about)
+    directory, storage = Path(about["directory"]), Path(about["storage"])
+    remote.begin_trial(directory)
+    if (run_of_teacher := config.teacher_run()) is not None:
+        teachers.fetch(run_of_teacher, storage)
+    teacher = teachers.bank_of(config, storage, shelf)
+    header, on_saved = {"trial": about["name"]}, remote.on_saved(directory)
+    yield from train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
+
+
+def check_data_here(config: TrainConfig) -> None:
+    """Raise where this node, unlike the driver's, has no copy of the data; with the node and the way out."""
+    try:
+        config.data.check()
+    except ConfigError as error:
+        raise ConfigError(
+            f"node {socket.gethostname()}: {'; '.join(error.problems)}. Each node reads its own copy: put it there, in "
+            "setup_commands of the cluster file, or use a file system that all nodes see (docs/storage.md)"
+        ) from None
 
 
 def _stop(epochs: Iterator[Metrics]) -> None:

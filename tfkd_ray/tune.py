@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.stopper import CombinedStopper, FunctionStopper
 from sqlalchemy.exc import OperationalError
 
-from tfkd_ray import teachers
+from tfkd_ray import remote, teachers
 from tfkd_ray.checkpoint import LAST
 from tfkd_ray.cluster import check_room, connect, give_larger_share, grows_for, room_for, started_here
 from tfkd_ray.config import TeacherRun, TrainConfig
@@ -29,7 +30,6 @@ from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
     DISK_ERRORS,
     Record,
-    check_new,
     check_room_for,
     check_writable,
     is_begun,
@@ -57,7 +57,7 @@ from tfkd_ray.search import (
 )
 from tfkd_ray.space import Asha, SearchConfig, Space, build_space, load_space, masked, not_superset
 from tfkd_ray.tensorboard import TensorBoard
-from tfkd_ray.trial import Shelf, StudentTrial, resources_of, shelf_name
+from tfkd_ray.trial import Shelf, StudentTrial, check_data_here, resources_of, shelf_name
 
 MANY = 16
 """Trials at a time from which on their processes are started side by side."""
@@ -78,6 +78,7 @@ def build_tuner(
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
     priors: Sequence[Path | str] = (),
     on_budget: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
     """A `ray.tune.Tuner` that runs a space; `.fit()` returns Ray's own `ResultGrid`.
 
@@ -87,13 +88,15 @@ def build_tuner(
     Args:
         space: a `Space`, the tree of one, or the path of a space file.
         name: of the experiment, a directory below `storage` that is not there yet. None: the file's name and the time.
-        storage: directory that all nodes see; teachers are shared by the experiments in it.
+        storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; teachers are shared by the
+            experiments in it.
         callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
         tune_config: Ray's own; what it sets goes before the space's `search`. Searcher and number of trials are ours.
         run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`.
         on_teacher: called with a teacher's run before it is trained (None) and after (what teacher.json says).
         priors: directories of earlier experiments whose finished trials the sampler should know.
         on_budget: called with a sentence if a budget of the space's `search` ends the sweep.
+        on_note: called with a sentence if object storage does not answer, and when it does again. None: standard error.
     """
     space, stem = _as_space(space)
     run_config = run_config or tune.RunConfig()
@@ -101,12 +104,12 @@ def build_tuner(
     _check_ray_configs(tune_config, run_config)
     if run_config.storage_path != tune.RunConfig().storage_path:  # Ray's default is no wish of the user's
         storage = run_config.storage_path
-    if "://" in str(storage):
-        raise ConfigError(f"needs a directory that all nodes see (NFS, for example), got {storage}", "storage")
+    if remote.is_url(storage):
+        storage = remote.checked(remote.store_at(str(storage)))
     storage = Path(storage).expanduser().absolute()
     name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = storage / name
-    check_new(experiment)
+    remote.check_new(experiment)
     prior_trials(space, priors)
     url = space.search.storage and whole_url(space.search.storage)
     if url:
@@ -121,7 +124,7 @@ def build_tuner(
     searcher = _searcher(space, experiment, url, priors=priors)
     searcher.remaining()  # makes the studies, with the priors in them
     write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
-    return _tuner(space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget)
+    return _tuner(space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note)
 
 
 def resume_tuner(
@@ -139,12 +142,14 @@ def resume_tuner(
     space: Space | dict[str, Any] | Path | str | None = None,
     study_storage: str | None = None,
     on_budget: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
     """A Tuner that goes on with an experiment: unfinished trials first, from their last checkpoint, then new ones.
 
     What is finished is in the study, and is not run again; Ray's own snapshot is not read.
 
     Args:
+        experiment: its directory, or its URL on object storage.
         add_trials: raises `search.num_samples` by so many.
         retry_failed: run the failed trials again, with their numbers and parameters, from their last checkpoints.
         time_budget_s: a new budget, from now on; as are `gpu_hours`, `cpu_hours` and `max_failed_trials`. None: what
@@ -153,6 +158,7 @@ def resume_tuner(
         space: go on in this wider space, which holds every trial of the experiment's.
         study_storage: the storage's URL, where it has moved or its password is not in TFKD_STORAGE.
         on_budget: called with a sentence if a budget ends the sweep.
+        on_note: as of `build_tuner`.
     """
     budgets = {
         "time_budget_s": time_budget_s,
@@ -163,6 +169,8 @@ def resume_tuner(
     for name, more in budgets.items():
         if more is not None and not more > 0:
             raise ConfigError(f"{name}: a budget is above 0, got {more}")
+    if remote.is_url(experiment):
+        experiment = remote.fetched(str(experiment))
     experiment = Path(experiment).expanduser().absolute()
     about = read_experiment(experiment)
     check_writable(experiment, "an experiment directory of yours")
@@ -178,6 +186,8 @@ def resume_tuner(
         old = without_password(old)
         searcher = _searcher(old, experiment, url)
         undone.callback(searcher.close)
+        if remote.store_of(experiment) is not None:
+            remote.drop_unknown(experiment, searcher.known().values())
         _check_all_there(searcher, experiment)
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
         earlier = prior_trials(new, priors)
@@ -199,7 +209,8 @@ def resume_tuner(
             about["space"] = new.tree
             write_text(experiment / "experiment.yaml", dump_yaml(about))
         train_teachers(new.teacher_runs(), experiment.parent, on_teacher)
-        tuner = _tuner(new, experiment, lock, callbacks, tune.TuneConfig(), tune.RunConfig(), searcher, on_budget)
+        ray_configs = tune.TuneConfig(), tune.RunConfig()
+        tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
         undone.pop_all()
     return tuner
 
@@ -309,10 +320,12 @@ def train_teachers(
     on_teacher = on_teacher or (lambda run, about: None)
     runs = list(runs)
     for run in runs:
+        teachers.fetch(run, storage, weights=False)
         if run.weights is not None:
             if not teachers.is_trained(run, storage):
                 on_teacher(run, None)
                 on_teacher(run, teachers.train_teacher(run, storage))
+                teachers.upload(run, storage)
             teachers.check_source(run, storage)
     missing = [run for run in runs if not teachers.is_trained(run, storage)]
     tasks = []
@@ -322,10 +335,12 @@ def train_teachers(
         task = ray.remote(_teacher).options(
             num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
         )
-        tasks.append(task.remote(run, storage))
+        tasks.append(task.remote(run, storage, remote.place_of(storage)))
     for run, task in zip(missing, tasks, strict=True):
         try:
-            on_teacher(run, ray.get(task))
+            about = ray.get(task)
+            teachers.fetch(run, storage, weights=False)
+            on_teacher(run, about)
         except ray.exceptions.RayTaskError as error:
             reason = f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}"
             if on_failure is not None:
@@ -336,9 +351,14 @@ def train_teachers(
                 raise TeacherFailed(reason) from None
 
 
-def _teacher(run: TeacherRun, storage: Path) -> dict[str, Any]:
+def _teacher(run: TeacherRun, storage: Path, place: dict[str, str]) -> dict[str, Any]:
     seal_test_split()
-    return teachers.train_teacher(run, storage)
+    check_data_here(run)
+    storage = Path(remote.here({"directory": storage, "storage": storage, **place})["storage"])
+    teachers.fetch(run, storage)
+    about = teachers.train_teacher(run, storage, on_saved=remote.on_saved(teachers.teacher_folder(run, storage)))
+    teachers.upload(run, storage)
+    return about
 
 
 def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
@@ -374,12 +394,13 @@ def _tuner(
     run_config: tune.RunConfig,
     searcher: OptunaSearcher,
     on_budget: Callable[[str], None] | None,
+    on_note: Callable[[str], None] | None,
 ) -> tune.Tuner:
     trials = searcher.remaining()
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
     losses = Losses(space.search.trial_timeout_s)
-    ours = [lock, TensorBoard(experiment / "tb", space, space.search.metric), budget, losses, Recorder(losses, budget)]
+    ours = [TensorBoard(experiment / "tb", space, space.search.metric), budget, losses, Recorder(losses, budget)]
     tune_config = dataclasses.replace(
         tune_config,
         metric=None if told else tune_config.metric or space.search.metric,
@@ -391,7 +412,7 @@ def _tuner(
     )
     if any(branch.example.banked for branch in space.branches):
         ours.append(SoftLabels(experiment))
-    callbacks = [*ours, *callbacks, *(run_config.callbacks or [])]
+    callbacks = [*ours, *callbacks, *(run_config.callbacks or []), *ending(experiment, lock, on_note)]
     if space.search.budgets:
         run_config = dataclasses.replace(run_config, stop=_both(run_config.stop, budget))
     return assemble(
@@ -427,7 +448,8 @@ def _both(stop: Any, budget: "Budget") -> tune.Stopper:
 
 def place_of(experiment: Path) -> dict[str, str]:
     """Where a trial of an experiment writes, and where it finds teachers; {name} is its name."""
-    return {"directory": str(trials_folder(experiment) / "{name}"), "storage": str(experiment.parent)}
+    folder = str(trials_folder(experiment) / "{name}")
+    return {"directory": folder, "storage": str(experiment.parent), **remote.place_of(experiment)}
 
 
 def assemble(
@@ -856,12 +878,20 @@ class Lock(tune.Callback):  # type: ignore[misc]
 
     def _take(self) -> None:
         self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
+        self.claim: remote.Claim | None = None
         owner = self._experiment / "driver.txt"
         try:
             self._lock.acquire()
         except Timeout:
             who = owner.read_text().strip() if owner.exists() else "another process"
             raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
+        if remote.store_of(self._experiment) is not None:
+            self.claim = remote.Claim(self._experiment)
+            try:
+                self.claim.take()
+            except BaseException:
+                self._lock.release()
+                raise
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
@@ -869,8 +899,90 @@ class Lock(tune.Callback):  # type: ignore[misc]
 
     def release(self) -> None:
         """Let others run it; done when the sweep ends."""
+        if self.claim is not None:
+            with contextlib.suppress(OSError, ConfigError):  # else it is found to be stale
+                self.claim.release()
         if self._lock is not None:
             self._lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "claim": None}
+
+
+def ending(experiment: Path, lock: Lock, on_note: Callable[[str], None] | None) -> list[tune.Callback]:
+    """The callbacks that come last: what others wrote is uploaded, and the experiment is let go."""
+    return [lock] if lock.claim is None else [Uploads(experiment, lock.claim, on_note), lock]
+
+
+class Uploads(tune.Callback):  # type: ignore[misc]
+    """Uploads what a sweep on object storage writes, every `remote.UPLOAD_S`, when a trial ends, and at the end.
+
+    A store that does not answer is said once, and tried again; the sweep goes on.
+    """
+
+    def __init__(self, experiment: Path, claim: remote.Claim, on_note: Callable[[str], None] | None) -> None:
+        store, name = remote.named(experiment) or (None, "")
+        assert store is not None, f"{experiment=}"
+        self._store, self._url, self._experiment = store, f"{store.url}/{name}", experiment
+        self._claim, self._upload = claim, remote.Upload(experiment)
+        self._note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._trouble: str | None = None
+        self._taken_over: ConfigError | None = None
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
+
+    def setup(self, **info: Any) -> None:
+        self._thread.start()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._wake.set()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._wake.set()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._taken_over is not None:
+            raise self._taken_over
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self._over.set()
+        self._wake.set()
+        self._thread.join()
+        until = time.monotonic() + remote.END_S
+        while not self._once() and self._taken_over is None:
+            if time.monotonic() > until:
+                self._note(
+                    f"{self._url}: not all is uploaded: {self._trouble}; the rest is on this machine, in "
+                    f"{self._experiment}; when the store answers, upload it from here: tfkd resume {self._url}"
+                )
+                return
+            time.sleep(1)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            self._once()
+            self._wake.wait(remote.UPLOAD_S)
+            self._wake.clear()
+            self._over.wait(1)  # trials that end together are uploaded together
+
+    def _once(self) -> bool:
+        """Bring the store up to date; whether it is."""
+        try:
+            self._claim.refresh()
+            self._upload.once()
+        except ConfigError as error:
+            self._taken_over = error
+            self._over.set()
+            return False
+        except OSError as error:
+            if self._trouble is None:
+                self._note(f"{self._url}: {self._store.trouble(error)}; the sweep goes on, and uploads when it can")
+            self._trouble = self._store.trouble(error)
+            return False
+        if self._trouble is not None:
+            self._note(f"{self._url}: answers again; all is uploaded")
+        self._trouble = None
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_url": self._url}

@@ -1,0 +1,702 @@
+"""Experiments on object storage, against a real S3-compatible server (moto) on loopback, killed and started again."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from tfkd_ray import remote, teachers, trial
+from tfkd_ray.checkpoint import load_state
+from tfkd_ray.cli import main
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import read_records
+from tfkd_ray.schema import ConfigError, dump_yaml
+from tfkd_ray.teachers import teacher_name
+from tfkd_ray.tune import Lock, Uploads, _teacher, build_tuner, place_of, resume_tuner
+
+NODE = os.environ["XDG_CACHE_HOME"]
+"""The cache of the session's Ray: where trials run, so another node's disk than a test's own."""
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Server:
+    """moto's server, which keeps buckets in memory; ended by its process id."""
+
+    def __init__(self, **env: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url, self._env = f"http://127.0.0.1:{self.port}", env
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env={**os.environ, **self._env}, **quiet)
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            assert self.process.poll() is None, "moto's server has ended"
+            time.sleep(0.1)
+        raise AssertionError("moto's server does not listen")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=20)
+
+    def client(self) -> Any:
+        return boto3.client("s3", endpoint_url=self.url)
+
+    def names(self) -> set[str]:
+        """Of everything in the bucket, but the empty objects that stand for a folder after pyarrow has removed a file."""
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket="bucket")
+        return {o["Key"] for page in pages for o in page.get("Contents", ()) if not o["Key"].endswith("/")}
+
+    def objects(self) -> dict[str, bytes]:
+        """The same with what is in it."""
+        client = self.client()
+        return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in self.names()}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of an empty storage; `AWS_ENDPOINT_URL` names its server. This machine has no mirror of it yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    urllib.request.urlopen(urllib.request.Request(f"{server.url}/moto-api/reset", method="POST"), timeout=10)
+    server.client().create_bucket(Bucket="bucket")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    yield "s3://bucket/lab/me"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Be on another machine: with a cache of its own, so without the mirrors of this one."""
+
+    def move(name: str) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+
+    return move
+
+
+# --- URLs
+
+URLS = [
+    ("s3:///prefix", "a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got 's3:///prefix'"),
+    ("http://host/bucket", "got 'http://host/bucket'"),
+    ("s3://bucket/../other", "got 's3://bucket/../other'"),
+    ("s3://AKIAKEY:s3cret@bucket/prefix", "credentials come from the environment (set AWS_ACCESS_KEY_ID"),
+    ("s3://bucket/p?secret_key=s3cret", "an endpoint from AWS_ENDPOINT_URL"),
+    ("s3://[bucket/p", "Invalid IPv6 URL"),
+]
+
+
+@pytest.mark.parametrize("url, sentence", URLS, ids=[url for url, _ in URLS])
+def test_a_url_that_names_no_storage_is_refused_without_repeating_a_secret(url: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        remote.store_at(url)
+    assert sentence in str(error.value) and "s3cret" not in str(error.value)
+
+
+def test_a_url_is_one_store_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert remote.store_at("s3://b/p/").url == remote.store_at("s3://b//p").url == "s3://b/p"
+    assert remote.experiment_at("s3://b/p/e") == (remote.store_at("s3://b/p"), "e")
+    assert remote.experiment_at("s3://b/e") == (remote.store_at("s3://b"), "e")
+    with pytest.raises(ConfigError, match="an experiment's URL is STORAGE/NAME"):
+        remote.experiment_at("s3://b")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:s3cret@host")
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL: http://HOST:PORT or https://HOST, without credentials$"):
+        remote.store_at("s3://b")
+
+
+# --- what is fetched and uploaded
+
+
+def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
+    bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    store = remote.store_at(bucket)
+    e = store.mark() / "e"
+    trial = e / "trials" / "t0000-ce"
+    trial.mkdir(parents=True)
+    (e / "study.journal").write_text("1\n")
+    (e / "driver.lock").write_text("")
+    (e / "trials" / "tuner.pkl").write_bytes(b"Ray's")
+    (trial / "trial.json").write_text("{}")
+    (trial / "result.json").symlink_to("trial.json")
+    (trial / "last.ckpt").write_bytes(b"the trial's own")
+    upload = remote.Upload(e)
+    assert upload.once() == 2 and upload.once() == 0
+    assert set(server.objects()) == {"lab/me/e/study.journal", "lab/me/e/trials/t0000-ce/trial.json"}
+    (trial / "metrics.jsonl").write_text("a\n")
+    assert upload.once() == 1
+    (trial / "metrics.jsonl").write_text("b\n")  # as long as before
+    assert upload.once() == 1
+    assert remote.Upload(e).once() == 0  # a driver that goes on knows what is there
+
+    remote.send(trial / "last.ckpt")
+    elsewhere("other")
+    there = remote.fetch(store, "e")
+    assert there.is_relative_to(Path(os.environ["XDG_CACHE_HOME"])) and there != e
+    assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "b\n"
+    assert not (there / "trials/t0000-ce/last.ckpt").exists()
+    server.client().put_object(Bucket="bucket", Key="lab/me/e/trials/t0000-ce/metrics.jsonl", Body=b"c\n")
+    remote.fetch(store, "e")  # within the second in which it was written before
+    assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "c\n"
+    server.client().delete_object(Bucket="bucket", Key="lab/me/e/trials/t0000-ce/metrics.jsonl")
+    assert not (remote.fetch(store, "e") / "trials/t0000-ce/metrics.jsonl").exists()
+
+
+def test_a_file_that_goes_while_a_driver_runs_goes_there_and_one_that_a_cleaner_took_stays(
+    bucket: str, server: Server
+) -> None:
+    e = remote.store_at(bucket).mark() / "gone"
+    e.mkdir()
+    for name in ("a", "b"):
+        (e / name).write_text(name)
+    upload = remote.Upload(e)
+    upload.once()
+    (e / "a").unlink()
+    assert upload.once() == 1 and set(server.objects()) == {"lab/me/gone/b"}
+    (e / "b").unlink()
+    assert remote.Upload(e).once() == 0 and set(server.objects()) == {"lab/me/gone/b"}
+
+
+def test_the_study_is_written_last_and_as_it_was_before_the_files_were_looked_at(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e = remote.store_at(bucket).mark() / "order"
+    e.mkdir()
+    (e / "study.journal").write_text("trial 0 ended\n")
+    (e / "spent.json").write_text("{}")
+    written: list[tuple[str, bytes]] = []
+
+    def write(self: remote.Store, name: str, content: bytes) -> None:
+        written.append((name, content))
+        (e / "study.journal").write_text("trial 0 ended\ntrial 1 ended\n")  # while it is being uploaded
+
+    monkeypatch.setattr(remote.Store, "write", write)
+    upload = remote.Upload(e)
+    upload.once()
+    assert written == [("order/spent.json", b"{}"), ("order/study.journal", b"trial 0 ended\n")]
+    upload.once()
+    assert written[2:] == [("order/study.journal", b"trial 0 ended\ntrial 1 ended\n")]
+
+
+# --- one driver
+
+
+def begun(bucket: str, name: str = "e") -> tuple[Path, remote.Claim]:
+    experiment = remote.store_at(bucket).mark() / name
+    experiment.mkdir(parents=True, exist_ok=True)
+    claim = remote.Claim(experiment)
+    claim.take()
+    return experiment, claim
+
+
+def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_is_silent(
+    bucket: str, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = begun(bucket)
+    elsewhere("other")
+    remote.fetch(remote.store_at(bucket), "e")
+    with pytest.raises(ConfigError) as error:
+        begun(bucket)
+    assert f"is being run by process {os.getpid()} on {socket.gethostname()}, heard of" in str(error.value)
+    assert f"{bucket}/e:" in str(error.value) and "try again in" in str(error.value)
+    monkeypatch.setattr(remote, "STALE_S", 2.0)
+    time.sleep(1.5)
+    first.refresh()
+    time.sleep(1)
+    with pytest.raises(ConfigError, match="is being run by"):
+        begun(bucket)
+    time.sleep(3)
+    begun(bucket)
+    with pytest.raises(ConfigError, match=r"was taken over by process \d+ on .*uploads nothing more"):
+        first.refresh()
+    with pytest.raises(ConfigError, match="was taken over"):
+        first.release()
+
+
+def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
+    bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = remote.store_at(bucket).mark() / "e"
+    experiment.mkdir()
+    lock = Lock(experiment)
+    assert lock.claim is not None
+    uploads = Uploads(experiment, lock.claim, None)
+    monkeypatch.setattr(remote, "STALE_S", 0.0)  # as if it had been suspended for a minute
+    elsewhere("other")
+    remote.fetch(remote.store_at(bucket), "e")
+    begun(bucket)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    (experiment / "spent.json").write_text("{}")
+    uploads.setup()
+    uploads._thread.join(timeout=10)
+    with pytest.raises(ConfigError, match="was taken over by process"):
+        uploads.on_step_end(0, [])
+    assert "lab/me/e/spent.json" not in server.names()
+
+
+def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_is_known_to_have(
+    bucket: str, elsewhere: Callable[[str], None]
+) -> None:
+    begun(bucket)[1].release()
+    begun(bucket)  # whose lock on this disk is not held: it has died
+    begun(bucket)[1].release()
+    elsewhere("other")
+    with pytest.raises(ConfigError, match="was run by another driver meanwhile; try again"):
+        begun(bucket)  # before anything was fetched
+    remote.fetch(remote.store_at(bucket), "e")
+    begun(bucket)
+
+
+def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last(
+    bucket: str, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = os.environ["XDG_CACHE_HOME"]
+    e, claim = begun(bucket)
+    (e / "spent.json").write_text("1")
+    remote.Upload(e).once()
+    (e / "spent.json").write_text("2")  # and then it is killed
+    remote.fetch(remote.store_at(bucket), "e")
+    assert (e / "spent.json").read_text() == "2"
+    claim.release()
+    elsewhere("other")
+    there = remote.fetch(remote.store_at(bucket), "e")
+    assert (there / "spent.json").read_text() == "1"
+    begun(bucket)[1].release()
+    monkeypatch.setenv("XDG_CACHE_HOME", here)
+    remote.fetch(remote.store_at(bucket), "e")
+    assert (e / "spent.json").read_text() == "1"
+
+
+def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(
+    bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    client, store = server.client(), remote.store_at(bucket)
+    for name in ("trials/t0/trial.json", "study.journal", "trials/t1/trial.json", "trials/t2/trial.json"):
+        client.put_object(Bucket="bucket", Key=f"lab/me/e/{name}", Body=b"{}")
+        time.sleep(1.1)
+    e = remote.fetch(store, "e")
+    (e / "study.journal").write_text("opened, so newer than all")
+    remote.drop_unknown(e, ["t1"])
+    assert sorted(p.name for p in (e / "trials").iterdir()) == ["t0", "t1"]  # t0 is lost from the study: said
+
+
+# --- what cannot be used
+
+
+def refused(tfkd: Run, *words: str, **env: str) -> str:
+    start = time.monotonic()
+    done = tfkd(*words, timeout=60, **env)
+    assert done.returncode == 2, done.stderr
+    assert time.monotonic() - start < 20 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
+    bucket: str, tfkd: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sentence(url: str = bucket) -> str:
+        start = time.monotonic()
+        with pytest.raises(ConfigError) as error:
+            remote.check_new(remote.checked(remote.store_at(url)) / "e")
+        assert time.monotonic() - start < 12, error.value
+        return str(error.value)
+
+    remote.check_new(remote.checked(remote.store_at(bucket)) / "e")
+    assert sentence("s3://none/x") == "s3://none/x:\n  there is no such bucket; make it, or correct the URL"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert sentence() == (
+        f"{bucket}:\n  does not answer; is the network up, and the endpoint right (http://127.0.0.1:1)?"
+    )
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert "does not answer; is the network up" in sentence()
+
+
+POLICY = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "*"}]}
+
+
+def test_wrong_credentials_and_missing_rights_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = Server(INITIAL_NO_AUTH_ACTION_COUNT="4")  # from the fifth request on, who asks must be allowed to
+    try:
+        strict.client().create_bucket(Bucket="bucket")
+        iam = boto3.client("iam", endpoint_url=strict.url)
+        iam.create_user(UserName="reader")
+        iam.put_user_policy(UserName="reader", PolicyName="list", PolicyDocument=json.dumps(POLICY))
+        key = iam.create_access_key(UserName="reader")["AccessKey"]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", strict.url)
+        with pytest.raises(ConfigError, match=r"the credentials are not accepted; set AWS_ACCESS_KEY_ID and"):
+            remote.checked(remote.store_at("s3://bucket/x"))
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-right-one")
+        with pytest.raises(ConfigError, match=r"the credentials are not accepted"):
+            remote.checked(remote.store_at("s3://bucket/x"))
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        mirror = remote.checked(remote.store_at("s3://bucket/x"))  # it may list
+        with pytest.raises(ConfigError, match=r"not allowed with these credentials; ask for the right to list, read"):
+            remote.check_new(mirror / "e")
+    finally:
+        strict.stop()
+
+
+def test_commands_say_it_with_the_url_and_end_with_2(bucket: str, tfkd: Run) -> None:
+    space = "digits_tfkd"
+    assert "there is no such bucket" in refused(tfkd, "tune", space, "--storage", "s3://none/x")
+    assert "there is nothing; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
+    assert "does not answer" in refused(tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert "name a directory" in refused(tfkd, "train", "x.yaml", "--storage", bucket)
+
+
+# --- sweeps
+
+TREE: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 3,
+    "checkpoint_every_s": 0,
+    "objective": ["tfkd_self", "ce"],
+    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+    "search": {"num_samples": 6, "stopping": "none"},
+}
+LONG = {**TREE, "objective": "ce", "epochs": 250, "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1}}
+
+
+def outcome(experiment: Path) -> list[tuple[Any, ...]]:
+    """All that a sweep's trials came to, but for the time that it took."""
+    return [
+        (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
+        for r in read_records(experiment)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    notes: list[str] = []
+
+    def run(*words: str) -> str:
+        """What a command prints that ends well."""
+        code, (out, err) = main(words), capsys.readouterr()
+        assert code == 0, err
+        assert str(mirror) not in out + err, out + err
+        return out
+
+    grid = build_tuner(TREE, name="e", storage=bucket, on_note=notes.append).fit()
+    assert len(grid) == 6 and grid.num_errors == 0 and notes == []
+    objects = server.objects()
+    names = {key.removeprefix("lab/me/") for key in objects}
+    trials = ["t0000-tfkd_self", "t0001-ce", "t0002-lsr", "t0003-tfkd_self", "t0004-ce", "t0005-lsr"]
+    assert {n for n in names if n.startswith("e/trials/")} == {
+        f"e/trials/{trial}/{file}"
+        for trial in trials
+        for file in ("trial.json", "metrics.jsonl", "student.safetensors", "last.ckpt")
+    }
+    rest = {n for n in names if not n.startswith(("e/trials/", "e/tb/", "teachers/"))}
+    assert rest == {
+        ".tfkd",
+        *(f"e/{n}" for n in ("experiment.yaml", "study.journal", "spent.json", "driver.json", "driver.txt")),
+    }
+    assert sorted(n.rpartition("/")[2] for n in names if n.startswith("teachers/")) == [
+        "student.safetensors",
+        "teacher.json",
+    ]
+    assert all(any(n.startswith(f"e/tb/{trial}/events") for n in names) for trial in trials)
+    assert [k for k, content in objects.items() if b"s3cret-of-s3" in content or b"tfkd-key" in content] == []
+    assert not list((remote.store_at(bucket).folder / "e").rglob("last.ckpt"))  # they were on the other node
+
+    elsewhere("reader")
+    mirror = remote.store_at(bucket).folder
+    url = f"{bucket}/e"
+    capsys.readouterr()
+    found = json.loads(run("status", url, "--json"))
+    assert found["state"] == "finished" and found["trials"]["done"] == 6 and found["name"] == "e"
+    assert not [p for p in mirror.rglob("*") if p.suffix in (".ckpt", ".safetensors") or "tb" in p.parts]
+    assert json.loads(run("best", url, "--json"))["best"][0]["trial"] == found["best"]["trial"]
+    assert len(json.loads(run("trials", url, "-o", "json"))) == 6
+    assert run("logs", url, "0").splitlines()[-1] == "done"
+    [listed] = json.loads(run("ls", "--storage", bucket, "--json"))
+    assert (listed["name"], listed["state"], listed["ended"]) == ("e", "finished", 6)
+    assert "mlp-" in run("teacher", "list", "--storage", bucket)
+    assert run("report", url) == "report.html\n" and (tmp_path / "report.html").stat().st_size > 10_000
+    assert "e/" in run("export", url) and (tmp_path / "e-export" / "student.safetensors").exists()
+    with pytest.raises(ConfigError, match=f"experiment 'e' exists already.*tfkd resume {url}"):
+        build_tuner(TREE, name="e", storage=bucket)
+
+    assert f"written to {url}" in run("resume", url, "--add-trials", "3")
+    elsewhere("reader-2")
+    assert [r.status for r in read_records(remote.fetched(url))] == ["done"] * 9
+
+
+def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path: Path) -> None:
+    tree = {**TREE, "objective": "ce", "data": {"name": "cifar10", "root": str(tmp_path)}, "optim": {}}
+    del tree["search"]
+    epochs = trial._epochs_here(tree, {"directory": str(tmp_path / "t"), "storage": str(tmp_path), "name": "t"})
+    with pytest.raises(ConfigError) as error:
+        next(epochs)
+    assert str(error.value).startswith(f"node {socket.gethostname()}: data cifar10: not found: ")
+    assert "setup_commands of the cluster file" in str(error.value)
+
+
+def run_of(**settings: Any) -> dict[str, Any]:
+    tree = {
+        "student": {"name": "mlp", "hidden": [8]},
+        "epochs": 6,
+        "checkpoint_every_s": 0,
+        "objective": "ce",
+        **settings,
+    }
+    return TrainConfig.model_validate(tree).model_dump(mode="json")
+
+
+def about(storage: Path, experiment: str = "e") -> dict[str, Any]:
+    """What a driver says of a trial, wherever that runs."""
+    place = {key: value.replace("{name}", "t0") for key, value in place_of(storage / experiment).items()}
+    return {"name": "t0", "epochs": 6, **place}
+
+
+def alike(metrics: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in metrics]
+
+
+def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
+    bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
+) -> None:
+    run, told = run_of(), about(remote.store_at(bucket).mark())
+    alone = {"name": "t0", "epochs": 6, "directory": str(tmp_path / "t0"), "storage": str(tmp_path)}
+    whole = alike(trial._epochs_here(run, alone))
+    elsewhere("node-1")
+    epochs = trial._epochs_here(run, told)
+    begun = [next(epochs), next(epochs), next(epochs)]
+    epochs.close()  # type: ignore[attr-defined]
+    assert not any(key.endswith("student.safetensors") for key in server.names())
+    elsewhere("node-2")
+    again = list(trial._epochs_here(run, told))
+    assert again[:3] == begun and alike(again) == whole  # the first three were not trained again
+    here = remote.store_at(bucket).folder / "e/trials/t0"
+    weights = server.objects()["lab/me/e/trials/t0/student.safetensors"]
+    assert weights == (here / "student.safetensors").read_bytes()
+    assert weights == (tmp_path / "t0/student.safetensors").read_bytes()
+    elsewhere("node-1")  # whose own files are older
+    assert list(trial._epochs_here(run, told)) == again
+    server.client().delete_object(Bucket="bucket", Key="lab/me/e/trials/t0/last.ckpt")
+    assert next(trial._epochs_here(run, told)) not in again[:1]  # seconds differ: it begins anew
+
+
+def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
+    bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, refused = about(remote.store_at(bucket).mark()), list[str]()
+    write = remote.Store.write
+
+    def at_first_refused(self: remote.Store, name: str, content: bytes) -> None:
+        if len(refused) < 4:
+            refused.append(name)
+            _refused(self, name, content)
+        write(self, name, content)
+
+    monkeypatch.setattr(remote.Store, "write", at_first_refused)
+    assert len(list(trial._epochs_here(run_of(epochs=2), told))) == 2
+    assert {"last.ckpt", "student.safetensors"} == {name.rpartition("/")[2] for name in refused}
+    assert "lab/me/e/trials/t0/student.safetensors" in server.objects()
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(remote.Store, "write", _refused)
+    with pytest.raises(OSError, match=f"{bucket}: does not answer; is the network up"):
+        list(trial._epochs_here(run_of(epochs=3), about(remote.store_at(bucket).folder, "f")))
+
+
+def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_third(
+    bucket: str, server: Server, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfkd_ray.tune.seal_test_split", lambda: None)  # for good, in this process
+    config = TrainConfig.model_validate(run_of(objective="tfkd_self", teacher={"epochs": 4}))
+    made_by, storage = config.teacher_run(), remote.store_at(bucket).mark()
+    assert made_by is not None
+    run = made_by.model_copy(update={"checkpoint_every_s": 0.0})  # which is no part of its name
+    place, told, folder = remote.place_of(storage), about(storage), f"lab/me/teachers/{teacher_name(run)}"
+    elsewhere("node-1")
+    trained = [0]
+
+    def killed(path: Path, weights: Any, about: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:  # at its end
+        dying.setattr("tfkd_ray.loop.save_weights", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _teacher(run, storage, place)
+    assert f"{folder}/last.ckpt" in server.objects()
+    elsewhere("node-2")
+    real = teachers._trained
+
+    def counted(config: Any, folder: Path, on_epoch: Any, on_saved: Any) -> dict[str, float]:
+        trained[0] = load_state(folder)["epoch"]  # type: ignore[index]
+        return real(config, folder, on_epoch, on_saved)
+
+    monkeypatch.setattr(teachers, "_trained", counted)
+    made = _teacher(run, storage, place)
+    assert trained == [3]
+    assert {k for k in server.objects() if k.startswith(folder)} == {
+        f"{folder}/student.safetensors",
+        f"{folder}/teacher.json",
+    }
+    elsewhere("node-3")
+    assert _teacher(run, storage, place) == made and trained == [3]
+    elsewhere("node-4")
+    metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
+    assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0
+
+
+def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for_nothing_else(bucket: str) -> None:
+    code = (
+        "import sys; from tfkd_ray.cli import main\n"
+        f"assert main(['ls', '--storage', '{bucket}']) == 0 and main(['status', '{bucket}/e']) == 2\n"
+        "assert not {'torch', 'ray', 'optuna'} & set(sys.modules) and 'pyarrow' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = "import sys; from tfkd_ray.cli import main; main(['status', 'x']); assert 'pyarrow' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def forget(*caches: str) -> None:
+    """Lose the disks of nodes: their mirrors."""
+    for cache in caches:
+        shutil.rmtree(Path(cache) / "tfkd_ray" / "storage", ignore_errors=True)
+
+
+def until(there: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if there():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it does not come")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_number(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    build_tuner(LONG, name="whole", storage=tmp_path).fit()
+    (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
+    elsewhere("driver")
+    url, command = f"{bucket}/e", [sys.executable, "-m", "tfkd_ray", "tune", "long.yaml"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    driver = subprocess.Popen([*command, "--storage", bucket, "--name", "e"], cwd=tmp_path, **quiet)
+    try:
+        until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
+        until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.names())
+        elsewhere("second")
+        assert main(["resume", url]) == 2
+        assert f"is being run by process {driver.pid} on {socket.gethostname()}, heard of" in capsys.readouterr().err
+        assert main(["status", url, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["state"] == "running"
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    forget(NODE, str(tmp_path / "driver"))
+    monkeypatch.setattr(remote, "STALE_S", 0.0)
+    elsewhere("third")
+    assert "running" in [r.status for r in read_records(remote.fetched(url))]
+    grid = resume_tuner(url).fit()
+    assert grid.num_errors == 0
+    elsewhere("reader")
+    assert outcome(remote.fetched(url)) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
+) -> None:
+    build_tuner(LONG, name="whole", storage=tmp_path).fit()
+    (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
+    command = [sys.executable, "-m", "tfkd_ray", "tune", "long.yaml", "--storage", bucket, "--name", "e"]
+    with (tmp_path / "said").open("w") as said:
+        sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
+            kept = server.objects()
+            server.stop()
+            time.sleep(12)
+            server.start()  # its memory was its disk
+            server.client().create_bucket(Bucket="bucket")
+            for key, content in kept.items():
+                server.client().put_object(Bucket="bucket", Key=key, Body=content)
+            assert sweep.wait(timeout=90) == 0
+        finally:
+            sweep.kill()
+            sweep.wait()
+    text = (tmp_path / "said").read_text()
+    assert text.count("does not answer") == 1 and "the sweep goes on" in text and "answers again" in text, text
+    elsewhere("reader")
+    assert outcome(remote.fetched(f"{bucket}/e")) == outcome(tmp_path / "whole")
+    weights = [key for key in server.objects() if key.endswith("student.safetensors")]
+    assert len(weights) == 3
+
+
+def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_later(
+    bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "END_S", 1.0)
+    experiment = remote.store_at(bucket).mark() / "late"
+    experiment.mkdir()
+    lock, notes = Lock(experiment), list[str]()
+    assert lock.claim is not None
+    uploads = Uploads(experiment, lock.claim, notes.append)
+    uploads.setup()
+    until(lambda: "lab/me/late/driver.txt" in server.names())
+    monkeypatch.setattr(remote.Store, "write", _refused)
+    (experiment / "spent.json").write_text("{}")
+    uploads.on_experiment_end([])
+    assert notes[-1] == (
+        f"{bucket}/late: not all is uploaded: does not answer; is the network up, and the endpoint right ({server.url})?; "
+        f"the rest is on this machine, in {experiment}; when the store answers, upload it from here: tfkd resume {bucket}/late"
+    )
+
+
+def _refused(self: remote.Store, name: str, content: bytes) -> None:
+    raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7, Could not connect to server")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_of_a_group_the_first_worker_uploads_and_all_fetch(
+    ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    elsewhere("driver")
+    tree = {**TREE, "objective": "kd", "teacher": {"student": "mlp", "epochs": 2}, "workers": 2}
+    tree["search"] = {"num_samples": 2, "stopping": "none", "split": False}
+    grid = build_tuner(tree, name="e", storage=bucket).fit()
+    assert grid.num_errors == 0
+    names = {key.removeprefix("lab/me/e/trials/") for key in server.objects() if "/trials/" in key}
+    assert all(f"{trial}/{file}" in names for trial in {n.split("/")[0] for n in names}
+               for file in ("student.safetensors", "last.ckpt", "metrics.jsonl"))  # fmt: skip
