@@ -59,6 +59,8 @@ test-browser: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+	@if $(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; \
+	then timeout 500 $(BIN)/python benchmarks/step.py --gpu; else echo "test-gpu: no CUDA GPU here, so no benchmark of steps"; fi
 
 fuzz: $(VENV)/.installed
 	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_damage.py --timeout 1800 -n 2 $(ARGS)

@@ -1,6 +1,6 @@
 """What a training step costs, against other loops on the same nets, batches and images: one thread, interleaved.
 
-    python benchmarks/step.py [--student cnn5|resnet18|mobilenet_v2] [--teacher resnet50] [--rounds 7] [--steps 6]
+    python benchmarks/step.py [--student resnet18] [--teacher resnet50] [--rounds 7] [--steps 6] [--gpu]
 
 Every loop trains the same student with batches of 64 images of 32x32 in 100 classes (synthetic files in CIFAR-100's
 format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps` steps of each loop, one loop after the
@@ -42,8 +42,21 @@ from tfkd_ray.schema import validated
 from tfkd_ray.soft_labels import Bank
 
 BATCH, K, T, ALPHA = 64, 100, 4.0, 0.9
+ON_GPU = False
+"""Set by --gpu: all loops on the first CUDA device."""
 Round = Iterator[float]
 """Gives the seconds an image of `steps` steps each time it is asked."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+def now() -> float:
+    """Seconds, once the device has done what it was given."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
@@ -88,15 +101,18 @@ class Case:
             "epochs": 1000,
         }
 
+        if ON_GPU:
+            self.tree |= {"gpus_per_worker": 1}
+
     def config(self, **changes: Any) -> TrainConfig:
         return validated(TrainConfig, self.tree | changes)
 
     def student(self) -> nn.Module:
-        return self.config().student.build((3, 32, 32), K)
+        return self.config().student.build((3, 32, 32), K).to(device())
 
     def teacher(self) -> nn.Module | None:
         run = self.config().teacher_run()
-        return run.student.build((3, 32, 32), K).eval().requires_grad_(False) if run else None
+        return run.student.build((3, 32, 32), K).to(device()).eval().requires_grad_(False) if run else None
 
 
 def ours(case: Case, rounds: int, folder: Path, **changes: Any) -> Round:
@@ -123,9 +139,9 @@ def usual(case: Case) -> Round:
     batches = endless(torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, drop_last=True))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     while True:
-        start, count = time.perf_counter(), 0
+        start, count = now(), 0
         for _ in range(case.steps):
-            images, labels = next(batches)
+            images, labels = (t.to(device(), non_blocking=True) for t in next(batches))
             count += len(images)
             logits = student(images)
             loss = F.cross_entropy(logits, labels)
@@ -138,7 +154,7 @@ def usual(case: Case) -> Round:
             loss.backward()
             optimizer.step()
             loss.item()
-        yield (time.perf_counter() - start) / count
+        yield (now() - start) / count
 
 
 def timms(case: Case) -> Round:
@@ -152,7 +168,7 @@ def timms(case: Case) -> Round:
     loader = timm.data.create_loader(
         Pictures(case.data, None),  # type: ignore[arg-type]
         (3, 32, 32), BATCH, is_training=True, color_jitter=0.0, train_crop_mode="rkrc", mean=mean, std=std,
-        num_workers=0, persistent_workers=False, use_prefetcher=False, device=torch.device("cpu"),
+        num_workers=0, persistent_workers=False, use_prefetcher=False, device=device(),
     )  # fmt: skip
     loader.dataset.transform = transforms(case.data)  # the same images as the others
     batches = endless(loader)
@@ -166,15 +182,15 @@ def timms(case: Case) -> Round:
             student, teacher, task_loss_weight=1 - ALPHA, distill_loss_weight=ALPHA, temperature=T, verbose=False
         ).train()
     while True:
-        start, count = time.perf_counter(), 0
+        start, count = now(), 0
         for _ in range(case.steps):
-            images, labels = next(batches)
+            images, labels = (t.to(device(), non_blocking=True) for t in next(batches))
             count += len(images)
             loss = task(images, labels)["loss"] if task is not None else F.cross_entropy(student(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        yield (time.perf_counter() - start) / count
+        yield (now() - start) / count
 
 
 def torchdistills(case: Case) -> Round:
@@ -204,36 +220,36 @@ def torchdistills(case: Case) -> Round:
         networks = {"model": network}
     config = {**common, **networks, "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"loss": term}}}}
     if teacher is not None:
-        box = get_distillation_box(teacher, student, datasets, config, torch.device("cpu"), None, False, 1)
+        box = get_distillation_box(teacher, student, datasets, config, device(), None, False, 1)
     else:
-        box = get_training_box(student, datasets, config, torch.device("cpu"), None, False, 1)
+        box = get_training_box(student, datasets, config, device(), None, False, 1)
     while True:
-        start, count = time.perf_counter(), 0
+        start, count = now(), 0
         box.pre_epoch_process(epoch=0)
         for batch in box.train_data_loader:
-            images, labels = batch[:2]
+            images, labels = (t.to(device(), non_blocking=True) for t in batch[:2])
             count += len(images)
             loss = box.forward_process(images, labels, batch[2] if len(batch) > 2 else None)
             box.post_forward_process(loss)
-        yield (time.perf_counter() - start) / count
+        yield (now() - start) / count
 
 
 def bare(case: Case, precision: str) -> Round:
     """The arithmetic alone."""
     network = case.config().student
-    student = network.build((3, 32, 32), K).to(memory_format=network.memory_format).train()
+    student = case.student().to(memory_format=network.memory_format).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
-    images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(0, K, (BATCH,))
+    images, labels = torch.randn(BATCH, 3, 32, 32, device=device()), torch.randint(0, K, (BATCH,), device=device())
     while True:
-        start = time.perf_counter()
+        start = now()
         for _ in range(case.steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = student(images)
             loss: Tensor = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        yield (time.perf_counter() - start) / (case.steps * BATCH)
+        yield (now() - start) / (case.steps * BATCH)
 
 
 def measure(loops: dict[str, Round], rounds: int) -> dict[str, list[float]]:
@@ -280,7 +296,10 @@ def main() -> None:
     parser.add_argument("--teacher", default="resnet50")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--gpu", action="store_true", help="on the first CUDA device")
     args = parser.parse_args()
+    global ON_GPU
+    ON_GPU = args.gpu
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -289,9 +308,10 @@ def main() -> None:
         data = Cifar100(root=folder, check_md5=False)
         for teacher in (None, args.teacher):
             case = Case(data, args.student, teacher, args.steps)
+            where = torch.cuda.get_device_name() if ON_GPU else platform.machine()
             print(
                 f"{args.student}, teacher {teacher}, precision {case.config().precision}, torch {torch.__version__}, "
-                f"{platform.machine()}; {args.rounds - 1} rounds of {args.steps} steps of {BATCH} images",
+                f"{where}; {args.rounds - 1} rounds of {args.steps} steps of {BATCH} images",
                 flush=True,
             )
             found = measure(loops_of(case, teacher, args.rounds + 2, folder / "bank"), args.rounds)

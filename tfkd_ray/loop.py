@@ -129,7 +129,8 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
         model = DistributedDataParallel(student) if workers > 1 else student
-        forward = torch.compile(model, dynamic=False) if config.compile == "on" else model
+        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+        forward = torch.compile(model, dynamic=False, mode=mode) if config.compile == "on" else model
 
         def snapshot() -> State:
             parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
