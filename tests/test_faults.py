@@ -100,6 +100,7 @@ def assert_no_orphans(experiment: Path) -> None:
     assert sorted(p.name for p in (experiment / "trials").iterdir() if p.is_dir()) == names
     assert sorted(p.name for p in (experiment / "tb").iterdir() if p.is_dir()) == names
     kept = {"trial.json", "metrics.jsonl", "result.json", "student.safetensors", "last.ckpt", "before.ckpt"}
+    kept |= {"error.txt", "error.pkl"}  # Tune's, where a process was lost
     assert {p.name for name in names for p in (experiment / "trials" / name).iterdir()} <= kept
     assert not [p.name for p in experiment.iterdir() if p.name.startswith((".", "study.journal.lock"))]
 
