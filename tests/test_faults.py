@@ -100,6 +100,7 @@ def assert_no_orphans(experiment: Path) -> None:
     assert sorted(p.name for p in (experiment / "trials").iterdir() if p.is_dir()) == names
     assert sorted(p.name for p in (experiment / "tb").iterdir() if p.is_dir()) == names
     kept = {"trial.json", "metrics.jsonl", "result.json", "student.safetensors", "last.ckpt", "before.ckpt"}
+    kept |= {"error.txt", "error.pkl"}  # Tune's, where a process was lost
     assert {p.name for name in names for p in (experiment / "trials" / name).iterdir()} <= kept
     assert not [p.name for p in experiment.iterdir() if p.name.startswith((".", "study.journal.lock"))]
 
@@ -185,7 +186,7 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
-    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=200), tmp_path) as driver:
+    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=80), tmp_path) as driver:
         wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
         with pytest.raises(ConfigError, match=f"is being run by process {driver.pid} on {socket.gethostname()}; wait"):
             resume_tuner(experiment)
@@ -308,7 +309,7 @@ def assert_sigterm_saves(tmp_path: Path, workers: int) -> None:
 
 
 def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str, tmp_path: Path, tfkd: Run) -> None:
-    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=150, checkpoint_every_s=1000)
+    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=100, checkpoint_every_s=1000)
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(space, tmp_path) as driver:
         wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
@@ -478,7 +479,7 @@ def test_a_sweep_on_a_bad_disk_stops_with_a_sentence_and_goes_on_when_it_is_mend
     where = disk("tmpfs" if trouble == "full" else "ext4")
     url = {"storage": f"sqlite:///{where}/s.db"} if place == "SQLite" else {}
     teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}
-    space = tree({"max_concurrent": 2, **url}, epochs=100, objective={"name": "kd", "alpha": 0.5}, teacher=teacher)
+    space = tree({"max_concurrent": 2, **url}, epochs=60, objective={"name": "kd", "alpha": 0.5}, teacher=teacher)
     space["search"]["split"] = False
     experiment = where / "r" / "e"
     with tuning(space, tmp_path, "--storage", str(where / "r")) as driver:
@@ -513,7 +514,7 @@ def test_a_sweep_on_a_bad_disk_stops_with_a_sentence_and_goes_on_when_it_is_mend
     resumed = tfkd("resume", str(experiment))
     assert resumed.returncode == 0, resumed.stderr
     after = read_records(experiment)
-    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 100) for n in range(3)]
+    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 60) for n in range(3)]
     for record in after:
         ours = next((r.metrics for r in before if r.number == record.number), [])
         assert times_aside(record.metrics[: len(ours)]) == times_aside(ours)
