@@ -203,7 +203,8 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         )
         raise ConfigError(what, source)
     if (source / "confirm.yaml").is_file():
-        return _of_comparison(source, arm, seed)
+        with damaged(source / "confirm.json"):
+            return _of_comparison(source, arm, seed)
     if arm is not None or seed is not None:
         given = "--arm" if arm is not None else "--seed"
         raise ConfigError(
@@ -223,7 +224,8 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     if (source / "trial.json").is_file():
         record, above = read_record(source), source.parent.parent
         if (above / "confirm.yaml").is_file():
-            return _of_comparison(above, record.parameters.get("arm"), record.parameters.get("seed"))
+            with damaged(above / "confirm.json"):
+                return _of_comparison(above, record.parameters.get("arm"), record.parameters.get("seed"))
         return _of_trial(record, above)
     if (source / "config.yaml").is_file():
         return _of_run(source)

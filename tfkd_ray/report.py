@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +246,10 @@ def _sweep_sections(experiment: Path, plan: Plan, comparisons: Sequence[Path]) -
 
 
 def _verdict_section(sweep: Sweep, experiment: Path, comparisons: Sequence[Path]) -> Section:
-    parts: list[str | Figure] = list(chain.from_iterable(_verdict_boxes(directory) for directory in comparisons))
+    parts: list[str | Figure] = []
+    for directory in comparisons:
+        with damaged(directory / "confirm.json"):
+            parts += _verdict_boxes(directory)
     if not parts:
         parts.append(_box("open", "Not confirmed yet", _not_a_verdict(sweep)))
     return Section("Verdict", parts)
@@ -744,7 +746,12 @@ def _evenly(items: Sequence[Any], most: int) -> list[Any]:
 # --- a comparison of arms --------------------------------------------------------------------------------------
 
 
-def _comparison_sections(directory: Path, *, inside: bool = False) -> Iterator[Section]:
+def _comparison_sections(directory: Path, *, inside: bool = False) -> list[Section]:
+    with damaged(directory / "confirm.json"):
+        return list(_sections_of_comparison(directory, inside=inside))
+
+
+def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Section]:
     """Sections about a comparison; `inside` the report of a sweep its verdict stands elsewhere."""
     plan, judged = read_plan(directory), _read_judged(directory)
     if not inside:
