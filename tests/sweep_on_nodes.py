@@ -3,15 +3,14 @@
     python tests/sweep_on_nodes.py STORAGE SPACE_AS_JSON
 
 The head and two more nodes have one CPU each. After the first epoch of any trial a fourth node comes; when a trial has
-told an epoch on it, or a group could not, the raylet of the second node gets a signal 9, as if its machine had gone.
-Every result waits a little, so that trials are long enough to be met on their way. Run by test_cluster_nodes.py.
+told an epoch on it, or a group could not, the raylet of the second node gets a signal 9, as if its machine had gone, and
+the file `slow` beside the storage is removed (see slow.py). Run by test_cluster_nodes.py.
 """
 
 import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from ray.cluster_utils import Cluster
 from tfkd_ray.cluster import DRIVER
 from tfkd_ray.tune import build_tuner, spent_so_far
 
-PACE_S = 0.2
-
 
 class Nodes(tune.Callback):  # type: ignore[misc]
     """Adds a node, kills another, and notes on which node each epoch was told."""
 
-    def __init__(self, cluster: Cluster, doomed: Any, workers: int) -> None:
+    def __init__(self, cluster: Cluster, doomed: Any, workers: int, place: Path) -> None:
+        self.place = place
         self.cluster, self.doomed, self.workers, self.added = cluster, doomed, workers, ""
         self.epochs: list[tuple[int, int, str]] = []
         self.lost: list[int] = []
@@ -48,8 +46,8 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         if self.doomed and used and epoch >= 2 and (self.workers > 1 or where == "doomed"):
             os.kill(int(self.doomed.all_processes["raylet"][0].process.pid), signal.SIGKILL)
             self.doomed = None
+            (self.place / "slow").unlink(missing_ok=True)
             self.epochs.append((number, epoch, "killed"))
-        time.sleep(PACE_S if self.doomed else 0)
 
     def place_of(self, trial: Any) -> str:
         """Node that a trial's process is on."""
@@ -75,12 +73,12 @@ def main() -> None:
     storage, space = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.environ.pop("RAY_ADDRESS", None)
     workers = space.get("workers", 1)
-    head = {"num_cpus": 1 if workers == 1 else 0, "resources": {DRIVER: 1000}, "include_dashboard": True}
+    head = {"num_cpus": 1 if workers == 1 else 0, "resources": {DRIVER: 1000}, "include_dashboard": workers > 1}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     doomed = cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
-    watch = Nodes(cluster, doomed, workers)
+    watch = Nodes(cluster, doomed, workers, storage.parent)
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
     report = {
         "epochs": watch.epochs,

@@ -16,11 +16,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run
+from safetensors.torch import load_file
 
 from tfkd_ray.experiment import read_metrics, read_records
 from tfkd_ray.loop import train
@@ -86,12 +88,16 @@ def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
             assert told == [(m["epoch"], m["train_loss"], m["val_accuracy"]) for m in alone], record.name
         else:
             assert [epoch for epoch, *_ in told] == [m["epoch"] for m in alone]
-        weights.setdefault(lr, set()).add((record.folder / "student.safetensors").read_bytes())
+        tensors = sorted(load_file(record.folder / "student.safetensors").items())
+        weights.setdefault(lr, set()).add(b"".join(tensor.numpy().tobytes() for _, tensor in tensors))
     assert all(len(found) == 1 for found in weights.values()), "weights of equal trials differ"
 
 
 def test_a_node_that_is_added_is_used_and_the_trials_of_one_that_dies_go_on_elsewhere(place: Path) -> None:
-    report = sweep_on_nodes(place, SPACE)
+    (place / "slow").touch()  # trials are slow, so that all nodes have one, until one node is dead
+    network = {"name": "own", "path": "tests.slow:network", "args": {"file": str(place / "slow")}}
+    space = {**SPACE, "student": network, "epochs": 60, "search": {**SPACE["search"], "num_samples": 8}}
+    report = sweep_on_nodes(place, space)
     killed = next(i for i, (*_, where) in enumerate(report["epochs"]) if where == "killed")
     number, at, _ = report["epochs"][killed]
     assert number in report["lost"] and report["nodes"] == 3
@@ -99,7 +105,7 @@ def test_a_node_that_is_added_is_used_and_the_trials_of_one_that_dies_go_on_else
     later = [(epoch, where) for n, epoch, where in report["epochs"][killed + 1 :] if n == number]
     assert later[0][0] in (at, at + 1) and {where for _, where in later} <= {"first", "added"}, "from its checkpoint"
     assert report["failed"] == 0, "a lost node is not the trial's failure"
-    assert_same_as_never_lost(place / "s/e", 10)
+    assert_same_as_never_lost(place / "s/e", 8)
 
 
 def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_added(place: Path) -> None:
@@ -136,7 +142,7 @@ def started(place: Path) -> Path:
     (place / "wrong").write_text("0" * 64)
     (place / "wrong").chmod(0o600)
     (place / "work").mkdir()
-    space = {**SPACE, "search": {**SPACE["search"], "num_samples": 4}}
+    space = {**SPACE, "search": {**SPACE["search"], "num_samples": 2}}
     (place / "work/space.yaml").write_text(json.dumps(space))
     ports = [f"--{name}={port}" for name, port in PORTS.items()]
     ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *ports, "--dashboard-agent-listen-port=6492",
@@ -159,29 +165,30 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
         assert (place / "token").read_text() not in done.stdout + done.stderr and "Traceback" not in done.stderr
         return done, time.monotonic() - began
 
-    looked, _ = run("doctor", "--address", gcs, "--storage", str(place / "s"), "--space", "space.yaml")
-    assert looked.returncode == 0, looked.stdout + looked.stderr
-    for line in ("3 of 3 ran a task", "refused without the token", "one directory for 3 nodes", "room for 3 at a time"):
-        assert line in looked.stdout, looked.stdout
-
-    swept, _ = run("tune", "space.yaml", "--address", gcs, "--storage", str(place / "s"), "--name", "direct")
-    assert swept.returncode == 0, swept.stderr
-    assert_same_as_never_lost(place / "s/direct", 4)
-
-    sent, _ = run("tune", "space.yaml", "--address", http, "--storage", str(place / "s"), "--name", "job")
-    assert sent.returncode == 0, sent.stderr
-    assert_same_as_never_lost(place / "s/job", 4)
-
     refusals = {
         ("wrong", gcs): ("it answers, so the token here", 60),
         ("none", gcs): ("there is no token here", 60),
-        ("wrong", http): ("refuses the token that is here", 15),
-        ("none", http): ("wants a token, and there is none here", 15),
+        ("wrong", http): ("refuses the token that is here", 20),
+        ("none", http): ("wants a token, and there is none here", 20),
     }
-    for (token, address), (sentence, seconds) in refusals.items():
-        refused, took = run("tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token)
-        assert refused.returncode == 2 and sentence in refused.stderr, (token, address, refused.stderr)
-        assert took < seconds, (token, address, took)
+    with ThreadPoolExecutor() as pool:  # they wait for Ray, mostly
+        asked = {
+            (token, address): pool.submit(
+                run, "tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token
+            )
+            for token, address in refusals
+        }
+        swept, _ = run("tune", "space.yaml", "--address", gcs, "--storage", str(place / "s"), "--name", "direct")
+    assert swept.returncode == 0, swept.stderr
+    assert_same_as_never_lost(place / "s/direct", 2)
+    for key, (sentence, seconds) in refusals.items():
+        refused, took = asked[key].result()
+        assert refused.returncode == 2 and sentence in refused.stderr, (key, refused.stderr)
+        assert took < seconds, (key, took)
+
+    sent, _ = run("tune", "space.yaml", "--address", http, "--storage", str(place / "s"), "--name", "job")
+    assert sent.returncode == 0, sent.stderr
+    assert_same_as_never_lost(place / "s/job", 2)
     assert {path.name for path in (place / "s").iterdir()} == {"direct", "job"}
 
 
