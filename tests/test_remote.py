@@ -1,8 +1,10 @@
 """Experiments on object storage, against a real S3-compatible server (moto) on loopback, killed and started again."""
 
+import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,10 +18,13 @@ from typing import Any
 
 import boto3
 import pytest
+from conftest import ROOT
 
 from tfkd_ray import remote, teachers, trial
 from tfkd_ray.checkpoint import load_state
 from tfkd_ray.cli import main
+from tfkd_ray.cluster_verbs import _storage_of
+from tfkd_ray.clusterfile import check, load_cluster
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records
 from tfkd_ray.schema import ConfigError, dump_yaml
@@ -126,6 +131,28 @@ def test_a_url_is_one_store_however_it_is_written(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:s3cret@host")
     with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL: http://HOST:PORT or https://HOST, without credentials$"):
         remote.store_at("s3://b")
+
+
+FILES = [
+    ("aws-gpu.yaml", "/mnt/tfkd/results "), ("kuberay-cluster.yaml", "/mnt/tfkd/results}"), ("local.yaml", "~/tfkd_results "),
+    ("slurm.sh", 'TFKD_RESULTS='),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, place", FILES, ids=[name for name, _ in FILES])
+def test_a_cluster_file_may_name_a_bucket(name: str, place: str, tmp_path: Path) -> None:
+    text = (ROOT / "clusters" / name).read_text()
+    url = "s3://bucket/results"
+    changed = (
+        re.sub(r"TFKD_RESULTS=\S+", f"TFKD_RESULTS={url}", text)
+        if name == "slurm.sh"
+        else text.replace(place, url + place[-1])
+    )
+    assert changed != text
+    (tmp_path / name).write_text(changed)
+    assert f"experiments go to {url}" in check(load_cluster(tmp_path / name))
+    options = argparse.Namespace(storage=Path("tfkd_results"), cluster=str(tmp_path / name))
+    assert _storage_of(options) == (None if name == "slurm.sh" else url)
 
 
 # --- what is fetched and uploaded

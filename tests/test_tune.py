@@ -168,7 +168,10 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
             {"run_config": tune.RunConfig(checkpoint_config=tune.CheckpointConfig(num_to_keep=1))},
             "run_config.checkpoint",
         ),
-        ({"storage": "s3://bucket/x"}, "needs a directory that all nodes see"),
+        (
+            {"storage": "ftp://host/x"},
+            "storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got 'ftp://host/x'",
+        ),
     ]:
         with pytest.raises(ConfigError) as error:
             build_tuner(TREE, **{"name": "x", "storage": tmp_path, **wrong})

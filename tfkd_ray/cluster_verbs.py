@@ -33,7 +33,7 @@ from tfkd_ray.jobs import (
     stage,
     submit_command,
 )
-from tfkd_ray.remote import store_at
+from tfkd_ray.remote import is_url, store_at
 from tfkd_ray.schema import ConfigError, find_file
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
@@ -769,4 +769,4 @@ def _storage_of(args: argparse.Namespace) -> str | None:
         return None
     check(file)
     assert file.storage is not None, f"{args.cluster=}"
-    return str(Path(file.storage).expanduser()) if file.here else file.storage
+    return str(Path(file.storage).expanduser()) if file.here and not is_url(file.storage) else file.storage

@@ -402,6 +402,7 @@ def begin_trial(directory: Path) -> None:
             if name != "last.ckpt":
                 (directory / name).unlink(missing_ok=True)
         patiently(lambda: bring(directory / "last.ckpt"), store)
+        patiently(lambda: send(directory / "error.txt"), store)
 
 
 def on_saved(directory: Path) -> Callable[[bool], None] | None:
