@@ -137,7 +137,7 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
 
     def space(name: str) -> dict[str, Any]:
         url = {"storage": f"sqlite:///{tmp_path}/{name}.db"} if place == "SQLite" else {}
-        return tree({**search, **url}, epochs=81, optim={"lr": lr})
+        return tree({**search, **url}, epochs=243 if at_once == 1 else 162, optim={"lr": lr})
 
     build_tuner(space("whole"), name="whole", storage=tmp_path).fit()
     context = multiprocessing.get_context("forkserver")  # drivers that have imported what they need
@@ -154,7 +154,7 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
                 driver.join(moments.uniform(0, 4))
             else:
                 wait(lambda seen=seen, d=driver: written(experiment) != seen or not d.is_alive(), "a trial")  # type: ignore[misc]
-                driver.join(moments.uniform(0, 0.5))
+                driver.join(moments.uniform(0, 0.4))
         else:
             driver.join(150)
         alive = driver.is_alive()
