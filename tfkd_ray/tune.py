@@ -505,7 +505,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
         if trial.trial_id not in self._lost:
             before = read_record(folder).lost if (folder / "trial.json").exists() else 0
-            self._lost[trial.trial_id] = _Losses(all=before)
+            self._lost[trial.trial_id] = _Losses(before)
         (folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         self._write(trial, "running")
 
@@ -518,6 +518,8 @@ class Recorder(tune.Callback):  # type: ignore[misc]
             with (self._folder(trial) / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._seen[trial.trial_id] = epoch
+            if (allowed := self._lost.get(trial.trial_id, _Losses()).allowed or 0) > 0:
+                trial.max_failures = trial.num_failures + allowed  # it got further: earlier losses were not its fault
         if result.get("done"):  # before the study is told: a crash between repeats the end, and never loses it
             self._end(trial, result)
 
@@ -530,16 +532,11 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A process was lost: where it was lost before, it may be the trial's fault, and after progress it is not."""
+        """A process was lost; losses add up until the trial gets further than it was (see `on_trial_result`)."""
         lost = self._lost[trial.trial_id]
-        epoch = self._seen.get(trial.trial_id, 0)
-        lost.here = lost.here + 1 if epoch == lost.epoch else 1
-        lost.epoch = epoch
-        lost.all += 1
+        lost.times += 1
         if lost.allowed is None:
             lost.allowed = trial.max_failures
-        if lost.allowed >= 0:
-            trial.max_failures = trial.num_failures + lost.allowed - lost.here
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._write(trial, "failed", "its process was lost, and again when it was started anew")
@@ -565,7 +562,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
                 parameters=about["parameters"],
                 config=trial_config,
                 reason=reason,
-                lost=self._lost[trial.trial_id].all if trial.trial_id in self._lost else 0,
+                lost=self._lost[trial.trial_id].times if trial.trial_id in self._lost else 0,
             )
         )
 
@@ -574,13 +571,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 class _Losses:
     """How often the process of a trial was lost."""
 
-    all: int = 0
+    times: int = 0
     allowed: int | None = None
-    """At one epoch; -1: always."""
-    epoch: int = -1
-    """Where it was the last time."""
-    here: int = 0
-    """Times at that epoch."""
+    """At one epoch; -1: always; None: not asked yet, as none was lost."""
 
 
 _METRICS = {
