@@ -124,8 +124,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="trials for each slot")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    none = {"prestart_worker_first_driver": False}  # or Ray starts a process for each CPU that is claimed
     ray.init(address="local", num_cpus=args.slots, num_gpus=args.slots, include_dashboard=False, log_to_driver=False,
-             logging_level="ERROR", object_store_memory=150 * 2**20)  # fmt: skip
+             logging_level="ERROR", object_store_memory=150 * 2**20, _system_config=none)  # fmt: skip
     hosts = itertools.cycle([Host.remote(args.epoch_s, args.epochs) for _ in range(HOSTS)])
     keys = itertools.count()
     new = Method(lambda: StandIn(next(keys), next(hosts)))
