@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper, FunctionStopper
 
 from tfkd_ray import teachers
-from tfkd_ray.cluster import check_room, connect, give_larger_share, started_here
+from tfkd_ray.cluster import check_room, connect, give_larger_share, keep_keys_at_home, started_here
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
@@ -422,6 +422,7 @@ def assemble(
         max_failures: times that a trial whose process was lost is started again.
     """
     os.environ.update(_TUNE_SETTINGS)
+    keep_keys_at_home()
     at_once = tune_config.max_concurrent_trials
     if config.workers > 1:  # their own processes take next to nothing, so Tune would start them all
         at_once = min(at_once or sys.maxsize, check_room(config))
