@@ -76,6 +76,17 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     return False
 
 
+def keep_keys_at_home() -> None:
+    """Let Tune not copy this process's AWS keys into its trials' environments, which Ray logs and its dashboard shows.
+
+    A node has keys of its own: by its role, or by the environment that Ray was started with there.
+    """
+    from ray.tune.execution import class_cache
+
+    keys = [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
+
+
 OUT_OF_MEMORY = "out_of_memory"
 """File in a trial's folder: the share of a GPU whose memory was not enough for it."""
 

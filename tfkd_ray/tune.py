@@ -24,7 +24,15 @@ from sqlalchemy.exc import OperationalError
 
 from tfkd_ray import remote, teachers
 from tfkd_ray.checkpoint import LAST
-from tfkd_ray.cluster import check_room, connect, give_larger_share, grows_for, room_for, started_here
+from tfkd_ray.cluster import (
+    check_room,
+    connect,
+    give_larger_share,
+    grows_for,
+    keep_keys_at_home,
+    room_for,
+    started_here,
+)  # fmt: skip
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
@@ -470,6 +478,7 @@ def assemble(
         max_failures: times that a trial whose process was lost in the same epoch is started again (see `Losses`).
     """
     os.environ.update(_TUNE_SETTINGS)
+    keep_keys_at_home()
     at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, check_room(config)
     more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
     # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
