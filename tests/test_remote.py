@@ -720,7 +720,7 @@ def test_of_a_group_the_first_worker_uploads_and_all_fetch(
     ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
     elsewhere("driver")
-    tree = {**TREE, "objective": "kd", "teacher": {"student": "mlp", "epochs": 2}, "workers": 2}
+    tree = {**TREE, "objective": "kd", "teacher": {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}, "workers": 2}
     tree["search"] = {"num_samples": 2, "stopping": "none", "split": False}
     grid = build_tuner(tree, name="e", storage=bucket).fit()
     assert grid.num_errors == 0
