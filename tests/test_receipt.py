@@ -32,7 +32,7 @@ def space(**tree: Any) -> Space:
 
 def record(number: int, values: list[float], status: str = "done", objective: str = "ce", **parameters: Any) -> Record:
     metrics = [{"epoch": k + 1, "val_accuracy": v, "seconds": 2.0} for k, v in enumerate(values)]
-    return Record(Path("x"), number, f"t{number:04d}-{objective}", objective, status, parameters, {}, None, metrics)
+    return Record(Path("x"), number, f"t{number:04d}-{objective}", objective, status, parameters, {}, metrics=metrics)
 
 
 def test_a_receipt_adds_up_and_counts_hours_at_the_measured_speed() -> None:

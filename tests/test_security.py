@@ -370,7 +370,7 @@ def test_a_jobs_metadata_and_files_hold_no_secret(
     staged.mkdir()
     stage(home, staged)
     assert (staged / "notes.txt").exists() and places_of(CANARIES, [staged]) == []
-    command = submit_command("http://127.0.0.1:8265", "job", staged, ["python", "-m", "tfkd_ray", "tune"], detach=True)
+    command = submit_command("http://127.0.0.1:8265", "job", staged, ["python", "-m", "tfkd_ray", "tune"])
     assert not [word for word in CANARIES.values() if any(word in part for part in command)]
     monkeypatch.chdir(home)
     (home / "small.yaml").write_text(SMALL)

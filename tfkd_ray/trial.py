@@ -165,7 +165,9 @@ def check_metrics(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         raise LookupError(f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it")
 
 
-def _epochs_here(run: dict[str, Any], about: dict[str, Any], say: Callable[[str], None]) -> Iterator[Metrics]:
+def _epochs_here(
+    run: dict[str, Any], about: dict[str, Any], say: Callable[[str], None] | None = None
+) -> Iterator[Metrics]:
     """The epochs of a trial in this process, the first worker of a group included."""
     config = validated(TrainConfig, run)
     check_data_here(config)
