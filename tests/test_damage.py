@@ -117,7 +117,7 @@ def reads(storage: Path, out: Path) -> Iterator[tuple[str, Any]]:
 def test_a_damaged_file_is_a_sentence_or_is_borne(
     part: int, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def reached(config: object) -> None:
+    def reached(*args: Any) -> None:
         raise Reached
 
     monkeypatch.setattr(tfkd_ray.tune, "prepare", reached)
