@@ -751,6 +751,14 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
     except TeacherFailed as error:
         _say(f"tfkd: {error}")
         return None
+    import threading
+
+    def heard(args: threading.ExceptHookArgs) -> None:
+        """What a thread that writes says of the disk is told again by who waits for it."""
+        if disk_trouble(args.exc_value) is None:
+            threading.__excepthook__(args)
+
+    threading.excepthook = heard
     try:
         with _ctrl_c(progress) as interrupted:
             tuner.fit()
@@ -762,6 +770,7 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
         _say(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {_short(experiment)}")
         return None
     finally:
+        threading.excepthook = threading.__excepthook__
         progress.stop()
     return not interrupted
 

@@ -19,6 +19,7 @@ import errno
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -79,7 +80,11 @@ class Record:
 def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str]) -> None:
     """Write experiment.yaml: everything needed to say what was run, and to run it again."""
     seeds = {"trials": tree["seed"], "proposals": tree["search"]["seed"], "split": tree["data"]["split_seed"]}
-    write_text(experiment / "experiment.yaml", dump_yaml({**about_now(argv), "seeds": seeds, "space": dict(tree)}))
+    write_text(
+        experiment / "experiment.yaml",
+        dump_yaml({**about_now(argv), "seeds": seeds, "space": dict(tree)}),
+        durable=True,
+    )
 
 
 def about_now(argv: list[str]) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
 def write_record(record: Record) -> None:
     """Write trial.json, whole."""
     about = {k: v for k, v in record.__dict__.items() if k not in ("folder", "metrics")}
-    write_text(record.folder / "trial.json", json.dumps(about, indent=1) + "\n")
+    write_text(record.folder / "trial.json", json.dumps(about, indent=1) + "\n", durable=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -230,12 +235,16 @@ def damaged(path: Path) -> Iterator[None]:
         raise ConfigError(f"was changed by hand, or cut: {what}", path) from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one."""
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a text file so that a reader sees the old one or the new one; `durable`: also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.new")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

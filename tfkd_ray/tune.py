@@ -215,7 +215,7 @@ def resume_tuner(
             searcher.retry_failed()
         if add_trials or study_storage or space is not None or any(more is not None for more in budgets.values()):
             about["space"] = new.tree
-            write_text(experiment / "experiment.yaml", dump_yaml(about))
+            write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
         train_teachers(new.teacher_runs(), experiment.parent, on_teacher)
         ray_configs = tune.TuneConfig(), tune.RunConfig()
         tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
