@@ -115,7 +115,7 @@ FREE_OF_ADVISORIES = {
     "tensorboard": "2.21",  # its projector read any file
     "pyyaml": "6.0",  # CVE-2020-14343, before 5.4
     "pydantic": "2.7",  # CVE-2024-3772, before 2.4
-    "pillow": "12.1.1",  # CVE-2026-25990; CVE-2024-28219 and others before
+    "pillow": "13.0.0",  # CVE-2026-96639, GHSA-5x8w-8jj5-q52h (JPEG); CVE-2026-25990 and others before
     "filelock": "3.20.3",  # CVE-2025-68146, CVE-2026-22701: a link in the place of the lock was followed
     "scikit-learn": "1.5",  # CVE-2024-5206
 }
