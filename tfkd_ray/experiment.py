@@ -257,8 +257,9 @@ DISK_ERRORS = {
 
 
 def check_room_for(folder: Path, size: int) -> None:
-    """Raise the system's own OSError where `size` more bytes cannot be written to a folder now."""
-    with tempfile.TemporaryFile(dir=folder) as file:
+    """Raise the system's own OSError where `size` more bytes cannot be written to a folder, there already or not."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    with tempfile.TemporaryFile(dir=there) as file:
         for _ in range(0, size, 2**20):
             file.write(bytes(2**20))
         file.flush()

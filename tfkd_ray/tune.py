@@ -647,7 +647,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
         """Why a trial that was lost has failed."""
         if trial.trial_id in self._hung:
             return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung, and was ended"
-        times = self._again.get(trial.trial_id, 0) + 1
+        times = self._again.get(trial.trial_id, trial.max_failures) + 1
         return (
             f"its process was lost {f'{times} times' if times > 1 else 'once'} in epoch "
             f"{self._epoch.get(trial.trial_id, 0) + 1} (no memory, a crash?)"
