@@ -207,7 +207,7 @@ def test_reading_a_poisoned_experiment_runs_nothing(
 ) -> None:
     storage, boom = poisoned
 
-    def reached(config: object) -> None:
+    def reached(*args: object) -> None:
         raise Reached
 
     monkeypatch.setattr(tfkd_ray.tune, "prepare", reached)

@@ -629,9 +629,10 @@ def _fidelity(sweep: Sweep) -> Figure:
                 continue
             x, y = [p[0] for p in pairs], [p[1] for p in pairs]
             found = ranks.get((objective, rung))
-            told = f"{found.rank:.2f} (n = {found.n})" if found else "no spread"
-            if found and found.judged > found.n:
-                told += f"; corrected {found.corrected:.2f}"
+            told = "no spread"
+            if found:
+                corrected = f", {found.corrected:.2f}" if found.judged > found.n else ""
+                told = f"{found.rank:.2f}{corrected} (n = {found.n})"
             name = f"{objective}: {told}"
             series.append(Series("points", x, y, name, sweep.colour(objective), [sweep.hover(p[2]) for p in pairs]))
         if series:
@@ -641,8 +642,8 @@ def _fidelity(sweep: Sweep) -> Figure:
     sentence = (
         "The value at a rung against the final one, over trials of full length; the legend has Spearman's rank "
         "correlation (1: the rung ranks trials as the end does). Trials that a rung stopped have no final value, and "
-        "over the survivors a correlation is lower than over all that came to the rung: so it is corrected, too."
-        + "".join(warnings)
+        "over the survivors a correlation is lower than over all that came to the rung; a second number is "
+        "corrected for that." + "".join(warnings)
     )
     if not sweep.space.search.stopping.rungs(sweep.space.epochs):
         return Figure(
