@@ -186,7 +186,7 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
-    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=80), tmp_path) as driver:
+    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=800), tmp_path) as driver:
         wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
         with pytest.raises(ConfigError, match=f"is being run by process {driver.pid} on {socket.gethostname()}; wait"):
             resume_tuner(experiment)
@@ -309,7 +309,7 @@ def assert_sigterm_saves(tmp_path: Path, workers: int) -> None:
 
 
 def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str, tmp_path: Path, tfkd: Run) -> None:
-    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=100, checkpoint_every_s=1000)
+    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=800, checkpoint_every_s=1000)
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(space, tmp_path) as driver:
         wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
