@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
                      "RAY_ADDRESS, or this machine alone)")  # fmt: skip
     sub.add_argument("--cluster", metavar="FILE", help="of the cluster, that is up, to look at")
-    sub.add_argument("--storage", type=Path, metavar="DIR", help="where experiments go, which all nodes must see "
+    sub.add_argument("--storage", type=_place, metavar="DIR", help="where experiments go, which all nodes must see "
                      "(default: what the cluster file says; on this machine ./tfkd_results)")  # fmt: skip
     sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
     sub.add_argument("--reap", action="store_true", help="remove placement groups of jobs that have ended")
@@ -307,7 +307,13 @@ def _doctor(args: argparse.Namespace) -> int:
     from tfkd_ray.doctor import doctor
 
     storage = args.storage or (None if connected else Path("tfkd_results"))
-    found = doctor(storage and storage.expanduser().absolute(), shape, reap=args.reap, connected=connected)
+    if isinstance(storage, str):
+        from tfkd_ray.remote import store_at
+
+        storage = store_at(storage)
+    elif storage is not None:
+        storage = storage.expanduser().absolute()
+    found = doctor(storage, shape, reap=args.reap, connected=connected)
     print("\n".join(one.line() for one in found))
     return FAILED if any(one.level == "problem" for one in found) else OK
 

@@ -110,10 +110,12 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def _look_for_nodes(self) -> None:
         """While trials wait for nodes, say which ones an autoscaler is starting."""
         now = time.monotonic()
+        if now - self._looked <= NODES_S:
+            return
+        self._looked = now
         if any(run.status == "running" and run.epoch for run in self._runs.values()):
             self._waiting = ""
-        elif now - self._looked > NODES_S:
-            self._looked = now
+        else:
             before, self._waiting = self._waiting, ", ".join(starting())
             if self._waiting and self._waiting != before:
                 self._say(f"waiting for nodes: {self._waiting}")

@@ -116,7 +116,9 @@ class Store:
         except FileNotFoundError:
             return {}
         root = len(self._path("")) + 1
-        return {i.path[root:]: Object(i.size, i.mtime.timestamp()) for i in found if i.type == FileType.File}
+        files = {i.path[root:]: Object(i.size, i.mtime.timestamp()) for i in found if i.type == FileType.File}
+        # what others named like a way out of the mirror, or like what is kept in it, is none of ours
+        return {name: about for name, about in files.items() if not re.search(r"(^|/)(\.|/|$)|\0", name)}
 
     def names(self) -> list[str]:
         """Experiments, and whatever else lies directly below."""
