@@ -43,7 +43,8 @@ class Nodes(tune.Callback):  # type: ignore[misc]
             self.added = node_id(self.cluster.add_node(num_cpus=1))
             self.names[self.added] = "added"
         used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
-        if self.doomed and used and epoch >= 2 and (self.workers > 1 or where == "doomed"):
+        here = not result.get("done") and (self.workers > 1 or where == "doomed")  # one that ends leaves its place
+        if self.doomed and used and epoch >= 2 and here:
             os.kill(int(self.doomed.all_processes["raylet"][0].process.pid), signal.SIGKILL)
             self.doomed = None
             (self.place / "slow").unlink(missing_ok=True)

@@ -21,6 +21,21 @@ WORDS = [
 ]  # fmt: skip
 
 
+def is_answered(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Assert that a command ends with an exit code and a sentence, and no traceback."""
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException as error:
+        error.add_note(f"TFKD_FUZZ_SEED={SEED}: tfkd {argv!r}")
+        raise
+    out, err = capfd.readouterr()
+    assert code in (0, 1, 2), argv
+    assert "Traceback" not in out + err, argv
+    assert code == 0 or err.strip(), argv
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_any_words_after_a_verb_are_answered(
@@ -41,17 +56,7 @@ def test_any_words_after_a_verb_are_answered(
         argv = [verb, *(rng.choice(WORDS) for _ in range(rng.randrange(5)))]
         if verb in ("tune", "train") and "digits_tfkd" in argv:
             continue  # it might be a right command
-        try:
-            code = main(argv)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException as error:
-            error.add_note(f"TFKD_FUZZ_SEED={SEED}: tfkd {argv!r}")
-            raise
-        out, err = capfd.readouterr()
-        assert code in (0, 1, 2), argv
-        assert "Traceback" not in out + err, argv
-        assert code == 0 or err.strip(), argv
+        is_answered(argv, capfd)
 
 
 @pytest.mark.slow
@@ -95,16 +100,7 @@ def test_any_words_after_a_verb_of_clusters_are_answered(
         rng = random.Random(f"{SEED}/cluster {do}/{number}")
         printed = [] if do == "check" else ["--print"]  # nothing is to be started
         argv = ["cluster", do, *printed, *(rng.choice(words) for _ in range(rng.randrange(5)))]
-        try:
-            code = main(argv)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException as error:
-            error.add_note(f"TFKD_FUZZ_SEED={SEED}: tfkd {argv!r}")
-            raise
-        out, err = capfd.readouterr()
-        assert code in (0, 1, 2) and "Traceback" not in out + err, argv
-        assert code == 0 or err.strip(), argv
+        is_answered(argv, capfd)
 
 
 READING = [["--help"], ["tune", "--help"], ["check", "digits_tfkd"], ["ls"], ["status", "nowhere"], ["nothing"], []]

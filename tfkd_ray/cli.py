@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -408,8 +409,6 @@ def _with_comparisons(place: "Path | str") -> Path:
 @contextlib.contextmanager
 def _kept_up_to_date(places: "Sequence[Path | str]", want: Callable[[str], bool] | None = None) -> Iterator[None]:
     """Fetch again and again what a command shows as it changes."""
-    import threading
-
     from tfkd_ray.schema import ConfigError
 
     over, urls = threading.Event(), [place for place in places if isinstance(place, str)]
@@ -757,7 +756,6 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
     except TeacherFailed as error:
         _say(f"tfkd: {error}")
         return None
-    import threading
 
     def heard(args: threading.ExceptHookArgs) -> None:
         """What a thread that writes says of the disk is told again by who waits for it."""

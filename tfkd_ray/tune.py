@@ -479,7 +479,7 @@ def assemble(
     """
     os.environ.update(_TUNE_SETTINGS)
     keep_keys_at_home()
-    at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, check_room(config)
+    at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, max(1, room_for(config))
     more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
     # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room // 8, more))
