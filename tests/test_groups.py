@@ -84,6 +84,7 @@ def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(ra
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_groups_survive_a_killed_worker_and_a_killed_trial(ray_cluster: str, tmp_path: Path) -> None:
     space = {**SPACE, "optim": {"lr": {"choices": [0.1, 0.05]}, "batch_size": 64}}

@@ -670,6 +670,7 @@ def until(there: Callable[[], bool]) -> None:
     raise AssertionError("it does not come")
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_number(
@@ -703,6 +704,7 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     assert outcome(remote.fetched(url)) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(

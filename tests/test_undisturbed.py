@@ -72,6 +72,7 @@ def sweep(folder: Path, name: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ten_readers_disturb_nothing(ray_cluster: str, tmp_path: Path) -> None:
