@@ -7,13 +7,16 @@ told an epoch on it, or a group could not, the raylet of the second node gets a 
 the file `slow` beside the storage is removed (see slow.py). Run by test_cluster_nodes.py.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import tune
 from ray.cluster_utils import Cluster
@@ -30,6 +33,7 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         self.cluster, self.doomed, self.workers, self.added = cluster, doomed, workers, ""
         self.epochs: list[tuple[int, int, str]] = []
         self.lost: list[int] = []
+        self.seconds: dict[tuple[int, int], Any] = {}
         self.places: dict[Any, str] = {}
         self.names = {node_id(doomed): "doomed"}
 
@@ -37,6 +41,9 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         number, epoch = trial.config["trial"]["number"], result.get("epoch", 0)
+        if self.seconds.get((number, epoch)) == result.get("seconds"):
+            return  # told again from its run state, not trained again
+        self.seconds[number, epoch] = result.get("seconds")
         where = self.names.get(self.place_of(trial), "first")
         self.epochs.append((number, epoch, where))
         if not self.added:
@@ -45,9 +52,11 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
         here = not result.get("done") and (self.workers > 1 or where == "doomed")  # one that ends leaves its place
         if self.doomed and used and epoch >= 2 and here:
-            os.kill(int(self.doomed.all_processes["raylet"][0].process.pid), signal.SIGKILL)
+            raylet = psutil.Process(self.doomed.all_processes["raylet"][0].process.pid)
+            for process in (raylet, *raylet.children(recursive=True)):  # a node that is gone takes its workers along
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
             self.doomed = None
-            (self.place / "slow").unlink(missing_ok=True)
             self.epochs.append((number, epoch, "killed"))
 
     def place_of(self, trial: Any) -> str:
@@ -59,6 +68,7 @@ class Nodes(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.lost.append(trial.config["trial"]["number"])
+        (self.place / "slow").unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -81,6 +91,9 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
     watch = Nodes(cluster, doomed, workers, storage.parent)
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
+    until = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) > 3 and time.monotonic() < until:
+        time.sleep(0.5)  # Ray takes a while to say that a node is dead
     report = {
         "epochs": watch.epochs,
         "lost": watch.lost,
