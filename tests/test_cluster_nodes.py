@@ -128,6 +128,7 @@ def ray_start(place: Path, name: str, *words: str, inside: tuple[str, ...] = (),
     """A node of its own; its processes have `place` in their command lines."""
     given = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "token"), **env}
     given.pop("RAY_ADDRESS", None)
+    given["PATH"] = f"{BIN}{os.pathsep}{given['PATH']}"  # jobs take the node's own python
     command = [*inside, str(BIN / "ray"), "start", *words, "--num-cpus=1", "--object-store-memory=150000000",
                f"--temp-dir={place}/{name}"]  # fmt: skip
     run = subprocess.run(command, env=given, capture_output=True, text=True, timeout=90)
@@ -302,7 +303,7 @@ def test_a_sweep_waits_for_the_nodes_that_an_autoscaler_starts_and_says_so(place
     ids = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
     ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *(f"--{k}={v}" for k, v in PORTS.items()),
               "--dashboard-agent-listen-port=6492", '--resources={"tfkd_driver": 1000}',
-              f"--autoscaling-config={place}/scaled.json", RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1",
+              f"--autoscaling-config={place}/scaled.json", RAY_FAKE_CLUSTER="1",
               RAY_enable_autoscaler_v2="1", RAY_NODE_TYPE_NAME="ray.head.default", TMPDIR=str(place), **ids)  # fmt: skip
     space = {**SPACE, "epochs": 3, "search": {**SPACE["search"], "num_samples": 4}}
     for name in ("fast_disk", "tape"):

@@ -74,7 +74,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._notes: list[str] = []
         self._epochs: deque[float] = deque(maxlen=SPEED_EPOCHS)
         self._drawn = 0.0
-        self._looked = time.monotonic()
+        self._looked = -math.inf
         self._waiting = ""
 
     # --- events
