@@ -1,14 +1,16 @@
 """What a training step costs, against other loops on the same nets, batches and images: one thread, interleaved.
 
-    python benchmarks/step.py [--student resnet18] [--teacher resnet50] [--rounds 7] [--steps 6] [--gpu]
+    python benchmarks/step.py [--student resnet18] [--teacher resnet50] [--batch 64] [--rounds 7] [--steps 6]
+                              [--gpu]
 
-Every loop trains the same student with batches of 64 images of 32x32 in 100 classes (synthetic files in CIFAR-100's
+Every loop trains the same student with batches of images of 32x32 in 100 classes (synthetic files in CIFAR-100's
 format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps` steps of each loop, one loop after the
 other; printed are medians over the rounds (the first left out) of images a second and of the ratio to ours.
 
     ours        this package's loop, as trials run it: `precision: auto`; the teacher's logits from a filled bank
     ours fp32   the same in float32
     usual       DataLoader, transforms of PIL images, the teacher under no_grad, loss.item(), as most scripts have it
+    usual 2     the same with 2 processes in its DataLoader: they have the second core, which nothing else has
     timm        timm's loader and, with a teacher, its LogitDistillationTask, as its train.py drives them
     torchdistill  its TrainingBox and DistillationBox, if it is installed
     bare        forward, backward and optimizer of the same net on one batch that stays: what cannot be saved
@@ -41,7 +43,9 @@ from tfkd_ray.loop import train
 from tfkd_ray.schema import validated
 from tfkd_ray.soft_labels import Bank
 
-BATCH, K, T, ALPHA = 64, 100, 4.0, 0.9
+BATCH = 64
+"""Images of a step, by --batch."""
+K, T, ALPHA = 100, 4.0, 0.9
 ON_GPU = False
 """Set by --gpu: all loops on the first CUDA device."""
 Round = Iterator[float]
@@ -132,11 +136,12 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def usual(case: Case) -> Round:
+def usual(case: Case, processes: int = 0) -> Round:
     """The loop of most scripts."""
     student, teacher = case.student().train(), case.teacher()
     pictures = Pictures(case.data, transforms(case.data))
-    batches = endless(torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, drop_last=True))
+    keep = {"num_workers": processes, "persistent_workers": processes > 0}
+    batches = endless(torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, drop_last=True, **keep))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     while True:
         start, count = now(), 0
@@ -270,6 +275,7 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
         "ours": lambda: ours(case, rounds, folder),
         "ours fp32": lambda: ours(case, rounds, folder, precision="fp32"),
         "usual": lambda: usual(case),
+        "usual 2": lambda: usual(case, processes=2),
         "timm": lambda: timms(case),
         "torchdistill": lambda: torchdistills(case),
         "bare": lambda: bare(case, precision),
@@ -294,12 +300,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="resnet50")
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--gpu", action="store_true", help="on the first CUDA device")
     args = parser.parse_args()
-    global ON_GPU
-    ON_GPU = args.gpu
+    global ON_GPU, BATCH
+    ON_GPU, BATCH = args.gpu, args.batch
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,22 +1,28 @@
 """What a whole sweep costs against the recipes at hand: the same trials, one at a time, in turns.
 
-    python benchmarks/sweep.py [--trials 8] [--epochs 6] [--repeats 3]
+    python benchmarks/sweep.py [--trials 24] [--epochs 6] [--repeats 2]
 
     ours     `build_tuner`, as `tfkd tune` runs it, with its files, checkpoints and event files
-    nested   the recipe of Ray's documentation: Tune with OptunaSearch, and in each trial a TorchTrainer whose loop has
-             a DataLoader and reports every epoch
-    plain    the same loop in a function trainable, without a TorchTrainer
+    optuna   Optuna in one process, without Ray: a study that calls the usual loop
+    plain    Tune with OptunaSearch and ASHA, the usual loop in a function trainable
+    nested   the recipe of Ray's documentation: as plain, and in each trial a TorchTrainer that runs the loop
 
-All train the same network on the same 2,000 images of Fashion-MNIST with the same learning rates (a grid), cropped
-and flipped, and judge it on the same validation images. Printed are seconds of the sweep, Ray being up, and the best
-accuracy.
+The trials are those of random search over kd and tfkd_reg (alpha and temperature each), fixed
+by the seed before anything runs. All train the same network on the same 2,000 images of Fashion-MNIST, cropped and
+flipped, with one thread, and judge it on the same validation images; the teacher has been trained before. The usual
+loop has a DataLoader, PIL images, the teacher under no_grad in every step, and loss.item(). ASHA's first rung is the
+last epoch, so that all train the same number of epochs; our bank is emptied before each sweep. Printed are wall and
+processor seconds (of the whole machine: run nothing beside) of the sweep, Ray being up, and where they go.
 """
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +30,59 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
 
 import optuna
+import psutil
 import ray
 import torch
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from tfkd_ray import build_tuner
 from tfkd_ray.cluster import connect
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.experiment import read_records
+from tfkd_ray.files import cache_folder
+from tfkd_ray.schema import validated
 
-STUDENT = {"name": "cnn", "widths": [16, 32]}
-DATA = {"name": "fashion_mnist", "subset": 2000}
+Trees = list[dict[str, Any]]
+PARTS = ("images", "teacher", "student", "validation")
 
 
-def rates(trials: int) -> list[float]:
-    return [round(0.02 * 1.5**k, 4) for k in range(trials)]
+def space(trials: int, epochs: int) -> dict[str, Any]:
+    alpha = {"low": 0.1, "high": 0.95}
+    temperature = {"low": 1.5, "high": 20, "log": True}
+    return {
+        "data": {"name": "fashion_mnist", "subset": 2000},
+        "student": {"name": "cnn", "widths": [16, 32]},
+        "teacher": {"model": "cnn5", "epochs": 3},
+        "objective": [
+            {"name": "kd", "alpha": alpha, "temperature": temperature},
+            {"name": "tfkd_reg", "alpha": alpha, "temperature": temperature},
+        ],
+        "epochs": epochs,
+        "augment": {"crop_padding": 2, "flip": True},
+        "optim": {"lr": 0.05, "batch_size": 64},
+        "schedule": {"name": "cosine", "warmup_epochs": 0},
+        "search": {
+            "num_samples": trials, "sampler": "random", "stopping": "none", "split": False, "max_concurrent": 1,
+            "warm_start": False, "baselines": False,
+        },
+    }  # fmt: skip
 
 
-def usual_loop(config: dict[str, Any]) -> None:
-    """A training loop as most scripts have it; runs in a trial, or in a worker of a TorchTrainer."""
+def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] = tune.report) -> None:
+    """A training loop as most scripts have it; runs in a trial, in a worker of a TorchTrainer, or in this process."""
     import torch.nn.functional as F
     from PIL import Image
     from torchvision import transforms as tv
 
-    from tfkd_ray.config import TrainConfig
-    from tfkd_ray.schema import validated
+    from tfkd_ray.teachers import load_teacher
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    run = validated(TrainConfig, {"objective": "ce", "student": STUDENT, "data": DATA})
+    run = validated(TrainConfig, config["points"][config["point"]])
+    objective: Any = run.objective
     train_set, val_set = run.data.load()
     assert val_set is not None
     mean, std = ([value / 255 for value in values] for values in run.data.statistics())
@@ -71,29 +101,51 @@ def usual_loop(config: dict[str, Any]) -> None:
             return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
     student: torch.nn.Module = run.student.build(run.data.shape, run.data.num_classes)
-    loader = torch.utils.data.DataLoader(Pictures(train_set, varied), 64, shuffle=True)
+    trained = run.teacher_run()
+    teacher = load_teacher(trained, Path(config["storage"])) if trained else None
+    loader = torch.utils.data.DataLoader(Pictures(train_set, varied), run.optim.batch_size, shuffle=True)
     judged = torch.utils.data.DataLoader(Pictures(val_set, to_tensor), 256)
-    report = tune.report
-    if config.get("nested"):
+    if config["way"] == "nested":
         from ray import train
         from ray.train.torch import prepare_data_loader, prepare_model
 
         student, loader, report = prepare_model(student), prepare_data_loader(loader), train.report
-    optimizer = torch.optim.SGD(student.parameters(), lr=config["lr"], momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config["epochs"])
-    for _ in range(config["epochs"]):
+    optimizer = torch.optim.SGD(student.parameters(), lr=run.optim.lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs)
+    spent: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
+    clock = time.perf_counter()
+
+    def passed(part: str) -> None:
+        nonlocal clock
+        clock, before = time.perf_counter(), clock
+        spent[part] += clock - before
+
+    for _ in range(run.epochs):
         student.train()
         for images, labels in loader:
-            loss = F.cross_entropy(student(images), labels)
+            passed("images")
+            with torch.no_grad():
+                if teacher is not None:
+                    soft = teacher(images)
+                else:
+                    wrong = (1 - objective.correct_prob) / (run.data.num_classes - 1)
+                    virtual = torch.full((len(labels), run.data.num_classes), wrong)
+                    soft = virtual.scatter(1, labels.unsqueeze(1), objective.correct_prob).log()
+            passed("teacher")
+            logits, t = student(images), objective.temperature
+            kd = F.kl_div(F.log_softmax(logits / t, 1), F.softmax(soft / t, 1), reduction="batchmean")
+            loss = (1 - objective.alpha) * F.cross_entropy(logits, labels) + objective.alpha * t * t * kd
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             loss.item()
+            passed("student")
         schedule.step()
         student.eval()
         with torch.no_grad():
             right = sum(int((student(images).argmax(1) == labels).sum()) for images, labels in judged)
-        report({"val_accuracy": right / len(val_set)})
+        passed("validation")
+        report({"val_accuracy": right / len(val_set), "point": config["point"], **spent})
 
 
 def nested(config: dict[str, Any]) -> None:
@@ -104,7 +156,7 @@ def nested(config: dict[str, Any]) -> None:
 
     TorchTrainer(
         usual_loop,
-        train_loop_config={**config, "nested": True},
+        train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
             name=f"train-{tune.get_context().get_trial_id()}",
@@ -114,72 +166,121 @@ def nested(config: dict[str, Any]) -> None:
     ).fit()
 
 
-def with_ray(function: Any, cpus: float, trials: int, epochs: int, storage: Path) -> float:
-    """The best accuracy that Tune with OptunaSearch finds."""
+def with_ray(config: dict[str, Any], storage: Path) -> Trees:
+    """The last report of each trial of Tune with OptunaSearch."""
+    points = list(range(len(config["points"])))
     search = OptunaSearch(
-        {"lr": optuna.distributions.CategoricalDistribution(rates(trials))},
+        {"point": optuna.distributions.CategoricalDistribution(points)},
         metric="val_accuracy",
         mode="max",
-        sampler=optuna.samplers.GridSampler({"lr": rates(trials)}, seed=0),
+        sampler=optuna.samplers.GridSampler({"point": points}, seed=0),
     )
+    epochs = config["points"][0]["epochs"]
+    function, cpus = (nested, 0.01) if config["way"] == "nested" else (usual_loop, 1)
     tuner = tune.Tuner(
         tune.with_resources(function, {"CPU": cpus}),
-        param_space={"epochs": epochs, "storage": str(storage)},
+        param_space=config,
         tune_config=tune.TuneConfig(
-            metric="val_accuracy", mode="max", search_alg=ConcurrencyLimiter(search, 1), num_samples=trials
+            search_alg=ConcurrencyLimiter(search, 1),
+            scheduler=ASHAScheduler(metric="val_accuracy", mode="max", max_t=epochs, grace_period=epochs),
+            num_samples=len(points),
         ),
         run_config=tune.RunConfig(name=f"e{time.time_ns()}", storage_path=str(storage), verbose=0),
     )
-    return float(tuner.fit().get_best_result().metrics["val_accuracy"])
+    return [dict(result.metrics or {}) for result in tuner.fit()]
 
 
-def ours(trials: int, epochs: int, storage: Path) -> Any:
-    """A Tuner of ours over the same grid."""
-    space = {
-        "data": DATA,
-        "student": STUDENT,
-        "objective": "ce",
-        "epochs": epochs,
-        "augment": {"crop_padding": 2, "flip": True},
-        "optim": {"lr": {"choices": rates(trials)}, "batch_size": 64},
-        "schedule": {"name": "cosine", "warmup_epochs": 0},
-        "search": {"sampler": "grid", "stopping": "none", "max_concurrent": 1, "warm_start": False},
-    }
-    return build_tuner(space, name=f"ours-{time.time_ns()}", storage=storage)
+def with_optuna(config: dict[str, Any]) -> Trees:
+    """The last report of each trial of a study in this process."""
+    points = list(range(len(config["points"])))
+    found: Trees = []
+
+    def objective(trial: optuna.Trial) -> float:
+        reports: Trees = []
+        usual_loop({**config, "point": trial.suggest_categorical("point", points)}, reports.append)
+        found.append(reports[-1])
+        return float(reports[-1]["val_accuracy"])
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.GridSampler({"point": points}, seed=0)
+    optuna.create_study(direction="maximize", sampler=sampler).optimize(objective, n_trials=len(points))
+    return found
+
+
+def with_ours(trials: int, epochs: int, storage: Path) -> Trees:
+    shutil.rmtree(cache_folder(), ignore_errors=True)
+    name = f"ours-{time.time_ns()}"
+    build_tuner(space(trials, epochs), name=name, storage=storage).fit()
+    records = read_records(storage / name)
+    return [{**r.metrics[-1], "epochs": sum(m["seconds"] for m in r.metrics)} for r in records]
+
+
+def accuracies(found: Trees) -> list[float]:
+    """In the order of the points."""
+    return [f["val_accuracy"] for f in sorted(found, key=lambda f: f.get("point", 0))]
+
+
+def busy() -> float:
+    """Processor seconds that this machine has spent."""
+    times = psutil.cpu_times()
+    return float(times.user + times.system)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
-    connect(workers=2)  # with the dashboard, which nested trainers need to be cleaned up
-    seconds: dict[str, list[float]] = {}
-    best: dict[str, list[float]] = {}
+    wall: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}
+    last: dict[str, Trees] = {}
     with tempfile.TemporaryDirectory() as name:
         storage = Path(name)
+        os.environ["XDG_CACHE_HOME"] = name  # for the processes of trials, too
+        connect(workers=2)  # with the dashboard, which nested trainers need to be cleaned up
+        tuner = build_tuner(space(args.trials, 1), name="points", storage=storage)  # warm-up, and what the points are
+        tuner.fit()
+        points = [{**r.config, "epochs": args.epochs} for r in read_records(storage / "points")]
+        for point in points:
+            point.pop("trial", None)
+        config = {"points": points, "storage": str(storage)}
         for _ in range(args.repeats):
-            for way in ("ours", "plain", "nested"):
-                start = time.perf_counter()
+            for way in ("ours", "optuna", "plain", "nested"):
+                start, before = time.perf_counter(), busy()
                 if way == "ours":
-                    grid = ours(args.trials, args.epochs, storage).fit()
-                    value = float(grid.get_best_result().metrics["val_accuracy"])
-                elif way == "plain":
-                    value = with_ray(usual_loop, 1, args.trials, args.epochs, storage)
+                    found = with_ours(args.trials, args.epochs, storage)
+                elif way == "optuna":
+                    found = with_optuna({**config, "way": way})
                 else:
-                    value = with_ray(nested, 0.01, args.trials, args.epochs, storage)
-                seconds.setdefault(way, []).append(time.perf_counter() - start)
-                best.setdefault(way, []).append(value)
-                print(f"{way:7} {seconds[way][-1]:7.1f} s   best {value:.4f}", flush=True)
+                    found = with_ray({**config, "way": way}, storage)
+                wall.setdefault(way, []).append(time.perf_counter() - start)
+                processor.setdefault(way, []).append(busy() - before)
+                last[way] = found
+                assert len(found) == args.trials, f"{way}: {len(found)} trials"
+                best = max(f["val_accuracy"] for f in found)
+                print(
+                    f"{way:7} {wall[way][-1]:7.1f} s, processors {processor[way][-1]:7.1f} s, best {best:.4f}",
+                    flush=True,
+                )
     print(f"{args.trials} trials of {args.epochs} epochs, ray {ray.__version__}, torch {torch.__version__}")
-    for way, found in seconds.items():
-        ratios = [s / o for s, o in zip(found, seconds["ours"], strict=True)]
+    for way, seconds in wall.items():
+        ratios = [s / o for s, o in zip(seconds, wall["ours"], strict=True)]
         print(
-            f"{way:7} {statistics.median(found):7.1f} s ({min(found):.1f} to {max(found):.1f}), "
+            f"{way:7} {statistics.median(seconds):7.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), "
             f"{statistics.median(ratios):.1f} times ours ({min(ratios):.1f} to {max(ratios):.1f}), "
-            f"best {min(best[way]):.4f} to {max(best[way]):.4f}"
+            f"processors {statistics.median(processor[way]):.1f} s, best {max(accuracies(last[way])):.4f}"
         )
+        differences = [b - a for a, b in zip(accuracies(last["ours"]), accuracies(last[way]), strict=True)]
+        if way != "ours":
+            mean = statistics.mean(differences)
+            half = 2.07 * statistics.stdev(differences) / len(differences) ** 0.5
+            print(
+                f"        accuracy over ours, by points: {mean:+.4f} (95 %: {mean - half:+.4f} to {mean + half:+.4f})"
+            )
+        parts = {part: sum(f[part] for f in last[way]) for part in (["epochs"] if way == "ours" else PARTS)}
+        parts["beside"] = seconds[-1] - sum(parts.values())
+        print("        of the last: " + ", ".join(f"{part} {s:.1f} s" for part, s in parts.items()))
 
 
 if __name__ == "__main__":

@@ -39,13 +39,16 @@ class Faulty(nn.Linear):
             assert isinstance(self.seen, Tensor)
             self.seen += len(x)
             if self.seen > self.images:
-                return logits * self.fail()
+                logits = logits * self.fail()
+                return (
+                    logits.masked_fill(torch.eye(logits.shape[1])[0] > 0, -torch.inf) if self.fault == "inf" else logits
+                )
         return logits
 
     def fail(self) -> float:
         """Do it; the factor of the logits that is to follow."""
-        if self.fault in ("nan", "inf"):
-            return float(self.fault)
+        if self.fault == "nan":
+            return torch.nan
         if self.fault == "exception":
             raise ValueError("as it was told to")
         if self.fault == "silent":

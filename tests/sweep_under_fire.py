@@ -54,7 +54,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
             elif what == "trial":
                 os.kill(ray.get(trial.temporary_state.ray_actor.get_current_ip_pid.remote())[1], signal.SIGKILL)
             else:
-                os.kill(_ray_processes(TITLES["worker"])[0].pid, signal.SIGKILL)
+                os.kill(ray_processes(TITLES["worker"])[0].pid, signal.SIGKILL)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "held": []}
@@ -73,7 +73,7 @@ def _clean(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _ray_processes(titles: tuple[str, ...]) -> list[psutil.Process]:
+def ray_processes(titles: tuple[str, ...]) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -89,13 +89,13 @@ def sweep(storage: str, cpus: int, space: dict[str, Any], kill: list[list[Any]])
     watch = Watch(kill)
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
     ended = time.time()
-    while (ray.available_resources().get("CPU") != cpus or _ray_processes(ALL)) and time.time() - ended < 30:
+    while (ray.available_resources().get("CPU") != cpus or ray_processes(ALL)) and time.time() - ended < 30:
         time.sleep(0.2)
     return {
         "events": watch.events,
         "free": ray.available_resources().get("CPU"),
         "groups": sorted({g["state"] for g in ray.util.placement_group_table().values()}),
-        "left": [p.name() for p in _ray_processes(ALL)],
+        "left": [p.name() for p in ray_processes(ALL)],
         "trials": {
             str((about := json.loads(p.read_text()))["number"]): [about["status"], about["reason"]]
             for p in Path(storage).glob("e/trials/*/trial.json")

@@ -707,6 +707,7 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
 @pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -719,7 +720,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
             until(lambda: "lab/me/e/trials/t0001-ce/last.ckpt" in server.names())
             kept = server.objects()
             server.stop()
-            time.sleep(12)
+            time.sleep(65)
             server.start()  # its memory was its disk
             server.client().create_bucket(Bucket="bucket")
             for key, content in kept.items():

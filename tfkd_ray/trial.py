@@ -380,7 +380,7 @@ class _Desk:
         try:
             TorchTrainer(
                 _worker,
-                train_loop_config={"desk": self._desk},
+                train_loop_config={"desk": self._desk, "notice": _Notice()},
                 torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=config.workers,
@@ -434,6 +434,33 @@ class _Desk:
         return not self._thread.is_alive()
 
 
+class _Notice:
+    """Whether SIGTERM came to a worker, as to all processes of a node that is taken away.
+
+    Ray unpickles what a worker is given in the process's main thread, the only one that may say what a signal does; the
+    worker itself runs in another. In the middle of a trial it is left to that trial to save and go.
+    """
+
+    def __init__(self) -> None:
+        self.came = self.training = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._leave)
+
+    def _leave(self, number: int, frame: Any) -> None:
+        self.came = True
+        if not self.training:
+            os._exit(1)
+
+    def came_to_any(self, control: dist.ProcessGroup) -> bool:
+        """Asked by all workers together."""
+        came = torch.tensor(int(self.came))
+        dist.all_reduce(came, dist.ReduceOp.MAX, group=control)
+        return bool(came)
+
+
 def _worker(given: dict[str, Any]) -> None:
     """What every worker of a group runs: one trial after the other, in step with the other workers.
 
@@ -441,7 +468,7 @@ def _worker(given: dict[str, Any]) -> None:
     broadcast, so no worker is ever left waiting in a collective operation that the others skipped.
     """
     seal_test_split()
-    desk, first = given["desk"], dist.get_rank() == 0
+    desk, notice, first = given["desk"], given["notice"], dist.get_rank() == 0
     control = dist.new_group(backend="gloo")  # also where gradients go by nccl
     assert isinstance(control, dist.ProcessGroup)
 
@@ -462,6 +489,7 @@ def _worker(given: dict[str, Any]) -> None:
         if what != "run":
             continue  # meant for a trial that has failed meanwhile
         number, run, about = rest
+        notice.training = True
         try:
             epochs = _epochs_here(run, about, functools.partial(tell, number, "note") if first else _unheard)
             for metrics in epochs:
@@ -470,6 +498,10 @@ def _worker(given: dict[str, Any]) -> None:
                     tell(number, "epoch", metrics)
                 if metrics["epoch"] == about["epochs"]:
                     continue
+                if notice.came_to_any(control):
+                    epochs.close()  # type: ignore[attr-defined]
+                    _all_here(control)  # when one has gone, Ray ends the others
+                    os._exit(1)  # the trial goes on in another group
                 what, *_ = command()
                 if what == "save":
                     epochs.close()  # type: ignore[attr-defined]
@@ -485,6 +517,9 @@ def _worker(given: dict[str, Any]) -> None:
             if not (alike and own):  # a worker is lost, or failed alone: the others cannot go on without it
                 ray.get(desk.give_up.remote(None if own else _reason(error)))
                 raise
+        notice.training = False
+        if notice.came:
+            return
 
 
 def _unheard(text: str) -> None:
