@@ -1,9 +1,10 @@
-"""Platform time per trial: what a trial costs beside its training, one trial at a time.
+"""Platform time per trial: what a trial costs beside its training, one trial at a time; and what a report costs.
 
-    python benchmarks/platform_time.py [--workers 1|2] [--trials 30] [--repeats 3]
+    python benchmarks/platform_time.py [--workers 1|2] [--trials 30] [--epochs 5] [--repeats 3]
 
 (wall time between the ends of consecutive trials - seconds inside the loop), steady state: the first 5 trials, in which
-processes start and torch is imported, are left out. Prints the median of each repeat, and all repeats' spread.
+processes start and torch is imported, are left out. Printed are medians of each repeat, and their spread. A report is
+(time between the results of consecutive epochs of a trial - seconds inside the loop), without checkpoints.
 """
 
 import argparse
@@ -26,22 +27,33 @@ LEFT_OUT = 5
 
 
 class Ends(tune.Callback):  # type: ignore[misc]
-    """Notes when each trial ends."""
+    """Notes when each trial ends, and what passes between an epoch's result and the next, beside the epoch."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.reports: list[float] = []
+        self._last = 0.0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        now = time.perf_counter()
+        if result["epoch"] > 1:
+            self.reports.append(now - self._last - result["seconds"])
+        self._last = now
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.times.append(time.perf_counter())
 
 
-def measure(workers: int, trials: int) -> list[float]:
-    """Seconds of platform time of each steady-state trial."""
+def measure(workers: int, trials: int, epochs: int) -> tuple[list[float], list[float]]:
+    """Seconds of platform time of each steady-state trial, and of each of their reports."""
     ends = Ends()
     space = {
         "student": {"name": "mlp", "hidden": [32]},
         "objective": "ce",
-        "epochs": 5,
+        "epochs": epochs,
+        "checkpoint_every_s": 1000,
         "workers": workers,
         "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
         "search": {"num_samples": trials, "stopping": "none", "max_concurrent": 1},
@@ -51,22 +63,26 @@ def measure(workers: int, trials: int) -> list[float]:
         records = read_records(Path(storage) / "e")
     inside = [sum(m["seconds"] for m in r.metrics) for r in records]
     walls = [b - a for a, b in zip(ends.times, ends.times[1:], strict=False)]
-    return [wall - loop for wall, loop in zip(walls, inside[1:], strict=True)][LEFT_OUT:]
+    times = [wall - loop for wall, loop in zip(walls, inside[1:], strict=True)]
+    return times[LEFT_OUT:], ends.reports[LEFT_OUT * (epochs - 1) :]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     connect(workers=args.workers)
     medians = []
     for repeat in range(args.repeats):
-        times = measure(args.workers, args.trials)
+        times, reports = measure(args.workers, args.trials, args.epochs)
         medians.append(statistics.median(times))
         spread = f"range {min(times):.4f} to {max(times):.4f}"
         print(f"repeat {repeat + 1}: median {medians[-1]:.4f} s, {spread}, n {len(times)}")
+        cuts = [1000 * c for c in statistics.quantiles(reports, n=20)]
+        print(f"  a report: median {cuts[9]:.1f} ms (5 to 95 %: {cuts[0]:.1f} to {cuts[18]:.1f}), n {len(reports)}")
     versions = f"python {platform.python_version()}, ray {ray.__version__}, torch {torch.__version__}"
     print(
         f"platform time per trial, {args.workers} worker(s): {statistics.median(medians):.4f} s "

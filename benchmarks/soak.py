@@ -134,8 +134,18 @@ FAULTS: list[Callable[[Path, random.Random], None]] = [
 ]
 
 
-def sample(before: set[str]) -> dict[str, float]:
-    """What the driver and Ray's processes hold now; workers that idle are Ray's cache, and left out."""
+def what(process: psutil.Process) -> str:
+    """A process's program, without its arguments."""
+    command = process.cmdline()
+    scripts = [Path(part).name for part in command[1:] if part.endswith(".py")]
+    return scripts[0] if scripts else Path(command[0].split(" ")[0]).name if command else "?"
+
+
+def sample(before: set[str], files: Counter[str]) -> dict[str, float]:
+    """What the driver and Ray's processes hold now; workers that idle are Ray's cache, and left out.
+
+    `files` is given the open files of each program.
+    """
     driver = psutil.Process()
     found: Counter[str] = Counter()
     found["driver's memory (MB)"] = driver.memory_full_info().uss // 2**20
@@ -144,7 +154,8 @@ def sample(before: set[str]) -> dict[str, float]:
             if " ".join(process.cmdline()).startswith("ray::IDLE"):
                 continue
             found["processes"] += 1
-            found["driver's open files" if process == driver else "Ray's open files"] += process.num_fds()
+            files[what(process)] += (opened := process.num_fds())
+            found["driver's open files" if process == driver else "Ray's open files"] += opened
             if process != driver:
                 found["Ray's memory (MB)"] += process.memory_full_info().uss // 2**20
             status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
@@ -193,6 +204,7 @@ def main() -> int:
     args = parser.parse_args()
     print(f"soak: {args.minutes:g} minutes, --seed {args.seed}", flush=True)
     dice, samples, ran = random.Random(args.seed), list[dict[str, float]](), Counter[str]()
+    opened: list[Counter[str]] = []
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     before = {p.name for p in Path("/dev/shm").iterdir()}
@@ -219,7 +231,8 @@ def main() -> int:
         shutil.rmtree(storage)
         quiet(2)
         ran[fault.__name__] += 1
-        found = sample(before)
+        opened.append(Counter())
+        found = sample(before, opened[-1])
         print(f"{passed:6.0f} s  {fault.__name__:<15} {list(found.values())}", flush=True)
         if ran.total() > len(FAULTS):  # what Ray keeps of the first of each kind is no growth
             samples.append(found)
@@ -228,6 +241,8 @@ def main() -> int:
         print("soak: too short to say anything; give it more --minutes")
         return 1
     good = judge(samples)
+    grown = {name: opened[-1][name] - opened[len(FAULTS)][name] for name in opened[-1]}
+    print("open files, last less first: " + ", ".join(f"{name} {n:+}" for name, n in grown.items() if n))
     ray.shutdown()
     print("\nsoak: " + ("nothing grows" if good else "something grows"))
     return 0 if good else 1

@@ -12,12 +12,11 @@ other; printed are medians over the rounds (the first left out) of images a seco
     usual       DataLoader, transforms of PIL images, the teacher under no_grad, loss.item(), as most scripts have it
     usual 2     the same with 2 processes in its DataLoader: they have the second core, which nothing else has
     timm        timm's loader and, with a teacher, its LogitDistillationTask, as its train.py drives them
-    torchdistill  its TrainingBox and DistillationBox, if it is installed
+    torchdistill  its TrainingBox and DistillationBox (pip install '.[bench]' has both)
     bare        forward, backward and optimizer of the same net on one batch that stays: what cannot be saved
 """
 
 import argparse
-import contextlib
 import logging
 import os
 import platform
@@ -289,10 +288,12 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
         makers["ours ce"] = lambda: ours(case, rounds, folder, **plain)
     found = {}
     for name, make in makers.items():
-        with contextlib.suppress(ImportError):
+        try:
             loop = make()
             next(loop)
             found[name] = loop
+        except ImportError as error:
+            print(f"  {name:14} left out: {error}", flush=True)
     return found
 
 
