@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -119,6 +120,7 @@ MUTATIONS = {
     "provider": ("aws-gpu.yaml", "type: aws", "type: awss", "provider.type: no such provider 'awss'; did you mean 'aws'?"),
     "provider key": ("aws-gpu.yaml", "region: us", "regionn: us", "provider.regionn: Ray reads no such setting for aws; did you mean 'region'?"),
     "no worker_ips": ("onprem.yaml", "  worker_ips: [10.0.0.11, 10.0.0.12]\n", "", "provider.worker_ips: required, and not given"),
+    "a coordinator": ("onprem.yaml", "head_ip: 10.0.0.10", "coordinator_address: 10.0.0.10:8080", "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"),
     "host twice": ("onprem.yaml", "10.0.0.12]", "10.0.0.11]", "provider.worker_ips: an address is given twice"),
     "head as worker": ("onprem.yaml", "10.0.0.12]", "10.0.0.10]", "provider.worker_ips: the head, 10.0.0.10, is a node already; leave it out"),
     "N - 1 workers": ("onprem.yaml", "RAY_enable_autoscaler_v2=0 PATH", "PATH", "head_start_ray_commands: with the autoscaler that is Ray's default, one of worker_ips never starts; set RAY_enable_autoscaler_v2=0"),
@@ -346,6 +348,43 @@ def test_a_key_that_others_may_read_is_refused(tools: Path, tmp_path: Path, caps
     assert main(["cluster", "up", str(path)]) == 2
     assert "is to be the nodes' token, and is not the one used here" in capsys.readouterr().err
     assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+
+
+SSH = {
+    "nothing listens": (f'exec {shutil.which("ssh")} -p 9 "$@"', 1, "no answer by ssh within 10 s from 127.77.0.8, 127.77.0.9"),
+    "says nothing": ("/bin/sleep 60", 1, "no answer by ssh within 1 s from 127.77.0.8, 127.77.0.9"),
+    "one of two": ('[[ "$*" == *77.0.8* ]] || exit 255', 1, "no answer by ssh within 10 s from 127.77.0.9, so nothing was started"),
+    "refuses the key": ("echo 'me@x: Permission denied (publickey).' >&2; exit 255", 2, "auth: 127.77.0.8, 127.77.0.9 answers, and refuses this user or key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script, code, sentence", SSH.values(), ids=SSH)
+def test_a_host_that_does_not_answer_is_named_before_anything_starts(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str,
+    code: int, sentence: str,
+) -> None:  # fmt: skip
+    if "exec None" in script:
+        pytest.skip("there is no ssh on this machine")
+    if "sleep" in script:
+        monkeypatch.setattr("tfkd_ray.cluster_verbs.SSH_S", 1)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        TEXTS["onprem.yaml"]
+        .replace("10.0.0.10\n", "127.77.0.8\n")
+        .replace("[10.0.0.11, 10.0.0.12]", "[127.77.0.9]")
+        .replace("~/.ssh/id_ed25519", str(tmp_path / "key"))
+        .replace("auth_token: ~/.ray/auth_token", f"auth_token: {tmp_path}/token")
+    )
+    for name in ("key", "token"):
+        (tmp_path / name).write_text("a-token")
+        (tmp_path / name).chmod(0o600)
+    fake(tools, "ssh", script)
+    fake(tools, "rsync", "")
+    began = time.monotonic()
+    assert main(["cluster", "up", str(path)]) == code
+    assert time.monotonic() - began < 10
+    err = capfd.readouterr().err
+    assert sentence in err and "ray up" not in err and "Traceback" not in err
 
 
 def test_slurm_runs_the_command_under_symmetric_run(

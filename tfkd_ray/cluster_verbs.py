@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ SUBMIT_S = 300
 """How long a head may take to accept a job, its working directory included."""
 END_S = 30
 """How long a job may take to be told ended after its last line."""
+SSH_S = 10
+"""How long a host of a cluster of one's own may take to answer by ssh."""
+LIST_S = 60
+"""How long a list of nodes may take, from whoever rents them out or by ssh from one of them."""
+DOWN_S = 600
+"""How long a step of `down` may take."""
 LEFT_S = 120
 """How long nodes may take to end after `down`; a Ray node without its head ends by itself within a minute."""
 
@@ -153,7 +160,7 @@ def nodes_commands(file: ClusterFile) -> list[Command]:
         return [["pgrep", "--list-full", "--full", f"{_temp_dir(file)}/session"]]
     if file.provider == "local":
         return [ssh(file, host, f"pgrep -f {shlex.quote(_raylet(file))} > /dev/null && echo {host}; true")
-                for host in (provider["head_ip"], *provider["worker_ips"])]  # fmt: skip
+                for host in hosts(file)]  # fmt: skip
     if file.provider == "aws":
         return [["aws", "ec2", "describe-instances", "--region", provider["region"], "--output", "text",
                  "--filters", f"Name=tag:ray-cluster-name,Values={file.name}",
@@ -184,11 +191,18 @@ def kube(file: ClusterFile, *words: str) -> Command:
     return ["kubectl", *(["--namespace", namespace] if namespace else []), *words]
 
 
+def hosts(file: ClusterFile) -> list[str]:
+    """Addresses of the machines of a cluster of one's own, as they are reached from here, the head's first."""
+    provider = file.tree["provider"]
+    return [provider.get("external_head_ip") or provider["head_ip"], *(provider["worker_ips"] or [])]
+
+
 def ssh(file: ClusterFile, host: str, command: str) -> Command:
-    """A command on a node, by the file's user and key."""
+    """A command on a node, by the file's user, key and proxy."""
     auth = file.tree.get("auth") or {}
     key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
-    options = ["BatchMode=yes", "ConnectTimeout=10", "LogLevel=ERROR"]
+    options = ["BatchMode=yes", f"ConnectTimeout={SSH_S}", "LogLevel=ERROR"]
+    options += [f"ProxyCommand={auth['ssh_proxy_command']}"] if auth.get("ssh_proxy_command") else []
     options += ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"]  # as `ray up` does
     user = f"{auth['ssh_user']}@" if "ssh_user" in auth else ""
     return ["ssh", *key, *(word for o in options for word in ("-o", o)), f"{user}{host}", command]
@@ -228,15 +242,17 @@ def slurm_logs(file: ClusterFile) -> Command:
 
 
 def run(command: Command, *, what: str, quiet: bool = False, limit_s: float | None = None) -> str:
-    """Run a command and show what it says (its output is returned instead if `quiet`); StepFailed if it fails.
+    """Run a command and show what it says; StepFailed if it fails.
 
     Args:
-        limit_s: end it, as a failure, after so many seconds. None: it may take as long as it likes.
+        quiet: return its output instead; what it says beside that is in the message if it fails.
+        limit_s: end it and all that it started, as a failure, after so many seconds. None: it may take as long as it
+            likes.
     """
     said, late = [], threading.Event()
-    with subprocess.Popen(
+    with tempfile.TemporaryFile() as aside, subprocess.Popen(
         _found(command), env=_env(), stdin=subprocess.DEVNULL, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=None if quiet else subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=aside if quiet else subprocess.STDOUT, start_new_session=limit_s is not None,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         clock = threading.Timer(limit_s or threading.TIMEOUT_MAX, _too_late, (process, late))
@@ -250,22 +266,35 @@ def run(command: Command, *, what: str, quiet: bool = False, limit_s: float | No
                     sys.stderr.flush()
             code = process.wait()
         except BaseException:
-            process.terminate()
+            _end(process, signal.SIGTERM, group=limit_s is not None)
             raise
         finally:
             clock.cancel()
+        aside.seek(0)
+        beside = aside.read().decode(errors="replace")
     text = "".join(said)
     if late.is_set():
-        raise StepFailed(f"{what} did not end within {limit_s:g} s:\n  {_shown(command)}", code=code, said=text)
-    if code:
+        message = f"{what} did not end within {limit_s:g} s:\n  {_shown(command)}"
+    elif code:
         above = "" if quiet else "; what it said is above"
-        raise StepFailed(f"{what} failed (exit code {code}){above}:\n  {_shown(command)}", code=code, said=text)
-    return text
+        message = f"{what} failed (exit code {code}){above}:\n  {_shown(command)}"
+    else:
+        return text
+    raise StepFailed(f"{message}\n{beside.strip()[-2000:]}".strip(), code=code, said=text + beside)
 
 
 def _too_late(process: subprocess.Popen[str], late: threading.Event) -> None:
     late.set()
-    process.kill()
+    _end(process, signal.SIGKILL, group=True)
+
+
+def _end(process: subprocess.Popen[str], number: signal.Signals, *, group: bool) -> None:
+    """Send a signal to a command, and to all that it started if it leads a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        if group:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
 
 
 def _found(command: Command) -> Command:
@@ -348,6 +377,8 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
         _check_token_mounts(file)
         _check_key(file)
     _check_credentials(file)
+    if file.provider == "local" and not file.here:
+        _check_hosts(file)
     for n, command in enumerate(commands, 1):
         _step(command, what=f"step {n} of {len(commands)}")
     if file.here:
@@ -361,11 +392,11 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
     return OK
 
 
-def _step(command: Command, *, what: str) -> None:
+def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
     """Run a step; once more where Ray 2.60 itself stumbles (a race when a process of its ends)."""
     for attempt in (1, 2, 3):
         try:
-            run(command, what=what)
+            run(command, what=what, limit_s=limit_s)
             return
         except StepFailed as error:
             if attempt == 3 or "'>' not supported between instances of 'NoneType' and 'int'" not in error.said:
@@ -409,6 +440,33 @@ def _check_key(file: ClusterFile) -> None:
             f"auth.ssh_private_key: {key} may be read by others (mode {path.stat().st_mode & 0o777:o}), and ssh "
             f"refuses such a key; chmod 600 {key}",
             file.path,
+        )
+
+
+def _check_hosts(file: ClusterFile) -> None:
+    """Every machine must answer by ssh and take the key, before Ray waits 15 minutes for one that does not."""
+
+    def asked(host: str) -> StepFailed | None:
+        try:  # ssh gives up by itself after SSH_S where nothing answers, but not where something does and falls silent
+            run(ssh(file, host, "true"), what="ssh", quiet=True, limit_s=1.5 * SSH_S)
+        except StepFailed as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(16) as pool:
+        found = {host: error for host, error in zip(hosts(file), pool.map(asked, hosts(file)), strict=True) if error}
+    refused = [host for host, error in found.items() if "Permission denied" in error.said]
+    if refused and len(refused) == len(found):
+        raise ConfigError(
+            f"auth: {', '.join(refused)} answers, and refuses this user or key; put the key into its "
+            "~/.ssh/authorized_keys, or name others in auth.ssh_user and auth.ssh_private_key",
+            file.path,
+        )
+    if found:
+        lines = [f"  {h}: {(error.said.strip().splitlines() or ['it says nothing'])[-1]}" for h, error in found.items()]
+        raise StepFailed(
+            f"{file.path}: no answer by ssh within {SSH_S} s from {', '.join(found)}, so nothing was started; are they "
+            "up, and do provider.head_ip and worker_ips name them?\n" + "\n".join(lines)
         )
 
 
@@ -458,7 +516,7 @@ def _down(file: ClusterFile, args: argparse.Namespace) -> int:
     if file.here:
         _end_here(file)
     for command in down_commands(file):
-        _step(command, what="down")
+        _step(command, what="down", limit_s=DOWN_S)
     left, until = _nodes(file), time.monotonic() + LEFT_S
     while left and time.monotonic() < until:
         _say(f"{file.name}: {len(left)} still there, ending")
@@ -494,7 +552,7 @@ def _nodes(file: ClusterFile) -> list[str]:
     found = []
     for command in nodes_commands(file):
         try:
-            found += run(command, what="listing its nodes", quiet=True).splitlines()
+            found += run(command, what="listing its nodes", quiet=True, limit_s=LIST_S).splitlines()
         except StepFailed as error:
             if not (command[0] == "pgrep" and error.code == 1):  # which has found none
                 raise
