@@ -44,6 +44,8 @@ SUBMIT_S = 300
 """How long a head may take to accept a job, its working directory included."""
 END_S = 30
 """How long a job may take to be told ended after its last line."""
+ASK_S = 60
+"""How long a provider's own tools may take to say whether there are credentials."""
 SSH_S = 10
 """How long a host of a cluster of one's own may take to answer by ssh."""
 LIST_S = 60
@@ -471,29 +473,39 @@ def _check_hosts(file: ClusterFile) -> None:
 
 
 _ASKED = {
-    "aws": ("boto3", "import boto3, sys; sys.exit(boto3.Session().get_credentials() is None)", "aws configure"),
+    "aws": (
+        {"boto3": "boto3"},
+        [sys.executable, "-c", "import boto3, sys; sys.exit(boto3.Session().get_credentials() is None)"],
+        "aws configure",
+    ),
     "gcp": (
-        "googleapiclient",
-        "import googleapiclient, google.auth; google.auth.default()",
+        {
+            "googleapiclient": "google-api-python-client",
+            "google.auth": "google-auth",
+            "google_auth_httplib2": "google-auth-httplib2",
+        },
+        [sys.executable, "-c", "import google.auth; google.auth.default()"],
         "gcloud auth application-default login",
     ),
     "azure": (
-        "azure.identity",
-        "import azure.identity, azure.mgmt.compute, subprocess; subprocess.run(['az', 'account', 'show'], check=True)",
+        {
+            "azure.identity": "azure-identity",
+            "azure.mgmt.compute": "azure-mgmt-compute",
+            "azure.mgmt.network": "azure-mgmt-network",
+            "azure.mgmt.resource": "azure-mgmt-resource",
+            "azure.common.credentials": "azure-common",
+        },
+        ["az", "account", "show"],
         "az login",
     ),
 }
-_PIP = {
-    "aws": "boto3",
-    "gcp": "google-api-python-client google-auth",
-    "azure": "azure-cli azure-identity azure-mgmt-compute azure-mgmt-network azure-mgmt-resource",
-}
+"""By provider: what Ray imports for it and in which package that is, what asks for credentials, and how to get some."""
 
 
 def _check_credentials(file: ClusterFile) -> None:
     """Whoever rents out the machines must know us, before Ray asks."""
     if file.kind == "kuberay":
-        found = subprocess.run(_found(["kubectl", "config", "current-context"]), capture_output=True, text=True)
+        found = _asked(_found(["kubectl", "config", "current-context"]), "kubectl")
         if found.returncode:
             raise ConfigError(
                 "kubectl knows no Kubernetes cluster (no current context); get one's credentials, such as: "
@@ -501,15 +513,42 @@ def _check_credentials(file: ClusterFile) -> None:
                 file.path,
             )
     if file.provider in _ASKED:
-        module, code, login = _ASKED[file.provider]
-        asked = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
-        if asked.returncode:
+        modules, question, login = _ASKED[file.provider]
+        absent = _asked([sys.executable, "-c", _IMPORTED, *modules], "Python").stdout.split()
+        packages = [modules[module] for module in absent]
+        if file.provider == "azure" and not shutil.which("az"):
+            absent, packages = [*absent, "az"], [*packages, "azure-cli"]
+        if absent:
             raise ConfigError(
-                f"provider {file.provider} needs {module} here; pip install {_PIP[file.provider]}", file.path
+                f"provider {file.provider} needs {', '.join(absent)} here; pip install {' '.join(packages)}", file.path
             )
-        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
-        if asked.returncode:
+        if _asked(_found(question), file.provider).returncode:
             raise ConfigError(f"no credentials for {file.provider} here; {login}", file.path)
+
+
+_IMPORTED = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(name)
+"""
+"""A program that names the modules that cannot be imported."""
+
+
+def _asked(command: Command, whom: str) -> subprocess.CompletedProcess[str]:
+    """A quick question, answered by an exit code or a word; StepFailed if there is no answer in time."""
+    try:
+        return subprocess.run(
+            command, env=_env(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, timeout=ASK_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise StepFailed(
+            f"is there access to this provider? {whom} did not say within {ASK_S:g} s, so nothing was started; look "
+            f"whether its servers are reached from here"
+        ) from None
 
 
 def _down(file: ClusterFile, args: argparse.Namespace) -> int:
