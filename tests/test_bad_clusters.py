@@ -24,6 +24,8 @@ class Head(BaseHTTPRequestHandler):
     """A head of the right version that goes away, or falls silent, as soon as a job is sent to it."""
 
     silent = False
+    ended: int | str | None = "no job"
+    """With which exit code every file `tune-...` of this folder has ended, as a job."""
 
     def do_GET(self) -> None:
         if self.path == "/api/version":
@@ -32,10 +34,18 @@ class Head(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body.encode())
-        elif self.path.startswith("/api/jobs") and self.command == "GET" and self.silent:
+        elif self.path.startswith("/api/jobs") and (self.silent or self.ended != "no job"):
+            state = {
+                "status": "SUCCEEDED" if self.ended == 0 else "FAILED",
+                "message": "what Ray says",
+                "entrypoint": "x",
+            }
+            jobs = [
+                {**state, "submission_id": path.name, "driver_exit_code": self.ended} for path in Path().glob("tune-*")
+            ]
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"[]")
+            self.wfile.write(json.dumps(jobs).encode())
         else:
             self.go()
 
@@ -88,6 +98,20 @@ def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 1
     assert time.monotonic() - began < 30
     assert "the job did not begin" in (said := capfd.readouterr().err) and "did not end within 6 s" in said
+
+
+@pytest.mark.parametrize(
+    "code, ends", [(0, 0), (1, 1), (2, 2), (3, 1), (7, 7), (-9, 1), (None, 1)], ids=lambda n: f"{n}"
+)
+def test_a_job_ends_with_the_exit_code_that_tfkd_has_there(
+    head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: int | None, ends: int
+) -> None:
+    monkeypatch.setattr(Head, "ended", code)
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.submit_command", lambda address, job, *more: ["touch", job])
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.logs_command", lambda address, job: ["true"])
+    assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == ends
+    err = capfd.readouterr().err
+    assert ("failed: what Ray says" in err) is bool(ends) and "Traceback" not in err
 
 
 def test_a_command_that_takes_too_long_is_ended() -> None:

@@ -508,6 +508,18 @@ def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pyt
     assert f"no Ray head answers at {address} within 10 s" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["", "http://"])
+@pytest.mark.parametrize("verb", ["tune", "doctor", "confirm"])
+def test_where_nobody_listens_it_is_a_failure_however_the_head_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, kind: str
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    words = {"tune": ["mine.yaml"], "doctor": [], "confirm": ["digits_arms", "--preset", "smoke"]}[verb]
+    assert main([verb, *words, "--address", f"{kind}127.0.0.1:9", "--storage", str(here / "s")]) == 1
+    err = capsys.readouterr().err
+    assert f"no Ray head answers at {kind}127.0.0.1:9 within 10 s" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [
@@ -515,7 +527,6 @@ def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pyt
         (["--detach"], "--detach: needs --cluster FILE or --address http://..."),
         (["--address", "ray://x:10001"], "--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got 'ray://x:10001'"),
         (["--address", "nonsense"], "--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got 'nonsense'"),
-        (["--address", "127.0.0.1:9"], "no Ray head answers at 127.0.0.1:9 within 10 s"),
         (["--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
         (["--address", "http://127.0.0.1:9", "--storage", "x"], "--storage: an absolute path that all nodes of the cluster see, got x"),
         (["--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),

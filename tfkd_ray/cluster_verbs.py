@@ -25,7 +25,6 @@ from typing import Any
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option
 from tfkd_ray.jobs import (
-    Unreachable,
     as_entrypoint,
     ask,
     check_ray_version,
@@ -35,9 +34,9 @@ from tfkd_ray.jobs import (
     submit_command,
 )
 from tfkd_ray.remote import is_url, store_at
-from tfkd_ray.schema import ConfigError, find_file
+from tfkd_ray.schema import ConfigError, Unreachable, find_file
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
+OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
 TUNNEL_S = 60
 """How long a tunnel to a head may take to stand."""
 SUBMIT_S = 300
@@ -61,9 +60,17 @@ Command = list[str]
 class StepFailed(Exception):
     """A command that failed; the message is for a person, who has seen what it said."""
 
-    def __init__(self, message: str, *, code: int = 1, said: str = "") -> None:
+    def __init__(self, message: str, *, code: int = 1, said: str = "", ends: int = FAILED) -> None:
+        """What failed.
+
+        Args:
+            message: what, for a person.
+            code: the exit code of the command.
+            said: what the command said.
+            ends: the exit code that this command is to end with.
+        """
         super().__init__(message)
-        self.code, self.said = code, said
+        self.code, self.said, self.ends = code, said, ends
 
 
 def cluster(args: argparse.Namespace) -> int:
@@ -78,7 +85,10 @@ def cluster(args: argparse.Namespace) -> int:
         return OK
     try:
         code: int = {"up": _up, "status": _status, "submit": _submit, "logs": _logs, "down": _down}[args.do](file, args)
-    except (StepFailed, Unreachable) as error:
+    except StepFailed as error:
+        _say(f"tfkd cluster {args.do}: {error}")
+        return error.ends
+    except Unreachable as error:
         _say(f"tfkd cluster {args.do}: {error}")
         return FAILED
     return code
@@ -670,7 +680,8 @@ def _run_job(where: Path | str, address: str, folder: Path, words: Sequence[str]
         time.sleep(0.5)
     if state is None or state["status"] != "SUCCEEDED":
         told = "is not known there any more" if state is None else f"{state['status'].lower()}: {state.get('message')}"
-        raise StepFailed(f"job {job}: {told}".strip())
+        code = (state or {}).get("driver_exit_code")  # of tfkd there, which has said why, above
+        raise StepFailed(f"job {job}: {told}".strip(), ends=code if code in (WRONG_INPUT, NOT_BETTER) else FAILED)
     return OK
 
 
@@ -744,9 +755,9 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
             return OK
         with reached(cluster) as address:
             return _send(args.cluster, address, words, file, args.detach)
-    except (StepFailed, Unreachable) as error:
+    except StepFailed as error:
         _say(f"tfkd {args.verb}: {error}")
-        return FAILED
+        return error.ends
 
 
 def _send(where: str, address: str, words: Sequence[str], file: Path | None, detach: bool) -> int:
