@@ -4,9 +4,12 @@ import http.server
 import json
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -263,12 +266,16 @@ def test_commands_are_printed_without_any_tool(
         ("down", "ray"): "ray down --yes", ("down", "kube"): "kubectl delete", ("down", "slurm"): "scancel --me --name tfkd",
         ("submit", "slurm"): "sbatch", ("submit", "ray"): "ray dashboard", ("submit", "local"): "ray job submit",
         ("status", "slurm"): "squeue", ("status", "kube"): "kubectl get pods",
+        ("up", "rayjob"): "kubectl apply --filename", ("down", "rayjob"): "kubectl get rayclusters",
+        ("status", "rayjob"): "kubectl get rayclusters", ("submit", "rayjob"): "kubectl get rayclusters",
+        ("down", "local"): "bash -c",
     }  # fmt: skip
     kind = path.stem.split("-")[0].replace("kuberay", "kube")
     kind = kind if kind in ("local", "kube", "slurm") else "ray"
+    kind = "rayjob" if path.stem == "kuberay-job" else kind
     assert out.startswith(first.get((verb, kind), ""))
     if verb == "submit":
-        assert "tfkd ls" in out
+        assert "tfkd ls" in out and (kind == "slurm" or "--working-dir FOLDER " in out)
 
 
 def test_the_lists_of_nodes_are_asked_of_whoever_rents_them_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +334,111 @@ def test_down_is_down_only_when_nothing_is_left(
     assert main(["cluster", "down", "kuberay-cluster"]) == 0
     assert main(["cluster", "status", "kuberay-cluster"]) == 0
     assert capsys.readouterr().out.endswith("tfkd is down: nothing of it runs, nothing costs money\n")
+
+
+HEAD = """
+import http.server, json, sys, ray
+class Head(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        jobs = [{"submission_id": "one", "status": "RUNNING", "entrypoint": "tfkd tune x"}]
+        status = {"data": {"clusterStatus": "Pending:\\n gpu, 1 launching\\n"}}
+        body = {"/api/version": {"ray_version": ray.__version__}, "/api/jobs/": jobs}.get(self.path, status)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1].split(":")[0])), Head).serve_forever()
+"""
+KUBECTL = f"""
+case "$*" in
+  "get rayclusters --output name --selector ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name=tfkd-sweep")
+    echo raycluster.ray.io/tfkd-sweep-a1b2c ;;
+  "get pods --output name --selector ray.io/node-type=head,ray.io/cluster=tfkd-sweep-a1b2c --field-selector"*)
+    echo pod/tfkd-sweep-a1b2c-head-x ;;
+  "get pods --no-headers --ignore-not-found --selector ray.io/cluster=tfkd-sweep-a1b2c")
+    [ -e $(dirname "$0")/deleted ] || printf 'tfkd-sweep-a1b2c-head-x 1/1 Running\\ngpu-y 1/1 Running\\n' ;;
+  "port-forward --address 127.0.0.1 pod/tfkd-sweep-a1b2c-head-x "*)
+    exec {sys.executable} $(dirname "$0")/head.py "${{@: -1}}" ;;
+  "delete"*) : > $(dirname "$0")/deleted ;;
+  *) echo "error: what?" >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_rayjobs_pods_and_jobs_are_found_by_the_clusters_that_it_has_made(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tools / "head.py").write_text(HEAD)
+    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname"))
+    assert main(["cluster", "status", "kuberay-job"]) == 0
+    assert capsys.readouterr().out == (
+        "tfkd-sweep: 2 nodes; each costs money until `tfkd cluster down`\n  tfkd-sweep-a1b2c-head-x 1/1 Running\n"
+        "  gpu-y 1/1 Running\n  job one: running: tfkd tune x\n  starting: gpu, 1 launching\n"
+    )
+
+
+def test_a_rayjob_without_a_head_is_not_waited_for(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname").replace("echo pod/", ": "))
+    assert main(["cluster", "status", "kuberay-job"]) == 1
+    out, err = capsys.readouterr()
+    assert "gpu-y" in out and "tfkd-sweep has no head that runs" in err and "kubectl describe rayjob/tfkd-sweep" in err
+    fake(tools, "kubectl", "")
+    assert main(["cluster", "status", "kuberay-job"]) == 0
+    assert capsys.readouterr().out == "tfkd-sweep is down: nothing of it runs, nothing costs money\n"
+
+
+@pytest.mark.parametrize("name, kind", [("tfkd-sweep", "rayjob"), ("tfkd", "raycluster")])
+def test_down_deletes_the_network_policy_when_the_pods_are_gone(tools: Path, name: str, kind: str) -> None:
+    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname") if kind == "rayjob" else "")
+    assert main(["cluster", "down", {"rayjob": "kuberay-job", "raycluster": "kuberay-cluster"}[kind]]) == 0
+    *_, pods, last = (tools / "called").read_text().splitlines()
+    assert "get pods" in pods and last == f"kubectl delete --ignore-not-found --timeout=60s networkpolicy/{name}"
+
+
+def test_down_leaves_the_network_policy_where_pods_are_left(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
+    fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Terminating"')
+    assert main(["cluster", "down", "kuberay-cluster"]) == 1
+    assert "networkpolicy" not in (tools / "called").read_text()
+
+
+def test_what_is_printed_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*words: str) -> list[str]:
+        assert main(["cluster", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    tunnel, submit, follow, comment = printed("submit", "aws-gpu", "--print", "--", "tfkd", "ls")
+    assert "--working-dir FOLDER " in submit and submit.endswith(" -- tfkd ls") and "JOB" in follow
+    assert comment == (
+        "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
+    )
+    *_, submit, comment, script = printed("submit", "aws-gpu", "--detach", "--print", "--", "sh", "-c", "ls; true")
+    assert submit.endswith(" -- bash tfkd_job.sh") and script == "#   in it tfkd_job.sh: exec sh -c 'ls; true'"
+    clusters, pods = printed("status", "kuberay-job", "--print")
+    assert clusters.startswith("kubectl get rayclusters") and pods.endswith(" ray.io/cluster=RAYCLUSTER")
+    down = printed("down", "kuberay-job", "--print")
+    assert [line.split()[1] for line in down] == ["get", "delete", "get", "delete"] and "networkpolicy/" in down[-1]
+    end, _ = printed("down", "local", "--print")
+    assert end.count("pkill") == 2 and end.count("[/]tmp/tfkd-local/session") == 2
+
+
+def test_what_down_prints_for_this_machine_ends_the_processes_of_the_cluster_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = tempfile.mkdtemp(prefix="tc")
+    path = Path(place) / "mine.yaml"
+    path.write_text(TEXTS["local.yaml"].replace("/tmp/tfkd-local", f"{place}/t"))
+    sleeper = "exec -a {}/session_1/x sleep 60"
+    ours = [subprocess.Popen(["bash", "-c", trap + sleeper.format(f"{place}/t")]) for trap in ("", "trap '' TERM; ")]
+    other = subprocess.Popen(["bash", "-c", sleeper.format(f"{place}/other")])
+    try:
+        assert main(["cluster", "down", str(path), "--print"]) == 0
+        subprocess.run(capsys.readouterr().out.splitlines()[0], shell=True, timeout=20)
+        assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL] and other.poll() is None
+    finally:
+        for process in (*ours, other):
+            process.kill()
+            process.wait()
+        shutil.rmtree(place)
 
 
 def test_a_key_that_others_may_read_is_refused(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,8 @@ LEFT_S = 120
 """How long nodes may take to end after `down`; a Ray node without its head ends by itself within a minute."""
 
 Command = list[str]
+RAYCLUSTER = "RAYCLUSTER"
+"""Stands for what only KubeRay knows, in commands that are printed."""
 
 
 class StepFailed(Exception):
@@ -82,6 +84,8 @@ def cluster(args: argparse.Namespace) -> int:
         return OK
     if args.print:
         print("\n".join(_shown(command) for command in _commands(file, args)))
+        if args.do == "submit" and file.kind != "slurm":
+            print(_folder_in_words(_words(args)))
         return OK
     try:
         code: int = {"up": _up, "status": _status, "submit": _submit, "logs": _logs, "down": _down}[args.do](file, args)
@@ -111,22 +115,30 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
     """All that a verb would run, for --print; what only a running cluster knows stands there in capitals."""
     if args.do == "up":
         return up_commands(file)
+    asked = [rayclusters_command(file)] if _is_rayjob(file) else []
     if args.do == "status":
-        return nodes_commands(file)
+        return [*asked, *nodes_commands(file)]
     if args.do == "down":
-        return [*down_commands(file), *nodes_commands(file)]
+        return [*asked, *down_commands(file), *nodes_commands(file), *tidy_commands(file)]
     if file.kind == "slurm":
         return [slurm_submit(file, _words(args)) if args.do == "submit" else slurm_logs(file)]
-    if args.do == "logs" and file.kind == "kuberay" and file.tree["kind"] == "RayJob":
+    if args.do == "logs" and _is_rayjob(file):
         return [kube(file, "logs", "--follow", f"job/{file.name}")]
     address = f"http://127.0.0.1:{file.dashboard_port}"
     tunnel = tunnel_command(file, file.dashboard_port)
-    before = [] if tunnel is None else [[*tunnel, "&"]]
+    before = [*asked, *([head_command(file)] if asked else []), *([] if tunnel is None else [[*tunnel, "&"]])]
     if args.do == "logs":
         return [*before, logs_command(address, args.job or "JOB")]
-    entrypoint = _words(args)
+    with tempfile.TemporaryDirectory() as folder:
+        entrypoint = as_entrypoint(_words(args), Path(folder))
     follow = [] if args.detach else [logs_command(address, "JOB")]
-    return [*before, submit_command(address, "JOB", Path(), entrypoint), *follow]
+    return [*before, submit_command(address, "JOB", Path("FOLDER"), entrypoint), *follow]
+
+
+def _folder_in_words(words: Sequence[str]) -> str:
+    """What FOLDER is, as a comment of the shell."""
+    text = "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
+    return text if shlex.join(words) == " ".join(words) else f"{text};\n#   in it tfkd_job.sh: exec {shlex.join(words)}"
 
 
 def _shown(command: Command) -> str:
@@ -157,7 +169,9 @@ def up_commands(file: ClusterFile) -> list[Command]:
 def down_commands(file: ClusterFile) -> list[Command]:
     """What ends a cluster; storage stays."""
     if file.here:
-        return []  # by the processes' own command lines: see _end_here
+        # what _end_here does without `pkill`; the brackets keep the shell from finding itself
+        mark = shlex.quote(f"[/]{_temp_dir(file).lstrip('/')}/session")
+        return [["bash", "-c", f"pkill --full {mark}; sleep 2; pkill --signal KILL --full {mark}"]]
     if file.kind == "ray":
         return [["ray", "down", "--yes", str(file.path)]]
     if file.kind == "slurm":
@@ -165,8 +179,32 @@ def down_commands(file: ClusterFile) -> list[Command]:
     return [kube(file, "delete", "--ignore-not-found", "--timeout=300s", f"{file.tree['kind'].lower()}/{file.name}")]
 
 
-def nodes_commands(file: ClusterFile) -> list[Command]:
-    """What lists the nodes that run, asked of whoever rents them out, so that it is true when Ray is gone, too."""
+def tidy_commands(file: ClusterFile) -> list[Command]:
+    """What removes the rest of what the file made, once its nodes are gone: a NetworkPolicy guards them until then."""
+    names = [d["metadata"]["name"] for d in file.others if d.get("kind") == "NetworkPolicy"]
+    return [kube(file, "delete", "--ignore-not-found", "--timeout=60s", f"networkpolicy/{name}") for name in names]
+
+
+def rayclusters_command(file: ClusterFile) -> Command:
+    """What names the clusters that a RayJob has made, RAYCLUSTER in other commands; its pods carry their names only."""
+    selector = f"ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name={file.name}"
+    return kube(file, "get", "rayclusters", "--output", "name", "--selector", selector)
+
+
+def head_command(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> Command:
+    """What names the head's pod of a RayJob, HEAD in other commands."""
+    selector = f"ray.io/node-type=head,{_selector(file, clusters)}"
+    running = "status.phase=Running"
+    return kube(file, "get", "pods", "--output", "name", "--selector", selector, "--field-selector", running)
+
+
+def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> list[Command]:
+    """What lists the nodes that run, asked of whoever rents them out, so that it is true when Ray is gone, too.
+
+    Args:
+        file: the cluster file.
+        clusters: those that a RayJob has made.
+    """
     provider = file.tree.get("provider", {})
     if file.here:
         return [["pgrep", "--list-full", "--full", f"{_temp_dir(file)}/session"]]
@@ -188,13 +226,19 @@ def nodes_commands(file: ClusterFile) -> list[Command]:
                  "--query", query, "--output", "tsv"]]  # fmt: skip
     if file.kind == "slurm":
         return [["squeue", "--me", "--noheader", "--name", file.name, "--format", "%i %T %D nodes %R %L left"]]
-    return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file))]
+    if _is_rayjob(file) and not clusters:
+        return []
+    return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file, clusters))]
 
 
-def _selector(file: ClusterFile) -> str:
-    if file.tree["kind"] == "RayCluster":
-        return f"ray.io/cluster={file.name}"
-    return f"ray.io/originated-from-cr-name={file.name}"
+def _is_rayjob(file: ClusterFile) -> bool:
+    return file.kind == "kuberay" and file.tree["kind"] == "RayJob"
+
+
+def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
+    """Of the pods of a cluster; KubeRay labels them with the cluster's name, and not with the RayJob's."""
+    names = clusters if _is_rayjob(file) else [file.name]
+    return f"ray.io/cluster={names[0]}" if len(names) == 1 else f"ray.io/cluster in ({','.join(names)})"
 
 
 def kube(file: ClusterFile, *words: str) -> Command:
@@ -225,13 +269,19 @@ def _raylet(file: ClusterFile) -> str:
     return f"[r]aylet .*--gcs-address=[0-9.]*:{file.port} "
 
 
-def tunnel_command(file: ClusterFile, port: int) -> Command | None:
-    """What brings the head's dashboard to a port of this machine; None where it is here."""
+def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Command | None:
+    """What brings the head's dashboard to a port of this machine; None where it is here.
+
+    Args:
+        file: the cluster file.
+        port: of this machine.
+        head: the head's pod, for a RayJob.
+    """
     if file.here:
         return None
     if file.kind == "ray":
         return ["ray", "dashboard", "--port", str(port), "--remote-port", str(file.dashboard_port), str(file.path)]
-    target = f"service/{file.name}-head-svc" if file.tree["kind"] == "RayCluster" else f"rayjob/{file.name}"
+    target = head if _is_rayjob(file) else f"service/{file.name}-head-svc"
     return kube(file, "port-forward", "--address", "127.0.0.1", target, f"{port}:8265")
 
 
@@ -338,7 +388,7 @@ def reached(file: ClusterFile) -> Iterator[str]:
         )
     port = file.dashboard_port if file.here else _free_port()
     address = f"http://127.0.0.1:{port}"
-    command = tunnel_command(file, port)
+    command = tunnel_command(file, port, _head_pod(file) if _is_rayjob(file) else "")
     if command is None:
         check_ray_version(address)
         yield address
@@ -365,6 +415,26 @@ def reached(file: ClusterFile) -> Iterator[str]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(tunnel.pid, signal.SIGTERM)
             tunnel.wait()
+
+
+def _rayclusters(file: ClusterFile) -> list[str]:
+    """Names of the clusters that a RayJob has made, which are gone soon after it; of any other file, none."""
+    if not _is_rayjob(file):
+        return []
+    said = run(rayclusters_command(file), what="listing its clusters", quiet=True, limit_s=LIST_S)
+    return [line.rpartition("/")[2] for line in said.split()]
+
+
+def _head_pod(file: ClusterFile) -> str:
+    clusters = _rayclusters(file)
+    command = head_command(file, clusters)
+    pods = run(command, what="looking for its head", quiet=True, limit_s=LIST_S).split() if clusters else []
+    if not pods:
+        raise Unreachable(
+            f"{file.name} has no head that runs: it has not begun yet, or has ended; "
+            f"{_shown(kube(file, 'describe', f'rayjob/{file.name}'))} tells"
+        )
+    return pods[-1]
 
 
 def _free_port() -> int:
@@ -564,16 +634,19 @@ def _asked(command: Command, whom: str) -> subprocess.CompletedProcess[str]:
 def _down(file: ClusterFile, args: argparse.Namespace) -> int:
     if file.here:
         _end_here(file)
-    for command in down_commands(file):
+    clusters = _rayclusters(file)
+    for command in [] if file.here else down_commands(file):
         _step(command, what="down", limit_s=DOWN_S)
-    left, until = _nodes(file), time.monotonic() + LEFT_S
+    left, until = _nodes(file, clusters), time.monotonic() + LEFT_S
     while left and time.monotonic() < until:
         _say(f"{file.name}: {len(left)} still there, ending")
         time.sleep(5)
-        left = _nodes(file)
+        left = _nodes(file, clusters)
     if left:
         listed = "\n  ".join(left)
         raise StepFailed(f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}")
+    for command in tidy_commands(file):
+        _step(command, what="down", limit_s=DOWN_S)
     print(f"{file.name} is down: nothing of it runs")
     return OK
 
@@ -596,10 +669,10 @@ def _end_here(file: ClusterFile) -> None:
         time.sleep(2)
 
 
-def _nodes(file: ClusterFile) -> list[str]:
+def _nodes(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
     """What runs of the cluster, a line each, as the list of whoever rents it out says."""
     found = []
-    for command in nodes_commands(file):
+    for command in nodes_commands(file, clusters):
         try:
             found += run(command, what="listing its nodes", quiet=True, limit_s=LIST_S).splitlines()
         except StepFailed as error:
@@ -615,7 +688,7 @@ _PRICED = {"aws", "gcp", "azure", "kuberay", "slurm"}
 
 
 def _status(file: ClusterFile, args: argparse.Namespace) -> int:
-    nodes = _nodes(file)
+    nodes = _nodes(file, _rayclusters(file))
     if file.here:
         nodes = nodes and ["127.0.0.1"]
     if not nodes:
@@ -706,7 +779,7 @@ def _state_of(address: str, job: str) -> dict[str, Any] | None:
 
 
 def _logs(file: ClusterFile, args: argparse.Namespace) -> int:
-    if file.kind == "slurm" or (file.kind == "kuberay" and file.tree["kind"] == "RayJob"):
+    if file.kind == "slurm" or _is_rayjob(file):
         run(_commands(file, args)[0], what="following")
         return OK
     with reached(file) as address:
