@@ -3,15 +3,16 @@
 import json
 import os
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import ray
-from conftest import ROOT, Run
+from conftest import ROOT
 
 from tfkd_ray.cli import main
 from tfkd_ray.cluster_verbs import StepFailed, run, waiting_lines
@@ -23,6 +24,8 @@ class Head(BaseHTTPRequestHandler):
     """A head of the right version that goes away, or falls silent, as soon as a job is sent to it."""
 
     silent = False
+    ended: int | str | None = "no job"
+    """With which exit code every file `tune-...` of this folder has ended, as a job."""
 
     def do_GET(self) -> None:
         if self.path == "/api/version":
@@ -31,10 +34,18 @@ class Head(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body.encode())
-        elif self.path.startswith("/api/jobs") and self.command == "GET" and self.silent:
+        elif self.path.startswith("/api/jobs") and (self.silent or self.ended != "no job"):
+            state = {
+                "status": "SUCCEEDED" if self.ended == 0 else "FAILED",
+                "message": "what Ray says",
+                "entrypoint": "x",
+            }
+            jobs = [
+                {**state, "submission_id": path.name, "driver_exit_code": self.ended} for path in Path().glob("tune-*")
+            ]
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"[]")
+            self.wfile.write(json.dumps(jobs).encode())
         else:
             self.go()
 
@@ -89,6 +100,20 @@ def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
     assert "the job did not begin" in (said := capfd.readouterr().err) and "did not end within 6 s" in said
 
 
+@pytest.mark.parametrize(
+    "code, ends", [(0, 0), (1, 1), (2, 2), (3, 1), (7, 7), (-9, 1), (None, 1)], ids=lambda n: f"{n}"
+)
+def test_a_job_ends_with_the_exit_code_that_tfkd_has_there(
+    head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: int | None, ends: int
+) -> None:
+    monkeypatch.setattr(Head, "ended", code)
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.submit_command", lambda address, job, *more: ["touch", job])
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.logs_command", lambda address, job: ["true"])
+    assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == ends
+    err = capfd.readouterr().err
+    assert ("failed: what Ray says" in err) is bool(ends) and "Traceback" not in err
+
+
 def test_a_command_that_takes_too_long_is_ended() -> None:
     began = time.monotonic()
     with pytest.raises(StepFailed, match=r"sleeping did not end within 0\.5 s"):
@@ -97,28 +122,111 @@ def test_a_command_that_takes_too_long_is_ended() -> None:
 
 
 PROVIDERS = {
-    "aws": ("boto3", "class Session:\n    def get_credentials(self): return None\n", "aws configure"),
-    "gcp": ("googleapiclient", "", "gcloud auth application-default login"),
+    "aws": ({"boto3.py": "boto3"}, "boto3.py", "class Session:\n    def get_credentials(self): {}\n", "aws configure"),
+    "gcp": (
+        {
+            "googleapiclient.py": "google-api-python-client",
+            "google/auth.py": "google-auth",
+            "google_auth_httplib2.py": "google-auth-httplib2",
+        },
+        "google/auth.py",
+        "def default(): {}\n",
+        "gcloud auth application-default login",
+    ),
+    "azure": (
+        {
+            "azure/identity.py": "azure-identity",
+            "azure/mgmt/compute.py": "azure-mgmt-compute",
+            "azure/mgmt/network.py": "azure-mgmt-network",
+            "azure/mgmt/resource.py": "azure-mgmt-resource",
+            "azure/common/credentials.py": "azure-common",
+            "bin/az": "azure-cli",
+        },
+        "bin/az",
+        "#!{python}\n{}\n",
+        "az login",
+    ),
 }
+"""By provider: stand-ins of what it needs, with its package; the one that is asked for credentials, and how one logs in."""
+
+
+@pytest.fixture
+def rented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], dict[str, Path]]:
+    """Put stand-ins of a provider's packages where they are found, with an answer about credentials; (name, path)."""
+
+    def put(provider: str, answer: str) -> dict[str, Path]:
+        names, asked, content, _ = PROVIDERS[provider]
+        found = {}
+        for name, package in names.items():
+            path = found[package] = tmp_path / "site" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content.format(answer, python=sys.executable) if name == asked else "")
+            path.chmod(0o755)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT)]))
+        monkeypatch.setenv("PATH", f"{tmp_path / 'site/bin'}:/usr/bin:/bin")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+        (tmp_path / ".ray").mkdir(exist_ok=True)
+        (tmp_path / ".ray/auth_token").write_text("x")
+        return found
+
+    return put
+
+
+def refusing(provider: str) -> str:
+    return {"aws": "return None", "gcp": "raise ValueError('none')", "azure": "raise SystemExit(1)"}[provider]
+
+
+@pytest.mark.parametrize(
+    "provider, package",
+    [(provider, package) for provider, (names, *_) in PROVIDERS.items() for package in names.values()],
+)
+def test_a_missing_package_of_a_provider_is_named_and_not_taken_for_missing_credentials(
+    rented: Callable[[str, str], dict[str, Path]], capsys: pytest.CaptureFixture[str], provider: str, package: str
+) -> None:
+    path = rented(provider, refusing(provider))[package]
+    if path.suffix:
+        path.write_text("raise ImportError")
+    else:
+        path.unlink()
+    assert main(["cluster", "up", f"{provider}-gpu"]) == 2
+    err = capsys.readouterr().err
+    assert f"provider {provider} needs " in err and f"here; pip install {package}\n" in err, err
+    assert "no credentials" not in err
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_without_a_providers_package_or_credentials_nothing_is_started(
-    tfkd: Run, tmp_path: Path, provider: str
+def test_without_a_providers_credentials_nothing_is_started(
+    rented: Callable[[str, str], dict[str, Path]], capsys: pytest.CaptureFixture[str], provider: str
 ) -> None:
-    package, content, login = PROVIDERS[provider]
-    for folder in ("site", ".ray"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / ".ray/auth_token").write_text("x")
-    paths = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    sentences = {
-        "raise ImportError": f"provider {provider} needs {package} here; pip install",
-        content: f"no credentials for {provider} here; {login}",
-    }
-    for code, sentence in sentences.items():
-        (tmp_path / f"site/{package}.py").write_text(code)
-        refused = tfkd("cluster", "up", f"{provider}-gpu", PYTHONPATH=paths, RAY_AUTH_TOKEN="x", HOME=str(tmp_path))
-        assert refused.returncode == 2 and sentence in refused.stderr, refused.stderr
+    rented(provider, refusing(provider))
+    assert main(["cluster", "up", f"{provider}-gpu"]) == 2
+    assert f"no credentials for {provider} here; {PROVIDERS[provider][-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_provider_that_does_not_answer_is_given_up(
+    rented: Callable[[str, str], dict[str, Path]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    provider: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.ASK_S", 2)
+    rented(provider, "import time; time.sleep(60)")
+    began = time.monotonic()
+    assert main(["cluster", "up", f"{provider}-gpu"]) == 1
+    assert time.monotonic() - began < 20
+    err = capsys.readouterr().err
+    assert f"{provider} did not say within 2 s, so nothing was started" in err and "Traceback" not in err
+
+
+def test_a_kubectl_that_does_not_answer_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.ASK_S", 0.5)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "kubectl").write_text("#!/bin/bash\nexec /bin/sleep 60\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    assert main(["cluster", "up", "kuberay-cluster"]) == 1
+    assert "kubectl did not say within 0.5 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,13 @@
 import http.server
 import json
 import re
+import shutil
+import signal
 import socket
 import stat
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -119,6 +123,7 @@ MUTATIONS = {
     "provider": ("aws-gpu.yaml", "type: aws", "type: awss", "provider.type: no such provider 'awss'; did you mean 'aws'?"),
     "provider key": ("aws-gpu.yaml", "region: us", "regionn: us", "provider.regionn: Ray reads no such setting for aws; did you mean 'region'?"),
     "no worker_ips": ("onprem.yaml", "  worker_ips: [10.0.0.11, 10.0.0.12]\n", "", "provider.worker_ips: required, and not given"),
+    "a coordinator": ("onprem.yaml", "head_ip: 10.0.0.10", "coordinator_address: 10.0.0.10:8080", "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"),
     "host twice": ("onprem.yaml", "10.0.0.12]", "10.0.0.11]", "provider.worker_ips: an address is given twice"),
     "head as worker": ("onprem.yaml", "10.0.0.12]", "10.0.0.10]", "provider.worker_ips: the head, 10.0.0.10, is a node already; leave it out"),
     "N - 1 workers": ("onprem.yaml", "RAY_enable_autoscaler_v2=0 PATH", "PATH", "head_start_ray_commands: with the autoscaler that is Ray's default, one of worker_ips never starts; set RAY_enable_autoscaler_v2=0"),
@@ -261,12 +266,16 @@ def test_commands_are_printed_without_any_tool(
         ("down", "ray"): "ray down --yes", ("down", "kube"): "kubectl delete", ("down", "slurm"): "scancel --me --name tfkd",
         ("submit", "slurm"): "sbatch", ("submit", "ray"): "ray dashboard", ("submit", "local"): "ray job submit",
         ("status", "slurm"): "squeue", ("status", "kube"): "kubectl get pods",
+        ("up", "rayjob"): "kubectl apply --filename", ("down", "rayjob"): "kubectl get rayclusters",
+        ("status", "rayjob"): "kubectl get rayclusters", ("submit", "rayjob"): "kubectl get rayclusters",
+        ("down", "local"): "bash -c",
     }  # fmt: skip
     kind = path.stem.split("-")[0].replace("kuberay", "kube")
     kind = kind if kind in ("local", "kube", "slurm") else "ray"
+    kind = "rayjob" if path.stem == "kuberay-job" else kind
     assert out.startswith(first.get((verb, kind), ""))
     if verb == "submit":
-        assert "tfkd ls" in out
+        assert "tfkd ls" in out and (kind == "slurm" or "--working-dir FOLDER " in out)
 
 
 def test_the_lists_of_nodes_are_asked_of_whoever_rents_them_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +336,111 @@ def test_down_is_down_only_when_nothing_is_left(
     assert capsys.readouterr().out.endswith("tfkd is down: nothing of it runs, nothing costs money\n")
 
 
+HEAD = """
+import http.server, json, sys, ray
+class Head(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        jobs = [{"submission_id": "one", "status": "RUNNING", "entrypoint": "tfkd tune x"}]
+        status = {"data": {"clusterStatus": "Pending:\\n gpu, 1 launching\\n"}}
+        body = {"/api/version": {"ray_version": ray.__version__}, "/api/jobs/": jobs}.get(self.path, status)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1].split(":")[0])), Head).serve_forever()
+"""
+KUBECTL = f"""
+case "$*" in
+  "get rayclusters --output name --selector ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name=tfkd-sweep")
+    echo raycluster.ray.io/tfkd-sweep-a1b2c ;;
+  "get pods --output name --selector ray.io/node-type=head,ray.io/cluster=tfkd-sweep-a1b2c --field-selector"*)
+    echo pod/tfkd-sweep-a1b2c-head-x ;;
+  "get pods --no-headers --ignore-not-found --selector ray.io/cluster=tfkd-sweep-a1b2c")
+    [ -e $(dirname "$0")/deleted ] || printf 'tfkd-sweep-a1b2c-head-x 1/1 Running\\ngpu-y 1/1 Running\\n' ;;
+  "port-forward --address 127.0.0.1 pod/tfkd-sweep-a1b2c-head-x "*)
+    exec {sys.executable} $(dirname "$0")/head.py "${{@: -1}}" ;;
+  "delete"*) : > $(dirname "$0")/deleted ;;
+  *) echo "error: what?" >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_rayjobs_pods_and_jobs_are_found_by_the_clusters_that_it_has_made(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tools / "head.py").write_text(HEAD)
+    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname"))
+    assert main(["cluster", "status", "kuberay-job"]) == 0
+    assert capsys.readouterr().out == (
+        "tfkd-sweep: 2 nodes; each costs money until `tfkd cluster down`\n  tfkd-sweep-a1b2c-head-x 1/1 Running\n"
+        "  gpu-y 1/1 Running\n  job one: running: tfkd tune x\n  starting: gpu, 1 launching\n"
+    )
+
+
+def test_a_rayjob_without_a_head_is_not_waited_for(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname").replace("echo pod/", ": "))
+    assert main(["cluster", "status", "kuberay-job"]) == 1
+    out, err = capsys.readouterr()
+    assert "gpu-y" in out and "tfkd-sweep has no head that runs" in err and "kubectl describe rayjob/tfkd-sweep" in err
+    fake(tools, "kubectl", "")
+    assert main(["cluster", "status", "kuberay-job"]) == 0
+    assert capsys.readouterr().out == "tfkd-sweep is down: nothing of it runs, nothing costs money\n"
+
+
+@pytest.mark.parametrize("name, kind", [("tfkd-sweep", "rayjob"), ("tfkd", "raycluster")])
+def test_down_deletes_the_network_policy_when_the_pods_are_gone(tools: Path, name: str, kind: str) -> None:
+    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname") if kind == "rayjob" else "")
+    assert main(["cluster", "down", {"rayjob": "kuberay-job", "raycluster": "kuberay-cluster"}[kind]]) == 0
+    *_, pods, last = (tools / "called").read_text().splitlines()
+    assert "get pods" in pods and last == f"kubectl delete --ignore-not-found --timeout=60s networkpolicy/{name}"
+
+
+def test_down_leaves_the_network_policy_where_pods_are_left(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
+    fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Terminating"')
+    assert main(["cluster", "down", "kuberay-cluster"]) == 1
+    assert "networkpolicy" not in (tools / "called").read_text()
+
+
+def test_what_is_printed_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*words: str) -> list[str]:
+        assert main(["cluster", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    tunnel, submit, follow, comment = printed("submit", "aws-gpu", "--print", "--", "tfkd", "ls")
+    assert "--working-dir FOLDER " in submit and submit.endswith(" -- tfkd ls") and "JOB" in follow
+    assert comment == (
+        "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
+    )
+    *_, submit, comment, script = printed("submit", "aws-gpu", "--detach", "--print", "--", "sh", "-c", "ls; true")
+    assert submit.endswith(" -- bash tfkd_job.sh") and script == "#   in it tfkd_job.sh: exec sh -c 'ls; true'"
+    clusters, pods = printed("status", "kuberay-job", "--print")
+    assert clusters.startswith("kubectl get rayclusters") and pods.endswith(" ray.io/cluster=RAYCLUSTER")
+    down = printed("down", "kuberay-job", "--print")
+    assert [line.split()[1] for line in down] == ["get", "delete", "get", "delete"] and "networkpolicy/" in down[-1]
+    end, _ = printed("down", "local", "--print")
+    assert end.count("pkill") == 2 and end.count("[/]tmp/tfkd-local/session") == 2
+
+
+def test_what_down_prints_for_this_machine_ends_the_processes_of_the_cluster_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = tempfile.mkdtemp(prefix="tc")
+    path = Path(place) / "mine.yaml"
+    path.write_text(TEXTS["local.yaml"].replace("/tmp/tfkd-local", f"{place}/t"))
+    sleeper = "exec -a {}/session_1/x sleep 60"
+    ours = [subprocess.Popen(["bash", "-c", trap + sleeper.format(f"{place}/t")]) for trap in ("", "trap '' TERM; ")]
+    other = subprocess.Popen(["bash", "-c", sleeper.format(f"{place}/other")])
+    try:
+        assert main(["cluster", "down", str(path), "--print"]) == 0
+        subprocess.run(capsys.readouterr().out.splitlines()[0], shell=True, timeout=20)
+        assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL] and other.poll() is None
+    finally:
+        for process in (*ours, other):
+            process.kill()
+            process.wait()
+        shutil.rmtree(place)
+
+
 def test_a_key_that_others_may_read_is_refused(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = tmp_path / "key"
     path = tmp_path / "mine.yaml"
@@ -346,6 +460,43 @@ def test_a_key_that_others_may_read_is_refused(tools: Path, tmp_path: Path, caps
     assert main(["cluster", "up", str(path)]) == 2
     assert "is to be the nodes' token, and is not the one used here" in capsys.readouterr().err
     assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+
+
+SSH = {
+    "nothing listens": (f'exec {shutil.which("ssh")} -p 9 "$@"', 1, "no answer by ssh within 10 s from 127.77.0.8, 127.77.0.9"),
+    "says nothing": ("/bin/sleep 60", 1, "no answer by ssh within 1 s from 127.77.0.8, 127.77.0.9"),
+    "one of two": ('[[ "$*" == *77.0.8* ]] || exit 255', 1, "no answer by ssh within 10 s from 127.77.0.9, so nothing was started"),
+    "refuses the key": ("echo 'me@x: Permission denied (publickey).' >&2; exit 255", 2, "auth: 127.77.0.8, 127.77.0.9 answers, and refuses this user or key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script, code, sentence", SSH.values(), ids=SSH)
+def test_a_host_that_does_not_answer_is_named_before_anything_starts(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str,
+    code: int, sentence: str,
+) -> None:  # fmt: skip
+    if "exec None" in script:
+        pytest.skip("there is no ssh on this machine")
+    if "sleep" in script:
+        monkeypatch.setattr("tfkd_ray.cluster_verbs.SSH_S", 1)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        TEXTS["onprem.yaml"]
+        .replace("10.0.0.10\n", "127.77.0.8\n")
+        .replace("[10.0.0.11, 10.0.0.12]", "[127.77.0.9]")
+        .replace("~/.ssh/id_ed25519", str(tmp_path / "key"))
+        .replace("auth_token: ~/.ray/auth_token", f"auth_token: {tmp_path}/token")
+    )
+    for name in ("key", "token"):
+        (tmp_path / name).write_text("a-token")
+        (tmp_path / name).chmod(0o600)
+    fake(tools, "ssh", script)
+    fake(tools, "rsync", "")
+    began = time.monotonic()
+    assert main(["cluster", "up", str(path)]) == code
+    assert time.monotonic() - began < 10
+    err = capfd.readouterr().err
+    assert sentence in err and "ray up" not in err and "Traceback" not in err
 
 
 def test_slurm_runs_the_command_under_symmetric_run(
@@ -469,6 +620,18 @@ def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pyt
     assert f"no Ray head answers at {address} within 10 s" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["", "http://"])
+@pytest.mark.parametrize("verb", ["tune", "doctor", "confirm"])
+def test_where_nobody_listens_it_is_a_failure_however_the_head_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, kind: str
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    words = {"tune": ["mine.yaml"], "doctor": [], "confirm": ["digits_arms", "--preset", "smoke"]}[verb]
+    assert main([verb, *words, "--address", f"{kind}127.0.0.1:9", "--storage", str(here / "s")]) == 1
+    err = capsys.readouterr().err
+    assert f"no Ray head answers at {kind}127.0.0.1:9 within 10 s" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [
@@ -476,7 +639,6 @@ def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pyt
         (["--detach"], "--detach: needs --cluster FILE or --address http://..."),
         (["--address", "ray://x:10001"], "--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got 'ray://x:10001'"),
         (["--address", "nonsense"], "--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got 'nonsense'"),
-        (["--address", "127.0.0.1:9"], "no Ray head answers at 127.0.0.1:9 within 10 s"),
         (["--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
         (["--address", "http://127.0.0.1:9", "--storage", "x"], "--storage: an absolute path that all nodes of the cluster see, got x"),
         (["--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),

@@ -183,6 +183,6 @@ def test_a_cluster_is_looked_at_and_a_leaked_group_is_removed(ray_cluster: str, 
 
 def test_what_cannot_be_looked_at_is_wrong_input(tfkd: Run, tmp_path: Path) -> None:
     run = tfkd("doctor", "--address", "127.0.0.1:9", RAY_ADDRESS="")
-    assert run.returncode == 2 and "no Ray head answers at 127.0.0.1:9 within 10 s" in run.stderr
+    assert run.returncode == 1 and "no Ray head answers at 127.0.0.1:9 within 10 s" in run.stderr
     run = tfkd("doctor", "--cluster", "aws-gpu", "--address", "auto")
     assert run.returncode == 2 and "--cluster and --address: one of them" in run.stderr

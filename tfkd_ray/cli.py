@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    from tfkd_ray.schema import ConfigError
+    from tfkd_ray.schema import ConfigError, Unreachable
 
     args.command = command
     try:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ConfigError as error:
         _say(f"tfkd {args.verb}: {error}")
-        return WRONG_INPUT
+        return FAILED if isinstance(error, Unreachable) else WRONG_INPUT
     except KeyboardInterrupt:
         _say(f"tfkd {args.verb}: interrupted before a trial ran, so there is nothing to resume")
         return INTERRUPTED

@@ -22,7 +22,7 @@ from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, Unreachable
 
 AUTOSCALER_S = 15
 """How long an autoscaler may take to say whether it can start nodes for a trial; it looks every 5 s."""
@@ -123,7 +123,7 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise ConfigError(
+        raise Unreachable(
             f"no Ray head answers at {address} within {TIMEOUT_S} s ({error}); is it up, and is this machine one of "
             "its nodes? From elsewhere, submit a job: --cluster FILE, or --address http://127.0.0.1:8265 and a tunnel"
         ) from None

@@ -18,13 +18,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option
 from tfkd_ray.jobs import (
-    Unreachable,
     as_entrypoint,
     ask,
     check_ray_version,
@@ -34,27 +34,45 @@ from tfkd_ray.jobs import (
     submit_command,
 )
 from tfkd_ray.remote import is_url, store_at
-from tfkd_ray.schema import ConfigError, find_file
+from tfkd_ray.schema import ConfigError, Unreachable, find_file
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
+OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
 TUNNEL_S = 60
 """How long a tunnel to a head may take to stand."""
 SUBMIT_S = 300
 """How long a head may take to accept a job, its working directory included."""
 END_S = 30
 """How long a job may take to be told ended after its last line."""
+ASK_S = 60
+"""How long a provider's own tools may take to say whether there are credentials."""
+SSH_S = 10
+"""How long a host of a cluster of one's own may take to answer by ssh."""
+LIST_S = 60
+"""How long a list of nodes may take, from whoever rents them out or by ssh from one of them."""
+DOWN_S = 600
+"""How long a step of `down` may take."""
 LEFT_S = 120
 """How long nodes may take to end after `down`; a Ray node without its head ends by itself within a minute."""
 
 Command = list[str]
+RAYCLUSTER = "RAYCLUSTER"
+"""Stands for what only KubeRay knows, in commands that are printed."""
 
 
 class StepFailed(Exception):
     """A command that failed; the message is for a person, who has seen what it said."""
 
-    def __init__(self, message: str, *, code: int = 1, said: str = "") -> None:
+    def __init__(self, message: str, *, code: int = 1, said: str = "", ends: int = FAILED) -> None:
+        """What failed.
+
+        Args:
+            message: what, for a person.
+            code: the exit code of the command.
+            said: what the command said.
+            ends: the exit code that this command is to end with.
+        """
         super().__init__(message)
-        self.code, self.said = code, said
+        self.code, self.said, self.ends = code, said, ends
 
 
 def cluster(args: argparse.Namespace) -> int:
@@ -66,10 +84,15 @@ def cluster(args: argparse.Namespace) -> int:
         return OK
     if args.print:
         print("\n".join(_shown(command) for command in _commands(file, args)))
+        if args.do == "submit" and file.kind != "slurm":
+            print(_folder_in_words(_words(args)))
         return OK
     try:
         code: int = {"up": _up, "status": _status, "submit": _submit, "logs": _logs, "down": _down}[args.do](file, args)
-    except (StepFailed, Unreachable) as error:
+    except StepFailed as error:
+        _say(f"tfkd cluster {args.do}: {error}")
+        return error.ends
+    except Unreachable as error:
         _say(f"tfkd cluster {args.do}: {error}")
         return FAILED
     return code
@@ -92,22 +115,30 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
     """All that a verb would run, for --print; what only a running cluster knows stands there in capitals."""
     if args.do == "up":
         return up_commands(file)
+    asked = [rayclusters_command(file)] if _is_rayjob(file) else []
     if args.do == "status":
-        return nodes_commands(file)
+        return [*asked, *nodes_commands(file)]
     if args.do == "down":
-        return [*down_commands(file), *nodes_commands(file)]
+        return [*asked, *down_commands(file), *nodes_commands(file), *tidy_commands(file)]
     if file.kind == "slurm":
         return [slurm_submit(file, _words(args)) if args.do == "submit" else slurm_logs(file)]
-    if args.do == "logs" and file.kind == "kuberay" and file.tree["kind"] == "RayJob":
+    if args.do == "logs" and _is_rayjob(file):
         return [kube(file, "logs", "--follow", f"job/{file.name}")]
     address = f"http://127.0.0.1:{file.dashboard_port}"
     tunnel = tunnel_command(file, file.dashboard_port)
-    before = [] if tunnel is None else [[*tunnel, "&"]]
+    before = [*asked, *([head_command(file)] if asked else []), *([] if tunnel is None else [[*tunnel, "&"]])]
     if args.do == "logs":
         return [*before, logs_command(address, args.job or "JOB")]
-    entrypoint = _words(args)
+    with tempfile.TemporaryDirectory() as folder:
+        entrypoint = as_entrypoint(_words(args), Path(folder))
     follow = [] if args.detach else [logs_command(address, "JOB")]
-    return [*before, submit_command(address, "JOB", Path(), entrypoint), *follow]
+    return [*before, submit_command(address, "JOB", Path("FOLDER"), entrypoint), *follow]
+
+
+def _folder_in_words(words: Sequence[str]) -> str:
+    """What FOLDER is, as a comment of the shell."""
+    text = "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
+    return text if shlex.join(words) == " ".join(words) else f"{text};\n#   in it tfkd_job.sh: exec {shlex.join(words)}"
 
 
 def _shown(command: Command) -> str:
@@ -138,7 +169,9 @@ def up_commands(file: ClusterFile) -> list[Command]:
 def down_commands(file: ClusterFile) -> list[Command]:
     """What ends a cluster; storage stays."""
     if file.here:
-        return []  # by the processes' own command lines: see _end_here
+        # what _end_here does without `pkill`; the brackets keep the shell from finding itself
+        mark = shlex.quote(f"[/]{_temp_dir(file).lstrip('/')}/session")
+        return [["bash", "-c", f"pkill --full {mark}; sleep 2; pkill --signal KILL --full {mark}"]]
     if file.kind == "ray":
         return [["ray", "down", "--yes", str(file.path)]]
     if file.kind == "slurm":
@@ -146,14 +179,38 @@ def down_commands(file: ClusterFile) -> list[Command]:
     return [kube(file, "delete", "--ignore-not-found", "--timeout=300s", f"{file.tree['kind'].lower()}/{file.name}")]
 
 
-def nodes_commands(file: ClusterFile) -> list[Command]:
-    """What lists the nodes that run, asked of whoever rents them out, so that it is true when Ray is gone, too."""
+def tidy_commands(file: ClusterFile) -> list[Command]:
+    """What removes the rest of what the file made, once its nodes are gone: a NetworkPolicy guards them until then."""
+    names = [d["metadata"]["name"] for d in file.others if d.get("kind") == "NetworkPolicy"]
+    return [kube(file, "delete", "--ignore-not-found", "--timeout=60s", f"networkpolicy/{name}") for name in names]
+
+
+def rayclusters_command(file: ClusterFile) -> Command:
+    """What names the clusters that a RayJob has made, RAYCLUSTER in other commands; its pods carry their names only."""
+    selector = f"ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name={file.name}"
+    return kube(file, "get", "rayclusters", "--output", "name", "--selector", selector)
+
+
+def head_command(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> Command:
+    """What names the head's pod of a RayJob, HEAD in other commands."""
+    selector = f"ray.io/node-type=head,{_selector(file, clusters)}"
+    running = "status.phase=Running"
+    return kube(file, "get", "pods", "--output", "name", "--selector", selector, "--field-selector", running)
+
+
+def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> list[Command]:
+    """What lists the nodes that run, asked of whoever rents them out, so that it is true when Ray is gone, too.
+
+    Args:
+        file: the cluster file.
+        clusters: those that a RayJob has made.
+    """
     provider = file.tree.get("provider", {})
     if file.here:
         return [["pgrep", "--list-full", "--full", f"{_temp_dir(file)}/session"]]
     if file.provider == "local":
         return [ssh(file, host, f"pgrep -f {shlex.quote(_raylet(file))} > /dev/null && echo {host}; true")
-                for host in (provider["head_ip"], *provider["worker_ips"])]  # fmt: skip
+                for host in hosts(file)]  # fmt: skip
     if file.provider == "aws":
         return [["aws", "ec2", "describe-instances", "--region", provider["region"], "--output", "text",
                  "--filters", f"Name=tag:ray-cluster-name,Values={file.name}",
@@ -169,13 +226,19 @@ def nodes_commands(file: ClusterFile) -> list[Command]:
                  "--query", query, "--output", "tsv"]]  # fmt: skip
     if file.kind == "slurm":
         return [["squeue", "--me", "--noheader", "--name", file.name, "--format", "%i %T %D nodes %R %L left"]]
-    return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file))]
+    if _is_rayjob(file) and not clusters:
+        return []
+    return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file, clusters))]
 
 
-def _selector(file: ClusterFile) -> str:
-    if file.tree["kind"] == "RayCluster":
-        return f"ray.io/cluster={file.name}"
-    return f"ray.io/originated-from-cr-name={file.name}"
+def _is_rayjob(file: ClusterFile) -> bool:
+    return file.kind == "kuberay" and file.tree["kind"] == "RayJob"
+
+
+def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
+    """Of the pods of a cluster; KubeRay labels them with the cluster's name, and not with the RayJob's."""
+    names = clusters if _is_rayjob(file) else [file.name]
+    return f"ray.io/cluster={names[0]}" if len(names) == 1 else f"ray.io/cluster in ({','.join(names)})"
 
 
 def kube(file: ClusterFile, *words: str) -> Command:
@@ -184,11 +247,18 @@ def kube(file: ClusterFile, *words: str) -> Command:
     return ["kubectl", *(["--namespace", namespace] if namespace else []), *words]
 
 
+def hosts(file: ClusterFile) -> list[str]:
+    """Addresses of the machines of a cluster of one's own, as they are reached from here, the head's first."""
+    provider = file.tree["provider"]
+    return [provider.get("external_head_ip") or provider["head_ip"], *(provider["worker_ips"] or [])]
+
+
 def ssh(file: ClusterFile, host: str, command: str) -> Command:
-    """A command on a node, by the file's user and key."""
+    """A command on a node, by the file's user, key and proxy."""
     auth = file.tree.get("auth") or {}
     key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
-    options = ["BatchMode=yes", "ConnectTimeout=10", "LogLevel=ERROR"]
+    options = ["BatchMode=yes", f"ConnectTimeout={SSH_S}", "LogLevel=ERROR"]
+    options += [f"ProxyCommand={auth['ssh_proxy_command']}"] if auth.get("ssh_proxy_command") else []
     options += ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"]  # as `ray up` does
     user = f"{auth['ssh_user']}@" if "ssh_user" in auth else ""
     return ["ssh", *key, *(word for o in options for word in ("-o", o)), f"{user}{host}", command]
@@ -199,13 +269,19 @@ def _raylet(file: ClusterFile) -> str:
     return f"[r]aylet .*--gcs-address=[0-9.]*:{file.port} "
 
 
-def tunnel_command(file: ClusterFile, port: int) -> Command | None:
-    """What brings the head's dashboard to a port of this machine; None where it is here."""
+def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Command | None:
+    """What brings the head's dashboard to a port of this machine; None where it is here.
+
+    Args:
+        file: the cluster file.
+        port: of this machine.
+        head: the head's pod, for a RayJob.
+    """
     if file.here:
         return None
     if file.kind == "ray":
         return ["ray", "dashboard", "--port", str(port), "--remote-port", str(file.dashboard_port), str(file.path)]
-    target = f"service/{file.name}-head-svc" if file.tree["kind"] == "RayCluster" else f"rayjob/{file.name}"
+    target = head if _is_rayjob(file) else f"service/{file.name}-head-svc"
     return kube(file, "port-forward", "--address", "127.0.0.1", target, f"{port}:8265")
 
 
@@ -228,15 +304,17 @@ def slurm_logs(file: ClusterFile) -> Command:
 
 
 def run(command: Command, *, what: str, quiet: bool = False, limit_s: float | None = None) -> str:
-    """Run a command and show what it says (its output is returned instead if `quiet`); StepFailed if it fails.
+    """Run a command and show what it says; StepFailed if it fails.
 
     Args:
-        limit_s: end it, as a failure, after so many seconds. None: it may take as long as it likes.
+        quiet: return its output instead; what it says beside that is in the message if it fails.
+        limit_s: end it and all that it started, as a failure, after so many seconds. None: it may take as long as it
+            likes.
     """
     said, late = [], threading.Event()
-    with subprocess.Popen(
+    with tempfile.TemporaryFile() as aside, subprocess.Popen(
         _found(command), env=_env(), stdin=subprocess.DEVNULL, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=None if quiet else subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=aside if quiet else subprocess.STDOUT, start_new_session=limit_s is not None,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         clock = threading.Timer(limit_s or threading.TIMEOUT_MAX, _too_late, (process, late))
@@ -250,22 +328,35 @@ def run(command: Command, *, what: str, quiet: bool = False, limit_s: float | No
                     sys.stderr.flush()
             code = process.wait()
         except BaseException:
-            process.terminate()
+            _end(process, signal.SIGTERM, group=limit_s is not None)
             raise
         finally:
             clock.cancel()
+        aside.seek(0)
+        beside = aside.read().decode(errors="replace")
     text = "".join(said)
     if late.is_set():
-        raise StepFailed(f"{what} did not end within {limit_s:g} s:\n  {_shown(command)}", code=code, said=text)
-    if code:
+        message = f"{what} did not end within {limit_s:g} s:\n  {_shown(command)}"
+    elif code:
         above = "" if quiet else "; what it said is above"
-        raise StepFailed(f"{what} failed (exit code {code}){above}:\n  {_shown(command)}", code=code, said=text)
-    return text
+        message = f"{what} failed (exit code {code}){above}:\n  {_shown(command)}"
+    else:
+        return text
+    raise StepFailed(f"{message}\n{beside.strip()[-2000:]}".strip(), code=code, said=text + beside)
 
 
 def _too_late(process: subprocess.Popen[str], late: threading.Event) -> None:
     late.set()
-    process.kill()
+    _end(process, signal.SIGKILL, group=True)
+
+
+def _end(process: subprocess.Popen[str], number: signal.Signals, *, group: bool) -> None:
+    """Send a signal to a command, and to all that it started if it leads a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        if group:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
 
 
 def _found(command: Command) -> Command:
@@ -297,7 +388,7 @@ def reached(file: ClusterFile) -> Iterator[str]:
         )
     port = file.dashboard_port if file.here else _free_port()
     address = f"http://127.0.0.1:{port}"
-    command = tunnel_command(file, port)
+    command = tunnel_command(file, port, _head_pod(file) if _is_rayjob(file) else "")
     if command is None:
         check_ray_version(address)
         yield address
@@ -326,6 +417,26 @@ def reached(file: ClusterFile) -> Iterator[str]:
             tunnel.wait()
 
 
+def _rayclusters(file: ClusterFile) -> list[str]:
+    """Names of the clusters that a RayJob has made, which are gone soon after it; of any other file, none."""
+    if not _is_rayjob(file):
+        return []
+    said = run(rayclusters_command(file), what="listing its clusters", quiet=True, limit_s=LIST_S)
+    return [line.rpartition("/")[2] for line in said.split()]
+
+
+def _head_pod(file: ClusterFile) -> str:
+    clusters = _rayclusters(file)
+    command = head_command(file, clusters)
+    pods = run(command, what="looking for its head", quiet=True, limit_s=LIST_S).split() if clusters else []
+    if not pods:
+        raise Unreachable(
+            f"{file.name} has no head that runs: it has not begun yet, or has ended; "
+            f"{_shown(kube(file, 'describe', f'rayjob/{file.name}'))} tells"
+        )
+    return pods[-1]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -348,6 +459,8 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
         _check_token_mounts(file)
         _check_key(file)
     _check_credentials(file)
+    if file.provider == "local" and not file.here:
+        _check_hosts(file)
     for n, command in enumerate(commands, 1):
         _step(command, what=f"step {n} of {len(commands)}")
     if file.here:
@@ -361,11 +474,11 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
     return OK
 
 
-def _step(command: Command, *, what: str) -> None:
+def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
     """Run a step; once more where Ray 2.60 itself stumbles (a race when a process of its ends)."""
     for attempt in (1, 2, 3):
         try:
-            run(command, what=what)
+            run(command, what=what, limit_s=limit_s)
             return
         except StepFailed as error:
             if attempt == 3 or "'>' not supported between instances of 'NoneType' and 'int'" not in error.said:
@@ -412,30 +525,67 @@ def _check_key(file: ClusterFile) -> None:
         )
 
 
+def _check_hosts(file: ClusterFile) -> None:
+    """Every machine must answer by ssh and take the key, before Ray waits 15 minutes for one that does not."""
+
+    def asked(host: str) -> StepFailed | None:
+        try:  # ssh gives up by itself after SSH_S where nothing answers, but not where something does and falls silent
+            run(ssh(file, host, "true"), what="ssh", quiet=True, limit_s=1.5 * SSH_S)
+        except StepFailed as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(16) as pool:
+        found = {host: error for host, error in zip(hosts(file), pool.map(asked, hosts(file)), strict=True) if error}
+    refused = [host for host, error in found.items() if "Permission denied" in error.said]
+    if refused and len(refused) == len(found):
+        raise ConfigError(
+            f"auth: {', '.join(refused)} answers, and refuses this user or key; put the key into its "
+            "~/.ssh/authorized_keys, or name others in auth.ssh_user and auth.ssh_private_key",
+            file.path,
+        )
+    if found:
+        lines = [f"  {h}: {(error.said.strip().splitlines() or ['it says nothing'])[-1]}" for h, error in found.items()]
+        raise StepFailed(
+            f"{file.path}: no answer by ssh within {SSH_S} s from {', '.join(found)}, so nothing was started; are they "
+            "up, and do provider.head_ip and worker_ips name them?\n" + "\n".join(lines)
+        )
+
+
 _ASKED = {
-    "aws": ("boto3", "import boto3, sys; sys.exit(boto3.Session().get_credentials() is None)", "aws configure"),
+    "aws": (
+        {"boto3": "boto3"},
+        [sys.executable, "-c", "import boto3, sys; sys.exit(boto3.Session().get_credentials() is None)"],
+        "aws configure",
+    ),
     "gcp": (
-        "googleapiclient",
-        "import googleapiclient, google.auth; google.auth.default()",
+        {
+            "googleapiclient": "google-api-python-client",
+            "google.auth": "google-auth",
+            "google_auth_httplib2": "google-auth-httplib2",
+        },
+        [sys.executable, "-c", "import google.auth; google.auth.default()"],
         "gcloud auth application-default login",
     ),
     "azure": (
-        "azure.identity",
-        "import azure.identity, azure.mgmt.compute, subprocess; subprocess.run(['az', 'account', 'show'], check=True)",
+        {
+            "azure.identity": "azure-identity",
+            "azure.mgmt.compute": "azure-mgmt-compute",
+            "azure.mgmt.network": "azure-mgmt-network",
+            "azure.mgmt.resource": "azure-mgmt-resource",
+            "azure.common.credentials": "azure-common",
+        },
+        ["az", "account", "show"],
         "az login",
     ),
 }
-_PIP = {
-    "aws": "boto3",
-    "gcp": "google-api-python-client google-auth",
-    "azure": "azure-cli azure-identity azure-mgmt-compute azure-mgmt-network azure-mgmt-resource",
-}
+"""By provider: what Ray imports for it and in which package that is, what asks for credentials, and how to get some."""
 
 
 def _check_credentials(file: ClusterFile) -> None:
     """Whoever rents out the machines must know us, before Ray asks."""
     if file.kind == "kuberay":
-        found = subprocess.run(_found(["kubectl", "config", "current-context"]), capture_output=True, text=True)
+        found = _asked(_found(["kubectl", "config", "current-context"]), "kubectl")
         if found.returncode:
             raise ConfigError(
                 "kubectl knows no Kubernetes cluster (no current context); get one's credentials, such as: "
@@ -443,30 +593,60 @@ def _check_credentials(file: ClusterFile) -> None:
                 file.path,
             )
     if file.provider in _ASKED:
-        module, code, login = _ASKED[file.provider]
-        asked = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
-        if asked.returncode:
+        modules, question, login = _ASKED[file.provider]
+        absent = _asked([sys.executable, "-c", _IMPORTED, *modules], "Python").stdout.split()
+        packages = [modules[module] for module in absent]
+        if file.provider == "azure" and not shutil.which("az"):
+            absent, packages = [*absent, "az"], [*packages, "azure-cli"]
+        if absent:
             raise ConfigError(
-                f"provider {file.provider} needs {module} here; pip install {_PIP[file.provider]}", file.path
+                f"provider {file.provider} needs {', '.join(absent)} here; pip install {' '.join(packages)}", file.path
             )
-        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
-        if asked.returncode:
+        if _asked(_found(question), file.provider).returncode:
             raise ConfigError(f"no credentials for {file.provider} here; {login}", file.path)
+
+
+_IMPORTED = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(name)
+"""
+"""A program that names the modules that cannot be imported."""
+
+
+def _asked(command: Command, whom: str) -> subprocess.CompletedProcess[str]:
+    """A quick question, answered by an exit code or a word; StepFailed if there is no answer in time."""
+    try:
+        return subprocess.run(
+            command, env=_env(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, timeout=ASK_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise StepFailed(
+            f"is there access to this provider? {whom} did not say within {ASK_S:g} s, so nothing was started; look "
+            f"whether its servers are reached from here"
+        ) from None
 
 
 def _down(file: ClusterFile, args: argparse.Namespace) -> int:
     if file.here:
         _end_here(file)
-    for command in down_commands(file):
-        _step(command, what="down")
-    left, until = _nodes(file), time.monotonic() + LEFT_S
+    clusters = _rayclusters(file)
+    for command in [] if file.here else down_commands(file):
+        _step(command, what="down", limit_s=DOWN_S)
+    left, until = _nodes(file, clusters), time.monotonic() + LEFT_S
     while left and time.monotonic() < until:
         _say(f"{file.name}: {len(left)} still there, ending")
         time.sleep(5)
-        left = _nodes(file)
+        left = _nodes(file, clusters)
     if left:
         listed = "\n  ".join(left)
         raise StepFailed(f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}")
+    for command in tidy_commands(file):
+        _step(command, what="down", limit_s=DOWN_S)
     print(f"{file.name} is down: nothing of it runs")
     return OK
 
@@ -489,12 +669,12 @@ def _end_here(file: ClusterFile) -> None:
         time.sleep(2)
 
 
-def _nodes(file: ClusterFile) -> list[str]:
+def _nodes(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
     """What runs of the cluster, a line each, as the list of whoever rents it out says."""
     found = []
-    for command in nodes_commands(file):
+    for command in nodes_commands(file, clusters):
         try:
-            found += run(command, what="listing its nodes", quiet=True).splitlines()
+            found += run(command, what="listing its nodes", quiet=True, limit_s=LIST_S).splitlines()
         except StepFailed as error:
             if not (command[0] == "pgrep" and error.code == 1):  # which has found none
                 raise
@@ -508,7 +688,7 @@ _PRICED = {"aws", "gcp", "azure", "kuberay", "slurm"}
 
 
 def _status(file: ClusterFile, args: argparse.Namespace) -> int:
-    nodes = _nodes(file)
+    nodes = _nodes(file, _rayclusters(file))
     if file.here:
         nodes = nodes and ["127.0.0.1"]
     if not nodes:
@@ -573,7 +753,8 @@ def _run_job(where: Path | str, address: str, folder: Path, words: Sequence[str]
         time.sleep(0.5)
     if state is None or state["status"] != "SUCCEEDED":
         told = "is not known there any more" if state is None else f"{state['status'].lower()}: {state.get('message')}"
-        raise StepFailed(f"job {job}: {told}".strip())
+        code = (state or {}).get("driver_exit_code")  # of tfkd there, which has said why, above
+        raise StepFailed(f"job {job}: {told}".strip(), ends=code if code in (WRONG_INPUT, NOT_BETTER) else FAILED)
     return OK
 
 
@@ -598,7 +779,7 @@ def _state_of(address: str, job: str) -> dict[str, Any] | None:
 
 
 def _logs(file: ClusterFile, args: argparse.Namespace) -> int:
-    if file.kind == "slurm" or (file.kind == "kuberay" and file.tree["kind"] == "RayJob"):
+    if file.kind == "slurm" or _is_rayjob(file):
         run(_commands(file, args)[0], what="following")
         return OK
     with reached(file) as address:
@@ -647,9 +828,9 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
             return OK
         with reached(cluster) as address:
             return _send(args.cluster, address, words, file, args.detach)
-    except (StepFailed, Unreachable) as error:
+    except StepFailed as error:
         _say(f"tfkd {args.verb}: {error}")
-        return FAILED
+        return error.ends
 
 
 def _send(where: str, address: str, words: Sequence[str], file: Path | None, detach: bool) -> int:

@@ -403,7 +403,9 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
         found.append(f"provider.worker_ips: must be a list of addresses, got {hosts!r}")
     if name == "local":
-        if "coordinator_address" not in provider:
+        if "coordinator_address" in provider:
+            found.append("provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips")
+        else:
             found += [f"provider.{k}: required, and not given" for k in ("head_ip", "worker_ips") if k not in provider]
         if "available_node_types" in file.tree:
             found.append("available_node_types: not for provider local, where head_ip and worker_ips are the nodes")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.auth import token
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, Unreachable
 
 LEFT_OUT = (
     # secrets
@@ -38,10 +38,6 @@ LIMIT_MB = 100
 
 TIMEOUT_S = 10
 """How long a head may take to answer."""
-
-
-class Unreachable(Exception):
-    """A head that does not answer; the message is for a person."""
 
 
 def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:

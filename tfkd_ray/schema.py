@@ -33,7 +33,11 @@ class ConfigError(Exception):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ConfigError, (self.problems, self.source)
+        return type(self), (self.problems, self.source)
+
+
+class Unreachable(ConfigError):
+    """What was named does not answer: it may be named wrongly, or be down, so that a command has failed."""
 
 
 def _short(problem: str) -> str:
