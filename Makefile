@@ -3,7 +3,7 @@
 # make check  format, lint, types                   make ci          what CI runs
 # make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
-# make fuzz   5,000 files as nobody would write them, and damaged experiments, as CI does with 500
+# make fuzz   5,000 files, commands and data as nobody would write them; CI takes 500 (TFKD_FUZZ_SEED=n: the same again)
 # make test-cluster  real clusters: by ssh, nodes that come and go, hosts cut off (some minutes; as root, with sshd, rsync, ip)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -63,7 +63,11 @@ test-gpu: $(VENV)/.installed
 	then timeout 500 $(BIN)/python benchmarks/step.py --gpu; else echo "test-gpu: no CUDA GPU here, so no benchmark of steps"; fi
 
 fuzz: $(VENV)/.installed
-	@TFKD_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_damage.py --timeout 1800 -n 2 $(ARGS)
+	@seed=$${TFKD_FUZZ_SEED:-$$(date +%s)}; count=$${TFKD_FUZZ:-5000}; \
+	echo "fuzz: $$count files; the same ones again: make fuzz TFKD_FUZZ=$$count TFKD_FUZZ_SEED=$$seed"; \
+	TFKD_FUZZ=$$count TFKD_FUZZ_SEED=$$seed $(BIN)/python -m pytest tests/test_fuzz.py tests/test_damage.py \
+		tests/test_roundtrip.py tests/test_cli_fuzz.py --hypothesis-seed $$seed --timeout 1800 -n 2 $(ARGS)
+
 test-cluster: $(VENV)/.installed
 	@command -v rsync >/dev/null && command -v ip >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync iproute2"; exit 2; }
 	@$(BIN)/python -m pytest -m cluster $(ARGS)

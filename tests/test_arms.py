@@ -72,6 +72,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "other data": (with_arm(name="x", objective="ce", data={"name": "digits", "split_seed": 1}), "arms.x.data: all arms are compared on the same data"),
     "other workers": (with_arm(name="x", objective="lsr", workers=2), "arms.x.workers: one value for all arms"),
     "kd without teacher": (with_arm(name="x", objective="kd"), "arms.x.teacher.model: objective kd needs a teacher's network"),
+    "a wrong setting below": (with_arm(name="x", objective="ce", released={"alpha": 0.9, "temprature": 20}), "no such setting; did you mean 'temperature'?"),
     "a wrong setting": (with_arm(name="x", objective="ce", optm=1), "arms.x.optm: no such setting; did you mean 'optim'?"),
     "published 7105": (with_arm(name="x", objective="lsr", published=7105), "arms.3.published: Input should be less than or equal to 100"),
 }  # fmt: skip

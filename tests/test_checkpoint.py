@@ -1,5 +1,6 @@
 """Run states and weights: whole or not at all, checked, and never executed."""
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfkd_ray.checkpoint import BEFORE, LAST, load_state, load_weights, save_state, save_weights, write_whole
+from tfkd_ray.checkpoint import BEFORE, FRESH, LAST, load_state, load_weights, save_state, save_weights, write_whole
 
 STATE = {"model": {"w": torch.arange(3.0)}, "epoch": 2, "history": [{"epoch": 1.0}], "run": "abc"}
 
@@ -37,6 +38,44 @@ def test_a_damaged_state_is_said_and_the_one_before_is_used(tmp_path: Path, dama
     (tmp_path / LAST).write_bytes({"cut": content[:300], "flipped": content, "emptied": b""}[damage])
     with pytest.warns(UserWarning, match="damaged"):
         assert load_state(tmp_path) == {"epoch": 1}
+
+
+class Killed(BaseException):
+    """Signal 9, at a call of the operating system."""
+
+
+@pytest.mark.parametrize("last_is", ["whole", "damaged", "gone"])
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_kill_between_any_two_moves_leaves_a_whole_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, last_is: str
+) -> None:
+    """Killed before its first, second or third move, `save_state` leaves the newest state that was whole, or its own."""
+    for epoch in (1, 2):
+        save_state(tmp_path, {"epoch": epoch})
+    if last_is == "damaged":
+        (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:300])
+    elif last_is == "gone":
+        (tmp_path / LAST).unlink()
+    made: list[str] = []
+    replace = Path.replace
+
+    def moved(self: Path, target: Path) -> Path:
+        if len(made) == moves:
+            raise Killed
+        made.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", moved)
+    with contextlib.suppress(Killed):
+        save_state(tmp_path, {"epoch": 3})
+    monkeypatch.undo()
+    said: list[str] = []
+    found = load_state(tmp_path, said.append)
+    assert found is not None
+    before = 2 if last_is == "whole" else 1
+    assert found["epoch"] == (before if FRESH not in made else 2 if last_is == "whole" and BEFORE not in made else 3)
+    save_state(tmp_path, {"epoch": 4})  # and it goes on from there
+    assert load_state(tmp_path) == {"epoch": 4} and not (tmp_path / FRESH).exists()
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

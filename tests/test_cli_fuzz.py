@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_fuzz import COUNT, SEED
 
 from tfkd_ray.cli import main
 
-SEED = int(os.environ.get("TFKD_FUZZ_SEED", "0"))
 VERBS = ["tune", "resume", "check", "plan", "explain", "train", "confirm", "export", "teacher", "best", "trials", "status",
          "logs", "ls", "report", "tensorboard"]  # fmt: skip
 WORDS = [
@@ -51,7 +51,7 @@ def test_any_words_after_a_verb_are_answered(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.yaml").write_text("objective: {name: kd, alpha: [}\n")
-    for number in range(40):
+    for number in range(COUNT * 40 // 500):
         rng = random.Random(f"{SEED}/{verb}/{number}")
         argv = [verb, *(rng.choice(WORDS) for _ in range(rng.randrange(5)))]
         if verb in ("tune", "train") and "digits_tfkd" in argv:
@@ -62,7 +62,7 @@ def test_any_words_after_a_verb_are_answered(
 @pytest.mark.slow
 def test_words_that_are_no_verb_are_answered(capfd: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(f"{SEED}/verbs")
-    for _ in range(60):
+    for _ in range(COUNT * 60 // 500):
         verb = rng.choice(VERBS)
         at = rng.randrange(len(verb))
         word = rng.choice([verb[:at] + verb[at + 1 :], verb.upper(), verb[::-1], verb + "s", *WORDS])
@@ -96,7 +96,7 @@ def test_any_words_after_a_verb_of_clusters_are_answered(
         "slurm",
         "kuberay-job",
     ]
-    for number in range(30):
+    for number in range(COUNT * 30 // 500):
         rng = random.Random(f"{SEED}/cluster {do}/{number}")
         printed = [] if do == "check" else ["--print"]  # nothing is to be started
         argv = ["cluster", do, *printed, *(rng.choice(words) for _ in range(rng.randrange(5)))]

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_data import pickled, write_cifar, write_idx
-from test_fuzz import TREE
+from test_fuzz import TREE, often
 from test_report import make_comparison
 
 import tfkd_ray.tune
@@ -252,9 +252,6 @@ def changed(whole: bytes, data: st.DataObject) -> bytes:
         at = data.draw(st.integers(0, len(content)))
         content[at : at + data.draw(st.sampled_from([0, 1, 4, 500]))] = data.draw(st.binary(max_size=12))
     return bytes(content)
-
-
-often = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import copy
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ARMS, ROOT, SHIPPED
+from hypothesis import HealthCheck, settings
 
 from tfkd_ray.arms import Arms, load_arms
+from tfkd_ray.cli import main
 from tfkd_ray.clusterfile import ClusterFile, check, load_cluster
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
 from tfkd_ray.space import Space, build_space, load_space
@@ -27,9 +28,18 @@ pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("TFKD_FUZZ", "500"))
 SEED = int(os.environ.get("TFKD_FUZZ_SEED", "0"))
 SLOWEST_S = 2.0
+often = settings(
+    max_examples=max(1, COUNT * 60 // 500),
+    deadline=None,
+    derandomize="TFKD_FUZZ_SEED" not in os.environ,  # else pytest's --hypothesis-seed, as `make fuzz` gives it
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+"""For tests by hypothesis, here and in other files."""
 CLUSTERS = [p for p in sorted((ROOT / "clusters").glob("*.yaml")) if "\n---" not in p.read_text()]
 SCRIPTS = [ROOT / "clusters" / "slurm.sh", *sorted((ROOT / "clusters").glob("kuberay-*.yaml"))]  # changed as text
 FILES = [p for p in SHIPPED + ARMS if len(p.read_text()) < 6000]
+SPACES = [p for p in FILES if p in SHIPPED]
 
 ODD: list[Any] = [
     None, True, 0, -1, 1, 2, 1e-300, -0.0, 1e308, 10**400, float("nan"), float("inf"), -float("inf"), "", " ", "x", "ce", "null",
@@ -171,11 +181,21 @@ def checked(path: Path) -> ClusterFile | None:
         return None
 
 
+FIELD = r"(#SBATCH )?(\S|'[^']*'|\"[^\"]*\")+"
+WHOLE = (
+    r"is empty[;,] |must be settings \(key: value\), got |every document in it must be settings |not YAML: nested too deeply$|"
+    r"not a (cluster file|Slurm script|text file in UTF-8): |is a search space or an arms file, not a cluster file|\(the file\): |"
+    r"ray symmetric-run: not there; the script must"
+)
+"""How a problem begins that is about no one place of a file."""
+
+
 def refused(path: Path, error: ConfigError) -> None:
-    """Whether the file is named, and each problem is a sentence."""
+    """Whether the file is named, and each problem is a sentence that begins with the field or the line it is about."""
     assert str(path) in str(error) or path.name in str(error), str(error)
     for problem in error.problems:
-        assert re.match(r"\S.*\S", problem) and len(problem) < 1001, problem[:3000]
+        assert re.match(rf"{FIELD}: \S|line \d+(, column \d+)?: \S|{WHOLE}", problem), problem[:3000]
+        assert re.search(r"\S.*\S$", problem) and len(problem) < 1001, problem[:3000]
         assert "Traceback" not in problem and "pydantic" not in problem
 
 
@@ -200,7 +220,6 @@ def test_a_file_is_understood_or_refused_with_sentences(part: int, tmp_path: Pat
         assert time.perf_counter() - start < SLOWEST_S, f"{seed}: {path.read_bytes()[:2000]!r}"
         valid += found is not None
     assert 0 < valid < COUNT // 10  # some survive, or it would show nothing
-    assert_no_ray()
 
 
 @pytest.mark.parametrize("part", range(5))
@@ -221,9 +240,44 @@ def test_a_cluster_file_is_understood_or_refused_with_sentences(part: int, tmp_p
             raise
         assert time.process_time() - cpu < SLOWEST_S and time.monotonic() - start < 10 * SLOWEST_S, seed
     assert 0 < valid < COUNT // 10
-    assert_no_ray()
 
 
-def assert_no_ray() -> None:
-    ray = sys.modules.get("ray")
-    assert ray is None or os.environ.get("RAY_ADDRESS") or not ray.is_initialized()
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects to Ray, or starts it, fails the test."""
+    for name in ("ray.init", "tfkd_ray.cluster.connect", "tfkd_ray.tune.connect", "tfkd_ray.tune.prepare"):
+        monkeypatch.setattr(name, started)
+
+
+def started(*args: object, **kwargs: object) -> None:
+    raise AssertionError("Ray was started")
+
+
+@pytest.mark.parametrize("verb, files", [("tune", SPACES), ("confirm", ARMS)], ids=["tune", "confirm"])
+def test_a_refused_file_ends_its_command_before_ray(
+    verb: str, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands themselves, with what no loader takes: code 2, the file's name, no traceback, nothing left."""
+    monkeypatch.chdir(tmp_path)
+    done = 0
+    for number in range(2000):
+        seed = f"{SEED}/{verb}/{number}"
+        path = tmp_path / "mutated.yaml"
+        path.write_text(mutated(random.Random(seed), files), encoding="utf-8", errors="surrogatepass")
+        if understood(path) is not None:
+            continue
+        code = main([verb, path.name])
+        out, err = capsys.readouterr()
+        assert code == 2 and path.name in err and "Traceback" not in out + err, (seed, path.read_bytes()[:4000], err)
+        assert [p.name for p in tmp_path.iterdir()] == [path.name], seed
+        if (done := done + 1) == COUNT // 10:
+            return
+    raise AssertionError(f"only {done} files were refused")
+
+
+def test_a_good_file_does_reach_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above would see, had a file been taken."""
+    monkeypatch.chdir(tmp_path)
+    for argv in (["tune", "digits_tfkd"], ["confirm", "digits_arms", "--preset", "smoke"]):
+        with pytest.raises(AssertionError, match="Ray was started"):
+            main(argv)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from test_fuzz import often
 
 from tfkd_ray.arms import Arms, load_arms, new_comparison, read_comparison
 from tfkd_ray.clusterfile import check, load_cluster
@@ -16,12 +17,6 @@ from tfkd_ray.schema import dump_yaml, parse_yaml, read_yaml
 from tfkd_ray.space import build_space, load_space
 
 pytestmark = pytest.mark.slow
-often = settings(
-    max_examples=int(__import__("os").environ.get("HB", "60")),
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 Tree = dict[str, Any]
 counts = st.integers(1, 400)

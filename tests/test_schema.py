@@ -31,7 +31,12 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("a: 1\n---\nb: 2", "expected a single document"),
         ("[" * 5000, "nested too deeply"),
-        ("a: !!bool x", "not YAML"),
+        ("a: !!bool x", "line 1, column 4: not YAML: this is no bool"),
+        ("a: 1\nb: !!float x", "line 2, column 4: not YAML: this is no float"),
+        ("a: !!timestamp x", "line 1, column 4: not YAML: this is no timestamp"),
+        ("a:\n- " + "1" * 5000, "line 2, column 3: not YAML: this is no int"),
+        ("a: 1\nbc: x\0", "line 2, column 6: not YAML: unacceptable character"),
+        ("\0", "line 1, column 1: not YAML: unacceptable character"),
     ],
 )
 def test_what_is_not_yaml_is_said_with_its_place(text: str, message: str) -> None:

@@ -21,7 +21,7 @@ from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import DIRECTIONS, Record, about_now, damaged, read_experiment, read_records, write_text
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
-from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dump_yaml, find_file, named, read_yaml, validated
+from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dotted, dump_yaml, find_file, named, read_yaml, validated
 from tfkd_ray.space import Domain, Range, Space, build_space, masked, override
 
 FIRST_SEED = 1001
@@ -141,7 +141,7 @@ def build_arms(
             continue
         own = {k: v for k, v in arm.items() if k in Arm.model_fields and k != "config"}
         config = filled({k: copy.deepcopy(v) for k, v in arm.items() if k not in own}, copy.deepcopy(shared))
-        where = f"arms.{own.get('name', number)}"
+        where = dotted(["arms", own.get("name", number)])
         try:
             for text in overrides:
                 override(config, text)

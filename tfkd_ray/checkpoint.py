@@ -2,7 +2,7 @@
 
 A run state is a dict of tensors, numbers, text, lists and dicts. Its file is a line with the SHA-256 of what follows,
 then torch's own format, read with `weights_only=True`: reading one never runs code. The state before it is kept, for
-the case that the newest is damaged.
+the case that the newest is damaged. At no moment does a directory lack a whole one, whenever its writer is killed.
 """
 
 import hashlib
@@ -22,6 +22,8 @@ State = dict[str, Any]
 """See `loop.train`."""
 
 LAST, BEFORE, WEIGHTS = "last.ckpt", "before.ckpt", "student.safetensors"
+FRESH = f"{LAST}.new"
+"""A whole state that is about to become the last; it stays only where its writer was killed at that."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -50,11 +52,10 @@ def save_state(directory: Path, state: State) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    last = directory / LAST
-    fresh = directory / f"{LAST}.new"
+    last, fresh = directory / LAST, directory / FRESH
     write_whole(fresh, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     if last.exists():
-        last.replace(directory / BEFORE)
+        last.replace(directory / BEFORE)  # damaged or not: until the next line, `fresh` is what there is
     fresh.replace(last)
 
 
@@ -63,7 +64,7 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
 
     A damaged file is passed over, and `say` called with a sentence; without one it is a warning.
     """
-    for name in (LAST, BEFORE):
+    for name in (LAST, FRESH, BEFORE):  # the second is newer than the third, and whole, wherever it is
         path = directory / name
         if not path.exists():
             continue

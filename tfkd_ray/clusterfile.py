@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfkd_ray.remote import is_url, store_at
-from tfkd_ray.schema import ConfigError, did_you_mean, find_file, parse_yaml, read_yaml
+from tfkd_ray.schema import ConfigError, did_you_mean, dotted, find_file, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from tfkd_ray.config import TrainConfig
@@ -207,16 +207,16 @@ def _schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
     from jsonschema import Draft7Validator
 
     for error in sorted(Draft7Validator(schema).iter_errors(tree), key=lambda e: list(map(str, e.absolute_path))):
-        path = ".".join(map(str, error.absolute_path))
+        path = dotted(error.absolute_path)
         value = error.instance
         if error.validator == "additionalProperties" and isinstance(value, dict):
             known = error.schema.get("properties", {})
             for key in sorted(set(value) - set(known)):
-                yield f"{path + '.' if path else ''}{key}: no such field; {did_you_mean(key, known)}"
+                yield f"{dotted([*error.absolute_path, key])}: no such field; {did_you_mean(key, known)}"
         elif error.validator == "required":
             missing = [key for key in error.validator_value if key not in value]
             for key in missing:
-                yield f"{path + '.' if path else ''}{key}: required, and not given"
+                yield f"{dotted([*error.absolute_path, key])}: required, and not given"
         elif error.validator == "enum":
             yield f"{path}: no such value {value!r}; {did_you_mean(str(value), map(str, error.validator_value))}"
         elif error.validator == "type":
@@ -439,7 +439,7 @@ def _provider(file: ClusterFile) -> Iterator[str]:
     """Ray's schema takes any key in `provider`."""
     known = PROVIDERS[file.provider] | {"type"}
     for key in sorted(set(file.tree["provider"]) - known):
-        yield f"provider.{key}: Ray reads no such setting for {file.provider}; {did_you_mean(key, known)}"
+        yield f"{dotted(['provider', key])}: Ray reads no such setting for {file.provider}; {did_you_mean(key, known)}"
 
 
 def _nodes(file: ClusterFile) -> Iterator[str]:
@@ -449,7 +449,7 @@ def _nodes(file: ClusterFile) -> Iterator[str]:
     for name, node in types.items():
         low, high = node.get("min_workers", 0), node.get("max_workers", most)
         if low > high:
-            yield f"available_node_types.{name}: min_workers must not be above max_workers, got {low} and {high}"
+            yield f"{dotted(['available_node_types', name])}: min_workers must not be above max_workers, got {low} and {high}"
     if (low := sum(node.get("min_workers", 0) for node in types.values())) > most:
         yield f"max_workers: must be at least the sum of all min_workers, {low}, got {most}"
     if (

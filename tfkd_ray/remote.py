@@ -51,7 +51,7 @@ END_S = 60.0
 AT_ONCE = 16
 """Requests in flight."""
 
-OF_TRIALS = ("last.ckpt", "before.ckpt", "student.safetensors", "error.txt", "out_of_memory")
+OF_TRIALS = ("last.ckpt", "last.ckpt.new", "before.ckpt", "student.safetensors", "error.txt", "out_of_memory")
 """Files in a trial's folder that its own process writes, on whichever node."""
 DRIVER = "driver.json"
 _INDEX, _SESSION, _MARK = ".objects.json", ".session", ".store.json"

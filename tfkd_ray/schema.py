@@ -69,6 +69,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(options)}"
 
 
+def dotted(path: Iterable[object]) -> str:
+    """The names of a field and of those above it, joined by dots; one that is empty or has blanks in it is quoted."""
+    names = [name if len(name) <= 80 else f"{name[:60]}..." for name in map(str, path)]
+    return ".".join(name if re.fullmatch(r"\S+", name) and name.isprintable() else repr(name) for name in names)
+
+
 # --- pydantic's errors as sentences ----------------------------------------------------------------------------
 
 
@@ -90,7 +96,7 @@ def problems_of(error: ValidationError, model: type[Settings]) -> list[str]:
 
 def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
     loc = tuple(e["loc"])
-    path = ".".join(str(part) for part in loc) or "(the file)"
+    path = dotted(loc) or "(the file)"
     kind, value = e["type"], e["input"]
     if kind == "extra_forbidden":
         known = settings_at(model, loc[:-1])
@@ -117,14 +123,18 @@ def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
     """Names of the settings at a path of pydantic's (which names the member of a union by its tag)."""
     found: list[type[Settings]] = [model]
     for part in loc:
+        if isinstance(part, int):  # a place in a list
+            continue
         inside = [f for m in found for name, f in m.model_fields.items() if name == part]
         found = [m for f in inside for m in members(f)] if inside else [m for m in found if tag(m) == part]
     return {name for m in found for name in m.model_fields}
 
 
 def members(field: FieldInfo) -> list[type[Settings]]:
-    """The Settings classes that may stand in a field: one, the members of a union, or none."""
-    return [t for t in leaves(field.annotation) if isinstance(t, type) and issubclass(t, Settings)]
+    """The Settings classes that may stand in a field, or in its list: one, the members of a union, or none."""
+    found = list(leaves(field.annotation))
+    found += [t for a in found if typing.get_origin(a) in (tuple, list) for t in leaves(typing.get_args(a)[0])]
+    return [t for t in found if isinstance(t, type) and issubclass(t, Settings)]
 
 
 def tag(model: type[Settings]) -> str | None:
@@ -158,6 +168,13 @@ class _Loader(yaml.SafeLoader):
         if node is not None:
             _expanded_size(node, {}, set())
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # a value that its type does not have
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"this is no {kind}", node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own: set[str] = set()
@@ -236,9 +253,12 @@ def parse_yaml(text: str, source: str | Path) -> Any:
             raise ConfigError(f"{where}: a tab, and YAML indents with spaces only; replace it", source) from None
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}: not YAML: {reason}", source) from None
-    except (yaml.YAMLError, RecursionError, ValueError, KeyError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise ConfigError(f"not YAML: {reason}", source) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        where = f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+        raise ConfigError(f"{where}: not YAML: {str(error).splitlines()[0]}", source) from None
+    except RecursionError:
+        raise ConfigError("not YAML: nested too deeply", source) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

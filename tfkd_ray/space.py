@@ -27,6 +27,7 @@ from tfkd_ray.schema import (
     ConfigError,
     Settings,
     did_you_mean,
+    dotted,
     find_file,
     leaves,
     members,
@@ -458,7 +459,7 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
     """
     if not isinstance(value, dict) or not {"low", "high", "choices"} & set(value):
         return None
-    where = ".".join(path)
+    where = dotted(path)
     if "choices" in value:
         if set(value) != {"choices"}:
             raise ConfigError(f"{where}: choices stand alone, got also {', '.join(sorted(set(value) - {'choices'}))}")
@@ -507,7 +508,7 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
 
 def _range_meant(value: Any, path: Path_) -> str:
     """How to write what stands, as a list or settings, where a number belongs."""
-    where, got = ".".join(path), _flow(value)
+    where, got = dotted(path), _flow(value)
     if isinstance(value, list):
         numbers = len(value) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
         between = f"for all between {{low: {min(value)}, high: {max(value)}}}, " if numbers else ""
@@ -1013,7 +1014,7 @@ def _name(objective: Any) -> str | None:
 def _ranges(value: Any, path: Path_) -> Iterator[str]:
     """Dotted paths of the ranges in a part of a space."""
     if isinstance(value, dict) and {"low", "high", "choices"} & set(value):
-        yield ".".join(path)
+        yield dotted(path)
     elif isinstance(value, dict):
         for key, below in value.items():
             yield from _ranges(below, (*path, str(key)))
@@ -1186,7 +1187,7 @@ def override(tree: Tree, text: str) -> None:
         if below is None or isinstance(below, str):
             here[part] = {} if below is None else named(below)
         elif not isinstance(below, dict):
-            raise ConfigError(f"{'.'.join(path[: depth + 1])}: is {below!r}, with nothing below it")
+            raise ConfigError(f"{dotted(path[: depth + 1])}: is {below!r}, with nothing below it")
         here = here[part]
     here[path[-1]] = parse_yaml(value, key)
 

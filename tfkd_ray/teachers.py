@@ -66,7 +66,7 @@ def train_teacher(
             if config.weights is not None:
                 about["source_sha256"] = _source_sha256(config)
             write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
-            for state in folder.glob("*.ckpt"):
+            for state in folder.glob("*.ckpt*"):
                 state.unlink()
     check_source(config, storage)
     return describe(config, storage)
