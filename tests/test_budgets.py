@@ -1,6 +1,7 @@
 """Budgets: what they count, when they end a sweep, and how it goes on."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from ray import tune
 from test_search import run_sweep, space
 from test_tune import TREE
 
+from tfkd_ray.cli import main
 from tfkd_ray.experiment import Record, read_experiment, read_metrics, read_records, write_experiment, write_record
+from tfkd_ray.live import Progress
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import OptunaSearcher, open_journal
 from tfkd_ray.space import Space, build_space
@@ -81,6 +84,33 @@ def test_hours_count_epochs_and_what_a_running_trial_has_held_since(tmp_path: Pa
     before = b.spent()
     clock.now += 1000
     assert b.spent()["cpu_hours"] == before["cpu_hours"] and not b.stop_all()
+
+
+def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is_in(tmp_path: Path) -> None:
+    said: list[str] = []
+    b, clock = budget(tmp_path / "e", build_space({**tree(gpu_hours=0.5), "gpus_per_worker": 1}), said)
+    running = [Trial(tmp_path / "e", n) for n in (0, 1)]
+    b.setup()
+    for trial in running:
+        tell(b, "start", trial)
+    epoch = 0
+    while not b.stop_all():  # an epoch takes two and a half minutes of a GPU
+        assert b.spent()["gpu_hours"] < 0.5
+        epoch += 1
+        clock.now += 150
+        for trial in running:
+            tell(b, "result", trial, result={"epoch": epoch, "seconds": 150.0})
+    assert said == ["search.gpu_hours: 0.5 of 0.5 h are reached"] and epoch == 6
+    clock.now += 150  # they finish the epoch that they are in
+    for trial in running:
+        tell(b, "result", trial, result={"epoch": 7, "seconds": 150.0})
+        tell(b, "complete", trial)
+    clock.now += 900
+    assert b.spent()["gpu_hours"] == pytest.approx(0.5 + 2 * 150 / 3600) and b.spent()["cpu_hours"] > 0
+    assert b.stop_all() and len(said) == 1
+    b.on_experiment_end([])
+    again, _ = budget(tmp_path / "e", build_space({**tree(gpu_hours=0.5), "gpus_per_worker": 1}))
+    assert again.spent()["gpu_hours"] == pytest.approx(b.spent()["gpu_hours"], abs=1e-5)  # it is kept
 
 
 def test_failed_trials_are_counted_once_each(tmp_path: Path) -> None:
@@ -166,6 +196,77 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_new_one_and_the_total_is_exa
     total = read_experiment(tmp_path / "e")["space"]["search"]["cpu_hours"]
     assert 10 < total < 10.01  # from then on
     assert json.loads((tmp_path / "e" / "spent.json").read_text())["seconds"] > 0
+
+
+FILE = """
+student: {name: mlp, hidden: [8]}
+epochs: 5000
+objective: ce
+optim: {lr: {low: 0.01, high: 0.5, log: true}}
+search: {num_samples: 6, stopping: none, max_concurrent: 2}
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "option, most, name, more",
+    [
+        ("--time-budget", "1.5", "time_budget_s", "--time-budget SECONDS"),
+        ("--cpu-hours", "0.0005", "cpu_hours", "--cpu-hours HOURS"),
+        ("--max-failures", "2", "max_failed_trials", "--max-failures N"),
+    ],
+)
+def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_each_running_trial(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    option: str, most: str, name: str, more: str,
+) -> None:  # fmt: skip
+    told: list[str] = []
+    end, on_trial_result = Progress.end, Progress.on_trial_result
+
+    def noted(self: Progress, budget: str) -> None:
+        told.append("the end")
+        end(self, budget)
+
+    def heard(self: Progress, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        told.append(trial.config["trial"]["name"])
+        on_trial_result(self, iteration, trials, trial, result, **info)
+
+    monkeypatch.setattr(Progress, "end", noted)
+    monkeypatch.setattr(Progress, "on_trial_result", heard)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.yaml").write_text(FILE)
+    diverge = ["optim.lr={choices: [1e20, 2e20]}", "search.num_samples=4"] if name == "max_failed_trials" else []
+    assert main(["tune", "e.yaml", "--name", "e", "--storage", ".", option, most, *diverge]) == (1 if diverge else 0)
+    out, err = capsys.readouterr()
+    said = rf"search\.{name}: [0-9.]+ of {most} (s|h|failed trials) are reached"
+    assert re.search(rf"^ending: {said}$", err, re.M), err
+    assert re.search(rf"^ended early: {said}; go on with:\n  tfkd resume e {more}$", out, re.M), out
+    after = told[told.index("the end") :]
+    assert told.count("the end") == 1 and all(after.count(trial) <= 1 for trial in after)
+    records = read_records(tmp_path / "e")
+    assert len(records) <= (3 if diverge else 2)
+    held = [[m["seconds"] for m in r.metrics] for r in records]
+    if name == "time_budget_s":
+        assert all(sum(seconds[:-1]) <= 1.5 for seconds in held)
+        assert all(r.status == "interrupted" and r.metrics for r in records)
+    elif name == "cpu_hours":
+        assert sum(sum(seconds[:-1]) for seconds in held) <= 1.8
+    else:
+        assert 2 <= sum(r.status == "failed" for r in records) <= 3
+        changes = ["--retry-failed", "--max-failures", "20"]  # which fail once more, of the same
+        assert main(["resume", "e", *changes]) == 1
+        again = read_records(tmp_path / "e")
+        assert [(r.number, r.status) for r in again] == [(n, "failed") for n in range(4)]
+        study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(tmp_path / "e" / "study.journal"))
+        attempts = [t.user_attrs["number"] for t in study.trials if t.user_attrs.get("attempt") == 2]
+        assert attempts == [r.number for r in records if r.status == "failed"]
+
+
+def test_gpu_hours_where_trials_use_no_gpu_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "e.yaml").write_text(FILE)
+    assert main(["tune", str(tmp_path / "e.yaml"), "--storage", str(tmp_path), "--gpu-hours", "1"]) == 2
+    assert "gpu_hours: trials here use no GPU, so it would never end" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["e.yaml"]
 
 
 @pytest.mark.ray

@@ -51,6 +51,42 @@ def test_a_probe_gives_hours_and_money() -> None:
     assert gpu.gpus == 2
 
 
+def test_hours_become_gpu_hours_and_money() -> None:
+    """Two workers with a GPU each: 2 h of training are 4 GPU-hours, whatever number of trials runs at a time."""
+    tree = {"objective": "ce", "epochs": 4, "workers": 2, "gpus_per_worker": 1}
+    found = plan(build_space({**tree, "search": {"num_samples": 9, "stopping": "none"}}))
+    (part,) = found.parts
+    assert (part.epochs, found.gpus, found.seconds) == (36, 2, None)
+    assert not [line for line in lines(found, gpu_hour_price=2) if "money" in line]  # hours are not known
+    known = dataclasses.replace(found, parts=(dataclasses.replace(part, epoch_s=200.0),), teacher_s=0.0)
+    assert known.seconds == 7200
+    for slots in (1, 4):
+        text = list(lines(known, slots=slots, gpu_hour_price=2))
+        assert "GPU-hours: 4.00, 8.00 in money, if the GPUs are as fast as this machine" in text
+        each = "2 h 00 min" if slots == 1 else "30 min 00 s"
+        assert f"training: 2 h 00 min with one trial at a time, {each} with {slots}" in text
+    assert not [line for line in lines(known) if "money" in line]
+    assert not [line for line in lines(dataclasses.replace(known, gpus=0), gpu_hour_price=2) if "GPU" in line]
+
+
+def test_disk_is_that_of_trials_and_teachers_and_the_bank_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multilayer perceptron 64-32-10 has 2,410 weights of 4 bytes; what a trial keeps are five of it."""
+    size = 4 * (64 * 32 + 32 + 32 * 10 + 10)
+    mlp = {"name": "mlp", "hidden": [32]}
+    tree = {"student": mlp, "epochs": 4, "search": {"num_samples": 6, "stopping": "none"}}
+    alone = plan(build_space({**tree, "objective": "ce"}))
+    assert (alone.disk, alone.bank) == (5 * 6 * size, 0)
+    assert "disk: at most 0.3 MiB of weights and checkpoints" in list(lines(alone))
+    teacher = {"model": {"choices": [mlp, {**mlp, "dropout": 0.5}]}, "labels": "bank"}
+    taught = {**tree, "objective": "kd", "teacher": teacher}
+    found = plan(build_space(taught))
+    assert found.disk == 5 * 6 * size + 2 * size
+    monkeypatch.setenv("TFKD_BANK_GB", "3")
+    text = list(lines(plan(build_space(taught))))
+    assert "soft labels: at most 2.8 GiB in each node's cache (TFKD_BANK_GB)" in text
+    assert plan(build_space({**taught, "teacher": {**teacher, "labels": "online"}})).bank == 0
+
+
 @pytest.mark.gpu
 def test_a_probe_proposes_how_many_trials_share_a_gpu() -> None:
     space = build_space({"objective": "ce", "student": "mlp", "gpus_per_worker": 1})

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from scipy.stats import qmc
 
-from tfkd_ray.experiment import Record, write_experiment, write_record
-from tfkd_ray.schema import ConfigError
+from tfkd_ray import tune
+from tfkd_ray.experiment import Record, read_experiment, write_experiment, write_record
+from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.search import (
     OptunaSearcher,
     Rungs,
@@ -540,16 +542,22 @@ def finished(folder: Path, s: Space, values: list[float], *, status: str = "done
     return folder
 
 
-def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_one(tmp_path: Path) -> None:
+TOGETHER = pytest.mark.parametrize("split", [True, False], ids=["a study each", "one study"])
+
+
+@TOGETHER
+def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_one(
+    tmp_path: Path, split: bool
+) -> None:
     earlier = finished(
         tmp_path / "old", space(sampler="random", warm_start=False, num_samples=20), [k / 20 for k in range(20)]
     )
-    cold = run_sweep(OptunaSearcher(space(), tmp_path / "a"))
+    cold = run_sweep(OptunaSearcher(space(split=split), tmp_path / "a"))
     journal = tmp_path / "b"
-    searcher = OptunaSearcher(space(), journal, priors=[earlier])
-    warm = run_sweep(searcher, kill_at=9) + run_sweep(OptunaSearcher(space(), journal, priors=[earlier]))[1:]
+    searcher = OptunaSearcher(space(split=split), journal, priors=[earlier])
+    warm = run_sweep(searcher, kill_at=9) + run_sweep(OptunaSearcher(space(split=split), journal, priors=[earlier]))[1:]
     assert [c["trial"]["number"] for c in warm] == list(range(16)) and warm != cold
-    assert warm == run_sweep(OptunaSearcher(space(), tmp_path / "c", priors=[earlier]))
+    assert warm == run_sweep(OptunaSearcher(space(split=split), tmp_path / "c", priors=[earlier]))
     storage = open_journal(journal)
     found = [
         t
@@ -558,20 +566,23 @@ def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_
     ]
     priors = [t for t in found if "prior" in t.user_attrs]
     assert len(priors) == 20 and len(found) == 36  # each once, though told twice
+    assert split or [t.params["objective"] for t in priors] == ["ce", "lsr"] * 10
+    assert all(("objective.lsr.alpha" in t.params) == ("-lsr" in t.user_attrs["prior"]) for t in priors)
     assert all(
         t.state == TrialState.COMPLETE and not t.intermediate_values and "number" not in t.user_attrs for t in priors
     )
     assert {t.user_attrs["prior"] for t in priors} == {
         f"old/t{n:04d}-{'ce' if n % 2 == 0 else 'lsr'}" for n in range(20)
     }
-    assert OptunaSearcher(space(), journal).remaining() == 0 and set(OptunaSearcher(space(), journal).known()) == set(
-        range(16)
-    )
+    assert OptunaSearcher(space(split=split), journal).remaining() == 0 and set(
+        OptunaSearcher(space(split=split), journal).known()
+    ) == set(range(16))
 
 
-def test_a_rung_is_made_of_this_experiments_trials_alone(tmp_path: Path) -> None:
+@TOGETHER
+def test_a_rung_is_made_of_this_experiments_trials_alone(tmp_path: Path, split: bool) -> None:
     earlier = finished(tmp_path / "old", space(sampler="random"), [0.99] * 16)
-    searcher = OptunaSearcher(space(), tmp_path / "a", priors=[earlier])
+    searcher = OptunaSearcher(space(split=split), tmp_path / "a", priors=[earlier])
     searcher.suggest("a")
     assert not searcher.report("a", {"epoch": 1, "val_accuracy": 0.1})  # it is the best that has come here
 
@@ -597,11 +608,15 @@ SMALLER = {"optim": {"lr": 0.1}}
     [(LARGER, "some"), (SMALLER, "all"), ({"seed": 5, "checkpoint_every_s": 1}, "all")],
     ids=["larger", "smaller", "seed"],
 )
-def test_an_earlier_space_may_be_larger_or_smaller(tmp_path: Path, change: dict[str, Any], usable: str) -> None:
+@TOGETHER
+def test_an_earlier_space_may_be_larger_or_smaller(
+    tmp_path: Path, change: dict[str, Any], usable: str, split: bool
+) -> None:
     tree = {**space(sampler="random", num_samples=20, warm_start=False).tree, **change}
     tree["optim"] = {**space().tree["optim"], **change.get("optim", {})}
     earlier = finished(tmp_path / "old", build_space(tree), [k / 20 for k in range(20)])
-    priors = prior_trials(space(), [earlier])
+    priors = prior_trials(space(split=split), [earlier])
+    assert {p.group for p in priors} <= ({"ce", "lsr"} if split else {"all"})
     assert (0 < len(priors) < 20) if usable == "some" else len(priors) == 20
     for prior in priors:
         assert 0.01 <= prior.params["optim.lr"] <= 1 and "optim.momentum" not in prior.params
@@ -617,8 +632,9 @@ def test_an_earlier_space_may_be_larger_or_smaller(tmp_path: Path, change: dict[
         ({"objective": "tfkd_reg"}, "objective: tfkd_reg there, and not among ce, lsr"),
     ],
 )  # fmt: skip
+@TOGETHER
 def test_an_experiment_without_overlap_is_refused_and_says_why(
-    tmp_path: Path, change: dict[str, Any], sentence: str
+    tmp_path: Path, change: dict[str, Any], sentence: str, split: bool
 ) -> None:
     old = build_space(
         {
@@ -631,7 +647,7 @@ def test_an_experiment_without_overlap_is_refused_and_says_why(
     )
     earlier = finished(tmp_path / "old", old, [0.1, 0.2])
     with pytest.raises(ConfigError) as error:
-        prior_trials(space(), [earlier])
+        prior_trials(space(split=split), [earlier])
     assert f"priors: of 2 full-length trials of {earlier} none lies in this space: {sentence}" in str(error.value)
 
 
@@ -675,6 +691,54 @@ def test_an_experiment_goes_on_in_a_wider_space_with_all_its_trials(tmp_path: Pa
     assert [c["trial"]["number"] for c in after] == list(range(9, 30))
     count = [sum(name.endswith(o) for name in new.known().values()) for o in ("ce", "lsr", "tfkd_reg")]
     assert count == [10, 10, 10]  # the objective that is new catches up
+
+
+def reached(*args: Any) -> None:
+    raise RuntimeError("all that a resume reads is fine")
+
+
+EDITS = [
+    ({"optim": {"lr": {"low": 0.1, "high": 1, "log": True}}}, "optim.lr: was 0.01 to 1 (log), and 0.1 to 1 (log) does not hold all of it; widen it"),
+    ({"optim": {"lr": 0.1}}, "optim.lr: was searched (0.01 to 1 (log)), and is fixed now; leave it searched"),
+    ({"epochs": 18}, "epochs: was 9, and is 18 now"),
+    ({"seed": 3}, "seed: was 0, and is 3 now"),
+    ({"objective": ["lsr", "tfkd_reg", {"name": "ce", "loss_scale": 2.0}]}, "objective.ce.loss_scale: was 1.0, and is 2.0 now"),
+    ({"objective": [{"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}]}, "objective: ce is in the trials that are there, and not in the new space; add it"),
+    ({"optim": {"lr": {"low": 0.001, "high": 1, "log": True}}}, "its space was widened by hand; put back what it was, and go on with: tfkd resume --space FILE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, sentence", EDITS, ids=[json.dumps(c)[:40] for c, _ in EDITS])
+def test_an_experiment_file_that_was_changed_by_hand_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], sentence: str
+) -> None:
+    monkeypatch.setattr(tune, "prepare", reached)
+    experiment = finished(tmp_path / "e", space(), [0.1, 0.2, 0.3])
+    with pytest.raises(RuntimeError, match="is fine"):
+        tune.resume_tuner(experiment, add_trials=4)
+    path = experiment / "experiment.yaml"
+    tree = read_experiment(experiment)
+    edited = {**tree["space"], **change, "optim": {**tree["space"]["optim"], **change.get("optim", {})}}
+    path.write_text(dump_yaml({**tree, "space": edited}))
+    written = path.read_text()
+    with pytest.raises(ConfigError) as error:
+        tune.resume_tuner(experiment, add_trials=4)
+    assert sentence in str(error.value) and str(path) in str(error.value)
+    assert path.read_text() == written
+    path.write_text(dump_yaml({**tree, "space": {**tree["space"], "cpus_per_worker": 2, "gpus_per_worker": 1}}))
+    with pytest.raises(RuntimeError, match="is fine"):  # where trials run is anybody's to change
+        tune.resume_tuner(experiment)
+
+
+def test_an_experiment_of_a_release_that_noted_no_space_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "prepare", reached)
+    shutil.copytree(Path(__file__).parent / "data/experiment-0.1.0", tmp_path / "old", symlinks=True)
+    s = build_space(read_experiment(tmp_path / "old/sweep")["space"])
+    assert OptunaSearcher(s, tmp_path / "old/sweep/study.journal").recorded() == []
+    with pytest.raises(RuntimeError, match="is fine"):
+        tune.resume_tuner(tmp_path / "old/sweep", add_trials=4)
 
 
 # --- what mattered

@@ -1,5 +1,6 @@
 """Every search space that ships proposes trials that train: a few steps on files in the official formats."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tfkd_ray.loop import train
 from tfkd_ray.schema import read_yaml
 from tfkd_ray.space import Space, build_space, load_space
 from tfkd_ray.teachers import find_or_train
+
+KNOBS = ("epochs", "stop_epoch")
 
 
 def scaled_down(path: Path, place: Path) -> Space:
@@ -38,7 +41,9 @@ def scaled_down(path: Path, place: Path) -> Space:
     tree["student"] = {"name": "cnn", "widths": [2]}
     tree["optim"] = {**tree["optim"], "batch_size": 64}
     if "teacher" in tree:
-        teacher = {k: v for k, v in tree["teacher"].items() if k not in ("epochs", "stop_epoch")}
+        teacher = {k: v for k, v in tree["teacher"].items() if k not in KNOBS}
+        searched = [k for k in KNOBS if isinstance(tree["teacher"].get(k), dict)]  # how well a teacher is trained
+        teacher |= {"epochs": 2, **{k: {"choices": [1, 2]} for k in searched}} if searched else {}
         if "model" in teacher:
             teacher["model"] = {"choices": [{"name": "cnn", "widths": [3]}, {"name": "cnn", "widths": [4]}]}
         tree["teacher"] = teacher | {"optim": {"batch_size": 64}}
@@ -56,3 +61,34 @@ def test_every_shipped_space_trains(path: Path, tmp_path: Path) -> None:
         teacher = find_or_train(config, tmp_path / "storage")
         (epoch,) = train(config, teacher=teacher)
         assert epoch.metrics["train_loss"] > 0 and 0 <= epoch.metrics["val_accuracy"] <= 1
+
+
+def test_a_teacher_of_every_quality_that_is_searched_is_trained_and_teaches(tmp_path: Path) -> None:
+    (path,) = (p for p in SHIPPED if p.stem == "cifar100_defective_kd")
+    shipped = load_space(path)
+    (knob,) = (p for p in shipped.parameters if p.path[0] == "teacher")
+    assert knob.name == "teacher.stop_epoch" and len(shipped.teacher_runs()) == len(knob.domain.probes) == 4
+    space = scaled_down(path, tmp_path)
+    assert sorted((run.stop_epoch, run.epochs) for run in space.teacher_runs()) == [(1, 2)] * 2 + [(2, 2)] * 2
+    (taught,) = (b for b in space.branches if b.objective == "kd")
+    values = {p.name: p.domain.probes[0] for p in taught.parameters}
+    losses = set()
+    for stop in (1, 2):
+        config = taught.config({**values, "teacher.stop_epoch": stop})
+        (epoch,) = train(config, teacher=find_or_train(config, tmp_path / "storage"))
+        losses.add(epoch.metrics["train_kd"])
+    assert len(losses) == 2
+    trained = [json.loads(p.read_text()) for p in (tmp_path / "storage" / "teachers").glob("*/teacher.json")]
+    assert sorted(about["metrics"]["epoch"] for about in trained) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SHIPPED if "imagenet_" in p.stem and "tiny" not in p.stem], ids=lambda p: p.stem
+)
+def test_a_trial_on_imagenet_takes_eight_gpus_one_for_each_worker(path: Path) -> None:
+    space = load_space(path)
+    for branch in space.branches:
+        config = branch.example
+        assert (config.workers, config.gpus_per_worker) == (8, 1)
+        assert config.worker_resources == {"CPU": 4, "GPU": 1}
+        assert config.optim.batch_size % config.workers == 0

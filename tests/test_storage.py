@@ -1,16 +1,19 @@
 """Where the studies are: a journal that a crash or a person has damaged, SQLite, PostgreSQL, and the dashboard."""
 
+import contextlib
 import os
 import pwd
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ import optuna
 import pytest
 from test_search import run_sweep, space
 
-from tfkd_ray.experiment import read_experiment, read_records
+from tfkd_ray import search
+from tfkd_ray.experiment import read_experiment, read_records, write_experiment
 from tfkd_ray.schema import ConfigError
-from tfkd_ray.search import OptunaSearcher, open_journal, open_storage, whole_url
+from tfkd_ray.search import OptunaSearcher, drop_stale_locks, open_journal, open_storage, whole_url
 from tfkd_ray.space import build_space
 from tfkd_ray.tune import build_tuner, resume_tuner
 
@@ -89,6 +93,47 @@ def test_anything_worse_is_reported_with_the_byte_and_nothing_is_changed(journal
     assert journal.read_bytes() == content
 
 
+def lock(journal: Path) -> Path:
+    """Optuna's lock of a journal, as it makes one."""
+    path = journal.with_name("study.journal.lock")
+    path.symlink_to(journal)
+    return path
+
+
+def test_a_lock_that_a_killed_driver_left_is_removed(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LOCK_S", 0.2)
+    rest = journal.with_name("study.journal.lock5ca2.rename")
+    rest.symlink_to(journal)
+    young, other = lock(journal), journal.with_name("another.journal.lock")
+    other.write_text("")
+    start = time.monotonic()
+    drop_stale_locks(journal)
+    assert not young.is_symlink() and not rest.is_symlink() and other.exists()
+    assert 0.2 <= time.monotonic() - start < 2
+    monkeypatch.setattr(search, "LOCK_S", 60)
+    os.utime(lock(journal), (0, 0), follow_symlinks=False)  # of long ago: there is nothing to wait for
+    drop_stale_locks(journal)
+    drop_stale_locks(journal)
+    assert not young.is_symlink() and OptunaSearcher(space(num_samples=6), journal).remaining() == 2
+
+
+def test_a_lock_that_somebody_holds_is_waited_for_and_not_taken_away(journal: Path) -> None:
+    """A dashboard's note is being written while a sweep is resumed."""
+    path = lock(journal)
+    inode = path.lstat().st_ino
+
+    def write() -> None:
+        time.sleep(0.3)
+        assert path.lstat().st_ino == inode  # it is still the writer's own
+        path.unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        writer, start = pool.submit(write), time.monotonic()
+        drop_stale_locks(journal)
+        assert 0.25 < time.monotonic() - start < search.LOCK_S
+        writer.result()
+
+
 # --- SQLite
 
 
@@ -134,6 +179,28 @@ def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError) as error:
         whole_url(hidden)
     assert "secret" not in str(error.value) and "other" in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_database_that_somebody_else_writes_to_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(search, "SQLITE_WAIT_S", 0.1)
+    url = f"sqlite:///{tmp_path}/s.db"
+    s = build_space({**space(num_samples=4).tree, "search": {"num_samples": 4, "storage": url, "study": "e"}})
+    run_sweep(OptunaSearcher(s, tmp_path / "none"), kill_at=3)
+    (tmp_path / "e").mkdir()
+    write_experiment(tmp_path / "e", s.tree, ["tfkd"])
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other:
+        other.execute(f"BEGIN {how}")
+        new = OptunaSearcher(build_space(s.tree), tmp_path / "none", study="another")
+        with pytest.raises(ConfigError) as error:
+            new.remaining()
+        assert str(error.value) == f"search.storage: {url} cannot be used: database is locked"
+        if how == "EXCLUSIVE":  # nobody may even read
+            with pytest.raises(ConfigError, match="cannot be used: database is locked"):
+                resume_tuner(tmp_path / "e")
+    assert OptunaSearcher(s, tmp_path / "none").remaining() == 1  # free again
 
 
 @pytest.mark.ray

@@ -327,17 +327,18 @@ def _cluster(args: argparse.Namespace) -> int:
 
 def _budgets(sub: argparse.ArgumentParser) -> None:
     """Options that end a sweep; each goes by the name of its setting in `search`."""
-    for option, name, unit, text in (
-        ("--time-budget", "time_budget_s", "S", "seconds"),
-        ("--gpu-hours", "gpu_hours", "H", "GPU-hours of its trials"),
-        ("--cpu-hours", "cpu_hours", "H", "CPU-hours of its trials"),
-        ("--max-failures", "max_failed_trials", "N", "failed trials"),
-    ):
+    for option, name, unit, text in _BUDGETS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
                          help=f"end the sweep, to be resumed, after so many {text}")  # fmt: skip
 
 
-BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
+_BUDGETS = (
+    ("--time-budget", "time_budget_s", "SECONDS", "seconds"),
+    ("--gpu-hours", "gpu_hours", "HOURS", "GPU-hours of its trials"),
+    ("--cpu-hours", "cpu_hours", "HOURS", "CPU-hours of its trials"),
+    ("--max-failures", "max_failed_trials", "N", "failed trials"),
+)
+BUDGETS = tuple(name for _, name, _, _ in _BUDGETS)
 
 
 def _count(text: str) -> int:
@@ -735,9 +736,8 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
         return FAILED
     code = _summary(space, experiment, whole=ended and not progress.ended_by)
     if progress.ended_by:
-        print(
-            f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_short(experiment)} --time-budget SECONDS"
-        )
+        (more,) = (f"{option} {unit}" for option, name, unit, _ in _BUDGETS if f".{name}: " in progress.ended_by)
+        print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_short(experiment)} {more}")
     return code if ended else _interrupted(experiment)
 
 

@@ -13,6 +13,7 @@ import torch
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.loop import train
 from tfkd_ray.receipt import expected_epochs, reaching, shares
+from tfkd_ray.soft_labels import limit
 from tfkd_ray.space import Space
 
 PROBE_STEPS = 8
@@ -49,7 +50,9 @@ class Plan:
     gpus: float
     """Of one trial, over its workers."""
     disk: int
-    """Bytes of weights and checkpoints."""
+    """Bytes of weights and checkpoints, those of teachers included."""
+    bank: int
+    """Bytes that soft labels may take in each node's cache."""
 
     @property
     def epochs(self) -> float:
@@ -81,14 +84,17 @@ def plan(space: Space, *, probe: bool = False) -> Plan:
     teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
     teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs) if probe else None
     config = space.example
-    size = sum(
-        p.numel() for p in config.student.build(config.data.shape, config.data.num_classes).state_dict().values()
-    )
-    # weights once, and two run states of weights and momentum, in float32
-    disk = 4 * size * 5 * space.search.num_samples
-    return Plan(
-        tuple(parts), sum(teachers.values()), teacher_s, config.workers, config.workers * config.gpus_per_worker, disk
-    )
+    # of a trial weights once, and two run states of weights and momentum; of a teacher its weights
+    disk = _weights(config) * 5 * space.search.num_samples + sum(_weights(run) for run in space.teacher_runs())
+    bank = int(limit()) if any(branch.example.banked for branch in space.branches) else 0
+    gpus = config.workers * config.gpus_per_worker
+    return Plan(tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank)
+
+
+def _weights(config: TrainConfig) -> int:
+    """Bytes of a network's weights, in float32."""
+    network = config.student.build(config.data.shape, config.data.num_classes)
+    return 4 * sum(p.numel() for p in network.state_dict().values())
 
 
 def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -> Iterator[str]:
@@ -107,6 +113,8 @@ def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -
     if found.teacher_epochs:
         yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes(found.disk)} of weights and checkpoints"
+    if found.bank:
+        yield f"soft labels: at most {_bytes(found.bank)} in each node's cache (TFKD_BANK_GB)"
     if found.seconds is None:
         yield "hours: not known; --probe trains a few steps of each objective here and says"
         return

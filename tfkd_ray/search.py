@@ -11,13 +11,15 @@ proposal that a crash cut off (it failed, without a value, and is proposed again
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,6 +27,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -70,8 +73,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
     (t0007-tfkd_reg), the `metrics` it is judged by, and what `place` adds. Results must carry `epoch` and these.
-    A trial is COMPLETE after its last epoch, FAIL with its reason where a result says `failed` or Ray lost it, and
-    PRUNED where it was stopped before.
+    A trial is COMPLETE after its last epoch, FAIL with its reason where a result says `failed`, it raised an error or
+    Ray lost it, and PRUNED where it was stopped before.
 
     Args:
         space: what to search.
@@ -103,6 +106,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._studies: list[optuna.Study] | None = None
         self._storage: Any = None
         self._live: dict[str, _Live] = {}
+        self._errors: dict[str, str] = {}
         self._todo: list[int] = []
         self._started: dict[int, int] = {}
         self._group_of: dict[int, int] = {}
@@ -156,7 +160,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if live is None:
             return
         study, trial = live.study, live.trial
-        failed = "its process was lost" if error else str((result or {}).get("failed") or "")
+        lost = self._errors.pop(trial_id, "its process was lost")
+        failed = lost if error else str((result or {}).get("failed") or "")
         if result and not failed:
             self._put(live, result)
         if failed or not result:
@@ -205,6 +210,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if epoch == self.space.epochs or not (fresh or (epoch == live.before and epoch in live.reported)):
             return False
         return bool(live.trial.should_prune())
+
+    def note_error(self, trial_id: str, error: BaseException | None) -> None:
+        """Why a trial is about to end with an error: the exception, where it raised one itself."""
+        if isinstance(error, RayTaskError):
+            self._errors[trial_id] = f"{type(error.cause).__name__}: {error.cause}"
 
     def remaining(self) -> int:
         """Trials still to be handed out: unfinished and new ones."""
@@ -274,6 +284,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         trials = [t for study in self._open() for t in study.get_trials(deepcopy=False)]
         return {t.user_attrs["number"]: str(t.user_attrs.get("name")) for t in trials if "number" in t.user_attrs}
 
+    def recorded(self) -> list[dict[str, Any]]:
+        """The trees of the spaces for which the studies were made; mostly one. Release 0.1.0 noted none."""
+        noted = dict.fromkeys(study.user_attrs.get("space") for study in self._open())
+        return [json.loads(tree) for tree in noted if tree is not None]
+
     def studies(self) -> list[optuna.Study]:
         """The studies, one for each group of the space."""
         return self._open()
@@ -302,21 +317,30 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if self._studies is None:
             self._forget()
             self._storage = open_journal(self.journal) if self.storage is None else open_storage(self.storage)
-            directions = {"max": "maximize", "min": "minimize"}
-            studies = [
-                optuna.create_study(
-                    storage=self._storage,
-                    study_name=f"{self.study}/{group.name}",
-                    directions=[directions[DIRECTIONS[m]] for m in self.space.search.metrics],
-                    pruner=self._pruner(),
-                    load_if_exists=True,
-                )
-                for group in self.space.groups
-            ]
+            with contextlib.nullcontext() if self.storage is None else _database(self.storage):
+                studies = self._make_studies()
             self._studies = studies
             self.add_priors(prior_trials(self.space, self.priors))
             self._take_stock(studies)
         return self._studies
+
+    def _make_studies(self) -> list[optuna.Study]:
+        """The studies, with a note of the space for which they were made, so that a change by hand is noticed."""
+        directions = {"max": "maximize", "min": "minimize"}
+        studies = [
+            optuna.create_study(
+                storage=self._storage,
+                study_name=f"{self.study}/{group.name}",
+                directions=[directions[DIRECTIONS[m]] for m in self.space.search.metrics],
+                pruner=self._pruner(),
+                load_if_exists=True,
+            )
+            for group in self.space.groups
+        ]
+        for study in studies:
+            if "space" not in study.user_attrs and not study.get_trials(deepcopy=False):
+                study.set_user_attr("space", json.dumps(self.space.tree))
+        return studies
 
     def _take_stock(self, studies: Sequence[optuna.Study]) -> None:
         """Find out what is there: which numbers, in which group, and what of them is to be done (again)."""
@@ -445,7 +469,19 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
 
 _ALIVE = {
-    *("_studies", "_storage", "_live", "_todo", "_started", "_group_of", "_counts", "_next", "_warm", "_points"),
+    *(
+        "_studies",
+        "_storage",
+        "_live",
+        "_errors",
+        "_todo",
+        "_started",
+        "_group_of",
+        "_counts",
+        "_next",
+        "_warm",
+        "_points",
+    ),
     "_dealt",
 }
 
@@ -495,7 +531,10 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         self.searcher = searcher
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        give_larger_share(trial)
+        """Tell the searcher, which hears of an error only that there was one, what it was."""
+        self.searcher.note_error(trial.trial_id, trial.get_pickled_error())
+        if "directory" in trial.config["trial"]:  # a trial of `StudentTrial`, not of a user's own trainable
+            give_larger_share(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """STOP at a rung where the trial is not among the best 1 / factor of its group."""
@@ -552,6 +591,30 @@ def _corrupt(path: Path, byte: int, line: bytes) -> ConfigError:
     )
 
 
+LOCK_S = 3.0
+"""Longest time that somebody who lives takes to write to a journal."""
+
+
+def drop_stale_locks(journal: Path) -> None:
+    """Remove what a process that was killed has left of Optuna's lock; one that is held now is waited for."""
+    began = time.monotonic()
+    seen = _locks(journal)
+    while seen and time.monotonic() - began < LOCK_S and min(made for made, _ in seen) > time.time() - 60:
+        time.sleep(0.02)
+        seen &= _locks(journal)
+    for _, path in seen:
+        path.unlink(missing_ok=True)
+
+
+def _locks(journal: Path) -> set[tuple[float, Path]]:
+    """(when it was made, file) of every lock of a journal."""
+    found = set()
+    for path in journal.parent.glob(f"{journal.name}.lock*"):
+        with contextlib.suppress(FileNotFoundError):  # free again
+            found.add((path.lstat().st_mtime, path))
+    return found
+
+
 class _Logs(BaseJournalBackend):  # type: ignore[misc]
     """A journal in memory, to try lines out."""
 
@@ -580,14 +643,26 @@ def _misfit(logs: list[dict[str, Any]]) -> int | None:
     return bisect.bisect_left(range(1, len(logs) + 1), True, key=fails)
 
 
+SQLITE_WAIT_S = 20.0
+"""Longest wait for somebody else who writes to an SQLite database."""
+
+
 def open_storage(url: str) -> BaseStorage:
     """Optuna's storage behind a URL, or a ConfigError if it cannot be reached."""
+    kind = whole_url(url).partition(":")[0]
+    wait = {"sqlite": {"timeout": SQLITE_WAIT_S}}.get(kind.partition("+")[0], {"connect_timeout": 10})
+    with _database(url):
+        return RDBStorage(whole_url(url), engine_kwargs={"connect_args": wait})
+
+
+@contextlib.contextmanager
+def _database(url: str) -> Iterator[None]:
+    """What is wrong with a database behind a URL is a ConfigError."""
     whole = whole_url(url)
     shown = masked(url)
     kind = whole.partition(":")[0]
-    wait = {"sqlite": {"timeout": 20}}.get(kind.partition("+")[0], {"connect_timeout": 10})
     try:
-        return RDBStorage(whole, engine_kwargs={"connect_args": wait})
+        yield
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None) or kind
         package = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}.get(missing)

@@ -58,6 +58,7 @@ from tfkd_ray.search import (
     StudyStopping,
     close_storage,
     copy_trials,
+    drop_stale_locks,
     open_storage,
     prior_trials,
     whole_url,
@@ -196,6 +197,7 @@ def resume_tuner(
         undone.callback(searcher.close)
         if remote.store_of(experiment) is not None:
             remote.drop_unknown(experiment, searcher.known().values())
+        _check_unchanged(old, searcher)
         _check_all_there(searcher, experiment)
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
         earlier = prior_trials(new, priors)
@@ -239,8 +241,7 @@ def _with_search(space: Space, **settings: Any) -> Space:
 def _searcher(space: Space, experiment: Path, url: str | None, **more: Any) -> OptunaSearcher:
     journal = experiment / "study.journal"
     if url is None:
-        for old in experiment.glob("study.journal.lock*"):  # of a dead driver: the experiment is ours
-            old.unlink()
+        drop_stale_locks(journal)  # of a dead driver: the experiment is ours
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearcher(space, journal, place=place_of(experiment), storage=url, **more)
 
@@ -269,6 +270,19 @@ def _check_own_study(space: Space, journal: Path) -> None:
             "which runs as code; if you trust whoever wrote it, copy the experiment, and go on with the copy"
         )
         raise ConfigError(message, journal.parent)
+
+
+def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
+    """Refuse an experiment.yaml whose space is another than the one that its studies were made for."""
+    for tree in searcher.recorded():
+        was = build_space(tree)
+        problems = not_superset(was, space)
+        if problems:
+            message = "its space was changed by hand, and does not hold the trials that are there; put back what it was"
+            raise ConfigError([message, *problems], searcher.journal.with_name("experiment.yaml"))
+        if problems := not_superset(space, was):
+            message = "its space was widened by hand; put back what it was, and go on with: tfkd resume --space FILE"
+            raise ConfigError([message, *problems], searcher.journal.with_name("experiment.yaml"))
 
 
 def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
