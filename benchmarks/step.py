@@ -1,7 +1,7 @@
 """What a training step costs, against other loops on the same nets, batches and images: one thread, interleaved.
 
     python benchmarks/step.py [--student resnet18] [--teacher resnet50] [--batch 64] [--rounds 7] [--steps 6]
-                              [--gpu]
+                              [--profile] [--gpu]
 
 Every loop trains the same student with batches of images of 32x32 in 100 classes (synthetic files in CIFAR-100's
 format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps` steps of each loop, one loop after the
@@ -14,6 +14,8 @@ other; printed are medians over the rounds (the first left out) of images a seco
     timm        timm's loader and, with a teacher, its LogitDistillationTask, as its train.py drives them
     torchdistill  its TrainingBox and DistillationBox (pip install '.[bench]' has both)
     bare        forward, backward and optimizer of the same net on one batch that stays: what cannot be saved
+
+With `--profile` instead: by torch's profiler, the operations that our step spends more time in than bare does.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,13 +300,37 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
     return found
 
 
+def operations(loop: Round) -> tuple[Counter[str], float]:
+    """Milliseconds of a round in each of torch's operations, and in all, under the profiler."""
+    next(loop)
+    start = now()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        next(loop)
+    events = profile.key_averages()
+    return Counter({e.key: e.self_cpu_time_total / 1000 for e in events}), 1000 * (now() - start)
+
+
+def print_profile(case: Case, folder: Path) -> None:
+    """Where ours spends more than bare."""
+    (mine, whole), (least, all_of_it) = (
+        operations(loop) for loop in (ours(case, 4, folder), bare(case, case.config().precision))
+    )
+    print(f"  ours {whole:.1f} ms a round, with validation of nothing; bare {all_of_it:.1f} ms; more in ours:")
+    more = Counter({name: spent - least[name] for name, spent in mine.items()})
+    for name, spent in more.most_common(8):
+        print(f"    {name:45} {spent:7.2f} ms ({spent / all_of_it:.1%} of bare)")
+    outside = whole - all_of_it - (sum(mine.values()) - sum(least.values()))
+    print(f"    {'outside of operations':45} {outside:7.2f} ms ({outside / all_of_it:.1%} of bare)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="resnet50")
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--gpu", action="store_true", help="on the first CUDA device")
     args = parser.parse_args()
     global ON_GPU, BATCH
@@ -322,6 +349,9 @@ def main() -> None:
                 f"{where}; {args.rounds - 1} rounds of {args.steps} steps of {BATCH} images",
                 flush=True,
             )
+            if args.profile:
+                print_profile(case, folder / "bank")
+                continue
             found = measure(loops_of(case, teacher, args.rounds + 2, folder / "bank"), args.rounds)
             for loop, seconds in found.items():
                 ratio = [s / o for s, o in zip(seconds, found["ours"], strict=True)]
