@@ -406,7 +406,7 @@ def test_what_is_printed_is_what_runs(capsys: pytest.CaptureFixture[str]) -> Non
         assert main(["cluster", *words]) == 0
         return capsys.readouterr().out.splitlines()
 
-    tunnel, submit, follow, comment = printed("submit", "aws-gpu", "--print", "--", "tfkd", "ls")
+    _, submit, follow, comment = printed("submit", "aws-gpu", "--print", "--", "tfkd", "ls")
     assert "--working-dir FOLDER " in submit and submit.endswith(" -- tfkd ls") and "JOB" in follow
     assert comment == (
         "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
