@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -323,6 +324,9 @@ def test_a_failing_step_is_shown_and_the_next_is_not_run(tools: Path, capfd: pyt
     assert "wait" not in (tools / "called").read_text()
 
 
+STAYS = "  /mnt/tfkd/results stays: its file system, volume or bucket costs money until you delete it\n"
+
+
 def test_down_is_down_only_when_nothing_is_left(
     tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +337,9 @@ def test_down_is_down_only_when_nothing_is_left(
     fake(tools, "kubectl", "")
     assert main(["cluster", "down", "kuberay-cluster"]) == 0
     assert main(["cluster", "status", "kuberay-cluster"]) == 0
-    assert capsys.readouterr().out.endswith("tfkd is down: nothing of it runs, nothing costs money\n")
+    assert capsys.readouterr().out == (
+        f"tfkd is down: nothing of it runs\n{STAYS}tfkd is down: nothing of it runs, no node costs money\n{STAYS}"
+    )
 
 
 HEAD = """
@@ -376,6 +382,79 @@ def test_a_rayjobs_pods_and_jobs_are_found_by_the_clusters_that_it_has_made(
     )
 
 
+RENTED = {
+    "aws": (
+        "aws",
+        "Name=tag:ray-cluster-name,Values=tfkd-aws",
+        "i-0a1 m6i.xlarge running None\\ni-0b2 g5.2xlarge running spot",
+    ),
+    "gcp": ("gcloud", "labels.ray-cluster-name=tfkd-gcp", "ray-head n2-standard-4 RUNNING\\nray-gpu1 g2 RUNNING True"),
+    "azure": (
+        "az",
+        """[?tags."ray-cluster-name"=='tfkd-azure'].""",
+        "head D4s running Regular\\ngpu1 NC4 running Spot",
+    ),
+}
+
+
+@pytest.mark.parametrize("provider", RENTED)
+def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_which_cost_money(
+    tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, provider: str
+) -> None:
+    """By stand-ins of the providers' programs, which list machines only to whoever asks for those of this cluster."""
+    program, tag, machines = RENTED[provider]
+    listed = machines.replace("\\n", "\n").splitlines()
+    mine = f"for word; do [[ $word != {shlex.quote(tag)}* || -e {tools}/ended ]] || printf '{machines}\\n'; done"
+    fake(tools, program, mine)
+    fake(tools, "end", f": > {tools}/ended")
+    (tools / "head.py").write_text(HEAD)
+    head = [sys.executable, str(tools / "head.py")]
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"])
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.down_commands", lambda file: [[str(tools / "end")]])
+
+    assert main(["cluster", "status", f"{provider}-gpu"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"tfkd-{provider}: 2 nodes; each costs money until `tfkd cluster down`"
+    assert lines[:2] == [f"  {machine}" for machine in listed]
+
+    assert main(["cluster", "down", f"{provider}-gpu"]) == 0
+    assert main(["cluster", "status", f"{provider}-gpu"]) == 0
+    name = f"tfkd-{provider}"
+    assert capsys.readouterr().out == (
+        f"{name} is down: nothing of it runs\n{STAYS}{name} is down: nothing of it runs, no node costs money\n{STAYS}"
+    )
+
+    (tools / "ended").unlink()
+    fake(tools, "end", "")  # `ray down` that has ended nothing
+    assert main(["cluster", "down", f"{provider}-gpu"]) == 1
+    err = capsys.readouterr().err
+    assert "these are still there, and may cost money" in err and all(machine in err for machine in listed)
+
+
+def test_what_is_not_rented_is_not_said_to_cost_money(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(tools, "pgrep", "exit 1")
+    assert main(["cluster", "status", "local"]) == 0
+    assert capsys.readouterr().out == "tfkd-local is down: nothing of it runs\n"
+
+
+def test_a_list_that_its_provider_refuses_is_no_empty_list(tools: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fake(tools, "aws", "echo 'An error occurred (ExpiredToken)' >&2; exit 254")
+    assert main(["cluster", "status", "aws-gpu"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and "listing its nodes failed (exit code 254)" in err and "(ExpiredToken)" in err
+
+
+def test_a_list_that_takes_too_long_is_given_up(
+    tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.LIST_S", 0.5)
+    fake(tools, "aws", "/bin/sleep 60")
+    began = time.monotonic()
+    assert main(["cluster", "status", "aws-gpu"]) == 1
+    assert time.monotonic() - began < 10 and "listing its nodes did not end within 0.5 s" in capsys.readouterr().err
+
+
 def test_a_rayjob_without_a_head_is_not_waited_for(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname").replace("echo pod/", ": "))
     assert main(["cluster", "status", "kuberay-job"]) == 1
@@ -383,7 +462,7 @@ def test_a_rayjob_without_a_head_is_not_waited_for(tools: Path, capsys: pytest.C
     assert "gpu-y" in out and "tfkd-sweep has no head that runs" in err and "kubectl describe rayjob/tfkd-sweep" in err
     fake(tools, "kubectl", "")
     assert main(["cluster", "status", "kuberay-job"]) == 0
-    assert capsys.readouterr().out == "tfkd-sweep is down: nothing of it runs, nothing costs money\n"
+    assert capsys.readouterr().out == f"tfkd-sweep is down: nothing of it runs, no node costs money\n{STAYS}"
 
 
 @pytest.mark.parametrize("name, kind", [("tfkd-sweep", "rayjob"), ("tfkd", "raycluster")])

@@ -647,8 +647,15 @@ def _down(file: ClusterFile, args: argparse.Namespace) -> int:
         raise StepFailed(f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}")
     for command in tidy_commands(file):
         _step(command, what="down", limit_s=DOWN_S)
-    print(f"{file.name} is down: nothing of it runs")
+    print(f"{file.name} is down: nothing of it runs{_what_stays(file)}")
     return OK
+
+
+def _what_stays(file: ClusterFile) -> str:
+    """A line about what `down` leaves and somebody is paid for; empty where that is nothing."""
+    if file.provider not in _PRICED - {"slurm"}:
+        return ""
+    return f"\n  {file.storage} stays: its file system, volume or bucket costs money until you delete it"
 
 
 def _temp_dir(file: ClusterFile) -> str:
@@ -692,9 +699,8 @@ def _status(file: ClusterFile, args: argparse.Namespace) -> int:
     if file.here:
         nodes = nodes and ["127.0.0.1"]
     if not nodes:
-        print(
-            f"{file.name} is down: nothing of it runs" + (", nothing costs money" if file.provider in _PRICED else "")
-        )
+        free = ", no node costs money" if file.provider in _PRICED else ""
+        print(f"{file.name} is down: nothing of it runs{free}{_what_stays(file)}")
         return OK
     what = "costs money until `tfkd cluster down`" if file.provider in _PRICED else "runs until `tfkd cluster down`"
     print(f"{file.name}: {len(nodes)} node{'s' if len(nodes) > 1 else ''}; each {what}")
