@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.auth import own_token, token, token_file
-from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option
+from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option, placeholders
 from tfkd_ray.jobs import (
     as_entrypoint,
     ask,
@@ -459,6 +459,11 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
         _check_token_mounts(file)
         _check_key(file)
     _check_credentials(file)
+    if file.kind == "ray" and (left := placeholders(file)):
+        raise ConfigError(
+            f"{', '.join(left)}: of the file as it ships, and nobody's; copy the file, and name your own there",
+            file.path,
+        )
     if file.provider == "local" and not file.here:
         _check_hosts(file)
     for n, command in enumerate(commands, 1):
