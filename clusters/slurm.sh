@@ -21,7 +21,11 @@
 
 set -euo pipefail
 TFKD_RESULTS=/shared/$USER/tfkd_results      # experiments and teachers: a directory that all nodes see
-source "$HOME/tfkd-env/bin/activate"         # tfkd_ray==0.1.0 ray[default,train,tune]==2.60.0 torch==2.14.1, Python 3.11
+source "$HOME/tfkd-env/bin/activate"         # with Python 3.11, made once; what must be in it is looked for here:
+python -c 'import importlib.metadata as m, sys
+wrong = [p for p in sys.argv[1:] if m.version(p.split("==")[0]).split("+")[0] != p.split("==")[1]]
+sys.exit(f"tfkd-env has other versions; pip install {chr(32).join(wrong)}" if wrong else 0)' \
+  tfkd_ray==0.1.0 ray==2.60.0 torch==2.14.1
 
 # the token: in your home directory, which all nodes see; made once, readable by you alone
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0

@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -117,7 +119,7 @@ MUTATIONS = {
     "misspelt field": ("aws-gpu.yaml", "idle_timeout_minutes", "idle_timeout", "idle_timeout: no such field; did you mean 'idle_timeout_minutes'?"),
     "wrong type": ("aws-gpu.yaml", "max_workers: 8\nidle", "max_workers: many\nidle", "max_workers: must be of type integer, got 'many'"),
     "no name": ("aws-gpu.yaml", "cluster_name: tfkd-aws", "", "cluster_name: required, and not given"),
-    "half a CPU": ("aws-gpu.yaml", "{CPU: 8, GPU: 1}", "{CPU: 8, GPU: 0.5}", "available_node_types.gpu1.resources.GPU: must be of type integer, got 0.5"),
+    "half a CPU": ("aws-gpu.yaml", "{CPU: 8, GPU: 1,", "{CPU: 8, GPU: 0.5,", "available_node_types.gpu1.resources.GPU: must be of type integer, got 0.5"),
     "no head type": ("aws-gpu.yaml", "head_node_type: head", "head_node_type: haed", "head_node_type: no such node type 'haed'; did you mean 'head'?"),
     "container name": ("aws-gpu.yaml", "  container_name: tfkd\n", "  container_name: ''\n", "(Ray): "),
     "provider": ("aws-gpu.yaml", "type: aws", "type: awss", "provider.type: no such provider 'awss'; did you mean 'aws'?"),
@@ -139,6 +141,7 @@ MUTATIONS = {
     "no start": ("aws-gpu.yaml", "head_start_ray_commands:", "metadata_of_old:", "metadata_of_old: no such field"),
     "Ray's own start": ("onprem.yaml", re.compile(r"head_start_ray_commands:\n.*?\n\n", re.S), "", "head_start_ray_commands: required, with a `ray start`; Ray's own starts without a token"),
     "driver": ("onprem.yaml", " --resources='{\"tfkd_driver\": 1000}'", "", "head_start_ray_commands: the head lacks the resource 'tfkd_driver'"),
+    "Ray's own image": ("aws-gpu.yaml", "      ImageId: ami-0123456789abcdef0\n", "", "available_node_types.gpu1.node_config.ImageId: required: Ray's own choice is an image of Ubuntu 18.04"),
     "world: aws": ("aws-gpu.yaml", "      SecurityGroupIds: [sg-0123456789abcdef0]\n", "", "available_node_types.gpu1.node_config.SecurityGroupIds: required: the security group that Ray would make opens port 22 to the world"),
     "world: aws rule": ("aws-gpu.yaml", "  cache_stopped_nodes", "  security_group: {IpPermissions: [{FromPort: 8265, ToPort: 8265, IpProtocol: TCP, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n  cache_stopped_nodes", "provider.security_group: opens a port to the whole world"),
     "world: gcp": ("gcp-gpu.yaml", "      networkInterfaces: *net\n      scheduling", "      scheduling", "available_node_types.gpu1.node_config.networkInterfaces: required: the default network opens port 22 to the world"),
@@ -179,6 +182,8 @@ MUTATIONS = {
     "slurm: storage": ("slurm.sh", "TFKD_RESULTS=/shared/$USER/tfkd_results", "TFKD_RESULTS=/tmp/tfkd_results", "TFKD_RESULTS: /tmp/tfkd_results is local to each node"),
     "slurm: shared nodes": ("slurm.sh", "#SBATCH --exclusive\n", "", "#SBATCH --exclusive: required, and not given"),
     "slurm: no time": ("slurm.sh", "#SBATCH --time=24:00:00\n", "", "#SBATCH --time: required, and not given"),
+    "slurm: no version": ("slurm.sh", "ray==2.60.0", "ray", "ray: name one exact version, and let the script look for it, as clusters/slurm.sh does; got none"),
+    "slurm: two versions": ("slurm.sh", "ray==2.60.0", "torch==2.13.0", "torch: name one exact version, and let the script look for it, as clusters/slurm.sh does; got 2.13.0 and 2.14.1"),
     "slurm: begins too early": ("slurm.sh", "--min-nodes", "--some-nodes", "--min-nodes: required, and not given"),
     "slurm: no Ray": ("slurm.sh", "ray symmetric-run", "true", "ray symmetric-run: not there"),
 }  # fmt: skip
@@ -228,12 +233,18 @@ def test_what_is_no_cluster_file_is_said_with_exit_code_2(
         ("aws-gpu.yaml", {"workers": 8, "gpus_per_worker": 1}, None),
         ("aws-gpu.yaml", {"workers": 15, "gpus_per_worker": 1}, "a trial needs 15 x 1 CPU and 1 GPU, each on one node, and with all its nodes the cluster has room for 14"),
         ("aws-gpu.yaml", {"gpus_per_worker": 8}, "room for 0 of them"),
+        ("aws-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "A10G"}, None),
+        ("aws-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "H100"}, "accelerator_type: no node type is said to have H100 (said is A10G), and an autoscaler starts what the file says; if one has it, add to its resources: 'accelerator_type:H100': 1"),
+        ("gcp-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "A10G"}, "no node type is said to have A10G (said is L4)"),
+        ("azure-gpu.yaml", {"gpus_per_worker": 4, "accelerator_type": "A100"}, None),
+        ("kuberay-cluster.yaml", {"gpus_per_worker": 1, "accelerator_type": "L4"}, "add to its rayStartParams.resources: 'accelerator_type:L4': 1"),
+        ("slurm.sh", {"gpus_per_worker": 1, "accelerator_type": "H100"}, None),
         ("kuberay-cluster.yaml", {"workers": 9, "gpus_per_worker": 1}, "room for 8 of them"),
         ("slurm.sh", {"workers": 8, "gpus_per_worker": 1}, None),
         ("slurm.sh", {"workers": 9, "gpus_per_worker": 1}, "room for 8 of them"),
     ],
 )  # fmt: skip
-def test_a_trial_that_can_never_fit_is_refused(name: str, shape: dict[str, int], sentence: str | None) -> None:
+def test_a_trial_that_can_never_fit_is_refused(name: str, shape: dict[str, Any], sentence: str | None) -> None:
     space = build_space(
         {"objective": "ce", "student": {"name": "mlp", "hidden": [8]}, "optim": {"batch_size": 360}, **shape}
     )
@@ -243,7 +254,86 @@ def test_a_trial_that_can_never_fit_is_refused(name: str, shape: dict[str, int],
         return
     with pytest.raises(ConfigError) as error:
         check(file, space.example)
-    assert "workers: " in str(error.value) and sentence in str(error.value)
+    assert "workers: " in str(error.value) or "accelerator_type" in shape
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "resources, kind, fits",
+    [
+        ("{CPU: 8, GPU: 1}", "A10G", True),  # Ray asks EC2
+        ('{CPU: 8, GPU: 1, "accelerator_type:L4": 1}', "A10G", True),  # the other type
+        ('{CPU: 8, GPU: 1, "accelerator_type:L4": 1}', "L4", True),
+        ('{CPU: 8, GPU: 1, "accelerator_type:L4": 1}', "T4", False),
+    ],
+)
+def test_each_type_of_node_has_its_own_kind_of_gpu(tmp_path: Path, resources: str, kind: str, fits: bool) -> None:
+    """And room is counted on those of the kind alone."""
+    text = TEXTS["aws-gpu.yaml"].replace('{CPU: 8, GPU: 1, "accelerator_type:A10G": 1}', resources)
+    (tmp_path / "mine.yaml").write_text(text)
+    file = load_cluster(tmp_path / "mine.yaml")
+    trial = {
+        "objective": "ce",
+        "student": {"name": "mlp", "hidden": [8]},
+        "gpus_per_worker": 1,
+        "accelerator_type": kind,
+    }
+    if fits:
+        check(file, build_space(trial).example)
+    else:
+        with pytest.raises(ConfigError, match=f"no node type is said to have {kind} "):
+            check(file, build_space(trial).example)
+    if kind == "L4":
+        with pytest.raises(ConfigError, match="room for 8 of them"):
+            check(file, build_space({**trial, "workers": 9, "optim": {"batch_size": 360}}).example)
+
+
+def test_a_kind_of_gpu_that_pods_are_said_to_have_is_found(tmp_path: Path) -> None:
+    said = 'rayStartParams: {resources: \'"{\\"accelerator_type:L4\\": 1}"\'}'
+    (tmp_path / "mine.yaml").write_text(TEXTS["kuberay-cluster.yaml"].replace("rayStartParams: {}", said))
+    trial = {"objective": "ce", "student": "mlp", "gpus_per_worker": 1, "accelerator_type": "L4"}
+    lines = check(load_cluster(tmp_path / "mine.yaml"), build_space(trial).example)
+    assert "  gpu: 0 to 8 nodes, each with 8 CPU, 1 GPU, L4" in lines
+
+
+LEFT = {
+    "aws-gpu": "ami-0123456789abcdef0, subnet-0123456789abcdef0, sg-0123456789abcdef0, fs-0123456789abcdef0",
+    "gcp-gpu": "my-project",
+    "azure-gpu": "00000000-0000-0000-0000-000000000000, mystorage.file",
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_must_be_changed_is_named_by_check_and_refused_by_up(
+    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert main(["cluster", "check", name]) == 0
+    assert capsys.readouterr().out.endswith(f"\nto change before `tfkd cluster up`: {LEFT[name]}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("a-token")
+    monkeypatch.setattr("tfkd_ray.cluster_verbs._ASKED", {name.partition("-")[0]: ({}, ["true"], "")})
+    for program in ("az", "true"):
+        fake(tools, program, "")
+    assert main(["cluster", "up", name]) == 2
+    assert f"{LEFT[name]}: of the file as it ships, and nobody's" in capsys.readouterr().err
+    text = TEXTS[f"{name}.yaml"]
+    for word in LEFT[name].split(", "):
+        text = text.replace(
+            word, word.replace("0123456789abcdef0", "0feed").replace("0000-", "1111-").replace("my", "our")
+        )
+    (tmp_path / "mine.yaml").write_text(text)
+    assert main(["cluster", "check", str(tmp_path / "mine.yaml")]) == 0
+    assert "to change" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pin, code", [("ray==2.60.0", 0), ("ray==2.59.0", 1)])
+def test_slurms_script_looks_for_the_versions_that_it_names(tmp_path: Path, pin: str, code: int) -> None:
+    ((_, program, pins),) = re.findall(r"(python -c) '(.*?)' \\\n  (.*)", TEXTS["slurm.sh"], re.S)[:1]
+    words = [pin, *(word for word in pins.splitlines()[0].split() if "ray==2" not in word)]
+    run = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert (run.stderr == "tfkd-env has other versions; pip install ray==2.59.0\n") is bool(code)
 
 
 # --- verbs
@@ -323,6 +413,9 @@ def test_a_failing_step_is_shown_and_the_next_is_not_run(tools: Path, capfd: pyt
     assert "wait" not in (tools / "called").read_text()
 
 
+STAYS = "  /mnt/tfkd/results stays: its file system, volume or bucket costs money until you delete it\n"
+
+
 def test_down_is_down_only_when_nothing_is_left(
     tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +426,9 @@ def test_down_is_down_only_when_nothing_is_left(
     fake(tools, "kubectl", "")
     assert main(["cluster", "down", "kuberay-cluster"]) == 0
     assert main(["cluster", "status", "kuberay-cluster"]) == 0
-    assert capsys.readouterr().out.endswith("tfkd is down: nothing of it runs, nothing costs money\n")
+    assert capsys.readouterr().out == (
+        f"tfkd is down: nothing of it runs\n{STAYS}tfkd is down: nothing of it runs, no node costs money\n{STAYS}"
+    )
 
 
 HEAD = """
@@ -376,6 +471,79 @@ def test_a_rayjobs_pods_and_jobs_are_found_by_the_clusters_that_it_has_made(
     )
 
 
+RENTED = {
+    "aws": (
+        "aws",
+        "Name=tag:ray-cluster-name,Values=tfkd-aws",
+        "i-0a1 m6i.xlarge running None\\ni-0b2 g5.2xlarge running spot",
+    ),
+    "gcp": ("gcloud", "labels.ray-cluster-name=tfkd-gcp", "ray-head n2-standard-4 RUNNING\\nray-gpu1 g2 RUNNING True"),
+    "azure": (
+        "az",
+        """[?tags."ray-cluster-name"=='tfkd-azure'].""",
+        "head D4s running Regular\\ngpu1 NC4 running Spot",
+    ),
+}
+
+
+@pytest.mark.parametrize("provider", RENTED)
+def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_which_cost_money(
+    tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, provider: str
+) -> None:
+    """By stand-ins of the providers' programs, which list machines only to whoever asks for those of this cluster."""
+    program, tag, machines = RENTED[provider]
+    listed = machines.replace("\\n", "\n").splitlines()
+    mine = f"for word; do [[ $word != {shlex.quote(tag)}* || -e {tools}/ended ]] || printf '{machines}\\n'; done"
+    fake(tools, program, mine)
+    fake(tools, "end", f": > {tools}/ended")
+    (tools / "head.py").write_text(HEAD)
+    head = [sys.executable, str(tools / "head.py")]
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"])
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.down_commands", lambda file: [[str(tools / "end")]])
+
+    assert main(["cluster", "status", f"{provider}-gpu"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"tfkd-{provider}: 2 nodes; each costs money until `tfkd cluster down`"
+    assert lines[:2] == [f"  {machine}" for machine in listed]
+
+    assert main(["cluster", "down", f"{provider}-gpu"]) == 0
+    assert main(["cluster", "status", f"{provider}-gpu"]) == 0
+    name = f"tfkd-{provider}"
+    assert capsys.readouterr().out == (
+        f"{name} is down: nothing of it runs\n{STAYS}{name} is down: nothing of it runs, no node costs money\n{STAYS}"
+    )
+
+    (tools / "ended").unlink()
+    fake(tools, "end", "")  # `ray down` that has ended nothing
+    assert main(["cluster", "down", f"{provider}-gpu"]) == 1
+    err = capsys.readouterr().err
+    assert "these are still there, and may cost money" in err and all(machine in err for machine in listed)
+
+
+def test_what_is_not_rented_is_not_said_to_cost_money(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(tools, "pgrep", "exit 1")
+    assert main(["cluster", "status", "local"]) == 0
+    assert capsys.readouterr().out == "tfkd-local is down: nothing of it runs\n"
+
+
+def test_a_list_that_its_provider_refuses_is_no_empty_list(tools: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fake(tools, "aws", "echo 'An error occurred (ExpiredToken)' >&2; exit 254")
+    assert main(["cluster", "status", "aws-gpu"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and "listing its nodes failed (exit code 254)" in err and "(ExpiredToken)" in err
+
+
+def test_a_list_that_takes_too_long_is_given_up(
+    tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfkd_ray.cluster_verbs.LIST_S", 0.5)
+    fake(tools, "aws", "/bin/sleep 60")
+    began = time.monotonic()
+    assert main(["cluster", "status", "aws-gpu"]) == 1
+    assert time.monotonic() - began < 10 and "listing its nodes did not end within 0.5 s" in capsys.readouterr().err
+
+
 def test_a_rayjob_without_a_head_is_not_waited_for(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname").replace("echo pod/", ": "))
     assert main(["cluster", "status", "kuberay-job"]) == 1
@@ -383,7 +551,7 @@ def test_a_rayjob_without_a_head_is_not_waited_for(tools: Path, capsys: pytest.C
     assert "gpu-y" in out and "tfkd-sweep has no head that runs" in err and "kubectl describe rayjob/tfkd-sweep" in err
     fake(tools, "kubectl", "")
     assert main(["cluster", "status", "kuberay-job"]) == 0
-    assert capsys.readouterr().out == "tfkd-sweep is down: nothing of it runs, nothing costs money\n"
+    assert capsys.readouterr().out == f"tfkd-sweep is down: nothing of it runs, no node costs money\n{STAYS}"
 
 
 @pytest.mark.parametrize("name, kind", [("tfkd-sweep", "rayjob"), ("tfkd", "raycluster")])
@@ -406,7 +574,7 @@ def test_what_is_printed_is_what_runs(capsys: pytest.CaptureFixture[str]) -> Non
         assert main(["cluster", *words]) == 0
         return capsys.readouterr().out.splitlines()
 
-    tunnel, submit, follow, comment = printed("submit", "aws-gpu", "--print", "--", "tfkd", "ls")
+    _, submit, follow, comment = printed("submit", "aws-gpu", "--print", "--", "tfkd", "ls")
     assert "--working-dir FOLDER " in submit and submit.endswith(" -- tfkd ls") and "JOB" in follow
     assert comment == (
         "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
@@ -508,6 +676,7 @@ def test_slurm_runs_the_command_under_symmetric_run(
     (tmp_path / "home/.ray").mkdir()
     (tmp_path / "home/.ray/auth_token").write_text("x")
     (tmp_path / "home/.ray/auth_token").chmod(0o644)
+    fake(tools, "python", "")
     fake(tools, "scontrol", "printf 'n1\\nn2\\n'")
     fake(tools, "ray", "")
     fake(tools, "srun", 'echo "$RAY_AUTH_MODE" >> ' + f"{tools}/called")

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from tfkd_ray.schema import ConfigError
@@ -26,15 +27,31 @@ def token() -> str | None:
 
 
 def own_token() -> None:
-    """Make the token, unless there is one; nobody else may read it."""
+    """Make the token, unless there is one; nobody else may read it. A ConfigError where it cannot be kept."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
     path = token_file()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
+        if not path.exists() or not path.stat().st_size:  # empty: whoever made it was stopped
+            _make(path)
         path.chmod(0o600)  # one that Ray made is readable for all
     except OSError as error:
         raise ConfigError(f"{path}: Ray's token cannot be kept there: {error.strerror}; set RAY_AUTH_TOKEN") from None
+
+
+def _make(path: Path) -> None:
+    """Write a token, whole from the moment that it is there; of two at once, both have the first one's."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".auth_token-")  # mode 600
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32))
+    try:
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+        os.link(name, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.auth import own_token, token, token_file
-from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option
+from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option, placeholders
 from tfkd_ray.jobs import (
     as_entrypoint,
     ask,
@@ -459,6 +459,11 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
         _check_token_mounts(file)
         _check_key(file)
     _check_credentials(file)
+    if file.kind == "ray" and (left := placeholders(file)):
+        raise ConfigError(
+            f"{', '.join(left)}: of the file as it ships, and nobody's; copy the file, and name your own there",
+            file.path,
+        )
     if file.provider == "local" and not file.here:
         _check_hosts(file)
     for n, command in enumerate(commands, 1):
@@ -647,8 +652,15 @@ def _down(file: ClusterFile, args: argparse.Namespace) -> int:
         raise StepFailed(f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}")
     for command in tidy_commands(file):
         _step(command, what="down", limit_s=DOWN_S)
-    print(f"{file.name} is down: nothing of it runs")
+    print(f"{file.name} is down: nothing of it runs{_what_stays(file)}")
     return OK
+
+
+def _what_stays(file: ClusterFile) -> str:
+    """A line about what `down` leaves and somebody is paid for; empty where that is nothing."""
+    if file.provider not in _PRICED - {"slurm"}:
+        return ""
+    return f"\n  {file.storage} stays: its file system, volume or bucket costs money until you delete it"
 
 
 def _temp_dir(file: ClusterFile) -> str:
@@ -692,9 +704,8 @@ def _status(file: ClusterFile, args: argparse.Namespace) -> int:
     if file.here:
         nodes = nodes and ["127.0.0.1"]
     if not nodes:
-        print(
-            f"{file.name} is down: nothing of it runs" + (", nothing costs money" if file.provider in _PRICED else "")
-        )
+        free = ", no node costs money" if file.provider in _PRICED else ""
+        print(f"{file.name} is down: nothing of it runs{free}{_what_stays(file)}")
         return OK
     what = "costs money until `tfkd cluster down`" if file.provider in _PRICED else "runs until `tfkd cluster down`"
     print(f"{file.name}: {len(nodes)} node{'s' if len(nodes) > 1 else ''}; each {what}")

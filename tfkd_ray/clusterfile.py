@@ -187,9 +187,33 @@ def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
             "its nodes' CPUs and GPUs are found by Ray when it starts, so room for a trial is not checked here"
         )
     for node in nodes or []:
-        has = ", ".join(f"{amount:g} {kind}" for kind, amount in node.resources.items() if kind != DRIVER) or "no CPUs"
+        has = ", ".join(_amounts(node)) or "no CPUs"
         lines.append(f"  {node.name}: {node.least} to {node.most} nodes, each with {has}")
+    if left := placeholders(file):
+        lines.append(f"to change before `tfkd cluster up`: {', '.join(left)}")
     return lines
+
+
+def _amounts(node: "NodeType") -> Iterator[str]:
+    """What a node has, a phrase each."""
+    from tfkd_ray.config import KIND
+
+    for kind, amount in node.resources.items():
+        if kind != DRIVER:
+            yield kind.removeprefix(KIND) if kind.startswith(KIND) else f"{amount:g} {kind}"
+
+
+PLACEHOLDER = re.compile(
+    r"\b(?:ami|fs|sg|subnet)-0123456789abcdef0\b|\b0{8}(?:-0{4}){3}-0{12}\b|\bmy-project\b|\bmystorage\.file\b"
+    r"|\bregistry\.example\.com\b"
+)
+"""What stands in the files that ship where something of one's own must stand."""
+
+
+def placeholders(file: ClusterFile) -> list[str]:
+    """What the file still has of the shipped one and nobody can have."""
+    code = "\n".join(line for line in file.text.splitlines() if not line.lstrip().startswith("#"))
+    return list(dict.fromkeys(PLACEHOLDER.findall(code)))
 
 
 def _kind_in_words(file: ClusterFile) -> str:
@@ -299,6 +323,7 @@ class NodeType:
     least: int
     most: int
     resources: dict[str, float]
+    """By Ray's names, those of kinds of GPUs among them where the file says them."""
 
 
 def node_types(file: ClusterFile) -> list[NodeType] | None:
@@ -336,7 +361,8 @@ def _pods(place: str, group: dict[str, Any]) -> NodeType:
     started = group.get("rayStartParams") or {}
     cpus = started.get("num-cpus", limits.get("cpu", 0))
     gpus = started.get("num-gpus", next((v for k, v in limits.items() if k.endswith("/gpu")), 0))
-    has = {"CPU": _quantity(cpus), "GPU": _quantity(gpus)}
+    kinds = re.findall(r"(accelerator_type:[\w-]+)", str(started.get("resources", "")))
+    has = {"CPU": _quantity(cpus), "GPU": _quantity(gpus), **dict.fromkeys(kinds, 1.0)}
     head = place.endswith("headGroupSpec")
     hosts = group.get("numOfHosts", 1)
     least, most = (1, 1) if head else (group.get("minReplicas", 0) * hosts, group.get("maxReplicas", 2**31 - 1) * hosts)
@@ -360,6 +386,18 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
             if kind in ("CPU", "GPU") or (file.kind == "ray" and not kind.startswith(KIND))}  # fmt: skip
     most = file.tree.get("max_workers", 2) if file.kind == "ray" else None
     fits = {n.name: int(min((n.resources.get(k, 0) // v for k, v in need.items()), default=1)) for n in nodes}
+    wanted = f"{KIND}{shape.accelerator_type}"
+    if shape.accelerator_type and not any(may_have(file, node, wanted) for node in nodes):
+        kinds = sorted({kind.removeprefix(KIND) for n in nodes for kind in n.resources if kind.startswith(KIND)})
+        said = ", ".join(kinds) or "none"
+        place = "rayStartParams.resources" if file.kind == "kuberay" else "resources"
+        yield (
+            f"accelerator_type: no node type is said to have {shape.accelerator_type} (said is {said})"
+            f", and an autoscaler starts what the file says; if one has it, add to its {place}: '{wanted}': 1"
+        )
+        return
+    if shape.accelerator_type:
+        fits = {node.name: fits[node.name] if may_have(file, node, wanted) else 0 for node in nodes}
     if most is None:
         room = sum(fits[n.name] * n.most for n in nodes)
     else:  # the biggest nodes first, and no more than max_workers of them in all
@@ -375,6 +413,21 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
         )
 
 
+def may_have(file: ClusterFile, node: NodeType, wanted: str) -> bool:
+    """Whether nodes of a type may have a kind of GPU.
+
+    Ray finds the kind when it starts on a node, so one that is there from the start may have any. To start one for a
+    trial, the autoscaler must know it before: from the file; on AWS Ray asks for it, if the file says none.
+    """
+    if not node.resources.get("GPU"):
+        return False
+    from tfkd_ray.config import KIND
+
+    if any(kind.startswith(KIND) for kind in node.resources):
+        return wanted in node.resources
+    return file.provider in ("aws", "slurm") or node.least == node.most
+
+
 # --- Ray's own files -------------------------------------------------------------------------------------------
 
 
@@ -383,7 +436,7 @@ def _ray_rules(file: ClusterFile) -> Iterator[str]:
     yield from found
     if found:  # what follows takes the file's shape for granted
         return
-    for rule in (_provider, _nodes, _starts, _token_copied, _open_to_the_world, _versions):
+    for rule in (_provider, _nodes, _starts, _token_copied, _open_to_the_world, _machine_image, _versions):
         yield from rule(file)
 
 
@@ -591,6 +644,16 @@ def versions_in(texts: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
+def _machine_image(file: ClusterFile) -> Iterator[str]:
+    """What a machine on AWS starts from must be said; Ray's own choice is of Ubuntu 18.04 and of some regions only."""
+    for name, node in (file.tree.get("available_node_types") or {}).items():
+        if file.provider == "aws" and not (node.get("node_config") or {}).get("ImageId"):
+            yield (
+                f"available_node_types.{name}.node_config.ImageId: required: Ray's own choice is an image of Ubuntu "
+                "18.04, and there is none for some regions; clusters/aws-gpu.yaml says how to find one"
+            )
+
+
 # --- KubeRay ---------------------------------------------------------------------------------------------------
 
 
@@ -688,6 +751,11 @@ def _slurm_rules(file: ClusterFile) -> Iterator[str]:
         yield "RAY_AUTH_MODE: no token; put before Ray starts: export RAY_AUTH_MODE=token"
     if re.search(r"RAY_AUTH_TOKEN=", text):
         yield "RAY_AUTH_TOKEN: a token does not belong in a file; put it in ~/.ray/auth_token"
+    found = versions_in(text.splitlines())
+    for what in ("ray", "torch"):
+        if len(found[what]) != 1:
+            got = " and ".join(sorted(found[what])) or "none"
+            yield f"{what}: name one exact version, and let the script look for it, as clusters/slurm.sh does; got {got}"  # noqa: E501
     host = option(text, "dashboard-host")
     if host is not None and host not in LOOPBACK:
         yield f"--dashboard-host: {host} lets others run code on the node; use 127.0.0.1"
