@@ -1,4 +1,5 @@
-"""Experiments on object storage, against a real S3-compatible server (moto) on loopback, killed and started again."""
+"""Experiments on object storage, against real servers on loopback: moto's for S3, killed and started again, and an emulator of
+Google's."""
 
 import argparse
 import contextlib
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import boto3
 import pytest
@@ -39,6 +41,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 class Server:
     """moto's server, which keeps buckets in memory; ended by its process id."""
 
+    storage, variable = "s3://bucket/lab/me", "AWS_ENDPOINT_URL"
+    command = ("-m", "moto.server", "-H", "127.0.0.1", "-p", "{port}")
+
     def __init__(self, **env: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -47,22 +52,33 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, *(word.format(port=self.port) for word in self.command)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env={**os.environ, **self._env}, **quiet)
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return
-            assert self.process.poll() is None, "moto's server has ended"
+            assert self.process.poll() is None, "the server has ended"
             time.sleep(0.1)
-        raise AssertionError("moto's server does not listen")
+        raise AssertionError("the server does not listen")
 
     def stop(self) -> None:
         self.process.kill()
         self.process.wait(timeout=20)
 
+    def reset(self) -> None:
+        """Leave one bucket, which is empty."""
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST"), timeout=10)
+        self.client().create_bucket(Bucket="bucket")
+
     def client(self) -> Any:
         return boto3.client("s3", endpoint_url=self.url)
+
+    def put(self, name: str, content: bytes) -> None:
+        self.client().put_object(Bucket="bucket", Key=name, Body=content)
+
+    def remove(self, name: str) -> None:
+        self.client().delete_object(Bucket="bucket", Key=name)
 
     def names(self) -> set[str]:
         """Of everything in the bucket, but the empty objects that stand for a folder after pyarrow has removed a file."""
@@ -75,21 +91,52 @@ class Server:
         return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in self.names()}
 
 
+class Google(Server):
+    """A stand-in for Google's storage, asked by its own JSON interface."""
+
+    storage, variable = "gs://bucket/lab/me", "STORAGE_EMULATOR_HOST"
+    command = ("-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", "{port}", "--in-memory", "--quiet",
+               "--default-bucket", "bucket")  # fmt: skip
+
+    def asked(self, path: str, method: str = "GET", content: bytes | None = None) -> bytes:
+        request = urllib.request.Request(self.url + path, content, method=method)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bytes(answer.read())
+
+    def reset(self) -> None:
+        self.asked("/wipe?keep-buckets=true")
+
+    def put(self, name: str, content: bytes) -> None:
+        self.asked(f"/upload/storage/v1/b/bucket/o?uploadType=media&name={quote(name, safe='')}", "POST", content)
+
+    def remove(self, name: str) -> None:
+        self.asked(f"/storage/v1/b/bucket/o/{quote(name, safe='')}", "DELETE")
+
+    def names(self) -> set[str]:
+        items = json.loads(self.asked("/storage/v1/b/bucket/o")).get("items", ())
+        return {item["name"] for item in items if not item["name"].endswith("/")}
+
+    def objects(self) -> dict[str, bytes]:
+        return {name: self.asked(f"/storage/v1/b/bucket/o/{quote(name, safe='')}?alt=media") for name in self.names()}
+
+
+both = pytest.mark.parametrize("server", ["s3", "gs"], indirect=True)
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    server = Google() if getattr(request, "param", "s3") == "gs" else Server()
     yield server
     server.stop()
 
 
 @pytest.fixture
 def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of an empty storage; `AWS_ENDPOINT_URL` names its server. This machine has no mirror of it yet."""
+    """URL of an empty storage; a variable names its server. This machine has no mirror of it yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
-    urllib.request.urlopen(urllib.request.Request(f"{server.url}/moto-api/reset", method="POST"), timeout=10)
-    server.client().create_bucket(Bucket="bucket")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    yield "s3://bucket/lab/me"
+    server.reset()
+    monkeypatch.setenv(server.variable, server.url)
+    yield server.storage
 
 
 @pytest.fixture
@@ -122,10 +169,9 @@ def test_a_url_that_names_no_storage_is_refused_without_repeating_a_secret(url: 
 
 
 def test_objects_whose_names_lead_out_of_the_mirror_are_left_alone(bucket: str, server: Server, tmp_path: Path) -> None:
-    client = server.client()
     bad = ("../../evil", "a/../../evil", "./evil", ".session", "trials/.evil/x", "a//b")
     for name in ("experiment.yaml", *bad):
-        client.put_object(Bucket="bucket", Key=f"lab/me/e/{name}", Body=b"x")
+        server.put(f"lab/me/e/{name}", b"x")
     store = remote.store_at(bucket)
     assert set(store.objects("e")) <= {"e/experiment.yaml"}
     with contextlib.suppress(ConfigError):  # some clients refuse to list such names at all
@@ -195,6 +241,7 @@ def test_a_cluster_file_may_name_a_bucket(name: str, place: str, tmp_path: Path)
 # --- what is fetched and uploaded
 
 
+@both
 def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
     bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
@@ -223,13 +270,14 @@ def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
     assert there.is_relative_to(Path(os.environ["XDG_CACHE_HOME"])) and there != e
     assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "b\n"
     assert not (there / "trials/t0000-ce/last.ckpt").exists()
-    server.client().put_object(Bucket="bucket", Key="lab/me/e/trials/t0000-ce/metrics.jsonl", Body=b"c\n")
+    server.put("lab/me/e/trials/t0000-ce/metrics.jsonl", b"c\n")
     remote.fetch(store, "e")  # within the second in which it was written before
     assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "c\n"
-    server.client().delete_object(Bucket="bucket", Key="lab/me/e/trials/t0000-ce/metrics.jsonl")
+    server.remove("lab/me/e/trials/t0000-ce/metrics.jsonl")
     assert not (remote.fetch(store, "e") / "trials/t0000-ce/metrics.jsonl").exists()
 
 
+@both
 def test_a_file_that_goes_while_a_driver_runs_goes_there_and_one_that_a_cleaner_took_stays(
     bucket: str, server: Server
 ) -> None:
@@ -245,6 +293,7 @@ def test_a_file_that_goes_while_a_driver_runs_goes_there_and_one_that_a_cleaner_
     assert remote.Upload(e).once() == 0 and set(server.objects()) == {"lab/me/gone/b"}
 
 
+@both
 def test_the_study_is_written_last_and_as_it_was_before_the_files_were_looked_at(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +326,7 @@ def begun(bucket: str, name: str = "e") -> tuple[Path, remote.Claim]:
     return experiment, claim
 
 
+@both
 def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_is_silent(
     bucket: str, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +351,7 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
         first.release()
 
 
+@both
 def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +373,7 @@ def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     assert "lab/me/e/spent.json" not in server.names()
 
 
+@both
 def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_is_known_to_have(
     bucket: str, elsewhere: Callable[[str], None]
 ) -> None:
@@ -335,6 +387,7 @@ def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_i
     begun(bucket)
 
 
+@both
 def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last(
     bucket: str, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,12 +408,13 @@ def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last
     assert (e / "spent.json").read_text() == "1"
 
 
+@both
 def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(
     bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
-    client, store = server.client(), remote.store_at(bucket)
+    store = remote.store_at(bucket)
     for name in ("trials/t0/trial.json", "study.journal", "trials/t1/trial.json", "trials/t2/trial.json"):
-        client.put_object(Bucket="bucket", Key=f"lab/me/e/{name}", Body=b"{}")
+        server.put(f"lab/me/e/{name}", b"{}")
         time.sleep(1.1)
     e = remote.fetch(store, "e")
     (e / "study.journal").write_text("opened, so newer than all")
@@ -400,6 +454,25 @@ def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
         silent.listen(50)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert "does not answer; is the network up" in sentence()
+
+
+@both
+def test_a_storage_that_is_empty_can_be_begun_in_and_a_bucket_that_is_not_there_is_said(bucket: str) -> None:
+    remote.check_new(remote.checked(remote.store_at(bucket)) / "e")
+    url = bucket.replace("bucket", "nothing")
+    with pytest.raises(ConfigError) as error:
+        remote.check_new(remote.checked(remote.store_at(url)) / "e")
+    assert str(error.value) == f"{url}:\n  there is no such bucket; make it, or correct the URL"
+    assert not remote.store_at(bucket).objects("e") and remote.store_at(bucket).names() == []
+
+
+@both
+def test_an_upload_whose_bucket_is_gone_is_an_error(bucket: str) -> None:
+    e = remote.store_at(bucket.replace("bucket", "nothing")).mark() / "e"
+    e.mkdir()
+    (e / "spent.json").write_text("{}")
+    with pytest.raises(OSError):
+        remote.Upload(e).once()
 
 
 POLICY = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "*"}]}
@@ -556,6 +629,7 @@ def whole_weights(content: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(content[8:end]), content[end:]
 
 
+@both
 def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -577,10 +651,11 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     assert whole_weights(weights) == whole_weights(at_once)
     elsewhere("node-1")  # whose own files are older
     assert list(trial._epochs_here(run, told)) == again
-    server.client().delete_object(Bucket="bucket", Key="lab/me/e/trials/t0/last.ckpt")
+    server.remove("lab/me/e/trials/t0/last.ckpt")
     assert next(trial._epochs_here(run, told)) not in again[:1]  # seconds differ: it begins anew
 
 
+@both
 def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -603,6 +678,7 @@ def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
         list(trial._epochs_here(run_of(epochs=3), about(remote.store_at(bucket).folder, "f")))
 
 
+@both
 def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_third(
     bucket: str, server: Server, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,7 +698,11 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
         dying.setattr("tfkd_ray.loop.save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             _teacher(run, storage, place)
-    assert f"{folder}/last.ckpt" in server.objects()
+    elsewhere("reader")
+    kept = load_state(
+        remote.bring(remote.store_at(bucket).mark() / "teachers" / teacher_name(run) / "last.ckpt").parent
+    )
+    assert kept is not None and kept["epoch"] in (1, 2, 3)  # an epoch is not saved while the one before is on its way
     elsewhere("node-2")
     real = teachers._trained
 
@@ -632,13 +712,13 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
 
     monkeypatch.setattr(teachers, "_trained", counted)
     made = _teacher(run, storage, place)
-    assert trained == [3]
+    assert trained == [kept["epoch"]]
     assert {k for k in server.objects() if k.startswith(folder)} == {
         f"{folder}/student.safetensors",
         f"{folder}/teacher.json",
     }
     elsewhere("node-3")
-    assert _teacher(run, storage, place) == made and trained == [3]
+    assert _teacher(run, storage, place) == made and trained == [kept["epoch"]]
     elsewhere("node-4")
     metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
     assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0
@@ -724,7 +804,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
             server.start()  # its memory was its disk
             server.client().create_bucket(Bucket="bucket")
             for key, content in kept.items():
-                server.client().put_object(Bucket="bucket", Key=key, Body=content)
+                server.put(key, content)
             assert sweep.wait(timeout=90) == 0
         finally:
             sweep.kill()
@@ -737,6 +817,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     assert len(weights) == 3
 
 
+@both
 def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_later(
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,10 @@ _KNOWN = (
         r"NETWORK_CONNECTION|UNAVAILABLE|DEADLINE|curlCode|resolve|retry policy exhausted",
         "does not answer; is the network up, and the endpoint right{endpoint}?",
     ),
-    (r"NO_SUCH_BUCKET|[Bb]ucket.* (does not exist|not found)", "there is no such bucket; make it, or correct the URL"),
+    (
+        r"NO_SUCH_BUCKET|[Bb]ucket.* (does not exist|not found)|NOT_FOUND.*(CreateResumableUpload|InsertObject)",
+        "there is no such bucket; make it, or correct the URL",
+    ),
     (r"HTTP status 301|PermanentRedirect", "the bucket is in another region; set AWS_REGION to it"),
 )
 
@@ -108,13 +111,9 @@ class Store:
 
     def objects(self, below: str = "") -> dict[str, Object]:
         """All objects below a name, by name; none where there is nothing. OSError as everywhere here."""
-        from pyarrow.fs import FileSelector, FileType
+        from pyarrow.fs import FileType
 
-        base = self._path(below)
-        try:
-            found = self._files.get_file_info(FileSelector(base, recursive=True))
-        except FileNotFoundError:
-            return {}
+        found = self._listed(below, recursive=True)
         root = len(self._path("")) + 1
         files = {i.path[root:]: Object(i.size, i.mtime.timestamp()) for i in found if i.type == FileType.File}
         # what others named like a way out of the mirror, or like what is kept in it, is none of ours
@@ -122,13 +121,20 @@ class Store:
 
     def names(self) -> list[str]:
         """Experiments, and whatever else lies directly below."""
-        from pyarrow.fs import FileSelector, FileType
+        from pyarrow.fs import FileType
 
+        return sorted(i.base_name for i in self._listed("", recursive=False) if i.type == FileType.Directory)
+
+    def _listed(self, below: str, *, recursive: bool) -> list[Any]:
+        """What pyarrow says of all below a name; nothing where there is nothing."""
+        from pyarrow.fs import FileSelector
+
+        absent = self.url.startswith("gs://")  # of which pyarrow says that as an error of no kind
         try:
-            found = self._files.get_file_info(FileSelector(self._path("")))
+            selector = FileSelector(self._path(below), recursive=recursive, allow_not_found=absent)
+            return list(self._files.get_file_info(selector))
         except FileNotFoundError:
             return []
-        return sorted(i.base_name for i in found if i.type == FileType.Directory)
 
     def read(self, name: str) -> bytes | None:
         """An object's content; None where there is none."""
@@ -187,7 +193,8 @@ class Store:
         scheme, _, rest = self.url.partition("://")
         if scheme == "gs":
             by, _, host = self.endpoint.partition("://")
-            other = {"endpoint_override": host, "scheme": by} if host else {}
+            # an emulator, by Google's own variable, which wants no credentials
+            other = {"endpoint_override": host, "scheme": by, "anonymous": True} if host else {}
             return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=8), **other)
         other = dict(zip(("scheme", "endpoint_override"), self.endpoint.split("://"), strict=False))
         if not self.endpoint:
@@ -540,9 +547,12 @@ class Upload:
         gone = self._seen - set(found)
 
         def put(name: str) -> None:
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                self._store.write(name, journal if name == study else found[name].read_bytes())
-                index[name] = [None, None, *(stats[name] or ())]  # what was written since is uploaded the next time
+            try:
+                content = journal if name == study else found[name].read_bytes()
+            except FileNotFoundError:  # removed meanwhile
+                return
+            self._store.write(name, content)
+            index[name] = [None, None, *(stats[name] or ())]  # what was written since is uploaded the next time
 
         def remove(name: str) -> None:
             self._store.remove(name)
