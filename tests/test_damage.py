@@ -3,6 +3,7 @@
 TFKD_FUZZ sets how many damages are tried, a fifth of it (500), TFKD_FUZZ_SEED with which seed (printed if one fails).
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -21,7 +22,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data import pickled, write_cifar, write_idx
+from test_data import pickled, write_cifar, write_idx, write_tiny
+from test_folder import write_folder
 from test_fuzz import TREE, often
 from test_report import make_comparison
 
@@ -29,10 +31,13 @@ import tfkd_ray.tune
 from tfkd_ray import arms
 from tfkd_ray.checkpoint import load_state, save_state, save_weights
 from tfkd_ray.cli import main
-from tfkd_ray.data import Cifar100, Mnist
+from tfkd_ray.data import Cifar100, ImageFolder, Mnist, TinyImagenet
+from tfkd_ray.experiment import read_metrics
 from tfkd_ray.export import choose
 from tfkd_ray.models import Mlp
+from tfkd_ray.readers import last_line
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
+from tfkd_ray.search import open_journal
 from tfkd_ray.tensorboard import side_by_side
 from tfkd_ray.tune import resume_tuner
 from tfkd_ray.weights import load_outside
@@ -165,7 +170,7 @@ from pathlib import Path
 from tfkd_ray.experiment import read_metrics, read_record, read_spent, read_teachers
 from tfkd_ray.readers import last_line, status
 from tfkd_ray.checkpoint import load_state, load_weights
-from tfkd_ray.data import Mnist, Cifar100
+from tfkd_ray.data import Cifar100, Mnist, TinyImagenet
 from tfkd_ray.schema import ConfigError, read_yaml
 from tfkd_ray.weights import load_outside
 from tfkd_ray.models import Mlp
@@ -177,7 +182,11 @@ reads = {
     "idx": lambda: Mnist(root=folder).load(), "cifar": lambda: Cifar100(root=folder, check_md5=False).load_test(),
     "weights": lambda: load_outside(str(folder / "w.safetensors"), Mlp(hidden=(8,)), (1, 8, 8), 10),
     "pt": lambda: load_outside(str(folder / "w.pt"), Mlp(hidden=(8,)), (1, 8, 8), 10),
+    "tiny": lambda: TinyImagenet(root=folder).load(),
 }
+if what == "journal":
+    from tfkd_ray.search import open_journal
+    reads[what] = lambda: open_journal(folder / "study.journal")
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 900 * 2**20, now + 900 * 2**20))
 try:
@@ -197,7 +206,14 @@ def sparse(path: Path, size: int, begin: bytes = b"") -> None:
 
 def claims(folder: Path, what: str) -> None:
     """Writes a file that is, or says that it is, a terabyte or so."""
-    if what in ("metrics", "last", "trial", "spent", "yaml"):
+    if what == "tiny":
+        (folder / "train").mkdir()
+        (folder / "val/images").mkdir(parents=True)
+        (folder / "val/val_annotations.txt").touch()
+        sparse(folder / "wnids.txt", 2**40)
+    elif what == "journal":  # a study, then what is no line, for a terabyte
+        sparse(folder / "study.journal", 2**40, (RELEASE / "sweep/study.journal").read_bytes())
+    elif what in ("metrics", "last", "trial", "spent", "yaml"):
         name = {
             "metrics": "metrics.jsonl",
             "last": "metrics.jsonl",
@@ -228,7 +244,9 @@ def claims(folder: Path, what: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["metrics", "last", "trial", "spent", "yaml", "idx", "cifar", "weights", "pt"])
+@pytest.mark.parametrize(
+    "what", ["metrics", "last", "trial", "spent", "yaml", "journal", "idx", "cifar", "tiny", "weights", "pt"]
+)
 def test_memory_follows_what_is_there_and_not_what_is_claimed(what: str, tmp_path: Path) -> None:
     folder = tmp_path
     if what in ("last", "trial"):
@@ -319,3 +337,119 @@ def test_any_bytes_in_a_run_state_or_in_weights_are_noticed(
         assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in network.state_dict().items()}
     except ConfigError as error:
         assert kind in str(error), str(error)
+
+
+LINES = st.lists(
+    st.one_of(
+        st.binary(max_size=40),
+        st.builds(lambda tree: json.dumps(tree).encode(), st.dictionaries(st.sampled_from(["epoch", "val_accuracy", "x"]), st.floats() | st.integers() | st.none())),
+        st.sampled_from([b"{}", b"[]", b"null", b"NaN", b"[" * 10_000, b"1" * 5000, b'{"epoch": 1}\r{"epoch": 2}', '{"epoch": 1, "\u2028": 2}'.encode()]),
+    ),
+    max_size=4,
+).map(lambda lines: b"\n".join(lines) + b"\n")  # fmt: skip
+
+
+@pytest.mark.slow
+@often
+@given(content=st.binary(max_size=300) | LINES, cut=st.integers(0, 20))
+def test_any_bytes_in_metrics_are_metrics_or_a_sentence(
+    content: bytes, cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Both readers of metrics.jsonl: what the whole one takes, the one of the last line takes, and says the same of it."""
+    folder = tmp_path_factory.mktemp("trial")
+    path = folder / "metrics.jsonl"
+    path.write_bytes(content[: len(content) - cut])
+    try:
+        every = read_metrics(folder)
+    except ConfigError as error:
+        assert str(path) in str(error) and "was changed by hand, or cut: " in str(error)
+        with contextlib.suppress(ValueError):  # which `readers` says as the sentence above
+            assert isinstance(last_line(path), dict)
+        return
+    assert json.dumps(last_line(path)) == json.dumps(every[-1] if every else {})
+
+
+JOURNAL = (RELEASE / "sweep/study.journal").read_bytes()
+
+
+@pytest.mark.slow
+@often
+@given(data=st.data())
+def test_any_bytes_in_a_journal_are_a_study_or_a_sentence_and_nothing_is_lost(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("study") / "study.journal"
+    path.write_bytes(found := data.draw(st.one_of(st.binary(max_size=200), st.just(changed(JOURNAL, data)), LINES)))
+    try:
+        studies = open_journal(path).get_all_studies()
+        assert all(study.study_name for study in studies)
+        left = path.read_bytes()
+        assert found.startswith(left) and b"\n" not in found[len(left) :], "more was cut off than a half-written line"
+    except ConfigError as error:
+        assert str(path) in str(error) and "this is no line of Optuna's journal" in str(error)
+        assert path.read_bytes() == found, "what is refused is left as it is"
+
+
+# --- image files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("folder"), train=2, test=1, side=16)
+
+
+def damaged(path: Path, data: st.DataObject) -> Iterator[None]:
+    """A file with some bytes changed, or a folder in its place, or nothing; then as it was."""
+    whole = path.read_bytes()
+    way = data.draw(st.sampled_from(["changed", "changed", "changed", "changed", "folder", "gone"]))
+    content = changed(whole, data)
+    path.unlink()
+    try:
+        if way == "changed":
+            path.write_bytes(content)
+        elif way == "folder":
+            path.mkdir()
+        yield
+    finally:
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(whole)
+
+
+in_place = contextlib.contextmanager(damaged)
+TINY = ["wnids.txt", "val/val_annotations.txt", "val/images/val_3.JPEG", "train/n00000005/images/n00000005_0.JPEG"]
+
+
+@pytest.mark.slow
+@often
+@given(data=st.data())
+@pytest.mark.parametrize("name", TINY, ids=["classes", "annotations", "test image", "train image"])
+def test_any_bytes_in_tiny_imagenet_are_images_or_a_sentence(name: str, data: st.DataObject, tiny: Path) -> None:
+    split = "train" if name.startswith("train") else "test"
+    with pytest.MonkeyPatch.context() as patch, in_place(tiny / name, data):
+        patch.setenv("XDG_CACHE_HOME", str(tiny / "wnids.txt"))  # nothing is kept
+        try:
+            images, labels = TinyImagenet(root=tiny)._official(split)
+            assert images.shape[1:] == (3, 64, 64) and len(images) == len(labels) and int(labels.max()) < 200
+        except ConfigError as error:
+            assert str(error).startswith("data tiny_imagenet: ") and str(tiny) in str(error), str(error)
+
+
+@pytest.mark.slow
+@often
+@given(data=st.data())
+def test_any_bytes_in_an_image_of_a_folder_are_an_image_or_a_sentence(data: st.DataObject, folders: Path) -> None:
+    path = data.draw(st.sampled_from(sorted(folders.glob("*/*/*.*"))))
+    with in_place(path, data):
+        try:
+            images = ImageFolder(root=folders, num_classes=2, image_size=16)
+            found = images._whole("train" if "train" in path.parts else "test")
+            for batch in found.read([torch.arange(len(found))]):
+                assert batch.shape[1:] == (3, 16, 16)
+        except ConfigError as error:
+            assert str(error).startswith("data image_folder: ") and str(path.parent) in str(error), str(error)

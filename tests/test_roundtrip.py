@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fuzz import often
+from test_fuzz import COUNT, often
 
 from tfkd_ray.arms import Arms, load_arms, new_comparison, read_comparison
-from tfkd_ray.clusterfile import check, load_cluster
+from tfkd_ray.clusterfile import check, load_cluster, node_types
 from tfkd_ray.experiment import read_experiment, write_experiment
 from tfkd_ray.schema import dump_yaml, parse_yaml, read_yaml
 from tfkd_ray.space import build_space, load_space
@@ -184,3 +184,71 @@ def test_a_cluster_file_reads_back(
         and (file.port, file.dashboard_port) == tuple(ports)
     )
     assert check(file)
+
+
+seldom = settings(often, max_examples=max(1, COUNT * 12 // 500))  # a cluster file takes a quarter of a second to check
+RENTED = [p for p in sorted((ROOT / "clusters").glob("*-gpu.yaml")) if "\nprovider:" in p.read_text()]
+
+
+@seldom
+@given(path=st.sampled_from(RENTED), name=words, user=words, folder=words, most=st.integers(2, 500), data=st.data())
+def test_a_cluster_file_of_rented_nodes_reads_back(
+    path: Path,
+    name: str,
+    user: str,
+    folder: str,
+    most: int,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Every file that ships for a cloud, with other names, another place for experiments, and other numbers of nodes."""
+    tree = read_yaml(path)
+    tree |= {
+        "cluster_name": name,
+        "max_workers": most,
+        "idle_timeout_minutes": data.draw(st.integers(1, 600)),
+        "auth": {"ssh_user": user},
+        "metadata": {"tfkd": {"storage": f"/mnt/tfkd/{folder}"}},
+    }
+    for kind, nodes in tree["available_node_types"].items():
+        if kind != tree["head_node_type"]:
+            high = data.draw(st.integers(1, most))
+            least = data.draw(st.integers(0, high if high < most // 4 else 0))
+            nodes |= {"min_workers": least, "max_workers": high, "resources": {"CPU": data.draw(counts), "GPU": 1}}
+    file = load_cluster(written(tmp_path_factory.mktemp("cluster"), "mine.yaml", tree))
+    assert (file.tree, file.name, file.storage) == (tree, name, f"/mnt/tfkd/{folder}")
+    found = {node.name: (node.least, node.most) for node in node_types(file) or []}
+    wanted = {
+        kind: (nodes["min_workers"], nodes["max_workers"])
+        for kind, nodes in tree["available_node_types"].items()
+        if kind != tree["head_node_type"]
+    }
+    assert found == {tree["head_node_type"]: found[tree["head_node_type"]]} | wanted and check(file)
+
+
+KUBERAY = sorted((ROOT / "clusters").glob("kuberay-*.yaml"))
+
+
+@seldom
+@given(path=st.sampled_from(KUBERAY), name=words, folder=words, claim=words, data=st.data())
+def test_a_file_of_kuberay_reads_back(
+    path: Path, name: str, folder: str, claim: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shipped = load_cluster(path)
+    tree = copy.deepcopy(shipped.tree)
+    tree["metadata"] = {"name": name, "annotations": {"tfkd/storage": f"/mnt/tfkd/{folder}"}}
+    inside = tree["spec"].get("rayClusterSpec", tree["spec"])
+    wanted = {}
+    for group in inside["workerGroupSpecs"]:
+        low, replicas, high = sorted(data.draw(st.lists(st.integers(0, 99), min_size=3, max_size=3)))
+        group |= {"minReplicas": low, "replicas": replicas, "maxReplicas": high}
+        wanted[group["groupName"]] = (low, high)
+    for group in (inside["headGroupSpec"], *inside["workerGroupSpecs"]):
+        for volume in group["template"]["spec"]["volumes"]:
+            if volume["name"] == "results":
+                volume["persistentVolumeClaim"] = {"claimName": claim}
+    made = tmp_path_factory.mktemp("cluster") / "mine.yaml"
+    made.write_text("---\n".join(dump_yaml(document) for document in (*shipped.others, tree)), encoding="utf-8")
+    file = load_cluster(made)
+    assert (file.tree, file.others, file.storage) == (tree, shipped.others, f"/mnt/tfkd/{folder}") and check(file)
+    assert {n.name: (n.least, n.most) for n in node_types(file) or [] if n.name != "head"} == wanted

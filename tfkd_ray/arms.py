@@ -21,7 +21,17 @@ from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import DIRECTIONS, Record, about_now, damaged, read_experiment, read_records, write_text
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
-from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dotted, dump_yaml, find_file, named, read_yaml, validated
+from tfkd_ray.schema import (
+    ConfigError,
+    Settings,
+    did_you_mean,
+    dotted,
+    dump_yaml,
+    find_file,
+    named,
+    read_yaml,
+    validated,
+)
 from tfkd_ray.space import Domain, Range, Space, build_space, masked, override
 
 FIRST_SEED = 1001

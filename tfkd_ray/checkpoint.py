@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+
+from tfkd_ray.schema import ConfigError
 
 State = dict[str, Any]
 """See `loop.train`."""
@@ -24,6 +27,19 @@ State = dict[str, Any]
 LAST, BEFORE, WEIGHTS = "last.ckpt", "before.ckpt", "student.safetensors"
 FRESH = f"{LAST}.new"
 """A whole state that is about to become the last; it stays only where its writer was killed at that."""
+
+
+SAFE_TORCH = (2, 10)
+"""The first torch of which no file is known that runs code in spite of `weights_only=True` (CVE-2026-24747)."""
+
+
+def check_torch() -> None:
+    """Raise a ConfigError where torch is too old for its files to be read."""
+    if Version(torch.__version__).release < SAFE_TORCH:
+        raise ConfigError(
+            f"torch {torch.__version__}: its files can run code even with weights_only=True (CVE-2026-24747), so none "
+            f"is read; install torch >= {'.'.join(map(str, SAFE_TORCH))}"
+        )
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -70,6 +86,7 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
             continue
         digest, _, content = path.read_bytes().partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() == digest:
+            check_torch()
             state: State = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
             return state
         damage = f"{path}: damaged (its checksum does not fit); going on without it"

@@ -502,7 +502,8 @@ def _nodes(file: ClusterFile) -> Iterator[str]:
     for name, node in types.items():
         low, high = node.get("min_workers", 0), node.get("max_workers", most)
         if low > high:
-            yield f"{dotted(['available_node_types', name])}: min_workers must not be above max_workers, got {low} and {high}"
+            field = dotted(["available_node_types", name])
+            yield f"{field}: min_workers must not be above max_workers, got {low} and {high}"
     if (low := sum(node.get("min_workers", 0) for node in types.values())) > most:
         yield f"max_workers: must be at least the sum of all min_workers, {low}, got {most}"
     if (

@@ -22,6 +22,7 @@ import inspect
 import io
 import math
 import os
+import re
 import sys
 import tarfile
 import tempfile
@@ -63,6 +64,8 @@ IMAGENET: dict[str, Any] = {
 
 MOST_BYTES = 2**28
 """More than the largest pickle of CIFAR, which has 155,249,918 bytes."""
+MOST_LIST = 2**24
+"""More than the lists of Tiny ImageNet, which have less than a megabyte."""
 
 
 _test_split_sealed = False
@@ -623,9 +626,11 @@ class TinyImagenet(FileDataset):
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         folder = self._folder()
-        classes = sorted((folder / "wnids.txt").read_text().split())
+        classes = sorted(self._text(folder / "wnids.txt").split())
         if len(set(classes)) != self.num_classes:
             raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
+        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
+            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
         files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
         return cached(
             f"{self.name}-{split}",
@@ -644,18 +649,37 @@ class TinyImagenet(FileDataset):
 
     def _val_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         path, number = folder / "val/val_annotations.txt", {wnid: k for k, wnid in enumerate(classes)}
+        try:
+            there = {entry.name for entry in os.scandir(folder / "val/images")}
+        except OSError as error:
+            raise self._wrong(folder / "val/images", f"cannot be read: {error.strerror}") from None
         found = []
-        for n, line in enumerate(path.read_text().splitlines(), start=1):
+        for n, line in enumerate(self._text(path).splitlines(), start=1):
             name, _, rest = line.partition("\t")
             wnid = rest.partition("\t")[0]
             if wnid not in number:
-                raise self._wrong(path, f"line {n}: needs an image and a class of wnids.txt, got {line!r}")
-            if not (folder / "val/images" / name).is_file():
-                raise self._wrong(path, f"line {n}: {name} is not in val/images; {self.origin}")
+                raise self._wrong(path, f"line {n}: needs an image and a class of wnids.txt, got {line[:200]!r}")
+            if name not in there:
+                raise self._wrong(path, f"line {n}: {name[:200]} is not in val/images; {self.origin}")
             found.append((folder / "val/images" / name, number[wnid]))
         if not found:
             raise self._wrong(path, f"is empty; {self.origin}")
         return sorted(found)
+
+    def _text(self, path: Path) -> str:
+        """One of its lists."""
+        try:
+            with path.open("rb") as file:
+                raw = read_at_most(file, MOST_LIST)
+            if len(raw) == MOST_LIST:
+                raise self._wrong(path, f"larger than any such list: {MOST_LIST} bytes or more")
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self._wrong(
+                path, f"not text in UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+            ) from None
+        except OSError as error:
+            raise self._wrong(path, f"cannot be read: {error.strerror}") from None
 
     def _images(self, paths: list[Path]) -> Tensor:
         images = torch.empty(len(paths), *self.shape, dtype=torch.uint8)

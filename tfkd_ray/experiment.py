@@ -157,7 +157,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         return []
     with damaged(path):
         text = read_text(path)
-        return [as_metrics(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [as_metrics(line) for line in text.split("\n")[:-1]]
 
 
 def as_metrics(line: str | bytes) -> dict[str, float]:

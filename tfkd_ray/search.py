@@ -9,7 +9,6 @@ A trial's number is the last thing that is written of a proposal. A trial in a s
 proposal that a crash cut off (it failed, without a value, and is proposed again), or a result of an earlier experiment.
 """
 
-import bisect
 import collections
 import contextlib
 import dataclasses
@@ -35,7 +34,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.cluster import give_larger_share
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import DIRECTIONS, Record, read_experiment, read_records
+from tfkd_ray.experiment import DIRECTIONS, Record, parse_json, read_experiment, read_records
 from tfkd_ray.images import address
 from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.space import (
@@ -58,6 +57,8 @@ from tfkd_ray.space import (
 
 STARTUP = 10
 """Most random proposals before a model begins; fewer in a small study."""
+LONGEST_LINE = 2**24
+"""Bytes of a journal's line; Optuna's are of some hundred."""
 
 
 class _Live:
@@ -557,30 +558,18 @@ def open_journal(path: Path) -> BaseStorage:
 
 
 def _mend(path: Path) -> None:
-    content = path.read_bytes()
-    start = 0
-    logs = []
-    for line in content.splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n"):
-                break
-            log = json.loads(line)
-            if not isinstance(log, dict) or not isinstance(log.get("op_code"), int):
-                raise ValueError("no operation")
-        except ValueError:
-            raise _corrupt(path, start, line) from None
-        logs.append(log)
-        start += len(line)
-    tail = content[start:]
-    if tail and not tail.startswith(b'{"op_code"'[: len(tail)]):
-        raise _corrupt(path, start, tail)
-    misfit = _misfit(logs)
-    if misfit is not None:
-        lines = content.splitlines(keepends=True)
-        raise _corrupt(path, sum(len(line) for line in lines[:misfit]), lines[misfit])
-    if tail:
+    lines = _Lines(path)
+    try:
+        JournalStorage(lines)
+    except ConfigError:
+        raise
+    except Exception:  # whatever Optuna makes of a line that it cannot make sense of
+        raise _corrupt(path, lines.start, lines.line) from None
+    if lines.tail and not lines.tail.startswith(b'{"op_code"'[: len(lines.tail)]):
+        raise _corrupt(path, lines.end, lines.tail)
+    if lines.tail:
         with path.open("r+b") as file:
-            file.truncate(start)
+            file.truncate(lines.end)
 
 
 def _corrupt(path: Path, byte: int, line: bytes) -> ConfigError:
@@ -615,32 +604,32 @@ def _locks(journal: Path) -> set[tuple[float, Path]]:
     return found
 
 
-class _Logs(BaseJournalBackend):  # type: ignore[misc]
-    """A journal in memory, to try lines out."""
+class _Lines(BaseJournalBackend):  # type: ignore[misc]
+    """A journal to try out, read line by line: `line` is the last that Optuna was given, and began at byte `start`."""
 
-    def __init__(self, logs: list[dict[str, Any]]) -> None:
-        self._logs = logs
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.start = self.end = 0
+        self.line = self.tail = b""
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
-        return iter(self._logs[log_number_from:])
+        assert log_number_from == 0, f"{log_number_from=}"
+        with self._path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                    self.tail = line
+                    return
+                self.start, self.end, self.line = self.end, self.end + len(line), line
+                try:
+                    log = parse_json(line)
+                    if not line.endswith(b"\n") or not isinstance(log, dict) or not isinstance(log.get("op_code"), int):
+                        raise ValueError("no operation")
+                except ValueError:
+                    raise _corrupt(self._path, self.start, line) from None
+                yield log
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         raise AssertionError("only read here")
-
-
-def _misfit(logs: list[dict[str, Any]]) -> int | None:
-    """Index of the first log that Optuna cannot make sense of."""
-
-    def fails(upto: int) -> bool:
-        try:
-            JournalStorage(_Logs(logs[:upto]))
-        except Exception:  # whatever Optuna makes of it
-            return True
-        return False
-
-    if not fails(len(logs)):
-        return None
-    return bisect.bisect_left(range(1, len(logs) + 1), True, key=fails)
 
 
 SQLITE_WAIT_S = 20.0

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tfkd_ray.checkpoint import check_torch
 from tfkd_ray.data import Dataset
 from tfkd_ray.models import SMALL_IMAGE, Network, TorchvisionNetwork
 from tfkd_ray.schema import ConfigError, did_you_mean
@@ -86,6 +87,8 @@ def _read(path: Path) -> Weights:
 
 def _parsed(path: Path) -> Any:
     """What a file of safetensors or of torch holds."""
+    if path.suffix != ".safetensors":
+        check_torch()
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
