@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 from conftest import ROOT, Run
+from optuna.trial import TrialState
 from test_readers import make_sweep
 
 from tfkd_ray.readers import best_of, front_of, ls, status
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.search import open_journal
 from tfkd_ray.space import build_space, parse_yaml
 
 DOCS = ROOT / "docs"
@@ -95,6 +98,30 @@ def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: 
             value, rest = line.split()[1], line.partition("after")[2]
             (found,) = (text.split()[1] for text in printed if text.endswith(rest))
             assert float(found) == pytest.approx(float(value), abs=0.02)
+
+
+@pytest.mark.ray
+def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tuner(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    (code,) = blocks("search.md", "python")
+    two = [line for line in code.splitlines() if "searcher" in line]
+    assert len(two) == 2
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^8 trials, best 0\.9\d+$", run.stdout, re.M), run.stdout
+    study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(tmp_path / "study.journal"))
+    assert [t.user_attrs["number"] for t in study.trials] == list(range(8))
+    ends = {state: [t for t in study.trials if t.state == state] for state in TrialState}
+    assert all(ends[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    assert not ends[TrialState.RUNNING] and not ends[TrialState.WAITING]
+    for trial in ends[TrialState.COMPLETE]:
+        assert sorted(trial.intermediate_values) == list(range(1, 10)) and trial.value == trial.intermediate_values[9]
+    for trial in ends[TrialState.PRUNED]:  # stopped at a rung, with every value that it had told
+        assert len(trial.intermediate_values) in (1, 3)
+        assert sorted(trial.intermediate_values) == list(range(1, len(trial.intermediate_values) + 1))
+    for trial in ends[TrialState.FAIL]:
+        assert trial.user_attrs["reason"].startswith("ArithmeticError: diverged in epoch 1")
 
 
 # --- what programs read

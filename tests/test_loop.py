@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +13,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
+from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
 from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
 from tfkd_ray.data import Digits
 from tfkd_ray.images import ImageSet
-from tfkd_ray.loop import Diverged, Epoch, epoch_order, gradient_ratio, split_batches, train, train_in
+from tfkd_ray.loop import Diverged, Epoch, allow_tf32, epoch_order, gradient_ratio, split_batches, train, train_in
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
 from tfkd_ray.schema import validated
@@ -255,6 +256,27 @@ def test_a_closed_run_saves_itself_and_goes_on_there(tmp_path: Path) -> None:
     assert again[:2] == first and numbers(again) == numbers(list(train(config())))
 
 
+def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first state takes as long as the disk wants; the epochs after it are trained meanwhile, none of them saved."""
+    may_write, saved = threading.Event(), list[int]()
+
+    def slow(directory: Path, state: dict[str, Any]) -> None:
+        assert may_write.wait(60)
+        save_state(directory, state)
+        saved.append(state["epoch"])
+
+    monkeypatch.setattr("tfkd_ray.loop.save_state", slow)
+    c = config(checkpoint_every_s=0, epochs=6)
+    run = train_in(tmp_path, c)
+    first = [next(run) for _ in range(5)]  # would hang if an epoch waited
+    assert saved == [] and not (tmp_path / LAST).exists()
+    may_write.set()
+    assert numbers([*first, *run]) == numbers(list(train(c)))
+    assert saved[0] == 1 and saved[-1] == 6  # of what was true after epoch 1, though five more were trained
+    state = load_state(tmp_path)
+    assert state is not None and state["epoch"] == 6
+
+
 def test_a_run_that_is_stopped_for_good_saves_nothing(tmp_path: Path) -> None:
     run = train_in(tmp_path, config())
     next(run)
@@ -310,6 +332,20 @@ def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> 
 def test_the_loop_runs_on_a_gpu() -> None:
     c = config(student=Cnn().model_dump(), gpus_per_worker=1, epochs=9)
     assert list(train(c))[-1].metrics["val_accuracy"] > 0.5
+
+
+def test_tf32_is_on_beside_bf16_only() -> None:
+    """The settings are the process's, and can be made without a GPU."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for on in (True, False):
+            allow_tf32(on)
+            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == on
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    next(train(config(precision="bf16")))  # on the CPU they are left alone
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
 def test_a_gpu_is_used_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from scipy.stats import qmc
 
 from tfkd_ray import tune
+from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import Record, read_experiment, write_experiment, write_record
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.search import (
@@ -728,6 +729,40 @@ def test_an_experiment_file_that_was_changed_by_hand_is_noticed(
     path.write_text(dump_yaml({**tree, "space": {**tree["space"], "cpus_per_worker": 2, "gpus_per_worker": 1}}))
     with pytest.raises(RuntimeError, match="is fine"):  # where trials run is anybody's to change
         tune.resume_tuner(experiment)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["bf16 in hardware", "without"])
+def test_what_auto_became_is_in_the_experiment_and_is_what_a_resume_elsewhere_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    resumed: list[TrainConfig] = []
+
+    def prepare(config: TrainConfig, storage: Path) -> None:
+        resumed.append(config)
+        reached()
+
+    monkeypatch.setattr(tune, "prepare", prepare)
+    monkeypatch.setattr("tfkd_ray.config._multiplies_bf16", lambda gpu: here)
+    tree = {**space().tree, "student": "resnet18", "precision": "auto", "compile": "auto"}
+    experiment = finished(tmp_path / "e", build_space(tree), [0.1, 0.2])
+    about = read_experiment(experiment)["space"]
+    assert (about["precision"], about["compile"]) == ("bf16" if here else "fp32", "off")
+    monkeypatch.setattr("tfkd_ray.config._multiplies_bf16", lambda gpu: not here)  # another machine
+    with pytest.raises(RuntimeError, match="is fine"):
+        tune.resume_tuner(experiment, add_trials=2)
+    (config,) = resumed
+    assert (config.precision, config.compile) == (about["precision"], "off")
+
+
+@pytest.mark.parametrize("note", [7, "[1]", "{", '{"objective": 3}', "[" * 100_000], ids=lambda note: str(note)[:9])
+def test_a_damaged_note_of_the_space_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Any) -> None:
+    monkeypatch.setattr(tune, "prepare", reached)
+    experiment = finished(tmp_path / "e", space(), [0.1, 0.2])
+    study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(experiment / "study.journal"))
+    study.set_user_attr("space", note)
+    with pytest.raises(ConfigError) as error:
+        tune.resume_tuner(experiment, add_trials=1)
+    assert error.value.source == str(experiment / "study.journal")
 
 
 def test_an_experiment_of_a_release_that_noted_no_space_goes_on(

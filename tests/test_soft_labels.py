@@ -1,5 +1,6 @@
 """The bank: the same labels as a teacher that is asked in every step, computed once, by whoever lives."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from tfkd_ray import soft_labels
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.loop import train
+from tfkd_ray.loop import train, train_in
 from tfkd_ray.schema import validated
-from tfkd_ray.soft_labels import CHUNKS, Bank, fits
+from tfkd_ray.soft_labels import CHUNKS, LARGEST, Bank, fits
 from tfkd_ray.teachers import bank_of, find_or_train
 
 N, K = 100, 5
@@ -182,14 +183,64 @@ def test_the_first_filler_is_killed_half_way(tmp_path: Path) -> None:
     assert counted.asked[started[-1] :].tolist() == [1] * (N - started[-1])
 
 
-def test_labels_of_another_teacher_are_an_error(tmp_path: Path) -> None:
-    for teacher in ("a", "b"):
-        bank(tmp_path, teacher=teacher).logits({"epoch": 1}, N, K, Counted())
+def asked_for(tree: dict[str, Any], **of: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what a bank is of, view of epoch 1), as `teachers.bank_of` and the loop say it."""
+    c = config("bank", **tree)
+    about = {"teacher": "sha256", "data": c.data.model_dump(mode="json"), "precision": "fp32", **of}
+    return about, c.augment.key(c.seed, 1)
+
+
+@pytest.mark.parametrize(
+    "tree, of, what",
+    [
+        ({}, {"teacher": "another"}, "teacher"),
+        ({"data": {"name": "digits", "split_seed": 1}}, {}, "data"),
+        ({"augment": {"crop_padding": 1, "flip": True}}, {}, "augment"),
+        ({"seed": 1}, {}, "seed"),
+        ({}, {"precision": "bf16"}, "precision"),
+        ({"augment": {}}, {}, "augment and epoch and seed"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_labels_of_another_teacher_or_other_images_are_an_error(
+    tmp_path: Path, tree: dict[str, Any], of: dict[str, Any], what: str
+) -> None:
+    mine, theirs = asked_for({}), asked_for(tree, **of)
+    counted = Counted()
+    for about, view in (mine, theirs):
+        Bank(nn.Identity, about, tmp_path).logits(view, N, K, counted)
+    assert counted.asked.tolist() == [2] * N  # both are computed: neither was taken for the other
     one, two = files(tmp_path)
-    two.replace(one)
-    with pytest.raises(ValueError, match="soft labels of another of; delete it"):
-        for teacher in ("a", "b"):
-            bank(tmp_path, teacher=teacher).logits({"epoch": 1}, N, K, Counted())
+    content = one.read_bytes(), two.read_bytes()
+    one.unlink(), two.unlink()  # they may be mapped
+    one.write_bytes(content[1]), two.write_bytes(content[0])
+    for about, view in (mine, theirs):
+        with pytest.raises(ValueError, match=rf"soft labels of another {what}; delete it, and it is made again"):
+            Bank(nn.Identity, about, tmp_path).logits(view, N, K, counted)
+    assert counted.asked.tolist() == [2] * N
+
+
+def test_a_view_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
+    """40 MB, read by ten trials: the memory that is a process's own does not grow, and all read the same pages."""
+    count, classes = 20_000, 1000
+
+    def compute(network: nn.Module, index: Tensor) -> Tensor:
+        return torch.zeros(len(index), classes).index_fill_(1, torch.tensor([3]), 2.0)
+
+    def own() -> int:
+        """Bytes of this process that are in no file."""
+        text = Path("/proc/self/smaps_rollup").read_text()
+        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Anonymous:"))) * 1024
+
+    Bank(nn.Identity, {}, tmp_path).logits({}, count, classes, compute)
+    before = own()
+    held = [Bank(nn.Identity, {}, tmp_path).logits({}, count, classes, compute) for _ in range(10)]
+    assert all(float(view[count - 1, 3]) > 1 for view in held)
+    assert own() - before < 20_000_000
+    (path,) = files(tmp_path)
+    assert Path("/proc/self/maps").read_text().count(str(path)) >= 10
+    whole = path.stat().st_size
+    assert 2 * count * classes < whole < 2 * count * classes + 10_000 and whole < LARGEST
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped"])
@@ -227,13 +278,69 @@ def test_it_stays_below_its_limit_and_drops_the_longest_unused(tmp_path: Path, m
     assert counted.asked.sum() == 0
 
 
-def test_where_nothing_can_be_written_everyone_is_for_himself(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_everyone_is_for_himself_and_that_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    counted = Counted()
+    counted, said = Counted(), list[str]()
     for _ in range(2):
-        logits = bank(tmp_path / "file" / "below").logits({"epoch": 1}, N, K, counted)
+        mine = bank(tmp_path / "file" / "below")
+        mine.say = said.append
+        logits = mine.logits({"epoch": 1}, N, K, counted)
         assert logits.shape == (N, K)
     assert counted.asked.tolist() == [2] * N
+    assert len(said) == 1 and said[0].startswith(f"soft labels cannot be kept in {tmp_path}/file/below: ")
+
+
+class Usage:
+    free = 0
+
+
+def test_where_there_is_no_room_the_teacher_is_asked_and_that_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = bank(tmp_path / "a").logits({"epoch": 1}, N, K, Counted())
+    monkeypatch.setattr(soft_labels.shutil, "disk_usage", lambda path: Usage)
+    Usage.free = 4 * N * K - 1
+    counted, said = Counted(), list[str]()
+    for epoch in (1, 1, 2):
+        mine = bank(tmp_path / "b")
+        mine.say = said.append
+        assert mine.logits({"epoch": epoch}, N, K, counted).equal(kept)  # the same numbers
+    assert counted.asked.tolist() == [3] * N and not (tmp_path / "b").exists()
+    assert len(said) == 1 and "0 MB are free, and a view needs 0; each trial asks the teacher itself" in said[0]
+    Usage.free = 4 * N * K
+    for _ in range(2):
+        assert bank(tmp_path / "b").logits({"epoch": 1}, N, K, counted).equal(kept)
+    assert counted.asked.tolist() == [4] * N and len(files(tmp_path / "b")) == 1
+    Usage.free = 0
+    with pytest.warns(UserWarning, match="soft labels cannot be kept in"):  # nobody listens
+        bank(tmp_path / "c").logits({"epoch": 1}, N, K, counted)
+
+
+def test_a_disk_that_fills_up_while_a_view_is_written_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of the loop, which passes the sentence on; its numbers are those with a bank."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    c = config("bank", epochs=2)
+    with_bank = [times_aside(m) for m in train_in(tmp_path / "t1", c, teacher=find_or_train(c, tmp_path))]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if "soft_labels" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    said: list[str] = []
+    teacher = find_or_train(c, tmp_path)
+    assert [times_aside(m) for m in train_in(tmp_path / "t2", c, teacher=teacher, say=said.append)] == with_bank
+    assert len(said) == 1 and "soft_labels: No space left on device; each trial asks" in said[0]
+    assert not files(tmp_path / "full" / "tfkd_ray" / "soft_labels")
+
+
+def times_aside(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if k not in ("seconds", "images_per_s")}
 
 
 def test_what_another_node_has_filled_is_not_computed(tmp_path: Path) -> None:
@@ -253,6 +360,20 @@ def test_what_another_node_has_filled_is_not_computed(tmp_path: Path) -> None:
 
 
 # --- between nodes
+
+
+def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tfkd_ray import trial
+
+    monkeypatch.setattr(trial.ray, "put", lambda content: content)  # its object store
+    shelf = trial.Shelf(100)
+    for name in ("a", "b", "c"):
+        shelf.offer(name, name.encode() * 40)
+        assert shelf.fetch(name) == [name.encode() * 40]
+    assert [shelf.fetch(name) != [] for name in ("a", "b", "c", "none")] == [False, True, True, False]
+    shelf.offer("d", b"d" * 90)  # two have to go for it
+    assert [shelf.fetch(name) != [] for name in ("b", "c", "d")] == [False, False, True]
+    assert sum(size for _, size in shelf._views.values()) <= 100
 
 
 def fill(experiment: Path, folder: Path, asked: bool) -> float:

@@ -14,12 +14,13 @@ from ray.tune.schedulers import ASHAScheduler
 
 from tfkd_ray import cluster
 from tfkd_ray.cluster import check_ray, check_room
-from tfkd_ray.config import TrainConfig
+from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.experiment import read_experiment, read_records
 from tfkd_ray.loop import train
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import build_space
+from tfkd_ray.teachers import train_teacher
 from tfkd_ray.tune import TeacherFailed, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
@@ -113,6 +114,47 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: st
     assert len(list((tmp_path / "teachers").iterdir())) == 1
     about = read_experiment(experiment)  # what is on disk is the space that was run
     assert build_space(about["space"]).tree == about["space"] and len(about["space"]["objective"]) == 3
+
+
+def test_one_process_trains_one_trial_after_the_other(ray_cluster: str, tmp_path: Path) -> None:
+    """Stopped ones, finished ones and failed ones; torch is imported once."""
+    tree = {**TREE, "epochs": 9, "optim": {"lr": {"choices": [0.1, 0.0005, 1e20]}}}
+    tree["search"] = {"num_samples": 7, "sampler": "random", "max_concurrent": 1, "seed": 6}
+    grid = build_tuner(tree, name="e", storage=tmp_path).fit()
+    assert {r.status for r in read_records(tmp_path / "e")} == {"done", "stopped", "failed"}
+    assert len(grid) == 7 and len({result.metrics["pid"] for result in grid if result.metrics}) == 1
+
+
+def test_teachers_among_which_a_sweep_chooses_are_trained_before_it_each_once(ray_cluster: str, tmp_path: Path) -> None:
+    def learned(k: int) -> dict[str, Any]:
+        return {"name": "mlp", "hidden": [k]}
+
+    tree: dict[str, Any] = {
+        **TREE,
+        "epochs": 1,
+        "objective": {"name": "kd"},
+        "search": {"num_samples": 6, "stopping": "none"},
+    }
+    tree |= {"teacher": {"model": {"choices": [learned(4), learned(5), learned(6)]}, "epochs": 1}}
+    there = next(run for run in build_space(tree).teacher_runs() if run.student.model_dump()["hidden"] == (5,))
+    train_teacher(there, tmp_path)
+    told: list[tuple[int, bool]] = []
+    watch = Watch()
+
+    def on_teacher(run: TeacherRun, about: dict[str, Any] | None) -> None:
+        assert not watch.starts  # before the first trial
+        told.append((run.student.model_dump()["hidden"][0], about is not None))
+
+    build_tuner(tree, name="e", storage=tmp_path, callbacks=[watch], on_teacher=on_teacher).fit()
+    assert sorted(told) == [(4, False), (4, True), (6, False), (6, True)]  # the other was there
+    records = read_records(tmp_path / "e")
+    assert [r.status for r in records] == ["done"] * 6
+    assert len({tuple(r.config["teacher"]["model"]["hidden"]) for r in records}) == 3
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "teachers").glob("*/teacher.json")}
+    assert len(written) == 3
+    watch.starts.clear()
+    resume_tuner(tmp_path / "e", add_trials=1, on_teacher=on_teacher).fit()
+    assert len(told) == 4 and {p: p.stat().st_mtime_ns for p in written} == written
 
 
 def test_after_a_failed_or_a_stopped_trial_the_next_starts_at_once(ray_cluster: str, tmp_path: Path) -> None:

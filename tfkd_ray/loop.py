@@ -66,7 +66,10 @@ def train(
     device = torch.device("cuda", torch.cuda.current_device()) if config.gpus_per_worker else torch.device("cpu")
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
+    tf32_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
+        if device.type == "cuda":
+            allow_tf32(config.precision == "bf16")
         # 2. Data, resident on the device
         train_set, val_set = config.data.load()
         train_set, val_set = train_set.on(device), val_set and val_set.on(device)
@@ -230,6 +233,9 @@ def train(
             yield Epoch(metrics, snapshot)
     finally:
         torch.set_num_threads(threads_before)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(tf32_before[0])
+            torch.backends.cudnn.allow_tf32 = tf32_before[1]
 
 
 def train_in(
@@ -245,8 +251,8 @@ def train_in(
 
     Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
     (`student.safetensors`, `about` in its header), before that epoch is yielded; and when it is closed half-way.
-    Nothing is written by other workers than the first. A damaged checkpoint is told to `say`. `on_saved` hears of each
-    save, where it was written, and whether it was the last.
+    Nothing is written by other workers than the first. A damaged checkpoint, and soft labels that cannot be kept, are
+    told to `say`. `on_saved` hears of each save, where it was written, and whether it was the last.
     """
     state = load_state(directory, say)
     if state:
@@ -256,6 +262,8 @@ def train_in(
     writes = not dist.is_initialized() or dist.get_rank() == 0
     if writes:
         remove_partial(directory)
+    if isinstance(teacher, Bank):
+        teacher.say = say
     saved_at, saved_epoch = time.monotonic(), state["epoch"] if state else 0
     pending: Future[None] | None = None
     last: Epoch | None = None
@@ -289,6 +297,12 @@ def train_in(
             run.close()
             if pending is not None:
                 pending.result()
+
+
+def allow_tf32(on: bool) -> None:
+    """Let CUDA multiply float32 in TF32 (10 bits), or not: torch's own default is yes in convolutions, no elsewhere."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor:

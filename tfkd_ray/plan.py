@@ -94,7 +94,8 @@ def plan(space: Space, *, probe: bool = False) -> Plan:
 def _weights(config: TrainConfig) -> int:
     """Bytes of a network's weights, in float32."""
     network = config.student.build(config.data.shape, config.data.num_classes)
-    return 4 * sum(p.numel() for p in network.state_dict().values())
+    size: int = sum(p.numel() for p in network.state_dict().values())
+    return 4 * size
 
 
 def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -> Iterator[str]:

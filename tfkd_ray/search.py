@@ -26,6 +26,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from ray import cloudpickle
 from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -34,7 +35,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.cluster import give_larger_share
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import DIRECTIONS, Record, parse_json, read_experiment, read_records
+from tfkd_ray.experiment import DIRECTIONS, Record, damaged, parse_json, read_experiment, read_records
 from tfkd_ray.images import address
 from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.space import (
@@ -287,8 +288,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def recorded(self) -> list[dict[str, Any]]:
         """The trees of the spaces for which the studies were made; mostly one. Release 0.1.0 noted none."""
-        noted = dict.fromkeys(study.user_attrs.get("space") for study in self._open())
-        return [json.loads(tree) for tree in noted if tree is not None]
+        noted = {str(tree) for study in self._open() if (tree := study.user_attrs.get("space")) is not None}
+        trees = []
+        for text in sorted(noted):
+            with damaged(self.journal):
+                trees.append(dict(parse_json(text)))
+        return trees
 
     def studies(self) -> list[optuna.Study]:
         """The studies, one for each group of the space."""
@@ -533,7 +538,8 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Tell the searcher, which hears of an error only that there was one, what it was."""
-        self.searcher.note_error(trial.trial_id, trial.get_pickled_error())
+        if trial.pickled_error_file is not None:  # by Tune, a moment ago
+            self.searcher.note_error(trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
         if "directory" in trial.config["trial"]:  # a trial of `StudentTrial`, not of a user's own trainable
             give_larger_share(trial)
 

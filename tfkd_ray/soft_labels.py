@@ -5,7 +5,8 @@ the same ones. A view is one file on a node, memory-mapped by all who read it. P
 fill it together, chunk by chunk; a chunk belongs to whoever holds its lock, and the lock of a killed process is free.
 
 Logits are kept in half precision with their row means taken off: softmax does not see it, and the rounding is finer.
-Nothing here is needed twice: a file may be deleted at any time, and is computed again.
+Nothing here is needed twice: a file may be deleted at any time, and is computed again. Where there is no room for a
+view, each trial computes it for itself, and that is said once in a process.
 
 Shapes: N = images, K = classes.
 """
@@ -14,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +55,9 @@ class Bank:
         elsewhere: views of other nodes.
     """
 
+    say: Callable[[str], None] | None = None
+    """Called with a sentence where views cannot be kept. None: it is a warning."""
+
     def __init__(
         self,
         network: Callable[[], nn.Module],
@@ -85,7 +90,7 @@ class Bank:
         path = self._folder / f"{name}.safetensors"
         found = _read(path, about)
         if found is None and self._elsewhere is not None and (content := self._elsewhere.fetch(name)):
-            _write(path, content)
+            self._write(path, content)
             found = _read(path, about)
         return self._filled(path, about, count, compute) if found is None else found
 
@@ -93,9 +98,13 @@ class Bank:
         self, path: Path, about: dict[str, str], count: int, compute: Callable[[nn.Module, Tensor], Tensor]
     ) -> Tensor:
         """The logits of a view, computed together with whoever wants them at the same time."""
-        _make_room(self._folder, 4 * count * int(json.loads(about["shape"])[1]))  # the view, and once more its parts
+        size = 4 * count * int(json.loads(about["shape"])[1])  # the view, and once more its parts
+        _make_room(self._folder, size)
         parts: dict[int, Tensor] = {}
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
+        if (free := _free(self._folder)) < size:
+            self._cannot_keep(f"{free / 1e6:.0f} MB are free, and a view needs {size / 1e6:.0f}")
+            return torch.cat([_centred(compute(self.network(), chunk)) for chunk in chunks.values()])
         for wait in (False, True):  # first what nobody is at, then what somebody was at
             for k in chunks.keys() - parts.keys():
                 part, mine = path.with_suffix(f".{k}"), about | {"part": str(k)}
@@ -105,20 +114,41 @@ class Bank:
                         return whole  # the others have finished, and removed the parts
                     if done is None:
                         done = _centred(compute(self.network(), chunks[k]))
-                        _write(part, _bytes(done, mine))
+                        self._write(part, _bytes(done, mine))
                     parts[k] = done
         with _locked(self._folder / "lock-whole", wait=True):
             whole = _read(path, about)
             if whole is None:
                 whole = torch.cat([parts[k] for k in chunks])
                 content = _bytes(whole, about)
-                _write(path, content)
+                self._write(path, content)
                 if self._elsewhere is not None:
                     self._elsewhere.offer(path.stem, content)
                 for k in chunks:
                     with contextlib.suppress(OSError):
                         path.with_suffix(f".{k}").unlink(missing_ok=True)
         return whole
+
+    def _write(self, path: Path, content: bytes) -> None:
+        """Keep a file; where it cannot be, do not, and say so."""
+        try:
+            with whole_file(path) as part:
+                part.write_bytes(content)
+        except OSError as error:
+            self._cannot_keep(error.strerror or str(error))
+
+    def _cannot_keep(self, why: str) -> None:
+        if self._folder not in _told:
+            _told.add(self._folder)
+            text = (
+                f"soft labels cannot be kept in {self._folder}: {why}; each trial asks the teacher itself, which gives "
+                "the same numbers and takes longer. Make room there, or set XDG_CACHE_HOME to another place"
+            )
+            self.say(text) if self.say else warnings.warn(text, stacklevel=4)
+
+
+_told: set[Path] = set()
+"""Folders of which this process has said that nothing can be kept there."""
 
 
 def fits(count: int, num_classes: int) -> bool:
@@ -154,8 +184,13 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _bytes(logits: Tensor, about: dict[str, str]) -> bytes:
-    checksum = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-    return save({"logits": logits.contiguous()}, {**about, "sha256": checksum})
+    logits = logits.contiguous()
+    return save({"logits": logits}, {**about, "sha256": _checksum(logits)})
+
+
+def _checksum(logits: Tensor) -> str:
+    """SHA-256 of the array, which is not copied for it: a view may be 1 GB."""
+    return hashlib.sha256(logits.numpy().data).hexdigest()
 
 
 def _read(path: Path, about: dict[str, str]) -> Tensor | None:
@@ -168,14 +203,24 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
         return None
     checksum = said.pop("sha256", None)
     if said != about:
-        wrong = sorted(k for k in {*said, *about} if said.get(k) != about.get(k))
+        wrong = sorted(_different(said, about))
         raise ValueError(f"{path}: soft labels of another {' and '.join(wrong)}; delete it, and it is made again")
-    if hashlib.sha256(logits.numpy().tobytes()).hexdigest() != checksum:
+    if _checksum(logits) != checksum:
         warnings.warn(f"{path}: damaged (its checksum does not fit); computed again", stacklevel=2)
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # the last to be removed
     return logits
+
+
+def _different(said: dict[str, str], about: dict[str, str]) -> Iterator[str]:
+    """What soft labels are of, as a file says it, against what they should be of: the words that differ."""
+    for key in {*said, *about}:
+        a, b = (json.loads(d.get(key, "null")) for d in (said, about))
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from (k for k in {*a, *b} if a.get(k) != b.get(k))
+        elif a != b:
+            yield key
 
 
 def _make_room(folder: Path, size: int) -> None:
@@ -190,10 +235,9 @@ def _make_room(folder: Path, size: int) -> None:
             room += size
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Keep a file; where it cannot be, do not."""
-    with contextlib.suppress(OSError), whole_file(path) as part:
-        part.write_bytes(content)
+def _free(folder: Path) -> int:
+    """Bytes that may be written to a folder, there already or not."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def _facts(file: Path) -> os.stat_result | None:

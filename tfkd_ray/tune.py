@@ -275,7 +275,7 @@ def _check_own_study(space: Space, journal: Path) -> None:
 def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
     """Refuse an experiment.yaml whose space is another than the one that its studies were made for."""
     for tree in searcher.recorded():
-        was = build_space(tree)
+        was = build_space(tree, searcher.journal)
         problems = not_superset(was, space)
         if problems:
             message = "its space was changed by hand, and does not hold the trials that are there; put back what it was"

@@ -1,0 +1,104 @@
+"""What holds on the CPU holds on a CUDA GPU: the bank, bf16, resume, compile; and no step waits for the device."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.loop import train
+from tfkd_ray.schema import validated
+from tfkd_ray.teachers import find_or_train
+
+pytestmark = pytest.mark.gpu
+
+
+def config(**changes: Any) -> TrainConfig:
+    tree = {
+        "objective": "ce",
+        "student": {"name": "cnn", "widths": [16, 32]},
+        "augment": {"crop_padding": 1, "flip": True, "rotation_degrees": 15},
+        "epochs": 3,
+        "gpus_per_worker": 1,
+        "precision": "fp32",
+        **changes,
+    }
+    return validated(TrainConfig, tree)
+
+
+def taught(labels: str, **changes: Any) -> TrainConfig:
+    teacher = {"model": {"name": "cnn", "widths": [32]}, "epochs": 2, "labels": labels}
+    return config(objective={"name": "kd", "alpha": 0.7, "temperature": 3}, teacher=teacher, **changes)
+
+
+def test_the_bank_is_a_teacher_in_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in test_soft_labels.py; the tolerance is that of half-precision labels and of sums in any order."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    online, banked = (list(train(c, teacher=find_or_train(c, tmp_path))) for c in map(taught, ("online", "bank")))
+    for a, b in zip(online, banked, strict=True):
+        assert a.metrics["train_kd"] == pytest.approx(b.metrics["train_kd"], rel=5e-3)
+        assert a.metrics["val_teacher_kl"] == pytest.approx(b.metrics["val_teacher_kl"], rel=5e-3)
+    for name, weight in online[-1].state()["model"].items():
+        assert (weight.float() - banked[-1].state()["model"][name].float()).abs().max() < 1e-2, name
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_students_learn_real_digits(precision: str, compiled: str) -> None:
+    last = list(train(config(precision=precision, compile=compiled, epochs=9)))[-1]
+    assert last.metrics["val_accuracy"] > 0.7
+    assert all(v.dtype != torch.bfloat16 for v in last.state()["model"].values())
+
+
+def test_a_resumed_run_is_one_that_was_never_stopped() -> None:
+    """On one device, to 1e-3: cuDNN adds up gradients in an order that may change from run to run."""
+    c = config(epochs=4)
+    whole = list(train(c))
+    run = train(c)
+    half = [next(run), next(run)]
+    state = half[-1].state()
+    run.close()
+    rest = list(train(c, state))
+    assert [e.metrics["epoch"] for e in rest] == [3, 4]
+    for name, weight in whole[-1].state()["model"].items():
+        assert (weight.float() - rest[-1].state()["model"][name].float()).abs().max() < 1e-3, name
+    assert rest[-1].metrics["val_nll"] == pytest.approx(whole[-1].metrics["val_nll"], abs=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["ce", {"name": "tfkd_reg", "alpha": 0.5, "temperature": 4}])
+def test_no_step_waits_for_the_device(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the second step of an epoch and its last, whatever makes the host wait is an error."""
+    c = config(objective=objective, optim={"batch_size": 128})
+    images, _ = c.data.load()
+    steps, done, step = len(images) // 128 + (len(images) % 128 >= 2), [0], torch.optim.SGD.step
+
+    def counted(self: Any, *args: Any) -> Any:
+        result = step(self, *args)
+        done[0] += 1
+        torch.cuda.set_sync_debug_mode("default" if done[0] % steps == 0 else "error")
+        return result
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    try:
+        epochs = list(train(c))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(epochs) == 3 and done[0] == 3 * steps
+
+
+def test_fp32_is_exact_and_bf16_lets_the_rest_be_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    step = torch.optim.SGD.step
+
+    def looked(self: Any, *args: Any) -> Any:
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", looked)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for precision, tf32 in (("fp32", False), ("bf16", True)):
+        seen.clear()
+        list(train(config(precision=precision, epochs=1)))
+        assert set(seen) == {(tf32, tf32)}
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
