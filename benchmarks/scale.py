@@ -1,13 +1,14 @@
 """Driver time per trial for 100 to 10,000 trials that do nothing, and memory.
 
     python benchmarks/scale.py direct [--sampler random|tpe] [--trials 10000]      our part, called as Tune calls it
-    python benchmarks/scale.py ray [--trials 1000] [--sampler random]              a whole sweep, through Ray
-    python benchmarks/scale.py plain [--trials 1000]                               Ray Tune alone, for comparison
+    python benchmarks/scale.py ray [--trials 1000] [--at-once 4] [--sampler random]    a whole sweep, through Ray
+    python benchmarks/scale.py plain [--trials 1000] [--at-once 4]                     Ray Tune alone, for comparison
 
 `direct` drives searcher, stopping rule and callbacks (records, TensorBoard, budget) without Ray: proposal, start, one
 result, end. Told is the processor time of the driver for each of the last tenth of the trials up to then (CPU, so that
 other jobs on the machine count little), and the most memory that the driver has held. One objective, stopping none,
-one epoch, one trial at a time.
+one epoch. With one trial at a time Ray's controller looks through all trials whenever none is alive; with several, it
+need not.
 """
 
 import argparse
@@ -34,9 +35,19 @@ from tfkd_ray.tensorboard import TensorBoard
 RESULT = {"epoch": 1, "val_accuracy": 0.5, "val_nll": 1.0, "val_ece": 0.1, "train_loss": 1.0, "seconds": 0.0}
 
 
+AT_ONCE = 1
+"""Trials at a time, by --at-once."""
+
+
 def space_of(trials: int, sampler: str) -> Space:
     lr, decay = {"low": 0.01, "high": 0.5, "log": True}, {"low": 1e-5, "high": 1e-2, "log": True}
-    search = {"num_samples": trials, "sampler": sampler, "stopping": "none", "max_concurrent": 1, "warm_start": False}
+    search = {
+        "num_samples": trials,
+        "sampler": sampler,
+        "stopping": "none",
+        "max_concurrent": AT_ONCE,
+        "warm_start": False,
+    }
     tree = {"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 1}
     return build_space({**tree, "optim": {"lr": lr, "weight_decay": decay}, "search": search})
 
@@ -113,7 +124,7 @@ def plain(trials: int, sampler: str, folder: Path) -> Clock:
     tune.Tuner(
         tune.with_resources(Nothing, {"cpu": 1}),
         param_space={"lr": tune.loguniform(0.01, 0.5), "weight_decay": tune.loguniform(1e-5, 1e-2)},
-        tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=1, reuse_actors=True),
+        tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=AT_ONCE, reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(folder), name="e", callbacks=[clock], verbose=0),
     ).fit()
     return clock
@@ -131,17 +142,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("how", choices=["direct", "ray", "plain"])
     parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--sampler", choices=["random", "tpe"], default="random")
     args = parser.parse_args()
+    global AT_ONCE
+    AT_ONCE = args.at_once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.how != "direct":
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=args.at_once, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with tempfile.TemporaryDirectory() as folder:
         run = {"direct": direct, "ray": through_ray, "plain": plain}[args.how]
         clock = run(args.trials, args.sampler, Path(folder))
         files = {p.name: p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and p.name != "result.json"}
-    print(f"{args.how}, {args.sampler}, {args.trials:,} trials")
+    print(f"{args.how}, {args.sampler}, {args.trials:,} trials, {args.at_once} at a time")
     print("| trials | driver CPU, ms a trial | wall, ms a trial |\n|---|---|---|")
     print("\n".join(rows(clock, args.trials)))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

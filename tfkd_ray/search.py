@@ -536,6 +536,11 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         super().__init__()
         self.searcher = searcher
 
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """As FIFOScheduler, which looks through all trials there ever were, each time."""
+        waiting = [t for t in tune_controller.get_live_trials() if t.status in (TuneTrial.PENDING, TuneTrial.PAUSED)]
+        return min(waiting, key=lambda t: (t.status == TuneTrial.PAUSED, t.config["trial"]["number"]), default=None)
+
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Tell the searcher, which hears of an error only that there was one, what it was."""
         if trial.pickled_error_file is not None:  # by Tune, a moment ago
