@@ -1,18 +1,29 @@
 """Commands as nobody would type them: a sentence and an exit code, no traceback, and nothing starts."""
 
+import contextlib
+import ctypes
+import fcntl
 import os
+import pty
 import random
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
+from test_damage import RELEASE
 from test_fuzz import COUNT, SEED
+from test_live import run as finished
+from test_live import view as live_view
 
 from tfkd_ray.cli import main
 
 VERBS = ["tune", "resume", "check", "plan", "explain", "train", "confirm", "export", "teacher", "best", "trials", "status",
-         "logs", "ls", "report", "tensorboard"]  # fmt: skip
+         "logs", "ls", "report", "tensorboard", "doctor"]  # fmt: skip
 WORDS = [
     "bad.yaml", "empty", "nowhere", ".", "/", "~", "-", "--", "--help", "-x", "--seeds", "--num-samples", "--name", "--storage",
     "--limit", "--sort", "--filter", "--columns", "-o", "--json", "--top-k", "--port", "--preset", "smoke", "train", "list", "show",
@@ -44,10 +55,13 @@ def test_any_words_after_a_verb_are_answered(
     def started(*args: object, **kwargs: object) -> None:
         raise AssertionError("something was started")
 
+    class Started(subprocess.Popen):  # type: ignore[type-arg]
+        __init__ = started  # type: ignore[assignment]
+
     import ray
 
     monkeypatch.setattr(ray, "init", started)
-    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(subprocess, "Popen", Started)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.yaml").write_text("objective: {name: kd, alpha: [}\n")
@@ -159,3 +173,121 @@ def test_closed_standard_streams_are_no_failure(shut: str, tmp_path: Path) -> No
             ["sh", "-c", f'"$@" {shut}', "sh", *command], capture_output=True, cwd=tmp_path, timeout=60
         )
         assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr.decode()
+
+
+# --- a home that cannot be written, and terminals ------------------------------------------------------------------
+
+TRAINED = "student: {name: mlp, hidden: [8]}\nobjective: ce\nepochs: 1\n"
+
+
+def as_modes_say() -> None:
+    """Root, too, may then write only where a file's mode lets it."""
+    bounding_set_drop, may_ignore_modes = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE; the next program has what is left
+    if os.getuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(bounding_set_drop, may_ignore_modes, 0, 0, 0) != 0:
+        os._exit(99)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nowhere", "read-only"])
+def test_commands_do_without_a_home_that_they_can_write(kind: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "one.yaml").write_text(TRAINED)
+    home.chmod(0o555)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "RAY_"))}
+    env["HOME"] = str(home) if kind == "read-only" else "/proc/nowhere"
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(argv, capture_output=True, text=True, cwd=here, env=env, timeout=100, preexec_fn=as_modes_say)  # fmt: skip
+
+    assert run("sh", "-c", "mkdir $HOME/x").returncode not in (0, 99), "it can be written after all"
+    for argv, codes in (
+        (["train", "one.yaml"], (0,)),
+        (["check", "digits_tfkd"], (0,)),
+        (["tune", "--help"], (0,)),
+        (["doctor"], (0, 1)),  # 1: it has found a problem, as it is meant to
+    ):
+        done = run(sys.executable, "-m", "tfkd_ray", *argv)
+        assert done.returncode in codes and "Traceback" not in done.stdout + done.stderr, (
+            argv,
+            done.stdout,
+            done.stderr,
+        )
+        assert done.stdout.strip(), argv
+    assert not list(home.iterdir())
+
+
+def on_a_terminal(command: list[str], folder: Path, **env: str) -> str:
+    """What a command writes to a terminal of 80 x 24, where it must end well or with a sentence."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        surroundings = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+        os.execve(command[0], command, {**surroundings, "TERM": "xterm", **env})
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    written = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while piece := os.read(fd, 65536):
+            written += piece
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(fd)
+    text = written.decode(errors="replace")
+    assert code in (0, 2) and "Traceback" not in text, text
+    return text
+
+
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
+LIVE_VIEW = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_live import SPACE, run
+from tfkd_ray.experiment import write_experiment
+from tfkd_ray.live import Progress
+from tfkd_ray.space import build_space
+write_experiment(Path("e"), build_space(SPACE).tree, ["tfkd"])
+progress = Progress("e")
+progress.setup()
+run(progress, "t0000-ce", 9, 0.5)
+run(progress, "t0001-lsr", 3, None, failed="out of memory")
+progress._draw(force=True)
+"""
+
+
+@pytest.mark.slow
+def test_no_color_is_respected_on_a_terminal(tmp_path: Path) -> None:
+    view = [sys.executable, "-c", LIVE_VIEW, str(Path(__file__).parent)]
+    for name in ("coloured", "plain"):
+        (tmp_path / name).mkdir()
+    assert COLOUR.search(on_a_terminal(view, tmp_path / "coloured")), "a failure is red, or this test shows nothing"
+    assert not COLOUR.search(on_a_terminal(view, tmp_path / "plain", NO_COLOR="1"))
+    for argv in (["--help"], ["check", "digits_tfkd"], ["status", "-f", str(RELEASE / "sweep")], ["nothing"]):
+        text = on_a_terminal([sys.executable, "-m", "tfkd_ray", *argv], tmp_path, NO_COLOR="1")
+        assert text.strip() and not COLOUR.search(text), argv
+
+
+TABLES = [["status", "sweep"], ["best", "sweep"], ["ls", "--storage", "."], ["teacher", "list", "--storage", "."],
+          ["check", "digits_tfkd"], ["explain", "digits_tfkd"], ["plan", "digits_tfkd"]]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", TABLES, ids=" ".join)
+def test_tables_fit_80_columns_also_where_the_terminal_says_20(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are for files and pipes, too, so they do not change with COLUMNS; the live view does."""
+    monkeypatch.chdir(RELEASE)
+    monkeypatch.setenv("COLUMNS", "20")
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and max(cell_len(line) for line in lines) <= 80, max(lines, key=len)
+
+
+@pytest.mark.parametrize("width", [20, 1, 80])
+def test_the_live_view_fits_the_terminal(width: int, tmp_path: Path) -> None:
+    progress, _ = live_view(tmp_path / "e")
+    finished(progress, "t0000-ce", 9, 0.5)
+    finished(progress, "t0001-lsr", 3, None, "out of memory, on a node with a long name")
+    assert max(cell_len(line) for line in progress.lines(width, 24)) <= width

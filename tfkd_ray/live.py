@@ -284,7 +284,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         short = {name.rpartition(".")[2]: value for name, value in winner.parameters.items()}
         values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
         text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (f": {values}" if values else "")
-        return textwrap.wrap(text, width, subsequent_indent="  ", max_lines=2, placeholder=" ...")
+        return textwrap.wrap(text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ...")
 
     def _rungs(self, runs: Sequence[_Run], width: int) -> list[str]:
         """How many trials came to each rung, and how many were stopped there; neighbours share a column if need be."""
