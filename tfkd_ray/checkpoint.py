@@ -82,9 +82,10 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
     """
     for name in (LAST, FRESH, BEFORE):  # the second is newer than the third, and whole, wherever it is
         path = directory / name
-        if not path.exists():
+        try:
+            digest, _, content = path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
             continue
-        digest, _, content = path.read_bytes().partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() == digest:
             check_torch()
             state: State = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")

@@ -7,7 +7,7 @@
         trial.json                 number, objective, searched parameters, configuration, status, reason
         metrics.jsonl              one line an epoch
         student.safetensors        weights after the last epoch (full-length trials)
-        last.ckpt, before.ckpt     run state to go on from, and the one before it
+        last.ckpt, before.ckpt     run state to go on from, and the one before it; gone when it has ended
     tb/t0007-tfkd_reg/             TensorBoard events
     trials/*.pkl, *.json           Ray Tune's own files; nothing here reads them
 

@@ -23,7 +23,7 @@ from ray.tune.stopper import CombinedStopper, FunctionStopper
 from sqlalchemy.exc import OperationalError
 
 from tfkd_ray import remote, teachers
-from tfkd_ray.checkpoint import LAST
+from tfkd_ray.checkpoint import BEFORE, LAST
 from tfkd_ray.cluster import (
     check_room,
     connect,
@@ -592,7 +592,12 @@ class Recorder(tune.Callback):  # type: ignore[misc]
             self._end(trial, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, trial.last_result or {})
+        """The study has been told: nobody goes on from here, but from a failure, which can be tried again."""
+        result = trial.last_result or {}
+        self._end(trial, result)
+        if not result.get("failed"):
+            for name in (LAST, BEFORE):
+                (self._folder(trial) / name).unlink(missing_ok=True)
 
     def _end(self, trial: Any, result: dict[str, Any]) -> None:
         failed = result.get("failed")
