@@ -5,10 +5,11 @@
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
 # make fuzz   5,000 files, commands and data as nobody would write them; CI takes 500 (TFKD_FUZZ_SEED=n: the same again)
 # make test-cluster  real clusters: by ssh, nodes that come and go, hosts cut off (some minutes; as root, with sshd, rsync, ip)
+# make test-cluster-short  4 minutes of them, on loopback, by anyone
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-faults-short soak test-browser test-cluster test-gpu fuzz check ci format clean
+.PHONY: help demo test test-fast test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -72,13 +73,16 @@ test-cluster: $(VENV)/.installed
 	@command -v rsync >/dev/null && command -v ip >/dev/null && test -x /usr/sbin/sshd || { echo "test-cluster: needs, as root: apt-get install openssh-server rsync iproute2"; exit 2; }
 	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
+test-cluster-short: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m 'cluster and not slow' $(ARGS)
+
 check: $(VENV)/.installed
 	@$(BIN)/ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
-ci: check test test-faults-short test-browser
+ci: check test test-faults-short test-cluster-short test-browser
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true

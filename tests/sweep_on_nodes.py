@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -76,8 +77,15 @@ class Nodes(tune.Callback):  # type: ignore[misc]
 
 def node_id(node: Any) -> str:
     """Ray's name of a node that was started here."""
-    socket = node.plasma_store_socket_name
-    return next(str(n["NodeID"]) for n in ray.nodes() if n["ObjectStoreSocketName"] == socket)
+    store = node.plasma_store_socket_name
+    return next(str(n["NodeID"]) for n in ray.nodes() if n["ObjectStoreSocketName"] == store)
+
+
+def free_port() -> int:
+    """For a dashboard: where one is asked for, Ray does not try a second port beside another cluster's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def main() -> None:
@@ -85,6 +93,7 @@ def main() -> None:
     os.environ.pop("RAY_ADDRESS", None)
     workers = space.get("workers", 1)
     head = {"num_cpus": 1 if workers == 1 else 0, "resources": {DRIVER: 1000}, "include_dashboard": workers > 1}
+    head["dashboard_port"] = free_port()
     cluster = Cluster(initialize_head=True, head_node_args=head)
     doomed = cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)

@@ -14,15 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Run
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
+from test_remote import Server
 
 from tfkd_ray.experiment import read_metrics, read_records
 from tfkd_ray.loop import train
@@ -63,13 +66,18 @@ def place() -> Iterator[Path]:
 # --- raylets that come and go
 
 
-def sweep_on_nodes(place: Path, space: dict[str, Any]) -> dict[str, Any]:
-    words = [sys.executable, str(Path(__file__).parent / "sweep_on_nodes.py"), str(place / "s"), json.dumps(space)]
+def reported(script: str, place: Path, what: Any) -> Any:
+    """What a script beside this one reports of its sweep on a cluster of its own."""
+    words = [sys.executable, str(Path(__file__).parent / script), str(place / "s"), json.dumps(what)]
     env = {**os.environ, "TMPDIR": str(place), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}
     run = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
     lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, run.stderr[-3000:]
-    report: dict[str, Any] = json.loads(lines[0][7:])
+    return json.loads(lines[0][7:])
+
+
+def sweep_on_nodes(place: Path, space: dict[str, Any]) -> dict[str, Any]:
+    report: dict[str, Any] = reported("sweep_on_nodes.py", place, space)
     places = Counter(where for *_, where in report["epochs"])
     assert places["killed"] == 1, places
     return report
@@ -93,6 +101,7 @@ def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
     assert all(len(found) == 1 for found in weights.values()), "weights of equal trials differ"
 
 
+@pytest.mark.slow
 def test_a_node_that_is_added_is_used_and_the_trials_of_one_that_dies_go_on_elsewhere(place: Path) -> None:
     (place / "slow").touch()  # trials are slow, so that all nodes have one, until one node is dead
     network = {"name": "own", "path": "tests.slow:network", "args": {"file": str(place / "slow")}}
@@ -108,6 +117,7 @@ def test_a_node_that_is_added_is_used_and_the_trials_of_one_that_dies_go_on_else
     assert_same_as_never_lost(place / "s/e", 8)
 
 
+@pytest.mark.slow
 def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_added(place: Path) -> None:
     space = {**SPACE, "workers": 2, "search": {**SPACE["search"], "num_samples": 4}}
     report = sweep_on_nodes(place, space)
@@ -119,9 +129,19 @@ def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_
     assert_same_as_never_lost(place / "s/e", 4)
 
 
+def test_workers_of_a_trial_are_packed_on_a_node_or_spread_over_all_as_placement_says(place: Path) -> None:
+    space = {**SPACE, "epochs": 2, "workers": 2, "search": {**SPACE["search"], "num_samples": 1}}
+    spread, packed = reported(
+        "sweep_placed.py", place, [{**space, "placement": placement} for placement in ("spread", "pack")]
+    )
+    assert spread == {"errors": 0, "seen": [{"strategy": "SPREAD", "nodes": 2}]}
+    assert packed == {"errors": 0, "seen": [{"strategy": "PACK", "nodes": 1}]}
+
+
 # --- ray start, with a token
 
 PORTS = {"port": 6490, "dashboard-port": 8390, "ray-client-server-port": 6491}
+DASHBOARD = "http://127.0.0.1:8390"
 
 
 def ray_start(place: Path, name: str, *words: str, inside: tuple[str, ...] = (), **env: str) -> None:
@@ -157,7 +177,7 @@ def started(place: Path) -> Path:
 def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_right_token_only(
     started: Path, tfkd: Run
 ) -> None:
-    place, http, gcs = started, "http://127.0.0.1:8390", "127.0.0.1:6490"
+    place, http, gcs = started, DASHBOARD, "127.0.0.1:6490"
 
     def run(*words: str, token: str = "token") -> tuple[subprocess.CompletedProcess[str], float]:
         env = {"RAY_AUTH_TOKEN_PATH": str(place / token), "RAY_ADDRESS": ""}
@@ -172,25 +192,193 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
         ("wrong", http): ("refuses the token that is here", 20),
         ("none", http): ("wants a token, and there is none here", 20),
     }
-    with ThreadPoolExecutor() as pool:  # they wait for Ray, mostly
-        asked = {
-            (token, address): pool.submit(
-                run, "tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token
-            )
-            for token, address in refusals
-        }
+
+    def refused(token: str, address: str) -> tuple[subprocess.CompletedProcess[str], float]:
+        return run("tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token)
+
+    asked = {key: refused(*key) for key in refusals if key[1] == http}  # alone: theirs is a matter of seconds
+    with ThreadPoolExecutor() as pool:  # the others wait for Ray, mostly
+        waiting = {key: pool.submit(refused, *key) for key in refusals if key[1] == gcs}
         swept, _ = run("tune", "space.yaml", "--address", gcs, "--storage", str(place / "s"), "--name", "direct")
+    asked |= {key: one.result() for key, one in waiting.items()}
     assert swept.returncode == 0, swept.stderr
     assert_same_as_never_lost(place / "s/direct", 2)
     for key, (sentence, seconds) in refusals.items():
-        refused, took = asked[key].result()
-        assert refused.returncode == 2 and sentence in refused.stderr, (key, refused.stderr)
+        answer, took = asked[key]
+        assert answer.returncode == 2 and sentence in answer.stderr, (key, answer.stderr)
         assert took < seconds, (key, took)
 
     sent, _ = run("tune", "space.yaml", "--address", http, "--storage", str(place / "s"), "--name", "job")
     assert sent.returncode == 0, sent.stderr
     assert_same_as_never_lost(place / "s/job", 2)
     assert {path.name for path in (place / "s").iterdir()} == {"direct", "job"}
+
+    # all that Ray says of the job to whoever has the token, and what it keeps of it: no token
+    def told() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(asked_of(place, "/api/jobs/"))
+        return found
+
+    (job,) = (job for job in told() if job["submission_id"])
+    assert job["status"] == "SUCCEEDED" and "--name job" in job["entrypoint"]
+    said = [asked_of(place, f"/api/jobs/{more}") for more in ("", job["submission_id"], f"{job['submission_id']}/logs")]
+    assert "trials" in said[-1] and (place / "token").read_text() not in "".join(said)
+
+    # this machine is a node of it: `auto` finds it where `ray start` has noted it
+    (place / "ray").symlink_to(place / "h")
+    drivers = sum(job["type"] == "DRIVER" for job in told())
+    joined = tfkd("tune", "space.yaml", "--address", "auto", "--storage", str(place / "s"), "--name", "auto",
+                  cwd=place / "work", RAY_TMPDIR=str(place), RAY_ADDRESS="", RAY_AUTH_TOKEN_PATH=str(place / "token"))  # fmt: skip
+    assert joined.returncode == 0, joined.stderr
+    assert_same_as_never_lost(place / "s/auto", 2)
+    assert sum(job["type"] == "DRIVER" for job in told()) == drivers + 1
+
+
+def asked_of(place: Path, path: str) -> str:
+    """What the dashboard of the started head answers."""
+    key = {"Authorization": f"Bearer {(place / 'token').read_text()}"}
+    with urllib.request.urlopen(urllib.request.Request(DASHBOARD + path, headers=key), timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+def until(there: Callable[[], bool], what: str, *, within_s: float = 90) -> None:
+    end_s = time.monotonic() + within_s
+    while not there():
+        assert time.monotonic() < end_s, what
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def begun_by_a_person(place: Path, *words: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """(process, file with what it says) of `tfkd tune` as in a terminal, whose signals all its processes get."""
+    command = [sys.executable, "-m", "tfkd_ray", "tune", *words, "--address", DASHBOARD, "--storage", str(place / "s")]
+    given = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(place / "token"), "RAY_ADDRESS": "", **env}
+    path = place / f"{words[-1]}.said"
+    with path.open("w") as said:
+        client = subprocess.Popen(command, cwd=place / "work", env=given, stdout=subprocess.DEVNULL, stderr=said,
+                                  start_new_session=True)  # fmt: skip
+        try:
+            yield client, path
+        finally:
+            client.kill()
+            client.wait()
+
+
+def test_a_job_goes_on_when_the_one_who_follows_it_interrupts_or_hangs_up(started: Path) -> None:
+    place = started
+    space = {**slowly(place), "search": {**SPACE["search"], "num_samples": 1}}
+    (place / "work/slow.yaml").write_text(json.dumps(space))
+    numbers = {"interrupted": signal.SIGINT, "hung-up": signal.SIGHUP}
+    codes, said = {}, {}
+    with contextlib.ExitStack() as clients:
+        for name, number in numbers.items():
+            client, path = clients.enter_context(begun_by_a_person(place, "slow.yaml", "--name", name))
+            folder = place / f"s/{name}/trials/t0000-ce"
+            while not read_metrics(folder):  # ends by this file's limit
+                assert client.poll() is None, path.read_text()
+                time.sleep(0.2)
+            os.killpg(client.pid, number)
+            codes[name] = client.wait(timeout=30)
+            said[name] = path.read_text()
+    assert codes == {"interrupted": 130, "hung-up": -signal.SIGHUP}
+    assert said["interrupted"].endswith("not followed any more; the job goes on\n"), said["interrupted"]
+    jobs = {job["submission_id"]: job["status"] for job in json.loads(asked_of(place, "/api/jobs/"))}
+    for text in said.values():  # how to follow it again, said before anything else
+        (job,) = (job for job in jobs if job and f"ray job logs --address {DASHBOARD} --follow {job}\n" in text)
+        assert jobs[job] == "RUNNING" and "Traceback" not in text
+    (place / "slow").unlink()
+    for name in numbers:
+        while (record := read_records(place / "s" / name)[0]).status == "running":
+            time.sleep(0.2)
+        assert record.status == "done" and [m["epoch"] for m in record.metrics] == [*range(1, 41)]
+
+
+def slowly(place: Path) -> dict[str, Any]:
+    """The space with a network that is slow until `place/slow` is removed; its module is beside the space file."""
+    shutil.copy(Path(__file__).parent / "slow.py", place / "work/slow.py")
+    (place / "slow").touch()
+    return {**SPACE, "student": {"name": "own", "path": "slow:network", "args": {"file": str(place / "slow")}}}
+
+
+def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_a_minute(place: Path) -> None:
+    (place / "token").write_text(secrets.token_hex(32))
+    for name in ("work", "tmp"):
+        (place / name).mkdir()
+    (place / "work/space.yaml").write_text(json.dumps(SPACE))
+    (place / "work/bulk.bin").write_bytes(os.urandom(90_000_000))  # takes a while on its way
+    ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *(f"--{k}={v}" for k, v in PORTS.items()),
+              "--dashboard-agent-listen-port=6492", '--resources={"tfkd_driver": 1000}')  # fmt: skip
+    doomed = [p for p in psutil.process_iter(["cmdline"]) if f"{place}/h/" in (line := " ".join(p.info["cmdline"] or []))
+              and ("gcs_server" in line or "dashboard.py" in line)]  # fmt: skip
+    assert len(doomed) == 2, doomed
+    with begun_by_a_person(place, "space.yaml", "--name", "sent", TMPDIR=str(place / "tmp")) as (client, path):
+
+        def on_its_way() -> bool:
+            """Ray has packed the folder, and has a connection to the head."""
+            packed = sum(path.stat().st_size for path in (place / "tmp").rglob("*.zip")) > 89_000_000
+            assert client.poll() is None, path.read_text()
+            sends = [p for p in psutil.Process(client.pid).children(recursive=True) if p.net_connections()]
+            return packed and bool(sends)
+
+        until(on_its_way, "nothing is sent")
+        for process in doomed:
+            process.kill()
+        began = time.monotonic()
+        assert client.wait(timeout=90) == 1 and time.monotonic() - began < 60
+        said = path.read_text()
+    last = said.rpartition("tfkd tune: ")[2]
+    assert f"the head at {DASHBOARD} went away while it was sent job tune-" in last, said
+    assert "whether the job runs is not known" in last and "ray job list" in last
+
+
+def test_nodes_with_disks_of_their_own_run_a_sweep_on_a_bucket(place: Path, tfkd: Run) -> None:
+    (place / "token").write_text(secrets.token_hex(32))
+    (place / "work").mkdir()
+    space = {**slowly(place), "epochs": 10, "search": {**SPACE["search"], "num_samples": 4}}
+    (place / "work/space.yaml").write_text(json.dumps(space))
+    server, url = Server(), "s3://bucket/lab/e"
+    store = {"AWS_ENDPOINT_URL": server.url}
+
+    def told(*words: str, cache: str, **env: str) -> str:
+        given = {**store, "XDG_CACHE_HOME": str(place / cache), "RAY_AUTH_TOKEN_PATH": str(place / "token"), **env}
+        done = tfkd(*words, cwd=place / "work", timeout=120, RAY_ADDRESS="", **given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def mirrors(node: str, file: str) -> dict[str, Path]:
+        """Files of trials on a node's own disk."""
+        return {path.parent.name: path for path in (place / node).glob(f"tfkd_ray/storage/*/e/trials/t*/{file}")}
+
+    try:
+        server.client().create_bucket(Bucket="bucket")
+        ports = [f"--{name}={port}" for name, port in PORTS.items()]
+        ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *ports, "--dashboard-agent-listen-port=6492",
+                  '--resources={"tfkd_driver": 1000}', XDG_CACHE_HOME=str(place / "disk-1"), **store)  # fmt: skip
+        ray_start(place, "w", "--address=127.0.0.1:6490", "--node-ip-address=127.0.0.1",
+                  "--dashboard-agent-listen-port=6493", XDG_CACHE_HOME=str(place / "disk-2"), **store)  # fmt: skip
+        with ThreadPoolExecutor() as pool:
+            words = ("tune", "space.yaml", "--address", "127.0.0.1:6490", "--storage", "s3://bucket/lab", "--name", "e")
+            sweep = pool.submit(told, *words, cache="driver")
+            until(lambda: sweep.done() or all(mirrors(f"disk-{n}", "last.ckpt") for n in (1, 2)), "both nodes have one")
+            (place / "slow").unlink()
+            sweep.result()
+        here, there = (mirrors(f"disk-{n}", "student.safetensors") for n in (1, 2))
+        assert here and there and not set(here) & set(there) and len(here | there) == 4
+        assert not mirrors("driver", "student.safetensors")
+        objects = {key.removeprefix("lab/e/"): content for key, content in server.objects().items()}
+        for name, path in (here | there).items():
+            files = {key.rpartition("/")[2] for key in objects if key.startswith(f"trials/{name}/")}
+            assert files == {"trial.json", "metrics.jsonl", "student.safetensors", "last.ckpt"}
+            assert objects[f"trials/{name}/student.safetensors"] == path.read_bytes()
+            assert load(objects[f"trials/{name}/student.safetensors"])
+            assert len(objects[f"trials/{name}/metrics.jsonl"].splitlines()) == 10
+            assert [key for key in objects if key.startswith(f"tb/{name}/events")]
+
+        found = json.loads(told("status", url, "--json", cache="laptop"))
+        assert found["state"] == "finished" and found["trials"]["done"] == 4
+        assert told("report", url, cache="laptop") == "report.html\n"
+        assert (place / "work/report.html").read_text().count(found["best"]["trial"])
+    finally:
+        server.stop()
 
 
 # --- hosts with their own addresses
@@ -231,6 +419,7 @@ def hosts(place: Path) -> Iterator[Path]:
             subprocess.run(["ip", *words], capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: Path) -> None:
     place, head = hosts, HOSTS["tn1"]
     space = {**SPACE, "epochs": 150, "search": {**SPACE["search"], "num_samples": 6}}

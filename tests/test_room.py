@@ -1,5 +1,10 @@
 """What a trial asks of a cluster, what no node can give, and whose fault a lost process is."""
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +66,24 @@ def test_what_no_node_has_is_refused_at_once_with_what_there_is(ray_cluster: str
     assert "resources.fast_disk: no node has it; they have none (ray start --resources=...)" in said
     assert "a trial needs 1 x 1 CPU and 1 GPU and 1 fast_disk and a GPU of kind H100, each on one node" in said
     assert check_room(config()) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_four_trials_share_the_gpu_of_the_kind_they_ask_for_and_no_more_than_four() -> None:
+    space = {**TREE, "epochs": 1, "gpus_per_worker": 0.25, "accelerator_type": "A100"}
+    space |= {"optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 6, "stopping": "none"}}
+    with tempfile.TemporaryDirectory(prefix="tr") as place:  # a short path: Ray's sockets are below it
+        command = [sys.executable, str(Path(__file__).parent / "sweep_shared.py"), f"{place}/s", json.dumps(space)]
+        done = subprocess.run(command, env={**os.environ, "TMPDIR": place}, capture_output=True, text=True, timeout=180)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    assert lines, done.stderr[-3000:]
+    report = json.loads(lines[0][7:])
+    notes = report["notes"]
+    assert report["errors"] == 0 and len(notes) == 6
+    assert {note["node"] for note in notes} == {"A100"} and all(note["gpus"] == ["0"] for note in notes), notes
+    at_once = [sum(other["from"] <= note["from"] < other["to"] for other in notes) for note in notes]
+    assert max(at_once) == 4, notes
 
 
 # --- whose fault it is
