@@ -139,6 +139,7 @@ def cluster() -> Iterator[Cluster]:
 SHOWN = re.findall(r"^\$ tfkd (.*?)(?:  +#.*)?$", (ROOT / "docs/clusters.md").read_text(), re.M)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_end_it(
     cluster: Cluster, tfkd: Run
 ) -> None:
@@ -159,6 +160,7 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
 
     up = page("cluster up")
     assert up.returncode == 0, up.stderr
+    assert "  its dashboard:   ray dashboard --port 8299 --remote-port 8299 mine.yaml\n" in up.stderr, up.stderr
     modes = {oct(path.stat().st_mode)[-3:] for path in (place / "token", place / "home/.ray/auth_token")}
     assert modes == {"600"}
     again = page("cluster up")  # a running cluster is left alone
@@ -186,6 +188,11 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
     resumed = page("resume", "--add-trials", "1", name=experiment.name)
     assert resumed.returncode == 0 and "3 trials" in resumed.stderr, resumed.stderr
     assert len(read_records(experiment)) == 3
+    reported = run("report", str(experiment), "-o", "page.html")
+    assert reported.returncode == 0 and (place / "work/page.html").stat().st_size > 10_000, reported.stderr
+    looked = run("doctor", "--cluster", "mine.yaml")
+    said = " ".join((looked.stdout + looked.stderr).split())
+    assert looked.returncode == 0 and "ok nodes: 2 of 2 ran a task" in said and "ok storage: " in said, said
 
     # the token is in no file of the experiment, and was not said
     token = (place / "token").read_text()
