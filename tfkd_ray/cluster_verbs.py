@@ -748,14 +748,16 @@ def _run_job(where: Path | str, address: str, folder: Path, words: Sequence[str]
     follow = _shown(logs_command(address, job)) if str(where).startswith("http") else f"tfkd cluster logs {where} {job}"
     command = submit_command(address, job, folder, as_entrypoint(words, folder))
     _say(f"submitting job {job}; follow it again, from here or elsewhere:\n  {follow}")
+    sent = False
     try:
         _submit_job(command, address, job)
+        sent = True
         if detach:
             return OK
         with contextlib.suppress(StepFailed):  # of a job that failed, too; its state is asked below
             run(logs_command(address, job), what="following the job")
     except KeyboardInterrupt:
-        _say("not followed any more; the job goes on")
+        _say("not followed any more; the job goes on" if sent else "interrupted while it was sent: it may run, or not")
         return INTERRUPTED
     until = time.monotonic() + END_S
     while (state := _state_of(address, job)) and state["status"] in ("PENDING", "RUNNING"):
