@@ -159,7 +159,7 @@ def sample(before: set[str], files: Counter[str]) -> dict[str, float]:
             if process != driver:
                 found["Ray's memory (MB)"] += process.memory_full_info().uss // 2**20
             status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
-            found["shared memory (MB)"] += int(status["RssShmem"].split()[0]) // 1024
+            found["shared memory (MB)"] += int(status.get("RssShmem", "0").split()[0]) // 1024  # one that ends has none
     found["files in /dev/shm"] = len({p.name for p in Path("/dev/shm").iterdir()} - before)
     return {name: float(found[name]) for name in ALLOWED}
 
