@@ -153,7 +153,7 @@ FREE_OF_ADVISORIES = {
 }
 NO_ADVISORY = {  # that we know of, so they have the bound that our use of them needs, or none
     "torchvision",  # its releases go with torch's
-    "optuna", "statsmodels", "safetensors", "packaging", "rich", "timm", "matplotlib", "onnxscript", "onnxruntime",
+    "optuna", "statsmodels", "safetensors", "packaging", "rich", "timm", "torchdistill", "matplotlib", "onnxscript", "onnxruntime",
 }  # fmt: skip
 LISTED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {extra: lines for extra, lines in LISTED["optional-dependencies"].items() if extra != "dev"}
@@ -487,13 +487,16 @@ def test_no_port_is_open_that_is_not_named(tmp_path: Path) -> None:
         subprocess.Popen(board, stderr=subprocess.PIPE) as shown,
         subprocess.Popen(driver, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as sweep,
     ):
-        while sweep.poll() is None:
-            for process in (shown, sweep):
-                with contextlib.suppress(psutil.Error):
-                    seen |= listening(psutil.Process(process.pid))
-            time.sleep(0.2)
-        assert sweep.stdout is not None and b'"done"' in sweep.stdout.read()
-        shown.terminate()
+        try:
+            while sweep.poll() is None:
+                for process in (shown, sweep):
+                    with contextlib.suppress(psutil.Error):
+                        seen |= listening(psutil.Process(process.pid))
+                time.sleep(0.2)
+            assert sweep.stdout is not None and b'"done"' in sweep.stdout.read()
+        finally:  # or leaving would wait for ever
+            shown.terminate()
+            sweep.terminate()
     kinds = {kind for kind, _, _ in seen}
     assert kinds >= {"tfkd_ray", "gcs_server", "raylet", "dashboard.py", "worker", "driver"}, kinds
     assert not [found for found in seen if not may(*found)], sorted(seen)

@@ -468,10 +468,10 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
             raise ConfigError(f"{where}.choices: needs a list of at least one value, got {values!r}")
         if any(values.index(v) != i for i, v in enumerate(values)):
             raise ConfigError(f"{where}.choices: a value is given twice in {values!r}")
-        nested = [name for k, v in enumerate(values, start=1) for name in _ranges(v, (f"its item {k}",))]
+        nested = [name for k, v in enumerate(values, start=1) for name in _ranges(v, (str(k),))]
         if nested:
             raise ConfigError(
-                f"{where}.choices: a range in {' and '.join(nested)}, and only an objective may have parameters of its "
+                f"{where}.choices: a range in its item {' and '.join(nested)}, and only an objective may have parameters of its "
                 "own; write its values out as items, {choices: [{..., KEY: VALUE}, {..., KEY: VALUE}]}, or give each "
                 "item a file of its own, and compare the best of both with tfkd confirm and a file of arms"
             )
