@@ -69,6 +69,7 @@ def test_what_no_node_has_is_refused_at_once_with_what_there_is(ray_cluster: str
 
 
 @pytest.mark.ray
+@pytest.mark.cluster
 @pytest.mark.timeout(200)
 def test_four_trials_share_the_gpu_of_the_kind_they_ask_for_and_no_more_than_four() -> None:
     space = {**TREE, "epochs": 1, "gpus_per_worker": 0.25, "accelerator_type": "A100"}

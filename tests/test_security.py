@@ -473,8 +473,8 @@ def listening(root: psutil.Process) -> set[tuple[str, str, int]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.cluster
 @pytest.mark.timeout(180)
 def test_no_port_is_open_that_is_not_named(tmp_path: Path) -> None:
     """A sweep of trials with two workers on a Ray of its own, with its dashboard, and TensorBoard."""

@@ -471,9 +471,10 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
         nested = [name for k, v in enumerate(values, start=1) for name in _ranges(v, (str(k),))]
         if nested:
             raise ConfigError(
-                f"{where}.choices: a range in its item {' and '.join(nested)}, and only an objective may have parameters of its "
-                "own; write its values out as items, {choices: [{..., KEY: VALUE}, {..., KEY: VALUE}]}, or give each "
-                "item a file of its own, and compare the best of both with tfkd confirm and a file of arms"
+                f"{where}.choices: a range in its item {' and '.join(nested)}, and only an objective may have "
+                "parameters of its own; write its values out as items, {choices: [{..., KEY: VALUE}, {..., KEY: "
+                "VALUE}]}, or give each item a file of its own, and compare the best of both with tfkd confirm and a "
+                "file of arms"
             )
         return Choices(tuple(values))
     unknown = [key for key in value if key not in RANGE_KEYS]
