@@ -531,12 +531,15 @@ def test_a_bank_without_room_computes_what_it_cannot_keep(disk: Callable[[str], 
         return torch.arange(3.0) + index.unsqueeze(1)
 
     for full in (False, True):
+        said: list[str] = []
         bank = Bank(nn.Identity, {"teacher": f"{full}"}, folder=where / "bank")
+        bank.say = said.append
         if full:
             fill(where)
         for _ in range(2):
             assert bank.logits({"epoch": 1}, 40, 3, logits).tolist() == [[-1.0, 0.0, 1.0]] * 40
         assert len(asked) == (120 if full else 40)  # twice where it could not be kept
+        assert len(said) == int(full) and all("soft labels cannot be kept in" in text for text in said), said
 
 
 @pytest.mark.timeout(300)
