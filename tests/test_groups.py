@@ -125,13 +125,14 @@ def test_image_files_at_224_stream_through_a_teacher_two_workers_a_kill_and_a_re
     }
     (tmp_path / "space.yaml").write_text(json.dumps(tree))
     command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e"]
-    driver = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL)
     experiment, until = tmp_path / "tfkd_results/e", time.monotonic() + 80
-    while not any(len(r.metrics) >= 2 for r in (read_records(experiment) if experiment.exists() else [])):
-        assert time.monotonic() < until and driver.poll() is None
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    with subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL) as driver:
+        try:
+            while not any(len(r.metrics) >= 2 for r in (read_records(experiment) if experiment.exists() else [])):
+                assert time.monotonic() < until and driver.poll() is None
+                time.sleep(0.05)
+        finally:
+            driver.send_signal(signal.SIGKILL)
     again = tfkd("resume", "tfkd_results/e")
     assert again.returncode == 0, again.stderr
     records = read_records(experiment)
