@@ -163,6 +163,8 @@ MUTATIONS = {
     "kuberay: number as text": ("kuberay-cluster.yaml", "maxReplicas: 8", "maxReplicas: '8'", "spec.workerGroupSpecs.0.maxReplicas: must be of type integer, got '8'"),
     "kuberay: version": ("kuberay-cluster.yaml", "apiVersion: ray.io/v1\n", "apiVersion: ray.io/v1alpha1\n", "apiVersion: 'ray.io/v1' was expected"),
     "kuberay: no image": ("kuberay-job.yaml", re.compile(r"            - name: ray-head\n.*?\n"), "            - name: ray-head\n", "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.image: required, and not given"),
+    "kuberay: a pod's field": ("kuberay-cluster.yaml", "volumeMounts:", "volumeMount:", "spec.headGroupSpec.template.spec.containers.0.volumeMount: no such field; did you mean 'volumeMounts'?"),
+    "kuberay: a pod's value": ("kuberay-cluster.yaml", "mountPath: /mnt/tfkd}", "mountPath: 7}", "volumeMounts.0.mountPath: must be of type string, got 7"),
     "kuberay: no token": ("kuberay-cluster.yaml", "  authOptions: {mode: token}\n", "", "spec.authOptions.mode: must be token, got None"),
     "kuberay: token off": ("kuberay-job.yaml", "mode: token", "mode: disabled", "spec.rayClusterSpec.authOptions.mode: must be token, got 'disabled'"),
     "kuberay: load balancer": ("kuberay-cluster.yaml", "serviceType: ClusterIP\n", "serviceType: LoadBalancer\n", "spec.headGroupSpec.serviceType: LoadBalancer opens Ray's ports outside of Kubernetes; use ClusterIP"),

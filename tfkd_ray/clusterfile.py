@@ -660,8 +660,11 @@ def _machine_image(file: ClusterFile) -> Iterator[str]:
 
 @functools.cache
 def _kuberay_schema() -> dict[str, Any]:
-    schema: dict[str, Any] = json.loads(Path(__file__).with_name("kuberay-schema.json").read_text())
-    return schema
+    schema, pod = (
+        json.loads(Path(__file__).with_name(f"{name}-schema.json").read_text())
+        for name in ("kuberay", "kubernetes-pod")
+    )
+    return {**schema, "definitions": {**schema["definitions"], **pod["definitions"]}}
 
 
 def _groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
