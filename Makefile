@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'fault', 'browser', 'cluster' and 'gpu', on two processes, each with a Ray cluster"
+	@echo "test: all but the marks 'fault', 'browser', 'cluster' and 'gpu', on two processes; one of them has the Ray cluster"
 	@$(BIN)/python -m pytest -m 'not fault and not browser and not cluster and not gpu' -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(VENV)/.installed

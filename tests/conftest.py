@@ -1,4 +1,4 @@
-"""A Ray cluster of 2 CPUs for each process of a session; commands that tests start join it by RAY_ADDRESS."""
+"""One Ray cluster of 2 CPUs for the whole session; commands that tests start join it by RAY_ADDRESS."""
 
 import os
 import subprocess
@@ -25,15 +25,12 @@ ROOT = Path(__file__).parent.parent
 ARMS = [p for p in sorted((ROOT / "search_spaces").rglob("*.yaml")) if "\narms:" in p.read_text()]
 SHIPPED = [p for p in sorted((ROOT / "search_spaces").rglob("*.yaml")) if p not in ARMS]
 
-OF_ONE = {"test_confirm", "test_docs", "test_readme", "test_tune"}
-"""Half of the tests that need Ray, by the time they take; the other half has another cluster, in another process."""
-
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """Address of this process's cluster."""
+    """Address of the session's cluster."""
     import ray
 
     from tfkd_ray.auth import own_token
@@ -51,10 +48,10 @@ def ray_cluster() -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is one; those that need Ray share two processes, and so two clusters."""
+    """Tests marked `gpu` run where there is one; those that need Ray share one process, and so one cluster."""
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("one" if item.path.stem in OF_ONE else "other"))
+            item.add_marker(pytest.mark.xdist_group("ray"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
 
