@@ -36,6 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_run_in_their_order(ray_cluster: str, tfkd: Run, place: Path) -> None:
     shown = [c for c in commands("tfkd ") if not c.startswith("tfkd tensorboard")]
     assert len(shown) == 15
@@ -68,6 +69,7 @@ def assert_tensorboard_answers(command: str, place: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
 def test_the_commands_of_the_docs_run(ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path) -> None:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S) for line in block.splitlines()]
