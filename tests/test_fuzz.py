@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm  # noqa: F401  # a model may be of it, and the first import takes seconds, of which a file has two
 import yaml
 from conftest import ARMS, ROOT, SHIPPED
 from hypothesis import HealthCheck, settings
