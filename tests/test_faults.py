@@ -211,7 +211,7 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
-    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=800), tmp_path) as driver:
+    with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=400), tmp_path) as driver:
         wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
         with pytest.raises(ConfigError, match=f"is being run by process {driver.pid} on {socket.gethostname()}; wait"):
             resume_tuner(experiment)
@@ -233,7 +233,7 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
             for name, record in killed.items():
                 if len(state := trained(record.folder)) > len(record.metrics):
                     states[name] = state
-            time.sleep(0.05)
+            time.sleep(0.1)
         assert driver.stderr is not None
         said_then = driver.stderr.read()
     assert driver.returncode == 0, said_then
@@ -376,7 +376,7 @@ def assert_sigterm_saves(tmp_path: Path, workers: int, victim: str = "trial") ->
 
 
 def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str, tmp_path: Path, tfkd: Run) -> None:
-    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=800, checkpoint_every_s=1000)
+    space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=400, checkpoint_every_s=1000)
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(space, tmp_path) as driver:
         wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
