@@ -1,6 +1,7 @@
 """One Ray cluster of 2 CPUs for the whole session; commands that tests start join it by RAY_ADDRESS."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ os.environ |= {
     "AWS_SECRET_ACCESS_KEY": "s3cret-of-s3",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it to what runs behind `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 ARMS = [p for p in sorted((ROOT / "search_spaces").rglob("*.yaml")) if "\narms:" in p.read_text()]
