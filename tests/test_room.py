@@ -100,6 +100,7 @@ PACED: dict[str, Any] = {
 
 @pytest.mark.ray
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_trial_that_gets_further_between_its_losses_may_be_lost_more_often_than_max_failures(
     ray_cluster: str, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_trial_that_gets_further_between_its_losses_may_be_lost_more_often_tha
 
 @pytest.mark.ray
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_trial_that_is_lost_at_the_same_epoch_again_and_again_has_failed_itself(
     ray_cluster: str, tmp_path: Path
 ) -> None:

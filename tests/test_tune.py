@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import train_teacher
-from tfkd_ray.tune import TeacherFailed, build_tuner, resume_tuner
+from tfkd_ray.tune import Losses, Recorder, TeacherFailed, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
 
@@ -319,3 +320,24 @@ def test_a_ray_without_its_default_extra_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cluster.importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=r"aiohttp missing\).*pip install 'ray\[default,train,tune\]'"):
         check_ray()
+
+
+def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tmp_path: Path) -> None:
+    trial = SimpleNamespace(
+        trial_id="a", status="TERMINATED", last_result={"epoch": 1, "done": True},
+        config={"trial": {"directory": str(tmp_path), "number": 0, "name": "t0", "epochs": 9, "parameters": {}},
+                "objective": {"name": "ce"}},
+    )  # fmt: skip
+    recorder = Recorder(Losses())
+    for failed, left in ((True, ["before.ckpt", "last.ckpt"]), (False, [])):
+        if failed:
+            trial.last_result["failed"] = "no reason"
+        else:
+            del trial.last_result["failed"]
+        for name in ("last.ckpt", "before.ckpt"):
+            (tmp_path / name).touch()
+        recorder.on_trial_complete(0, [], trial)
+        assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == left
+    (tmp_path / "last.ckpt").touch()  # its process was at it
+    recorder.on_experiment_end([])
+    assert not list(tmp_path.glob("*.ckpt"))

@@ -475,20 +475,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
 
 _ALIVE = {
-    *(
-        "_studies",
-        "_storage",
-        "_live",
-        "_errors",
-        "_todo",
-        "_started",
-        "_group_of",
-        "_counts",
-        "_next",
-        "_warm",
-        "_points",
-    ),
-    "_dealt",
+    *("_studies", "_storage", "_live", "_errors", "_todo", "_started", "_group_of", "_counts", "_next", "_warm"),
+    *("_points", "_dealt"),
 }
 
 

@@ -565,6 +565,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, losses: "Losses", budget: "Budget | None" = None) -> None:
         self._seen: dict[str, int] = {}
+        self._over: list[Path] = []
         self._losses, self._budget = losses, budget
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -596,8 +597,8 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         result = trial.last_result or {}
         self._end(trial, result)
         if not result.get("failed"):
-            for name in (LAST, BEFORE):
-                (self._folder(trial) / name).unlink(missing_ok=True)
+            self._over.append(self._folder(trial))
+            _drop_states(self._over[-1])
 
     def _end(self, trial: Any, result: dict[str, Any]) -> None:
         failed = result.get("failed")
@@ -608,6 +609,8 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self._write(trial, "failed", self._losses.reason(trial))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        for folder in self._over:  # one that was stopped may have been at its last save then
+            _drop_states(folder)
         for trial in trials:
             if trial.trial_id in self._seen and trial.status not in ("ERROR",) and not _ended(trial):
                 self._write(trial, "interrupted", self._budget and self._budget.reason)
@@ -631,6 +634,11 @@ class Recorder(tune.Callback):  # type: ignore[misc]
                 lost=self._losses.count(trial),
             )
         )
+
+
+def _drop_states(folder: Path) -> None:
+    for name in (LAST, BEFORE):
+        (folder / name).unlink(missing_ok=True)
 
 
 _METRICS = {
