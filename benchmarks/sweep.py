@@ -221,9 +221,9 @@ def accuracies(found: Trees) -> list[float]:
 
 
 def busy() -> float:
-    """Processor seconds that this machine has spent."""
+    """Processor seconds that this machine has spent; Ray's workers are nice."""
     times = psutil.cpu_times()
-    return float(times.user + times.system)
+    return float(times.user + times.nice + times.system)
 
 
 def main() -> None:

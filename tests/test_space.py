@@ -579,29 +579,3 @@ def test_one_precision_for_a_sweep_that_searches_the_student(monkeypatch: pytest
     assert found == {"fp32"} and space.tree["precision"] == "fp32"
     with pytest.raises(ConfigError, match="precision: one value for the whole sweep"):
         build_space({"objective": "ce", "precision": {"choices": ["fp32", "bf16"]}})
-
-
-@pytest.mark.parametrize(
-    "tree, where, nested",
-    [
-        ({"student": {"choices": ["mlp", {"name": "mlp", "dropout": {"low": 0.0, "high": 0.5}}]}}, "student", "its item 2.dropout"),
-        ({"student": {"choices": ["mlp", {"name": "cnn", "widths": {"choices": [[8], [16]]}}]}}, "student", "its item 2.widths"),
-        ({"schedule": {"choices": [{"name": "cosine", "final": {"low": 0, "high": 1}}, "step"]}}, "schedule", "its item 1.final"),
-        ({"optim": {"lr": {"choices": [{"low": 0.1, "high": 1}, 0.1]}}}, "optim.lr", "its item 1"),
-    ],
-    ids=["a network's range", "a network's choices", "a schedule's range", "a range itself"],
-)  # fmt: skip
-def test_a_choice_with_parameters_of_its_own_is_refused_with_a_way_out(
-    tree: dict[str, Any], where: str, nested: str
-) -> None:
-    with pytest.raises(ConfigError) as error:
-        build_space({"objective": "ce", "epochs": 2, **tree})
-    (problem,) = error.value.problems
-    assert problem.startswith(f"{where}.choices: a range in {nested}, and only an objective may have parameters")
-    assert "write its values out as items" in problem
-
-
-def test_the_way_out_of_a_nested_choice_is_a_space() -> None:
-    items = ["mlp", {"name": "cnn", "widths": [8]}, {"name": "cnn", "widths": [16]}]
-    space = build_space({"objective": "ce", "epochs": 2, "student": {"choices": items}})
-    assert [p.name for p in space.parameters] == ["student"] and len(space.parameters[0].domain.probes) == 3

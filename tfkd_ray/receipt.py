@@ -11,7 +11,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tfkd_ray.experiment import DIRECTIONS, Record
 from tfkd_ray.space import Halving, Hyperband, Range, Space
@@ -216,13 +216,14 @@ def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung
 
     pairs = _pairs(space, records, objective, rung)
     sign = 1 if DIRECTIONS[space.search.metric] == "max" else -1
-    rise = rankdata([sign * p[2] for p in pairs]) - rankdata([sign * p[1] for p in pairs])
+    rises = rankdata([sign * p[2] for p in pairs]) - rankdata([sign * p[1] for p in pairs])
     strongest: tuple[float, str] = (0.05, "")
     searched = [
         p for b in space.branches if b.objective == objective for p in b.parameters if isinstance(p.domain, Range)
     ]
     for p in searched:
-        values: list[Any] = [pair[0].parameters.get(p.name, math.nan) for pair in pairs]
+        having = [k for k, pair in enumerate(pairs) if p.name in pair[0].parameters]
+        values, rise = [pairs[k][0].parameters[p.name] for k in having], [rises[k] for k in having]
         if len(set(values)) > 1 and len(set(rise)) > 1:
             rank = spearmanr(values, rise)
             which = "high" if rank.statistic > 0 else "low"

@@ -496,7 +496,8 @@ def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full:
 def _importance(sweep: Sweep) -> Figure:
     panels, few, cut = [], [], False
     for objective in sweep.plan.rows:
-        full, searched = sweep.of(objective, sweep.full), _searched(sweep, objective)
+        full = sweep.of(objective, sweep.full)
+        searched = [p for p in _searched(sweep, objective) if p.within is None]  # what every trial has
         if len(searched) < 2:
             continue
         if len(full) < MIN_TRIALS:

@@ -403,7 +403,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 return optuna.samplers.TPESampler(
                     seed=seed,
                     multivariate=settings.multivariate,
-                    group=settings.multivariate and len(self.space.branches) > 1 and not search.split,
+                    group=settings.multivariate and group.conditional,
                     constant_liar=True,
                     n_startup_trials=startup,
                     n_ei_candidates=settings.candidates,
@@ -822,7 +822,8 @@ def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[s
     """How much of the metric each searched setting explains: {objective: {parameter: share}}, shares that sum to 1.
 
     Over the full-length trials of each objective apart; an objective with fewer than 4 of them, or with nothing
-    searched, has no shares. With several metrics, of the first. `evaluator` is one of Optuna's: pedanova, fanova, mdi.
+    searched, has no shares, nor has a setting that only some of its trials have. With several metrics, of the first.
+    `evaluator` is one of Optuna's: pedanova, fanova, mdi.
     """
     if evaluator not in EVALUATORS:
         raise ConfigError(f"evaluator: no such evaluator {evaluator!r}; known: {', '.join(EVALUATORS)}")
@@ -834,7 +835,7 @@ def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[s
     for branch in space.branches:
         mine = [r for r in records if r.objective == branch.objective]
         found[branch.objective] = {}
-        if len(mine) < ENOUGH or not branch.parameters:
+        if len(mine) < ENOUGH or all(p.within for p in branch.parameters):
             continue
         direction = "maximize" if space.search.mode == "max" else "minimize"
         study = optuna.create_study(direction=direction)
@@ -844,7 +845,10 @@ def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[s
             study.add_trial(optuna.trial.create_trial(value=r.last[metric], params=params, distributions=distributions))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            shares = optuna.importance.get_param_importances(study, evaluator=_evaluator(evaluator))
+            everywhere = set.intersection(*(set(t.params) for t in study.get_trials(deepcopy=False)))
+            shares = optuna.importance.get_param_importances(
+                study, evaluator=_evaluator(evaluator), params=sorted(everywhere)
+            )
         found[branch.objective] = {name.removeprefix("1 - "): float(share) for name, share in shares.items()}
     return found
 

@@ -2,7 +2,8 @@
 
 In YAML a bare value is fixed. `{low, high}`, with `log: true`, `step: s` or `log_complement: true` (log-uniform in
 1 - x), or `{choices: [...]}`, is searched. `objective` may be a list: a conditional choice, each member with its own
-parameters. What stands in the file is checked through `TrainConfig` itself, at both ends of every range.
+parameters. Settings that are an item of choices may have ranges, too, which are asked for where the item is chosen.
+What stands in the file is checked through `TrainConfig` itself, at both ends of every range.
 """
 
 import copy
@@ -51,7 +52,7 @@ class _Sampler(Settings):
     choices: ClassVar[bool] = True
     """It can propose one of a list."""
     together: ClassVar[bool] = False
-    """It can choose among objectives that have parameters of their own (`split: false`)."""
+    """It can choose among objectives (`split: false`), or items of choices, that have parameters of their own."""
     several: ClassVar[bool] = True
     """It can make several metrics good at once."""
     priors: ClassVar[bool] = True
@@ -399,6 +400,9 @@ class Choices:
     """One of a list of values (numbers, text, settings)."""
 
     values: tuple[Any, ...]
+    """Settings that have ranges of their own without these, which are parameters `within` this one."""
+    written: tuple[Any, ...] = ()
+    """The values with these ranges; empty: there are none."""
 
     def suggest(self, trial: Suggests, name: str) -> Any:
         """One of the values; the sampler sees settings as their text."""
@@ -457,7 +461,7 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
     Args:
         whole: whether the setting is an integer; None: if low, high and step are.
     """
-    if not isinstance(value, dict) or not {"low", "high", "choices"} & set(value):
+    if not _is_range(value):
         return None
     where = dotted(path)
     if "choices" in value:
@@ -468,15 +472,7 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
             raise ConfigError(f"{where}.choices: needs a list of at least one value, got {values!r}")
         if any(values.index(v) != i for i, v in enumerate(values)):
             raise ConfigError(f"{where}.choices: a value is given twice in {values!r}")
-        nested = [name for k, v in enumerate(values, start=1) for name in _ranges(v, (str(k),))]
-        if nested:
-            raise ConfigError(
-                f"{where}.choices: a range in its item {' and '.join(nested)}, and only an objective may have "
-                "parameters of its own; write its values out as items, {choices: [{..., KEY: VALUE}, {..., KEY: "
-                "VALUE}]}, or give each item a file of its own, and compare the best of both with tfkd confirm and a "
-                "file of arms"
-            )
-        return Choices(tuple(values))
+        return _choices(values, where)
     unknown = [key for key in value if key not in RANGE_KEYS]
     if unknown:
         raise ConfigError(
@@ -514,6 +510,37 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
     return Range(low, high, log, step, complement, whole)
 
 
+def _is_range(value: Any) -> bool:
+    """Whether a value in a space file is meant as a range or as choices."""
+    return isinstance(value, dict) and bool({"low", "high", "choices"} & set(value))
+
+
+def _choices(items: list[Any], where: str) -> Choices:
+    """Choices of which some may be settings with ranges of their own."""
+    bare = [_without_ranges(item) for item in items]
+    for k, (value, item) in enumerate(zip(bare, items, strict=True)):
+        if value is None and item is not None:
+            raise ConfigError(
+                f"{where}.choices: its item {k + 1} is a range; items are values, or settings with ranges in them"
+            )
+        if value != item and set(value) == {"name"} and value["name"] not in items:
+            bare[k] = value["name"]
+    for k, value in enumerate(bare):
+        if value in bare[:k]:
+            raise ConfigError(
+                f"{where}.choices: its items {bare.index(value) + 1} and {k + 1} differ in ranges only; widen one's, "
+                "or write a value where the other has none"
+            )
+    return Choices(tuple(bare), tuple(items) if bare != items else ())
+
+
+def _without_ranges(value: Any) -> Any:
+    """Settings without those that are ranges; None for a range."""
+    if not isinstance(value, dict):
+        return value
+    return None if _is_range(value) else {k: _without_ranges(v) for k, v in value.items() if not _is_range(v)}
+
+
 def _range_meant(value: Any, path: Path_) -> str:
     """How to write what stands, as a list or settings, where a number belongs."""
     where, got = dotted(path), _flow(value)
@@ -548,10 +575,18 @@ class Parameter:
     """One searched setting."""
 
     name: str
-    """Dotted path; below `objective` the objective's name comes first: objective.kd.temperature."""
+    """Dotted path; below `objective` the objective's name comes next: objective.kd.temperature; below choices the name
+    of the item, or its number: student.mlp.dropout, augment.2.flip."""
     path: Path_
     """Where it stands in the tree of a configuration with one objective."""
     domain: Domain
+    within: tuple[str, Any] | None = None
+    """Where it is asked for: (name of a parameter that is a choice, the value it must have). None: always."""
+
+    def put(self, tree: Tree, value: Any) -> None:
+        """Fill its hole in a tree; settings with ranges of their own have theirs filled after it."""
+        value = copy.deepcopy(value)
+        _put(tree, self.path, named(value) if isinstance(self.domain, Choices) and self.domain.written else value)
 
 
 @dataclass(frozen=True)
@@ -561,13 +596,31 @@ class Branch:
     objective: str
     tree: Tree
     parameters: tuple[Parameter, ...]
+    """Choices come before what is within them."""
 
-    def config(self, values: dict[str, Any]) -> TrainConfig:
+    def asked(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
+        """The parameters that there are with these values; the values may be filled in on the way."""
+        there = set()
+        for p in self.parameters:
+            if p.within is None or (p.within[0] in there and values[p.within[0]] == p.within[1]):
+                there.add(p.name)
+                yield p
+
+    def config(self, values: Mapping[str, Any]) -> TrainConfig:
         """The configuration for these values, by parameter name."""
         tree = copy.deepcopy(self.tree)
-        for parameter in self.parameters:
-            _put(tree, parameter.path, values[parameter.name])
+        for p in self.asked(values):
+            p.put(tree, values[p.name])
         return validated(TrainConfig, tree)
+
+    def around(self, parameter: Parameter) -> Tree:
+        """Values of a configuration that has this parameter, the first of each."""
+        values = {p.name: p.domain.probes[0] for p in self.parameters}
+        within = parameter.within
+        while within is not None:
+            values[within[0]] = within[1]
+            within = next(p.within for p in self.parameters if p.name == within[0])
+        return values
 
     @property
     def example(self) -> TrainConfig:
@@ -587,13 +640,20 @@ class Group:
         names = [b.objective for b in self.branches]
         chosen = trial.suggest_categorical("objective", names) if len(names) > 1 else names[0]
         branch = self.branches[names.index(chosen)]
-        values = {p.name: p.domain.suggest(trial, p.name) for p in branch.parameters}
+        values: Tree = {}
+        for p in branch.asked(values):
+            values[p.name] = p.domain.suggest(trial, p.name)
         return values, branch.config(values)
 
     def told(self, branch: Branch, values: Mapping[str, Any]) -> Tree:
         """The values of one of its branches as the sampler is asked for them."""
         chosen = {"objective": branch.objective} if len(self.branches) > 1 else {}
-        return chosen | {k: v for p in branch.parameters for k, v in p.domain.told(p.name, values[p.name]).items()}
+        return chosen | {k: v for p in branch.asked(values) for k, v in p.domain.told(p.name, values[p.name]).items()}
+
+    @property
+    def conditional(self) -> bool:
+        """Whether its trials differ in which parameters they have."""
+        return len(self.branches) > 1 or any(p.within for p in self.branches[0].parameters)
 
     @property
     def grid(self) -> dict[str, list[Any]] | None:
@@ -647,6 +707,7 @@ class Space:
         problems = [
             f"{p.name}: is searched ({p.domain}), and one run needs one value; fix it: {p.name}={p.domain.probes[0]}"
             for p in self.parameters
+            if p.within is None
         ]
         if len(self.branches) > 1:
             names = ", ".join(b.objective for b in self.branches)
@@ -776,6 +837,11 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
             yield f"sampler: {sampler} proposes numbers only, and {p.name} is a choice; use tpe, or fix {p.name}"
     if not sampler.together and not search.split and len(space.branches) > 1:
         yield f"sampler: {sampler} cannot choose among objectives; use tpe or random, or split: true"
+    elif not sampler.together and (nested := sorted({p.within[0] for p in space.parameters if p.within})):
+        yield (
+            f"sampler: {sampler} cannot choose among items of {' and '.join(nested)} with ranges of their own; use tpe "
+            "or random"
+        )
     elif isinstance(sampler, Grid):
         endless = [p for p in space.parameters if p.domain.points is None]
         for p in endless:
@@ -852,14 +918,14 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
     for setting in PUBLISHED:
         if tag(type(setting.objective)) != branch.objective:
             continue
-        values = {}
-        for p in branch.parameters:
+        values: Tree = {}
+        for p in branch.asked(values):
             if p.path[0] == "objective":
                 values[p.name] = getattr(setting.objective, p.path[1])
             else:
                 usual = PAPER.get(p.path)
                 values[p.name] = usual if usual is not None and p.domain.contains(usual) else p.domain.middle
-        if values in seen or not all(p.domain.contains(values[p.name]) for p in branch.parameters):
+        if values in seen or not all(p.domain.contains(values[p.name]) for p in branch.asked(values)):
             continue
         try:
             config = branch.config(values)
@@ -893,22 +959,30 @@ def not_superset(old: Space, new: Space) -> list[str]:
 
 def _narrower(was: Branch, now: Branch) -> Iterator[str]:
     """Where one branch's space is no part of another's."""
-    before, after = ({p.path: p for p in b.parameters} for b in (was, now))
+    before, after = ({_place(p): p for p in b.parameters} for b in (was, now))
     example = was.example.model_dump(mode="json")
-    for path, p in before.items():
-        if path not in after:
+    for place, p in before.items():
+        if place not in after:
             yield f"{p.name}: was searched ({p.domain}), and is fixed now; leave it searched"
-        elif not after[path].domain.includes(p.domain):
-            yield f"{p.name}: was {p.domain}, and {after[path].domain} does not hold all of it; widen it"
-    for path, p in after.items():
-        if path not in before:
-            value = value_at(example, path)
-            if not p.domain.contains(value):
-                yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
-    searched = {*before, *after}
+        elif not after[place].domain.includes(p.domain):
+            yield f"{p.name}: was {p.domain}, and {after[place].domain} does not hold all of it; widen it"
+    for place, p in after.items():
+        choices = next((q.domain for q in before.values() if p.within and q.name == p.within[0]), None)
+        if place in before or (p.within and not (choices and choices.contains(p.within[1]))):
+            continue
+        there = was.config(was.around(p)) if p.within else was.example
+        value = value_at(there.model_dump(mode="json"), p.path)
+        if not p.domain.contains(value):
+            yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
+    searched = {p.path for p in (*before.values(), *after.values())}
     for path, a, b in _differences(example, now.example.model_dump(mode="json")):
         if not any(path[: len(s)] == s for s in searched):
             yield f"{'.'.join(_public(path, was.objective))}: was {a!r}, and is {b!r} now"
+
+
+def _place(p: Parameter) -> tuple[Path_, str]:
+    """What makes a parameter the same in another space, where items of choices may be counted otherwise."""
+    return p.path, json.dumps(p.within[1] if p.within else None, sort_keys=True)
 
 
 def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
@@ -955,15 +1029,10 @@ def placed(space: Space, config: TrainConfig) -> tuple[Group, Tree] | list[str]:
 def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
     values: Tree = {}
     different = []
-    for p in branch.parameters:
+    for p in branch.asked(values):
         value = value_at(tree, p.path)
         if isinstance(p.domain, Choices):  # in a file, a choice may be a name or a part of its settings
-            others = {q.name: q.domain.probes[0] for q in branch.parameters}
-            same = [
-                c
-                for c in p.domain.values
-                if value_at(branch.config({**others, p.name: c}).model_dump(mode="json"), p.path) == value
-            ]
+            same = [c for c in p.domain.values if _is_item(branch, values, p, c, tree)]
             fits, value = bool(same), same[0] if same else value
         else:
             fits = p.domain.contains(value)
@@ -980,6 +1049,26 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
         if path != ("seed",):
             different.append(f"{'.'.join(_public(path, branch.objective))}: {a!r} there, {b!r} here")
     return different or values
+
+
+def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: Tree) -> bool:
+    """Whether a configuration has this item of choices: what is fixed of it is alike, what is searched is inside."""
+    inside = [p for p in branch.parameters if p.within == (choices.name, item)]
+    if not all(isinstance(p.domain, Choices) or p.domain.contains(value_at(tree, p.path)) for p in inside):
+        return False
+    others = branch.around(choices) | values | {choices.name: item}
+    here = value_at(branch.config(others).model_dump(mode="json"), choices.path)
+    depth = len(choices.path)
+    loose = [p.path[depth:] for p in inside]
+    there = value_at(tree, choices.path)
+    if not isinstance(here, dict) or not isinstance(there, dict):
+        return bool(here == there)
+    left, right = dict(_leaves(here)), dict(_leaves(there))
+    return all(
+        left.get(path) == right.get(path)
+        for path in {*left, *right}
+        if not any(path[: len(part)] == part for part in loose)
+    )
 
 
 def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]:
@@ -1021,7 +1110,7 @@ def _name(objective: Any) -> str | None:
 
 def _ranges(value: Any, path: Path_) -> Iterator[str]:
     """Dotted paths of the ranges in a part of a space."""
-    if isinstance(value, dict) and {"low", "high", "choices"} & set(value):
+    if _is_range(value):
         yield dotted(path)
     elif isinstance(value, dict):
         for key, below in value.items():
@@ -1034,47 +1123,54 @@ def _branch(tree: Tree) -> Branch:
         raise ConfigError(f"objective: needs a name or settings, got {tree['objective']!r}")
     objective = str(tree["objective"].get("name", "?"))
     problems: list[str] = []
-    found: list[tuple[Path_, Domain]] = []
+    found: list[Parameter] = []
 
-    def visit(value: Any, path: Path_) -> Any:
-        """The tree without its ranges; a faulty one leaves the default, so that the rest can be checked, too."""
+    def visit(value: Any, path: Path_, name: Path_, within: tuple[str, Any] | None = None) -> Any:
+        """The tree without its ranges; a faulty one leaves the default, so that the rest can be checked, too.
+
+        Args:
+            name: the path as a person writes it.
+            within: the item of choices that this is a part of.
+        """
         if not isinstance(value, dict):
             return value
         below = {}
         for key, v in value.items():
             there = (*path, str(key))
+            called = (*name, str(key)) if within else _public(there, objective)
             try:
-                domain = _domain(v, _public(there, objective), whole=_is_whole(there, objective))
-                if domain is None and isinstance(v, list | dict) and _is_number(there, objective):
-                    raise ConfigError(_range_meant(v, _public(there, objective)))
+                domain = _domain(v, called, whole=_is_whole(called))
+                if domain is None and isinstance(v, list | dict) and _is_number(called):
+                    raise ConfigError(_range_meant(v, called))
             except ConfigError as error:
                 problems.extend(error.problems)
                 continue
             if domain is None:
-                below[key] = visit(v, there)
-            else:
-                found.append((there, domain))
-                below[key] = None
+                below[key] = visit(v, there, called, within)
+                continue
+            parameter = Parameter(".".join(called), there, domain, within)
+            found.append(parameter)
+            below[key] = None
+            if isinstance(domain, Choices) and domain.written:
+                for item, bare, label in zip(domain.written, domain.values, _labels(domain), strict=True):
+                    visit(item, there, (*called, label), (parameter.name, bare))
         return below
 
-    template: Tree = visit(tree, ())
+    template: Tree = visit(tree, (), ())
+    # by name: the order in which a sampler is asked is part of its answers, and must outlive the file's layout
+    parameters = tuple(sorted(found, key=lambda p: p.name))
     if not _needs_teacher(tree):  # its settings do nothing here, so they are not searched
-        for path, domain in found:
-            if path[0] == "teacher":
-                _put(template, path, copy.deepcopy(domain.probes[0]))
-        found = [(path, domain) for path, domain in found if path[0] != "teacher"]
-    parameters = []
-    for path, domain in found:
-        name = ".".join(_public(path, objective))
-        parameters.append(Parameter(name, path, domain))
-        problems += _not_searchable(path, domain, name)
+        idle = Branch(objective, template, tuple(p for p in parameters if p.path[0] == "teacher"))
+        first = {p.name: p.domain.probes[0] for p in idle.parameters}
+        for p in idle.asked(first):
+            p.put(template, first[p.name])
+        parameters = tuple(p for p in parameters if p.path[0] != "teacher")
+    for p in parameters:
+        problems += _not_searchable(p.path, p.domain, p.name)
+    branch = Branch(objective, template, parameters)
     for values in _corners(parameters):
-        probe = copy.deepcopy(template)
-        for parameter in parameters:
-            _put(probe, parameter.path, copy.deepcopy(values[parameter.name]))
         try:
-            config = validated(TrainConfig, probe)
-            allowed = config.objective.searchable
+            allowed = branch.config(values).objective.searchable
             for p in parameters:
                 if p.path[0] == "objective" and allowed is not None and p.path[-1] not in allowed:
                     problems.append(
@@ -1085,10 +1181,14 @@ def _branch(tree: Tree) -> Branch:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    # by name: the order in which a sampler is asked is part of its answers, and must outlive the file's layout
-    branch = Branch(objective, template, tuple(sorted(parameters, key=lambda p: p.name)))
     template |= {"precision": branch.example.precision}  # one for the sweep, also where students are searched
     return branch
+
+
+def _labels(choices: Choices) -> list[str]:
+    """What each item of choices is called: by its name, or, where that does not tell it from the others, its number."""
+    names = [_name(v) for v in choices.values]
+    return [n if n and names.count(n) == 1 else str(k) for k, n in enumerate(names, start=1)]
 
 
 def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
@@ -1104,23 +1204,23 @@ def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
         yield f"{name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
 
 
-def _is_whole(path: Path_, objective: str) -> bool | None:
-    """Whether the setting at a path is an integer; None if it is not ours (an argument of a person's own function)."""
-    found = _types(path, objective)
+def _is_whole(name: Path_) -> bool | None:
+    """Whether a setting is an integer; None if it is not ours (an argument of a person's own function)."""
+    found = _types(name)
     return any(int in types and float not in types for types in found) if found else None
 
 
-def _is_number(path: Path_, objective: str) -> bool:
-    """Whether the setting at a path is a number, or nothing."""
-    found = _types(path, objective)
+def _is_number(name: Path_) -> bool:
+    """Whether a setting is a number, or nothing."""
+    found = _types(name)
     return bool(found) and all(types <= {int, float, type(None)} for types in found)
 
 
-def _types(path: Path_, objective: str) -> list[set[Any]]:
-    """What may stand at a path, for each network, objective, ... that has such a setting; empty if none of ours has."""
-    *above, last = _public(path, objective)
+def _types(name: Path_) -> list[set[Any]]:
+    """What may stand there, for each network, objective, ... that has such a setting; empty if none of ours has."""
+    *above, last = name
     models = [TrainConfig]
-    for part in above:
+    for part in (a for a in above if not a.isdecimal()):  # the number of an item
         below = [m for model in models if part in model.model_fields for m in members(model.model_fields[part])]
         models = below or [m for m in models if tag(m) == part]  # type: ignore[assignment]
     return [set(leaves(m.model_fields[last].annotation)) for m in models if last in m.model_fields]
@@ -1139,11 +1239,18 @@ def _put(tree: Tree, path: Path_, value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _every_choice(parameters: Sequence[Parameter], end: int = 0) -> Iterator[dict[str, Any]]:
+def _every_choice(parameters: Sequence[Parameter], end: int = 0, chosen: Tree | None = None) -> Iterator[Tree]:
     """Values for every combination of choices, with all ranges at their low (0) or high (1) end."""
-    options = [p.domain.probes if isinstance(p.domain, Choices) else [p.domain.probes[end]] for p in parameters]
-    for combination in itertools.product(*options):
-        yield {p.name: v for p, v in zip(parameters, combination, strict=True)}
+    chosen = chosen or {}
+    if not parameters:
+        yield chosen
+        return
+    p, *rest = parameters
+    if p.within and (p.within[0] not in chosen or chosen[p.within[0]] != p.within[1]):
+        yield from _every_choice(rest, end, chosen)
+        return
+    for value in p.domain.probes if isinstance(p.domain, Choices) else [p.domain.probes[end]]:
+        yield from _every_choice(rest, end, {**chosen, p.name: value})
 
 
 def _corners(parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
@@ -1157,13 +1264,14 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
     for branch in branches:
         tree = branch.config({p.name: p.domain.probes[0] for p in branch.parameters}).model_dump(mode="json")
         for parameter in branch.parameters:
-            _put(tree, parameter.path, _as_tree(parameter.domain))
+            if parameter.within is None:
+                _put(tree, parameter.path, _as_tree(parameter.domain))
         trees.append(tree)
     objectives = [tree["objective"] for tree in trees]
     teachers = [tree["teacher"] for tree in trees if _needs_teacher(tree)] or [trees[0]["teacher"]]
     return {
         **trees[0],
-        "teacher": next((t for t in teachers if t and t["model"]), teachers[0]),
+        "teacher": next((t for t in teachers if t and ("choices" in t or t["model"])), teachers[0]),
         "objective": objectives if len(objectives) > 1 else objectives[0],
         "search": search.model_dump(mode="json"),
     }
@@ -1171,7 +1279,7 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
 
 def _as_tree(domain: Domain) -> Tree:
     if isinstance(domain, Choices):
-        return {"choices": list(domain.values)}
+        return {"choices": list(domain.written or domain.values)}
     tree: Tree = {"low": domain.probes[0], "high": domain.probes[1]}
     tree |= {"log": True} if domain.log else {}
     tree |= {"step": domain.step} if domain.step else {}
