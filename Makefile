@@ -45,9 +45,9 @@ test-fast: $(VENV)/.installed
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)
-	@echo "test-faults: nodes that are lost, Ctrl-C on a terminal, an experiment of an earlier release"
+	@echo "test-faults: nodes that are lost, a machine switched off, Ctrl-C on a terminal, an experiment of an earlier release"
 	@$(BIN)/python -m pytest tests/test_cluster_nodes.py tests/test_cli.py tests/test_release.py \
-		-m '' -k 'that_dies or loses_a_node or ctrl_c or release' $(ARGS)
+		-m '' -k 'that_dies or loses_a_node or switched_off or ctrl_c or release' $(ARGS)
 
 test-faults-short: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m 'fault and not slow' $(ARGS)

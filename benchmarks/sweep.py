@@ -1,21 +1,23 @@
 """What a whole sweep costs against the recipes at hand: the same trials, one at a time, in turns.
 
-    python benchmarks/sweep.py [--trials 24] [--epochs 6] [--repeats 2]
+    python benchmarks/sweep.py [--trials 24] [--epochs 6] [--repeats 2] [--ways ours,optuna,plain,nested]
 
     ours     `build_tuner`, as `tfkd tune` runs it, with its files, checkpoints and event files
     optuna   Optuna in one process, without Ray: a study that calls the usual loop
     plain    Tune with OptunaSearch and ASHA, the usual loop in a function trainable
     nested   the recipe of Ray's documentation: as plain, and in each trial a TorchTrainer that runs the loop
 
-The trials are those of random search over kd and tfkd_reg (alpha and temperature each), fixed
-by the seed before anything runs. All train the same network on the same 2,000 images of Fashion-MNIST, cropped and
-flipped, with one thread, and judge it on the same validation images; the teacher has been trained before. The usual
-loop has a DataLoader, PIL images, the teacher under no_grad in every step, and loss.item(). ASHA's first rung is the
-last epoch, so that all train the same number of epochs; our bank is emptied before each sweep. Printed are wall and
-processor seconds (of the whole machine: run nothing beside) of the sweep, Ray being up, and where they go.
+The trials are those of random search over kd and tfkd_reg (alpha and temperature each), fixed by the seed before
+anything runs. All train the same network on the same 2,000 images of Fashion-MNIST, cropped and flipped, with one
+thread, and judge it on the same validation images; the teacher has been trained before. The usual loop has a
+DataLoader, PIL images, the teacher under no_grad in every step, and loss.item(); its schedule is ours, its seed the
+number of the trial. ASHA's first rung is the last epoch, so that all train the same number of epochs; our bank is
+emptied before each sweep. Printed are wall and processor seconds (of the whole machine: run nothing beside) of the
+sweep, Ray being up, and where they go.
 """
 
 import argparse
+import math
 import os
 import shutil
 import statistics
@@ -80,7 +82,7 @@ def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] =
     from tfkd_ray.teachers import load_teacher
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(config["point"])
     run = validated(TrainConfig, config["points"][config["point"]])
     objective: Any = run.objective
     train_set, val_set = run.data.load()
@@ -111,7 +113,10 @@ def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] =
 
         student, loader, report = prepare_model(student), prepare_data_loader(loader), train.report
     optimizer = torch.optim.SGD(student.parameters(), lr=run.optim.lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs)
+    steps = run.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * (step + 0.5) / steps)) / 2
+    )
     spent: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
     clock = time.perf_counter()
 
@@ -139,8 +144,8 @@ def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] =
             loss.backward()
             optimizer.step()
             loss.item()
+            schedule.step()
             passed("student")
-        schedule.step()
         student.eval()
         with torch.no_grad():
             right = sum(int((student(images).argmax(1) == labels).sum()) for images, labels in judged)
@@ -231,6 +236,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--ways", default="ours,optuna,plain,nested", help="ours among them")
     args = parser.parse_args()
     wall: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
@@ -246,7 +252,7 @@ def main() -> None:
             point.pop("trial", None)
         config = {"points": points, "storage": str(storage)}
         for _ in range(args.repeats):
-            for way in ("ours", "optuna", "plain", "nested"):
+            for way in args.ways.split(","):
                 start, before = time.perf_counter(), busy()
                 if way == "ours":
                     found = with_ours(args.trials, args.epochs, storage)

@@ -25,10 +25,12 @@ import psutil
 import pytest
 from conftest import Run
 from safetensors.torch import load, load_file
+from test_faults import assert_no_orphans, outcome
 from test_remote import Server
 
 from tfkd_ray.experiment import read_metrics, read_records
 from tfkd_ray.loop import train
+from tfkd_ray.schema import dump_yaml
 from tfkd_ray.space import build_space
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -99,6 +101,41 @@ def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
         tensors = sorted(load_file(record.folder / "student.safetensors").items())
         weights.setdefault(lr, set()).add(b"".join(tensor.numpy().tobytes() for _, tensor in tensors))
     assert all(len(found) == 1 for found in weights.values()), "weights of equal trials differ"
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_its_machine_was_switched_off(place: Path) -> None:
+    """Driver, Ray and trials are killed at the same instant and Ray's folder is gone, as after a reboot; three times."""
+    search = {"sampler": {"name": "tpe", "startup": 3}, "num_samples": 8, "max_concurrent": 1}
+    space = {**SPACE, "epochs": 90, "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}, "search": search}
+    (place / "space.yaml").write_text(dump_yaml(space))
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"TMPDIR": str(place)}
+    experiment = place / "tfkd_results/cut"
+
+    def driver(*argv: str) -> subprocess.Popen[bytes]:
+        with (place / "said").open("ab") as said:
+            return subprocess.Popen([BIN / "tfkd", *argv], cwd=place, env=env, stdout=said, stderr=said)
+
+    def lines() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in experiment.glob("trials/*/metrics.jsonl"))
+
+    assert driver("tune", "space.yaml", "--name", "whole").wait(120) == 0, (place / "said").read_text()
+    running = driver("tune", "space.yaml", "--name", "cut")
+    for cut in range(3):
+        before, until = lines(), time.monotonic() + 60
+        while lines() < before + 30:
+            assert running.poll() is None and time.monotonic() < until, (place / "said").read_text()[-2000:]
+            time.sleep(0.02)
+        for process in [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        running.wait()
+        shutil.rmtree(place / "ray")
+        assert any(r.status == "running" for r in read_records(experiment)), cut
+        running = driver("resume", str(experiment))
+    assert running.wait(120) == 0, (place / "said").read_text()[-2000:]
+    assert outcome(experiment) == outcome(place / "tfkd_results/whole") and len(outcome(experiment)) == 8
+    assert_no_orphans(experiment)
 
 
 @pytest.mark.slow

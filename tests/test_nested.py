@@ -114,6 +114,18 @@ def test_what_is_wrong_is_a_sentence(tree: dict[str, Any], sentence: str) -> Non
     assert not any("Traceback" in p or "None" in p for p in error.value.problems)
 
 
+def test_an_override_finds_an_item_by_what_it_is_called(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    tree = {"objective": "ce", "student": STUDENT, "augment": {"choices": [{"flip": True}, {"crop_padding": 1}]}}
+    file.write_text(dump_yaml(tree))
+    fixed = load_space(file, ["student.mlp.dropout=0.2", "augment.2.crop_padding={low: 1, high: 3}"])
+    assert [p.name for p in fixed.parameters] == ["augment", "augment.2.crop_padding", "student", "student.cnn.widths"]
+    plain = load_space(file, ["student={choices: [mlp, cnn]}", "student.mlp.hidden=[8]"])
+    assert plain.parameters[-1].domain.probes == [{"name": "mlp", "hidden": [8]}, "cnn"]
+    with pytest.raises(ConfigError, match=r"student.mpl: no such item of student; did you mean 'mlp'"):
+        load_space(file, ["student.mpl.dropout=0.2"])
+
+
 @pytest.mark.parametrize("name", ["tpe", "random"])
 @pytest.mark.parametrize("split", [True, False], ids=["a study each", "one study"])
 def test_a_killed_driver_changes_no_proposal(tmp_path: Path, name: str, split: bool) -> None:

@@ -1152,7 +1152,7 @@ def _branch(tree: Tree) -> Branch:
             found.append(parameter)
             below[key] = None
             if isinstance(domain, Choices) and domain.written:
-                for item, bare, label in zip(domain.written, domain.values, _labels(domain), strict=True):
+                for item, bare, label in zip(domain.written, domain.values, _labels(domain.values), strict=True):
                     visit(item, there, (*called, label), (parameter.name, bare))
         return below
 
@@ -1185,9 +1185,9 @@ def _branch(tree: Tree) -> Branch:
     return branch
 
 
-def _labels(choices: Choices) -> list[str]:
+def _labels(items: Sequence[Any]) -> list[str]:
     """What each item of choices is called: by its name, or, where that does not tell it from the others, its number."""
-    names = [_name(v) for v in choices.values]
+    names = [_name(v) for v in items]
     return [n if n and names.count(n) == 1 else str(k) for k, n in enumerate(names, start=1)]
 
 
@@ -1299,12 +1299,19 @@ def override(tree: Tree, text: str) -> None:
     if path[0] == "objective" and len(path) > 2:
         here, path = _one_objective(tree, path)
     for depth, part in enumerate(path[:-1]):
-        below = here.get(part) if isinstance(here, dict) else None
+        at: str | int = part
+        if isinstance(here, dict) and isinstance(here.get("choices"), list):  # an item, by what `check` calls it
+            labels = _labels(here["choices"])
+            if part not in labels:
+                where = dotted(path[: depth + 1])
+                raise ConfigError(f"{where}: no such item of {dotted(path[:depth])}; {did_you_mean(part, labels)}")
+            here, at = here["choices"], labels.index(part)
+        below = here.get(at) if isinstance(here, dict) else here[at]
         if below is None or isinstance(below, str):
-            here[part] = {} if below is None else named(below)
+            here[at] = {} if below is None else named(below)
         elif not isinstance(below, dict):
             raise ConfigError(f"{dotted(path[: depth + 1])}: is {below!r}, with nothing below it")
-        here = here[part]
+        here = here[at]
     here[path[-1]] = parse_yaml(value, key)
 
 

@@ -276,13 +276,18 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
     """Refuse an experiment.yaml whose space is another than the one that its studies were made for."""
     for tree in searcher.recorded():
         was = build_space(tree, searcher.journal)
-        problems = not_superset(was, space)
-        if problems:
-            message = "its space was changed by hand, and does not hold the trials that are there; put back what it was"
-            raise ConfigError([message, *problems], searcher.journal.with_name("experiment.yaml"))
-        if problems := not_superset(space, was):
-            message = "its space was widened by hand; put back what it was, and go on with: tfkd resume --space FILE"
-            raise ConfigError([message, *problems], searcher.journal.with_name("experiment.yaml"))
+        for problems, how in (
+            (
+                not_superset(was, space),
+                "changed by hand, and does not hold the trials that are there; put back what it was",
+            ),
+            (
+                not_superset(space, was),
+                "widened by hand; put back what it was, and go on with: tfkd resume --space FILE",
+            ),
+        ):
+            if problems:
+                raise ConfigError([f"its space was {how}", *problems], searcher.journal.with_name("experiment.yaml"))
 
 
 def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
