@@ -134,6 +134,7 @@ def ours(case: Case, rounds: int, folder: Path, **changes: Any) -> Round:
 
 
 def endless(loader: Any) -> Iterator[Any]:
+    assert len(loader), "fewer images than a batch: more --steps"
     while True:
         yield from loader
 
