@@ -166,6 +166,14 @@ def test_the_precision_is_decided_when_the_configuration_is_read(
     assert validated(TrainConfig, large.model_dump(mode="json")) == large
 
 
+@pytest.mark.parametrize("has", ["amx_bf16", "avx512_bf16"])
+def test_avx512_without_amx_is_no_reason_for_bf16(has: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-18 took 1.4 times as long there: benchmarks/RESULTS.md."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    decided = validated(TrainConfig, {"objective": "ce", "student": "resnet18"})
+    assert decided.precision == ("bf16" if has == "amx_bf16" else "fp32")
+
+
 def test_what_counts_as_tiny_is_counted() -> None:
     """Against torch's own counter."""
     for network in (Mlp(hidden=(64, 32)), Cnn(widths=(4, 8, 6))):

@@ -169,9 +169,9 @@ class TrainConfig(Settings):
     """Batch statistics of each worker's own part, or over all workers (GPU only)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of student and teacher in training and on validation; losses, weights, optimizer and the test are
-    always fp32. auto: bf16 where the processor has it in hardware and the student gains by it (not a tiny one, of less
-    than 2 million operations an image; on CPUs not `shufflenet_v2_x1_0` and `alexnet_small`); decided when the file is
-    read, and kept."""
+    always fp32. auto: bf16 on GPUs since Ampere and CPUs with AMX, where the student gains by it (not a tiny one, of
+    less than 2 million operations an image; on CPUs not `shufflenet_v2_x1_0` and `alexnet_small`); decided when the
+    file is read, and kept."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training step. auto: off, as on CPUs it takes 10 to 50 s and gains at most a fifth."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 10.0
@@ -382,11 +382,14 @@ TINY = 2e6
 
 
 def _multiplies_bf16(gpu: bool) -> bool:
-    """Whether the processor has instructions for it; of a GPU that only other nodes have, it is taken for granted."""
+    """Whether bfloat16 pays there: on CPUs with AMX, as AVX512-BF16 alone is slower than float32 (benchmarks/RESULTS.md).
+
+    Of a GPU that only other nodes have, it is taken for granted.
+    """
     if gpu:
         return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+    return bool(known.get("amx_bf16"))
 
 
 RUN_ONLY = {"workers", "cpus_per_worker", "gpus_per_worker", "accelerator_type", "resources", "placement",
