@@ -382,7 +382,7 @@ TINY = 2e6
 
 
 def _multiplies_bf16(gpu: bool) -> bool:
-    """Whether bfloat16 pays there: on CPUs with AMX, as AVX512-BF16 alone is slower than float32 (benchmarks/RESULTS.md).
+    """Whether bfloat16 pays there; AVX512-BF16 without AMX is slower than float32 (benchmarks/formats.py).
 
     Of a GPU that only other nodes have, it is taken for granted.
     """
