@@ -304,11 +304,11 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
 def operations(loop: Round) -> tuple[Counter[str], float]:
     """Milliseconds of a round in each of torch's operations, and in all, under the profiler."""
     next(loop)
-    start = now()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = now()
         next(loop)
-    events = profile.key_averages()
-    return Counter({e.key: e.self_cpu_time_total / 1000 for e in events}), 1000 * (now() - start)
+        seconds = now() - start  # without what the profiler does at its end
+    return Counter({e.key: e.self_cpu_time_total / 1000 for e in profile.key_averages()}), 1000 * seconds
 
 
 def print_profile(case: Case, folder: Path) -> None:
