@@ -1,7 +1,10 @@
 """The loop: what it computes, that it stops and resumes bit by bit, and that workers agree."""
 
 import functools
+import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -368,6 +371,38 @@ def test_a_crash_between_weights_and_state_repeats_the_last_epoch(
     monkeypatch.undo()
     assert numbers(seen) == whole[:2] and numbers(list(train_in(tmp_path, config()))) == whole
     assert (tmp_path / WEIGHTS).exists()
+
+
+# --- torch.compile
+
+COMPILED = """
+import json, sys
+from torch._dynamo.utils import counters
+from tfkd_ray.config import TrainConfig
+from tfkd_ray.loop import train
+from tfkd_ray.schema import validated
+tree = {"objective": "ce", "student": {"name": "mlp", "hidden": [8]}, "epochs": 2, "compile": sys.argv[1]}
+metrics = [e.metrics for e in train(validated(TrainConfig, {**tree, "optim": {"lr": float(sys.argv[2])}}))]
+hits, misses = (counters["inductor"]["fxgraph_cache_" + what] for what in ("hit", "miss"))
+print(json.dumps([metrics[-1]["train_loss"], metrics[-1]["val_nll"], hits, misses]))
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alone(tmp_path: Path) -> None:
+    """In processes of their own, as trials of a sweep that differ in their learning rate."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    found = []
+    for how, lr in (("off", "0.1"), ("on", "0.1"), ("on", "0.05"), ("off", "0.05")):
+        run = subprocess.run(
+            [sys.executable, "-c", COMPILED, how, lr], env=env, capture_output=True, text=True, timeout=110
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        found.append(json.loads(run.stdout))
+    plain, first, second, plain_too = found
+    assert first[:2] == pytest.approx(plain[:2], rel=1e-4) and second[:2] == pytest.approx(plain_too[:2], rel=1e-4)
+    assert plain[2:] == [0, 0] and first[2] == 0 < first[3]
+    assert second[2] == first[3] and second[3] == 0
 
 
 # --- what is said of a teacher
