@@ -72,7 +72,7 @@ def test_a_common_mistake_is_answered_with_the_very_sentence_of_the_page(text: s
 # --- your own
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(240)
 def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: Path) -> None:
     for block in (*blocks("own.md", "python"), *blocks("own.md", "yaml")):
@@ -172,7 +172,7 @@ def test_the_notebook_is_kept_without_output() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
 def test_the_notebook_runs_from_space_to_report(ray_cluster: str, tmp_path: Path) -> None:

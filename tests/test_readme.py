@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_run_in_their_order(ray_cluster: str, tfkd: Run, place: Path) -> None:
     shown = [c for c in commands("tfkd ") if not c.startswith("tfkd tensorboard")]
@@ -68,7 +68,7 @@ def assert_tensorboard_answers(command: str, place: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
 def test_the_commands_of_the_docs_run(ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_commands_of_the_docs_run(ray_cluster: str, tfkd: Run, tmp_path: Pat
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.parametrize("k", range(3))
 def test_the_python_of_the_readme_runs(ray_cluster: str, place: Path, k: int) -> None:
     code = blocks("python")
