@@ -284,6 +284,11 @@ def until(there: Callable[[], bool], what: str, *, within_s: float = 90) -> None
         time.sleep(0.1)
 
 
+def hears_a_hangup() -> None:
+    """As in a terminal, also where the tests were started with nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def begun_by_a_person(place: Path, *words: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """(process, file with what it says) of `tfkd tune` as in a terminal, whose signals all its processes get."""
@@ -292,7 +297,7 @@ def begun_by_a_person(place: Path, *words: str, **env: str) -> Iterator[tuple[su
     path = place / f"{words[-1]}.said"
     with path.open("w") as said:
         client = subprocess.Popen(command, cwd=place / "work", env=given, stdout=subprocess.DEVNULL, stderr=said,
-                                  start_new_session=True)  # fmt: skip
+                                  start_new_session=True, preexec_fn=hears_a_hangup)  # fmt: skip
         try:
             yield client, path
         finally:
