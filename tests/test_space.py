@@ -579,3 +579,9 @@ def test_one_precision_for_a_sweep_that_searches_the_student(monkeypatch: pytest
     assert found == {"fp32"} and space.tree["precision"] == "fp32"
     with pytest.raises(ConfigError, match="precision: one value for the whole sweep"):
         build_space({"objective": "ce", "precision": {"choices": ["fp32", "bf16"]}})
+
+
+def test_items_of_the_same_name_are_told_apart_by_their_settings() -> None:
+    items = ["mlp", {"name": "cnn", "widths": [8]}, {"name": "cnn", "widths": [16]}]
+    space = build_space({"objective": "ce", "epochs": 2, "student": {"choices": items}})
+    assert [p.name for p in space.parameters] == ["student"] and len(space.parameters[0].domain.probes) == 3

@@ -521,7 +521,8 @@ def _choices(items: list[Any], where: str) -> Choices:
     for k, (value, item) in enumerate(zip(bare, items, strict=True)):
         if value is None and item is not None:
             raise ConfigError(
-                f"{where}.choices: its item {k + 1} is a range; items are values, or settings with ranges in them"
+                f"{where}.choices: its item {k + 1} is a range; items are values, or settings with ranges in them: "
+                "write its values out as items, or one range that holds them all"
             )
         if value != item and set(value) == {"name"} and value["name"] not in items:
             bare[k] = value["name"]
@@ -583,6 +584,10 @@ class Parameter:
     within: tuple[str, Any] | None = None
     """Where it is asked for: (name of a parameter that is a choice, the value it must have). None: always."""
 
+    def is_asked(self, chosen: Mapping[str, Any]) -> bool:
+        """Whether it is there beside these values of parameters that are."""
+        return self.within is None or (self.within[0] in chosen and chosen[self.within[0]] == self.within[1])
+
     def put(self, tree: Tree, value: Any) -> None:
         """Fill its hole in a tree; settings with ranges of their own have theirs filled after it."""
         value = copy.deepcopy(value)
@@ -600,11 +605,11 @@ class Branch:
 
     def asked(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
         """The parameters that there are with these values; the values may be filled in on the way."""
-        there = set()
+        there: Tree = {}
         for p in self.parameters:
-            if p.within is None or (p.within[0] in there and values[p.within[0]] == p.within[1]):
-                there.add(p.name)
+            if p.is_asked(there):
                 yield p
+                there[p.name] = values[p.name]
 
     def config(self, values: Mapping[str, Any]) -> TrainConfig:
         """The configuration for these values, by parameter name."""
@@ -1246,7 +1251,7 @@ def _every_choice(parameters: Sequence[Parameter], end: int = 0, chosen: Tree | 
         yield chosen
         return
     p, *rest = parameters
-    if p.within and (p.within[0] not in chosen or chosen[p.within[0]] != p.within[1]):
+    if not p.is_asked(chosen):
         yield from _every_choice(rest, end, chosen)
         return
     for value in p.domain.probes if isinstance(p.domain, Choices) else [p.domain.probes[end]]:

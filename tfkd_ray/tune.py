@@ -276,18 +276,13 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
     """Refuse an experiment.yaml whose space is another than the one that its studies were made for."""
     for tree in searcher.recorded():
         was = build_space(tree, searcher.journal)
-        for problems, how in (
-            (
-                not_superset(was, space),
-                "changed by hand, and does not hold the trials that are there; put back what it was",
-            ),
-            (
-                not_superset(space, was),
-                "widened by hand; put back what it was, and go on with: tfkd resume --space FILE",
-            ),
-        ):
-            if problems:
-                raise ConfigError([f"its space was {how}", *problems], searcher.journal.with_name("experiment.yaml"))
+        missing, more = not_superset(was, space), not_superset(space, was)
+        how = "widened by hand; put back what it was, and go on with: tfkd resume --space FILE"
+        if missing:
+            how = "changed by hand, and does not hold the trials that are there; put back what it was"
+        if missing or more:
+            file = searcher.journal.with_name("experiment.yaml")
+            raise ConfigError([f"its space was {how}", *(missing or more)], file)
 
 
 def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
