@@ -1,9 +1,11 @@
 """Which memory format and precision make a network's step fast: forward, backward and optimizer on one batch.
 
-    python benchmarks/formats.py [--students resnet18,mobilenet_v2] [--rounds 5] [--batch 64]
+    python benchmarks/formats.py [--students resnet18,mobilenet_v2] [--rounds 5] [--batch 64] [--compile]
 
-One thread, images of 32x32, 100 classes; the four ways take turns. Told is how long each takes against contiguous
-float32 (median over the rounds, and their range), and what `tfkd` chooses on this machine.
+One thread, images of 32x32, 100 classes; the ways take turns. Told is how long each takes against the first, contiguous
+float32 (median over the rounds, and their range), and what `tfkd` chooses on this machine. With `--compile`: what it
+chooses, without torch.compile and with, how long the first compiled step took (torch keeps what it compiled: give
+TORCHINDUCTOR_CACHE_DIR an empty folder, and run it twice), and after how many steps that is won back.
 """
 
 import argparse
@@ -25,15 +27,18 @@ K = 100
 WAYS = [(layout, bf16) for bf16 in (False, True) for layout in (torch.contiguous_format, torch.channels_last)]
 
 
-def steps(config: TrainConfig, layout: torch.memory_format, bf16: bool, batch: int) -> Iterator[float]:
+def steps(
+    config: TrainConfig, layout: torch.memory_format, bf16: bool, batch: int, *, compiled: bool = False
+) -> Iterator[float]:
     """Seconds of a step, each time it is asked."""
     student = config.student.build((3, 32, 32), K).to(memory_format=layout).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(0, K, (batch,))
+    forward = torch.compile(student, dynamic=False) if compiled else student
     while True:
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = student(images)
+            logits = forward(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -45,25 +50,53 @@ def name(layout: torch.memory_format, bf16: bool) -> str:
     return f"{'channels-last' if layout == torch.channels_last else 'contiguous'} {'bf16' if bf16 else 'fp32'}"
 
 
+def print_table(students: list[TrainConfig], batch: int, rounds: int) -> None:
+    """The four ways of each student."""
+    print("| student | " + " | ".join(name(*way) for way in WAYS) + " | chosen |\n" + "|---" * (len(WAYS) + 2) + "|")
+    for config in students:
+        _, seconds = turns([steps(config, *way, batch) for way in WAYS], rounds)
+        cells = [f"{1000 * statistics.median(seconds[0]):.0f} ms", *(over(s, seconds[0]) for s in seconds[1:])]
+        print(f"| `{config.student.name}` | " + " | ".join(cells) + f" | {name(*chosen(config))} |", flush=True)
+
+
+def print_compiled(students: list[TrainConfig], batch: int, rounds: int) -> None:
+    """Each student as it is chosen, and that compiled."""
+    print("| student | chosen | compiled | first step | won back after |\n" + "|---" * 5 + "|")
+    for config in students:
+        ways = [steps(config, *chosen(config), batch, compiled=compiled) for compiled in (False, True)]
+        (_, first), seconds = turns(ways, rounds)
+        plain, compiled = (statistics.median(s) for s in seconds)
+        back = f"{(first - compiled) / (plain - compiled):.0f} steps" if compiled < plain else "never"
+        cells = [f"{1000 * plain:.0f} ms", over(seconds[1], seconds[0]), f"{first:.1f} s", back]
+        print(f"| `{config.student.name}` | " + " | ".join(cells) + " |", flush=True)
+
+
+def turns(ways: list[Iterator[float]], rounds: int) -> tuple[list[float], list[list[float]]]:
+    """Seconds of the first step of each way, and of those of the rounds after it."""
+    found = [[next(way) for way in ways] for _ in range(rounds + 1)]
+    return found[0], [list(column) for column in zip(*found[1:], strict=True)]
+
+
+def over(seconds: list[float], of: list[float]) -> str:
+    ratios = [a / b for a, b in zip(seconds, of, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def chosen(config: TrainConfig) -> tuple[torch.memory_format, bool]:
+    return config.student.memory_format, config.precision == "bf16"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--students", default=STUDENTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| student | " + " | ".join(name(*way) for way in WAYS) + " | chosen |\n" + "|---" * (len(WAYS) + 2) + "|")
-    for student in args.students.split(","):
-        config = validated(TrainConfig, {"objective": "ce", "student": student, "data": "cifar100"})
-        ways = [steps(config, *way, args.batch) for way in WAYS]
-        seconds = [[next(way) for way in ways] for _ in range(args.rounds + 1)][1:]
-        cells = []
-        for k in range(len(WAYS)):
-            ratios = [s[k] / s[0] for s in seconds]
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        cells[0] = f"{1000 * statistics.median(s[0] for s in seconds):.0f} ms"
-        chosen = name(config.student.memory_format, config.precision == "bf16")
-        print(f"| `{student}` | " + " | ".join(cells) + f" | {chosen} |", flush=True)
+    trees = [{"objective": "ce", "student": student, "data": "cifar100"} for student in args.students.split(",")]
+    students = [validated(TrainConfig, tree) for tree in trees]
+    (print_compiled if args.compile else print_table)(students, args.batch, args.rounds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps
 other; printed are medians over the rounds (the first left out) of images a second and of the ratio to ours.
 
     ours        this package's loop, as trials run it: `precision: auto`; the teacher's logits from a filled bank
-    ours fp32   the same in float32
+    ours fp32   the same in float32, where that is another
     usual       DataLoader, transforms of PIL images, the teacher under no_grad, loss.item(), as most scripts have it
     usual 2     the same with 2 processes in its DataLoader: they have the second core, which nothing else has
     timm        timm's loader and, with a teacher, its LogitDistillationTask, as its train.py drives them
@@ -276,14 +276,15 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
     precision = case.config().precision
     makers: dict[str, Callable[[], Round]] = {
         "ours": lambda: ours(case, rounds, folder),
-        "ours fp32": lambda: ours(case, rounds, folder, precision="fp32"),
         "usual": lambda: usual(case),
         "usual 2": lambda: usual(case, processes=2),
         "timm": lambda: timms(case),
         "torchdistill": lambda: torchdistills(case),
         "bare": lambda: bare(case, precision),
-        "bare fp32": lambda: bare(case, "fp32"),
     }
+    if precision != "fp32":
+        makers["ours fp32"] = lambda: ours(case, rounds, folder, precision="fp32")
+        makers["bare fp32"] = lambda: bare(case, "fp32")
     if teacher is None:
         for name, objective in (("tfkd_reg", {"name": "tfkd_reg"}), ("lsr", {"name": "lsr"})):
             makers[f"ours {name}"] = lambda o=objective: ours(case, rounds, folder, objective=o)  # type: ignore[misc]

@@ -3,6 +3,7 @@
     python benchmarks/sweep.py [--trials 24] [--epochs 6] [--repeats 2] [--ways ours,optuna,plain,nested]
 
     ours     `build_tuner`, as `tfkd tune` runs it, with its files, checkpoints and event files
+    compiled  the same with `compile: on`; the first of these sweeps compiles, the others find it on the disk
     optuna   Optuna in one process, without Ray: a study that calls the usual loop
     plain    Tune with OptunaSearch and ASHA, the usual loop in a function trainable
     nested   the recipe of Ray's documentation: as plain, and in each trial a TorchTrainer that runs the loop
@@ -46,6 +47,7 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records
 from tfkd_ray.files import cache_folder
 from tfkd_ray.schema import validated
+from tfkd_ray.tune import train_teachers
 
 Trees = list[dict[str, Any]]
 PARTS = ("images", "teacher", "student", "validation")
@@ -212,10 +214,10 @@ def with_optuna(config: dict[str, Any]) -> Trees:
     return found
 
 
-def with_ours(trials: int, epochs: int, storage: Path) -> Trees:
+def with_ours(trials: int, epochs: int, storage: Path, **changes: Any) -> Trees:
     shutil.rmtree(cache_folder(), ignore_errors=True)
     name = f"ours-{time.time_ns()}"
-    build_tuner(space(trials, epochs), name=name, storage=storage).fit()
+    build_tuner(space(trials, epochs) | changes, name=name, storage=storage).fit()
     records = read_records(storage / name)
     return [{**r.metrics[-1], "epochs": sum(m["seconds"] for m in r.metrics)} for r in records]
 
@@ -236,14 +238,14 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--ways", default="ours,optuna,plain,nested", help="ours among them")
+    parser.add_argument("--ways", default="ours,optuna,plain,nested", help="ours among them; compiled, too")
     args = parser.parse_args()
     wall: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
     last: dict[str, Trees] = {}
     with tempfile.TemporaryDirectory() as name:
         storage = Path(name)
-        os.environ["XDG_CACHE_HOME"] = name  # for the processes of trials, too
+        os.environ |= {"XDG_CACHE_HOME": name, "TORCHINDUCTOR_CACHE_DIR": f"{name}/compiled"}  # of trials, too
         connect(workers=2)  # with the dashboard, which nested trainers need to be cleaned up
         tuner = build_tuner(space(args.trials, 1), name="points", storage=storage)  # warm-up, and what the points are
         tuner.fit()
@@ -251,11 +253,18 @@ def main() -> None:
         for point in points:
             point.pop("trial", None)
         config = {"points": points, "storage": str(storage)}
+        if "compiled" in args.ways.split(
+            ","
+        ):  # its teacher is another, as compiled numbers are not the same to the last digit
+            runs = [validated(TrainConfig, point | {"compile": "on"}).teacher_run() for point in points]
+            train_teachers([run for run in runs if run], storage)
         for _ in range(args.repeats):
             for way in args.ways.split(","):
                 start, before = time.perf_counter(), busy()
                 if way == "ours":
                     found = with_ours(args.trials, args.epochs, storage)
+                elif way == "compiled":
+                    found = with_ours(args.trials, args.epochs, storage, compile="on")
                 elif way == "optuna":
                     found = with_optuna({**config, "way": way})
                 else:
@@ -266,14 +275,14 @@ def main() -> None:
                 assert len(found) == args.trials, f"{way}: {len(found)} trials"
                 best = max(f["val_accuracy"] for f in found)
                 print(
-                    f"{way:7} {wall[way][-1]:7.1f} s, processors {processor[way][-1]:7.1f} s, best {best:.4f}",
+                    f"{way:8} {wall[way][-1]:7.1f} s, processors {processor[way][-1]:7.1f} s, best {best:.4f}",
                     flush=True,
                 )
     print(f"{args.trials} trials of {args.epochs} epochs, ray {ray.__version__}, torch {torch.__version__}")
     for way, seconds in wall.items():
         ratios = [s / o for s, o in zip(seconds, wall["ours"], strict=True)]
         print(
-            f"{way:7} {statistics.median(seconds):7.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), "
+            f"{way:8} {statistics.median(seconds):7.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), "
             f"{statistics.median(ratios):.1f} times ours ({min(ratios):.1f} to {max(ratios):.1f}), "
             f"processors {statistics.median(processor[way]):.1f} s, best {max(accuracies(last[way])):.4f}"
         )
@@ -284,7 +293,7 @@ def main() -> None:
             print(
                 f"        accuracy over ours, by points: {mean:+.4f} (95 %: {mean - half:+.4f} to {mean + half:+.4f})"
             )
-        parts = {part: sum(f[part] for f in last[way]) for part in (["epochs"] if way == "ours" else PARTS)}
+        parts = {part: sum(f[part] for f in last[way]) for part in (["epochs"] if "epochs" in last[way][0] else PARTS)}
         parts["beside"] = seconds[-1] - sum(parts.values())
         print("        of the last: " + ", ".join(f"{part} {s:.1f} s" for part, s in parts.items()))
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -403,6 +404,46 @@ def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alo
     assert first[:2] == pytest.approx(plain[:2], rel=1e-4) and second[:2] == pytest.approx(plain_too[:2], rel=1e-4)
     assert plain[2:] == [0, 0] and first[2] == 0 < first[3]
     assert second[2] == first[3] and second[3] == 0
+
+
+def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
+    """As if nothing had been compiled in this process; from now on, `backend` is what compiles."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr("tfkd_ray.loop._COMPILED", set())
+    torch.compiler.reset()
+
+
+def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch alone stops after 8 graphs of a process, without an error: four kinds of run with two batches each."""
+    batches: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        batches.extend(len(x) for x in inputs if x.dim() == 4)
+        return graph
+
+    forgotten(monkeypatch, backend)
+    sizes = (63, 47, 41, 57, 71, 79)  # of 320 images, so that all last batches differ
+    for size in (*sizes, 79, 63):
+        runs = [
+            config(compile=how, data=Digits(subset=400), epochs=1, optim={"batch_size": size}) for how in ("on", "off")
+        ]
+        compiled, plain = (next(train(c)).metrics["train_loss"] for c in runs)
+        assert compiled == pytest.approx(plain, rel=1e-5)
+    assert [b for b in batches if b in sizes] == [*sizes, 63]  # 79 was there still, and 63 was not
+    assert len(batches) == 2 * 7
+
+
+def test_what_cannot_be_compiled_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        raise OSError("No working C++ compiler found\nand more")
+
+    forgotten(monkeypatch, backend)
+    with pytest.raises(RuntimeError) as raised:
+        next(train(config(compile="on")))
+    assert str(raised.value) == (
+        "compile: torch cannot compile mlp here: No working C++ compiler found; a node needs g++ and Python's headers "
+        "for it; install them, or set compile=off"
+    )
 
 
 # --- what is said of a teacher

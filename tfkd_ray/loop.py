@@ -132,8 +132,7 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
         model = DistributedDataParallel(student) if workers > 1 else student
-        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
-        forward = torch.compile(model, dynamic=False, mode=mode) if config.compile == "on" else model
+        forward = compiled(model, config, len(train_set)) if config.compile == "on" else model
 
         def snapshot() -> State:
             parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
@@ -303,6 +302,41 @@ def allow_tf32(on: bool) -> None:
     """Let CUDA multiply float32 in TF32 (10 bits), or not: torch's own default is yes in convolutions, no elsewhere."""
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
+
+
+_COMPILED: set[tuple[Any, ...]] = set()
+"""What runs of this process have compiled since torch was last told to forget."""
+
+
+def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Tensor], Tensor]:
+    """torch.compile for a run, whatever this process has compiled before it.
+
+    torch keeps 8 graphs of all networks and batches together, and from the ninth on trains uncompiled without an error,
+    so that a trial's numbers would depend on those before it. A run has two graphs, as its last batch may be smaller;
+    what the last four kinds of run compiled is kept, and torch's cache on the disk has the others.
+
+    Raises:
+        RuntimeError: at its first batch, where torch cannot compile it.
+    """
+    kind = (config.student.model_dump_json(), config.optim.batch_size, images, config.precision, config.gpus_per_worker)
+    if kind not in _COMPILED and len(_COMPILED) == 4:
+        torch.compiler.reset()
+        _COMPILED.clear()
+    _COMPILED.add(kind)
+    mode = "reduce-overhead" if config.gpus_per_worker else None  # CUDA graphs
+    network = torch.compile(model, dynamic=False, mode=mode)
+
+    def forward(batch: Tensor) -> Tensor:
+        try:
+            return network(batch)  # type: ignore[no-any-return]
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            what = f"{error.inner_exception}".strip().splitlines()[0]
+            raise RuntimeError(
+                f"compile: torch cannot compile {config.student.name} here: {what}; a node needs g++ and Python's "
+                "headers for it; install them, or set compile=off"
+            ) from error
+
+    return forward
 
 
 def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor:
