@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,13 @@ def test_weights_read_back_and_damage_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         load_weights(path, digest)
+
+
+def test_where_there_is_no_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left on a disk is left to those who need less: the sweep's own records."""
+    write_whole(tmp_path / "f", b"old")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 97, 3))  # type: ignore[attr-defined]
+    write_whole(tmp_path / "f", b"new")
+    with pytest.raises(OSError, match=r"No space left on device: '.*f'"):
+        write_whole(tmp_path / "f", b"four")
+    assert (tmp_path / "f").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1

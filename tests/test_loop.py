@@ -1,5 +1,6 @@
 """The loop: what it computes, that it stops and resumes bit by bit, and that workers agree."""
 
+import errno
 import functools
 import json
 import os
@@ -281,6 +282,37 @@ def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert state is not None and state["epoch"] == 6
 
 
+def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two states have no room, of the third on there is some: training goes on, and a kill then costs what it always does."""
+    room, tried = [False], list[float]()
+
+    def limited(directory: Path, state: dict[str, Any]) -> None:
+        tried.append(state["epoch"])
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+        save_state(directory, state)
+
+    monkeypatch.setattr("tfkd_ray.loop.save_state", limited)
+    said: list[str] = []
+    c = config(checkpoint_every_s=0, epochs=40)
+    run = train_in(tmp_path, c, say=said.append)
+    while len(tried) < 3:
+        next(run)
+    assert len(said) == 1 and said[0] == (
+        "no checkpoint: [Errno 28] No space left on device: 'last.ckpt'; training goes on, and the next one is tried in 0 s"
+    )
+    run_on = next(run)
+    room[0] = True
+    run.close()  # saves what is not saved: nothing was, whatever was tried
+    state = load_state(tmp_path)
+    assert state is not None and state["epoch"] == run_on["epoch"] and len(said) == 1
+    room[0] = False
+    with pytest.raises(OSError, match="No space left"):  # the last one has to be there
+        list(train_in(tmp_path, c, say=said.append))
+    room[0] = True
+    assert numbers(list(train_in(tmp_path, c))) == numbers(list(train(c)))
+
+
 def test_a_run_that_is_stopped_for_good_saves_nothing(tmp_path: Path) -> None:
     run = train_in(tmp_path, config())
     next(run)
@@ -433,17 +465,29 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(monkeyp
     assert len(batches) == 2 * 7
 
 
-def test_what_cannot_be_compiled_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text, what", [("No C++ compiler\nand more", "No C++ compiler"), ("", "OSError")])
+def test_what_cannot_be_compiled_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, text: str, what: str
+) -> None:
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
-        raise OSError("No working C++ compiler found\nand more")
+        raise OSError(text)
 
     forgotten(monkeypatch, backend)
     with pytest.raises(RuntimeError) as raised:
         next(train(config(compile="on")))
     assert str(raised.value) == (
-        "compile: torch cannot compile mlp here: No working C++ compiler found; a node needs g++ and Python's headers "
-        "for it; install them, or set compile=off"
+        f"compile: torch cannot compile mlp here: {what}; if it is for want of g++ or Python's headers, install them on "
+        "every node; or set compile=off"
     )
+
+
+@pytest.mark.slow
+def test_a_node_without_a_compiler_says_so(tmp_path: Path) -> None:
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED, "on", "0.1"], env=env, capture_output=True, text=True, timeout=110
+    )
+    assert "RuntimeError: compile: torch cannot compile mlp here: " in run.stderr and "no-such-compiler" in run.stderr
 
 
 # --- what is said of a teacher

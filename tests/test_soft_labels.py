@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tfkd_ray import soft_labels
+from tfkd_ray.checkpoint import save_weights
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.loop import train, train_in
 from tfkd_ray.schema import validated
@@ -220,6 +221,34 @@ def test_labels_of_another_teacher_or_other_images_are_an_error(
     assert counted.asked.tolist() == [2] * N
 
 
+class Scaled(nn.Linear):
+    """A network whose weights do not say all."""
+
+    scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)) * self.scale
+
+
+def scaled(shape: tuple[int, int, int], num_classes: int, scale: float) -> nn.Module:
+    network = Scaled(shape[0] * shape[1] * shape[2], num_classes)
+    network.scale = scale
+    return network
+
+
+def test_two_teachers_with_the_same_weights_share_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    save_weights(tmp_path / "w.safetensors", scaled((1, 8, 8), 10, 1.0).state_dict(), {})
+    found: dict[str, list[float]] = {"bank": [], "online": []}
+    for labels, kd in found.items():
+        for scale in (1.0, 5.0):
+            model = {"name": "own", "path": "tests.test_soft_labels:scaled", "args": {"scale": scale}}
+            teacher = {"model": model, "weights": str(tmp_path / "w.safetensors"), "labels": labels}
+            c = config(labels, teacher=teacher, epochs=1)
+            kd.append(next(train(c, teacher=find_or_train(c, tmp_path))).metrics["train_kd"])
+    assert found["bank"] == pytest.approx(found["online"], rel=2e-3) and found["bank"][1] > 2 * found["bank"][0]
+
+
 def test_a_view_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
     """40 MB, read by ten trials: the memory that is a process's own does not grow, and all read the same pages."""
     count, classes = 20_000, 1000
@@ -343,7 +372,7 @@ def times_aside(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if k not in ("seconds", "images_per_s")}
 
 
-def test_what_another_node_has_filled_is_not_computed(tmp_path: Path) -> None:
+def test_what_another_node_has_filled_is_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Shelf(dict[str, bytes]):
         def fetch(self, name: str) -> bytes | None:
             return self.get(name)
@@ -357,6 +386,24 @@ def test_what_another_node_has_filled_is_not_computed(tmp_path: Path) -> None:
     ]
     assert found[0].equal(found[1]) and counted.asked.tolist() == [1] * N and len(shelf) == 1
     assert CHUNKS < N
+    # views of others are within the limit, too, and what cannot be kept is used all the same
+    (kept,) = files(tmp_path / "two")
+    limit = str(1.5 * kept.stat().st_size / 1e9)
+    for epoch in (2, 3):
+        monkeypatch.setenv("TFKD_BANK_GB", "1")
+        Bank(nn.Identity, {}, tmp_path / "one", shelf).logits({"epoch": epoch}, N, K, counted)
+        monkeypatch.setenv("TFKD_BANK_GB", limit)
+        Bank(nn.Identity, {}, tmp_path / "two", shelf).logits({"epoch": epoch}, N, K, counted)
+        assert len(files(tmp_path / "two")) == 1
+    monkeypatch.setenv("TFKD_BANK_GB", "1e-9")
+    said: list[str] = []
+    small = Bank(nn.Identity, {}, tmp_path / "three", shelf)
+    small.say = said.append
+    assert small.logits({"epoch": 1}, N, K, counted).equal(found[0]) and counted.asked.tolist() == [3] * N
+    assert not (tmp_path / "three").exists()
+    assert len(said) == 1 and "TFKD_BANK_GB allows 0 MB, and a view needs 0" in said[0]
+    assert small.logits({"epoch": 4}, N, K, counted).equal(found[0]) and counted.asked.tolist() == [4] * N
+    assert not files(tmp_path / "three")
 
 
 # --- between nodes
@@ -373,7 +420,8 @@ def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytes
     assert [shelf.fetch(name) != [] for name in ("a", "b", "c", "none")] == [False, True, True, False]
     shelf.offer("d", b"d" * 90)  # two have to go for it
     assert [shelf.fetch(name) != [] for name in ("b", "c", "d")] == [False, False, True]
-    assert sum(size for _, size in shelf._views.values()) <= 100
+    shelf.offer("e", b"e" * 101)
+    assert list(shelf._views) == ["d"]
 
 
 def fill(experiment: Path, folder: Path, asked: bool) -> float:

@@ -5,9 +5,11 @@ then torch's own format, read with `weights_only=True`: reading one never runs c
 the case that the newest is damaged. At no moment does a directory lack a whole one, whenever its writer is killed.
 """
 
+import errno
 import hashlib
 import io
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,6 +47,9 @@ def check_torch() -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(path.parent)
+    if disk.total and disk.free < len(content):  # what is left is for those who need less
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except OSError as error:
-        from tfkd_ray.experiment import DISK_ERRORS
+        from tfkd_ray.files import DISK_ERRORS
 
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise

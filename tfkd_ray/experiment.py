@@ -15,7 +15,6 @@
 """
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import math
@@ -248,12 +247,6 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
-}
-"""What the system says of a disk that is full, read-only or gone: no fault of who wants to write."""
 
 
 def check_room_for(folder: Path, size: int) -> None:

@@ -1,6 +1,7 @@
 """Files from elsewhere: read without running them, and kept decoded where that takes long."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -16,6 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
+}
+"""What the system says of a disk that is full, read-only or gone: no fault of who wants to write."""
 
 
 def cached(name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Tensor]"]) -> "tuple[Tensor, Tensor]":

@@ -24,6 +24,7 @@ from tfkd_ray.augment import View
 from tfkd_ray.checkpoint import WEIGHTS, State, load_state, remove_partial, save_state, save_weights
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
+from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.images import Images, address, generator
 from tfkd_ray.objectives import Canonical, Terms
 from tfkd_ray.soft_labels import Bank, fits
@@ -250,8 +251,10 @@ def train_in(
 
     Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
     (`student.safetensors`, `about` in its header), before that epoch is yielded; and when it is closed half-way.
-    Nothing is written by other workers than the first. A damaged checkpoint, and soft labels that cannot be kept, are
-    told to `say`. `on_saved` hears of each save, where it was written, and whether it was the last.
+    Nothing is written by other workers than the first. Where the disk has no room for a checkpoint half-way, training
+    goes on, and the next one is tried in time; at the end, that is an OSError. That, a damaged checkpoint, and soft
+    labels that cannot be kept, are told to `say`. `on_saved` hears of each save, where it was written, and whether it
+    was the last.
     """
     state = load_state(directory, say)
     if state:
@@ -263,18 +266,32 @@ def train_in(
         remove_partial(directory)
     if isinstance(teacher, Bank):
         teacher.say = say
-    saved_at, saved_epoch = time.monotonic(), state["epoch"] if state else 0
+    saved_at, saved_epoch, every = time.monotonic(), state["epoch"] if state else 0, config.checkpoint_every_s
+    troubled = False
     pending: Future[None] | None = None
     last: Epoch | None = None
     run = train(config, state, teacher=teacher)
 
     def save(state: State, *, final: bool) -> None:
+        nonlocal saved_epoch
         save_state(directory, state)
+        saved_epoch = state["epoch"]
         if on_saved:
             on_saved(final)
 
     def writing(job: Future[None] | None) -> bool:
         return job is not None and not job.done()  # a slow disk delays checkpoints, not training
+
+    def tell(job: Future[None]) -> None:
+        """What became of a checkpoint half-way: it may fail, as training goes on without it."""
+        nonlocal troubled
+        error = job.exception()
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            if say and not troubled:
+                say(f"no checkpoint: {error}; training goes on, and the next one is tried in {every:g} s")
+            troubled = True
+        elif error is not None:
+            raise error
 
     with ThreadPoolExecutor(1) as writer:
         try:
@@ -283,19 +300,21 @@ def train_in(
                     final = last.state()
                     save_weights(directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})})
                     writer.submit(save, final, final=True).result()  # last: it says that all is there
-                    saved_epoch = int(last.metrics["epoch"])
-                elif writes and time.monotonic() - saved_at >= config.checkpoint_every_s and not writing(pending):
-                    pending = writer.submit(save, last.state(), final=False)
-                    saved_at, saved_epoch = time.monotonic(), int(last.metrics["epoch"])
+                elif writes and time.monotonic() - saved_at >= every and not writing(pending):
+                    if pending is not None:
+                        tell(pending)
+                    pending, saved_at = writer.submit(save, last.state(), final=False), time.monotonic()
                 yield last.metrics
         except GeneratorExit:
+            if pending is not None:
+                pending.exception()  # the last of them may still be written
             if writes and last is not None and last.metrics["epoch"] > saved_epoch:
                 writer.submit(save, last.state(), final=False).result()
             raise
         finally:
             run.close()
             if pending is not None:
-                pending.result()
+                tell(pending)
 
 
 def allow_tf32(on: bool) -> None:
@@ -312,13 +331,16 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Te
     """torch.compile for a run, whatever this process has compiled before it.
 
     torch keeps 8 graphs of all networks and batches together, and from the ninth on trains uncompiled without an error,
-    so that a trial's numbers would depend on those before it. A run has two graphs, as its last batch may be smaller;
-    what the last four kinds of run compiled is kept, and torch's cache on the disk has the others.
+    so that a trial's numbers would depend on those before it. A run has two graphs, as its last batch may be smaller
+    (more, where a network of one's own has code that torch cannot trace); what the last four kinds of run compiled is
+    kept, and torch's cache on the disk has the others.
 
     Raises:
         RuntimeError: at its first batch, where torch cannot compile it.
     """
-    kind = (config.student.model_dump_json(), config.optim.batch_size, images, config.precision, config.gpus_per_worker)
+    where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
+    shapes = images, config.optim.batch_size, config.data.shape, config.data.num_classes
+    kind = (config.student.model_dump_json(), *shapes, *where)
     if kind not in _COMPILED and len(_COMPILED) == 4:
         torch.compiler.reset()
         _COMPILED.clear()
@@ -330,10 +352,10 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Te
         try:
             return network(batch)  # type: ignore[no-any-return]
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            what = f"{error.inner_exception}".strip().splitlines()[0]
+            what = next(iter(f"{error.inner_exception}".strip().splitlines()), type(error.inner_exception).__name__)
             raise RuntimeError(
-                f"compile: torch cannot compile {config.student.name} here: {what}; a node needs g++ and Python's "
-                "headers for it; install them, or set compile=off"
+                f"compile: torch cannot compile {config.student.name} here: {what}; if it is for want of g++ or "
+                "Python's headers, install them on every node; or set compile=off"
             ) from error
 
     return forward

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tfkd_ray.files import cache_folder, whole_file
@@ -90,20 +90,19 @@ class Bank:
         path = self._folder / f"{name}.safetensors"
         found = _read(path, about)
         if found is None and self._elsewhere is not None and (content := self._elsewhere.fetch(name)):
-            self._write(path, content)
+            if self._has_room(len(content)):
+                self._write(path, content)
             found = _read(path, about)
+            found = load(content)["logits"] if found is None else found
         return self._filled(path, about, count, compute) if found is None else found
 
     def _filled(
         self, path: Path, about: dict[str, str], count: int, compute: Callable[[nn.Module, Tensor], Tensor]
     ) -> Tensor:
         """The logits of a view, computed together with whoever wants them at the same time."""
-        size = 4 * count * int(json.loads(about["shape"])[1])  # the view, and once more its parts
-        _make_room(self._folder, size)
         parts: dict[int, Tensor] = {}
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
-        if (free := _free(self._folder)) < size:
-            self._cannot_keep(f"{free / 1e6:.0f} MB are free, and a view needs {size / 1e6:.0f}")
+        if not self._has_room(4 * count * int(json.loads(about["shape"])[1])):  # the view, and once more its parts
             return torch.cat([_centred(compute(self.network(), chunk)) for chunk in chunks.values()])
         for wait in (False, True):  # first what nobody is at, then what somebody was at
             for k in chunks.keys() - parts.keys():
@@ -128,6 +127,17 @@ class Bank:
                     with contextlib.suppress(OSError):
                         path.with_suffix(f".{k}").unlink(missing_ok=True)
         return whole
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes more may be kept, for which the longest unused make way; where not, it is said."""
+        if size > limit():
+            self._cannot_keep(f"TFKD_BANK_GB allows {limit() / 1e6:.0f} MB, and a view needs {size / 1e6:.0f}")
+            return False
+        _make_room(self._folder, size)
+        if (free := _free(self._folder)) < size:
+            self._cannot_keep(f"{free / 1e6:.0f} MB are free, and a view needs {size / 1e6:.0f}")
+            return False
+        return True
 
     def _write(self, path: Path, content: bytes) -> None:
         """Keep a file; where it cannot be, do not, and say so."""

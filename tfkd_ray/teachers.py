@@ -162,6 +162,7 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
         load_teacher(run, storage)  # says what is wrong
     of = {
         "teacher": describe(run, storage)["sha256"],
+        "network": run.student.model_dump(mode="json"),  # weights from elsewhere may be those of several
         "data": config.data.model_dump(mode="json", exclude=config.data.places),
         "precision": config.precision,
         "loop": LOOP_VERSION,

@@ -30,7 +30,7 @@ from tfkd_ray import remote, teachers
 from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
-from tfkd_ray.experiment import DISK_ERRORS
+from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.loop import train_in
 from tfkd_ray.schema import ConfigError, validated
 
@@ -98,9 +98,11 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             self._save_and_go()
 
     def _save_and_go(self) -> None:
-        if hasattr(self._epochs, "close"):
-            self._epochs.close()
-        os._exit(1)  # the trial goes on in another process
+        try:
+            if hasattr(self._epochs, "close"):
+                self._epochs.close()
+        finally:
+            os._exit(1)  # the trial goes on in another process
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._about = config["trial"]
@@ -234,7 +236,9 @@ class Shelf:
         return [self._views[name][0]] if name in self._views else []
 
     def offer(self, name: str, content: bytes) -> None:
-        """Keep a view's file."""
+        """Keep a view's file, unless it alone is above the limit."""
+        if len(content) > self._limit:
+            return
         while self._views and sum(size for _, size in self._views.values()) + len(content) > self._limit:
             del self._views[next(iter(self._views))]
         self._views[name] = (ray.put(content), len(content))

@@ -36,7 +36,6 @@ from tfkd_ray.cluster import (
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import (
-    DISK_ERRORS,
     Record,
     check_room_for,
     check_writable,
@@ -51,6 +50,7 @@ from tfkd_ray.experiment import (
     write_record,
     write_text,
 )
+from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.nodes import check_shared
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
 from tfkd_ray.search import (
