@@ -66,9 +66,9 @@ test-browser: $(VENV)/.installed
 	@echo "test-browser: screenshots are in test-artifacts/"
 
 test-gpu: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+	@timeout 300 $(BIN)/python -m pytest -m gpu $(ARGS)
 	@if $(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; \
-	then timeout 500 $(BIN)/python benchmarks/step.py --gpu; else echo "test-gpu: no CUDA GPU here, so no benchmark of steps"; fi
+	then timeout 290 $(BIN)/python benchmarks/step.py --gpu; else echo "test-gpu: no CUDA GPU here, so no benchmark of steps"; fi
 
 fuzz: $(VENV)/.installed
 	@seed=$${TFKD_FUZZ_SEED:-$$(date +%s)}; count=$${TFKD_FUZZ:-5000}; \

@@ -66,6 +66,7 @@ def test_a_resumed_run_is_one_that_was_never_stopped() -> None:
     assert rest[-1].metrics["val_nll"] == pytest.approx(whole[-1].metrics["val_nll"], abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says torch
 @pytest.mark.parametrize("objective", ["ce", {"name": "tfkd_reg", "alpha": 0.5, "temperature": 4}])
 def test_no_step_waits_for_the_device(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the second step of an epoch and its last, whatever makes the host wait is an error."""

@@ -77,5 +77,13 @@ def test_help_imports_neither_torch_nor_ray(command: str) -> None:
 
 
 def test_reading_commands_import_neither_torch_nor_ray() -> None:
-    code = "import sys; import tfkd_ray.readers; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    """Run, over an experiment of this release."""
+    experiment = next((Path(__file__).parent / "data").rglob("experiment.yaml")).parent
+    verbs = "status", "best", "trials"
+    code = (
+        "import sys; from tfkd_ray.cli import main\n"
+        f"for verb in {verbs}: assert main([verb, {str(experiment)!r}]) == 0, verb\n"
+        "assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

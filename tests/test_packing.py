@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tfkd_ray.trial import _is_out_of_memory
 
 SWEEP = """
 import json, os, sys
@@ -52,3 +55,21 @@ def test_a_trial_without_enough_memory_gets_a_larger_share(tmp_path: Path, stopp
     ended = json.loads(done.stdout.splitlines()[-1])
     assert [failed for failed, _ in ended] == [None, None] and max(epoch for _, epoch in ended) == 3
     assert not list(tmp_path.rglob("out_of_memory"))
+
+
+@pytest.mark.parametrize(
+    "error, is_it",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (MemoryError("out of memory"), False),
+    ],
+)
+def test_what_is_for_want_of_a_gpus_memory(error: Exception, is_it: bool) -> None:
+    assert _is_out_of_memory(error) == is_it
+    outer = RuntimeError("compile: torch cannot compile cnn here")
+    outer.__cause__ = error
+    assert _is_out_of_memory(outer) == is_it

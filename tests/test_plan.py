@@ -3,10 +3,13 @@
 import dataclasses
 import random
 import re
+from typing import Any
 
 import pytest
 
-from tfkd_ray.plan import lines, plan
+import tfkd_ray.plan as plan_module
+from tfkd_ray.config import TeacherRun
+from tfkd_ray.plan import lines, plan, resident_bytes, slots_here
 from tfkd_ray.space import build_space, load_space
 
 
@@ -51,6 +54,51 @@ def test_a_probe_gives_hours_and_money() -> None:
     assert gpu.gpus == 2
 
 
+def test_a_probe_of_kd_asks_the_teacher_once_for_each_view_and_not_in_every_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ResNet-18 as the teacher of a tiny student: an epoch of a trial costs what plain training does."""
+    tree = {
+        "student": {"name": "mlp", "hidden": [8]}, "objective": ["ce", {"name": "kd", "alpha": 0.5}], "epochs": 3,
+        "teacher": {"model": "resnet18", "labels": "bank"}, "data": {"name": "digits", "subset": 200},
+        "search": {"num_samples": 4, "stopping": "none", "baselines": False},
+    }  # fmt: skip
+    views: list[str] = []
+    timed = plan_module._view_seconds
+
+    def counted(run: TeacherRun) -> float:
+        views.append(run.student.name)
+        return timed(run)
+
+    monkeypatch.setattr(plan_module, "_view_seconds", counted)
+    monkeypatch.setattr(plan_module, "PROBE_STEPS", 2)
+    found = plan(build_space(tree), probe=True)
+    ce, kd = (part.epoch_s for part in found.parts)
+    assert ce and kd and kd < 5 * ce and views == ["resnet18"]
+    assert found.teacher_s is not None and found.teacher_s > 20 * kd
+
+
+def test_what_lies_on_the_device_is_images_and_soft_labels() -> None:
+    tree = {"student": "mlp", "objective": "ce", "data": {"name": "digits", "subset": 200}}
+    images = sum(len(part) for part in build_space(tree).example.data.load() if part)
+    assert resident_bytes(build_space(tree).example) == images * 64
+    taught = {"objective": {"name": "kd", "alpha": 0.5}, "teacher": {"model": "resnet18", "labels": "bank"}}
+    assert resident_bytes(build_space(tree | taught).example) == images * (64 + 2 * 10)
+
+
+def test_trials_at_a_time_are_those_that_the_machine_has_cpus_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def slots(**changes: Any) -> int:
+        search = {"num_samples": 20, **changes.pop("search", {})}
+        return slots_here(build_space({"objective": "ce", "student": "mlp", "search": search, **changes}))
+
+    assert slots() == 8 and slots(cpus_per_worker=3) == 2 and slots(workers=2) == 4 and slots(workers=16) == 1
+    assert slots(search={"max_concurrent": 5}) == 5 and slots(search={"num_samples": 6}) == 6
+    assert slots(gpus_per_worker=1) == 2 and slots(gpus_per_worker=0.5) == 4 and slots(gpus_per_worker=0.1) == 8
+
+
 def test_hours_become_gpu_hours_and_money() -> None:
     """Two workers with a GPU each: 2 h of training are 4 GPU-hours, whatever number of trials runs at a time."""
     tree = {"objective": "ce", "epochs": 4, "workers": 2, "gpus_per_worker": 1}
@@ -91,7 +139,9 @@ def test_disk_is_that_of_trials_and_teachers_and_the_bank_has_its_own(monkeypatc
 def test_a_probe_proposes_how_many_trials_share_a_gpu() -> None:
     space = build_space({"objective": "ce", "student": "mlp", "gpus_per_worker": 1})
     (line,) = (line for line in lines(plan(space, probe=True)) if line.startswith("GPU memory"))
-    assert re.search(r"; [0-9]+ fit on it: gpus_per_worker=0", line)
+    found = re.search(r"a trial takes (\d+)% of one; (\d+) fit on it: gpus_per_worker=([0-9.]+)", line)
+    assert found is not None and int(found[2]) == pytest.approx(100 / int(found[1]), abs=1 + 100 / int(found[1]) ** 2)
+    assert int(found[2]) * float(found[3]) <= 1
 
 
 def test_the_packing_is_that_of_the_largest_trial() -> None:

@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("plan", _plan, "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.")
     file_and_overrides(sub, "a search-space file")
     sub.add_argument("--probe", action="store_true", help="train a few steps of each objective here, for the hours")
-    sub.add_argument("--slots", type=_count, default=1, metavar="N", help="trials at a time (default: 1)")
+    sub.add_argument("--slots", type=_count, metavar="N", help="trials at a time (default: those of this machine)")
     sub.add_argument("--gpu-hour-price", type=float, metavar="X", help="of one GPU")
 
     sub = verb("explain", _explain, "Say what each objective of a file amounts to, and which searched settings matter.")
@@ -483,13 +483,13 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from tfkd_ray.plan import lines, plan
+    from tfkd_ray.plan import lines, plan, slots_here
 
     space = _load(args)
     if args.probe:
         space.example.data.check()
-    found = plan(space, probe=args.probe)
-    print("\n".join(lines(found, slots=max(1, args.slots), gpu_hour_price=args.gpu_hour_price)))
+    found, slots = plan(space, probe=args.probe), args.slots or slots_here(space)
+    print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
     return OK
 
 

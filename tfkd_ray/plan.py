@@ -3,7 +3,10 @@
 How many trials pass a rung is an expectation (see `receipt`); `at most` is never exceeded.
 """
 
+import math
+import os
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +14,9 @@ from typing import Any
 import torch
 
 from tfkd_ray.config import TeacherRun, TrainConfig
+from tfkd_ray.evaluate import predictions
 from tfkd_ray.loop import train
+from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.receipt import expected_epochs, reaching, shares
 from tfkd_ray.soft_labels import limit
 from tfkd_ray.space import Space
@@ -45,7 +50,7 @@ class Plan:
     parts: tuple[Part, ...]
     teacher_epochs: int
     teacher_s: float | None
-    """Seconds for all teachers, one after the other."""
+    """Seconds for all teachers, one after the other, and for the soft labels that the bank then shares."""
     workers: int
     gpus: float
     """Of one trial, over its workers."""
@@ -77,18 +82,33 @@ def plan(space: Space, *, probe: bool = False) -> Plan:
     for branch, trials in zip(space.branches, shares(space).values(), strict=True):
         config = branch.example
         seconds = _epoch_seconds(config) if probe else None
-        memory = _gpu_share() if probe and config.gpus_per_worker and config.workers == 1 else None
+        memory = _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
         come, epochs = reaching(space, trials), expected_epochs(space, trials)
         parts.append(Part(branch.objective, trials, come, epochs, trials * space.epochs, seconds, memory))
     runs = [run for run in space.teacher_runs() if run.weights is None]
     teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
-    teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs) if probe else None
+    banked = any(branch.example.banked for branch in space.branches)
+    teacher_s = None
+    if probe:
+        teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs)
+        teacher_s += sum(_view_seconds(run) * space.epochs for run in space.teacher_runs() if banked)
     config = space.example
     # of a trial weights once, and two run states of weights and momentum; of a teacher its weights
     disk = _weights(config) * 5 * space.search.num_samples + sum(_weights(run) for run in space.teacher_runs())
-    bank = int(limit()) if any(branch.example.banked for branch in space.branches) else 0
+    bank = int(limit()) if banked else 0
     gpus = config.workers * config.gpus_per_worker
     return Plan(tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank)
+
+
+def slots_here(space: Space) -> int:
+    """Trials that a sweep runs at a time on this machine alone: as many as it has CPUs or GPUs for, at least one."""
+    config = space.example
+    have, take = float(os.cpu_count() or 1), config.workers * config.cpus_per_worker
+    fit = have / take
+    if config.gpus_per_worker:
+        fit = min(fit, torch.cuda.device_count() / (config.workers * config.gpus_per_worker))
+    most = space.search.max_concurrent or space.search.num_samples
+    return max(1, min(int(fit), most, space.search.num_samples))
 
 
 def _weights(config: TrainConfig) -> int:
@@ -135,7 +155,11 @@ def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -
 
 
 def _epoch_seconds(config: TrainConfig) -> float:
-    """Seconds of an epoch, from a few steps on a part of the data; the teacher, if it needs one, is untrained."""
+    """Seconds of an epoch, from a few steps on a part of the data.
+
+    A teacher that is asked in every step is an untrained one here; where the bank has its answers, the step is that of
+    plain training (`_view_seconds` are the answers).
+    """
     data = config.data.model_copy(update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0})
     changes: dict[str, Any] = {
         "data": data,
@@ -144,8 +168,10 @@ def _epoch_seconds(config: TrainConfig) -> float:
         "gpus_per_worker": min(config.gpus_per_worker, 1),
     }
     changes |= {"stop_epoch": None, "stop_accuracy": None} if isinstance(config, TeacherRun) else {}
+    if config.banked:
+        changes |= {"objective": CrossEntropy(), "teacher": None}
     short = config.model_copy(update=changes)
-    run = config.teacher_run()
+    run = short.teacher_run()
     teacher = run.student.build(config.data.shape, config.data.num_classes) if run else None
     *_, last = train(short, teacher=teacher)
     train_set, val_set = config.data.load()
@@ -153,16 +179,37 @@ def _epoch_seconds(config: TrainConfig) -> float:
     return images / last.metrics["images_per_s"] / config.workers
 
 
+def _view_seconds(run: TeacherRun) -> float:
+    """Seconds in which a teacher, an untrained one here, fills the bank with one view of the train images."""
+    device = torch.device("cuda", torch.cuda.current_device()) if run.gpus_per_worker else torch.device("cpu")
+    train_set, _ = run.data.load()
+    some = train_set.part(torch.arange(min(len(train_set), run.optim.batch_size * PROBE_STEPS))).on(device)
+    network = run.student.build(run.data.shape, run.data.num_classes).to(device)
+    network = network.to(memory_format=run.student.memory_format)
+    for images in (some.part(torch.arange(1, device=device)), some):  # the first warms up
+        start = time.perf_counter()
+        torch.cat([guess.cpu() for guess, _ in predictions(network, images, run.data, bf16=run.precision == "bf16")])
+    return (time.perf_counter() - start) / len(some) * len(train_set)
+
+
 GPU_CONTEXT = 2**29
 """Bytes of a GPU that a process takes beside its tensors, about."""
 
 
-def _gpu_share() -> float | None:
-    """Of the GPU's memory that the largest run of this process so far would take in one of its own."""
+def _gpu_share(config: TrainConfig) -> float | None:
+    """Of the GPU's memory that the largest run of this process so far would take in its own, with all of its data."""
     if not torch.cuda.is_available():
         return None
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return min(1.0, (torch.cuda.max_memory_reserved() + GPU_CONTEXT) / (0.95 * total))
+    taken = torch.cuda.max_memory_reserved() + GPU_CONTEXT + resident_bytes(config)
+    return min(1.0, taken / (0.95 * total))
+
+
+def resident_bytes(config: TrainConfig) -> int:
+    """Bytes of images and soft labels that a run keeps on its device, where they are not read batch by batch."""
+    sets = [found for found in config.data.load() if found is not None]
+    images = 0 if config.data.streams else sum(map(len, sets)) * math.prod(config.data.shape)
+    return images + (2 * sum(map(len, sets)) * config.data.num_classes if config.banked else 0)
 
 
 def _time(seconds: float) -> str:

@@ -1173,9 +1173,12 @@ def _branch(tree: Tree) -> Branch:
     for p in parameters:
         problems += _not_searchable(p.path, p.domain, p.name)
     branch = Branch(objective, template, parameters)
+    precisions = set()
     for values in _corners(parameters):
         try:
-            allowed = branch.config(values).objective.searchable
+            config = branch.config(values)
+            precisions.add(config.precision)
+            allowed = config.objective.searchable
             for p in parameters:
                 if p.path[0] == "objective" and allowed is not None and p.path[-1] not in allowed:
                     problems.append(
@@ -1186,7 +1189,8 @@ def _branch(tree: Tree) -> Branch:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    template |= {"precision": branch.example.precision}  # one for the sweep, also where students are searched
+    # one for the sweep, also where students are searched: that of those that gain, as the others lose little
+    template |= {"precision": "bf16" if "bf16" in precisions else "fp32"}
     return branch
 
 

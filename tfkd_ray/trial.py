@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -143,7 +144,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         with contextlib.suppress(OSError):  # the reason is told all the same
             remote.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
-        if isinstance(error, torch.OutOfMemoryError) and 0 < share < 1:
+        if _is_out_of_memory(error) and 0 < share < 1:
             (folder / OUT_OF_MEMORY).write_text(str(share))
             remote.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
@@ -207,6 +208,16 @@ def _reason(error: BaseException) -> str:
     with contextlib.suppress(Exception):  # an exception of the user's own may not even have a text
         text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU's memory is what an error came of: torch's allocator says so, or CUDA and its libraries."""
+    while error is not None:
+        text = _reason(error)
+        if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA error: out of memory|_ALLOC_FAILED", text):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_of_storage(error: BaseException) -> bool:
