@@ -320,14 +320,14 @@ def test_where_nothing_can_be_written_everyone_is_for_himself_and_that_is_said_o
 
 
 class Usage:
-    free = 0
+    total, free = 10**9, 0
 
 
 def test_where_there_is_no_room_the_teacher_is_asked_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = bank(tmp_path / "a").logits({"epoch": 1}, N, K, Counted())
-    monkeypatch.setattr(soft_labels.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     Usage.free = 4 * N * K - 1
     counted, said = Counted(), list[str]()
     for epoch in (1, 1, 2):

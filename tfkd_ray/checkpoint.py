@@ -9,7 +9,6 @@ import errno
 import hashlib
 import io
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from tfkd_ray.files import free_bytes
 from tfkd_ray.schema import ConfigError
 
 State = dict[str, Any]
@@ -47,8 +47,7 @@ def check_torch() -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    disk = shutil.disk_usage(path.parent)
-    if disk.total and disk.free < len(content):  # what is left is for those who need less
+    if free_bytes(path.parent) < len(content):  # what is left is for those who need less
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -5,9 +5,11 @@ import errno
 import functools
 import gzip
 import hashlib
+import math
 import os
 import pickle
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -22,6 +24,12 @@ DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
 }
 """What the system says of a disk that is full, read-only or gone: no fault of who wants to write."""
+
+
+def free_bytes(folder: Path) -> float:
+    """Bytes that may be written to a folder, there already or not; infinite where its file system does not say."""
+    disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
+    return disk.free if disk.total else math.inf
 
 
 def cached(name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Tensor]"]) -> "tuple[Tensor, Tensor]":

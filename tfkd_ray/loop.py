@@ -275,9 +275,9 @@ def train_in(
     def save(state: State, *, final: bool) -> None:
         nonlocal saved_epoch
         save_state(directory, state)
-        saved_epoch = state["epoch"]
         if on_saved:
             on_saved(final)
+        saved_epoch = state["epoch"]
 
     def writing(job: Future[None] | None) -> bool:
         return job is not None and not job.done()  # a slow disk delays checkpoints, not training

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from tfkd_ray.files import cache_folder, whole_file
+from tfkd_ray.files import cache_folder, free_bytes, whole_file
 
 LARGEST = 2**30
 """Bytes of a view above which a teacher is asked online: 2.5 GB of ImageNet's would be read for each epoch."""
@@ -134,7 +133,7 @@ class Bank:
             self._cannot_keep(f"TFKD_BANK_GB allows {limit() / 1e6:.0f} MB, and a view needs {size / 1e6:.0f}")
             return False
         _make_room(self._folder, size)
-        if (free := _free(self._folder)) < size:
+        if (free := free_bytes(self._folder)) < size:
             self._cannot_keep(f"{free / 1e6:.0f} MB are free, and a view needs {size / 1e6:.0f}")
             return False
         return True
@@ -243,11 +242,6 @@ def _make_room(folder: Path, size: int) -> None:
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
             room += size
-
-
-def _free(folder: Path) -> int:
-    """Bytes that may be written to a folder, there already or not."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def _facts(file: Path) -> os.stat_result | None:
