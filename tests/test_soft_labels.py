@@ -420,6 +420,7 @@ def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytes
     assert [shelf.fetch(name) != [] for name in ("a", "b", "c", "none")] == [False, True, True, False]
     shelf.offer("d", b"d" * 90)  # two have to go for it
     assert [shelf.fetch(name) != [] for name in ("b", "c", "d")] == [False, False, True]
+    assert sum(size for _, size in shelf._views.values()) <= 100
     shelf.offer("e", b"e" * 101)
     assert list(shelf._views) == ["d"]
 
