@@ -497,6 +497,11 @@ def test_no_port_is_open_that_is_not_named(tmp_path: Path) -> None:
         finally:  # or leaving would wait for ever
             shown.terminate()
             sweep.terminate()
+    # a process has no command line for the moment in which it ends, or changes its title; its socket has been seen
+    # before, or is seen after, with its name
+    nameless = {found for found in seen if not found[0]}
+    seen -= nameless
+    assert {found[1:] for found in nameless} <= {found[1:] for found in seen}, sorted(nameless)
     kinds = {kind for kind, _, _ in seen}
     assert kinds >= {"tfkd_ray", "gcs_server", "raylet", "dashboard.py", "worker", "driver"}, kinds
     assert not [found for found in seen if not may(*found)], sorted(seen)
