@@ -582,6 +582,10 @@ def test_one_precision_for_a_sweep_that_searches_the_student(
     space = build_space({"objective": ["ce", "lsr"], "student": {"choices": list(students)}})
     found = {branch.config({"student": student}).precision for branch in space.branches for student in students}
     assert found == {precision} and space.tree["precision"] == precision
+    many = {"choices": [k / 100 for k in range(1, 20)]}  # more combinations of them than are looked at
+    objective = ["ce", {"name": "tfkd_reg", "alpha": many, "temperature": {"choices": list(range(2, 20))}}]
+    space = build_space({"objective": objective, "student": {"choices": list(students)}})
+    assert {branch.example.precision for branch in space.branches} == {precision}
     with pytest.raises(ConfigError, match="precision: one value for the whole sweep"):
         build_space({"objective": "ce", "precision": {"choices": ["fp32", "bf16"]}})
 

@@ -1173,12 +1173,9 @@ def _branch(tree: Tree) -> Branch:
     for p in parameters:
         problems += _not_searchable(p.path, p.domain, p.name)
     branch = Branch(objective, template, parameters)
-    precisions = set()
     for values in _corners(parameters):
         try:
-            config = branch.config(values)
-            precisions.add(config.precision)
-            allowed = config.objective.searchable
+            allowed = branch.config(values).objective.searchable
             for p in parameters:
                 if p.path[0] == "objective" and allowed is not None and p.path[-1] not in allowed:
                     problems.append(
@@ -1190,6 +1187,9 @@ def _branch(tree: Tree) -> Branch:
     if problems:
         raise ConfigError(problems)
     # one for the sweep, also where students are searched: that of those that gain, as the others lose little
+    first = {p.name: p.domain.probes[0] for p in parameters}
+    students = itertools.islice(_every_choice([p for p in parameters if p.path[0] == "student"]), MAX_CORNERS)
+    precisions = {branch.config({**first, **values}).precision for values in students}
     template |= {"precision": "bf16" if "bf16" in precisions else "fp32"}
     return branch
 
