@@ -1,6 +1,7 @@
 # make demo   set up, then run the sweep of the README
 # make test   set up, then run the tests            make test-fast   those that need no Ray
 # make check  format, lint, types                   make ci          what CI runs
+# make test-tools  what needs g++, ssh, PostgreSQL or Fashion-MNIST, which a fresh machine lacks (as root, after apt-get)
 # make test-docs  the commands, code and notebook of README and docs, as they stand there (8 minutes)
 # make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-docs test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
+.PHONY: help demo test test-fast test-tools test-docs test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -38,14 +39,20 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster' and 'gpu', on two processes; one of them has the Ray cluster"
-	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not gpu' -n 2 --dist loadgroup $(ARGS)
+	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on two processes; one of them has the Ray cluster"
+	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 --dist loadgroup $(ARGS)
+
+TOOLS := g++ openssh-client postgresql dataset-fashion-mnist
+test-tools: $(VENV)/.installed
+	@command -v g++ >/dev/null && command -v ssh >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+		&& test -d /usr/share/datasets/fashion-mnist || { echo "test-tools: needs, as root: apt-get install $(TOOLS)"; exit 2; }
+	@$(BIN)/python -m pytest -m 'tools and not fault and not cluster' $(ARGS)
 
 test-docs: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m docs $(ARGS)
 
 test-fast: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'not ray and not slow and not docs and not fault and not browser and not cluster and not gpu' -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -m 'not ray and not slow and not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 $(ARGS)
 
 test-faults: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m fault $(ARGS)
@@ -89,7 +96,7 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
-ci: check test test-docs test-faults-short test-cluster-short test-browser
+ci: check test test-tools test-docs test-faults-short test-cluster-short test-browser
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true

@@ -262,11 +262,9 @@ def test_every_missing_file_is_named_at_once(tmp_path: Path) -> None:
         Mnist(root=tmp_path).check()
 
 
+@pytest.mark.tools
 def test_the_real_fashion_mnist() -> None:
     data = FashionMnist()
-    if not data.root.is_dir():
-        assert not os.environ.get("CI"), "CI has Fashion-MNIST: see .ci/run"
-        pytest.skip(f"{data.root} is not there: apt-get install dataset-fashion-mnist")
     images, labels = data._official("train")
     assert images.shape == (60_000, 1, 28, 28) and labels.bincount().tolist() == [6_000] * 10
     values = images.double()

@@ -422,6 +422,7 @@ print(json.dumps([metrics[-1]["train_loss"], metrics[-1]["val_nll"], hits, misse
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alone(tmp_path: Path) -> None:
     """In processes of their own, as trials of a sweep that differ in their learning rate."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

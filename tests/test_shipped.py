@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 from conftest import SHIPPED
-from test_data import batches, write_cifar, write_tiny
+from test_data import batches, write_cifar, write_idx, write_tiny
 from test_folder import write_folder
 
 from tfkd_ray.data import Cifar100
@@ -35,6 +35,9 @@ def scaled_down(path: Path, place: Path) -> Space:
         data |= {"root": str(write_tiny(place))}
     elif name == "imagenet":  # a thousand classes are too many files
         data |= {"name": "image_folder", "num_classes": 2, "root": str(write_folder(place, train=4, side=232))}
+    elif name == "fashion_mnist":
+        write_idx(place, gz=True)
+        data |= {"root": str(place)}
     else:
         data |= {"subset": 200}
     tree |= {"data": data, "workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1, "epochs": 1}
