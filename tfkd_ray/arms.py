@@ -9,7 +9,7 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -389,12 +389,14 @@ def new_comparison(
 ) -> None:
     """Make a comparison's directory; wrong input is a ConfigError, raised before anything is written."""
     remote.check_new(directory)
+    digest = compared.example.data.pinned().digest
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
     about = {
         **about_now([masked(word) for word in sys.argv]),
         "id": uuid.uuid4().hex,
         "loop_version": LOOP_VERSION,
         "fail_if_not_better": strict,
+        "digest": digest,
         "seeds": list(seeds),
         "teacher_per_seed": teacher_per_seed,
         "hold_out": hold_out,
@@ -423,10 +425,18 @@ class Comparison:
     is_trained: bool
     """Whether every run has come to its end."""
 
+    digest: str | None = None
+    """Of the data that its runs are trained on; None in one that began before data had digests."""
+
     @property
     def data(self) -> Dataset:
         """What all runs are trained and judged on."""
         return self.runs[0].config.data
+
+    @property
+    def runs_on_data(self) -> list[Run]:
+        """Its runs, on the data that it began with."""
+        return [replace(run, config=run.config.with_digest(self.digest)) for run in self.runs]
 
 
 def read_comparison(directory: Path) -> Comparison:
@@ -440,10 +450,11 @@ def read_comparison(directory: Path) -> Comparison:
         options = {key: bool(about[key]) for key in ("teacher_per_seed", "hold_out")}
         runs = runs_of(arms, [int(seed) for seed in about["seeds"]], **options)
         made_with = (str(about["versions"]["torch"]), int(about["loop_version"]))
+        digest = str(about["digest"]) if "digest" in about else None
         id, strict = str(about["id"]), bool(about["fail_if_not_better"])
     done = {record.name for record in read_records(directory) if record.status == "done"}
     is_trained = done >= {run.name for run in runs}
-    return Comparison(arms, runs, options["hold_out"], id, strict, made_with, is_trained)
+    return Comparison(arms, runs, options["hold_out"], id, strict, made_with, is_trained, digest)
 
 
 # --- presets ---------------------------------------------------------------------------------------------------

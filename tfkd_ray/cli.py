@@ -1088,6 +1088,7 @@ def _teacher_train(args: argparse.Namespace) -> int:
     from tfkd_ray.tune import TeacherFailed, prepare, train_teachers
 
     storage = _storage_here(args.storage).expanduser().absolute()
+    runs = [run.pinned() for run in runs]
     try:
         for run in runs:
             prepare(run, storage)
@@ -1119,7 +1120,7 @@ def _train(args: argparse.Namespace) -> int:
 
     check_writable(out, "--out DIR")
     _have_data(config, args)
-    _check_same_run(config, out)
+    config = _same_run(config, out)
     pressed: list[int] = []
 
     def after_the_epoch(number: int, frame: Any) -> None:
@@ -1148,14 +1149,18 @@ def _train(args: argparse.Namespace) -> int:
     return OK
 
 
-def _check_same_run(config: "TrainConfig", out: Path) -> None:
-    """Raise where a directory holds another run than this one."""
+def _same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
+    """The run with the digest of its data; a ConfigError where a directory holds another run, or one on other data."""
     from tfkd_ray.config import TrainConfig
     from tfkd_ray.schema import ConfigError, read_yaml, validated
 
     path = out / "config.yaml"
-    if path.exists() and validated(TrainConfig, read_yaml(path), path).fingerprint() != config.fingerprint():
-        raise ConfigError("holds another run (see its config.yaml); choose another directory: --out DIR", out)
+    if path.exists():
+        there = validated(TrainConfig, read_yaml(path), path)
+        config = config.with_digest(there.data.digest)
+        if there.fingerprint() != config.fingerprint():
+            raise ConfigError("holds another run (see its config.yaml); choose another directory: --out DIR", out)
+    return config.pinned()
 
 
 def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:

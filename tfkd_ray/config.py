@@ -8,14 +8,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tfkd_ray.augment import Augment
-from tfkd_ray.data import Data, Dataset, Digits
-from tfkd_ray.models import Mlp, Model, Own, Timm
+from tfkd_ray.data import Data, Dataset, Digits, Level, Spread
+from tfkd_ray.models import Mlp, Model, Network, Own, Timm
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
 from tfkd_ray.schema import Settings, did_you_mean, members, named, tag
 
@@ -106,8 +106,21 @@ def _absolute(weights: str) -> str:
     return weights if elsewhere else str(Path(weights).absolute())
 
 
+class TeacherInput(Settings):
+    """How the images are prepared that a network with weights from elsewhere was trained on."""
+
+    mean: Annotated[tuple[Level, ...], Field(min_length=1)]
+    """Per channel, in units of a uint8 step (0 to 255); ImageNet's are 123.675, 116.28 and 103.53."""
+    std: Annotated[tuple[Spread, ...], Field(min_length=1)]
+    """In the same units; ImageNet's are 58.395, 57.12 and 57.375."""
+    size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Height and width in pixels, to which images are resized. None: as the data has them."""
+
+
 class TeacherConfig(Settings):
     """How the teacher is made: trained on the student's train split with hard labels, or taken from a file."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"input"})
 
     model: Model | None = None
     """Its network. None: the student's own, which is what makes `tfkd_self`."""
@@ -127,6 +140,9 @@ class TeacherConfig(Settings):
     weights: Annotated[str, AfterValidator(_absolute)] | None = None
     """A teacher from elsewhere, not trained here: a file (safetensors, or a torch state_dict), or `torchvision`, or
     `torchvision:NAME` for one of its sets of ImageNet weights. What it was trained on is not known here."""
+    input: TeacherInput | None = None
+    """The normalisation and size that `weights` were trained with. None: those of torchvision's weights or of timm's
+    network, and for any other file those of the data."""
     labels: Literal["auto", "bank", "online"] = "auto"
     """bank: its logits are computed once for each epoch's view of the images, kept on the node in half precision, and
     shared by all trials that see that view. online: computed in every step. auto: bank, but for tiny teachers."""
@@ -215,10 +231,11 @@ class TrainConfig(Settings):
         if self.augment.resized_crop and not self.data.streams:
             problems.append(f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory")
         model = self.teacher.model if self.teacher else None
-        for path, network in (("student", self.student), ("teacher.model", model)):
+        sizes = self._teacher_shape()
+        for path, network, shape in (("student", self.student, self.data.shape), ("teacher.model", model, sizes)):
             try:
                 if network is not None:
-                    network.check(self.data.shape)
+                    network.check(shape)
             except ValueError as error:
                 problems.append(f"{path}.{error}")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
@@ -249,6 +266,15 @@ class TrainConfig(Settings):
             yield "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
         if self.init == "trained" and teacher.model not in (None, self.student):
             yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
+        if teacher.input is not None and teacher.weights is None:
+            yield (
+                "teacher.input: is for teacher.weights; a teacher that is trained here sees images as the student "
+                "does; leave it out"
+            )
+        elif teacher.input is not None:
+            for name, values in (("mean", teacher.input.mean), ("std", teacher.input.std)):
+                if len(values) != self.data.shape[0]:
+                    yield f"teacher.input.{name}: {len(values)} values for {self.data.shape[0]} channels"
         epochs = teacher.epochs or self.epochs
         if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
             yield f"teacher.stop_epoch: must be at most teacher.epochs, {epochs}, got {teacher.stop_epoch}"
@@ -298,6 +324,7 @@ class TrainConfig(Settings):
             stop_epoch=teacher.stop_epoch,
             stop_accuracy=teacher.stop_accuracy,
             weights=teacher.weights,
+            input=teacher.input,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=min(self.gpus_per_worker, 1),
             accelerator_type=self.accelerator_type,
@@ -308,9 +335,26 @@ class TrainConfig(Settings):
 
     def try_networks(self) -> None:
         """Build the networks that are not ours, so that what is wrong with one is found before anything starts."""
-        for network in (self.student, self.teacher and self.teacher.model):
+        teacher = self.teacher and self.teacher.model
+        for network, shape in ((self.student, self.data.shape), (teacher, self._teacher_shape())):
             if isinstance(network, Own | Timm):
-                network.build(self.data.shape, self.data.num_classes)
+                network.build(shape, self.data.num_classes)
+
+    def _teacher_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the teacher is given."""
+        teacher = self.teacher or TeacherConfig()
+        shown = known_input(teacher.weights, teacher.model or self.student, teacher.input, self.data)
+        return resized(self.data.shape, shown)
+
+    def pinned(self) -> Self:
+        """The same run on the data that are here, which it names by their digest; see `Dataset.pinned`."""
+        return self.model_copy(update={"data": self.data.pinned()})
+
+    def with_digest(self, digest: str | None) -> Self:
+        """The same run on data of this digest, where it does not say one itself."""
+        if self.data.digest is not None or digest is None:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"digest": digest})})
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Whether the run ends with the epoch of these metrics."""
@@ -318,8 +362,8 @@ class TrainConfig(Settings):
 
     def fingerprint(self, *more: Any) -> str:
         """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
-        out: Any = {**dict.fromkeys([*RUN_ONLY, "recipe", "teacher"], True), "data": self.data.places}
-        tree = self.model_dump(mode="json", exclude=out)
+        tree = {name: value for name, value in self.content().items() if name not in {*RUN_ONLY, "recipe", "teacher"}}
+        tree["data"] = self.data.identity()
         teacher = self.teacher_run()
         text = json.dumps([tree, teacher and teacher.fingerprint(), self.banked, *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -331,6 +375,8 @@ class TeacherRun(TrainConfig):
     stop_epoch: Count | None = None
     stop_accuracy: float | None = None
     weights: str | None = None
+    input: TeacherInput | None = None
+    later: ClassVar[frozenset[str]] = frozenset({"input"})
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Whether the run ends with the epoch of these metrics."""
@@ -342,9 +388,32 @@ class TeacherRun(TrainConfig):
         """As of any run; of weights from elsewhere, by their name, the network and the data."""
         if self.weights is None:
             return super().fingerprint(*more)
-        tree = self.model_dump(mode="json", include={"weights", "student"})
-        tree["data"] = self.data.model_dump(mode="json", exclude=self.data.places)
+        tree = {"weights": self.weights, "student": self.student.content(), "data": self.data.identity()}
+        if (shown := self.shown) is not None:
+            tree["input"] = shown.content()
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def shown(self) -> TeacherInput | None:
+        """How images are prepared for weights from elsewhere; None: as the data has them."""
+        return known_input(self.weights, self.student, self.input, self.data)
+
+
+def known_input(
+    weights: str | None, network: Network, given: TeacherInput | None, data: Dataset
+) -> TeacherInput | None:
+    """The input that weights from elsewhere were trained with: as it is given, or known of torchvision and timm."""
+    if weights is None or given is not None:
+        return given
+    if isinstance(network, Timm) or weights.partition(":")[0] == "torchvision":
+        known = network.trained_with(data.shape)
+        return TeacherInput(mean=known[0], std=known[1], size=known[2]) if known else None
+    return None
+
+
+def resized(shape: tuple[int, int, int], shown: TeacherInput | None) -> tuple[int, int, int]:
+    """(C, H, W) of images for such an input."""
+    return shape if shown is None or shown.size is None else (shape[0], shown.size, shown.size)
 
 
 TEACHER_RECIPE = {"optim", "schedule"}

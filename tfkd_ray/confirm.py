@@ -28,7 +28,7 @@ from tfkd_ray import remote, teachers, verdict
 from tfkd_ray.arms import Arm, Arms, Comparison, Run, read_comparison
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
-from tfkd_ray.data import Dataset
+from tfkd_ray.data import Dataset, digest_of
 from tfkd_ray.evaluate import predictions
 from tfkd_ray.experiment import Record, check_writable, read_records, trials_folder, write_record, write_text
 from tfkd_ray.images import Images
@@ -99,7 +99,7 @@ def comparison_tuner(
             f"{here[0]} and {here[1]}: its runs would not be pairs; begin a new comparison",
             directory,
         )
-    runs = compared.runs
+    runs = compared.runs_on_data
     check_writable(directory, "a directory of yours")
     config = runs[0].config
     for arm in compared.arms.arms:
@@ -113,7 +113,7 @@ def comparison_tuner(
 
     needed = {made.fingerprint(): made for run in runs if (made := run.config.teacher_run())}
     try:
-        train_teachers(needed.values(), directory.parent, on_teacher, lost)
+        train_teachers(needed.values(), directory.parent, on_teacher, lost, on_note)
     except BaseException:
         lock.release()
         raise
@@ -180,7 +180,7 @@ def judge_on_test(directory: Path, on_run: Callable[[str], None] | None = None) 
 
 def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, Any]:
     compared = read_comparison(directory)
-    runs = compared.runs
+    runs = compared.runs_on_data
     records = {record.name: record for record in read_records(directory)}
     done = [run for run in runs if run.name in records and records[run.name].status == "done"]
     if not done:
@@ -195,8 +195,9 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
         if path.exists():
             continue
         if test is None:
-            test = data.load_test().on(device)
-            _note_opening(directory, compared)
+            test = data.load_test()
+            _note_opening(directory, compared, digest_of(test))
+            test = test.on(device)
         if on_run:
             on_run(run.name)
         network = run.config.student.build(data.shape, data.num_classes)
@@ -222,17 +223,27 @@ def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, 
 
 def split_id(data: Dataset) -> str:
     """Which test split that is: the data set's name, and whatever else decides about its test images."""
-    other = {"val_fraction", "split_seed", "subset", "check_md5", "image_size", "mean", "std"}
+    other = {"val_fraction", "split_seed", "subset", "check_md5", "image_size", "mean", "std", "digest"}
     tree = data.model_dump(mode="json", exclude=data.places | other)
     return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
 
 
-def _note_opening(directory: Path, compared: Comparison) -> None:
+def _note_opening(directory: Path, compared: Comparison, digest: str) -> None:
+    """Record that the test split is opened, and what it is; refuse one that has changed since this comparison began."""
+    for opened in openings(directory.parent, compared.data):
+        if opened.get("id") == compared.id and opened.get("digest", digest) != digest:
+            raise ConfigError(
+                f"the test split of {compared.data.name} has changed since this comparison opened it on "
+                f"{opened['when'][:10]} (digest {digest}, then {opened['digest']}): put that one back, or begin a new "
+                "comparison",
+                directory,
+            )
     line = {
         "test": split_id(compared.data),
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "experiment": directory.name,
         "id": compared.id,
+        "digest": digest,
     }
     with (directory.parent / OPENINGS).open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -241,13 +252,14 @@ def _note_opening(directory: Path, compared: Comparison) -> None:
 
 
 def openings(storage: Path, data: Dataset) -> list[dict[str, str]]:
-    """When the test split of a data set was opened, in this storage, first to last."""
+    """When the test split of a data set was opened, in this storage, first to last; the same one elsewhere, too."""
     split, path = split_id(data), storage / OPENINGS
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # cut by a full disk
             found.append(json.loads(line))
-    return [line for line in found if line["test"] == split]
+    known = {line["digest"] for line in found if line["test"] == split and "digest" in line}
+    return [line for line in found if line["test"] == split or line.get("digest") in known]
 
 
 # --- what came out ---------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -40,7 +41,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from torch import Tensor
 
-from tfkd_ray.files import ArraysOnly, cached, read_at_most, whole_file
+from tfkd_ray.files import ArraysOnly, cached, cached_file, read_at_most, remembered, state_of, whole_file
 from tfkd_ray.images import FolderSet, Images, ImageSet, decoded, generator, rgb
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
 
@@ -102,6 +103,9 @@ class Dataset(Settings):
     """Whether images stay on the disk and are decoded when they are needed."""
     places: ClassVar[set[str]] = {"root", "readers"}
     """Settings that say where the images are and how they are read, and change no number."""
+    known_by_digest: ClassVar[set[str]] = set()
+    """Settings that tell data sets apart, and need not where their digest does."""
+    later: ClassVar[frozenset[str]] = frozenset({"digest"})
     recipes: ClassVar[dict[str, dict[str, Any]]] = {"plain": {}, "modern": MODERN}
     """Settings by recipe name, for whatever a configuration does not say; the first is the default."""
 
@@ -112,10 +116,50 @@ class Dataset(Settings):
     """About how many images of the official train set to use, the same part of every class; None: all."""
     split_seed: int = 0
     """Which images those are: fixed by (data set, split_seed), whatever the trial's seed."""
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    """What the official train set is: see `digest_of`. None: found when an experiment begins, which records it. Data of
+    another digest are refused, so that no experiment mixes two data sets."""
 
     def load(self) -> tuple[Images, Images | None]:
         """(train, validation): disjoint, stratified, both from the official train set; None if nothing is held out."""
-        return _load(self)
+        found = _load(self._of_any_digest)
+        if self.digest is not None and found.digest != self.digest:
+            raise ConfigError(f"data {self.name}: {self._other_data(found)}")
+        return found.train, found.val
+
+    def pinned(self) -> Self:
+        """The data set with the digest of what is here; a ConfigError if it has that of other data."""
+        if self.digest is None:
+            found = _load(self._of_any_digest)
+            if not found.checked:
+                self._check_same_again(found)
+                found.checked = True
+            return self.model_copy(update={"digest": found.digest})
+        self.load()
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes these images the ones they are, as JSON: the settings, but for places, and the digest."""
+        out = self.places | (self.known_by_digest if self.digest else set())
+        return {name: value for name, value in self.content().items() if name not in out}
+
+    @property
+    def _of_any_digest(self) -> Self:
+        return self.model_copy(update={"digest": None})
+
+    def _other_data(self, found: "_Loaded") -> str:
+        """Says that the data here are not those of the digest."""
+        return (
+            f"the train images or labels here are others than those that were recorded (digest {found.digest}, not "
+            f"{self.digest}); put those back, or begin a new experiment, whose teachers are trained anew"
+        )
+
+    def _check_same_again(self, found: "_Loaded") -> None:
+        """Raise a ConfigError where loading again gives other images."""
+
+    def _sources(self, split: Split) -> list[Path]:
+        """Files that a split comes from, whole and unchanged while they are; none where that cannot be said."""
+        return []
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) per channel, in units of a uint8 step: the known ones, or else those of train and validation."""
@@ -262,6 +306,9 @@ class IdxDataset(FileDataset):
         for stem, md5 in zip([*self._files("train"), *self._files("test")], self.md5s, strict=True):
             if not self._found(stem):
                 self._fetch(f"{self.url}/{stem}.gz", md5, self.root.expanduser() / f"{stem}.gz")
+
+    def _sources(self, split: Split) -> list[Path]:
+        return self._paths(*self._files(split))
 
     def _files(self, split: Split) -> tuple[str, str]:
         """(images, labels), without `.gz`."""
@@ -471,6 +518,10 @@ class CifarDataset(FileDataset):
         kept = f"{self.name}-{split}" + "-md5" * self.check_md5
         return cached(kept, [source], lambda: self._joined(source, names, self._from_archive(source, names)))
 
+    def _sources(self, split: Split) -> list[Path]:
+        source = self._source()
+        return [source / name for name in self.batches[split]] if source.is_dir() else [source]
+
     def _joined(self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]) -> tuple[Tensor, Tensor]:
         parts = [self._batch(source / name, raw[name]) for name in names]
         return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
@@ -632,11 +683,19 @@ class TinyImagenet(FileDataset):
         if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
             raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
         files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
+        lists = [folder / "wnids.txt", *([folder / "val/val_annotations.txt"] if split == "test" else [])]
         return cached(
             f"{self.name}-{split}",
-            [path for path, _ in files],
+            [*(path for path, _ in files), *lists],
             lambda: (self._images([path for path, _ in files]), torch.tensor([k for _, k in files])),
         )
+
+    def _sources(self, split: Split) -> list[Path]:
+        """The file of decoded images, which is replaced when one of 100,000 images changes."""
+        folder = self._folder()
+        wnid = min(self._text(folder / "wnids.txt").split(), default="")
+        first = min((folder / split / wnid / "images").glob("*.JPEG"), default=None)
+        return [cached_file(f"{self.name}-{split}", first)] if first else []
 
     def _train_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         found = []
@@ -790,6 +849,7 @@ class ImageFolder(FolderDataset):
     """Image files of your own."""
 
     places: ClassVar[set[str]] = {"readers"}  # here the folder is what tells one data set from another
+    known_by_digest: ClassVar[set[str]] = {"root"}
     origin: ClassVar[str] = "put images at root/train/CLASS/ and root/val/CLASS/"
 
     name: Literal["image_folder"] = "image_folder"
@@ -870,6 +930,7 @@ class Own(Dataset):
     is called in every process that trains, and must return the same each time.
     """
 
+    known_by_digest: ClassVar[set[str]] = {"path", "args"}
     origin: ClassVar[str] = "the function at data.path makes it"
 
     name: Literal["own"] = "own"
@@ -937,6 +998,17 @@ class Own(Dataset):
             raise self._returned(split, f"{problem} (data.num_classes is {self.num_classes})")
         return images, labels.long()
 
+    def _other_data(self, found: "_Loaded") -> str:
+        self._check_same_again(found)
+        return super()._other_data(found) + (
+            f". {self.path} must return the same in every process: seed what is random in it, and sort what it lists"
+        )
+
+    def _check_same_again(self, found: "_Loaded") -> None:
+        if digest_of(self._whole("train")) != found.digest:
+            problem = "returns other images or labels at each call"
+            raise self._returned("train", f"{problem}; seed what is random in it, so that all trials see the same")
+
     def _returned(self, split: Split, problem: str) -> ConfigError:
         return ConfigError(f"data own: {self.path}, called for {split!r}: {problem}")
 
@@ -980,11 +1052,79 @@ def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, T
     return (~out).nonzero()[:, 0], out.nonzero()[:, 0]
 
 
+@dataclass
+class _Loaded:
+    whole: Images
+    """The official train set."""
+    train: Images
+    val: Images | None
+    state: str | None
+    """Of the files it was read from; None: not in files that are whole."""
+    checked: bool = False
+    """Whether it is known to be the same when it is loaded again."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the official train set, whatever part of it is used."""
+        if self.state is None:
+            return digest_of(self.whole)
+        return remembered(self.state, lambda: digest_of(self.whole))
+
+
 @functools.lru_cache(maxsize=4)
-def _load(data: Dataset) -> tuple[Images, Images | None]:
+def _load(data: Dataset) -> _Loaded:
+    before = _state(data)  # before it is read: what is written meanwhile is read again
     whole = data._whole("train")
     train, val = split(whole.labels, data)
-    return whole.part(train), whole.part(val) if len(val) else None
+    return _Loaded(whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data))
+
+
+def _state(data: Dataset) -> str | None:
+    sources = data._sources("train")
+    if not sources or not all(path.is_file() for path in sources):
+        return None
+    return state_of(sources)
+
+
+def forget_loaded() -> None:
+    """Free what was loaded, in a process that only had to know what it is."""
+    _load.cache_clear()
+
+
+BLOCK = 1024
+"""Words of 8 bytes that are summed up into one for the digest."""
+
+
+def digest_of(images: Images) -> str:
+    """32 hex digits that tell an official set from others: of its labels, their order, and its images.
+
+    Images in memory count by their content. Of images that stay in their files the content is not read: their names,
+    below the folder, and sizes count, so that a file of the same name and size is taken for the same. No time counts.
+    """
+    found = hashlib.sha256(images.labels.numpy().astype("<i8").tobytes())
+    if isinstance(images, FolderSet):
+        for file in images.files:
+            size = os.stat(f"{images.folder}/{file}").st_size  # noqa: PTH116  # a Path would take as long again
+            found.update(os.fsencode(f"{file}\0{size}\0"))
+    else:
+        found.update(repr(tuple(images.stored.shape)).encode())
+        for part in _summed(images.stored.contiguous().numpy().reshape(-1)):
+            found.update(part)
+    return found.hexdigest()[:32]
+
+
+def _summed(content: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[bytes]:
+    """The content in 1/512 of its bytes, for a hash 8 times as fast as SHA-256, and no protection against forgery.
+
+    Two sums of each block's words, modulo 2^64, with odd factors: one changed word always changes them; of changes of
+    several words, one in 2^14 could be missed if all were in the highest byte, and far fewer of any others.
+    """
+    end = len(content) // (8 * BLOCK) * 8 * BLOCK
+    words = content[:end].view("<u8").reshape(-1, BLOCK)
+    factors = np.frombuffer(hashlib.shake_256(b"tfkd_ray").digest(16 * BLOCK), "<u8").reshape(2, BLOCK) | np.uint64(1)
+    for row in factors:
+        yield np.einsum("bw,w->b", words, row).astype("<u8").tobytes()
+    yield content[end:].tobytes()
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -40,13 +41,8 @@ def cached(name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Te
     """
     from safetensors.torch import save_file
 
-    digest = hashlib.sha256()
-    first = None
-    for path in read:
-        first = first or hashlib.sha256(str(path).encode()).hexdigest()[:16]
-        facts = path.stat()
-        digest.update(f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
-    kept, key = cache_folder() / f"{name}-{first}.safetensors", digest.hexdigest()
+    paths = list(read)
+    kept, key = cached_file(name, paths[0]), state_of(paths)
     found = _kept(kept, key)
     if found is None:
         images, labels = found = make()
@@ -58,6 +54,32 @@ def cached(name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Te
         except (OSError, SafetensorError):
             return found
         found = _kept(kept, key) or found  # mapped: processes that read it share its memory
+    return found
+
+
+def cached_file(name: str, first: Path) -> Path:
+    """Where `cached` keeps what it made of files, the first of them."""
+    return cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.safetensors"
+
+
+def state_of(paths: Iterable[Path]) -> str:
+    """A key that changes when one of the files does: of their paths, sizes and times."""
+    found = hashlib.sha256()
+    for path in paths:
+        facts = path.stat()
+        found.update(os.fsencode(path) + f"\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
+    return found.hexdigest()
+
+
+def remembered(state: str, make: Callable[[], str]) -> str:
+    """The digest that `make` takes of files in a state (`state_of`), which this node remembers from then on."""
+    path = cache_folder() / "digests" / state
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{32}", found := path.read_text()):
+            return found
+    found = make()
+    with contextlib.suppress(OSError), whole_file(path) as part:
+        part.write_text(found)
     return found
 
 

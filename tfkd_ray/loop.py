@@ -257,6 +257,8 @@ def train_in(
     was the last.
     """
     state = load_state(directory, say)
+    if state is None or state["run"] != config.fingerprint(LOOP_VERSION):  # else it began before data had digests
+        config = config.pinned()
     if state:
         _check_run(state, config)
     _check_same_epoch(state["epoch"] if state else 0)
@@ -390,7 +392,9 @@ def split_batches(order: Tensor, batch_size: int, workers: int) -> list[Tensor]:
 def _check_run(state: State, config: TrainConfig) -> None:
     run = config.fingerprint(LOOP_VERSION)
     if state["run"] != run:
-        raise ValueError(f"the state is of another run: {state['run']}, not {run} (configuration or loop version)")
+        raise ValueError(
+            f"the state is of another run: {state['run']}, not {run} (configuration, data or loop version)"
+        )
 
 
 def _check_same_epoch(epoch: int) -> None:

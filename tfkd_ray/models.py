@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from tfkd_ray.data import imported, is_only_reading
 from tfkd_ray.schema import ConfigError, Settings, named
 
+Prepared = tuple[tuple[float, ...], tuple[float, ...], int | None]
+"""(mean, std) per channel in units of a uint8 step, and height and width in pixels."""
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -41,6 +43,14 @@ class Network(Settings):
     def operations(self, shape: tuple[int, int, int]) -> float:
         """Multiplications and additions of a forward pass of an image (C, H, W), where they may be few; or infinity."""
         return math.inf
+
+    def trained_with(self, shape: tuple[int, int, int]) -> "Prepared | None":
+        """How images were prepared for the weights that its library offers; None if that is not known.
+
+        Args:
+            shape: of the images that are here.
+        """
+        return None
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """A new module, weights drawn from torch's global generator; shape is (C, H, W)."""
@@ -246,6 +256,10 @@ class TorchvisionNetwork(Network):
             self.shrink(network)
         return network
 
+    def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
+        """ImageNet's mean and std at 224 pixels, as of all of these in torchvision but GoogLeNet, which is refused."""
+        return (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255), 224
+
     def original(self, num_classes: int) -> nn.Module:
         """torchvision's own network, for 3 channels and large images."""
         from torchvision.models import get_model  # type: ignore[import-untyped]
@@ -438,6 +452,23 @@ class Timm(Network):
             raise ValueError(
                 f"args.{key}: not for you to set: weights are random, the rest is the data's; leave it out"
             )
+
+    def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
+        """What timm says of its weights; None where the network is another than theirs: a small stem, other patches."""
+        changed = self.stem == "small" and min(shape[1:]) <= SMALL_IMAGE
+        try:
+            self.check(shape)
+        except ValueError:  # which is said elsewhere
+            return None
+        if changed or "img_size" in self.args:
+            return None
+        import timm
+
+        about = timm.get_pretrained_cfg(self.model) or timm.get_pretrained_cfg(self.model.partition(".")[0])
+        if about is None or len(about.mean) != shape[0]:
+            return None
+        mean, std = (tuple(255 * float(value) for value in values) for values in (about.mean, about.std))
+        return mean, std, int(about.input_size[-1])
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         self.check(shape)

@@ -20,6 +20,7 @@ from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.receipt import expected_epochs, reaching, shares
 from tfkd_ray.soft_labels import limit
 from tfkd_ray.space import Space
+from tfkd_ray.weights import untrained
 
 PROBE_STEPS = 8
 """Steps that a probe trains, after one that warms up."""
@@ -172,7 +173,7 @@ def _epoch_seconds(config: TrainConfig) -> float:
         changes |= {"objective": CrossEntropy(), "teacher": None}
     short = config.model_copy(update=changes)
     run = short.teacher_run()
-    teacher = run.student.build(config.data.shape, config.data.num_classes) if run else None
+    teacher = untrained(run) if run else None
     *_, last = train(short, teacher=teacher)
     train_set, val_set = config.data.load()
     images = len(train_set) + (len(val_set) if val_set is not None else 0) / 3  # judging is about a third of training
@@ -184,7 +185,7 @@ def _view_seconds(run: TeacherRun) -> float:
     device = torch.device("cuda", torch.cuda.current_device()) if run.gpus_per_worker else torch.device("cpu")
     train_set, _ = run.data.load()
     some = train_set.part(torch.arange(min(len(train_set), run.optim.batch_size * PROBE_STEPS))).on(device)
-    network = run.student.build(run.data.shape, run.data.num_classes).to(device)
+    network = untrained(run).to(device)
     network = network.to(memory_format=run.student.memory_format)
     for images in (some.part(torch.arange(1, device=device)), some):  # the first warms up
         start = time.perf_counter()

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -55,6 +55,23 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
+
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Settings that a later release added: a fingerprint leaves them out while they have their default, which must be
+    neutral, so that what was made before them keeps its name."""
+
+    def content(self) -> dict[str, Any]:
+        """These settings as JSON, for fingerprints: without what is `later` and at its default."""
+        tree = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in self.later and value == field.get_default(call_default_factory=True):
+                del tree[name]
+            elif isinstance(value, Settings):
+                tree[name] = value.content()
+            elif isinstance(value, tuple | list) and any(isinstance(item, Settings) for item in value):
+                tree[name] = [item.content() if isinstance(item, Settings) else item for item in value]
+        return tree
 
 
 def named(value: Any) -> Any:

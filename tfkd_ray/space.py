@@ -990,9 +990,14 @@ def _place(p: Parameter) -> tuple[Path_, str]:
     return p.path, json.dumps(p.within[1] if p.within else None, sort_keys=True)
 
 
+DIGEST = ("data", "digest")
+
+
 def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
     """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
     left, right = dict(_leaves(a)), dict(_leaves(b))
+    if None in (left.get(DIGEST), right.get(DIGEST)):  # one began before data had digests, or has not begun
+        left[DIGEST] = right[DIGEST] = None
     paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
     kinds = {p[:-1] for p in paths if p[-1] == "name"}
     for path in paths:
@@ -1000,6 +1005,19 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
             continue
         if path[0] not in {"recipe", *RUN_ONLY} and not (path[0] == "data" and path[-1] in Dataset.places):
             yield path, left.get(path), right.get(path)
+
+
+def pinned(space: Space) -> Space:
+    """The same space on the data that are here, which it names by their digest; see `Dataset.pinned`."""
+    return with_digest(space, space.example.data.pinned().digest)
+
+
+def with_digest(space: Space, digest: str | None) -> Space:
+    """The same space on data of this digest."""
+    if space.example.data.digest == digest:
+        return space
+    found = build_space({**space.tree, "data": {**space.tree["data"], "digest": digest}})
+    return dataclasses.replace(found, notes=space.notes)
 
 
 def _leaves(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:

@@ -4,6 +4,7 @@ A teacher lives in `<storage>/teachers/<network>-<fingerprint>/`: `student.safet
 trained) and `teacher.json`, which says how it was made and how good it is on validation.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,14 +19,24 @@ from tfkd_ray import remote
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_weights, save_weights, write_whole
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.evaluate import evaluate
-from tfkd_ray.experiment import read_teacher
+from tfkd_ray.experiment import read_teacher, read_teachers
 from tfkd_ray.loop import LOOP_VERSION, train_in
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.soft_labels import Bank, Elsewhere
+from tfkd_ray.weights import input_of, input_shape, load_outside, show, untrained
 
 
 def teacher_name(config: TeacherRun) -> str:
-    """Name of the teacher that `config` (a `TrainConfig.teacher_run`) makes: network and fingerprint."""
+    """Name of the teacher that `config` (a `TrainConfig.teacher_run`) makes: network and fingerprint.
+
+    Where it does not say which data, by their digest, it is of those that are here.
+    """
+    with contextlib.suppress(ConfigError):  # where there are none, its name is the one of before data had digests
+        config = config.pinned()
+    return _plain_name(config)
+
+
+def _plain_name(config: TeacherRun) -> str:
     return f"{config.student.name}-{config.fingerprint(LOOP_VERSION)}"
 
 
@@ -62,6 +73,7 @@ def train_teacher(
                 "metrics": metrics,
                 "sha256": _sha256(folder / WEIGHTS),
                 "config": config.model_dump(mode="json"),
+                "input": input_of(config),
             }
             if config.weights is not None:
                 about["source_sha256"] = _source_sha256(config)
@@ -80,6 +92,20 @@ def check_source(config: TeacherRun, storage: Path) -> None:
             f"teacher.weights: {config.weights}: has changed since it became teacher {about['name']}; give the new "
             f"file another name, or delete {teacher_folder(config, storage)}"
         )
+
+
+def of_other_data(config: TeacherRun, storage: Path) -> str | None:
+    """Says that a teacher is there that was made the same way, of data that were others; None if there is none."""
+    here = config.data.digest
+    for about in read_teachers(storage):
+        was = about["config"]["data"].get("digest")
+        like = config.data.model_copy(update={"digest": was})
+        if was not in (None, here) and about["name"] == teacher_name(config.model_copy(update={"data": like})):
+            return (
+                f"data {config.data.name}: its images or labels are others than when teacher {about['name']} was made "
+                f"(digest {here}, then {was}): teacher and soft labels are made anew"
+            )
+    return None
 
 
 def _trained(
@@ -102,13 +128,12 @@ def _trained(
 
 def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
     """Copy weights from elsewhere; their metrics on validation, if there is one."""
-    from tfkd_ray.weights import load_outside
-
     assert config.weights is not None, f"{config.weights=}"
     data = config.data
-    weights = load_outside(config.weights, config.student, data.shape, data.num_classes, data)
+    shape = input_shape(config, input_of(config))
+    weights = load_outside(config.weights, config.student, shape, data.num_classes, data)
     save_weights(folder / WEIGHTS, weights, {"from": config.weights})
-    module = config.student.build(data.shape, data.num_classes)
+    module = untrained(config)
     module.load_state_dict(weights)
     val_set = data.load()[1]
     return {} if val_set is None else evaluate(module, data, val_set)
@@ -122,7 +147,13 @@ def _source_sha256(config: TeacherRun) -> str | None:
 
 def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
     """What `teacher.json` says of a trained teacher."""
-    return read_teacher(teacher_folder(config, storage))
+    return read_teacher(_place(config, storage))
+
+
+def _place(config: TeacherRun, storage: Path) -> Path:
+    """Its folder, or that of one that was trained before data had digests."""
+    folder, before = teacher_folder(config, storage), storage / "teachers" / _plain_name(config)
+    return before if not is_trained(config, storage) and (before / "teacher.json").exists() else folder
 
 
 def fetch(config: TeacherRun, storage: Path, *, weights: bool = True) -> None:
@@ -142,14 +173,18 @@ def upload(config: TeacherRun, storage: Path) -> None:
 
 def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
     """A trained teacher, in eval mode, its file checked against the checksum it was written with."""
-    if not is_trained(config, storage):
+    place = _place(config, storage)
+    if not (place / "teacher.json").exists():
         raise FileNotFoundError(
             f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it is trained before a "
             "sweep starts, so either the folder was emptied since, or this node does not see the driver's storage"
         )
-    module = config.student.build(config.data.shape, config.data.num_classes)
-    path = teacher_folder(config, storage) / WEIGHTS
-    module.load_state_dict(load_weights(path, describe(config, storage)["sha256"]))
+    about, data = describe(config, storage), config.data
+    outside = about.get("input") if config.weights is not None else None
+    module = config.student.build(input_shape(config, outside) if outside else data.shape, data.num_classes)
+    module.load_state_dict(load_weights(place / WEIGHTS, about["sha256"]))
+    if outside:
+        show(module, data, outside)
     return module.eval()
 
 
@@ -158,20 +193,29 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
     run = config.teacher_run()
     if run is None:
         return None
-    if not is_trained(run, storage):
+    if not (_place(run, storage) / "teacher.json").exists():
         load_teacher(run, storage)  # says what is wrong
+    about = describe(run, storage)
     of = {
-        "teacher": describe(run, storage)["sha256"],
-        "network": run.student.model_dump(mode="json"),  # weights from elsewhere may be those of several
-        "data": config.data.model_dump(mode="json", exclude=config.data.places),
+        "teacher": about["sha256"],
+        "network": run.student.content(),  # weights from elsewhere may be those of several
+        "data": config.data.pinned().identity(),
         "precision": config.precision,
         "loop": LOOP_VERSION,
     }
+    if run.weights is not None:
+        of["input"] = about.get("input")
     return Bank(lambda: load_teacher(run, storage), of, elsewhere=elsewhere)
 
 
 def find_or_train(config: TrainConfig, storage: Path | str) -> Bank | None:
-    """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none."""
+    """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none.
+
+    The teacher is one for the data that are here, named by their digest; see `TrainConfig.pinned`.
+    """
+    if not config.needs_teacher:
+        return None
+    config = config.pinned()
     run = config.teacher_run()
     if run is None:
         return None

@@ -186,9 +186,11 @@ def _epochs_here(
 
 
 def check_data_here(config: TrainConfig) -> None:
-    """Raise where this node, unlike the driver's, has no copy of the data; with the node and the way out."""
+    """Raise where this node, unlike the driver's, has no copy of the data, or has others; with the node's name."""
     try:
         config.data.check()
+        if config.data.digest is not None:
+            config.data.pinned()
     except ConfigError as error:
         raise ConfigError(
             f"node {socket.gethostname()}: {'; '.join(error.problems)}. Each node reads its own copy: put it there, in "

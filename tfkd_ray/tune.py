@@ -34,7 +34,7 @@ from tfkd_ray.cluster import (
     started_here,
 )  # fmt: skip
 from tfkd_ray.config import TeacherRun, TrainConfig
-from tfkd_ray.data import seal_test_split
+from tfkd_ray.data import forget_loaded, seal_test_split
 from tfkd_ray.experiment import (
     Record,
     check_room_for,
@@ -64,7 +64,17 @@ from tfkd_ray.search import (
     whole_url,
     without_password,
 )
-from tfkd_ray.space import Asha, SearchConfig, Space, build_space, load_space, masked, not_superset
+from tfkd_ray.space import (
+    Asha,
+    SearchConfig,
+    Space,
+    build_space,
+    load_space,
+    masked,
+    not_superset,
+    pinned,
+    with_digest,
+)
 from tfkd_ray.tensorboard import TensorBoard
 from tfkd_ray.trial import Shelf, StudentTrial, check_data_here, resources_of, shelf_name
 
@@ -119,6 +129,8 @@ def build_tuner(
     name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = storage / name
     remote.check_new(experiment)
+    space.example.data.check()
+    space = pinned(space)
     prior_trials(space, priors)
     url = space.search.storage and whole_url(space.search.storage)
     if url:
@@ -126,7 +138,7 @@ def build_tuner(
         _check_free(url, str(space.search.study), begun=is_begun(experiment))
     space = without_password(space)
     prepare(space.example, storage)
-    train_teachers(space.teacher_runs(), storage, on_teacher)
+    train_teachers(space.teacher_runs(), storage, on_teacher, on_note=on_note)
     experiment.mkdir(parents=True, exist_ok=True)
     lock = Lock(experiment)
     (experiment / "study.journal").unlink(missing_ok=True)  # of a driver that was killed while it made this
@@ -218,7 +230,7 @@ def resume_tuner(
         if add_trials or study_storage or space is not None or any(more is not None for more in budgets.values()):
             about["space"] = new.tree
             write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
-        train_teachers(new.teacher_runs(), experiment.parent, on_teacher)
+        train_teachers(new.teacher_runs(), experiment.parent, on_teacher, on_note=on_note)
         ray_configs = tune.TuneConfig(), tune.RunConfig()
         tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
         undone.pop_all()
@@ -300,6 +312,8 @@ def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
 
 def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
     """A wider space to go on in, with the old one's storage; its studies have a name of their own."""
+    if new.example.data.digest is None:
+        new = with_digest(new, old.example.data.digest)
     problems = not_superset(old, new)
     if problems:
         message = "an experiment goes on in its own space, or in one that holds all of it"
@@ -315,8 +329,14 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
 
 
 def prepare(config: TrainConfig, storage: Path) -> None:
-    """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made."""
+    """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made.
+
+    Data that an experiment has recorded are refused where they have changed since.
+    """
     config.data.check()
+    if config.data.digest is not None:
+        config.data.pinned()
+    forget_loaded()
     config.try_networks()
     connect(workers=config.workers)
     check_room(config)
@@ -332,17 +352,22 @@ def train_teachers(
     storage: Path,
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
     on_failure: Callable[[TeacherRun, str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> None:
     """Train the teachers that are not there, as Ray tasks side by side, each on one worker's resources.
 
     Weights from elsewhere are taken by this process, which may be the only one that sees their file. If a teacher fails
     the others are left to finish: they are kept, and `ray.cancel` of a task that just ended can end the driver (Ray
-    2.60). TeacherFailed is raised, or `on_failure` called with the reason.
+    2.60). TeacherFailed is raised, or `on_failure` called with the reason. That data have changed since a teacher was
+    made is told to `on_note`, or to standard error.
     """
     on_teacher = on_teacher or (lambda run, about: None)
+    note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
     runs = list(runs)
     for run in runs:
         teachers.fetch(run, storage, weights=False)
+        if not teachers.is_trained(run, storage) and (changed := teachers.of_other_data(run, storage)):
+            note(changed)
         if run.weights is not None:
             if not teachers.is_trained(run, storage):
                 on_teacher(run, None)

@@ -3,6 +3,7 @@
 A file is read without running anything it holds. What comes back fits the network, or a ConfigError says why not.
 """
 
+import contextlib
 import json
 import pickle
 import re
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tfkd_ray.checkpoint import check_torch
+from tfkd_ray.config import TeacherInput, TeacherRun
 from tfkd_ray.data import Dataset
+from tfkd_ray.experiment import read_teacher
 from tfkd_ray.models import SMALL_IMAGE, Network, TorchvisionNetwork
 from tfkd_ray.schema import ConfigError, did_you_mean
 
@@ -132,6 +136,65 @@ def _content(data: dict[str, Any]) -> dict[str, Any]:
 def _said(content: dict[str, Any]) -> str:
     more = ", ".join(f"{key} {value}" for key, value in content.items() if key != "name")
     return f"{content.get('name')} ({more})" if more else f"{content.get('name')}"
+
+
+# --- how its images were prepared ------------------------------------------------------------------------------
+
+
+def untrained(config: TeacherRun) -> nn.Module:
+    """The teacher's network without its weights; it takes images as the data's statistics make them."""
+    module = config.student.build(input_shape(config, input_of(config)), config.data.num_classes)
+    if config.weights is not None:
+        show(module, config.data, input_of(config))
+    return module
+
+
+def input_of(config: TeacherRun) -> dict[str, Any]:
+    """What images the teacher was trained on: `mean` and `std` per channel, and `size`, None if it is the data's."""
+    if config.weights is not None and config.input is None:
+        beside = Path(config.weights).expanduser().parent / "teacher.json"  # a teacher of ours
+        if config.weights.partition(":")[0] != "torchvision" and beside.is_file():
+            with contextlib.suppress(ConfigError, ValueError):
+                about = read_teacher(beside.parent)
+                of = about["config"]["data"]
+                known = about.get("input") or {"mean": of.get("mean"), "std": of.get("std")}
+                if known["mean"] and known["std"]:
+                    return TeacherInput.model_validate(known).model_dump(mode="json")
+    if config.shown is not None:
+        return config.shown.model_dump(mode="json")
+    mean, std = config.data.statistics()
+    return {"mean": list(mean), "std": list(std), "size": None}
+
+
+def input_shape(config: TeacherRun, shown: dict[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a teacher is given."""
+    channels, height, width = config.data.shape
+    side = shown["size"]
+    return (channels, side or height, side or width)
+
+
+def show(module: nn.Module, data: Dataset, shown: dict[str, Any]) -> None:
+    """Have a network given images as the data's statistics make them, and see them as it was trained with.
+
+    Nothing is done where that is the same. Its state_dict stays as it is.
+    """
+    mean, std = data.statistics()
+    side = shown["size"]
+    fits = side is None or tuple(data.shape[1:]) == (side, side)
+    if fits and (list(mean), list(std)) == (shown["mean"], shown["std"]):
+        return
+    factor = torch.tensor(std) / torch.tensor(shown["std"])
+    shift = (torch.tensor(mean) - torch.tensor(shown["mean"])) / torch.tensor(shown["std"])
+
+    def seen(network: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (x,) = images
+        a, b = (values.to(x.device, torch.float32).view(1, -1, 1, 1) for values in (factor, shift))
+        x = x.float() * a + b
+        if not fits:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
+        return (x,)
+
+    module.register_forward_pre_hook(seen)
 
 
 # --- does it fit -----------------------------------------------------------------------------------------------
