@@ -1,12 +1,18 @@
 """Metrics against slow definitions, and that they add up over batches."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from tfkd_ray.evaluate import BINS, metric_sums, metrics_from
+from tfkd_ray.calibration import BINS, bin_of
+from tfkd_ray.evaluate import metric_sums, metrics_from
+from tfkd_ray.tensorboard import _judged
+from tfkd_ray.verdict import accuracy, ece
 
 
 @pytest.fixture
@@ -46,3 +52,33 @@ def test_perfect_confident_answers_are_calibrated() -> None:
 
 def test_two_classes_have_all_of_their_five_guesses() -> None:
     assert metrics_from(metric_sums(torch.randn(4, 2), torch.zeros(4, dtype=torch.long)))["val_top5"] == 1
+
+
+@pytest.mark.parametrize("case", ["random", "equal logits", "on the edges", "certain"])
+def test_validation_tables_and_captions_say_the_same_calibration_error(case: str, tmp_path: Path) -> None:
+    """On the edges: confidences of 6/15 and 9/15, which softmax gives with errors in the last digit."""
+    g = torch.Generator().manual_seed(1)
+    labels = torch.randint(10, (300,), generator=g)
+    logits = {
+        "random": torch.randn(300, 10, generator=g) * 3,
+        "equal logits": torch.zeros(300, 10),
+        "on the edges": torch.tensor([[0.6, 0.4] + [0.0] * 8, [0.4, 0.3, 0.3] + [0.0] * 7]).log()[labels % 2],
+        "certain": 1e3 * torch.eye(10)[labels],
+    }[case].clamp(min=-1e6)
+    found = metrics_from(metric_sums(logits, labels))
+    runs = []
+    for name, images in (("whole", slice(None)), ("first", slice(0, 100))):
+        save_file({"logits": logits[images].numpy(), "labels": labels[images].numpy()}, tmp_path / name)
+        runs.append(ece(logits[images].numpy(), labels[images].numpy()))
+    assert found["val_ece"] == pytest.approx(runs[0], abs=1e-12)
+    assert found["val_accuracy"] == pytest.approx(accuracy(logits.numpy(), labels.numpy()), abs=1e-12)
+    assert _judged([tmp_path / "whole"])[2] == pytest.approx(runs[0], abs=1e-12)
+    assert _judged([tmp_path / "whole", tmp_path / "first"])[2] == pytest.approx(sum(runs) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", range(1, BINS + 1))
+def test_a_bin_holds_its_upper_end_in_torch_and_numpy_alike(k: int) -> None:
+    around = [k / BINS, math.nextafter(k / BINS, 0), min(math.nextafter(k / BINS, 1), 1.0)]
+    assert bin_of(np.array(around)).tolist() == [k - 1] * 3
+    assert bin_of(torch.tensor(around, dtype=torch.float64)).tolist() == [k - 1] * 3
+    assert bin_of(np.array([min(k / BINS + 1e-3, 1.0)])).tolist() == [min(k, BINS - 1)]

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import struct
 import threading
 import weakref
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchvision.transforms import functional as tv
 from tfkd_ray.augment import Augment
 from tfkd_ray.config import OptimConfig, TrainConfig
 from tfkd_ray.data import ImageFolder, Imagenet
-from tfkd_ray.images import AHEAD, FolderSet, crop_box
+from tfkd_ray.images import _TURNS, AHEAD, FolderSet, crop_box
 from tfkd_ray.loop import Epoch, train
 from tfkd_ray.models import Cnn
 from tfkd_ray.objectives import CrossEntropy
@@ -124,6 +125,93 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same(tmp_path:
     theirs = tv.pil_to_tensor(tv.resized_crop(whole, top, left, h, w, [32, 32]))
     ours = next(images.read([torch.tensor([0])], torch.tensor([crop])))[0]
     assert (ours.float() - theirs.float()).abs().mean() < 0.5
+
+
+def one_image(path: Path, side: int = 32, crop: list[float] | None = None) -> np.ndarray:  # type: ignore[type-arg]
+    """[3, S, S] of a file, as training or validation sees it."""
+    crops = None if crop is None else torch.tensor([crop])
+    images = FolderSet("image_folder", path.parent, (path.name,), torch.zeros(1).long(), torch.zeros(1), 1, side, 1)
+    return next(images.read([torch.arange(1)], crops))[0].numpy()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".jp2.png", ".pgm.ppm"])
+@pytest.mark.parametrize("factor", [256, 257])
+def test_16_bits_are_read_as_their_upper_8(tmp_path: Path, suffix: str, factor: int) -> None:
+    grey = np.asarray(photograph(1, 40, 50).convert("L"))
+    wide = Image.fromarray(grey.astype(np.uint16) * np.uint16(factor))
+    kinds = {".jp2.png": "JPEG2000", ".pgm.ppm": "PPM"}
+    wide.save(tmp_path / f"wide{suffix}", kinds.get(suffix))
+    Image.fromarray(grey).save(tmp_path / "plain.png")
+    for crop in (None, [0.3, 0.5, 0.2, 0.7]):
+        assert (one_image(tmp_path / f"wide{suffix}", crop=crop) == one_image(tmp_path / "plain.png", crop=crop)).all()
+
+
+def test_12_bits_of_a_tiff_are_read_as_their_upper_8(tmp_path: Path) -> None:
+    """Pillow writes none: two pixels of 12 bits are three bytes."""
+    tags = [(256, 4, 32), (257, 4, 32), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 200), (277, 3, 1),
+            (278, 4, 32), (279, 4, 32 * 48)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(200, b"\0")
+    (tmp_path / "a.tiff").write_bytes(head + bytes([0xAB, 0xCA, 0xBC]) * (32 * 16))  # 0xABC everywhere
+    assert (one_image(tmp_path / "a.tiff") == 0xAB).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "name", "sentence"),
+    [
+        (np.arange(1024, dtype=np.int32).reshape(32, 32), "a.tiff", "whole numbers of 32 bits \\(mode I\\)"),
+        (np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32), "a.tif", "floating-point numbers \\(mode F\\)"),
+        (np.arange(1024, dtype=np.uint16).reshape(32, 32) % 256, "a.png", "reach 255 of 65535 .*; if white is"),
+        (np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4, "a.png", "keep 16 of their levels; if white is"),
+        (np.arange(1024, dtype=np.int16).reshape(32, 32), "a.tiff", "whole numbers of 32 bits"),
+    ],
+    ids=["int32", "float", "8 bits in 16", "12 bits in 16", "signed"],
+)
+def test_what_cannot_be_brought_to_8_bits_is_refused_by_name(
+    tmp_path: Path,
+    pixels: np.ndarray,
+    name: str,
+    sentence: str,  # type: ignore[type-arg]
+) -> None:
+    if pixels.dtype == np.int16:
+        Image.fromarray(pixels.view(np.uint16)).save(tmp_path / name, tiffinfo={339: 2})
+    else:
+        Image.fromarray(pixels).save(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"^data image_folder: {tmp_path / name}: its .*{sentence}"):
+        one_image(tmp_path / name)
+
+
+def test_dark_images_of_16_bits_that_lose_nothing_are_read(tmp_path: Path) -> None:
+    for level in (0, 1, 15):
+        Image.fromarray(np.full((32, 32), 257 * level, dtype=np.uint16)).save(tmp_path / "a.png")
+        assert (one_image(tmp_path / "a.png") == level).all()
+
+
+@pytest.mark.parametrize("kind", ["a.jpg", "large.jpg", "a.png", "a.webp", "a.tiff", "grey.tiff", "16.tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright_as_their_exif_data_say(tmp_path: Path, kind: str, orientation: int) -> None:
+    width, height = (640, 400) if kind == "large.jpg" else (64, 40)
+    upright, exif = photograph(3, width, height), Image.Exif()
+    if kind == "grey.tiff":
+        upright = upright.convert("L")
+    if kind == "16.tiff":
+        upright = Image.fromarray(np.asarray(upright.convert("L")).astype(np.uint16) * 257)
+    exif[0x0112] = orientation
+    back = {6: 8, 8: 6}.get(orientation, orientation)  # what undoes the turn
+    turned = upright if back == 1 else upright.transpose(_TURNS[back])
+    turned.save(tmp_path / kind, exif=exif, quality=98)
+    upright.save(tmp_path / f"upright-{kind}", quality=98)
+    for crop in (None, [0.2, 0.3, 0.1, 0.8]):
+        found, wanted = (one_image(tmp_path / name, crop=crop).astype(int) for name in (kind, f"upright-{kind}"))
+        assert abs(found - wanted).mean() < 3, "a half pixel of a shrunk JPEG at most"
+
+
+@pytest.mark.filterwarnings("default:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"MM"])
+def test_damaged_exif_data_do_not_keep_an_image_from_being_read(tmp_path: Path, exif: bytes) -> None:
+    photograph(3, 64, 40).save(tmp_path / "a.jpg", exif=exif)
+    photograph(3, 64, 40).save(tmp_path / "b.jpg")
+    assert (one_image(tmp_path / "a.jpg") == one_image(tmp_path / "b.jpg")).all()
 
 
 def test_a_crop_is_torchvisions_resized_crop_of_its_box(data: ImageFolder) -> None:

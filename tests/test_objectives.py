@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from tfkd_ray.objectives import (
@@ -322,6 +323,53 @@ def test_standardised_kd_does_not_see_the_scale_of_the_logits(batch: Batch) -> N
     logits, labels, teacher = batch
     a, b = StandardisedKD().terms(logits, labels, teacher), StandardisedKD().terms(logits, labels, 7 * teacher + 3)
     assert a.kd is not None and b.kd is not None and a.kd.item() == pytest.approx(b.kd.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", [StandardisedKD(), Dist(), StandardisedKD(alpha=1), Dist(alpha=1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [0.0, 3.3, -1e4])
+@pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-4])
+def test_the_gradient_is_bounded_where_the_logits_are_equal(
+    objective: StandardisedKD | Dist, dtype: torch.dtype, level: float, noise: float
+) -> None:
+    """A head that starts at zero. 10 / B is a bound with room: usual logits get 1 / B."""
+    torch.manual_seed(0)
+    logits = (level + noise * torch.randn(8, 10)).to(dtype).requires_grad_()
+    teacher = 4 * torch.randn(8, 10)
+    for target in (teacher, torch.zeros(8, 10)):
+        loss = objective(logits, torch.arange(8), target)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and gradient.abs().max() < 10 / 8
+    if not level and not noise:
+        (gradient,) = torch.autograd.grad(objective(logits, torch.arange(8), teacher), logits)
+        assert gradient.abs().max() > 0.1 / 8, "and it learns from the teacher"
+
+
+def test_usual_students_do_not_meet_the_bound(batch: Batch) -> None:
+    """The correlation is torch's own, with logits of a deviation of 0.5."""
+    logits, labels, teacher = batch
+    p, q = (0.5 * z / z.std(dim=1, keepdim=True) for z in (logits, teacher))
+    a, b = (F.softmax(z, dim=1) for z in (p, q))
+    rows, columns = (
+        (x - x.mean(dim=d, keepdim=True), y - y.mean(dim=d, keepdim=True)) for x, y, d in ((a, b, 1), (a, b, 0))
+    )
+    wanted = 2 - F.cosine_similarity(*rows, dim=1).mean() - F.cosine_similarity(*columns, dim=0).mean()
+    found = Dist().terms(p, labels, q).kd
+    assert found is not None and found.item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("objective", [KnowledgeDistillation, DecoupledKD, Dist, StandardisedKD, TfkdReg])
+def test_the_gradient_is_right_in_float32_up_to_the_highest_temperature(objective: type[KnowledgeDistillation]) -> None:
+    torch.manual_seed(0)
+    logits, teacher, labels = 3 * torch.randn(32, 1000), 5 * torch.randn(32, 1000), torch.randint(1000, (32,))
+    with pytest.raises(ValidationError, match="less than or equal to 10000"):
+        objective(temperature=10001)
+    highest = objective(alpha=1, temperature=1e4)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        z = logits.to(dtype).requires_grad_()
+        found += torch.autograd.grad(highest(z, labels, teacher.to(dtype)), z)
+    assert (found[0] - found[1]).norm() < 1e-2 * found[1].norm()
 
 
 # --- shapes, gradients, precision

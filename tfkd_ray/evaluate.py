@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tfkd_ray.calibration import BINS, bin_of, calibration_error
 from tfkd_ray.data import Dataset
 from tfkd_ray.images import Images
 
 EVAL_PIXELS = 2**18
 """Pixels of a batch that is only judged: 256 images of 32x32, 5 of 224x224."""
-BINS = 15
-"""Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv:1706.04599)."""
 
 
 def predictions(
@@ -50,9 +49,9 @@ def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -
     """
     log_p = torch.log_softmax(logits.double(), dim=1)
     top = log_p.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    confidence = log_p.max(dim=1).values.exp()
-    bins = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
-    first = top[:, 0].double()
+    best, guess = log_p.max(dim=1)  # of equal logits the first class, which topk does not promise
+    confidence, first = best.exp(), (guess == labels).double()
+    bins = bin_of(confidence).long()
     table = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
     table.index_add_(1, bins, torch.stack([torch.ones_like(first), confidence, first]))
     nll = -log_p.gather(1, labels[:, None]).sum()
@@ -74,12 +73,11 @@ def metrics_from(sums: Tensor) -> dict[str, float]:
     """
     count, first, fifth, nll, *rest = sums.tolist()
     confidence, correct, of_teacher = rest[BINS : 2 * BINS], rest[2 * BINS : 3 * BINS], rest[3 * BINS :]
-    gap = sum(abs(conf - hits) for conf, hits in zip(confidence, correct, strict=True))
     beside = dict(zip(("val_agreement", "val_teacher_kl"), (v / count for v in of_teacher), strict=False))
     return {
         "val_accuracy": first / count,
         "val_top5": fifth / count,
         "val_nll": nll / count,
-        "val_ece": gap / count,
+        "val_ece": calibration_error(count, confidence, correct),
         **beside,
     }

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from tfkd_ray.schema import ConfigError
@@ -157,7 +157,11 @@ def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -
     """uint8 [3, H, W] of an image file, as `view` shows it in RGB; `name` is the data set's, for errors."""
     try:
         with Image.open(path) as image:
+            if image.format == "TIFF":
+                image.filename = ""  # else Pillow 13 maps some from the disk, and reads those on their side in disorder
             return np.asarray(view(image)).transpose(2, 0, 1)
+    except _NotEightBits as error:
+        raise ConfigError(f"data {name}: {path}: {error}") from None
     except Exception as error:  # an image that is not one can end in any exception
         problem = f"cannot be read as an image: {error}; replace it, or take it away"
         raise ConfigError(f"data {name}: {path}: {problem}") from None
@@ -187,7 +191,7 @@ def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, 
 
 def _cut(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
     """A random resized crop, RGB."""
-    width, height = image.size
+    width, height = _upright_size(image)
     left, top, w, h = crop_box(crop, width, height)
     wide, high = _shrunk(image, width * size / w, height * size / h)
     x, y = wide / width, high / height
@@ -197,8 +201,8 @@ def _cut(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
 
 def _centre(image: Image.Image, size: int) -> Image.Image:
     """The centre of the image, its shorter side resized to size * 256 / 224, RGB; as torchvision does it."""
-    short = round(size * 256 / 224)
-    wide, high = (int(short * side / min(image.size)) for side in image.size)
+    short, sides = round(size * 256 / 224), _upright_size(image)
+    wide, high = (int(short * side / min(sides)) for side in sides)
     left, top = round((wide - size) / 2), round((high - size) / 2)
     whole = (0.0, 0.0, *_shrunk(image, wide, high))
     resized = rgb(image).resize((wide, high), Image.Resampling.BILINEAR, whole)
@@ -206,14 +210,78 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
 
 
 def _shrunk(image: Image.Image, width: float, height: float) -> tuple[float, float]:
-    """Size of the image as it will be decoded: a large JPEG at 1/2, 1/4 or 1/8, still twice what is needed of it."""
-    drafted = image.draft(None, (math.ceil(2 * width), math.ceil(2 * height)))
-    return drafted[1][2:] if drafted else image.size  # draft's, as 900 / 8 columns are decoded to 113
+    """Size, upright, of the image once decoded: a large JPEG at 1/2, 1/4 or 1/8, still twice what is needed of it."""
+    turn = _turn(image)
+    sides = (height, width) if turn in _SIDEWAYS else (width, height)
+    drafted = image.draft(None, (math.ceil(2 * sides[0]), math.ceil(2 * sides[1])))
+    if turn is not None or not drafted:
+        return _upright_size(image)
+    return drafted[1][2:]  # draft's, as 900 / 8 columns are decoded to 113
+
+
+# --- upright, and in 8 bits ------------------------------------------------------------------------------------
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation; 1 is upright."""
+_SIDEWAYS = {_TURNS[k] for k in (5, 6, 7, 8)}
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, as its EXIF data say; None: it is, or they say nothing that can be understood."""
+    if image.format not in ("JPEG", "MPO"):
+        image.load()  # a TIFF is turned by Pillow itself; others may have their EXIF data behind the pixels
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data can end in any exception, and the pixels are whole
+        return None
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the image when it is upright."""
+    sideways = _turn(image) in _SIDEWAYS
+    return (image.size[1], image.size[0]) if sideways else image.size
+
+
+class _NotEightBits(ValueError):
+    """The image has values that cannot be brought to 0..255 without a guess."""
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB."""
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """The image in RGB, 8 bits a channel, upright."""
+    turn, image = _turn(image), _eight_bits(image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel: of grey values of 16 bits the upper 8, as Pillow itself does it with colours."""
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if not is_16_bit and image.mode not in ("I", "F"):
+        return image
+    if not is_16_bit:
+        kind = "floating-point numbers" if image.mode == "F" else "whole numbers of 32 bits"
+        raise _NotEightBits(
+            f"its pixels are {kind} (mode {image.mode}), and nothing says which of them is black and which white; "
+            "write it with 8 bits, or with 16 from 0 to 65535"
+        )
+    values = np.asarray(image)
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF: BitsPerSample, 12 or 16
+    levels = (values >> (bits - 8)).astype(np.uint8)
+    if values.max() < 4096 and bits == 16 and len(np.unique(values)) > len(np.unique(levels)):
+        raise _NotEightBits(
+            f"its 16-bit values reach {values.max()} of 65535 (mode {image.mode}), so that 8 bits would keep "
+            f"{len(np.unique(levels))} of their levels; if white is a smaller number, as in 12 bits, scale it to "
+            "65535, or write it with 8 bits"
+        )
+    return Image.fromarray(levels)
 
 
 Images = ImageSet | FolderSet

@@ -22,7 +22,8 @@ from torch import Tensor
 from tfkd_ray.schema import ConfigError, Settings, named
 
 Weight = Annotated[float, Field(ge=0, le=1)]
-Temperature = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(gt=0, le=1e4)]
+"""At 1e4 float32 rounds the gradient of a soft part by 0.04 % (K = 1000), at 1e7 by half of it."""
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -174,7 +175,7 @@ class Dist(_Distillation):
 
     The soft part is 1 - Pearson correlation with the teacher's softened probabilities, over the classes of an image
     (`inter_weight`) and over the images of the batch for each class (`intra_weight`). The second depends on the batch:
-    on its size, and on how it is split over workers.
+    on its size, and on how it is split over workers. The gradient is bounded where the student's deviation is nearly 0.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -197,6 +198,7 @@ class StandardisedKD(_Distillation):
     """KD of standardised logits: each image's logits to mean 0 and deviation 1, on both sides, before T divides them.
 
     (Sun et al. 2024, arXiv:2403.01427, Eq. 9 and Algorithm 1; their weights .1 for CE and 9 are alpha = .989, s = 9.1.)
+    A student's deviation below 0.1 counts as 0.1, so that the gradient stays bounded where a head starts at zero.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -205,7 +207,7 @@ class StandardisedKD(_Distillation):
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
-        soft = softened_kl(_standardised(logits), _standardised(teacher), self.temperature)
+        soft = softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
         return Terms(F.cross_entropy(logits, labels), soft)
 
 
@@ -314,15 +316,28 @@ def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, T
     return logits.gather(1, labels[:, None])[:, 0] - norm, rest_norm - norm, rest - rest_norm[:, None]
 
 
+LEAST = 0.1
+"""A student's logits of a deviation below this are no longer scaled up to 1.
+
+Without such a bound, the gradient grows as 1 over the deviation: a head that starts at zero would get 1e7 times too
+much. Heads drawn as usual have deviations of 0.2 and more, where it changes nothing."""
+
+
 def _unlike(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
-    """1 - Pearson correlation of the rows of two matrices, mean over the rows."""
+    """1 - Pearson correlation of the rows of two matrices, mean over the rows; `a` is the student's, of probabilities.
+
+    `LEAST` bounds the deviation of a row of `a` over its mean, which for probabilities is the deviation of the logits.
+    """
+    least = LEAST * math.sqrt(a.shape[1]) * a.detach().mean(dim=1, keepdim=True) + eps
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
-    return 1 - F.cosine_similarity(a, b, dim=1, eps=eps).mean()
+    a = a / torch.maximum(a.norm(dim=1, keepdim=True), least)
+    return 1 - (a * F.normalize(b, dim=1, eps=eps)).sum(dim=1).mean()
 
 
-def _standardised(logits: Tensor) -> Tensor:
-    """Each row to mean 0 and (unbiased) deviation 1."""
-    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)
+def _standardised(logits: Tensor, least: float = 0.0) -> Tensor:
+    """Each row to mean 0 and (unbiased) deviation 1; a deviation below `least` counts as that."""
+    deviation = logits.std(dim=1, keepdim=True).clamp(min=least) + 1e-7
+    return (logits - logits.mean(dim=1, keepdim=True)) / deviation
 
 
 def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -29,6 +29,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tfkd_ray.arms import Arm, read_comparison
+from tfkd_ray.calibration import BINS, binned, calibration_error
 from tfkd_ray.config import RUN_ONLY, TrainConfig
 from tfkd_ray.data import only_reading
 from tfkd_ray.experiment import read_experiment, read_metrics, trials_folder
@@ -198,8 +199,8 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
         if arm["runs"]:
             # logits [N, K] and labels [N] of each run; see confirm.py
             files = [trials_folder(folder.parent) / str(run) / "test.safetensors" for run in arm["runs"]]
-            per_class[name], bins = _judged(files)
-            figures[name] = _reliability(bins)
+            per_class[name], bins, ece = _judged(files)
+            figures[name] = _reliability(bins, ece)
     for name, arm in arms.items():
         writer = EventFileWriter(str(folder / "arms" / name))
         _add_targets(writer, compared[name].config.objective, compared[name].config.data.num_classes)
@@ -306,7 +307,6 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 # --- figures ---------------------------------------------------------------------------------------------------
 
 _BLUE, _GREY, _RED = "#1f77b4", "#999999", "#d62728"
-_BINS = 15
 _MOST = 20
 """Classes that are shown one by one beside the label, where all others are alike."""
 
@@ -345,12 +345,11 @@ def _add_targets(writer: EventFileWriter, tree: Any, num_classes: int) -> None:
     _add(writer, 0, _image("trial/soft_targets", figure))
 
 
-def _reliability(bins: Any) -> Image.Image:
-    """Accuracy by confidence; `bins` [3, bins] sums images, right ones and confidences."""
-    count, right, confidence = bins
-    accuracy, sure = (np.divide(x, count, out=np.zeros(_BINS), where=count > 0) for x in (right, confidence))
-    ece = float((count * abs(accuracy - sure)).sum() / count.sum())
-    labels = [f"{(i + 1) / _BINS:.1f}" if i % 3 == 2 else "" for i in range(_BINS)]
+def _reliability(bins: Any, ece: float) -> Image.Image:
+    """Accuracy by confidence; `bins` [3, bins] sums images, confidences and right ones."""
+    count, confidence, right = bins
+    accuracy, sure = (np.divide(x, count, out=np.zeros(BINS), where=count > 0) for x in (right, confidence))
+    labels = [f"{(i + 1) / BINS:.1f}" if i % 3 == 2 else "" for i in range(BINS)]
     return _bars("accuracy by confidence", accuracy, (0, 1), labels, f"grey: calibrated; ECE {ece:.4f}", beside=sure)
 
 
@@ -363,19 +362,19 @@ def _per_class(change: Any, plain: str) -> Image.Image:
     return _bars(f"test accuracy minus that of {plain}, points", 100 * change[order], (-high, high), labels, caption)
 
 
-def _judged(files: Sequence[Path]) -> tuple[Any, Any]:
-    """(accuracy of each class [K], mean over runs; sums of images, right ones and confidences by bin [3, bins])."""
-    accuracies, bins = [], np.zeros((3, _BINS))
+def _judged(files: Sequence[Path]) -> tuple[Any, Any, float]:
+    """(accuracy of each class [K], mean over runs; sums of each bin, see `binned`; mean calibration error)."""
+    accuracies, bins, errors = [], np.zeros((3, BINS)), []
     for file in files:
         arrays = load_file(file)
-        logits, labels = arrays["logits"].astype(np.float64), arrays["labels"]
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        confidence, right = p.max(axis=1) / p.sum(axis=1), logits.argmax(axis=1) == labels
-        bin_ = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-        bins += [np.bincount(bin_, weights, _BINS) for weights in (np.ones(len(labels)), right, confidence)]
+        logits, labels = arrays["logits"], arrays["labels"]
+        right = logits.argmax(axis=1) == labels
+        of_run = binned(logits, labels)
+        bins += of_run
+        errors.append(calibration_error(len(labels), *of_run[1:]))
         seen = np.bincount(labels, minlength=logits.shape[1])
         accuracies.append(np.bincount(labels, right, logits.shape[1]) / np.maximum(seen, 1))
-    return np.mean(accuracies, axis=0), bins
+    return np.mean(accuracies, axis=0), bins, float(np.mean(errors))
 
 
 def _plain(arm: Arm, arms: Any) -> str | None:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 from statsmodels.stats.power import TTestPower
 
+from tfkd_ray.calibration import BINS, binned, calibration_error, confidence_of
 from tfkd_ray.schema import ConfigError
 
 Array = NDArray[np.float64]
@@ -47,9 +48,6 @@ MOST_SEEDS = 10_000
 
 ROUNDING = 1e-6
 """Leads that differ by less are the same: float32 rounds accuracies near 1 by 6e-8, one image in 100,000 is 1e-5."""
-
-BINS = 15
-"""Confidence bins of the calibration errors (Guo et al. 2017, arXiv:1706.04599)."""
 
 
 # --- what is compared ------------------------------------------------------------------------------------------
@@ -619,15 +617,14 @@ def ece(logits: NDArray[Any], labels: NDArray[Any], *, equal_mass: bool = False)
     Bins are equally wide, or hold equally many images (Nixon et al. 2019, arXiv:1904.01685; images of the same
     confidence are kept in one bin, so that the order of the images does not matter).
     """
-    confidence = np.exp(_log_p(logits).max(axis=1))
+    if not equal_mass:
+        return calibration_error(len(labels), *binned(logits, labels)[1:])
+    confidence = confidence_of(logits)
     right = (logits.argmax(axis=1) == labels).astype(np.float64)
-    if equal_mass:
-        parts = np.array_split(np.sort(confidence), BINS)
-        bins = np.searchsorted([part[0] for part in parts[1:] if len(part)], confidence, side="right")
-    else:
-        bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    gaps = np.bincount(bins, weights=confidence - right, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(labels))
+    parts = np.array_split(np.sort(confidence), BINS)
+    bins = np.searchsorted([part[0] for part in parts[1:] if len(part)], confidence, side="right")
+    sums = (np.bincount(bins, weights, BINS) for weights in (confidence, right))
+    return calibration_error(len(labels), *sums)
 
 
 def agreement(logits: NDArray[Any], others: NDArray[Any]) -> float:
