@@ -6,6 +6,7 @@ what a paper printed for it. An arm's settings go before the shared ones.
 
 import copy
 import math
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -442,9 +443,9 @@ class Comparison:
 def read_comparison(directory: Path) -> Comparison:
     """The comparison in a directory, or a ConfigError if there is none."""
     path = directory / "confirm.yaml"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
-    about = read_yaml(path)
+    about = read_yaml(path, follow=False)
     with damaged(path):
         arms = validated(Arms, about["compared"], path)
         options = {key: bool(about[key]) for key in ("teacher_per_seed", "hold_out")}

@@ -20,7 +20,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from tfkd_ray.files import free_bytes
+from tfkd_ray.files import PART, free_bytes, opened, write_bytes
 from tfkd_ray.schema import ConfigError
 
 State = dict[str, Any]
@@ -49,22 +49,13 @@ def write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if free_bytes(path.parent) < len(content):  # what is left is for those who need less
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, content, durable=True)
 
 
 def remove_partial(directory: Path) -> None:
     """Remove what processes that were killed while they wrote have left; nobody may be writing there."""
-    for partial in directory.glob(".*.*[0-9]"):
-        if partial.suffix[1:].isdecimal():
-            partial.unlink(missing_ok=True)
+    for partial in directory.glob(f".*{PART}"):
+        partial.unlink(missing_ok=True)
 
 
 def save_state(directory: Path, state: State) -> None:
@@ -87,7 +78,8 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
     for name in (LAST, FRESH, BEFORE):  # the second is newer than the third, and whole, wherever it is
         path = directory / name
         try:
-            digest, _, content = path.read_bytes().partition(b"\n")
+            with opened(path, follow=False) as file:
+                digest, _, content = file.read().partition(b"\n")
         except FileNotFoundError:
             continue
         if hashlib.sha256(content).hexdigest().encode() == digest:
@@ -112,7 +104,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, 
 
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The state_dict in a safetensors file; with `sha256`, only if the file is the one that was written."""
-    content = path.read_bytes()
+    with opened(path) as file:
+        content = file.read()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder and it is made again")
     weights: dict[str, Tensor] = parse_safetensors(content)

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _hide_password()
     parser = _parser()
     argv, command = _command_of(list(sys.argv[1:] if argv is None else argv))
-    args, rest = parser.parse_known_args(argv)
+    from tfkd_ray.files import Legible
+
+    with contextlib.redirect_stderr(Legible(sys.stderr)):
+        args, rest = parser.parse_known_args(argv)
     # argparse takes positional arguments in one run only; overrides may stand between and after options
     if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args.command = command
     try:
-        code: int = args.run(args)
+        with contextlib.redirect_stdout(Legible(sys.stdout)):
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except ConfigError as error:
@@ -348,7 +352,9 @@ def _count(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    print(_as_given(text), file=sys.stderr, flush=True)
+    from tfkd_ray.files import legible
+
+    print(legible(_as_given(text)), file=sys.stderr, flush=True)
 
 
 # --- places on object storage ----------------------------------------------------------------------------------
@@ -540,6 +546,7 @@ def _notes(space: "Space") -> Iterator[str]:
 def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
     """What is fixed: the networks, and what differs from the recipe and the defaults; or everything."""
     from tfkd_ray.config import TrainConfig
+    from tfkd_ray.schema import in_yaml
 
     data, recipe = space.example.data, space.example.recipe
     bare = {"objective": "ce", "data": data, "recipe": recipe, "precision": space.tree["precision"]}
@@ -554,7 +561,7 @@ def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
         differs = path[1] in own if path[0] == "data" else path[0] == "student" or usual.get(path) != value
         count += not differs
         if differs or whole:
-            yield f"  {'.'.join(path):<34} {value}"
+            yield f"  {'.'.join(path):<34} {in_yaml(value)}"
     if count and not whole:
         named = recipe or next(iter(data.recipes))
         yield f"  {count} more are as in the recipe {named} of {data.name}, or as usual (--all lists them)"
@@ -607,12 +614,11 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _new_directory(args: argparse.Namespace, stem: str) -> Path:
     """Where a new experiment goes: `--storage`, and below it `--name`, or the stem and the time."""
+    from tfkd_ray.experiment import check_name
     from tfkd_ray.remote import check_new
-    from tfkd_ray.schema import ConfigError
 
     name = args.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(name).name != name or name.startswith("."):
-        raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
+    check_name(name)
     directory: Path = (args.storage / name).expanduser().absolute()
     check_new(directory)
     return directory
@@ -812,6 +818,7 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     from tfkd_ray.experiment import best, pareto, read_records
     from tfkd_ray.readers import spent
     from tfkd_ray.receipt import receipt_lines
+    from tfkd_ray.schema import in_yaml
 
     metric, mode = space.search.metric, space.search.mode
     records = read_records(experiment)
@@ -830,7 +837,7 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
         return FAILED if count["failed"] and not count["interrupted"] else OK
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
     for key, value in winner.parameters.items():
-        print(f"  {key:<34} {value:.6g}" if isinstance(value, float) else f"  {key:<34} {value}")
+        print(f"  {key:<34} {value:.6g}" if isinstance(value, float) else f"  {key:<34} {in_yaml(value)}")
     for name in ("ce", "lsr"):
         rival = best([r for r in records if r.objective == name], metric, mode)
         if rival is not None and rival is not winner:
@@ -1251,8 +1258,9 @@ def _status(args: argparse.Namespace) -> int:
             for found in follow_status(experiment) if args.follow else [status(experiment)]:
                 text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
                 if text != shown:
-                    clear = "\x1b[H\x1b[2J" if args.follow and sys.stdout.isatty() else ""
-                    print(clear + text, flush=True)
+                    if args.follow and sys.stdout.isatty() and sys.__stdout__ is not None:
+                        print("\x1b[H\x1b[2J", end="", file=sys.__stdout__)  # which text may not say
+                    print(text, flush=True)
                 shown = text
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -30,7 +30,16 @@ from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
 from tfkd_ray.data import Dataset, digest_of
 from tfkd_ray.evaluate import predictions
-from tfkd_ray.experiment import Record, check_writable, read_records, trials_folder, write_record, write_text
+from tfkd_ray.experiment import (
+    Record,
+    append_line,
+    check_writable,
+    read_records,
+    read_text,
+    trials_folder,
+    write_record,
+    write_text,
+)
 from tfkd_ray.images import Images
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
@@ -245,17 +254,14 @@ def _note_opening(directory: Path, compared: Comparison, digest: str) -> None:
         "id": compared.id,
         "digest": digest,
     }
-    with (directory.parent / OPENINGS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(directory.parent / OPENINGS, json.dumps(line), durable=True)
 
 
 def openings(storage: Path, data: Dataset) -> list[dict[str, str]]:
     """When the test split of a data set was opened, in this storage, first to last; the same one elsewhere, too."""
     split, path = split_id(data), storage / OPENINGS
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in read_text(path).splitlines() if os.path.lexists(path) else ():
         with contextlib.suppress(ValueError):  # cut by a full disk
             found.append(json.loads(line))
     known = {line["digest"] for line in found if line["test"] == split and "digest" in line}

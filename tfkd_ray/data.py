@@ -41,7 +41,16 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from torch import Tensor
 
-from tfkd_ray.files import ArraysOnly, cached, cached_file, read_at_most, remembered, state_of, whole_file
+from tfkd_ray.files import (
+    ArraysOnly,
+    cached,
+    cached_file,
+    opened,
+    read_at_most,
+    remembered,
+    state_of,
+    whole_file,
+)
 from tfkd_ray.images import FolderSet, Images, ImageSet, decoded, generator, rgb
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
 
@@ -347,7 +356,7 @@ class IdxDataset(FileDataset):
         """uint8 [N, *item] of one file, N at most `most`."""
         head, each = 8 + 4 * len(item), math.prod(item)
         try:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            with opened(path) as kept, gzip.open(kept) if path.suffix == ".gz" else kept as file:
                 raw = read_at_most(file, head + most * each + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise self._wrong(path, f"cannot be read: {error}; get it again") from None
@@ -540,13 +549,13 @@ class CifarDataset(FileDataset):
             raise self._wrong(folder, f"lacks {', '.join(missing)}; {self.origin}")
         found = {}
         for name in names:
-            with (folder / name).open("rb") as file:
+            with opened(folder / name) as file:
                 found[name] = read_at_most(file, MOST_BYTES)
         return found
 
     def _from_archive(self, path: Path, names: tuple[str, ...]) -> dict[str, bytearray]:
         if self.check_md5:
-            with path.open("rb") as file:
+            with opened(path) as file:
                 md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
             if md5 != self.md5:
                 problem = f"its md5 is {md5}, and the official archive's is {self.md5}; {self.origin}"
@@ -556,7 +565,11 @@ class CifarDataset(FileDataset):
         try:
             with tarfile.open(path, "r:gz") as archive:
                 for member in archive:
-                    if member.name in wanted and (content := archive.extractfile(member)):
+                    if member.name not in wanted:
+                        continue
+                    if not member.isreg():
+                        raise self._wrong(path, f"{member.name} is a link, not a file, in it; {self.origin}")
+                    if content := archive.extractfile(member):
                         found[wanted[member.name]] = read_at_most(content, MOST_BYTES)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise self._wrong(path, f"cannot be read: {error}; {self.origin}") from None
@@ -728,7 +741,7 @@ class TinyImagenet(FileDataset):
     def _text(self, path: Path) -> str:
         """One of its lists."""
         try:
-            with path.open("rb") as file:
+            with opened(path) as file:
                 raw = read_at_most(file, MOST_LIST)
             if len(raw) == MOST_LIST:
                 raise self._wrong(path, f"larger than any such list: {MOST_LIST} bytes or more")

@@ -15,6 +15,7 @@
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from tfkd_ray.files import DISK_ERRORS, PART, descriptor_of, kind_of, legible, opened, write_bytes
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
 
 STATUSES = ("running", "done", "stopped", "failed", "interrupted")
@@ -102,9 +104,9 @@ def about_now(argv: list[str]) -> dict[str, Any]:
 
 def read_experiment(experiment: Path) -> dict[str, Any]:
     """What experiment.yaml says, or a ConfigError if the directory is no experiment."""
-    if not (experiment / "experiment.yaml").is_file():
+    if not os.path.lexists(experiment / "experiment.yaml"):
         raise ConfigError("not an experiment: there is no experiment.yaml in it", experiment)
-    about = read_yaml(experiment / "experiment.yaml")
+    about = read_yaml(experiment / "experiment.yaml", follow=False)
     if about.get("layout") != VERSION:
         message = (
             f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; use the release that wrote it"
@@ -117,7 +119,21 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
 
 def read_records(experiment: Path) -> list[Record]:
     """All trials, by number; a line that is only half there yet is left out."""
-    return [read_record(path.parent) for path in sorted(trials_folder(experiment).glob("*/trial.json"))]
+    return [read_record(folder) for folder in trial_folders(experiment) if (folder / "trial.json").exists()]
+
+
+def trial_folders(experiment: Path) -> list[Path]:
+    """All folders of trials, by name. One that is a link is none: its trial is counted where it lies."""
+    above = trials_folder(experiment)
+    if above.is_symlink():
+        raise ConfigError(f"is a link to {above.readlink()}; put there the folder itself", above)
+    try:
+        with os.scandir(above) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:  # no trial has begun
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", above) from None
 
 
 def read_record(folder: Path) -> Record:
@@ -140,6 +156,10 @@ def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
     except (ValueError, TypeError) as error:
         message = f"not a trial as this release writes it, or cut ({error}); move its folder away to see the others"
         raise ConfigError(message, path) from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in DISK_ERRORS:
+            raise
+        raise ConfigError(f"cannot be read: {error.strerror}; move its folder away to see the others", path) from None
     return record
 
 
@@ -217,7 +237,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_text(path: Path) -> str:
     """A text file of an experiment; one that is larger than any of ours is not read, and a ValueError."""
-    with path.open("rb") as file:
+    with opened(path, follow=False) as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"larger than any such file: more than {MOST_BYTES} bytes")
@@ -229,24 +249,84 @@ def damaged(path: Path) -> Iterator[None]:
     """A file that does not read as we write it is a ConfigError."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         what = f"no {error} in it" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"was changed by hand, or cut: {what}", path) from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in DISK_ERRORS:
+            raise
+        raise ConfigError(f"cannot be read: {error.strerror}", error.filename or path) from None
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a text file so that a reader sees the old one or the new one; `durable`: also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.new")
+    write_bytes(path, text.encode(errors="backslashreplace"), durable=durable)
+
+
+def append_line(path: Path, line: str, *, durable: bool = False) -> None:
+    """Add a line to a file, which is made if it is not there; a link in its place is an OSError."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+def check_no_links(experiment: Path) -> None:
+    """Raise where a link, a pipe or a device stands in an experiment: who writes there would write to what it names.
+
+    Ours are two: result.json, which names the metrics.jsonl beside it, and Optuna's lock, which nobody opens.
+    """
+    found = []
+    for where, folders, names in os.walk(experiment):
+        for path in (Path(where) / name for name in (*folders, *names)):
+            kind = kind_of(path, follow=False)
+            ours = path.name.startswith("study.journal.lock") or (
+                path.name == "result.json" and path.is_symlink() and str(path.readlink()) == "metrics.jsonl"
+            )
+            if kind not in (None, "a directory") and not ours:
+                found.append(f"{path.relative_to(experiment)}: is {kind}")
+    if found:
+        rest = [f"and {len(found) - 9} more"] if len(found) > 9 else []
+        way_out = "an experiment has none, and what is written there would go elsewhere; put the file itself there"
+        raise ConfigError([*found[:9], *rest, way_out], experiment)
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise where what stands at a path may not be replaced: a link, a directory, a device; see `write_output`."""
+    if descriptor_of(path) is not None:
+        return
+    kind = kind_of(path, follow=False)
+    if kind == "a link":
+        raise ConfigError(f"is a link to {path.readlink()}; name the file itself: {option}", path)
+    if kind == "a directory":
+        raise ConfigError(f"is a directory; name a file: {option}", path)
+    if kind is not None and kind != "a named pipe" and str(path.absolute()) != os.devnull:
+        raise ConfigError(f"is {kind}, not a file; name a file, or /dev/stdout: {option}", path)
+
+
+def write_output(path: Path, text: str) -> bool:
+    """Write a text to where a person wants it; whether it became a file there.
+
+    What is meant as a stream gets it as it is: /dev/stdout, what a shell calls /dev/fd/63, a named pipe with a reader,
+    /dev/null.
+    """
+    number = descriptor_of(path)
+    if number is None and kind_of(path) is None:
+        write_text(path, text)
+        return True
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        # a pipe without a reader is an error, not a wait
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW) if number is None else os.dup(number)
+    except OSError as error:
+        why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
+        raise ConfigError(f"cannot be written to: {why}", path) from None
+    with os.fdopen(handle, "wb") as file:
+        if number is None:
+            os.set_blocking(handle, True)
+        file.write(text.encode(errors="backslashreplace"))
+    return False
 
 
 def check_room_for(folder: Path, size: int) -> None:
@@ -260,18 +340,40 @@ def check_room_for(folder: Path, size: int) -> None:
 
 def check_new(experiment: Path) -> None:
     """Raise where an experiment of this name is there already, or cannot be made there."""
+    check_name(experiment.name)
+    if experiment.is_symlink():
+        raise ConfigError(f"is a link to {experiment.readlink()}; choose another name: --name NAME", experiment)
     if experiment.exists() and not is_begun(experiment):
         message = f"experiment {experiment.name!r} exists already; choose another name, or go on with it: tfkd resume"
         raise ConfigError(f"{message} {experiment}", experiment.parent)
     check_writable(experiment.parent, "--storage DIR")
 
 
-_BEGINNING = {"driver.lock", "driver.txt", "study.journal", "study.journal.lock", ".experiment.yaml.new"}
+RESERVED = {"teachers", "test_openings.jsonl"}
+"""Names in a storage directory that no experiment may have: they are of what experiments share."""
+
+
+def check_name(name: str) -> None:
+    """Raise where an experiment cannot have a name."""
+    given = f"--name {legible(name)!r}" if not name.isprintable() else f"--name {name}"
+    if name.casefold() in RESERVED:
+        raise ConfigError(f"{given}: is what all experiments of a storage directory share; choose another name")
+    if name.startswith((".", "-")) or name != name.strip() or not name.isprintable() or set("/\\") & set(name):
+        rule = "a plain name without slashes, control characters, blanks at its ends, or '.' or '-' at its beginning"
+        raise ConfigError(f"{given}: {rule}; choose the place with --storage")
+    if name.endswith(PART) or len(name.encode(errors="replace")) > LONGEST_NAME:
+        raise ConfigError(f"{given}: at most {LONGEST_NAME} bytes, and not '{PART}' at its end; choose another name")
+
+
+LONGEST_NAME = 200
+"""Bytes of an experiment's name: file systems take 255, and names beside it are longer (NAME-confirm)."""
+_BEGINNING = {"driver.lock", "driver.txt", "study.journal", "study.journal.lock"}
 
 
 def is_begun(experiment: Path) -> bool:
     """Whether a directory is what a driver has left that was killed before it had written experiment.yaml."""
     names = {p.name for p in experiment.iterdir()} if experiment.is_dir() else set()
+    names = {name for name in names if not name.endswith(PART)}
     return "driver.lock" in names and names <= _BEGINNING
 
 

@@ -53,6 +53,7 @@ from tfkd_ray.experiment import (
     trials_folder,
     write_text,
 )
+from tfkd_ray.files import kind_of
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError, did_you_mean, dump_yaml, read_yaml, validated
 from tfkd_ray.teachers import describe, is_trained, teacher_name
@@ -124,7 +125,7 @@ def export(
         `largest` of logits, and the student's `scale`), `problems` (by file: why a graph could not be made) and
         `confirmed` (whether a verdict is in the card).
     """
-    source, out = source.expanduser().absolute(), out.expanduser().resolve()
+    source, out = source.expanduser().absolute(), out.expanduser().absolute()
     _check(out, onnx, licence)
     chosen = choose(source, arm, seed)
     data = chosen.config.data
@@ -181,8 +182,11 @@ def verify(folder: Path) -> list[str]:
 
 def _check(out: Path, onnx: bool, licence: str | None) -> None:
     """Raise where nothing could be written, before anything is read."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "is not empty" if out.is_dir() else "is a file"
+    kind = kind_of(out, follow=False)
+    if out.name in ("", ".."):
+        raise ConfigError("is no name of a new directory; choose another: -o DIR", out)
+    if os.path.lexists(out) and (kind != "a directory" or any(out.iterdir())):
+        what = "is not empty" if kind == "a directory" else f"is {kind or 'a file'}"
         raise ConfigError(f"{what}; choose another directory: -o DIR", out)
     check_writable(out.parent, "-o DIR")
     missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if onnx and importlib.util.find_spec(p) is None]
@@ -343,7 +347,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
 def _outcome(directory: Path) -> dict[str, Any] | None:
     """What confirm.json says; None where there is none."""
     with damaged(path := directory / "confirm.json"):
-        found: dict[str, Any] | None = parse_json(read_text(path)) if path.is_file() else None
+        found: dict[str, Any] | None = parse_json(read_text(path)) if os.path.lexists(path) else None
     return found
 
 

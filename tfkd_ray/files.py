@@ -1,24 +1,30 @@
-"""Files from elsewhere: read without running them, and kept decoded where that takes long."""
+"""Files: opened only if they are files, written whole or not at all; text as a terminal may get it.
+
+Those from elsewhere are read without running them, and kept decoded where that takes long.
+"""
 
 import contextlib
 import errno
 import functools
 import gzip
 import hashlib
+import io
 import math
 import os
 import pickle
 import re
 import secrets
 import shutil
+import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 DISK_ERRORS = {
@@ -100,14 +106,110 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to: it becomes `path` if all goes well, and nothing if not."""
+    """A new, empty file to write to: it becomes `path` if all goes well, and nothing if not.
+
+    All files are written so. Nobody can guess its name, and a link at `path` is replaced, never followed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}{PART}")
     try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666))
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+PART = ".part"
+"""Ends the name of a file that is being written; one that stays is of a writer that was killed."""
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write a file so that a reader sees the old one or the new one; `durable`: also after a power cut."""
+    with whole_file(path) as part, part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+# --- what is read ----------------------------------------------------------------------------------------------
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a link",
+}
+
+
+def kind_of(path: Path, *, follow: bool = True) -> str | None:
+    """What stands at a path in the place of a file: a named pipe, a directory, ...; None for a file, or for nothing."""
+    try:
+        return _KINDS.get(stat.S_IFMT(path.stat(follow_symlinks=follow).st_mode))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def opened(path: Path, *, follow: bool = True) -> io.BufferedReader:
+    """A file, open for reading; an OSError where it is none, as reading a pipe or a device may never end.
+
+    What a shell hands over as a file, such as /dev/stdin or /dev/fd/63, is opened whatever it is.
+
+    Args:
+        follow: whether `path` may be a link. An experiment has none: what is planted there shows no other file.
+    """
+    if descriptor_of(path) is not None:
+        return path.open("rb")
+    if kind := kind_of(path, follow=follow):
+        raise OSError(errno.EINVAL, f"is {kind}, and only regular files are read", str(path))
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # it was put there since
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is no file, and only regular files are read", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def descriptor_of(path: Path) -> int | None:
+    """The number of an open file that a path such as /dev/stdout or /dev/fd/63 names; None for any other path."""
+    names = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+    match = re.fullmatch(r"(?:/dev/fd|/proc/self/fd)/(\d{1,6})", str(path))
+    return int(match[1]) if match else names.get(str(path))
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------
+
+
+def legible(text: str) -> str:
+    """Text without what steers a terminal, or turns the order of letters: such characters as \\u001b, as JSON has them.
+
+    Line breaks and tabs stay.
+    """
+    return text if text.isprintable() else "".join(map(_legible, text))
+
+
+def _legible(c: str) -> str:
+    if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs":
+        return c
+    units = c.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[k : k + 4]}" for k in range(0, len(units), 4))
+
+
+class Legible:
+    """A stream that gets legible text: what all verbs write to standard output passes through here."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text; see `legible`."""
+        self.stream.write(legible(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def read_at_most(file: IO[bytes] | gzip.GzipFile, most: int) -> bytearray:
@@ -147,8 +249,10 @@ class _Pickled:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def uint8(self, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def uint8(self, width: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """The array, if it is one of uint8 [N, width]; else a TypeError or ValueError."""
+        import numpy as np
+
         _, (count, columns), dtype, fortran, raw = self.state
         if not isinstance(dtype, _Pickled) or dtype.args[:1] not in (("u1",), (b"u1",)) or not isinstance(raw, bytes):
             raise TypeError("not uint8")

@@ -20,6 +20,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from tfkd_ray.files import opened
 from tfkd_ray.schema import ConfigError
 
 AHEAD = 2
@@ -156,9 +157,7 @@ def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
 def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8 [3, H, W] of an image file, as `view` shows it in RGB; `name` is the data set's, for errors."""
     try:
-        with Image.open(path) as image:
-            if image.format == "TIFF":
-                image.filename = ""  # else Pillow 13 maps some from the disk, and reads those on their side in disorder
+        with opened(path) as file, Image.open(file) as image:
             return np.asarray(view(image)).transpose(2, 0, 1)
     except _NotEightBits as error:
         raise ConfigError(f"data {name}: {path}: {error}") from None

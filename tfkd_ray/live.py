@@ -23,8 +23,9 @@ from rich.text import Text
 
 from tfkd_ray.cluster import starting
 from tfkd_ray.experiment import read_record, read_records
+from tfkd_ray.files import legible
 from tfkd_ray.readers import Plan, duration, epochs_left, fitted, padded, read_plan, spent
-from tfkd_ray.schema import validated
+from tfkd_ray.schema import in_yaml, validated
 from tfkd_ray.space import SearchConfig
 
 REFRESH_S = 0.25
@@ -166,7 +167,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         if self._cell is not None:
             self._notes.append(text)
         else:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(legible(text), highlight=False, markup=False, soft_wrap=True)
 
     def _end(self, trial: Any, failed: str | None) -> None:
         run = self._runs.get(trial.config["trial"]["name"])
@@ -282,7 +283,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         if winner is None:
             return []
         short = {name.rpartition(".")[2]: value for name, value in winner.parameters.items()}
-        values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
+        values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {in_yaml(v)}" for k, v in short.items())
         text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (f": {values}" if values else "")
         return textwrap.wrap(text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ...")
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import socket
+import stat
 import statistics
 import textwrap
 import time
@@ -27,20 +28,23 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from tfkd_ray.experiment import (
+    MOST_BYTES,
     STATUSES,
     VERSION,
     Record,
     as_metrics,
     as_record,
     best,
+    damaged,
     parse_json,
     read_experiment,
     read_metrics,
     read_spent,
     read_text,
-    trials_folder,
+    trial_folders,
 )
-from tfkd_ray.schema import ConfigError, did_you_mean, read_yaml
+from tfkd_ray.files import DISK_ERRORS, legible, opened
+from tfkd_ray.schema import ConfigError, did_you_mean, in_yaml, parse_yaml, read_yaml
 
 BASELINES = ("ce", "lsr")
 QUIET_S = 600.0
@@ -104,14 +108,14 @@ def read_plan(experiment: Path) -> Plan:
     """What an experiment was meant to run; a ConfigError if the directory is none, or is of another layout."""
     path = experiment / "confirm.yaml"
     try:
-        if path.is_file():
-            about = read_yaml(path)
+        if os.path.lexists(path):
+            about = read_yaml(path, follow=False)
             if about.get("layout") != VERSION:
                 raise ConfigError(f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path)
             arms = {str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]}
             return Plan("comparison", str(about["created"]), arms, len(arms) * len(about["seeds"]), None, about)
         path = experiment / "experiment.yaml"
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ConfigError(_no_experiment(experiment), experiment)
         about = read_experiment(experiment)
         space, search = about["space"], about["space"]["search"]
@@ -126,7 +130,7 @@ def _no_experiment(directory: Path) -> str:
     if not directory.is_dir():
         near = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
         return "no such directory" + (f"; {did_you_mean(directory.name, near)}" if near else "")
-    inside = [p.name for p in _experiments_in(directory)]
+    inside = [p.name for p, why in _experiments_in(directory) if not why]
     if inside:
         return f"not an experiment, but a directory of experiments; name one of them: {', '.join(inside[:9])}"
     return "not an experiment: there is no experiment.yaml in it, and no confirm.yaml"
@@ -143,20 +147,12 @@ def read_lasts(experiment: Path) -> list[Record]:
     """
     alive = is_running(experiment)
     records = []
-    for folder in _folders(experiment):
+    for folder in trial_folders(experiment):
         record = _record(folder)
         if record is not None:
             dead = record.status == "running" and not alive
             records.append(replace(record, status="interrupted") if dead else record)
     return sorted(records, key=lambda r: r.number)
-
-
-def _folders(experiment: Path) -> list[Path]:
-    try:
-        with os.scandir(trials_folder(experiment)) as entries:
-            return [Path(entry.path) for entry in entries if entry.is_dir()]
-    except FileNotFoundError:  # no trial has begun
-        return []
 
 
 def _record(folder: Path) -> Record | None:
@@ -167,15 +163,19 @@ def _record(folder: Path) -> Record | None:
         return as_record(folder, [last] if last else [])
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
+        raise ConfigError(f"cannot be read: {error.strerror}", error.filename or path) from None
     except ValueError as error:
         raise ConfigError(f"was changed by hand, or cut: {error}", path) from None
 
 
 def last_line(path: Path) -> dict[str, float]:
     """The last whole line of a metrics.jsonl; empty if there is none."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
-    with path.open("rb") as file:
+    with opened(path, follow=False) as file:
         size = file.seek(0, os.SEEK_END)
         back = TAIL
         while True:
@@ -206,7 +206,9 @@ def is_running(experiment: Path) -> bool:
     process, host = driver
     held = experiment / "driver.json"
     if held.exists():  # fetched from object storage, where the driver refreshes it
-        return not json.loads(held.read_text())["ended"] and time.time() - _changed(held) < HELD_S
+        with damaged(held):
+            ended = parse_json(read_text(held))["ended"]
+        return not ended and time.time() - _changed(held) < HELD_S
     if host == socket.gethostname():
         return _holds(process, experiment / "driver.lock")
     return time.time() - _last_change(experiment) < QUIET_S
@@ -214,8 +216,8 @@ def is_running(experiment: Path) -> bool:
 
 def driver_of(experiment: Path) -> tuple[int, str] | None:
     """(process, host) of the driver that ran the experiment last."""
-    with suppress(OSError, UnicodeDecodeError):
-        found = re.fullmatch(r"process (\d+) on (.+)\n", (experiment / "driver.txt").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
+        found = re.fullmatch(r"process (\d{1,18}) on (.+)\n", read_text(experiment / "driver.txt"))
         return (int(found[1]), found[2]) if found else None
     return None
 
@@ -248,7 +250,7 @@ def _alive(process: int) -> bool:
 def _last_change(experiment: Path) -> float:
     """When a file that a running sweep writes changed last, in seconds since 1970."""
     files = [experiment / "driver.txt", experiment / "study.journal", experiment / "confirm.json"]
-    return max((_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in _folders(experiment))]), default=0.0)
+    return max((_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in trial_folders(experiment))]), default=0.0)
 
 
 def _changed(path: Path) -> float:
@@ -550,9 +552,13 @@ def duration(seconds: float) -> str:
 
 
 def fitted(text: str, width: int) -> str:
-    """Text without control characters, cut to a number of terminal columns."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    """Legible text on one line, cut to a number of terminal columns."""
+    text = _on_one_line(text)
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def _on_one_line(text: str) -> str:
+    return legible(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def padded(text: str, width: int) -> str:
@@ -590,8 +596,8 @@ def trials_table(
 
     Args:
         sort: a field, ascending; `FIELD:desc` for descending. Trials without the field come last.
-        filter: `FIELD OP VALUE` each, all of which must hold; OP is one of = != < <= > >=. A trial without the field
-            does not match.
+        filter: `FIELD OP VALUE` each, all of which must hold; OP is one of = != < <= > >=. A value is read as YAML has
+            it: null, true and 1 are no text, and "true" and "1" are. A trial without the field does not match.
         columns: fields, comma-separated. None: all for csv and json, a choice of them for a table.
         limit: most trials that are shown.
         output: `table`, `json` (a list of objects) or `csv`.
@@ -618,13 +624,13 @@ def trials_table(
         raise ConfigError(problems)
     found = _sorted([row for row in rows if all(test(row) for test in tests if test)], key, order == "desc")[:limit]
     if output == "json":
-        shown = [{c: _plain(_value(row, c)) for c in chosen or row} for row in found]
+        shown = [{c: _plain(_value(row, c)) for c in chosen or dict.fromkeys([*row, "reason"])} for row in found]
         return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False)
     if output == "csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(chosen or fields)
-        writer.writerows([_cell(_value(row, c), exact=True) for c in chosen or fields] for row in found)
+        writer.writerow(map(_inert, chosen or fields))
+        writer.writerows([_csv_cell(row, c) for c in chosen or fields] for row in found)
         return text.getvalue().rstrip("\n")
     return _columns(found, chosen) if chosen else _usual(found, plan)
 
@@ -639,14 +645,18 @@ def _row(record: Record) -> Row:
         "epoch": _epoch(record),
         **{k: v for k, v in record.last.items() if k != "epoch" and k not in ends},
         **record.parameters,
-        "reason": record.reason,
+        **({"reason": record.reason} if record.reason is not None else {}),
     }
 
 
+def _key(row: Row, field: str) -> str | None:
+    """The key of a row that a field's name, or its end, stands for; None if the row lacks it. Null is a value."""
+    return field if field in row else next((key for key in row if key.endswith(f".{field}")), None)
+
+
 def _value(row: Row, field: str) -> Any:
-    if field in row:
-        return row[field]
-    return next((row[key] for key in row if key.endswith(f".{field}")), None)
+    key = _key(row, field)
+    return None if key is None else row[key]
 
 
 def _test(
@@ -661,42 +671,58 @@ def _test(
     if rows and field not in known:
         problems.append(f"--filter {text!r}: no such field {field!r}; {did_you_mean(field, known)}")
         return None
+    wanted = value if field in TEXTS else _as_written(value)
     options = {"status": STATUSES, "objective": tuple({**plan.rows, **{r["objective"]: 0 for r in rows}})}.get(field)
     if options and plan.kind == "sweep" and value not in options:
         problems.append(f"--filter {text!r}: no such {field}; {did_you_mean(value, options)}")
         return None
-    number = _number(value)
+    number = _number(wanted)
     if number is None and operator not in ("=", "!="):
         problems.append(f"--filter {text!r}: {operator} needs a number, got {value!r}")
         return None
 
     def passes(row: Row) -> bool:
-        there = _value(row, field)
-        if there is None:
+        key = _key(row, field)
+        if key is None:
             return False
-        if number is not None and isinstance(there, int | float) and not isinstance(there, bool):
+        there = _number(row[key])
+        if number is not None and there is not None:
             return OPERATORS[operator](there, number)
-        return operator in ("=", "!=") and OPERATORS[operator](_cell(there, exact=True), value)
+        return operator in ("=", "!=") and OPERATORS[operator](in_yaml(row[key]), in_yaml(wanted))
 
     return passes
 
 
-def _number(text: str) -> float | None:
-    with suppress(ValueError):
+TEXTS = ("trial", "objective", "status", "reason", "arm")
+"""Fields that hold text whatever it looks like."""
+
+
+def _as_written(text: str) -> Any:
+    """What a value in a filter stands for: as in a YAML file, but for what is no YAML, which is text."""
+    if text.lstrip("+-").lower() in ("nan", "inf", "infinity"):  # as Python and tables have them
         return float(text)
-    return None
+    try:
+        value = parse_yaml(text, "--filter")
+    except ConfigError:
+        return text
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else text
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
     """By a field: numbers before text, rows without it last, equals as they were."""
 
     def usable(row: Row) -> bool:
-        value = _value(row, field)
-        return value is not None and not (isinstance(value, float) and math.isnan(value))
+        key = _key(row, field)
+        return key is not None and not (isinstance(row[key], float) and math.isnan(row[key]))
 
     def key(row: Row) -> tuple[bool, float, str]:
         value = _value(row, field)
-        return (False, value, "") if isinstance(value, int | float) else (True, 0.0, _cell(value))
+        number = _number(value)
+        return (True, 0.0, in_yaml(value)) if number is None else (False, number, "")
 
     return sorted(filter(usable, rows), key=key, reverse=descending) + [r for r in rows if not usable(r)]
 
@@ -705,12 +731,30 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cell(value: Any, *, exact: bool = False) -> str:
-    if value is None:
+def _cell(row: Row, field: str) -> str:
+    """A value as a table has it: as YAML does, numbers in short; empty where the row lacks it."""
+    key = _key(row, field)
+    if key is None:
         return ""
-    if isinstance(value, float) and not exact:
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else json.dumps(value)
+    value = row[key]
+    if key in TEXTS:
+        return _on_one_line(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else _on_one_line(in_yaml(value))
+
+
+def _csv_cell(row: Row, field: str) -> str:
+    key = _key(row, field)
+    if key is None:
+        return ""
+    value = row[key]
+    if _number(value) is not None:
+        return json.dumps(value)
+    return _inert(value if key in TEXTS else in_yaml(value))
+
+
+def _inert(text: str) -> str:
+    """Text that a spreadsheet does not run: those that read a formula in it take an apostrophe for the mark of text."""
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@", "|", "%")) or text[:1] in "\t\r\n" else text
 
 
 def _usual(rows: Sequence[Row], plan: Plan) -> str:
@@ -719,14 +763,15 @@ def _usual(rows: Sequence[Row], plan: Plan) -> str:
     for row in rows:
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
-        parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row[k])}" for k in own)
-        reason = _first_line(row["reason"]) if row["reason"] else parameters
-        lines.append(f"{row['trial']:<22} {row['status']:<12} {row['epoch']:>5} {value:>13}  {reason}")
+        parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
+        reason = _first_line(row["reason"]) if row.get("reason") else parameters
+        trial = _on_one_line(row["trial"])
+        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>13}  {_on_one_line(reason)}")
     return "\n".join(lines)
 
 
 def _columns(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    cells = [list(columns), *([_cell(_value(row, c)).replace("\n", " ") for c in columns] for row in rows)]
+    cells = [list(columns), *([_cell(row, c) for c in columns] for row in rows)]
     widths = [max(cell_len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
         "  ".join(set_cell_size(text, w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells
@@ -749,7 +794,7 @@ def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float =
 
 
 def _folder_of(experiment: Path, trial: str) -> Path:
-    folders = {folder.name: folder for folder in sorted(_folders(experiment)) if (folder / "trial.json").is_file()}
+    folders = {folder.name: folder for folder in trial_folders(experiment) if (folder / "trial.json").is_file()}
     if trial in folders:
         return folders[trial]
     wanted = f"t{int(trial):04d}-" if trial.isdecimal() else trial
@@ -781,8 +826,10 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
         state = "interrupted" if record.status == "running" and not alive else record.status
         yield f"{state}: {record.reason}" if record.reason else state
         error = folder / "error.txt"
-        if record.status == "failed" and error.is_file():
-            yield from error.read_text(encoding="utf-8", errors="replace").splitlines()
+        if record.status == "failed" and os.path.lexists(error):
+            with damaged(error), opened(error, follow=False) as file:
+                trace = file.read(MOST_BYTES)
+            yield from trace.decode(errors="replace").splitlines()
 
 
 # --- all experiments -------------------------------------------------------------------------------------------
@@ -796,21 +843,41 @@ def ls(storage: Path) -> list[dict[str, Any]]:
     if not storage.is_dir():
         raise ConfigError("no such directory; name where the experiments are: --storage DIR", storage)
     found = []
-    for experiment in _experiments_in(storage):
+    for experiment, why in _experiments_in(storage):
         entry: dict[str, Any] = dict.fromkeys(("kind", "preset", "created", "trials", "ended", "best", "metric", "why"))
         try:
-            s = status(experiment)
+            if why:
+                raise ConfigError(why)
+            with damaged(experiment):
+                s = status(experiment)
             ended = sum(s["trials"][k] for k in ("done", "stopped", "failed"))
             entry |= {key: s[key] for key in ("kind", "preset", "created", "state", "best", "metric")}
             entry |= {"trials": s["trials"]["planned"], "ended": ended}
-        except ConfigError as error:
-            entry |= {"state": "unreadable", "why": "; ".join(error.problems)}
+        except (ConfigError, OSError) as error:
+            words = error.problems if isinstance(error, ConfigError) else [str(error)]
+            entry |= {"state": "unreadable", "why": "; ".join(words)}
         found.append({"name": experiment.name, **entry})
     return sorted(found, key=lambda e: (e["created"] or "", e["name"]))
 
 
-def _experiments_in(storage: Path) -> list[Path]:
-    return sorted(p.parent for name in ("experiment.yaml", "confirm.yaml") for p in storage.glob(f"*/{name}"))
+HEADS = ("experiment.yaml", "confirm.yaml")
+"""Files by which an experiment is known."""
+
+
+def _experiments_in(storage: Path) -> Iterator[tuple[Path, str]]:
+    """(directory, why it cannot be read) of all experiments, and of directories that do not say what they are."""
+    try:
+        inside = sorted(p for p in storage.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", storage) from None
+    for path in inside:
+        try:
+            if stat.S_ISDIR(path.stat().st_mode) and any(p.name in HEADS for p in path.iterdir()):
+                yield path, ""
+        except FileNotFoundError:  # a link to what is gone, or gone since
+            continue
+        except OSError as error:
+            yield path, f"cannot be read: {error.strerror}"
 
 
 def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
@@ -819,7 +886,7 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
         return ["no experiments here"]
     lines = [f"{'experiment':<28} {'created':<16} {'state':<11} {'ended':>9}  best"]
     for entry in found:
-        created = (entry["created"] or "")[:16].replace("T", " ")
+        created = fitted((entry["created"] or "")[:16].replace("T", " "), 16)
         ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
         best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else entry["why"] or ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"

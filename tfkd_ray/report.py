@@ -12,6 +12,7 @@ import html
 import importlib.util
 import json
 import math
+import os
 import shlex
 import time
 from collections import Counter
@@ -26,15 +27,17 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import only_reading
 from tfkd_ray.experiment import (
     Record,
+    check_output,
     check_writable,
     damaged,
     pareto,
     parse_json,
     read_metrics,
     read_text,
-    write_text,
+    write_output,
 )
 from tfkd_ray.explain import TOLERANCE, amounts_to
+from tfkd_ray.files import descriptor_of, kind_of, whole_file
 from tfkd_ray.readers import Plan, duration, read_lasts, read_plan, status
 from tfkd_ray.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, receipt, receipt_rows
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
@@ -146,22 +149,22 @@ def report(experiment: Path, out: Path, *, figures: Path | None = None, comparis
     for directory in comparisons:
         if read_plan(directory).kind != "comparison":
             raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
-    if out.is_dir():
-        raise ConfigError("is a directory; name a file: -o report.html", out)
+    check_output(out, "-o report.html")
     if figures is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "--figures: SVG files are drawn by matplotlib, which is not installed: pip install matplotlib"
         )
-    for folder, option in ((out.parent, "-o FILE"), *([(figures, "--figures DIR")] if figures else [])):
+    places = [] if kind_of(out) or descriptor_of(out) is not None else [(out.parent, "-o FILE")]
+    for folder, option in (*places, *([(figures, "--figures DIR")] if figures else [])):
         check_writable(folder.absolute(), option)
     if plan.kind == "comparison":
         sections = list(_comparison_sections(experiment))
     else:
         sections = list(_sweep_sections(experiment, plan, comparisons))
     name = str(plan.about.get("compared", {}).get("title") or experiment.absolute().name)
-    write_text(out, _page(name, _subtitle(experiment, plan), sections))
+    written = [out] if write_output(out, _page(name, _subtitle(experiment, plan), sections)) else []
     drawn = [part for section in sections for part in section.parts if isinstance(part, Figure) and part.panels]
-    return [out, *(_draw_svg(figure, figures) for figure in drawn if figures is not None)]
+    return [*written, *(_draw_svg(figure, figures) for figure in drawn if figures is not None)]
 
 
 def _subtitle(experiment: Path, plan: Plan) -> str:
@@ -774,7 +777,7 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
 def _read_judged(directory: Path) -> dict[str, Any] | None:
     """confirm.json; None if the test split was not opened yet."""
     path = directory / "confirm.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     with damaged(path):
         judged: dict[str, Any] = parse_json(read_text(path))
@@ -1172,7 +1175,8 @@ def _draw_svg(figure: Figure, folder: Path) -> Path:
             _draw_panel(canvas.add_subplot(rows, columns, number + 1), canvas, panel)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{figure.key}.svg"
-        canvas.savefig(path, metadata={"Date": None})
+        with whole_file(path) as part:
+            canvas.savefig(part, format="svg", metadata={"Date": None})
     return path
 
 

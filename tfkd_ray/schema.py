@@ -5,6 +5,8 @@ beside the field. Whatever a person can get wrong ends as a `ConfigError`, which
 """
 
 import difflib
+import functools
+import json
 import re
 import types
 import typing
@@ -15,6 +17,8 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
+
+from tfkd_ray.files import legible, opened
 
 MOST_BYTES = 2**24
 """Of a YAML file."""
@@ -278,14 +282,14 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         raise ConfigError("not YAML: nested too deeply", source) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; every way in which that can fail is a ConfigError."""
+def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
+    """The mapping in a YAML file, or in what a link names if `follow`; whatever can go wrong is a ConfigError."""
     if "\0" in str(path):
         raise ConfigError("no file has such a name: there is a zero byte in it", repr(str(path)))
     if path.is_dir():
         raise ConfigError("is a directory, not a file; name a YAML file in it", path)
     try:
-        with path.open("rb") as file:
+        with opened(path, follow=follow) as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", path)
@@ -333,6 +337,34 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text; with quotes where a terminal may not get it as it is, and what is shown instead means the same."""
+        style = None if legible(data) == data else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def in_yaml(value: Any) -> str:
+    """A value on one line, as a YAML file has it: null, true, 1, and "true", "1" for the texts."""
+    if isinstance(value, str):
+        return value if _is_plain(value) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {in_yaml(below)}" for key, below in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(in_yaml, value)) + "]"
+    return json.dumps(value)
+
+
+@functools.lru_cache(10_000)
+def _is_plain(text: str) -> bool:
+    """Whether text is read as text without quotes."""
+    if not text or text != text.strip() or legible(text) != text or "\n" in text or text[0] in "\"'[{":
+        return False
+    resolvers = (*_Loader.yaml_implicit_resolvers.get(text[0], ()), *_Loader.yaml_implicit_resolvers.get("", ()))
+    return not any(pattern.match(text) for _, pattern in resolvers)
 
 
 def find_file(path: str | Path, folder: str, *, suffix: str = ".yaml") -> Path:

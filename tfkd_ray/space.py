@@ -30,6 +30,7 @@ from tfkd_ray.schema import (
     did_you_mean,
     dotted,
     find_file,
+    in_yaml,
     leaves,
     members,
     named,
@@ -438,7 +439,7 @@ class Choices:
         return list(self.values)
 
     def __str__(self) -> str:
-        return " | ".join(str(v) for v in self.values)
+        return " | ".join(map(in_yaml, self.values))
 
 
 Domain = Range | Choices

@@ -34,7 +34,7 @@ from tfkd_ray.config import RUN_ONLY, TrainConfig
 from tfkd_ray.data import only_reading
 from tfkd_ray.experiment import read_experiment, read_metrics, trials_folder
 from tfkd_ray.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
-from tfkd_ray.schema import dump_yaml
+from tfkd_ray.schema import dump_yaml, in_yaml
 from tfkd_ray.space import Choices, Parameter, Space, build_space
 
 TAGS = {
@@ -73,6 +73,7 @@ class TensorBoard(Callback):  # type: ignore[misc]
     def __init__(self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy") -> None:
         self._folder, self._space, self._metric = Path(folder), space, metric
         self._columns = short_names(space.parameters) if space is not None else {}
+        self._kinds = _kinds(space.parameters) if space is not None else {}
         searched = space.search.metrics if space is not None else ()
         self._tags = {key: tag for key, tag in TAGS.items() if key != "parameters" or key in searched}
         self._writers: dict[str, tuple[EventFileWriter, int]] = {}
@@ -106,7 +107,8 @@ class TensorBoard(Callback):  # type: ignore[misc]
         # the seeds of an arm are one session group; in TensorBoard a group's name is shared by all experiments
         group = about.get("arm") or about.get("name", "")
         group = f"{group} ({self._folder.absolute().parent.name})" if group else ""
-        _add(writer, 0, _session_start({"objective": name, **values} if name else values, group, self._columns))
+        values = {"objective": name, **values} if name else values
+        _add(writer, 0, _session_start(values, group, self._columns, self._kinds))
         if about and is_new:
             config = {k: v for k, v in trial.config.items() if k != "trial"}
             plain = _plain_training(config)
@@ -286,7 +288,7 @@ def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
     paths = [p for p in dict.fromkeys([*ours, *theirs]) if p not in RUN_ONLY and ours.get(p) != theirs.get(p)]
 
     def cell(value: Any) -> str:
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
 
     rows = [f"| {p} | {cell(theirs.get(p, ''))} | {cell(ours.get(p, ''))} |" for p in paths]
     return "\n".join(["| setting | plain training | here |", "|---|---|---|", *rows])
@@ -493,6 +495,11 @@ def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
     return {name: tail if list(tails.values()).count(tail) == 1 else name for name, tail in tails.items()}
 
 
+def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
+    """How HParams holds each parameter that has choices."""
+    return {p.name: _kind(p.domain.values) for p in parameters if isinstance(p.domain, Choices)}
+
+
 def _experiment(columns: Iterable[api_pb2.HParamInfo], metrics: Mapping[str, str]) -> summary_pb2.Summary:
     infos = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=t), display_name=name) for t, name in metrics.items()]
     experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=infos, time_created_secs=time.time())
@@ -515,28 +522,52 @@ def _columns(space: Space) -> list[api_pb2.HParamInfo]:
 def _column(name: str, domain: Any) -> api_pb2.HParamInfo:
     info = api_pb2.HParamInfo(name=name, differs=True)
     if isinstance(domain, Choices):
-        text = any(not isinstance(v, int | float) for v in domain.values)
-        info.type = api_pb2.DATA_TYPE_STRING if text else api_pb2.DATA_TYPE_FLOAT64
+        kind = _kind(domain.values)
+        info.type = _TYPES[kind]
         for value in domain.values:
-            info.domain_discrete.values.add(
-                **{"string_value" if text else "number_value": str(value) if text else value}
-            )
+            info.domain_discrete.values.add(**{kind: _hparam(value, kind)})
     else:
         info.type = api_pb2.DATA_TYPE_FLOAT64
         info.domain_interval.min_value, info.domain_interval.max_value = domain.low, domain.high
     return info
 
 
-def _session_start(values: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> summary_pb2.Summary:
+_TYPES = {
+    "bool_value": api_pb2.DATA_TYPE_BOOL,
+    "number_value": api_pb2.DATA_TYPE_FLOAT64,
+    "string_value": api_pb2.DATA_TYPE_STRING,
+}
+
+
+def _kind(values: Iterable[Any]) -> str:
+    """How HParams holds all of some values: a column has one kind, and those of several kinds are text."""
+    found = set()
+    for value in values:
+        if isinstance(value, bool):
+            found.add("bool_value")
+        else:
+            found.add("number_value" if isinstance(value, int | float) else "string_value")
+    return found.pop() if len(found) == 1 else "string_value"
+
+
+def _hparam(value: Any, kind: str) -> Any:
+    """A value as a column of that kind holds it; text is as YAML has it, where null and "null" differ."""
+    return in_yaml(value) if kind == "string_value" else value
+
+
+def _session_start(
+    values: Mapping[str, Any], name: str, columns: Mapping[str, str], kinds: Mapping[str, str] | None = None
+) -> summary_pb2.Summary:
+    """What HParams is told of a trial.
+
+    Args:
+        kinds: of the columns that are declared, by parameter; see `_kind`.
+    """
     info = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time.time())
     for key, value in values.items():
         short = columns.get(key, key)
-        if isinstance(value, bool):
-            info.hparams[short].bool_value = value
-        elif isinstance(value, int | float):
-            info.hparams[short].number_value = value
-        else:
-            info.hparams[short].string_value = str(value)
+        kind = (kinds or {}).get(key) or _kind([value])
+        setattr(info.hparams[short], kind, _hparam(value, kind))
     return _summary(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))
 
 

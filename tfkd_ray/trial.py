@@ -31,6 +31,7 @@ from tfkd_ray import remote, teachers
 from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
+from tfkd_ray.experiment import write_text
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.loop import train_in
 from tfkd_ray.schema import ConfigError, validated
@@ -140,12 +141,12 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             reason, trace = _reason(error), "".join(traceback.format_exception(error))
         folder = Path(remote.here(self._about)["directory"])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(trace)
+        write_text(folder / "error.txt", trace)
         with contextlib.suppress(OSError):  # the reason is told all the same
             remote.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
         if _is_out_of_memory(error) and 0 < share < 1:
-            (folder / OUT_OF_MEMORY).write_text(str(share))
+            write_text(folder / OUT_OF_MEMORY, str(share))
             remote.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
         return {"failed": reason, "done": True}

@@ -37,6 +37,8 @@ from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import forget_loaded, seal_test_split
 from tfkd_ray.experiment import (
     Record,
+    append_line,
+    check_no_links,
     check_room_for,
     check_writable,
     is_begun,
@@ -52,6 +54,7 @@ from tfkd_ray.experiment import (
 )
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.nodes import check_shared
+from tfkd_ray.readers import driver_of
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -611,8 +614,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         epoch = result.get("epoch", 0)
         if epoch > self._seen.get(trial.trial_id, 0):
             line = {k: v for k, v in result.items() if k in _METRICS or k.startswith("val_")}
-            with (self._folder(trial) / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self._folder(trial) / "metrics.jsonl", json.dumps(line))
             self._seen[trial.trial_id] = epoch
         if result.get("done"):  # before the study is told: a crash between repeats the end, and never loses it
             self._end(trial, result)
@@ -938,13 +940,14 @@ class Lock(tune.Callback):  # type: ignore[misc]
         self._take()
 
     def _take(self) -> None:
+        check_no_links(self._experiment)
         self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
         self.claim: remote.Claim | None = None
-        owner = self._experiment / "driver.txt"
         try:
             self._lock.acquire()
         except Timeout:
-            who = owner.read_text().strip() if owner.exists() else "another process"
+            driver = driver_of(self._experiment)
+            who = f"process {driver[0]} on {driver[1]}" if driver else "another process"
             raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
         if remote.store_of(self._experiment) is not None:
             self.claim = remote.Claim(self._experiment)
@@ -953,7 +956,7 @@ class Lock(tune.Callback):  # type: ignore[misc]
             except BaseException:
                 self._lock.release()
                 raise
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        write_text(self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         self.release()

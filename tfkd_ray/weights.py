@@ -21,6 +21,7 @@ from tfkd_ray.checkpoint import check_torch
 from tfkd_ray.config import TeacherInput, TeacherRun
 from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import read_teacher
+from tfkd_ray.files import opened
 from tfkd_ray.models import SMALL_IMAGE, Network, TorchvisionNetwork
 from tfkd_ray.schema import ConfigError, did_you_mean
 
@@ -67,7 +68,7 @@ def _read(path: Path) -> Weights:
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
         raise ConfigError(f"is a directory; name a file in it: {', '.join(inside) or 'it holds no weights'}")
     try:
-        path.open("rb").close()
+        opened(path).close()
     except FileNotFoundError:
         raise ConfigError(f"no such file (looked from {Path.cwd()})") from None
     except OSError as error:
