@@ -288,6 +288,38 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
     assert sum(job["type"] == "DRIVER" for job in told()) == drivers + 1
 
 
+SWEEP = """
+import sys
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.tune import build_tuner
+try:
+    result = build_tuner(sys.argv[1], name="python", storage=sys.argv[2]).fit()
+    print("errors:", result.num_errors)
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_unless_it_insists(place: Path) -> None:
+    (place / "token").write_text(secrets.token_hex(32))
+    ports = [f"--{name}={port}" for name, port in PORTS.items()]
+    ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *ports, "--dashboard-agent-listen-port=6492",
+              RAY_AUTH_MODE="disabled")  # fmt: skip
+    space = {**SPACE, "objective": "kd", "teacher": {"epochs": 1}, "epochs": 1, "search": {"num_samples": 1}}
+    (place / "space.yaml").write_text(json.dumps(space))
+    given = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    given |= {"RAY_ADDRESS": "127.0.0.1:6490", "RAY_AUTH_TOKEN_PATH": str(place / "token")}
+
+    def program(storage: str, **env: str) -> str:
+        words = [sys.executable, "-c", SWEEP, str(place / "space.yaml"), str(place / storage)]
+        return subprocess.run(words, env={**given, **env}, capture_output=True, text=True, timeout=100).stdout
+
+    assert "runs without authentication" in program("none", RAY_AUTH_MODE="token")
+    assert not (place / "none").exists(), "no teacher was trained"
+    assert program("s") == "errors: 0\n"
+    assert [r.status for r in read_records(place / "s/python")] == ["done"]
+
+
 def asked_of(place: Path, path: str) -> str:
     """What the dashboard of the started head answers."""
     key = {"Authorization": f"Bearer {(place / 'token').read_text()}"}
