@@ -1,10 +1,11 @@
 """A sweep on a Ray cluster of three nodes of its own, one added and one killed on the way; prints what happened as JSON.
 
-    python tests/sweep_on_nodes.py STORAGE SPACE_AS_JSON
+    python tests/sweep_on_nodes.py STORAGE SPACE_AS_JSON [drain]
 
 The head and two more nodes have one CPU each. After the first epoch of any trial a fourth node comes; when a trial has
 told an epoch on it, or a group could not, the raylet of the second node gets a signal 9, as if its machine had gone, and
-the file `slow` beside the storage is removed (see slow.py). Run by test_cluster_nodes.py.
+the file `slow` beside the storage is removed (see slow.py). With `drain`, the second node is announced to be taken
+away within 5 s instead, as a provider takes spot machines. Run by test_cluster_nodes.py.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,8 +31,9 @@ from tfkd_ray.tune import build_tuner, spent_so_far
 class Nodes(tune.Callback):  # type: ignore[misc]
     """Adds a node, kills another, and notes on which node each epoch was told."""
 
-    def __init__(self, cluster: Cluster, doomed: Any, workers: int, place: Path) -> None:
-        self.place = place
+    def __init__(self, cluster: Cluster, doomed: Any, workers: int, place: Path, *, drain: bool) -> None:
+        self.place, self.drain, self.at = place, drain, 0.0
+        self.again_s: float | None = None
         self.cluster, self.doomed, self.workers, self.added = cluster, doomed, workers, ""
         self.epochs: list[tuple[int, int, str]] = []
         self.lost: list[int] = []
@@ -45,6 +48,8 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         if self.seconds.get((number, epoch)) == result.get("seconds"):
             return  # told again from its run state, not trained again
         self.seconds[number, epoch] = result.get("seconds")
+        if self.lost and self.again_s is None:
+            self.again_s = time.monotonic() - self.at
         where = self.names.get(self.place_of(trial), "first")
         self.epochs.append((number, epoch, where))
         if not self.added:
@@ -53,8 +58,12 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
         here = not result.get("done") and (self.workers > 1 or where == "doomed")  # one that ends leaves its place
         if self.doomed and used and epoch >= 2 and here:
+            self.at = time.monotonic()
+            if self.drain:
+                preempt(self.cluster.address, node_id(self.doomed))
             raylet = psutil.Process(self.doomed.all_processes["raylet"][0].process.pid)
-            for process in (raylet, *raylet.children(recursive=True)):  # a node that is gone takes its workers along
+            gone = () if self.drain else (raylet, *raylet.children(recursive=True))
+            for process in gone:  # a node that is gone takes its workers along
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
             self.doomed = None
@@ -81,6 +90,13 @@ def node_id(node: Any) -> str:
     return next(str(n["NodeID"]) for n in ray.nodes() if n["ObjectStoreSocketName"] == store)
 
 
+def preempt(address: str, node: str) -> None:
+    """Announce that a node is taken away in 5 s."""
+    words = ["--address", address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    words += ["--reason-message", "spot", "--deadline-remaining-seconds", "5"]
+    subprocess.run([Path(sys.executable).parent / "ray", "drain-node", *words], check=True, capture_output=True)
+
+
 def free_port() -> int:
     """For a dashboard: where one is asked for, Ray does not try a second port beside another cluster's."""
     with socket.socket() as probe:
@@ -98,7 +114,7 @@ def main() -> None:
     doomed = cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
-    watch = Nodes(cluster, doomed, workers, storage.parent)
+    watch = Nodes(cluster, doomed, workers, storage.parent, drain=sys.argv[3:] == ["drain"])
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
     until = time.monotonic() + 60
     while sum(node["Alive"] for node in ray.nodes()) > 3 and time.monotonic() < until:
@@ -106,6 +122,7 @@ def main() -> None:
     report = {
         "epochs": watch.epochs,
         "lost": watch.lost,
+        "again_s": watch.again_s,
         "nodes": sum(node["Alive"] for node in ray.nodes()),
         "failed": spent_so_far(storage / "e", workers={"gpus": 0, "cpus": 1})["max_failed_trials"],
     }

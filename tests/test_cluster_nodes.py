@@ -68,9 +68,9 @@ def place() -> Iterator[Path]:
 # --- raylets that come and go
 
 
-def reported(script: str, place: Path, what: Any) -> Any:
+def reported(script: str, place: Path, what: Any, *more: str) -> Any:
     """What a script beside this one reports of its sweep on a cluster of its own."""
-    words = [sys.executable, str(Path(__file__).parent / script), str(place / "s"), json.dumps(what)]
+    words = [sys.executable, str(Path(__file__).parent / script), str(place / "s"), json.dumps(what), *more]
     env = {**os.environ, "TMPDIR": str(place), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}
     run = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
     lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
@@ -78,8 +78,8 @@ def reported(script: str, place: Path, what: Any) -> Any:
     return json.loads(lines[0][7:])
 
 
-def sweep_on_nodes(place: Path, space: dict[str, Any]) -> dict[str, Any]:
-    report: dict[str, Any] = reported("sweep_on_nodes.py", place, space)
+def sweep_on_nodes(place: Path, space: dict[str, Any], *more: str) -> dict[str, Any]:
+    report: dict[str, Any] = reported("sweep_on_nodes.py", place, space, *more)
     places = Counter(where for *_, where in report["epochs"])
     assert places["killed"] == 1, places
     return report
@@ -164,6 +164,24 @@ def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_
     first_again = next(epoch for n, epoch, where in report["epochs"][killed + 1 :] if n == number)
     assert first_again in (at, at + 1), "from its checkpoint"
     assert_same_as_never_lost(place / "s/e", 4)
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_trial_whose_node_is_preempted_goes_on_elsewhere_within_a_minute(place: Path, workers: int) -> None:
+    space = {
+        **SPACE,
+        "epochs": 400,
+        "workers": workers,
+        "search": {**SPACE["search"], "num_samples": 1 + (workers == 1)},
+    }
+    if workers == 1:
+        (place / "slow").touch()
+        network = {"name": "own", "path": "tests.slow:network", "args": {"file": str(place / "slow")}}
+        space = {**space, "student": network, "epochs": 60}
+    report = sweep_on_nodes(place, space, "drain")
+    assert report["lost"] and report["failed"] == 0 and report["nodes"] == 3
+    assert report["again_s"] < 5 + 60, report["again_s"]
+    assert_same_as_never_lost(place / "s/e", space["search"]["num_samples"])
 
 
 def test_workers_of_a_trial_are_packed_on_a_node_or_spread_over_all_as_placement_says(place: Path) -> None:
@@ -268,6 +286,38 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
     assert joined.returncode == 0, joined.stderr
     assert_same_as_never_lost(place / "s/auto", 2)
     assert sum(job["type"] == "DRIVER" for job in told()) == drivers + 1
+
+
+SWEEP = """
+import sys
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.tune import build_tuner
+try:
+    result = build_tuner(sys.argv[1], name="python", storage=sys.argv[2]).fit()
+    print("errors:", result.num_errors)
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_unless_it_insists(place: Path) -> None:
+    (place / "token").write_text(secrets.token_hex(32))
+    ports = [f"--{name}={port}" for name, port in PORTS.items()]
+    ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *ports, "--dashboard-agent-listen-port=6492",
+              RAY_AUTH_MODE="disabled")  # fmt: skip
+    space = {**SPACE, "objective": "kd", "teacher": {"epochs": 1}, "epochs": 1, "search": {"num_samples": 1}}
+    (place / "space.yaml").write_text(json.dumps(space))
+    given = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    given |= {"RAY_ADDRESS": "127.0.0.1:6490", "RAY_AUTH_TOKEN_PATH": str(place / "token")}
+
+    def program(storage: str, **env: str) -> str:
+        words = [sys.executable, "-c", SWEEP, str(place / "space.yaml"), str(place / storage)]
+        return subprocess.run(words, env={**given, **env}, capture_output=True, text=True, timeout=100).stdout
+
+    assert "runs without authentication" in program("none", RAY_AUTH_MODE="token")
+    assert not (place / "none").exists(), "no teacher was trained"
+    assert program("s") == "errors: 0\n"
+    assert [r.status for r in read_records(place / "s/python")] == ["done"]
 
 
 def asked_of(place: Path, path: str) -> str:

@@ -20,6 +20,7 @@ from tfkd_ray.loop import train
 from tfkd_ray.schema import validated
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import find_or_train
+from tfkd_ray.trial import Group, TrialFailed
 
 pytestmark = pytest.mark.ray
 
@@ -81,6 +82,29 @@ def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(ra
             for ours, theirs in zip(read_metrics(folder), alone, strict=True):
                 assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
                 assert ours["val_accuracy"] == pytest.approx(theirs["val_accuracy"], abs=0.01)
+
+
+@pytest.mark.timeout(180)
+def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_group_out_of_step(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    def run(*, fails: bool) -> TrainConfig:
+        student = {"name": "own", "path": "tests.uneven:network", "args": {"fails": fails}}
+        tree = {**SPACE, "student": student, "epochs": 1, "optim": {"lr": 0.01, "batch_size": 64}}
+        return build_space({k: v for k, v in tree.items() if k != "search"}).single()
+
+    def about(name: str) -> dict[str, Any]:
+        return {"name": name, "epochs": 1, "directory": str(tmp_path / "trials" / name), "storage": str(tmp_path)}
+
+    group = Group(run(fails=True), tmp_path / "groups")
+    try:
+        with pytest.raises(TrialFailed, match="OutOfMemoryError: CUDA out of memory, in forward"):
+            list(group.epochs(run(fails=True).model_dump(mode="json"), about("first")))
+        began, innocent = time.monotonic(), run(fails=False).model_dump(mode="json")
+        assert [m["epoch"] for m in group.epochs(innocent, about("second"))] == [1]
+        assert time.monotonic() - began < 60
+    finally:
+        group.close()
 
 
 @pytest.mark.fault

@@ -677,11 +677,7 @@ def _to_resume(place: "Path | str") -> Path:
 
 
 def _join(address: str | None, workers: int) -> None:
-    """Connect to Ray, quietly. Joining a cluster needs the token mode to be set before Ray is imported."""
-    from tfkd_ray.auth import token
-
-    if (address or os.environ.get("RAY_ADDRESS")) and token() is not None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    """Connect to Ray, quietly."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
     _say("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")

@@ -57,18 +57,22 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     """
     check_ray()
     if ray.is_initialized():
+        if not started_here():
+            _check_speaks_alike(ray.get_runtime_context().gcs_address)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS") or None
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
-        own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
+        own_token()
+        _set_token_mode("token")
         with ctrl_c_waits():
             ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         _started.append(ray.get_runtime_context().gcs_address)
         return True
-    if address != "auto":
-        _check_answers(address)
+    address = _found_here() if address == "auto" else address
+    _check_answers(address)
+    _join_with_token_or_without(address)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -129,13 +133,132 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
+def _found_here() -> str:
+    """Address of the cluster that `auto` stands for: one that runs on this machine, or the last that Ray noted."""
+    from ray._private.services import find_gcs_addresses, get_ray_address_from_environment
+    from ray._private.utils import get_ray_address_file
+
+    find_gcs_addresses.cache_clear()
+    given = os.environ.pop("RAY_ADDRESS", None)  # else Ray would take that for `auto`
+    try:
+        address = str(get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        raise Unreachable(
+            "--address auto (or RAY_ADDRESS): no Ray cluster runs on this machine; start one with `ray start --head`, "
+            "name another one's HOST:PORT, or leave it out, and one is started here for as long as the sweep runs"
+        ) from None
+    finally:
+        if given is not None:
+            os.environ["RAY_ADDRESS"] = given
+    if address not in find_gcs_addresses():
+        try:
+            _check_answers(address)
+        except ConfigError as error:
+            file = get_ray_address_file(None)
+            why = "; ".join(error.problems).partition("; is it up")[0]
+            raise Unreachable(
+                f"{why}; `auto` found that address in {file}, which a cluster that has ended has left: delete the "
+                "file, or name the cluster: --address HOST:PORT"
+            ) from None
+    return address
+
+
+# --- with a token, or without ------------------------------------------------------------------------------------
+
+_chosen: set[str] = set()
+"""Values of RAY_AUTH_MODE that were set here, and not by the user."""
+
+
+def _set_token_mode(mode: str | None) -> None:
+    """Let Ray in this process, and all that it starts, speak with the token or without, unless the user has said.
+
+    Ray reads the mode when it is imported, and the token when it first needs it: both are read anew.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    if _mode_given() is None:
+        if mode is None:
+            os.environ.pop("RAY_AUTH_MODE", None)
+        else:
+            os.environ["RAY_AUTH_MODE"] = mode
+            _chosen.add(mode)
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _mode_given() -> str | None:
+    """RAY_AUTH_MODE as the user has set it."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    return None if mode is None or mode in _chosen else mode.lower()
+
+
+def _join_with_token_or_without(address: str) -> None:
+    """Set the token mode that the head at HOST:PORT wants; a ConfigError where this process cannot give it."""
+    given = _mode_given()
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # not to be asked in the clear
+        _set_token_mode("token" if token() is not None else None)
+    elif _lets_in(address):
+        if given == "token":
+            raise ConfigError(_open_head(address))
+        _set_token_mode(None)
+    elif (ours := token()) is None:
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: it wants a token, and there is no token here ({token_file()}): "
+            "copy its own there, mode 600, or set RAY_AUTH_TOKEN"
+        )
+    elif given not in (None, "token"):
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: it wants its token, and RAY_AUTH_MODE={given} here says to "
+            "send none; unset RAY_AUTH_MODE"
+        )
+    elif not _lets_in(address, ours):
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: it answers, so the token here ({token_file()}, or "
+            "RAY_AUTH_TOKEN) is not its own: copy its own, mode 600"
+        )
+    else:
+        _set_token_mode("token")
+
+
+def _check_speaks_alike(address: str) -> None:
+    """Raise where the user's own connection sends a token to a cluster without: its processes could not answer."""
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
+
+    tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    if not tls and get_authentication_mode() == AuthenticationMode.TOKEN and _lets_in(address):
+        raise ConfigError(_open_head(address))
+
+
+def _open_head(address: str) -> str:
+    return (
+        f"the Ray cluster at {address} runs without authentication, and this process with (RAY_AUTH_MODE=token), so "
+        "its trials could not answer; start the cluster anew with RAY_AUTH_MODE=token and this machine's token, or, where "
+        "nobody else reaches it, unset RAY_AUTH_MODE here"
+    )
+
+
+def _lets_in(address: str, key: str | None = None) -> bool:
+    """Whether the head at HOST:PORT answers who has this token, or none. Raises Unreachable where it is no Ray head."""
+    import grpc  # type: ignore[import-untyped]
+
+    metadata = None if key is None else [("authorization", f"Bearer {key}")]
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            alive(b"", timeout=TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return False
+            raise Unreachable(
+                f"what listens at {address} does not answer as a Ray head does ({error.code().name}); is that the port "
+                "of `ray start --head` (6379 unless --port says another), not the dashboard's, and does the head run?"
+            ) from None
+    return True
+
+
 def _cannot_join(address: str, reason: str) -> str:
     """Why Ray could not join a cluster that is there."""
     first = f"cannot join the Ray cluster at {address}: {reason.splitlines()[0]}"
-    if token() is None or os.environ.get("RAY_AUTH_MODE") != "token":
-        return f"{first}; there is no token here ({token_file()}), which the cluster may want: copy its own, mode 600"
-    if "Failed to connect" in reason or "uthenticat" in reason:
-        return f"{first}; it answers, so the token here ({token_file()}, or RAY_AUTH_TOKEN) is probably not its own"
     if "raylet" in reason or "node_ip_address" in reason or "local node" in reason:
         return (
             f"{first}; this machine is no node of it: submit a job instead, with --address http://... or --cluster FILE"

@@ -374,7 +374,8 @@ def _found(command: Command) -> Command:
 
 def _env() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}
+    settings |= {"RAY_AUTH_MODE": "token"} if token() is not None else {}  # without one, Ray would not even ask
     return {**os.environ, **settings, "PATH": path}
 
 

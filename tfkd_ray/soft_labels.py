@@ -56,6 +56,8 @@ class Bank:
 
     say: Callable[[str], None] | None = None
     """Called with a sentence where views cannot be kept. None: it is a warning."""
+    meet: Callable[[], None] | None = None
+    """Called when a view is there: waits for the workers of other nodes, which may have theirs to fill."""
 
     def __init__(
         self,
@@ -93,7 +95,10 @@ class Bank:
                 self._write(path, content)
             found = _read(path, about)
             found = load(content)["logits"] if found is None else found
-        return self._filled(path, about, count, compute) if found is None else found
+        found = self._filled(path, about, count, compute) if found is None else found
+        if self.meet is not None:
+            self.meet()
+        return found
 
     def _filled(
         self, path: Path, about: dict[str, str], count: int, compute: Callable[[nn.Module, Tensor], Tensor]

@@ -33,7 +33,7 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import write_text
 from tfkd_ray.files import DISK_ERRORS
-from tfkd_ray.loop import train_in
+from tfkd_ray.loop import Diverged, train_in
 from tfkd_ray.schema import ConfigError, validated
 
 Metrics = dict[str, float]
@@ -42,6 +42,10 @@ BARRIER_TIMEOUT_S = 10.0
 """Longest wait for the other workers after a failure."""
 STOP_TIMEOUT_S = 10.0
 """Longest wait for a group to save and stop when the sweep ends."""
+COLLECTIVE_TIMEOUT_S = 300
+"""Longest wait of a worker for the others inside a training step or a validation."""
+COMMAND_TIMEOUT = timedelta(days=30)
+"""Longest wait of a worker for what comes next: a command, or a slower node that reads data or fills soft labels."""
 
 
 class Stopped(Exception):
@@ -172,7 +176,21 @@ def check_metrics(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> None:
 def _epochs_here(
     run: dict[str, Any], about: dict[str, Any], say: Callable[[str], None] | None = None
 ) -> Iterator[Metrics]:
-    """The epochs of a trial in this process, the first worker of a group included."""
+    """The epochs of a trial in this process."""
+    yield from _prepared(run, about, say)
+
+
+def _prepared(
+    run: dict[str, Any],
+    about: dict[str, Any],
+    say: Callable[[str], None] | None = None,
+    meet: Callable[[], None] | None = None,
+) -> Iterator[Metrics]:
+    """The epochs of a trial in this process, once its data and its teacher are found here.
+
+    Args:
+        meet: waits for the group's other workers, however long their node takes. None: there are no others.
+    """
     config = validated(TrainConfig, run)
     check_data_here(config)
     shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
@@ -182,8 +200,14 @@ def _epochs_here(
     if (run_of_teacher := config.teacher_run()) is not None:
         teachers.fetch(run_of_teacher, storage)
     teacher = teachers.bank_of(config, storage, shelf)
+    if meet is not None:
+        config.data.load()  # kept, as its statistics are: the loop gets the same
+        config.data.statistics()
+        if teacher is not None:
+            teacher.meet = meet
+        meet()
     header, on_saved = {"trial": about["name"]}, remote.on_saved(directory)
-    yield from train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
+    return train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
 
 
 def check_data_here(config: TrainConfig) -> None:
@@ -386,6 +410,7 @@ class _Desk:
         self._commands: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self._results: queue.Queue[tuple[int, str, Any]] = queue.Queue()
         self._trouble: str | None = None
+        self._starts: set[str] = set()
         self._desk = ray.get_runtime_context().current_actor
         self._thread = threading.Thread(target=self._fit, args=(validated(TrainConfig, config), storage), daemon=True)
         self._thread.start()
@@ -399,7 +424,9 @@ class _Desk:
             TorchTrainer(
                 _worker,
                 train_loop_config={"desk": self._desk, "notice": _Notice()},
-                torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+                torch_config=TorchConfig(
+                    backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+                ),
                 scaling_config=ScalingConfig(
                     num_workers=config.workers,
                     use_gpu=config.gpus_per_worker > 0,
@@ -409,7 +436,8 @@ class _Desk:
                 run_config=RunConfig(
                     name=name,
                     storage_path=storage,
-                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+                    # Ray would start the workers of a preempted node again, for ever; the trial goes on elsewhere
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=2),
                 ),
             ).fit()
             self._trouble = "it has ended"
@@ -432,9 +460,17 @@ class _Desk:
     def put_result(self, number: int, kind: str, value: Any) -> None:
         self._results.put((number, kind, value))
 
-    def give_up(self, reason: str | None) -> None:
-        """A worker failed alone, or for a reason that is not the trial's: the group ends, no trial begins on it."""
-        self._trouble = self._trouble or reason or "a worker failed alone"
+    def started(self, start: str) -> None:
+        """The workers are there. A second time, Ray has started others: those do not know of the trial that runs."""
+        self._starts.add(start)
+        if len(self._starts) > 1:
+            self._trouble = self._trouble or "its workers were lost, and others started in their place"
+
+    def give_up(self, reason: str, last: tuple[int, str, Any] | None = None) -> None:
+        """The group ends, and no trial begins on it; `last` is a result of the trial that ran."""
+        self._trouble = self._trouble or reason
+        if last is not None:
+            self._results.put(last)
 
     def get_result(self, timeout_s: float) -> tuple[tuple[int, str, Any] | None, str | None]:
         """(a result or None, what is wrong with the group or None)."""
@@ -483,12 +519,16 @@ def _worker(given: dict[str, Any]) -> None:
     """What every worker of a group runs: one trial after the other, in step with the other workers.
 
     The first worker asks the desk for commands and passes them on. All hear what comes after an epoch by the same
-    broadcast, so no worker is ever left waiting in a collective operation that the others skipped.
+    broadcast, so no worker is ever left waiting in a collective operation that the others skipped. A group outlives a
+    failed trial only where no worker has a collective operation open: where all failed before the first one, or between
+    epochs, or by a loss that is the same number on all.
     """
     seal_test_split()
     desk, notice, first = given["desk"], given["notice"], dist.get_rank() == 0
-    control = dist.new_group(backend="gloo")  # also where gradients go by nccl
+    control = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # also where gradients go by nccl
     assert isinstance(control, dist.ProcessGroup)
+    if first:
+        ray.get(desk.started.remote(uuid.uuid4().hex))
 
     def command() -> tuple[Any, ...]:
         message: list[Any] = [None]
@@ -496,6 +536,9 @@ def _worker(given: dict[str, Any]) -> None:
             message[0] = ray.get(desk.get_command.remote(5.0))
         dist.broadcast_object_list(message, src=0, group=control)
         return tuple(message[0])
+
+    def meet() -> None:
+        dist.all_reduce(torch.zeros(1), group=control)
 
     def tell(number: int, kind: str, value: Any) -> None:
         ray.get(desk.put_result.remote(number, kind, value))
@@ -507,10 +550,15 @@ def _worker(given: dict[str, Any]) -> None:
         if what != "run":
             continue  # meant for a trial that has failed meanwhile
         number, run, about = rest
-        notice.training = True
+        notice.training, in_step = True, True
         try:
-            epochs = _epochs_here(run, about, functools.partial(tell, number, "note") if first else _unheard)
-            for metrics in epochs:
+            epochs = _prepared(run, about, functools.partial(tell, number, "note") if first else _unheard, meet)
+            while True:
+                in_step = False
+                metrics = next(epochs, None)
+                in_step = True
+                if metrics is None:
+                    break
                 check_metrics(metrics, about)
                 if first:
                     tell(number, "epoch", metrics)
@@ -528,12 +576,15 @@ def _worker(given: dict[str, Any]) -> None:
                 elif what == "stop":
                     _stop(epochs)
         except (Exception, SystemExit) as error:
-            alike = _all_here(control)
-            own = not _is_of_storage(error)
-            if own and (first if alike else not _is_of_communication(error)):
-                tell(number, "failed", (_reason(error), traceback.format_exc()))
-            if not (alike and own):  # a worker is lost, or failed alone: the others cannot go on without it
-                ray.get(desk.give_up.remote(None if own else _reason(error)))
+            own = not (_is_of_storage(error) or _is_of_communication(error))
+            keeps, mine = _agreed(control, in_step or isinstance(error, Diverged), own)
+            told = (number, "failed", (_reason(error), traceback.format_exc()))
+            if keeps:
+                if mine:
+                    tell(*told)
+            else:  # the others cannot go on without this one, or nobody knows what they still wait for
+                why = "a worker failed" if own else _reason(error)
+                ray.get(desk.give_up.remote(why, told if mine else None))
                 raise
         notice.training = False
         if notice.came:
@@ -551,6 +602,23 @@ def _all_here(control: dist.ProcessGroup) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _agreed(control: dist.ProcessGroup, in_step: bool, own: bool) -> tuple[bool, bool]:
+    """After a failure: whether the group can take the next trial, and whether this worker is to tell the reason.
+
+    Args:
+        in_step: this worker has no collective operation open.
+        own: the failure is the trial's own.
+    """
+    if not _all_here(control):
+        return False, own
+    owners = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    owners[dist.get_rank()] = own
+    out_of_step = torch.tensor(int(not (in_step and own)))
+    dist.all_reduce(owners, group=control)
+    dist.all_reduce(out_of_step, group=control)
+    return not out_of_step, own and int(owners.argmax()) == dist.get_rank()
 
 
 def _is_of_communication(error: BaseException) -> bool:

@@ -1,0 +1,117 @@
+"""Connecting to Ray: with the token or without, as the head wants it; and heads that are gone."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tfkd_ray.cluster import _found_here, connect
+from tfkd_ray.schema import ConfigError, Unreachable
+
+CONNECT = """
+import ray
+from tfkd_ray.cluster import connect
+from tfkd_ray.schema import ConfigError
+try:
+    connect()
+    print("joined", ray.get(ray.remote(lambda: "and answered").options(num_cpus=0).remote()))
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+def connected(address: str, **env: str) -> str:
+    """What a Python program says that imports Ray first, and joins the cluster that RAY_ADDRESS names."""
+    given = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {"RAY_ADDRESS": address, **env}
+    run = subprocess.run([sys.executable, "-c", CONNECT], env=given, capture_output=True, text=True, timeout=110)
+    return run.stdout or run.stderr
+
+
+@pytest.mark.ray
+def test_a_program_that_imported_ray_first_joins_a_cluster_with_the_token_that_it_wants(ray_cluster: str) -> None:
+    assert "joined and answered" in connected(ray_cluster)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [
+        ({"RAY_AUTH_TOKEN": "x" * 64}, "it answers, so the token here"),
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "it wants a token, and there is no token here (/nowhere/token)"),
+        ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled here says to send none; unset RAY_AUTH_MODE"),
+    ],
+    ids=["another's", "none", "disabled"],
+)
+def test_a_token_that_a_cluster_does_not_take_is_said_at_once(
+    ray_cluster: str, env: dict[str, str], sentence: str
+) -> None:
+    said = connected(ray_cluster, **env)
+    assert said.startswith("refused:") and sentence in said, said
+
+
+# --- heads that are gone
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where no Ray runs, and in a process that has joined none."""
+    monkeypatch.setattr("tfkd_ray.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("psutil.process_iter", lambda *args, **options: iter(()))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("by", ["--address", "RAY_ADDRESS"])
+def test_auto_with_an_address_that_an_ended_cluster_has_left_is_said_within_seconds(
+    no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "auto" if by == "RAY_ADDRESS" else "")
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=r"no Ray head answers at 127.*ray_current_cluster, which a cluster that has "):
+        connect("auto" if by == "--address" else None)
+    assert time.monotonic() - began < 15
+
+
+def test_auto_where_no_ray_runs_is_said(no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(Unreachable, match="no Ray cluster runs on this machine; start one with `ray start --head`"):
+        _found_here()
+
+
+class Page(BaseHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["a web server", "silent"])
+def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Address of something that listens and is no Ray head."""
+    if request.param == "silent":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            yield f"127.0.0.1:{server.getsockname()[1]}"
+        return
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{web.server_address[1]}"
+        web.shutdown()
+
+
+def test_a_port_where_something_else_listens_is_said_within_seconds(no_ray: None, stranger: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=f"what listens at {stranger} does not answer as a Ray head does"):
+        connect(stranger)
+    assert time.monotonic() - began < 15

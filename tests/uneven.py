@@ -1,0 +1,40 @@
+"""A network that runs out of memory on every worker in the same step, but not in the same place, for test_groups.py.
+
+The first worker fails in forward, before any gradient is exchanged; the others at the end of backward, when most are.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Uneven(nn.Module):
+    """An MLP, wide enough that its gradients are exchanged in several parts."""
+
+    def __init__(self, inputs: int, classes: int, fails: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, 1500)
+        self.rest = nn.ModuleList(nn.Linear(1500, 1500) for _ in range(6))
+        self.last = nn.Linear(1500, classes)
+        self.fails, self.steps = fails, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training and torch.is_grad_enabled()
+        if self.fails and self.steps == 4:
+            if dist.get_rank() == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory, in forward")
+            self.first.weight.register_hook(self.fail)
+        x = self.first(x.flatten(1)).relu()
+        for layer in self.rest:
+            x = layer(x).relu()
+        return self.last(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def fail(gradient: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory, in backward")
+
+
+def network(shape: tuple[int, int, int], num_classes: int, fails: bool) -> nn.Module:
+    """A network that fails in its fourth step, or does not."""
+    channels, height, width = shape
+    return Uneven(channels * height * width, num_classes, fails)
