@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-import torch
 from optuna.trial import FrozenTrial, TrialState
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
 from ray.tune.search import Repeater
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
@@ -26,6 +25,7 @@ from tfkd_ray.space import Space, build_space
 from tfkd_ray.tensorboard import TensorBoard
 
 pytestmark = pytest.mark.ray
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import it
 
 EPOCHS = 9
 
@@ -57,7 +57,7 @@ def states(searcher: OptunaSearcher) -> list[str]:
 # --- what a trainable may report
 
 
-KINDS = [np.float32, np.float16, np.float64, np.int64, np.array, torch.tensor, lambda x: np.array(x, "float32")]
+KINDS = [np.float32, np.float16, np.float64, np.int64, np.array, lambda x: np.array(x, "float32")]
 
 
 def test_numbers_of_numpy_and_torch_are_numbers_as_metric_and_as_epoch(ray_cluster: str, tmp_path: Path) -> None:
@@ -95,11 +95,10 @@ def test_epochs_may_be_counted_from_zero_or_not_at_all_and_a_trial_may_end_early
         for epoch in range(first, last + 1):
             tune.report({"val_accuracy": 0.5, **({} if number == 1 else {"epoch": epoch})})
 
-    searcher = OptunaSearcher(space(4, stopping="none"), tmp_path / "journal")
-    for name, scheduler in (("a", StudyStopping(searcher)), ("b", None)):
-        searcher = OptunaSearcher(space(4, stopping="none"), tmp_path / name)
-        scheduler = scheduler and StudyStopping(searcher)
-        fit(trainable, searcher, tmp_path / f"at-{name}", scheduler=scheduler)
+    for rule in ("study", "fifo"):
+        searcher = OptunaSearcher(space(4, stopping="none"), tmp_path / rule)
+        scheduler = StudyStopping(searcher) if rule == "study" else None
+        fit(trainable, searcher, tmp_path / f"at-{rule}", scheduler=scheduler)
         assert states(searcher) == ["COMPLETE"] * 4
         assert [len(t.intermediate_values) for t in trials(searcher)] == [EPOCHS, EPOCHS, 5, EPOCHS + 3]
 
@@ -254,12 +253,10 @@ def snapshot_has_running_trials(experiment: Path) -> bool:
     try:
         states = [json.loads(p.read_text()) for p in experiment.glob("experiment_state-*.json")]
         saved = [json.loads(p.read_text())["trials"] for p in experiment.glob("searcher-state-*.pkl")]
-        ran = [
-            len(json.loads(trial)["stub"]) if False else trial for state in states for trial, _ in state["trial_data"]
-        ]
+        known = [len(state["trial_data"]) for state in states]
     except (ValueError, KeyError):
         return False
-    return len(ran) >= 2 and any(len(ids) >= 2 for ids in saved)
+    return any(count >= 2 for count in known) and any(len(ids) >= 2 for ids in saved)
 
 
 # --- Ray's other ways to a searcher
@@ -340,5 +337,5 @@ def test_more_points_than_trials_points_of_a_grid_and_points_without_a_value_are
     for wrong in (None, float("nan"), "0.5"):
         with pytest.raises(ConfigError, match="add_evaluated_point: a number"):
             searcher.add_evaluated_point({"optim.lr": 0.2}, wrong)
-    with pytest.raises(ConfigError, match="optim.lr is searched, and is not said"):
+    with pytest.raises(ConfigError, match=r"optim\.lr is searched, and is not said"):
         searcher.add_evaluated_point({}, 0.5)

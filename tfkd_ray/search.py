@@ -161,7 +161,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def check_metric(self, metric: str | None, mode: str | None) -> None:
         """Raise where a `tune.TuneConfig` wants another metric than the space, which the search goes by."""
         search = self.space.search
-        given = [(n, told) for n, told in (("metric", metric), ("mode", mode)) if told not in (None, getattr(search, n))]
+        given = [
+            (n, told) for n, told in (("metric", metric), ("mode", mode)) if told not in (None, getattr(search, n))
+        ]
         if given:
             told = ", ".join(f"{name}={value!r}" for name, value in given)
             raise ConfigError(
@@ -218,7 +220,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         result = result or {}
         failed = str(result.get("failed") or "")
         if error and not _is_number(result.get(self.space.search.metric)):  # a `Repeater` has one of the other repeats
-            failed = self._errors.pop(trial_id, None) or _raised() or "its process was lost"
+            failed = self._errors.pop(trial_id, "") or _raised() or "its process was lost"
         if result and not failed:
             self._put(live, result)
         if failed or not (result or live.reported):
@@ -936,9 +938,7 @@ def _asked(group: Group, objective: str, values: Mapping[str, Any]) -> tuple[dic
     return fixed.params, fixed.distributions
 
 
-def point_in(
-    space: Space, parameters: Mapping[str, Any], *, whole: bool = False
-) -> tuple[Group, str, dict[str, Any]]:
+def point_in(space: Space, parameters: Mapping[str, Any], *, whole: bool = False) -> tuple[Group, str, dict[str, Any]]:
     """(group, objective, values by parameter name) of a point that somebody names; all values, if it is `whole`.
 
     A point is a whole configuration, or values by parameter name and perhaps the name of its `objective`.
@@ -986,7 +986,9 @@ def given_points(space: Space, points: Sequence[Mapping[str, Any]]) -> dict[str,
     share = space.search.num_samples // len(space.groups)
     for name, those in found.items():
         if len(those) > share:
-            raise ConfigError(f"points_to_evaluate: {len(those)} of {name}, which gets {share} trials; raise num_samples")
+            raise ConfigError(
+                f"points_to_evaluate: {len(those)} of {name}, which gets {share} trials; raise num_samples"
+            )
     return found
 
 

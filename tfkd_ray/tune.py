@@ -433,8 +433,8 @@ def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig)
         )
     if run_config.storage_filesystem != usual_run.storage_filesystem:
         problems.append(
-            "run_config.storage_filesystem: an experiment goes to a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; "
-            "say which with storage_path"
+            "run_config.storage_filesystem: an experiment goes to a directory, s3://BUCKET/PREFIX or "
+            "gs://BUCKET/PREFIX; say which with storage_path"
         )
     if problems:
         raise ConfigError(problems)
@@ -446,7 +446,9 @@ def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune
     search = space.search
     if metric is not None and metric not in search.metrics[:1]:
         if search.more_metrics:
-            raise ConfigError(f"tune_config.metric: {metric}, and the space is searched for {', '.join(search.metrics)}")
+            raise ConfigError(
+                f"tune_config.metric: {metric}, and the space is searched for {', '.join(search.metrics)}"
+            )
         try:
             space = _with_search(space, metric=metric)
         except ConfigError as error:
