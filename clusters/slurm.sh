@@ -35,7 +35,10 @@ chmod 600 "$HOME/.ray/auth_token"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000))       # two jobs never meet
-[ "${2:-}" = tune ] && set -- "$@" --storage "$TFKD_RESULTS"
+case "${2:-}, $* " in
+  *" --storage"*) ;;                         # another place was asked for
+  tune,* | teacher,*) set -- "$@" --storage "$TFKD_RESULTS" ;;
+esac
 
 # --resources: trials of several workers need it (their own process takes none of the CPUs)
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \

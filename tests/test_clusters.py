@@ -1,5 +1,6 @@
 """Cluster files: those that ship are good and safe, each rule has its sentence, each verb its commands."""
 
+import argparse
 import http.server
 import json
 import re
@@ -20,7 +21,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from tfkd_ray.cli import main
+from tfkd_ray.cli import _parsed, _parser, main
+from tfkd_ray.cluster_verbs import PLACES, SENT, job_words
 from tfkd_ray.clusterfile import check, load_cluster, node_types
 from tfkd_ray.jobs import stage
 from tfkd_ray.schema import ConfigError
@@ -691,6 +693,9 @@ def test_slurm_runs_the_command_under_symmetric_run(
     called = (tools / "called").read_text()
     assert "ray symmetric-run --address n1:20077 --min-nodes 2" in called
     assert "-- tfkd tune mine.yaml --storage /shared/me/tfkd_results\ntoken\n" in called
+    for words in ("tune mine.yaml --storage /mnt/mine", "resume /mnt/e"):
+        subprocess.run([*script[:2], "tfkd", *words.split()], env=env, check=True)
+        assert f"-- tfkd {words}\ntoken\n" in (tools / "called").read_text()
     assert stat.S_IMODE((tmp_path / "home/.ray/auth_token").stat().st_mode) == 0o600
 
 
@@ -827,6 +832,86 @@ def test_where_a_sweep_runs_is_checked_before_anything_is_sent(
     err = capsys.readouterr().err
     assert sentence in err and "Traceback" not in err
     assert {p.name for p in here.iterdir()} == {"mine.yaml"}
+
+
+def verbs(parser: argparse.ArgumentParser, *before: str) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    """Every verb of a parser, those of its verbs included."""
+    subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for action in subs:
+        for name, sub in action.choices.items():
+            yield from verbs(sub, *before, name)
+    if not subs:
+        yield before, parser
+
+
+def given(action: argparse.Action, *, joined: bool = False) -> list[str]:
+    """Words that set an option, or a positional argument, to something unusual."""
+    if action.nargs == 0:
+        return [action.option_strings[-1]]
+    number = action.type is not None and action.type.__name__ in ("_count", "int", "float")  # type: ignore[union-attr]
+    value = "7" if number else (list(action.choices)[-1] if action.choices else f"/there/{action.dest}.yaml")
+    if action.dest == "overrides":
+        return ["optim.lr=1", f"student={value}"]
+    if not action.option_strings:
+        return [value]
+    option = action.option_strings[-1]
+    return [f"{option}={value}"] if joined else [option, value]
+
+
+PLACED = {words: sub for words, sub in verbs(_parser()) if any(a.dest == "cluster" for a in sub._actions)}
+FILES = {"tune": "file", "resume": "space", "confirm": "file", "train": "file", "doctor": "space"}
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("verb", PLACED, ids="-".join)
+def test_a_job_gets_every_option_of_its_verb_but_those_that_place_it(verb: tuple[str, ...], joined: bool) -> None:
+    actions = [a for a in PLACED[verb]._actions if a.dest != "help"]
+    options = [a for a in actions if a.option_strings and a.dest not in PLACES]
+    positional = [word for a in actions if not a.option_strings for word in given(a)]
+    storage = next((a for a in options if a.dest == "storage"), None)
+    for chosen in [options, *([option] for option in options)]:
+        words = [*verb, *positional[:1], "--cluster", "/there/file.yaml"]
+        words += [word for a in chosen for word in given(a, joined=joined)]
+        words += ["--detach"] if verb[0] != "doctor" else ["--address=auto"]
+        words += positional[1:]
+        args = _parsed(words)
+        place = "/mnt/x" if storage in chosen and storage is not None else None
+        sent = job_words(args, sent=FILES[verb[-1]], storage=place)
+        asked, got = vars(args), vars(_parsed(sent))
+        expected = {k: v for k, v in asked.items() if k not in (*PLACES, "words", "parsed", "run")}
+        expected |= {"storage": Path("/mnt/x")} if place else {}
+        expected |= {FILES[verb[-1]]: SENT} if asked[FILES[verb[-1]]] is not None else {}
+        assert {k: got[k] for k in expected} == expected
+        assert not [got[name] for name in PLACES if got.get(name)]
+
+
+@pytest.mark.parametrize("words", [["tune", "1", "--num-samples", "1"], ["tune", "tune", "--name=tune"],
+                                   ["tune", "--name", "x.yaml", "x.yaml"], ["tune", "a=x.yaml", "--detach", "a=x.yaml"],
+                                   ["resume", "/x", "--space=/x", "--det"]])  # fmt: skip
+def test_the_file_that_is_sent_is_found_among_words_that_are_like_it(words: list[str]) -> None:
+    args = _parsed(words)
+    name = FILES[words[0]]
+    found = _parsed(job_words(args, sent=name))
+    same = [k for k in vars(args) if k not in (name, *PLACES, "words", "parsed", "run")]
+    assert getattr(found, name) == SENT and all(getattr(found, k) == getattr(args, k) for k in same)
+
+
+def test_what_a_resume_is_asked_for_reaches_the_cluster(
+    here: Path, tools: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake(tools, "sbatch", "")
+    asked = ["--space", "mine.yaml", "--study-storage", "sqlite:////x/y.db", "--time-budget", "1234567.5"]
+    assert main(["resume", "/mnt/e", "--cluster", "slurm", *asked, "--retry-failed"]) == 0
+    called = (tools / "called").read_text()
+    assert "tfkd resume /mnt/e --space" in called and "mine.yaml --study-storage sqlite:////x/y.db" in called
+    assert "--time-budget 1234567.5 --retry-failed\n" in called
+    for verb in (["resume", "/mnt/e", "--study-storage"], ["tune", "mine.yaml", "--study-storage"]):
+        assert main([*verb, "postgresql://me:pw@db/x", "--cluster", "slurm"]) == 2
+        assert "a job's command is shown on the dashboard" in capfd.readouterr().err
+    assert main(["tune", "mine.yaml", "--prior", "old", "--cluster", "slurm"]) == 2
+    assert "--prior: an absolute path that the cluster sees, or a URL, got old" in capfd.readouterr().err.replace(
+        "\n  ", " "
+    )
 
 
 def test_a_job_from_a_machine_with_other_versions_is_refused(

@@ -228,9 +228,10 @@ def test_a_searcher_is_pickled_without_anything_live(journal: Path, tmp_path: Pa
     again = pickle.loads(pickle.dumps(searcher))
     assert again.remaining() == 16
     searcher.save(str(tmp_path / "state"))
-    assert json.loads((tmp_path / "state").read_text()) == {"journal": str(journal)}
+    assert json.loads((tmp_path / "state").read_text()) == {"journal": str(journal), "trials": {"a": 0}}
     again.restore(str(tmp_path / "state"))
-    assert isinstance(again.suggest("b"), dict)
+    config = again.suggest("b")
+    assert isinstance(config, dict) and config["trial"]["number"] == 1  # Tune itself goes on with a
 
 
 def test_the_scheduler_asks_the_study(journal: Path) -> None:

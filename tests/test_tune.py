@@ -1,5 +1,7 @@
 """Sweeps on a real Ray: what comes back, what is written, and what a failure or a kill costs."""
 
+import dataclasses
+import datetime
 import os
 import signal
 import time
@@ -8,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 import ray
+from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
@@ -20,9 +24,10 @@ from tfkd_ray.experiment import read_experiment, read_records
 from tfkd_ray.loop import train
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.search import open_journal
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import train_teacher
-from tfkd_ray.tune import Losses, Recorder, TeacherFailed, build_tuner, resume_tuner
+from tfkd_ray.tune import Losses, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
 
@@ -197,6 +202,11 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
     assert (tmp_path / "mine" / "experiment.yaml").exists() and len(mine.ends) == 3
     best = grid.get_best_result().metrics
     assert best is not None and best["val_nll"] == min(r.metrics["val_nll"] for r in grid if r.metrics)
+    assert read_experiment(tmp_path / "mine")["space"]["search"]["metric"] == "val_nll"  # it was searched for, too
+    storage = open_journal(tmp_path / "mine" / "study.journal")
+    (study,) = optuna.study.get_all_study_summaries(storage=storage)
+    assert study.direction == optuna.study.StudyDirection.MINIMIZE
+    asha = ASHAScheduler(metric="val_accuracy", mode="max")
     for wrong, message in [
         ({"tune_config": tune.TuneConfig(search_alg=object())}, "tune_config.search_alg: build_tuner brings its own"),
         ({"tune_config": tune.TuneConfig(num_samples=9)}, "tune_config.num_samples: the space says how many"),
@@ -204,6 +214,28 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
             {"run_config": tune.RunConfig(checkpoint_config=tune.CheckpointConfig(num_to_keep=1))},
             "run_config.checkpoint",
         ),
+        ({"tune_config": tune.TuneConfig(metric="loss")}, "tune_config.metric: Input should be 'val_accuracy'"),
+        (
+            {"tune_config": tune.TuneConfig(metric="val_nll", mode="max")},
+            "tune_config.mode: val_nll is better the lower",
+        ),
+        ({"tune_config": tune.TuneConfig(mode="min")}, "tune_config.mode: val_accuracy is better the higher it is"),
+        ({"tune_config": tune.TuneConfig(metric="val_nll", scheduler=asha)}, "tune_config.metric: the scheduler has a"),
+        (
+            {"tune_config": tune.TuneConfig(max_concurrent_trials=-1)},
+            "max_concurrent_trials: 0 (no limit) or more, got",
+        ),
+        ({"tune_config": tune.TuneConfig(time_budget_s=0)}, "search.time_budget_s: Input should be greater than 0"),
+        ({"tune_config": tune.TuneConfig(trial_name_creator=str)}, "tune_config.trial_name_creator: trials have names"),
+        ({"tune_config": tune.TuneConfig(trial_dirname_creator=str)}, "tune_config.trial_dirname_creator: trials have"),
+        ({"tune_config": tune.TuneConfig(chdir_to_trial_dir=False)}, "tune_config.chdir_to_trial_dir: Ray has given"),
+        (
+            {"run_config": tune.RunConfig(failure_config=tune.FailureConfig(fail_fast=True))},
+            "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials",
+        ),
+        ({"run_config": tune.RunConfig(storage_filesystem=LocalFileSystem())}, "run_config.storage_filesystem: an exp"),
+        ({"run_config": tune.RunConfig(name="y")}, "name: 'x', and run_config.name is 'y'; give one of them"),
+        ({"run_config": tune.RunConfig(storage_path="/z")}, "and run_config.storage_path is /z; give one of them"),
         (
             {"storage": "ftp://host/x"},
             "storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got 'ftp://host/x'",
@@ -212,6 +244,63 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
         with pytest.raises(ConfigError) as error:
             build_tuner(TREE, **{"name": "x", "storage": tmp_path, **wrong})
         assert message in str(error.value)
+
+
+def test_every_setting_of_rays_configs_is_obeyed_or_refused() -> None:
+    obeyed = {"metric", "mode", "scheduler", "max_concurrent_trials", "time_budget_s", "reuse_actors"}
+    refused = {"search_alg", "num_samples", "trial_name_creator", "trial_dirname_creator", "chdir_to_trial_dir"}
+    assert {f.name for f in dataclasses.fields(tune.TuneConfig)} == obeyed | refused
+    obeyed = {"name", "storage_path", "failure_config", "sync_config", "verbose", "stop", "callbacks"}
+    refused = {"storage_filesystem", "checkpoint_config", "local_dir"}  # the last by Ray itself
+    assert {f.name for f in dataclasses.fields(tune.RunConfig)} == obeyed | refused | {
+        "progress_reporter",
+        "log_to_file",
+    }
+    space = build_space(TREE)
+    for told, found in [
+        (tune.TuneConfig(metric="val_ece"), ("val_ece", None)),
+        (tune.TuneConfig(metric="val_nll", mode="min"), ("val_nll", None)),
+        (tune.TuneConfig(time_budget_s=90), ("val_accuracy", 90)),
+        (tune.TuneConfig(time_budget_s=datetime.timedelta(minutes=2)), ("val_accuracy", 120)),
+    ]:
+        search = _overridden(space, told)[0].search
+        assert (search.metric, search.time_budget_s) == found
+
+
+def test_trials_that_the_users_own_stop_ends_are_of_full_length(ray_cluster: str, tmp_path: Path) -> None:
+    """And what else of a `RunConfig` is Ray's to do is done."""
+
+    class Reporter(tune.CLIReporter):  # type: ignore[misc]
+        told = 0
+
+        def report(self, trials: list[Any], done: bool, *sys_info: Any) -> None:
+            self.told += 1
+
+    reporter = Reporter()
+    run = tune.RunConfig(stop={"epoch": 2}, progress_reporter=reporter, log_to_file=True)
+    asha = ASHAScheduler(metric="val_accuracy", mode="max", time_attr="epoch", max_t=3, grace_period=3)
+    for name, more in (("study", {}), ("asha", {"tune_config": tune.TuneConfig(scheduler=asha)})):
+        build_tuner(TREE, name=name, storage=tmp_path, run_config=run, **more).fit()
+        records = read_records(tmp_path / name)
+        assert [(r.status, len(r.metrics)) for r in records] == [("done", 2)] * 3
+        storage = open_journal(tmp_path / name / "study.journal")
+        (study,) = optuna.study.get_all_study_names(storage)
+        assert {t.state.name for t in optuna.load_study(study_name=study, storage=storage).trials} == {"COMPLETE"}
+    assert reporter.told and list((tmp_path / "study/trials").glob("*/stdout"))
+
+
+def test_two_drivers_that_begin_in_the_same_second_stage_their_files_apart(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.train._internal.storage.date_str", lambda: "the-same-second")
+    tree = {**TREE, "epochs": 1, "search": {"num_samples": 2, "stopping": "none"}}
+    for place in ("a", "b"):
+        grid = build_tuner(tree, name="e", storage=tmp_path / place).fit()
+        folders = {Path(result.path) for result in grid}
+        assert folders == {record.folder for record in read_records(tmp_path / place / "e")}
+        assert all((folder / "result.json").read_text() for folder in folders)
+        states = list((tmp_path / place / "e/trials").glob("experiment_state-*.json"))
+        assert len(states) == 1 and grid.experiment_path == str(tmp_path / place / "e/trials")
 
 
 def test_rays_asha_is_selectable_as_its_docs_show(ray_cluster: str, tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from tfkd_ray.space import Space
 
 OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
+_STORAGE = Path("tfkd_results")
+_TOP_K = 3
+_BASELINES = "ce,lsr,scaled,published"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     if argv is None:
         _hide_password()
-    parser = _parser()
     argv, command = _command_of(list(sys.argv[1:] if argv is None else argv))
     from tfkd_ray.files import Legible
 
     with contextlib.redirect_stderr(Legible(sys.stderr)):
-        args, rest = parser.parse_known_args(argv)
-    # argparse takes positional arguments in one run only; overrides may stand between and after options
-    if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
+        args = _parsed(argv)
     from tfkd_ray.schema import ConfigError, Unreachable
 
     args.command = command
@@ -73,6 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.filename or "the disk")
         _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The arguments; for jobs, which forward them, also as the `words` that they are and with a way to parse others."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one run only; overrides may stand between and after options
+    if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    args.words, args.parsed = argv, _parsed
+    return args
 
 
 _URL = r"(?<![^={,\s'\"])[a-z][a-z0-9+_]*://[^\s'\"}]+"
@@ -119,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--download", action="store_true", help="fetch the data set first, if it is not there")
 
     def storage(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--storage", type=_place, default=Path("tfkd_results"), metavar="DIR",
+        sub.add_argument("--storage", type=_place, default=_STORAGE, metavar="DIR",
                          help="where experiments and teachers go: a directory, s3://BUCKET/PREFIX or "
                          "gs://BUCKET/PREFIX (default: ./tfkd_results)")  # fmt: skip
 
@@ -140,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("experiment", type=_place, help="its directory, or URL")
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
     sub.add_argument("--space", metavar="FILE", help="go on in a wider space, which holds every trial of this one")
-    sub.add_argument("--retry-failed", action="store_true", help="run the failed trials again")
+    sub.add_argument(
+        "--retry-failed", action="store_true", help="run the failed trials again (a comparison's always do)"
+    )
     _budgets(sub)
     sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE")
     _elsewhere(sub)
@@ -167,8 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("confirm", _confirm, "Does it help? Train the best of a sweep, or the arms of a file, over several "
                "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
     file_and_overrides(sub, "a sweep's directory or URL, or an arms file")
-    sub.add_argument("--top-k", type=_count, default=3, metavar="K", help="of a sweep: its K best (default: 3)")
-    sub.add_argument("--baselines", default="ce,lsr,scaled,published", metavar="LIST",
+    sub.add_argument("--top-k", type=_count, default=_TOP_K, metavar="K", help="of a sweep: its K best (default: 3)")
+    sub.add_argument("--baselines", default=_BASELINES, metavar="LIST",
                      help="of a sweep: what its best must beat (default: ce,lsr,scaled,published)")  # fmt: skip
     sub.add_argument("--fail-if-not-better", action="store_true", help="end with exit code 7 unless an arm is better")
     download(sub)
@@ -630,14 +642,22 @@ def _resume(args: argparse.Namespace) -> int:
     from tfkd_ray.schema import ConfigError
     from tfkd_ray.space import build_space, load_space
 
-    if (code := resume_as_job(args, BUDGETS)) is not None:
+    if (code := resume_as_job(args)) is not None:
         return code
     experiment = _to_resume(args.experiment).expanduser().absolute()
     if (experiment / "confirm.yaml").is_file():
-        if args.add_trials:
-            raise ConfigError("--add-trials: is for sweeps; a comparison has a fixed number of runs", experiment)
-        if args.space:
-            raise ConfigError("--space: is for sweeps; a comparison has its arms", experiment)
+        budgets = {option: getattr(args, name) for option, name, _, _ in _BUDGETS}
+        given = {
+            "--add-trials": args.add_trials,
+            "--space": args.space,
+            "--study-storage": args.study_storage,
+            **budgets,
+        }
+        if wrong := [option for option, value in given.items() if value]:
+            problems = [
+                f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs" for option in wrong
+            ]
+            raise ConfigError(problems, experiment)
         return _compare(experiment, args.address)
     about = read_experiment(experiment)
     about["space"]["search"]["num_samples"] += args.add_trials
@@ -875,7 +895,7 @@ def _short(path: Path) -> str:
 
 def _confirm(args: argparse.Namespace) -> int:
     from tfkd_ray.arms import FIRST_SEED, arms_of, load_arms, new_comparison, rivals_of
-    from tfkd_ray.cluster_verbs import confirm_as_job
+    from tfkd_ray.cluster_verbs import confirm_as_job, is_arms
     from tfkd_ray.experiment import read_experiment
     from tfkd_ray.schema import ConfigError
 
@@ -884,12 +904,21 @@ def _confirm(args: argparse.Namespace) -> int:
     if args.seeds < 2:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
+    if is_arms(args):
+        usual = {"--top-k": args.top_k == _TOP_K, "--baselines": args.baselines == _BASELINES}
+        problems = [
+            f"{option}: is for sweeps; an arms file says what is compared" for option, ok in usual.items() if not ok
+        ]
+    else:
+        usual = {"settings": not args.overrides, "--preset": not args.preset, "--storage": args.storage == _STORAGE}
+        why = "settings and presets are for arms files; the arms of a sweep are as it trained them, beside it"
+        problems = [f"{option}: {why}" for option, ok in usual.items() if not ok]
+    if problems:
+        raise ConfigError(problems, args.file)
     if (code := confirm_as_job(args)) is not None:
         return code
     given = _to_resume(_place(args.file)).expanduser().absolute()
     if given.is_dir():
-        if args.overrides or args.preset:
-            raise ConfigError("settings and presets are for arms files; the arms of a sweep are as it trained them")
         args.storage = given.parent  # where its teachers are
         directory = _new_directory(args, f"{given.name}-confirm")
         rivals = rivals_of(args.baselines)

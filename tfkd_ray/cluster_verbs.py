@@ -6,6 +6,7 @@ what it says, and to stop at the first that fails. No Ray is imported here.
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -829,7 +830,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path | None = None, shape: Any = None) -> int:
-    """Run `tfkd WORDS` as a job; the word `{file}` stands for a file that is sent along."""
+    """Run `tfkd WORDS` as a job; the word SENT stands for a file that is sent along."""
     try:
         if args.cluster is None:
             address = args.address.rstrip("/")
@@ -838,7 +839,7 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
         cluster = load_cluster(args.cluster)
         check(cluster, shape)
         if cluster.kind == "slurm":
-            run(slurm_submit(cluster, ["tfkd", *(str(file) if w == "{file}" else w for w in words)]), what="submitting")
+            run(slurm_submit(cluster, ["tfkd", *(str(file) if w == SENT else w for w in words)]), what="submitting")
             return OK
         with reached(cluster) as address:
             return _send(args.cluster, address, words, file, args.detach)
@@ -850,8 +851,64 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
 def _send(where: str, address: str, words: Sequence[str], file: Path | None, detach: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="tfkd-job-") as folder:
         sent = stage(Path.cwd(), Path(folder), file)
-        command = ["python", "-m", "tfkd_ray", *(str(sent) if word == "{file}" else word for word in words)]
+        command = ["python", "-m", "tfkd_ray", *(str(sent) if word == SENT else word for word in words)]
         return _run_job(where, address, Path(folder), command, name=words[0], detach=detach)
+
+
+PLACES = ("cluster", "address", "detach")
+"""Options that say where a command runs, and so are not sent."""
+SENT = "\0"
+"""Stands for the file that is sent along in the words of a job; no command line can hold it."""
+
+
+def job_words(args: argparse.Namespace, *, sent: str | None = None, storage: str | None = None) -> list[str]:
+    """The command line as it was given, less what says where it runs.
+
+    Args:
+        sent: the argument that names a file of this machine, which is sent along; SENT stands for it.
+        storage: where experiments go on the cluster, in place of `--storage`.
+    """
+    replaced = [] if storage is None else ["storage"]
+    dropped = argparse.ArgumentParser(add_help=False)
+    for name in (*PLACES, *replaced):
+        dropped.add_argument(f"--{name}", action="store_true" if name == "detach" else "store")
+    words = _without_secrets(dropped.parse_known_args(args.words)[1])
+    if sent is not None and (value := getattr(args, sent)) is not None:
+        words = _with_sent(args, words, sent, str(value))
+    return [*words, *(["--storage", storage] if storage is not None else [])]
+
+
+def _with_sent(args: argparse.Namespace, words: list[str], name: str, value: str) -> list[str]:
+    """The words with SENT where they give an argument its value: the one place that changes it."""
+    for place, word in enumerate(words):
+        option, equals, _ = word.removesuffix(value).partition("=")
+        if word.endswith(value) and (equals or not option):
+            changed = [*words[:place], *([option] if option else []), SENT, *words[place + 1 :]]
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+                if getattr(args.parsed(changed), name) == SENT:
+                    return changed
+    raise AssertionError(f"{words=} {name=} {value=}")
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    """The words, if none has a password in it."""
+    from tfkd_ray.space import ENVIRONMENT, masked
+
+    here = os.environ.get(ENVIRONMENT)
+    for word in words:
+        if masked(word) != word or (here is not None and masked(here) != here and masked(here) in word):
+            raise ConfigError(
+                "--study-storage (search.storage): a job's command is shown on the dashboard, its password too; set "
+                f"{ENVIRONMENT} on the cluster instead, and not here, and write *** for the password"
+            )
+    return words
+
+
+def _there(places: Sequence[Path | str], what: str) -> None:
+    """Refuse places that only this machine's working directory knows."""
+    for place in places:
+        if isinstance(place, Path) and not place.is_absolute():
+            raise ConfigError(f"an absolute path that the cluster sees, or a URL, got {place}", what)
 
 
 def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
@@ -859,21 +916,13 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    from tfkd_ray.space import masked
-
-    if any(masked(word) != word for word in args.overrides) or "@" in (args.study_storage or ""):
-        raise ConfigError(
-            "--study-storage (search.storage): a job's command is shown on the dashboard, its password too; set "
-            "TFKD_STORAGE on the cluster instead"
-        )
+    _there(args.prior, "--prior")
     file = find_file(args.file, "search_spaces")
     name = args.name or f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if Path(name).name != name or name.startswith("."):
         raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
     storage = _storage_of(args)
-    words = ["tune", "{file}", *args.overrides, "--name", name, *(["--download"] if args.download else [])]
-    words += [word for prior in args.prior for word in ("--prior", str(prior))]
-    words += ["--storage", storage] if storage else []
+    words = [*job_words(args, sent="file", storage=storage), *([] if args.name else ["--name", name])]
     _say(
         f"experiment: {storage or '$TFKD_RESULTS'}/{name}, on the cluster; tfkd status, report and resume take "
         + ("that URL" if "://" in (storage or "") else "that path where it is mounted")
@@ -881,20 +930,14 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     return sweep_as_job(words, args, file=file, shape=space.example)
 
 
-def resume_as_job(args: argparse.Namespace, budgets: Sequence[str]) -> int | None:
+def resume_as_job(args: argparse.Namespace) -> int | None:
     """Run `tfkd resume` as a job if it is to run elsewhere; None if it runs here."""
     check_options(args)
     if not is_job(args):
         return None
-    if isinstance(args.experiment, Path) and not args.experiment.is_absolute():
-        raise ConfigError(f"an absolute path that the cluster sees, or a URL, got {args.experiment}", "resume")
-    words = ["resume", str(args.experiment), *(["--retry-failed"] if args.retry_failed else [])]
-    words += ["--add-trials", str(args.add_trials)] if args.add_trials else []
-    names = {"time_budget_s": "--time-budget", "max_failed_trials": "--max-failures"}
-    for name in budgets:
-        if (value := getattr(args, name)) is not None:
-            words += [names.get(name, "--" + name.replace("_", "-")), f"{value:g}"]
-    return sweep_as_job(words, args)
+    _there([args.experiment], "resume")
+    file = find_file(args.space, "search_spaces") if args.space else None
+    return sweep_as_job(job_words(args, sent="space"), args, file=file)
 
 
 def confirm_as_job(args: argparse.Namespace) -> int | None:
@@ -902,24 +945,22 @@ def confirm_as_job(args: argparse.Namespace) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    given, file, shape = Path(args.file), None, None
-    words = ["confirm", args.file, *args.overrides, "--seeds", str(args.seeds)]
-    url = "://" in args.file
-    if url or given.is_dir() or (given.is_absolute() and not given.is_file()):  # a sweep, there or here
-        if not (url or given.is_absolute()):
-            raise ConfigError(f"an absolute path that the cluster sees, got {given}", "confirm")
-        words += ["--top-k", str(args.top_k), "--baselines", args.baselines]
-    else:
-        from tfkd_ray.arms import load_arms
+    if not is_arms(args):
+        if "://" not in args.file and not Path(args.file).is_absolute():
+            raise ConfigError(f"an absolute path that the cluster sees, got {args.file}", "confirm")
+        return sweep_as_job(job_words(args), args)
+    from tfkd_ray.arms import load_arms
 
-        shape = load_arms(args.file, args.overrides, preset=args.preset).example
-        file, words[1] = find_file(args.file, "search_spaces"), "{file}"
-        words += _stored(args)
-    for name in ("fail_if_not_better", "download", "train_only", "teacher_per_seed"):
-        words += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
-    words += ["--preset", args.preset] if args.preset else []
-    words += ["--name", args.name] if args.name else []
-    return sweep_as_job(words, args, file=file, shape=shape)
+    shape = load_arms(args.file, args.overrides, preset=args.preset).example
+    file, storage = find_file(args.file, "search_spaces"), _storage_of(args)
+    return sweep_as_job(job_words(args, sent="file", storage=storage), args, file=file, shape=shape)
+
+
+def is_arms(args: argparse.Namespace) -> bool:
+    """Whether `tfkd confirm` is given an arms file, and not a sweep, here or, by its absolute path, on a cluster."""
+    given = Path(args.file)
+    there = is_job(args) and given.is_absolute() and not given.is_file()
+    return not ("://" in args.file or given.is_dir() or there)
 
 
 def teacher_as_job(args: argparse.Namespace, shape: Any) -> int | None:
@@ -927,13 +968,8 @@ def teacher_as_job(args: argparse.Namespace, shape: Any) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    words = ["teacher", "train", "{file}", *args.overrides, *(["--download"] if args.download else []), *_stored(args)]
+    words = job_words(args, sent="file", storage=_storage_of(args))
     return sweep_as_job(words, args, file=find_file(args.file, "search_spaces"), shape=shape)
-
-
-def _stored(args: argparse.Namespace) -> list[str]:
-    storage = _storage_of(args)
-    return ["--storage", storage] if storage else []
 
 
 def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
@@ -942,8 +978,7 @@ def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    words = ["doctor", *(["--reap"] if args.reap else []), *(_stored(args) if args.cluster or args.storage else [])]
-    words += ["--space", "{file}"] if args.space else []
+    words = job_words(args, sent="space", storage=_storage_of(args) if args.cluster or args.storage else None)
     return sweep_as_job(words, args, file=find_file(args.space, "search_spaces") if args.space else None, shape=shape)
 
 

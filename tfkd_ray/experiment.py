@@ -19,6 +19,7 @@ import errno
 import importlib.metadata
 import json
 import math
+import numbers
 import os
 import platform
 import signal
@@ -47,6 +48,17 @@ DIRECTIONS: dict[str, Literal["max", "min"]] = {
     "parameters": "min",
 }
 """Of what a search may make good: which way is better."""
+
+
+FULL_LENGTH = "full_length"
+"""In a trial's last result: the user's own `RunConfig.stop` has ended it, so it is of full length."""
+
+
+def as_number(value: Any) -> float | None:
+    """A number as a float, numpy's and what holds just one included; None for anything else."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) else None
 
 
 def trials_folder(experiment: Path) -> Path:

@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tfkd_ray.cluster import starting
-from tfkd_ray.experiment import read_record, read_records
+from tfkd_ray.experiment import FULL_LENGTH, read_record, read_records
 from tfkd_ray.files import legible
 from tfkd_ray.readers import Plan, duration, epochs_left, fitted, padded, read_plan, spent
 from tfkd_ray.schema import in_yaml, validated
@@ -178,7 +178,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
             run.status, reason = "failed", failed.splitlines()[0]
             self._failures.append(f"{run.name}: {reason}")
             self._say(f"{run.name}: failed: {reason}")
-        elif run.epoch < run.epochs:
+        elif run.epoch < run.epochs and not (trial.last_result or {}).get(FULL_LENGTH):
             run.status = "stopped"
             self._say(f"{run.name}: stopped early at epoch {run.epoch}, {value}")
         else:

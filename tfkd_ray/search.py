@@ -31,13 +31,23 @@ from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.search.repeater import TRIAL_INDEX
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from tfkd_ray.cluster import give_larger_share
+from tfkd_ray.cluster import caller_argument, give_larger_share
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import DIRECTIONS, Record, damaged, parse_json, read_experiment, read_records
+from tfkd_ray.experiment import (
+    DIRECTIONS,
+    FULL_LENGTH,
+    Record,
+    as_number,
+    damaged,
+    parse_json,
+    read_experiment,
+    read_records,
+)
 from tfkd_ray.images import address
-from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.schema import ConfigError, did_you_mean, validated
 from tfkd_ray.space import (
     ENVIRONMENT,
     CmaEs,
@@ -68,15 +78,31 @@ class _Live:
     def __init__(self, study: optuna.Study, trial: optuna.Trial, reported: set[int]) -> None:
         self.study, self.trial, self.reported = study, trial, reported
         self.before = max(reported, default=0)
+        self.counts_epochs = False
+        """Whether it has told an `epoch`."""
+        self.told: Any = None
+        """Ray's count of the last result that did not end it."""
+        self.stopped = False
+        """Whether the study has said that it should stop."""
+
+    def epoch(self, result: Mapping[str, Any]) -> int | None:
+        """The result's epoch; of a trial that tells none, Ray's own count of its results."""
+        epoch = as_number(result.get("epoch"))
+        self.counts_epochs |= epoch is not None
+        if not self.counts_epochs:
+            epoch = as_number(result.get("training_iteration"))
+        return int(epoch) if epoch is not None and math.isfinite(epoch) else None
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Proposes the trials of a space.
 
     A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
-    (t0007-tfkd_reg), the `metrics` it is judged by, and what `place` adds. Results must carry `epoch` and these.
-    A trial is COMPLETE after its last epoch, FAIL with its reason where a result says `failed`, it raised an error or
-    Ray lost it, and PRUNED where it was stopped before.
+    (t0007-tfkd_reg), the `metrics` it is judged by, and what `place` adds. Results must carry these, and `epoch`, or
+    else each result counts as one. A trial is COMPLETE after its last epoch, or where it ended by itself or by the
+    `stop` of its `RunConfig`; FAIL with its reason where a result says `failed`, it raised an error or Ray lost it; and
+    PRUNED where it was stopped before. (Ray tells no stop of a `RunConfig` from one of its own schedulers: with those,
+    it is PRUNED.)
 
     Args:
         space: what to search.
@@ -85,6 +111,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         place: added to the `trial` section of every proposal.
         storage: URL of an Optuna storage. None: `search.storage` of the space, or else the journal.
         priors: directories of earlier experiments whose results the sampler should know (see `prior_trials`).
+        points_to_evaluate: what is proposed first: parameters by their names, `objective` among them, or whole
+            configurations. The sampler chooses what a point does not say.
     """
 
     def __init__(
@@ -96,12 +124,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         place: dict[str, str] | None = None,
         storage: str | None = None,
         priors: Sequence[Path | str] = (),
+        points_to_evaluate: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__(metric=space.search.metric, mode=space.search.mode)
         self.storage = storage or space.search.storage
-        self.space, self.journal = without_password(space), Path(journal)
+        self.space, self.journal = without_password(space), Path(journal).absolute()
         self.study, self.place = study or space.search.study or "tfkd", place or {}
         self.priors = [Path(p) for p in priors]
+        self.judges = False
+        """Whether trials are stopped where the studies say so, and nowhere else (see `StudyStopping`)."""
+        self._given = given_points(space, points_to_evaluate)
+        self._saved: dict[str, int] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -120,8 +153,28 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     # --- what Tune calls
 
+    def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
+        """Refuse a metric, or a direction, that is not the space's; called where a Tuner has a `param_space`."""
+        self.check_metric(metric, mode)
+        return False  # the space is given, and Tune refuses another
+
+    def check_metric(self, metric: str | None, mode: str | None) -> None:
+        """Raise where a `tune.TuneConfig` wants another metric than the space, which the search goes by."""
+        search = self.space.search
+        given = [
+            (n, told) for n, told in (("metric", metric), ("mode", mode)) if told not in (None, getattr(search, n))
+        ]
+        if given:
+            told = ", ".join(f"{name}={value!r}" for name, value in given)
+            raise ConfigError(
+                f"TuneConfig: {told}, and the space is searched for {search.metric} ({search.mode}); leave it out, or "
+                "set search.metric in the space"
+            )
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next configuration: first what is unfinished, then new ones, FINISHED after `num_samples`."""
+        if self._studies is None:
+            self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
         studies = self._open()
         if self._todo:
             n = self._todo.pop(0)
@@ -155,6 +208,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Put the epoch's value into the study."""
         self.report(trial_id, result)
+        if trial_id in self._live:
+            self._live[trial_id].told = result.get("training_iteration")
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended; telling it twice changes nothing."""
@@ -162,14 +217,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if live is None:
             return
         study, trial = live.study, live.trial
-        lost = self._errors.pop(trial_id, "its process was lost")
-        failed = lost if error else str((result or {}).get("failed") or "")
+        result = result or {}
+        failed = str(result.get("failed") or "")
+        if error and not _is_number(result.get(self.space.search.metric)):  # a `Repeater` has one of the other repeats
+            failed = self._errors.pop(trial_id, "") or _raised() or "its process was lost"
         if result and not failed:
             self._put(live, result)
-        if failed or not result:
+        if failed or not (result or live.reported):
             trial.set_user_attr("reason", failed or "ended without a result")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        elif result.get("epoch") == self.space.epochs:
+        elif result and self._is_whole(live, result):
             bad = [f"{m} is {result.get(m)}" for m in self.space.search.metrics if not _is_number(result.get(m))]
             if not bad:
                 values = [float(result[m]) for m in self.space.search.metrics]
@@ -180,13 +237,28 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         else:
             study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
+    def _is_whole(self, live: _Live, result: dict[str, Any]) -> bool:
+        """Whether a trial that ended is of full length, by its epochs or by its own or the user's decision."""
+        epoch = live.epoch(result)
+        if epoch is None:  # what a `Repeater` tells: the mean of trials that have ended
+            return "done" not in result or result.get(FULL_LENGTH, False)
+        last = self.space.epochs - (1 if 0 in live.reported else 0)  # some count from 0
+        told = live.told is not None and live.told == result.get("training_iteration")  # it ended after it was told
+        by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
+        return epoch >= last or by_itself or bool(result.get(FULL_LENGTH))
+
     def save(self, checkpoint_path: str) -> None:
-        """Nothing but a note: all that matters is in the study."""
-        Path(checkpoint_path).write_text(json.dumps({"journal": str(self.journal)}))
+        """Note which of Tune's trials is which of the study; all else that matters is in the study."""
+        numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
+        Path(checkpoint_path).write_text(json.dumps({"journal": str(self.journal), "trials": numbers}))
 
     def restore(self, checkpoint_path: str) -> None:
-        """Go on from the study."""
+        """Go on from the study, with the trials that Tune goes on with."""
+        self._saved = json.loads(Path(checkpoint_path).read_text()).get("trials", {})
+        if self.storage is None:
+            drop_stale_locks(self.journal)  # of a driver that was killed
         self._studies = None
+        self._open()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key not in _ALIVE}
@@ -208,10 +280,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if live is None:
             return False
         fresh = self._put(live, result)
-        epoch = result.get("epoch")
-        if epoch == self.space.epochs or not (fresh or (epoch == live.before and epoch in live.reported)):
+        epoch = live.epoch(result)
+        if epoch is None or epoch >= self.space.epochs:
             return False
-        return bool(live.trial.should_prune())
+        if not fresh and not (epoch == live.before and epoch in live.reported):
+            return False
+        live.stopped = bool(live.trial.should_prune())
+        return live.stopped
 
     def note_error(self, trial_id: str, error: BaseException | None) -> None:
         """Why a trial is about to end with an error: the exception, where it raised one itself."""
@@ -272,6 +347,50 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                     )
                 )
 
+    def add_evaluated_point(
+        self,
+        parameters: Mapping[str, Any],
+        value: Any,
+        error: bool = False,
+        pruned: bool = False,
+        intermediate_values: Sequence[float] | None = None,
+    ) -> None:
+        """Give the study a point that was evaluated elsewhere, once; it is no trial of this search.
+
+        Args:
+            parameters: all that are searched, by their names, with `objective` where there are several; or a whole
+                configuration.
+            value: of the metric; a list where there are several. None for one that failed.
+            error: it failed.
+            pruned: it was stopped early.
+            intermediate_values: after epochs 1, 2, ...
+        """
+        group, objective, values = point_in(self.space, parameters, whole=True)
+        params, distributions = _asked(group, objective, values)
+        told = list(value) if isinstance(value, list | tuple) else [value]
+        on_the_way = {epoch: float(v) for epoch, v in enumerate(intermediate_values or (), start=1)}
+        state = TrialState.FAIL if error else TrialState.PRUNED if pruned else TrialState.COMPLETE
+        whole = state == TrialState.COMPLETE
+        if whole and (len(told) != len(self.space.search.metrics) or not all(_is_number(v) for v in told)):
+            raise ConfigError(f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}")
+        if pruned and not error and not on_the_way and _is_number(value):
+            on_the_way = {1: float(value)}
+        about = {"parameters": params, "values": told if whole else [], "on_the_way": on_the_way, "state": state.name}
+        origin = f"evaluated: {json.dumps(about, sort_keys=True, default=str)}"
+        study = self._open()[self.space.groups.index(group)]
+        if any(t.user_attrs.get("prior") == origin for t in study.get_trials(deepcopy=False)):
+            return
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                values=[float(v) for v in told] if whole else None,
+                params=params,
+                distributions=distributions,
+                user_attrs={"prior": origin},
+                intermediate_values={} if self.space.search.more_metrics else on_the_way,
+            )
+        )
+
     def waiting(self) -> set[int]:
         """Numbers of the trials that are to be handed out again."""
         self._open()
@@ -307,13 +426,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _put(self, live: _Live, result: dict[str, Any]) -> bool:
         """Whether the value is new to the study, and a number."""
-        epoch, value = result.get("epoch"), result.get(self.space.search.metric)
+        epoch, value = live.epoch(result), result.get(self.space.search.metric)
         if self.space.search.more_metrics:  # Optuna keeps no values on the way for several
             return False
-        if not isinstance(epoch, int | float) or not _is_number(value) or int(epoch) in live.reported:
+        if epoch is None or not _is_number(value) or epoch in live.reported:
             return False
-        live.reported.add(int(epoch))
-        live.trial.report(float(value), int(epoch))
+        live.reported.add(epoch)
+        live.trial.report(float(value), epoch)
         return True
 
     # --- Optuna
@@ -328,6 +447,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._studies = studies
             self.add_priors(prior_trials(self.space, self.priors))
             self._take_stock(studies)
+            for trial_id, n in self._saved.items():
+                self._take_up(trial_id, n)
+            self._saved = {}
         return self._studies
 
     def _make_studies(self) -> list[optuna.Study]:
@@ -363,6 +485,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
         self._counts = collections.Counter(self._group_of.values())
 
+    def _take_up(self, trial_id: str, n: int) -> None:
+        """Leave an unfinished trial to Tune, which goes on with it under the id that it has."""
+        number = self._started.pop(n, None)
+        if number is None:
+            return
+        self._todo.remove(n)
+        assert self._studies is not None, f"{trial_id=}"
+        study = self._studies[self._group_of[n]]
+        reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
+        self._live[trial_id] = _Live(study, self._again(study, number), reported)
+
     def _deal(self, n: int) -> tuple[int, int]:
         """(group of trial n, how many of the group came before it): the group that has the fewest so far."""
         newest = len(self._group_of) == n  # nothing is missing before it
@@ -388,8 +521,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         settings, seed = search.sampler, address(search.seed, "proposal", n) % 2**32
         random = optuna.samplers.RandomSampler(seed=seed)
         if g not in self._warm:
-            points = group_points(self.space, group)
-            self._warm[g] = [group.told(_branch(group, p.objective), p.values) for p in points]
+            published = group_points(self.space, group)
+            told = [group.told(_branch(group, p.objective), p.values) for p in published]
+            points = self._given.get(group.name, [])
+            self._warm[g] = [*points, *(point for point in told if point not in points)]
         given = self._warm[g][k] if k < len(self._warm[g]) else None
         share = search.num_samples // len(self.space.groups)
         startup = getattr(settings, "startup", None) or min(STARTUP, max(3, share // 2))
@@ -481,7 +616,14 @@ _ALIVE = {
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    number = as_number(value)
+    return number is not None and math.isfinite(number)
+
+
+def _raised() -> str | None:
+    """The exception that fails the trial of which Tune is telling, where it raised one itself."""
+    error = caller_argument("_process_trial_failure", "exception")
+    return f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else None
 
 
 def _branch(group: Group, objective: str) -> Any:
@@ -505,16 +647,24 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether the trial should stop at the epoch it has reported last."""
-        rung, bracket = trial.last_step, trial.user_attrs.get("bracket", 0)
-        if rung not in self._brackets[bracket]:
+        bracket = trial.user_attrs.get("bracket", 0)
+        rungs = self._brackets[bracket]
+        rung = max((r for r in rungs if r <= (trial.last_step or 0)), default=None)
+        if rung is None or self._first(trial, rung) != trial.last_step:
             return False
         values: dict[Any, float] = {}
         for t in study.get_trials(deepcopy=False):  # of a trial that was tried again, the last attempt
-            if rung in t.intermediate_values and t.user_attrs.get("bracket", 0) == bracket:
-                values[t.user_attrs.get("number", (t.number,))] = t.intermediate_values[rung]
+            if t.user_attrs.get("bracket", 0) == bracket and (step := self._first(t, rung)) is not None:
+                values[t.user_attrs.get("number", (t.number,))] = t.intermediate_values[step]
         came = sorted(values.values(), reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE)
         last_good = came[max(1, len(came) // self._factor) - 1]
-        return came.index(trial.intermediate_values[rung]) > came.index(last_good)
+        return came.index(trial.intermediate_values[trial.last_step]) > came.index(last_good)
+
+    def _first(self, trial: FrozenTrial, rung: int) -> int | None:
+        """The first epoch that a trial has reported at a rung or past it, before the next one."""
+        after = [r for r in self._brackets[trial.user_attrs.get("bracket", 0)] if r > rung]
+        upto = min(after, default=math.inf)
+        return min((step for step in trial.intermediate_values if rung <= step < upto), default=None)
 
 
 class StudyStopping(FIFOScheduler):  # type: ignore[misc]
@@ -523,6 +673,15 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, searcher: OptunaSearcher) -> None:
         super().__init__()
         self.searcher = searcher
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Refuse a metric that is not the space's."""
+        self.searcher.check_metric(metric, mode)
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Let the searcher know that nobody else stops a trial early."""
+        self.searcher.judges = True
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
         """As FIFOScheduler, which looks through all trials there ever were, each time."""
@@ -777,6 +936,60 @@ def _asked(group: Group, objective: str, values: Mapping[str, Any]) -> tuple[dic
     fixed = optuna.trial.FixedTrial(group.told(_branch(group, objective), values))
     group.propose(fixed)
     return fixed.params, fixed.distributions
+
+
+def point_in(space: Space, parameters: Mapping[str, Any], *, whole: bool = False) -> tuple[Group, str, dict[str, Any]]:
+    """(group, objective, values by parameter name) of a point that somebody names; all values, if it is `whole`.
+
+    A point is a whole configuration, or values by parameter name and perhaps the name of its `objective`.
+    """
+    given = {key: value for key, value in parameters.items() if key not in ("trial", TRIAL_INDEX)}
+    if isinstance(given.get("objective"), Mapping):
+        config = validated(TrainConfig, given)
+        place = placed(space, config)
+        if isinstance(place, list):
+            raise ConfigError(f"a point lies outside of the space: {problem}" for problem in place)
+        return place[0], config.objective.name, place[1]
+    objective, names = given.pop("objective", None), {p.name for p in space.parameters}
+    if unknown := [name for name in given if name not in names]:
+        raise ConfigError(f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown)
+    problems = []
+    for group in space.groups:
+        for branch in group.branches:
+            if objective in (None, branch.objective):
+                filled = {p.name: p.domain.middle for p in branch.parameters} | given
+                asked = list(branch.asked(filled))
+                wrong = [p for p in asked if not p.domain.contains(filled[p.name])]
+                lacking = [p.name for p in asked if whole and p.name not in given]
+                left = set(given) - {p.name for p in asked}
+                if not (wrong or lacking or left):
+                    return group, branch.objective, {p.name: given[p.name] for p in asked if p.name in given}
+                problems += [f"{p.name}: {filled[p.name]!r}, and the space has {p.domain}" for p in wrong]
+                problems += [f"{name} is searched, and is not said" for name in lacking]
+                problems += [f"{name}: objective {branch.objective} has no such parameter then" for name in left]
+    known = ", ".join(b.objective for b in space.branches)
+    problems = problems or [f"objective: {objective!r} is not among {known}"]
+    raise ConfigError(f"a point: {problem}" for problem in dict.fromkeys(problems))
+
+
+def given_points(space: Space, points: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Points by the name of their group, as its sampler is asked for them."""
+    if points and isinstance(space.search.sampler, Grid):
+        raise ConfigError("points_to_evaluate: a grid is every combination once; leave them out, or choose a sampler")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        group, objective, values = point_in(space, point)
+        told = {"objective": objective} if len(group.branches) > 1 else {}
+        for p in _branch(group, objective).parameters:
+            told |= p.domain.told(p.name, values[p.name]) if p.name in values else {}
+        found.setdefault(group.name, []).append(told)
+    share = space.search.num_samples // len(space.groups)
+    for name, those in found.items():
+        if len(those) > share:
+            raise ConfigError(
+                f"points_to_evaluate: {len(those)} of {name}, which gets {share} trials; raise num_samples"
+            )
+    return found
 
 
 def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:

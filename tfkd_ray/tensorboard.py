@@ -20,6 +20,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter
 from ray.tune import Callback
+from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS, DONE, SHOULD_CHECKPOINT
+from ray.tune.search.repeater import TRIAL_INDEX
+from ray.tune.utils import flatten_dict
 from safetensors.numpy import load_file
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -32,7 +35,7 @@ from tfkd_ray.arms import Arm, read_comparison
 from tfkd_ray.calibration import BINS, binned, calibration_error
 from tfkd_ray.config import RUN_ONLY, TrainConfig
 from tfkd_ray.data import only_reading
-from tfkd_ray.experiment import read_experiment, read_metrics, trials_folder
+from tfkd_ray.experiment import FULL_LENGTH, as_number, read_experiment, read_metrics, trials_folder
 from tfkd_ray.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
 from tfkd_ray.schema import dump_yaml, in_yaml
 from tfkd_ray.space import Choices, Parameter, Space, build_space
@@ -77,6 +80,8 @@ class TensorBoard(Callback):  # type: ignore[misc]
         searched = space.search.metrics if space is not None else ()
         self._tags = {key: tag for key, tag in TAGS.items() if key != "parameters" or key in searched}
         self._writers: dict[str, tuple[EventFileWriter, int]] = {}
+        self._void: set[str] = set()
+        self._owners: dict[str, str] = {}
 
     def setup(self, **info: Any) -> None:
         if self._space is None:
@@ -91,17 +96,21 @@ class TensorBoard(Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._close(trial)
-        about = trial.config.get("trial", {})
+        about = _about(trial)
         metrics = read_metrics(Path(about["directory"])) if "directory" in about else []
-        seen = int(metrics[-1]["epoch"]) if metrics else 0
-        folder = self._folder / about.get("name", str(trial))
+        seen = int(metrics[-1]["epoch"]) if metrics else -1
+        name = about.get("name", str(trial))
+        if self._owners.setdefault(name, trial.trial_id) != trial.trial_id:  # a `Repeater` repeats it
+            name = f"{name}-{trial.trial_id}"
+        folder = self._folder / name
         is_new = not list(folder.glob("events.*"))
         for old in folder.glob("events.*.end"):  # it is tried again
             old.unlink()
         writer = EventFileWriter(str(folder))
-        # whatever an earlier session wrote past `seen` is void
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        writer.add_event(event_pb2.Event(wall_time=time.time(), step=seen + 1, session_log=start))
+        if is_new or "directory" in about:
+            _void_from(writer, seen + 1)
+        else:  # only its first result says where it goes on
+            self._void.add(trial.trial_id)
         values = about.get("parameters", trial.evaluated_params)
         name = _objective(trial)
         # the seeds of an arm are one session group; in TensorBoard a group's name is shared by all experiments
@@ -110,7 +119,7 @@ class TensorBoard(Callback):  # type: ignore[misc]
         values = {"objective": name, **values} if name else values
         _add(writer, 0, _session_start(values, group, self._columns, self._kinds))
         if about and is_new:
-            config = {k: v for k, v in trial.config.items() if k != "trial"}
+            config = {k: v for k, v in trial.config.items() if k not in ("trial", TRIAL_INDEX)}
             plain = _plain_training(config)
             _add(writer, 0, _text("trial/change", _change(plain, config)))
             _add(writer, 0, _text("trial/config", _again(about["name"], config)))
@@ -122,15 +131,25 @@ class TensorBoard(Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if trial.trial_id not in self._writers:
+            self.on_trial_start(iteration, trials, trial, **info)
         writer, seen = self._writers[trial.trial_id]
-        epoch = int(result.get("epoch", result.get("training_iteration", 0)))
+        counts = (as_number(result.get(key)) for key in ("epoch", "training_iteration"))
+        epoch = int(next((count for count in counts if count is not None), seen + 1))
         if epoch <= seen:
             return
-        values = {tag: result[key] for key, tag in self._tags.items() if isinstance(result.get(key), int | float)}
-        if isinstance(result.get(self._metric), int | float):
-            values[VALUE] = result[self._metric]
+        if trial.trial_id in self._void:
+            self._void.remove(trial.trial_id)
+            _void_from(writer, max(epoch, 1))
+        told = {key: number for key, value in result.items() if (number := as_number(value)) is not None}
+        values = {tag: told[key] for key, tag in self._tags.items() if key in told}
+        if "directory" not in _about(trial):  # a trainable of the user's own, with metrics of its own
+            own = {key: as_number(value) for key, value in flatten_dict(dict(result)).items() if self._is_own(key)}
+            values |= {key: number for key, number in own.items() if number is not None}
+        if self._metric in told:
+            values[VALUE] = told[self._metric]
             if name := _objective(trial):
-                values[f"objective/{name}"] = result[self._metric]
+                values[f"objective/{name}"] = told[self._metric]
         if values:
             _add(writer, epoch, summary_pb2.Summary(
                 value=[summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
@@ -151,9 +170,9 @@ class TensorBoard(Callback):  # type: ignore[misc]
     def _end(self, trial: Any, failed: str | None) -> None:
         if trial.trial_id in self._writers:
             writer, epoch = self._writers[trial.trial_id]
-            about = trial.config.get("trial", {})
-            full = about.get("epochs", epoch)
-            how = f"failed: {failed}" if failed else "stopped early" if epoch < full else "done"
+            full = _about(trial).get("epochs", epoch)
+            stopped = epoch < full and not (trial.last_result or {}).get(FULL_LENGTH)
+            how = f"failed: {failed}" if failed else "stopped early" if stopped else "done"
             end = EventFileWriter(writer.get_logdir(), filename_suffix=".end")
             _add(end, epoch, _session_end(bool(failed)))
             _add(end, epoch, _scalar(EPOCHS, epoch))
@@ -166,13 +185,36 @@ class TensorBoard(Callback):  # type: ignore[misc]
         if writer is not None:
             writer.close()
 
+    def _is_own(self, key: str) -> bool:
+        """Whether a result's key, flattened, is a metric of the user's, and neither Ray's nor one that has a tag."""
+        return key not in _RAYS_OWN and key not in self._tags and key != "epoch" and not key.startswith("config/")
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_writers": {}}
+        return {**self.__dict__, "_writers": {}, "_void": set(), "_owners": {}}
+
+
+def _about(trial: Any) -> Mapping[str, Any]:
+    """What a searcher of ours says of a trial; empty where another one proposed it."""
+    about = trial.config.get("trial")
+    ours = isinstance(about, Mapping) and {"name", "parameters"} <= set(about)
+    return about if ours else {}
 
 
 def _objective(trial: Any) -> str | None:
     objective = trial.config.get("objective")
-    return objective.get("name") if isinstance(objective, Mapping) else objective
+    name = objective.get("name") if isinstance(objective, Mapping) else objective
+    return name if isinstance(name, str) else None
+
+
+def _void_from(writer: EventFileWriter, step: int) -> None:
+    """Make void what earlier files of a run say of this step and all that follow."""
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+
+
+_RAYS_OWN = {
+    *AUTO_RESULT_KEYS, *DEBUG_METRICS, DONE, SHOULD_CHECKPOINT, "checkpoint_dir_name", "iterations_since_restore",
+}  # fmt: skip
 
 
 def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
@@ -566,6 +608,8 @@ def _session_start(
     info = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time.time())
     for key, value in values.items():
         short = columns.get(key, key)
+        if isinstance(value, np.generic):
+            value = value.item()
         kind = (kinds or {}).get(key) or _kind([value])
         setattr(info.hparams[short], kind, _hparam(value, kind))
     return _summary(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))

@@ -20,6 +20,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.stopper import CombinedStopper, FunctionStopper
+from ray.tune.utils import flatten_dict
 from sqlalchemy.exc import OperationalError
 
 from tfkd_ray import remote, teachers
@@ -36,6 +37,7 @@ from tfkd_ray.cluster import (
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import forget_loaded, seal_test_split
 from tfkd_ray.experiment import (
+    FULL_LENGTH,
     Record,
     append_line,
     check_no_links,
@@ -113,8 +115,10 @@ def build_tuner(
         storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; teachers are shared by the
             experiments in it.
         callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
-        tune_config: Ray's own; what it sets goes before the space's `search`. Searcher and number of trials are ours.
-        run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`.
+        tune_config: Ray's own; its metric, scheduler, concurrency and time budget override the space's `search`. What
+            would be ignored (searcher, number and names of trials) is refused.
+        run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`. Trials that its `stop` ends
+            are of full length. What would be ignored (checkpoints, file system, `fail_fast`) is refused.
         on_teacher: called with a teacher's run before it is trained (None) and after (what teacher.json says).
         priors: directories of earlier experiments whose finished trials the sampler should know.
         on_budget: called with a sentence if a budget of the space's `search` ends the sweep.
@@ -124,7 +128,14 @@ def build_tuner(
     run_config = run_config or tune.RunConfig()
     tune_config = tune_config or tune.TuneConfig()
     _check_ray_configs(tune_config, run_config)
+    space, tune_config = _overridden(space, tune_config)
+    if run_config.name and name and run_config.name != name:
+        raise ConfigError(f"name: {name!r}, and run_config.name is {run_config.name!r}; give one of them")
     if run_config.storage_path != tune.RunConfig().storage_path:  # Ray's default is no wish of the user's
+        if str(storage) not in (str(STORAGE), str(run_config.storage_path)):
+            raise ConfigError(
+                f"storage: {storage}, and run_config.storage_path is {run_config.storage_path}; give one of them"
+            )
         storage = run_config.storage_path
     if remote.is_url(storage):
         storage = remote.checked(remote.store_at(str(storage)))
@@ -421,18 +432,62 @@ def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
 
 def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
     """Refuse what would be ignored: settings of Ray's that a space, or a trial, has its own word on."""
+    usual, usual_run = tune.TuneConfig(), tune.RunConfig()
     problems = []
     if tune_config.search_alg is not None:
         problems.append(
             "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner "
             "of your own"
         )
-    if tune_config.num_samples != tune.TuneConfig().num_samples:
+    if tune_config.num_samples != usual.num_samples:
         problems.append("tune_config.num_samples: the space says how many trials; set search.num_samples there")
+    if (tune_config.max_concurrent_trials or 0) < 0:
+        problems.append(
+            f"tune_config.max_concurrent_trials: 0 (no limit) or more, got {tune_config.max_concurrent_trials}"
+        )
+    for name in ("trial_name_creator", "trial_dirname_creator"):
+        if getattr(tune_config, name) is not None:
+            problems.append(f"tune_config.{name}: trials have names by which all else here finds them; leave it out")
+    if tune_config.chdir_to_trial_dir != usual.chdir_to_trial_dir:
+        problems.append("tune_config.chdir_to_trial_dir: Ray has given it up; set RAY_CHDIR_TO_TRIAL_DIR")
+    if tune_config.metric is not None and getattr(tune_config.scheduler, "metric", None) is not None:
+        problems.append("tune_config.metric: the scheduler has a metric of its own; give one of them")
     if run_config.checkpoint_config not in (None, tune.CheckpointConfig()):
         problems.append("run_config.checkpoint_config: trials keep their own checkpoints; see checkpoint_every_s")
+    if run_config.failure_config is not None and run_config.failure_config.fail_fast:
+        problems.append(
+            "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials "
+            "to 1 in the space"
+        )
+    if run_config.storage_filesystem != usual_run.storage_filesystem:
+        problems.append(
+            "run_config.storage_filesystem: an experiment goes to a directory, s3://BUCKET/PREFIX or "
+            "gs://BUCKET/PREFIX; say which with storage_path"
+        )
     if problems:
         raise ConfigError(problems)
+
+
+def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune.TuneConfig]:
+    """The space with what a `TuneConfig` says of its search, so that the experiment knows it, and the rest of that."""
+    metric, mode, seconds = tune_config.metric, tune_config.mode, tune_config.time_budget_s
+    search = space.search
+    if metric is not None and metric not in search.metrics[:1]:
+        if search.more_metrics:
+            raise ConfigError(
+                f"tune_config.metric: {metric}, and the space is searched for {', '.join(search.metrics)}"
+            )
+        try:
+            space = _with_search(space, metric=metric)
+        except ConfigError as error:
+            raise ConfigError(f"tune_config.{problem.removeprefix('search.')}" for problem in error.problems) from None
+    if mode is not None and mode != space.search.mode:
+        better = {"max": "the higher", "min": "the lower"}[space.search.mode]
+        raise ConfigError(f"tune_config.mode: {space.search.metric} is better {better} it is; leave {mode!r} out")
+    if seconds is not None:
+        space = _with_search(space, time_budget_s=getattr(seconds, "total_seconds", lambda: seconds)())
+        tune_config = dataclasses.replace(tune_config, time_budget_s=None)
+    return space, tune_config
 
 
 def _tuner(
@@ -458,13 +513,19 @@ def _tuner(
         search_alg=searcher,
         scheduler=tune_config.scheduler or _scheduler(space, searcher),
         num_samples=max(1, trials),
-        max_concurrent_trials=tune_config.max_concurrent_trials or space.search.max_concurrent,
+        max_concurrent_trials=(
+            space.search.max_concurrent
+            if tune_config.max_concurrent_trials is None
+            else tune_config.max_concurrent_trials or None  # 0 is no limit
+        ),
     )
     if any(branch.example.banked for branch in space.branches):
         ours.append(SoftLabels(experiment))
     callbacks = [*ours, *callbacks, *(run_config.callbacks or []), *ending(experiment, lock, on_note)]
+    stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
-        run_config = dataclasses.replace(run_config, stop=_both(run_config.stop, budget))
+        stoppers.append(budget)
+    run_config = dataclasses.replace(run_config, stop=CombinedStopper(*stoppers) if stoppers else None)
     return assemble(
         space.example, experiment, tune_config, run_config, callbacks, max_failures=space.search.max_failures
     )
@@ -486,14 +547,28 @@ class SharingAsha(ASHAScheduler):  # type: ignore[misc]
         super().on_trial_error(tune_controller, trial)
 
 
-def _both(stop: Any, budget: "Budget") -> tune.Stopper:
-    """A budget beside the user's own `RunConfig.stop`."""
-    if stop is None:
-        return budget
-    if isinstance(stop, dict):
-        limits = dict(stop)
-        stop = FunctionStopper(lambda trial_id, result: any(result.get(k, -math.inf) >= v for k, v in limits.items()))
-    return CombinedStopper(stop if isinstance(stop, tune.Stopper) else FunctionStopper(stop), budget)
+class FullLength(tune.Stopper):  # type: ignore[misc]
+    """The user's own `RunConfig.stop`: a trial that it ends is of full length, and says so in its last result."""
+
+    def __init__(self, stop: Any) -> None:
+        if isinstance(stop, Mapping):
+            limits = dict(stop)
+            stop = FunctionStopper(lambda trial_id, result: _reached(limits, result))
+        self._stop = stop if isinstance(stop, tune.Stopper) else FunctionStopper(stop)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        over = bool(self._stop(trial_id, result))
+        if over and not result.get("failed"):
+            result[FULL_LENGTH] = True
+        return over
+
+    def stop_all(self) -> bool:
+        return bool(self._stop.stop_all())
+
+
+def _reached(limits: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    told = flatten_dict(result)
+    return any(name in told and told[name] >= limit for name, limit in limits.items())
 
 
 def place_of(experiment: Path) -> dict[str, str]:
@@ -539,8 +614,9 @@ def assemble(
         ),
         run_config=dataclasses.replace(
             run_config,
-            name=trials_folder(experiment).name,
-            storage_path=str(experiment),
+            # where Ray stages files is named by this and by the second: the whole path, so that no two are alike
+            name=str(trials_folder(experiment).relative_to(experiment.anchor)),
+            storage_path=experiment.anchor,
             callbacks=list(callbacks),
             failure_config=(
                 run_config.failure_config
@@ -548,9 +624,16 @@ def assemble(
                 else tune.FailureConfig(max_failures=max_failures)
             ),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            verbose=0,
+            verbose=_verbosity(run_config),
         ),
     )
+
+
+def _verbosity(run_config: tune.RunConfig) -> Any:
+    """How much Ray says: nothing, unless the user has asked for it."""
+    if run_config.verbose != tune.RunConfig().verbose:
+        return run_config.verbose
+    return 1 if run_config.progress_reporter is not None else 0
 
 
 class Room(ConcurrencyLimiter):  # type: ignore[misc]
@@ -629,7 +712,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 
     def _end(self, trial: Any, result: dict[str, Any]) -> None:
         failed = result.get("failed")
-        full = result.get("epoch") == trial.config["trial"]["epochs"]
+        full = result.get("epoch") == trial.config["trial"]["epochs"] or result.get(FULL_LENGTH)
         self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
