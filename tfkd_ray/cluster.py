@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from packaging.requirements import Requirement
+from ray.job_config import JobConfig
 from ray.tune import PlacementGroupFactory
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -22,6 +23,7 @@ from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
+from tfkd_ray.own_code import before_the_library
 from tfkd_ray.schema import ConfigError, Unreachable
 
 AUTOSCALER_S = 15
@@ -60,7 +62,8 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS") or None
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet["job_config"] = _PathAsHere()
     if address is None:
         own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
         with ctrl_c_waits():
@@ -74,6 +77,20 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(_cannot_join(address, str(error).strip() or type(error).__name__)) from None
     return False
+
+
+class _PathAsHere(JobConfig):  # type: ignore[misc]
+    """Lets workers find modules where this process does, in the same order.
+
+    Ray would put the working directory first on their path, so that they run whatever is called `torch.py` there. Where
+    a job has a `working_dir`, Ray puts its copy first, and adds nothing.
+    """
+
+    def _serialize(self) -> str:
+        if not self._runtime_env_has_working_dir():
+            self._py_driver_sys_path = before_the_library()
+            self._cached_pb = None
+        return str(super()._serialize())
 
 
 def keep_keys_at_home() -> None:

@@ -43,9 +43,9 @@ def cached(name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Te
     digest = hashlib.sha256()
     first = None
     for path in read:
-        first = first or hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        first = first or hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
         facts = path.stat()
-        digest.update(f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
+        digest.update(os.fsencode(path) + f"\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
     kept, key = cache_folder() / f"{name}-{first}.safetensors", digest.hexdigest()
     found = _kept(kept, key)
     if found is None:

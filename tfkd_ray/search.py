@@ -37,7 +37,7 @@ from tfkd_ray.cluster import give_larger_share
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import DIRECTIONS, Record, damaged, parse_json, read_experiment, read_records
 from tfkd_ray.images import address
-from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.schema import ConfigError, readable, validated
 from tfkd_ray.space import (
     ENVIRONMENT,
     CmaEs,
@@ -74,7 +74,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Proposes the trials of a space.
 
     A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
-    (t0007-tfkd_reg), the `metrics` it is judged by, and what `place` adds. Results must carry `epoch` and these.
+    (t0007-tfkd_reg), the `metrics` it is judged by, its `directory` in `folder`, and what `place` adds. Results must
+    carry `epoch` and the metrics.
     A trial is COMPLETE after its last epoch, FAIL with its reason where a result says `failed`, it raised an error or
     Ray lost it, and PRUNED where it was stopped before.
 
@@ -82,7 +83,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         space: what to search.
         journal: Optuna's journal file; made if it is not there, continued if it is. Not used with a `storage`.
         study: prefix of the studies' names. None: `search.study` of the space, or else `tfkd`.
-        place: added to the `trial` section of every proposal.
+        folder: where each trial has a directory of its name. None: none is named.
+        place: added to the `trial` section of every proposal, as it is.
         storage: URL of an Optuna storage. None: `search.storage` of the space, or else the journal.
         priors: directories of earlier experiments whose results the sampler should know (see `prior_trials`).
     """
@@ -93,14 +95,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         journal: Path,
         *,
         study: str | None = None,
-        place: dict[str, str] | None = None,
+        folder: Path | None = None,
+        place: Mapping[str, Any] | None = None,
         storage: str | None = None,
         priors: Sequence[Path | str] = (),
     ) -> None:
         super().__init__(metric=space.search.metric, mode=space.search.mode)
         self.storage = storage or space.search.storage
         self.space, self.journal = without_password(space), Path(journal)
-        self.study, self.place = study or space.search.study or "tfkd", place or {}
+        self.study, self.place = study or space.search.study or "tfkd", dict(place or {})
+        self.folder = folder
         self.priors = [Path(p) for p in priors]
         self._forget()
 
@@ -147,8 +151,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("name", name)
             trial.set_user_attr("number", n)  # last: now the proposal is whole
         self._live[trial_id] = _Live(study, trial, reported)
-        place = {key: value.replace("{name}", name) for key, value in self.place.items()}
-        about = {"number": n, "name": name, "parameters": values, "epochs": config.epochs, **place}
+        about = {"number": n, "name": name, "parameters": values, "epochs": config.epochs, **self.place}
+        about |= {} if self.folder is None else {"directory": str(self.folder / name)}
         about["metrics"] = list(self.space.search.metrics)
         return {"trial": about, **config.model_dump(mode="json")}
 
@@ -216,7 +220,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def note_error(self, trial_id: str, error: BaseException | None) -> None:
         """Why a trial is about to end with an error: the exception, where it raised one itself."""
         if isinstance(error, RayTaskError):
-            self._errors[trial_id] = f"{type(error.cause).__name__}: {error.cause}"
+            self._errors[trial_id] = readable(f"{type(error.cause).__name__}: {error.cause}")
 
     def remaining(self) -> int:
         """Trials still to be handed out: unfinished and new ones."""
