@@ -644,7 +644,10 @@ SSH = {
 
 @pytest.mark.parametrize(
     "script, code, sentence",
-    [pytest.param(*case, id=name, marks=[pytest.mark.tools] * (name == "nothing listens")) for name, case in SSH.items()],
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.tools] * (name == "nothing listens"))
+        for name, case in SSH.items()
+    ],
 )
 def test_a_host_that_does_not_answer_is_named_before_anything_starts(
     tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str,

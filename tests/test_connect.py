@@ -81,7 +81,9 @@ def test_auto_with_an_address_that_an_ended_cluster_has_left_is_said_within_seco
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "auto" if by == "RAY_ADDRESS" else "")
     began = time.monotonic()
-    with pytest.raises(Unreachable, match=r"no Ray head answers at 127.*ray_current_cluster, which a cluster that has "):
+    with pytest.raises(
+        Unreachable, match=r"no Ray head answers at 127.*ray_current_cluster, which a cluster that has "
+    ):
         connect("auto" if by == "--address" else None)
     assert time.monotonic() - began < 15
 

@@ -95,7 +95,7 @@ def journal(tmp_path: Path) -> Path:
 
 
 def test_a_proposal_is_a_whole_configuration_with_its_number_and_name(journal: Path) -> None:
-    config = OptunaSearcher(space(), journal, place={"directory": "/x/{name}"}).suggest("a")
+    config = OptunaSearcher(space(), journal, folder=Path("/x")).suggest("a")
     assert isinstance(config, dict)
     about = config["trial"]
     assert (about["number"], about["name"], about["directory"], about["epochs"]) == (0, "t0000-ce", "/x/t0000-ce", 9)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfkd_ray import __version__
+from tfkd_ray.own_code import enter_job
 
 if TYPE_CHECKING:
     from tfkd_ray.arms import Comparison
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of names that are no UTF-8, or not of the terminal's
+    enter_job()
     if argv is None:
         _hide_password()
     argv, command = _command_of(list(sys.argv[1:] if argv is None else argv))
@@ -931,6 +935,7 @@ def _confirm(args: argparse.Namespace) -> int:
         args.storage = _storage_here(args.storage)
         directory = _new_directory(args, Path(args.file).stem)
     _have_data(compared.example, args)
+    compared.example.data.examine()
     _join(args.address, compared.example.workers)
     from tfkd_ray.tune import prepare
 
@@ -966,6 +971,7 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
         _say(f"baselines: {' and '.join(lacking)} had fewer trials than the winner's objective; tuning them first, in "
              f"{_short(tuned)}")  # fmt: skip
         _have_data(space.example, args)
+        space.example.data.examine()
         _join(args.address, space.example.workers)
         from tfkd_ray.tune import build_tuner
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from packaging.requirements import Requirement
+from ray.job_config import JobConfig
 from ray.tune import PlacementGroupFactory
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -23,6 +24,7 @@ from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
+from tfkd_ray.own_code import before_the_library
 from tfkd_ray.schema import ConfigError, Unreachable
 
 AUTOSCALER_S = 15
@@ -63,7 +65,8 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS") or None
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet["job_config"] = _PathAsHere()
     if address is None:
         own_token()
         _set_token_mode("token")
@@ -79,6 +82,20 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(_cannot_join(address, str(error).strip() or type(error).__name__)) from None
     return False
+
+
+class _PathAsHere(JobConfig):  # type: ignore[misc]
+    """Lets workers find modules where this process does, in the same order.
+
+    Ray would put the working directory first on their path, so that they run whatever is called `torch.py` there. Where
+    a job has a `working_dir`, Ray puts its copy first, and adds nothing.
+    """
+
+    def _serialize(self) -> str:
+        if not self._runtime_env_has_working_dir():
+            self._py_driver_sys_path = before_the_library()
+            self._cached_pb = None
+        return str(super()._serialize())
 
 
 def keep_keys_at_home() -> None:
@@ -233,8 +250,8 @@ def _check_speaks_alike(address: str) -> None:
 def _open_head(address: str) -> str:
     return (
         f"the Ray cluster at {address} runs without authentication, and this process with (RAY_AUTH_MODE=token), so "
-        "its trials could not answer; start the cluster anew with RAY_AUTH_MODE=token and this machine's token, or, where "
-        "nobody else reaches it, unset RAY_AUTH_MODE here"
+        "its trials could not answer; start the cluster anew with RAY_AUTH_MODE=token and this machine's token, or, "
+        "where nobody else reaches it, unset RAY_AUTH_MODE here"
     )
 
 

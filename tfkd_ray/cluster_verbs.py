@@ -26,12 +26,14 @@ from typing import Any
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option, placeholders
 from tfkd_ray.jobs import (
+    WORKING,
     as_entrypoint,
     ask,
     check_ray_version,
     check_submitted_from,
     jobs_at,
     stage,
+    stage_apart,
     submit_command,
 )
 from tfkd_ray.remote import is_url, store_at
@@ -744,11 +746,20 @@ def _submit(file: ClusterFile, args: argparse.Namespace) -> int:
         return _run_job(file.path, address, Path(folder), words, name="job", detach=args.detach)
 
 
-def _run_job(where: Path | str, address: str, folder: Path, words: Sequence[str], *, name: str, detach: bool) -> int:
+def _run_job(
+    where: Path | str,
+    address: str,
+    folder: Path,
+    words: Sequence[str],
+    *,
+    name: str,
+    detach: bool,
+    working: str | None = None,
+) -> int:
     """Submit a staged folder as a job and, unless detached, follow it; its exit code."""
     job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     follow = _shown(logs_command(address, job)) if str(where).startswith("http") else f"tfkd cluster logs {where} {job}"
-    command = submit_command(address, job, folder, as_entrypoint(words, folder))
+    command = submit_command(address, job, folder, as_entrypoint(words, folder), working)
     _say(f"submitting job {job}; follow it again, from here or elsewhere:\n  {follow}")
     sent = False
     try:
@@ -850,9 +861,9 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
 
 def _send(where: str, address: str, words: Sequence[str], file: Path | None, detach: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="tfkd-job-") as folder:
-        sent = stage(Path.cwd(), Path(folder), file)
+        sent = stage_apart(Path.cwd(), Path(folder), file)
         command = ["python", "-m", "tfkd_ray", *(str(sent) if word == SENT else word for word in words)]
-        return _run_job(where, address, Path(folder), command, name=words[0], detach=detach)
+        return _run_job(where, address, Path(folder), command, name=words[0], detach=detach, working=WORKING)
 
 
 PLACES = ("cluster", "address", "detach")

@@ -113,6 +113,7 @@ def comparison_tuner(
     config = runs[0].config
     for arm in compared.arms.arms:
         arm.config.try_networks()
+    config.data.examine()
     prepare(config, directory.parent)
     lock = Lock(directory)
     without_teacher: dict[str, str] = {}
@@ -141,7 +142,8 @@ def comparison_tuner(
                 "arm": run.arm,
                 "epochs": run.config.epochs,
                 "parameters": {"arm": run.arm, "seed": run.seed},
-                **{key: value.replace("{name}", run.name) for key, value in place_of(directory).items()},
+                "directory": str(trials_folder(directory) / run.name),
+                **place_of(directory),
             },
         }
         for number, run in enumerate(runs)
@@ -198,6 +200,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
     data = done[0].config.data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test: Images | None = None
+    noted = False
     guesses: dict[str, Tensor] = {}  # of teachers, [N]
     for run in done:
         path = trials_folder(directory) / run.name / LOGITS
@@ -205,7 +208,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
             continue
         if test is None:
             test = data.load_test()
-            _note_opening(directory, compared, digest_of(test))
+            digest = digest_of(test)
             test = test.on(device)
         if on_run:
             on_run(run.name)
@@ -220,6 +223,9 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
                 network = teachers.load_teacher(teacher, directory.parent).to(device)
                 guesses[name] = _logits(network, data, test)[0].argmax(dim=1)
             found |= {"teacher": guesses[name]} if name in guesses else {}
+        if not noted:  # before anybody can see a result; where a file cannot be read, there is none
+            _note_opening(directory, compared, digest)
+            noted = True
         save_weights(path, found, {"run": run.name})
     return outcome(directory)
 

@@ -20,6 +20,7 @@ import http.client
 import importlib.util
 import inspect
 import io
+import json
 import math
 import os
 import re
@@ -51,10 +52,11 @@ from tfkd_ray.files import (
     state_of,
     whole_file,
 )
-from tfkd_ray.images import FolderSet, Images, ImageSet, decoded, generator, rgb
+from tfkd_ray.images import FolderSet, Images, ImageSet, check_headers, decoded, generator, rgb
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 MODERN: dict[str, Any] = {"optim": {"nesterov": True}, "schedule": {"name": "cosine", "warmup_epochs": 1.0}}
 """A recipe that does better than the paper's on every network we know figures of."""
@@ -190,6 +192,17 @@ class Dataset(Settings):
     def check(self) -> None:
         """Raise a ConfigError if the data are not on this machine; cheap, reads no image."""
         raise TypeError(f"{type(self).__name__} does not say where it is")
+
+    def examine(self) -> None:
+        """Raise a ConfigError if a file of either split is missing or is not what it says; shows nobody an image.
+
+        Files are listed, and their headers read, so that a comparison does not train for days to find a split of which
+        nothing can be measured.
+        """
+        _examined(self)
+
+    def _examine(self) -> None:
+        self.check()
 
     def _whole(self, split: Split) -> Images:
         """An official split."""
@@ -330,10 +343,19 @@ class IdxDataset(FileDataset):
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         (images_path, labels_path), most = self._paths(*self._files(split)), self._official_size(split)
         images = self._array(images_path, 0x803, self.shape[1:], most)
-        labels = self._array(labels_path, 0x801, (), most).long()
-        if len(images) != len(labels):
-            raise self._wrong(labels_path, f"{len(labels)} labels, and {images_path.name} has {len(images)} images")
-        return images.reshape(-1, *self.shape), self._checked_labels(labels_path, labels, self._first_label())
+        return images.reshape(-1, *self.shape), self._labels(labels_path, most, images_path, len(images))
+
+    def _examine(self) -> None:
+        for split in SPLITS:
+            (images, labels), most = self._paths(*self._files(split)), self._official_size(split)
+            count = len(self._bytes(images, 0x803, self.shape[1:], most)) // math.prod(self.shape[1:])
+            self._labels(labels, most, images, count)
+
+    def _labels(self, path: Path, most: int, images: Path, count: int) -> Tensor:
+        labels = self._array(path, 0x801, (), most).long()
+        if count != len(labels):
+            raise self._wrong(path, f"{len(labels)} labels, and {images.name} has {count} images")
+        return self._checked_labels(path, labels, self._first_label())
 
     def _first_label(self) -> int:
         return 0
@@ -354,6 +376,11 @@ class IdxDataset(FileDataset):
 
     def _array(self, path: Path, magic: int, item: tuple[int, ...], most: int) -> Tensor:
         """uint8 [N, *item] of one file, N at most `most`."""
+        raw = self._bytes(path, magic, item, most)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=8 + 4 * len(item)).reshape(-1, *item))
+
+    def _bytes(self, path: Path, magic: int, item: tuple[int, ...], most: int) -> bytearray:
+        """A file's bytes, its header with them; whole, and of the kind that is expected."""
         head, each = 8 + 4 * len(item), math.prod(item)
         try:
             with opened(path) as kept, gzip.open(kept) if path.suffix == ".gz" else kept as file:
@@ -374,7 +401,7 @@ class IdxDataset(FileDataset):
             state = "truncated" if len(raw) < head + count * each else "too long"
             there = f"{'at least ' * (state == 'too long')}{len(raw) - head}"
             raise self._wrong(path, f"{state}: {count} items take {count * each} bytes, and there are {there}")
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=head).reshape(count, *item))
+        return raw
 
 
 class Mnist(IdxDataset):
@@ -530,6 +557,10 @@ class CifarDataset(FileDataset):
     def _sources(self, split: Split) -> list[Path]:
         source = self._source()
         return [source / name for name in self.batches[split]] if source.is_dir() else [source]
+
+    def _examine(self) -> None:
+        source, names = self._source(), [name for split in SPLITS for name in self.batches[split]]
+        (self._from_folder if source.is_dir() else self._from_archive)(source, tuple(names))
 
     def _joined(self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]) -> tuple[Tensor, Tensor]:
         parts = [self._batch(source / name, raw[name]) for name in names]
@@ -690,11 +721,7 @@ class TinyImagenet(FileDataset):
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         folder = self._folder()
-        classes = sorted(self._text(folder / "wnids.txt").split())
-        if len(set(classes)) != self.num_classes:
-            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
-        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
-            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
+        classes = self._wnids(folder)
         files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
         lists = [folder / "wnids.txt", *([folder / "val/val_annotations.txt"] if split == "test" else [])]
         return cached(
@@ -709,6 +736,20 @@ class TinyImagenet(FileDataset):
         wnid = min(self._text(folder / "wnids.txt").split(), default="")
         first = min((folder / split / wnid / "images").glob("*.JPEG"), default=None)
         return [cached_file(f"{self.name}-{split}", first)] if first else []
+
+    def _wnids(self, folder: Path) -> list[str]:
+        classes = sorted(self._text(folder / "wnids.txt").split())
+        if len(set(classes)) != self.num_classes:
+            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
+        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
+            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
+        return classes
+
+    def _examine(self) -> None:
+        folder = self._folder()
+        classes = self._wnids(folder)
+        files = [*self._train_files(folder, classes), *self._val_files(folder, classes)]
+        check_headers(self.name, [path for path, _ in files], self.shape[1:])
 
     def _train_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         found = []
@@ -823,7 +864,7 @@ class FolderDataset(FileDataset):
     def _classes(self, split: Split) -> list[str]:
         """Names of the class folders, sorted."""
         folder = self._folder(split)
-        classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         if split == "train":
             if len(classes) != self.num_classes:
                 raise self._wrong(folder, f"{len(classes)} class folders, and num_classes is {self.num_classes}")
@@ -833,6 +874,12 @@ class FolderDataset(FileDataset):
             count = f"{len(classes)} class folders here, {len(train)} in train"
             raise self._wrong(folder, f"its class folders must be those of train: {differing[0]} is {where} ({count})")
         return classes
+
+    def _examine(self) -> None:
+        for split in SPLITS:
+            images = self._whole(split)
+            assert isinstance(images, FolderSet), f"{images=}"
+            check_headers(self.name, [images.folder / file for file in images.files])
 
     def _whole(self, split: Split) -> Images:
         folder, files, labels = self._folder(split), list[str](), list[int]()
@@ -849,13 +896,21 @@ class FolderDataset(FileDataset):
 
 
 def _image_files(folder: Path) -> Iterator[str]:
-    """Image files below a folder, relative to it, in any order."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Image files below a folder, relative to it, in any order; links are followed, but not to what they lie in."""
+    above: dict[str, set[tuple[int, int]]] = {str(folder): {_identity(p) for p in folder.resolve().parents}}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        passed = above.pop(place) | {_identity(Path(place))}
+        folders[:] = [f for f in folders if not f.startswith(".") and _identity(Path(place, f)) not in passed]
+        above |= {f"{place}/{name}": passed for name in folders}
         below = place[len(str(folder)) + 1 :]
         for name in names:
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
                 yield f"{below}/{name}" if below else name
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
 
 
 class ImageFolder(FolderDataset):
@@ -960,7 +1015,7 @@ class Own(Dataset):
     """In the same units."""
 
     def __hash__(self) -> int:
-        return hash(self.model_dump_json())
+        return hash(json.dumps(self.model_dump(mode="json")))
 
     @model_validator(mode="after")
     def _statistics_for_all_channels(self) -> Self:
@@ -1082,6 +1137,11 @@ class _Loaded:
         if self.state is None:
             return digest_of(self.whole)
         return remembered(self.state, lambda: digest_of(self.whole))
+
+
+@functools.lru_cache(maxsize=4)
+def _examined(data: Dataset) -> None:
+    data._examine()
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ Shapes: N = images, B = images of a batch, C = channels, H, W = height and width
 
 import hashlib
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -164,6 +165,31 @@ def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -
     except Exception as error:  # an image that is not one can end in any exception
         problem = f"cannot be read as an image: {error}; replace it, or take it away"
         raise ConfigError(f"data {name}: {path}: {problem}") from None
+
+
+def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None = None) -> None:
+    """Raise a ConfigError that names the files whose headers are not those of images; no pixel is decoded.
+
+    Args:
+        name: of the data set, for errors.
+        size: (H, W) that all must have; None: any.
+    """
+
+    def problem_of(path: Path) -> str | None:
+        try:
+            with Image.open(path) as image:
+                wide, high = image.size
+        except Exception as error:  # as in `decoded`
+            return f"cannot be read as an image: {error}; replace it, or take it away"
+        return f"is {wide}x{high}, and all images are {size[1]}x{size[0]}" if size and size != (high, wide) else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [(path, problem) for path, problem in zip(paths, pool.map(problem_of, paths), strict=True) if problem]
+    problems = [f"data {name}: {path}: {problem}" for path, problem in found[:10]]
+    if len(found) > 10:
+        problems.append(f"data {name}: {len(found) - 10} more files")
+    if problems:
+        raise ConfigError(problems)
 
 
 def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:

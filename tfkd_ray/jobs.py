@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.auth import token
+from tfkd_ray.own_code import JOB_FOLDER, PACKAGE
 from tfkd_ray.schema import ConfigError, Unreachable
 
 LEFT_OUT = (
@@ -32,6 +33,9 @@ LEFT_OUT = (
     ".git", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", "*.egg-info", ".*_cache", "build", "dist",
 )  # fmt: skip
 """Names of files and folders that a job does not get; `.rayignore` adds more, a name or pattern a line."""
+
+WORKING = "working_directory"
+"""Name of the copy of the working directory, where it does not lie in the folder of a job itself."""
 
 LIMIT_MB = 100
 """Most that a working directory may hold; it is code, and goes through the head's memory."""
@@ -69,6 +73,17 @@ def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:
         return str(extra.absolute().relative_to(folder))
     shutil.copyfile(extra, into / extra.name)
     return extra.name
+
+
+def stage_apart(folder: Path, into: Path, extra: Path | None = None) -> str | None:
+    """As `stage`, the working directory below `into` and this package beside it.
+
+    Ray puts `into` first on the path of a job's processes: what merely lies in the working directory is not imported.
+    """
+    (into / WORKING).mkdir()
+    sent = stage(folder, into / WORKING, extra)
+    (into / WORKING / PACKAGE.name).rename(into / PACKAGE.name)
+    return sent
 
 
 def _ignored(folder: Path) -> list[str]:
@@ -111,10 +126,12 @@ def as_entrypoint(words: Sequence[str], folder: Path) -> list[str]:
     return ["bash", "tfkd_job.sh"]
 
 
-def submit_command(address: str, job: str, folder: Path, entrypoint: Sequence[str]) -> list[str]:
-    """`ray job submit` for a staged folder, which returns when the job is accepted."""
+def submit_command(
+    address: str, job: str, folder: Path, entrypoint: Sequence[str], working: str | None = None
+) -> list[str]:
+    """`ray job submit` for a staged folder, which returns when the job is accepted; `working` as of `stage_apart`."""
     versions = {} if os.environ.get(SUBMITTED_FROM) == "any" else {SUBMITTED_FROM: json.dumps(versions_here())}
-    env = {"env_vars": versions}
+    env = {"env_vars": {**versions, **({JOB_FOLDER: working} if working else {})}}
     return ["ray", "job", "submit", "--address", address, "--submission-id", job, "--working-dir", str(folder),
             "--runtime-env-json", json.dumps(env), "--no-wait", "--", *entrypoint]  # fmt: skip
 

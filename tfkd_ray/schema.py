@@ -32,12 +32,17 @@ class ConfigError(Exception):
     def __init__(self, problems: str | Iterable[str], source: str | Path | None = None) -> None:
         found = [problems] if isinstance(problems, str) else list(problems)
         self.problems = [_short(problem) for problem in dict.fromkeys(found)]
-        self.source = None if source is None else str(source)
-        lines = self.problems if source is None else [f"{source}:", *(f"  {p}" for p in self.problems)]
+        self.source = None if source is None else readable(str(source))
+        lines = self.problems if source is None else [f"{self.source}:", *(f"  {p}" for p in self.problems)]
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems, self.source)
+
+
+def readable(text: str) -> str:
+    """The text, with escapes for what UTF-8 has no bytes for: parts of a file's name that is no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Unreachable(ConfigError):
@@ -46,6 +51,7 @@ class Unreachable(ConfigError):
 
 def _short(problem: str) -> str:
     """A sentence without the middle of what it quotes, where that is long."""
+    problem = readable(problem)
     return problem if len(problem) <= LONGEST else f"{problem[: LONGEST * 2 // 3]} ... {problem[-LONGEST // 4 :]}"
 
 

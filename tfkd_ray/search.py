@@ -47,7 +47,7 @@ from tfkd_ray.experiment import (
     read_records,
 )
 from tfkd_ray.images import address
-from tfkd_ray.schema import ConfigError, did_you_mean, validated
+from tfkd_ray.schema import ConfigError, did_you_mean, readable, validated
 from tfkd_ray.space import (
     ENVIRONMENT,
     CmaEs,
@@ -98,17 +98,19 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Proposes the trials of a space.
 
     A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
-    (t0007-tfkd_reg), the `metrics` it is judged by, and what `place` adds. Results must carry these, and `epoch`, or
-    else each result counts as one. A trial is COMPLETE after its last epoch, or where it ended by itself or by the
-    `stop` of its `RunConfig`; FAIL with its reason where a result says `failed`, it raised an error or Ray lost it; and
-    PRUNED where it was stopped before. (Ray tells no stop of a `RunConfig` from one of its own schedulers: with those,
-    it is PRUNED.)
+    (t0007-tfkd_reg), the `metrics` it is judged by, its `directory` in `folder`, and what `place` adds.
+
+    Results must carry the metrics. A result without `epoch` counts as one epoch. A trial is COMPLETE after its last
+    epoch, or where it ended by itself or by the `stop` of its `RunConfig`; FAIL with its reason where a result says
+    `failed`, it raised an error or Ray lost it; and PRUNED where it was stopped before. (Ray tells no stop of a
+    `RunConfig` from one of its own schedulers: with those, it is PRUNED.)
 
     Args:
         space: what to search.
         journal: Optuna's journal file; made if it is not there, continued if it is. Not used with a `storage`.
         study: prefix of the studies' names. None: `search.study` of the space, or else `tfkd`.
-        place: added to the `trial` section of every proposal.
+        folder: where each trial has a directory of its name. None: none is named.
+        place: added to the `trial` section of every proposal, as it is.
         storage: URL of an Optuna storage. None: `search.storage` of the space, or else the journal.
         priors: directories of earlier experiments whose results the sampler should know (see `prior_trials`).
         points_to_evaluate: what is proposed first: parameters by their names, `objective` among them, or whole
@@ -121,7 +123,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         journal: Path,
         *,
         study: str | None = None,
-        place: dict[str, str] | None = None,
+        folder: Path | None = None,
+        place: Mapping[str, Any] | None = None,
         storage: str | None = None,
         priors: Sequence[Path | str] = (),
         points_to_evaluate: Sequence[Mapping[str, Any]] = (),
@@ -129,7 +132,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         super().__init__(metric=space.search.metric, mode=space.search.mode)
         self.storage = storage or space.search.storage
         self.space, self.journal = without_password(space), Path(journal).absolute()
-        self.study, self.place = study or space.search.study or "tfkd", place or {}
+        self.study, self.place = study or space.search.study or "tfkd", dict(place or {})
+        self.folder = folder
         self.priors = [Path(p) for p in priors]
         self.judges = False
         """Whether trials are stopped where the studies say so, and nowhere else (see `StudyStopping`)."""
@@ -200,8 +204,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("name", name)
             trial.set_user_attr("number", n)  # last: now the proposal is whole
         self._live[trial_id] = _Live(study, trial, reported)
-        place = {key: value.replace("{name}", name) for key, value in self.place.items()}
-        about = {"number": n, "name": name, "parameters": values, "epochs": config.epochs, **place}
+        about = {"number": n, "name": name, "parameters": values, "epochs": config.epochs, **self.place}
+        about |= {} if self.folder is None else {"directory": str(self.folder / name)}
         about["metrics"] = list(self.space.search.metrics)
         return {"trial": about, **config.model_dump(mode="json")}
 
@@ -291,7 +295,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def note_error(self, trial_id: str, error: BaseException | None) -> None:
         """Why a trial is about to end with an error: the exception, where it raised one itself."""
         if isinstance(error, RayTaskError):
-            self._errors[trial_id] = f"{type(error.cause).__name__}: {error.cause}"
+            self._errors[trial_id] = readable(f"{type(error.cause).__name__}: {error.cause}")
 
     def remaining(self) -> int:
         """Trials still to be handed out: unfinished and new ones."""

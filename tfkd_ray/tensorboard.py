@@ -510,7 +510,7 @@ def _layout(categories: Sequence[layout_pb2.Category]) -> summary_pb2.Summary:
 
 
 def _text(tag: str, markdown: str) -> summary_pb2.Summary:
-    return _bytes(tag, text_metadata.create_summary_metadata("", ""), markdown.encode())
+    return _bytes(tag, text_metadata.create_summary_metadata("", ""), markdown.encode(errors="backslashreplace"))
 
 
 def _bytes(tag: str, about: summary_pb2.SummaryMetadata, content: bytes) -> summary_pb2.Summary:

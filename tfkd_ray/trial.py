@@ -27,14 +27,14 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-from tfkd_ray import remote, teachers
+from tfkd_ray import own_code, remote, teachers
 from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import write_text
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.loop import Diverged, train_in
-from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.schema import ConfigError, readable, validated
 
 Metrics = dict[str, float]
 
@@ -81,6 +81,8 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         seal_test_split()
+        if "home" in config["trial"]:
+            own_code.enter(config["trial"]["home"])
         self._group: Group | None = None
         self._epochs: Iterator[Metrics] = iter(())
         self._notes: list[str] = []
@@ -233,7 +235,7 @@ def _stop(epochs: Iterator[Metrics]) -> None:
 def _reason(error: BaseException) -> str:
     text = ""
     with contextlib.suppress(Exception):  # an exception of the user's own may not even have a text
-        text = str(error).strip()
+        text = readable(str(error)).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -367,7 +369,7 @@ class Group:
         env.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is noticed
         env.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # a node may have to be started first
         desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env})
-        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder))
+        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder), own_code.here())
 
     def _alive(self) -> bool:
         try:
@@ -406,7 +408,9 @@ class _Desk:
     The trial owns it, so it ends with the trial's process, however that ends; controller and workers end with it.
     """
 
-    def __init__(self, config: dict[str, Any], storage: str) -> None:
+    def __init__(self, config: dict[str, Any], storage: str, home: own_code.Place) -> None:
+        own_code.enter(home)
+        self._home = home
         self._commands: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self._results: queue.Queue[tuple[int, str, Any]] = queue.Queue()
         self._trouble: str | None = None
@@ -423,7 +427,7 @@ class _Desk:
         try:
             TorchTrainer(
                 _worker,
-                train_loop_config={"desk": self._desk, "notice": _Notice()},
+                train_loop_config={"desk": self._desk, "notice": _Notice(), "home": self._home},
                 torch_config=TorchConfig(
                     backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
                 ),
@@ -524,6 +528,7 @@ def _worker(given: dict[str, Any]) -> None:
     epochs, or by a loss that is the same number on all.
     """
     seal_test_split()
+    own_code.enter(given["home"])
     desk, notice, first = given["desk"], given["notice"], dist.get_rank() == 0
     control = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # also where gradients go by nccl
     assert isinstance(control, dist.ProcessGroup)

@@ -23,7 +23,7 @@ from ray.tune.stopper import CombinedStopper, FunctionStopper
 from ray.tune.utils import flatten_dict
 from sqlalchemy.exc import OperationalError
 
-from tfkd_ray import remote, teachers
+from tfkd_ray import own_code, remote, teachers
 from tfkd_ray.checkpoint import BEFORE, LAST
 from tfkd_ray.cluster import (
     check_room,
@@ -57,7 +57,7 @@ from tfkd_ray.experiment import (
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.nodes import check_shared
 from tfkd_ray.readers import driver_of
-from tfkd_ray.schema import ConfigError, dump_yaml, validated
+from tfkd_ray.schema import ConfigError, dump_yaml, readable, validated
 from tfkd_ray.search import (
     OptunaSearcher,
     StudyStopping,
@@ -269,7 +269,8 @@ def _searcher(space: Space, experiment: Path, url: str | None, **more: Any) -> O
     if url is None:
         drop_stale_locks(journal)  # of a dead driver: the experiment is ours
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearcher(space, journal, place=place_of(experiment), storage=url, **more)
+    folder, place = trials_folder(experiment), place_of(experiment)
+    return OptunaSearcher(space, journal, folder=folder, place=place, storage=url, **more)
 
 
 def _check_free(url: str, study: str, *, begun: bool) -> None:
@@ -396,14 +397,14 @@ def train_teachers(
         task = ray.remote(_teacher).options(
             num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
         )
-        tasks.append(task.remote(run, storage, remote.place_of(storage)))
+        tasks.append(task.remote(run, storage, remote.place_of(storage), own_code.here()))
     for run, task in zip(missing, tasks, strict=True):
         try:
             about = ray.get(task)
             teachers.fetch(run, storage, weights=False)
             on_teacher(run, about)
         except ray.exceptions.RayTaskError as error:
-            reason = f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}"
+            reason = readable(f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}")
             if on_failure is not None:
                 on_failure(run, reason)
             elif isinstance(error.cause, ConfigError):
@@ -412,8 +413,9 @@ def train_teachers(
                 raise TeacherFailed(reason) from None
 
 
-def _teacher(run: TeacherRun, storage: Path, place: dict[str, str]) -> dict[str, Any]:
+def _teacher(run: TeacherRun, storage: Path, place: dict[str, str], home: own_code.Place) -> dict[str, Any]:
     seal_test_split()
+    own_code.enter(home)
     check_data_here(run)
     storage = Path(remote.here({"directory": storage, "storage": storage, **place})["storage"])
     teachers.fetch(run, storage)
@@ -571,10 +573,9 @@ def _reached(limits: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     return any(name in told and told[name] >= limit for name, limit in limits.items())
 
 
-def place_of(experiment: Path) -> dict[str, str]:
-    """Where a trial of an experiment writes, and where it finds teachers; {name} is its name."""
-    folder = str(trials_folder(experiment) / "{name}")
-    return {"directory": folder, "storage": str(experiment.parent), **remote.place_of(experiment)}
+def place_of(experiment: Path) -> dict[str, Any]:
+    """Where all trials of an experiment find teachers and code of one's own."""
+    return {"storage": str(experiment.parent), "home": own_code.here(), **remote.place_of(experiment)}
 
 
 def assemble(

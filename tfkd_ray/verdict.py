@@ -623,8 +623,8 @@ def ece(logits: NDArray[Any], labels: NDArray[Any], *, equal_mass: bool = False)
     right = (logits.argmax(axis=1) == labels).astype(np.float64)
     parts = np.array_split(np.sort(confidence), BINS)
     bins = np.searchsorted([part[0] for part in parts[1:] if len(part)], confidence, side="right")
-    sums = (np.bincount(bins, weights, BINS) for weights in (confidence, right))
-    return calibration_error(len(labels), *sums)
+    sure, hits = np.bincount(bins, confidence, BINS), np.bincount(bins, right, BINS)
+    return calibration_error(len(labels), sure, hits)
 
 
 def agreement(logits: NDArray[Any], others: NDArray[Any]) -> float:
