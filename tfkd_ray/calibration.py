@@ -5,7 +5,6 @@ Validation (torch, batch by batch), the tables of a comparison and TensorBoard's
 Shapes: N = images, K = classes, M = `BINS` confidence bins.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,12 +39,12 @@ def binned(logits: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
     return np.stack([np.bincount(bins, w, BINS) for w in weights])
 
 
-def calibration_error(count: float, confidence: Sequence[float], right: Sequence[float]) -> float:
+def calibration_error(count: float, confidence: Any, right: Any) -> float:
     """The mean gap between confidence and accuracy over the bins, weighted by their images: a fraction.
 
     Args:
         count: images.
-        confidence: of each bin, summed over its images.
-        right: right answers in each bin.
+        confidence: of each bin, summed over its images: M numbers.
+        right: right answers in each bin: M numbers.
     """
     return float(sum(abs(sure - hits) for sure, hits in zip(confidence, right, strict=True)) / count)
