@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import tfkd_ray
-from tfkd_ray.config import TrainConfig
+from tfkd_ray.config import TeacherConfig, TrainConfig
 from tfkd_ray.schema import Settings, members, tag
 from tfkd_ray.space import SearchConfig
 
 DOCS = Path(__file__).parent
 FIELDS = TrainConfig.model_fields | SearchConfig.model_fields
+FIELDS["input"] = TeacherConfig.model_fields["input"]
 PARTS: dict[str, list[type[Settings]]] = {
-    "Settings": [TrainConfig, *(m for f in ("teacher", "optim", "augment", "schedule") for m in members(FIELDS[f]))],
+    "Settings": [
+        TrainConfig,
+        *(m for f in ("teacher", "input", "optim", "augment", "schedule") for m in members(FIELDS[f])),
+    ],
     "Search": [SearchConfig, *members(FIELDS["sampler"]), *members(FIELDS["stopping"])],
     "Objectives": members(FIELDS["objective"]),
     "Data sets": members(FIELDS["data"]),

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tfkd_ray import config as config_module
 from tfkd_ray.config import RUN_ONLY, Constant, Cosine, Step, TeacherConfig, TrainConfig
-from tfkd_ray.data import Mnist
+from tfkd_ray.data import Digits, Mnist
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
 from tfkd_ray.schema import ConfigError, validated
@@ -116,6 +116,65 @@ def test_a_resolved_configuration_reads_back_as_itself_and_has_the_same_name() -
         config = validated(TrainConfig, tree)
         again = validated(TrainConfig, config.model_dump(mode="json"))
         assert again == config and again.fingerprint() == config.fingerprint()
+
+
+STORED: list[tuple[dict[str, Any], str]] = [
+    ({"objective": "ce"}, "392dfe5197feffd9"),
+    ({"objective": "lsr", "epochs": 3}, "601938fef4e11da4"),
+    ({"objective": {"name": "tfkd_reg", "alpha": 0.3}}, "345e216369c30c3e"),
+    ({"objective": "tfkd_self", "data": "cifar100"}, "7e227c978a776186"),
+    ({"objective": "tfkd_self", "data": "cifar100", "student": "resnet18"}, "c591ad9eb360d999"),
+    ({"objective": "ce", "data": "cifar10", "recipe": "modern", "student": "mobilenet_v2"}, "362fae3058f9e83f"),
+    ({"objective": "kd", "teacher": {"model": "cnn"}, "data": "mnist"}, "7987e9acf5fad039"),
+    ({"objective": "kd", "teacher": {"model": "cnn", "stop_epoch": 2}, "data": "fashion_mnist"}, "625864349413d002"),
+    ({"objective": "kd", "teacher": {"model": "resnet18", "labels": "bank"}, "data": "kmnist"}, "be1a2786338ab86c"),
+    ({"objective": "kd", "teacher": {"model": "cnn", "weights": "/w.safetensors"}}, "db8bb34d115ae443"),
+    (
+        {"objective": "kd", "teacher": {"model": {"name": "cnn", "widths": [8]}, "weights": "/w.pt"}, "seed": 4},
+        "9ec513754fe3d04d",
+    ),
+    ({"objective": "kd_standardised", "teacher": {"model": "cnn", "stop_accuracy": 0.5}}, "e0d7e956db868fc1"),
+    ({"objective": "dist", "teacher": {"model": "mlp", "objective": "lsr"}, "student": "cnn"}, "a6ed3b6598c59429"),
+    ({"objective": "ce", "init": "trained"}, "e03fa879a1aa04cc"),
+    ({"objective": "ce", "data": {"name": "emnist", "variant": "letters"}}, "4a772a8f5802f777"),
+    ({"objective": "ce", "data": {"name": "image_folder", "root": "/images", "num_classes": 3}}, "2038bc2a6e7b06d8"),
+    ({"objective": "ce", "data": "imagenet", "student": "resnet50"}, "e372028fb2f0745e"),
+    ({"objective": "ce", "data": "tiny_imagenet", "recipe": "paper", "student": "densenet121"}, "2b1168eb89ff631e"),
+    (
+        {"objective": "ce", "data": {"name": "own", "path": "m:f", "shape": [3, 8, 8], "num_classes": 4}},
+        "e3c632e8ab5a730d",
+    ),
+    (
+        {
+            "objective": "ce",
+            "schedule": "step",
+            "optim": {"nesterov": True},
+            "data": {"name": "digits", "subset": 100},
+            "workers": 2,
+        },
+        "4404deca7cd63fec",
+    ),
+]
+"""Configurations, and the names that runs, teachers and soft labels of releases so far have by them."""
+
+
+@pytest.mark.parametrize("tree, name", STORED, ids=range(20))
+def test_what_is_stored_keeps_its_name(tree: dict[str, Any], name: str) -> None:
+    """A setting that a release adds has a neutral default, and is in `later` of its class: see `Settings.content`."""
+    assert validated(TrainConfig, {"precision": "fp32", **tree}).fingerprint() == name
+
+
+def test_a_setting_that_came_later_counts_once_it_is_set() -> None:
+    data = Digits()
+    assert data.content() == {"name": "digits", "val_fraction": 0.2, "subset": None, "split_seed": 0}
+    assert data.model_copy(update={"digest": "0" * 32}).content()["digest"] == "0" * 32
+    shown = {"mean": [1.0], "std": [2.0]}
+    taken = {"objective": "kd", "teacher": {"model": "cnn", "weights": "/w.pt"}}
+    names = {
+        validated(TrainConfig, {**taken, "teacher": {**taken["teacher"], **more}}).fingerprint()  # type: ignore[dict-item]
+        for more in ({}, {"input": None}, {"input": shown}, {"input": {**shown, "size": 16}})
+    }
+    assert len(names) == 3
 
 
 def test_the_fingerprint_follows_the_teacher_and_not_the_place() -> None:

@@ -17,8 +17,17 @@ from test_data import pickled, write_cifar
 
 from tfkd_ray.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.checkpoint import save_weights
-from tfkd_ray.confirm import LOGITS, ListSearcher, comparison_tuner, judge_on_test, outcome, table
-from tfkd_ray.data import Cifar10, Digits
+from tfkd_ray.confirm import (
+    LOGITS,
+    ListSearcher,
+    _note_opening,
+    comparison_tuner,
+    judge_on_test,
+    openings,
+    outcome,
+    table,
+)
+from tfkd_ray.data import Cifar10, Digits, digest_of
 from tfkd_ray.experiment import Record, read_records, write_record
 from tfkd_ray.loop import train
 from tfkd_ray.schema import ConfigError
@@ -261,3 +270,20 @@ def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_pa
     assert any(
         "was opened 1 times before in this storage, first on 2026-01-01 by c" in note for note in result["notes"]
     )
+
+
+def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(tmp_path: Path) -> None:
+    compared = build_arms(TREE)
+    new_comparison(compared, [1, 2], tmp_path / "c")
+    made, digest = read_comparison(tmp_path / "c"), digest_of(Digits().load_test())
+    assert made.digest == Digits().pinned().digest != digest
+    _note_opening(tmp_path / "c", made, digest)
+    assert [o["digest"] for o in openings(tmp_path, Digits())] == [digest]
+    _note_opening(tmp_path / "c", made, digest)
+    with pytest.raises(ConfigError, match="the test split of digits has changed since this comparison opened it"):
+        _note_opening(tmp_path / "c", made, "0" * 32)
+    assert len(openings(tmp_path, Digits())) == 2
+    elsewhere = {"test": "a copy elsewhere", "when": "2026-01-01", "experiment": "d", "id": "d", "digest": digest}
+    with (tmp_path / "test_openings.jsonl").open("a") as file:
+        file.write(json.dumps(elsewhere) + "\n")
+    assert len(openings(tmp_path, Digits())) == 3, "the same images under another name"

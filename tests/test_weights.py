@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tfkd_ray.config import TrainConfig
+from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import Cifar10, Cifar100, Digits, Own
 from tfkd_ray.models import Cnn, Cnn5, DenseNet121, GoogLeNet, Mlp, Network, ResNet18, ResNeXt29, ShuffleNetV2
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.teachers import teacher_folder, train_teacher
+from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.teachers import bank_of, describe, find_or_train, teacher_folder, train_teacher
 from tfkd_ray.weights import load_outside
 
 CNN, SHAPE, K = Cnn(widths=(4, 8)), (1, 8, 8), 10
@@ -259,3 +259,87 @@ def test_without_a_network_the_place_for_the_file_is_said(hub: Path) -> None:
         f"https://download.pytorch.org/models/resnet18-f37072fd.pth at {hub / 'resnet18-f37072fd.pth'}"
     )
     assert not list(hub.iterdir())
+
+
+# --- how its images were prepared ------------------------------------------------------------------------------
+
+
+def taken(storage: Path, model: Any, file: Path, data: dict[str, Any], **teacher: Any) -> tuple[TrainConfig, nn.Module]:
+    """(a student's configuration, the teacher that it has from a file)."""
+    tree = {"objective": "kd", "teacher": {"model": model, "weights": str(file), **teacher}, "data": data}
+    config = validated(TrainConfig, {**tree, "student": {"name": "mlp", "hidden": [4]}, "precision": "fp32"})
+    bank = find_or_train(config, storage)
+    assert bank is not None
+    return config, bank.network()
+
+
+INPUT = {"mean": [4.0], "std": [8.0], "size": 16}
+
+
+def test_weights_from_elsewhere_see_images_as_they_were_trained_with(tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    save_file(saved, tmp_path / "w.safetensors")
+    data = {"name": "digits"}
+    config, network = taken(tmp_path, CNN.model_dump(), tmp_path / "w.safetensors", data, input=INPUT)
+    plain = CNN.build(SHAPE, K).eval()
+    plain.load_state_dict(saved)
+    images = config.data.load()[0].part(torch.arange(9)).images.float()  # type: ignore[union-attr]
+    large = nn.functional.interpolate((images - 4) / 8, (16, 16), mode="bilinear", antialias=True)
+    mean, std = Digits.mean[0], Digits.std[0]
+    assert torch.allclose(network((images - mean) / std), plain(large), atol=1e-4)
+    assert not torch.allclose(network((images - mean) / std), plain((images - mean) / std), atol=1e-2)
+    assert network.state_dict().keys() == saved.keys()
+    run = config.teacher_run()
+    assert run is not None and describe(run, tmp_path)["input"] == INPUT
+    _, usual = taken(tmp_path, CNN.model_dump(), tmp_path / "w.safetensors", data)
+    assert usual((images - mean) / std).equal(plain((images - mean) / std)), "of another file nothing is known"
+    other = config.model_copy(update={"teacher": config.teacher.model_copy(update={"input": None})})  # type: ignore[union-attr]
+    banks = bank_of(config, tmp_path), bank_of(other, tmp_path)
+    assert banks[0] is not None and banks[1] is not None and banks[0]._of != banks[1]._of
+
+
+def test_what_torchvision_and_timm_trained_with_is_known() -> None:
+    data = {"name": "image_folder", "root": "/images", "num_classes": 1000, "mean": [9, 9, 9], "std": [9, 9, 9]}
+
+    def shown(model: Any, weights: str, **more: Any) -> Any:
+        tree = {"objective": "kd", "teacher": {"model": model, "weights": weights}, "data": {**data, **more}}
+        run = validated(TrainConfig, tree).teacher_run()
+        assert run is not None
+        return run.shown
+
+    usual = ((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255), 224)
+    found = shown("resnet18", "torchvision", image_size=96)
+    assert (found.mean, found.std, found.size) == usual
+    assert shown("resnet18", "/w.pt") is None
+    vit = shown("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", "/w.pt", image_size=96)
+    assert vit.mean == (127.5,) * 3 and vit.std == (127.5,) * 3 and vit.size == 224
+    assert shown({"name": "timm", "model": "resnet18"}, "/w.pt", image_size=32) is None, "with another stem"
+
+
+def test_a_file_of_ours_sees_images_as_its_own_data_had_them(tmp_path: Path) -> None:
+    module = "import numpy as np\ndef make(split):\n    return np.arange(640, dtype=np.uint16).astype(np.uint8)"
+    name = f"ours_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(module + ".reshape(10, 1, 8, 8), np.arange(10) % 2\n")
+    data = {"name": "own", "path": f"{name}:make", "shape": [1, 8, 8], "num_classes": 2}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(tmp_path))
+        first = {**data, "mean": [10], "std": [20], "val_fraction": 0.5}
+        run = validated(TeacherRun, {"objective": "ce", "student": CNN, "data": first, "epochs": 1})
+        train_teacher(run, tmp_path)
+        file = teacher_folder(run, tmp_path) / "student.safetensors"
+        config, _ = taken(tmp_path / "b", CNN.model_dump(), file, {**first, "mean": [30], "std": [40]})
+        made = config.teacher_run()
+        assert made is not None and describe(made, tmp_path / "b")["input"] == {"mean": [10], "std": [20], "size": None}
+
+
+@pytest.mark.parametrize(
+    "teacher, sentence",
+    [
+        ({"model": "cnn", "input": INPUT}, "teacher.input: is for teacher.weights"),
+        ({"model": "cnn", "weights": "/w", "input": {"mean": [1, 2, 3], "std": [1]}}, "teacher.input.mean: 3 values for 1 channels"),
+        ({"model": "cnn", "weights": "/w", "input": {"mean": [0.4], "std": [0.2]}}, "teacher.input.std.0: Input should be greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_input_gets_a_sentence(teacher: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validated(TrainConfig, {"objective": "kd", "teacher": teacher})
+    assert sentence in str(error.value)

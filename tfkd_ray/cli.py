@@ -1017,7 +1017,7 @@ def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
     from tfkd_ray.confirm import comparison_tuner
 
     progress = _progress(directory)
-    teachers = [teacher for run in compared.runs if (teacher := run.config.teacher_run())]
+    teachers = [teacher for run in compared.runs_on_data if (teacher := run.config.teacher_run())]
     told = _teacher_lines(teachers, directory.parent)
     return _fit(
         progress,

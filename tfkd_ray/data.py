@@ -1187,16 +1187,16 @@ def digest_of(images: Images) -> str:
 
 
 def _summed(content: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[bytes]:
-    """The content in 1/512 of its bytes, for a hash 8 times as fast as SHA-256, and no protection against forgery.
+    """The content in 1/512 of its bytes, for a hash 5 times as fast as SHA-256, and no protection against forgery.
 
-    Two sums of each block's words, modulo 2^64, with odd factors: one changed word always changes them; of changes of
-    several words, one in 2^14 could be missed if all were in the highest byte, and far fewer of any others.
+    Sums of each block's words with odd factors, modulo 2^64: one changed word always changes them. Of changes of
+    several words in their highest bits little is left in a sum, so there is another one of words half a word on.
     """
-    end = len(content) // (8 * BLOCK) * 8 * BLOCK
-    words = content[:end].view("<u8").reshape(-1, BLOCK)
-    factors = np.frombuffer(hashlib.shake_256(b"tfkd_ray").digest(16 * BLOCK), "<u8").reshape(2, BLOCK) | np.uint64(1)
-    for row in factors:
-        yield np.einsum("bw,w->b", words, row).astype("<u8").tobytes()
+    end = max(0, len(content) - 4) // (8 * BLOCK) * 8 * BLOCK
+    factors = np.frombuffer(hashlib.shake_256(b"tfkd_ray").digest(8 * BLOCK), "<u8") | np.uint64(1)
+    for start in (0, 4):
+        words = content[start : start + end].view("<u8").reshape(-1, BLOCK)
+        yield np.einsum("bw,w->b", words, factors).astype("<u8").tobytes()
     yield content[end:].tobytes()
 
 

@@ -325,7 +325,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
         why = f"{runs[seed]['status']}: {runs[seed].get('reason', '')}" if seed in runs else "no such seed"
         raise ConfigError(f"--seed: {name} with {seed}: {why}; trained to the end: {_listed(done)}", directory)
     wanted = (name, done[0] if seed is None else seed)
-    run = next((r for r in compared.runs if (r.arm, r.seed) == wanted), None)
+    run = next((r for r in compared.runs_on_data if (r.arm, r.seed) == wanted), None)
     if run is None:
         raise ConfigError(
             f"confirm.json has a run of {wanted[0]} with seed {wanted[1]}, confirm.yaml has none", directory

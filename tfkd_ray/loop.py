@@ -257,8 +257,6 @@ def train_in(
     was the last.
     """
     state = load_state(directory, say)
-    if state is None or state["run"] != config.fingerprint(LOOP_VERSION):  # else it began before data had digests
-        config = config.pinned()
     if state:
         _check_run(state, config)
     _check_same_epoch(state["epoch"] if state else 0)
