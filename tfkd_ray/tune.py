@@ -317,7 +317,8 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
 def prepare(config: TrainConfig, storage: Path) -> None:
     """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made."""
     config.data.check()
-    config.try_networks()
+    for note in config.try_networks():
+        print(f"note: {note}", file=sys.stderr)
     connect(workers=config.workers)
     check_room(config)
     check_shared(storage)
@@ -371,6 +372,7 @@ def train_teachers(
                 raise error.cause from None
             else:
                 raise TeacherFailed(reason) from None
+    teachers.tell_doubts(runs, storage)
 
 
 def _teacher(run: TeacherRun, storage: Path, place: dict[str, str]) -> dict[str, Any]:
