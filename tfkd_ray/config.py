@@ -328,14 +328,14 @@ class TrainConfig(Settings):
                 check_lone_image(what, network, shape)
             if ends_in_softmax(network, shape):
                 notes.append(
-                    f"model {what}: gives probabilities (numbers from 0 to 1 that sum to 1), where logits are expected: "
-                    "it seems to end in softmax, which training applies itself; twice, it learns slowly and badly. Take "
-                    "the softmax out of its forward"
+                    f"model {what}: gives probabilities (numbers from 0 to 1 that sum to 1), not logits: it seems to "
+                    "end in softmax, which training applies itself; twice, it learns slowly and badly. Take the "
+                    "softmax out of its forward"
                 )
         return list(dict.fromkeys(notes))
 
     def build_student(self) -> nn.Module:
-        """The student as its run begins, whoever builds it: weights, and all else that its code draws, from the seed."""
+        """The student as its run begins, whoever builds it: all that its code draws comes from the seed."""
         with seeded(self.seed, "init"):
             return self.student.build(self.data.shape, self.data.num_classes)
 

@@ -8,8 +8,8 @@ import contextlib
 import json
 import math
 import os
-import textwrap
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

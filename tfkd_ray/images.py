@@ -43,16 +43,16 @@ def seed_all(seed: int) -> None:
     """Seed torch, numpy and `random`, for code that is not ours and may draw from any of them."""
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (the generator that others draw from)
 
 
 def random_states() -> Callable[[], None]:
     """What puts numpy and `random` back to where they are now."""
-    ours, numpys = random.getstate(), np.random.get_state()
+    ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def put_back() -> None:
         random.setstate(ours)
-        np.random.set_state(numpys)
+        np.random.set_state(numpys)  # noqa: NPY002
 
     return put_back
 

@@ -108,9 +108,9 @@ def train(
         classes = config.data.num_classes
         student = config.build_student()
         check_learns(config.student.called, student)
-        if min(map(len, split_batches(torch.arange(len(train_set)), config.optim.batch_size, workers))) < 2 * workers:
-            if config.batch_norm != "sync":
-                check_lone_image(config.student.called, student, config.data.shape)
+        smallest = min(map(len, split_batches(torch.arange(len(train_set)), config.optim.batch_size, workers)))
+        if smallest < 2 * workers and config.batch_norm != "sync":
+            check_lone_image(config.student.called, student, config.data.shape)
         student = student.to(device).to(memory_format=config.student.memory_format)
         if config.batch_norm == "sync" and workers > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
