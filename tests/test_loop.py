@@ -174,6 +174,47 @@ def test_a_diverging_run_says_at_which_epoch() -> None:
 # --- common random numbers
 
 
+@pytest.mark.parametrize("say", [True, False])
+def test_a_run_whose_loss_explodes_without_becoming_infinite_is_told_once(
+    say: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[str] = []
+    run = config(optim={"lr": 1e4, "momentum": 0}, schedule={"warmup_epochs": 0})
+    last = list(train_in(tmp_path, run, say=heard.append if say else None))[-1]
+    assert 230 < last["val_nll"] < float("inf")
+    told = "\n".join(heard) if say else capfd.readouterr().err
+    assert told.count("training has exploded") == 1 and "where guessing has 2.3" in told
+    heard.clear()
+    list(train_in(tmp_path / "fine", config(), say=heard.append))
+    assert not heard
+
+
+def test_a_head_that_starts_at_zero_learns_from_standardised_logits_and_relations() -> None:
+    teacher = Mlp(hidden=(32,))
+    made = teacher.build((1, 8, 8), 10)
+    made.load_state_dict(list(train(config(student=teacher.model_dump(), epochs=8)))[-1].state()["model"])
+    for objective, precision in (("kd_standardised", "fp32"), ("dist", "fp32"), ("kd_standardised", "bf16")):
+        run = config(objective=objective, student=f"{__name__}:zero_head", precision=precision, epochs=6,
+                     teacher={"model": teacher.model_dump()})  # fmt: skip
+        last = list(train(run, teacher=made))[-1].metrics
+        assert last["val_nll"] < 1 and last["val_accuracy"] > 0.85, objective
+
+
+def zero_head(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    network = Mlp(hidden=(64,)).build(shape, num_classes)
+    for parameter in cast(nn.Sequential, network)[-1].parameters():
+        nn.init.zeros_(parameter)
+    return network
+
+
+def test_a_teacher_that_is_no_number_is_named_as_the_cause() -> None:
+    broken = Mlp(hidden=(16,)).build((1, 8, 8), 10)
+    nn.init.constant_(broken.get_parameter("1.bias"), float("inf"))
+    run = config(objective="kd", teacher={"model": {"name": "mlp", "hidden": [16]}})
+    with pytest.raises(Diverged, match="the teacher's logits are not finite numbers"):
+        next(train(run, teacher=broken))
+
+
 def test_trials_differ_by_their_hyperparameters_and_nothing_else() -> None:
     a, b = next(train(config())), next(train(config(objective=LabelSmoothing(alpha=0.0).model_dump())))
     assert a.metrics["train_ce"] == pytest.approx(b.metrics["train_ce"], rel=1e-6)

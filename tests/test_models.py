@@ -1,7 +1,9 @@
+# ruff: noqa: NPY002  (the generator that other people's networks draw from)
 """Networks: shapes, settings, parameters, sentences."""
 
 import copy
 import math
+import random
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.config import TrainConfig
+from tfkd_ray.evaluate import evaluate
 from tfkd_ray.loop import train
 from tfkd_ray.models import (
     AlexNet,
@@ -46,6 +50,7 @@ from tfkd_ray.models import (
     WideResNet,
 )
 from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.teachers import load_teacher, train_teacher
 
 ALL: list[type[Network]] = [n for n in typing.get_args(typing.get_args(Model)[0]) if n not in (Timm, Own)]
 VGG = (Vgg16, Vgg19)
@@ -392,6 +397,116 @@ def test_a_network_of_your_own_gives_its_logits_alone(output: str) -> None:
         torch.manual_seed(0)
         assert logits.requires_grad and logits.equal(module.logits(x))
     assert module.state_dict().keys() == small((1, 8, 8), 10).state_dict().keys()
+
+
+class Odd(nn.Module):
+    """Networks that are allowed to be odd: `kind` says how."""
+
+    def __init__(self, shape: tuple[int, int, int], num_classes: int, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls, features = kind, 0, math.prod(shape)
+        weight = {"numpy": lambda: np.random.randn(features, num_classes), "random": lambda: [
+            [random.gauss(0, 1) for _ in range(num_classes)] for _ in range(features)
+        ]}.get(kind, lambda: torch.zeros(features, num_classes))()  # fmt: skip
+        self.kept = torch.as_tensor(weight, dtype=torch.float32) / 20  # in no state_dict
+        self.last, self.other, self.never = (nn.Linear(features, num_classes) for _ in range(3))
+        self.norm = nn.BatchNorm1d(num_classes)
+        if kind == "frozen":
+            self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.flatten(1)
+        self.calls += self.training
+        logits = self.last(x) + x @ self.kept
+        if self.kind == "later" and self.calls > 3:
+            logits = logits + self.other(x)
+        if self.kind == "by chance" and self.training and random.random() < 0.5:
+            logits = logits + self.other(x)
+        if self.kind == "auxiliary" and self.training:
+            return logits, self.other(x)
+        if self.kind in ("softmax", "log_softmax", "sigmoid"):
+            return {"softmax": F.softmax, "log_softmax": F.log_softmax}.get(self.kind, lambda z, dim: z.sigmoid())(
+                logits, dim=1
+            )
+        if self.kind == "norm":
+            logits = self.norm(logits)
+        return logits.detach() if self.kind == "detached" else logits
+
+
+def odd(shape: tuple[int, int, int], num_classes: int, kind: str) -> nn.Module:
+    return Odd(shape, num_classes, kind)
+
+
+def run_of(kind: str, **changes: Any) -> TrainConfig:
+    student = {"name": "own", "path": f"{__name__}:odd", "args": {"kind": kind}}
+    return validated(TrainConfig, {"objective": "ce", "student": student, "epochs": 2, **changes})
+
+
+@pytest.mark.parametrize("kind", ["later", "by chance", "auxiliary"])
+def test_a_parameter_may_lack_a_gradient_in_some_steps_or_all(kind: str) -> None:
+    last = list(train(run_of(kind)))[-1]
+    fresh, state = run_of(kind).build_student().state_dict(), last.state()["model"]
+    assert last.metrics["val_accuracy"] > 0.8 and state["never.weight"].equal(fresh["never.weight"])
+    assert state["other.weight"].equal(fresh["other.weight"]) == (kind == "auxiliary")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "random", "by chance"])
+def test_the_same_run_gives_the_same_numbers_whatever_its_network_draws_from(kind: str, tmp_path: Path) -> None:
+    found = []
+    for other in range(2):
+        np.random.seed(other)
+        random.seed(other)
+        before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+        epochs = train(run_of(kind))
+        metrics = next(epochs).metrics
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before, "and they are put back"  # type: ignore[index]
+        found.append((metrics["train_loss"], next(epochs).metrics["val_nll"]))
+    assert found[0] == found[1]
+    assert next(train(run_of(kind, seed=1))).metrics["train_loss"] != found[0][0]
+
+
+def test_a_teacher_that_is_loaded_has_what_its_code_drew_when_it_was_trained(tmp_path: Path) -> None:
+    """Of a network that keeps random numbers outside its state_dict."""
+    run = run_of("numpy", objective="tfkd_self", teacher={"epochs": 3, "labels": "bank"}).teacher_run()
+    assert run is not None
+    accuracy = train_teacher(run, tmp_path)["metrics"]["val_accuracy"]
+    np.random.seed(9)
+    val_set = run.data.load()[1]
+    assert val_set is not None and evaluate(load_teacher(run, tmp_path), run.data, val_set)["val_accuracy"] == accuracy
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [("frozen", "no parameter learns \\(all .* have requires_grad False\\)"), ("detached", "depend on no parameter")],
+)
+def test_a_network_in_which_nothing_learns_is_refused(kind: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"model {__name__}:odd: .*{sentence}"):
+        list(train(run_of(kind)))
+    if kind == "frozen":
+        with pytest.raises(ConfigError, match=sentence):
+            run_of(kind).try_networks()
+
+
+@pytest.mark.parametrize("student", [{"name": "own", "path": f"{__name__}:odd", "args": {"kind": "norm"}}, "cnn5"])
+def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(student: Any) -> None:
+    run = validated(TrainConfig, {"objective": "ce", "student": student, "epochs": 1, "optim": {"batch_size": 1}})
+    for act in (run.try_networks, lambda: next(train(run))):
+        with pytest.raises(
+            ConfigError, match=r"optim.batch_size: leaves a single image a worker .* BatchNorm of model"
+        ):
+            act()
+    two = validated(TrainConfig, {"objective": "ce", "student": student, "optim": {"batch_size": 3}, "workers": 2})
+    with pytest.raises(ConfigError, match="2 times workers"):
+        two.try_networks()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "log_softmax", "sigmoid", "norm"])
+def test_a_network_that_ends_in_softmax_is_noted_when_it_is_tried(kind: str) -> None:
+    notes = run_of(kind).try_networks()
+    assert len(notes) == (kind == "softmax") and all("it seems to end in softmax" in note for note in notes)
+    teacher = {"model": {"name": "own", "path": f"{__name__}:odd", "args": {"kind": kind}}}
+    run = validated(TrainConfig, {"objective": "kd", "teacher": teacher})
+    assert run.try_networks() == notes
 
 
 def test_trying_a_network_changes_neither_it_nor_the_random_numbers() -> None:

@@ -18,9 +18,9 @@ from tfkd_ray import soft_labels
 from tfkd_ray.checkpoint import save_weights
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.loop import train, train_in
-from tfkd_ray.schema import validated
+from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.soft_labels import CHUNKS, LARGEST, Bank, fits
-from tfkd_ray.teachers import bank_of, find_or_train
+from tfkd_ray.teachers import bank_of, find_or_train, load_teacher
 
 N, K = 100, 5
 LOGITS = 10 * torch.randn(N, K, generator=torch.Generator().manual_seed(0)) + 40
@@ -130,6 +130,60 @@ def test_labels_are_centred_and_half_precision(tmp_path: Path) -> None:
     assert logits.dtype == torch.float16 and logits.shape == (N, K)
     assert logits.float().mean(dim=1).abs().max() < 0.01
     assert (logits.float().softmax(1) - LOGITS.softmax(1)).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("scale", [100.0, 1e3, 1e6, 1e30])
+@pytest.mark.parametrize("part", ["all", "one image"])
+@pytest.mark.parametrize("room", [True, False])
+def test_large_logits_are_kept_in_a_form_that_holds_them(
+    tmp_path: Path, scale: float, part: str, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = LOGITS.clone()
+    large[-1 if part == "one image" else slice(None)] *= scale
+
+    def compute(network: nn.Module, index: Tensor) -> Tensor:
+        return large[index]
+
+    if not room:
+        monkeypatch.setenv("TFKD_BANK_GB", "0")
+        monkeypatch.setattr(soft_labels, "_told", {tmp_path})
+    found = [bank(tmp_path).logits({"epoch": 1}, N, K, compute) for _ in range(2)]
+    assert found[0].dtype == torch.float32 and found[0].equal(found[1])
+    wanted = large - large.mean(dim=1, keepdim=True)
+    assert torch.allclose(found[0], wanted, rtol=1e-3, atol=1 / 32)
+    assert (found[0].softmax(1) - wanted.softmax(1)).abs().max() < 2e-3
+    assert bool(files(tmp_path)) == room
+
+
+@pytest.mark.parametrize("bad", ["inf", "-inf", "nan"])
+def test_logits_that_are_no_numbers_are_refused_when_a_view_is_filled(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(ConfigError, match="the teacher gives logits that are not finite numbers"):
+        bank(tmp_path).logits({}, N, K, lambda network, index: LOGITS[index] + float(bad))
+
+
+def test_a_teacher_with_logits_of_a_million_teaches_from_the_bank_as_it_does_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+    for labels in ("online", "bank"):
+        run = config(labels, epochs=1)
+        of = run.teacher_run()
+        teacher = find_or_train(run, tmp_path)
+        assert teacher is not None and of is not None
+        loud = nn.Sequential(load_teacher(of, tmp_path), Times(1e5))
+        teacher._make, teacher._of = lambda loud=loud: loud, {"loud": True}  # type: ignore[misc]
+        found.append(next(train(run, teacher=teacher)).metrics)
+    assert found[1]["train_kd"] == pytest.approx(found[0]["train_kd"], rel=1e-3) and found[0]["train_kd"] > 1e4
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
 
 
 def test_a_view_is_computed_once(tmp_path: Path) -> None:

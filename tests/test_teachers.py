@@ -1,6 +1,7 @@
 """Teachers: made once, named by what made them, checked when loaded."""
 
 import multiprocessing
+import re
 import time
 from pathlib import Path
 
@@ -140,3 +141,29 @@ def test_a_teacher_from_a_file_is_taken_judged_and_watched(tmp_path: Path) -> No
         find_or_train(config, tmp_path)
     path.unlink()  # it is not needed any more
     assert find_or_train(config, tmp_path) is not None
+
+
+@pytest.mark.parametrize("fault", ["order", "constant", "none", "nonsense"])
+def test_a_teacher_no_better_than_guessing_is_told_before_students_train_and_each_time(
+    fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = Mlp(hidden=(32,))
+    good = validated(TrainConfig, {"objective": "ce", "student": network.model_dump(), "epochs": 6})
+    weights = list(train(good))[-1].state()["model"]
+    if fault == "order":
+        weights = {k: v.roll(1, 0) if k.startswith("3") else v for k, v in weights.items()}
+    if fault == "constant":
+        weights["3.bias"][7] += 1e3
+    if fault == "nonsense":
+        weights = {k: -v.flip(0) if k == "1.weight" else v for k, v in weights.items()}
+    torch.save(weights, tmp_path / "w.pt")
+    teacher = {"model": network.model_dump(), "weights": str(tmp_path / "w.pt")}
+    run = validated(TrainConfig, {"objective": "kd", "student": "mlp", "teacher": teacher})
+    cause = {"order": "its classes are in another order .* it would be right on 9", "constant": "the class 7: it is"}
+    for _ in range(2):
+        find_or_train(run, tmp_path)
+        told = capfd.readouterr().err
+        if fault == "none":
+            assert not told
+        elif fault in cause:
+            assert re.search(f"WARNING: teacher .* of validation, where guessing is on 1.*{cause[fault]}", told), told

@@ -5,6 +5,7 @@ Validation (torch, batch by batch), the tables of a comparison and TensorBoard's
 Shapes: N = images, K = classes, M = `BINS` confidence bins.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def binned(logits: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
     return np.stack([np.bincount(bins, w, BINS) for w in weights])
 
 
-def calibration_error(count: float, confidence: Any, right: Any) -> float:
+def calibration_error(count: float, confidence: Iterable[float], right: Iterable[float]) -> float:
     """The mean gap between confidence and accuracy over the bins, weighted by their images: a fraction.
 
     Args:

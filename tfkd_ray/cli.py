@@ -496,7 +496,8 @@ def _check(args: argparse.Namespace) -> int:
         print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *_notes(space)]))
         for warning in warnings_of(space):
             print(f"warning: {warning}")
-    example.try_networks()
+    for note in example.try_networks():
+        print(f"note: {note}")
     try:
         example.data.check()
     except ConfigError as error:  # a file may be checked where its data are not
@@ -1158,6 +1159,8 @@ def _train(args: argparse.Namespace) -> int:
 
     check_writable(out, "--out DIR")
     _have_data(config, args)
+    for note in config.try_networks():
+        _say(f"note: {note}")
     config = _same_run(config, out)
     pressed: list[int] = []
 
@@ -1214,7 +1217,7 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
         from tfkd_ray.cluster import check_room
 
         check_room(config)
-    teacher = find_or_train(config, storage)
+    teacher = find_or_train(config, storage, _say)
     write_text(out / "config.yaml", dump_yaml(config.model_dump(mode="json")))
     if config.workers > 1:
         from tfkd_ray.trial import Group
@@ -1225,7 +1228,7 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
     else:
         from tfkd_ray.loop import train_in
 
-        source = train_in(out, config, teacher=teacher)
+        source = train_in(out, config, teacher=teacher, say=_say)
     lines: list[str] = []
     try:
         for metrics in source:

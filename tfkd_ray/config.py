@@ -12,10 +12,21 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from torch import nn
 
 from tfkd_ray.augment import Augment
 from tfkd_ray.data import Data, Dataset, Digits, Level, Spread
-from tfkd_ray.models import Mlp, Model, Network, Own, Timm
+from tfkd_ray.images import seeded
+from tfkd_ray.models import (
+    Mlp,
+    Model,
+    Network,
+    Own,
+    Timm,
+    check_learns,
+    check_lone_image,
+    ends_in_softmax,
+)
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
 from tfkd_ray.schema import Settings, did_you_mean, members, named, tag
 
@@ -333,12 +344,41 @@ class TrainConfig(Settings):
             compile=self.compile,
         )
 
-    def try_networks(self) -> None:
-        """Build the networks that are not ours, so that what is wrong with one is found before anything starts."""
-        teacher = self.teacher and self.teacher.model
-        for network, shape in ((self.student, self.data.shape), (teacher, self._teacher_shape())):
-            if isinstance(network, Own | Timm):
-                network.build(shape, self.data.num_classes)
+    def try_networks(self) -> list[str]:
+        """Build the networks that are not ours, so that what is wrong with one is found before anything starts.
+
+        Returns notes on what is allowed, and hardly what its author wants.
+        """
+        notes = list[str]()
+        teacher = self.teacher_run()
+        for run in (self, teacher) if teacher else (self,):
+            alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
+            trains = not isinstance(run, TeacherRun) or run.weights is None
+            if not isinstance(run.student, Own | Timm) and not (alone and trains):
+                continue
+            shape = self._teacher_shape() if run is teacher else self.data.shape
+            network = run.build_student(shape)
+            what = run.student.called
+            if trains:
+                check_learns(what, network)
+            if trains and alone:
+                check_lone_image(what, network, shape)
+            if ends_in_softmax(network, shape):
+                notes.append(
+                    f"model {what}: gives probabilities (numbers from 0 to 1 that sum to 1), not logits: it seems to "
+                    "end in softmax, which training applies itself; twice, it learns slowly and badly. Take the "
+                    "softmax out of its forward"
+                )
+        return list(dict.fromkeys(notes))
+
+    def build_student(self, shape: tuple[int, int, int] | None = None) -> nn.Module:
+        """The student as its run begins, whoever builds it: all that its code draws comes from the seed.
+
+        Args:
+            shape: (C, H, W) of the images that it is given. None: the data's.
+        """
+        with seeded(self.seed, "init"):
+            return self.student.build(shape or self.data.shape, self.data.num_classes)
 
     def _teacher_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the teacher is given."""

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import textwrap
 import time
 from collections import deque
@@ -112,7 +113,8 @@ def comparison_tuner(
     check_writable(directory, "a directory of yours")
     config = runs[0].config
     for arm in compared.arms.arms:
-        arm.config.try_networks()
+        for note in arm.config.try_networks():
+            print(f"note: arm {arm.name}: {note}", file=sys.stderr)
     config.data.examine()
     prepare(config, directory.parent)
     lock = Lock(directory)
@@ -212,7 +214,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
             test = test.on(device)
         if on_run:
             on_run(run.name)
-        network = run.config.student.build(data.shape, data.num_classes)
+        network = run.config.build_student()
         network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
         logits, labels = _logits(network.to(device).to(memory_format=run.config.student.memory_format), data, test)
         found = {"logits": logits, "labels": labels}

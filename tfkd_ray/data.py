@@ -52,7 +52,16 @@ from tfkd_ray.files import (
     state_of,
     whole_file,
 )
-from tfkd_ray.images import FolderSet, Images, ImageSet, check_headers, decoded, generator, rgb
+from tfkd_ray.images import (
+    FolderSet,
+    Images,
+    ImageSet,
+    check_headers,
+    decoded,
+    generator,
+    rgb,
+    seeded,
+)
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
 
 Split = Literal["train", "test"]
@@ -975,7 +984,8 @@ def imported(path: str, what: str) -> Any:
         if top not in sys.modules and importlib.util.find_spec(top) is None:
             sys.path.append(str(Path.cwd()))
             importlib.invalidate_caches()
-        module = importlib.import_module(module_name)
+        with seeded(0, "import", module_name):
+            module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             looked = f"looked in {Path.cwd()} and wherever Python does"
@@ -995,7 +1005,8 @@ class Own(Dataset):
     """Data from a function of yours: `function(split, **args)`, where split is "train" or "test".
 
     It returns (images, labels): uint8 [N, C, H, W] and whole numbers [N] from 0, as torch tensors or numpy arrays. It
-    is called in every process that trains, and must return the same each time.
+    is called in every process that trains, and must return the same each time. torch's, numpy's and Python's global
+    random numbers are seeded for it, always the same.
     """
 
     known_by_digest: ClassVar[set[str]] = {"path", "args"}
@@ -1045,7 +1056,9 @@ class Own(Dataset):
         return function
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
-        found = self._function()(split, **self.args)
+        function = self._function()
+        with seeded(0, "data", split):  # of the global generators; what draws from one of its own seeds it itself
+            found = function(split, **self.args)
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise self._returned(split, f"must return (images, labels), got {_brief(found)}")
         images, labels = (_tensor(part) for part in found)

@@ -51,7 +51,7 @@ def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -
     top = log_p.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     best, guess = log_p.max(dim=1)  # of equal logits the first class, which topk does not promise
     confidence, first = best.exp(), (guess == labels).double()
-    bins = bin_of(confidence).long()
+    bins = bin_of(confidence).long().clamp(min=0)  # of what is no number, the first
     table = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
     table.index_add_(1, bins, torch.stack([torch.ones_like(first), confidence, first]))
     nll = -log_p.gather(1, labels[:, None]).sum()

@@ -481,7 +481,7 @@ def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
         raise ConfigError(f"its weights are gone: no {WEIGHTS} in it", chosen.folder)
     try:
         with torch.random.fork_rng(devices=[]):
-            network = config.student.build(config.data.shape, config.data.num_classes)
+            network = config.build_student()
         network.load_state_dict(load_weights(path))
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -6,9 +6,11 @@ position) and of nothing else.
 Shapes: N = images, B = images of a batch, C = channels, H, W = height and width, S = side of images made square.
 """
 
+import contextlib
 import hashlib
 import math
 import os
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +39,36 @@ def address(seed: int, *stream: str | int) -> int:
 def generator(seed: int, *stream: str | int) -> torch.Generator:
     """A CPU generator at an address: the same numbers on every machine, device and number of workers."""
     return torch.Generator().manual_seed(address(seed, *stream))
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and `random`, for code that is not ours and may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (the generator that others draw from)
+
+
+def random_states() -> Callable[[], None]:
+    """What puts numpy and `random` back to where they are now."""
+    ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    def put_back() -> None:
+        random.setstate(ours)
+        np.random.set_state(numpys)  # noqa: NPY002
+
+    return put_back
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *stream: str | int) -> Iterator[None]:
+    """Within it torch, numpy and `random` draw from an address; afterwards they go on as if it had not been."""
+    put_back = random_states()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            seed_all(address(seed, *stream))
+            yield
+    finally:
+        put_back()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ Shapes: B = images of a batch on this worker, K = classes.
 
 import copy
 import functools
+import math
+import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,11 +28,13 @@ from tfkd_ray.checkpoint import WEIGHTS, State, load_state, remove_partial, save
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
 from tfkd_ray.files import DISK_ERRORS
-from tfkd_ray.images import Images, address, generator
+from tfkd_ray.images import Images, address, generator, random_states, seed_all
+from tfkd_ray.models import Own, Timm, check_learns, check_lone_image
 from tfkd_ray.objectives import Canonical, Terms
+from tfkd_ray.schema import ConfigError
 from tfkd_ray.soft_labels import Bank, fits
 
-LOOP_VERSION = 2
+LOOP_VERSION = 3
 """Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
 
 
@@ -47,18 +52,27 @@ class Epoch(NamedTuple):
     of the step, and all randomness is a function of (seed, what for, epoch, step, worker)."""
 
 
+EXPLODED = 100
+"""Times the loss of guessing, log K, above which a run is said to have exploded, though its loss is still a number."""
+
+
 class Diverged(ArithmeticError):
     """The training loss or the validation loss is no longer a number."""
 
 
 def train(
-    config: TrainConfig, state: State | None = None, *, teacher: nn.Module | Bank | None = None
+    config: TrainConfig,
+    state: State | None = None,
+    *,
+    teacher: nn.Module | Bank | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Generator[Epoch, None, None]:
     """Train one student; yields after every epoch from the one after `state` to the last.
 
     Args:
         state: goes on from it, bit-identically to never having stopped (same processor type, threads, torch).
         teacher: where the objective needs one; see `teachers.find_or_train`. A bare module is asked in every step.
+        say: called with a sentence where the loss explodes without becoming infinite. None: standard error.
     """
     # 1. Where it runs
     workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -67,6 +81,8 @@ def train(
     device = torch.device("cuda", torch.cuda.current_device()) if config.gpus_per_worker else torch.device("cpu")
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
+    put_back: Callable[[], None] | None = None  # numpy's and Python's random numbers, which code not ours may draw
+    told = False
     tf32_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         if device.type == "cuda":
@@ -90,8 +106,11 @@ def train(
 
         # 3. Student, teacher, optimizer
         classes = config.data.num_classes
-        torch.manual_seed(address(config.seed, "init"))
-        student = config.student.build(config.data.shape, classes)
+        student = config.build_student()
+        check_learns(config.student.called, student)
+        smallest = min(map(len, split_batches(torch.arange(len(train_set)), config.optim.batch_size, workers)))
+        if smallest < 2 * workers and config.batch_norm != "sync":
+            check_lone_image(config.student.called, student, config.data.shape)
         student = student.to(device).to(memory_format=config.student.memory_format)
         if config.batch_norm == "sync" and workers > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
@@ -100,6 +119,7 @@ def train(
         if config.init == "trained" and teacher is not None:
             student.load_state_dict((teacher.network() if isinstance(teacher, Bank) else teacher).state_dict())
         made = config.teacher_run() if config.objective.needs_teacher else None
+        elsewhere = any(isinstance(run.student, Own | Timm) for run in (config, made) if run is not None)
 
         def placed(network: nn.Module) -> nn.Module:
             """The teacher where it can be asked."""
@@ -123,6 +143,9 @@ def train(
             nesterov=optim.nesterov,
             fused=True,
         )
+        if optim.momentum:  # torch's fused SGD fails where a parameter has its first gradient after the others
+            for parameter in student.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
         # 4. Resume
         run = config.fingerprint(LOOP_VERSION)
@@ -132,7 +155,7 @@ def train(
             student.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
-        model = DistributedDataParallel(student) if workers > 1 else student
+        model = _parallel(student, unused=isinstance(config.student, Own | Timm)) if workers > 1 else student
         forward = compiled(model, config, len(train_set)) if config.compile == "on" else model
 
         def snapshot() -> State:
@@ -172,12 +195,14 @@ def train(
             sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, CE and KD, each times images
 
             # 6. Steps
+            put_back = random_states() if elsewhere else None
+            seed_step = seed_all if elsewhere else torch.manual_seed
             model.train()
             for step, (batch, mine, images) in enumerate(zip(batches, shares, seen(shares, view), strict=True)):
                 lr = optim.lr * config.schedule.factor(epoch + (step + 0.5) / len(batches), config.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                torch.manual_seed(address(config.seed, "step", epoch, step, rank))  # dropout
+                seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
                 labels = train_set.labels[mine]
                 soft = None if soft_labels is None else soft_labels[mine].float()
                 if teacher is not None:
@@ -185,6 +210,11 @@ def train(
                         soft = teacher(images).float()
                 with autocast:
                     logits = forward(images)
+                if not logits.requires_grad:
+                    raise ConfigError(
+                        f"model {config.student.called}: its logits depend on no parameter that learns; is there a "
+                        "no_grad or a detach in its forward?"
+                    )
                 logits = logits.float()
                 terms = config.objective.terms(logits, labels, soft)
                 loss = config.objective.combine(terms)
@@ -226,12 +256,23 @@ def train(
             metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
             for name in ("train_loss", "val_nll"):
                 if not abs(metrics.get(name, 0.0)) < float("inf"):
-                    raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; a smaller optim.lr may help")
+                    advice = "a smaller optim.lr may help"
+                    if soft is not None and not soft.isfinite().all():
+                        advice = "the teacher's logits are not finite numbers; look at its weights and its images"
+                    raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; {advice}")
+            if not told and rank == 0 and (sentence := exploded(metrics, classes)):
+                told = True
+                (say or _to_standard_error)(sentence)
+            if put_back is not None:
+                put_back()
+                put_back = None
             metrics["seconds"] = time.perf_counter() - start
             metrics["images_per_s"] = len(train_set) / train_seconds
             history.append(metrics)
             yield Epoch(metrics, snapshot)
     finally:
+        if put_back is not None:
+            put_back()
         torch.set_num_threads(threads_before)
         if device.type == "cuda":
             torch.set_float32_matmul_precision(tf32_before[0])
@@ -252,9 +293,9 @@ def train_in(
     Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
     (`student.safetensors`, `about` in its header), before that epoch is yielded; and when it is closed half-way.
     Nothing is written by other workers than the first. Where the disk has no room for a checkpoint half-way, training
-    goes on, and the next one is tried in time; at the end, that is an OSError. That, a damaged checkpoint, and soft
-    labels that cannot be kept, are told to `say`. `on_saved` hears of each save, where it was written, and whether it
-    was the last.
+    goes on, and the next one is tried in time; at the end, that is an OSError. That, a damaged checkpoint, soft labels
+    that cannot be kept, and a loss that explodes are told to `say`. `on_saved` hears of each save, where it was
+    written, and whether it was the last.
     """
     state = load_state(directory, say)
     if state:
@@ -270,7 +311,7 @@ def train_in(
     troubled = False
     pending: Future[None] | None = None
     last: Epoch | None = None
-    run = train(config, state, teacher=teacher)
+    run = train(config, state, teacher=teacher, say=say)
 
     def save(state: State, *, final: bool) -> None:
         nonlocal saved_epoch
@@ -315,6 +356,34 @@ def train_in(
             run.close()
             if pending is not None:
                 tell(pending)
+
+
+def exploded(metrics: dict[str, float], num_classes: int) -> str | None:
+    """A sentence where cross-entropy is far beyond that of guessing, though still a number."""
+    guessing = math.log(num_classes)
+    for name in ("train_ce", "val_nll"):
+        if metrics.get(name, 0.0) > EXPLODED * guessing:
+            return (
+                f"warning: training has exploded: {name} is {metrics[name]:.3g} nats an image at epoch "
+                f"{metrics['epoch']:.0f}, where guessing has {guessing:.2g}; a smaller optim.lr or "
+                "objective.loss_scale may help"
+            )
+    return None
+
+
+def _to_standard_error(text: str) -> None:
+    print(f"tfkd: {text}", file=sys.stderr, flush=True)
+
+
+def _parallel(student: nn.Module, *, unused: bool) -> nn.Module:
+    """The student for several workers.
+
+    Args:
+        unused: some of its parameters may have no gradient in a step, as of a head that only some steps use.
+    """
+    if unused:
+        warnings.filterwarnings("ignore", ".*did not find any unused parameters")
+    return DistributedDataParallel(student, find_unused_parameters=unused)
 
 
 def allow_tf32(on: bool) -> None:

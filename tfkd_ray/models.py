@@ -7,6 +7,7 @@ Without a change here: `timm:NAME` is any of timm's networks, `package.module:fu
 Shapes: images [B, C, H, W] float in, logits [B, K] out.
 """
 
+import copy
 import difflib
 import functools
 import inspect
@@ -36,6 +37,11 @@ class Network(Settings):
     """Order in memory of its convolutions' weights in training, which images follow; it changes no shape."""
     fast_in_bf16: ClassVar[bool] = True
     """Whether bfloat16 makes it faster where the processor has it; measured by benchmarks/formats.py."""
+
+    @property
+    def called(self) -> str:
+        """How sentences call it."""
+        return self.name
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
@@ -439,6 +445,11 @@ class Timm(Network):
     """timm: as it is there. small: for images up to 64 pixels, a first convolution that halves them becomes 3x3 with
     stride 1, and a `maxpool` is left out; one as wide as its stride (the patches of a ViT or ConvNeXt) stays."""
 
+    @property
+    def called(self) -> str:
+        """timm:NAME."""
+        return f"timm:{self.model}"
+
     def check(self, shape: tuple[int, int, int]) -> None:
         try:
             import timm
@@ -505,6 +516,11 @@ class Own(Network):
     args: dict[str, JsonValue] = {}
     """More arguments of the function."""
 
+    @property
+    def called(self) -> str:
+        """Its path."""
+        return self.path
+
     def check(self, shape: tuple[int, int, int]) -> None:
         if is_only_reading():
             return
@@ -568,6 +584,45 @@ def _only_logits(what: str, num_classes: int, module: nn.Module, inputs: tuple[T
             f"{what}: gives {got} for images {list(inputs[0].shape)}; logits of {num_classes} classes are {wanted}"
         )
     return logits
+
+
+def check_learns(what: str, network: nn.Module) -> None:
+    """Raise a ConfigError where nothing in a network can be trained."""
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        frozen = sum(1 for _ in network.parameters())
+        why = f"all {frozen} have requires_grad False" if frozen else "it has none"
+        raise ConfigError(
+            f"model {what}: no parameter learns ({why}), so there is nothing to train; leave its head unfrozen at least"
+        )
+
+
+def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raise a ConfigError where a network cannot be trained on a single image a worker, as BatchNorm may not."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        return
+    first = next(network.parameters())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(network).train()(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise ConfigError(
+                f"optim.batch_size: leaves a single image a worker in a step, and BatchNorm of model {what} needs two "
+                "at least; raise it to 2 times workers or more, or use a network without BatchNorm"
+            ) from None
+        raise
+
+
+def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether a network gives probabilities instead of logits: rows from 0 to 1 that sum to 1, whatever the images."""
+    images = 100 * torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    training = network.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        rows: Tensor = network.eval()(images)
+    network.train(training)
+    if rows.is_meta:
+        return False
+    return bool((rows >= 0).all()) and bool(((rows.float().sum(dim=1) - 1).abs() < 1e-2).all())
 
 
 def _shorthand(value: Any) -> Any:

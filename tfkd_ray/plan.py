@@ -114,7 +114,7 @@ def slots_here(space: Space) -> int:
 
 def _weights(config: TrainConfig) -> int:
     """Bytes of a network's weights, in float32."""
-    network = config.student.build(config.data.shape, config.data.num_classes)
+    network = config.build_student()
     size: int = sum(p.numel() for p in network.state_dict().values())
     return 4 * size
 

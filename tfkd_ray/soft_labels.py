@@ -5,6 +5,7 @@ the same ones. A view is one file on a node, memory-mapped by all who read it. P
 fill it together, chunk by chunk; a chunk belongs to whoever holds its lock, and the lock of a killed process is free.
 
 Logits are kept in half precision with their row means taken off: softmax does not see it, and the rounding is finer.
+A view whose logits are too large for that (`HALF`) is kept in float32.
 Nothing here is needed twice: a file may be deleted at any time, and is computed again. Where there is no room for a
 view, each trial computes it for itself, and that is said once in a process.
 
@@ -27,9 +28,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tfkd_ray.files import cache_folder, free_bytes, whole_file
+from tfkd_ray.schema import ConfigError
 
 LARGEST = 2**30
 """Bytes of a view above which a teacher is asked online: 2.5 GB of ImageNet's would be read for each epoch."""
+HALF = 128
+"""Logits below this are kept in half precision, which rounds them by 1/32 at most; others in float32."""
 CHUNKS = 16
 """Parts in which a view is filled."""
 
@@ -78,7 +82,7 @@ class Bank:
     def logits(
         self, view: dict[str, Any], count: int, num_classes: int, compute: Callable[[nn.Module, Tensor], Tensor]
     ) -> Tensor:
-        """The teacher's logits of a view, less their row means: float16 [N, K] on the CPU, not to be written to.
+        """The teacher's logits of a view, less their row means: float16 or float32 [N, K] on the CPU, not to write to.
 
         Args:
             view: what tells it from the teacher's other views.
@@ -107,7 +111,7 @@ class Bank:
         parts: dict[int, Tensor] = {}
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
         if not self._has_room(4 * count * int(json.loads(about["shape"])[1])):  # the view, and once more its parts
-            return torch.cat([_centred(compute(self.network(), chunk)) for chunk in chunks.values()])
+            return _together([_centred(compute(self.network(), chunk)) for chunk in chunks.values()])
         for wait in (False, True):  # first what nobody is at, then what somebody was at
             for k in chunks.keys() - parts.keys():
                 part, mine = path.with_suffix(f".{k}"), about | {"part": str(k)}
@@ -122,9 +126,10 @@ class Bank:
         with _locked(self._folder / "lock-whole", wait=True):
             whole = _read(path, about)
             if whole is None:
-                whole = torch.cat([parts[k] for k in chunks])
+                whole = _together([parts[k] for k in chunks])
                 content = _bytes(whole, about)
-                self._write(path, content)
+                if whole.dtype == torch.float16 or self._has_room(len(content)):
+                    self._write(path, content)
                 if self._elsewhere is not None:
                     self._elsewhere.offer(path.stem, content)
                 for k in chunks:
@@ -177,7 +182,19 @@ def limit() -> float:
 
 def _centred(logits: Tensor) -> Tensor:
     logits = logits.float()
-    return (logits - logits.mean(dim=1, keepdim=True)).half().cpu()
+    if not logits.isfinite().all():
+        raise ConfigError(
+            "the teacher gives logits that are not finite numbers; look at its weights and at how its images are "
+            "normalised, or set precision: fp32"
+        )
+    logits = (logits - logits.mean(dim=1, keepdim=True)).cpu()
+    return logits.half() if logits.abs().max() < HALF else logits
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """The parts of a view, in float32 if any of them is."""
+    widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    return torch.cat([part.to(widest) for part in parts])
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ trained) and `teacher.json`, which says how it was made and how good it is on va
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 from tfkd_ray import remote
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_weights, save_weights, write_whole
 from tfkd_ray.config import TeacherRun, TrainConfig
-from tfkd_ray.evaluate import evaluate
+from tfkd_ray.evaluate import evaluate, predictions
 from tfkd_ray.experiment import read_teacher, read_teachers
 from tfkd_ray.loop import LOOP_VERSION, train_in
 from tfkd_ray.schema import ConfigError
@@ -77,6 +79,8 @@ def train_teacher(
             }
             if config.weights is not None:
                 about["source_sha256"] = _source_sha256(config)
+            if (doubt := _doubt(config, folder, metrics)) is not None:
+                about["doubt"] = doubt
             write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
             for state in folder.glob("*.ckpt*"):
                 state.unlink()
@@ -139,6 +143,49 @@ def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
     return {} if val_set is None else evaluate(module, data, val_set)
 
 
+def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str | None:
+    """A sentence on a teacher that is no better on validation than guessing, with the likely cause."""
+    val_set = config.data.load()[1]
+    if val_set is None or "val_accuracy" not in metrics:
+        return None
+    n, K, accuracy = len(val_set), config.data.num_classes, metrics["val_accuracy"]
+    commonest = int(val_set.labels.bincount(minlength=K).max()) / n
+    guessing = max(1 / K, commonest)
+    if accuracy > max(1 / K + 2 * math.sqrt((1 - 1 / K) / K / n), commonest):
+        return None
+    module = untrained(config)
+    module.load_state_dict(load_weights(folder / WEIGHTS))
+    met = torch.zeros(K, K, dtype=torch.long)  # images by answer and label
+    for logits, labels in predictions(module, val_set, config.data):
+        met += torch.bincount(logits.argmax(dim=1) * K + labels, minlength=K * K).view(K, K)
+    renamed, answers = int(met.max(dim=1).values.sum()) / n, met.sum(dim=1)
+    if renamed > max(0.5, 2 * accuracy, commonest + 0.1):
+        cause = (
+            f"its classes are in another order than those of the data: with its answers renamed it would be right on "
+            f"{renamed:.1%}. Put the rows of its last layer into the order of the data's classes"
+        )
+    elif int(answers.max()) > 0.9 * n:
+        cause = (
+            f"it gives {int(answers.max()) / n:.0%} of the images the class {int(answers.argmax())}: it is untrained, "
+            "it diverged, or its images were normalised otherwise when it was trained"
+        )
+    elif config.weights is not None:
+        cause = "its weights are of another task, or its images were normalised otherwise when it was trained"
+    else:
+        cause = "it was trained too briefly, or with too large an optim.lr (teacher.epochs, teacher.optim)"
+    return (
+        f"WARNING: teacher {teacher_name(config)} is right on {accuracy:.1%} of validation, where guessing is on "
+        f"{guessing:.1%}; students would learn from wrong answers. Likely cause: {cause}"
+    )
+
+
+def tell_doubts(runs: Iterable[TeacherRun], storage: Path, say: Callable[[str], None] | None = None) -> None:
+    """Say which trained teachers are no better than guessing. None: to standard error."""
+    for run in runs:
+        if is_trained(run, storage) and (doubt := describe(run, storage).get("doubt")):
+            say(doubt) if say else print(doubt, file=sys.stderr, flush=True)
+
+
 def _source_sha256(config: TeacherRun) -> str | None:
     """Of the file that weights come from; None where there is none, or it is not here any more."""
     path = Path(config.weights).expanduser() if config.weights else None
@@ -181,7 +228,7 @@ def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
         )
     about, data = describe(config, storage), config.data
     outside = about.get("input") if config.weights is not None else None
-    module = config.student.build(input_shape(config, outside) if outside else data.shape, data.num_classes)
+    module = config.build_student(input_shape(config, outside) if outside else data.shape)
     module.load_state_dict(load_weights(place / WEIGHTS, about["sha256"]))
     if outside:
         show(module, data, outside)
@@ -208,10 +255,11 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
     return Bank(lambda: load_teacher(run, storage), of, elsewhere=elsewhere)
 
 
-def find_or_train(config: TrainConfig, storage: Path | str) -> Bank | None:
+def find_or_train(config: TrainConfig, storage: Path | str, say: Callable[[str], None] | None = None) -> Bank | None:
     """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none.
 
     The teacher is one for the data that are here, named by their digest; see `TrainConfig.pinned`.
+    A teacher that is no better than guessing is told to `say`, or to standard error.
     """
     if not config.needs_teacher:
         return None
@@ -220,6 +268,7 @@ def find_or_train(config: TrainConfig, storage: Path | str) -> Bank | None:
     if run is None:
         return None
     train_teacher(run, Path(storage))
+    tell_doubts([run], Path(storage), say)
     return bank_of(config, Path(storage))
 
 

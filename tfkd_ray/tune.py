@@ -352,7 +352,8 @@ def prepare(config: TrainConfig, storage: Path) -> None:
     if config.data.digest is not None:
         config.data.pinned()
     forget_loaded()
-    config.try_networks()
+    for note in config.try_networks():
+        print(f"note: {note}", file=sys.stderr)
     connect(workers=config.workers)
     check_room(config)
     check_shared(storage)
@@ -411,6 +412,7 @@ def train_teachers(
                 raise error.cause from None
             else:
                 raise TeacherFailed(reason) from None
+    teachers.tell_doubts(runs, storage)
 
 
 def _teacher(run: TeacherRun, storage: Path, place: dict[str, str], home: own_code.Place) -> dict[str, Any]:

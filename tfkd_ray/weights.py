@@ -144,7 +144,7 @@ def _said(content: dict[str, Any]) -> str:
 
 def untrained(config: TeacherRun) -> nn.Module:
     """The teacher's network without its weights; it takes images as the data's statistics make them."""
-    module = config.student.build(input_shape(config, input_of(config)), config.data.num_classes)
+    module = config.build_student(input_shape(config, input_of(config)))
     if config.weights is not None:
         show(module, config.data, input_of(config))
     return module
