@@ -1,5 +1,6 @@
 """The command line, as a person meets it: bad input in process, real work in real processes."""
 
+import argparse
 import json
 import os
 import pty
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Run
+from test_clusters import given, verbs
 from test_readers import change, make_sweep
 
-from tfkd_ray.cli import main
+from tfkd_ray.cli import _parser, main
+from tfkd_ray.cluster_verbs import PLACES
 from tfkd_ray.experiment import pareto, read_records
 from tfkd_ray.schema import dump_yaml, parse_yaml
 from tfkd_ray.space import load_space
@@ -531,6 +534,13 @@ def test_check_and_explain_read_arms_files_too(here: Path, capsys: pytest.Captur
     "argv, message",
     [
         (["confirm", "digits_arms", "--seeds", "1"], "one run of each arm cannot tell a difference from luck"),
+        (["confirm", "digits_arms", "--top-k", "2"], "--top-k: is for sweeps; an arms file says what is compared"),
+        (["confirm", "digits_arms", "--baselines", "ce"], "--baselines: is for sweeps; an arms file says"),
+        (["confirm", ".", "--storage", "/x"], "--storage: settings and presets are for arms files"),
+        (["confirm", ".", "epochs=2"], "settings: settings and presets are for arms files"),
+        (["confirm", ".", "--preset", "smoke"], "--preset: settings and presets are for arms files"),
+        (["check", "digits_arms", "--all"], "--all: is for search spaces"),
+        (["plan", "mine.yaml", "--slots", "0"], "--slots: at least 1, got 0"),
         (["confirm", "mine.yaml"], "arms: needs a list of at least one arm"),
         (["confirm", "digits_arms", "epochs=x"], "arms.ce.epochs: Input should be a valid integer"),
         (["confirm", "digits_arms", "--preset", "tiny"], "invalid choice: 'tiny'"),
@@ -550,6 +560,27 @@ def test_more_wrong_commands(here: Path, capsys: pytest.CaptureFixture[str], arg
     err = " ".join(refused(capsys, *argv).split())
     assert message in err, err
     assert {p.name for p in here.iterdir()} == {"mine.yaml"}
+
+
+RESUME = next(sub for words, sub in verbs(_parser()) if words == ("resume",))
+
+
+@pytest.mark.parametrize(
+    "option", [a for a in RESUME._actions if a.option_strings and a.dest not in (*PLACES, "help")], ids=lambda a: a.dest
+)
+def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: argparse.Action
+) -> None:
+    (here / "c").mkdir()
+    (here / "c/confirm.yaml").touch()
+    gone_on: list[Path] = []
+    monkeypatch.setattr("tfkd_ray.cli._compare", lambda directory, address: gone_on.append(directory) or 0)
+    code = main(["resume", "c", *given(option)])
+    if option.dest == "retry_failed":  # it always does that
+        assert code == 0 and gone_on
+    else:
+        assert code == 2 and not gone_on
+        assert f"{option.option_strings[-1]}: is for sweeps; a comparison has its arms" in capsys.readouterr().err
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Run
@@ -363,3 +364,57 @@ def test_it_works_in_any_tuner_with_any_trainable(ray_cluster: str, tmp_path: Pa
         lr = start.session_start_info.hparams["lr"].number_value
         found[lr] = ([s.step for s in scalars], round(scalars[-1].value, 6), end.session_end_info.status)
     assert found == {0.1: ([1, 2], 0.05, 1), 0.2: ([1, 2], 0.1, 2)}
+
+
+class PlainTrial(FakeTrial):
+    """A trial that another searcher proposed."""
+
+    def __str__(self) -> str:
+        return self.trial_id
+
+
+@pytest.mark.parametrize("key", [3, "name", None, {"name": "x"}, {"directory": "/x"}, [1]])
+def test_a_users_own_key_that_is_called_trial_is_theirs(tmp_path: Path, key: Any) -> None:
+    t = PlainTrial("mine", {"trial": key, "objective": np.zeros(2), "lr": 0.1})
+    run(TensorBoard(tmp_path), t, [0.5, 0.6])
+    assert [s.value for s in read(tmp_path).Scalars("mine", "val/acc")] == pytest.approx([0.5, 0.6])
+
+
+def test_step_zero_and_metrics_of_ones_own_are_written_and_what_is_rays_is_not(tmp_path: Path) -> None:
+    callback, t = TensorBoard(tmp_path, metric="loss"), PlainTrial("mine", {"lr": np.float32(0.5)})
+    t.evaluated_params = {"lr": np.float32(0.5)}
+    callback.on_trial_start(0, [], t)
+    rays = {
+        "pid": 3,
+        "timestamp": 9,
+        "time_total_s": 1.0,
+        "done": False,
+        "config": {"lr": 1},
+        "iterations_since_restore": 1,
+    }
+    for epoch in range(3):
+        told = {"loss": np.float32(1.5), "deep": {"er": np.array(2.0)}, "words": "x", "lr": np.int64(4)}
+        callback.on_trial_result(0, [], t, {**rays, **told, "epoch": np.int64(epoch), "training_iteration": epoch + 1})
+    callback.on_trial_complete(0, [], t)
+    events = read(tmp_path)
+    assert set(events.Runs()["mine"]["scalars"]) == {"loss", "deep/er", "opt/lr", "hp/value", "hp/epochs"}
+    for tag, value in {"loss": 1.5, "deep/er": 2.0, "opt/lr": 4.0, "hp/value": 1.5}.items():
+        assert [(s.step, s.value) for s in events.Scalars("mine", tag)] == [(0, value), (1, value), (2, value)]
+    about = events.SummaryMetadata("mine", metadata.SESSION_START_INFO_TAG).plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(about).session_start_info
+    assert start.hparams["lr"].number_value == 0.5
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_a_result_before_its_start_is_kept_and_a_plain_trial_goes_on_where_its_results_do(
+    tmp_path: Path, again: int
+) -> None:
+    callback, t = TensorBoard(tmp_path, metric="loss"), PlainTrial("mine", {})
+    for step in (1, 2, 3):
+        callback.on_trial_result(0, [], t, {"loss": step, "training_iteration": step})
+    callback.on_trial_start(0, [], t)  # its process was lost; it goes on from a checkpoint, or begins anew
+    for step in range(again, 5):
+        callback.on_trial_result(0, [], t, {"loss": 10 * step, "training_iteration": step})
+    callback.on_trial_complete(0, [], t)
+    found = [(s.step, s.value) for s in read(tmp_path).Scalars("mine", "loss")]
+    assert found == [*((s, s) for s in range(1, again)), *((s, 10 * s) for s in range(again, 5))]

@@ -214,7 +214,10 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
             {"run_config": tune.RunConfig(checkpoint_config=tune.CheckpointConfig(num_to_keep=1))},
             "run_config.checkpoint",
         ),
-        ({"tune_config": tune.TuneConfig(metric="loss")}, "tune_config.metric: Input should be 'val_accuracy'"),
+        (
+            {"tune_config": tune.TuneConfig(metric="loss")},
+            "tune_config.metric: no such name 'loss'; known: val_accuracy",
+        ),
         (
             {"tune_config": tune.TuneConfig(metric="val_nll", mode="max")},
             "tune_config.mode: val_nll is better the lower",
@@ -277,7 +280,7 @@ def test_trials_that_the_users_own_stop_ends_are_of_full_length(ray_cluster: str
             self.told += 1
 
     reporter = Reporter()
-    run = tune.RunConfig(stop={"epoch": 2}, progress_reporter=reporter, log_to_file=True)
+    run = tune.RunConfig(stop={"epoch": 2}, progress_reporter=reporter)
     asha = ASHAScheduler(metric="val_accuracy", mode="max", time_attr="epoch", max_t=3, grace_period=3)
     for name, more in (("study", {}), ("asha", {"tune_config": tune.TuneConfig(scheduler=asha)})):
         build_tuner(TREE, name=name, storage=tmp_path, run_config=run, **more).fit()
@@ -286,13 +289,13 @@ def test_trials_that_the_users_own_stop_ends_are_of_full_length(ray_cluster: str
         storage = open_journal(tmp_path / name / "study.journal")
         (study,) = optuna.study.get_all_study_names(storage)
         assert {t.state.name for t in optuna.load_study(study_name=study, storage=storage).trials} == {"COMPLETE"}
-    assert reporter.told and list((tmp_path / "study/trials").glob("*/stdout"))
+    assert reporter.told
 
 
 def test_two_drivers_that_begin_in_the_same_second_stage_their_files_apart(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray.train._internal.storage.date_str", lambda: "the-same-second")
+    monkeypatch.setattr("ray.tune.utils.date_str", lambda: "the-same-second")
     tree = {**TREE, "epochs": 1, "search": {"num_samples": 2, "stopping": "none"}}
     for place in ("a", "b"):
         grid = build_tuner(tree, name="e", storage=tmp_path / place).fit()

@@ -485,6 +485,8 @@ def _check(args: argparse.Namespace) -> int:
     from tfkd_ray.schema import ConfigError
 
     if is_arms_file(args.file):
+        if args.all:
+            raise ConfigError("--all: is for search spaces; an arms file has a configuration for each arm", args.file)
         compared = load_arms(args.file, args.overrides)
         example = compared.example
         listed = f"{len(compared.arms)} arms: {', '.join(arm.name for arm in compared.arms)}"
@@ -507,7 +509,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from tfkd_ray.plan import lines, plan, slots_here
+    from tfkd_ray.schema import ConfigError
 
+    if args.slots == 0:
+        raise ConfigError("--slots: at least 1, got 0")
     space = _load(args)
     if args.probe:
         space.example.data.check()
@@ -653,12 +658,12 @@ def _resume(args: argparse.Namespace) -> int:
     if (experiment / "confirm.yaml").is_file():
         budgets = {option: getattr(args, name) for option, name, _, _ in _BUDGETS}
         given = {
-            "--add-trials": args.add_trials,
+            "--add-trials": args.add_trials or None,
             "--space": args.space,
             "--study-storage": args.study_storage,
             **budgets,
         }
-        if wrong := [option for option, value in given.items() if value]:
+        if wrong := [option for option, value in given.items() if value is not None]:
             problems = [
                 f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs" for option in wrong
             ]

@@ -144,6 +144,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def _forget(self) -> None:
         self._studies: list[optuna.Study] | None = None
         self._storage: Any = None
+        self._asked = False
         self._live: dict[str, _Live] = {}
         self._errors: dict[str, str] = {}
         self._todo: list[int] = []
@@ -177,7 +178,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next configuration: first what is unfinished, then new ones, FINISHED after `num_samples`."""
-        if self._studies is None:
+        if not self._asked:
+            self._asked = True
             self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
         studies = self._open()
         if self._todo:
@@ -243,13 +245,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _is_whole(self, live: _Live, result: dict[str, Any]) -> bool:
         """Whether a trial that ended is of full length, by its epochs or by its own or the user's decision."""
-        epoch = live.epoch(result)
-        if epoch is None:  # what a `Repeater` tells: the mean of trials that have ended
-            return "done" not in result or result.get(FULL_LENGTH, False)
-        last = self.space.epochs - (1 if 0 in live.reported else 0)  # some count from 0
+        if not {"epoch", "training_iteration", "done"} & set(result):
+            return True  # what a `Repeater` tells: the mean of trials that have ended
         told = live.told is not None and live.told == result.get("training_iteration")  # it ended after it was told
         by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
-        return epoch >= last or by_itself or bool(result.get(FULL_LENGTH))
+        epoch, last = live.epoch(result), self.space.epochs - (1 if 0 in live.reported else 0)  # some count from 0
+        return by_itself or bool(result.get(FULL_LENGTH)) or (epoch is not None and epoch >= last)
 
     def save(self, checkpoint_path: str) -> None:
         """Note which of Tune's trials is which of the study; all else that matters is in the study."""
@@ -615,7 +616,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
 _ALIVE = {
     *("_studies", "_storage", "_live", "_errors", "_todo", "_started", "_group_of", "_counts", "_next", "_warm"),
-    *("_points", "_dealt"),
+    *("_points", "_dealt", "_asked"),
 }
 
 

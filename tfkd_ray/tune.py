@@ -526,12 +526,19 @@ def _tuner(
     if any(branch.example.banked for branch in space.branches):
         ours.append(SoftLabels(experiment))
     callbacks = [*ours, *callbacks, *(run_config.callbacks or []), *ending(experiment, lock, on_note)]
+    verbose = _verbosity(run_config)
     stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
         stoppers.append(budget)
     run_config = dataclasses.replace(run_config, stop=CombinedStopper(*stoppers) if stoppers else None)
     return assemble(
-        space.example, experiment, tune_config, run_config, callbacks, max_failures=space.search.max_failures
+        space.example,
+        experiment,
+        tune_config,
+        run_config,
+        callbacks,
+        max_failures=space.search.max_failures,
+        verbose=verbose,
     )
 
 
@@ -588,6 +595,7 @@ def assemble(
     callbacks: Sequence[tune.Callback],
     *,
     max_failures: int,
+    verbose: Any = 0,
 ) -> tune.Tuner:
     """A Tuner over `StudentTrial` in an experiment's directory.
 
@@ -596,8 +604,10 @@ def assemble(
         tune_config: with a searcher whose proposals have a `trial` section (see `OptunaSearcher`).
         callbacks: all of them.
         max_failures: times that a trial whose process was lost in the same epoch is started again (see `Losses`).
+        verbose: how much Ray says.
     """
     os.environ.update(_TUNE_SETTINGS)
+    experiment = experiment.absolute()
     keep_keys_at_home()
     at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, max(1, room_for(config))
     more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
@@ -627,15 +637,16 @@ def assemble(
                 else tune.FailureConfig(max_failures=max_failures)
             ),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            verbose=_verbosity(run_config),
+            verbose=verbose,
         ),
     )
 
 
 def _verbosity(run_config: tune.RunConfig) -> Any:
     """How much Ray says: nothing, unless the user has asked for it."""
-    if run_config.verbose != tune.RunConfig().verbose:
-        return run_config.verbose
+    said = getattr(run_config, "_verbose", None)  # as it was given, which Ray keeps
+    if said is not None:
+        return said
     return 1 if run_config.progress_reporter is not None else 0
 
 
