@@ -753,8 +753,9 @@ def _csv_cell(row: Row, field: str) -> str:
 
 
 def _inert(text: str) -> str:
-    """Text that a spreadsheet does not run: those that read a formula in it take an apostrophe for the mark of text."""
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@", "|", "%")) or text[:1] in "\t\r\n" else text
+    """Text that a spreadsheet does not run: what it takes for a formula gets an apostrophe, its own mark of text."""
+    runs = text.lstrip().startswith(("=", "+", "-", "@", "|", "%")) or text[:1] in ("\t", "\r", "\n")
+    return legible(f"'{text}" if runs else text)  # a bare \r would end the row
 
 
 def _usual(rows: Sequence[Row], plan: Plan) -> str:
