@@ -889,8 +889,11 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
     for entry in found:
         created = fitted((entry["created"] or "")[:16].replace("T", " "), 16)
         ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
-        best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else entry["why"] or ""
+        best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
         best = best or (arms if entry["kind"] == "comparison" else "")
         lines.append(f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
+        if entry["why"]:  # whole, on lines of its own
+            why = _on_one_line(entry["why"])
+            lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")
     return [fitted(line.rstrip(), width) for line in lines]
