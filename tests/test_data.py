@@ -476,6 +476,17 @@ def test_a_file_that_is_no_batch_gets_a_sentence(tmp_path: Path, raw: bytes) -> 
         write_cifar(tmp_path, Cifar100, {"test": raw}, archive=False).load_test()
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize("target", ["/etc/passwd", "meta", "nowhere"])
+def test_an_archive_with_something_else_for_a_file_gets_a_sentence(tmp_path: Path, kind: bytes, target: str) -> None:
+    with tarfile.open(tmp_path / Cifar100.archive, "w:gz") as tar:
+        member = tarfile.TarInfo(f"{Cifar100.folder}/test")
+        member.type, member.linkname = kind, target
+        tar.addfile(member)
+    with pytest.raises(ConfigError, match=r"cifar-100-python.tar.gz: cifar-100-python/test is no file .*; "):
+        Cifar100(root=tmp_path, check_md5=False)._official("test")
+
+
 def test_an_archive_with_another_md5_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
     write_cifar(tmp_path, Cifar10, pickled(Cifar10), archive=True)
     path = tmp_path / Cifar10.archive

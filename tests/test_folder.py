@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import struct
 import threading
 import weakref
@@ -343,13 +344,17 @@ def test_the_papers_recipe_is_the_default() -> None:
 # --- what is wrong ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spoil", ["cut", "text", "empty", "gone"])
+@pytest.mark.parametrize("spoil", ["cut", "text", "empty", "gone", "fifo", "device"])
 def test_a_file_that_is_no_image_is_named(data: ImageFolder, spoil: str) -> None:
     images = loaded(data)
     path = data.root / images.files[4]
     whole = path.read_bytes()
-    if spoil == "gone":
+    if spoil in ("gone", "fifo", "device"):
         path.unlink()
+        if spoil == "fifo":
+            os.mkfifo(path)
+        elif spoil == "device":
+            path.symlink_to("/dev/zero")
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"text", "empty": b""}[spoil])
     for crops in (None, torch.full((18, 4), 0.5)):

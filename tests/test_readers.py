@@ -1,5 +1,7 @@
 """Readers: what they say of experiments that are finished, running, killed, empty, broken or large."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from filelock import FileLock
 
 from tfkd_ray import readers
 from tfkd_ray.experiment import Record, best, read_records, write_experiment, write_record, write_text
+from tfkd_ray.files import legible
 from tfkd_ray.readers import follow_status, logs, ls, ls_lines, read_lasts, status, status_lines, trials_table
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import Range, Space, build_space
@@ -352,6 +356,51 @@ def test_a_filter_keeps_the_trials_it_says(sweep: Path, text: str) -> None:
     kept = [row["number"] for row in json.loads(trials_table(sweep, filter=[text], output="json"))]
     wanted = [r.number for r in read_lasts(sweep) if FILTERS[text](r)]
     assert kept == wanted and 0 < len(kept) < 48
+
+
+@pytest.fixture
+def mixed(small: Path) -> Path:
+    """Four trials whose choices are null, true, 1 and texts that look like them, in two parameters."""
+    values = [(None, "=1+1"), (True, "null"), (1, "true"), ("true", "1")]
+    for record, (a, b) in zip(read_records(small), values, strict=True):
+        write_record(replace(record, parameters={"x.a": a, "x.b": b}, reason=None))
+    return small
+
+
+@pytest.mark.parametrize(
+    "text, numbers",
+    [
+        ("a=null", [0]), ("a=~", [0]), ("a!=null", [1, 2, 3]), ("a=true", [1]), ("a=1", [2]), ("a=1.0", [2]),
+        ('a="true"', [3]), ('a="1"', []), ("a>0", [2]), ("b=null", []), ('b="null"', [1]), ('b="true"', [2]),
+        ("b=true", []), ("b=1", []), ('b="1"', [3]), ("b==1+1", [0]), ("a=True", [1]), ("objective=ce", [3]),
+    ],
+)  # fmt: skip
+def test_null_true_one_and_their_texts_are_told_apart_by_filters(mixed: Path, text: str, numbers: list[int]) -> None:
+    rows = json.loads(trials_table(mixed, filter=[text], output="json"))
+    assert [row["number"] for row in rows] == numbers
+
+
+def test_null_true_one_and_their_texts_are_told_apart_in_tables(mixed: Path) -> None:
+    table = [line.split() for line in trials_table(mixed, columns="a,b").splitlines()[1:]]
+    assert table == [["null", "=1+1"], ["true", '"null"'], ["1", '"true"'], ['"true"', '"1"']]
+    rows = list(csv.reader(io.StringIO(trials_table(mixed, columns="a,b", output="csv"))))
+    assert rows == [["a", "b"], ["null", "'=1+1"], ["true", '"null"'], ["1", '"true"'], ['"true"', '"1"']]
+    assert "a=null b==1+1" in trials_table(mixed), "YAML's word, not Python's and no empty cell"
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1+1", "-1+1", "@SUM(1)", " =1", "\t=1", "\n=1", "\r=1", "=cmd|' /C calc'!A0"]
+)
+def test_no_cell_of_csv_is_run_by_a_spreadsheet(small: Path, text: str) -> None:
+    for record in read_records(small):
+        write_record(replace(record, status="failed", reason=text, parameters={text: text, "lr": -0.5}))
+    header, *rows = csv.reader(io.StringIO(trials_table(small, output="csv"), newline=""))
+    marked = f"'{legible(text)}"
+    assert marked in header
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        assert cells["reason"] == marked and cells["lr"] == "-0.5", "a number stays one"
+        assert not [c for name, c in cells.items() if name != "lr" and c.lstrip()[:1] in tuple("=+-@") and c]
 
 
 def test_filters_are_anded(sweep: Path) -> None:

@@ -17,14 +17,22 @@ from conftest import Run
 from PIL import Image
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from tfkd_ray.cli import _HOW_TO_COMPARE
 from tfkd_ray.experiment import write_experiment
 from tfkd_ray.objectives import Canonical, LabelSmoothing, TfkdReg, TfkdRegCode
 from tfkd_ray.schema import parse_yaml
-from tfkd_ray.space import Space, build_space
-from tfkd_ray.tensorboard import TensorBoard, label_probability, short_names, side_by_side
+from tfkd_ray.space import Choices, Space, build_space
+from tfkd_ray.tensorboard import (
+    TensorBoard,
+    _column,
+    _kind,
+    _session_start,
+    label_probability,
+    short_names,
+    side_by_side,
+)
 
 
 class FakeTrial:
@@ -104,6 +112,45 @@ def test_every_searched_parameter_is_a_typed_column(tmp_path: Path, space: Space
     assert all(h.differs for h in columns.values())
     assert next(m.name.tag for m in experiment.metric_infos) == "hp/value"
     assert len(list(tmp_path.glob("events.*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "choices, kind",
+    [
+        ([None, 5.0, "auto"], "DATA_TYPE_STRING"), ([None, "null"], "DATA_TYPE_STRING"), ([None, 1], "DATA_TYPE_STRING"),
+        ([True, "true"], "DATA_TYPE_STRING"), ([True, 2], "DATA_TYPE_STRING"), ([True, False], "DATA_TYPE_BOOL"),
+        ([1, 2.5], "DATA_TYPE_FLOAT64"), (["a", "b"], "DATA_TYPE_STRING"),
+    ],
+)  # fmt: skip
+def test_a_trials_values_are_among_those_its_column_declares(tmp_path: Path, choices: list[Any], kind: str) -> None:
+    """Else a filter of HParams hides the run."""
+    column, kinds = _column("x", Choices(tuple(choices))), {"x": _kind(choices)}
+    assert api_pb2.DataType.Name(column.type) == kind
+    declared = [v.SerializeToString() for v in column.domain_discrete.values]
+    assert len(set(declared)) == len(choices), "each is another value"
+    for value, same in zip(choices, declared, strict=True):
+        content = _session_start({"x": value}, "g", {"x": "x"}, kinds).value[0].metadata.plugin_data.content
+        told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams["x"]
+        assert told.SerializeToString() == same
+
+
+def test_a_sweeps_callback_tells_values_as_its_columns_do(tmp_path: Path) -> None:
+    teacher = {"model": "mlp", "stop_epoch": {"choices": [None, 5]}}
+    space = build_space({"objective": "kd", "student": "mlp", "teacher": teacher, "epochs": 9})
+    callback = TensorBoard(tmp_path, space)
+    callback.setup()
+    run(callback, trial(tmp_path, 0, "kd", **{"teacher.stop_epoch": 5}), [0.5])
+    run(callback, trial(tmp_path, 1, "kd", **{"teacher.stop_epoch": None}), [0.5])
+    events = read(tmp_path)
+    data = events.SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
+    (column,) = plugin_data_pb2.HParamsPluginData.FromString(data).experiment.hparam_infos
+    told = [
+        plugin_data_pb2.HParamsPluginData.FromString(
+            events.SummaryMetadata(name, metadata.SESSION_START_INFO_TAG).plugin_data.content
+        ).session_start_info.hparams[column.name].string_value
+        for name in ("t0000-kd", "t0001-kd")
+    ]  # fmt: skip
+    assert [v.string_value for v in column.domain_discrete.values] == ["null", "5"] and told == ["5", "null"]
 
 
 @pytest.mark.parametrize("failed, status", [(None, "STATUS_SUCCESS"), ("ArithmeticError: nan", "STATUS_FAILURE")])

@@ -608,7 +608,9 @@ class CifarDataset(FileDataset):
                     if member.name not in wanted:
                         continue
                     if not member.isreg():
-                        raise self._wrong(path, f"{member.name} is a link, not a file, in it; {self.origin}")
+                        raise self._wrong(
+                            path, f"{member.name} is no file in it, but a link or the like; {self.origin}"
+                        )
                     if content := archive.extractfile(member):
                         found[wanted[member.name]] = read_at_most(content, MOST_BYTES)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:

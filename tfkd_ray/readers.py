@@ -753,8 +753,9 @@ def _csv_cell(row: Row, field: str) -> str:
 
 
 def _inert(text: str) -> str:
-    """Text that a spreadsheet does not run: those that read a formula in it take an apostrophe for the mark of text."""
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@", "|", "%")) or text[:1] in "\t\r\n" else text
+    """Text that a spreadsheet does not run: what it takes for a formula gets an apostrophe, its own mark of text."""
+    runs = text.lstrip().startswith(("=", "+", "-", "@", "|", "%")) or text[:1] in ("\t", "\r", "\n")
+    return legible(f"'{text}" if runs else text)  # a bare \r would end the row
 
 
 def _usual(rows: Sequence[Row], plan: Plan) -> str:
@@ -888,8 +889,11 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
     for entry in found:
         created = fitted((entry["created"] or "")[:16].replace("T", " "), 16)
         ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
-        best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else entry["why"] or ""
+        best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
         best = best or (arms if entry["kind"] == "comparison" else "")
         lines.append(f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
+        if entry["why"]:  # whole, on lines of its own
+            why = _on_one_line(entry["why"])
+            lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")
     return [fitted(line.rstrip(), width) for line in lines]
