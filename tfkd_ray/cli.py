@@ -809,7 +809,7 @@ def _interrupted(experiment: Path) -> int:
 
 def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
-    from tfkd_ray.experiment import best, pareto, read_records
+    from tfkd_ray.experiment import best, gone_sentence, gone_trials, pareto, read_records
     from tfkd_ray.readers import spent
     from tfkd_ray.receipt import receipt_lines
 
@@ -823,6 +823,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     )
     if lost := sum(r.lost for r in records):
         print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
+    if gone := gone_trials(experiment):
+        print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
     for record in [r for r in records if r.status == "failed"][:3]:
         print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
     if winner is None:
