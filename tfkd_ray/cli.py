@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         from tfkd_ray.files import DISK_ERRORS
 
+        if not Path().exists():
+            _say(f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there")
+            return FAILED
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         name = str(error.filename or "the disk")

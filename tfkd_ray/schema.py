@@ -277,7 +277,7 @@ def _is_ambiguous(node: yaml.ScalarNode) -> bool:
     """Whether YAML 1.1, as Ray's launcher reads it, or Go's reads a plain scalar otherwise than YAML 1.2."""
     if _GO.fullmatch(node.value):
         return True
-    found = []
+    found: list[str] = []
     for kind in (yaml.SafeLoader, _Loader):
         reader = kind("")
         tag = reader.resolve(yaml.ScalarNode, node.value, (True, False))
