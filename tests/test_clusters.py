@@ -645,6 +645,7 @@ def test_what_is_printed_is_what_runs(capsys: pytest.CaptureFixture[str]) -> Non
     assert end.count("pkill") == 2 and end.count("[/]tmp/tfkd-local/session") == 2
 
 
+@pytest.mark.tools  # pkill
 def test_what_down_prints_for_this_machine_ends_the_processes_of_the_cluster_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
