@@ -169,7 +169,7 @@ class _Loader(yaml.SafeLoader):
         self._composed += 1
         if self._composed > MAX_NODES:  # before the rest of the file is read
             message = f"more than {MAX_NODES} values"
-            raise yaml.constructor.ConstructorError(None, None, message, self.peek_event().start_mark)
+            raise yaml.constructor.ConstructorError(None, None, message, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         return super().compose_node(parent, index)
 
     def compose_document(self) -> yaml.Node | None:
@@ -258,7 +258,7 @@ class _OthersLoader(_Loader):
         self.differing: list[str] = []
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
         if event.style is None and event.tag is None and _is_ambiguous(node):
             where = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
@@ -302,7 +302,7 @@ def parse_documents(text: str, source: str | Path) -> list[Any]:
         nonlocal loader
         loader = _OthersLoader(text)
         found = []
-        while loader.check_data():
+        while loader.check_data():  # type: ignore[no-untyped-call]
             found.append(loader.get_data())
         return [value for value in found if value is not None]
 
