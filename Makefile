@@ -42,9 +42,9 @@ test: $(VENV)/.installed
 	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on two processes; one of them has the Ray cluster"
 	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 --dist loadgroup $(ARGS)
 
-TOOLS := g++ openssh-client postgresql dataset-fashion-mnist
+TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist
 test-tools: $(VENV)/.installed
-	@command -v g++ >/dev/null && command -v ssh >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	@command -v g++ >/dev/null && command -v ssh >/dev/null && command -v pkill >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
 		&& test -d /usr/share/datasets/fashion-mnist || { echo "test-tools: needs, as root: apt-get install $(TOOLS)"; exit 2; }
 	@$(BIN)/python -m pytest -m 'tools and not fault and not cluster' $(ARGS)
 

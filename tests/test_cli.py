@@ -620,3 +620,14 @@ def test_what_a_sweep_left_is_read_reported_and_exported(ray_cluster: str, tfkd:
         run = tfkd(*argv, cwd=here)
         assert run.returncode == 0 and shown in run.stdout, f"{argv}: {run.stdout} {run.stderr}"
     assert "<html" in (here / "r.html").read_text()[:200] and (here / "out/README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [("check", "digits_tfkd"), ("ls",), ("status", "x"), ("tune", "digits_tfkd")], ids=" ".join
+)
+def test_a_working_directory_that_is_gone_is_a_sentence(tmp_path: Path, argv: tuple[str, ...]) -> None:
+    (tmp_path / "gone").mkdir()
+    command = [sys.executable, "-m", "tfkd_ray", *argv]
+    gone = ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh", *command]
+    run = subprocess.run(gone, cwd=tmp_path / "gone", capture_output=True, text=True, timeout=110)
+    assert "Traceback" not in run.stderr and run.returncode in (0, 1, 2), run.stderr

@@ -180,6 +180,24 @@ MUTATIONS = {
     "kuberay: storage not mounted": ("kuberay-cluster.yaml", "              - {name: results, mountPath: /mnt/tfkd}\n", "", "spec.workerGroupSpecs.0.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, and no volume is mounted there"),
     "kuberay: storage of one pod": ("kuberay-cluster.yaml", re.compile(r"(volumes: \[\{name: results, )persistentVolumeClaim: \{.*?\}"), r"\g<1>emptyDir: {}", "spec.headGroupSpec.template.spec: metadata.annotations.tfkd/storage is /mnt/tfkd/results, and only emptyDir is mounted there"),
     "kuberay: stays": ("kuberay-job.yaml", "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "spec.shutdownAfterJobFinishes: must be true"),
+    **{
+        f"read differently: {word}": ("aws-gpu.yaml", "max_workers: 8\nidle", f"max_workers: {word}\nidle", f"line 24, column 14: {word}: YAML 1.1 and YAML 1.2 read it as different values")
+        for word in ("020", "yes", "off", "1e1", "1:30", "12:30:00", "2026-01-01", "0x8", "1_000", "0b1", "0o10", "y", "=")
+    },
+    "read differently, as a key": ("aws-gpu.yaml", "max_workers: 8\nidle", "on: 8\nidle", "line 24, column 1: on: YAML 1.1"),
+    "kuberay: read differently in another document": ("kuberay-cluster.yaml", "metadata: {name: tfkd}", "metadata: {name: no}", "line 20, column 18: no: YAML 1.1"),
+    "a name with a slash": ("aws-gpu.yaml", "cluster_name: tfkd-aws", "cluster_name: a/b", "cluster_name: must be of letters, digits, - and _, at most 63, got 'a/b'"),
+    "a name with blanks": ("onprem.yaml", "cluster_name: tfkd-onprem", "cluster_name: my cluster", "cluster_name: must be of letters"),
+    "a name that is too long": ("aws-gpu.yaml", "cluster_name: tfkd-aws", f"cluster_name: {'x' * 64}", "cluster_name: must be of letters"),
+    "a name that GCP refuses": ("gcp-gpu.yaml", "cluster_name: tfkd-gcp", "cluster_name: Tfkd", "cluster_name: must be of small letters"),
+    "kuberay: a name": ("kuberay-cluster.yaml", "metadata:\n  name: tfkd\n", "metadata:\n  name: Tfkd\n", "metadata.name: must be of small letters, digits and -"),
+    "a file that is not there": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: no/such/file\n", "file_mounts./etc/x: no/such/file is not there (looked from "),
+    "kuberay: CPUs of a shell": ("kuberay-cluster.yaml", 'num-cpus: "0"', 'num-cpus: "$CPUS"', "spec.headGroupSpec.rayStartParams.num-cpus: `ray start` takes a whole number (\"4\"), got '$CPUS'"),
+    "kuberay: half a CPU": ("kuberay-cluster.yaml", 'num-cpus: "0"', 'num-cpus: "500m"', "takes a whole number (\"4\"), got '500m'"),
+    "kuberay: CPUs without end": ("kuberay-cluster.yaml", 'limits: {cpu: "8"', "limits: {cpu: .inf", "resources.limits.cpu: must be a quantity of Kubernetes' (2, 500m, 8Gi), got inf"),
+    "kuberay: negative CPUs": ("kuberay-cluster.yaml", 'limits: {cpu: "8"', "limits: {cpu: -1", "resources.limits.cpu: must be a quantity of Kubernetes'"),
+    "kuberay: CPUs in words": ("kuberay-cluster.yaml", 'requests: {cpu: "8"', 'requests: {cpu: "$CPUS"', "resources.requests.cpu: must be a quantity of Kubernetes'"),
+    "kuberay: half a GPU": ("kuberay-cluster.yaml", 'limits: {cpu: "8", memory: 32Gi, nvidia.com/gpu: "1"}', "limits: {cpu: 8, memory: 32Gi, nvidia.com/gpu: 500m}", "GPUs are whole, got '500m'"),
     "slurm: no token": ("slurm.sh", "export RAY_AUTH_MODE=token", "export X=1", "RAY_AUTH_MODE: no token; put before Ray starts"),
     "slurm: dashboard": ("slurm.sh", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "--dashboard-host: 0.0.0.0 lets others run code on the node"),
     "slurm: driver": ("slurm.sh", "tfkd_driver", "driver", "--resources: the head lacks 'tfkd_driver'"),
@@ -191,6 +209,42 @@ MUTATIONS = {
     "slurm: begins too early": ("slurm.sh", "--min-nodes", "--some-nodes", "--min-nodes: required, and not given"),
     "slurm: no Ray": ("slurm.sh", "ray symmetric-run", "true", "ray symmetric-run: not there"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cpu, has",
+    [
+        ("7500m", 8),
+        ('"500m"', 1),
+        ("1k", 1000),
+        ("8", 8),
+        ('"8"', 8),
+        ("2.5", 3),
+        ('"2e1"', 20),
+        ("1000001u", 2),
+        ("1Ki", 1024),
+    ],
+)
+def test_a_pod_has_as_many_cpus_as_kuberay_tells_ray(tmp_path: Path, cpu: str, has: int) -> None:
+    text = TEXTS["kuberay-cluster.yaml"].replace('cpu: "8"', f"cpu: {cpu}")
+    (tmp_path / "mine.yaml").write_text(text)
+    file = load_cluster(tmp_path / "mine.yaml")
+    check(file)
+    nodes = node_types(file)
+    assert nodes and nodes[1].resources["CPU"] == has
+
+
+def test_a_comment_after_the_dashes_begins_no_second_document(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("--- # of ours\n" + TEXTS["aws-gpu.yaml"] + "\n--- # and no more\n")
+    assert load_cluster(tmp_path / "mine.yaml").tree == load_cluster("aws-gpu").tree
+
+
+def test_a_file_of_many_documents_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("---\na: 1\n" * 10_000)
+    began = time.process_time()
+    with pytest.raises(ConfigError, match="not a cluster file"):
+        load_cluster(tmp_path / "mine.yaml")
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize("name, old, new, sentence", MUTATIONS.values(), ids=MUTATIONS)
@@ -593,6 +647,7 @@ def test_what_is_printed_is_what_runs(capsys: pytest.CaptureFixture[str]) -> Non
     assert end.count("pkill") == 2 and end.count("[/]tmp/tfkd-local/session") == 2
 
 
+@pytest.mark.tools  # pkill
 def test_what_down_prints_for_this_machine_ends_the_processes_of_the_cluster_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -1,5 +1,6 @@
 """An experiment's files, written and read."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from tfkd_ray.experiment import (
     read_records,
     write_experiment,
     write_record,
+    write_text,
 )
+from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.space import build_space
 
@@ -39,6 +42,17 @@ def test_records_read_back_in_order(tmp_path: Path) -> None:
         (2, "done", {"optim.lr": 0.1}),
         (10, "done", {"optim.lr": 0.1}),
     ]
+
+
+def test_a_file_that_may_not_grow_is_trouble_of_the_disk(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write_text(tmp_path / "a", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno in DISK_ERRORS and not list(tmp_path.iterdir())
 
 
 def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:

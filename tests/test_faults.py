@@ -246,6 +246,47 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
     assert_no_orphans(experiment)
 
 
+@pytest.mark.timeout(300)
+def test_a_journal_that_is_deleted_while_a_sweep_runs_ends_it_with_a_sentence_and_resume_loses_nothing(
+    ray_cluster: str, tmp_path: Path, tfkd: Run
+) -> None:
+    experiment = tmp_path / "tfkd_results" / "e"
+    with tuning(tree({"max_concurrent": 2, "num_samples": 4}, epochs=60), tmp_path) as driver:
+        wait(lambda: ended(experiment) and len(written_metrics(experiment)) > 2, "a trial has ended, two run")
+        (experiment / "study.journal").unlink()
+        assert driver.wait(60) == 1
+    said = (tmp_path / "said").read_text()
+    assert "study.journal: was deleted while the sweep ran; what the search knows is in study.journal.saved" in said
+    assert "tfkd resume tfkd_results/e" in said and "Traceback" not in said
+    before = ended(experiment)
+    run = tfkd("resume", "tfkd_results/e")
+    assert run.returncode == 0, run.stderr
+    assert "study.journal was lost while the sweep ran: going on with what the search saved then" in run.stderr
+    assert all(ended(experiment)[name] == metrics for name, metrics in before.items())
+    for record in read_records(experiment):
+        assert record.status == "done" and times_aside(record.metrics) == alone(record.config)
+    assert len(read_records(experiment)) == 4
+    wait(lambda: ray.available_resources().get("CPU") == 2, "no child is left")
+
+
+@pytest.mark.timeout(300)
+def test_folders_of_trials_that_are_removed_while_a_sweep_runs_are_said_by_tune_and_by_resume(
+    ray_cluster: str, tmp_path: Path, tfkd: Run
+) -> None:
+    experiment = tmp_path / "tfkd_results" / "e"
+    with tuning(tree({"max_concurrent": 1, "num_samples": 3}, epochs=200), tmp_path) as driver:
+        wait(lambda: ended(experiment) and len(written_metrics(experiment)) > 1, "a trial has ended, one runs")
+        shutil.rmtree(experiment / "trials" / "t0000-ce")  # one that has ended
+        shutil.rmtree(experiment / "trials" / "t0001-ce")  # one that runs
+        code = driver.wait(100)
+    said = " ".join((tmp_path / "said").read_text().split())
+    assert "Traceback" not in said and code == 0
+    assert "the study has t0000-ce, and its folder is gone" in said
+    assert [(r.name, r.status) for r in read_records(experiment)][-1] == ("t0002-ce", "done")
+    run = tfkd("resume", "tfkd_results/e")
+    assert run.returncode == 0 and "the study has t0000-ce, and its folder is gone" in run.stderr
+
+
 def written_metrics(experiment: Path) -> list[list[dict[str, float]]]:
     return [read_metrics(p.parent) for p in experiment.glob("trials/*/metrics.jsonl")]
 

@@ -1,11 +1,22 @@
 """YAML and settings: what is read, and what is said about what cannot be."""
 
+import time
 from pathlib import Path
 
 import pytest
 
+from tfkd_ray.clusterfile import load_cluster
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.schema import ConfigError, dump_yaml, find_file, parse_yaml, read_yaml, settings_at, validated
+from tfkd_ray.schema import (
+    ConfigError,
+    dump_yaml,
+    find_file,
+    parse_documents,
+    parse_yaml,
+    read_yaml,
+    settings_at,
+    validated,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +61,35 @@ def test_aliases_cannot_explode() -> None:
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
     with pytest.raises(ConfigError, match="more than 100000 values once its aliases are expanded"):
         parse_yaml("\n".join(lines), "f.yaml")
+
+
+HUGE = {
+    "keys": "".join(f"k{i}: 1\n" for i in range(300_000)),
+    "the same key": "a: 1\n" * 600_000,
+    "a list": "a: [" + "1," * 1_500_000 + "]",
+    "depth": "[" * 3_000_000,
+    "a long line": "a: " + "x" * 3_000_000,
+    "aliases": "a: &a [1]\n" + "".join(f"k{i}: *a\n" for i in range(250_000)),
+    "documents": "--- [a]\n" * 500_000,
+}
+
+
+@pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
+def test_a_huge_file_is_refused_within_seconds(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    for read in (read_yaml, load_cluster):
+        began = time.process_time()
+        with pytest.raises(ConfigError, match="larger than any such file"):
+            read(tmp_path / "x.yaml")
+        assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("name", ["aliases", "documents"])
+def test_a_large_file_is_read_no_further_than_to_the_most_values(name: str) -> None:
+    began = time.process_time()
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        parse_documents(HUGE[name][: 2**20], "x.yaml")
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(

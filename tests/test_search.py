@@ -1,6 +1,7 @@
 """The searcher, driven as Tune drives it, but with trials that are formulas."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from scipy.stats import qmc
 
 from tfkd_ray import tune
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import Record, read_experiment, write_experiment, write_record
+from tfkd_ray.experiment import Record, gone_trials, read_experiment, write_experiment, write_record
+from tfkd_ray.readers import status, status_lines
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -27,8 +29,11 @@ from tfkd_ray.search import (
     importance,
     open_journal,
     prior_trials,
+    save_journal,
+    take_saved_journal,
 )
 from tfkd_ray.space import Space, build_space, not_superset, warm_points
+from tfkd_ray.tune import disk_trouble
 
 EPOCHS = 9
 
@@ -220,6 +225,92 @@ def test_trials_are_added_to_a_finished_search(journal: Path) -> None:
     assert more.remaining() == 4
     assert [c["trial"]["number"] for c in run_sweep(more)] == [16, 17, 18, 19]
     assert OptunaSearcher(space(), journal).remaining() <= 0 and len(first) == 16
+
+
+LOST: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "deleted": (lambda j: j.unlink(), "was deleted"),
+    "cut": (lambda j: os.truncate(j, 100), "was cut, or replaced by an older one,"),
+    "emptied": (lambda j: j.write_bytes(b""), "was cut, or replaced by an older one,"),
+    "an older copy": (lambda j: j.write_bytes(j.read_bytes()[:-400]), "was cut, or replaced by an older one,"),
+    "another's": (lambda j: j.write_bytes(b"#" + j.read_bytes() * 2), "was replaced by another one"),
+    "a folder": (lambda j: (j.unlink(), j.mkdir()), "was replaced by what is no file"),
+    "a FIFO": (lambda j: (j.unlink(), os.mkfifo(j)), "was replaced by what is no file"),
+    "a link to nothing": (lambda j: (j.unlink(), j.symlink_to("nothing")), "was deleted"),
+    "a link to itself": (lambda j: (j.unlink(), j.symlink_to(j)), "was made unreadable"),
+}
+
+
+@pytest.mark.parametrize("harm, what", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_what_the_search_knew(
+    tmp_path: Path, sampler: str, harm: Callable[[Path], Any], what: str
+) -> None:
+    lr = {"optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}, "objective": "ce"}
+    tree = {
+        **lr,
+        "student": "mlp",
+        "epochs": 9,
+        "search": {"num_samples": 8, "stopping": "none", "sampler": {"name": sampler, "startup": 3}},
+    }
+    whole = run_sweep(OptunaSearcher(build_space(tree), tmp_path / "whole.journal"))
+    journal = tmp_path / "study.journal"
+    searcher = OptunaSearcher(build_space(tree), journal)
+    begun = run_sweep(searcher, kill_at=4)
+    harm(journal)
+    sentence = r"was .* while the sweep ran; what the search knows is in study.journal.saved, and resuming"
+    with pytest.raises(OSError, match=sentence) as raised:
+        run_trial(searcher, "id4", begun[-1])
+    assert what in str(raised.value) and disk_trouble(raised.value) == f"{journal}: {raised.value.strerror}"
+    assert not [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")]
+    stands = os.path.lexists(journal)
+    assert take_saved_journal(journal) and not take_saved_journal(journal)
+    again = run_sweep(OptunaSearcher(build_space(tree), journal))
+    assert [*begun[:4], *again] == whole
+    assert [(t.state, t.params, t.values) for t in trials(journal)] == [
+        (t.state, t.params, t.values) for t in trials(tmp_path / "whole.journal")
+    ]
+    assert os.path.lexists(tmp_path / "study.journal.replaced") == stands
+
+
+def test_a_journal_to_which_others_append_or_that_is_put_back_as_it_was_is_not_lost(journal: Path) -> None:
+    searcher, dashboard = (OptunaSearcher(space(num_samples=6), journal) for _ in "ab")
+    run_sweep(searcher, most=2)
+    dashboard.studies()[0].set_user_attr("note", "seen")
+    copy = journal.read_bytes()
+    journal.unlink()
+    journal.write_bytes(copy)
+    run_sweep(searcher)
+    assert len(trials(journal)) == 6 and not journal.with_name("study.journal.saved").exists()
+
+
+def test_a_journal_whose_folder_is_gone_is_a_sentence(tmp_path: Path) -> None:
+    searcher = OptunaSearcher(space(num_samples=6), tmp_path / "e" / "study.journal")
+    run_sweep(searcher, most=2)
+    shutil.rmtree(tmp_path / "e")
+    (tmp_path / "e").write_text("")
+    with pytest.raises(OSError, match=r"what the search knows could not be saved beside it \(its directory is gone"):
+        searcher.suggest("id2")
+
+
+def test_a_trial_whose_folder_is_gone_is_told_by_status_in_any_study_also_one_that_was_saved(tmp_path: Path) -> None:
+    tree = space(num_samples=6).tree
+    write_experiment(tmp_path, tree, [])
+    searcher = OptunaSearcher(space(num_samples=6), tmp_path / "study.journal")
+    configs = run_sweep(searcher, kill_at=4)
+    pending = searcher.suggest("pending")  # told nothing of yet, so that it need not have a folder
+    for config in configs:
+        about = config["trial"]
+        place = tmp_path / "trials" / about["name"]
+        write_record(Record(place, about["number"], about["name"], config["objective"]["name"], "running", {}, config))
+    assert isinstance(pending, dict) and gone_trials(tmp_path) == [] == status(tmp_path)["gone"]
+    for k in (0, 4):
+        shutil.rmtree(tmp_path / "trials" / configs[k]["trial"]["name"])
+    save_journal(searcher.optuna_storage(), tmp_path / "saved")
+    for name in ("study.journal", "saved"):
+        (tmp_path / name).replace(tmp_path / "study.journal")
+        assert gone_trials(tmp_path) == ["t0000-ce", "t0004-ce"]
+    said = " ".join(" ".join(status_lines(status(tmp_path))).split())
+    assert "the study has t0000-ce, t0004-ce, and their folders are gone" in said
 
 
 def test_a_searcher_is_pickled_without_anything_live(journal: Path, tmp_path: Path) -> None:

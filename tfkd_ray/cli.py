@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         from tfkd_ray.files import DISK_ERRORS
 
+        if not Path().exists():
+            _say(f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there")
+            return FAILED
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         name = str(error.filename or "the disk")
@@ -841,7 +844,7 @@ def _interrupted(experiment: Path) -> int:
 
 def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
-    from tfkd_ray.experiment import best, pareto, read_records
+    from tfkd_ray.experiment import best, gone_sentence, gone_trials, pareto, read_records
     from tfkd_ray.readers import spent
     from tfkd_ray.receipt import receipt_lines
     from tfkd_ray.schema import in_yaml
@@ -856,6 +859,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     )
     if lost := sum(r.lost for r in records):
         print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
+    if gone := gone_trials(experiment):
+        print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
     for record in [r for r in records if r.status == "failed"][:3]:
         print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
     if winner is None:

@@ -14,6 +14,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfkd_ray.remote import is_url, store_at
-from tfkd_ray.schema import ConfigError, did_you_mean, dotted, find_file, parse_yaml, read_yaml
+from tfkd_ray.schema import ConfigError, did_you_mean, dotted, find_file, parse_documents, text_of
 
 if TYPE_CHECKING:
     from tfkd_ray.config import TrainConfig
@@ -136,10 +137,12 @@ def load_cluster(path: str | Path) -> ClusterFile:
         return ClusterFile(found, "slurm", {}, text)
     if found.is_file() and found.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm), got {found.suffix!r}", found)
-    text = found.read_text(encoding="utf-8", errors="replace") if found.is_file() else ""
-    if found.is_file() and not text.strip():
+    text = text_of(found)
+    if not text.strip():
         raise ConfigError("is empty; begin with one from clusters/", found)
-    documents = _documents(text, found) if "\n---" in text else [read_yaml(found)]
+    documents = parse_documents(text, found)
+    if not documents or not all(isinstance(tree, dict) for tree in documents):
+        raise ConfigError("every document in it must be settings (key: value)", found)
     if "provider" in documents[0] and len(documents) == 1:
         if not isinstance(documents[0]["provider"], dict):
             raise ConfigError(f"provider: needs settings below it (type: aws), got {documents[0]['provider']!r}", found)
@@ -154,19 +157,6 @@ def load_cluster(path: str | Path) -> ClusterFile:
         "(KubeRay's); begin with one from clusters/",
         found,
     )
-
-
-def _documents(text: str, path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file, each with its lines where they are in the file."""
-    found, before = [], 0
-    for part in re.split(r"^---[ \t]*$", text, flags=re.M):
-        tree = parse_yaml("\n" * before + part, path)
-        before += part.count("\n")
-        if tree is not None:
-            found.append(tree)
-    if not found or not all(isinstance(tree, dict) for tree in found):
-        raise ConfigError("every document in it must be settings (key: value)", path)
-    return found
 
 
 def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
@@ -359,20 +349,44 @@ def _pods(place: str, group: dict[str, Any]) -> NodeType:
     container = group["template"]["spec"]["containers"][0]
     limits = {**container.get("resources", {}).get("requests", {}), **container.get("resources", {}).get("limits", {})}
     started = group.get("rayStartParams") or {}
-    cpus = started.get("num-cpus", limits.get("cpu", 0))
+    cpus = started.get("num-cpus", math.ceil(_quantity(limits.get("cpu", 0)) or 0))  # as KubeRay rounds
     gpus = started.get("num-gpus", next((v for k, v in limits.items() if k.endswith("/gpu")), 0))
     kinds = re.findall(r"(accelerator_type:[\w-]+)", str(started.get("resources", "")))
-    has = {"CPU": _quantity(cpus), "GPU": _quantity(gpus), **dict.fromkeys(kinds, 1.0)}
+    has = {"CPU": _quantity(cpus) or 0.0, "GPU": _quantity(gpus) or 0.0, **dict.fromkeys(kinds, 1.0)}
     head = place.endswith("headGroupSpec")
     hosts = group.get("numOfHosts", 1)
     least, most = (1, 1) if head else (group.get("minReplicas", 0) * hosts, group.get("maxReplicas", 2**31 - 1) * hosts)
     return NodeType("head" if head else group["groupName"], least, most, {k: v for k, v in has.items() if v})
 
 
-def _quantity(text: Any) -> float:
-    """Kubernetes' 4, "4" and "500m" as a number."""
-    text = str(text)
-    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+_UNITS = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
+          **{f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", 1)}}  # fmt: skip
+"""What may follow the number of a Kubernetes quantity."""
+
+
+def _quantity(value: Any) -> float | None:
+    """A Kubernetes quantity (4, "4", "7500m", "1k", "2e3") as a number; None if it is none."""
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE]|[KMGTPE]i)?|[eE]([-+]?[0-9]{1,2}))", str(value))
+    if found is None or isinstance(value, bool):
+        return None
+    return float(found[1]) * (10.0 ** int(found[3]) if found[3] else _UNITS[found[2] or ""])
+
+
+def _amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
+    """CPUs and GPUs must be what Kubernetes, or `ray start`, reads as an amount."""
+    container = group["template"]["spec"]["containers"][0].get("resources") or {}
+    for part in ("requests", "limits"):
+        for kind, value in (container.get(part) or {}).items():
+            field = f"{place}.template.spec.containers.0.resources.{part}.{dotted([kind])}"
+            amount = _quantity(value)
+            if amount is None:
+                yield f"{field}: must be a quantity of Kubernetes' (2, 500m, 8Gi), got {value!r}"
+            elif kind.endswith("/gpu") and amount != int(amount):
+                yield f"{field}: GPUs are whole, got {value!r}"
+    for name in ("num-cpus", "num-gpus"):
+        value = (group.get("rayStartParams") or {}).get(name, "0")
+        if not re.fullmatch(r"[0-9]{1,9}", str(value)):
+            yield f'{place}.rayStartParams.{name}: `ray start` takes a whole number ("4"), got {value!r}'
 
 
 def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
@@ -436,7 +450,17 @@ def _ray_rules(file: ClusterFile) -> Iterator[str]:
     yield from found
     if found:  # what follows takes the file's shape for granted
         return
-    for rule in (_provider, _nodes, _starts, _token_copied, _open_to_the_world, _machine_image, _versions):
+    for rule in (
+        _name,
+        _provider,
+        _nodes,
+        _starts,
+        _token_copied,
+        _copied,
+        _open_to_the_world,
+        _machine_image,
+        _versions,
+    ):
         yield from rule(file)
 
 
@@ -486,6 +510,25 @@ def _ray_validation(tree: dict[str, Any]) -> Iterator[str]:
     except (SystemExit, Exception) as error:  # Ray's own has no common class
         if "sum of `min_workers`" not in str(error):  # which is told better below
             yield f"(Ray): {str(error).splitlines()[0] if str(error) else said.getvalue().strip()}"
+
+
+def _name(file: ClusterFile) -> Iterator[str]:
+    """The name becomes part of the names and labels of machines, and of files."""
+    name = file.tree["cluster_name"]
+    allowed, said = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "letters, digits, - and _"
+    if file.provider == "gcp":
+        allowed, said = r"[a-z][a-z0-9_-]{0,62}", "small letters, digits, - and _, a letter first"
+    if not re.fullmatch(allowed, name):
+        yield f"cluster_name: must be of {said}, at most 63, got {name!r}"
+
+
+def _copied(file: ClusterFile) -> Iterator[str]:
+    """What is copied to the nodes must be here; the token is made when the cluster starts."""
+    for there, here in (file.tree.get("file_mounts") or {}).items():
+        if not isinstance(here, str) or not here:
+            yield f"file_mounts.{there}: must be a path on this machine, got {here!r}"
+        elif not str(there).endswith("auth_token") and not Path(here).expanduser().exists():
+            yield f"file_mounts.{there}: {here} is not there (looked from {Path.cwd()})"
 
 
 def _provider(file: ClusterFile) -> Iterator[str]:
@@ -685,6 +728,11 @@ def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
     if not file.cluster:
         yield "spec.rayClusterSpec: required, and not given"
         return
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,48}[a-z0-9])?", file.name):
+        yield (
+            "metadata.name: must be of small letters, digits and -, beginning and ending with a letter or digit, at "
+            f"most 50, got {file.name!r}"
+        )
     groups = _groups(file)
     at = groups[0][0].removesuffix(".headGroupSpec")
     mode = (file.cluster.get("authOptions") or {}).get("mode", "token" if "authOptions" in file.cluster else None)
@@ -709,6 +757,8 @@ def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
     if not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", resources):
         wanted = f'resources: \'"{{\\"{DRIVER}\\": 1000}}"\''
         yield f"{groups[0][0]}.rayStartParams: the head lacks the resource '{DRIVER}', which trials of several workers need; add: {wanted}"  # noqa: E501
+    for place, group in groups:
+        yield from _amount_problems(place, group)
     for place, group in groups[1:]:
         low, high = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
         if low > high:

@@ -148,6 +148,48 @@ def trial_folders(experiment: Path) -> list[Path]:
         raise ConfigError(f"cannot be read: {error.strerror}", above) from None
 
 
+_CREATED, _STATE, _EPOCH, _NOTE = (b'{"op_code":%d,' % code for code in (4, 6, 7, 8))
+"""How lines of Optuna's journal begin that make a trial, end it, tell an epoch of it, note something of it."""
+
+
+def gone_trials(experiment: Path) -> list[str]:
+    """Names of the trials that study.journal has told epochs or ends of, and whose folders are gone."""
+    journal = experiment / "study.journal"
+    names: list[str | None] = []
+    told: set[int] = set()
+    if not journal.is_file():  # a database has them, which readers do not ask
+        return []
+    with journal.open("rb") as file:
+        for line in file:
+            noted = line.startswith(_NOTE) and b'"user_attr":{"name":' in line
+            if not (noted or line.startswith((_CREATED, _STATE, _EPOCH))):
+                continue
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # said when the journal is opened
+                about = parse_json(line)
+                if line.startswith(_CREATED):
+                    given = about.get("user_attrs") or {}
+                    names.append(given.get("name") if "number" in given else None)
+                    if about.get("intermediate_values") or about.get("state") in _ENDED:
+                        told.add(len(names) - 1)
+                elif noted:
+                    names[about["trial_id"]] = str(about["user_attr"]["name"])
+                elif line.startswith(_EPOCH) or about["state"] in _ENDED:
+                    told.add(about["trial_id"])
+    known = {names[k] for k in told if k < len(names)} - {None}
+    return sorted(str(n) for n in known if not (trials_folder(experiment) / str(n) / "trial.json").is_file())
+
+
+_ENDED = (1, 2, 3)
+"""Optuna's numbers of states: complete, pruned, failed."""
+
+
+def gone_sentence(names: Sequence[str]) -> str:
+    """What is said of trials whose folders are gone."""
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    what = "its folder is" if len(names) == 1 else "their folders are"
+    return f"the study has {listed}, and {what} gone: what they came to is in the study alone; put the folders back"
+
+
 def read_record(folder: Path) -> Record:
     """One trial, or a ConfigError if a file of it is damaged."""
     return as_record(folder, read_metrics(folder))

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT)
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT),
+    errno.EFBIG,
 }
-"""What the system says of a disk that is full, read-only or gone: no fault of who wants to write."""
+"""What the system says of a disk that is full, read-only or gone, or of a file that may not grow: no fault of who
+wants to write."""
 
 
 def free_bytes(folder: Path) -> float:

@@ -36,6 +36,8 @@ from tfkd_ray.experiment import (
     as_record,
     best,
     damaged,
+    gone_sentence,
+    gone_trials,
     parse_json,
     read_experiment,
     read_metrics,
@@ -279,6 +281,7 @@ def status(experiment: Path) -> dict[str, Any]:
     rate          epochs_per_s of all trials together in this session; null if not running
     left_s        estimated: at each epoch as large a share is stopped as so far; null if not running
     failures      the last three: trial, reason (first line)
+    gone          names of the trials that the study has, and whose folders are gone
     """
     plan = read_plan(experiment)
     alive, records = is_running(experiment), read_lasts(experiment)
@@ -317,6 +320,7 @@ def status(experiment: Path) -> dict[str, Any]:
         "rate": rate,
         "left_s": _left(plan, records, rate),
         "failures": [{"trial": r.name, "reason": _first_line(r.reason)} for r in failed[-3:]],
+        "gone": gone_trials(experiment) if plan.kind == "sweep" else [],
     }
 
 
@@ -541,6 +545,8 @@ def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
         parts.append("go on with: tfkd resume")
     lines += [", ".join(parts)] if parts else []
     lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
+    if found["gone"]:
+        lines += textwrap.wrap(gone_sentence(found["gone"]), width, subsequent_indent="  ")
     return [fitted(line.rstrip(), width) for line in lines]
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,8 +20,8 @@ from pydantic.fields import FieldInfo
 
 from tfkd_ray.files import legible, opened
 
-MOST_BYTES = 2**24
-"""Of a YAML file."""
+MOST_BYTES = 2**20
+"""Of a YAML file; a hundred times what the largest of ours has. Reading it takes seconds at most."""
 MAX_NODES = 100_000
 """Most values a YAML file may hold once its aliases are expanded."""
 
@@ -190,6 +190,15 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
+    _composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._composed += 1
+        if self._composed > MAX_NODES:  # before the rest of the file is read
+            message = f"more than {MAX_NODES} values"
+            raise yaml.constructor.ConstructorError(None, None, message, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
     def compose_document(self) -> yaml.Node | None:
         node = super().compose_document()
         if node is not None:
@@ -268,10 +277,79 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int])
     return sizes[id(node)]
 
 
+class _OthersLoader(_Loader):
+    """The same for files that somebody else reads too: notes what YAML 1.1, or Go's mix of both, reads otherwise."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.differing: list[str] = []
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        if event.style is None and event.tag is None and _is_ambiguous(node):
+            where = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+            self.differing.append(
+                f"{where}: {node.value}: YAML 1.1 and YAML 1.2 read it as different values, and so may those who read "
+                "this file; quote it if it is text, else write true, false or a decimal number (10, 0.5)"
+            )
+        return node
+
+
+_GO = re.compile(r"[yYnN]|0o[0-7_]+|[-+]?0[xXbBoO][0-9a-fA-F_]+")
+"""What Go's YAML, which kubectl uses, takes for a truth value or a number, and YAML 1.1 or 1.2 for text."""
+
+
+def _is_ambiguous(node: yaml.ScalarNode) -> bool:
+    """Whether YAML 1.1, as Ray's launcher reads it, or Go's reads a plain scalar otherwise than YAML 1.2."""
+    if _GO.fullmatch(node.value):
+        return True
+    found: list[str] = []
+    for kind in (yaml.SafeLoader, _Loader):
+        reader = kind("")
+        tag = reader.resolve(yaml.ScalarNode, node.value, (True, False))
+        if tag == "tag:yaml.org,2002:merge":
+            found.append(tag)
+            continue
+        try:
+            found.append(repr(reader.construct_object(yaml.ScalarNode(tag, node.value, node.start_mark))))
+        except (ValueError, yaml.YAMLError):  # 2026-99-99, `=`
+            return True
+    return found[0] != found[1]
+
+
+def parse_documents(text: str, source: str | Path) -> list[Any]:
+    """The values of a file's YAML documents, empty ones left out, where Ray or Kubernetes is who will read it.
+
+    Scalars that they may read otherwise than YAML 1.2 are a ConfigError, all of them at once.
+    """
+    loader = _OthersLoader("")
+
+    def load(text: str) -> list[Any]:
+        nonlocal loader
+        loader = _OthersLoader(text)
+        found = []
+        while loader.check_data():  # type: ignore[no-untyped-call]
+            found.append(loader.get_data())
+        return [value for value in found if value is not None]
+
+    documents: list[Any] = _parsed(text, source, load)
+    if loader.differing:
+        raise ConfigError(loader.differing[:20], source)
+    return documents
+
+
 def parse_yaml(text: str, source: str | Path) -> Any:
     """The value of a YAML document, or a ConfigError with line, column and rule."""
+    return _parsed(text, source, lambda text: yaml.load(text, Loader=_Loader))
+
+
+def _parsed(text: str, source: str | Path, load: Callable[[str], Any]) -> Any:
+    """What `load` makes of a text; whatever is wrong with it is a ConfigError."""
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", source)
     try:
-        return yaml.load(text, Loader=_Loader)
+        return load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
@@ -288,8 +366,8 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         raise ConfigError("not YAML: nested too deeply", source) from None
 
 
-def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """The mapping in a YAML file, or in what a link names if `follow`; whatever can go wrong is a ConfigError."""
+def text_of(path: Path, *, follow: bool = True) -> str:
+    """The text of a YAML file, or of what a link names if `follow`; whatever can go wrong is a ConfigError."""
     if "\0" in str(path):
         raise ConfigError("no file has such a name: there is a zero byte in it", repr(str(path)))
     if path.is_dir():
@@ -299,7 +377,7 @@ def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", path)
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path()
         near = [p.name for p in folder.glob("*.yaml")]
@@ -311,7 +389,11 @@ def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", path) from None
-    tree = parse_yaml(text, path)
+
+
+def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
+    """The mapping in a YAML file, or in what a link names if `follow`; whatever can go wrong is a ConfigError."""
+    tree = parse_yaml(text_of(path, follow=follow), path)
     if tree is None:
         raise ConfigError("is empty; it needs at least an 'objective:'", path)
     if not isinstance(tree, dict):

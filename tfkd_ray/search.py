@@ -12,10 +12,12 @@ proposal that a crash cut off (it failed, without a value, and is proposed again
 import collections
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import math
 import os
+import stat
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +48,7 @@ from tfkd_ray.experiment import (
     read_experiment,
     read_records,
 )
+from tfkd_ray.files import whole_file
 from tfkd_ray.images import address
 from tfkd_ray.schema import ConfigError, did_you_mean, readable, validated
 from tfkd_ray.space import (
@@ -717,7 +720,121 @@ def open_journal(path: Path) -> BaseStorage:
     if path.exists():
         _mend(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path)))
+    backend = _Journal(path)
+    backend.storage = JournalStorage(backend)
+    return backend.storage
+
+
+SAVED, REPLACED = ".saved", ".replaced"
+"""Added to a journal's name: what a search knew whose journal was lost; what stood in the journal's place."""
+TAIL = 4096
+"""Bytes before the end by which a journal is known again."""
+
+
+class _Journal(JournalFileBackend):  # type: ignore[misc]
+    """A journal that only grows: one that was deleted, cut or replaced is noticed before it is read or written.
+
+    What the storage knows then is saved beside it, and an OSError ends the sweep. Others may append to the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.storage: JournalStorage = None  # set by who makes that of this
+        self._end, self._tail = 0, b""
+        super().__init__(str(path))
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        self._check()
+        yield from super().read_logs(log_number_from)
+        self._note()
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._check()
+        super().append_logs(logs)
+        self._note()
+
+    def _note(self) -> None:
+        """Remember the end of the file, as it is now."""
+        with self._path.open("rb") as file:
+            self._end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, self._end - TAIL))
+            self._tail = file.read(self._end - file.tell())
+
+    def _check(self) -> None:
+        """Raise if the file does not hold what it held, after saving that."""
+        what = self._changed()
+        if what is None:
+            return
+        saved = self._path.with_name(self._path.name + SAVED)
+        try:
+            if not self._path.parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "its directory is gone")
+            save_journal(self.storage, saved)
+            kept = f"what the search knows is in {saved.name}, and resuming goes on from there"
+        except OSError as error:
+            kept = f"what the search knows could not be saved beside it ({error.strerror})"
+        raise OSError(errno.ESTALE, f"was {what} while the sweep ran; {kept}", str(self._path))
+
+    def _changed(self) -> str | None:
+        """What was done to the file that it does not hold what it held; None if it does."""
+        try:
+            file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return "deleted"
+        except OSError as error:
+            return f"made unreadable ({error.strerror})"
+        try:
+            about = os.fstat(file)
+            if not stat.S_ISREG(about.st_mode):
+                return "replaced by what is no file"
+            if about.st_size < self._end:
+                return "cut, or replaced by an older one,"
+            same = os.pread(file, len(self._tail), self._end - len(self._tail)) == self._tail
+            return None if same else "replaced by another one"
+        finally:
+            os.close(file)
+
+
+def save_journal(storage: JournalStorage, path: Path) -> None:
+    """Write a new journal with all that a storage has in memory, whole or not at all."""
+    logs = _Logs()
+    copy = JournalStorage(logs)
+    for study in storage._replay_result.get_all_studies():  # in memory: its file is gone
+        number = copy.create_new_study(study.directions, study.study_name)
+        for key, value in study.user_attrs.items():
+            copy.set_study_user_attr(number, key, value)
+        for key, value in study.system_attrs.items():
+            copy.set_study_system_attr(number, key, value)
+        for trial in storage._replay_result.get_all_trials(study._study_id, states=None):
+            copy.create_new_trial(number, template_trial=trial)
+    with whole_file(path) as part, part.open("w") as file:
+        file.writelines(json.dumps(log, separators=(",", ":")) + "\n" for log in logs.logs)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Logs(BaseJournalBackend):  # type: ignore[misc]
+    """A journal in memory."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        return self.logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs += logs
+
+
+def take_saved_journal(journal: Path) -> bool:
+    """Put what a search has saved, whose journal was lost, in the journal's place; whether there was something."""
+    saved = journal.with_name(journal.name + SAVED)
+    if saved.is_symlink() or not saved.is_file():
+        return False
+    if os.path.lexists(journal):
+        journal.replace(journal.with_name(journal.name + REPLACED))
+    saved.replace(journal)
+    return True
 
 
 def _mend(path: Path) -> None:

@@ -43,6 +43,8 @@ from tfkd_ray.experiment import (
     check_no_links,
     check_room_for,
     check_writable,
+    gone_sentence,
+    gone_trials,
     is_begun,
     read_experiment,
     read_metrics,
@@ -66,6 +68,7 @@ from tfkd_ray.search import (
     drop_stale_locks,
     open_storage,
     prior_trials,
+    take_saved_journal,
     whole_url,
     without_password,
 )
@@ -216,6 +219,11 @@ def resume_tuner(
         if study_storage is not None:
             about["space"]["search"]["storage"] = study_storage
         old = build_space(about["space"], experiment / "experiment.yaml")
+        say = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
+        if take_saved_journal(experiment / "study.journal"):
+            say("study.journal was lost while the sweep ran: going on with what the search saved then")
+        if gone := gone_trials(experiment):
+            say(gone_sentence(gone))
         _check_own_study(old, experiment / "study.journal")
         url = old.search.storage and whole_url(old.search.storage)
         old = without_password(old)
