@@ -13,7 +13,7 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "schema", "verdict", "files", "auth", "experiment", "remote",
+    "passwords", "schema", "verdict", "files", "auth", "experiment", "remote",
     "images",
     "objectives", "data", "models", "augment",
     "config",

@@ -12,6 +12,7 @@ from conftest import ROOT, SHIPPED
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import pareto
 from tfkd_ray.objectives import PUBLISHED
+from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, dump_yaml, members, parse_yaml, tag
 from tfkd_ray.space import (
     Choices,
@@ -23,7 +24,6 @@ from tfkd_ray.space import (
     Space,
     build_space,
     load_space,
-    masked,
     not_superset,
     warm_points,
 )

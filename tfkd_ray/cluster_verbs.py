@@ -33,6 +33,7 @@ from tfkd_ray.jobs import (
     stage,
     submit_command,
 )
+from tfkd_ray.passwords import masked
 from tfkd_ray.remote import is_url, store_at
 from tfkd_ray.schema import ConfigError, Unreachable, find_file
 
@@ -823,7 +824,8 @@ def check_options(args: argparse.Namespace) -> None:
         )
     address = args.address or ""
     if "://" in address and not is_job(args):
-        raise ConfigError(f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {address!r}")
+        got = masked(address)
+        raise ConfigError(f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {got!r}")
     check_submitted_from()
 
 
@@ -858,9 +860,9 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    from tfkd_ray.space import masked
-
-    if any(masked(word) != word for word in args.overrides) or "@" in (args.study_storage or ""):
+    if any(masked(word) != word for word in args.overrides) or masked(args.study_storage or "") != (
+        args.study_storage or ""
+    ):
         raise ConfigError(
             "--study-storage (search.storage): a job's command is shown on the dashboard, its password too; set "
             "TFKD_STORAGE on the cluster instead"

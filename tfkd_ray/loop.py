@@ -27,6 +27,7 @@ from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.images import Images, address, generator
 from tfkd_ray.objectives import Canonical, Terms
+from tfkd_ray.schema import check_kind
 from tfkd_ray.soft_labels import Bank, fits
 
 LOOP_VERSION = 2
@@ -60,6 +61,7 @@ def train(
         state: goes on from it, bit-identically to never having stopped (same processor type, threads, torch).
         teacher: where the objective needs one; see `teachers.find_or_train`. A bare module is asked in every step.
     """
+    check_kind(config, TrainConfig, "config")
     # 1. Where it runs
     workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if config.gpus_per_worker and not torch.cuda.is_available():

@@ -20,7 +20,7 @@ from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.evaluate import evaluate
 from tfkd_ray.experiment import read_teacher
 from tfkd_ray.loop import LOOP_VERSION, train_in
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, check_kind
 from tfkd_ray.soft_labels import Bank, Elsewhere
 
 
@@ -172,6 +172,7 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
 
 def find_or_train(config: TrainConfig, storage: Path | str) -> Bank | None:
     """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none."""
+    check_kind(config, TrainConfig, "config")
     run = config.teacher_run()
     if run is None:
         return None
