@@ -332,6 +332,11 @@ class Suggests(Protocol):
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
+MANY = 2**40
+"""Steps beyond which a sampler is asked for any number, which is brought to a step: tpe's probability of one is lost in
+a float."""
+
+
 @dataclass(frozen=True)
 class Range:
     """All numbers from low to high, both ends included."""
@@ -348,10 +353,17 @@ class Range:
     def suggest(self, trial: Suggests, name: str) -> float:
         """A value in the range, asked of the sampler under `name`."""
         if self.whole:
+            found: float
             first, last, by = int(self.low), int(self.high), int(self.step or 1)
-            found = trial.suggest_int(name, first, last, step=by, log=self.log)
+            if last - first > MANY * by:
+                found = trial.suggest_float(name, first, last, step=None, log=self.log)
+            else:
+                found = trial.suggest_int(name, first, last, step=by, log=self.log)
             # a study keeps a float: beyond 2**53 the nearest, which is brought back to a step, and always to the same
             return min(first + (int(float(found)) - first) // by * by, last)
+        if self.step and self.high - self.low > MANY * self.step:
+            found = trial.suggest_float(name, self.low, self.high, step=None, log=False)
+            return min(self.low + round((found - self.low) / self.step) * self.step, self.high)
         if self.log_complement:
             low, high = 1 - self.high, 1 - self.low
             return 1 - trial.suggest_float(f"1 - {name}", low, high, step=None, log=True)
