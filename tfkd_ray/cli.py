@@ -589,9 +589,12 @@ def _tune(args: argparse.Namespace) -> int:
     args.overrides += [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
     space = _load(args)
     from tfkd_ray.cluster_verbs import tune_as_job
+    from tfkd_ray.space import ENVIRONMENT
 
     if (code := tune_as_job(args, space)) is not None:
         return code
+    if (url := space.search.storage) and masked(url) != url:
+        os.environ[ENVIRONMENT] = url  # from where what is written without its password takes it
     args.storage = _storage_here(args.storage)
     args.prior = [_here(prior) for prior in args.prior]
     experiment = _new_directory(args, Path(args.file).stem)
