@@ -9,11 +9,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tfkd_ray import config as config_module
-from tfkd_ray.config import RUN_ONLY, Constant, Cosine, Step, TeacherConfig, TrainConfig
+from tfkd_ray.config import (
+    RUN_ONLY,
+    Constant,
+    Cosine,
+    OptimConfig,
+    Step,
+    TeacherConfig,
+    TrainConfig,
+)
 from tfkd_ray.data import Digits, Mnist
+from tfkd_ray.loop import train
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
 from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.teachers import find_or_train
 
 
 def test_the_papers_step_schedule() -> None:
@@ -241,3 +251,29 @@ def test_what_counts_as_tiny_is_counted() -> None:
             module(torch.zeros(1, 3, 28, 28))
         last = 2 * list(module.modules())[-1].in_features * 10  # type: ignore[operator]
         assert network.operations((3, 28, 28)) == counter.get_total_flops() - last
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: TrainConfig(), "objective: required, and not given"),
+        (lambda: TrainConfig(objective="kdd"), "objective: no such name 'kdd'; did you mean 'kd'?"),
+        (
+            lambda: TrainConfig(objective="ce", student={"name": "mlp", "hiden": 3}),
+            "student.mlp.hiden: no such setting",
+        ),
+        (lambda: OptimConfig(lr=-1), "lr: Input should be greater than 0, got -1"),
+        (lambda: next(train({"objective": "ce"})), "config: needs a TrainConfig, got a dict"),
+        (lambda: find_or_train(None, "x"), "config: needs a TrainConfig, got a NoneType"),
+    ],
+)
+def test_a_wrong_argument_in_python_is_a_config_error(make: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert sentence in str(error.value)
+
+
+def test_every_problem_of_a_call_is_in_one_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(objective="kdd", epochs=0)  # type: ignore[arg-type]
+    assert len(error.value.problems) == 2

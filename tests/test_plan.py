@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import re
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 import tfkd_ray.plan as plan_module
 from tfkd_ray.config import TeacherRun
 from tfkd_ray.plan import lines, plan, resident_bytes, slots_here
-from tfkd_ray.space import build_space, load_space
+from tfkd_ray.receipt import EXACT, _passing
+from tfkd_ray.space import Hyperband, build_space, load_space
 
 
 def test_a_plan_counts_trials_epochs_and_teachers() -> None:
@@ -151,3 +153,25 @@ def test_the_packing_is_that_of_the_largest_trial() -> None:
     parts = [dataclasses.replace(p, epoch_s=1.0, share=s) for p, s in zip(found.parts, (0.2, 0.3), strict=True)]
     text = list(lines(dataclasses.replace(found, parts=tuple(parts), teacher_s=0.0)))
     assert "GPU memory: a trial takes 30% of one; 3 fit on it: gpus_per_worker=0.333" in text
+
+
+def test_a_plan_of_a_thousand_million_trials_is_arithmetic() -> None:
+    for stopping in ("halving", "hyperband", "median", "none"):
+        started = time.monotonic()
+        found = plan(load_space("digits_tfkd", ["search.num_samples=1000000000", f"search.stopping={stopping}"]))
+        assert time.monotonic() - started < 5 and sum(p.trials for p in found.parts) == 10**9
+        assert 0 < found.epochs <= sum(p.most for p in found.parts)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 7, 100, 20_000])
+@pytest.mark.parametrize("trials", [EXACT + 1, 60_007])
+def test_what_passes_a_rung_is_the_sum_however_it_is_counted(factor: int, trials: int) -> None:
+    slow = sum(max(1, i // factor) / i for i in range(1, trials + 1))
+    assert _passing(trials, factor) == pytest.approx(slow, abs=0.01)
+
+
+@pytest.mark.parametrize("trials", [0, 1, 10, 77])
+def test_hyperband_deals_in_rounds(trials: int) -> None:
+    h = Hyperband()
+    one_by_one = [h.bracket(54, k) for k in range(trials)]
+    assert h.dealt(54, trials) == {b: one_by_one.count(b) for b in range(len(h.brackets(54)))}

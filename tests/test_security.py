@@ -39,8 +39,8 @@ from tfkd_ray.experiment import read_experiment, read_records
 from tfkd_ray.export import export
 from tfkd_ray.jobs import stage, submit_command
 from tfkd_ray.models import Mlp
+from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
-from tfkd_ray.space import masked
 from tfkd_ray.tensorboard import side_by_side
 from tfkd_ray.tune import resume_tuner
 from tfkd_ray.weights import load_outside

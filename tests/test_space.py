@@ -1,5 +1,6 @@
 """Search spaces: what is searched, what is refused, and that a space reads back as itself."""
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,15 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from conftest import ROOT, SHIPPED
 
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import pareto
 from tfkd_ray.objectives import PUBLISHED
+from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, dump_yaml, members, parse_yaml, tag
+from tfkd_ray.search import OptunaSearcher
 from tfkd_ray.space import (
     Choices,
     Halving,
@@ -23,7 +27,6 @@ from tfkd_ray.space import (
     Space,
     build_space,
     load_space,
-    masked,
     not_superset,
     warm_points,
 )
@@ -463,6 +466,163 @@ def test_the_middle_of_a_range_is_on_its_scale_and_in_it() -> None:
         assert domain.contains(domain.middle)
     assert Range(0, 0.9, step=0.3).points == pytest.approx([0, 0.3, 0.6, 0.9]) and Range(0, 1).points is None
     assert not Range(0, 0.9, step=0.3).contains(0.4) and not Range(0, 1).contains(True)
+
+
+# --- counted, not listed
+
+NET = f"{__name__}:network"
+
+
+def network(shape: tuple[int, int, int], num_classes: int, **args: Any) -> torch.nn.Module:
+    """A network of one's own, which takes arguments of any name."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), num_classes))
+
+
+def own(args: dict[str, Any], **more: Any) -> Space:
+    student = {"name": "own", "path": NET, "args": args}
+    return build_space({"objective": {"name": "ce"}, "student": student, "epochs": 9, **more})
+
+
+@pytest.mark.parametrize(
+    "given, size",
+    [
+        ({"low": 0, "high": 2**63 - 1}, 2**63),
+        ({"low": 0.0, "high": 1.0, "step": 1e-9}, 10**9 + 1),
+        ({"low": -(10**18), "high": 10**18, "step": 2}, 10**18 + 1),
+        ({"low": 0.1, "high": 0.7, "step": 0.1}, 7),
+    ],
+)
+def test_a_range_is_counted_by_arithmetic(given: dict[str, Any], size: int) -> None:
+    (group,) = own({"x": given, "y": {"choices": [1, 2, 3]}}).groups
+    assert group.grid_size == group.size == 3 * size
+    if size > 100_000:
+        with pytest.raises(ConfigError, match=f"a grid of {3 * size} trials is more than 100000"):
+            own({"x": given, "y": {"choices": [1, 2, 3]}}, search={"sampler": "grid"})
+        with pytest.raises(ConfigError, match=f"gp cannot propose one of {size} values of student.args.x"):
+            own({"x": given}, search={"sampler": "gp"})
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_what_is_proposed_of_a_huge_range_is_inside_and_is_what_the_study_keeps(sampler: str, tmp_path: Path) -> None:
+    s = own({"x": {"low": 1, "high": 2**62 + 1, "step": 2}}, search={"sampler": sampler, "num_samples": 8})
+    searcher = OptunaSearcher(s, tmp_path / "journal")
+    (p,) = s.parameters
+    for k in range(8):
+        config = searcher.suggest(f"id{k}")
+        assert isinstance(config, dict)
+        value = config["student"]["args"]["x"]
+        kept = searcher.studies()[0].get_trials()[k].params
+        again = p.domain.suggest(optuna.trial.FixedTrial(kept), p.name)
+        assert p.domain.contains(value) and value % 2 == 1 and again == value
+        searcher.on_trial_complete(f"id{k}", {"epoch": 9, "val_accuracy": 0.5 + k / 100})
+
+
+def test_teachers_are_those_of_what_they_depend_on() -> None:
+    """A million combinations of settings that no teacher knows: two teachers."""
+    many = {"choices": list(range(1, 101))}
+    optim = {"lr": many, "weight_decay": many, "batch_size": many}
+    students = {"choices": ["mlp", {"name": "mlp", "hidden": [8]}]}
+    s = build_space({"objective": "tfkd_self", "student": students, "optim": optim, "epochs": 9})
+    assert len(s.teacher_runs()) == 2
+    taught = {"objective": "kd", "student": students, "teacher": {"model": "mlp"}, "optim": optim, "epochs": 9}
+    assert len(build_space(taught).teacher_runs()) == 1
+    endless = {"choices": list(range(1, 1002))}
+    with pytest.raises(ConfigError, match="teacher: for kd there are 1001 to train before the sweep"):
+        build_space({"objective": "kd", "teacher": {"model": "mlp", "epochs": endless}, "epochs": 9})
+
+
+def test_a_long_list_of_choices_is_compared_once() -> None:
+    values = [{"width": k} for k in range(20_000)]
+    assert own({"x": {"choices": values}}).groups[0].size == 20_000
+    with pytest.raises(ConfigError, match="a value is given twice"):
+        own({"x": {"choices": [*values, {"width": 3}]}})
+
+
+@pytest.mark.parametrize(
+    "given, high",
+    [
+        ({"low": 0.1, "high": 0.9, "step": 0.3}, 0.7),
+        ({"low": 1, "high": 10, "step": 4}, 9),
+        ({"low": 0.1, "high": 0.9, "step": 0.2}, 0.9),
+    ],
+)
+def test_a_range_ends_where_its_steps_end(given: dict[str, Any], high: float) -> None:
+    s = own({"x": given})
+    (p,) = s.parameters
+    assert isinstance(p.domain, Range) and p.domain.high == high and p.domain.points[-1] == pytest.approx(high)  # type: ignore[index]
+    assert any("end at" in note for note in s.notes) == (high != given["high"])
+    assert s.tree["student"]["args"]["x"]["high"] == high and build_space(s.tree).parameters == s.parameters
+    p.domain.suggest(optuna.create_study().ask(), p.name)  # without a warning of Optuna's, which is an error here
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"low": 0.1, "high": 0.9, "step": 2}, "step: 2 is larger than the range, 0.1 to 0.9, and only 0.1 would be"),
+        ({"low": 1, "high": 3, "step": 3}, "step: 3 is larger than the range, 1 to 3"),
+        ({"low": 0.0, "high": 1e9, "step": 1e-9}, "step: 1e-09 is lost in a float beside 1e.09"),
+    ],
+)
+def test_a_step_that_does_nothing_is_refused(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=rf"student.args.x.{sentence}"):
+        own({"x": given})
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"a.b": {"low": 0.0, "high": 1.0}, "a": {"b": {"low": 5.0, "high": 9.0}}},
+        {"a.b": {"choices": [1, 2]}, "a": {"b": {"low": 5.0, "high": 9.0}}},
+        {"a": {"b.c": {"low": 0.0, "high": 1.0}}, "a.b": {"c": {"low": 0.0, "high": 1.0}}},
+    ],
+)
+def test_two_settings_of_one_name_are_refused(args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="two settings are searched under this name, as a key has a dot in it"):
+        own(args)
+    assert len(own({"a.b": {"low": 0.0, "high": 1.0}, "a": {"c": {"low": 5.0, "high": 9.0}}}).parameters) == 2
+
+
+def test_arguments_of_ones_own_may_be_called_low_high_and_choices() -> None:
+    fixed = own({"low": 0.1, "high": 2, "choices": [1, 2]})
+    assert fixed.parameters == [] and fixed.example.student.model_dump()["args"]["high"] == 2
+    s = own({"low": {"low": 0.1, "high": 2.0}, "choices": {"choices": ["a", "b"]}})
+    assert [p.name for p in s.parameters] == ["student.args.choices", "student.args.low"]
+    assert build_space(s.tree).tree == s.tree
+    items = [{"name": "own", "path": NET, "args": {"low": 1, "high": {"low": 2, "high": 9}}}, "mlp"]
+    nested = build_space({"objective": "ce", "student": {"choices": items}, "epochs": 9})
+    assert [p.name for p in nested.parameters] == ["student", "student.own.args.high"]
+    assert build_space({"objective": "ce", "resources": {"low": 1, "high": 2}}).example.resources == {
+        "low": 1,
+        "high": 2,
+    }
+
+
+def test_few_points_are_noted_with_what_runs_each_once() -> None:
+    three = {"optim": {"lr": {"choices": [0.1, 0.2, 0.3]}}, "objective": "ce", "epochs": 9}
+    (note,) = build_space({**three, "search": {"num_samples": 4}}).notes
+    assert "only 3 different trials of ce: of 4 that are proposed, some are likely to repeat others" in note
+    assert "search.sampler: grid" in note
+    build_space({**three, "search": {"sampler": "grid"}})
+    assert build_space({**three, "search": {"num_samples": 1, "warm_start": False}}).notes == ()
+    listed = build_space({**three, "objective": ["ce", "lsr"], "search": {"num_samples": 8}}).notes
+    assert [n for n in listed if "likely to repeat" in n]
+    wide = {**three, "optim": {"lr": {"low": 0.1, "high": 1.0}}}
+    assert build_space({**wide, "search": {"num_samples": 100}}).notes == ()
+
+
+@pytest.mark.parametrize("tree", [None, [1], "digits_tfkd", 3, {1: 2}, {"objective": object()}])
+def test_a_space_of_anything_else_is_a_sentence(tree: Any) -> None:
+    with pytest.raises(ConfigError):
+        build_space(tree)
+
+
+@pytest.mark.parametrize("given", [(None,), (3,), ("digits_tfkd", "optim.lr=1"), ("digits_tfkd", [3])])
+def test_a_file_named_by_anything_else_is_a_sentence(given: Any) -> None:
+    with pytest.raises(ConfigError):
+        load_space(*given)
 
 
 # --- fronts

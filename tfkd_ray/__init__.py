@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tfkd_ray.loop import train
     from tfkd_ray.schema import ConfigError
     from tfkd_ray.search import OptunaSearcher, StudyStopping
-    from tfkd_ray.space import load_space
+    from tfkd_ray.space import build_space, load_space
     from tfkd_ray.teachers import find_or_train
     from tfkd_ray.tensorboard import TensorBoard
     from tfkd_ray.tune import build_tuner, resume_tuner
@@ -23,6 +23,7 @@ _HOME = {
     "StudyStopping": "search",
     "TensorBoard": "tensorboard",
     "TrainConfig": "config",
+    "build_space": "space",
     "build_tuner": "tune",
     "find_or_train": "teachers",
     "load_space": "space",
@@ -37,6 +38,7 @@ __all__ = [
     "StudyStopping",
     "TensorBoard",
     "TrainConfig",
+    "build_space",
     "build_tuner",
     "find_or_train",
     "load_space",

@@ -8,20 +8,21 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import os
-import re
 import signal
 import sys
 import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tfkd_ray import __version__
 from tfkd_ray.own_code import enter_job
+from tfkd_ray.passwords import masked
 
 if TYPE_CHECKING:
     from tfkd_ray.arms import Comparison
@@ -42,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # of names that are no UTF-8, or not of the terminal's
     enter_job()
-    if argv is None:
-        _hide_password()
-    argv, command = _command_of(list(sys.argv[1:] if argv is None else argv))
+    argv, command = _command_of(_words() if argv is None else list(argv))
     from tfkd_ray.files import Legible
 
     with contextlib.redirect_stderr(Legible(sys.stderr)):
@@ -92,20 +91,23 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-_URL = r"(?<![^={,\s'\"])[a-z][a-z0-9+_]*://[^\s'\"}]+"
+_WORDS = "TFKD_WORDS"
+"""Variable in which a process that begins anew is given its words, with the passwords in them."""
 
 
-def _hide_password() -> None:
-    """Begin anew with a storage's password in the environment: Ray lists the command of a driver, and `ps` any."""
-    given = [url for word in sys.argv[1:] for url in re.findall(_URL, word)]
-    if not given:
-        return
-    from tfkd_ray.space import ENVIRONMENT, masked
+def _words() -> list[str]:
+    """The words of the command line. Where one holds a password, begin anew without it, the words in the environment.
 
-    secret = next((url for url in given if masked(url) != url), None)
-    if secret is not None:
-        os.environ[ENVIRONMENT] = secret
+    Ray lists the command of a driver, and `ps` any.
+    """
+    given = os.environ.pop(_WORDS, None)
+    if given is not None:
+        return [str(word) for word in json.loads(given)]
+    words = sys.argv[1:]
+    if any(masked(word) != word for word in words):
+        os.environ[_WORDS] = json.dumps(words)
         os.execv(sys.executable, [sys.executable, *(masked(word) for word in sys.orig_argv[1:])])
+    return words
 
 
 def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -114,8 +116,14 @@ def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:cut], argv[cut + 1 :]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, without the passwords in it."""
+        super().error(masked(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tfkd",
         description="Search the hyperparameters of knowledge distillation and teacher-free KD on Ray.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 7 not better, 130 interrupted.",
@@ -580,7 +588,7 @@ def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
     searched = {p.path for p in space.parameters}
     count = 0
     yield "fixed:"
-    for path, value in _leaves(space.tree):
+    for path, value in _leaves(space.tree, searched):
         if path[0] in ("search", "objective", "teacher") or path in searched:
             continue
         differs = path[1] in own if path[0] == "data" else path[0] == "student" or usual.get(path) != value
@@ -592,10 +600,13 @@ def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
         yield f"  {count} more are as in the recipe {named} of {data.name}, or as usual (--all lists them)"
 
 
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, dict) and not {"low", "choices"} & set(tree):
+def _leaves(
+    tree: Any, whole: Collection[tuple[str, ...]] = (), path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of what has nothing below it; what stands at a path of `whole` is one."""
+    if isinstance(tree, dict) and path not in whole:
         for key, value in tree.items():
-            yield from _leaves(value, (*path, key))
+            yield from _leaves(value, whole, (*path, key))
     else:
         yield path, tree
 
@@ -606,12 +617,15 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 def _tune(args: argparse.Namespace) -> int:
     options = {"num_samples": args.num_samples, **{name: getattr(args, name) for name in BUDGETS}}
     args.overrides += [f"search.{name}={value}" for name, value in options.items() if value is not None]
-    args.overrides += [f"search.storage={args.study_storage}"] if args.study_storage else []
+    args.overrides += [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
     space = _load(args)
     from tfkd_ray.cluster_verbs import tune_as_job
+    from tfkd_ray.space import ENVIRONMENT
 
     if (code := tune_as_job(args, space)) is not None:
         return code
+    if (url := space.search.storage) and masked(url) != url:
+        os.environ[ENVIRONMENT] = url  # from where what is written without its password takes it
     args.storage = _storage_here(args.storage)
     args.prior = [_here(prior) for prior in args.prior]
     experiment = _new_directory(args, Path(args.file).stem)

@@ -25,6 +25,7 @@ from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
 from tfkd_ray.own_code import before_the_library
+from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, Unreachable
 
 AUTOSCALER_S = 15
@@ -141,7 +142,8 @@ def _check_answers(address: str) -> None:
     """Raise where nothing listens at HOST:PORT; Ray would take minutes to say so."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {address!r}")
+        got = masked(address)
+        raise ConfigError(f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {got!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
     except (OSError, OverflowError) as error:

@@ -36,6 +36,7 @@ from tfkd_ray.jobs import (
     stage_apart,
     submit_command,
 )
+from tfkd_ray.passwords import masked
 from tfkd_ray.remote import is_url, store_at
 from tfkd_ray.schema import ConfigError, Unreachable, find_file
 
@@ -836,7 +837,8 @@ def check_options(args: argparse.Namespace) -> None:
         )
     address = args.address or ""
     if "://" in address and not is_job(args):
-        raise ConfigError(f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {address!r}")
+        got = masked(address)
+        raise ConfigError(f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {got!r}")
     check_submitted_from()
 
 
@@ -903,7 +905,8 @@ def _with_sent(args: argparse.Namespace, words: list[str], name: str, value: str
 
 def _without_secrets(words: list[str]) -> list[str]:
     """The words, if none has a password in it."""
-    from tfkd_ray.space import ENVIRONMENT, masked
+    from tfkd_ray.passwords import masked
+    from tfkd_ray.space import ENVIRONMENT
 
     here = os.environ.get(ENVIRONMENT)
     for word in words:

@@ -31,7 +31,7 @@ from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.images import Images, address, generator, random_states, seed_all
 from tfkd_ray.models import Own, Timm, check_learns, check_lone_image
 from tfkd_ray.objectives import Canonical, Terms
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, check_kind
 from tfkd_ray.soft_labels import Bank, fits
 
 LOOP_VERSION = 3
@@ -74,6 +74,7 @@ def train(
         teacher: where the objective needs one; see `teachers.find_or_train`. A bare module is asked in every step.
         say: called with a sentence where the loss explodes without becoming infinite. None: standard error.
     """
+    check_kind(config, TrainConfig, "config")
     # 1. Where it runs
     workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if config.gpus_per_worker and not torch.cuda.is_available():

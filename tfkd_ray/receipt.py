@@ -36,19 +36,50 @@ def shares(space: Space) -> dict[str, int]:
 def reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
     """(epoch, trials of one objective that are expected to come to it), for each rung and the last epoch."""
     stopping, epochs = space.search.stopping, space.epochs
-    halvings, sizes, factor = [list[int]()], Counter({0: trials}), 1
+    halvings, sizes, factor = [list[int]()], {0: trials}, 1
     if isinstance(stopping, Halving):
         halvings, factor = [stopping.rungs(epochs)], stopping.factor
     if isinstance(stopping, Hyperband):
-        halvings, sizes = stopping.brackets(epochs), Counter(stopping.bracket(epochs, k) for k in range(trials))
+        halvings, sizes = stopping.brackets(epochs), stopping.dealt(epochs, trials)
     come = dict.fromkeys(sorted({epochs, *itertools.chain(*halvings)}), 0.0)
     for b, rungs in enumerate(halvings):
         here = float(sizes[b])
         for epoch in come:
             come[epoch] += here
             if epoch in rungs:
-                here = sum(max(1, i // factor) / i for i in range(1, round(here) + 1))
+                here = _passing(round(here), factor)
     return tuple(come.items())
+
+
+EXACT = 10_000
+"""Trials up to which what is expected is summed up one by one."""
+
+
+def _passing(trials: int, factor: int) -> float:
+    """Trials that are expected to pass a rung: the sum of max(1, i // factor) / i over the i-th that comes there.
+
+    Beyond `EXACT`, with n = trials // factor and the harmonic numbers H, the sum of (i // factor) / i is n H(trials)
+    less the H(j factor - 1) of j = 1 to n: of these, Euler's and Stirling's formulas give the sum at once.
+    """
+    if trials <= EXACT:
+        return sum(max(1, i // factor) / i for i in range(1, trials + 1))
+    first = _harmonic(min(factor - 1, trials))
+    n = trials // factor
+    if n <= EXACT:
+        return first + sum(_harmonic(trials) - _harmonic(j * factor - 1) for j in range(1, n + 1))
+    logs = math.lgamma(n + 1) + n * math.log(factor)
+    lower = logs + n * EULER - _harmonic(n) / (2 * factor) - math.pi**2 / 72 / factor**2
+    return first + n * _harmonic(trials) - lower
+
+
+EULER = 0.5772156649015329
+
+
+def _harmonic(n: int) -> float:
+    """1 + 1/2 + ... + 1/n."""
+    if n < 100:
+        return sum(1 / i for i in range(1, n + 1))
+    return math.log(n) + EULER + 1 / (2 * n) - 1 / (12 * n**2)
 
 
 def expected_epochs(space: Space, trials: int) -> float:

@@ -31,10 +31,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from tfkd_ray.experiment import check_new as check_new_here
 from tfkd_ray.experiment import write_text
 from tfkd_ray.files import cache_folder, whole_file
+from tfkd_ray.passwords import masked, without_secrets
 from tfkd_ray.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -181,7 +183,7 @@ class Store:
         for pattern, sentence in _KNOWN:
             if re.search(pattern, text):
                 return sentence.format(**where)
-        return text.splitlines()[0] if text else type(error).__name__
+        return without_secrets(text.splitlines()[0], getproxies().values()) if text else type(error).__name__
 
     def _path(self, name: str) -> str:
         return "/".join(part for part in (self.url.partition("://")[2], name) if part)
@@ -229,7 +231,7 @@ def store_at(url: str) -> Store:
         )
     words = [word for word in parts.path.split("/") if word]
     if parts.scheme not in _HELP or not re.fullmatch(r"[A-Za-z0-9._-]+", parts.netloc) or {".", ".."} & set(words):
-        raise ConfigError(f"storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got {url!r}")
+        raise ConfigError(f"storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got {masked(url)!r}")
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if parts.scheme == "s3" else ("STORAGE_EMULATOR_HOST",)
     endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "").rstrip("/")
     if endpoint and not re.fullmatch(r"https?://[^/@?#]+", endpoint):

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from tfkd_ray.files import legible, opened
+from tfkd_ray.passwords import masked, masked_words
 
 MOST_BYTES = 2**20
 """Of a YAML file; a hundred times what the largest of ours has. Reading it takes seconds at most."""
@@ -31,8 +32,8 @@ class ConfigError(Exception):
 
     def __init__(self, problems: str | Iterable[str], source: str | Path | None = None) -> None:
         found = [problems] if isinstance(problems, str) else list(problems)
-        self.problems = [_short(problem) for problem in dict.fromkeys(found)]
-        self.source = None if source is None else readable(str(source))
+        self.problems = [_short(masked_words(problem)) for problem in dict.fromkeys(found)]
+        self.source = None if source is None else readable(masked_words(str(source)))
         lines = self.problems if source is None else [f"{self.source}:", *(f"  {p}" for p in self.problems)]
         super().__init__("\n".join(lines))
 
@@ -43,6 +44,12 @@ class ConfigError(Exception):
 def readable(text: str) -> str:
     """The text, with escapes for what UTF-8 has no bytes for: parts of a file's name that is no UTF-8."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def check_kind(value: object, kind: type, name: str) -> None:
+    """Refuse an argument of a public function that is of another kind."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}: needs a {kind.__name__}, got a {type(value).__name__}")
 
 
 class Unreachable(ConfigError):
@@ -82,6 +89,16 @@ class Settings(BaseModel):
             elif isinstance(value, tuple | list) and any(isinstance(item, Settings) for item in value):
                 tree[name] = [item.content() if isinstance(item, Settings) else item for item in value]
         return tree
+
+    def __init__(self, /, **settings: Any) -> None:
+        """Settings by name; what is wrong with them is a ConfigError."""
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(problems_of(error, type(self))) from None
+
+    # pydantic's own word for "as usual": settings below others are then validated with them, every problem at once
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 def named(value: Any) -> Any:
@@ -125,25 +142,26 @@ def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
     loc = tuple(e["loc"])
     path = dotted(loc) or "(the file)"
     kind, value = e["type"], e["input"]
+    got = masked(repr(value))
     if kind == "extra_forbidden":
         known = settings_at(model, loc[:-1])
         return f"{path}: no such setting; {did_you_mean(str(loc[-1]), known)}"
     if kind == "union_tag_invalid":
         tags = [t.strip(" '") for t in e["ctx"]["expected_tags"].split(",")]
-        return f"{path}: no such name {e['ctx']['tag']!r}; {did_you_mean(e['ctx']['tag'], tags)}"
+        return f"{path}: no such name {masked(repr(e['ctx']['tag']))}; {did_you_mean(e['ctx']['tag'], tags)}"
     if kind == "literal_error" and isinstance(value, str):
         names = re.findall(r"'([^']*)'", e["ctx"]["expected"])
-        return f"{path}: no such name {value!r}; {did_you_mean(value, names)}"
+        return f"{path}: no such name {got}; {did_you_mean(value, names)}"
     if kind == "union_tag_not_found":
-        return f"{path}: needs a 'name', got {value!r}"
+        return f"{path}: needs a 'name', got {got}"
     if kind == "missing":
         return f"{path}: required, and not given"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{path}: needs settings below it (key: value), got {value!r}"
+        return f"{path}: needs settings below it (key: value), got {got}"
     if kind == "value_error":
         message = str(e["ctx"]["error"])
         return message if not loc else f"{path}: {message}"
-    return f"{path}: {e['msg']}, got {value!r}"
+    return f"{path}: {e['msg']}, got {got}"
 
 
 def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:

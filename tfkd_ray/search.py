@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 import math
 import os
@@ -50,7 +49,8 @@ from tfkd_ray.experiment import (
 )
 from tfkd_ray.files import whole_file
 from tfkd_ray.images import address
-from tfkd_ray.schema import ConfigError, did_you_mean, readable, validated
+from tfkd_ray.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
+from tfkd_ray.schema import ConfigError, check_kind, did_you_mean, readable, validated
 from tfkd_ray.space import (
     ENVIRONMENT,
     CmaEs,
@@ -65,7 +65,6 @@ from tfkd_ray.space import (
     Tpe,
     build_space,
     group_points,
-    masked,
     placed,
 )
 
@@ -132,6 +131,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         priors: Sequence[Path | str] = (),
         points_to_evaluate: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        check_kind(space, Space, "space")
         super().__init__(metric=space.search.metric, mode=space.search.mode)
         self.storage = storage or space.search.storage
         self.space, self.journal = without_password(space), Path(journal).absolute()
@@ -679,6 +679,7 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
     """Stops trials where the searcher's study says so: the rungs live in the study, and so survive the driver."""
 
     def __init__(self, searcher: OptunaSearcher) -> None:
+        check_kind(searcher, OptunaSearcher, "searcher")
         super().__init__()
         self.searcher = searcher
 
@@ -920,8 +921,9 @@ def open_storage(url: str) -> BaseStorage:
     """Optuna's storage behind a URL, or a ConfigError if it cannot be reached."""
     kind = whole_url(url).partition(":")[0]
     wait = {"sqlite": {"timeout": SQLITE_WAIT_S}}.get(kind.partition("+")[0], {"connect_timeout": 10})
+    template = whole_url(url).replace("{", "{{").replace("}", "}}")  # Optuna fills its version into braces
     with _database(url):
-        return RDBStorage(whole_url(url), engine_kwargs={"connect_args": wait})
+        return RDBStorage(template, engine_kwargs={"connect_args": wait})
 
 
 @contextlib.contextmanager
@@ -944,7 +946,7 @@ def _database(url: str) -> Iterator[None]:
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError, TypeError) as error:
         cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
-        raise ConfigError(f"search.storage: {shown} cannot be used: {_hidden(reason, whole)}") from None
+        raise ConfigError(f"search.storage: {shown} cannot be used: {without_secrets(reason, [whole])}") from None
 
 
 def close_storage(storage: BaseStorage) -> None:
@@ -954,29 +956,15 @@ def close_storage(storage: BaseStorage) -> None:
         storage.engine.dispose()
 
 
-def _hidden(text: str, url: str) -> str:
-    """A database's own words, without the password of the URL."""
-    for secret in set(_secrets(url)):
-        text = text.replace(secret, "***")
-    return masked(text)
-
-
-def _secrets(url: str) -> Iterable[str]:
-    hidden = masked(url).split("***")
-    for before, after in itertools.pairwise(hidden):
-        start = url.index(before) + len(before)
-        end = url.index(after, start) if after else len(url)
-        if end > start:
-            yield url[start:end]
-
-
 def whole_url(url: str) -> str:
     """The URL with its password; where that is ***, from TFKD_STORAGE."""
-    if ":***@" not in url and "=***" not in url:
+    if HIDDEN not in url:
         return url
     given = os.environ.get(ENVIRONMENT)
     if given is None:
         raise ConfigError(f"search.storage: the password of {url} is not kept; set {ENVIRONMENT} to the whole URL")
+    if "@" in after_password(given):
+        raise ConfigError(f"search.storage: {ENVIRONMENT}: {FIRST_AT}")
     if masked(given) != url:
         raise ConfigError(f"search.storage: {ENVIRONMENT} is {masked(given)}, and the experiment's storage is {url}")
     return given

@@ -15,8 +15,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
@@ -24,6 +25,7 @@ from tfkd_ray.config import RUN_ONLY, Count, OptimConfig, Positive, TeacherRun, 
 from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import DIRECTIONS
 from tfkd_ray.objectives import PUBLISHED, Canonical
+from tfkd_ray.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.schema import (
     ConfigError,
     Settings,
@@ -162,13 +164,31 @@ class Hyperband(Halving):
 
     def bracket(self, epochs: int, k: int) -> int:
         """Which halving the k-th trial of an objective belongs to."""
-        n = len(self.brackets(epochs))
-        weights = [math.ceil(n * self.factor ** (n - 1 - b) / (n - b)) for b in range(n)]
-        dealt = [0] * n
-        for j in range(k % sum(weights) + 1):
-            last = max(range(n), key=lambda b: weights[b] * (j + 1) / sum(weights) - dealt[b])
-            dealt[last] += 1
+        weights = self._weights(epochs)
+        *_, last = self._deal(weights, k % sum(weights) + 1)
         return last
+
+    def dealt(self, epochs: int, trials: int) -> dict[int, int]:
+        """How many of the first trials of an objective belong to each halving."""
+        weights = self._weights(epochs)
+        rounds, rest = divmod(trials, sum(weights))
+        found = {b: rounds * weight for b, weight in enumerate(weights)}
+        for b in self._deal(weights, rest):
+            found[b] += 1
+        return found
+
+    def _weights(self, epochs: int) -> list[int]:
+        """Trials that each halving gets in one round."""
+        n = len(self.brackets(epochs))
+        return [math.ceil(n * self.factor ** (n - 1 - b) / (n - b)) for b in range(n)]
+
+    def _deal(self, weights: list[int], trials: int) -> Iterator[int]:
+        """Which halving gets each trial of a round."""
+        dealt, total = [0] * len(weights), sum(weights)
+        for j in range(trials):
+            last = max(range(len(weights)), key=lambda b: weights[b] * (j + 1) / total - dealt[b])
+            dealt[last] += 1
+            yield last
 
 
 class Asha(Halving):
@@ -211,17 +231,13 @@ ENVIRONMENT = "TFKD_STORAGE"
 """Variable that holds a storage's whole URL where the password in the experiment's is ***."""
 
 
-def masked(url: str) -> str:
-    """A storage's URL, or a text with one in it, with *** for every password."""
-    url = re.sub(r"(://[^/\s:]*):[^\s@]*@", r"\1:***@", url)
-    return re.sub(r"([?&](?:password|passwd|pwd|sslpassword)=)[^&\s]*", r"\1***", url)
-
-
 def _storage_url(url: str | None) -> str | None:
     if url is None:
         return None
     if not re.match(r"[a-z][a-z0-9+_]*://", url):
         raise ValueError("a URL: sqlite:///FILE, or postgresql://USER@HOST/DATABASE; null keeps a journal file")
+    if "@" in after_password(url):
+        raise ValueError(FIRST_AT)
     kind, _, rest = url.partition(":///")
     if url.startswith("sqlite") and rest in ("", ":memory:"):
         raise ValueError("a database in memory ends with the process; name a file: sqlite:///FILE")
@@ -317,6 +333,11 @@ class Suggests(Protocol):
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
+MANY = 2**40
+"""Steps beyond which a sampler is asked for any number, which is brought to a step: tpe's probability of one is lost in
+a float."""
+
+
 @dataclass(frozen=True)
 class Range:
     """All numbers from low to high, both ends included."""
@@ -333,7 +354,17 @@ class Range:
     def suggest(self, trial: Suggests, name: str) -> float:
         """A value in the range, asked of the sampler under `name`."""
         if self.whole:
-            return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
+            found: float
+            first, last, by = int(self.low), int(self.high), int(self.step or 1)
+            if last - first > MANY * by:
+                found = trial.suggest_float(name, first, last, step=None, log=self.log)
+            else:
+                found = trial.suggest_int(name, first, last, step=by, log=self.log)
+            # a study keeps a float: beyond 2**53 the nearest, which is brought back to a step, and always to the same
+            return min(first + (int(float(found)) - first) // by * by, last)
+        if self.step and self.high - self.low > MANY * self.step:
+            found = trial.suggest_float(name, self.low, self.high, step=None, log=False)
+            return min(self.low + round((found - self.low) / self.step) * self.step, self.high)
         if self.log_complement:
             low, high = 1 - self.high, 1 - self.low
             return 1 - trial.suggest_float(f"1 - {name}", low, high, step=None, log=True)
@@ -354,9 +385,13 @@ class Range:
         """Whether it may be proposed."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
             return False
-        step = self.step or (1 if self.whole else None)
-        steps = (value - self.low) / step if step else 0
-        return math.isclose(steps, round(steps), abs_tol=1e-9)
+        if self.whole:
+            return value == int(value) and (int(value) - int(self.low)) % int(self.step or 1) == 0
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        rounding = 4 * math.ulp(max(abs(value), abs(self.low))) / self.step
+        return abs(steps - round(steps)) <= max(1e-9, rounding)
 
     def includes(self, other: "Domain") -> bool:
         """Whether all that the other may propose is in here, on the same scale."""
@@ -374,26 +409,44 @@ class Range:
         """The value in the middle, on the scale of the range."""
         if self.log_complement:
             return 1 - math.sqrt((1 - self.low) * (1 - self.high))
-        value = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        value = (self.low + self.high) / 2
+        if self.log:
+            product = float(self.low) * float(self.high)
+            value = math.sqrt(product) if product < math.inf else math.sqrt(self.low) * math.sqrt(self.high)
         if self.step:
             value = min(self.low + round((value - self.low) / self.step) * self.step, self.high)
         return round(value) if self.whole else value
 
     @property
-    def points(self) -> list[Any] | None:
-        """All values, where they can be counted one by one."""
+    def size(self) -> int | None:
+        """How many values there are; None where they have no even steps between them."""
         step = self.step or (1 if self.whole and not self.log else None)
-        if step is None:
+        return None if step is None else _steps(self.low, self.high, step) + 1
+
+    @property
+    def points(self) -> list[Any] | None:
+        """All values, where they can be counted one by one (`size`: how many)."""
+        if self.size is None:
             return None
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        found = [min(self.low + k * step, self.high) for k in range(count)]
+        found = [min(self.low + k * (self.step or 1), self.high) for k in range(self.size)]
         return [round(v) for v in found] if self.whole else found
 
     def __str__(self) -> str:
         how = (
             "log" if self.log else "log in 1 - x" if self.log_complement else f"step {self.step:g}" if self.step else ""
         )
-        return f"{self.low:g} to {self.high:g}" + (f" ({how})" if how else "")
+        ends = f"{int(self.low)} to {int(self.high)}" if self.whole else f"{self.low:g} to {self.high:g}"
+        return ends + (f" ({how})" if how else "")
+
+
+def _steps(low: float, high: float, step: float) -> int:
+    """Whole steps from low to high, in the decimal numbers that a person wrote: as Optuna counts them."""
+    return int((Decimal(str(high)) - Decimal(str(low))) // Decimal(str(step)))
+
+
+def _last_step(low: float, high: float, step: float) -> float:
+    """The last value that steps from low come to, not above high."""
+    return type(high)(Decimal(str(low)) + _steps(low, high, step) * Decimal(str(step)))
 
 
 @dataclass(frozen=True)
@@ -428,6 +481,11 @@ class Choices:
         return self.values[(len(self.values) - 1) // 2]
 
     @property
+    def size(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
+    @property
     def points(self) -> list[Any]:
         """All values, as the sampler sees them."""
         plain = str | int | float | bool | None
@@ -456,13 +514,14 @@ ENDS = {
 """What the ends of a range are called elsewhere."""
 
 
-def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
+def _domain(value: Any, path: Path_, notes: list[str], *, whole: bool | None) -> Domain | None:
     """The range or the choices that a value in a space file stands for; None if it is a plain value.
 
     Args:
+        notes: gets what is odd about it.
         whole: whether the setting is an integer; None: if low, high and step are.
     """
-    if not _is_range(value):
+    if not _is_range(value, path):
         return None
     where = dotted(path)
     if "choices" in value:
@@ -471,9 +530,9 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
         values = value["choices"]
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{where}.choices: needs a list of at least one value, got {values!r}")
-        if any(values.index(v) != i for i, v in enumerate(values)):
+        if len({_frozen(v) for v in values}) < len(values):
             raise ConfigError(f"{where}.choices: a value is given twice in {values!r}")
-        return _choices(values, where)
+        return _choices(values, path)
     unknown = [key for key in value if key not in RANGE_KEYS]
     if unknown:
         raise ConfigError(
@@ -508,17 +567,40 @@ def _domain(value: Any, path: Path_, *, whole: bool | None) -> Domain | None:
         whole = all(isinstance(v, int) for v in (low, high, step if step is not None else 1))
     if whole and any(v is not None and v != int(v) for v in (low, high, step)):
         raise ConfigError(f"{where}: whole numbers only, got {Range(low, high, log, step, complement)}")
+    if step is not None:
+        high = _stepped(low, high, step, where, notes)
     return Range(low, high, log, step, complement, whole)
 
 
-def _is_range(value: Any) -> bool:
-    """Whether a value in a space file is meant as a range or as choices."""
-    return isinstance(value, dict) and bool({"low", "high", "choices"} & set(value))
+def _stepped(low: float, high: float, step: float, where: str, notes: list[str]) -> float:
+    """The end that steps from low come to; where it is below `high`, a note says so."""
+    if step > high - low:
+        raise ConfigError(
+            f"{where}.step: {step:g} is larger than the range, {low:g} to {high:g}, and only {low:g} would be "
+            "proposed; lower step, or write the value itself to fix it"
+        )
+    largest = max(abs(low), abs(high))
+    if isinstance(low + high + step, float) and step < 2 * math.ulp(largest):
+        raise ConfigError(f"{where}.step: {step:g} is lost in a float beside {largest:g}; raise it, or leave it out")
+    last = _last_step(low, high, step)
+    if last < high:
+        notes.append(f"{where}: steps of {step:g} from {low:g} end at {last:g}, which is taken for the range's high")
+    return last
 
 
-def _choices(items: list[Any], where: str) -> Choices:
+def _is_range(value: Any, path: Path_) -> bool:
+    """Whether a value in a space file is meant as a range or as choices.
+
+    What holds names that are a person's own (`args`, `resources`) is not: there `low` is one of them.
+    """
+    meant = isinstance(value, dict) and bool({"low", "high", "choices"} & set(value))
+    return meant and not any(get_origin(t) is dict for types in _types(path) for t in types)
+
+
+def _choices(items: list[Any], path: Path_) -> Choices:
     """Choices of which some may be settings with ranges of their own."""
-    bare = [_without_ranges(item) for item in items]
+    where = dotted(path)
+    bare = [_without_ranges(item, (*path, label)) for item, label in zip(items, _labels(items), strict=True)]
     for k, (value, item) in enumerate(zip(bare, items, strict=True)):
         if value is None and item is not None:
             raise ConfigError(
@@ -527,8 +609,10 @@ def _choices(items: list[Any], where: str) -> Choices:
             )
         if value != item and set(value) == {"name"} and value["name"] not in items:
             bare[k] = value["name"]
-    for k, value in enumerate(bare):
-        if value in bare[:k]:
+    if len({_frozen(value) for value in bare}) < len(bare):
+        for k, value in enumerate(bare):
+            if value not in bare[:k]:
+                continue
             raise ConfigError(
                 f"{where}.choices: its items {bare.index(value) + 1} and {k + 1} differ in ranges only; widen one's, "
                 "or write a value where the other has none"
@@ -536,11 +620,21 @@ def _choices(items: list[Any], where: str) -> Choices:
     return Choices(tuple(bare), tuple(items) if bare != items else ())
 
 
-def _without_ranges(value: Any) -> Any:
+def _frozen(value: Any) -> Any:
+    """A value of a space file that can be a member of a set, equal where the value is."""
+    if isinstance(value, dict):
+        return frozenset((key, _frozen(below)) for key, below in value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _without_ranges(value: Any, path: Path_) -> Any:
     """Settings without those that are ranges; None for a range."""
     if not isinstance(value, dict):
         return value
-    return None if _is_range(value) else {k: _without_ranges(v) for k, v in value.items() if not _is_range(v)}
+    if _is_range(value, path):
+        return None
+    kept = [(k, v, (*path, str(k))) for k, v in value.items()]
+    return {k: _without_ranges(v, there) for k, v, there in kept if not _is_range(v, there)}
 
 
 def _range_meant(value: Any, path: Path_) -> str:
@@ -629,6 +723,16 @@ class Branch:
         return values
 
     @property
+    def makes_teachers(self) -> list[Parameter]:
+        """The parameters that a trial's teacher depends on; none where it needs no teacher."""
+        if not _needs_teacher(self.tree):
+            return []
+        parts = {"teacher", "augment", "init"}
+        if self.objective not in TAUGHT or self.tree.get("init") == "trained":
+            parts.add("student")
+        return [p for p in self.parameters if p.path[0] in parts]
+
+    @property
     def example(self) -> TrainConfig:
         """A configuration of this branch."""
         return self.config({p.name: p.domain.probes[0] for p in self.parameters})
@@ -671,8 +775,14 @@ class Group:
 
     @property
     def grid_size(self) -> int | None:
-        """Combinations in the grid."""
-        return None if self.grid is None else math.prod(len(v) for v in self.grid.values())
+        """Combinations in the grid; counted, not listed."""
+        return None if len(self.branches) > 1 or self.conditional else self.size
+
+    @property
+    def size(self) -> int | None:
+        """How many different trials it can propose; None where they cannot be counted."""
+        sizes = [_combinations(branch.parameters) for branch in self.branches]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
 @dataclass(frozen=True)
@@ -728,8 +838,9 @@ class Space:
         """Every teacher that a trial of this space may need, once each."""
         runs: dict[str, TeacherRun] = {}
         for branch in self.branches:
-            for values in _every_choice(branch.parameters):
-                run = branch.config(values).teacher_run()
+            first = {p.name: p.domain.probes[0] for p in branch.parameters}
+            for values in _every_choice(branch.makes_teachers):
+                run = branch.config({**first, **values}).teacher_run()
                 if run is not None:
                     runs.setdefault(run.fingerprint(), run)
         return list(runs.values())
@@ -742,22 +853,31 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
         path: of the file, or the name of one that ships with the package.
         overrides: `key.path=value` each, in YAML, as on the command line.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"path: the name of a file, got {path!r}; build_space makes a space of a tree")
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides or ()):
+        raise ConfigError(f"overrides: a list of texts, ['optim.lr=0.1'], got {masked(repr(overrides))}")
     path = find_file(path, "search_spaces")
     tree = read_yaml(path)
     problems: list[str] = []
-    for text in overrides:
+    for text in overrides or ():
         try:
             override(tree, text)
         except ConfigError as error:
-            problems += [f"{p} (in {masked(text)!r})" for p in error.problems]
+            problems += [f"{p.replace(text, masked(text))} (in {masked(text)!r})" for p in error.problems]
     if problems:
         raise ConfigError(problems, "command line")
     return build_space(tree, path)
 
 
 def build_space(tree: Tree, source: str | Path | None = None) -> Space:
-    """A space from its tree; `source` names it in errors."""
-    tree = copy.deepcopy(tree)
+    """A space from its tree, `{"objective": ["ce", "kd"], "optim": {"lr": {"low": 0.01, "high": 1}}}`.
+
+    Every problem in it is in one ConfigError, which names `source` as where it stands.
+    """
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"a space is settings (key: value), got {masked(repr(tree))}", source)
+    tree = dict(copy.deepcopy(tree))
     if "arms" in tree:
         raise ConfigError("arms: this file lists arms, which are compared, not searched: tfkd confirm FILE", source)
     problems: list[str] = []
@@ -765,7 +885,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     search = SearchConfig()
     given = tree.pop("search", None)
     if given is not None and not isinstance(given, dict):
-        problems.append(f"search: needs settings below it (key: value), got {given!r}")
+        problems.append(f"search: needs settings below it (key: value), got {masked(repr(given))}")
         given = None
     try:
         search = validated(SearchConfig, given or {})
@@ -781,7 +901,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
                 # the network given is that of the others' teacher; a self teacher is the student's
                 shared["teacher"] = {k: v for k, v in shared["teacher"].items() if k != "model"}
             try:
-                branches.append(_branch({**shared, "objective": objective}))
+                branches.append(_branch({**shared, "objective": objective}, notes))
             except ConfigError as error:
                 problems += error.problems
     except ConfigError as error:
@@ -792,14 +912,22 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     problems = [f"{name}: is searched, and no objective here needs a teacher; leave it out" for name in unused]
     if problems:
         raise ConfigError(problems, source)
-    runs = [run for b in branches for v in _every_choice(b.parameters) if (run := b.config(v).teacher_run())]
-    if weights := {str(run.weights) for run in runs if run.weights}:
+    problems = [
+        f"teacher: for {b.objective} there are {_teachers(b)} to train before the sweep, and {MAX_TEACHERS} are the "
+        "most; give teacher and student fewer choices"
+        for b in branches
+        if _teachers(b) > MAX_TEACHERS
+    ]
+    if problems:
+        raise ConfigError(problems, source)
+    space = Space(tuple(branches), search, {})
+    if weights := {str(run.weights) for run in space.teacher_runs() if run.weights}:
         notes.append(
             f"teacher.weights: what {' and '.join(sorted(weights))} was trained on is not known here; if it has seen "
             "the validation images, its students look better than they are"
         )
     given_samples = "num_samples" in search.model_fields_set
-    space = Space(tuple(branches), search, {}, tuple(notes))
+    space = dataclasses.replace(space, notes=tuple(dict.fromkeys(notes)))
     size = sum(group.grid_size or 0 for group in space.groups)
     if isinstance(search.sampler, Grid) and not given_samples and size:
         search = search.model_copy(update={"num_samples": size})
@@ -812,7 +940,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     problems = [f"search.{p}" for p in _search_problems(space, size)]
     if problems:
         raise ConfigError(problems, source)
-    return dataclasses.replace(space, notes=(*space.notes, *_idle(space)))
+    return dataclasses.replace(space, notes=(*space.notes, *_idle(space), *_few_points(space)))
 
 
 def _idle(space: Space) -> Iterator[str]:
@@ -829,7 +957,35 @@ def _idle(space: Space) -> Iterator[str]:
     )
 
 
+def _teachers(branch: Branch) -> int:
+    """Combinations of choices that a trial's teacher may depend on."""
+    return _combinations([dataclasses.replace(p, domain=_one_of(p.domain)) for p in branch.makes_teachers]) or 1
+
+
+def _one_of(domain: Domain) -> Domain:
+    """Choices as they are, and a range as its low end alone, with which teachers are trained."""
+    return domain if isinstance(domain, Choices) else Choices((domain.probes[0],))
+
+
+def _few_points(space: Space) -> Iterator[str]:
+    """That trials repeat others, where there are hardly more of them than different ones."""
+    share = space.search.num_samples // len(space.groups)
+    sizes = {g.name: g.size for g in space.groups if any(b.parameters for b in g.branches)}
+    few = {name: size for name, size in sizes.items() if size is not None and size < 2 * share}
+    if share < 2 or not few or isinstance(space.search.sampler, Grid):
+        return
+    points = ", ".join(f"{size} different trials of {name}" for name, size in few.items())
+    gridded = all((group.grid_size or MAX_GRID + 1) <= MAX_GRID for group in space.groups)
+    way = "write a range, or more choices, or lower search.num_samples"
+    if gridded:
+        way = "search.sampler: grid, with num_samples left out, runs each once"
+    yield f"there are only {points}: of {share} that are proposed, some are likely to repeat others; {way}"
+
+
+MAX_TEACHERS = 1000
 MAX_GRID = 100_000
+MAX_RUNGS = 10_000
+MAX_STEPS = 1_000_000
 
 
 def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
@@ -849,7 +1005,7 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
             "or random"
         )
     elif isinstance(sampler, Grid):
-        endless = [p for p in space.parameters if p.domain.points is None]
+        endless = [p for p in space.parameters if p.domain.size is None]
         for p in endless:
             yield f"sampler: grid needs choices or a step, and {p.name} is {p.domain}; write {{choices: [...]}}"
         if grid_size > MAX_GRID:
@@ -857,6 +1013,9 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
         elif not endless and search.num_samples != grid_size:
             given = search.num_samples
             yield f"num_samples: the grid has {grid_size} points, each is one trial, got {given}; leave it out"
+    if isinstance(sampler, Gp):  # Optuna lists all values of each
+        for p in (p for p in space.parameters if (p.domain.size or 0) > MAX_STEPS):
+            yield f"sampler: gp cannot propose one of {p.domain.size} values of {p.name}; raise its step, or use tpe"
     if search.more_metrics and not sampler.several:
         yield f"sampler: {sampler} has one metric only; use tpe or gp for {', '.join(search.metrics)}"
     if "parameters" in search.more_metrics and not any(p.path[0] == "student" for p in space.parameters):
@@ -879,6 +1038,8 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
             yield f"stopping: hyperband has no rung in {epochs} epochs, so it would stop nothing; lower min_epochs"
         elif share < 2 * n:
             yield f"stopping: hyperband's {n} brackets need {2 * n} trials of each objective, got {share}; use halving"
+    if isinstance(stopping, Median) and epochs // (stopping.min_epochs or epochs) > MAX_RUNGS:
+        yield f"stopping: median would judge a trial {epochs // (stopping.min_epochs or 1)} times; raise min_epochs"
     if isinstance(stopping, Median) and share <= stopping.startup:
         yield (
             f"stopping: median begins after {stopping.startup} full-length trials of an objective, and each has "
@@ -1134,14 +1295,14 @@ def _name(objective: Any) -> str | None:
 
 def _ranges(value: Any, path: Path_) -> Iterator[str]:
     """Dotted paths of the ranges in a part of a space."""
-    if _is_range(value):
+    if _is_range(value, path):
         yield dotted(path)
     elif isinstance(value, dict):
         for key, below in value.items():
             yield from _ranges(below, (*path, str(key)))
 
 
-def _branch(tree: Tree) -> Branch:
+def _branch(tree: Tree, notes: list[str]) -> Branch:
     tree = {**tree, "objective": named(tree["objective"])}
     if not isinstance(tree["objective"], dict):
         raise ConfigError(f"objective: needs a name or settings, got {tree['objective']!r}")
@@ -1163,7 +1324,7 @@ def _branch(tree: Tree) -> Branch:
             there = (*path, str(key))
             called = (*name, str(key)) if within else _public(there, objective)
             try:
-                domain = _domain(v, called, whole=_is_whole(called))
+                domain = _domain(v, called, notes, whole=_is_whole(called))
                 if domain is None and isinstance(v, list | dict) and _is_number(called):
                     raise ConfigError(_range_meant(v, called))
             except ConfigError as error:
@@ -1181,6 +1342,12 @@ def _branch(tree: Tree) -> Branch:
         return below
 
     template: Tree = visit(tree, (), ())
+    names = [p.name for p in found]
+    problems += [
+        f"{name}: two settings are searched under this name, as a key has a dot in it; give the key another name"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
     # by name: the order in which a sampler is asked is part of its answers, and must outlive the file's layout
     parameters = tuple(sorted(found, key=lambda p: p.name))
     if not _needs_teacher(tree):  # its settings do nothing here, so they are not searched
@@ -1250,7 +1417,9 @@ def _types(name: Path_) -> list[set[Any]]:
     models = [TrainConfig]
     for part in (a for a in above if not a.isdecimal()):  # the number of an item
         below = [m for model in models if part in model.model_fields for m in members(model.model_fields[part])]
-        models = below or [m for m in models if tag(m) == part]  # type: ignore[assignment]
+        if not below and ":" not in part:  # package.module:function, an item's name for short
+            below = [m for m in models if tag(m) == part]
+        models = below or (models if ":" in part else [])  # type: ignore[assignment]
     return [set(leaves(m.model_fields[last].annotation)) for m in models if last in m.model_fields]
 
 
@@ -1267,18 +1436,33 @@ def _put(tree: Tree, path: Path_, value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _every_choice(parameters: Sequence[Parameter], end: int = 0, chosen: Tree | None = None) -> Iterator[Tree]:
+def _every_choice(parameters: Sequence[Parameter], end: int = 0) -> Iterator[Tree]:
     """Values for every combination of choices, with all ranges at their low (0) or high (1) end."""
-    chosen = chosen or {}
-    if not parameters:
-        yield chosen
-        return
-    p, *rest = parameters
-    if not p.is_asked(chosen):
-        yield from _every_choice(rest, end, chosen)
-        return
-    for value in p.domain.probes if isinstance(p.domain, Choices) else [p.domain.probes[end]]:
-        yield from _every_choice(rest, end, {**chosen, p.name: value})
+    begun: list[tuple[int, Tree]] = [(0, {})]
+    while begun:
+        k, chosen = begun.pop()
+        while k < len(parameters) and not parameters[k].is_asked(chosen):
+            k += 1
+        if k == len(parameters):
+            yield chosen
+            continue
+        p = parameters[k]
+        values = p.domain.probes if isinstance(p.domain, Choices) else [p.domain.probes[end]]
+        begun += [(k + 1, {**chosen, p.name: value}) for value in reversed(values)]
+
+
+def _combinations(parameters: Sequence[Parameter], within: tuple[str, Any] | None = None) -> int | None:
+    """How many combinations of values there are, within an item of choices; None where a range has no steps."""
+    count = 1
+    for p in (p for p in parameters if p.within == within):
+        size = p.domain.size
+        if isinstance(p.domain, Choices) and p.domain.written:
+            sizes = [_combinations(parameters, (p.name, value)) for value in p.domain.values]
+            size = None if None in sizes else sum(s for s in sizes if s is not None)
+        if size is None:
+            return None
+        count *= size
+    return count
 
 
 def _corners(parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
@@ -1328,7 +1512,9 @@ def override(tree: Tree, text: str) -> None:
         here, path = _one_objective(tree, path)
     for depth, part in enumerate(path[:-1]):
         at: str | int = part
-        if isinstance(here, dict) and isinstance(here.get("choices"), list):  # an item, by what `check` calls it
+        if _is_range(here, tuple(path[:depth])) and isinstance(
+            here.get("choices"), list
+        ):  # an item, by what `check` calls it
             labels = _labels(here["choices"])
             if part not in labels:
                 where = dotted(path[: depth + 1])

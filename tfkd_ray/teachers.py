@@ -23,7 +23,7 @@ from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.evaluate import evaluate, predictions
 from tfkd_ray.experiment import read_teacher, read_teachers
 from tfkd_ray.loop import LOOP_VERSION, train_in
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, check_kind
 from tfkd_ray.soft_labels import Bank, Elsewhere
 from tfkd_ray.weights import input_of, input_shape, load_outside, show, untrained
 
@@ -261,6 +261,7 @@ def find_or_train(config: TrainConfig, storage: Path | str, say: Callable[[str],
     The teacher is one for the data that are here, named by their digest; see `TrainConfig.pinned`.
     A teacher that is no better than guessing is told to `say`, or to standard error.
     """
+    check_kind(config, TrainConfig, "config")
     if not config.needs_teacher:
         return None
     config = config.pinned()

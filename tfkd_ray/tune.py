@@ -58,6 +58,7 @@ from tfkd_ray.experiment import (
 )
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.nodes import check_shared
+from tfkd_ray.passwords import masked
 from tfkd_ray.readers import driver_of
 from tfkd_ray.schema import ConfigError, dump_yaml, readable, validated
 from tfkd_ray.search import (
@@ -78,7 +79,6 @@ from tfkd_ray.space import (
     Space,
     build_space,
     load_space,
-    masked,
     not_superset,
     pinned,
     with_digest,

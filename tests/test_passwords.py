@@ -1,0 +1,150 @@
+"""Passwords in URLs: an odd one is in nothing that is written or said."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from tfkd_ray.cli import main
+from tfkd_ray.passwords import masked, masked_words, without_secrets
+from tfkd_ray.remote import store_at
+from tfkd_ray.schema import ConfigError
+from tfkd_ray.search import OptunaSearcher, open_storage, whole_url
+from tfkd_ray.space import build_space, load_space
+
+CANARY = "kanari"
+ODD = {
+    "plain": CANARY, "blank": f"{CANARY} {CANARY}", "at": f"{CANARY}@{CANARY}", "slash": f"{CANARY}/{CANARY}",
+    "colon": f"{CANARY}:{CANARY}", "percent": f"{CANARY}%{CANARY}", "hash": f"{CANARY} #{CANARY}",
+    "question": f"{CANARY}?{CANARY}", "plus": f"{CANARY}+{CANARY}", "unicode": f"{CANARY}ü€{CANARY}",
+    "encoded": quote(f"@{CANARY}/", safe=""), "quote": f"{CANARY}'\"{CANARY}", "brace": f"{CANARY}}}, {{{CANARY}",
+    "at, slash, question": f"{CANARY}@{CANARY}/{CANARY}?{CANARY}@{CANARY}", "and": f"{CANARY}&{CANARY}",
+    "scheme": f"{CANARY}://{CANARY}@{CANARY}", "numbers first": f"12 {CANARY}", "a port and a path": f"12/{CANARY}",
+}  # fmt: skip
+URLS = {
+    "user": "postgresql://me:{}@127.0.0.1:1/db", "user and query": "postgresql://me:{}@127.0.0.1:1/db?x=1",
+    "query": "postgresql://127.0.0.1:1/db?user=me&password={}", "no port": "postgresql://127.0.0.1/db?PassWord={}",
+    "ssl": "postgresql://127.0.0.1/db?sslpassword={}&x=1", "coded key": "postgresql://127.0.0.1/db?pass%77ord={}",
+    "odbc": "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{}", "bucket": "s3://key:{}@bucket/prefix",
+    "endpoint": "gs://bucket/prefix?access_key=a&secret_key={}", "proxy": "http://me:{}@proxy:3128",
+    "address": "ray://me:{}@head:10001", "word": "search.storage=postgresql://me:{}@host/db", "signed":
+    "https://bucket/x?X-Amz-Credential={}&X-Amz-Signature={}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("url", URLS.values(), ids=URLS)
+@pytest.mark.parametrize("password", ODD.values(), ids=ODD)
+def test_no_part_of_an_odd_password_is_shown(url: str, password: str) -> None:
+    whole = url.replace("{}", password)
+    assert CANARY not in masked(whole) and masked(masked(whole)) == masked(whole) and "***" in masked(whole)
+    assert CANARY not in masked(f"search={{storage: '{whole}', num_samples: 3}}")
+
+
+@pytest.mark.parametrize("password", ODD.values(), ids=ODD)
+def test_what_sqlalchemy_takes_for_the_password_is_masked(password: str) -> None:
+    for url in ("postgresql://me:{}@host:5432/db", "postgresql://a@b:{}@host/db?x=y@z", "mysql://:{}@host"):
+        theirs = make_url(url.replace("{}", password).replace(CANARY, "kanari", 1)).password
+        assert theirs and str(theirs) not in masked(url.replace("{}", password))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://me@host:5432/db", "sqlite:////home/me:x@y/a.db", "http://127.0.0.1:8265/x", "http://[::1]:8265",
+     "postgresql://me:@host/db", "gs://bucket/a@b", "postgresql://host/db?passfile=/a/b&sslkey=/c", "a:b@c"],
+)  # fmt: skip
+def test_a_url_without_a_password_stays_as_it_is(url: str) -> None:
+    assert masked(url) == url == masked_words(url)
+
+
+def test_a_word_after_the_colon_that_is_no_port_is_hidden() -> None:
+    """As where a shell or YAML has cut a password in two."""
+    assert masked("postgresql://me:kanari") == "postgresql://me:***"
+
+
+def test_a_sentence_keeps_its_words() -> None:
+    said = "no answer from http://127.0.0.1:8265, as me@host; try postgresql://me:kanari@host/db, please"
+    assert masked_words(said) == said.replace("kanari", "***")
+
+
+@pytest.mark.parametrize("password", ODD.values(), ids=ODD)
+def test_what_a_database_says_holds_no_password_in_any_spelling(password: str) -> None:
+    url = f"postgresql://me:{password}@host/db"
+    for spelt in (password, quote(password), quote(password, safe=""), quote_plus(password), repr(password)):
+        assert CANARY not in without_secrets(f"cannot log in with {spelt}: no", [url])
+    assert CANARY not in without_secrets(f"no host {password.rpartition('@')[2]!r}", [url]) or "@" not in password
+
+
+def test_a_password_with_an_at_is_refused_before_it_is_half_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "postgresql://me:kanari@kanari@host/db"
+    with pytest.raises(ConfigError, match="write an @ in it as %40") as error:
+        build_space({"objective": "ce", "search": {"storage": url}})
+    assert CANARY not in str(error.value)
+    monkeypatch.setenv("TFKD_STORAGE", url)
+    with pytest.raises(ConfigError, match="write an @ in it as %40"):
+        whole_url(masked(url))
+
+
+@pytest.mark.parametrize("password", ODD.values(), ids=ODD)
+def test_no_error_message_and_no_pickle_holds_it(password: str, tmp_path: Path) -> None:
+    said = []
+    url = f"postgresql+pg8000://me:{password}@127.0.0.1:1/db"
+    for given in ([url], {"url": url}, url):
+        for tree in (
+            {"search": {"storage": given}},
+            {"search": url},
+            {"epochs": url},
+            {"data": url},
+            {"student": [url]},
+        ):
+            try:
+                space = build_space({"objective": "ce", **tree})
+                said.append(repr(space) + json.dumps(space.tree))
+                searcher = OptunaSearcher(space, tmp_path / "journal")
+                said.append(pickle.dumps(searcher).decode("latin-1"))
+                searcher.remaining()
+            except ConfigError as error:
+                said.append(str(error))
+    for run in (
+        lambda: load_space("digits_tfkd", [url]), lambda: load_space("digits_tfkd", [f"serch.storage={url}"]),
+        lambda: store_at(f"s3://me:{password}@bucket"), lambda: open_storage(url),
+        lambda: load_space("digits_tfkd", [f"search={{storage: [{json.dumps(url)}]}}"]),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError) as wrong:
+            run()
+        said.append(str(wrong.value))
+    assert [text for text in said if CANARY in text] == [] and len(said) > 15
+
+
+@pytest.mark.parametrize(
+    "words", [["{}"], ["tune", "digits_tfkd", "--study-store={}"], ["status", "--{}"], ["tune", "--seeds", "{}"]]
+)
+def test_a_wrong_command_line_is_told_without_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for password in ODD.values():
+        given = [word.replace("{}", f"postgresql://me:{password}@host/db") for word in words]
+        try:
+            assert main(given) == 2
+        except SystemExit as error:
+            assert error.code == 2
+    told = capsys.readouterr()
+    assert "error" in told.err and CANARY not in told.out + told.err
+
+
+@pytest.mark.parametrize("name", ["blank", "hash", "quote", "brace", "unicode", "encoded"])
+def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same(name: str, tmp_path: Path) -> None:
+    """The process that begins anew is given the whole words, and shows them to nobody, its children included."""
+    words = ["--study-storage", f"postgresql://me:{ODD[name]}@host/db", "a b"]
+    code = (
+        "import json, os, subprocess, sys; from pathlib import Path; from tfkd_ray.cli import _words; words = _words(); "
+        "print(json.dumps([words, Path('/proc/self/cmdline').read_text(), sys.argv, "
+        "subprocess.run(['env'], capture_output=True, text=True).stdout]))"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, check=True)
+    given, shown, argv, env_below = json.loads(done.stdout)
+    assert given == words and CANARY not in shown + env_below + " ".join(argv) and "***" in shown

@@ -1,0 +1,86 @@
+"""Passwords in URLs: which part of a URL is one, and a URL or a sentence without it.
+
+A password is what SQLAlchemy's parser takes for it, and what whoever wrote an odd one without percent-encoding may have
+meant: all up to the last @. In a query it is the value of every key that is called like one.
+"""
+
+import re
+from collections.abc import Iterable
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
+
+HIDDEN = "***"
+FIRST_AT = "its password ends at the first @; write an @ in it as %40, and / ? # % as %2F %3F %23 %25"
+_START = re.compile(r"[A-Za-z][\w+.-]*://")
+_USER = re.compile(r"[^:/]*:")
+_PORT = re.compile(r"\d*(?![^/?#\s'\"\]}),;.])")
+_KEY = re.compile(r"[?&;]([^?&;=\s]+)=")
+_NEXT_KEY = re.compile(r"[&;][^?&;=\s]+=")
+_SECRET = re.compile(
+    r"pass(?!file)|pwd|secret|token|credential|signature|odbc_connect|^sig$|^key$|(api|access|account)[_-]?key", re.I
+)
+
+
+def spans(url: str) -> list[tuple[int, int]]:
+    """(begin, end) of each password in a URL, or in a word that holds one (`search.storage=URL`), in order."""
+    found = []
+    starts = [m.end() for m in _START.finditer(url)]
+    for begin in starts:
+        user = _USER.match(url, begin)
+        if user is None or url.startswith(f"{HIDDEN}@", user.end()):
+            continue
+        last = url.rfind("@", user.end())
+        if last >= 0:
+            found.append((user.end(), last))
+        elif not url.startswith("[", begin) and _PORT.match(url, user.end()) is None:
+            found.append((user.end(), len(url)))
+    for key in _KEY.finditer(url, starts[0]) if starts else ():
+        if _SECRET.search(unquote(key[1])):
+            after = _NEXT_KEY.search(url, key.end())
+            found.append((key.end(), after.start() if after else len(url)))
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(found):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def after_password(url: str) -> str:
+    """Host and database of a URL with a password, as SQLAlchemy reads it: an @ in them was meant as a part of it."""
+    start = _START.match(url)
+    user = _USER.match(url, start.end()) if start else None
+    if user is None or url.startswith(f"{HIDDEN}@", user.end()):
+        return ""
+    return url[user.end() :].partition("@")[2].partition("?")[0]
+
+
+def masked(url: str) -> str:
+    """A URL, or a word that holds one, with *** for every password."""
+    for begin, end in reversed(spans(url)):
+        if end > begin:
+            url = url[:begin] + HIDDEN + url[end:]
+    return url
+
+
+def masked_words(text: str) -> str:
+    """A sentence, with *** for the passwords of the URLs among its words."""
+    return re.sub(r"[A-Za-z][\w+.-]*://[^\s'\"]*[@?][^\s'\"]*", lambda found: masked(found[0]), text)
+
+
+def without_secrets(text: str, urls: Iterable[str]) -> str:
+    """What somebody else says (a database, a driver), without the passwords of these URLs in any spelling."""
+    for secret in sorted({form for url in urls for form in _spellings(url)}, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return masked_words(text)
+
+
+def _spellings(url: str) -> set[str]:
+    """A URL's passwords as they may be written; of one with an @ in it, also the parts that a parser may see."""
+    found = {url[begin:end] for begin, end in spans(url)}
+    parts = {part for secret in found if "@" in secret for part in re.split(r"[@/?&#:]", secret) if len(part) > 2}
+    found |= parts
+    plain = found | {unquote(s) for s in found} | {unquote_plus(s) for s in found}
+    coded = {write(s) for s in plain for write in (quote, quote_plus, lambda s: quote(s, safe=""))}
+    shown = {repr(s)[1:-1] for s in plain}
+    return {s for s in plain | coded | shown if s not in ("", HIDDEN)}
