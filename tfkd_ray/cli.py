@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfkd_ray import __version__
-from tfkd_ray.own_code import enter_job
+from tfkd_ray.own_code import enter_job, remember
 
 if TYPE_CHECKING:
     from tfkd_ray.arms import Comparison
@@ -638,6 +638,8 @@ def _resume(args: argparse.Namespace) -> int:
             raise ConfigError("--space: is for sweeps; a comparison has its arms", experiment)
         return _compare(experiment, args.address)
     about = read_experiment(experiment)
+    if told := remember(about.get("directory")):
+        _say(told)
     about["space"]["search"]["num_samples"] += args.add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
     wider = load_space(args.space) if args.space else None
@@ -830,7 +832,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     for record in [r for r in records if r.status == "failed"][:3]:
         print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
     if winner is None:
-        print("no trial of full length yet, so there is no best one")
+        begun = "no trial of full length yet" if records else "no trial had begun when the sweep ended"
+        print(f"{begun}, so there is no best one")
         return FAILED if count["failed"] and not count["interrupted"] else OK
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
     for key, value in winner.parameters.items():
@@ -891,6 +894,8 @@ def _confirm(args: argparse.Namespace) -> int:
     if given.is_dir():
         if args.overrides or args.preset:
             raise ConfigError("settings and presets are for arms files; the arms of a sweep are as it trained them")
+        if told := remember(read_experiment(given).get("directory")):
+            _say(told)
         args.storage = given.parent  # where its teachers are
         directory = _new_directory(args, f"{given.name}-confirm")
         rivals = rivals_of(args.baselines)
@@ -968,9 +973,15 @@ def _compare(directory: Path, address: str | None) -> int:
             return FAILED if ended is None else _interrupted(directory)
     from tfkd_ray.confirm import judge_on_test, table
 
-    _say("opening the test split")
+    said: list[str] = []
+
+    def opened(run: str) -> None:
+        if not said:
+            _say("opening the test split")
+        said.append(run)
+
     try:
-        result = judge_on_test(directory)
+        result = judge_on_test(directory, opened)
     except KeyboardInterrupt:
         return _interrupted(directory)
     print("\n".join(table(result)))

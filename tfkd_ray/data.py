@@ -41,6 +41,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from torch import Tensor
 
+from tfkd_ray import own_code
 from tfkd_ray.files import ArraysOnly, cached, read_at_most, whole_file
 from tfkd_ray.images import FolderSet, Images, ImageSet, check_headers, decoded, generator, rgb
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
@@ -655,6 +656,14 @@ class TinyImagenet(FileDataset):
                 return folder
         raise self._missing(f"{', '.join(needs)}, all in one folder", folders)
 
+    def _wnids(self, folder: Path) -> list[str]:
+        classes = sorted(self._text(folder / "wnids.txt").split())
+        if len(set(classes)) != self.num_classes:
+            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
+        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
+            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
+        return classes
+
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         folder = self._folder()
         classes = self._wnids(folder)
@@ -664,14 +673,6 @@ class TinyImagenet(FileDataset):
             [path for path, _ in files],
             lambda: (self._images([path for path, _ in files]), torch.tensor([k for _, k in files])),
         )
-
-    def _wnids(self, folder: Path) -> list[str]:
-        classes = sorted(self._text(folder / "wnids.txt").split())
-        if len(set(classes)) != self.num_classes:
-            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
-        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
-            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
-        return classes
 
     def _examine(self) -> None:
         folder = self._folder()
@@ -900,12 +901,12 @@ def imported(path: str, what: str) -> Any:
     top = module_name.partition(".")[0]
     try:
         if top not in sys.modules and importlib.util.find_spec(top) is None:
-            sys.path.append(str(Path.cwd()))
+            sys.path.append(own_code.here()["directory"])
             importlib.invalidate_caches()
-        module = importlib.import_module(module_name)
+        module = own_code.at_home(importlib.import_module)(module_name)
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            looked = f"looked in {Path.cwd()} and wherever Python does"
+            looked = f"looked in {own_code.here()['directory']} and wherever Python does"
             raise ConfigError(f"{what}: {path}: there is no module {error.name!r} ({looked})") from None
         problem = f"importing {module_name} ends in {type(error).__name__}: {error}"
         raise ConfigError(f"{what}: {path}: {problem}") from error
@@ -968,7 +969,7 @@ class Own(Dataset):
             raise ConfigError(f"data.path: {self.path} {problem}; see data.args") from None
         except ValueError:  # written in C, without a signature
             pass
-        return function
+        return own_code.at_home(function)
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         found = self._function()(split, **self.args)

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tfkd_ray import own_code
 from tfkd_ray.data import imported, is_only_reading
 from tfkd_ray.schema import ConfigError, Settings, named
 
@@ -493,7 +494,7 @@ class Own(Network):
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         self.check(shape)
         function = imported(self.path, "path")
-        make = functools.partial(function, shape=shape, num_classes=num_classes, **self.args)
+        make = functools.partial(own_code.at_home(function), shape=shape, num_classes=num_classes, **self.args)
         return _tried(f"model {self.path}", make, shape, num_classes)
 
 
