@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
+from test_folder import write_folder
 
 from tfkd_ray.experiment import read_experiment, read_records
 from tfkd_ray.jobs import JOB_FOLDER, WORKING, stage_apart, submit_command
@@ -80,9 +81,9 @@ def test_a_process_enters_the_drivers_place_and_looks_there_last(tmp_path: Path)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     enter = "from tfkd_ray import own_code; own_code.enter({}); import os, sys; print(os.getcwd()); print(sys.path[-1])"
-    place = {"directory": str(tmp_path / "a"), "path": []}
+    place = {"directory": str(tmp_path / "a"), "path": [], "safe": True}
     assert python(enter.format(place), cwd=tmp_path / "b") == [str(tmp_path / "a")] * 2
-    gone = {"directory": str(tmp_path / "gone"), "path": [str(tmp_path / "lib")]}
+    gone = {"directory": str(tmp_path / "gone"), "path": [str(tmp_path / "lib")], "safe": False}
     assert python(enter.format(gone), cwd=tmp_path / "b") == [str(tmp_path / "b"), str(tmp_path / "lib")]
 
 
@@ -102,6 +103,39 @@ def test_trials_and_teachers_run_where_the_sweep_was_started(ray_cluster: str, t
     more = tfkd("resume", str(experiment), "--add-trials", "1", cwd=tmp_path / "elsewhere")
     assert more.returncode == 0 and f"run in {work}, where the experiment was begun" in more.stderr, more.stderr
     assert [r.status for r in read_records(experiment)] == ["done"] * 3
+
+
+@pytest.mark.ray
+def test_a_broken_image_whose_name_is_no_utf8_fails_its_trials_with_the_reason(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
+    root = write_folder(tmp_path / "photos")
+    for k in range(12):
+        broken = root / f"train/class 0/{k:03}.jpg"
+        if broken.exists():
+            broken.rename(Path(os.fsdecode(os.fsencode(broken.parent) + b"/caf\xe9%d.jpg" % k)))
+    for path in (root / "train/class 0").glob("caf*"):
+        path.write_bytes(b"no image")
+    data = {"name": "image_folder", "root": str(root), "num_classes": 2, "image_size": 16}
+    space = {"data": data, "objective": "ce", "epochs": 1, "optim": {"lr": {"low": 0.01, "high": 0.1}}}
+    search = {"num_samples": 1, "sampler": "random"}
+    (tmp_path / "space.yaml").write_text(json.dumps({**space, "student": "mlp", "search": search}))
+    run = tfkd("tune", "space.yaml", "--name", "e", PYTHONIOENCODING="utf-8")
+    experiment = tmp_path / "tfkd_results/e"
+    (record,) = read_records(experiment)
+    assert record.status == "failed" and record.lost == 0 and "\\udce9" in str(record.reason)
+    assert run.returncode == 1 and "cannot be read as an image" in run.stdout, run.stderr
+    assert "\\udce9" in (record.folder / "error.txt").read_text(encoding="utf-8")
+    report = tfkd("report", str(experiment))
+    assert report.returncode == 0, report.stderr
+
+
+@pytest.mark.ray
+def test_a_budget_that_ends_before_a_trial_has_begun_is_told_so(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text("{objective: ce, epochs: 2, optim: {lr: {low: 0.01, high: 0.1}}}")
+    run = tfkd("tune", "space.yaml", "--name", "e", "--time-budget", "0.001")
+    assert "no trial had begun when the sweep ended" in run.stdout, run.stdout + run.stderr
+    assert "ended early: search.time_budget_s: " in run.stdout
 
 
 @pytest.mark.ray
@@ -129,6 +163,6 @@ def test_a_job_has_the_working_directory_beside_the_package_not_before_it(tmp_pa
     )
     assert any("data" in line for line in said)
     enter = "from tfkd_ray import own_code; own_code.enter({}); import os; print(os.getcwd())"
-    place = {"directory": "/on/the/head", "path": []}
+    place = {"directory": "/on/the/head", "path": [], "safe": True}
     there = python(enter.format(place), cwd=folder, PYTHONPATH=str(folder), **{JOB_FOLDER: WORKING})
     assert there == [str(folder / WORKING)], "each node has a copy of its own"

@@ -23,7 +23,7 @@ from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
-from tfkd_ray.own_code import before_the_library
+from tfkd_ray.own_code import before_the_library, safe_path
 from tfkd_ray.schema import ConfigError, Unreachable
 
 AUTOSCALER_S = 15
@@ -66,7 +66,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     quiet["job_config"] = _PathAsHere()
     if address is None:
         own_token()  # Ray turns token authentication on by itself for a new local cluster, if RAY_AUTH_MODE is not set
-        with ctrl_c_waits():
+        with ctrl_c_waits(), safe_path():
             ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         _started.append(ray.get_runtime_context().gcs_address)
         return True

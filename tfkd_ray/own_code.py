@@ -11,12 +11,14 @@ import os
 import site
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 JOB_FOLDER = "TFKD_JOB_FOLDER"
 """Environment variable: in a job, the copy of the working directory, below the folder that holds this package."""
+
+SAFE_PATH = "PYTHONSAFEPATH"
 
 PACKAGE = Path(__file__).parent
 
@@ -29,6 +31,8 @@ class Place(TypedDict):
 
     directory: str
     path: list[str]
+    safe: bool
+    """Whether Python there is to leave a script's own folder out (PYTHONSAFEPATH)."""
 
 
 _home: Path | None = None
@@ -68,16 +72,32 @@ def here() -> Place:
     rest = sys.path[len(before_the_library()) :]
     pythons = [*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages()]
     own = [str(Path(p).absolute()) for p in rest if not any(Path(p).is_relative_to(folder) for folder in pythons)]
-    return {"directory": str(_home or Path.cwd()), "path": [p for p in own if not p.endswith(_ZIP)]}
+    path = [p for p in own if not p.endswith(_ZIP)]
+    return {"directory": str(_home or Path.cwd()), "path": path, "safe": SAFE_PATH in os.environ}
 
 
 def enter(place: Place) -> None:
     """Let this process work in a driver's place; where a node has no such directory, it stays where it is."""
-    directory = _copy_of_job() or Path(place["directory"])
+    directory, path = _copy_of_job() or Path(place["directory"]), list(place["path"])
     if directory.is_dir():
         os.chdir(directory)
-        place = {"directory": str(directory), "path": [*place["path"], str(directory)]}
-    sys.path += [p for p in place["path"] if p not in sys.path]
+        path.append(str(directory))
+    sys.path += [p for p in path if p not in sys.path]
+    if not place["safe"]:  # see `safe_path`
+        os.environ.pop(SAFE_PATH, None)
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Within it, processes that are started do not look for modules where they are started: Ray's dashboard would."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SAFE_PATH]
+        if before is not None:
+            os.environ[SAFE_PATH] = before
 
 
 def enter_job() -> None:
