@@ -86,11 +86,11 @@ class _PathAsHere(JobConfig):  # type: ignore[misc]
     a job has a `working_dir`, Ray puts its copy first, and adds nothing.
     """
 
-    def _serialize(self) -> str:
+    def _serialize(self) -> Any:
         if not self._runtime_env_has_working_dir():
             self._py_driver_sys_path = before_the_library()
             self._cached_pb = None
-        return str(super()._serialize())
+        return super()._serialize()
 
 
 def keep_keys_at_home() -> None:
