@@ -94,13 +94,13 @@ def test_a_process_enters_the_drivers_place_and_looks_there_last(tmp_path: Path)
 def test_trials_and_teachers_run_where_the_sweep_was_started(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
     work = lay_out(tmp_path / "w{name}%s{}")
     name = "e{name}%(x)s{0}"
-    run = tfkd("tune", "space.yaml", "--name", name, cwd=work, PYTHONSAFEPATH="1")
+    run = tfkd("tune", "space.yaml", "--name", name, cwd=work, PYTHONSAFEPATH="1", timeout=400)
     assert run.returncode == 0, run.stderr
     experiment = work / "tfkd_results" / name
     assert [r.status for r in read_records(experiment)] == ["done", "done"], "a trial's actor is used again"
     assert read_experiment(experiment)["directory"] == str(work)
     (tmp_path / "elsewhere").mkdir()
-    more = tfkd("resume", str(experiment), "--add-trials", "1", cwd=tmp_path / "elsewhere")
+    more = tfkd("resume", str(experiment), "--add-trials", "1", cwd=tmp_path / "elsewhere", timeout=400)
     assert more.returncode == 0 and f"run in {work}, where the experiment was begun" in more.stderr, more.stderr
     assert [r.status for r in read_records(experiment)] == ["done"] * 3
 
@@ -142,7 +142,7 @@ def test_a_budget_that_ends_before_a_trial_has_begun_is_told_so(ray_cluster: str
 def test_groups_run_where_the_sweep_was_started(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
     work = lay_out(tmp_path / "work")
     words = ("objective=ce", "teacher=null", "workers=2", "search.num_samples=1")
-    run = tfkd("tune", "space.yaml", *words, "--name", "e", cwd=work, PYTHONSAFEPATH="1")
+    run = tfkd("tune", "space.yaml", *words, "--name", "e", cwd=work, PYTHONSAFEPATH="1", timeout=400)
     assert run.returncode == 0, run.stderr
     assert [r.status for r in read_records(work / "tfkd_results/e")] == ["done"]
 

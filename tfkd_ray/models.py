@@ -471,7 +471,7 @@ class Own(Network):
     name: Literal["own"] = "own"
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # a `view` of theirs may count on the order
     path: str
-    """`package.module:function`, importable from the current directory or installed, on every machine."""
+    """`package.module:function`, installed or in the directory where `tfkd` is started, where it also runs."""
     args: dict[str, JsonValue] = {}
     """More arguments of the function."""
 
