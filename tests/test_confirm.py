@@ -14,9 +14,10 @@ import torch
 from conftest import Run
 from safetensors.numpy import load_file
 from test_data import pickled, write_cifar
+from test_folder import write_folder
 
 from tfkd_ray.arms import build_arms, new_comparison, read_comparison
-from tfkd_ray.checkpoint import save_weights
+from tfkd_ray.checkpoint import WEIGHTS, save_weights
 from tfkd_ray.confirm import (
     LOGITS,
     ListSearcher,
@@ -136,6 +137,56 @@ def test_a_comparison_without_a_trained_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none of its 4 runs was trained to the end"):
         judge_on_test(tmp_path / "c")
     assert not (tmp_path / "test_openings.jsonl").exists()
+
+
+def of_photographs(tmp_path: Path) -> dict[str, Any]:
+    """Arms of photographs in a folder, with a test split of two classes."""
+    data = {"name": "image_folder", "root": str(write_folder(tmp_path / "photos")), "num_classes": 2, "image_size": 16}
+    return {**TREE, "data": data}
+
+
+@pytest.mark.parametrize("broken", ["no image", "no class"])
+def test_a_broken_test_split_is_told_before_anything_trains(broken: str, tmp_path: Path, tfkd: Run) -> None:
+    tree, split = of_photographs(tmp_path), tmp_path / "photos/val/class 1"
+    (tmp_path / "arms.yaml").write_text(json.dumps(tree))
+    for path in split.iterdir():
+        path.write_bytes(b"") if broken == "no image" else path.unlink()
+    run = tfkd("confirm", "arms.yaml", "--seeds", "2", "--name", "c")
+    assert run.returncode == 2 and f"data image_folder: {split}" in run.stderr
+    assert "cannot be read as an image" in run.stderr or "no image in it" in run.stderr
+    assert not (tmp_path / "tfkd_results").exists()
+
+
+def test_a_test_split_that_cannot_be_read_was_not_opened(tmp_path: Path) -> None:
+    directory = tmp_path / "s/c"
+    new_comparison(build_arms(of_photographs(tmp_path)), [1, 2], directory)
+    run = read_comparison(directory).runs[0]
+    folder = directory / "trials" / run.name
+    folder.mkdir(parents=True)
+    network = run.config.student.build(run.config.data.shape, 2)
+    save_weights(folder / WEIGHTS, network.state_dict(), {})
+    about = {"parameters": {}, "config": run.config.model_dump(mode="json")}
+    write_record(Record(folder, 0, run.name, "ce", "done", **about))
+    path = tmp_path / "photos/val/class 1/002.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])  # its header is whole
+    with pytest.raises(ConfigError, match=r"002\.jpg: cannot be read as an image"):
+        judge_on_test(directory)
+    assert not (directory.parent / "test_openings.jsonl").exists() and not (folder / LOGITS).exists()
+    path.write_bytes(content)
+    assert len(judge_on_test(directory)["opened"]) == 1 and (folder / LOGITS).exists()
+
+
+@pytest.mark.ray
+def test_a_comparison_whose_runs_all_failed_does_not_say_that_it_opens_the_test_split(
+    tmp_path: Path, ray_cluster: str, tfkd: Run
+) -> None:
+    tree = {**TREE, "arms": [{"name": "ce", "objective": "ce"}, {"name": "lsr", "objective": "lsr"}]}
+    (tmp_path / "arms.yaml").write_text(json.dumps({**tree, "optim": {"lr": 1e9}, "student": "mlp"}))
+    run = tfkd("confirm", "arms.yaml", "--seeds", "2", "--name", "c")
+    assert run.returncode != 0 and "none of its 4 runs was trained to the end" in run.stderr, run.stderr
+    assert "opening the test split" not in run.stderr
+    assert not (tmp_path / "tfkd_results/test_openings.jsonl").exists()
 
 
 @pytest.mark.ray

@@ -74,6 +74,62 @@ def readers() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("tfkd-reader")]
 
 
+# --- what is there ---------------------------------------------------------------------------------------------
+
+
+def test_linked_folders_are_followed_and_loops_of_links_end(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "real")
+    more = tmp_path / "more/deeper"
+    more.mkdir(parents=True)
+    photograph(5, 40, 40).save(more / "m.jpg")
+    inside = root / "train/class 0"
+    (inside / "linked").symlink_to(more.parent)
+    (inside / "itself").symlink_to(inside)
+    (inside / "up").symlink_to(root / "train")
+    (inside / "nowhere").symlink_to("nowhere")
+    (more / "back").symlink_to(more.parent)
+    (root / "train/looped").symlink_to("looped")
+    (root / "train/class 2").symlink_to(tmp_path / "more")
+    (root / "val/class 2").symlink_to(tmp_path / "more")
+    data = ImageFolder(root=root, num_classes=3, image_size=32)
+    data.check()
+    whole = data._whole("train")
+    assert isinstance(whole, FolderSet)
+    assert [f for f in whole.files if "m.jpg" in f] == [
+        "train/class 0/linked/deeper/m.jpg",
+        "train/class 2/deeper/m.jpg",
+    ]
+    assert torch.bincount(whole.labels).tolist() == [13, 12, 1]
+
+
+def test_files_of_both_splits_are_examined_before_a_comparison(data: ImageFolder) -> None:
+    data.examine()
+    for split, k in (("train", 0), ("val", 1)):
+        (data.root / split / f"class {k}/000.jpg").write_bytes(b"no image")
+    other = data.model_copy(update={"split_seed": 1})  # what was found of the first is remembered
+    with pytest.raises(ConfigError) as error:
+        other.examine()
+    assert [p.partition(": cannot be read as an image")[0] for p in error.value.problems] == [
+        f"data image_folder: {data.root}/train/class 0/000.jpg"
+    ]
+    (data.root / "train/class 0/000.jpg").unlink()
+    with pytest.raises(ConfigError, match=f"^data image_folder: {data.root}/val/class 1/000.jpg: cannot be read"):
+        other.examine()
+    for path in (data.root / "val/class 1").iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match=f"^data image_folder: {data.root}/val/class 1: no image in it"):
+        other.examine()
+
+
+def test_a_name_that_is_no_utf8_can_be_told(data: ImageFolder, tmp_path: Path) -> None:
+    broken = os.fsencode(data.root / "val/class 0") + b"/caf\xe9.jpg"
+    Path(os.fsdecode(broken)).write_bytes(b"no image")
+    with pytest.raises(ConfigError) as error:
+        data.examine()
+    assert "caf\\udce9.jpg: cannot be read as an image" in str(error.value)
+    str(error.value).encode()
+
+
 # --- what is read ----------------------------------------------------------------------------------------------
 
 

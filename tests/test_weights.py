@@ -47,6 +47,29 @@ SAVE: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "parallel.pt": lambda w, path: torch.save({f"module.{k}": v for k, v in w.items()}, path),
     "both.pt": lambda w, path: torch.save({"state_dict": {f"module.{k}": v for k, v in w.items()}}, path),
     "without-counts.pt": lambda w, path: torch.save({k: v for k, v in w.items() if "num_batches" not in k}, path),
+    "net.pt": lambda w, path: torch.save({"net": w, "acc": 91.2, "epoch": 3, "optimizer": {"state": {}}}, path),
+    "model_state_dict.pt": lambda w, path: torch.save({"model_state_dict": w, "loss": torch.ones(())}, path),
+    "ema_state_dict.pt": lambda w, path: torch.save({"epoch": 1, "ema_state_dict": w}, path),
+    "model_ema.pth": lambda w, path: torch.save({"model_ema": w, "args": {"lr": 0.1}}, path),
+    "any-name.pth": lambda w, path: torch.save({"the_net": w, "step": 1}, path),
+    "both-nested.pth": lambda w, path: torch.save({"checkpoint": {"model": w}}, path),
+    "raw-and-ema.pth": lambda w, path: torch.save(
+        {"model_ema": {k: v + 1 for k, v in w.items()}, "model": w, "optimizer": {"param_groups": []}}, path
+    ),
+    "compiled.pt": lambda w, path: torch.save({f"_orig_mod.{k}": v for k, v in w.items()}, path),
+    "compiled-inside.pt": lambda w, path: torch.save({k.replace(".", "._orig_mod.", 1): v for k, v in w.items()}, path),
+    "compiled-parallel.pt": lambda w, path: torch.save({f"module._orig_mod.{k}": v for k, v in w.items()}, path),
+    "lightning.ckpt": lambda w, path: torch.save({"state_dict": {f"model.{k}": v for k, v in w.items()}}, path),
+    "backbone.pth": lambda w, path: torch.save({f"backbone.{k}": v for k, v in w.items()}, path),
+    "distilled.pth": lambda w, path: torch.save(
+        {**{f"module.student.{k}": v for k, v in w.items()}, "module.teacher.fc.weight": torch.ones(3, 3)}, path
+    ),
+    "averaged.pt": lambda w, path: torch.save(
+        {"n_averaged": torch.tensor(5), **{f"module.{k}": v for k, v in w.items()}}, path
+    ),
+    "safetensors.bin": save_file,
+    "safetensors-as.pt": save_file,
+    "torch-as.safetensors": torch.save,
     "double.pt": lambda w, path: torch.save(
         {k: v.double() if v.is_floating_point() else v for k, v in w.items()}, path
     ),
@@ -155,7 +178,7 @@ def test_weights_of_another_network_are_refused_with_what_differs(tmp_path: Path
         "does not fit mlp for these images: it has 12 tensors (0.weight, 1.running_mean, "
         "1.running_var, ...) that the network has not; of another shape: 2 tensors (1.weight is [4], not [10, 64], "
         "1.bias is [4], not [10]). "
-        "teacher.model must be the network it is of"
+        "The file begins with 0.weight, 1.weight, 1.bias, and the network with 1.weight, 1.bias"
     )
     lacks = {k: v for k, v in saved.items() if not k.startswith("0.")}
     torch.save(lacks, tmp_path / "lacks.pt")
@@ -167,6 +190,26 @@ def test_weights_of_another_network_are_refused_with_what_differs(tmp_path: Path
     )
     torch.save({**saved, "1.running_var": saved["1.running_var"].long()}, path)
     assert refused(path) == "1.running_var is torch.int64, not torch.float32"
+
+
+def test_a_file_with_two_networks_that_fit_is_refused(tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({f"{part}.{k}": v for part in ("student", "teacher") for k, v in saved.items()}, path)
+    assert refused(path) == "holds 2 networks that fit ('student....', 'teacher....'); save the one alone"
+    torch.save({"a": saved, "b": saved}, path)
+    assert refused(path) == "holds 2 networks that fit ('a: ...', 'b: ...'); save the one alone"
+
+
+def test_a_wrapped_network_that_does_not_fit_is_named_by_its_first_keys(
+    tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"net": {f"encoder.{k}": v for k, v in CNN.build(SHAPE, 7).state_dict().items()}}, path)
+    assert refused(path).startswith("the file's teacher has 7 classes (")
+    torch.save({f"layer{k}": v for k, v in saved.items()}, path)
+    assert refused(path).endswith(
+        "The file begins with layer0.weight, layer1.weight, layer1.bias, and the network with 0.weight, 1.weight, 1.bias"
+    )
 
 
 def test_large_image_weights_for_small_images_name_the_first_convolution(tmp_path: Path) -> None:

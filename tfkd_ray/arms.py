@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from tfkd_ray import remote
+from tfkd_ray import own_code, remote
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import DIRECTIONS, Record, about_now, damaged, read_experiment, read_records, write_text
@@ -394,7 +394,7 @@ def new_comparison(
     digest = compared.example.data.pinned().digest
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
     about = {
-        **about_now([masked(word) for word in sys.argv]),
+        **about_now([masked(word) for word in sys.argv], compared.model_dump(mode="json")),
         "id": uuid.uuid4().hex,
         "loop_version": LOOP_VERSION,
         "fail_if_not_better": strict,
@@ -447,6 +447,7 @@ def read_comparison(directory: Path) -> Comparison:
     if not os.path.lexists(path):
         raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
     about = read_yaml(path, follow=False)
+    own_code.remember(about.get("directory"))
     with damaged(path):
         arms = validated(Arms, about["compared"], path)
         options = {key: bool(about[key]) for key in ("teacher_per_seed", "hold_out")}

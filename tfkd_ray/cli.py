@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tfkd_ray import __version__
-from tfkd_ray.own_code import enter_job
+from tfkd_ray.own_code import enter_job, remember
 from tfkd_ray.passwords import masked
 
 if TYPE_CHECKING:
@@ -687,6 +687,8 @@ def _resume(args: argparse.Namespace) -> int:
             raise ConfigError(problems, experiment)
         return _compare(experiment, args.address)
     about = read_experiment(experiment)
+    if told := remember(about.get("directory")):
+        _say(told)
     about["space"]["search"]["num_samples"] += args.add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
     wider = load_space(args.space) if args.space else None
@@ -878,7 +880,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     for record in [r for r in records if r.status == "failed"][:3]:
         print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
     if winner is None:
-        print("no trial of full length yet, so there is no best one")
+        begun = "no trial of full length yet" if records else "no trial had begun when the sweep ended"
+        print(f"{begun}, so there is no best one")
         return FAILED if count["failed"] and not count["interrupted"] else OK
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
     for key, value in winner.parameters.items():
@@ -948,6 +951,8 @@ def _confirm(args: argparse.Namespace) -> int:
         return code
     given = _to_resume(_place(args.file)).expanduser().absolute()
     if given.is_dir():
+        if told := remember(read_experiment(given).get("directory")):
+            _say(told)
         args.storage = given.parent  # where its teachers are
         directory = _new_directory(args, f"{given.name}-confirm")
         rivals = rivals_of(args.baselines)
@@ -1025,9 +1030,15 @@ def _compare(directory: Path, address: str | None) -> int:
             return FAILED if ended is None else _interrupted(directory)
     from tfkd_ray.confirm import judge_on_test, table
 
-    _say("opening the test split")
+    said: list[str] = []
+
+    def opened(run: str) -> None:
+        if not said:
+            _say("opening the test split")
+        said.append(run)
+
     try:
-        result = judge_on_test(directory)
+        result = judge_on_test(directory, opened)
     except KeyboardInterrupt:
         return _interrupted(directory)
     print("\n".join(table(result)))

@@ -24,7 +24,7 @@ from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.experiment import ctrl_c_waits
-from tfkd_ray.own_code import before_the_library
+from tfkd_ray.own_code import before_the_library, safe_path
 from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, Unreachable
 
@@ -71,7 +71,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     if address is None:
         own_token()
         _set_token_mode("token")
-        with ctrl_c_waits():
+        with ctrl_c_waits(), safe_path():
             ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         _started.append(ray.get_runtime_context().gcs_address)
         return True
@@ -92,11 +92,11 @@ class _PathAsHere(JobConfig):  # type: ignore[misc]
     a job has a `working_dir`, Ray puts its copy first, and adds nothing.
     """
 
-    def _serialize(self) -> str:
+    def _serialize(self) -> Any:
         if not self._runtime_env_has_working_dir():
             self._py_driver_sys_path = before_the_library()
             self._cached_pb = None
-        return str(super()._serialize())
+        return super()._serialize()
 
 
 def keep_keys_at_home() -> None:

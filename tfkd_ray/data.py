@@ -42,6 +42,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 from torch import Tensor
 
+from tfkd_ray import own_code
 from tfkd_ray.files import (
     ArraysOnly,
     cached,
@@ -730,6 +731,14 @@ class TinyImagenet(FileDataset):
                 return folder
         raise self._missing(f"{', '.join(needs)}, all in one folder", folders)
 
+    def _wnids(self, folder: Path) -> list[str]:
+        classes = sorted(self._text(folder / "wnids.txt").split())
+        if len(set(classes)) != self.num_classes:
+            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
+        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
+            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
+        return classes
+
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         folder = self._folder()
         classes = self._wnids(folder)
@@ -747,14 +756,6 @@ class TinyImagenet(FileDataset):
         wnid = min(self._text(folder / "wnids.txt").split(), default="")
         first = min((folder / split / wnid / "images").glob("*.JPEG"), default=None)
         return [cached_file(f"{self.name}-{split}", first)] if first else []
-
-    def _wnids(self, folder: Path) -> list[str]:
-        classes = sorted(self._text(folder / "wnids.txt").split())
-        if len(set(classes)) != self.num_classes:
-            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
-        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
-            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
-        return classes
 
     def _examine(self) -> None:
         folder = self._folder()
@@ -984,13 +985,13 @@ def imported(path: str, what: str) -> Any:
     top = module_name.partition(".")[0]
     try:
         if top not in sys.modules and importlib.util.find_spec(top) is None:
-            sys.path.append(str(Path.cwd()))
+            sys.path.append(own_code.here()["directory"])
             importlib.invalidate_caches()
         with seeded(0, "import", module_name):
-            module = importlib.import_module(module_name)
+            module = own_code.at_home(importlib.import_module)(module_name)
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            looked = f"looked in {Path.cwd()} and wherever Python does"
+            looked = f"looked in {own_code.here()['directory']} and wherever Python does"
             raise ConfigError(f"{what}: {path}: there is no module {error.name!r} ({looked})") from None
         problem = f"importing {module_name} ends in {type(error).__name__}: {error}"
         raise ConfigError(f"{what}: {path}: {problem}") from error
@@ -1055,7 +1056,7 @@ class Own(Dataset):
             raise ConfigError(f"data.path: {self.path} {problem}; see data.args") from None
         except ValueError:  # written in C, without a signature
             pass
-        return function
+        return own_code.at_home(function)
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         function = self._function()

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from tfkd_ray import own_code
 from tfkd_ray.files import DISK_ERRORS, PART, descriptor_of, kind_of, legible, opened, write_bytes
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
 
@@ -95,14 +96,16 @@ def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str])
     seeds = {"trials": tree["seed"], "proposals": tree["search"]["seed"], "split": tree["data"]["split_seed"]}
     write_text(
         experiment / "experiment.yaml",
-        dump_yaml({**about_now(argv), "seeds": seeds, "space": dict(tree)}),
+        dump_yaml({**about_now(argv, tree), "seeds": seeds, "space": dict(tree)}),
         durable=True,
     )
 
 
-def about_now(argv: list[str]) -> dict[str, Any]:
-    """What runs here and now: layout, time, command, versions, git commit."""
+def about_now(argv: list[str], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs here and now: layout, time, command, versions, git commit; for code of one's own, the directory."""
+    directory = {"directory": own_code.here()["directory"]} if own_code.is_needed(tree) else {}
     return {
+        **directory,
         "layout": VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": argv,

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tfkd_ray import own_code
 from tfkd_ray.data import imported, is_only_reading
 from tfkd_ray.schema import ConfigError, Settings, named
 
@@ -512,7 +513,7 @@ class Own(Network):
     name: Literal["own"] = "own"
     memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # a `view` of theirs may count on the order
     path: str
-    """`package.module:function`, importable from the current directory or installed, on every machine."""
+    """`package.module:function`, installed or in the directory where `tfkd` is started, where it also runs."""
     args: dict[str, JsonValue] = {}
     """More arguments of the function."""
 
@@ -540,7 +541,7 @@ class Own(Network):
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         self.check(shape)
         function = imported(self.path, "path")
-        make = functools.partial(function, shape=shape, num_classes=num_classes, **self.args)
+        make = functools.partial(own_code.at_home(function), shape=shape, num_classes=num_classes, **self.args)
         return _tried(f"model {self.path}", make, shape, num_classes)
 
 

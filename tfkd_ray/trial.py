@@ -81,8 +81,6 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         seal_test_split()
-        if "home" in config["trial"]:
-            own_code.enter(config["trial"]["home"])
         self._group: Group | None = None
         self._epochs: Iterator[Metrics] = iter(())
         self._notes: list[str] = []
@@ -114,6 +112,8 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._about = config["trial"]
+        if "home" in self._about:  # each time: Ray has gone to a folder of its own
+            own_code.enter(self._about["home"])
         run = {key: value for key, value in config.items() if key != "trial"}
         workers = run["workers"]
         if workers == 1:

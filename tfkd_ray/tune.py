@@ -211,6 +211,7 @@ def resume_tuner(
         experiment = remote.fetched(str(experiment))
     experiment = Path(experiment).expanduser().absolute()
     about = read_experiment(experiment)
+    own_code.remember(about.get("directory"))
     check_writable(experiment, "an experiment directory of yours")
     with contextlib.ExitStack() as undone:
         lock = Lock(experiment)

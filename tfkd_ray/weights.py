@@ -7,7 +7,7 @@ import contextlib
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from tfkd_ray.schema import ConfigError, did_you_mean
 Weights = dict[str, Tensor]
 """A state_dict, on the CPU."""
 
-WRAPPERS = ("state_dict", "model")
-"""Keys under which training scripts keep the state_dict in their checkpoints."""
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
+"""Keys under which training scripts keep the state_dict in their checkpoints; of several that fit, the first."""
+WRAPPED = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
+"""Names that torch.compile and other wrappers put among a network's own."""
 OLD_DENSENET = r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"
 """Names in torchvision's files for DenseNet, with a dot more than in its networks."""
 
@@ -49,11 +51,15 @@ def load_outside(
         else:
             path = Path(weights).expanduser()
             _check_same_data(path, data)
-        found = _read(path)
+        kept = _read(path)
         with torch.random.fork_rng(devices=[]):
             wanted: Weights = model.build(shape, num_classes).state_dict()
+        found = _of_network(kept, wanted, lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes)))
         if problems := list(_misfits(found, wanted, model.name, num_classes)):
             raise ConfigError(problems)
+        for key, value in found.items():
+            if not value.isfinite().all():
+                raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
     except ConfigError as error:
         raise ConfigError(f"teacher.weights: {weights}: {problem}" for problem in error.problems) from None
     return {key: found[key].to(value.dtype, copy=True) if key in found else value for key, value in wanted.items()}
@@ -62,8 +68,8 @@ def load_outside(
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Weights:
-    """The state_dict in a file, out of its wrapper; its tensors finite."""
+def _read(path: Path) -> dict[str, Weights]:
+    """The state_dicts in a file, by the keys that they are under, those of `WRAPPERS` first."""
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
         raise ConfigError(f"is a directory; name a file in it: {', '.join(inside) or 'it holds no weights'}")
@@ -74,30 +80,74 @@ def _read(path: Path) -> Weights:
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
     tree = _parsed(path)
-    for key in WRAPPERS:
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            tree = tree[key]
-    pairs = list(tree.items()) if isinstance(tree, Mapping) else []
-    if not pairs or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
-        keys = f" with {', '.join(str(key) for key, _ in pairs[:3])}" if pairs else ""
+    found = dict(_state_dicts(tree))
+    if not found:
+        keys = f" with {', '.join(str(key) for key in list(tree)[:3])}" if isinstance(tree, Mapping) and tree else ""
         raise ConfigError(f"holds no state_dict (tensors by name), but a {type(tree).__name__}{keys}")
-    if all(key.startswith("module.") for key in tree):  # of DistributedDataParallel
-        tree = {key.removeprefix("module."): value for key, value in tree.items()}
-    tree = {re.sub(OLD_DENSENET, r"\1\2", key): value for key, value in tree.items()}
-    for key, value in tree.items():
-        if not value.isfinite().all():
-            raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
-    return tree
+    return found
+
+
+def _state_dicts(tree: Any, under: tuple[str, ...] = ()) -> Iterator[tuple[str, Weights]]:
+    """The state_dicts in what a training script saved, each with the keys that it is under."""
+    if not isinstance(tree, Mapping) or len(under) > MOST_WRAPPERS:
+        return
+    pairs = list(tree.items())
+    if pairs and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        named = {re.sub(WRAPPED, "", key).removeprefix("."): value for key, value in pairs}
+        yield ".".join(under), {re.sub(OLD_DENSENET, r"\1\2", key): value for key, value in named.items()}
+        return
+    known = [key for key in WRAPPERS if key in tree]
+    for key in (*known, *(key for key in tree if key not in known)):
+        yield from _state_dicts(tree[key], (*under, str(key)))
+
+
+MOST_WRAPPERS = 3
+"""Levels of a checkpoint that are looked through for state_dicts."""
+
+
+def _of_network(kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weights], bool]) -> Weights:
+    """The tensors of one network among those that a file keeps, without the prefix that a wrapper gave them.
+
+    That network is the one that fits, or else the one with the most names in common, of which it is said what differs.
+    """
+    parts = {(under, prefix): _below(prefix, tensors)
+             for under, tensors in kept.items() for prefix in _prefixes(tensors, wanted)}  # fmt: skip
+    fitting = [place for place, tensors in parts.items() if fits(tensors)]
+    if not fitting:
+        return max(parts.values(), key=lambda tensors: len(tensors.keys() & wanted.keys()))
+    first = fitting[0]
+    known = first[0].rpartition(".")[2] in WRAPPERS
+    rivals = [place for place in fitting if place[0] == first[0] or not known]
+    if len(rivals) > 1:
+        names = ", ".join(repr(f"{under}{': ' if under else ''}{prefix}...") for under, prefix in rivals)
+        raise ConfigError(f"holds {len(rivals)} networks that fit ({names}); save the one alone")
+    return parts[first]
+
+
+def _prefixes(tensors: Weights, wanted: Weights) -> list[str]:
+    """None, and what stands before names of the network in a file, as `module.`; the shortest first."""
+    found = {""}
+    for name in wanted:
+        found |= {key.removesuffix(name) for key in tensors if key.endswith(f".{name}")}
+        if len(found) > 1:
+            break
+    return sorted(found, key=len)
+
+
+def _below(prefix: str, tensors: Weights) -> Weights:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _parsed(path: Path) -> Any:
     """What a file of safetensors or of torch holds."""
-    if path.suffix != ".safetensors":
+    safe = _is_safetensors(path)
+    if not safe:
         check_torch()
     try:
-        if path.suffix == ".safetensors":
+        if safe:
             return load_file(path)
-        return torch.load(path, weights_only=True, map_location="cpu")
+        with path.open("rb") as file:  # torch goes by the suffix of a path
+            return torch.load(file, weights_only=True, map_location="cpu")
     except SafetensorError as error:
         raise ConfigError(f"damaged, or not safetensors: {error}") from None
     except pickle.UnpicklingError as error:
@@ -109,6 +159,15 @@ def _parsed(path: Path) -> Any:
         raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors by its first bytes, whatever its suffix; else by its suffix."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    if begin.startswith((b"PK", b"\x80")):  # a zip or a pickle
+        return False
+    return begin[8:] == b"{" or path.suffix == ".safetensors"
 
 
 def _line(error: Exception) -> str:
@@ -223,7 +282,8 @@ def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> It
     problems += [f"it has {_some(more)} that the network has not"] if more else []
     problems += [f"of another shape: {_some(both)}"] if both else []
     if problems:
-        yield f"does not fit {name} for these images: {'; '.join(problems)}. teacher.model must be the network it is of"
+        names = f"The file begins with {', '.join(list(found)[:3])}, and the network with {', '.join(list(wanted)[:3])}"
+        yield f"does not fit {name} for these images: {'; '.join(problems)}. {names}"
     for key in wanted.keys() & found.keys():
         if found[key].is_floating_point() != wanted[key].is_floating_point():
             yield f"{key} is {found[key].dtype}, not {wanted[key].dtype}"
