@@ -68,7 +68,7 @@ def test_a_ray_that_does_not_start_in_time_is_a_sentence(no_ray: None, monkeypat
         connect()
 
 
-@pytest.mark.parametrize("package", ["torch", "ray", "pydantic"])
+@pytest.mark.parametrize("package", ["torch", "pydantic"])
 def test_a_python_that_lacks_a_package_says_which_python_and_which_package(package: str, tmp_path: Path) -> None:
     """As the `python` of a head that runs a job, outside of the environment where tfkd is."""
     code = f"import sys; sys.modules[{package!r}] = None; from tfkd_ray.cli import main; sys.exit(main(['tune', 'digits_tfkd']))"
