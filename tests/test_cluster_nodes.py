@@ -184,6 +184,23 @@ def test_a_trial_whose_node_is_preempted_goes_on_elsewhere_within_a_minute(place
     assert_same_as_never_lost(place / "s/e", space["search"]["num_samples"])
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(place: Path, workers: int) -> None:
+    network = {"name": "own", "path": "tests.broken:network", "args": {"file": str(place / "broken")}}
+    search = {**SPACE["search"], "num_samples": 8 if workers == 1 else 2}
+    space = {**SPACE, "student": network, "epochs": 3, "workers": workers, "search": search}
+    report = reported("sweep_beside_broken.py", place, space)
+    assert report["states"] == ["done"] * search["num_samples"], report
+    assert sum(report["lost"]) <= (3 if workers == 1 else 2), report
+    for note in report["notes"]:
+        assert (
+            f"({report['bad'][:8]}): 3 trials in a row were lost there: AcceleratorError: CUDA error: an illegal"
+            in note
+        )
+        assert note.endswith("it gets no more trials of this sweep")
+    assert len(report["notes"]) == (sum(report["lost"]) == 3), report
+
+
 def test_workers_of_a_trial_are_packed_on_a_node_or_spread_over_all_as_placement_says(place: Path) -> None:
     space = {**SPACE, "epochs": 2, "workers": 2, "search": {**SPACE["search"], "num_samples": 1}}
     spread, packed = reported(
@@ -305,7 +322,8 @@ def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_
     ports = [f"--{name}={port}" for name, port in PORTS.items()]
     ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *ports, "--dashboard-agent-listen-port=6492",
               RAY_AUTH_MODE="disabled")  # fmt: skip
-    space = {**SPACE, "objective": "kd", "teacher": {"epochs": 1}, "epochs": 1, "search": {"num_samples": 1}}
+    space = {**SPACE, "objective": "kd", "epochs": 1, "search": {"num_samples": 1}}
+    space["teacher"] = {"model": SPACE["student"], "epochs": 1}
     (place / "space.yaml").write_text(json.dumps(space))
     given = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
     given |= {"RAY_ADDRESS": "127.0.0.1:6490", "RAY_AUTH_TOKEN_PATH": str(place / "token")}

@@ -56,6 +56,27 @@ def test_a_token_that_a_cluster_does_not_take_is_said_at_once(
     assert said.startswith("refused:") and sentence in said, said
 
 
+def test_a_ray_that_does_not_start_in_time_is_a_sentence(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(**options: object) -> None:
+        raise Exception("The current node timed out during startup.\nDid not find socket name")
+
+    monkeypatch.setattr("tfkd_ray.cluster.ray.init", slow)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with pytest.raises(
+        Unreachable, match=r"Ray did not start on this machine: The current node timed out .* try again"
+    ):
+        connect()
+
+
+@pytest.mark.parametrize("package", ["torch", "pydantic"])
+def test_a_python_that_lacks_a_package_says_which_python_and_which_package(package: str, tmp_path: Path) -> None:
+    """As the `python` of a head that runs a job, outside of the environment where tfkd is."""
+    code = f"import sys; sys.modules[{package!r}] = None; from tfkd_ray.cli import main; sys.exit(main(['tune', 'digits_tfkd']))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert f"tfkd tune: {sys.executable} has no '{package}', which tfkd needs" in run.stderr
+
+
 # --- heads that are gone
 
 

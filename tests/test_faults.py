@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -433,6 +434,23 @@ def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str
     assert tfkd("resume", "tfkd_results/e").returncode == 0
     for record, again in zip(records, read_records(experiment), strict=True):
         assert again.status == "done" and again.metrics[: len(record.metrics)] == record.metrics
+
+
+def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # on a Ray of its own
+    experiment = tmp_path / "tfkd_results" / "e"
+    with tuning(tree({"num_samples": 2}, epochs=100_000), tmp_path) as driver:
+        wait(lambda: any(len(m) > 3 for m in written_metrics(experiment)), "a trial of 3 epochs")
+        ours = psutil.Process(driver.pid).children(recursive=True)
+        (gcs,) = (process for process in ours if process.name() == "gcs_server")
+        gcs.kill()
+        assert driver.wait(58) == 1
+        said = (tmp_path / "said").read_text()
+        assert "stopped: Ray's head at " in said and said.endswith("go on with:\n  tfkd resume tfkd_results/e\n"), said
+        assert "Traceback" not in said
+        wait(lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"], "all has ended", 10)
 
 
 # --- trials that fail

@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 import pytest
 import ray
+import torch
 from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -27,7 +28,8 @@ from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import open_journal
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import train_teacher
-from tfkd_ray.tune import Losses, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
+from tfkd_ray.trial import _is_of_broken_gpu
+from tfkd_ray.tune import Losses, NoNodeLeft, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
 
@@ -433,3 +435,66 @@ def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tm
     (tmp_path / "last.ckpt").touch()  # its process was at it
     recorder.on_experiment_end([])
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+# --- a GPU that is broken
+
+
+BROKEN = {
+    "illegal access": torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ..."),
+    "assert": torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    "launch": RuntimeError("CUDA error: unspecified launch failure"),
+    "ECC": RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    "NCCL": RuntimeError("NCCL error: remote process exited or there was a network error, ncclRemoteError"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    "no GPU": RuntimeError("gpus_per_worker is 1, and torch sees no GPU here"),
+}
+SOUND = {
+    "memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "memory in CUDA": RuntimeError("CUDA error: out of memory"),
+    "arguments": torch.AcceleratorError("CUDA error: invalid configuration argument"),
+    "own": ValueError("illegal memory access, says the user's own check"),
+    "shapes": RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+}
+
+
+@pytest.mark.parametrize("name", [*BROKEN, *SOUND])
+def test_an_error_after_which_a_process_has_no_gpu_is_told_from_the_trials_own(name: str) -> None:
+    assert _is_of_broken_gpu((BROKEN | SOUND)[name]) is (name in BROKEN)
+    behind = RuntimeError("while tidying up")
+    behind.__context__ = (BROKEN | SOUND)[name]
+    assert _is_of_broken_gpu(behind) is (name in BROKEN)
+
+
+def test_a_gpu_that_breaks_ends_the_process_and_the_sweep_before_it_burns_the_proposals(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "broken"
+    file.write_text("everywhere")
+    student = {"name": "own", "path": "tests.broken:network", "args": {"file": str(file)}}
+    search = {**TREE["search"], "num_samples": 5, "max_concurrent": 1}
+    space = {**TREE, "student": student, "epochs": 1, "search": search}
+    with pytest.raises(NoNodeLeft) as ended:
+        build_tuner(space, name="e", storage=tmp_path).fit()
+    assert "3 trials in a row were lost there: AcceleratorError: CUDA error: an illegal" in str(ended.value)
+    (record,) = read_records(tmp_path / "e")  # the other proposals were not burnt
+    assert record.status == "failed" and "lost 3 times in epoch 1 (AcceleratorError: CUDA error" in str(record.reason)
+    file.unlink()
+    resume_tuner(tmp_path / "e", retry_failed=True).fit()
+    assert [r.status for r in read_records(tmp_path / "e")] == ["done"] * 5
+
+
+def test_a_gpu_that_breaks_in_a_later_epoch_costs_one_process_and_no_trial(ray_cluster: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken"
+    file.write_text("everywhere")
+
+    class Mended(tune.Callback):  # type: ignore[misc]
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            file.unlink(missing_ok=True)
+
+    student = {"name": "own", "path": "tests.broken:network", "args": {"file": str(file), "after": 12}}
+    search = {**TREE["search"], "num_samples": 2, "max_concurrent": 1}
+    space = {**TREE, "student": student, "search": search}
+    build_tuner(space, name="e", storage=tmp_path, callbacks=[Mended()]).fit()
+    records = read_records(tmp_path / "e")
+    assert [(r.status, r.lost, len(r.metrics)) for r in records] == [("done", 1, 3), ("done", 0, 3)]

@@ -44,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # of names that are no UTF-8, or not of the terminal's
     enter_job()
     argv, command = _command_of(_words() if argv is None else list(argv))
-    from tfkd_ray.files import Legible
-
+    try:
+        from tfkd_ray.files import Legible
+        from tfkd_ray.schema import ConfigError, Unreachable
+    except ModuleNotFoundError as error:
+        return _not_installed(argv[0] if argv else "", error)
     with contextlib.redirect_stderr(Legible(sys.stderr)):
         args = _parsed(argv)
-    from tfkd_ray.schema import ConfigError, Unreachable
 
     args.command = command
     try:
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(f"tfkd {args.verb}: interrupted before a trial ran, so there is nothing to resume")
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        return _not_installed(args.verb, error)
     except BrokenPipeError:  # the reader of our output left: not our failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
@@ -76,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.filename or "the disk")
         _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
+
+
+def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
+    """Say that this Python lacks a package, as that of a cluster's head may, which runs jobs."""
+    _say(f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there (on a cluster: "
+         "in the environment that Ray was started from, whose `python` runs jobs)")  # fmt: skip
+    return FAILED
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -800,7 +811,8 @@ def _progress(experiment: Path) -> Any:
 
 def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
     """Build a Tuner and run it: whether it came to its end; None, and a sentence, if something was in its way."""
-    from tfkd_ray.tune import TeacherFailed, disk_trouble
+    from tfkd_ray.cluster import head_watched
+    from tfkd_ray.tune import TeacherFailed, disk_trouble, no_node_left
 
     try:
         tuner = build(progress)
@@ -813,12 +825,17 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
         if disk_trouble(args.exc_value) is None:
             threading.__excepthook__(args)
 
+    def gone(what: str) -> None:
+        progress.stop()
+        _say(f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {_short(experiment)}")
+        os._exit(FAILED)  # whatever waits for Ray would wait until Ray ends this process
+
     threading.excepthook = heard
     try:
-        with _ctrl_c(progress) as interrupted:
+        with head_watched(gone), _ctrl_c(progress) as interrupted:
             tuner.fit()
     except Exception as error:
-        trouble = disk_trouble(error)
+        trouble = disk_trouble(error) or no_node_left(error)
         if trouble is None:
             raise
         progress.stop()

@@ -3,12 +3,14 @@
 import contextlib
 import importlib.metadata
 import inspect
+import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import ray
 from packaging.requirements import Requirement
 from ray.job_config import JobConfig
 from ray.tune import PlacementGroupFactory
+from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from tfkd_ray import remote
@@ -71,8 +74,15 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     if address is None:
         own_token()
         _set_token_mode("token")
-        with ctrl_c_waits(), safe_path():
-            ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
+        try:
+            with ctrl_c_waits(), safe_path():
+                ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
+        except Exception as error:  # a bare one where a node is not up within 30 s
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Unreachable(
+                f"Ray did not start on this machine: {reason}; its logs are in {temp_dir()}/session_latest/logs; where "
+                "the machine is busy, try again"
+            ) from None
         _started.append(ray.get_runtime_context().gcs_address)
         return True
     address = _found_here() if address == "auto" else address
@@ -128,6 +138,55 @@ def give_larger_share(trial: Any) -> None:
         trial.max_failures += trial.max_failures >= 0  # it was not lost
         path.unlink()
         remote.send(path)
+
+
+BROKEN_GPU = "broken_gpu.json"
+"""File in a trial's folder: the node (`node`, its id, and `host`) whose GPU failed, or what CUDA keeps of it in the
+trial's process, and the `reason`."""
+
+_shunned: set[str] = set()
+"""Ids of the nodes that get no more trials of the sweep that runs in this process."""
+
+
+def shun(node: str) -> None:
+    """Let no trial that is not placed yet begin on a node."""
+    _shunned.add(node)
+
+
+def shun_nobody() -> None:
+    """Begin a sweep: what was wrong with a node may have been mended."""
+    _shunned.clear()
+
+
+def label_selectors(avoid: Iterable[str], bundles: int) -> dict[str, Any]:
+    """What keeps placement groups from nodes, by their ids; empty where there are none."""
+    nodes = sorted(avoid)
+    if not nodes:
+        return {}
+    others = f"!in({','.join(nodes)})" if len(nodes) > 1 else f"!{nodes[0]}"
+    return {"bundle_label_selector": [{"ray.io/node-id": others}] * bundles}
+
+
+def shunning(request: PlacementGroupFactory, more: str | None = None) -> PlacementGroupFactory:
+    """The same request, but on none of the nodes that are shunned, nor on one `more` while others are there."""
+    there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    avoid = _shunned | ({more} if more is not None and there - _shunned - {more} else set())
+    return PlacementGroupFactory(request.bundles, request.strategy, **label_selectors(avoid, len(request.bundles)))
+
+
+def found_broken(trial: Any) -> dict[str, str] | None:
+    """What a trial that has ended with an error said of its GPU."""
+    path = remote.bring(Path(trial.config["trial"]["directory"]) / BROKEN_GPU)
+    return dict(json.loads(path.read_text())) if path.exists() else None
+
+
+def send_elsewhere(trial: Any) -> None:
+    """Let a lost trial go on on a node that is not shunned, nor the one whose GPU failed it while others are there."""
+    broken = found_broken(trial)
+    goes_on = trial.status != Trial.RUNNING  # Tune has put it back into the queue
+    if goes_on and (broken is not None or _shunned):
+        trial.config["trial"]["avoid"] = sorted(_shunned | ({broken["node"]} if broken else set()))
+        trial.update_resources(shunning(trial.placement_group_factory, broken["node"] if broken else None))
 
 
 _started: list[str] = []
@@ -276,6 +335,43 @@ def _lets_in(address: str, key: str | None = None) -> bool:
     return True
 
 
+HEAD_GONE_S = 30
+"""How long a head may not answer before a command ends with a sentence; after 60 s Ray ends the process without one."""
+
+
+@contextlib.contextmanager
+def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
+    """Call, in a thread, with a sentence when the head of the connected cluster has gone, as when its GCS was killed.
+
+    Before that, all processes of a cluster that was started here are ended.
+    """
+    import psutil  # Ray brings it along
+
+    address, over = str(ray.get_runtime_context().gcs_address), threading.Event()
+    ours = started_here()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not over.wait(2):
+            try:
+                _check_answers(address)
+                answered = time.monotonic()
+            except Unreachable:
+                if time.monotonic() - answered > HEAD_GONE_S and not over.is_set():
+                    for process in psutil.Process().children(recursive=True) if ours else ():
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            process.kill()
+                    when_gone(f"Ray's head at {address} is gone (its GCS has not answered for {HEAD_GONE_S} s)")
+                    return
+
+    thread = threading.Thread(target=watch, name="head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def _cannot_join(address: str, reason: str) -> str:
     """Why Ray could not join a cluster that is there."""
     first = f"cannot join the Ray cluster at {address}: {reason.splitlines()[0]}"
@@ -316,7 +412,7 @@ def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]
 
 
 def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in _shunned]
 
 
 def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from safetensors.numpy import load_file
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ from tfkd_ray.images import Images
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
-from tfkd_ray.tune import Lock, Losses, Recorder, assemble, ending, place_of, prepare, train_teachers
+from tfkd_ray.tune import Lock, Losses, Recorder, SharingFifo, assemble, ending, place_of, prepare, train_teachers
 from tfkd_ray.verdict import scores
 
 LOGITS = "test.safetensors"
@@ -151,11 +150,11 @@ def comparison_tuner(
         for number, run in enumerate(runs)
         if run.name not in done
     ]
-    losses = Losses()
+    losses = Losses(config=compared.runs[0].config, on_note=on_note)
     return assemble(
         config,
         directory,
-        tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=FIFOScheduler(), num_samples=-1),
+        tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1),
         tune.RunConfig(),
         [TensorBoard(directory / "tb"), losses, Recorder(losses), *callbacks, *ending(directory, lock, on_note)],
         max_failures=2,

@@ -35,7 +35,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.repeater import TRIAL_INDEX
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from tfkd_ray.cluster import caller_argument, give_larger_share
+from tfkd_ray.cluster import caller_argument, give_larger_share, send_elsewhere
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import (
     DIRECTIONS,
@@ -703,6 +703,7 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
             self.searcher.note_error(trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
         if "directory" in trial.config["trial"]:  # a trial of `StudentTrial`, not of a user's own trainable
             give_larger_share(trial)
+            send_elsewhere(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """STOP at a rung where the trial is not among the best 1 / factor of its group."""

@@ -7,6 +7,7 @@ stay and take one trial after the other (a TorchTrainer started for each trial w
 
 import contextlib
 import functools
+import json
 import os
 import queue
 import re
@@ -17,7 +18,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from ray import tune
 
 from tfkd_ray import own_code, remote, teachers
-from tfkd_ray.cluster import DRIVER, OUT_OF_MEMORY
+from tfkd_ray.cluster import BROKEN_GPU, DRIVER, OUT_OF_MEMORY, label_selectors, shunning
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
 from tfkd_ray.experiment import write_text
@@ -56,6 +57,10 @@ class GroupLost(RuntimeError):
     """A group's workers are gone, by no fault of the trial's configuration."""
 
 
+class BrokenGpu(RuntimeError):
+    """A GPU, or what CUDA keeps of it in this process, is broken, by no fault of the trial's configuration."""
+
+
 class TrialFailed(RuntimeError):
     """The trial's own failure, as a worker told it."""
 
@@ -68,7 +73,7 @@ def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
     """What Tune reserves for a trial's own process (a group's workers are reserved by Ray Train)."""
     if config.workers > 1:
         return tune.PlacementGroupFactory([{DRIVER: 0.01}])
-    return tune.PlacementGroupFactory([config.worker_resources])
+    return shunning(tune.PlacementGroupFactory([config.worker_resources]))
 
 
 class StudentTrial(tune.Trainable):  # type: ignore[misc]
@@ -138,7 +143,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         epoch = int(metrics["epoch"])
         note = {"note": "; ".join(self._notes)} if self._notes else {}
         self._notes.clear()
-        return {**metrics, **note, "epoch": epoch, "done": epoch == self._about["epochs"]}
+        return {**metrics, **note, "epoch": epoch, "done": epoch == self._about["epochs"], "node": _node()}
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, TrialFailed):
@@ -155,6 +160,9 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             write_text(folder / OUT_OF_MEMORY, str(share))
             remote.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
+        if _is_of_broken_gpu(error) or (share and not _gpu_answers()):
+            _note_broken(folder, reason)
+            raise BrokenGpu(reason) from None  # ends this process; the trial goes on elsewhere
         return {"failed": reason, "done": True}
 
     def cleanup(self) -> None:
@@ -249,6 +257,50 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+_BROKEN = re.compile(
+    "illegal memory access|illegal instruction|device-side assert|misaligned address|invalid program counter"
+    "|hardware stack error|launch timed out|un(specified|known) launch failure|CUDA error: un(specified|known)"
+    r"|uncorrectable (ECC|NVLink)|ECC error|\bXid\b|nvlink or a hardware error|fallen off the bus|GPU is lost"
+    "|devices? (is/)?(is|are) busy or unavailable|no CUDA-capable device|no CUDA GPUs are available|torch sees no GPU"
+    "|ncclRemoteError|ncclUnhandledCudaError|remote process exited|(CUBLAS|CUDNN)_STATUS_EXECUTION_FAILED",
+    re.IGNORECASE,
+)
+"""What errors say after which every later use of the GPU in the same process fails, or that leave no GPU to use."""
+
+
+def _is_of_broken_gpu(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, leaves this process without a GPU that works."""
+    while error is not None:
+        known = isinstance(error, RuntimeError | OSError)  # torch's are, torch.AcceleratorError among them
+        if known and not _is_out_of_memory(error) and _BROKEN.search(_reason(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _gpu_answers() -> bool:
+    """Whether this process's GPU can still be used after a trial has failed on it."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def _node() -> str:
+    """Id of the node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def _note_broken(folder: Path, reason: str) -> None:
+    """Leave word of a broken GPU for the driver."""
+    about = {"node": _node(), "host": socket.gethostname()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BROKEN_GPU).write_text(json.dumps({**about, "reason": reason.splitlines()[0]}))
+    with contextlib.suppress(OSError):
+        remote.send(folder / BROKEN_GPU)
+
+
 def _is_of_storage(error: BaseException) -> bool:
     """Whether an error says that a disk is full, read-only or gone, and nothing of the trial itself."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
@@ -324,7 +376,7 @@ class Group:
     def epochs(self, run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
         """The epochs of one trial on the group, which is started, or started again, if need be."""
         if self._desk is None or not self._alive():
-            self._start()
+            self._start(about.get("avoid", []))
         self._runs += 1
         number, done = self._runs, False
         self._tell(("run", number, run, about))
@@ -360,7 +412,7 @@ class Group:
             ray.kill(self._desk)
             self._desk = None
 
-    def _start(self) -> None:
+    def _start(self, avoid: Sequence[str]) -> None:
         if self._desk is not None:
             ray.kill(self._desk)
         # Ray's cleaner of placement groups inherits this; without it, it gives up where two clusters share a host
@@ -369,7 +421,7 @@ class Group:
         env.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is noticed
         env.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # a node may have to be started first
         desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env})
-        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder), own_code.here())
+        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder), own_code.here(), avoid)
 
     def _alive(self) -> bool:
         try:
@@ -408,9 +460,9 @@ class _Desk:
     The trial owns it, so it ends with the trial's process, however that ends; controller and workers end with it.
     """
 
-    def __init__(self, config: dict[str, Any], storage: str, home: own_code.Place) -> None:
+    def __init__(self, config: dict[str, Any], storage: str, home: own_code.Place, avoid: Sequence[str]) -> None:
         own_code.enter(home)
-        self._home = home
+        self._home, self._avoid = home, avoid
         self._commands: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self._results: queue.Queue[tuple[int, str, Any]] = queue.Queue()
         self._trouble: str | None = None
@@ -436,6 +488,7 @@ class _Desk:
                     use_gpu=config.gpus_per_worker > 0,
                     resources_per_worker=config.worker_resources,
                     placement_strategy=config.placement.upper(),
+                    label_selector=label_selectors(self._avoid, 1).get("bundle_label_selector", [None])[0],
                 ),
                 run_config=RunConfig(
                     name=name,
@@ -581,7 +634,9 @@ def _worker(given: dict[str, Any]) -> None:
                 elif what == "stop":
                     _stop(epochs)
         except (Exception, SystemExit) as error:
-            own = not (_is_of_storage(error) or _is_of_communication(error))
+            own = not (_is_of_storage(error) or _is_of_communication(error) or _is_of_broken_gpu(error))
+            if _is_of_broken_gpu(error):
+                _note_broken(Path(remote.here(about)["directory"]), _reason(error))
             keeps, mine = _agreed(control, in_step or isinstance(error, Diverged), own)
             told = (number, "failed", (_reason(error), traceback.format_exc()))
             if keeps:

@@ -17,7 +17,7 @@ import optuna
 import ray
 from filelock import FileLock, Timeout
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.stopper import CombinedStopper, FunctionStopper
 from ray.tune.utils import flatten_dict
@@ -26,12 +26,17 @@ from sqlalchemy.exc import OperationalError
 from tfkd_ray import own_code, remote, teachers
 from tfkd_ray.checkpoint import BEFORE, LAST
 from tfkd_ray.cluster import (
+    BROKEN_GPU,
     check_room,
     connect,
+    found_broken,
     give_larger_share,
     grows_for,
     keep_keys_at_home,
     room_for,
+    send_elsewhere,
+    shun,
+    shun_nobody,
     started_here,
 )  # fmt: skip
 from tfkd_ray.config import TeacherRun, TrainConfig
@@ -364,6 +369,7 @@ def prepare(config: TrainConfig, storage: Path) -> None:
     for note in config.try_networks():
         print(f"note: {note}", file=sys.stderr)
     connect(workers=config.workers)
+    shun_nobody()
     check_room(config)
     check_shared(storage)
 
@@ -517,7 +523,7 @@ def _tuner(
     trials = searcher.remaining()
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
-    losses = Losses(space.search.trial_timeout_s)
+    losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
     ours = [TensorBoard(experiment / "tb", space, space.search.metric), budget, losses, Recorder(losses, budget)]
     tune_config = dataclasses.replace(
         tune_config,
@@ -559,11 +565,21 @@ def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
     return StudyStopping(searcher)
 
 
+class SharingFifo(FIFOScheduler):  # type: ignore[misc]
+    """Ray's order of trials, where those that are lost may need more of a GPU, or another one."""
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        give_larger_share(trial)
+        send_elsewhere(trial)
+        super().on_trial_error(tune_controller, trial)
+
+
 class SharingAsha(ASHAScheduler):  # type: ignore[misc]
     """Ray's ASHA, where trials that share a GPU may run out of its memory."""
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         give_larger_share(trial)
+        send_elsewhere(trial)
         super().on_trial_error(tune_controller, trial)
 
 
@@ -618,6 +634,7 @@ def assemble(
     os.environ.update(_TUNE_SETTINGS)
     experiment = experiment.absolute()
     keep_keys_at_home()
+    shun_nobody()
     at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, max(1, room_for(config))
     more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
     # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
@@ -625,7 +642,7 @@ def assemble(
     if config.workers > 1 or room >= MANY or more:  # else Tune would ask for more trials than there is room for
         searcher, at_once = Room(searcher, config, at_once or sys.maxsize, more), None
     return tune.Tuner(
-        tune.with_resources(StudentTrial, resources_of(config)),
+        tune.with_resources(StudentTrial, lambda proposal: resources_of(config)),  # asked for each trial
         tune_config=dataclasses.replace(
             tune_config,
             search_alg=searcher,
@@ -711,7 +728,8 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         if not (folder / "result.json").exists():
             (folder / "result.json").symlink_to(path.name)
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
-        (folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
+        for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
+            (folder / left).unlink(missing_ok=True)
         self._write(trial, "running")
 
     def on_trial_result(
@@ -783,16 +801,40 @@ def _ended(trial: Any) -> bool:
     return bool((trial.last_result or {}).get("done"))
 
 
+QUICK, QUICK_S = 3, 60
+"""Trials in a row, each lost within so many seconds and without an epoch, after which their node gets no more."""
+
+
+class NoNodeLeft(RuntimeError):
+    """The GPUs of all nodes that have room for a trial are broken; the sweep can be resumed."""
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 class Losses(tune.Callback):  # type: ignore[misc]
     """What becomes of a trial whose process was lost: it goes on, or it has failed, or the sweep must end.
 
     A trial that is lost `max_failures` + 1 times in the same epoch is itself to blame (no memory, a crash). One that
     tells no epoch for `timeout_s` hangs: its process is ended, and it has failed. Where the disk is full, or cannot be
-    written to, no trial is to blame: the system's OSError ends the sweep, which can be resumed.
+    written to, no trial is to blame: the system's OSError ends the sweep, which can be resumed. A node on which the GPU
+    fails `QUICK` trials in a row, each within `QUICK_S`, gets no more; NoNodeLeft ends the sweep where it was the last.
     """
 
-    def __init__(self, timeout_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._timeout_s, self._clock = timeout_s, clock
+    def __init__(
+        self,
+        timeout_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        config: TrainConfig | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self._timeout_s, self._clock, self._config, self._note = timeout_s, clock, config, on_note or _to_stderr
+        self._began: dict[str, float] = {}
+        self._broken: dict[str, list[str]] = {}
+        self._why: dict[str, str] = {}
+        self._over: str | None = None
         self._since: dict[str, tuple[float, Any]] = {}
         self._again: dict[str, int] = {}
         self._epoch: dict[str, int] = {}
@@ -810,7 +852,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
         times = self._again.get(trial.trial_id, trial.max_failures) + 1
         return (
             f"its process was lost {f'{times} times' if times > 1 else 'once'} in epoch "
-            f"{self._epoch.get(trial.trial_id, 0) + 1} (no memory, a crash?)"
+            f"{self._epoch.get(trial.trial_id, 0) + 1} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
         )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -818,6 +860,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
             folder = Path(trial.config["trial"]["directory"])
             self._all[trial.trial_id] = read_record(folder).lost if (folder / "trial.json").exists() else 0
         self._again.setdefault(trial.trial_id, trial.max_failures)
+        self._began[trial.trial_id] = self._clock()
         self._since[trial.trial_id] = self._clock(), trial
 
     def on_trial_result(
@@ -826,23 +869,29 @@ class Losses(tune.Callback):  # type: ignore[misc]
         self._since[trial.trial_id] = self._clock(), trial
         if result.get("epoch", 0) > self._epoch.get(trial.trial_id, 0):  # a new epoch: what was lost before is forgiven
             self._epoch[trial.trial_id] = result["epoch"]
+            self._began.pop(trial.trial_id, None)
+            self._broken.pop(result.get("node", ""), None)
             if trial.max_failures >= 0:
                 trial.max_failures = trial.num_failures + self._again[trial.trial_id]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for known in (self._since, self._again, self._epoch):
+        for known in (self._since, self._again, self._epoch, self._began):
             known.pop(trial.trial_id, None)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._since.pop(trial.trial_id, None)
         self._all[trial.trial_id] = self.count(trial) + 1
         self._check_disk(trial)
+        self._check_gpu(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._since.pop(trial.trial_id, None)
         self._check_disk(trial)
+        self._check_gpu(trial)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._over is not None:  # here, where all have been told what became of the trial
+            raise NoNodeLeft(self._over)
         if self._timeout_s is None:
             return
         for trial_id, (since, trial) in list(self._since.items()):
@@ -853,6 +902,28 @@ class Losses(tune.Callback):  # type: ignore[misc]
                 trial.max_failures = trial.num_failures  # it would hang again
                 ray.kill(actor)
 
+    def _check_gpu(self, trial: Any) -> None:
+        """Shun the trial's node if its GPU failed it as the ones before; if no other node is left, that is the end."""
+        broken, began = found_broken(trial), self._began.pop(trial.trial_id, None)
+        if broken is None:
+            self._why.pop(trial.trial_id, None)
+            return
+        self._why[trial.trial_id] = broken["reason"]
+        path = Path(trial.config["trial"]["directory"]) / BROKEN_GPU
+        path.unlink()
+        remote.send(path)
+        if began is None or self._clock() - began > QUICK_S:
+            return
+        node, row = broken["node"], self._broken.setdefault(broken["node"], [])
+        row.append(trial.trial_id)
+        if len(row) == QUICK:
+            shun(node)
+            why = f"node {broken['host']} ({node[:8]}): {QUICK} trials in a row were lost there: {broken['reason']}"
+            if self._config is not None and room_for(self._config) < 1:
+                self._over = f"{why}; no other node has room for a trial"
+            else:
+                self._note(f"{why}; it gets no more trials of this sweep")
+
     def _check_disk(self, trial: Any) -> None:
         """Raise if the trial's next checkpoint could not be written."""
         folder = Path(trial.config["trial"]["directory"])
@@ -860,7 +931,16 @@ class Losses(tune.Callback):  # type: ignore[misc]
         check_room_for(folder, 2 * (state.stat().st_size if state.exists() else 0) + 2**20)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_since": {}, "_clock": None}
+        return {**self.__dict__, "_since": {}, "_clock": None, "_note": None}
+
+
+def no_node_left(error: BaseException | None) -> str | None:
+    """A sentence about the node that was the last to get trials, if that is what an error came of."""
+    while error is not None:
+        if isinstance(error, NoNodeLeft):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
@@ -1095,7 +1175,7 @@ class Uploads(tune.Callback):  # type: ignore[misc]
         assert store is not None, f"{experiment=}"
         self._store, self._url, self._experiment = store, f"{store.url}/{name}", experiment
         self._claim, self._upload = claim, remote.Upload(experiment)
-        self._note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._note = on_note or _to_stderr
         self._trouble: str | None = None
         self._taken_over: ConfigError | None = None
         self._wake, self._over = threading.Event(), threading.Event()
