@@ -179,7 +179,7 @@ def test_a_run_whose_loss_explodes_without_becoming_infinite_is_told_once(
     say: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     heard: list[str] = []
-    run = config(optim={"lr": 1e4, "momentum": 0}, schedule={"warmup_epochs": 0})
+    run = config(student=f"{__name__}:loud", optim={"lr": 1e-12})
     last = list(train_in(tmp_path, run, say=heard.append if say else None))[-1]
     assert 230 < last["val_nll"] < float("inf")
     told = "\n".join(heard) if say else capfd.readouterr().err
@@ -198,6 +198,13 @@ def test_a_head_that_starts_at_zero_learns_from_standardised_logits_and_relation
                      teacher={"model": teacher.model_dump()})  # fmt: skip
         last = list(train(run, teacher=made))[-1].metrics
         assert last["val_nll"] < 1 and last["val_accuracy"] > 0.85, objective
+
+
+def loud(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """As after a step that was far too large."""
+    network = Mlp(hidden=(16,)).build(shape, num_classes)
+    nn.init.normal_(network.get_parameter("3.weight"), std=1e6)
+    return network
 
 
 def zero_head(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
