@@ -203,6 +203,21 @@ def test_16_bits_are_read_as_their_upper_8(tmp_path: Path, suffix: str, factor: 
         assert (one_image(tmp_path / f"wide{suffix}", crop=crop) == one_image(tmp_path / "plain.png", crop=crop)).all()
 
 
+def test_16_bits_of_which_0_is_white_are_turned_round(tmp_path: Path) -> None:
+    grey = np.asarray(photograph(1, 40, 50).convert("L"))
+    Image.fromarray((255 - grey).astype(np.uint16) * np.uint16(257)).save(tmp_path / "a.tiff", tiffinfo={262: 0})
+    Image.fromarray(grey).save(tmp_path / "plain.png")
+    assert (one_image(tmp_path / "a.tiff") == one_image(tmp_path / "plain.png")).all()
+
+
+def test_a_palettes_transparency_changes_no_colour_and_is_not_warned_of(tmp_path: Path) -> None:
+    palette = photograph(1, 40, 50).convert("P")
+    palette.save(tmp_path / "plain.png")
+    palette.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    for crop in (None, [0.3, 0.5, 0.2, 0.7]):
+        assert (one_image(tmp_path / "a.png", crop=crop) == one_image(tmp_path / "plain.png", crop=crop)).all()
+
+
 def test_12_bits_of_a_tiff_are_read_as_their_upper_8(tmp_path: Path) -> None:
     """Pillow writes none: two pixels of 12 bits are three bytes."""
     tags = [(256, 4, 32), (257, 4, 32), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 200), (277, 3, 1),

@@ -490,6 +490,7 @@ def own(args: dict[str, Any], **more: Any) -> Space:
         ({"low": 0.0, "high": 1.0, "step": 1e-9}, 10**9 + 1),
         ({"low": -(10**18), "high": 10**18, "step": 2}, 10**18 + 1),
         ({"low": 0.1, "high": 0.7, "step": 0.1}, 7),
+        ({"low": 1, "high": 10**30}, 10**30),
     ],
 )
 def test_a_range_is_counted_by_arithmetic(given: dict[str, Any], size: int) -> None:
@@ -553,6 +554,11 @@ def test_a_range_ends_where_its_steps_end(given: dict[str, Any], high: float) ->
     assert any("end at" in note for note in s.notes) == (high != given["high"])
     assert s.tree["student"]["args"]["x"]["high"] == high and build_space(s.tree).parameters == s.parameters
     p.domain.suggest(optuna.create_study().ask(), p.name)  # without a warning of Optuna's, which is an error here
+
+
+def test_ends_that_are_whole_numbers_do_not_round_the_steps_between_them() -> None:
+    s = space(objective={"name": "lsr", "alpha": {"low": 0, "high": 1, "step": 0.3}})
+    assert {round(config.objective.alpha, 6) for _, config in propose(s, 40)} == {0.0, 0.3, 0.6, 0.9}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

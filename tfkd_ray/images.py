@@ -314,6 +314,7 @@ class _NotEightBits(ValueError):
 def rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, 8 bits a channel, upright."""
     turn, image = _turn(image), _eight_bits(image)
+    image.info.pop("transparency", None)  # it makes no colour another, and Pillow warns of a palette's
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
@@ -330,7 +331,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             "write it with 8 bits, or with 16 from 0 to 65535"
         )
     values = np.asarray(image)
-    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF: BitsPerSample, 12 or 16
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]  # of a TIFF: BitsPerSample, 12 or 16
+    if tags.get(262) == 0:  # PhotometricInterpretation: 0 is white, which Pillow minds at 8 bits only
+        values = 65535 - values
     levels = (values >> (bits - 8)).astype(np.uint8)
     if values.max() < 4096 and bits == 16 and len(np.unique(values)) > len(np.unique(levels)):
         raise _NotEightBits(

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_origin
 
@@ -441,12 +441,13 @@ class Range:
 
 def _steps(low: float, high: float, step: float) -> int:
     """Whole steps from low to high, in the decimal numbers that a person wrote: as Optuna counts them."""
-    return int((Decimal(str(high)) - Decimal(str(low))) // Decimal(str(step)))
+    return (Fraction(str(high)) - Fraction(str(low))) // Fraction(str(step))
 
 
 def _last_step(low: float, high: float, step: float) -> float:
     """The last value that steps from low come to, not above high."""
-    return type(high)(Decimal(str(low)) + _steps(low, high, step) * Decimal(str(step)))
+    last = Fraction(str(low)) + _steps(low, high, step) * Fraction(str(step))
+    return int(last) if isinstance(high, int) and last.denominator == 1 else float(last)
 
 
 @dataclass(frozen=True)
