@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT, Run
 from test_clusters import given, verbs
 from test_readers import change, make_sweep
 
-from tfkd_ray.cli import _parser, main
+from tfkd_ray.cli import _parser, _word, main
 from tfkd_ray.cluster_verbs import PLACES
 from tfkd_ray.experiment import pareto, read_records
 from tfkd_ray.schema import dump_yaml, parse_yaml
@@ -265,6 +266,11 @@ def test_an_experiment_name_that_exists_and_too_many_workers_are_refused(
         capsys, "tune", "mine.yaml", "workers=3"
     )
     assert [p.name for p in (here / "tfkd_results").iterdir()] == ["a"]
+
+
+def test_a_path_in_a_command_that_is_shown_is_one_word_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "st {x} %d" / "a 'b' $c"
+    assert shlex.split(_word(path)) == [str(path)] and _word(tmp_path / "plain") == str(tmp_path / "plain")
 
 
 @pytest.mark.ray

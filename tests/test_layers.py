@@ -60,6 +60,11 @@ def test_imports_point_down(module: str) -> None:
             assert module in RAY, f"{module} imports {name}"
 
 
+def test_contributing_says_where_every_module_is_changed() -> None:
+    table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## The shape of the code")[0]
+    assert [m for m in ORDER if m != "__main__" and f"`{m}.py`" not in table] == []
+
+
 def test_public_names_are_there() -> None:
     assert all(getattr(tfkd_ray, name) is not None for name in tfkd_ray.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tran'"):

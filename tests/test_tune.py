@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -339,6 +340,14 @@ def test_an_experiment_is_not_written_over(ray_cluster: str, tmp_path: Path) -> 
     (tmp_path / "e").mkdir()
     with pytest.raises(ConfigError, match=r"experiment 'e' exists already; choose another name, or go on with it"):
         build_tuner(TREE, name="e", storage=tmp_path)
+
+
+def test_a_command_that_is_shown_can_be_typed_whatever_the_name(ray_cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "a 'b' $c").mkdir()
+    with pytest.raises(ConfigError) as refused:
+        build_tuner(TREE, name="a 'b' $c", storage=tmp_path)
+    (problem,) = refused.value.problems
+    assert shlex.split(problem.partition("go on with it: ")[2]) == ["tfkd", "resume", str(tmp_path / "a 'b' $c")]
 
 
 def test_a_second_driver_is_refused(ray_cluster: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -46,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv, command = _command_of(_words() if argv is None else list(argv))
     try:
         from tfkd_ray.files import Legible
-        from tfkd_ray.schema import ConfigError, Unreachable
+
+        with contextlib.redirect_stderr(Legible(sys.stderr)):
+            args = _parsed(argv)
+        from tfkd_ray.schema import ConfigError, Unreachable  # here, as --help needs no YAML
     except ModuleNotFoundError as error:
         return _not_installed(argv[0] if argv else "", error)
-    with contextlib.redirect_stderr(Legible(sys.stderr)):
-        args = _parsed(argv)
 
     args.command = command
     try:
@@ -799,7 +801,7 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
     code = _summary(space, experiment, whole=ended and not progress.ended_by)
     if progress.ended_by:
         (more,) = (f"{option} {unit}" for option, name, unit, _ in _BUDGETS if f".{name}: " in progress.ended_by)
-        print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_short(experiment)} {more}")
+        print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_word(experiment)} {more}")
     return code if ended else _interrupted(experiment)
 
 
@@ -827,7 +829,7 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
 
     def gone(what: str) -> None:
         progress.stop()
-        _say(f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {_short(experiment)}")
+        _say(f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {_word(experiment)}")
         os._exit(FAILED)  # whatever waits for Ray would wait until Ray ends this process
 
     threading.excepthook = heard
@@ -839,7 +841,7 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
         if trouble is None:
             raise
         progress.stop()
-        _say(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {_short(experiment)}")
+        _say(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {_word(experiment)}")
         return None
     finally:
         threading.excepthook = threading.__excepthook__
@@ -871,7 +873,7 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
 
 
 def _interrupted(experiment: Path) -> int:
-    _say(f"interrupted; go on with:\n  tfkd resume {_short(experiment)}")
+    _say(f"interrupted; go on with:\n  tfkd resume {_word(experiment)}")
     return INTERRUPTED
 
 
@@ -917,8 +919,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
     print("trials the luckiest is always ahead of its true value.")
-    where = _short(experiment)
-    print(f"\nwritten to {where}")
+    where = _word(experiment)
+    print(f"\nwritten to {_short(experiment)}")
     if not whole:
         return OK
     print("next:")
@@ -930,8 +932,13 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     return OK
 
 
+def _word(path: Path) -> str:
+    """A path as one word of a command that is typed here."""
+    return shlex.quote(_short(path))
+
+
 def _short(path: Path) -> str:
-    """A path as one would type it here."""
+    """A path as one would name it here."""
     if (url := _as_given(str(path))) != str(path):
         return url
     with contextlib.suppress(ValueError):
@@ -1031,7 +1038,7 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
         missing = ", ".join(f"{n} trials of {name}" for name, n in short.items())
         more = sum(short.values()) - (read_experiment(tuned)["space"]["search"]["num_samples"] - len(ended))
         extra = f" --add-trials {more}" if more > 0 else ""
-        raise ConfigError(f"lacks {missing}; tune them first: tfkd resume {_short(tuned)}{extra}", tuned)
+        raise ConfigError(f"lacks {missing}; tune them first: tfkd resume {_word(tuned)}{extra}", tuned)
     return tuned
 
 

@@ -22,6 +22,7 @@ import math
 import numbers
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -402,7 +403,7 @@ def check_new(experiment: Path) -> None:
         raise ConfigError(f"is a link to {experiment.readlink()}; choose another name: --name NAME", experiment)
     if experiment.exists() and not is_begun(experiment):
         message = f"experiment {experiment.name!r} exists already; choose another name, or go on with it: tfkd resume"
-        raise ConfigError(f"{message} {experiment}", experiment.parent)
+        raise ConfigError(f"{message} {shlex.quote(str(experiment))}", experiment.parent)
     check_writable(experiment.parent, "--storage DIR")
 
 

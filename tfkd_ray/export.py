@@ -221,7 +221,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         if winner is None:
             raise ConfigError(
                 f"no trial of full length yet ({len(records)} trials), so none has weights; go on with: tfkd resume "
-                f"{source}",
+                f"{shlex.quote(str(source))}",
                 source,
             )
         return _of_trial(winner, source)
@@ -309,7 +309,8 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     compared, result = read_comparison(directory), _outcome(directory)
     if result is None:
         raise ConfigError(
-            f"not finished: not judged yet, no confirm.json in it; go on: tfkd resume {directory}", directory
+            f"not finished: not judged yet, no confirm.json in it; go on: tfkd resume {shlex.quote(str(directory))}",
+            directory,
         )
     arms = {found["name"]: found for found in result["arms"]}
     if arm is not None and arm not in arms:

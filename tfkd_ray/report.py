@@ -783,7 +783,9 @@ def _read_judged(directory: Path) -> dict[str, Any] | None:
         judged: dict[str, Any] = parse_json(read_text(path))
         missing = {"title", "arms", "verdicts", "notes", "test", "trained_on", "opened", "preset"} - judged.keys()
     if missing:
-        raise ConfigError(f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {directory}", path)
+        raise ConfigError(
+            f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {shlex.quote(str(directory))}", path
+        )
     return judged
 
 
@@ -792,7 +794,7 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
     if judged is None:
         s = status(directory)["trials"]
         text = f"{s['done']} of {s['planned']} runs are trained, and the test split is still shut."
-        return [_box("open", "Not judged yet", f"{text} Go on with: tfkd resume {directory.name}")]
+        return [_box("open", "Not judged yet", f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}")]
     boxes: list[str | Figure] = []
     where = f"test split of {judged['test']}, trained on {judged['trained_on']}"
     if judged["preset"]:
