@@ -328,13 +328,17 @@ def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(tm
     new_comparison(compared, [1, 2], tmp_path / "c")
     made, digest = read_comparison(tmp_path / "c"), digest_of(Digits().load_test())
     assert made.digest == Digits().pinned().digest != digest
-    _note_opening(tmp_path / "c", made, digest)
+    _note_opening(tmp_path / "c", made, digest, 4)
     assert [o["digest"] for o in openings(tmp_path, Digits())] == [digest]
-    _note_opening(tmp_path / "c", made, digest)
+    _note_opening(tmp_path / "c", made, digest, 4)  # it was killed, and nobody has seen a verdict
+    assert len(openings(tmp_path, Digits())) == 1
+    _note_opening(tmp_path / "c", made, digest, 5)
+    (tmp_path / "c" / "confirm.json").write_text("{}")
     with pytest.raises(ConfigError, match="the test split of digits has changed since this comparison opened it"):
-        _note_opening(tmp_path / "c", made, "0" * 32)
+        _note_opening(tmp_path / "c", made, "0" * 32, 5)
     assert len(openings(tmp_path, Digits())) == 2
+    _note_opening(tmp_path / "c", made, digest, 5)
     elsewhere = {"test": "a copy elsewhere", "when": "2026-01-01", "experiment": "d", "id": "d", "digest": digest}
     with (tmp_path / "test_openings.jsonl").open("a") as file:
         file.write(json.dumps(elsewhere) + "\n")
-    assert len(openings(tmp_path, Digits())) == 3, "the same images under another name"
+    assert len(openings(tmp_path, Digits())) == 4, "the same images under another name"

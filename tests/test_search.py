@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
@@ -270,6 +271,29 @@ def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_
         (t.state, t.params, t.values) for t in trials(tmp_path / "whole.journal")
     ]
     assert os.path.lexists(tmp_path / "study.journal.replaced") == stands
+
+
+@pytest.mark.parametrize("use", ["append_logs", "read_logs"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_journal_that_is_deleted_at_the_moment_of_its_use_is_noticed_at_once(
+    journal: Path, monkeypatch: pytest.MonkeyPatch, use: str, when: str
+) -> None:
+    searcher = OptunaSearcher(space(num_samples=6), journal)
+    run_sweep(searcher, most=2)
+    real = getattr(JournalFileBackend, use)
+
+    def harmed(backend: JournalFileBackend, given: Any) -> Any:
+        if when == "before":
+            journal.unlink()
+        found = list(real(backend, given) or [])
+        journal.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(JournalFileBackend, use, harmed)
+    with pytest.raises(OSError, match=r"was (deleted|cut.*) while the sweep ran; what the search knows is in"):
+        searcher.suggest("id2")
+    monkeypatch.undo()
+    assert take_saved_journal(journal) and len(trials(journal)) == 2
 
 
 def test_a_journal_to_which_others_append_or_that_is_put_back_as_it_was_is_not_lost(journal: Path) -> None:

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # of names that are no UTF-8, or not of the terminal's
     enter_job()
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, at any moment
     argv, command = _command_of(_words() if argv is None else list(argv))
     try:
         from tfkd_ray.files import Legible
@@ -59,12 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(Legible(sys.stdout)):
             code: int = args.run(args)
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            _let_end()
         return code
     except ConfigError as error:
         _say(f"tfkd {args.verb}: {error}")
         return FAILED if isinstance(error, Unreachable) else WRONG_INPUT
     except KeyboardInterrupt:
-        _say(f"tfkd {args.verb}: interrupted before a trial ran, so there is nothing to resume")
+        _let_end()
+        nothing = " before a trial ran, so there is nothing to resume" if args.verb == "tune" else ""
+        _say(f"tfkd {args.verb}: interrupted{nothing}")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         return _not_installed(args.verb, error)
@@ -82,6 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.filename or "the disk")
         _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
+
+
+def _let_end() -> None:
+    """What comes of Ctrl-C or SIGTERM is under way, and takes a moment (Ray ends its processes); another: at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: _leave())
+
+
+def _leave() -> NoReturn:
+    """End at once, and all processes that we have started, such as those of a Ray of our own."""
+    if end := getattr(sys.modules.get("tfkd_ray.cluster"), "end_children", None):  # no import amid another
+        end()
+    os._exit(INTERRUPTED)
 
 
 def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
@@ -795,10 +814,16 @@ def _made(run: "TeacherRun") -> str:
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
     """Run a Tuner under our table and our Ctrl-C, then print what came out."""
     progress = _progress(experiment)
-    ended = _fit(progress, build, experiment)
-    if ended is None:
-        return FAILED
-    code = _summary(space, experiment, whole=ended and not progress.ended_by)
+    try:
+        ended = _fit(progress, build, experiment)
+        if ended is None:
+            return FAILED
+        code = _summary(space, experiment, whole=ended and not progress.ended_by)
+    except KeyboardInterrupt:
+        if not (experiment / "experiment.yaml").is_file():
+            raise
+        _let_end()
+        return _interrupted(experiment)
     if progress.ended_by:
         (more,) = (f"{option} {unit}" for option, name, unit, _ in _BUDGETS if f".{name}: " in progress.ended_by)
         print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_word(experiment)} {more}")
@@ -859,7 +884,7 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
         if interrupted or not callable(signal.getsignal(signal.SIGUSR1)):
             progress.stop()
             _say("stopped at once; what was not saved is repeated when you resume")
-            os._exit(INTERRUPTED)
+            _leave()
         interrupted.append(True)
         progress.note("stopping: trials save their state (Ctrl-C again: at once)")
         signal.raise_signal(signal.SIGUSR1)  # which Tune takes as the wish to end

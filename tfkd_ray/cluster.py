@@ -335,6 +335,15 @@ def _lets_in(address: str, key: str | None = None) -> bool:
     return True
 
 
+def end_children() -> None:
+    """Kill all processes that this one has started, and theirs: also those of a Ray that was started here."""
+    import psutil  # Ray brings it along
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 HEAD_GONE_S = 30
 """How long a head may not answer before a command ends with a sentence; after 60 s Ray ends the process without one."""
 
@@ -345,8 +354,6 @@ def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
 
     Before that, all processes of a cluster that was started here are ended.
     """
-    import psutil  # Ray brings it along
-
     address, over = str(ray.get_runtime_context().gcs_address), threading.Event()
     ours = started_here()
 
@@ -358,9 +365,8 @@ def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
                 answered = time.monotonic()
             except Unreachable:
                 if time.monotonic() - answered > HEAD_GONE_S and not over.is_set():
-                    for process in psutil.Process().children(recursive=True) if ours else ():
-                        with contextlib.suppress(psutil.NoSuchProcess):
-                            process.kill()
+                    if ours:
+                        end_children()
                     when_gone(f"Ray's head at {address} is gone (its GCS has not answered for {HEAD_GONE_S} s)")
                     return
 

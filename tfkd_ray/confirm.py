@@ -156,7 +156,13 @@ def comparison_tuner(
         directory,
         tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1),
         tune.RunConfig(),
-        [TensorBoard(directory / "tb"), losses, Recorder(losses), *callbacks, *ending(directory, lock, on_note)],
+        [
+            TensorBoard(directory / "tb"),
+            losses,
+            Recorder(losses, on_note=on_note),
+            *callbacks,
+            *ending(directory, lock, on_note),
+        ],
         max_failures=2,
     )
 
@@ -225,7 +231,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
                 guesses[name] = _logits(network, data, test)[0].argmax(dim=1)
             found |= {"teacher": guesses[name]} if name in guesses else {}
         if not noted:  # before anybody can see a result; where a file cannot be read, there is none
-            _note_opening(directory, compared, digest)
+            _note_opening(directory, compared, digest, len(done))
             noted = True
         save_weights(path, found, {"run": run.name})
     return outcome(directory)
@@ -244,27 +250,34 @@ def split_id(data: Dataset) -> str:
     return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
 
 
-def _note_opening(directory: Path, compared: Comparison, digest: str) -> None:
-    """Record that the test split is opened, and what it is; refuse one that has changed since this comparison began."""
-    for opened in openings(directory.parent, compared.data):
-        if opened.get("id") == compared.id and opened.get("digest", digest) != digest:
+def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int) -> None:
+    """Record that the test split is opened, and what it is; refuse one that has changed since this comparison began.
+
+    One line for as many trained runs: where the judging was killed, it goes on, and nothing was opened again.
+    """
+    ours = [opened for opened in openings(directory.parent, compared.data) if opened.get("id") == compared.id]
+    for opened in ours:
+        if opened.get("digest", digest) != digest:
             raise ConfigError(
                 f"the test split of {compared.data.name} has changed since this comparison opened it on "
                 f"{opened['when'][:10]} (digest {digest}, then {opened['digest']}): put that one back, or begin a new "
                 "comparison",
                 directory,
             )
+    if not (directory / "confirm.json").exists() and any(opened.get("runs") == runs for opened in ours):
+        return
     line = {
         "test": split_id(compared.data),
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "experiment": directory.name,
         "id": compared.id,
         "digest": digest,
+        "runs": runs,
     }
     append_line(directory.parent / OPENINGS, json.dumps(line), durable=True)
 
 
-def openings(storage: Path, data: Dataset) -> list[dict[str, str]]:
+def openings(storage: Path, data: Dataset) -> list[dict[str, Any]]:
     """When the test split of a data set was opened, in this storage, first to last; the same one elsewhere, too."""
     split, path = split_id(data), storage / OPENINGS
     found = []

@@ -322,10 +322,15 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:
-    """Add a line to a file, which is made if it is not there; a link in its place is an OSError."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(line + "\n")
+    """Add a line to a file, which is made if it is not there; a link in its place is an OSError.
+
+    A line before it that a full disk has cut stays a line of its own.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    with os.fdopen(handle, "wb") as file:
+        size = os.fstat(handle).st_size
+        cut = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        file.write(b"\n" * cut + line.encode() + b"\n")
         file.flush()
         if durable:
             os.fsync(file.fileno())
@@ -487,19 +492,21 @@ def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
 
 @contextlib.contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Let Ctrl-C take effect afterwards: a Ray that is half started crashes and leaves processes behind, and an import
-    may swallow it."""
+    """Let Ctrl-C, and SIGTERM where it is as Ctrl-C, take effect afterwards: a Ray that is half started crashes and
+    leaves processes behind, and an import may swallow it."""
     pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    if threading.current_thread() is not threading.main_thread() or not numbers:
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    before = {n: signal.signal(n, lambda number, frame: pressed.append(number)) for n in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if pressed:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(pressed[0])
 
 
 def _git_commit() -> str | None:

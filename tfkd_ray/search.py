@@ -746,21 +746,23 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
         super().__init__(str(path))
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
-        self._check()
-        yield from super().read_logs(log_number_from)
-        self._note()
+        with self._watched():
+            yield from super().read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        self._check()
-        super().append_logs(logs)
-        self._note()
+        with self._watched():
+            super().append_logs(logs)
 
-    def _note(self) -> None:
-        """Remember the end of the file, as it is now."""
-        with self._path.open("rb") as file:
-            self._end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, self._end - TAIL))
-            self._tail = file.read(self._end - file.tell())
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Look at the file before it is used and after: it may be lost at any moment between."""
+        self._check()
+        try:
+            yield
+        except OSError:
+            self._check()
+            raise
+        self._check()
 
     def _check(self) -> None:
         """Raise if the file does not hold what it held, after saving that."""
@@ -778,7 +780,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
         raise OSError(errno.ESTALE, f"was {what} while the sweep ran; {kept}", str(self._path))
 
     def _changed(self) -> str | None:
-        """What was done to the file that it does not hold what it held; None if it does."""
+        """What was done to the file that it does not hold what it held; None if it does, and its end is remembered."""
         try:
             file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -791,8 +793,11 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
                 return "replaced by what is no file"
             if about.st_size < self._end:
                 return "cut, or replaced by an older one,"
-            same = os.pread(file, len(self._tail), self._end - len(self._tail)) == self._tail
-            return None if same else "replaced by another one"
+            if os.pread(file, len(self._tail), self._end - len(self._tail)) != self._tail:
+                return "replaced by another one"
+            self._end, start = about.st_size, max(0, about.st_size - TAIL)
+            self._tail = os.pread(file, self._end - start, start)
+            return None
         finally:
             os.close(file)
 

@@ -524,7 +524,8 @@ def _tuner(
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
     losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
-    ours = [TensorBoard(experiment / "tb", space, space.search.metric), budget, losses, Recorder(losses, budget)]
+    ours = [TensorBoard(experiment / "tb", space, space.search.metric), budget, losses]
+    ours += [Recorder(losses, budget, on_note=on_note)]
     tune_config = dataclasses.replace(
         tune_config,
         metric=None if told else tune_config.metric or space.search.metric,
@@ -712,34 +713,65 @@ def _trial_name(trial: Any) -> str:
 
 
 class Recorder(tune.Callback):  # type: ignore[misc]
-    """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json."""
+    """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json.
 
-    def __init__(self, losses: "Losses", budget: "Budget | None" = None) -> None:
+    What is removed of a trial that runs is said, and written again, with all epochs that it has told.
+    """
+
+    def __init__(
+        self,
+        losses: "Losses",
+        budget: "Budget | None" = None,
+        *,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
         self._seen: dict[str, int] = {}
+        self._lines: dict[str, list[str]] = {}
         self._over: list[Path] = []
-        self._losses, self._budget = losses, budget
+        self._losses, self._budget, self._note = losses, budget, on_note or _to_stderr
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        self._make_again(trial)
         metrics = read_metrics(folder)
-        write_text(path, "".join(json.dumps(m) + "\n" for m in metrics))  # without what a crash left half-written
-        if not (folder / "result.json").exists():
-            (folder / "result.json").symlink_to(path.name)
+        self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
+        self._make(trial)  # without what a crash left half-written
         self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
         for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
             (folder / left).unlink(missing_ok=True)
         self._write(trial, "running")
+
+    def _make(self, trial: Any) -> None:
+        """Write a trial's lines, and make its folder if it is not there."""
+        folder = self._folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in self._lines[trial.trial_id]))
+        if not (folder / "result.json").exists():
+            (folder / "result.json").symlink_to("metrics.jsonl")
+
+    def _make_again(self, trial: Any) -> bool:
+        """Make what is gone of a trial that runs, and say so; whether anything was."""
+        folder = self._folder(trial)
+        gone = [name for name in ("metrics.jsonl", "result.json") if not (folder / name).exists()]
+        if not gone or trial.trial_id not in self._lines:
+            return False
+        self._make(trial)
+        what = "its folder was" if len(gone) == 2 else f"{gone[0]} was"
+        self._note(f"{folder.name}: {what} removed while it ran; made again, with all epochs that it has told")
+        return True
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         epoch = result.get("epoch", 0)
         if epoch > self._seen.get(trial.trial_id, 0):
-            line = {k: v for k, v in result.items() if k in _METRICS or k.startswith("val_")}
-            append_line(self._folder(trial) / "metrics.jsonl", json.dumps(line))
+            line = json.dumps({k: v for k, v in result.items() if k in _METRICS or k.startswith("val_")})
+            again = self._make_again(trial)
+            append_line(self._folder(trial) / "metrics.jsonl", line)
+            self._lines.setdefault(trial.trial_id, []).append(line)
             self._seen[trial.trial_id] = epoch
+            if again and not result.get("done"):
+                self._write(trial, "running")
         if result.get("done"):  # before the study is told: a crash between repeats the end, and never loses it
             self._end(trial, result)
 
@@ -747,6 +779,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         """The study has been told: nobody goes on from here, but from a failure, which can be tried again."""
         result = trial.last_result or {}
         self._end(trial, result)
+        self._lines.pop(trial.trial_id, None)
         if not result.get("failed"):
             self._over.append(self._folder(trial))
             _drop_states(self._over[-1])
@@ -758,6 +791,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._write(trial, "failed", self._losses.reason(trial))
+        self._lines.pop(trial.trial_id, None)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         for folder in self._over:  # one that was stopped may have been at its last save then
@@ -772,6 +806,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
     def _write(self, trial: Any, status: str, reason: str | None = None) -> None:
         about = trial.config["trial"]
         trial_config = {k: v for k, v in trial.config.items() if k != "trial"}
+        self._make_again(trial)
         write_record(
             Record(
                 folder=self._folder(trial),
@@ -785,6 +820,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
                 lost=self._losses.count(trial),
             )
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_note": None}
 
 
 def _drop_states(folder: Path) -> None:

@@ -1,0 +1,40 @@
+"""`tfkd WORDS` that gets signal 9 just before it touches a file below a folder for the n-th time."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TOUCHES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
+
+
+def run(words: Sequence[str], here: Path, below: Path, point: int, after: Path | None = None) -> None:
+    """Run in `here`; what it says goes to the file `said` there.
+
+    Args:
+        point: the touch before which it is killed, from 1 on: a file opened to write, made, renamed or removed.
+        after: touches count from when this file is there. None: all do.
+    """
+    os.chdir(here)
+    sys.stdout = sys.stderr = (here / "said").open("a", buffering=1)
+    left = point
+
+    def heard(event: str, given: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event != "open" and event not in TOUCHES:
+            return
+        if event == "open" and not (given[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        paths = [str(Path(os.fsdecode(p)).absolute()) for p in given[:2] if isinstance(p, str | bytes | os.PathLike)]
+        if not any(p.startswith(f"{below}/") for p in paths) or (after is not None and not after.exists()):
+            return
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    from tfkd_ray.cli import main
+
+    sys.addaudithook(heard)
+    sys.exit(main(list(words)))
