@@ -134,7 +134,7 @@ def test_check_says_what_is_searched_fixed_and_conditional(here: Path, capsys: p
     assert re.search(r"searched for every objective:\n  optim.lr +0.01 to 0.5 \(log\)", out)
     assert "teacher, once before the trials: training cnn with ce for 54 epochs" in out
     assert re.search(r"fixed:\n(.*\n)*  optim.batch_size +64", out) and "optim.momentum" not in out
-    assert "24 more are as in the recipe plain of digits, or as usual (--all lists them)" in out
+    assert "25 more are as in the recipe plain of digits, or as usual (--all lists them)" in out
     assert main(["check", "digits_tfkd", "--all"]) == 0
     whole = capsys.readouterr().out
     assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", whole)

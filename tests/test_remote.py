@@ -22,13 +22,13 @@ import boto3
 import pytest
 from conftest import ROOT
 
-from tfkd_ray import doctor, nodes, remote, teachers, trial
+from tfkd_ray import doctor, nodes, own_code, remote, teachers, trial
 from tfkd_ray.checkpoint import load_state
 from tfkd_ray.cli import main
 from tfkd_ray.cluster_verbs import _storage_of
 from tfkd_ray.clusterfile import check, load_cluster
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import read_records
+from tfkd_ray.experiment import read_records, trials_folder
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.teachers import teacher_name
 from tfkd_ray.tune import Lock, Uploads, _teacher, build_tuner, place_of, resume_tuner
@@ -615,8 +615,8 @@ def run_of(**settings: Any) -> dict[str, Any]:
 
 def about(storage: Path, experiment: str = "e") -> dict[str, Any]:
     """What a driver says of a trial, wherever that runs."""
-    place = {key: value.replace("{name}", "t0") for key, value in place_of(storage / experiment).items()}
-    return {"name": "t0", "epochs": 6, **place}
+    place = place_of(storage / experiment)
+    return {"name": "t0", "epochs": 6, "directory": str(trials_folder(storage / experiment) / "t0"), **place}
 
 
 def alike(metrics: Iterable[dict[str, float]]) -> list[dict[str, float]]:
@@ -697,7 +697,7 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
     with monkeypatch.context() as dying:  # at its end
         dying.setattr("tfkd_ray.loop.save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
-            _teacher(run, storage, place)
+            _teacher(run, storage, place, own_code.here())
     elsewhere("reader")
     kept = load_state(
         remote.bring(remote.store_at(bucket).mark() / "teachers" / teacher_name(run) / "last.ckpt").parent
@@ -711,14 +711,14 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
         return real(config, folder, on_epoch, on_saved)
 
     monkeypatch.setattr(teachers, "_trained", counted)
-    made = _teacher(run, storage, place)
+    made = _teacher(run, storage, place, own_code.here())
     assert trained == [kept["epoch"]]
     assert {k for k in server.objects() if k.startswith(folder)} == {
         f"{folder}/student.safetensors",
         f"{folder}/teacher.json",
     }
     elsewhere("node-3")
-    assert _teacher(run, storage, place) == made and trained == [kept["epoch"]]
+    assert _teacher(run, storage, place, own_code.here()) == made and trained == [kept["epoch"]]
     elsewhere("node-4")
     metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
     assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0

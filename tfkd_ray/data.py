@@ -988,7 +988,7 @@ def imported(path: str, what: str) -> Any:
             sys.path.append(own_code.here()["directory"])
             importlib.invalidate_caches()
         with seeded(0, "import", module_name):
-            module = own_code.at_home(importlib.import_module)(module_name)
+            module = own_code.at_home(lambda: importlib.import_module(module_name))()
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             looked = f"looked in {own_code.here()['directory']} and wherever Python does"

@@ -188,7 +188,7 @@ def _centred(logits: Tensor) -> Tensor:
             "normalised, or set precision: fp32"
         )
     logits = (logits - logits.mean(dim=1, keepdim=True)).cpu()
-    return logits.half() if logits.abs().max() < HALF else logits
+    return logits.half() if bool((logits.abs() < HALF).all()) else logits
 
 
 def _together(parts: list[Tensor]) -> Tensor:

@@ -1180,7 +1180,7 @@ def with_digest(space: Space, digest: str | None) -> Space:
     if space.example.data.digest == digest:
         return space
     found = build_space({**space.tree, "data": {**space.tree["data"], "digest": digest}})
-    return dataclasses.replace(found, notes=space.notes)
+    return dataclasses.replace(found, notes=space.notes, search=space.search)  # a tree has no password
 
 
 def _leaves(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:

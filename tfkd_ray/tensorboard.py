@@ -329,10 +329,13 @@ def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
     theirs, ours = (dict(_leaves(tree)) for tree in (plain.model_dump(mode="json"), config))
     paths = [p for p in dict.fromkeys([*ours, *theirs]) if p not in RUN_ONLY and ours.get(p) != theirs.get(p)]
 
-    def cell(value: Any) -> str:
+    def cell(tree: Mapping[str, Any], path: str) -> str:
+        if path not in tree:
+            return ""
+        value = tree[path]
         return f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
 
-    rows = [f"| {p} | {cell(theirs.get(p, ''))} | {cell(ours.get(p, ''))} |" for p in paths]
+    rows = [f"| {p} | {cell(theirs, p)} | {cell(ours, p)} |" for p in paths]
     return "\n".join(["| setting | plain training | here |", "|---|---|---|", *rows])
 
 
