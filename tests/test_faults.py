@@ -438,8 +438,10 @@ def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("when", ["while Ray starts", "while it runs"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [(signal.SIGINT, "while Ray starts"), (signal.SIGINT, "while it runs"), (signal.SIGTERM, "while it runs")],
+)
 def test_a_second_and_third_signal_end_a_sweep_with_a_sentence_its_code_and_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
 ) -> None:
