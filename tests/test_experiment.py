@@ -7,6 +7,7 @@ import pytest
 
 from tfkd_ray.experiment import (
     Record,
+    append_line,
     best,
     read_experiment,
     read_metrics,
@@ -81,3 +82,12 @@ def test_what_is_no_experiment_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text("layout: 1\n")
     with pytest.raises(ConfigError, match="has no 'space:' with a 'search:' in it"):
         read_experiment(tmp_path)
+
+
+def test_a_line_after_one_that_was_cut_is_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append_line(path, "one")
+    path.write_bytes(path.read_bytes() + b"cu")
+    append_line(path, "two")
+    append_line(path, "three", durable=True)
+    assert path.read_text() == "one\ncu\ntwo\nthree\n"

@@ -436,6 +436,40 @@ def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str
         assert again.status == "done" and again.metrics[: len(record.metrics)] == record.metrics
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [(signal.SIGINT, "while Ray starts"), (signal.SIGINT, "while it runs"), (signal.SIGTERM, "while it runs")],
+)
+def test_a_second_and_third_signal_end_a_sweep_with_a_sentence_its_code_and_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # on a Ray of its own
+    experiment = tmp_path / "tfkd_results" / "e"
+    ours: set[psutil.Process] = set()
+
+    def ready() -> bool:
+        ours.update(psutil.Process(driver.pid).children(recursive=True))
+        if when == "while Ray starts":
+            return len(ours) > 1
+        return any(len(m) > 3 for m in written_metrics(experiment))
+
+    with tuning(tree({"num_samples": 2}, epochs=100_000), tmp_path) as driver:
+        wait(ready, when)
+        for _ in range(3):
+            driver.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ours.update(psutil.Process(driver.pid).children(recursive=True))
+            time.sleep(0.2)
+        assert driver.wait(100) == 130
+        said = (tmp_path / "said").read_text()
+        assert "Traceback" not in said
+        ends = ("interrupted", "stopped at once") if when == "while it runs" else ("so there is nothing to resume",)
+        assert any(end in said for end in ends), said
+        wait(lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"], "all has ended", 20)
+
+
 def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

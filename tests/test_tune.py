@@ -2,14 +2,17 @@
 
 import dataclasses
 import datetime
+import errno
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -22,7 +25,7 @@ from ray.tune.schedulers import ASHAScheduler
 from tfkd_ray import cluster
 from tfkd_ray.cluster import check_ray, check_room
 from tfkd_ray.config import TeacherRun, TrainConfig
-from tfkd_ray.experiment import read_experiment, read_records
+from tfkd_ray.experiment import read_experiment, read_record, read_records
 from tfkd_ray.loop import train
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
@@ -30,7 +33,7 @@ from tfkd_ray.search import open_journal
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import train_teacher
 from tfkd_ray.trial import _is_of_broken_gpu
-from tfkd_ray.tune import Losses, NoNodeLeft, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
+from tfkd_ray.tune import Lock, Losses, NoNodeLeft, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
 
@@ -444,6 +447,56 @@ def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tm
     (tmp_path / "last.ckpt").touch()  # its process was at it
     recorder.on_experiment_end([])
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_lock_that_cannot_be_taken_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "driver.lock").mkdir()
+    with pytest.raises(ConfigError, match=r"driver.lock cannot be locked \(Is a directory\).* remove driver.lock"):
+        Lock(tmp_path)
+    (tmp_path / "driver.lock").rmdir()
+    for error, why in (
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied"),
+        (OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)), "No locks available"),
+        (NotImplementedError("FileSystem does not appear to support flock"), "does not appear to support flock"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"cannot be locked \(.*{why}"):
+            patch.setattr("filelock.FileLock._acquire", Mock(side_effect=error))
+            Lock(tmp_path)
+    lock = Lock(tmp_path)  # and none was left behind
+    lock.release()
+
+
+def test_what_is_removed_of_a_trial_that_runs_is_said_and_written_again(tmp_path: Path) -> None:
+    folder = tmp_path / "t0"
+    trial = SimpleNamespace(
+        trial_id="a", status="RUNNING", last_result={},
+        config={"trial": {"directory": str(folder), "number": 0, "name": "t0", "epochs": 9, "parameters": {}},
+                "objective": {"name": "ce"}},
+    )  # fmt: skip
+    said: list[str] = []
+    recorder = Recorder(Losses(), on_note=said.append)
+    recorder.on_trial_start(0, [], trial)
+
+    def tell(epoch: int, **more: Any) -> None:
+        recorder.on_trial_result(0, [], trial, {"epoch": epoch, "val_accuracy": 0.5, **more})
+
+    tell(1)
+    shutil.rmtree(folder)
+    tell(2)
+    tell(3)
+    assert said == ["t0: its folder was removed while it ran; made again, with all epochs that it has told"]
+    assert [m["epoch"] for m in read_record(folder).metrics] == [1, 2, 3] and read_record(folder).status == "running"
+    (folder / "metrics.jsonl").unlink()
+    recorder.on_trial_start(0, [], trial)  # its process was lost
+    assert said[1:] == ["t0: metrics.jsonl was removed while it ran; made again, with all epochs that it has told"]
+    assert [m["epoch"] for m in read_record(folder).metrics] == [1, 2, 3]
+    shutil.rmtree(folder)
+    recorder.on_experiment_end([trial])
+    assert read_record(folder).status == "interrupted" and len(read_record(folder).metrics) == 3
+    shutil.rmtree(folder)
+    tell(4, done=True)
+    recorder.on_trial_complete(0, [], trial)
+    assert len(read_record(folder).metrics) == 4 and (folder / "result.json").read_text().count("epoch") == 4
 
 
 # --- a GPU that is broken

@@ -752,11 +752,11 @@ class Recorder(tune.Callback):  # type: ignore[misc]
     def _make_again(self, trial: Any) -> bool:
         """Make what is gone of a trial that runs, and say so; whether anything was."""
         folder = self._folder(trial)
-        gone = [name for name in ("metrics.jsonl", "result.json") if not (folder / name).exists()]
+        gone = [name for name in ("metrics.jsonl", "result.json") if not os.path.lexists(folder / name)]
         if not gone or trial.trial_id not in self._lines:
             return False
         self._make(trial)
-        what = "its folder was" if len(gone) == 2 else f"{gone[0]} was"
+        what = f"{gone[0]} was" if len(gone) == 1 else "its folder was"
         self._note(f"{folder.name}: {what} removed while it ran; made again, with all epochs that it has told")
         return True
 
@@ -1173,6 +1173,15 @@ class Lock(tune.Callback):  # type: ignore[misc]
             driver = driver_of(self._experiment)
             who = f"process {driver[0]} on {driver[1]}" if driver else "another process"
             raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
+        except (OSError, NotImplementedError) as error:  # the second where a file system has no locks
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"driver.lock cannot be locked ({why}), so another process may be running it; make sure that none is, "
+                "and remove driver.lock, or use an experiment, and a file system, that you may write to",
+                self._experiment,
+            ) from None
         if remote.store_of(self._experiment) is not None:
             self.claim = remote.Claim(self._experiment)
             try:
