@@ -64,12 +64,14 @@ def test_tensorboard_reads_it(storage: Path) -> None:
         assert seen == [(m["epoch"], pytest.approx(m["val_accuracy"])) for m in record.metrics]
 
 
-def test_confirm_finds_its_arms_and_its_teacher(storage: Path) -> None:
+def test_confirm_finds_its_arms_and_its_teacher(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = arms_of(storage / "sweep")
     assert {arm.part for arm in compared.arms} == {"candidate", "baseline", "reference"} and untuned(
         storage / "sweep"
     ) == {}
     (run,) = build_space(compared.named("t0000-kd").config.model_dump(mode="json")).teacher_runs()
+    (teacher,) = read_teachers(storage)  # of an earlier loop: trained anew, and otherwise of the same fingerprint
+    monkeypatch.setattr("tfkd_ray.teachers.LOOP_VERSION", teacher["loop_version"])
     load_teacher(run, storage)  # its fingerprint and its checksum are what they were
     assert openings(storage, Digits()) == []
 
