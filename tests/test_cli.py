@@ -400,8 +400,9 @@ def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here:
         assert driver.stderr is not None
         for line in driver.stderr:
             if line.startswith("t0001-ce: started"):
-                time.sleep(0.2)
                 break
+        while not any(r.number == 1 and r.metrics for r in read_records(here / "tfkd_results" / "killed")):
+            time.sleep(0.01)
         driver.send_signal(signal.SIGKILL)
     assert any(r.status == "running" for r in read_records(here / "tfkd_results" / "killed"))
     resumed = tfkd("resume", "tfkd_results/killed", cwd=here)
