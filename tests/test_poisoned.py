@@ -519,7 +519,7 @@ def test_export_and_train_make_folders_out_of_nothing_else(
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if "--name" in VERBS[v]._option_string_actions])
 @pytest.mark.parametrize("name", ["teachers", "Teachers", "test_openings.jsonl", "a/b", "..", ".x", "-x", "x\n", "x\x1b[31m",
-                                  "x" * 256, "x.part", " x", "a\\b"])  # fmt: skip
+                                  "x" * 256, "x.part", " x", "a\\b", "", ".", "x\u202e"])  # fmt: skip
 def test_no_experiment_has_a_name_that_is_taken_or_is_none(
     verb: str, name: str, tmp_path: Path, answer: Answer
 ) -> None:

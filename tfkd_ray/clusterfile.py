@@ -728,9 +728,9 @@ def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
     if not file.cluster:
         yield "spec.rayClusterSpec: required, and not given"
         return
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,48}[a-z0-9])?", file.name):
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", file.name):
         yield (
-            "metadata.name: must be of small letters, digits and -, beginning and ending with a letter or digit, at "
+            "metadata.name: must be of small letters, digits and -, with a letter first and no - at the end, at "
             f"most 50, got {file.name!r}"
         )
     groups = _groups(file)
