@@ -32,6 +32,15 @@ SHIPPED = [p for p in sorted((ROOT / "search_spaces").rglob("*.yaml")) if p not 
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_cut() -> Iterator[None]:
+    """Nothing here outlives a power cut, and a busy disk takes 5 ms to promise it, thousands of times."""
+    before = os.fsync
+    os.fsync = lambda fd: None
+    yield
+    os.fsync = before
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """Address of the session's cluster."""

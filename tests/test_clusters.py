@@ -184,6 +184,10 @@ MUTATIONS = {
         f"read differently: {word}": ("aws-gpu.yaml", "max_workers: 8\nidle", f"max_workers: {word}\nidle", f"line 24, column 14: {word}: YAML 1.1 and YAML 1.2 read it as different values")
         for word in ("020", "yes", "off", "1e1", "1:30", "12:30:00", "2026-01-01", "0x8", "1_000", "0b1", "0o10", "y", "=")
     },
+    **{
+        f"read differently: {word}": ("aws-gpu.yaml", "max_workers: 8\nidle", f"max_workers: {word}\nidle", "YAML 1.1 and YAML 1.2 read it as different values")
+        for word in ("!!int 010", "!!int '010'", "!!float 1:30")
+    },
     "read differently, as a key": ("aws-gpu.yaml", "max_workers: 8\nidle", "on: 8\nidle", "line 24, column 1: on: YAML 1.1"),
     "kuberay: read differently in another document": ("kuberay-cluster.yaml", "metadata: {name: tfkd}", "metadata: {name: no}", "line 20, column 18: no: YAML 1.1"),
     "a name with a slash": ("aws-gpu.yaml", "cluster_name: tfkd-aws", "cluster_name: a/b", "cluster_name: must be of letters, digits, - and _, at most 63, got 'a/b'"),
@@ -877,7 +881,7 @@ def test_where_nobody_listens_it_is_a_failure_however_the_head_is_named(
         (["--address", "http://127.0.0.1:9"], "--storage: required with --address http://..."),
         (["--address", "http://127.0.0.1:9", "--storage", "x"], "--storage: an absolute path that all nodes of the cluster see, got x"),
         (["--cluster", "mine.yaml"], "is a search space or an arms file, not a cluster file"),
-        (["--cluster", "aws-gpu", "--name", "a/b"], "--name: a plain name without slashes"),
+        (["--cluster", "aws-gpu", "--name", "a/b"], "--name a/b: a plain name without slashes"),
         (["--cluster", "aws-gpu", "--study-storage", "postgresql://me:pw@db/x"], "a job's command is shown on the dashboard"),
         (["--cluster", "aws-gpu", "gpus_per_worker=8"], "room for 0 of them"),
     ],

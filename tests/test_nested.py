@@ -57,7 +57,6 @@ def test_it_reads_back_as_itself() -> None:
     assert again.tree == s.tree and again.parameters == s.parameters and not not_superset(s, again)
 
 
-@pytest.mark.slow
 def test_an_item_of_an_item_and_items_that_have_no_name(tmp_path: Path) -> None:
     inner = {"choices": [{"name": "mlp"}, {"name": "mlp", "dropout": DROPOUT, "hidden": {"choices": [[8], [16]]}}]}
     s = space(
@@ -127,7 +126,6 @@ def test_an_override_finds_an_item_by_what_it_is_called(tmp_path: Path) -> None:
         load_space(file, ["student.mpl.dropout=0.2"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "random"])
 @pytest.mark.parametrize("split", [True, False], ids=["a study each", "one study"])
 def test_a_killed_driver_changes_no_proposal(tmp_path: Path, name: str, split: bool) -> None:
@@ -153,7 +151,6 @@ def test_a_model_learns_what_only_some_trials_have(tmp_path: Path) -> None:
     assert sum(near[24:]) >= 12
 
 
-@pytest.mark.slow
 def test_a_wider_space_holds_the_trials_of_a_narrower_one(tmp_path: Path) -> None:
     narrow, journal = space(precision="fp32"), tmp_path / "study.journal"
     before = run_sweep(OptunaSearcher(narrow, journal), kill_at=20)
@@ -178,7 +175,6 @@ def test_a_wider_space_holds_the_trials_of_a_narrower_one(tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.slow
 def test_earlier_trials_find_their_place(tmp_path: Path) -> None:
     old = space(student={"choices": ["mlp", {"name": "mlp", "dropout": 0.25}, {"name": "cnn", "widths": [8]}]})
     earlier = finished(tmp_path / "old", old, [k / 24 for k in range(24)])
@@ -208,7 +204,6 @@ def test_published_settings_take_the_middle_of_what_an_item_has(tmp_path: Path) 
     assert first == points[0].values
 
 
-@pytest.mark.slow
 def test_importance_is_of_what_every_trial_has(tmp_path: Path) -> None:
     done = finished(tmp_path / "e", space(), [k / 24 for k in range(24)])
     for evaluator in ("pedanova", "fanova", "mdi"):

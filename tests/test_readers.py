@@ -389,7 +389,20 @@ def test_null_true_one_and_their_texts_are_told_apart_in_tables(mixed: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["=1+1", "+1+1", "-1+1", "@SUM(1)", " =1", "\t=1", "\n=1", "\r=1", "=cmd|' /C calc'!A0"]
+    "text",
+    [
+        "=1+1",
+        "+1+1",
+        "-1+1",
+        "@SUM(1)",
+        " =1",
+        "\t=1",
+        "\n=1",
+        "\r=1",
+        "=cmd|' /C calc'!A0",
+        "\uff1d1+1",
+        "\uff20SUM(1)",
+    ],
 )
 def test_no_cell_of_csv_is_run_by_a_spreadsheet(small: Path, text: str) -> None:
     for record in read_records(small):

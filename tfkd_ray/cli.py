@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with contextlib.redirect_stderr(Legible(sys.stderr)):
             args = _parsed(argv)
-        from tfkd_ray.schema import ConfigError, Unreachable  # here, as --help needs no YAML
+        from tfkd_ray.schema import ConfigError, Unreachable  # `--help` needs no YAML
     except ModuleNotFoundError as error:
         return _not_installed(argv[0] if argv else "", error)
 
@@ -688,7 +688,7 @@ def _new_directory(args: argparse.Namespace, stem: str) -> Path:
     from tfkd_ray.experiment import check_name
     from tfkd_ray.remote import check_new
 
-    name = args.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = args.name if args.name is not None else f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
     directory: Path = (args.storage / name).expanduser().absolute()
     check_new(directory)

@@ -25,6 +25,7 @@ from typing import Any
 
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import ClusterFile, check, load_cluster, option, placeholders
+from tfkd_ray.experiment import check_name
 from tfkd_ray.jobs import (
     WORKING,
     as_entrypoint,
@@ -932,11 +933,10 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
         return None
     _there(args.prior, "--prior")
     file = find_file(args.file, "search_spaces")
-    name = args.name or f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(name).name != name or name.startswith("."):
-        raise ConfigError(f"--name: a plain name without slashes, got {name!r}; choose the place with --storage")
+    name = args.name if args.name is not None else f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
     storage = _storage_of(args)
-    words = [*job_words(args, sent="file", storage=storage), *([] if args.name else ["--name", name])]
+    words = [*job_words(args, sent="file", storage=storage), *([] if args.name is not None else ["--name", name])]
     _say(
         f"experiment: {storage or '$TFKD_RESULTS'}/{name}, on the cluster; tfkd status, report and resume take "
         + ("that URL" if "://" in (storage or "") else "that path where it is mounted")

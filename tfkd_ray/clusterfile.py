@@ -730,8 +730,8 @@ def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
         return
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", file.name):
         yield (
-            "metadata.name: must be of small letters, digits and -, a letter first and no - last, at most 50, got "
-            f"{file.name!r}"
+            "metadata.name: must be of small letters, digits and -, with a letter first and no - at the end, at "
+            f"most 50, got {file.name!r}"
         )
     groups = _groups(file)
     at = groups[0][0].removesuffix(".headGroupSpec")

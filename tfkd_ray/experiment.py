@@ -421,7 +421,13 @@ def check_name(name: str) -> None:
     given = f"--name {legible(name)!r}" if not name.isprintable() else f"--name {name}"
     if name.casefold() in RESERVED:
         raise ConfigError(f"{given}: is what all experiments of a storage directory share; choose another name")
-    if name.startswith((".", "-")) or name != name.strip() or not name.isprintable() or set("/\\") & set(name):
+    if (
+        not name
+        or name.startswith((".", "-"))
+        or name != name.strip()
+        or not name.isprintable()
+        or set("/\\") & set(name)
+    ):
         rule = "a plain name without slashes, control characters, blanks at its ends, or '.' or '-' at its beginning"
         raise ConfigError(f"{given}: {rule}; choose the place with --storage")
     if name.endswith(PART) or len(name.encode(errors="replace")) > LONGEST_NAME:

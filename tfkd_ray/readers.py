@@ -17,6 +17,7 @@ import stat
 import statistics
 import textwrap
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -760,7 +761,8 @@ def _csv_cell(row: Row, field: str) -> str:
 
 def _inert(text: str) -> str:
     """Text that a spreadsheet does not run: what it takes for a formula gets an apostrophe, its own mark of text."""
-    runs = text.lstrip().startswith(("=", "+", "-", "@", "|", "%")) or text[:1] in ("\t", "\r", "\n")
+    first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width, as some take it
+    runs = first in {"=", "+", "-", "@", "|", "%"} or text[:1] in ("\t", "\r", "\n")
     return legible(f"'{text}" if runs else text)  # a bare \r would end the row
 
 

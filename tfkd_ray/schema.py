@@ -305,7 +305,8 @@ class _OthersLoader(_Loader):
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
-        if event.style is None and event.tag is None and _is_ambiguous(node):
+        tagged = event.tag is not None and event.tag.startswith("tag:yaml.org,2002:") and not event.tag.endswith(":str")
+        if (tagged or (event.style is None and event.tag is None)) and _is_ambiguous(node):
             where = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
             self.differing.append(
                 f"{where}: {node.value}: YAML 1.1 and YAML 1.2 read it as different values, and so may those who read "
