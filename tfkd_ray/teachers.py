@@ -208,6 +208,16 @@ def is_here(config: TeacherRun, storage: Path) -> bool:
     return (_place(config, storage) / "teacher.json").exists()
 
 
+def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
+    """What `teacher.json` says of a teacher, be it of an earlier loop; None where there is none."""
+    if is_here(config, storage):
+        return describe(config, storage)
+    for about in read_teachers(storage):
+        if about["name"] == f"{config.student.name}-{config.fingerprint(about.get('loop_version', 1))}":
+            return about
+    return None
+
+
 def fetch(config: TeacherRun, storage: Path, *, weights: bool = True) -> None:
     """Where a storage mirrors a store: get what there is of a teacher, with its weights, or those of a half-trained."""
     store = remote.store_of(storage)
