@@ -605,6 +605,18 @@ def test_decoded_images_are_kept_until_a_file_changes(
     assert data._official("train")[0].equal(changed), "no cache can be written there"
 
 
+def test_labels_of_decoded_images_follow_their_lists(tmp_path: Path, cache: Path) -> None:
+    data = TinyImagenet(root=write_tiny(tmp_path / "tiny"))
+    assert data.load_test().labels.tolist() == [20 * i for i in range(9)]
+    path = tmp_path / "tiny/val/val_annotations.txt"
+    path.write_text(path.read_text().replace(f"val_3.JPEG\t{WNIDS[60]}", f"val_3.JPEG\t{WNIDS[61]}"))
+    assert data.load_test().labels[3] == 61, "of the same image files"
+    path = tmp_path / "tiny/wnids.txt"
+    path.write_text(path.read_text().replace(WNIDS[199], "n99999999"))
+    (tmp_path / "tiny/train" / WNIDS[199]).rename(tmp_path / "tiny/train/n99999999")
+    assert len(data._official("train")[1]) == 400
+
+
 def test_wrong_files_of_tiny_imagenet_get_a_sentence(tmp_path: Path, cache: Path) -> None:
     data = TinyImagenet(root=write_tiny(tmp_path))
     path = tmp_path / "train/n00000005/images/n00000005_0.JPEG"

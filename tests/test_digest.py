@@ -22,7 +22,7 @@ from tfkd_ray.images import ImageSet
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml, validated
 from tfkd_ray.space import build_space, pinned, placed
-from tfkd_ray.teachers import bank_of, find_or_train, is_trained, load_teacher, teacher_name, train_teacher
+from tfkd_ray.teachers import bank_of, find_or_train, is_here, is_trained, load_teacher, teacher_name, train_teacher
 from tfkd_ray.trial import check_data_here
 from tfkd_ray.tune import build_tuner, resume_tuner
 
@@ -63,8 +63,40 @@ def test_every_byte_and_every_label_counts() -> None:
     assert len(digests) == 18 and digest_of(images()) == digest_of(whole)
 
 
+@pytest.mark.parametrize(
+    ("n", "shape"),
+    [(9000, (1, 8, 8)), (9000, (1, 28, 28)), (6000, (1, 1, 509)), (1500, (3, 32, 32)), (40, (3, 160, 160)), (9, (1, 1, 1))],
+    ids=str,
+)  # fmt: skip
+def test_an_image_that_changes_in_any_way_or_changes_places_counts(n: int, shape: tuple[int, int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (n, *shape), dtype=np.uint8)
+    pixels[[3, n // 2, n - 1]] = 0  # of which a sum sees nothing
+    one, size = torch.zeros(n, dtype=torch.int64), pixels[0].size
+    cases = {"as it was": pixels}
+    for k in (0, 3, n // 2, n - 1):
+        cases[f"{k}: the highest bit of every pixel"] = flipped = pixels.copy()
+        flipped[k] ^= 128
+        cases[f"{k}: of every eighth"] = flipped = pixels.copy()
+        flipped[k].reshape(-1)[7 % size :: 8] ^= 128
+        cases[f"{k}: upside down"] = turned = pixels.copy()
+        turned[k] = ~pixels[k].reshape(-1)[::-1].reshape(shape)
+    for distance in {1, 8, 64, 509, 2039, 4072, n - 1}:
+        if distance < n:
+            cases[f"exchanged: 0 and {distance}"] = swapped = pixels.copy()
+            swapped[[0, distance]] = pixels[[distance, 0]]
+    cases["moved"] = np.roll(pixels, 1, axis=0)
+    cases["one pixel of all"] = marked = pixels.copy()
+    marked.reshape(n, -1)[:, 7 % size] ^= 128
+    found = {digest_of(ImageSet(torch.from_numpy(p), one, torch.arange(n), n)) for p in cases.values()}
+    same = {p.tobytes() for p in cases.values()}
+    assert len(found) == len(same) > 5
+
+
 def test_the_digest_is_pinned_since_it_names_teachers() -> None:
-    assert digest_of(images()) == "e896dfb9f5005b91d273bf07123250b1"
+    assert [digest_of(images()), digest_of(images(1000))] == [
+        "dd7dd3e100ee896222585996dba35035",
+        "14a4360b090e729f5390f64d2728726f",
+    ]
 
 
 def test_it_is_of_the_whole_train_set_whatever_part_of_it_is_used() -> None:
@@ -165,7 +197,7 @@ def make(split):
     images[np.arange(120), 0, 2 * labels] += 120
     order = np.arange(120)[::-1] if how == "turned" else np.arange(120)
     if how == "random":
-        order = np.random.permutation(120)
+        order = np.random.default_rng().permutation(120)
     return images[order].copy(), torch.from_numpy(labels[order].copy())
 """
 
@@ -233,7 +265,7 @@ def test_a_teacher_of_before_digests_is_found_by_its_name_and_not_taken_for_new_
     about = train_teacher(run, tmp_path)
     old = tmp_path / "teachers" / f"mlp-{run.fingerprint(LOOP_VERSION)}"
     (tmp_path / "teachers" / about["name"]).rename(old)
-    assert not is_trained(run, tmp_path)
+    assert not is_trained(run, tmp_path) and is_here(run, tmp_path)
     load_teacher(run, tmp_path)
 
 

@@ -21,7 +21,7 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import Dataset, Digits
 from tfkd_ray.experiment import Record, read_records, write_experiment, write_record, write_text
 from tfkd_ray.export import GRAPH, NOT_CONFIRMED, ONNX, SUMS, ExportFailed, export, verify
-from tfkd_ray.loop import train_in
+from tfkd_ray.loop import LOOP_VERSION, train_in
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml, validated
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import find_or_train, teacher_name
@@ -303,6 +303,24 @@ def test_the_card_names_the_teacher_and_what_is_known_of_it(tmp_path: Path, stor
     about = json.loads((storage / "teachers" / teacher_name(run) / "teacher.json").read_text())
     assert f"`{teacher_name(run)}`" in card and about["sha256"] in card
     assert f"val_accuracy: {about['metrics']['val_accuracy']:.4f}" in card
+
+
+@pytest.mark.parametrize("loop", [LOOP_VERSION, 2])
+def test_the_card_describes_a_teacher_of_before_data_had_digests(tmp_path: Path, storage: Path, loop: int) -> None:
+    place = tmp_path / "storage"
+    for name in ("sweep", "teachers"):
+        shutil.copytree(storage / name, place / name)
+    [record] = [r for r in read_records(place / "sweep") if r.name == "t0001-tfkd_self"]
+    run = validated(TrainConfig, record.config).teacher_run()
+    assert run is not None and run.data.digest is None
+    new, old = teacher_name(run), f"mlp-{run.fingerprint(loop)}"
+    (place / "teachers" / new).rename(place / "teachers" / old)
+    path = place / "teachers" / old / "teacher.json"
+    about = {**json.loads(path.read_text()), "name": old, "loop_version": loop}
+    path.write_text(json.dumps(about))
+    _, card = card_of(place / "sweep", tmp_path / "out")
+    assert f"`{old}` (fingerprint `{old[4:]}`)." in card and "Its files are not beside" not in card
+    assert about["sha256"] in card
 
 
 def test_another_trial_is_picked_by_hand_and_not_confirmed(tmp_path: Path, storage: Path) -> None:

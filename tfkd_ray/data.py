@@ -1180,8 +1180,10 @@ def forget_loaded() -> None:
     _load.cache_clear()
 
 
-BLOCK = 1024
-"""Words of 8 bytes that are summed up into one for the digest."""
+ROWS = 64
+"""Words of 8 bytes that are at most added up to one for the digest."""
+COLUMNS = (509, 2_039, 8_191, 32_749, 131_071, 524_287)
+"""Words from one of a sum to the next: the first of these primes that is more than an image has."""
 
 
 def digest_of(images: Images) -> str:
@@ -1190,30 +1192,36 @@ def digest_of(images: Images) -> str:
     Images in memory count by their content. Of images that stay in their files the content is not read: their names,
     below the folder, and sizes count, so that a file of the same name and size is taken for the same. No time counts.
     """
-    found = hashlib.sha256(images.labels.numpy().astype("<i8").tobytes())
+    found = hashlib.sha256(images.labels.numpy().astype("<i4").data)
     if isinstance(images, FolderSet):
         for file in images.files:
             size = os.stat(f"{images.folder}/{file}").st_size  # noqa: PTH116  # a Path would take as long again
             found.update(os.fsencode(f"{file}\0{size}\0"))
     else:
         found.update(repr(tuple(images.stored.shape)).encode())
-        for part in _summed(images.stored.contiguous().numpy().reshape(-1)):
-            found.update(part)
+        content = images.stored.contiguous().numpy().reshape(-1)
+        for part in _summed(content, math.prod(images.stored.shape[1:])):
+            found.update(part.data)
     return found.hexdigest()[:32]
 
 
-def _summed(content: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[bytes]:
-    """The content in 1/512 of its bytes, for a hash 5 times as fast as SHA-256, and no protection against forgery.
+def _summed(content: np.ndarray[Any, np.dtype[np.uint8]], each: int) -> Iterator[np.ndarray[Any, Any]]:
+    """The content in about 1/64 of its bytes, for a hash 8 times as fast as SHA-256, and no protection against forgery.
 
-    Sums of each block's words with odd factors, modulo 2^64: one changed word always changes them. Of changes of
-    several words in their highest bits little is left in a sum, so there is another one of words half a word on.
+    Blocks of rows of words, of each of which the columns are added up. No sum has two words of one image, so a change
+    of an image always changes a sum; nor has one the same word of two images, which somebody might exchange.
+
+    Args:
+        each: bytes of an image.
     """
-    end = max(0, len(content) - 4) // (8 * BLOCK) * 8 * BLOCK
-    factors = np.frombuffer(hashlib.shake_256(b"tfkd_ray").digest(8 * BLOCK), "<u8") | np.uint64(1)
-    for start in (0, 4):
-        words = content[start : start + end].view("<u8").reshape(-1, BLOCK)
-        yield np.einsum("bw,w->b", words, factors).astype("<u8").tobytes()
-    yield content[end:].tobytes()
+    rows = min(ROWS, each // 8)
+    columns = next((p for p in COLUMNS if p > each // 8 + 1 and each % p), 0)
+    block = 8 * rows * columns  # 0: an image is so small or large that nothing is added up
+    end = len(content) // block * block if block else 0
+    if end:
+        words = content[:end].view("<u8").reshape(-1, rows, columns)
+        yield np.add.reduce(words, axis=1).astype("<u8", copy=False)
+    yield content[end:]
 
 
 @functools.lru_cache(maxsize=4)

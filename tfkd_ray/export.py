@@ -56,7 +56,7 @@ from tfkd_ray.experiment import (
 from tfkd_ray.files import kind_of
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError, did_you_mean, dump_yaml, read_yaml, validated
-from tfkd_ray.teachers import describe, is_trained, teacher_name
+from tfkd_ray.teachers import known_of, teacher_name
 from tfkd_ray.verdict import Metric
 
 IMAGES = 256
@@ -701,14 +701,15 @@ def _teacher(chosen: Chosen) -> Iterator[str]:
     if run is None:
         yield "No trained teacher: the objective needs none."
         return
-    yield f"`{teacher_name(run)}` (fingerprint `{run.fingerprint(LOOP_VERSION)}`)."
-    if not is_trained(run, chosen.storage):
-        yield "Its files are not beside this student's, so no more is known of it here."
-        return
     try:
-        about = describe(run, chosen.storage)
+        about = known_of(run, chosen.storage)
     except ValueError as error:
         raise ConfigError(f"damaged: {error}", chosen.storage / "teachers" / teacher_name(run)) from None
+    if about is None:
+        yield f"`{teacher_name(run)}` (fingerprint `{run.fingerprint(LOOP_VERSION)}`)."
+        yield "Its files are not beside this student's, so no more is known of it here."
+        return
+    yield f"`{about['name']}` (fingerprint `{about['name'].rpartition('-')[2]}`)."
     weights = about["config"].get("weights")
     if weights:
         name = weights if weights.startswith("torchvision") else Path(weights).name

@@ -203,6 +203,21 @@ def _place(config: TeacherRun, storage: Path) -> Path:
     return before if not is_trained(config, storage) and (before / "teacher.json").exists() else folder
 
 
+def is_here(config: TeacherRun, storage: Path) -> bool:
+    """Whether there is something to `describe`: that teacher, or one that was trained before data had digests."""
+    return (_place(config, storage) / "teacher.json").exists()
+
+
+def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
+    """What `teacher.json` says of a teacher, be it of an earlier loop; None where there is none."""
+    if is_here(config, storage):
+        return describe(config, storage)
+    for about in read_teachers(storage):
+        if about["name"] == f"{config.student.name}-{config.fingerprint(about.get('loop_version', 1))}":
+            return about
+    return None
+
+
 def fetch(config: TeacherRun, storage: Path, *, weights: bool = True) -> None:
     """Where a storage mirrors a store: get what there is of a teacher, with its weights, or those of a half-trained."""
     store = remote.store_of(storage)
@@ -240,7 +255,7 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
     run = config.teacher_run()
     if run is None:
         return None
-    if not (_place(run, storage) / "teacher.json").exists():
+    if not is_here(run, storage):
         load_teacher(run, storage)  # says what is wrong
     about = describe(run, storage)
     of = {
