@@ -379,7 +379,8 @@ def test_a_place_without_write_permission_is_refused(ray_cluster: str) -> None:
 
 
 def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": r} for r in resources])
+    found = [{"Alive": True, "NodeID": f"{k}", "Resources": r} for k, r in enumerate(resources)]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: found)
 
 
 TWO = TrainConfig(objective=CrossEntropy(), workers=2)
