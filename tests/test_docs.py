@@ -44,6 +44,17 @@ def test_the_reference_has_every_public_name_and_names_no_place_on_this_machine(
     assert str(Path.home()) not in text and str(ROOT) not in text
 
 
+# --- faults
+
+
+def test_every_fault_of_the_page_has_a_test_that_is_there() -> None:
+    rows = [line for line in (DOCS / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    named = [re.findall(r"`(test_\w+\.py)::(\w+)`", row) for row in rows if not row.startswith("| fault ")]
+    assert len(named) > 200 and all(named)
+    for file, name in {pair for pairs in named for pair in pairs}:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
 # --- search spaces
 
 
