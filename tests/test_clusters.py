@@ -911,7 +911,11 @@ def given(action: argparse.Action, *, joined: bool = False) -> list[str]:
     if action.nargs == 0:
         return [action.option_strings[-1]]
     number = action.type is not None and action.type.__name__ in ("_count", "int", "float")  # type: ignore[union-attr]
-    value = "7" if number else (list(action.choices)[-1] if action.choices else f"/there/{action.dest}.yaml")
+    value = f"/there/{action.dest}.yaml"
+    if action.choices:
+        value = list(action.choices)[-1]
+    if number:
+        value = "7"
     if action.dest == "overrides":
         return ["optim.lr=1", f"student={value}"]
     if not action.option_strings:

@@ -377,7 +377,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         params, distributions = _asked(group, objective, values)
         told = list(value) if isinstance(value, list | tuple) else [value]
         on_the_way = {epoch: float(v) for epoch, v in enumerate(intermediate_values or (), start=1)}
-        state = TrialState.FAIL if error else TrialState.PRUNED if pruned else TrialState.COMPLETE
+        state = TrialState.PRUNED if pruned else TrialState.COMPLETE
+        if error:
+            state = TrialState.FAIL
         whole = state == TrialState.COMPLETE
         if whole and (len(told) != len(self.space.search.metrics) or not all(_is_number(v) for v in told)):
             raise ConfigError(f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}")

@@ -172,7 +172,9 @@ class TensorBoard(Callback):  # type: ignore[misc]
             writer, epoch = self._writers[trial.trial_id]
             full = _about(trial).get("epochs", epoch)
             stopped = epoch < full and not (trial.last_result or {}).get(FULL_LENGTH)
-            how = f"failed: {failed}" if failed else "stopped early" if stopped else "done"
+            how = "stopped early" if stopped else "done"
+            if failed:
+                how = f"failed: {failed}"
             end = EventFileWriter(writer.get_logdir(), filename_suffix=".end")
             _add(end, epoch, _session_end(bool(failed)))
             _add(end, epoch, _scalar(EPOCHS, epoch))
