@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
@@ -148,3 +149,15 @@ def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, check=True)
     given, shown, argv, env_below = json.loads(done.stdout)
     assert given == words and CANARY not in shown + env_below + " ".join(argv) and "***" in shown
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "://", "a://", "a://b:", "a://b:c", "?pass=", "&a", "a://u?pass=", "a://u?&pass=&", "@", "a://@"]
+)
+def test_a_long_text_is_looked_through_once(part: str) -> None:
+    """Time grows as the text does: each of these took a minute or would have, with a search from each letter on."""
+    for text in (part * (200_000 // len(part)), "a://u?" + part * (200_000 // len(part))):
+        start = time.process_time()
+        masked(text)
+        masked_words(text)
+        assert time.process_time() - start < 2

@@ -11,6 +11,7 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 HIDDEN = "***"
 FIRST_AT = "its password ends at the first @; write an @ in it as %40, and / ? # % as %2F %3F %23 %25"
 _START = re.compile(r"[A-Za-z][\w+.-]*://")
+_SCHEME = re.compile(r"(?<=[\w+.-])://")  # its end alone: the whole, searched in a long word, takes quadratic time
 _USER = re.compile(r"[^:/]*:")
 _PORT = re.compile(r"\d*(?![^/?#\s'\"\]}),;.])")
 _KEY = re.compile(r"[?&;]([^?&;=\s]+)=")
@@ -23,20 +24,22 @@ _SECRET = re.compile(
 def spans(url: str) -> list[tuple[int, int]]:
     """(begin, end) of each password in a URL, or in a word that holds one (`search.storage=URL`), in order."""
     found = []
-    starts = [m.end() for m in _START.finditer(url)]
+    starts = [m.end() for m in _SCHEME.finditer(url)]
+    last = url.rfind("@")
     for begin in starts:
         user = _USER.match(url, begin)
         if user is None or url.startswith(f"{HIDDEN}@", user.end()):
             continue
-        last = url.rfind("@", user.end())
-        if last >= 0:
+        if last >= user.end():
             found.append((user.end(), last))
         elif not url.startswith("[", begin) and _PORT.match(url, user.end()) is None:
             found.append((user.end(), len(url)))
+    hidden = 0
     for key in _KEY.finditer(url, starts[0]) if starts else ():
-        if _SECRET.search(unquote(key[1])):
+        if key.start() >= hidden and _SECRET.search(unquote(key[1])):
             after = _NEXT_KEY.search(url, key.end())
-            found.append((key.end(), after.start() if after else len(url)))
+            hidden = after.start() if after else len(url)
+            found.append((key.end(), hidden))
     joined: list[tuple[int, int]] = []
     for begin, end in sorted(found):
         if joined and begin <= joined[-1][1]:
@@ -65,7 +68,13 @@ def masked(url: str) -> str:
 
 def masked_words(text: str) -> str:
     """A sentence, with *** for the passwords of the URLs among its words."""
-    return re.sub(r"[A-Za-z][\w+.-]*://[^\s'\"]*[@?][^\s'\"]*", lambda found: masked(found[0]), text)
+    return re.sub(r"[^\s'\"]+", lambda found: _masked_word(found[0]), text)
+
+
+def _masked_word(word: str) -> str:
+    """A word, masked if it is a URL that names a user or asks something: a port that a comma follows is no password."""
+    _, scheme, rest = word.partition("://")
+    return masked(word) if scheme and ("@" in rest or "?" in rest) else word
 
 
 def without_secrets(text: str, urls: Iterable[str]) -> str:

@@ -131,7 +131,7 @@ def _prefixes(tensors: Weights, wanted: Weights) -> list[str]:
         found |= {key.removesuffix(name) for key in tensors if key.endswith(f".{name}")}
         if len(found) > 1:
             break
-    return sorted(found, key=len)
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
 def _below(prefix: str, tensors: Weights) -> Weights:
