@@ -72,6 +72,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest-xdist 3.8 with pytest 9.2 ignores groups without a word: each process would start a Ray of its own."""
+    if getattr(session.config.option, "loadgroup", False):
+        apart = [item.nodeid for item in session.items if item.get_closest_marker("ray") and "@ray" not in item.nodeid]
+        if apart:
+            raise pytest.UsageError(f"{len(apart)} tests would not share one Ray, among them {apart[0]}")
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
