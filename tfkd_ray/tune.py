@@ -121,8 +121,8 @@ def build_tuner(
     Args:
         space: a `Space`, the tree of one, or the path of a space file.
         name: of the experiment, a directory below `storage` that is not there yet. None: the file's name and the time.
-        storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; teachers are shared by the
-            experiments in it.
+        storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, or one that is open already
+            (`storage.checked`); teachers are shared by the experiments in it.
         callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
         tune_config: Ray's own; its metric, scheduler, concurrency and time budget override the space's `search`. What
             would be ignored (searcher, number and names of trials) is refused.
@@ -191,7 +191,7 @@ def resume_tuner(
     What is finished is in the study, and is not run again; Ray's own snapshot is not read.
 
     Args:
-        experiment: its directory, or its URL on object storage.
+        experiment: its directory, or its URL on object storage, or one that is open already (`storage.to_continue`).
         add_trials: raises `search.num_samples` by so many.
         retry_failed: run the failed trials again, with their numbers and parameters, from their last checkpoints.
         time_budget_s: a new budget, from now on; as are `gpu_hours`, `cpu_hours` and `max_failed_trials`. None: what
