@@ -101,8 +101,8 @@ def comparison_tuner(
     on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
     """A Tuner that trains what a comparison asks for and has not got; teachers first."""
-    storage, name = comparison = to_continue(comparison)
-    directory = comparison.folder
+    comparison = to_continue(comparison)
+    storage, directory = comparison.storage, comparison.folder
     compared = read_comparison(directory)
     here = (torch.__version__.split("+")[0], LOOP_VERSION)
     if compared.made_with != here:
@@ -119,7 +119,7 @@ def comparison_tuner(
             print(f"note: arm {arm.name}: {note}", file=sys.stderr)
     config.data.examine()
     prepare(config, storage)
-    lock = Lock(storage, name)
+    lock = Lock(*comparison)
     without_teacher: dict[str, str] = {}
 
     def lost(teacher: TeacherRun, reason: str) -> None:
@@ -191,10 +191,10 @@ def judge_on_test(comparison: Experiment | Path, on_run: Callable[[str], None] |
 
     Its logits stay with each run. That the split was opened is written down beside the experiments, with what for.
     """
-    storage, name = comparison = to_continue(comparison)
-    lock = Lock(storage, name)
+    comparison = to_continue(comparison)
+    storage, lock = comparison.storage, Lock(*comparison)
     try:
-        with storage.up_to_date(name, storage.folder / OPENINGS):
+        with storage.up_to_date(comparison.name, storage.folder / OPENINGS):
             return _judged(comparison.folder, on_run)
     finally:
         lock.release()
