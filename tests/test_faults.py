@@ -541,10 +541,7 @@ def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_ti
     now = [0.0]
     losses = Losses(10, lambda: now[0])
     trial = SimpleNamespace(
-        trial_id="a",
-        max_failures=2,
-        num_failures=0,
-        config={"trial": {"directory": str(tmp_path / "not yet"), "storage": str(tmp_path)}},
+        trial_id="a", max_failures=2, num_failures=0, config={"trial": {"directory": str(tmp_path / "not yet")}}
     )
     trial.temporary_state = SimpleNamespace(ray_actor=None)
     losses.on_trial_start(0, [], trial)

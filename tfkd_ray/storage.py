@@ -357,8 +357,9 @@ def _mirror(store: Store) -> Mirror:
 
 def received(about: Mapping[str, Any]) -> tuple[Storage, Path]:
     """(storage, the trial's directory), both as this node has them, from a trial's configuration: see `wire`."""
-    storage, directory = Path(about["storage"]), Path(about["directory"])
+    directory = Path(about["directory"])
     if "store" not in about:
-        return Directory(storage), directory
+        place = about.get("storage", directory)  # a user's own searcher may name none: there are no teachers then
+        return Directory(Path(place)), directory
     store = Store(about["store"], about["endpoint"])
-    return Mirror(store), store.mark() / directory.relative_to(storage)
+    return Mirror(store), store.mark() / directory.relative_to(about["storage"])
