@@ -47,6 +47,7 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records
 from tfkd_ray.files import cache_folder
 from tfkd_ray.schema import validated
+from tfkd_ray.storage import Directory
 from tfkd_ray.tune import train_teachers
 
 Trees = list[dict[str, Any]]
@@ -257,7 +258,7 @@ def main() -> None:
             ","
         ):  # its teacher is another, as compiled numbers are not the same to the last digit
             runs = [validated(TrainConfig, point | {"compile": "on"}).teacher_run() for point in points]
-            train_teachers([run for run in runs if run], storage)
+            train_teachers([run for run in runs if run], Directory(storage))
         for _ in range(args.repeats):
             for way in args.ways.split(","):
                 start, before = time.perf_counter(), busy()

@@ -15,6 +15,7 @@ from tfkd_ray import doctor
 from tfkd_ray.cluster import leaked_groups
 from tfkd_ray.doctor import Found
 from tfkd_ray.nodes import Node, versions_of_node
+from tfkd_ray.storage import Directory
 
 SPACE = "student: {name: mlp, hidden: [8]}\nobjective: ce\noptim: {lr: {low: 0.01, high: 0.5}}\n"
 
@@ -87,18 +88,18 @@ def test_little_shared_memory_is_said_with_the_size_to_give() -> None:
 
 
 def test_storage_of_this_machine_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
-    assert one(doctor.check_storage_here(tmp_path / "a/b")).level == "ok" and not list(tmp_path.iterdir())
+    assert one(doctor.check_storage_here(Directory(tmp_path / "a/b"))).level == "ok" and not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    found = one(doctor.check_storage_here(tmp_path / "file"))
+    found = one(doctor.check_storage_here(Directory(tmp_path / "file")))
     assert found.level == "problem" and "choose another place: --storage DIR" in found.text
 
 
 def test_a_node_that_does_not_see_the_storage_or_answer_is_named(tmp_path: Path) -> None:
     good, dead = Node("good"), Node("dead", silent="does not answer within 30 s")
     bad = Node("10.0.0.9 (ab)", storage="cannot use it (No such file or directory)")
-    found = one(doctor.check_storage(tmp_path, [good, bad]))
+    found = one(doctor.check_storage(Directory(tmp_path), [good, bad]))
     assert found.level == "problem" and "10.0.0.9 (ab) cannot use it" in found.text and "mount it there" in found.text
-    assert one(doctor.check_storage(tmp_path, [good])).level == "ok"
+    assert one(doctor.check_storage(Directory(tmp_path), [good])).level == "ok"
     assert one(doctor.check_storage(None, [good])).level == "warning"
     assert one(doctor.check_nodes([good, dead])).text == "dead does not answer within 30 s"
 

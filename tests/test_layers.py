@@ -13,7 +13,7 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "passwords", "files", "schema", "own_code", "calibration", "verdict", "auth", "experiment", "remote",
+    "passwords", "files", "schema", "own_code", "calibration", "verdict", "auth", "experiment", "remote", "storage",
     "images",
     "objectives", "data", "models", "augment",
     "config",
@@ -58,6 +58,13 @@ def test_imports_point_down(module: str) -> None:
             assert parts[1] in below, f"{module} imports {name}"
         if parts[0] == "ray":
             assert module in RAY, f"{module} imports {name}"
+
+
+def test_one_place_asks_whether_a_path_is_a_mirror_and_buckets_are_behind_the_storage() -> None:
+    texts = {m: (PACKAGE / f"{m}.py").read_text() for m in ORDER if m != "remote"}
+    assert {m: text.count("store_of(") for m, text in texts.items() if "store_of" in text} == {"storage": 1}
+    # the sweep's uploads are the other part of a bucket that lasts as long as its driver
+    assert {m for m in texts for name, _ in imports(m) if name == "tfkd_ray.remote"} <= {"storage", "tune", "callbacks"}
 
 
 def test_contributing_says_where_every_module_is_changed() -> None:

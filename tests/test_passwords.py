@@ -14,10 +14,10 @@ from sqlalchemy.engine import make_url
 
 from tfkd_ray.cli import main
 from tfkd_ray.passwords import masked, masked_words, without_secrets
-from tfkd_ray.remote import store_at
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import OptunaSearcher, open_storage, whole_url
 from tfkd_ray.space import build_space, load_space
+from tfkd_ray.storage import storage_at
 
 CANARY = "kanari"
 ODD = {
@@ -113,7 +113,7 @@ def test_no_error_message_and_no_pickle_holds_it(password: str, tmp_path: Path) 
                 said.append(str(error))
     for run in (
         lambda: load_space("digits_tfkd", [url]), lambda: load_space("digits_tfkd", [f"serch.storage={url}"]),
-        lambda: store_at(f"s3://me:{password}@bucket"), lambda: open_storage(url),
+        lambda: storage_at(f"s3://me:{password}@bucket"), lambda: open_storage(url),
         lambda: load_space("digits_tfkd", [f"search={{storage: [{json.dumps(url)}]}}"]),
     ):  # fmt: skip
         with pytest.raises(ConfigError) as wrong:

@@ -109,8 +109,9 @@ def small(tmp_path: Path) -> Path:
 HOLD = """
 import sys, time
 from pathlib import Path
+from tfkd_ray.storage import opened
 from tfkd_ray.tune import Lock
-lock = Lock(Path(sys.argv[1]))
+lock = Lock(*opened(Path(sys.argv[1])))
 print("held", flush=True)
 time.sleep(60)
 """

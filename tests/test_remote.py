@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -30,6 +31,19 @@ from tfkd_ray.clusterfile import check, load_cluster
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records, trials_folder
 from tfkd_ray.schema import ConfigError, dump_yaml
+from tfkd_ray.storage import (
+    Directory,
+    Experiment,
+    Mirror,
+    Storage,
+    as_given,
+    checked,
+    everything,
+    opened,
+    received,
+    storage_at,
+    to_continue,
+)
 from tfkd_ray.teachers import teacher_name
 from tfkd_ray.tune import Lock, Uploads, _teacher, build_tuner, place_of, resume_tuner
 
@@ -175,7 +189,7 @@ def test_objects_whose_names_lead_out_of_the_mirror_are_left_alone(bucket: str, 
     store = remote.store_at(bucket)
     assert set(store.objects("e")) <= {"e/experiment.yaml"}
     with contextlib.suppress(ConfigError):  # some clients refuse to list such names at all
-        remote.fetched(f"{bucket}/e", remote.everything)
+        opened(f"{bucket}/e", everything)
     assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
 
 
@@ -186,18 +200,17 @@ def test_each_node_must_reach_the_store_and_needs_no_directory_that_others_see(
     monkeypatch.setattr(nodes.ray, "nodes", lambda: [{"Alive": True}] * 2)
     answers = [nodes.Node("10.0.0.9", storage="does not answer"), nodes.Node("10.0.0.8")]
     monkeypatch.setattr(nodes, "visit", lambda place: asked.append(place) or answers)
-    folder = remote.checked(remote.store_at(bucket))
     with pytest.raises(ConfigError, match=rf"10.0.0.9: {bucket}: does not answer"):
-        nodes.check_shared(folder)
-    assert asked == [remote.store_at(bucket)] and nodes._look(None, None, "n", asked[0])["storage"] is None
-    lost = nodes._look(None, None, "n", remote.store_at("s3://nothing/x"))["storage"]
+        nodes.check_shared(checked(bucket))
+    assert asked == [storage_at(bucket)] and nodes._look(None, None, "n", asked[0])["storage"] is None
+    lost = nodes._look(None, None, "n", storage_at("s3://nothing/x"))["storage"]
     assert lost is not None and "no such bucket" in lost
 
 
 def test_the_doctor_looks_at_object_storage(bucket: str, tfkd: Run, tmp_path: Path) -> None:
     found = [
-        *doctor.check_storage_here(remote.store_at(bucket)),
-        *doctor.check_storage_here(remote.store_at("s3://no/x")),
+        *doctor.check_storage_here(storage_at(bucket)),
+        *doctor.check_storage_here(storage_at("s3://no/x")),
     ]
     assert [one.level for one in found] == ["ok", "problem"] and "no such bucket" in found[1].text
     run = tfkd("doctor", "--storage", bucket, RAY_ADDRESS="")
@@ -238,7 +251,92 @@ def test_a_cluster_file_may_name_a_bucket(name: str, place: str, tmp_path: Path)
     assert _storage_of(options) == (None if name == "slurm.sh" else url)
 
 
+# --- the value that stands for either kind
+
+
+def trial_in(storage: Storage) -> dict[str, Any]:
+    """The part of a trial's configuration that says where it is, as it reaches another process."""
+    place = {"directory": str(storage.folder / "e/trials/t0"), **storage.wire()}
+    return dict(json.loads(json.dumps(place)))
+
+
+def test_a_directory_is_the_same_on_every_node_and_nothing_is_fetched_sent_or_claimed(
+    tmp_path: Path, elsewhere: Callable[[str], None]
+) -> None:
+    storage = checked(tmp_path)
+    experiment = opened(tmp_path / "e")
+    assert storage == Directory(tmp_path) == pickle.loads(pickle.dumps(storage)) == experiment.storage
+    assert (str(storage), experiment.folder) == (str(tmp_path), tmp_path / "e")
+    storage.check_new("e")
+    trial = tmp_path / "e/trials/t0"
+    trial.mkdir(parents=True)
+    for name in ("last.ckpt", "error.txt"):
+        (trial / name).write_text(name)
+    with pytest.raises(ConfigError, match="exists already"):
+        storage.check_new("e")
+    with storage.up_to_date("e", tmp_path / "beside"):
+        storage.fetch("e", everything, patiently=True)
+        storage.fetch_experiments()
+        storage.fetch_comparisons()
+        storage.send(trial / "last.ckpt", trial / "gone")
+        storage.begin_trial(trial)
+        storage.drop_unknown("e", [])
+        assert storage.bring(trial / "error.txt").read_text() == "error.txt"
+    assert sorted(path.name for path in trial.iterdir()) == ["error.txt", "last.ckpt"]
+    assert storage.hold("e") is None and storage.on_saved(trial) is None
+    told = trial_in(storage)
+    elsewhere("node")
+    assert received(told) == (storage, trial)
+
+
+def test_a_bucket_is_mirrored_on_each_node_by_the_value_that_reaches_it(
+    bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    storage = checked(bucket)
+    assert storage == Mirror(remote.store_at(bucket)) and str(storage) == bucket
+    sent, told, here = pickle.dumps(storage), trial_in(storage), storage.folder
+    assert b"s3cret" not in sent and b"tfkd-key" not in sent and storage.folder.is_dir()
+    storage.check_new("e")
+    (here / "e/trials/t0").mkdir(parents=True)
+    (here / "e/trials/t0/last.ckpt").write_text("3 epochs")
+    storage.send(here / "e/trials/t0/last.ckpt")
+    with pytest.raises(ConfigError, match=f"'e' exists already.*tfkd resume {bucket}/e"):
+        storage.check_new("e")
+    elsewhere("node")
+    assert pickle.loads(sent) == storage and storage.folder != here
+    there, trial = received(told)
+    assert (there, trial) == (storage, storage.folder / "e/trials/t0") and there.folder.is_dir()
+    trial.mkdir(parents=True)
+    (trial / "error.txt").write_text("of an earlier attempt")
+    there.begin_trial(trial)
+    assert [(path.name, path.read_text()) for path in trial.iterdir()] == [("last.ckpt", "3 epochs")]
+    (trial / "last.ckpt").unlink()
+    there.send(trial / "last.ckpt")
+    assert "lab/me/e/trials/t0/last.ckpt" not in server.names()
+
+
+def test_a_user_may_name_a_mirror_by_its_folder_and_messages_name_it_as_it_was_given(bucket: str) -> None:
+    storage = checked(bucket)
+    assert storage_at(storage.folder) == storage and checked(str(storage.folder)) == storage
+    assert opened(storage.folder / "e") == Experiment(storage, "e")
+    inside = storage.folder / "e/trials"
+    assert opened(inside) == Experiment(Directory(storage.folder / "e"), "trials") and opened(inside).folder == inside
+    assert as_given(f"see {storage.folder}/e") == f"see {bucket}/e"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".x"])
+def test_a_name_that_is_none_is_refused_in_either_kind(bucket: str, tmp_path: Path, name: str) -> None:
+    for storage in (checked(bucket), checked(tmp_path)):
+        with pytest.raises(ConfigError, match="name"):
+            storage.check_new(name)
+
+
 # --- what is fetched and uploaded
+
+
+def fetched(bucket: str) -> Path:
+    """The mirror of experiment `e`, up to date in what reading commands need."""
+    return opened(f"{bucket}/e").folder
 
 
 @both
@@ -255,49 +353,51 @@ def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
     (trial / "trial.json").write_text("{}")
     (trial / "result.json").symlink_to("trial.json")
     (trial / "last.ckpt").write_bytes(b"the trial's own")
-    upload = remote.Upload(e)
+    upload = remote.Upload(store, "e")
     assert upload.once() == 2 and upload.once() == 0
     assert set(server.objects()) == {"lab/me/e/study.journal", "lab/me/e/trials/t0000-ce/trial.json"}
     (trial / "metrics.jsonl").write_text("a\n")
     assert upload.once() == 1
     (trial / "metrics.jsonl").write_text("b\n")  # as long as before
     assert upload.once() == 1
-    assert remote.Upload(e).once() == 0  # a driver that goes on knows what is there
+    assert remote.Upload(store, "e").once() == 0  # a driver that goes on knows what is there
 
-    remote.send(trial / "last.ckpt")
+    remote.send(store, "e/trials/t0000-ce/last.ckpt")
     elsewhere("other")
-    there = remote.fetch(store, "e")
+    there = fetched(bucket)
     assert there.is_relative_to(Path(os.environ["XDG_CACHE_HOME"])) and there != e
     assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "b\n"
     assert not (there / "trials/t0000-ce/last.ckpt").exists()
     server.put("lab/me/e/trials/t0000-ce/metrics.jsonl", b"c\n")
-    remote.fetch(store, "e")  # within the second in which it was written before
+    fetched(bucket)  # within the second in which it was written before
     assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "c\n"
     server.remove("lab/me/e/trials/t0000-ce/metrics.jsonl")
-    assert not (remote.fetch(store, "e") / "trials/t0000-ce/metrics.jsonl").exists()
+    assert not (fetched(bucket) / "trials/t0000-ce/metrics.jsonl").exists()
 
 
 @both
 def test_a_file_that_goes_while_a_driver_runs_goes_there_and_one_that_a_cleaner_took_stays(
     bucket: str, server: Server
 ) -> None:
-    e = remote.store_at(bucket).mark() / "gone"
+    store = remote.store_at(bucket)
+    e = store.mark() / "gone"
     e.mkdir()
     for name in ("a", "b"):
         (e / name).write_text(name)
-    upload = remote.Upload(e)
+    upload = remote.Upload(store, "gone")
     upload.once()
     (e / "a").unlink()
     assert upload.once() == 1 and set(server.objects()) == {"lab/me/gone/b"}
     (e / "b").unlink()
-    assert remote.Upload(e).once() == 0 and set(server.objects()) == {"lab/me/gone/b"}
+    assert remote.Upload(store, "gone").once() == 0 and set(server.objects()) == {"lab/me/gone/b"}
 
 
 @both
 def test_the_study_is_written_last_and_as_it_was_before_the_files_were_looked_at(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    e = remote.store_at(bucket).mark() / "order"
+    store = remote.store_at(bucket)
+    e = store.mark() / "order"
     e.mkdir()
     (e / "study.journal").write_text("trial 0 ended\n")
     (e / "spent.json").write_text("{}")
@@ -308,7 +408,7 @@ def test_the_study_is_written_last_and_as_it_was_before_the_files_were_looked_at
         (e / "study.journal").write_text("trial 0 ended\ntrial 1 ended\n")  # while it is being uploaded
 
     monkeypatch.setattr(remote.Store, "write", write)
-    upload = remote.Upload(e)
+    upload = remote.Upload(store, "order")
     upload.once()
     assert written == [("order/spent.json", b"{}"), ("order/study.journal", b"trial 0 ended\n")]
     upload.once()
@@ -318,12 +418,12 @@ def test_the_study_is_written_last_and_as_it_was_before_the_files_were_looked_at
 # --- one driver
 
 
-def begun(bucket: str, name: str = "e") -> tuple[Path, remote.Claim]:
-    experiment = remote.store_at(bucket).mark() / name
-    experiment.mkdir(parents=True, exist_ok=True)
-    claim = remote.Claim(experiment)
-    claim.take()
-    return experiment, claim
+def begun(bucket: str) -> tuple[Path, remote.Claim]:
+    storage = storage_at(bucket)
+    (storage.folder / "e").mkdir(parents=True, exist_ok=True)
+    claim = storage.hold("e")
+    assert claim is not None
+    return storage.folder / "e", claim
 
 
 @both
@@ -332,7 +432,7 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
 ) -> None:
     _, first = begun(bucket)
     elsewhere("other")
-    remote.fetch(remote.store_at(bucket), "e")
+    fetched(bucket)
     with pytest.raises(ConfigError) as error:
         begun(bucket)
     assert f"is being run by process {os.getpid()} on {socket.gethostname()}, heard of" in str(error.value)
@@ -355,14 +455,15 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
 def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = remote.store_at(bucket).mark() / "e"
-    experiment.mkdir()
-    lock = Lock(experiment)
+    storage = storage_at(bucket)
+    experiment = storage.folder / "e"
+    experiment.mkdir(parents=True)
+    lock = Lock(storage, "e")
     assert lock.claim is not None
-    uploads = Uploads(experiment, lock.claim, None)
+    uploads = Uploads(lock.claim, None)
     monkeypatch.setattr(remote, "STALE_S", 0.0)  # as if it had been suspended for a minute
     elsewhere("other")
-    remote.fetch(remote.store_at(bucket), "e")
+    fetched(bucket)
     begun(bucket)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     (experiment / "spent.json").write_text("{}")
@@ -383,7 +484,7 @@ def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_i
     elsewhere("other")
     with pytest.raises(ConfigError, match="was run by another driver meanwhile; try again"):
         begun(bucket)  # before anything was fetched
-    remote.fetch(remote.store_at(bucket), "e")
+    fetched(bucket)
     begun(bucket)
 
 
@@ -394,17 +495,17 @@ def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last
     here = os.environ["XDG_CACHE_HOME"]
     e, claim = begun(bucket)
     (e / "spent.json").write_text("1")
-    remote.Upload(e).once()
+    remote.Upload(claim.store, "e").once()
     (e / "spent.json").write_text("2")  # and then it is killed
-    remote.fetch(remote.store_at(bucket), "e")
+    fetched(bucket)
     assert (e / "spent.json").read_text() == "2"
     claim.release()
     elsewhere("other")
-    there = remote.fetch(remote.store_at(bucket), "e")
+    there = fetched(bucket)
     assert (there / "spent.json").read_text() == "1"
     begun(bucket)[1].release()
     monkeypatch.setenv("XDG_CACHE_HOME", here)
-    remote.fetch(remote.store_at(bucket), "e")
+    fetched(bucket)
     assert (e / "spent.json").read_text() == "1"
 
 
@@ -412,13 +513,12 @@ def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last
 def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(
     bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
-    store = remote.store_at(bucket)
     for name in ("trials/t0/trial.json", "study.journal", "trials/t1/trial.json", "trials/t2/trial.json"):
         server.put(f"lab/me/e/{name}", b"{}")
         time.sleep(1.1)
-    e = remote.fetch(store, "e")
+    e = fetched(bucket)
     (e / "study.journal").write_text("opened, so newer than all")
-    remote.drop_unknown(e, ["t1"])
+    storage_at(bucket).drop_unknown("e", ["t1"])
     assert sorted(p.name for p in (e / "trials").iterdir()) == ["t0", "t1"]  # t0 is lost from the study: said
 
 
@@ -439,11 +539,11 @@ def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
     def sentence(url: str = bucket) -> str:
         start = time.monotonic()
         with pytest.raises(ConfigError) as error:
-            remote.check_new(remote.checked(remote.store_at(url)) / "e")
+            checked(url).check_new("e")
         assert time.monotonic() - start < 12, error.value
         return str(error.value)
 
-    remote.check_new(remote.checked(remote.store_at(bucket)) / "e")
+    checked(bucket).check_new("e")
     assert sentence("s3://none/x") == "s3://none/x:\n  there is no such bucket; make it, or correct the URL"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert sentence() == (
@@ -458,21 +558,22 @@ def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
 
 @both
 def test_a_storage_that_is_empty_can_be_begun_in_and_a_bucket_that_is_not_there_is_said(bucket: str) -> None:
-    remote.check_new(remote.checked(remote.store_at(bucket)) / "e")
+    checked(bucket).check_new("e")
     url = bucket.replace("bucket", "nothing")
     with pytest.raises(ConfigError) as error:
-        remote.check_new(remote.checked(remote.store_at(url)) / "e")
+        checked(url).check_new("e")
     assert str(error.value) == f"{url}:\n  there is no such bucket; make it, or correct the URL"
     assert not remote.store_at(bucket).objects("e") and remote.store_at(bucket).names() == []
 
 
 @both
 def test_an_upload_whose_bucket_is_gone_is_an_error(bucket: str) -> None:
-    e = remote.store_at(bucket.replace("bucket", "nothing")).mark() / "e"
+    store = remote.store_at(bucket.replace("bucket", "nothing"))
+    e = store.mark() / "e"
     e.mkdir()
     (e / "spent.json").write_text("{}")
     with pytest.raises(OSError):
-        remote.Upload(e).once()
+        remote.Upload(store, "e").once()
 
 
 POLICY = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "*"}]}
@@ -488,15 +589,15 @@ def test_wrong_credentials_and_missing_rights_are_told_apart(monkeypatch: pytest
         key = iam.create_access_key(UserName="reader")["AccessKey"]
         monkeypatch.setenv("AWS_ENDPOINT_URL", strict.url)
         with pytest.raises(ConfigError, match=r"the credentials are not accepted; set AWS_ACCESS_KEY_ID and"):
-            remote.checked(remote.store_at("s3://bucket/x"))
+            checked("s3://bucket/x")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-right-one")
         with pytest.raises(ConfigError, match=r"the credentials are not accepted"):
-            remote.checked(remote.store_at("s3://bucket/x"))
+            checked("s3://bucket/x")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-        mirror = remote.checked(remote.store_at("s3://bucket/x"))  # it may list
+        storage = checked("s3://bucket/x")  # it may list
         with pytest.raises(ConfigError, match=r"not allowed with these credentials; ask for the right to list, read"):
-            remote.check_new(mirror / "e")
+            storage.check_new("e")
     finally:
         strict.stop()
 
@@ -589,7 +690,7 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
 
     assert f"written to {url}" in run("resume", url, "--add-trials", "3")
     elsewhere("reader-2")
-    assert [r.status for r in read_records(remote.fetched(url))] == ["done"] * 9
+    assert [r.status for r in read_records(to_continue(url).folder)] == ["done"] * 9
 
 
 def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path: Path) -> None:
@@ -613,10 +714,10 @@ def run_of(**settings: Any) -> dict[str, Any]:
     return TrainConfig.model_validate(tree).model_dump(mode="json")
 
 
-def about(storage: Path, experiment: str = "e") -> dict[str, Any]:
+def about(storage: Storage, experiment: str = "e") -> dict[str, Any]:
     """What a driver says of a trial, wherever that runs."""
-    place = place_of(storage / experiment)
-    return {"name": "t0", "epochs": 6, "directory": str(trials_folder(storage / experiment) / "t0"), **place}
+    directory = trials_folder(storage.folder / experiment) / "t0"
+    return {"name": "t0", "epochs": 6, "directory": str(directory), **place_of(storage)}
 
 
 def alike(metrics: Iterable[dict[str, float]]) -> list[dict[str, float]]:
@@ -633,7 +734,7 @@ def whole_weights(content: bytes) -> tuple[dict[str, Any], bytes]:
 def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
-    run, told = run_of(), about(remote.store_at(bucket).mark())
+    run, told = run_of(), about(storage_at(bucket))
     alone = {"name": "t0", "epochs": 6, "directory": str(tmp_path / "t0"), "storage": str(tmp_path)}
     whole = alike(trial._epochs_here(run, alone))
     elsewhere("node-1")
@@ -659,7 +760,7 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
 def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, refused = about(remote.store_at(bucket).mark()), list[str]()
+    told, refused = about(storage_at(bucket)), list[str]()
     write = remote.Store.write
 
     def at_first_refused(self: remote.Store, name: str, content: bytes) -> None:
@@ -675,7 +776,7 @@ def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
     monkeypatch.setattr(remote.Store, "write", _refused)
     with pytest.raises(OSError, match=f"{bucket}: does not answer; is the network up"):
-        list(trial._epochs_here(run_of(epochs=3), about(remote.store_at(bucket).folder, "f")))
+        list(trial._epochs_here(run_of(epochs=3), about(storage_at(bucket), "f")))
 
 
 @both
@@ -684,10 +785,10 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
 ) -> None:
     monkeypatch.setattr("tfkd_ray.tune.seal_test_split", lambda: None)  # for good, in this process
     config = TrainConfig.model_validate(run_of(objective="tfkd_self", teacher={"epochs": 4}))
-    made_by, storage = config.teacher_run(), remote.store_at(bucket).mark()
+    made_by, storage = config.teacher_run(), storage_at(bucket)
     assert made_by is not None
     run = made_by.model_copy(update={"checkpoint_every_s": 0.0})  # which is no part of its name
-    place, told, folder = remote.place_of(storage), about(storage), f"lab/me/teachers/{teacher_name(run)}"
+    told, folder = about(storage), f"lab/me/teachers/{teacher_name(run)}"
     elsewhere("node-1")
     trained = [0]
 
@@ -697,11 +798,9 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
     with monkeypatch.context() as dying:  # at its end
         dying.setattr("tfkd_ray.loop.save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
-            _teacher(run, storage, place, own_code.here())
+            _teacher(run, storage, own_code.here())
     elsewhere("reader")
-    kept = load_state(
-        remote.bring(remote.store_at(bucket).mark() / "teachers" / teacher_name(run) / "last.ckpt").parent
-    )
+    kept = load_state(storage.bring(storage.folder / "teachers" / teacher_name(run) / "last.ckpt").parent)
     assert kept is not None and kept["epoch"] in (1, 2, 3)  # an epoch is not saved while the one before is on its way
     elsewhere("node-2")
     real = teachers._trained
@@ -711,14 +810,14 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
         return real(config, folder, on_epoch, on_saved)
 
     monkeypatch.setattr(teachers, "_trained", counted)
-    made = _teacher(run, storage, place, own_code.here())
+    made = _teacher(run, storage, own_code.here())
     assert trained == [kept["epoch"]]
     assert {k for k in server.objects() if k.startswith(folder)} == {
         f"{folder}/student.safetensors",
         f"{folder}/teacher.json",
     }
     elsewhere("node-3")
-    assert _teacher(run, storage, place, own_code.here()) == made and trained == [kept["epoch"]]
+    assert _teacher(run, storage, own_code.here()) == made and trained == [kept["epoch"]]
     elsewhere("node-4")
     metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
     assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0
@@ -777,11 +876,11 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
     forget(NODE, str(tmp_path / "driver"))
     monkeypatch.setattr(remote, "STALE_S", 0.0)
     elsewhere("third")
-    assert "running" in [r.status for r in read_records(remote.fetched(url))]
+    assert "running" in [r.status for r in read_records(to_continue(url).folder)]
     grid = resume_tuner(url).fit()
     assert grid.num_errors == 0
     elsewhere("reader")
-    assert outcome(remote.fetched(url)) == outcome(tmp_path / "whole")
+    assert outcome(to_continue(url).folder) == outcome(tmp_path / "whole")
 
 
 @pytest.mark.fault
@@ -812,7 +911,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     text = (tmp_path / "said").read_text()
     assert text.count("does not answer") == 1 and "the sweep goes on" in text and "answers again" in text, text
     elsewhere("reader")
-    assert outcome(remote.fetched(f"{bucket}/e")) == outcome(tmp_path / "whole")
+    assert outcome(to_continue(f"{bucket}/e").folder) == outcome(tmp_path / "whole")
     weights = [key for key in server.objects() if key.endswith("student.safetensors")]
     assert len(weights) == 3
 
@@ -822,11 +921,12 @@ def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_la
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "END_S", 1.0)
-    experiment = remote.store_at(bucket).mark() / "late"
-    experiment.mkdir()
-    lock, notes = Lock(experiment), list[str]()
+    storage = storage_at(bucket)
+    experiment = storage.folder / "late"
+    experiment.mkdir(parents=True)
+    lock, notes = Lock(storage, "late"), list[str]()
     assert lock.claim is not None
-    uploads = Uploads(experiment, lock.claim, notes.append)
+    uploads = Uploads(lock.claim, notes.append)
     uploads.setup()
     until(lambda: "lab/me/late/driver.txt" in server.names())
     monkeypatch.setattr(remote.Store, "write", _refused)

@@ -34,6 +34,7 @@ from tfkd_ray.search import (
     take_saved_journal,
 )
 from tfkd_ray.space import Space, build_space, not_superset, warm_points
+from tfkd_ray.storage import Storage
 from tfkd_ray.tune import disk_trouble
 
 EPOCHS = 9
@@ -853,7 +854,7 @@ def test_what_auto_became_is_in_the_experiment_and_is_what_a_resume_elsewhere_us
 ) -> None:
     resumed: list[TrainConfig] = []
 
-    def prepare(config: TrainConfig, storage: Path) -> None:
+    def prepare(config: TrainConfig, storage: Storage) -> None:
         resumed.append(config)
         reached()
 

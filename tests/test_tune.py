@@ -31,6 +31,7 @@ from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import open_journal
 from tfkd_ray.space import build_space
+from tfkd_ray.storage import opened
 from tfkd_ray.teachers import train_teacher
 from tfkd_ray.trial import _is_of_broken_gpu
 from tfkd_ray.tune import Lock, Losses, NoNodeLeft, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
@@ -453,7 +454,7 @@ def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tm
 def test_a_lock_that_cannot_be_taken_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "driver.lock").mkdir()
     with pytest.raises(ConfigError, match=r"driver.lock cannot be locked \(Is a directory\).* remove driver.lock"):
-        Lock(tmp_path)
+        Lock(*opened(tmp_path))
     (tmp_path / "driver.lock").rmdir()
     for error, why in (
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied"),
@@ -462,8 +463,8 @@ def test_a_lock_that_cannot_be_taken_is_a_sentence(tmp_path: Path, monkeypatch: 
     ):
         with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"cannot be locked \(.*{why}"):
             patch.setattr("filelock.FileLock._acquire", Mock(side_effect=error))
-            Lock(tmp_path)
-    lock = Lock(tmp_path)  # and none was left behind
+            Lock(*opened(tmp_path))
+    lock = Lock(*opened(tmp_path))  # and none was left behind
     lock.release()
 
 

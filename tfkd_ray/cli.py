@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tfkd_ray.arms import Comparison
     from tfkd_ray.config import TeacherRun, TrainConfig
     from tfkd_ray.space import Space
+    from tfkd_ray.storage import Experiment, Storage
 
 OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
 _STORAGE = Path("tfkd_results")
@@ -369,14 +370,12 @@ def _doctor(args: argparse.Namespace) -> int:
     if connected:
         _join(args.address, 1)
     from tfkd_ray.doctor import doctor
+    from tfkd_ray.storage import absolute, storage_at
 
-    storage = args.storage or (None if connected else Path("tfkd_results"))
-    if isinstance(storage, str):
-        from tfkd_ray.remote import store_at
-
-        storage = store_at(storage)
-    elif storage is not None:
-        storage = storage.expanduser().absolute()
+    place = args.storage or (None if connected else _STORAGE)
+    if isinstance(place, Path):
+        place = absolute(place)
+    storage = None if place is None else storage_at(place)
     found = doctor(storage, shape, reap=args.reap, connected=connected)
     print("\n".join(one.line() for one in found))
     return FAILED if any(one.level == "problem" for one in found) else OK
@@ -416,88 +415,15 @@ def _say(text: str) -> None:
     print(legible(_as_given(text)), file=sys.stderr, flush=True)
 
 
-# --- places on object storage ----------------------------------------------------------------------------------
+def _as_given(text: str) -> str:
+    """The text with URLs in place of their mirrors; imports nothing, as errors are said this way, too."""
+    storage = sys.modules.get("tfkd_ray.storage")
+    return storage.as_given(text) if storage is not None else text
 
 
 def _place(text: str) -> "Path | str":
     """A directory, or a URL as it is."""
     return text if "://" in text else Path(text)
-
-
-_mirrors: dict[str, str] = {}
-"""URLs of the stores that this command has to do with, by their mirrors' folders."""
-
-
-def _as_given(text: str) -> str:
-    """A text with URLs where it names their mirrors."""
-    for folder, url in _mirrors.items():
-        text = text.replace(folder, url)
-    return text
-
-
-def _storage_here(place: "Path | str") -> Path:
-    """A storage's folder on this machine; of a URL that can be listed its mirror."""
-    if isinstance(place, Path):
-        return place
-    from tfkd_ray import remote
-
-    store = remote.store_at(place)
-    folder = remote.checked(store)
-    _mirrors[str(folder)] = store.url
-    return folder
-
-
-def _here(place: "Path | str", want: Callable[[str], bool] | None = None) -> Path:
-    """An experiment's directory on this machine; of a URL its mirror, up to date in what is wanted (`light`)."""
-    if isinstance(place, Path):
-        return place
-    from tfkd_ray import remote
-
-    store, _ = remote.experiment_at(place)
-    _mirrors[str(store.folder)] = store.url
-    return remote.fetched(place, want or remote.light)
-
-
-def _with_comparisons(place: "Path | str") -> Path:
-    """The same, with what the store has of comparisons and teachers, which reports and model cards mention."""
-    experiment = _here(place)
-    if isinstance(place, str):
-        from tfkd_ray import remote
-
-        store, _ = remote.experiment_at(place)
-        with remote.said(store):
-            for name in store.names():
-                if name == "teachers" or store.info(f"{name}/confirm.json"):
-                    remote.fetch(store, name)
-    return experiment
-
-
-@contextlib.contextmanager
-def _kept_up_to_date(places: "Sequence[Path | str]", want: Callable[[str], bool] | None = None) -> Iterator[None]:
-    """Fetch again and again what a command shows as it changes."""
-    from tfkd_ray.schema import ConfigError
-
-    over, urls = threading.Event(), [place for place in places if isinstance(place, str)]
-
-    def fetch() -> None:
-        while not over.wait(FETCH_S):
-            for url in urls:
-                with contextlib.suppress(ConfigError):  # it is tried again
-                    _here(url, want)
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    if urls:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if urls:
-            thread.join()
-
-
-FETCH_S = 5.0
-"""How often -f looks at object storage."""
 
 
 def _load(args: argparse.Namespace) -> "Space":
@@ -658,9 +584,11 @@ def _tune(args: argparse.Namespace) -> int:
         return code
     if (url := space.search.storage) and masked(url) != url:
         os.environ[ENVIRONMENT] = url  # from where what is written without its password takes it
-    args.storage = _storage_here(args.storage)
-    args.prior = [_here(prior) for prior in args.prior]
-    experiment = _new_directory(args, Path(args.file).stem)
+    from tfkd_ray.storage import checked, opened
+
+    storage = checked(args.storage)
+    priors = [opened(prior).folder for prior in args.prior]
+    name = _new_name(args, storage, Path(args.file).stem)
     _have_data(space.example, args)
     _join(args.address, space.example.workers)
     from tfkd_ray.tune import build_tuner
@@ -669,30 +597,28 @@ def _tune(args: argparse.Namespace) -> int:
         _say(line)
     return _sweep(
         space,
-        experiment,
+        storage.folder / name,
         lambda progress: build_tuner(
             space,
-            name=experiment.name,
-            storage=args.storage,
+            name=name,
+            storage=storage,
             callbacks=[progress],
             on_teacher=_teacher_line,
-            priors=args.prior,
+            priors=priors,
             on_budget=progress.end,
             on_note=progress.note,
         ),
     )
 
 
-def _new_directory(args: argparse.Namespace, stem: str) -> Path:
-    """Where a new experiment goes: `--storage`, and below it `--name`, or the stem and the time."""
+def _new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
+    """Name of a new experiment: `--name`, or the stem and the time."""
     from tfkd_ray.experiment import check_name
-    from tfkd_ray.remote import check_new
 
-    name = args.name if args.name is not None else f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name: str = args.name if args.name is not None else f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
-    directory: Path = (args.storage / name).expanduser().absolute()
-    check_new(directory)
-    return directory
+    storage.check_new(name)
+    return name
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -700,10 +626,12 @@ def _resume(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import read_experiment
     from tfkd_ray.schema import ConfigError
     from tfkd_ray.space import build_space, load_space
+    from tfkd_ray.storage import to_continue
 
     if (code := resume_as_job(args)) is not None:
         return code
-    experiment = _to_resume(args.experiment).expanduser().absolute()
+    found = to_continue(args.experiment)
+    experiment = found.folder
     if (experiment / "confirm.yaml").is_file():
         budgets = {option: getattr(args, name) for option, name, _, _ in _BUDGETS}
         given = {
@@ -717,7 +645,7 @@ def _resume(args: argparse.Namespace) -> int:
                 f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs" for option in wrong
             ]
             raise ConfigError(problems, experiment)
-        return _compare(experiment, args.address)
+        return _compare(found, args.address)
     about = read_experiment(experiment)
     if told := remember(about.get("directory")):
         _say(told)
@@ -734,7 +662,7 @@ def _resume(args: argparse.Namespace) -> int:
         space,
         experiment,
         lambda progress: resume_tuner(
-            experiment,
+            found,
             add_trials=args.add_trials,
             callbacks=[progress],
             on_teacher=_teacher_line,
@@ -746,15 +674,6 @@ def _resume(args: argparse.Namespace) -> int:
             **{name: getattr(args, name) for name in BUDGETS},
         ),
     )
-
-
-def _to_resume(place: "Path | str") -> Path:
-    """An experiment's directory with all that a driver needs to go on."""
-    if isinstance(place, Path):
-        return place
-    from tfkd_ray import remote
-
-    return _here(place, remote.to_resume)
 
 
 def _join(address: str | None, workers: int) -> None:
@@ -979,6 +898,7 @@ def _confirm(args: argparse.Namespace) -> int:
     from tfkd_ray.cluster_verbs import confirm_as_job, is_arms
     from tfkd_ray.experiment import read_experiment
     from tfkd_ray.schema import ConfigError
+    from tfkd_ray.storage import Experiment, checked, to_continue
 
     if args.top_k < 1:
         raise ConfigError("at least the best one is compared", f"--top-k {args.top_k}")
@@ -998,53 +918,47 @@ def _confirm(args: argparse.Namespace) -> int:
         raise ConfigError(problems, args.file)
     if (code := confirm_as_job(args)) is not None:
         return code
-    given = _to_resume(_place(args.file)).expanduser().absolute()
+    sweep = to_continue(_place(args.file))
+    given = sweep.folder
     if given.is_dir():
         if told := remember(read_experiment(given).get("directory")):
             _say(told)
-        args.storage = given.parent  # where its teachers are
-        directory = _new_directory(args, f"{given.name}-confirm")
+        storage = sweep.storage  # where its teachers are
+        name = _new_name(args, storage, f"{sweep.name}-confirm")
         rivals = rivals_of(args.baselines)
-        if isinstance(_place(args.file), str):
-            _baselines_here(args.file)
-        tuned = _tuned_baselines(given, rivals, args)
+        tuned = _tuned_baselines(sweep, rivals, args)
         compared = arms_of(given, top_k=args.top_k, rivals=rivals, baselines=tuned)
     else:
         compared = load_arms(args.file, args.overrides, preset=args.preset)
-        args.storage = _storage_here(args.storage)
-        directory = _new_directory(args, Path(args.file).stem)
+        storage = checked(args.storage)
+        name = _new_name(args, storage, Path(args.file).stem)
     _have_data(compared.example, args)
     compared.example.data.examine()
     _join(args.address, compared.example.workers)
     from tfkd_ray.tune import prepare
 
-    prepare(compared.example, directory.parent)
+    prepare(compared.example, storage)
     taken = read_experiment(given)["space"]["seed"] if compared.experiment else None
     seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + args.seeds + 1) if seed != taken][: args.seeds]
     options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
-    new_comparison(compared, seeds, directory, strict=args.fail_if_not_better, **options)
-    return _compare(directory, args.address)
+    storage.check_new(name)  # tuning baselines takes a while
+    new_comparison(compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options)
+    return _compare(Experiment(storage, name), args.address)
 
 
-def _baselines_here(url: str) -> None:
-    """Fetch the baselines that were tuned for a sweep, if any were."""
-    from tfkd_ray import remote
-
-    store, name = remote.experiment_at(url)
-    with remote.said(store):
-        remote.fetch(store, f"{name}-baselines", remote.to_resume)
-
-
-def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Namespace) -> Path | None:
+def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: argparse.Namespace) -> Path | None:
     """Tune the baselines that a sweep did not tune as hard as its winner; the sweep that did, or None if none lacks."""
     from tfkd_ray.arms import baseline_space, untuned
     from tfkd_ray.experiment import read_experiment, read_records
     from tfkd_ray.schema import ConfigError
+    from tfkd_ray.storage import to_resume
 
+    storage, experiment, name = sweep.storage, sweep.folder, f"{sweep.name}-baselines"
+    storage.fetch(name, to_resume)
     lacking = {name: n for name, n in untuned(experiment).items() if name in rivals}
     if not lacking:
         return None
-    tuned = experiment.with_name(f"{experiment.name}-baselines")
+    tuned = storage.folder / name
     if not (tuned / "experiment.yaml").is_file():
         space = baseline_space(experiment, lacking)
         _say(f"baselines: {' and '.join(lacking)} had fewer trials than the winner's objective; tuning them first, in "
@@ -1055,7 +969,7 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
         from tfkd_ray.tune import build_tuner
 
         def build(shown: Any) -> Any:
-            return build_tuner(space, name=tuned.name, storage=tuned.parent, callbacks=[shown], on_note=shown.note)
+            return build_tuner(space, name=name, storage=storage, callbacks=[shown], on_note=shown.note)
 
         _fit(_progress(tuned), build, tuned)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
@@ -1067,14 +981,15 @@ def _tuned_baselines(experiment: Path, rivals: Sequence[str], args: argparse.Nam
     return tuned
 
 
-def _compare(directory: Path, address: str | None) -> int:
+def _compare(comparison: "Experiment", address: str | None) -> int:
     """Run what a comparison still lacks, then open the test split and print the table."""
     from tfkd_ray.arms import read_comparison
 
+    directory = comparison.folder
     compared = read_comparison(directory)
     if not compared.is_trained:
         _join(address, compared.runs[0].config.workers)
-        ended = _fit_arms(compared, directory)
+        ended = _fit_arms(compared, comparison)
         if not ended:
             return FAILED if ended is None else _interrupted(directory)
     from tfkd_ray.confirm import judge_on_test, table
@@ -1087,7 +1002,7 @@ def _compare(directory: Path, address: str | None) -> int:
         said.append(run)
 
     try:
-        result = judge_on_test(directory, opened)
+        result = judge_on_test(comparison, opened)
     except KeyboardInterrupt:
         return _interrupted(directory)
     print("\n".join(table(result)))
@@ -1097,17 +1012,17 @@ def _compare(directory: Path, address: str | None) -> int:
     return OK if all(run["status"] == "done" for arm in result["arms"] for run in arm["runs"]) else FAILED
 
 
-def _fit_arms(compared: "Comparison", directory: Path) -> bool | None:
+def _fit_arms(compared: "Comparison", comparison: "Experiment") -> bool | None:
     """Train the runs that a comparison lacks; see `_fit`."""
     from tfkd_ray.confirm import comparison_tuner
 
-    progress = _progress(directory)
+    progress = _progress(comparison.folder)
     teachers = [teacher for run in compared.runs_on_data if (teacher := run.config.teacher_run())]
-    told = _teacher_lines(teachers, directory.parent)
+    told = _teacher_lines(teachers, comparison.storage.folder)
     return _fit(
         progress,
-        lambda shown: comparison_tuner(directory, callbacks=[shown], on_teacher=told, on_note=shown.note),
-        directory,
+        lambda shown: comparison_tuner(comparison, callbacks=[shown], on_teacher=told, on_note=shown.note),
+        comparison.folder,
     )
 
 
@@ -1139,22 +1054,19 @@ def _to_export(place: "Path | str") -> Path:
     """What is exported, on this machine: of a sweep's URL the best trial's weights, else all below the URL."""
     if isinstance(place, Path):
         return place
-    from tfkd_ray import remote
     from tfkd_ray.readers import best_of
+    from tfkd_ray.storage import all_but_run_states, opened, storage_at
 
-    whole = remote.store_at(place).url
-    if "/trials/" in whole:
-        url, _, trial = whole.partition("/trials/")
-        source = folder = _with_comparisons(url) / "trials" / trial
+    url, _, trial = str(storage_at(place)).partition("/trials/")
+    found = opened(url)
+    found.storage.fetch_comparisons()
+    if trial:
+        source = folder = found.folder / "trials" / trial
+    elif (found.folder / "confirm.yaml").is_file():
+        return opened(url, all_but_run_states).folder
     else:
-        source = experiment = _with_comparisons(whole)
-        if (experiment / "confirm.yaml").is_file():
-            return _here(whole, lambda name: not name.endswith(".ckpt"))
-        folder = best_of(experiment)[0].folder
-    store = remote.store_of(folder)
-    assert store is not None, f"{folder=}"
-    with remote.said(store):
-        remote.bring(folder / "student.safetensors")
+        source, folder = found.folder, best_of(found.folder)[0].folder
+    found.storage.bring(folder / "student.safetensors")
     return source
 
 
@@ -1164,15 +1076,12 @@ def _to_export(place: "Path | str") -> Path:
 def _teacher(args: argparse.Namespace) -> int:
     from tfkd_ray.experiment import read_teachers
     from tfkd_ray.schema import ConfigError, did_you_mean, dump_yaml
+    from tfkd_ray.storage import storage_at
 
-    if isinstance(args.storage, str):
-        from tfkd_ray import remote
-
-        store = remote.store_at(args.storage)
-        args.storage = _storage_here(args.storage)
-        with remote.said(store):
-            remote.fetch(store, "teachers")
-    found = {about["name"]: about for about in read_teachers(args.storage)}
+    storage = storage_at(args.storage)
+    storage.check()
+    storage.fetch("teachers")
+    found = {about["name"]: about for about in read_teachers(storage.folder)}
     if args.do == "list":
         print(f"{'teacher':<36} {'data':<14} {'epochs':>6} {'val_accuracy':>12}")
         for name, about in found.items():
@@ -1182,7 +1091,7 @@ def _teacher(args: argparse.Namespace) -> int:
         return OK
     if args.name not in found:
         hint = did_you_mean(args.name, found) if found else "there is none"
-        raise ConfigError(f"no teacher {args.name!r}; {hint}", args.storage / "teachers")
+        raise ConfigError(f"no teacher {args.name!r}; {hint}", storage.folder / "teachers")
     print(dump_yaml(found[args.name]), end="")
     return OK
 
@@ -1208,9 +1117,10 @@ def _teacher_train(args: argparse.Namespace) -> int:
         return code
     _have_data(runs[0], args)
     _join(args.address, 1)
+    from tfkd_ray.storage import checked
     from tfkd_ray.tune import TeacherFailed, prepare, train_teachers
 
-    storage = _storage_here(args.storage).expanduser().absolute()
+    storage = checked(args.storage)
     runs = [run.pinned() for run in runs]
     try:
         for run in runs:
@@ -1222,7 +1132,7 @@ def _teacher_train(args: argparse.Namespace) -> int:
     from tfkd_ray.teachers import teacher_folder
 
     for run in runs:
-        print(_short(teacher_folder(run, storage)))
+        print(_short(teacher_folder(run, storage.folder)))
     return OK
 
 
@@ -1330,8 +1240,9 @@ def _best(args: argparse.Namespace) -> int:
 
     from tfkd_ray.readers import best_lines, best_of, front_of, read_lasts
     from tfkd_ray.schema import ConfigError, dump_yaml
+    from tfkd_ray.storage import opened
 
-    experiment = _here(args.experiment)
+    experiment = opened(args.experiment).folder
     winner, plan = best_of(experiment)
     front, records = [winner], read_lasts(experiment)
     if len(plan.metrics) > 1:
@@ -1351,10 +1262,11 @@ def _best(args: argparse.Namespace) -> int:
 
 def _trials(args: argparse.Namespace) -> int:
     from tfkd_ray.readers import trials_table
+    from tfkd_ray.storage import opened
 
     print(
         trials_table(
-            _here(args.experiment),
+            opened(args.experiment).folder,
             sort=args.sort,
             filter=args.filter,
             columns=args.columns,
@@ -1369,10 +1281,11 @@ def _status(args: argparse.Namespace) -> int:
     import json
 
     from tfkd_ray.readers import follow_status, status, status_lines
+    from tfkd_ray.storage import kept_up_to_date, opened
 
-    shown, experiment = "", _here(args.experiment)
+    shown, experiment = "", opened(args.experiment).folder
     try:
-        with _kept_up_to_date([args.experiment] if args.follow else []):
+        with kept_up_to_date([args.experiment] if args.follow else []):
             for found in follow_status(experiment) if args.follow else [status(experiment)]:
                 text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
                 if text != shown:
@@ -1387,10 +1300,11 @@ def _status(args: argparse.Namespace) -> int:
 
 def _logs(args: argparse.Namespace) -> int:
     from tfkd_ray.readers import logs
+    from tfkd_ray.storage import kept_up_to_date, opened
 
-    experiment = _here(args.experiment)
+    experiment = opened(args.experiment).folder
     try:
-        with _kept_up_to_date([args.experiment] if args.follow else []):
+        with kept_up_to_date([args.experiment] if args.follow else []):
             for line in logs(experiment, args.trial, follow=args.follow):
                 print(line, flush=True)
     except KeyboardInterrupt:
@@ -1402,16 +1316,11 @@ def _ls(args: argparse.Namespace) -> int:
     import json
 
     from tfkd_ray.readers import ls, ls_lines
+    from tfkd_ray.storage import storage_at
 
-    storage = _storage_here(args.storage)
-    if isinstance(args.storage, str):
-        from tfkd_ray import remote
-
-        store = remote.store_at(args.storage)
-        with remote.said(store):
-            for name in {*store.names(), *(p.name for p in storage.iterdir() if p.is_dir())} - {"teachers"}:
-                remote.fetch(store, name)
-    found = ls(storage)
+    storage = storage_at(args.storage)
+    storage.fetch_experiments()
+    found = ls(storage.folder)
     print(json.dumps(found, indent=1) if args.json else "\n".join(ls_lines(found)))
     return OK
 
@@ -1419,9 +1328,12 @@ def _ls(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from tfkd_ray.arms import comparisons_of
     from tfkd_ray.report import report
+    from tfkd_ray.storage import absolute, opened
 
-    experiment = _with_comparisons(args.experiment).expanduser().absolute()
-    found = [_here(place) for place in args.confirm or ()] or comparisons_of(experiment)
+    sweep = opened(args.experiment)
+    sweep.storage.fetch_comparisons()
+    experiment = absolute(sweep.folder)
+    found = [opened(place).folder for place in args.confirm or ()] or comparisons_of(experiment)
     for path in report(experiment, args.out, figures=args.figures, comparisons=found):
         print(path)
     return OK
@@ -1444,21 +1356,22 @@ def _tensorboard(args: argparse.Namespace) -> int:
     from tensorboard import program
 
     from tfkd_ray.experiment import read_experiment
+    from tfkd_ray.storage import kept_up_to_date, opened, with_events
 
-    places, args.experiments = args.experiments, [_here(place, _with_events) for place in args.experiments]
-    for experiment in args.experiments:
+    given = [opened(place, with_events).folder for place in args.experiments]
+    for experiment in given:
         if not (experiment / "confirm.yaml").is_file():
             read_experiment(experiment)
     _check_port(args.port)
     # of two with the same name, the later ones get numbers
     experiments: dict[str, Path] = {}
-    for path in dict.fromkeys(path.resolve() for path in args.experiments):
+    for path in dict.fromkeys(path.resolve() for path in given):
         experiments[path.name if path.name not in experiments else f"{path.name}-{len(experiments) + 1}"] = path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         contextlib.suppress(KeyboardInterrupt),
         tempfile.TemporaryDirectory(prefix="tfkd-tensorboard-") as folder,
-        _kept_up_to_date(places, _with_events),
+        kept_up_to_date(args.experiments, with_events),
     ):
         several = len(experiments) > 1
 
@@ -1481,10 +1394,6 @@ def _tensorboard(args: argparse.Namespace) -> int:
             time.sleep(2)
             link()
     return OK
-
-
-def _with_events(name: str) -> bool:
-    return not name.endswith((".ckpt", ".safetensors"))
 
 
 def _check_port(port: int) -> None:

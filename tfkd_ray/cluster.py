@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,7 +21,6 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from tfkd_ray import remote
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
@@ -30,6 +28,7 @@ from tfkd_ray.experiment import ctrl_c_waits
 from tfkd_ray.own_code import before_the_library, safe_path
 from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, Unreachable
+from tfkd_ray.storage import received
 
 AUTOSCALER_S = 15
 """How long an autoscaler may take to say whether it can start nodes for a trial; it looks every 5 s."""
@@ -130,14 +129,15 @@ def give_larger_share(trial: Any) -> None:
     Args:
         trial: Ray Tune's, which has ended with an error and is not pending again yet.
     """
-    path = remote.bring(Path(trial.config["trial"]["directory"]) / OUT_OF_MEMORY)
+    storage, folder = received(trial.config["trial"])
+    path = storage.bring(folder / OUT_OF_MEMORY)
     if path.exists():
         neighbours = max(1, int(1 / float(path.read_text()) + 1e-6) // 2)
         bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
         trial.update_resources(PlacementGroupFactory([bundle]))
         trial.max_failures += trial.max_failures >= 0  # it was not lost
         path.unlink()
-        remote.send(path)
+        storage.send(path)
 
 
 BROKEN_GPU = "broken_gpu.json"
@@ -176,7 +176,8 @@ def shunning(request: PlacementGroupFactory, more: str | None = None) -> Placeme
 
 def found_broken(trial: Any) -> dict[str, str] | None:
     """What a trial that has ended with an error said of its GPU."""
-    path = remote.bring(Path(trial.config["trial"]["directory"]) / BROKEN_GPU)
+    storage, folder = received(trial.config["trial"])
+    path = storage.bring(folder / BROKEN_GPU)
     return dict(json.loads(path.read_text())) if path.exists() else None
 
 

@@ -38,8 +38,8 @@ from tfkd_ray.jobs import (
     submit_command,
 )
 from tfkd_ray.passwords import masked
-from tfkd_ray.remote import is_url, store_at
 from tfkd_ray.schema import ConfigError, Unreachable, find_file
+from tfkd_ray.storage import is_url, storage_at
 
 OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
 TUNNEL_S = 60
@@ -1000,7 +1000,7 @@ def _storage_of(args: argparse.Namespace) -> str | None:
     """Where experiments go on the cluster: `--storage`, or what the cluster file says; None: Slurm's script says it."""
     if args.storage not in (None, Path("tfkd_results")):  # which are the defaults
         if isinstance(args.storage, str):
-            return store_at(args.storage).url
+            return str(storage_at(args.storage))
         if not args.storage.is_absolute():
             raise ConfigError(f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}")
         return str(args.storage)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tfkd_ray.remote import is_url, store_at
 from tfkd_ray.schema import ConfigError, did_you_mean, dotted, find_file, parse_documents, text_of
+from tfkd_ray.storage import is_url, storage_at
 
 if TYPE_CHECKING:
     from tfkd_ray.config import TrainConfig
@@ -249,7 +249,7 @@ def _storage(file: ClusterFile) -> Iterator[str]:
         return
     if is_url(file.storage):
         try:
-            store_at(file.storage)
+            storage_at(file.storage)
         except ConfigError as error:
             yield from (f"{field}: {problem.removeprefix('storage: ')}" for problem in error.problems)
         return

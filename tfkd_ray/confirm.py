@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from tfkd_ray import remote, teachers, verdict
+from tfkd_ray import teachers, verdict
 from tfkd_ray.arms import Arm, Arms, Comparison, Run, read_comparison
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
@@ -43,6 +43,7 @@ from tfkd_ray.experiment import (
 from tfkd_ray.images import Images
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.storage import Experiment, to_continue
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
 from tfkd_ray.tune import Lock, Losses, Recorder, SharingFifo, assemble, ending, place_of, prepare, train_teachers
 from tfkd_ray.verdict import scores
@@ -93,13 +94,15 @@ class ListSearcher(Searcher):  # type: ignore[misc]
 
 
 def comparison_tuner(
-    directory: Path,
+    comparison: Experiment | Path,
     *,
     callbacks: Sequence[tune.Callback] = (),
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
-    """A Tuner that trains what a comparison's directory asks for and has not got; teachers first."""
+    """A Tuner that trains what a comparison asks for and has not got; teachers first."""
+    comparison = to_continue(comparison)
+    storage, directory = comparison.storage, comparison.folder
     compared = read_comparison(directory)
     here = (torch.__version__.split("+")[0], LOOP_VERSION)
     if compared.made_with != here:
@@ -115,8 +118,8 @@ def comparison_tuner(
         for note in arm.config.try_networks():
             print(f"note: arm {arm.name}: {note}", file=sys.stderr)
     config.data.examine()
-    prepare(config, directory.parent)
-    lock = Lock(directory)
+    prepare(config, storage)
+    lock = Lock(*comparison)
     without_teacher: dict[str, str] = {}
 
     def lost(teacher: TeacherRun, reason: str) -> None:
@@ -124,7 +127,7 @@ def comparison_tuner(
 
     needed = {made.fingerprint(): made for run in runs if (made := run.config.teacher_run())}
     try:
-        train_teachers(needed.values(), directory.parent, on_teacher, lost, on_note)
+        train_teachers(needed.values(), storage, on_teacher, lost, on_note)
     except BaseException:
         lock.release()
         raise
@@ -144,7 +147,7 @@ def comparison_tuner(
                 "epochs": run.config.epochs,
                 "parameters": {"arm": run.arm, "seed": run.seed},
                 "directory": str(trials_folder(directory) / run.name),
-                **place_of(directory),
+                **place_of(storage),
             },
         }
         for number, run in enumerate(runs)
@@ -161,7 +164,7 @@ def comparison_tuner(
             losses,
             Recorder(losses, on_note=on_note),
             *callbacks,
-            *ending(directory, lock, on_note),
+            *ending(lock, on_note),
         ],
         max_failures=2,
     )
@@ -183,15 +186,16 @@ def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
 # --- the test split --------------------------------------------------------------------------------------------
 
 
-def judge_on_test(directory: Path, on_run: Callable[[str], None] | None = None) -> dict[str, Any]:
+def judge_on_test(comparison: Experiment | Path, on_run: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Open the test split, once, and judge every trained run on it; returns what confirm.json then says.
 
     Its logits stay with each run. That the split was opened is written down beside the experiments, with what for.
     """
-    lock = Lock(directory)
+    comparison = to_continue(comparison)
+    storage, lock = comparison.storage, Lock(*comparison)
     try:
-        with remote.up_to_date(directory, directory.parent / OPENINGS):
-            return _judged(directory, on_run)
+        with storage.up_to_date(comparison.name, storage.folder / OPENINGS):
+            return _judged(comparison.folder, on_run)
     finally:
         lock.release()
 

@@ -13,7 +13,6 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import ray
@@ -21,9 +20,9 @@ import ray
 from tfkd_ray.auth import token, token_file
 from tfkd_ray.cluster import check_ray, check_room, dashboard, leaked_groups, other_clusters, remove_group, temp_dir
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.nodes import Mark, Node, shared_memory, trouble_of, unshared, versions_of_node, visit
-from tfkd_ray.remote import Store
+from tfkd_ray.nodes import Mark, Node, shared_memory, unshared, versions_of_node, visit
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.storage import Mirror, Storage
 
 SOCKET_BYTES = 107
 """Longest path of a Unix socket."""
@@ -48,7 +47,7 @@ class Found:
 
 
 def doctor(
-    storage: Path | Store | None, shape: TrainConfig | None, *, reap: bool = False, connected: bool = True
+    storage: Storage | None, shape: TrainConfig | None, *, reap: bool = False, connected: bool = True
 ) -> list[Found]:
     """All that is found, in the order of the checks.
 
@@ -61,7 +60,7 @@ def doctor(
     return list(examine(storage, shape, reap=reap, connected=connected))
 
 
-def examine(storage: Path | Store | None, shape: TrainConfig | None, *, reap: bool, connected: bool) -> Iterator[Found]:
+def examine(storage: Storage | None, shape: TrainConfig | None, *, reap: bool, connected: bool) -> Iterator[Found]:
     """One check after the other."""
     yield from check_installed()
     yield from check_token()
@@ -146,23 +145,19 @@ def check_shared_memory(sizes: dict[str, tuple[int, float]]) -> Iterator[Found]:
         yield Found("ok", "memory", f"/dev/shm has {_gb(min((s for s, _ in sizes.values()), default=0))} or more")
 
 
-def check_storage_here(storage: Path | Store | None) -> Iterator[Found]:
+def check_storage_here(storage: Storage | None) -> Iterator[Found]:
     """This machine can write where experiments go."""
     if storage is not None:
-        yield _no_storage(storage) or Found("ok", "storage", f"{_name(storage)} can be written to from here")
+        yield _no_storage(storage) or Found("ok", "storage", f"{storage} can be written to from here")
 
 
-def _name(storage: Path | Store) -> str:
-    return storage.url if isinstance(storage, Store) else str(storage)
-
-
-def _no_storage(storage: Path | Store) -> Found | None:
+def _no_storage(storage: Storage) -> Found | None:
     """What is wrong with the storage seen from here."""
-    if isinstance(storage, Store):
-        trouble = trouble_of(storage)
-        return Found("problem", "storage", f"{storage.url}: {trouble}") if trouble else None
+    if isinstance(storage, Mirror):
+        trouble = storage.trouble()
+        return Found("problem", "storage", f"{storage}: {trouble}") if trouble else None
     try:
-        Mark(storage).remove()
+        Mark(storage.folder).remove()
     except OSError as error:
         return Found("problem", "storage", f"{storage} cannot be written to from here ({error.strerror}); choose "
                      "another place: --storage DIR")  # fmt: skip
@@ -220,7 +215,7 @@ def _unclear(reason: str) -> Found:
     return Found("warning", "access", f"whether the cluster wants a token is not known from here ({reason})")
 
 
-def check_storage(storage: Path | Store | None, nodes: Sequence[Node]) -> Iterator[Found]:
+def check_storage(storage: Storage | None, nodes: Sequence[Node]) -> Iterator[Found]:
     """Each node reads what is written here, and here is read what it writes."""
     if storage is None:
         yield Found("warning", "storage", "not checked; say where experiments go: --storage DIR")
@@ -231,7 +226,7 @@ def check_storage(storage: Path | Store | None, nodes: Sequence[Node]) -> Iterat
     wrong = [node for node in nodes if node.storage is not None]
     yield from (Found("problem", "storage", unshared(node, storage)) for node in wrong)
     if not wrong:
-        yield Found("ok", "storage", f"{_name(storage)} is one directory for {len(nodes)} nodes")
+        yield Found("ok", "storage", f"{storage} is one directory for {len(nodes)} nodes")
 
 
 def check_trials(shape: TrainConfig | None) -> Iterator[Found]:

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tfkd_ray.remote import Store, store_of
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.storage import Directory, Mirror, Storage
 
 NODE_S = 30
 """How long a node may take to answer."""
@@ -58,11 +58,11 @@ class Mark:
             path.rmdir()
 
 
-def visit(storage: Path | Store | None) -> list[Node]:
+def visit(storage: Storage | None) -> list[Node]:
     """Every living node, by a task on each, all at once."""
-    store = storage if isinstance(storage, Store) else None
+    mirror = storage if isinstance(storage, Mirror) else None
     try:
-        mark = Mark(storage) if isinstance(storage, Path) else None
+        mark = Mark(storage.folder) if isinstance(storage, Directory) else None
     except OSError:  # told where it is used
         mark = None
     nodes, tasks = [], {}
@@ -76,7 +76,7 @@ def visit(storage: Path | Store | None) -> list[Node]:
         pinned = NodeAffinitySchedulingStrategy(about["NodeID"], soft=False)
         task = ray.remote(_look).options(num_cpus=0, scheduling_strategy=pinned, max_retries=0)
         nodes.append(node)
-        tasks[task.remote(mark and str(mark.folder), mark and mark.word, about["NodeID"], store)] = node
+        tasks[task.remote(mark and str(mark.folder), mark and mark.word, about["NodeID"], mirror)] = node
     done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_S) if tasks else ([], [])
     for task in late:
         tasks[task].silent = f"does not answer within {NODE_S} s; is its Ray alive?"
@@ -99,9 +99,9 @@ def _fill(node: Node, task: Any, mark: Mark | None) -> None:
         node.storage = "writes what is not seen from here"
 
 
-def _look(folder: str | None, word: str | None, node: str, store: Store | None) -> dict[str, Any]:
+def _look(folder: str | None, word: str | None, node: str, mirror: Mirror | None) -> dict[str, Any]:
     """Runs on a node: what is there. Reads what the driver wrote in the storage, and writes an answer."""
-    wrong = None if store is None else trouble_of(store)
+    wrong = None if mirror is None else mirror.trouble()
     if folder is not None and word is not None:
         try:
             if (Path(folder) / "driver").read_text() != word:
@@ -124,32 +124,22 @@ def shared_memory() -> int:
     return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
 
 
-def trouble_of(store: Store) -> str | None:
-    """Why object storage cannot be written to from here; None: it can."""
-    try:
-        store.now()
-    except OSError as error:
-        return store.trouble(error)
-    return None
-
-
-def unshared(node: Node, storage: Path | Store) -> str:
+def unshared(node: Node, storage: Storage) -> str:
     """What is wrong with the storage seen from a node, and the way out."""
-    if isinstance(storage, Store):
-        return f"{node.name}: {storage.url}: {node.storage}"
+    if isinstance(storage, Mirror):
+        return f"{node.name}: {storage}: {node.storage}"
     return (
         f"{node.name} {node.storage}: {storage} must be one directory for all nodes (NFS, for example); mount it "
         "there, or choose another place: --storage DIR"
     )
 
 
-def check_shared(storage: Path) -> None:
+def check_shared(storage: Storage) -> None:
     """Raise where a node of the cluster does not see the storage: a trial there would lose what it writes.
 
-    A mirror of object storage is each node's own; there it is the store that every node must reach.
+    Each node has its own mirror of a bucket, so there every node must reach the bucket.
     """
     if sum(node["Alive"] for node in ray.nodes()) > 1:
-        place = store_of(storage) or storage
-        wrong = [unshared(node, place) for node in visit(place) if node.storage is not None]
+        wrong = [unshared(node, storage) for node in visit(storage) if node.storage is not None]
         if wrong:
             raise ConfigError(wrong, "storage")

@@ -1,7 +1,7 @@
-"""Experiments on object storage: `s3://BUCKET/PREFIX` and `gs://BUCKET/PREFIX` as the storage of experiments.
+"""How buckets hold experiments: `s3://BUCKET/PREFIX` and `gs://BUCKET/PREFIX`, behind `storage.Mirror`.
 
-What is appended to cannot live there, so every node has a mirror on its own disk, below ~/.cache/tfkd_ray/storage/. All
-else works on the mirror's paths, and `store_of` says which store a path mirrors. Each object has one writer:
+What is appended to cannot live there, so every node has a mirror on its own disk, below ~/.cache/tfkd_ray/storage/, and
+all else works on the mirror's paths. Each object has one writer:
 
     the driver          everything but what follows: uploaded as it changes, the study last, by `Upload`
     a trial's process   its run state, weights and error (`OF_TRIALS`), by `send`; fetched by `bring` where it starts
@@ -31,9 +31,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from tfkd_ray.experiment import check_new as check_new_here
 from tfkd_ray.experiment import write_text
 from tfkd_ray.files import cache_folder, whole_file
 from tfkd_ray.passwords import masked, without_secrets
@@ -84,6 +82,8 @@ _KNOWN = (
 )
 
 _T = TypeVar("_T")
+Want = Callable[[str], bool]
+"""Accepts the names of the objects to fetch."""
 
 
 class Object(NamedTuple):
@@ -171,19 +171,24 @@ class Store:
         return Object(found.size, found.mtime.timestamp()) if found.type == FileType.File else None
 
     def mark(self) -> Path:
-        """Make the mirror, so that `store_of` knows its paths; returns its folder."""
-        if store_of(self.folder) is None:
+        """Make the mirror, so that `store_of` knows it; returns its folder."""
+        if not (self.folder / _MARK).exists():
             write_text(self.folder / _MARK, json.dumps({"url": self.url, "endpoint": self.endpoint}))
         return self.folder
 
     def trouble(self, error: Exception) -> str:
         """What an error of the store's is about, with a way out."""
+        from urllib.request import getproxies
+
         scheme, text = self.url.partition("://")[0], str(error)
         where = {"endpoint": f" ({self.endpoint})" if self.endpoint else "", "help": _HELP[scheme]}
         for pattern, sentence in _KNOWN:
             if re.search(pattern, text):
                 return sentence.format(**where)
         return without_secrets(text.splitlines()[0], getproxies().values()) if text else type(error).__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.url, self.endpoint)  # no connection, and no credentials of one
 
     def _path(self, name: str) -> str:
         return "/".join(part for part in (self.url.partition("://")[2], name) if part)
@@ -210,11 +215,6 @@ class Store:
 
 
 # --- names -----------------------------------------------------------------------------------------------------
-
-
-def is_url(place: object) -> bool:
-    """Whether a place is written as a URL."""
-    return "://" in str(place)
 
 
 def store_at(url: str) -> Store:
@@ -248,26 +248,12 @@ def experiment_at(url: str) -> tuple[Store, str]:
     return Store(above, whole.endpoint), name
 
 
-def store_of(path: Path) -> Store | None:
-    """The store that a path on this node is the mirror of; None for any other path."""
-    base = cache_folder() / "storage"
-    if not path.is_relative_to(base) or path == base:
+def store_of(folder: Path) -> Store | None:
+    """The store that a folder is the mirror of; None for any other folder."""
+    mark = folder / _MARK
+    if folder.parent != cache_folder() / "storage" or not mark.exists():
         return None
-    mark = base / path.relative_to(base).parts[0] / _MARK
-    return Store(**json.loads(mark.read_text())) if mark.exists() else None
-
-
-def named(path: Path) -> tuple[Store, str] | None:
-    """(store, name) of a path that mirrors an object or a folder; None for any other path."""
-    store = store_of(path)
-    return None if store is None else (store, path.relative_to(store.folder).as_posix())
-
-
-def checked(store: Store) -> Path:
-    """The mirror of a store that can be listed; a ConfigError with one sentence if it cannot be."""
-    with said(store):
-        store.names()
-    return store.mark()
+    return Store(**json.loads(mark.read_text()))
 
 
 @contextlib.contextmanager
@@ -284,33 +270,8 @@ def said(store: Store) -> Iterator[None]:
 # --- from the store --------------------------------------------------------------------------------------------
 
 
-def light(name: str) -> bool:
-    """What commands that read need: no run states, weights, events or arrays."""
-    return not name.endswith((".ckpt", ".safetensors")) and "/tb/" not in name
-
-
-def to_resume(name: str) -> bool:
-    """What a driver needs to go on: no run states or weights, which are the trials' matter, and no events."""
-    return light(name) or name.endswith("/test.safetensors")
-
-
-def everything(name: str) -> bool:
-    """All that there is."""
-    return True
-
-
-def fetched(url: str, want: Callable[[str], bool] = to_resume) -> Path:
-    """The mirror of an experiment, up to date; a ConfigError if there is none, or the store does not answer."""
-    store, name = experiment_at(url)
-    with said(store):
-        folder = fetch(store, name, want)
-    if not folder.exists():
-        raise ConfigError("there is nothing; tfkd ls --storage URL lists the experiments of a storage", url)
-    return folder
-
-
-def fetch(store: Store, below: str, want: Callable[[str], bool] = light) -> Path:
-    """Make the mirror of a folder hold what the store has; returns it.
+def fetch(store: Store, below: str, want: Want) -> None:
+    """Make the mirror of a folder hold what the store has.
 
     Only what changed is read. What the mirror's own driver wrote is newer here than there, and stays, unless another
     driver has run the experiment since.
@@ -346,30 +307,26 @@ def fetch(store: Store, below: str, want: Callable[[str], bool] = light) -> Path
                 index.pop(name, None)
     if folder.exists():
         _write_index(folder, index)
-    return folder
 
 
-def bring(path: Path) -> Path:
-    """The newest of one file: what the store has is what is here afterwards, or nothing. Returns the path."""
-    if (place := named(path)) is not None:
-        content = place[0].read(place[1])
-        if content is None:
-            path.unlink(missing_ok=True)
+def bring(store: Store, name: str) -> None:
+    """Make the mirror of one file hold what the store has: its content, or nothing."""
+    path, content = store.folder / name, store.read(name)
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        with whole_file(path) as part:
+            part.write_bytes(content)
+
+
+def send(store: Store, *names: str) -> None:
+    """Upload files of the mirror in order; those that are not here are removed there."""
+    for name in names:
+        path = store.folder / name
+        if path.exists():
+            store.write(name, path.read_bytes())
         else:
-            with whole_file(path) as part:
-                part.write_bytes(content)
-    return path
-
-
-def send(*paths: Path) -> None:
-    """Upload files, one after the other; those that are not here are removed there."""
-    for path in paths:
-        if (place := named(path)) is not None:
-            store, name = place
-            if path.exists():
-                store.write(name, path.read_bytes())
-            else:
-                store.remove(name)
+            store.remove(name)
 
 
 def patiently(act: Callable[[], _T], store: Store) -> _T:
@@ -387,71 +344,15 @@ def patiently(act: Callable[[], _T], store: Store) -> _T:
             wait = min(2 * wait, 10.0)
 
 
-# --- a trial, wherever it runs ---------------------------------------------------------------------------------
-
-
-def place_of(path: Path) -> dict[str, str]:
-    """What a trial must know of the store that a path mirrors, for `here`."""
-    store = store_of(path)
-    return {} if store is None else {"store": store.url, "endpoint": store.endpoint}
-
-
-def here(about: dict[str, Any]) -> dict[str, Any]:
-    """A trial's `directory` and `storage` as they are on this node, where they mirror a store."""
-    if "store" not in about:
-        return about
-    folder = Store(about["store"], about["endpoint"]).mark()
-    below = Path(about["directory"]).relative_to(about["storage"])
-    return {**about, "directory": str(folder / below), "storage": str(folder)}
-
-
-def begin_trial(directory: Path) -> None:
-    """Get a trial's last run state from the store, which alone knows it: what is here may be of an earlier attempt."""
-    store = store_of(directory)
-    if store is not None:
-        for name in OF_TRIALS:
-            if name != "last.ckpt":
-                (directory / name).unlink(missing_ok=True)
-        patiently(lambda: bring(directory / "last.ckpt"), store)
-        patiently(lambda: send(directory / "error.txt"), store)
-
-
-def on_saved(directory: Path) -> Callable[[bool], None] | None:
-    """What uploads a run that has saved itself in a directory; None where there is no store.
-
-    The last run state and the weights must arrive; one on the way that does not is followed by the next.
-    """
-    store = store_of(directory)
-    if store is None:
-        return None
-
-    def upload(last: bool) -> None:
-        state, weights = directory / "last.ckpt", directory / "student.safetensors"
-        if last:
-            patiently(lambda: send(weights, state), store)
-        else:
-            with contextlib.suppress(OSError):
-                send(state)
-
-    return upload
-
-
 # --- from the driver -------------------------------------------------------------------------------------------
 
 
-def check_new(experiment: Path) -> None:
-    """`experiment.check_new`, also on object storage; what a mirror has of an experiment that is gone there goes."""
-    place = named(experiment)
-    if place is None:
-        check_new_here(experiment)
-        return
-    store, name = place
-    with said(store):
-        store.now()
-        if store.objects(name):
-            message = f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume"
-            raise ConfigError(f"{message} {store.url}/{name}", store.url)
-    shutil.rmtree(experiment, ignore_errors=True)
+def check_new(store: Store, name: str) -> None:
+    """Raise a ConfigError if an experiment of this name is in the store, and an OSError if it cannot be written to."""
+    store.now()
+    if store.objects(name):
+        message = f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume"
+        raise ConfigError(f"{message} {store.url}/{name}", store.url)
 
 
 class Claim:
@@ -461,29 +362,27 @@ class Claim:
     same second the later stays, and the other hears of it with its next upload.
     """
 
-    def __init__(self, experiment: Path) -> None:
-        place = named(experiment)
-        assert place is not None, f"{experiment=}"
-        self._store, self._name, self._experiment = *place, experiment
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name, self.folder, self.url = store, name, store.folder / name, f"{store.url}/{name}"
         self.session = uuid.uuid4().hex
 
     def take(self) -> None:
         """Raise a ConfigError with the other driver's process and host, if there is one."""
-        with said(self._store):
-            now = self._store.now()
-            written, other = self._store.info(f"{self._name}/{DRIVER}"), self._read()
+        with said(self.store):
+            now = self.store.now()
+            written, other = self.store.info(f"{self.name}/{DRIVER}"), self._read()
             if written and other and not other["ended"] and not self._was_ours(other):
                 age = max(0.0, now - written.time)
                 if age < STALE_S:
                     raise ConfigError(
                         f"is being run by process {other['process']} on {other['host']}, heard of {age:.0f} s ago; "
                         f"wait for it, or stop it first; if it is gone, try again in {STALE_S - age + 1:.0f} s",
-                        f"{self._store.url}/{self._name}",
+                        self.url,
                     )
-            if other is not None and other["session"] not in (_session(self._experiment), self._fetched()):
-                raise ConfigError("was run by another driver meanwhile; try again", f"{self._store.url}/{self._name}")
-            write_text(self._experiment / _SESSION, self.session)
-            (self._experiment / DRIVER).unlink(missing_ok=True)
+            if other is not None and other["session"] not in (_session(self.folder), self._fetched()):
+                raise ConfigError("was run by another driver meanwhile; try again", self.url)
+            write_text(self.folder / _SESSION, self.session)
+            (self.folder / DRIVER).unlink(missing_ok=True)
             self._write(ended=False)
             self.check()
 
@@ -493,7 +392,7 @@ class Claim:
         if other is not None and other["session"] != self.session:
             raise ConfigError(
                 f"was taken over by process {other['process']} on {other['host']}; this sweep uploads nothing more",
-                f"{self._store.url}/{self._name}",
+                self.url,
             )
 
     def refresh(self) -> None:
@@ -508,29 +407,27 @@ class Claim:
 
     def _was_ours(self, other: dict[str, Any]) -> bool:
         """Whether a driver used this very mirror; the lock on its disk, which we hold, says that it has ended."""
-        return _session(self._experiment) == str(other["session"])
+        return _session(self.folder) == str(other["session"])
 
     def _fetched(self) -> str | None:
         """The session whose files were fetched."""
-        path = self._experiment / DRIVER
+        path = self.folder / DRIVER
         return str(json.loads(path.read_text())["session"]) if path.exists() else None
 
     def _read(self) -> dict[str, Any] | None:
-        content = self._store.read(f"{self._name}/{DRIVER}")
+        content = self.store.read(f"{self.name}/{DRIVER}")
         return None if content is None else dict(json.loads(content))
 
     def _write(self, *, ended: bool) -> None:
         about = {"session": self.session, "process": os.getpid(), "host": socket.gethostname(), "ended": ended}
-        self._store.write(f"{self._name}/{DRIVER}", json.dumps(about).encode())
+        self.store.write(f"{self.name}/{DRIVER}", json.dumps(about).encode())
 
 
 class Upload:
     """Uploads what a driver changed in an experiment's folder; knows what is there already."""
 
-    def __init__(self, experiment: Path) -> None:
-        place = named(experiment)
-        assert place is not None, f"{experiment=}"
-        self._store, self._name, self._experiment = *place, experiment
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name, self._experiment = store, name, store.folder / name
         self._seen: set[str] = set()
 
     def once(self) -> int:
@@ -577,27 +474,6 @@ class Upload:
         if inside[0] == "trials" and len(inside) == 2:  # Ray Tune's own, which nothing reads
             return False
         return not _of_trial(path.relative_to(self._store.folder).as_posix())
-
-
-@contextlib.contextmanager
-def up_to_date(experiment: Path, *beside: Path) -> Iterator[None]:
-    """Work on an experiment with all its weights and teachers here; uploaded afterwards, with `beside`."""
-    place = named(experiment)
-    if place is None:
-        yield
-        return
-    store, name = place
-    with said(store):
-        for below in (name, "teachers"):
-            fetch(store, below, lambda n: not n.endswith(".ckpt"))
-        for path in beside:
-            bring(path)
-    try:
-        yield
-    finally:
-        with said(store):
-            Upload(experiment).once()
-            send(*(path for path in beside if path.exists()))
 
 
 def drop_unknown(experiment: Path, known: Iterable[str]) -> None:

@@ -17,7 +17,6 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from tfkd_ray import remote
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_weights, save_weights, write_whole
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.evaluate import evaluate, predictions
@@ -25,6 +24,7 @@ from tfkd_ray.experiment import read_teacher, read_teachers
 from tfkd_ray.loop import LOOP_VERSION, train_in
 from tfkd_ray.schema import ConfigError, check_kind
 from tfkd_ray.soft_labels import Bank, Elsewhere
+from tfkd_ray.storage import Storage, everything, light
 from tfkd_ray.weights import input_of, input_shape, load_outside, show, untrained
 
 
@@ -218,19 +218,16 @@ def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
     return None
 
 
-def fetch(config: TeacherRun, storage: Path, *, weights: bool = True) -> None:
-    """Where a storage mirrors a store: get what there is of a teacher, with its weights, or those of a half-trained."""
-    store = remote.store_of(storage)
-    if store is not None:
-        below = f"teachers/{teacher_name(config)}"
-        remote.patiently(lambda: remote.fetch(store, below, remote.everything if weights else remote.light), store)
+def fetch(config: TeacherRun, storage: Storage, *, weights: bool = True) -> None:
+    """Fetch from a bucket what there is of a teacher, with its weights, or those of a half-trained one."""
+    want = everything if weights else light
+    storage.fetch(f"teachers/{teacher_name(config)}", want, patiently=True)
 
 
-def upload(config: TeacherRun, storage: Path) -> None:
-    """The other way, for a trained one."""
-    store, folder = remote.store_of(storage), teacher_folder(config, storage)
-    if store is not None:
-        remote.patiently(lambda: remote.send(folder / WEIGHTS, folder / "teacher.json", folder / LAST), store)
+def upload(config: TeacherRun, storage: Storage) -> None:
+    """Upload a trained teacher to a bucket."""
+    folder = teacher_folder(config, storage.folder)
+    storage.send(folder / WEIGHTS, folder / "teacher.json", folder / LAST, patiently=True)
 
 
 def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:

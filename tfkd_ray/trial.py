@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-from tfkd_ray import own_code, remote, teachers
+from tfkd_ray import own_code, teachers
 from tfkd_ray.cluster import BROKEN_GPU, DRIVER, OUT_OF_MEMORY, label_selectors, shunning
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
@@ -36,6 +36,7 @@ from tfkd_ray.experiment import write_text
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.loop import Diverged, train_in
 from tfkd_ray.schema import ConfigError, readable, validated
+from tfkd_ray.storage import received
 
 Metrics = dict[str, float]
 
@@ -124,7 +125,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         if workers == 1:
             self._epochs = _epochs_here(run, self._about, self._notes.append)
         else:
-            folder = Path(remote.here(self._about)["directory"]).parent.parent / "groups"
+            folder = received(self._about)[1].parent.parent / "groups"
             self._group = self._group or Group(validated(TrainConfig, run), folder, self._notes.append)
             self._epochs = self._group.epochs(run, self._about)
 
@@ -150,18 +151,18 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             reason, trace = str(error), error.trace
         else:
             reason, trace = _reason(error), "".join(traceback.format_exception(error))
-        folder = Path(remote.here(self._about)["directory"])
+        storage, folder = received(self._about)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "error.txt", trace)
         with contextlib.suppress(OSError):  # the reason is told all the same
-            remote.send(folder / "error.txt")
+            storage.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
         if _is_out_of_memory(error) and 0 < share < 1:
             write_text(folder / OUT_OF_MEMORY, str(share))
-            remote.send(folder / OUT_OF_MEMORY)
+            storage.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
         if _is_of_broken_gpu(error) or (share and not _gpu_answers()):
-            _note_broken(folder, reason)
+            _note_broken(self._about, reason)
             raise BrokenGpu(reason) from None  # ends this process; the trial goes on elsewhere
         return {"failed": reason, "done": True}
 
@@ -204,19 +205,18 @@ def _prepared(
     config = validated(TrainConfig, run)
     check_data_here(config)
     shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
-    about = remote.here(about)
-    directory, storage = Path(about["directory"]), Path(about["storage"])
-    remote.begin_trial(directory)
+    storage, directory = received(about)
+    storage.begin_trial(directory)
     if (run_of_teacher := config.teacher_run()) is not None:
         teachers.fetch(run_of_teacher, storage)
-    teacher = teachers.bank_of(config, storage, shelf)
+    teacher = teachers.bank_of(config, storage.folder, shelf)
     if meet is not None:
         config.data.load()  # kept, as its statistics are: the loop gets the same
         config.data.statistics()
         if teacher is not None:
             teacher.meet = meet
         meet()
-    header, on_saved = {"trial": about["name"]}, remote.on_saved(directory)
+    header, on_saved = {"trial": about["name"]}, storage.on_saved(directory)
     return train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
 
 
@@ -292,13 +292,14 @@ def _node() -> str:
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
-def _note_broken(folder: Path, reason: str) -> None:
-    """Leave word of a broken GPU for the driver."""
-    about = {"node": _node(), "host": socket.gethostname()}
+def _note_broken(about: dict[str, Any], reason: str) -> None:
+    """Leave word of a broken GPU in the trial's directory, for the driver."""
+    storage, folder = received(about)
+    told = {"node": _node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / BROKEN_GPU).write_text(json.dumps({**about, "reason": reason.splitlines()[0]}))
+    (folder / BROKEN_GPU).write_text(json.dumps(told))
     with contextlib.suppress(OSError):
-        remote.send(folder / BROKEN_GPU)
+        storage.send(folder / BROKEN_GPU)
 
 
 def _is_of_storage(error: BaseException) -> bool:
@@ -636,7 +637,7 @@ def _worker(given: dict[str, Any]) -> None:
         except (Exception, SystemExit) as error:
             own = not (_is_of_storage(error) or _is_of_communication(error) or _is_of_broken_gpu(error))
             if _is_of_broken_gpu(error):
-                _note_broken(Path(remote.here(about)["directory"]), _reason(error))
+                _note_broken(about, _reason(error))
             keeps, mine = _agreed(control, in_step or isinstance(error, Diverged), own)
             told = (number, "failed", (_reason(error), traceback.format_exc()))
             if keeps:

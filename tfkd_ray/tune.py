@@ -88,6 +88,7 @@ from tfkd_ray.space import (
     pinned,
     with_digest,
 )
+from tfkd_ray.storage import Experiment, Storage, checked, received, to_continue
 from tfkd_ray.tensorboard import TensorBoard
 from tfkd_ray.trial import Shelf, StudentTrial, check_data_here, resources_of, shelf_name
 
@@ -103,7 +104,7 @@ def build_tuner(
     space: Space | dict[str, Any] | Path | str,
     *,
     name: str | None = None,
-    storage: Path | str = STORAGE,
+    storage: Storage | Path | str = STORAGE,
     callbacks: Sequence[tune.Callback] = (),
     tune_config: tune.TuneConfig | None = None,
     run_config: tune.RunConfig | None = None,
@@ -120,8 +121,8 @@ def build_tuner(
     Args:
         space: a `Space`, the tree of one, or the path of a space file.
         name: of the experiment, a directory below `storage` that is not there yet. None: the file's name and the time.
-        storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; teachers are shared by the
-            experiments in it.
+        storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, or one that is open already
+            (`storage.checked`); teachers are shared by the experiments in it.
         callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
         tune_config: Ray's own; its metric, scheduler, concurrency and time budget override the space's `search`. What
             would be ignored (searcher, number and names of trials) is refused.
@@ -145,12 +146,10 @@ def build_tuner(
                 f"storage: {storage}, and run_config.storage_path is {run_config.storage_path}; give one of them"
             )
         storage = run_config.storage_path
-    if remote.is_url(storage):
-        storage = remote.checked(remote.store_at(str(storage)))
-    storage = Path(storage).expanduser().absolute()
+    storage = checked(storage)
     name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    experiment = storage / name
-    remote.check_new(experiment)
+    storage.check_new(name)
+    experiment = storage.folder / name
     space.example.data.check()
     space = pinned(space)
     prior_trials(space, priors)
@@ -162,16 +161,16 @@ def build_tuner(
     prepare(space.example, storage)
     train_teachers(space.teacher_runs(), storage, on_teacher, on_note=on_note)
     experiment.mkdir(parents=True, exist_ok=True)
-    lock = Lock(experiment)
+    lock = Lock(storage, name)
     (experiment / "study.journal").unlink(missing_ok=True)  # of a driver that was killed while it made this
-    searcher = _searcher(space, experiment, url, priors=priors)
+    searcher = _searcher(space, experiment, storage, url, priors=priors)
     searcher.remaining()  # makes the studies, with the priors in them
     write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
     return _tuner(space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note)
 
 
 def resume_tuner(
-    experiment: Path | str,
+    experiment: Experiment | Path | str,
     *,
     add_trials: int = 0,
     callbacks: Sequence[tune.Callback] = (),
@@ -192,7 +191,7 @@ def resume_tuner(
     What is finished is in the study, and is not run again; Ray's own snapshot is not read.
 
     Args:
-        experiment: its directory, or its URL on object storage.
+        experiment: its directory, or its URL on object storage, or one that is open already (`storage.to_continue`).
         add_trials: raises `search.num_samples` by so many.
         retry_failed: run the failed trials again, with their numbers and parameters, from their last checkpoints.
         time_budget_s: a new budget, from now on; as are `gpu_hours`, `cpu_hours` and `max_failed_trials`. None: what
@@ -212,14 +211,13 @@ def resume_tuner(
     for name, more in budgets.items():
         if more is not None and not more > 0:
             raise ConfigError(f"{name}: a budget is above 0, got {more}")
-    if remote.is_url(experiment):
-        experiment = remote.fetched(str(experiment))
-    experiment = Path(experiment).expanduser().absolute()
+    found = to_continue(experiment)
+    storage, experiment = found.storage, found.folder
     about = read_experiment(experiment)
     own_code.remember(about.get("directory"))
     check_writable(experiment, "an experiment directory of yours")
     with contextlib.ExitStack() as undone:
-        lock = Lock(experiment)
+        lock = Lock(*found)
         undone.callback(lock.release)
         about["space"]["search"]["num_samples"] += add_trials
         if study_storage is not None:
@@ -233,10 +231,9 @@ def resume_tuner(
         _check_own_study(old, experiment / "study.journal")
         url = old.search.storage and whole_url(old.search.storage)
         old = without_password(old)
-        searcher = _searcher(old, experiment, url)
+        searcher = _searcher(old, experiment, storage, url)
         undone.callback(searcher.close)
-        if remote.store_of(experiment) is not None:
-            remote.drop_unknown(experiment, searcher.known().values())
+        storage.drop_unknown(found.name, searcher.known().values())
         _check_unchanged(old, searcher)
         _check_all_there(searcher, experiment)
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
@@ -247,9 +244,9 @@ def resume_tuner(
         over = over_budget(new.search.budgets, spent)
         if over:
             raise ConfigError(f"{over}; to go on, give a new one, which counts from now on", experiment)
-        prepare(new.example, experiment.parent)
+        prepare(new.example, storage)
         if new.search.study != old.search.study:
-            wider = _searcher(new, experiment, url)
+            wider = _searcher(new, experiment, storage, url)
             copy_trials(searcher, wider)
             searcher = wider
         searcher.add_priors(earlier)
@@ -258,7 +255,7 @@ def resume_tuner(
         if add_trials or study_storage or space is not None or any(more is not None for more in budgets.values()):
             about["space"] = new.tree
             write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
-        train_teachers(new.teacher_runs(), experiment.parent, on_teacher, on_note=on_note)
+        train_teachers(new.teacher_runs(), storage, on_teacher, on_note=on_note)
         ray_configs = tune.TuneConfig(), tune.RunConfig()
         tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
         undone.pop_all()
@@ -278,12 +275,12 @@ def _with_search(space: Space, **settings: Any) -> Space:
     return dataclasses.replace(space, search=search, tree={**space.tree, "search": search.model_dump(mode="json")})
 
 
-def _searcher(space: Space, experiment: Path, url: str | None, **more: Any) -> OptunaSearcher:
+def _searcher(space: Space, experiment: Path, storage: Storage, url: str | None, **more: Any) -> OptunaSearcher:
     journal = experiment / "study.journal"
     if url is None:
         drop_stale_locks(journal)  # of a dead driver: the experiment is ours
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder, place = trials_folder(experiment), place_of(experiment)
+    folder, place = trials_folder(experiment), place_of(storage)
     return OptunaSearcher(space, journal, folder=folder, place=place, storage=url, **more)
 
 
@@ -357,7 +354,7 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     return _with_search(new, storage=old.search.storage, study=study, num_samples=samples, **budgets)
 
 
-def prepare(config: TrainConfig, storage: Path) -> None:
+def prepare(config: TrainConfig, storage: Storage) -> None:
     """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made.
 
     Data that an experiment has recorded are refused where they have changed since.
@@ -380,7 +377,7 @@ class TeacherFailed(RuntimeError):
 
 def train_teachers(
     runs: Iterable[TeacherRun],
-    storage: Path,
+    storage: Storage,
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
     on_failure: Callable[[TeacherRun, str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -394,18 +391,18 @@ def train_teachers(
     """
     on_teacher = on_teacher or (lambda run, about: None)
     note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
-    runs = list(runs)
+    runs, folder = list(runs), storage.folder
     for run in runs:
         teachers.fetch(run, storage, weights=False)
-        if not teachers.is_trained(run, storage) and (changed := teachers.of_other_data(run, storage)):
+        if not teachers.is_trained(run, folder) and (changed := teachers.of_other_data(run, folder)):
             note(changed)
         if run.weights is not None:
-            if not teachers.is_trained(run, storage):
+            if not teachers.is_trained(run, folder):
                 on_teacher(run, None)
-                on_teacher(run, teachers.train_teacher(run, storage))
+                on_teacher(run, teachers.train_teacher(run, folder))
                 teachers.upload(run, storage)
-            teachers.check_source(run, storage)
-    missing = [run for run in runs if not teachers.is_trained(run, storage)]
+            teachers.check_source(run, folder)
+    missing = [run for run in runs if not teachers.is_trained(run, folder)]
     tasks = []
     for run in missing:
         on_teacher(run, None)
@@ -413,7 +410,7 @@ def train_teachers(
         task = ray.remote(_teacher).options(
             num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
         )
-        tasks.append(task.remote(run, storage, remote.place_of(storage), own_code.here()))
+        tasks.append(task.remote(run, storage, own_code.here()))
     for run, task in zip(missing, tasks, strict=True):
         try:
             about = ray.get(task)
@@ -427,16 +424,16 @@ def train_teachers(
                 raise error.cause from None
             else:
                 raise TeacherFailed(reason) from None
-    teachers.tell_doubts(runs, storage)
+    teachers.tell_doubts(runs, folder)
 
 
-def _teacher(run: TeacherRun, storage: Path, place: dict[str, str], home: own_code.Place) -> dict[str, Any]:
+def _teacher(run: TeacherRun, storage: Storage, home: own_code.Place) -> dict[str, Any]:
     seal_test_split()
     own_code.enter(home)
     check_data_here(run)
-    storage = Path(remote.here({"directory": storage, "storage": storage, **place})["storage"])
     teachers.fetch(run, storage)
-    about = teachers.train_teacher(run, storage, on_saved=remote.on_saved(teachers.teacher_folder(run, storage)))
+    on_saved = storage.on_saved(teachers.teacher_folder(run, storage.folder))
+    about = teachers.train_teacher(run, storage.folder, on_saved=on_saved)
     teachers.upload(run, storage)
     return about
 
@@ -541,7 +538,7 @@ def _tuner(
     )
     if any(branch.example.banked for branch in space.branches):
         ours.append(SoftLabels(experiment))
-    callbacks = [*ours, *callbacks, *(run_config.callbacks or []), *ending(experiment, lock, on_note)]
+    callbacks = [*ours, *callbacks, *(run_config.callbacks or []), *ending(lock, on_note)]
     verbose = _verbosity(run_config)
     stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
@@ -608,9 +605,9 @@ def _reached(limits: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     return any(name in told and told[name] >= limit for name, limit in limits.items())
 
 
-def place_of(experiment: Path) -> dict[str, Any]:
-    """Where all trials of an experiment find teachers and code of one's own."""
-    return {"storage": str(experiment.parent), "home": own_code.here(), **remote.place_of(experiment)}
+def place_of(storage: Storage) -> dict[str, Any]:
+    """Where all trials of an experiment find its storage, and code of one's own."""
+    return {"home": own_code.here(), **storage.wire()}
 
 
 def assemble(
@@ -947,9 +944,10 @@ class Losses(tune.Callback):  # type: ignore[misc]
             self._why.pop(trial.trial_id, None)
             return
         self._why[trial.trial_id] = broken["reason"]
-        path = Path(trial.config["trial"]["directory"]) / BROKEN_GPU
+        storage, folder = received(trial.config["trial"])
+        path = folder / BROKEN_GPU
         path.unlink()
-        remote.send(path)
+        storage.send(path)
         if began is None or self._clock() - began > QUICK_S:
             return
         node, row = broken["node"], self._broken.setdefault(broken["node"], [])
@@ -1159,11 +1157,11 @@ class SoftLabels(tune.Callback):  # type: ignore[misc]
 class Lock(tune.Callback):  # type: ignore[misc]
     """Holds the experiment while its sweep runs, so that a second driver is refused; freed by however this one ends."""
 
-    def __init__(self, experiment: Path) -> None:
-        self._experiment = experiment
-        self._take()
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._experiment = storage.folder / name
+        self._take(storage, name)
 
-    def _take(self) -> None:
+    def _take(self, storage: Storage, name: str) -> None:
         check_no_links(self._experiment)
         self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
         self.claim: remote.Claim | None = None
@@ -1182,13 +1180,11 @@ class Lock(tune.Callback):  # type: ignore[misc]
                 "and remove driver.lock, or use an experiment, and a file system, that you may write to",
                 self._experiment,
             ) from None
-        if remote.store_of(self._experiment) is not None:
-            self.claim = remote.Claim(self._experiment)
-            try:
-                self.claim.take()
-            except BaseException:
-                self._lock.release()
-                raise
+        try:
+            self.claim = storage.hold(name)
+        except BaseException:
+            self._lock.release()
+            raise
         write_text(self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
@@ -1206,9 +1202,9 @@ class Lock(tune.Callback):  # type: ignore[misc]
         return {**self.__dict__, "_lock": None, "claim": None}
 
 
-def ending(experiment: Path, lock: Lock, on_note: Callable[[str], None] | None) -> list[tune.Callback]:
+def ending(lock: Lock, on_note: Callable[[str], None] | None) -> list[tune.Callback]:
     """The callbacks that come last: what others wrote is uploaded, and the experiment is let go."""
-    return [lock] if lock.claim is None else [Uploads(experiment, lock.claim, on_note), lock]
+    return [lock] if lock.claim is None else [Uploads(lock.claim, on_note), lock]
 
 
 class Uploads(tune.Callback):  # type: ignore[misc]
@@ -1217,11 +1213,9 @@ class Uploads(tune.Callback):  # type: ignore[misc]
     A store that does not answer is said once, and tried again; the sweep goes on.
     """
 
-    def __init__(self, experiment: Path, claim: remote.Claim, on_note: Callable[[str], None] | None) -> None:
-        store, name = remote.named(experiment) or (None, "")
-        assert store is not None, f"{experiment=}"
-        self._store, self._url, self._experiment = store, f"{store.url}/{name}", experiment
-        self._claim, self._upload = claim, remote.Upload(experiment)
+    def __init__(self, claim: remote.Claim, on_note: Callable[[str], None] | None) -> None:
+        self._store, self._url, self._experiment = claim.store, claim.url, claim.folder
+        self._claim, self._upload = claim, remote.Upload(claim.store, claim.name)
         self._note = on_note or _to_stderr
         self._trouble: str | None = None
         self._taken_over: ConfigError | None = None
