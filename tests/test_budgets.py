@@ -11,13 +11,14 @@ from ray import tune
 from test_search import run_sweep, space
 from test_tune import TREE
 
+from tfkd_ray.callbacks import Budget, over_budget, spent_so_far
 from tfkd_ray.cli import main
 from tfkd_ray.experiment import Record, read_experiment, read_metrics, read_records, write_experiment, write_record
 from tfkd_ray.live import Progress
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import OptunaSearcher, open_journal
 from tfkd_ray.space import Space, build_space
-from tfkd_ray.tune import Budget, build_tuner, over_budget, resume_tuner, spent_so_far
+from tfkd_ray.tune import build_tuner, resume_tuner
 
 
 def tree(**search: Any) -> dict[str, Any]:

@@ -33,11 +33,12 @@ from test_groups import sweep_elsewhere
 from test_tune import alone, times_aside
 from torch import nn
 
+from tfkd_ray.callbacks import Losses
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
 from tfkd_ray.experiment import read_metrics, read_records
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.soft_labels import Bank
-from tfkd_ray.tune import Losses, build_tuner, resume_tuner
+from tfkd_ray.tune import build_tuner, resume_tuner
 
 pytestmark = [pytest.mark.ray, pytest.mark.fault]
 
@@ -557,7 +558,7 @@ def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_ti
     ended: list[Any] = []
     trial.temporary_state.ray_actor = "actor"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfkd_ray.tune.ray.kill", ended.append)
+        patch.setattr("tfkd_ray.callbacks.ray.kill", ended.append)
         now[0] += 10
         losses.on_step_end(0, [])
         assert not ended

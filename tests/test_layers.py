@@ -22,13 +22,15 @@ ORDER = [
     "teachers",
     "arms", "export",
     "cluster", "search", "tensorboard", "live", "trial", "nodes",
-    "tune", "doctor",
+    "callbacks", "tune", "doctor",
     "confirm",
     "cluster_verbs",
     "cli",
     "__main__",
 ]  # fmt: skip
-RAY = {"cluster", "clusterfile", "search", "tensorboard", "live", "trial", "tune", "confirm", "doctor", "nodes"}
+RAY = {
+    "cluster", "clusterfile", "search", "tensorboard", "live", "trial", "callbacks", "tune", "confirm", "doctor", "nodes"
+}  # fmt: skip
 
 
 def imports(module: str) -> list[tuple[str, bool]]:

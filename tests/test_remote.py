@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT
 
 from tfkd_ray import doctor, nodes, own_code, remote, teachers, trial
+from tfkd_ray.callbacks import Uploads
 from tfkd_ray.checkpoint import load_state
 from tfkd_ray.cli import main
 from tfkd_ray.cluster_verbs import _storage_of
@@ -31,7 +32,7 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records, trials_folder
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.teachers import teacher_name
-from tfkd_ray.tune import Lock, Uploads, _teacher, build_tuner, place_of, resume_tuner
+from tfkd_ray.tune import Lock, _teacher, build_tuner, place_of, resume_tuner
 
 NODE = os.environ["XDG_CACHE_HOME"]
 """The cache of the session's Ray: where trials run, so another node's disk than a test's own."""

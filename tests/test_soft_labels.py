@@ -495,7 +495,7 @@ def test_a_view_reaches_other_nodes_and_outlives_the_trial_that_filled_it(tmp_pa
     import ray
     from ray import cloudpickle
 
-    from tfkd_ray.tune import SoftLabels
+    from tfkd_ray.callbacks import SoftLabels
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

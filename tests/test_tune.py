@@ -23,6 +23,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from tfkd_ray import cluster
+from tfkd_ray.callbacks import Losses, NoNodeLeft, Recorder
 from tfkd_ray.cluster import check_ray, check_room
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.experiment import read_experiment, read_record, read_records
@@ -33,7 +34,7 @@ from tfkd_ray.search import open_journal
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import train_teacher
 from tfkd_ray.trial import _is_of_broken_gpu
-from tfkd_ray.tune import Lock, Losses, NoNodeLeft, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
+from tfkd_ray.tune import Lock, TeacherFailed, _overridden, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tfkd_ray import remote, teachers, verdict
 from tfkd_ray.arms import Arm, Arms, Comparison, Run, read_comparison
+from tfkd_ray.callbacks import Losses, Recorder
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
 from tfkd_ray.data import Dataset, digest_of
@@ -44,7 +45,7 @@ from tfkd_ray.images import Images
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
-from tfkd_ray.tune import Lock, Losses, Recorder, SharingFifo, assemble, ending, place_of, prepare, train_teachers
+from tfkd_ray.tune import Lock, SharingFifo, assemble, ending, place_of, prepare, train_teachers
 from tfkd_ray.verdict import scores
 
 LOGITS = "test.safetensors"
