@@ -27,7 +27,9 @@ import ray
 from ray import tune
 
 import tfkd_ray.tune as ours
+from tfkd_ray.callbacks import Budget, Losses, Recorder
 from tfkd_ray.experiment import write_experiment
+from tfkd_ray.listener import Announcer
 from tfkd_ray.search import OptunaSearcher, StudyStopping
 from tfkd_ray.space import Space, build_space
 from tfkd_ray.tensorboard import TensorBoard
@@ -72,9 +74,9 @@ def direct(trials: int, sampler: str, folder: Path) -> Clock:
     experiment = folder / "e"
     write_experiment(experiment, space.tree, [])
     searcher = OptunaSearcher(space, experiment / "study.journal", place=ours.place_of(experiment))
-    stopping, budget, clock = StudyStopping(searcher), ours.Budget(experiment, space, searcher), Clock()
-    losses = ours.Losses()
-    callbacks = [TensorBoard(experiment / "tb", space), budget, ours.Recorder(losses, budget), clock]
+    stopping, budget, clock = StudyStopping(searcher), Budget(experiment, space, searcher), Clock()
+    losses = Losses()
+    callbacks = [Announcer([TensorBoard(experiment / "tb", space), budget, losses, Recorder(losses, budget)]), clock]
     for callback in callbacks:
         callback.setup()
     for n in range(trials):

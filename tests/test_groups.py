@@ -14,6 +14,7 @@ from conftest import Run
 from sweep_under_fire import sweep
 from test_folder import write_folder
 
+from tfkd_ray.assignment import Assignment
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_metrics, read_records
 from tfkd_ray.loop import train
@@ -93,8 +94,8 @@ def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_gr
         tree = {**SPACE, "student": student, "epochs": 1, "optim": {"lr": 0.01, "batch_size": 64}}
         return build_space({k: v for k, v in tree.items() if k != "search"}).single()
 
-    def about(name: str) -> dict[str, Any]:
-        return {"name": name, "epochs": 1, "directory": str(tmp_path / "trials" / name), "storage": str(tmp_path)}
+    def about(name: str) -> Assignment:
+        return Assignment(name, 1, directory=tmp_path / "trials" / name, storage=tmp_path)
 
     group = Group(run(fails=True), tmp_path / "groups")
     try:

@@ -13,7 +13,7 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "passwords", "files", "schema", "own_code", "calibration", "verdict", "auth", "experiment", "remote",
+    "passwords", "files", "schema", "own_code", "calibration", "verdict", "auth", "experiment", "assignment", "remote",
     "images",
     "objectives", "data", "models", "augment",
     "config",
@@ -21,7 +21,7 @@ ORDER = [
     "loop", "weights", "plan", "clusterfile", "jobs",
     "teachers",
     "arms", "export",
-    "cluster", "search", "tensorboard", "live", "trial", "nodes",
+    "cluster", "listener", "search", "tensorboard", "live", "trial", "nodes",
     "callbacks", "tune", "doctor",
     "confirm",
     "cluster_verbs",
@@ -29,7 +29,7 @@ ORDER = [
     "__main__",
 ]  # fmt: skip
 RAY = {
-    "cluster", "clusterfile", "search", "tensorboard", "live", "trial", "callbacks", "tune", "confirm", "doctor", "nodes"
+    "cluster", "clusterfile", "listener", "search", "tensorboard", "trial", "callbacks", "tune", "confirm", "doctor", "nodes"
 }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def small(tmp_path: Path) -> Path:
 HOLD = """
 import sys, time
 from pathlib import Path
-from tfkd_ray.tune import Lock
+from tfkd_ray.callbacks import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -23,7 +23,8 @@ import pytest
 from conftest import ROOT
 
 from tfkd_ray import doctor, nodes, own_code, remote, teachers, trial
-from tfkd_ray.callbacks import Uploads
+from tfkd_ray.assignment import SECTION, Assignment
+from tfkd_ray.callbacks import Lock, Uploads
 from tfkd_ray.checkpoint import load_state
 from tfkd_ray.cli import main
 from tfkd_ray.cluster_verbs import _storage_of
@@ -32,7 +33,7 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_records, trials_folder
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.teachers import teacher_name
-from tfkd_ray.tune import Lock, _teacher, build_tuner, place_of, resume_tuner
+from tfkd_ray.tune import _teacher, build_tuner, place_of, resume_tuner
 
 NODE = os.environ["XDG_CACHE_HOME"]
 """The cache of the session's Ray: where trials run, so another node's disk than a test's own."""
@@ -367,10 +368,10 @@ def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     begun(bucket)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     (experiment / "spent.json").write_text("{}")
-    uploads.setup()
+    uploads.on_begin()
     uploads._thread.join(timeout=10)
     with pytest.raises(ConfigError, match="was taken over by process"):
-        uploads.on_step_end(0, [])
+        uploads.on_step()
     assert "lab/me/e/spent.json" not in server.names()
 
 
@@ -596,7 +597,7 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
 def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path: Path) -> None:
     tree = {**TREE, "objective": "ce", "data": {"name": "cifar10", "root": str(tmp_path)}, "optim": {}}
     del tree["search"]
-    epochs = trial._epochs_here(tree, {"directory": str(tmp_path / "t"), "storage": str(tmp_path), "name": "t"})
+    epochs = trial._epochs_here(tree, Assignment("t", 6, directory=tmp_path / "t", storage=tmp_path))
     with pytest.raises(ConfigError) as error:
         next(epochs)
     assert str(error.value).startswith(f"node {socket.gethostname()}: data cifar10: not found: ")
@@ -614,10 +615,11 @@ def run_of(**settings: Any) -> dict[str, Any]:
     return TrainConfig.model_validate(tree).model_dump(mode="json")
 
 
-def about(storage: Path, experiment: str = "e") -> dict[str, Any]:
+def about(storage: Path, experiment: str = "e") -> Assignment:
     """What a driver says of a trial, wherever that runs."""
     place = place_of(storage / experiment)
-    return {"name": "t0", "epochs": 6, "directory": str(trials_folder(storage / experiment) / "t0"), **place}
+    assignment = Assignment("t0", 6, directory=trials_folder(storage / experiment) / "t0", more=place)
+    return Assignment.of({SECTION: assignment.section()})
 
 
 def alike(metrics: Iterable[dict[str, float]]) -> list[dict[str, float]]:
@@ -635,7 +637,7 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
     run, told = run_of(), about(remote.store_at(bucket).mark())
-    alone = {"name": "t0", "epochs": 6, "directory": str(tmp_path / "t0"), "storage": str(tmp_path)}
+    alone = Assignment("t0", 6, directory=tmp_path / "t0", storage=tmp_path)
     whole = alike(trial._epochs_here(run, alone))
     elsewhere("node-1")
     epochs = trial._epochs_here(run, told)
@@ -828,11 +830,11 @@ def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_la
     lock, notes = Lock(experiment), list[str]()
     assert lock.claim is not None
     uploads = Uploads(experiment, lock.claim, notes.append)
-    uploads.setup()
+    uploads.on_begin()
     until(lambda: "lab/me/late/driver.txt" in server.names())
     monkeypatch.setattr(remote.Store, "write", _refused)
     (experiment / "spent.json").write_text("{}")
-    uploads.on_experiment_end([])
+    uploads.on_close([])
     assert notes[-1] == (
         f"{bucket}/late: not all is uploaded: does not answer; is the network up, and the endpoint right ({server.url})?; "
         f"the rest is on this machine, in {experiment}; when the store answers, upload it from here: tfkd resume {bucket}/late"

@@ -1,18 +1,22 @@
-"""What a sweep does when Tune tells it something: records, losses, budgets, soft labels, uploads."""
+"""Listeners of a sweep: records, losses, budgets, soft labels, uploads, the lock; and the order in which they hear."""
 
+import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock, Timeout
 from ray import tune
 
 from tfkd_ray import remote
+from tfkd_ray.assignment import Assignment, without_assignment
 from tfkd_ray.checkpoint import BEFORE, LAST
 from tfkd_ray.cluster import BROKEN_GPU, found_broken, room_for, shun, started_here
 from tfkd_ray.config import TrainConfig
@@ -20,6 +24,7 @@ from tfkd_ray.experiment import (
     FULL_LENGTH,
     Record,
     append_line,
+    check_no_links,
     check_room_for,
     read_metrics,
     read_record,
@@ -28,13 +33,17 @@ from tfkd_ray.experiment import (
     write_record,
     write_text,
 )
+from tfkd_ray.files import DISK_ERRORS
+from tfkd_ray.listener import Announcer, Listener
+from tfkd_ray.readers import driver_of
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import OptunaSearcher
 from tfkd_ray.space import Space
+from tfkd_ray.tensorboard import TensorBoard
 from tfkd_ray.trial import Shelf, shelf_name
 
 
-class Recorder(tune.Callback):  # type: ignore[misc]
+class Recorder(Listener):
     """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json.
 
     What is removed of a trial that runs is said, and written again, with all epochs that it has told.
@@ -47,18 +56,18 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         *,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
-        self._seen: dict[str, int] = {}
         self._lines: dict[str, list[str]] = {}
+        self._begun: set[str] = set()
         self._over: list[Path] = []
         self._losses, self._budget, self._note = losses, budget, on_note or _to_stderr
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
         folder = self._folder(trial)
         self._make_again(trial)
         metrics = read_metrics(folder)
         self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
         self._make(trial)  # without what a crash left half-written
-        self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
+        self._begun.add(trial.trial_id)
         for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
             (folder / left).unlink(missing_ok=True)
         self._write(trial, "running")
@@ -82,22 +91,19 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         self._note(f"{folder.name}: {what} removed while it ran; made again, with all epochs that it has told")
         return True
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        epoch = result.get("epoch", 0)
-        if epoch > self._seen.get(trial.trial_id, 0):
-            line = json.dumps({k: v for k, v in result.items() if k in _METRICS or k.startswith("val_")})
-            again = self._make_again(trial)
-            append_line(self._folder(trial) / "metrics.jsonl", line)
-            self._lines.setdefault(trial.trial_id, []).append(line)
-            self._seen[trial.trial_id] = epoch
-            if again and not result.get("done"):
-                self._write(trial, "running")
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        line = json.dumps({k: v for k, v in metrics.items() if k in _METRICS or k.startswith("val_")})
+        again = self._make_again(trial)
+        append_line(self._folder(trial) / "metrics.jsonl", line)
+        self._lines.setdefault(trial.trial_id, []).append(line)
+        if again and not metrics.get("done"):
+            self._write(trial, "running")
+
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
         if result.get("done"):  # before the study is told: a crash between repeats the end, and never loses it
             self._end(trial, result)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_end(self, trial: Any) -> None:
         """The study has been told: nobody goes on from here, but from a failure, which can be tried again."""
         result = trial.last_result or {}
         self._end(trial, result)
@@ -108,36 +114,35 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 
     def _end(self, trial: Any, result: dict[str, Any]) -> None:
         failed = result.get("failed")
-        full = result.get("epoch") == trial.config["trial"]["epochs"] or result.get(FULL_LENGTH)
+        full = result.get("epoch") == Assignment.of(trial.config).epochs or result.get(FULL_LENGTH)
         self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_failed(self, trial: Any) -> None:
         self._write(trial, "failed", self._losses.reason(trial))
         self._lines.pop(trial.trial_id, None)
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_close(self, trials: Sequence[Any]) -> None:
         for folder in self._over:  # one that was stopped may have been at its last save then
             _drop_states(folder)
         for trial in trials:
-            if trial.trial_id in self._seen and trial.status not in ("ERROR",) and not _ended(trial):
+            if trial.trial_id in self._begun and trial.status not in ("ERROR",) and not _ended(trial):
                 self._write(trial, "interrupted", self._budget and self._budget.reason)
 
     def _folder(self, trial: Any) -> Path:
-        return Path(trial.config["trial"]["directory"])
+        return Assignment.of(trial.config).folder
 
     def _write(self, trial: Any, status: str, reason: str | None = None) -> None:
-        about = trial.config["trial"]
-        trial_config = {k: v for k, v in trial.config.items() if k != "trial"}
+        assignment, config = Assignment.of(trial.config), without_assignment(trial.config)
         self._make_again(trial)
         write_record(
             Record(
                 folder=self._folder(trial),
-                number=about["number"],
-                name=about["name"],
-                objective=trial_config["objective"]["name"],
+                number=assignment.number,
+                name=assignment.name,
+                objective=config["objective"]["name"],
                 status=status,
-                parameters=about["parameters"],
-                config=trial_config,
+                parameters=dict(assignment.parameters),
+                config=config,
                 reason=reason,
                 lost=self._losses.count(trial),
             )
@@ -173,7 +178,7 @@ def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Losses(tune.Callback):  # type: ignore[misc]
+class Losses(Listener):
     """What becomes of a trial whose process was lost: it goes on, or it has failed, or the sweep must end.
 
     A trial that is lost `max_failures` + 1 times in the same epoch is itself to blame (no memory, a crash). One that
@@ -215,41 +220,42 @@ class Losses(tune.Callback):  # type: ignore[misc]
             f"{self._epoch.get(trial.trial_id, 0) + 1} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
         )
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
         if trial.trial_id not in self._all:
-            folder = Path(trial.config["trial"]["directory"])
+            folder = Assignment.of(trial.config).folder
             self._all[trial.trial_id] = read_record(folder).lost if (folder / "trial.json").exists() else 0
+        self._epoch[trial.trial_id] = int(last.get("epoch", 0))
         self._again.setdefault(trial.trial_id, trial.max_failures)
         self._began[trial.trial_id] = self._clock()
         self._since[trial.trial_id] = self._clock(), trial
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        self._since[trial.trial_id] = self._clock(), trial
-        if result.get("epoch", 0) > self._epoch.get(trial.trial_id, 0):  # a new epoch: what was lost before is forgiven
-            self._epoch[trial.trial_id] = result["epoch"]
-            self._began.pop(trial.trial_id, None)
-            self._broken.pop(result.get("node", ""), None)
-            if trial.max_failures >= 0:
-                trial.max_failures = trial.num_failures + self._again[trial.trial_id]
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """Forgive the losses before a new epoch."""
+        self._epoch[trial.trial_id] = epoch
+        self._began.pop(trial.trial_id, None)
+        self._broken.pop(metrics.get("node", ""), None)
+        if trial.max_failures >= 0:
+            trial.max_failures = trial.num_failures + self._again[trial.trial_id]
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+        self._since[trial.trial_id] = self._clock(), trial
+
+    def on_end(self, trial: Any) -> None:
         for known in (self._since, self._again, self._epoch, self._began):
             known.pop(trial.trial_id, None)
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_lost(self, trial: Any) -> None:
         self._since.pop(trial.trial_id, None)
         self._all[trial.trial_id] = self.count(trial) + 1
         self._check_disk(trial)
         self._check_gpu(trial)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_failed(self, trial: Any) -> None:
         self._since.pop(trial.trial_id, None)
         self._check_disk(trial)
         self._check_gpu(trial)
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step(self) -> None:
         if self._over is not None:  # here, where all have been told what became of the trial
             raise NoNodeLeft(self._over)
         if self._timeout_s is None:
@@ -269,7 +275,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
             self._why.pop(trial.trial_id, None)
             return
         self._why[trial.trial_id] = broken["reason"]
-        path = Path(trial.config["trial"]["directory"]) / BROKEN_GPU
+        path = Assignment.of(trial.config).folder / BROKEN_GPU
         path.unlink()
         remote.send(path)
         if began is None or self._clock() - began > QUICK_S:
@@ -286,7 +292,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
 
     def _check_disk(self, trial: Any) -> None:
         """Raise if the trial's next checkpoint could not be written."""
-        folder = Path(trial.config["trial"]["directory"])
+        folder = Assignment.of(trial.config).folder
         state = folder / LAST
         check_room_for(folder, 2 * (state.stat().st_size if state.exists() else 0) + 2**20)
 
@@ -329,7 +335,7 @@ def failed_numbers(experiment: Path) -> set[int]:
     return {r.number for r in read_records(experiment) if r.status == "failed"}
 
 
-class Budget(tune.Callback, tune.Stopper):  # type: ignore[misc]
+class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     """Ends a sweep when a budget of its `search` is spent: trials save, and can be resumed.
 
     What a running trial has held since its last report counts, so no trial goes on for more than the epoch it is in.
@@ -360,7 +366,6 @@ class Budget(tune.Callback, tune.Stopper):  # type: ignore[misc]
         self._failed = failed_numbers(experiment) - searcher.waiting()
         self._told = 0.0
         self._since: dict[str, float] = {}
-        self._seen: dict[str, int] = {}
 
     def spent(self) -> dict[str, float]:
         """What is spent by now, by the name of the budget."""
@@ -387,38 +392,34 @@ class Budget(tune.Callback, tune.Stopper):  # type: ignore[misc]
                     self._on_budget(reason)
         return self.reason is not None
 
-    # --- what Tune tells
+    # --- what it hears
 
-    def setup(self, **info: Any) -> None:
+    def on_begin(self) -> None:
         self._began = self._clock()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        metrics = read_metrics(Path(trial.config["trial"]["directory"]))
-        self._seen[trial.trial_id] = int(metrics[-1]["epoch"]) if metrics else 0
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
         self._since[trial.trial_id] = self._clock()
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if result.get("epoch", 0) > self._seen.get(trial.trial_id, 0):
-            self._seen[trial.trial_id] = result["epoch"]
-            self._told += result.get("seconds", 0.0)
-            self._since[trial.trial_id] = self._clock()
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        self._told += metrics.get("seconds", 0.0)
+        self._since[trial.trial_id] = self._clock()
+
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
         if result.get("failed"):
-            self._failed.add(trial.config["trial"]["number"])
+            self._failed.add(Assignment.of(trial.config).number)
         self._write()
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_end(self, trial: Any) -> None:
         self._since.pop(trial.trial_id, None)
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_lost(self, trial: Any) -> None:
         self._lost(trial)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_failed(self, trial: Any) -> None:
         self._lost(trial)
-        self._failed.add(trial.config["trial"]["number"])
+        self._failed.add(Assignment.of(trial.config).number)
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_close(self, trials: Sequence[Any]) -> None:
         self._write()
         if self._searcher is not None:
             self._searcher.close()
@@ -441,19 +442,19 @@ class Budget(tune.Callback, tune.Stopper):  # type: ignore[misc]
         return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
 
 
-class SoftLabels(tune.Callback):  # type: ignore[misc]
+class SoftLabels(Listener):
     """Keeps the teacher's soft labels that nodes share, while a sweep runs on a cluster that others started."""
 
     def __init__(self, experiment: Path) -> None:
         self._name = shelf_name(experiment)
         self._shelf: Any = None
 
-    def setup(self, **info: Any) -> None:
+    def on_begin(self) -> None:
         if not started_here():
             memory = int(ray.cluster_resources().get("object_store_memory", 0) / 4)
             self._shelf = ray.remote(Shelf).options(name=self._name, num_cpus=0).remote(memory)
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_close(self, trials: Sequence[Any]) -> None:
         if self._shelf is not None:
             ray.kill(self._shelf)
 
@@ -461,7 +462,7 @@ class SoftLabels(tune.Callback):  # type: ignore[misc]
         return {**self.__dict__, "_shelf": None}
 
 
-class Uploads(tune.Callback):  # type: ignore[misc]
+class Uploads(Listener):
     """Uploads what a sweep on object storage writes, every `remote.UPLOAD_S`, when a trial ends, and at the end.
 
     A store that does not answer is said once, and tried again; the sweep goes on.
@@ -478,20 +479,20 @@ class Uploads(tune.Callback):  # type: ignore[misc]
         self._wake, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
 
-    def setup(self, **info: Any) -> None:
+    def on_begin(self) -> None:
         self._thread.start()
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_end(self, trial: Any) -> None:
         self._wake.set()
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_failed(self, trial: Any) -> None:
         self._wake.set()
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step(self) -> None:
         if self._taken_over is not None:
             raise self._taken_over
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_close(self, trials: Sequence[Any]) -> None:
         self._over.set()
         self._wake.set()
         self._thread.join()
@@ -533,3 +534,87 @@ class Uploads(tune.Callback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_url": self._url}
+
+
+class Lock(Listener):
+    """Holds the experiment while its sweep runs, so that a second driver is refused.
+
+    The operating system releases it however the driver ends.
+    """
+
+    def __init__(self, experiment: Path) -> None:
+        self._experiment = experiment
+        self._take()
+
+    def _take(self) -> None:
+        check_no_links(self._experiment)
+        self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
+        self.claim: remote.Claim | None = None
+        try:
+            self._lock.acquire()
+        except Timeout:
+            driver = driver_of(self._experiment)
+            who = f"process {driver[0]} on {driver[1]}" if driver else "another process"
+            raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
+        except (OSError, NotImplementedError) as error:  # the second where a file system has no locks
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"driver.lock cannot be locked ({why}), so another process may be running it; make sure that none is, "
+                "and remove driver.lock, or use an experiment, and a file system, that you may write to",
+                self._experiment,
+            ) from None
+        if remote.store_of(self._experiment) is not None:
+            self.claim = remote.Claim(self._experiment)
+            try:
+                self.claim.take()
+            except BaseException:
+                self._lock.release()
+                raise
+        write_text(self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others run it; done when the sweep ends."""
+        if self.claim is not None:
+            with contextlib.suppress(OSError, ConfigError):  # else it is found to be stale
+                self.claim.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "claim": None}
+
+
+def in_order(
+    experiment: Path,
+    lock: Lock,
+    tensorboard: TensorBoard,
+    losses: Losses,
+    users: Sequence[tune.Callback],
+    *,
+    budget: Budget | None = None,
+    labels: SoftLabels | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> list[tune.Callback]:
+    """The callbacks of a sweep or a comparison, in the order in which they hear each event.
+
+    1. TensorBoard and Budget need nothing of the others. Budget counts what a lost trial has held before Losses, which
+       ends the sweep where the disk is full.
+    2. Losses, before Recorder: it knows why a trial has failed and how often it was lost, which Recorder writes.
+    3. Recorder writes the trial's files.
+    4. SoftLabels ends the actor that trials share, once all trials have ended.
+    5. The user's callbacks, in the user's order, the live view among them: they read what Recorder has written.
+    6. Uploads: everything above may write files, and all of them are uploaded.
+    7. Lock, last: nobody else may run the experiment while one of these still writes.
+    """
+    ours: list[Listener] = [tensorboard]
+    ours += [] if budget is None else [budget]
+    ours += [losses, Recorder(losses, budget, on_note=on_note)]
+    ours += [] if labels is None else [labels]
+    last: list[Listener] = [] if lock.claim is None else [Uploads(experiment, lock.claim, on_note)]
+    last.append(lock)
+    return [Announcer(ours), *users, Announcer(last)]

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from ray import tune
 
 from tfkd_ray import own_code, remote, teachers
+from tfkd_ray.assignment import SECTION, Assignment, without_assignment
 from tfkd_ray.cluster import BROKEN_GPU, DRIVER, OUT_OF_MEMORY, label_selectors, shunning
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
@@ -116,22 +117,22 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             os._exit(1)  # the trial goes on in another process
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._about = config["trial"]
-        if "home" in self._about:  # each time: Ray has gone to a folder of its own
-            own_code.enter(self._about["home"])
-        run = {key: value for key, value in config.items() if key != "trial"}
+        self._assignment = Assignment.of(config)
+        if self._assignment.home is not None:  # each time: Ray has gone to a folder of its own
+            own_code.enter(self._assignment.home)
+        run = without_assignment(config)
         workers = run["workers"]
         if workers == 1:
-            self._epochs = _epochs_here(run, self._about, self._notes.append)
+            self._epochs = _epochs_here(run, self._assignment, self._notes.append)
         else:
-            folder = Path(remote.here(self._about)["directory"]).parent.parent / "groups"
+            folder = _here(self._assignment).folder.parent.parent / "groups"
             self._group = self._group or Group(validated(TrainConfig, run), folder, self._notes.append)
-            self._epochs = self._group.epochs(run, self._about)
+            self._epochs = self._group.epochs(run, self._assignment)
 
     def step(self) -> dict[str, Any]:
         try:
             metrics = next(self._epochs)
-            check_metrics(metrics, self._about)
+            check_metrics(metrics, self._assignment)
         except GroupLost:
             raise
         except (Exception, SystemExit) as error:
@@ -143,14 +144,14 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         epoch = int(metrics["epoch"])
         note = {"note": "; ".join(self._notes)} if self._notes else {}
         self._notes.clear()
-        return {**metrics, **note, "epoch": epoch, "done": epoch == self._about["epochs"], "node": _node()}
+        return {**metrics, **note, "epoch": epoch, "done": epoch == self._assignment.epochs, "node": _node()}
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, TrialFailed):
             reason, trace = str(error), error.trace
         else:
             reason, trace = _reason(error), "".join(traceback.format_exception(error))
-        folder = Path(remote.here(self._about)["directory"])
+        folder = _here(self._assignment).folder
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "error.txt", trace)
         with contextlib.suppress(OSError):  # the reason is told all the same
@@ -173,26 +174,26 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             self._group.close()
 
 
-def check_metrics(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
     """Raise where an epoch's metrics are no numbers, or lack one by which the trial is judged."""
     for name, value in metrics.items():
         if not isinstance(value, int | float):
             raise TypeError(f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, and no number")
-    missing = [name for name in about.get("metrics", ()) if name not in metrics]
+    missing = [name for name in assignment.metrics if name not in metrics]
     if missing:
         raise LookupError(f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it")
 
 
 def _epochs_here(
-    run: dict[str, Any], about: dict[str, Any], say: Callable[[str], None] | None = None
+    run: dict[str, Any], assignment: Assignment, say: Callable[[str], None] | None = None
 ) -> Iterator[Metrics]:
     """The epochs of a trial in this process."""
-    yield from _prepared(run, about, say)
+    yield from _prepared(run, assignment, say)
 
 
 def _prepared(
     run: dict[str, Any],
-    about: dict[str, Any],
+    assignment: Assignment,
     say: Callable[[str], None] | None = None,
     meet: Callable[[], None] | None = None,
 ) -> Iterator[Metrics]:
@@ -203,9 +204,10 @@ def _prepared(
     """
     config = validated(TrainConfig, run)
     check_data_here(config)
-    shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
-    about = remote.here(about)
-    directory, storage = Path(about["directory"]), Path(about["storage"])
+    shelf = _Elsewhere(shelf_name(assignment.folder.parent.parent)) if ray.is_initialized() else None
+    assignment = _here(assignment)
+    directory, storage = assignment.folder, assignment.storage
+    assert storage is not None, f"{assignment.name} has no storage"
     remote.begin_trial(directory)
     if (run_of_teacher := config.teacher_run()) is not None:
         teachers.fetch(run_of_teacher, storage)
@@ -216,8 +218,13 @@ def _prepared(
         if teacher is not None:
             teacher.meet = meet
         meet()
-    header, on_saved = {"trial": about["name"]}, remote.on_saved(directory)
+    header, on_saved = {"trial": assignment.name}, remote.on_saved(directory)
     return train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
+
+
+def _here(assignment: Assignment) -> Assignment:
+    """The assignment with its paths as they are on this node."""
+    return Assignment.of({SECTION: remote.here(assignment.section())})
 
 
 def check_data_here(config: TrainConfig) -> None:
@@ -373,13 +380,13 @@ class Group:
         self._runs = 0
         self._desk: Any = None
 
-    def epochs(self, run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
+    def epochs(self, run: dict[str, Any], assignment: Assignment) -> Iterator[Metrics]:
         """The epochs of one trial on the group, which is started, or started again, if need be."""
         if self._desk is None or not self._alive():
-            self._start(about.get("avoid", []))
+            self._start(assignment.avoid)
         self._runs += 1
         number, done = self._runs, False
-        self._tell(("run", number, run, about))
+        self._tell(("run", number, run, assignment))
         try:
             while not done:
                 kind, value = self._next(number)
@@ -389,7 +396,7 @@ class Group:
                 if kind == "note":
                     self._say(value)
                     continue
-                done = value["epoch"] == about["epochs"]
+                done = value["epoch"] == assignment.epochs
                 yield value
                 if not done:
                     self._tell(("next",))
@@ -607,20 +614,20 @@ def _worker(given: dict[str, Any]) -> None:
             return
         if what != "run":
             continue  # meant for a trial that has failed meanwhile
-        number, run, about = rest
+        number, run, assignment = rest
         notice.training, in_step = True, True
         try:
-            epochs = _prepared(run, about, functools.partial(tell, number, "note") if first else _unheard, meet)
+            epochs = _prepared(run, assignment, functools.partial(tell, number, "note") if first else _unheard, meet)
             while True:
                 in_step = False
                 metrics = next(epochs, None)
                 in_step = True
                 if metrics is None:
                     break
-                check_metrics(metrics, about)
+                check_metrics(metrics, assignment)
                 if first:
                     tell(number, "epoch", metrics)
-                if metrics["epoch"] == about["epochs"]:
+                if metrics["epoch"] == assignment.epochs:
                     continue
                 if notice.came_to_any(control):
                     epochs.close()  # type: ignore[attr-defined]
@@ -636,7 +643,7 @@ def _worker(given: dict[str, Any]) -> None:
         except (Exception, SystemExit) as error:
             own = not (_is_of_storage(error) or _is_of_communication(error) or _is_of_broken_gpu(error))
             if _is_of_broken_gpu(error):
-                _note_broken(Path(remote.here(about)["directory"]), _reason(error))
+                _note_broken(_here(assignment).folder, _reason(error))
             keeps, mine = _agreed(control, in_step or isinstance(error, Diverged), own)
             told = (number, "failed", (_reason(error), traceback.format_exc()))
             if keeps:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import optuna
 import ray
-from filelock import FileLock, Timeout
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
@@ -22,14 +20,15 @@ from ray.tune.utils import flatten_dict
 from sqlalchemy.exc import OperationalError
 
 from tfkd_ray import own_code, remote, teachers
+from tfkd_ray.assignment import Assignment
 from tfkd_ray.callbacks import (
     Budget,
+    Lock,
     Losses,
     NoNodeLeft,
-    Recorder,
     SoftLabels,
-    Uploads,
     failed_numbers,
+    in_order,
     over_budget,
     spent_so_far,
     workers_of,
@@ -48,7 +47,6 @@ from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.data import forget_loaded, seal_test_split
 from tfkd_ray.experiment import (
     FULL_LENGTH,
-    check_no_links,
     check_writable,
     gone_sentence,
     gone_trials,
@@ -62,7 +60,6 @@ from tfkd_ray.experiment import (
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.nodes import check_shared
 from tfkd_ray.passwords import masked
-from tfkd_ray.readers import driver_of
 from tfkd_ray.schema import ConfigError, dump_yaml, readable, validated
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -506,7 +503,7 @@ def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune
 def _tuner(
     space: Space,
     experiment: Path,
-    lock: "Lock",
+    lock: Lock,
     callbacks: Sequence[tune.Callback],
     tune_config: tune.TuneConfig,
     run_config: tune.RunConfig,
@@ -518,8 +515,6 @@ def _tuner(
     told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
     losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
-    ours = [TensorBoard(experiment / "tb", space, space.search.metric), budget, losses]
-    ours += [Recorder(losses, budget, on_note=on_note)]
     tune_config = dataclasses.replace(
         tune_config,
         metric=None if told else tune_config.metric or space.search.metric,
@@ -533,9 +528,17 @@ def _tuner(
             else tune_config.max_concurrent_trials or None  # 0 is no limit
         ),
     )
-    if any(branch.example.banked for branch in space.branches):
-        ours.append(SoftLabels(experiment))
-    callbacks = [*ours, *callbacks, *(run_config.callbacks or []), *ending(experiment, lock, on_note)]
+    banked = any(branch.example.banked for branch in space.branches)
+    callbacks = in_order(
+        experiment,
+        lock,
+        TensorBoard(experiment / "tb", space, space.search.metric),
+        losses,
+        [*callbacks, *(run_config.callbacks or [])],
+        budget=budget,
+        labels=SoftLabels(experiment) if banked else None,
+        on_note=on_note,
+    )
     verbose = _verbosity(run_config)
     stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
@@ -703,7 +706,7 @@ _TUNE_SETTINGS = {
 
 
 def _trial_name(trial: Any) -> str:
-    return str(trial.config["trial"]["name"])
+    return Assignment.of(trial.config).name
 
 
 def no_node_left(error: BaseException | None) -> str | None:
@@ -725,58 +728,3 @@ def disk_trouble(error: BaseException | None) -> str | None:
             return f"search.storage: {str(error.orig).splitlines()[0]}"
         error = error.__cause__ or error.__context__
     return None
-
-
-class Lock(tune.Callback):  # type: ignore[misc]
-    """Holds the experiment while its sweep runs, so that a second driver is refused; freed by however this one ends."""
-
-    def __init__(self, experiment: Path) -> None:
-        self._experiment = experiment
-        self._take()
-
-    def _take(self) -> None:
-        check_no_links(self._experiment)
-        self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
-        self.claim: remote.Claim | None = None
-        try:
-            self._lock.acquire()
-        except Timeout:
-            driver = driver_of(self._experiment)
-            who = f"process {driver[0]} on {driver[1]}" if driver else "another process"
-            raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
-        except (OSError, NotImplementedError) as error:  # the second where a file system has no locks
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                raise
-            why = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"driver.lock cannot be locked ({why}), so another process may be running it; make sure that none is, "
-                "and remove driver.lock, or use an experiment, and a file system, that you may write to",
-                self._experiment,
-            ) from None
-        if remote.store_of(self._experiment) is not None:
-            self.claim = remote.Claim(self._experiment)
-            try:
-                self.claim.take()
-            except BaseException:
-                self._lock.release()
-                raise
-        write_text(self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n")
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let others run it; done when the sweep ends."""
-        if self.claim is not None:
-            with contextlib.suppress(OSError, ConfigError):  # else it is found to be stale
-                self.claim.release()
-        if self._lock is not None:
-            self._lock.release()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "claim": None}
-
-
-def ending(experiment: Path, lock: Lock, on_note: Callable[[str], None] | None) -> list[tune.Callback]:
-    """The callbacks that come last: what others wrote is uploaded, and the experiment is let go."""
-    return [lock] if lock.claim is None else [Uploads(experiment, lock.claim, on_note), lock]
