@@ -179,7 +179,7 @@ def _to_stderr(text: str) -> None:
 
 
 class Losses(Listener):
-    """What becomes of a trial whose process was lost: it goes on, or it has failed, or the sweep must end.
+    """Decides, for a trial whose process died, whether to retry it, fail it, or end the sweep.
 
     A trial that is lost `max_failures` + 1 times in the same epoch is itself to blame (no memory, a crash). One that
     tells no epoch for `timeout_s` hangs: its process is ended, and it has failed. Where the disk is full, or cannot be
@@ -413,20 +413,17 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         self._since.pop(trial.trial_id, None)
 
     def on_lost(self, trial: Any) -> None:
-        self._lost(trial)
+        """Count what the lost process has held since its last report: it was spent all the same."""
+        self._told += self._clock() - self._since.pop(trial.trial_id, self._clock())
 
     def on_failed(self, trial: Any) -> None:
-        self._lost(trial)
+        self.on_lost(trial)
         self._failed.add(Assignment.of(trial.config).number)
 
     def on_close(self, trials: Sequence[Any]) -> None:
         self._write()
         if self._searcher is not None:
             self._searcher.close()
-
-    def _lost(self, trial: Any) -> None:
-        """A process was lost: what it held since its last report was spent all the same."""
-        self._told += self._clock() - self._since.pop(trial.trial_id, self._clock())
 
     def _held(self, now: float) -> float:
         """Seconds that trials have run in this session, added up."""

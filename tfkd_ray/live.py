@@ -83,7 +83,7 @@ class Progress(OwnCallback):
     # --- events
 
     def end(self, budget: str) -> None:
-        """Hear that a budget ends the sweep."""
+        """Called when a budget ends the sweep."""
         self.ended_by = budget
         self.note(f"ending: {budget}")
 
