@@ -27,9 +27,12 @@ import ray
 from ray import tune
 
 import tfkd_ray.tune as ours
+from tfkd_ray.callbacks import Budget, Losses, Recorder
 from tfkd_ray.experiment import write_experiment
+from tfkd_ray.listener import Announcer
 from tfkd_ray.search import OptunaSearcher, StudyStopping
 from tfkd_ray.space import Space, build_space
+from tfkd_ray.storage import Directory
 from tfkd_ray.tensorboard import TensorBoard
 
 RESULT = {"epoch": 1, "val_accuracy": 0.5, "val_nll": 1.0, "val_ece": 0.1, "train_loss": 1.0, "seconds": 0.0}
@@ -71,10 +74,10 @@ def direct(trials: int, sampler: str, folder: Path) -> Clock:
     space = space_of(trials, sampler)
     experiment = folder / "e"
     write_experiment(experiment, space.tree, [])
-    searcher = OptunaSearcher(space, experiment / "study.journal", place=ours.place_of(experiment))
-    stopping, budget, clock = StudyStopping(searcher), ours.Budget(experiment, space, searcher), Clock()
-    losses = ours.Losses()
-    callbacks = [TensorBoard(experiment / "tb", space), budget, ours.Recorder(losses, budget), clock]
+    searcher = OptunaSearcher(space, experiment / "study.journal", place=Directory(experiment.parent).wire())
+    stopping, budget, clock = StudyStopping(searcher), Budget(experiment, space, searcher), Clock()
+    losses = Losses()
+    callbacks = [Announcer([TensorBoard(experiment / "tb", space), budget, losses, Recorder(losses, budget)]), clock]
     for callback in callbacks:
         callback.setup()
     for n in range(trials):

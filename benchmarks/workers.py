@@ -13,16 +13,18 @@ from pathlib import Path
 
 import torch
 
+from tfkd_ray.assignment import Assignment
 from tfkd_ray.cluster import connect
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.schema import validated
+from tfkd_ray.storage import Directory
 from tfkd_ray.trial import Group
 
 
 def images_per_s(group: Group, config: TrainConfig, folder: Path) -> float:
     """Median over the epochs of a run on a group."""
-    about = {"directory": str(folder), "storage": str(folder.parent), "name": folder.name, "epochs": config.epochs}
-    epochs = list(group.epochs(config.model_dump(mode="json"), about))
+    assignment = Assignment(folder.name, config.epochs, directory=folder, storage=Directory(folder.parent))
+    epochs = list(group.epochs(config.model_dump(mode="json"), assignment))
     return statistics.median(epoch["images_per_s"] for epoch in epochs[1:])
 
 

@@ -1,5 +1,6 @@
 """Budgets: what they count, when they end a sweep, and how it goes on."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -11,13 +12,16 @@ from ray import tune
 from test_search import run_sweep, space
 from test_tune import TREE
 
+from tfkd_ray.assignment import SECTION, Assignment
+from tfkd_ray.callbacks import Budget, over_budget, spent_so_far
 from tfkd_ray.cli import main
 from tfkd_ray.experiment import Record, read_experiment, read_metrics, read_records, write_experiment, write_record
+from tfkd_ray.listener import Announcer
 from tfkd_ray.live import Progress
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.search import OptunaSearcher, open_journal
 from tfkd_ray.space import Space, build_space
-from tfkd_ray.tune import Budget, build_tuner, over_budget, resume_tuner, spent_so_far
+from tfkd_ray.tune import build_tuner, resume_tuner
 
 
 def tree(**search: Any) -> dict[str, Any]:
@@ -35,7 +39,7 @@ class Trial:
     def __init__(self, experiment: Path, number: int) -> None:
         self.trial_id = f"id{number}"
         folder = experiment / "trials" / f"t{number:04d}-ce"
-        self.config = {"trial": {"number": number, "directory": str(folder)}}
+        self.config = {SECTION: Assignment(folder.name, 40, number, directory=folder).section()}
 
 
 def budget(experiment: Path, s: Space, said: list[str] | None = None) -> tuple[Budget, Clock]:
@@ -46,14 +50,19 @@ def budget(experiment: Path, s: Space, said: list[str] | None = None) -> tuple[B
     return Budget(experiment, s, searcher, on_budget=None if said is None else said.append, clock=clock), clock
 
 
+@functools.cache
+def announcer(b: Budget) -> Announcer:
+    return Announcer([b])
+
+
 def tell(b: Budget, what: str, trial: Trial, **more: Any) -> None:
-    getattr(b, f"on_trial_{what}")(iteration=0, trials=[], trial=trial, **more)
+    getattr(announcer(b), f"on_trial_{what}")(iteration=0, trials=[], trial=trial, **more)
 
 
 def test_a_time_budget_is_over_when_it_is_over_and_is_said_once(tmp_path: Path) -> None:
     said: list[str] = []
     b, clock = budget(tmp_path / "e", build_space(tree(time_budget_s=60)), said)
-    b.setup()
+    b.on_begin()
     clock.now += 59.9
     assert not b.stop_all() and b.reason is None
     clock.now += 0.2
@@ -65,7 +74,7 @@ def test_hours_count_epochs_and_what_a_running_trial_has_held_since(tmp_path: Pa
     s = build_space({**tree(cpu_hours=1), "workers": 2, "cpus_per_worker": 3})
     b, clock = budget(tmp_path / "e", s)
     one, two = Trial(tmp_path / "e", 0), Trial(tmp_path / "e", 1)
-    b.setup()
+    b.on_begin()
     tell(b, "start", one)
     tell(b, "start", two)
     clock.now += 100
@@ -90,7 +99,7 @@ def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is
     said: list[str] = []
     b, clock = budget(tmp_path / "e", build_space({**tree(gpu_hours=0.5), "gpus_per_worker": 1}), said)
     running = [Trial(tmp_path / "e", n) for n in (0, 1)]
-    b.setup()
+    b.on_begin()
     for trial in running:
         tell(b, "start", trial)
     epoch = 0
@@ -108,7 +117,7 @@ def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is
     clock.now += 900
     assert b.spent()["gpu_hours"] == pytest.approx(0.5 + 2 * 150 / 3600) and b.spent()["cpu_hours"] > 0
     assert b.stop_all() and len(said) == 1
-    b.on_experiment_end([])
+    b.on_close([])
     again, _ = budget(tmp_path / "e", build_space({**tree(gpu_hours=0.5), "gpus_per_worker": 1}))
     assert again.spent()["gpu_hours"] == pytest.approx(b.spent()["gpu_hours"], abs=1e-5)  # it is kept
 

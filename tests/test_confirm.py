@@ -17,6 +17,7 @@ from test_data import pickled, write_cifar
 from test_folder import write_folder
 
 from tfkd_ray.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.assignment import SECTION, Assignment
 from tfkd_ray.checkpoint import WEIGHTS, save_weights
 from tfkd_ray.confirm import (
     LOGITS,
@@ -90,11 +91,12 @@ def test_a_run_that_fails_is_tried_twice_and_reported(tmp_path: Path, ray_cluste
 
 
 def test_a_failing_run_comes_back_once() -> None:
-    searcher = ListSearcher([{"trial": {"name": "a"}}, {"trial": {"name": "b"}}])
-    assert searcher.suggest("1") == {"trial": {"name": "a"}}
+    a, b = ({SECTION: Assignment(name, 9).section()} for name in "ab")
+    searcher = ListSearcher([a, b])
+    assert searcher.suggest("1") == a
     searcher.on_trial_complete("1", {"failed": "it broke"})
-    assert searcher.suggest("2") == {"trial": {"name": "b"}}
-    assert searcher.suggest("3") == {"trial": {"name": "a"}}
+    assert searcher.suggest("2") == b
+    assert searcher.suggest("3") == a
     assert searcher.suggest("4") is None  # both may come back
     searcher.on_trial_complete("2", {"epoch": 3})
     searcher.on_trial_complete("3", error=True)

@@ -33,11 +33,14 @@ from test_groups import sweep_elsewhere
 from test_tune import alone, times_aside
 from torch import nn
 
+from tfkd_ray.assignment import SECTION, Assignment
+from tfkd_ray.callbacks import Losses
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
 from tfkd_ray.experiment import read_metrics, read_records
+from tfkd_ray.listener import Announcer
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.soft_labels import Bank
-from tfkd_ray.tune import Losses, build_tuner, resume_tuner
+from tfkd_ray.tune import build_tuner, resume_tuner
 
 pytestmark = [pytest.mark.ray, pytest.mark.fault]
 
@@ -540,30 +543,30 @@ def test_faults_of_every_kind_in_one_sweep_have_each_their_reason_and_a_good_che
 def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_time(tmp_path: Path) -> None:
     now = [0.0]
     losses = Losses(10, lambda: now[0])
-    trial = SimpleNamespace(
-        trial_id="a", max_failures=2, num_failures=0, config={"trial": {"directory": str(tmp_path / "not yet")}}
-    )
+    tune = Announcer([losses])
+    assignment = Assignment("t0", 9, directory=tmp_path / "not yet")
+    trial = SimpleNamespace(trial_id="a", max_failures=2, num_failures=0, config={SECTION: assignment.section()})
     trial.temporary_state = SimpleNamespace(ray_actor=None)
-    losses.on_trial_start(0, [], trial)
+    tune.on_trial_start(0, [], trial)
     trial.num_failures = 2  # lost twice before its first epoch
-    losses.on_trial_recover(0, [], trial)
-    losses.on_trial_start(0, [], trial)
-    losses.on_trial_result(0, [], trial, {"epoch": 1})
+    tune.on_trial_recover(0, [], trial)
+    tune.on_trial_start(0, [], trial)
+    tune.on_trial_result(0, [], trial, {"epoch": 1})
     assert trial.max_failures == 4  # two more in the next one
-    losses.on_trial_result(0, [], trial, {"epoch": 1})  # told again after a restart
+    tune.on_trial_result(0, [], trial, {"epoch": 1})  # told again after a restart
     trial.num_failures = 5
-    losses.on_trial_result(0, [], trial, {"epoch": 1})
+    tune.on_trial_result(0, [], trial, {"epoch": 1})
     assert trial.max_failures == 4 and losses.reason(trial).startswith("its process was lost 3 times in epoch 2")
     ended: list[Any] = []
     trial.temporary_state.ray_actor = "actor"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfkd_ray.tune.ray.kill", ended.append)
+        patch.setattr("tfkd_ray.callbacks.ray.kill", ended.append)
         now[0] += 10
-        losses.on_step_end(0, [])
+        tune.on_step_end(0, [])
         assert not ended
         now[0] += 0.1
-        losses.on_step_end(0, [])
-        losses.on_step_end(0, [])
+        tune.on_step_end(0, [])
+        tune.on_step_end(0, [])
     assert ended == ["actor"] and trial.max_failures == trial.num_failures and "hung" in losses.reason(trial)
 
 

@@ -14,11 +14,13 @@ from conftest import Run
 from sweep_under_fire import sweep
 from test_folder import write_folder
 
+from tfkd_ray.assignment import Assignment
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import read_metrics, read_records
 from tfkd_ray.loop import train
 from tfkd_ray.schema import validated
 from tfkd_ray.space import build_space
+from tfkd_ray.storage import Directory
 from tfkd_ray.teachers import find_or_train
 from tfkd_ray.trial import Group, TrialFailed
 
@@ -93,8 +95,8 @@ def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_gr
         tree = {**SPACE, "student": student, "epochs": 1, "optim": {"lr": 0.01, "batch_size": 64}}
         return build_space({k: v for k, v in tree.items() if k != "search"}).single()
 
-    def about(name: str) -> dict[str, Any]:
-        return {"name": name, "epochs": 1, "directory": str(tmp_path / "trials" / name), "storage": str(tmp_path)}
+    def about(name: str) -> Assignment:
+        return Assignment(name, 1, directory=tmp_path / "trials" / name, storage=Directory(tmp_path))
 
     group = Group(run(fails=True), tmp_path / "groups")
     try:

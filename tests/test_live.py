@@ -30,7 +30,13 @@ class FakeTrial:
 
     def __init__(self, name: str, **about: Any) -> None:
         self.trial_id = name
-        about = {"name": name, "epochs": EPOCHS, "parameters": {f"objective.{name[6:]}.alpha": 0.123}, **about}
+        about = {
+            "number": 0,
+            "name": name,
+            "epochs": EPOCHS,
+            "parameters": {f"objective.{name[6:]}.alpha": 0.123},
+            **about,
+        }
         self.config = {"trial": about, "objective": {"name": name.split("-")[1]}}
         self.last_result = dict[str, Any]()
 

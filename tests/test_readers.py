@@ -109,8 +109,8 @@ def small(tmp_path: Path) -> Path:
 HOLD = """
 import sys, time
 from pathlib import Path
+from tfkd_ray.callbacks import Lock
 from tfkd_ray.storage import opened
-from tfkd_ray.tune import Lock
 lock = Lock(*opened(Path(sys.argv[1])))
 print("held", flush=True)
 time.sleep(60)

@@ -24,6 +24,8 @@ import pytest
 from conftest import ROOT
 
 from tfkd_ray import doctor, nodes, own_code, remote, teachers, trial
+from tfkd_ray.assignment import SECTION, Assignment
+from tfkd_ray.callbacks import Lock, Uploads
 from tfkd_ray.checkpoint import load_state
 from tfkd_ray.cli import main
 from tfkd_ray.cluster_verbs import _storage_of
@@ -40,12 +42,11 @@ from tfkd_ray.storage import (
     checked,
     everything,
     opened,
-    received,
     storage_at,
     to_continue,
 )
 from tfkd_ray.teachers import teacher_name
-from tfkd_ray.tune import Lock, Uploads, _teacher, build_tuner, place_of, resume_tuner
+from tfkd_ray.tune import _teacher, build_tuner, resume_tuner
 
 NODE = os.environ["XDG_CACHE_HOME"]
 """The cache of the session's Ray: where trials run, so another node's disk than a test's own."""
@@ -254,10 +255,11 @@ def test_a_cluster_file_may_name_a_bucket(name: str, place: str, tmp_path: Path)
 # --- the value that stands for either kind
 
 
-def trial_in(storage: Storage) -> dict[str, Any]:
-    """The part of a trial's configuration that says where it is, as it reaches another process."""
-    place = {"directory": str(storage.folder / "e/trials/t0"), **storage.wire()}
-    return dict(json.loads(json.dumps(place)))
+def about(storage: Storage, experiment: str = "e") -> dict[str, Any]:
+    """What a driver says of a trial, as it reaches another process."""
+    directory = trials_folder(storage.folder / experiment) / "t0"
+    section = Assignment("t0", 6, storage=storage, directory=directory).section()
+    return {SECTION: json.loads(json.dumps(section))}
 
 
 def test_a_directory_is_the_same_on_every_node_and_nothing_is_fetched_sent_or_claimed(
@@ -284,9 +286,9 @@ def test_a_directory_is_the_same_on_every_node_and_nothing_is_fetched_sent_or_cl
         assert storage.bring(trial / "error.txt").read_text() == "error.txt"
     assert sorted(path.name for path in trial.iterdir()) == ["error.txt", "last.ckpt"]
     assert storage.hold("e") is None and storage.on_saved(trial) is None
-    told = trial_in(storage)
+    told = about(storage)
     elsewhere("node")
-    assert received(told) == (storage, trial)
+    assert Assignment.of(told).place == (storage, trial)
 
 
 def test_a_bucket_is_mirrored_on_each_node_by_the_value_that_reaches_it(
@@ -294,7 +296,7 @@ def test_a_bucket_is_mirrored_on_each_node_by_the_value_that_reaches_it(
 ) -> None:
     storage = checked(bucket)
     assert storage == Mirror(remote.store_at(bucket)) and str(storage) == bucket
-    sent, told, here = pickle.dumps(storage), trial_in(storage), storage.folder
+    sent, told, here = pickle.dumps(storage), about(storage), storage.folder
     assert b"s3cret" not in sent and b"tfkd-key" not in sent and storage.folder.is_dir()
     storage.check_new("e")
     (here / "e/trials/t0").mkdir(parents=True)
@@ -304,8 +306,8 @@ def test_a_bucket_is_mirrored_on_each_node_by_the_value_that_reaches_it(
         storage.check_new("e")
     elsewhere("node")
     assert pickle.loads(sent) == storage and storage.folder != here
-    there, trial = received(told)
-    assert (there, trial) == (storage, storage.folder / "e/trials/t0") and there.folder.is_dir()
+    there, trial = Assignment.of(told).place
+    assert (there, trial) == (storage, storage.folder / "e/trials/t0")
     trial.mkdir(parents=True)
     (trial / "error.txt").write_text("of an earlier attempt")
     there.begin_trial(trial)
@@ -467,10 +469,10 @@ def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     begun(bucket)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     (experiment / "spent.json").write_text("{}")
-    uploads.setup()
+    uploads.on_begin()
     uploads._thread.join(timeout=10)
     with pytest.raises(ConfigError, match="was taken over by process"):
-        uploads.on_step_end(0, [])
+        uploads.on_step()
     assert "lab/me/e/spent.json" not in server.names()
 
 
@@ -696,7 +698,7 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
 def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path: Path) -> None:
     tree = {**TREE, "objective": "ce", "data": {"name": "cifar10", "root": str(tmp_path)}, "optim": {}}
     del tree["search"]
-    epochs = trial._epochs_here(tree, {"directory": str(tmp_path / "t"), "storage": str(tmp_path), "name": "t"})
+    epochs = trial._epochs_here(tree, Assignment("t", 6, directory=tmp_path / "t", storage=Directory(tmp_path)))
     with pytest.raises(ConfigError) as error:
         next(epochs)
     assert str(error.value).startswith(f"node {socket.gethostname()}: data cifar10: not found: ")
@@ -714,12 +716,6 @@ def run_of(**settings: Any) -> dict[str, Any]:
     return TrainConfig.model_validate(tree).model_dump(mode="json")
 
 
-def about(storage: Storage, experiment: str = "e") -> dict[str, Any]:
-    """What a driver says of a trial, wherever that runs."""
-    directory = trials_folder(storage.folder / experiment) / "t0"
-    return {"name": "t0", "epochs": 6, "directory": str(directory), **place_of(storage)}
-
-
 def alike(metrics: Iterable[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in metrics]
 
@@ -734,8 +730,8 @@ def whole_weights(content: bytes) -> tuple[dict[str, Any], bytes]:
 def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path
 ) -> None:
-    run, told = run_of(), about(storage_at(bucket))
-    alone = {"name": "t0", "epochs": 6, "directory": str(tmp_path / "t0"), "storage": str(tmp_path)}
+    run, told = run_of(), Assignment.of(about(storage_at(bucket)))
+    alone = Assignment("t0", 6, directory=tmp_path / "t0", storage=Directory(tmp_path))
     whole = alike(trial._epochs_here(run, alone))
     elsewhere("node-1")
     epochs = trial._epochs_here(run, told)
@@ -760,7 +756,7 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
 def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, refused = about(storage_at(bucket)), list[str]()
+    told, refused = Assignment.of(about(storage_at(bucket))), list[str]()
     write = remote.Store.write
 
     def at_first_refused(self: remote.Store, name: str, content: bytes) -> None:
@@ -776,7 +772,7 @@ def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
     monkeypatch.setattr(remote.Store, "write", _refused)
     with pytest.raises(OSError, match=f"{bucket}: does not answer; is the network up"):
-        list(trial._epochs_here(run_of(epochs=3), about(storage_at(bucket), "f")))
+        list(trial._epochs_here(run_of(epochs=3), Assignment.of(about(storage_at(bucket), "f"))))
 
 
 @both
@@ -788,7 +784,7 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
     made_by, storage = config.teacher_run(), storage_at(bucket)
     assert made_by is not None
     run = made_by.model_copy(update={"checkpoint_every_s": 0.0})  # which is no part of its name
-    told, folder = about(storage), f"lab/me/teachers/{teacher_name(run)}"
+    told, folder = Assignment.of(about(storage)), f"lab/me/teachers/{teacher_name(run)}"
     elsewhere("node-1")
     trained = [0]
 
@@ -927,11 +923,11 @@ def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_la
     lock, notes = Lock(storage, "late"), list[str]()
     assert lock.claim is not None
     uploads = Uploads(lock.claim, notes.append)
-    uploads.setup()
+    uploads.on_begin()
     until(lambda: "lab/me/late/driver.txt" in server.names())
     monkeypatch.setattr(remote.Store, "write", _refused)
     (experiment / "spent.json").write_text("{}")
-    uploads.on_experiment_end([])
+    uploads.on_close([])
     assert notes[-1] == (
         f"{bucket}/late: not all is uploaded: does not answer; is the network up, and the endpoint right ({server.url})?; "
         f"the rest is on this machine, in {experiment}; when the store answers, upload it from here: tfkd resume {bucket}/late"

@@ -495,14 +495,14 @@ def test_a_view_reaches_other_nodes_and_outlives_the_trial_that_filled_it(tmp_pa
     import ray
     from ray import cloudpickle
 
-    from tfkd_ray.tune import SoftLabels
+    from tfkd_ray.callbacks import SoftLabels
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     shared = SoftLabels(tmp_path)
-    shared.setup()
+    shared.on_begin()
     task = ray.remote(max_calls=1)(fill)  # its process ends with it
     first = ray.get(task.remote(tmp_path, tmp_path / "one", True))
     assert ray.get(task.remote(tmp_path, tmp_path / "two", False)) == first
-    shared.on_experiment_end([])
+    shared.on_close([])
     assert ray.get(task.remote(tmp_path, tmp_path / "three", True)) == first

@@ -56,7 +56,7 @@ def space() -> Space:
 
 def trial(tmp_path: Path, number: int, objective: str, **parameters: Any) -> FakeTrial:
     name = f"t{number:04d}-{objective}"
-    about = {"name": name, "parameters": parameters, "directory": str(tmp_path / name)}
+    about = {"number": number, "name": name, "epochs": 9, "parameters": parameters, "directory": str(tmp_path / name)}
     return FakeTrial(name, {"trial": about, "objective": {"name": objective}})
 
 
@@ -209,6 +209,7 @@ def content(events: EventMultiplexer, run: str, tag: str) -> bytes:
 
 def test_a_trial_that_fails_and_is_tried_again_has_the_status_of_its_last_try(tmp_path: Path, space: Space) -> None:
     t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2})
+    t.config["trial"]["epochs"] = 2
     callback = TensorBoard(tmp_path / "tb", space)
     for failed, status in (("ArithmeticError: nan", 2), (None, 1)):
         t.last_result = {}
@@ -230,7 +231,6 @@ def test_how_a_trial_ended_is_told_in_words_and_epochs(
     tmp_path: Path, space: Space, last: int, failed: str | None, says: str
 ) -> None:
     t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2})
-    t.config["trial"]["epochs"] = 9
     run(TensorBoard(tmp_path, space), t, [0.5] * last, failed)
     events = read(tmp_path)
     assert content(events, "t0000-ce", "trial/outcome").decode() == says

@@ -23,9 +23,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from tfkd_ray import cluster
+from tfkd_ray.callbacks import Lock, Losses, NoNodeLeft, Recorder
 from tfkd_ray.cluster import check_ray, check_room
 from tfkd_ray.config import TeacherRun, TrainConfig
 from tfkd_ray.experiment import read_experiment, read_record, read_records
+from tfkd_ray.listener import Announcer
 from tfkd_ray.loop import train
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.schema import ConfigError
@@ -34,7 +36,7 @@ from tfkd_ray.space import build_space
 from tfkd_ray.storage import opened
 from tfkd_ray.teachers import train_teacher
 from tfkd_ray.trial import _is_of_broken_gpu
-from tfkd_ray.tune import Lock, Losses, NoNodeLeft, Recorder, TeacherFailed, _overridden, build_tuner, resume_tuner
+from tfkd_ray.tune import TeacherFailed, _overridden, build_tuner, resume_tuner
 
 pytestmark = pytest.mark.ray
 
@@ -436,7 +438,7 @@ def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tm
         config={"trial": {"directory": str(tmp_path), "number": 0, "name": "t0", "epochs": 9, "parameters": {}},
                 "objective": {"name": "ce"}},
     )  # fmt: skip
-    recorder = Recorder(Losses())
+    recorder = Announcer([Recorder(Losses())])
     for failed, left in ((True, ["before.ckpt", "last.ckpt"]), (False, [])):
         if failed:
             trial.last_result["failed"] = "no reason"
@@ -476,7 +478,7 @@ def test_what_is_removed_of_a_trial_that_runs_is_said_and_written_again(tmp_path
                 "objective": {"name": "ce"}},
     )  # fmt: skip
     said: list[str] = []
-    recorder = Recorder(Losses(), on_note=said.append)
+    recorder = Announcer([Recorder(Losses(), on_note=said.append)])
     recorder.on_trial_start(0, [], trial)
 
     def tell(epoch: int, **more: Any) -> None:

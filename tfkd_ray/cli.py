@@ -1214,11 +1214,13 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
     teacher = find_or_train(config, storage, _say)
     write_text(out / "config.yaml", dump_yaml(config.model_dump(mode="json")))
     if config.workers > 1:
+        from tfkd_ray.assignment import Assignment
+        from tfkd_ray.storage import Directory
         from tfkd_ray.trial import Group
 
-        about = {"directory": str(out), "storage": str(storage), "name": out.name, "epochs": config.epochs}
+        assignment = Assignment(out.name, config.epochs, directory=out, storage=Directory(storage))
         group = Group(config, out / "group", _say)
-        source: Any = group.epochs(config.model_dump(mode="json"), about)
+        source: Any = group.epochs(config.model_dump(mode="json"), assignment)
     else:
         from tfkd_ray.loop import train_in
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from tfkd_ray.assignment import SECTION, Assignment
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
@@ -28,7 +29,6 @@ from tfkd_ray.experiment import ctrl_c_waits
 from tfkd_ray.own_code import before_the_library, safe_path
 from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, Unreachable
-from tfkd_ray.storage import received
 
 AUTOSCALER_S = 15
 """How long an autoscaler may take to say whether it can start nodes for a trial; it looks every 5 s."""
@@ -129,7 +129,7 @@ def give_larger_share(trial: Any) -> None:
     Args:
         trial: Ray Tune's, which has ended with an error and is not pending again yet.
     """
-    storage, folder = received(trial.config["trial"])
+    storage, folder = Assignment.of(trial.config).place
     path = storage.bring(folder / OUT_OF_MEMORY)
     if path.exists():
         neighbours = max(1, int(1 / float(path.read_text()) + 1e-6) // 2)
@@ -176,7 +176,7 @@ def shunning(request: PlacementGroupFactory, more: str | None = None) -> Placeme
 
 def found_broken(trial: Any) -> dict[str, str] | None:
     """What a trial that has ended with an error said of its GPU."""
-    storage, folder = received(trial.config["trial"])
+    storage, folder = Assignment.of(trial.config).place
     path = storage.bring(folder / BROKEN_GPU)
     return dict(json.loads(path.read_text())) if path.exists() else None
 
@@ -186,7 +186,8 @@ def send_elsewhere(trial: Any) -> None:
     broken = found_broken(trial)
     goes_on = trial.status != Trial.RUNNING  # Tune has put it back into the queue
     if goes_on and (broken is not None or _shunned):
-        trial.config["trial"]["avoid"] = sorted(_shunned | ({broken["node"]} if broken else set()))
+        avoid = sorted(_shunned | ({broken["node"]} if broken else set()))
+        trial.config[SECTION] = replace(Assignment.of(trial.config), avoid=tuple(avoid)).section()
         trial.update_resources(shunning(trial.placement_group_factory, broken["node"] if broken else None))
 
 

@@ -24,8 +24,10 @@ from ray.tune.search import Searcher
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from tfkd_ray import teachers, verdict
+from tfkd_ray import own_code, teachers, verdict
 from tfkd_ray.arms import Arm, Arms, Comparison, Run, read_comparison
+from tfkd_ray.assignment import SECTION, Assignment
+from tfkd_ray.callbacks import Lock, Losses, in_order
 from tfkd_ray.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.config import TeacherRun
 from tfkd_ray.data import Dataset, digest_of
@@ -45,7 +47,7 @@ from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.storage import Experiment, to_continue
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
-from tfkd_ray.tune import Lock, Losses, Recorder, SharingFifo, assemble, ending, place_of, prepare, train_teachers
+from tfkd_ray.tune import SharingFifo, assemble, prepare, train_teachers
 from tfkd_ray.verdict import scores
 
 LOGITS = "test.safetensors"
@@ -81,7 +83,7 @@ class ListSearcher(Searcher):  # type: ignore[misc]
         failed = error or bool((result or {}).get("failed"))
         if proposal is None or not failed:
             return
-        name = proposal["trial"]["name"]
+        name = Assignment.of(proposal).name
         self._tries[name] = self._tries.get(name, 0) + 1
         if self._tries[name] < TRIES:
             self._waiting.append(proposal)
@@ -137,35 +139,27 @@ def comparison_tuner(
         if teacher is not None and teacher.fingerprint() in without_teacher:
             done.add(run.name)
             write_record(_failed(directory, number, run, without_teacher[teacher.fingerprint()]))
-    proposals = [
-        {
-            **run.config.model_dump(mode="json"),
-            "trial": {
-                "number": number,
-                "name": run.name,
-                "arm": run.arm,
-                "epochs": run.config.epochs,
-                "parameters": {"arm": run.arm, "seed": run.seed},
-                "directory": str(trials_folder(directory) / run.name),
-                **place_of(storage),
-            },
-        }
-        for number, run in enumerate(runs)
-        if run.name not in done
-    ]
+    home, proposals = own_code.here(), []
+    for number, run in enumerate(runs):
+        if run.name not in done:
+            assignment = Assignment(
+                number=number,
+                name=run.name,
+                arm=run.arm,
+                epochs=run.config.epochs,
+                parameters={"arm": run.arm, "seed": run.seed},
+                storage=storage,
+                directory=trials_folder(directory) / run.name,
+                home=home,
+            )
+            proposals.append({**run.config.model_dump(mode="json"), SECTION: assignment.section()})
     losses = Losses(config=compared.runs[0].config, on_note=on_note)
     return assemble(
         config,
         directory,
         tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1),
         tune.RunConfig(),
-        [
-            TensorBoard(directory / "tb"),
-            losses,
-            Recorder(losses, on_note=on_note),
-            *callbacks,
-            *ending(lock, on_note),
-        ],
+        in_order(lock, TensorBoard(directory / "tb"), losses, callbacks, on_note=on_note),
         max_failures=2,
     )
 

@@ -11,19 +11,20 @@ import sys
 import textwrap
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from tfkd_ray.assignment import Assignment
 from tfkd_ray.cluster import starting
 from tfkd_ray.experiment import FULL_LENGTH, read_record, read_records
 from tfkd_ray.files import legible
+from tfkd_ray.listener import OwnCallback
 from tfkd_ray.readers import Plan, duration, epochs_left, fitted, padded, read_plan, spent
 from tfkd_ray.schema import in_yaml, validated
 from tfkd_ray.space import SearchConfig
@@ -52,7 +53,7 @@ class _Run:
     images_per_s: float = 0.0
 
 
-class Progress(tune.Callback):  # type: ignore[misc]
+class Progress(OwnCallback):
     """Shows a sweep, or a comparison of arms, while it runs. Beside a `build_tuner` of your own it needs nothing else:
 
         build_tuner(space, name="mine", callbacks=[Progress(Path("tfkd_results/mine"))]).fit()
@@ -66,6 +67,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
     """The budget that ended the sweep, if one did."""
 
     def __init__(self, experiment: Path | str, console: Console | None = None) -> None:
+        super().__init__()
         self._experiment = Path(experiment)
         self._console = console or Console(file=sys.stderr)
         self._live: Live | None = None
@@ -81,11 +83,11 @@ class Progress(tune.Callback):  # type: ignore[misc]
     # --- events
 
     def end(self, budget: str) -> None:
-        """Hear that a budget ends the sweep."""
+        """Called when a budget ends the sweep."""
         self.ended_by = budget
         self.note(f"ending: {budget}")
 
-    def setup(self, **info: Any) -> None:
+    def on_begin(self) -> None:
         self._plan: Plan = read_plan(self._experiment)
         self._metric = self._plan.metric or "train_loss"
         search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
@@ -104,7 +106,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
             self._live.start()
         self._draw(force=True)
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step(self) -> None:
         self._look_for_nodes()
         self._draw()
 
@@ -121,39 +123,46 @@ class Progress(tune.Callback):  # type: ignore[misc]
             if self._waiting and self._waiting != before:
                 self._say(f"waiting for nodes: {self._waiting}")
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        about = trial.config["trial"]
-        before = self._runs.pop(about["name"], None)  # the last to start stands last
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+        assignment = Assignment.of(trial.config)
+        before = self._runs.pop(assignment.name, None)  # the last to start stands last
         again = before is not None and before.status == "running"
-        row = about.get("arm") or trial.config["objective"]["name"]
-        self._runs[about["name"]] = _Run(about["name"], row, about["epochs"], about.get("parameters", {}))
+        row = assignment.arm or trial.config["objective"]["name"]
+        run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
+        run.epoch, run.value = int(last.get("epoch", 0)), _number(last, self._metric)
+        self._runs[run.name] = run
         if not self._epochs:
             self._epochs.append(time.monotonic())
-        self._say(f"{about['name']}: {'started again' if again else 'started'}")
+        self._say(f"{run.name}: {'started again' if again else 'started'}")
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        run = self._runs.get(trial.config["trial"]["name"])
-        if run is not None and "note" in result:
-            self.note(f"{run.name}: {result['note']}")
-        if run is not None and "epoch" in result:
-            run.epoch, run.value = int(result["epoch"]), _number(result, self._metric)
-            run.images_per_s = _number(result, "images_per_s")
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        run = self._run_of(trial)
+        if run is not None:
+            run.epoch, run.value = epoch, _number(metrics, self._metric)
+            run.images_per_s = _number(metrics, "images_per_s")
             self._epochs.append(time.monotonic())
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+        run = self._run_of(trial)
+        if run is not None and "note" in result:
+            self.note(f"{run.name}: {result['note']}")
+
+    def on_end(self, trial: Any) -> None:
         self._end(trial, (trial.last_result or {}).get("failed"))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, read_record(Path(trial.config["trial"]["directory"])).reason or "its process was lost")
+    def on_failed(self, trial: Any) -> None:
+        self._end(trial, read_record(Assignment.of(trial.config).folder).reason or "its process was lost")
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(f"{trial.config['trial']['name']}: its process was lost; it goes on from its last checkpoint")
+    def on_lost(self, trial: Any) -> None:
+        name = Assignment.of(trial.config).name
+        self._say(f"{name}: its process was lost; it goes on from its last checkpoint")
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_close(self, trials: Sequence[Any]) -> None:
         self._draw(force=True)
         self.stop()
+
+    def _run_of(self, trial: Any) -> _Run | None:
+        return self._runs.get(Assignment.of(trial.config).name)
 
     def stop(self) -> None:
         """Leave the terminal as it was; in a notebook, leave the last state."""
@@ -170,7 +179,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
             self._console.print(legible(text), highlight=False, markup=False, soft_wrap=True)
 
     def _end(self, trial: Any, failed: str | None) -> None:
-        run = self._runs.get(trial.config["trial"]["name"])
+        run = self._run_of(trial)
         if run is None or run.status != "running":
             return
         value = f"{self._metric} {run.value:.4f}"
@@ -348,7 +357,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None, "_cell": None, "_console": None}
+        return {**super().__getstate__(), "_live": None, "_cell": None, "_console": None}
 
 
 BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
@@ -372,6 +381,6 @@ class _Cell:
             self._handle.update(both, raw=True)
 
 
-def _number(metrics: dict[str, Any], name: str) -> float:
+def _number(metrics: Mapping[str, Any], name: str) -> float:
     value = metrics.get(name)
     return math.nan if value is None else float(value)

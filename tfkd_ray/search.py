@@ -35,6 +35,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.repeater import TRIAL_INDEX
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from tfkd_ray.assignment import SECTION, Assignment
 from tfkd_ray.cluster import caller_argument, give_larger_share, send_elsewhere
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import (
@@ -49,6 +50,7 @@ from tfkd_ray.experiment import (
 )
 from tfkd_ray.files import whole_file
 from tfkd_ray.images import address
+from tfkd_ray.listener import Epochs
 from tfkd_ray.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
 from tfkd_ray.schema import ConfigError, check_kind, did_you_mean, readable, validated
 from tfkd_ray.space import (
@@ -80,20 +82,11 @@ class _Live:
     def __init__(self, study: optuna.Study, trial: optuna.Trial, reported: set[int]) -> None:
         self.study, self.trial, self.reported = study, trial, reported
         self.before = max(reported, default=0)
-        self.counts_epochs = False
-        """Whether it has told an `epoch`."""
+        self.epochs = Epochs()
         self.told: Any = None
         """Ray's count of the last result that did not end it."""
         self.stopped = False
         """Whether the study has said that it should stop."""
-
-    def epoch(self, result: Mapping[str, Any]) -> int | None:
-        """The result's epoch; of a trial that tells none, Ray's own count of its results."""
-        epoch = as_number(result.get("epoch"))
-        self.counts_epochs |= epoch is not None
-        if not self.counts_epochs:
-            epoch = as_number(result.get("training_iteration"))
-        return int(epoch) if epoch is not None and math.isfinite(epoch) else None
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
@@ -209,10 +202,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("name", name)
             trial.set_user_attr("number", n)  # last: now the proposal is whole
         self._live[trial_id] = _Live(study, trial, reported)
-        about = {"number": n, "name": name, "parameters": values, "epochs": config.epochs, **self.place}
-        about |= {} if self.folder is None else {"directory": str(self.folder / name)}
-        about["metrics"] = list(self.space.search.metrics)
-        return {"trial": about, **config.model_dump(mode="json")}
+        assignment = Assignment(
+            number=n,
+            name=name,
+            epochs=config.epochs,
+            parameters=values,
+            metrics=self.space.search.metrics,
+            directory=None if self.folder is None else self.folder / name,
+            more=self.place,
+        )
+        return {SECTION: assignment.section(), **config.model_dump(mode="json")}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Put the epoch's value into the study."""
@@ -252,7 +251,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return True  # what a `Repeater` tells: the mean of trials that have ended
         told = live.told is not None and live.told == result.get("training_iteration")  # it ended after it was told
         by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
-        epoch, last = live.epoch(result), self.space.epochs - (1 if 0 in live.reported else 0)  # some count from 0
+        epoch, last = live.epochs.of(result), self.space.epochs - (1 if 0 in live.reported else 0)  # some count from 0
         return by_itself or bool(result.get(FULL_LENGTH)) or (epoch is not None and epoch >= last)
 
     def save(self, checkpoint_path: str) -> None:
@@ -288,7 +287,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if live is None:
             return False
         fresh = self._put(live, result)
-        epoch = live.epoch(result)
+        epoch = live.epochs.of(result)
         if epoch is None or epoch >= self.space.epochs:
             return False
         if not fresh and not (epoch == live.before and epoch in live.reported):
@@ -436,7 +435,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _put(self, live: _Live, result: dict[str, Any]) -> bool:
         """Whether the value is new to the study, and a number."""
-        epoch, value = live.epoch(result), result.get(self.space.search.metric)
+        epoch, value = live.epochs.of(result), result.get(self.space.search.metric)
         if self.space.search.more_metrics:  # Optuna keeps no values on the way for several
             return False
         if epoch is None or not _is_number(value) or epoch in live.reported:
@@ -697,13 +696,13 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
         """As FIFOScheduler, which looks through all trials there ever were, each time."""
         waiting = [t for t in tune_controller.get_live_trials() if t.status in (TuneTrial.PENDING, TuneTrial.PAUSED)]
-        return min(waiting, key=lambda t: (t.status == TuneTrial.PAUSED, t.config["trial"]["number"]), default=None)
+        return min(waiting, key=lambda t: (t.status == TuneTrial.PAUSED, Assignment.of(t.config).number), default=None)
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Tell the searcher, which hears of an error only that there was one, what it was."""
         if trial.pickled_error_file is not None:  # by Tune, a moment ago
             self.searcher.note_error(trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
-        if "directory" in trial.config["trial"]:  # a trial of `StudentTrial`, not of a user's own trainable
+        if Assignment.of(trial.config).directory is not None:  # not of a user's own trainable
             give_larger_share(trial)
             send_elsewhere(trial)
 
@@ -1061,7 +1060,7 @@ def point_in(space: Space, parameters: Mapping[str, Any], *, whole: bool = False
 
     A point is a whole configuration, or values by parameter name and perhaps the name of its `objective`.
     """
-    given = {key: value for key, value in parameters.items() if key not in ("trial", TRIAL_INDEX)}
+    given = {key: value for key, value in parameters.items() if key not in (SECTION, TRIAL_INDEX)}
     if isinstance(given.get("objective"), Mapping):
         config = validated(TrainConfig, given)
         place = placed(space, config)

@@ -201,6 +201,7 @@ class Mirror(Storage):
             remote.send(self.store, *names)
 
     def begin_trial(self, directory: Path) -> None:
+        self.store.mark()
         state = directory / "last.ckpt"
         for name in remote.OF_TRIALS:  # the copy here may belong to an earlier attempt
             if name != state.name:
@@ -355,11 +356,8 @@ def _mirror(store: Store) -> Mirror:
 # --- on a trial's node -----------------------------------------------------------------------------------------
 
 
-def received(about: Mapping[str, Any]) -> tuple[Storage, Path]:
-    """(storage, the trial's directory), both as this node has them, from a trial's configuration: see `wire`."""
-    directory = Path(about["directory"])
-    if "store" not in about:
-        place = about.get("storage", directory)  # a user's own searcher may name none: there are no teachers then
-        return Directory(Path(place)), directory
-    store = Store(about["store"], about["endpoint"])
-    return Mirror(store), store.mark() / directory.relative_to(about["storage"])
+def received(told: Mapping[str, Any]) -> Storage | None:
+    """The storage, as this node has it, of a trial's configuration: see `Storage.wire`. None: it names none."""
+    if "store" in told:
+        return Mirror(Store(told["store"], told["endpoint"]))
+    return Directory(Path(told["storage"])) if "storage" in told else None

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter
-from ray.tune import Callback
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS, DONE, SHOULD_CHECKPOINT
 from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
@@ -32,10 +31,12 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from tfkd_ray.arms import Arm, read_comparison
+from tfkd_ray.assignment import SECTION, Assignment
 from tfkd_ray.calibration import BINS, binned, calibration_error
 from tfkd_ray.config import RUN_ONLY, TrainConfig
 from tfkd_ray.data import only_reading
-from tfkd_ray.experiment import FULL_LENGTH, as_number, read_experiment, read_metrics, trials_folder
+from tfkd_ray.experiment import FULL_LENGTH, as_number, read_experiment, trials_folder
+from tfkd_ray.listener import OwnCallback
 from tfkd_ray.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
 from tfkd_ray.schema import dump_yaml, in_yaml
 from tfkd_ray.space import Choices, Parameter, Space, build_space
@@ -64,7 +65,7 @@ EPOCHS = "hp/epochs"
 """Epochs that the trial ran, written when it ends: less than all where it was stopped early."""
 
 
-class TensorBoard(Callback):  # type: ignore[misc]
+class TensorBoard(OwnCallback):
     """Writes the events of all trials of one sweep.
 
     Args:
@@ -74,6 +75,7 @@ class TensorBoard(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy") -> None:
+        super().__init__()
         self._folder, self._space, self._metric = Path(folder), space, metric
         self._columns = short_names(space.parameters) if space is not None else {}
         self._kinds = _kinds(space.parameters) if space is not None else {}
@@ -83,7 +85,7 @@ class TensorBoard(Callback):  # type: ignore[misc]
         self._void: set[str] = set()
         self._owners: dict[str, str] = {}
 
-    def setup(self, **info: Any) -> None:
+    def on_begin(self) -> None:
         if self._space is None:
             return
         for old in self._folder.glob("events.*.space"):  # a resumed sweep may have a wider space
@@ -94,12 +96,11 @@ class TensorBoard(Callback):  # type: ignore[misc]
         _add(writer, 0, _text("experiment", _about_experiment(self._space, self._columns, self._folder.parent)))
         writer.close()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
         self._close(trial)
-        about = _about(trial)
-        metrics = read_metrics(Path(about["directory"])) if "directory" in about else []
-        seen = int(metrics[-1]["epoch"]) if metrics else -1
-        name = about.get("name", str(trial))
+        assignment = Assignment.find(trial.config)
+        seen = int(last["epoch"]) if last else -1
+        name = str(trial) if assignment is None else assignment.name
         if self._owners.setdefault(name, trial.trial_id) != trial.trial_id:  # a `Repeater` repeats it
             name = f"{name}-{trial.trial_id}"
         folder = self._folder / name
@@ -107,44 +108,38 @@ class TensorBoard(Callback):  # type: ignore[misc]
         for old in folder.glob("events.*.end"):  # it is tried again
             old.unlink()
         writer = EventFileWriter(str(folder))
-        if is_new or "directory" in about:
+        if is_new or (assignment is not None and assignment.directory is not None):
             _void_from(writer, seen + 1)
         else:  # only its first result says where it goes on
             self._void.add(trial.trial_id)
-        values = about.get("parameters", trial.evaluated_params)
-        name = _objective(trial)
-        # the seeds of an arm are one session group; in TensorBoard a group's name is shared by all experiments
-        group = about.get("arm") or about.get("name", "")
-        group = f"{group} ({self._folder.absolute().parent.name})" if group else ""
-        values = {"objective": name, **values} if name else values
+        values, group = dict(trial.evaluated_params), ""
+        if assignment is not None:
+            values = dict(assignment.parameters)
+            # the seeds of an arm are one session group; in TensorBoard a group's name is shared by all experiments
+            group = f"{assignment.arm or assignment.name} ({self._folder.absolute().parent.name})"
+        objective = _objective(trial)
+        values = values if objective is None else {"objective": objective, **values}
         _add(writer, 0, _session_start(values, group, self._columns, self._kinds))
-        if about and is_new:
-            config = {k: v for k, v in trial.config.items() if k not in ("trial", TRIAL_INDEX)}
+        if assignment is not None and is_new:
+            config = {k: v for k, v in trial.config.items() if k not in (SECTION, TRIAL_INDEX)}
             plain = _plain_training(config)
             _add(writer, 0, _text("trial/change", _change(plain, config)))
-            _add(writer, 0, _text("trial/config", _again(about["name"], config)))
-            if "arm" not in about:  # else each seed would have it
+            _add(writer, 0, _text("trial/config", _again(assignment.name, config)))
+            if assignment.arm is None:  # else each seed would have it
                 _add_targets(writer, config["objective"], plain.data.num_classes)
         writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if trial.trial_id not in self._writers:
-            self.on_trial_start(iteration, trials, trial, **info)
-        writer, seen = self._writers[trial.trial_id]
-        counts = (as_number(result.get(key)) for key in ("epoch", "training_iteration"))
-        epoch = int(next((count for count in counts if count is not None), seen + 1))
-        if epoch <= seen:
-            return
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        writer, _ = self._writers[trial.trial_id]
         if trial.trial_id in self._void:
             self._void.remove(trial.trial_id)
             _void_from(writer, max(epoch, 1))
-        told = {key: number for key, value in result.items() if (number := as_number(value)) is not None}
+        told = {key: number for key, value in metrics.items() if (number := as_number(value)) is not None}
         values = {tag: told[key] for key, tag in self._tags.items() if key in told}
-        if "directory" not in _about(trial):  # a trainable of the user's own, with metrics of its own
-            own = {key: as_number(value) for key, value in flatten_dict(dict(result)).items() if self._is_own(key)}
+        assignment = Assignment.find(trial.config)
+        if assignment is None or assignment.directory is None:  # a trainable of the user's own, with metrics of its own
+            own = {key: as_number(value) for key, value in flatten_dict(dict(metrics)).items() if self._is_own(key)}
             values |= {key: number for key, number in own.items() if number is not None}
         if self._metric in told:
             values[VALUE] = told[self._metric]
@@ -157,20 +152,21 @@ class TensorBoard(Callback):  # type: ignore[misc]
         writer.flush()
         self._writers[trial.trial_id] = (writer, epoch)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, (trial.last_result or {}).get("failed"))
+    def on_end(self, trial: Any) -> None:
+        self._write_end(trial, (trial.last_result or {}).get("failed"))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "its process was lost, or raised an error")
+    def on_failed(self, trial: Any) -> None:
+        self._write_end(trial, "its process was lost, or raised an error")
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_close(self, trials: Sequence[Any]) -> None:
         for trial in trials:
             self._close(trial)
 
-    def _end(self, trial: Any, failed: str | None) -> None:
+    def _write_end(self, trial: Any, failed: str | None) -> None:
         if trial.trial_id in self._writers:
             writer, epoch = self._writers[trial.trial_id]
-            full = _about(trial).get("epochs", epoch)
+            assignment = Assignment.find(trial.config)
+            full = epoch if assignment is None else assignment.epochs
             stopped = epoch < full and not (trial.last_result or {}).get(FULL_LENGTH)
             how = "stopped early" if stopped else "done"
             if failed:
@@ -192,14 +188,7 @@ class TensorBoard(Callback):  # type: ignore[misc]
         return key not in _RAYS_OWN and key not in self._tags and key != "epoch" and not key.startswith("config/")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_writers": {}, "_void": set(), "_owners": {}}
-
-
-def _about(trial: Any) -> Mapping[str, Any]:
-    """What a searcher of ours says of a trial; empty where another one proposed it."""
-    about = trial.config.get("trial")
-    ours = isinstance(about, Mapping) and {"name", "parameters"} <= set(about)
-    return about if ours else {}
+        return {**super().__getstate__(), "_writers": {}, "_void": set(), "_owners": {}}
 
 
 def _objective(trial: Any) -> str | None:

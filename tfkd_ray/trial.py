@@ -29,6 +29,7 @@ import torch.distributed as dist
 from ray import tune
 
 from tfkd_ray import own_code, teachers
+from tfkd_ray.assignment import Assignment, without_assignment
 from tfkd_ray.cluster import BROKEN_GPU, DRIVER, OUT_OF_MEMORY, label_selectors, shunning
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.data import seal_test_split
@@ -36,7 +37,6 @@ from tfkd_ray.experiment import write_text
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.loop import Diverged, train_in
 from tfkd_ray.schema import ConfigError, readable, validated
-from tfkd_ray.storage import received
 
 Metrics = dict[str, float]
 
@@ -117,22 +117,22 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             os._exit(1)  # the trial goes on in another process
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._about = config["trial"]
-        if "home" in self._about:  # each time: Ray has gone to a folder of its own
-            own_code.enter(self._about["home"])
-        run = {key: value for key, value in config.items() if key != "trial"}
+        self._assignment = Assignment.of(config)
+        if self._assignment.home is not None:  # each time: Ray has gone to a folder of its own
+            own_code.enter(self._assignment.home)
+        run = without_assignment(config)
         workers = run["workers"]
         if workers == 1:
-            self._epochs = _epochs_here(run, self._about, self._notes.append)
+            self._epochs = _epochs_here(run, self._assignment, self._notes.append)
         else:
-            folder = received(self._about)[1].parent.parent / "groups"
+            folder = self._assignment.folder.parent.parent / "groups"
             self._group = self._group or Group(validated(TrainConfig, run), folder, self._notes.append)
-            self._epochs = self._group.epochs(run, self._about)
+            self._epochs = self._group.epochs(run, self._assignment)
 
     def step(self) -> dict[str, Any]:
         try:
             metrics = next(self._epochs)
-            check_metrics(metrics, self._about)
+            check_metrics(metrics, self._assignment)
         except GroupLost:
             raise
         except (Exception, SystemExit) as error:
@@ -144,14 +144,14 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         epoch = int(metrics["epoch"])
         note = {"note": "; ".join(self._notes)} if self._notes else {}
         self._notes.clear()
-        return {**metrics, **note, "epoch": epoch, "done": epoch == self._about["epochs"], "node": _node()}
+        return {**metrics, **note, "epoch": epoch, "done": epoch == self._assignment.epochs, "node": _node()}
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, TrialFailed):
             reason, trace = str(error), error.trace
         else:
             reason, trace = _reason(error), "".join(traceback.format_exception(error))
-        storage, folder = received(self._about)
+        storage, folder = self._assignment.place
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "error.txt", trace)
         with contextlib.suppress(OSError):  # the reason is told all the same
@@ -162,7 +162,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             storage.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
         if _is_of_broken_gpu(error) or (share and not _gpu_answers()):
-            _note_broken(self._about, reason)
+            _note_broken(self._assignment, reason)
             raise BrokenGpu(reason) from None  # ends this process; the trial goes on elsewhere
         return {"failed": reason, "done": True}
 
@@ -174,26 +174,26 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             self._group.close()
 
 
-def check_metrics(metrics: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
     """Raise where an epoch's metrics are no numbers, or lack one by which the trial is judged."""
     for name, value in metrics.items():
         if not isinstance(value, int | float):
             raise TypeError(f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, and no number")
-    missing = [name for name in about.get("metrics", ()) if name not in metrics]
+    missing = [name for name in assignment.metrics if name not in metrics]
     if missing:
         raise LookupError(f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it")
 
 
 def _epochs_here(
-    run: dict[str, Any], about: dict[str, Any], say: Callable[[str], None] | None = None
+    run: dict[str, Any], assignment: Assignment, say: Callable[[str], None] | None = None
 ) -> Iterator[Metrics]:
     """The epochs of a trial in this process."""
-    yield from _prepared(run, about, say)
+    yield from _prepared(run, assignment, say)
 
 
 def _prepared(
     run: dict[str, Any],
-    about: dict[str, Any],
+    assignment: Assignment,
     say: Callable[[str], None] | None = None,
     meet: Callable[[], None] | None = None,
 ) -> Iterator[Metrics]:
@@ -204,8 +204,8 @@ def _prepared(
     """
     config = validated(TrainConfig, run)
     check_data_here(config)
-    shelf = _Elsewhere(shelf_name(Path(about["directory"]).parent.parent)) if ray.is_initialized() else None
-    storage, directory = received(about)
+    storage, directory = assignment.place
+    shelf = _Elsewhere(shelf_name(directory.parent.parent)) if ray.is_initialized() else None
     storage.begin_trial(directory)
     if (run_of_teacher := config.teacher_run()) is not None:
         teachers.fetch(run_of_teacher, storage)
@@ -216,7 +216,7 @@ def _prepared(
         if teacher is not None:
             teacher.meet = meet
         meet()
-    header, on_saved = {"trial": about["name"]}, storage.on_saved(directory)
+    header, on_saved = {"trial": assignment.name}, storage.on_saved(directory)
     return train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
 
 
@@ -292,9 +292,9 @@ def _node() -> str:
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
-def _note_broken(about: dict[str, Any], reason: str) -> None:
+def _note_broken(assignment: Assignment, reason: str) -> None:
     """Leave word of a broken GPU in the trial's directory, for the driver."""
-    storage, folder = received(about)
+    storage, folder = assignment.place
     told = {"node": _node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / BROKEN_GPU).write_text(json.dumps(told))
@@ -311,8 +311,8 @@ def _is_of_storage(error: BaseException) -> bool:
 
 
 def shelf_name(experiment: Path) -> str:
-    """Name of the actor that holds an experiment's soft labels."""
-    return f"tfkd-soft-labels:{experiment}"
+    """Name, on every node and within its driver's job, of the actor that holds an experiment's soft labels."""
+    return f"tfkd-soft-labels:{experiment.name}"
 
 
 class Shelf:
@@ -374,13 +374,13 @@ class Group:
         self._runs = 0
         self._desk: Any = None
 
-    def epochs(self, run: dict[str, Any], about: dict[str, Any]) -> Iterator[Metrics]:
+    def epochs(self, run: dict[str, Any], assignment: Assignment) -> Iterator[Metrics]:
         """The epochs of one trial on the group, which is started, or started again, if need be."""
         if self._desk is None or not self._alive():
-            self._start(about.get("avoid", []))
+            self._start(assignment.avoid)
         self._runs += 1
         number, done = self._runs, False
-        self._tell(("run", number, run, about))
+        self._tell(("run", number, run, assignment))
         try:
             while not done:
                 kind, value = self._next(number)
@@ -390,7 +390,7 @@ class Group:
                 if kind == "note":
                     self._say(value)
                     continue
-                done = value["epoch"] == about["epochs"]
+                done = value["epoch"] == assignment.epochs
                 yield value
                 if not done:
                     self._tell(("next",))
@@ -608,20 +608,20 @@ def _worker(given: dict[str, Any]) -> None:
             return
         if what != "run":
             continue  # meant for a trial that has failed meanwhile
-        number, run, about = rest
+        number, run, assignment = rest
         notice.training, in_step = True, True
         try:
-            epochs = _prepared(run, about, functools.partial(tell, number, "note") if first else _unheard, meet)
+            epochs = _prepared(run, assignment, functools.partial(tell, number, "note") if first else _unheard, meet)
             while True:
                 in_step = False
                 metrics = next(epochs, None)
                 in_step = True
                 if metrics is None:
                     break
-                check_metrics(metrics, about)
+                check_metrics(metrics, assignment)
                 if first:
                     tell(number, "epoch", metrics)
-                if metrics["epoch"] == about["epochs"]:
+                if metrics["epoch"] == assignment.epochs:
                     continue
                 if notice.came_to_any(control):
                     epochs.close()  # type: ignore[attr-defined]
@@ -637,7 +637,7 @@ def _worker(given: dict[str, Any]) -> None:
         except (Exception, SystemExit) as error:
             own = not (_is_of_storage(error) or _is_of_communication(error) or _is_of_broken_gpu(error))
             if _is_of_broken_gpu(error):
-                _note_broken(about, _reason(error))
+                _note_broken(assignment, _reason(error))
             keeps, mine = _agreed(control, in_step or isinstance(error, Diverged), own)
             told = (number, "failed", (_reason(error), traceback.format_exc()))
             if keeps:
