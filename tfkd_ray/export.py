@@ -215,9 +215,8 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
             f"{given}: picks a run of a comparison, and there is no confirm.yaml here; leave it out", source
         )
     if (source / "experiment.yaml").is_file():
-        metric, mode = _metric(source)
         records = read_records(source)
-        winner = best(records, metric, mode)
+        winner = best(records, _metric(source))
         if winner is None:
             raise ConfigError(
                 f"no trial of full length yet ({len(records)} trials), so none has weights; go on with: tfkd resume "
@@ -240,9 +239,9 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     )
 
 
-def _metric(experiment: Path) -> tuple[str, str]:
+def _metric(experiment: Path) -> str:
     metric: str = read_experiment(experiment)["space"]["search"]["metric"]
-    return metric, "max" if metric == "val_accuracy" else "min"
+    return metric
 
 
 def _of_trial(record: Record, experiment: Path) -> Chosen:
@@ -252,9 +251,9 @@ def _of_trial(record: Record, experiment: Path) -> Chosen:
         reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
         raise ConfigError(f"{record.status}{reason}; only a trial of full length has weights to export", path)
     config = validated(TrainConfig, record.config, path)
-    metric, mode = _metric(experiment)
+    metric = _metric(experiment)
     records = read_records(experiment)
-    winner = best(records, metric, mode)
+    winner = best(records, metric)
     value = f"{metric} {record.last[metric]:.4f}"
     if winner is not None and winner.name == record.name:
         full = sum(r.status == "done" for r in records)

@@ -21,6 +21,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from tfkd_ray import scores
 from tfkd_ray.cluster import starting
 from tfkd_ray.experiment import FULL_LENGTH, read_record, read_records
 from tfkd_ray.files import legible
@@ -273,9 +274,8 @@ class Progress(tune.Callback):  # type: ignore[misc]
                 yield f"{hours * tree[f'{unit}s_per_worker']:.2f} of {limit:g} {unit.upper()}-hours"
 
     def _best_of(self, runs: Sequence[_Run]) -> _Run | None:
-        sign = 1 if self._plan.mode == "max" else -1
-        judged = [run for run in runs if run.status == "done" and math.isfinite(run.value)]
-        return max(judged, key=lambda run: sign * run.value, default=None)
+        full = [run for run in runs if run.status == "done"]
+        return next(iter(scores.ranked(full, self._metric, lambda run: run.value)), None)
 
     def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
         """The best of a sweep, and its parameters."""

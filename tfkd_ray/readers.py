@@ -28,6 +28,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
+from tfkd_ray import scores
 from tfkd_ray.experiment import (
     MOST_BYTES,
     STATUSES,
@@ -40,6 +41,7 @@ from tfkd_ray.experiment import (
     gone_sentence,
     gone_trials,
     parse_json,
+    ranked,
     read_experiment,
     read_metrics,
     read_spent,
@@ -88,7 +90,7 @@ class Plan:
     @property
     def mode(self) -> str:
         """Which way of the metric is better."""
-        return "max" if self.metric == "val_accuracy" else "min"
+        return scores.score_of(self.metric or "train_loss").direction
 
     @property
     def epochs(self) -> int:
@@ -124,7 +126,8 @@ def read_plan(experiment: Path) -> Plan:
         space, search = about["space"], about["space"]["search"]
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
         rows = {str(objective["name"]): int(space["epochs"]) for objective in given}
-        return Plan("sweep", str(about["created"]), rows, int(search["num_samples"]), str(search["metric"]), about)
+        metric = scores.score_of(str(search["metric"])).key
+        return Plan("sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"was changed by hand, or cut: {_words(error)}", path) from None
 
@@ -341,7 +344,7 @@ def best_of(experiment: Path) -> tuple[Record, Plan]:
     if plan.metric is None:
         raise ConfigError("a comparison of arms has no best trial; its verdict is in confirm.json", experiment)
     records = read_lasts(experiment)
-    winner = best(_judged(records, plan.metric), plan.metric, plan.mode)
+    winner = best(records, plan.metric)
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
     return winner, plan
@@ -400,19 +403,13 @@ def _first_line(reason: str | None) -> str:
     return next(iter((reason or "").strip().splitlines()), "no reason is known")
 
 
-def _judged(records: Sequence[Record], metric: str) -> list[Record]:
-    """Trials of full length with a finite value."""
-    return [r for r in records if r.status == "done" and math.isfinite(r.last.get(metric, math.nan))]
-
-
 def _best(records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
     if plan.metric is None:
         return None
-    judged = _judged(records, plan.metric)
-    winner = best(judged, plan.metric, plan.mode)
-    if winner is None:
+    judged = ranked(records, plan.metric)
+    if not judged:
         return None
-    value = winner.last[plan.metric]
+    winner, value = judged[0], judged[0].last[plan.metric]
     shared = sum(r.last[plan.metric] == value for r in judged)
     return {"trial": winner.name, "objective": winner.objective, "value": value, "shared_by": shared}
 

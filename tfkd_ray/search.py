@@ -38,7 +38,6 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from tfkd_ray.cluster import caller_argument, give_larger_share, send_elsewhere
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import (
-    DIRECTIONS,
     FULL_LENGTH,
     Record,
     as_number,
@@ -51,6 +50,7 @@ from tfkd_ray.files import whole_file
 from tfkd_ray.images import address
 from tfkd_ray.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
 from tfkd_ray.schema import ConfigError, check_kind, did_you_mean, readable, validated
+from tfkd_ray.scores import score_of
 from tfkd_ray.space import (
     ENVIRONMENT,
     CmaEs,
@@ -469,7 +469,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             optuna.create_study(
                 storage=self._storage,
                 study_name=f"{self.study}/{group.name}",
-                directions=[directions[DIRECTIONS[m]] for m in self.space.search.metrics],
+                directions=[directions[score_of(m).direction] for m in self.space.search.metrics],
                 pruner=self._pruner(),
                 load_if_exists=True,
             )

@@ -217,7 +217,8 @@ def _prepared(
             teacher.meet = meet
         meet()
     header, on_saved = {"trial": about["name"]}, remote.on_saved(directory)
-    return train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
+    asked = about.get("metrics", ())
+    return train_in(directory, config, teacher=teacher, more_metrics=asked, about=header, say=say, on_saved=on_saved)
 
 
 def check_data_here(config: TrainConfig) -> None:
