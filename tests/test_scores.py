@@ -14,15 +14,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from sklearn import metrics as sklearn
 from test_readers import make_sweep
+from test_report import make_comparison
 
 from tfkd_ray import evaluate
 from tfkd_ray.arms import arms_of
 from tfkd_ray.calibration import BINS
 from tfkd_ray.cli import main
+from tfkd_ray.confirm import table
 from tfkd_ray.experiment import best, read_records
+from tfkd_ray.export import _arm_selection, _best_arm
 from tfkd_ray.live import Progress
-from tfkd_ray.readers import read_plan, status
-from tfkd_ray.report import _read_sweep
+from tfkd_ray.loop import train
+from tfkd_ray.readers import best_lines, read_plan, status, status_lines
+from tfkd_ray.report import _read_sweep, report
 from tfkd_ray.scores import (
     SCORES,
     SELECTABLE,
@@ -38,7 +42,10 @@ from tfkd_ray.scores import (
     scores,
     top_k,
 )
+from tfkd_ray.space import build_space
 from tfkd_ray.tensorboard import TAGS
+from tfkd_ray.trial import _epochs_here
+from tfkd_ray.tune import build_tuner
 
 Array = NDArray[np.float64]
 
@@ -242,6 +249,7 @@ def test_search_readers_live_view_report_and_arms_name_the_same_best_trial(
     view.setup()
     leader = view._best_of(list(view._runs.values()))
     assert leader is not None and leader.name == winner
+    assert max(map(len, view.lines(80, 24))) <= 80 and max(map(len, status_lines(status(experiment)))) <= 80
     baselines = {"ce", "lsr"}
     others = {r.name: values[r.name] for r in records if r.name in values and r.objective not in baselines}
     compared = arms_of(experiment, top_k=1)
@@ -249,3 +257,75 @@ def test_search_readers_live_view_report_and_arms_name_the_same_best_trial(
     for verb in ("best", "status", "trials"):
         assert main([verb, str(experiment)]) == 0
         assert metric in capsys.readouterr().out
+
+
+def test_a_front_is_a_table_whose_columns_are_as_wide_as_their_names() -> None:
+    values = [
+        {"val_auroc": 0.9, "val_balanced_accuracy": 0.8, "parameters": 1234.0},
+        {"val_auroc": 0.8, "val_balanced_accuracy": 1.0, "parameters": 9.0},
+    ]
+    best = [{"trial": f"t000{k}-ce", "values": v} for k, v in enumerate(values)]
+    lines = best_lines({"metrics": list(values[0]), "trials": 2, "best": best}, Path("e"))
+    assert {len(line) for line in lines[1:4]} == {len(lines[1])} and lines[2].split() == [
+        "t0000-ce",
+        "0.9000",
+        "0.8000",
+        "1234",
+    ]
+
+
+# --- chosen by and judged by
+
+
+@pytest.mark.parametrize("metric", ["val_auroc", "val_macro_f1", "val_balanced_accuracy"])
+def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_path: Path) -> None:
+    directory = make_comparison(tmp_path / "c", metric=metric)
+    result = json.loads((directory / "confirm.json").read_text())
+    (found,) = result["verdicts"]
+    row = SCORES[metric]
+    assert found["metric"] == {"name": row.name, "larger_is_better": True, "percent": True, "margin": row.margin}
+    assert found["verdict"] == "better" and all(
+        0.8 < run[row.name] < 1 for arm in result["arms"] for run in arm["runs"]
+    )
+    lines = table(result)
+    assert max(map(len, lines)) <= 80
+    heads = [line.split()[3:] for line in lines if line.startswith("means on test")]
+    assert heads == [["top-5", "NLL", "ECE", "ECE", "mass", "Brier", "AUROC"], ["macro", "F1", "balanced"]]
+    assert _best_arm(result, row) == "reg"
+    values = [run[row.name] for run in result["arms"][2]["runs"]]
+    texts = _arm_selection(result, row, directory, "reg", 1001, by_hand=(False, False))
+    expected = f"Test {row.label} of this run: {100 * values[0]:.2f} %. To be expected is the mean over all 5 seeds: {100 * np.mean(values):.2f} %"
+    assert texts[1].startswith(expected)
+    (page,) = report(directory, tmp_path / "report.html")
+    assert f"lead in {row.name}, points" in page.read_text()
+    assert f"test {row.label}".encode() in b"".join(p.read_bytes() for p in (directory / "tb").glob("events.*"))
+
+
+def test_a_trial_records_what_it_is_judged_by(tmp_path: Path) -> None:
+    space = build_space({"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 2})
+    about = {"directory": str(tmp_path / "t"), "storage": str(tmp_path), "name": "t", "epochs": 2}
+    tree = space.single().model_dump(mode="json")
+    asked = list(_epochs_here(tree, {**about, "metrics": ["val_auroc", "parameters"]}))
+    assert all(0.5 < m["val_auroc"] <= 1 and "val_macro_f1" not in m for m in asked)
+    assert not any("val_auroc" in m for m in _epochs_here(tree, {**about, "directory": str(tmp_path / "u")}))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_a_sweep_of_two_workers_is_searched_for_auroc_and_balanced_accuracy(tmp_path: Path, ray_cluster: str) -> None:
+    tree = {
+        "student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 2, "workers": 2,
+        "optim": {"lr": {"choices": [0.1, 0.001]}, "batch_size": 64},
+        "search": {"sampler": "grid", "stopping": "none", "metric": ["val_auroc", "val_balanced_accuracy"], "baselines": False},
+    }  # fmt: skip
+    build_tuner(build_space(tree), name="e", storage=tmp_path).fit()
+    records = read_records(tmp_path / "e")
+    winner = best(records, "val_auroc")
+    assert winner is not None and winner.parameters == {"optim.lr": 0.1} and len(records) == 2
+    one = build_space({**tree, "workers": 1, "optim": {"lr": 0.1, "batch_size": 64}}).single()
+    alone = list(train(one, more_metrics=["val_auroc", "val_balanced_accuracy"]))
+    for ours, theirs in zip(winner.metrics, alone, strict=True):
+        assert ours["val_auroc"] == pytest.approx(theirs.metrics["val_auroc"], abs=1e-3)
+        assert ours["val_balanced_accuracy"] == pytest.approx(theirs.metrics["val_balanced_accuracy"], abs=0.01)
+    events = b"".join(path.read_bytes() for path in (tmp_path / "e/tb" / winner.name).glob("events.*"))
+    assert b"val/auroc" in events and b"val/balanced_acc" in events and b"val/macro_f1" not in events

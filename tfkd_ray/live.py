@@ -318,7 +318,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         column = max(8, min(max(map(len, shown)), 20 if width < 120 else 40))
         ce = self._best_of(by_row.get("ce", []))
         versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1
-        head = f"best {self._metric}" if self._plan.metric else f"least {self._metric}"
+        head = fitted(f"best {self._metric}", 17) if self._plan.metric else f"least {self._metric}"
         cells = f"{'full':>6} {'stopped':>7} {'failed':>6}  {head:>{len(head)}}" + (f" {'vs ce':>8}" if versus else "")
         lines = [f"{'':<{column}} {cells}  running"]
         for row in shown:

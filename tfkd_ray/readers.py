@@ -380,14 +380,18 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
     if len(metrics) == 1:
         value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
         return [f"{best[0]['trial']} of {_name(experiment)}: {value}, the best of {found['trials']} on validation"]
+    widths = [max(12, len(m)) for m in metrics]
     lines = [
         f"{_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
         f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
     ]
     for entry in best:
-        values = (entry["values"][m] for m in metrics)
-        cells = (f" {v:>12.0f}" if v > 1 and v == round(v) else f" {v:>12.4f}" for v in values)
-        lines.append(f"{padded(entry['trial'], 24)}" + "".join(cells))
+        line = padded(entry["trial"], 24)
+        for m, width in zip(metrics, widths, strict=True):
+            value = entry["values"][m]
+            digits = 0 if value > 1 and value == round(value) else 4
+            line += f" {value:>{width}.{digits}f}"
+        lines.append(line)
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
 
 
@@ -765,14 +769,15 @@ def _inert(text: str) -> str:
 
 def _usual(rows: Sequence[Row], plan: Plan) -> str:
     metric = plan.metric or "train_loss"
-    lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>13}  parameters"]
+    width = max(13, len(metric))
+    lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>{width}}  parameters"]
     for row in rows:
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
         reason = _first_line(row["reason"]) if row.get("reason") else parameters
         trial = _on_one_line(row["trial"])
-        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>13}  {_on_one_line(reason)}")
+        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {_on_one_line(reason)}")
     return "\n".join(lines)
 
 

@@ -189,10 +189,14 @@ class Score:
         """What the recorded value is multiplied by to be in `unit`."""
         return {"%": 100.0, "thousands": 0.001}.get(self.unit, 1.0)
 
+    def number(self, value: float) -> str:
+        """A recorded value in `unit`, without it."""
+        digits = 2 if self.unit == "%" else 4
+        return f"{self.factor * value:.{digits}f}"
+
     def show(self, value: float) -> str:
         """A recorded value with its unit."""
-        digits = 2 if self.unit == "%" else 4
-        return f"{self.factor * value:.{digits}f} {self.unit}"
+        return f"{self.number(value)} {self.unit}"
 
 
 _ROWS = (
