@@ -1,8 +1,9 @@
-"""Metrics: one table with a row for each, and the one rule for which value is better and which trial is best.
+"""Metrics: a table with one row for each, and the one rule for which trial is best.
 
-To add a metric, write a row of `SCORES` and the function that it names. Validation, search, readers, reports,
-TensorBoard, comparisons and export all take their part from the row; docs/architecture.md says in which order.
-No torch; numpy is imported by the functions that calculate, as reading commands need the table alone.
+To add a metric, write a row of `SCORES` and the function that it names. Validation, search, readers,
+reports, TensorBoard, comparisons and export take what they need from the row; docs/architecture.md
+says in which order. The module needs no torch. The functions import numpy when they are called, as
+reading commands need the table alone.
 
 Shapes: N = images, K = classes.
 """
@@ -38,7 +39,7 @@ def accuracy(logits: "Logits", labels: "Labels") -> float:
 
 
 def top_k(logits: "Logits", labels: "Labels", k: int = 5) -> float:
-    """Share of labels among the k largest logits, in [0, 1]; of equal logits the first classes count."""
+    """Share of labels among the k largest logits, in [0, 1]; of equal logits the first ones count."""
     import numpy as np
 
     first = np.argsort(-np.asarray(logits, dtype=np.float64), axis=1, kind="stable")[:, :k]
@@ -53,7 +54,10 @@ def nll(logits: "Logits", labels: "Labels") -> float:
 
 
 def brier(logits: "Logits", labels: "Labels") -> float:
-    """Squared distance of the probabilities from the one-hot label, summed over classes, mean over images: 0 to 2."""
+    """Squared distance of the probabilities from the one-hot label, summed over classes, in [0, 2].
+
+    The mean over images.
+    """
     import numpy as np
 
     p = np.exp(_log_p(logits))
@@ -69,9 +73,10 @@ def ece(logits: "Logits", labels: "Labels") -> float:
 
 
 def ece_equal_mass(logits: "Logits", labels: "Labels") -> float:
-    """Calibration error over bins that hold equally many images (Nixon et al. 2019, arXiv:1904.01685). A fraction.
+    """Calibration error over bins that hold equally many images, a fraction.
 
-    Images of the same confidence are kept in one bin, so that the order of the images does not matter.
+    (Nixon et al. 2019, arXiv:1904.01685.) Images of the same confidence stay in one bin, so that the
+    order of the images does not matter.
     """
     import numpy as np
 
@@ -88,16 +93,17 @@ def ece_equal_mass(logits: "Logits", labels: "Labels") -> float:
 def auroc(logits: "Logits", labels: "Labels") -> float:
     """Area under the ROC curve, each class against the rest, mean over classes (macro), in [0, 1].
 
-    The area of a class is the probability that one of its images has a higher probability of the class than an image
-    of another class; equal probabilities count half. A class without images has no area and is left out of the mean,
-    as is a class that all images belong to; NaN where no class is left, or where a logit is NaN.
+    The area of a class is the probability that one of its images gets a higher probability of the
+    class than an image of another class; equal probabilities count half. A class without images has
+    no area and is left out of the mean, as is a class that all images belong to. NaN where no class
+    is left, or where a logit is NaN.
     """
     import numpy as np
 
     if np.isnan(logits).any():
         return math.nan
     log_p = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
-    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))  # SciPy's log_softmax takes 10 times as long
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))  # faster than SciPy's log_softmax
     columns = np.ascontiguousarray(log_p.T)
     areas = []
     for k in np.unique(labels):
@@ -105,13 +111,14 @@ def auroc(logits: "Logits", labels: "Labels") -> float:
         inside, outside = columns[k, own], np.sort(columns[k, ~own])
         if not len(outside):
             continue
-        below = np.searchsorted(outside, inside, side="left") + np.searchsorted(outside, inside, side="right")
-        areas.append(below.mean() / (2 * len(outside)))
+        below = np.searchsorted(outside, inside, side="left")
+        up_to = np.searchsorted(outside, inside, side="right")
+        areas.append((below + up_to).mean() / (2 * len(outside)))
     return float(np.mean(areas)) if areas else math.nan
 
 
 def _by_class(logits: "Logits", labels: "Labels") -> "tuple[NDArray[np.int64], ...]":
-    """Of each class how many images have it as answer and label, as answer, as label: int64 [K] each."""
+    """Images of each class, [K] each: with it as answer and label, as answer, as label."""
     import numpy as np
 
     answers, classes = logits.argmax(axis=1), logits.shape[1]
@@ -130,14 +137,9 @@ def macro_f1(logits: "Logits", labels: "Labels") -> float:
 
 
 def balanced_accuracy(logits: "Logits", labels: "Labels") -> float:
-    """Share of right answers within each class, mean over the classes that have images, in [0, 1]."""
+    """Share of right answers in each class, mean over the classes that have images, in [0, 1]."""
     right, _, there = _by_class(logits, labels)
     return float((right[there > 0] / there[there > 0]).mean())
-
-
-def agreement(logits: "Logits", others: "Logits") -> float:
-    """Share of images with the same answer in both [N, K], in [0, 1]."""
-    return float((logits.argmax(axis=1) == others.argmax(axis=1)).mean())
 
 
 # --- the table -------------------------------------------------------------------------------------------------
@@ -164,15 +166,15 @@ class Score:
     tag: str | None = None
     """In TensorBoard."""
     margin: float | None = None
-    """The smallest lead worth having, as a number of the metric itself. None: a search cannot choose by it alone, as
-    no verdict can be about it."""
+    """The smallest lead worth having, as a number of the metric itself. None: no search can choose by
+    it alone, as no verdict can be about it."""
     guess: Callable[[int], float] = _chance
     """What guessing has, by the number of classes: the value of a run that diverged."""
     of: Callable[["Logits", "Labels"], float] | None = None
     """Calculates it from logits [N, K] and labels [N]. None: it is no function of these."""
     usual: bool = False
-    """Validation always records it, from sums over batches (`evaluate.metric_sums`). The others need the logits of all
-    images at once, and validation calculates them where a search asks for them."""
+    """Validation always records it, from sums over batches (`evaluate.metric_sums`). The others need
+    the logits of all images at once: validation calculates them where a search asks for them."""
 
     @property
     def name(self) -> str:
@@ -200,22 +202,30 @@ class Score:
 
 
 _ROWS = (
-    # 0.2 points of accuracy: published gains are 0.3 to 1; at a seed spread of 0.25 points it takes 25 seeds or more
-    # to show a gain of 0.2; and 10,000 test images leave a standard error of about that size
-    Score("val_accuracy", "max", "accuracy", "%", tag="val/acc", margin=0.002, of=accuracy, usual=True),
+    # A margin of 0.2 points of accuracy: published gains are 0.3 to 1; at a seed spread of 0.25 points
+    # it takes 25 seeds or more to show a gain of 0.2; and 10,000 test images leave a standard error of
+    # about that size. The others follow it.
+    Score("val_accuracy", "max", "accuracy", "%",
+          tag="val/acc", margin=0.002, of=accuracy, usual=True),
     Score("val_top5", "max", "top-5", "%", heading="top-5", tag="val/top5", of=top_k, usual=True),
-    Score("val_nll", "min", "NLL", "nats an image", heading="NLL", tag="val/loss", margin=0.005, of=nll, usual=True,
+    Score("val_nll", "min", "NLL", "nats an image",
+          heading="NLL", tag="val/loss", margin=0.005, of=nll, usual=True,
           guess=lambda classes: -math.log(1 / classes)),
-    Score("val_ece", "min", "calibration error", "%", heading="ECE", tag="val/ece", margin=0.002, of=ece, usual=True,
+    Score("val_ece", "min", "calibration error", "%",
+          heading="ECE", tag="val/ece", margin=0.002, of=ece, usual=True,
           guess=lambda classes: 1.0),
-    Score("val_ece_equal_mass", "min", "calibration error", "%", heading="ECE mass", of=ece_equal_mass),
+    Score("val_ece_equal_mass", "min", "calibration error, equal mass", "%",
+          heading="ECE mass", of=ece_equal_mass),
     Score("val_brier", "min", "Brier score", "0 to 2", heading="Brier", of=brier),
-    Score("val_agreement", "max", "agreement with the teacher", "%", heading="agrees", tag="kd/agreement", usual=True),
-    Score("val_auroc", "max", "AUROC", "%", heading="AUROC", tag="val/auroc", margin=0.002, of=auroc,
+    Score("val_agreement", "max", "agreement with the teacher", "%",
+          heading="agrees", tag="kd/agreement", usual=True),
+    Score("val_auroc", "max", "AUROC", "%",
+          heading="AUROC", tag="val/auroc", margin=0.002, of=auroc,
           guess=lambda classes: 0.5),
-    Score("val_macro_f1", "max", "macro F1", "%", heading="macro F1", tag="val/macro_f1", margin=0.002, of=macro_f1),
-    Score("val_balanced_accuracy", "max", "balanced accuracy", "%", heading="balanced", tag="val/balanced_acc",
-          margin=0.002, of=balanced_accuracy),
+    Score("val_macro_f1", "max", "macro F1", "%",
+          heading="macro F1", tag="val/macro_f1", margin=0.002, of=macro_f1),
+    Score("val_balanced_accuracy", "max", "balanced accuracy", "%",
+          heading="balanced", tag="val/balanced_acc", margin=0.002, of=balanced_accuracy),
     Score("train_loss", "min", "training loss", "nats an image", tag="train/loss"),
     Score("parameters", "min", "parameters of the student", "thousands", tag="model/parameters"),
 )  # fmt: skip
@@ -252,6 +262,6 @@ def sign(metric: str) -> int:
 
 
 def ranked(things: Iterable[T], metric: str, value: Callable[[T], float]) -> list[T]:
-    """Those whose value is a finite number, best first; of equals the first one first. NaN is never best."""
+    """Those with a finite value, best first; of equals the first one first. NaN is never best."""
     better = sign(metric)
     return sorted((t for t in things if math.isfinite(value(t))), key=lambda t: -better * value(t))
