@@ -21,12 +21,13 @@ from tfkd_ray.arms import arms_of
 from tfkd_ray.calibration import BINS
 from tfkd_ray.cli import main
 from tfkd_ray.confirm import table
-from tfkd_ray.experiment import best, read_records
+from tfkd_ray.experiment import best, read_records, selection_metric
 from tfkd_ray.export import _arm_selection, _best_arm
 from tfkd_ray.live import Progress
 from tfkd_ray.loop import train
 from tfkd_ray.readers import best_lines, read_plan, status, status_lines
 from tfkd_ray.report import _read_sweep, report
+from tfkd_ray.schema import ConfigError
 from tfkd_ray.scores import (
     SCORES,
     SELECTABLE,
@@ -257,6 +258,15 @@ def test_search_readers_live_view_report_and_arms_name_the_same_best_trial(
     for verb in ("best", "status", "trials"):
         assert main([verb, str(experiment)]) == 0
         assert metric in capsys.readouterr().out
+
+
+def test_an_unknown_metric_in_a_file_is_a_sentence(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "s", 4)
+    path = tmp_path / "s" / "experiment.yaml"
+    path.write_text(path.read_text().replace("metric: val_accuracy", "metric: val_auc"))
+    for read in (selection_metric, read_plan):
+        with pytest.raises(ConfigError, match="no such metric 'val_auc'; known: val_accuracy, val_top5"):
+            read(tmp_path / "s")
 
 
 def test_a_front_is_a_table_whose_columns_are_as_wide_as_their_names() -> None:

@@ -19,7 +19,16 @@ from pydantic import Field, StringConstraints
 from tfkd_ray import own_code, remote, scores
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
-from tfkd_ray.experiment import Record, about_now, damaged, ranked, read_experiment, read_records, write_text
+from tfkd_ray.experiment import (
+    Record,
+    about_now,
+    damaged,
+    ranked,
+    read_experiment,
+    read_records,
+    selection_metric,
+    write_text,
+)
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
@@ -279,7 +288,7 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     `rivals` may leave some out: `better` then means better than the others.
     """
     winners = _candidates(experiment, top_k)
-    first, metric = winners[0], _metric(experiment)
+    first, metric = winners[0], selection_metric(experiment)
     arms: list[dict[str, Any]] = [{"name": r.name, "config": r.config, "role": "candidate"} for r in winners]
     for name in [b for b in BASELINES if b in rivals]:
         there = [experiment] if baselines is None else [experiment, baselines]
@@ -315,15 +324,9 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     )
 
 
-def _metric(experiment: Path) -> str:
-    with damaged(experiment / "experiment.yaml"):
-        metric: str = read_experiment(experiment)["space"]["search"]["metric"]
-        return scores.score_of(metric).key
-
-
 def _full(experiment: Path) -> list[Record]:
     """Full-length trials, best first."""
-    return ranked(read_records(experiment), _metric(experiment))
+    return ranked(read_records(experiment), selection_metric(experiment))
 
 
 def _candidates(experiment: Path, top_k: int) -> list[Record]:

@@ -126,6 +126,13 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
     return about
 
 
+def selection_metric(experiment: Path) -> str:
+    """The metric that a sweep chooses its best trial by."""
+    about = read_experiment(experiment)
+    with damaged(experiment / "experiment.yaml"):
+        return scores.score_of(about["space"]["search"]["metric"]).key
+
+
 def read_records(experiment: Path) -> list[Record]:
     """All trials, by number; a line that is only half there yet is left out."""
     return [read_record(folder) for folder in trial_folders(experiment) if (folder / "trial.json").exists()]

@@ -50,6 +50,7 @@ from tfkd_ray.experiment import (
     read_record,
     read_records,
     read_text,
+    selection_metric,
     trials_folder,
     write_text,
 )
@@ -217,7 +218,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         )
     if (source / "experiment.yaml").is_file():
         records = read_records(source)
-        winner = best(records, _metric(source))
+        winner = best(records, selection_metric(source))
         if winner is None:
             raise ConfigError(
                 f"no trial of full length yet ({len(records)} trials), so none has weights; go on with: tfkd resume "
@@ -240,11 +241,6 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     )
 
 
-def _metric(experiment: Path) -> str:
-    metric: str = read_experiment(experiment)["space"]["search"]["metric"]
-    return metric
-
-
 def _of_trial(record: Record, experiment: Path) -> Chosen:
     """A trial of a sweep."""
     path = record.folder / "trial.json"
@@ -252,7 +248,7 @@ def _of_trial(record: Record, experiment: Path) -> Chosen:
         reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
         raise ConfigError(f"{record.status}{reason}; only a trial of full length has weights to export", path)
     config = validated(TrainConfig, record.config, path)
-    metric = _metric(experiment)
+    metric = selection_metric(experiment)
     records = read_records(experiment)
     winner = best(records, metric)
     value = f"{metric} {record.last[metric]:.4f}"
