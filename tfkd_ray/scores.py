@@ -237,8 +237,10 @@ SELECTABLE = tuple(row.key for row in _ROWS if row.margin is not None)
 
 if TYPE_CHECKING:
     Selectable = str
+    SelectableBeside = str
 else:
     Selectable = Literal[SELECTABLE]
+    SelectableBeside = Literal[(*SELECTABLE, "parameters")]
 
 
 def score_of(key: str) -> Score:

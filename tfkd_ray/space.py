@@ -41,7 +41,7 @@ from tfkd_ray.schema import (
     tag,
     validated,
 )
-from tfkd_ray.scores import Selectable, score_of
+from tfkd_ray.scores import Selectable, SelectableBeside, score_of
 
 Tree = dict[str, Any]
 Path_ = tuple[str, ...]
@@ -260,7 +260,7 @@ class SearchConfig(Settings):
     """A trial's value: this metric after its last epoch, on validation. NLL and ECE are minimised, the others are
     maximised. A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first
     one leads."""
-    more_metrics: tuple[Selectable | Literal["parameters"], ...] = ()
+    more_metrics: tuple[SelectableBeside, ...] = ()
     """The rest of a list given as `metric`; also `parameters`, the number of the student's weights, minimised."""
     max_concurrent: Count | None = None
     """Trials at a time. None: as many as the cluster has room for."""
