@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tfkd_ray.calibration import BINS, bin_of
 from tfkd_ray.evaluate import metric_sums, metrics_from
+from tfkd_ray.scores import accuracy, ece
 from tfkd_ray.tensorboard import _judged
-from tfkd_ray.verdict import accuracy, ece
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tfkd_ray.space import build_space
 
 def record(folder: Path, number: int, status: str = "done", accuracy: float = 0.5) -> Record:
     name = f"t{number:04d}-ce"
-    metrics = [{"epoch": 1.0, "val_accuracy": accuracy}]
+    metrics = [{"epoch": 1.0, "val_accuracy": accuracy, "val_nll": accuracy}]
     return Record(folder / "trials" / name, number, name, "ce", status, {"optim.lr": 0.1}, {}, metrics=metrics)
 
 
@@ -68,9 +68,10 @@ def test_only_trials_of_full_length_can_be_best_and_of_equals_the_first_is(tmp_p
         record(tmp_path, 2),
         record(tmp_path, 3, accuracy=0.4),
     ]
-    first, last = best(records, "val_accuracy", "max"), best(records, "val_accuracy", "min")
+    records += [record(tmp_path, 4, accuracy=float("nan"))]
+    first, last = best(records, "val_accuracy"), best(records, "val_nll")
     assert first is not None and first.number == 1 and last is not None and last.number == 3
-    assert best(records[:1], "val_accuracy", "max") is None
+    assert best(records[:1], "val_accuracy") is None
 
 
 def test_what_is_no_experiment_is_refused(tmp_path: Path) -> None:

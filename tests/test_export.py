@@ -23,6 +23,7 @@ from tfkd_ray.experiment import Record, read_records, write_experiment, write_re
 from tfkd_ray.export import GRAPH, NOT_CONFIRMED, ONNX, SUMS, ExportFailed, export, verify
 from tfkd_ray.loop import LOOP_VERSION, train_in
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml, validated
+from tfkd_ray.scores import score_of
 from tfkd_ray.space import build_space
 from tfkd_ray.teachers import find_or_train, teacher_name
 
@@ -359,7 +360,18 @@ def test_a_better_arm_goes_first_and_else_the_mean_decides(words: dict[str, str]
         for n, v in means.items()
     ]
     verdicts = [{"candidates": [{"name": n, "verdict": w} for n, w in words.items()]}]
-    assert exporting._best_arm({"arms": arms, "verdicts": verdicts}) == first
+    assert exporting._best_arm({"arms": arms, "verdicts": verdicts}, score_of("val_accuracy")) == first
+
+
+def test_of_a_comparison_by_nll_the_least_mean_is_best_and_nan_never_is() -> None:
+    means = {"base": 0.1, "a": float("nan"), "b": 0.9, "c": 0.6}
+    arms = [
+        {"name": n, "role": "baseline" if n == "base" else "candidate", "runs": [{"accuracy": v, "nll": v}]}
+        for n, v in means.items()
+    ]
+    result: dict[str, Any] = {"arms": arms, "verdicts": []}
+    assert exporting._best_arm(result, score_of("val_nll")) == "c"
+    assert exporting._best_arm(result, score_of("val_accuracy")) == "b"
 
 
 @pytest.mark.parametrize("by_folder", [False, True], ids=["--arm --seed", "the trial's folder"])

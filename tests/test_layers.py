@@ -13,8 +13,8 @@ PACKAGE = Path(tfkd_ray.__file__).parent
 
 # from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
 ORDER = [
-    "passwords", "files", "schema", "own_code", "calibration", "verdict", "auth", "experiment", "remote", "storage",
-    "assignment",
+    "passwords", "files", "schema", "own_code", "calibration", "scores", "verdict", "auth", "experiment", "remote",
+    "storage", "assignment",
     "images",
     "objectives", "data", "models", "augment",
     "config",

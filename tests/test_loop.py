@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
 from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
 from tfkd_ray.data import Digits
+from tfkd_ray.evaluate import predictions
 from tfkd_ray.images import ImageSet
 from tfkd_ray.loop import Diverged, Epoch, allow_tf32, epoch_order, gradient_ratio, split_batches, train, train_in
 from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
 from tfkd_ray.schema import validated
+from tfkd_ray.scores import scores
 
 TIMES = {"seconds", "images_per_s", "train_kd_ratio"}  # the ratio: of the first worker's part of a batch
 
@@ -380,7 +382,7 @@ def test_a_finished_run_is_told_again_without_training(tmp_path: Path, monkeypat
 
 def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for epoch in train(validated(TrainConfig, tree)):
+    for epoch in train(validated(TrainConfig, tree), more_metrics=AT_ONCE):
         last = epoch
     if rank == 0:
         torch.save(last.state(), f"{folder}/state.pt")
@@ -391,6 +393,7 @@ def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
     os._exit(0)
 
 
+AT_ONCE = ("val_auroc", "val_macro_f1", "val_balanced_accuracy")
 AGREE = [CrossEntropy(), TfkdReg(alpha=0.5, temperature=4.0)]
 
 
@@ -403,13 +406,28 @@ def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> 
         optim=OptimConfig(batch_size=64).model_dump(),
         schedule=Constant().model_dump(),
     )
-    one = list(train(c))[-1].state()
+    one = list(train(c, more_metrics=AT_ONCE))[-1].state()
     mp.spawn(_worker, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for name, value in one["model"].items():
         assert (two["model"][name] - value).abs().max() < 1e-5, name
     for a, b in zip(numbers(one["history"]), numbers(two["history"]), strict=True):
         assert b == pytest.approx(a, abs=1e-5)
+        assert set(AT_ONCE) <= set(b)
+
+
+def test_metrics_that_are_asked_for_are_those_of_the_last_weights_and_change_no_other_number() -> None:
+    c = config()
+    asked = list(train(c, more_metrics=("val_accuracy", "parameters", *AT_ONCE)))
+    _, val = c.data.load()
+    assert val is not None
+    student = c.build_student()
+    student.load_state_dict(asked[-1].state()["model"])
+    logits, labels = (torch.cat(parts).numpy() for parts in zip(*predictions(student, val, c.data), strict=True))
+    expected = scores(logits, labels)
+    assert {k: asked[-1].metrics[k] for k in AT_ONCE} == {k: expected[k.removeprefix("val_")] for k in AT_ONCE}
+    rest = [{k: v for k, v in m.items() if k not in AT_ONCE} for m in numbers(asked)]
+    assert rest == numbers(list(train(c)))
 
 
 @pytest.mark.gpu
@@ -462,6 +480,7 @@ from torch._dynamo.utils import counters
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.loop import train
 from tfkd_ray.schema import validated
+from tfkd_ray.scores import scores
 tree = {"objective": "ce", "student": {"name": "mlp", "hidden": [8]}, "epochs": 2, "compile": sys.argv[1]}
 metrics = [e.metrics for e in train(validated(TrainConfig, {**tree, "optim": {"lr": float(sys.argv[2])}}))]
 hits, misses = (counters["inductor"]["fxgraph_cache_" + what] for what in ("hit", "miss"))

@@ -156,11 +156,11 @@ def test_status_says_what_the_files_say(sweep: Path) -> None:
     for name in ("done", "stopped", "failed"):
         count = sum(r.status == name for r in records)
         assert found["trials"][name] == count == sum(row[name] for row in found["rows"].values())
-    winner = best(records, "val_accuracy", "max")
+    winner = best(records, "val_accuracy")
     assert winner is not None and found["best"]["trial"] == winner.name
     assert found["best"]["value"] == winner.last["val_accuracy"]
     for name in ("ce", "lsr"):
-        rival = best([r for r in records if r.objective == name], "val_accuracy", "max")
+        rival = best([r for r in records if r.objective == name], "val_accuracy")
         assert rival is not None and found["baselines"][name]["trial"] == rival.name
     assert found["epochs"] == {"done": sum(len(r.metrics) for r in records), "planned": 48 * 18}
     assert found["failures"] == [{"trial": "t0039-ce", "reason": "Diverged: train_loss is nan"}]

@@ -47,14 +47,16 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_comparison(tmp_path_factory.mktemp("storage") / "arms")
 
 
-def make_comparison(directory: Path) -> Path:
+def make_comparison(directory: Path, **about: Any) -> Path:
     """A judged comparison, with made-up logits: reg is better than ce and lsr by 4 points or so."""
     from tfkd_ray.checkpoint import save_weights
     from tfkd_ray.confirm import LOGITS, outcome
 
     arms = [{"name": "plain", "objective": "ce"}, {"name": "smooth", "objective": "lsr"},
             {"name": "reg", "objective": "tfkd_reg"}]  # fmt: skip
-    new_comparison(build_arms({"title": "Three arms", "arms": arms, "student": "mlp"}), range(1001, 1006), directory)
+    new_comparison(
+        build_arms({"title": "Three arms", "arms": arms, "student": "mlp", **about}), range(1001, 1006), directory
+    )
     g, labels = np.random.default_rng(0), np.arange(500) % 10
     for number, run in enumerate(read_comparison(directory).runs):
         folder = directory / "trials" / run.name

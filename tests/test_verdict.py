@@ -5,41 +5,33 @@ import math
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tfkd_ray import evaluate
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.verdict import (
-    BINS,
+    ACCURACY,
     MOST_SEEDS,
     Arm,
     Metric,
-    accuracy,
-    agreement,
-    brier,
     decide,
-    ece,
     hedges,
     holm,
     image_interval,
     judge,
     leads_of,
-    nll,
     paired,
-    scores,
     seeds_needed,
     smallest_seen,
     summary,
     table,
-    top_k,
     undecided,
 )
 
@@ -109,7 +101,7 @@ def test_a_metric_of_which_less_is_better_has_the_same_verdict_negated() -> None
 
     up = judge([CLEAR, WORSE, UNSURE], [CE, LSR])
     down = judge([negated(a) for a in (CLEAR, WORSE, UNSURE)], [negated(a) for a in (CE, LSR)],
-                 Metric(larger_is_better=False))  # fmt: skip
+                 replace(ACCURACY, larger_is_better=False))  # fmt: skip
     assert [c.sentence for c in up.candidates] == [c.sentence for c in down.candidates]
 
 
@@ -229,8 +221,8 @@ def test_not_better_begins_where_a_lead_of_the_margin_is_ruled_out() -> None:
     lead = np.array([-0.001, 0.0, 0.001, 0.0005, -0.0005])
     a, b = arm("a", *(0.8 + lead)), arm("b", *np.full(5, 0.8))
     high = paired(a, b).high
-    assert judge([a], [b], Metric(margin=high - 1e-6)).verdict == "cannot tell"
-    v = judge([a], [b], Metric(margin=high + 1e-6))
+    assert judge([a], [b], replace(ACCURACY, margin=high - 1e-6)).verdict == "cannot tell"
+    v = judge([a], [b], replace(ACCURACY, margin=high + 1e-6))
     assert v.verdict == "not better"
     assert v.sentence == (
         "a is not better than b: its lead is 0.00 points (95 % -0.10 to 0.10; n = 5), and one of 0.10 points or more "
@@ -240,12 +232,15 @@ def test_not_better_begins_where_a_lead_of_the_margin_is_ruled_out() -> None:
 
 @pytest.mark.parametrize("margin", [0.0, 0.001, 0.01, 0.5])
 def test_the_margin_never_makes_or_unmakes_a_better(margin: float) -> None:
-    words = [c.verdict == "better" for c in judge([CLEAR, WORSE, UNSURE], [CE, LSR], Metric(margin=margin)).candidates]
+    words = [
+        c.verdict == "better"
+        for c in judge([CLEAR, WORSE, UNSURE], [CE, LSR], replace(ACCURACY, margin=margin)).candidates
+    ]
     assert words == [True, False, False]
 
 
 def test_a_lead_below_the_margin_is_better_with_a_note() -> None:
-    v = judge([CLEAR], [CE], Metric(margin=0.1))
+    v = judge([CLEAR], [CE], replace(ACCURACY, margin=0.1))
     assert v.verdict == "better" and "below 10.00 points, the smallest worth having" in v.notes[0]
 
 
@@ -253,7 +248,7 @@ def test_a_lead_below_the_margin_is_better_with_a_note() -> None:
 @pytest.mark.parametrize("n", [2, 5, 8])
 def test_identical_arms_are_not_better_and_said_to_be_identical(n: int, margin: float) -> None:
     values = np.linspace(0.7, 0.8, n)
-    v = judge([arm("code", *values)], [arm("lsr", *values)], Metric(margin=margin))
+    v = judge([arm("code", *values)], [arm("lsr", *values)], replace(ACCURACY, margin=margin))
     c = v.candidates[0].comparisons[0]
     assert v.sentence == f"code is not better than lsr: identical in every seed (n = {n})"
     assert (c.p, c.low, c.high, c.effect, c.needed, c.smallest_seen) == (1.0, 0.0, 0.0, None, None, None)
@@ -361,7 +356,7 @@ def test_json_is_plain_and_whole() -> None:
     assert tree["candidates"][0]["comparisons"][1]["over"] == "lsr" and tree["arms"][0]["name"] == "kd"
 
 
-@pytest.mark.parametrize("metric", [Metric(), NLL], ids=["accuracy", "nll"])
+@pytest.mark.parametrize("metric", [ACCURACY, NLL], ids=["accuracy", "nll"])
 def test_the_table_fits_80_columns_and_holds_the_numbers(metric: Metric) -> None:
     long = arm("tfkd_reg_code with a very long name indeed t0007", *UNSURE.values)
     v = judge([CLEAR, WORSE, long], [CE, LSR, arm("lsr scaled", *(LSR.values - 1e-3))], metric, searched=64)
@@ -375,91 +370,6 @@ def test_the_table_fits_80_columns_and_holds_the_numbers(metric: Metric) -> None
 def test_the_statistics_import_neither_torch_nor_ray() -> None:
     code = "import sys, tfkd_ray.verdict; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-
-
-# --- metrics of logits -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def answers() -> tuple[Array, NDArray[np.int64]]:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, 203)
-    return rng.standard_normal((203, 10)) * 2 + np.eye(10)[labels], labels
-
-
-def test_metrics_of_logits_are_their_definitions(answers: tuple[Array, NDArray[np.int64]]) -> None:
-    logits, labels = answers
-    first, fifth, loss, squares = 0, 0, 0.0, 0.0
-    sure: list[tuple[float, float]] = []
-    for row, c in zip(logits.tolist(), labels.tolist(), strict=True):
-        total = sum(math.exp(z) for z in row)
-        p = [math.exp(z) / total for z in row]
-        order = sorted(range(10), key=lambda k: -p[k])
-        first, fifth, loss = first + (order[0] == c), fifth + (c in order[:5]), loss - math.log(p[c])
-        squares += sum((p[k] - (k == c)) ** 2 for k in range(10))
-        sure.append((max(p), float(order[0] == c)))
-    wide = [[s for s in sure if i / BINS < s[0] <= (i + 1) / BINS] for i in range(BINS)]
-    sure.sort()
-    sizes = [203 // BINS + (i < 203 % BINS) for i in range(BINS)]
-    mass = [sure[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(BINS)]
-
-    def gap(bins: list[list[tuple[float, float]]]) -> float:
-        return sum(abs(sum(p for p, _ in b) - sum(hit for _, hit in b)) for b in bins) / 203
-
-    assert scores(logits, labels) == pytest.approx({
-        "accuracy": first / 203, "top5": fifth / 203, "nll": loss / 203, "brier": squares / 203,
-        "ece": gap(wide), "ece_equal_mass": gap(mass),
-    })  # fmt: skip
-
-
-def test_they_are_the_ones_of_evaluate(answers: tuple[Array, NDArray[np.int64]]) -> None:
-    logits, labels = answers
-    theirs = evaluate.metrics_from(evaluate.metric_sums(torch.from_numpy(logits), torch.from_numpy(labels)))
-    ours = scores(logits, labels)
-    assert evaluate.BINS == BINS
-    assert {f"val_{name}": ours[name] for name in ("accuracy", "top5", "nll", "ece")} == pytest.approx(theirs)
-
-
-def test_huge_logits_are_no_overflow() -> None:
-    logits, labels = np.eye(3, dtype=np.float32) * 1e4, np.arange(3)
-    assert scores(logits, labels) == {"accuracy": 1, "top5": 1, "nll": 0, "brier": 0, "ece": 0, "ece_equal_mass": 0}
-    assert nll(logits, (labels + 1) % 3) == pytest.approx(1e4) and brier(logits, (labels + 1) % 3) == pytest.approx(2)
-    assert ece(logits, (labels + 1) % 3) == 1
-
-
-def test_equal_logits_are_the_first_class_and_calibrated_by_chance() -> None:
-    logits, labels = np.zeros((10, 10)), np.arange(10)
-    assert (accuracy(logits, labels), top_k(logits, labels)) == (0.1, 0.5)
-    assert nll(logits, labels) == pytest.approx(math.log(10)) and brier(logits, labels) == pytest.approx(0.9)
-    assert ece(logits, labels) == ece(logits, labels, equal_mass=True) == pytest.approx(0, abs=1e-9)
-
-
-def test_the_order_of_images_does_not_matter() -> None:
-    rng = np.random.default_rng(0)
-    logits, labels = rng.integers(0, 3, (100, 4)).astype(float), rng.integers(0, 4, 100)  # many equal confidences
-    turn = rng.permutation(100)
-    assert scores(logits[turn], labels[turn]) == pytest.approx(scores(logits, labels))
-
-
-def test_a_shift_of_all_logits_changes_nothing_and_a_sharper_answer_is_less_calibrated(
-    answers: tuple[Array, NDArray[np.int64]],
-) -> None:
-    logits, labels = answers
-    assert scores(logits + 7, labels) == pytest.approx(scores(logits, labels))
-    for equal_mass in (False, True):
-        assert ece(logits * 10, labels, equal_mass=equal_mass) > ece(logits, labels, equal_mass=equal_mass)
-
-
-def test_fewer_images_than_bins_have_a_calibration_error() -> None:
-    logits, labels = np.array([[0.0, 3.0], [1.0, 0.0]]), np.array([1, 1])
-    p = 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-1))
-    assert ece(logits, labels, equal_mass=True) == pytest.approx((1 - p[0] + p[1]) / 2) == ece(logits, labels)
-
-
-def test_agreement_counts_equal_answers() -> None:
-    a = np.eye(4)
-    assert agreement(a, a) == 1 and agreement(a, a[::-1]) == 0 and agreement(a, a[[0, 1, 3, 2]]) == 0.5
-    assert agreement(a, 5 * a + 1) == 1
 
 
 # --- how often it is wrong -------------------------------------------------------------------------------------

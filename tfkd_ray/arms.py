@@ -9,24 +9,25 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from tfkd_ray import own_code
+from tfkd_ray import own_code, scores
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import (
-    DIRECTIONS,
     Record,
     about_now,
     check_new,
     damaged,
+    ranked,
     read_experiment,
     read_records,
+    selection_metric,
     write_text,
 )
 from tfkd_ray.loop import LOOP_VERSION
@@ -43,6 +44,7 @@ from tfkd_ray.schema import (
     read_yaml,
     validated,
 )
+from tfkd_ray.scores import Selectable
 from tfkd_ray.space import Domain, Range, Space, build_space, override
 
 FIRST_SEED = 1001
@@ -98,7 +100,7 @@ class Arms(Settings):
     """Configurations that the candidates are the best of."""
     experiment: str | None = None
     """Name of the sweep that they come from, in the same storage."""
-    metric: Literal["val_accuracy", "val_nll", "val_ece"] = "val_accuracy"
+    metric: Selectable = "val_accuracy"
     """What the verdict is about, on test."""
 
     @property
@@ -287,13 +289,14 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     `rivals` may leave some out: `better` then means better than the others.
     """
     winners = _candidates(experiment, top_k)
-    first = winners[0]
+    first, metric = winners[0], selection_metric(experiment)
     arms: list[dict[str, Any]] = [{"name": r.name, "config": r.config, "role": "candidate"} for r in winners]
     for name in [b for b in BASELINES if b in rivals]:
-        found = [(r, s) for e in (experiment, *([baselines] if baselines else [])) for r, s in _of(e, name)]
+        there = [experiment] if baselines is None else [experiment, baselines]
+        found = [record for where in there for record in _full(where) if record.objective == name]
         if not found:
             raise ConfigError(f"no full-length trial of the baseline {name}; tune it first", experiment)
-        rival = max(found, key=lambda pair: pair[1])[0]
+        rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     objective = validated(TrainConfig, first.config).objective
     weight = objective.loss_scale * objective.ce_weight
@@ -315,34 +318,21 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
             "title": f"{experiment.name}: the best {len(winners)} against tuned baselines",
             "arms": list(distinct.values()),
             "searched": len(read_records(experiment)),
-            "metric": read_experiment(experiment)["space"]["search"]["metric"],
+            "metric": metric,
             "experiment": experiment.name,
         },
         experiment,
     )
 
 
-def _full(experiment: Path) -> tuple[list[Record], Callable[[Record], float]]:
-    """(full-length trials, best first; their value, larger is better)."""
-    search = read_experiment(experiment)["space"]["search"]
-    metric = search["metric"]
-    sign = 1 if DIRECTIONS[metric] == "max" else -1
-
-    def value(record: Record) -> float:
-        return float(sign * record.last[metric])
-
-    done = [r for r in read_records(experiment) if r.status == "done" and metric in r.last]
-    return sorted(done, key=lambda r: (-value(r), r.number)), value
-
-
-def _of(experiment: Path, objective: str) -> list[tuple[Record, float]]:
-    records, value = _full(experiment)
-    return [(r, value(r)) for r in records if r.objective == objective]
+def _full(experiment: Path) -> list[Record]:
+    """Full-length trials, best first."""
+    return ranked(read_records(experiment), selection_metric(experiment))
 
 
 def _candidates(experiment: Path, top_k: int) -> list[Record]:
     about = read_experiment(experiment)
-    records, _ = _full(experiment)
+    records = _full(experiment)
     if not records:
         raise ConfigError("no trial of full length, so there is nothing to confirm", experiment)
     others = [r for r in records if r.objective not in BASELINES]

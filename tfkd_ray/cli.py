@@ -828,10 +828,10 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     from tfkd_ray.receipt import receipt_lines
     from tfkd_ray.schema import in_yaml
 
-    metric, mode = space.search.metric, space.search.mode
+    metric = space.search.metric
     records = read_records(experiment)
     count = {s: sum(r.status == s for r in records) for s in ("done", "stopped", "failed", "interrupted", "running")}
-    winner, seconds = best(records, metric, mode), spent(experiment)["seconds"]
+    winner, seconds = best(records, metric), spent(experiment)["seconds"]
     print(
         f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
         f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
@@ -850,10 +850,10 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     for key, value in winner.parameters.items():
         print(f"  {key:<34} {value:.6g}" if isinstance(value, float) else f"  {key:<34} {in_yaml(value)}")
     for name in ("ce", "lsr"):
-        rival = best([r for r in records if r.objective == name], metric, mode)
+        rival = best([r for r in records if r.objective == name], metric)
         if rival is not None and rival is not winner:
             print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
-    ties = sum(r.status == "done" and r.last[metric] == winner.last[metric] for r in records)
+    ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
     if ties > 1:
         print(f"{ties} trials share this value; the first of them is named")
     if space.search.more_metrics:

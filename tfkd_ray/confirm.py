@@ -6,7 +6,6 @@ run, `confirm.json` the outcome. It can be stopped and continued like a sweep.
 
 import contextlib
 import json
-import math
 import os
 import sys
 import textwrap
@@ -45,10 +44,10 @@ from tfkd_ray.experiment import (
 from tfkd_ray.images import Images
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.scores import SCORES, score_of, scores
 from tfkd_ray.storage import Experiment, to_continue
 from tfkd_ray.tensorboard import TensorBoard, write_comparison
 from tfkd_ray.tune import SharingFifo, assemble, prepare, train_teachers
-from tfkd_ray.verdict import scores
 
 LOGITS = "test.safetensors"
 """A run's logits [N, K] on the test split, the labels [N], and its teacher's guesses [N]."""
@@ -311,7 +310,7 @@ def outcome(directory: Path) -> dict[str, Any]:
                 "runs": list(found),
             }
         )
-        arrays[arm.name] = _judged_arm(arm.name, runs, found, right, METRICS[compared.arms.metric])
+        arrays[arm.name] = _judged_arm(arm.name, runs, found, right, compared.arms.metric)
         diverged |= {arm.name} if any(_has_diverged(result) for result in found) else set()
     result = {
         "title": compared.arms.title,
@@ -365,16 +364,15 @@ def _judged_arm(
     runs: Sequence[Run],
     found: Sequence[dict[str, Any]],
     right: Sequence[NDArray[np.bool_] | None],
-    metric: verdict.Metric,
+    metric: str,
 ) -> verdict.Arm:
     """The arm's values on test; a run that diverged is a result, too: what guessing would have."""
     pairs = list(zip(runs, found, strict=True))
     diverged = [run.seed for run, result in pairs if _has_diverged(result)]
-    if metric.name != "accuracy" or diverged:
-        chance = 1 / runs[0].config.data.num_classes
-        worst = {"accuracy": chance, "nll": -math.log(chance), "ece": 1.0}[metric.name]
-        values = {run.seed: result[metric.name] for run, result in pairs if metric.name in result}
-        values |= dict.fromkeys(diverged, worst)
+    if metric != "val_accuracy" or diverged:
+        row = score_of(metric)
+        values = {run.seed: result[row.name] for run, result in pairs if row.name in result}
+        values |= dict.fromkeys(diverged, row.guess(runs[0].config.data.num_classes))
         return verdict.Arm(name, tuple(values), np.array(list(values.values())))
     judged = {run.seed: images for run, images in zip(runs, right, strict=True) if images is not None}
     if not judged:
@@ -385,14 +383,6 @@ def _judged_arm(
 
 def _has_diverged(result: dict[str, Any]) -> bool:
     return result["status"] == "failed" and str(result.get("reason", "")).startswith("Diverged")
-
-
-METRICS = {
-    "val_accuracy": verdict.ACCURACY,
-    "val_nll": verdict.Metric("nll", larger_is_better=False, percent=False, margin=0.005),
-    "val_ece": verdict.Metric("ece", larger_is_better=False, percent=True, margin=0.002),
-}
-"""What the verdict is about, by the metric that a sweep chose by."""
 
 
 def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm], diverged: set[str]) -> Iterator[tuple[str, verdict.Verdict]]:
@@ -410,7 +400,7 @@ def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm], diverged: set[str]) ->
         if not candidates or not baselines:
             continue
         names = ", ".join(dict.fromkeys(arm.config.student.name for arm in mine))
-        metric = METRICS[arms.metric]
+        metric = verdict.metric_of(arms.metric)
         reasons = [f"baseline {b.name} has {len(b.seeds)} of its runs" for b in baselines if len(b.seeds) < 2]
         reasons += [f"baseline {b.name} diverged" for b in baselines if b.name in diverged]
         able = [c for c in candidates if len(c.seeds) > 1]
@@ -444,25 +434,22 @@ def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
             yield f"{arm.name}: conditional on one teacher, which all its seeds share"
 
 
-OTHERS = {
-    "top5": "top-5",
-    "nll": "NLL",
-    "ece": "ECE",
-    "ece_equal_mass": "ECE mass",
-    "brier": "Brier",
-    "agreement": "agrees",
-}
-"""Metrics that are shown beside the accuracy, and their headings."""
+COLUMNS = 6
+"""Most metrics in one table: of 80 columns, 23 are the arm's name, and each metric has 9."""
 
 
-def _other_metrics(result: dict[str, Any]) -> list[str]:
-    """Means over seeds: top-5 and agreement with the teacher are fractions, NLL is in nats."""
-    lines = ["", f"{'means on test':<23}" + "".join(f"{heading:>9}" for heading in OTHERS.values())]
-    for arm in result["arms"]:
-        values = [[run[key] for run in arm["runs"] if key in run] for key in OTHERS]
-        cells = "".join(f"{np.mean(v):>9.4f}" if v else " " * 9 for v in values)
-        lines.append(f"{arm['name'][:23]:<23}{cells}".rstrip())
-    return lines
+def _other_metrics(result: dict[str, Any]) -> Iterator[str]:
+    """Means over seeds of what was measured beside the accuracy: NLL is in nats, most others are fractions."""
+    known = {key for arm in result["arms"] for run in arm["runs"] for key in run}
+    rows = [row for row in SCORES.values() if row.heading is not None and row.name in known]
+    for first in range(0, len(rows), COLUMNS):
+        some = rows[first : first + COLUMNS]
+        yield ""
+        yield f"{'means on test':<23}" + "".join(f"{row.heading:>9}" for row in some)
+        for arm in result["arms"]:
+            values = [[run[row.name] for run in arm["runs"] if row.name in run] for row in some]
+            cells = "".join(f"{np.mean(v):>9.4f}" if v else " " * 9 for v in values)
+            yield f"{arm['name'][:23]:<23}{cells}".rstrip()
 
 
 def table(result: dict[str, Any]) -> list[str]:

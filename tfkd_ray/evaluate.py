@@ -1,18 +1,21 @@
-"""Metrics of a classifier: top-1, top-5, NLL and calibration error, from sums that add over batches and workers.
+"""Metrics of a classifier on validation. The usual ones, from sums that add over batches and workers: top-1, top-5, NLL
+and calibration error. The others of `scores.SCORES`, where they are asked for: from the logits of all images at once.
 
-Shapes: B = batch, K = classes, M = `BINS` confidence bins.
+Shapes: B = batch, N = images, K = classes, M = `BINS` confidence bins.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tfkd_ray.calibration import BINS, bin_of, calibration_error
 from tfkd_ray.data import Dataset
 from tfkd_ray.images import Images
+from tfkd_ray.scores import Score, score_of
 
 EVAL_PIXELS = 2**18
 """Pixels of a batch that is only judged: 256 images of 32x32, 5 of 224x224."""
@@ -81,3 +84,29 @@ def metrics_from(sums: Tensor) -> dict[str, float]:
         "val_ece": calibration_error(count, confidence, correct),
         **beside,
     }
+
+
+def asked_beside(metrics: Sequence[str]) -> list[Score]:
+    """Those of some metrics that need the logits of all images at once; a ValueError for a name that is none."""
+    rows = [score_of(name) for name in metrics]
+    return [row for row in rows if row.of is not None and not row.usual]
+
+
+def metrics_at_once(
+    rows: Sequence[Score], batches: Sequence[Tensor], labels: Tensor, num_classes: int, *, rank: int, workers: int
+) -> dict[str, float]:
+    """Metrics that are no sums over batches, the same on every worker, which all must call it.
+
+    Args:
+        batches: logits [B, K] of this worker's share: images `rank`, `rank + workers`, ... of the split.
+        labels: of all images of the split, [N].
+    """
+    shares = labels.new_zeros(workers, -(-len(labels) // workers), num_classes, dtype=torch.float32)
+    if batches:
+        mine = torch.cat(list(batches))
+        shares[rank, : len(mine)] = mine
+    if workers > 1:
+        dist.all_gather(list(shares.unbind()), shares[rank].clone())
+    logits = shares.transpose(0, 1).flatten(0, 1)[: len(labels)].cpu().numpy()
+    truth = labels.cpu().numpy()
+    return {row.key: row.of(logits, truth) for row in rows if row.of is not None}

@@ -31,9 +31,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from tfkd_ray import own_code
+from tfkd_ray import own_code, scores
 from tfkd_ray.files import DISK_ERRORS, PART, descriptor_of, kind_of, legible, opened, write_bytes
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
 
@@ -43,13 +43,6 @@ MOST_BYTES = 2**26
 MOST_EPOCHS = 10**7
 VERSION = 1
 """Of this layout; raised when a reader must know the difference."""
-DIRECTIONS: dict[str, Literal["max", "min"]] = {
-    "val_accuracy": "max",
-    "val_nll": "min",
-    "val_ece": "min",
-    "parameters": "min",
-}
-"""Of what a search may make good: which way is better."""
 
 
 FULL_LENGTH = "full_length"
@@ -131,6 +124,13 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
     if not isinstance(about.get("space"), dict) or not isinstance(about["space"].get("search"), dict):
         raise ConfigError("has no 'space:' with a 'search:' in it; it was changed by hand, or cut", experiment)
     return about
+
+
+def selection_metric(experiment: Path) -> str:
+    """The metric that a sweep chooses its best trial by."""
+    about = read_experiment(experiment)
+    with damaged(experiment / "experiment.yaml"):
+        return scores.score_of(about["space"]["search"]["metric"]).key
 
 
 def read_records(experiment: Path) -> list[Record]:
@@ -457,15 +457,8 @@ def check_writable(folder: Path, option: str) -> None:
         raise ConfigError(message, folder) from None
 
 
-def best(records: list[Record], metric: str, mode: str) -> Record | None:
-    """The best of the full-length trials; of equals, the first."""
-    sign = 1 if mode == "max" else -1
-    full = [r for r in records if r.status == "done" and metric in r.last]
-    return max(full, key=lambda r: (sign * r.last[metric], -r.number), default=None)
-
-
 class _Judged(Protocol):
-    """The part of an `experiment.Record` that a front needs."""
+    """The part of a `Record` that is needed to rank it."""
 
     @property
     def status(self) -> str: ...
@@ -478,15 +471,25 @@ class _Judged(Protocol):
 _J = TypeVar("_J", bound=_Judged)
 
 
+def ranked(records: Iterable[_J], metric: str) -> list[_J]:
+    """Full-length trials by their value of a metric, best first; of equals the first. NaN is no value."""
+    full = sorted((r for r in records if r.status == "done"), key=lambda r: r.number)
+    return scores.ranked(full, metric, lambda r: r.last.get(metric, math.nan))
+
+
+def best(records: Iterable[_J], metric: str) -> _J | None:
+    """The first of `ranked`; None where no trial of full length has a value."""
+    return next(iter(ranked(records, metric)), None)
+
+
 def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
     """The full-length trials that no other beats: none is at least as good in every metric and better in one.
 
     Best in the first metric first; of equals all are in, the first of them first.
     """
-    signs = [1 if DIRECTIONS[m] == "max" else -1 for m in metrics]
 
     def values(record: _J) -> tuple[float, ...]:
-        return tuple(sign * record.last.get(m, math.nan) for sign, m in zip(signs, metrics, strict=True))
+        return tuple(scores.sign(m) * record.last.get(m, math.nan) for m in metrics)
 
     full = [(values(r), r) for r in records if r.status == "done"]
     full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]

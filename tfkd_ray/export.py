@@ -50,12 +50,14 @@ from tfkd_ray.experiment import (
     read_record,
     read_records,
     read_text,
+    selection_metric,
     trials_folder,
     write_text,
 )
 from tfkd_ray.files import kind_of
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError, did_you_mean, dump_yaml, read_yaml, validated
+from tfkd_ray.scores import Score, ranked, score_of
 from tfkd_ray.teachers import known_of, teacher_name
 from tfkd_ray.verdict import Metric
 
@@ -215,9 +217,8 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
             f"{given}: picks a run of a comparison, and there is no confirm.yaml here; leave it out", source
         )
     if (source / "experiment.yaml").is_file():
-        metric, mode = _metric(source)
         records = read_records(source)
-        winner = best(records, metric, mode)
+        winner = best(records, selection_metric(source))
         if winner is None:
             raise ConfigError(
                 f"no trial of full length yet ({len(records)} trials), so none has weights; go on with: tfkd resume "
@@ -240,11 +241,6 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     )
 
 
-def _metric(experiment: Path) -> tuple[str, str]:
-    metric: str = read_experiment(experiment)["space"]["search"]["metric"]
-    return metric, "max" if metric == "val_accuracy" else "min"
-
-
 def _of_trial(record: Record, experiment: Path) -> Chosen:
     """A trial of a sweep."""
     path = record.folder / "trial.json"
@@ -252,9 +248,9 @@ def _of_trial(record: Record, experiment: Path) -> Chosen:
         reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
         raise ConfigError(f"{record.status}{reason}; only a trial of full length has weights to export", path)
     config = validated(TrainConfig, record.config, path)
-    metric, mode = _metric(experiment)
+    metric = selection_metric(experiment)
     records = read_records(experiment)
-    winner = best(records, metric, mode)
+    winner = best(records, metric)
     value = f"{metric} {record.last[metric]:.4f}"
     if winner is not None and winner.name == record.name:
         full = sum(r.status == "done" for r in records)
@@ -315,7 +311,8 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     arms = {found["name"]: found for found in result["arms"]}
     if arm is not None and arm not in arms:
         raise ConfigError(f"--arm: no arm {arm!r}; {did_you_mean(arm, arms)}", directory)
-    name = arm if arm is not None else _best_arm(result)
+    metric = score_of(compared.arms.metric)
+    name = arm if arm is not None else _best_arm(result, metric)
     runs = {run["seed"]: run for run in arms[name]["runs"]} if name is not None else {}
     done = [s for s, run in runs.items() if run["status"] == "done"]
     if name is None or not done:
@@ -339,7 +336,9 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
         storage=directory.parent,
         config=run.config,
         metrics=(read_metrics(folder) or [{}])[-1],
-        selection=_arm_selection(result, directory, name, run.seed, by_hand=(arm is not None, seed is not None)),
+        selection=_arm_selection(
+            result, metric, directory, name, run.seed, by_hand=(arm is not None, seed is not None)
+        ),
         verdict=_verdict(result, directory, name),
         made={key: about[key] for key in MADE if key in about},
     )
@@ -352,28 +351,28 @@ def _outcome(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def _accuracies(arm: dict[str, Any]) -> list[float]:
+def _values(arm: dict[str, Any], metric: Score) -> list[float]:
     """On the test split, by seed, as the comparison measured them."""
-    return [run["accuracy"] for run in arm["runs"] if "accuracy" in run]
+    return [run[metric.name] for run in arm["runs"] if metric.name in run]
 
 
-def _best_arm(result: dict[str, Any]) -> str | None:
+def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
     """The candidate that is better than every baseline, and of several, or where none is, the one with the best mean.
 
     'Cannot tell' goes before nothing: an arm with few seeds and a poor mean gets it easily. Without candidates any arm.
     """
     words = {c["name"]: c["verdict"] for found in result["verdicts"] for c in found["candidates"]}
-    judged = [arm for arm in result["arms"] if _accuracies(arm)]
+    judged = [arm for arm in result["arms"] if _values(arm, metric)]
+    best_first = ranked(judged, metric.key, lambda arm: statistics.fmean(_values(arm, metric))) or judged
 
-    def place(arm: dict[str, Any]) -> tuple[bool, bool, float]:
-        better = words.get(arm["name"]) == "better"
-        return arm["role"] == "candidate", better, statistics.fmean(_accuracies(arm))
+    def place(arm: dict[str, Any]) -> tuple[bool, bool]:
+        return arm["role"] == "candidate", words.get(arm["name"]) == "better"
 
-    return max(judged, key=place)["name"] if judged else None
+    return max(best_first, key=place)["name"] if best_first else None
 
 
 def _arm_selection(
-    result: dict[str, Any], directory: Path, name: str, seed: int, *, by_hand: tuple[bool, bool]
+    result: dict[str, Any], metric: Score, directory: Path, name: str, seed: int, *, by_hand: tuple[bool, bool]
 ) -> list[str]:
     arms = {arm["name"]: arm for arm in result["arms"]}
     candidates = sum(arm["role"] == "candidate" for arm in result["arms"])
@@ -389,14 +388,16 @@ def _arm_selection(
         if candidates > 1:
             chosen += "; that is a choice by the test split, and flatters the mean a little"
     which = "picked by hand" if by_hand[1] else "the first that was trained to the end, not the best"
-    values = _accuracies(arms[name])
+    values = _values(arms[name], metric)
     own = next(run for run in arms[name]["runs"] if run["seed"] == seed)
     texts = [f"{chosen}. Seed {seed}: {which}. Trained on {result['trained_on']}."]
-    if values and "accuracy" in own:
-        spread = f" ± {100 * statistics.stdev(values):.2f} (standard deviation)" if len(values) > 1 else ""
+    if values and metric.name in own:
+        spread = ""
+        if len(values) > 1:
+            spread = f" ± {metric.number(statistics.stdev(values))} (standard deviation)"
         texts.append(
-            f"Test accuracy of this run: {100 * own['accuracy']:.2f} %. To be expected is the mean over all "
-            f"{len(values)} seeds: {100 * statistics.fmean(values):.2f} %{spread}."
+            f"Test {metric.label} of this run: {metric.show(own[metric.name])}. To be expected is the mean over all "
+            f"{len(values)} seeds: {metric.show(statistics.fmean(values))}{spread}."
         )
     return texts
 

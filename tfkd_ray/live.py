@@ -20,6 +20,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from tfkd_ray import scores
 from tfkd_ray.assignment import Assignment
 from tfkd_ray.cluster import starting
 from tfkd_ray.experiment import FULL_LENGTH, read_record, read_records
@@ -282,9 +283,8 @@ class Progress(OwnCallback):
                 yield f"{hours * tree[f'{unit}s_per_worker']:.2f} of {limit:g} {unit.upper()}-hours"
 
     def _best_of(self, runs: Sequence[_Run]) -> _Run | None:
-        sign = 1 if self._plan.mode == "max" else -1
-        judged = [run for run in runs if run.status == "done" and math.isfinite(run.value)]
-        return max(judged, key=lambda run: sign * run.value, default=None)
+        full = [run for run in runs if run.status == "done"]
+        return next(iter(scores.ranked(full, self._metric, lambda run: run.value)), None)
 
     def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
         """The best of a sweep, and its parameters."""
@@ -327,7 +327,7 @@ class Progress(OwnCallback):
         column = max(8, min(max(map(len, shown)), 20 if width < 120 else 40))
         ce = self._best_of(by_row.get("ce", []))
         versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1
-        head = f"best {self._metric}" if self._plan.metric else f"least {self._metric}"
+        head = fitted(f"best {self._metric}", 17) if self._plan.metric else f"least {self._metric}"
         cells = f"{'full':>6} {'stopped':>7} {'failed':>6}  {head:>{len(head)}}" + (f" {'vs ce':>8}" if versus else "")
         lines = [f"{'':<{column}} {cells}  running"]
         for row in shown:

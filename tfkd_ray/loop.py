@@ -13,7 +13,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tfkd_ray.augment import View
 from tfkd_ray.checkpoint import WEIGHTS, State, load_state, remove_partial, save_state, save_weights
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.evaluate import metric_sums, metrics_from, predictions
+from tfkd_ray.evaluate import asked_beside, metric_sums, metrics_at_once, metrics_from, predictions
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.images import Images, address, generator, random_states, seed_all
 from tfkd_ray.models import Own, Timm, check_learns, check_lone_image
@@ -65,6 +65,7 @@ def train(
     state: State | None = None,
     *,
     teacher: nn.Module | Bank | None = None,
+    more_metrics: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Generator[Epoch, None, None]:
     """Train one student; yields after every epoch from the one after `state` to the last.
@@ -72,9 +73,11 @@ def train(
     Args:
         state: goes on from it, bit-identically to never having stopped (same processor type, threads, torch).
         teacher: where the objective needs one; see `teachers.find_or_train`. A bare module is asked in every step.
+        more_metrics: recorded on validation beside the usual ones, such as `val_auroc`; see `scores.SCORES`.
         say: called with a sentence where the loss explodes without becoming infinite. None: standard error.
     """
     check_kind(config, TrainConfig, "config")
+    others = asked_beside(more_metrics)
     # 1. Where it runs
     workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if config.gpus_per_worker and not torch.cuda.is_available():
@@ -233,7 +236,7 @@ def train(
             if workers > 1:
                 for buffer in student.buffers():  # workers judge with the same batch statistics
                     dist.broadcast(buffer, src=0)
-            val_sums = torch.zeros(1, device=device)
+            val_sums, val_logits = torch.zeros(1, device=device), []
             if val_set is not None:
                 if made is not None and teacher_val is None:  # the same in every epoch
                     if bank is not None:
@@ -244,6 +247,8 @@ def train(
                 for guess, labels in judged:
                     soft = None if teacher_val is None else teacher_val[at : (at := at + len(guess))].to(device)
                     val_sums = val_sums + metric_sums(guess, labels, soft)
+                    if others:
+                        val_logits.append(guess)
             if workers > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(val_sums)
@@ -261,6 +266,9 @@ def train(
                     if soft is not None and not soft.isfinite().all():
                         advice = "the teacher's logits are not finite numbers; look at its weights and its images"
                     raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; {advice}")
+            if val_set is not None and others:
+                labels = val_set.labels
+                metrics |= metrics_at_once(others, val_logits, labels, classes, rank=rank, workers=workers)
             if not told and rank == 0 and (sentence := exploded(metrics, classes)):
                 told = True
                 (say or _to_standard_error)(sentence)
@@ -285,6 +293,7 @@ def train_in(
     config: TrainConfig,
     *,
     teacher: nn.Module | Bank | None = None,
+    more_metrics: Sequence[str] = (),
     about: dict[str, str] | None = None,
     say: Callable[[str], None] | None = None,
     on_saved: Callable[[bool], None] | None = None,
@@ -312,7 +321,7 @@ def train_in(
     troubled = False
     pending: Future[None] | None = None
     last: Epoch | None = None
-    run = train(config, state, teacher=teacher, say=say)
+    run = train(config, state, teacher=teacher, more_metrics=more_metrics, say=say)
 
     def save(state: State, *, final: bool) -> None:
         nonlocal saved_epoch

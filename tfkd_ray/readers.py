@@ -28,6 +28,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
+from tfkd_ray import scores
 from tfkd_ray.experiment import (
     MOST_BYTES,
     STATUSES,
@@ -40,6 +41,7 @@ from tfkd_ray.experiment import (
     gone_sentence,
     gone_trials,
     parse_json,
+    ranked,
     read_experiment,
     read_metrics,
     read_spent,
@@ -88,7 +90,7 @@ class Plan:
     @property
     def mode(self) -> str:
         """Which way of the metric is better."""
-        return "max" if self.metric == "val_accuracy" else "min"
+        return scores.score_of(self.metric or "train_loss").direction
 
     @property
     def epochs(self) -> int:
@@ -124,7 +126,8 @@ def read_plan(experiment: Path) -> Plan:
         space, search = about["space"], about["space"]["search"]
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
         rows = {str(objective["name"]): int(space["epochs"]) for objective in given}
-        return Plan("sweep", str(about["created"]), rows, int(search["num_samples"]), str(search["metric"]), about)
+        metric = scores.score_of(str(search["metric"])).key
+        return Plan("sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"was changed by hand, or cut: {_words(error)}", path) from None
 
@@ -341,7 +344,7 @@ def best_of(experiment: Path) -> tuple[Record, Plan]:
     if plan.metric is None:
         raise ConfigError("a comparison of arms has no best trial; its verdict is in confirm.json", experiment)
     records = read_lasts(experiment)
-    winner = best(_judged(records, plan.metric), plan.metric, plan.mode)
+    winner = best(records, plan.metric)
     if winner is None:
         raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
     return winner, plan
@@ -377,14 +380,18 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
     if len(metrics) == 1:
         value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
         return [f"{best[0]['trial']} of {_name(experiment)}: {value}, the best of {found['trials']} on validation"]
+    widths = [max(12, len(m)) for m in metrics]
     lines = [
         f"{_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
         f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
     ]
     for entry in best:
-        values = (entry["values"][m] for m in metrics)
-        cells = (f" {v:>12.0f}" if v > 1 and v == round(v) else f" {v:>12.4f}" for v in values)
-        lines.append(f"{padded(entry['trial'], 24)}" + "".join(cells))
+        line = padded(entry["trial"], 24)
+        for m, width in zip(metrics, widths, strict=True):
+            value = entry["values"][m]
+            digits = 0 if value > 1 and value == round(value) else 4
+            line += f" {value:>{width}.{digits}f}"
+        lines.append(line)
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
 
 
@@ -400,19 +407,13 @@ def _first_line(reason: str | None) -> str:
     return next(iter((reason or "").strip().splitlines()), "no reason is known")
 
 
-def _judged(records: Sequence[Record], metric: str) -> list[Record]:
-    """Trials of full length with a finite value."""
-    return [r for r in records if r.status == "done" and math.isfinite(r.last.get(metric, math.nan))]
-
-
 def _best(records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
     if plan.metric is None:
         return None
-    judged = _judged(records, plan.metric)
-    winner = best(judged, plan.metric, plan.mode)
-    if winner is None:
+    judged = ranked(records, plan.metric)
+    if not judged:
         return None
-    value = winner.last[plan.metric]
+    winner, value = judged[0], judged[0].last[plan.metric]
     shared = sum(r.last[plan.metric] == value for r in judged)
     return {"trial": winner.name, "objective": winner.objective, "value": value, "shared_by": shared}
 
@@ -768,14 +769,15 @@ def _inert(text: str) -> str:
 
 def _usual(rows: Sequence[Row], plan: Plan) -> str:
     metric = plan.metric or "train_loss"
-    lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>13}  parameters"]
+    width = max(13, len(metric))
+    lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>{width}}  parameters"]
     for row in rows:
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
         reason = _first_line(row["reason"]) if row.get("reason") else parameters
         trial = _on_one_line(row["trial"])
-        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>13}  {_on_one_line(reason)}")
+        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {_on_one_line(reason)}")
     return "\n".join(lines)
 
 

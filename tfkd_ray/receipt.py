@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tfkd_ray.experiment import DIRECTIONS, Record
+from tfkd_ray import scores
+from tfkd_ray.experiment import Record
 from tfkd_ray.space import Halving, Hyperband, Range, Space
 
 MIN_TRIALS = 8
@@ -246,7 +247,7 @@ def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung
     from scipy.stats import rankdata, spearmanr
 
     pairs = _pairs(space, records, objective, rung)
-    sign = 1 if DIRECTIONS[space.search.metric] == "max" else -1
+    sign = scores.sign(space.search.metric)
     rises = rankdata([sign * p[2] for p in pairs]) - rankdata([sign * p[1] for p in pairs])
     strongest: tuple[float, str] = (0.05, "")
     searched = [

@@ -32,6 +32,7 @@ from tfkd_ray.experiment import (
     damaged,
     pareto,
     parse_json,
+    ranked,
     read_metrics,
     read_text,
     write_output,
@@ -41,6 +42,7 @@ from tfkd_ray.files import descriptor_of, kind_of, whole_file
 from tfkd_ray.readers import Plan, duration, read_lasts, read_plan, status
 from tfkd_ray.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, receipt, receipt_rows
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
+from tfkd_ray.scores import score_of
 from tfkd_ray.space import Choices, Parameter, Range, Space, build_space
 
 MAX_CURVES = 200
@@ -54,13 +56,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 RANKED = ("#FDE725", "#5EC962", "#21918C", "#3B528B", "#440154")
 """From the last to the first: viridis."""
 PALE, DARK = "#C4C4C4", "#222222"
-METRICS = {
-    "val_accuracy": ("validation accuracy", "%", 100.0),
-    "val_nll": ("validation NLL", "nats an image", 1.0),
-    "val_ece": ("validation calibration error", "%", 100.0),
-    "parameters": ("parameters of the student", "thousands", 0.001),
-}
-"""Name, unit, and what the stored value is multiplied by."""
 LUCK = "the luckiest of many trials is always ahead of its true value"
 
 
@@ -198,7 +193,7 @@ class Sweep:
     @property
     def full(self) -> list[Record]:
         """Trials of full length with a finite value: all that a value can be read from."""
-        return [r for r in self.records if r.status == "done" and math.isfinite(r.last.get(self.metric, math.nan))]
+        return sorted(self.ranked(self.records), key=lambda r: r.number)
 
     def of(self, objective: str, records: Sequence[Record]) -> list[Record]:
         return [r for r in records if r.objective == objective]
@@ -206,19 +201,18 @@ class Sweep:
     def value(self, metrics: Mapping[str, float], metric: str | None = None) -> float:
         """The metric in the unit that is shown."""
         key = metric or self.metric
-        return METRICS[key][2] * metrics.get(key, math.nan)
+        return score_of(key).factor * metrics.get(key, math.nan)
 
     def ranked(self, records: Sequence[Record]) -> list[Record]:
-        """Best first; of equals the first."""
-        sign = -1 if self.plan.mode == "max" else 1
-        return sorted(records, key=lambda r: (sign * r.last[self.metric], r.number))
+        """Those of full length with a value, best first."""
+        return ranked(records, self.metric)
 
     def colour(self, objective: str) -> str:
         return COLOURS[list(self.plan.rows).index(objective) % len(COLOURS)]
 
     def axis(self, metric: str | None = None) -> Axis:
-        label, unit, _ = METRICS[metric or self.metric]
-        return Axis(f"{label}, {unit}")
+        row = score_of(metric or self.metric)
+        return Axis(f"{row.title}, {row.unit}")
 
     def hover(self, record: Record) -> str:
         settings = ", ".join(f"{_short(k)} {_number(v)}" for k, v in record.parameters.items())
@@ -266,9 +260,9 @@ def _not_a_verdict(sweep: Sweep) -> str:
     ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
     return (
-        f"Best: {first.name}, {METRICS[sweep.metric][0]} {_shown(sweep, first)}.{shared} This is not a verdict: it is "
-        f"the best of {n} on validation, and {LUCK}. Only new runs over several seeds, judged on the test split, can "
-        "say whether it is better than the baselines (tfkd confirm)."
+        f"Best: {first.name}, {score_of(sweep.metric).title} {_shown(sweep, first)}.{shared} This is not a verdict: it "
+        f"is the best of {n} on validation, and {LUCK}. Only new runs over several seeds, judged on the test split, "
+        "can say whether it is better than the baselines (tfkd confirm)."
     )
 
 
@@ -291,8 +285,7 @@ def _best_table(sweep: Sweep) -> str:
     text = f"<p>No trial of full length yet: {_text(', '.join(none))}.</p>" if none else ""
     if not rows:
         return text or "<p>None.</p>"
-    label, unit, _ = METRICS[sweep.metric]
-    head = ["objective", "trial", f"{label}, {unit}", "from the best", "trials", "searched settings", "its loss"]
+    head = ["objective", "trial", sweep.axis().label, "from the best", "trials", "searched settings", "its loss"]
     start = (
         "<p>The best trial of each objective, by its value after the last epoch; trials that were stopped early cannot "
         "be best.</p>"
@@ -369,12 +362,11 @@ def _reproduce(plan: Plan, experiment: Path) -> Iterator[str]:
 def _parallel(sweep: Sweep) -> Figure:
     full = [sweep.value(r.last) for r in sweep.full]
     low, high = (min(full), max(full)) if full else (0.0, 1.0)
-    label, unit, _ = METRICS[sweep.metric]
     return Figure(
         "parallel",
         "Parallel coordinates",
         "Each line is one trial: it crosses every upright axis at the trial's setting, and the last one at its value "
-        f"({label}, {unit}); dark lines are the best. Trials stopped early are grey and have no value.",
+        f"({sweep.axis().label}); dark lines are the best. Trials stopped early are grey and have no value.",
         [_parallel_panel(sweep, objective, low, high) for objective in sweep.plan.rows if _searched(sweep, objective)],
         wide=True,
     )
@@ -406,7 +398,10 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
         _short(p.name).replace("weight_decay", "weight<br>decay").replace("correct_prob", "correct<br>prob")
         for p in searched
     ]
-    ticks = (*((float(i), name) for i, name in enumerate(names)), (float(last), f"value, {METRICS[sweep.metric][1]}"))
+    ticks = (
+        *((float(i), name) for i, name in enumerate(names)),
+        (float(last), f"value, {score_of(sweep.metric).unit}"),
+    )
     return Panel(
         objective,
         Axis("searched settings", ticks=ticks, span=(-0.4, last + 0.4)),
@@ -561,7 +556,7 @@ def _curves(sweep: Sweep) -> Figure:
         rules = [(float(rung), f"{rung}") for rung in rungs]
         x, y = Axis("epoch", span=(0.0, float(sweep.space.epochs))), replace(sweep.axis(), span=_zoom(sweep))
         panels.append(Panel(objective, x, y, [s for s in series if s.x], rules))
-    name = METRICS[sweep.metric][0]
+    name = score_of(sweep.metric).title
     sentence = f"Each line is a trial: its {name} after every epoch."
     if rungs:
         sentence += " Dashed lines are the rungs, where trials are judged and only the best of their objective go on."
@@ -608,7 +603,7 @@ def _pareto(sweep: Sweep) -> Figure:
         x, y = ([sweep.value(r.last, m) for r in pareto(some, (first, other))] for m in (other, first))
         series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
         panels.append(Panel("all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]))
-    names = [METRICS[m][0] for m in (first, *others)]
+    names = [score_of(m).title for m in (first, *others)]
     many = f" Of all {len(searched)} together the front is: {_some([r.name for r in front])}."
     return Figure(
         "pareto",
@@ -955,7 +950,7 @@ def _shown(sweep: Sweep, record: Record) -> str:
     value = sweep.value(record.last)
     if not math.isfinite(value):
         return "no value"
-    shown = f"{value:.2f} %" if METRICS[sweep.metric][1] == "%" else f"{value:.4f} {METRICS[sweep.metric][1]}"
+    shown = score_of(sweep.metric).show(record.last[sweep.metric])
     return shown if record.status == "done" else f"{shown} after epoch {record.last['epoch']:.0f}"
 
 

@@ -39,7 +39,6 @@ from tfkd_ray.assignment import SECTION, Assignment
 from tfkd_ray.cluster import caller_argument, give_larger_share, send_elsewhere
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import (
-    DIRECTIONS,
     FULL_LENGTH,
     Record,
     as_number,
@@ -53,6 +52,7 @@ from tfkd_ray.images import address
 from tfkd_ray.listener import Epochs
 from tfkd_ray.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
 from tfkd_ray.schema import ConfigError, check_kind, did_you_mean, readable, validated
+from tfkd_ray.scores import score_of
 from tfkd_ray.space import (
     ENVIRONMENT,
     CmaEs,
@@ -468,7 +468,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             optuna.create_study(
                 storage=self._storage,
                 study_name=f"{self.study}/{group.name}",
-                directions=[directions[DIRECTIONS[m]] for m in self.space.search.metrics],
+                directions=[directions[score_of(m).direction] for m in self.space.search.metrics],
                 pruner=self._pruner(),
                 load_if_exists=True,
             )

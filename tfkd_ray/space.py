@@ -23,7 +23,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, m
 
 from tfkd_ray.config import RUN_ONLY, Count, OptimConfig, Positive, TeacherRun, TrainConfig
 from tfkd_ray.data import Dataset
-from tfkd_ray.experiment import DIRECTIONS
 from tfkd_ray.objectives import PUBLISHED, Canonical
 from tfkd_ray.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.schema import (
@@ -42,6 +41,7 @@ from tfkd_ray.schema import (
     tag,
     validated,
 )
+from tfkd_ray.scores import Selectable, SelectableBeside, score_of
 
 Tree = dict[str, Any]
 Path_ = tuple[str, ...]
@@ -224,9 +224,6 @@ class NoStopping(Settings):
 
 Stopping = Halving | Hyperband | Asha | Median | NoStopping
 
-Metric = Literal["val_accuracy", "val_nll", "val_ece"]
-
-
 ENVIRONMENT = "TFKD_STORAGE"
 """Variable that holds a storage's whole URL where the password in the experiment's is ***."""
 
@@ -259,10 +256,11 @@ class SearchConfig(Settings):
     warm_start: bool = True
     """Try published settings first, as far as they lie in the space; at most a quarter of an objective's trials."""
     stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(named)] = Halving()
-    metric: Metric = "val_accuracy"
-    """A trial's value: this metric after its last epoch, on validation. Accuracy is maximised, the others minimised.
-    A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first one leads."""
-    more_metrics: tuple[Metric | Literal["parameters"], ...] = ()
+    metric: Selectable = "val_accuracy"
+    """A trial's value: this metric after its last epoch, on validation. NLL and ECE are minimised, the others are
+    maximised. A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first
+    one leads."""
+    more_metrics: tuple[SelectableBeside, ...] = ()
     """The rest of a list given as `metric`; also `parameters`, the number of the student's weights, minimised."""
     max_concurrent: Count | None = None
     """Trials at a time. None: as many as the cluster has room for."""
@@ -313,7 +311,7 @@ class SearchConfig(Settings):
     @property
     def mode(self) -> Literal["max", "min"]:
         """Which way is better."""
-        return DIRECTIONS[self.metric]
+        return score_of(self.metric).direction
 
     @property
     def budgets(self) -> dict[str, float]:

@@ -39,25 +39,21 @@ from tfkd_ray.experiment import FULL_LENGTH, as_number, read_experiment, trials_
 from tfkd_ray.listener import OwnCallback
 from tfkd_ray.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
 from tfkd_ray.schema import dump_yaml, in_yaml
+from tfkd_ray.scores import SCORES, score_of
 from tfkd_ray.space import Choices, Parameter, Space, build_space
 
 TAGS = {
-    "train_loss": "train/loss",
+    **{row.key: row.tag for row in SCORES.values() if row.tag is not None},
     "train_ce": "train/loss_ce",
     "train_kd": "train/loss_kd",
-    "val_accuracy": "val/acc",
-    "val_top5": "val/top5",
-    "val_nll": "val/loss",
-    "val_ece": "val/ece",
-    "val_agreement": "kd/agreement",
     "val_teacher_kl": "kd/kl",
     "train_kd_ratio": "kd/grad_ratio",
     "lr": "opt/lr",
     "images_per_s": "sys/img_per_s",
-    "parameters": "model/parameters",
 }
-"""Our metrics and the tags they go by; losses are in nats, accuracies fractions. kd/grad_ratio: how much larger the
-soft part's gradient by the logits is than that of CE. model/parameters is there where it is searched for."""
+"""Our metrics, and what else an epoch tells, by their tags; losses are in nats, accuracies fractions. kd/grad_ratio:
+how much larger the soft part's gradient by the logits is than that of CE. model/parameters is there where it is
+searched for."""
 VALUE = "hp/value"
 """The trial's value by the selection rule: HParams' metric. The same goes under objective/NAME, because charts under
 Custom Scalars can choose among tags, and not among runs."""
@@ -216,13 +212,13 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
 
     Args:
         folder: `tb` of the comparison's directory, where the runs' events are.
-        arms: by arm's name: `runs` their names, `values` their test accuracies, and for each number of seeds from 2 on
+        arms: by arm's name: `runs` their names, `values` their metric on test, and for each number of seeds from 2 on
             `mean`, `low` and `high`.
     """
     for old in (*folder.glob("events.*"), *folder.glob("*/events.*.test"), *folder.glob("arms/*/events.*")):
         old.unlink()
     whole = read_comparison(folder.parent).arms
-    label = "test accuracy" + (f" (preset {whole.preset}: scaled down)" if whole.preset else "")
+    label = f"test {score_of(whole.metric).label}" + (f" (preset {whole.preset}: scaled down)" if whole.preset else "")
     root = EventFileWriter(str(folder))
     _add(root, 0, _experiment(_ARM_COLUMNS, {VALUE: label}))
     _add(root, 0, _layout([_MARGINS]))

@@ -216,8 +216,15 @@ def _prepared(
         if teacher is not None:
             teacher.meet = meet
         meet()
-    header, on_saved = {"trial": assignment.name}, storage.on_saved(directory)
-    return train_in(directory, config, teacher=teacher, about=header, say=say, on_saved=on_saved)
+    return train_in(
+        directory,
+        config,
+        teacher=teacher,
+        more_metrics=assignment.metrics,
+        about={"trial": assignment.name},
+        say=say,
+        on_saved=storage.on_saved(directory),
+    )
 
 
 def check_data_here(config: TrainConfig) -> None:

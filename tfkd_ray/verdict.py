@@ -10,9 +10,10 @@ test images, shown apart, how far from the luck of the test set's images. Three 
                   (or at or below 0), so that a lead worth having is ruled out; being worse is a case of it
     cannot tell   neither
 
-`benchmarks/verdict.py` simulates how often they are wrong. To judge another metric, make another `Metric`.
+`benchmarks/verdict.py` simulates how often they are wrong. Another metric is another row in
+`scores`.
 
-Shapes: n = seeds, k = candidates, m = baselines, N = test images, K = classes; `...` = any, so that one call decides
+Shapes: n = seeds, k = candidates, m = baselines, N = test images; `...` = any, so that one call decides
 thousands of simulated experiments.
 """
 
@@ -28,8 +29,8 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 from statsmodels.stats.power import TTestPower
 
-from tfkd_ray.calibration import BINS, binned, calibration_error, confidence_of
 from tfkd_ray.schema import ConfigError
+from tfkd_ray.scores import score_of
 
 Array = NDArray[np.float64]
 Word = Literal["better", "not better", "cannot tell"]
@@ -57,17 +58,13 @@ ROUNDING = 1e-6
 class Metric:
     """What the verdict is about, and how it is written."""
 
-    name: str = "accuracy"
-    larger_is_better: bool = True
-    percent: bool = True
+    name: str
+    larger_is_better: bool
+    percent: bool
     """A fraction, written in points of a hundred."""
-    margin: float = 0.002
-    """The smallest lead worth having, in the metric's own unit.
-
-    0.2 points of accuracy: published gains are 0.3 to 1; at a seed spread of 0.25 points it takes 25 seeds or more to
-    show a gain of 0.2; and 10,000 test images leave a standard error of about that size. A larger margin turns
-    'cannot tell' into 'not better'; it never makes a 'better'.
-    """
+    margin: float
+    """The smallest lead worth having, in the metric's own unit. A larger one turns 'cannot tell' into 'not better'; it
+    never makes a 'better'."""
 
     def show(self, value: float) -> str:
         """The value without its unit."""
@@ -83,7 +80,14 @@ class Metric:
         return " points" if self.percent else ""
 
 
-ACCURACY = Metric()
+def metric_of(key: str) -> Metric:
+    """What a verdict on a metric is about, by its row of `scores.SCORES`."""
+    row = score_of(key)
+    assert row.margin is not None, f"{key}: no verdict is about it"
+    return Metric(row.name, row.direction == "max", row.unit == "%", row.margin)
+
+
+ACCURACY = metric_of("val_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -567,66 +571,3 @@ def _wrapped(text: str) -> list[str]:
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-# --- metrics of logits -----------------------------------------------------------------------------------------
-
-
-def scores(logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """All metrics of logits [N, K] and labels [N]."""
-    return {
-        "accuracy": accuracy(logits, labels),
-        "top5": top_k(logits, labels),
-        "nll": nll(logits, labels),
-        "brier": brier(logits, labels),
-        "ece": ece(logits, labels),
-        "ece_equal_mass": ece(logits, labels, equal_mass=True),
-    }
-
-
-def _log_p(logits: NDArray[Any]) -> Array:
-    return np.asarray(special.log_softmax(np.asarray(logits, dtype=np.float64), axis=1), dtype=np.float64)
-
-
-def accuracy(logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Top-1 accuracy in [0, 1]; of equal logits the first class is the answer."""
-    return float((logits.argmax(axis=1) == labels).mean())
-
-
-def top_k(logits: NDArray[Any], labels: NDArray[Any], k: int = 5) -> float:
-    """Share of labels among the k largest logits, in [0, 1]; of equal logits the first classes count."""
-    first = np.argsort(-np.asarray(logits, dtype=np.float64), axis=1, kind="stable")[:, :k]
-    return float((first == labels[:, None]).any(axis=1).mean())
-
-
-def nll(logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Mean negative log-likelihood, in nats an image."""
-    return float(-_log_p(logits)[np.arange(len(labels)), labels].mean())
-
-
-def brier(logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Squared distance of the probabilities from the one-hot label, summed over classes, mean over images: 0 to 2."""
-    p = np.exp(_log_p(logits))
-    p[np.arange(len(labels)), labels] -= 1
-    return float((p**2).sum(axis=1).mean())
-
-
-def ece(logits: NDArray[Any], labels: NDArray[Any], *, equal_mass: bool = False) -> float:
-    """Calibration error: the gap between confidence and accuracy of `BINS` bins, weighted by their images; a fraction.
-
-    Bins are equally wide, or hold equally many images (Nixon et al. 2019, arXiv:1904.01685; images of the same
-    confidence are kept in one bin, so that the order of the images does not matter).
-    """
-    if not equal_mass:
-        return calibration_error(len(labels), *binned(logits, labels)[1:])
-    confidence = confidence_of(logits)
-    right = (logits.argmax(axis=1) == labels).astype(np.float64)
-    parts = np.array_split(np.sort(confidence), BINS)
-    bins = np.searchsorted([part[0] for part in parts[1:] if len(part)], confidence, side="right")
-    sure, hits = np.bincount(bins, confidence, BINS), np.bincount(bins, right, BINS)
-    return calibration_error(len(labels), sure, hits)
-
-
-def agreement(logits: NDArray[Any], others: NDArray[Any]) -> float:
-    """Share of images with the same answer in both [N, K], in [0, 1]."""
-    return float((logits.argmax(axis=1) == others.argmax(axis=1)).mean())
