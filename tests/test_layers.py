@@ -17,7 +17,7 @@ ORDER = [
     "images",
     "objectives", "data", "models", "augment",
     "config",
-    "checkpoint", "evaluate", "soft_labels", "space", "explain", "readers", "receipt", "report",
+    "checkpoint", "evaluate", "soft_labels", "search_config", "ranges", "space", "relate", "explain", "readers", "receipt", "report",
     "loop", "weights", "plan", "clusterfile", "jobs",
     "teachers",
     "arms", "export",

@@ -18,10 +18,10 @@ from test_readers import change, line, make_sweep
 from tfkd_ray import report as module
 from tfkd_ray.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.experiment import Record, read_records, write_record
+from tfkd_ray.ranges import Range
 from tfkd_ray.readers import read_plan
 from tfkd_ray.report import report
 from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import Range
 
 EVIL = "</script><script>document.title='pwned'</script><img src=http://example.invalid/x onerror=\"document.title='pwned'\">"
 

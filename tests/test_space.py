@@ -15,21 +15,12 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import pareto
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
+from tfkd_ray.ranges import Choices, Range
+from tfkd_ray.relate import not_superset, warm_points
 from tfkd_ray.schema import ConfigError, dump_yaml, members, parse_yaml, tag
 from tfkd_ray.search import OptunaSearcher
-from tfkd_ray.space import (
-    Choices,
-    Halving,
-    Hyperband,
-    Median,
-    Range,
-    SearchConfig,
-    Space,
-    build_space,
-    load_space,
-    not_superset,
-    warm_points,
-)
+from tfkd_ray.search_config import Halving, Hyperband, Median, SearchConfig
+from tfkd_ray.space import Space, build_space, load_space
 
 
 def space(**tree: Any) -> Space:

@@ -23,6 +23,7 @@ from tfkd_ray.experiment import DIRECTIONS, Record, about_now, damaged, read_exp
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
+from tfkd_ray.ranges import Domain, Range
 from tfkd_ray.schema import (
     ConfigError,
     Settings,
@@ -34,7 +35,7 @@ from tfkd_ray.schema import (
     read_yaml,
     validated,
 )
-from tfkd_ray.space import Domain, Range, Space, build_space, override
+from tfkd_ray.space import Space, build_space, override
 
 FIRST_SEED = 1001
 """Of the seeds that arms are trained with; far from those that sweeps are run with."""

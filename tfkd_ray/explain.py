@@ -23,7 +23,8 @@ from torch import Tensor
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.images import generator
 from tfkd_ray.objectives import Canonical, CrossEntropy, LabelSmoothing
-from tfkd_ray.space import Branch, Choices, Domain, Parameter, Space
+from tfkd_ray.ranges import Choices, Domain
+from tfkd_ray.space import Branch, Parameter, Space
 
 SCALES = (1.0, 5.0, 10.0)
 """Factors on the student's synthetic logits."""

@@ -38,10 +38,11 @@ from tfkd_ray.experiment import (
 )
 from tfkd_ray.explain import TOLERANCE, amounts_to
 from tfkd_ray.files import descriptor_of, kind_of, whole_file
+from tfkd_ray.ranges import Choices, Range
 from tfkd_ray.readers import Plan, duration, read_lasts, read_plan, status
 from tfkd_ray.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, receipt, receipt_rows
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
-from tfkd_ray.space import Choices, Parameter, Range, Space, build_space
+from tfkd_ray.space import Parameter, Space, build_space
 
 MAX_CURVES = 200
 """Most trials whose epochs are drawn, over all objectives."""

@@ -10,30 +10,35 @@ import copy
 import dataclasses
 import importlib.util
 import itertools
-import json
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_origin
+from typing import Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
-
-from tfkd_ray.config import RUN_ONLY, Count, OptimConfig, Positive, TeacherRun, TrainConfig
-from tfkd_ray.data import Dataset
-from tfkd_ray.experiment import DIRECTIONS
-from tfkd_ray.objectives import PUBLISHED, Canonical
-from tfkd_ray.passwords import FIRST_AT, after_password, masked
+from tfkd_ray.config import RUN_ONLY, TeacherRun, TrainConfig
+from tfkd_ray.objectives import Canonical
+from tfkd_ray.passwords import masked
+from tfkd_ray.ranges import (
+    Choices,
+    Domain,
+    Path_,
+    Range,
+    Suggests,
+    Tree,
+    as_tree,
+    domain_of,
+    is_number,
+    is_range,
+    is_whole,
+    labels_of,
+    name_of,
+    range_meant,
+)
 from tfkd_ray.schema import (
     ConfigError,
-    Settings,
     did_you_mean,
     dotted,
     find_file,
-    in_yaml,
-    leaves,
     members,
     named,
     parse_yaml,
@@ -42,629 +47,13 @@ from tfkd_ray.schema import (
     tag,
     validated,
 )
+from tfkd_ray.search_config import Gp, Grid, Halving, Hyperband, Median, NoStopping, SearchConfig
 
-Tree = dict[str, Any]
-Path_ = tuple[str, ...]
-
-# --- how a space is searched -----------------------------------------------------------------------------------
-
-
-class _Sampler(Settings):
-    """A sampler of Optuna's; what it cannot do stands here, and `_search_problems` makes sentences of it."""
-
-    choices: ClassVar[bool] = True
-    """It can propose one of a list."""
-    together: ClassVar[bool] = False
-    """It can choose among objectives (`split: false`), or items of choices, that have parameters of their own."""
-    several: ClassVar[bool] = True
-    """It can make several metrics good at once."""
-    priors: ClassVar[bool] = True
-    """Results of earlier experiments help it."""
-    full_length_only: ClassVar[bool] = False
-    """A trial that is stopped early breaks it."""
-    needs: ClassVar[str | None] = None
-    """A package that is not among our requirements."""
-
-    def __str__(self) -> str:
-        return str(tag(type(self)))
-
-
-class Tpe(_Sampler):
-    """Tree-structured Parzen estimators: models where good trials are. Stopped trials count, too."""
-
-    together: ClassVar[bool] = True
-    name: Literal["tpe"] = "tpe"
-    startup: Count | None = None
-    """Proposals before it begins, quasi-random ones where an objective has a sampler of its own and nothing is known of
-    it. None: 10, or half of an objective's trials if that is less (at least 3)."""
-    candidates: Count = 24
-    """Candidates that it chooses a proposal from."""
-    multivariate: bool = True
-    """One model over all parameters. false: one for each, as if they did not act together."""
-
-
-class Gp(_Sampler):
-    """A Gaussian process with log expected improvement. It learns from full-length trials only."""
-
-    name: Literal["gp"] = "gp"
-    startup: Count | None = None
-    """Proposals before it begins, as of tpe."""
-
-
-class CmaEs(_Sampler):
-    """CMA-ES: moves a normal distribution, generation by generation. Ranges only, one metric, no early stopping."""
-
-    choices: ClassVar[bool] = False
-    several: ClassVar[bool] = False
-    priors: ClassVar[bool] = False
-    full_length_only: ClassVar[bool] = True
-    needs: ClassVar[str | None] = "cmaes"
-    name: Literal["cmaes"] = "cmaes"
-    startup: Count = 1
-    """Random proposals before it begins."""
-    population: Annotated[int, Field(ge=2)] | None = None
-    """Trials of a generation. None: 4 + 3 log(parameters)."""
-
-
-class Qmc(_Sampler):
-    """Quasi-random points, which cover the space more evenly than random ones."""
-
-    priors: ClassVar[bool] = False
-    name: Literal["qmc"] = "qmc"
-    kind: Literal["sobol", "halton"] = "sobol"
-
-
-class Random(_Sampler):
-    """Independent random proposals."""
-
-    together: ClassVar[bool] = True
-    priors: ClassVar[bool] = False
-    name: Literal["random"] = "random"
-
-
-class Grid(_Sampler):
-    """Every combination of choices and steps once, in random order; so many trials, no more and no fewer."""
-
-    priors: ClassVar[bool] = False
-    name: Literal["grid"] = "grid"
-
-
-Sampler = Tpe | Gp | CmaEs | Qmc | Random | Grid
-
-
-class Halving(Settings):
-    """Successive halving: at each rung only the best 1 / `factor` of its objective's trials go on."""
-
-    name: Literal["halving"] = "halving"
-    factor: Annotated[int, Field(ge=2)] = 3
-    min_epochs: Count | None = None
-    """Epochs before the first rung. None: epochs / factor^2, so that the rungs are at 1/9 and 1/3 of the epochs."""
-
-    def rungs(self, epochs: int) -> list[int]:
-        """Epochs after which a trial is judged, ascending; none in the last ninth, where there is little to save."""
-        rung = self.min_epochs or max(1, epochs // self.factor**2)
-        return list(
-            itertools.takewhile(lambda r: 9 * r <= 8 * epochs, (rung * self.factor**k for k in itertools.count()))
-        )
-
-
-class Hyperband(Halving):
-    """Several halvings side by side, which begin to judge at different rungs; one of them never stops a trial.
-
-    (Li et al. 2018, arXiv:1603.06560.) Trials are judged among those of their own halving. They are dealt out as
-    Optuna's pruner does it: a bracket that stops more gets more.
-    """
-
-    name: Literal["hyperband"] = "hyperband"  # type: ignore[assignment]
-
-    def brackets(self, epochs: int) -> list[list[int]]:
-        """The rungs of each halving."""
-        rungs = self.rungs(epochs)
-        return [rungs[k:] for k in range(len(rungs) + 1)]
-
-    def bracket(self, epochs: int, k: int) -> int:
-        """Which halving the k-th trial of an objective belongs to."""
-        weights = self._weights(epochs)
-        *_, last = self._deal(weights, k % sum(weights) + 1)
-        return last
-
-    def dealt(self, epochs: int, trials: int) -> dict[int, int]:
-        """How many of the first trials of an objective belong to each halving."""
-        weights = self._weights(epochs)
-        rounds, rest = divmod(trials, sum(weights))
-        found = {b: rounds * weight for b, weight in enumerate(weights)}
-        for b in self._deal(weights, rest):
-            found[b] += 1
-        return found
-
-    def _weights(self, epochs: int) -> list[int]:
-        """Trials that each halving gets in one round."""
-        n = len(self.brackets(epochs))
-        return [math.ceil(n * self.factor ** (n - 1 - b) / (n - b)) for b in range(n)]
-
-    def _deal(self, weights: list[int], trials: int) -> Iterator[int]:
-        """Which halving gets each trial of a round."""
-        dealt, total = [0] * len(weights), sum(weights)
-        for j in range(trials):
-            last = max(range(len(weights)), key=lambda b: weights[b] * (j + 1) / total - dealt[b])
-            dealt[last] += 1
-            yield last
-
-
-class Asha(Halving):
-    """Ray's own ASHAScheduler. Its rungs live in the driver: after a kill -9 they begin anew, so it is not exact."""
-
-    name: Literal["asha"] = "asha"  # type: ignore[assignment]
-
-
-class Median(Settings):
-    """Stops a trial whose best value so far is worse than the median of full-length trials at the same epoch."""
-
-    name: Literal["median"] = "median"
-    startup: Count = 5
-    """Full-length trials of an objective before the first is stopped."""
-    min_epochs: Count | None = None
-    """Epochs before the first judgment, and between two. None: a ninth of the epochs."""
-
-    def rungs(self, epochs: int) -> list[int]:
-        """Epochs after which a trial is judged, ascending; the last epoch is not among them."""
-        every = self.min_epochs or max(1, epochs // 9)
-        return list(range(every, epochs, every))
-
-
-class NoStopping(Settings):
-    """Every trial runs its full length."""
-
-    name: Literal["none"] = "none"
-
-    def rungs(self, epochs: int) -> list[int]:
-        """None."""
-        return []
-
-
-Stopping = Halving | Hyperband | Asha | Median | NoStopping
-
-Metric = Literal["val_accuracy", "val_nll", "val_ece"]
-
-
-ENVIRONMENT = "TFKD_STORAGE"
-"""Variable that holds a storage's whole URL where the password in the experiment's is ***."""
-
-
-def _storage_url(url: str | None) -> str | None:
-    if url is None:
-        return None
-    if not re.match(r"[a-z][a-z0-9+_]*://", url):
-        raise ValueError("a URL: sqlite:///FILE, or postgresql://USER@HOST/DATABASE; null keeps a journal file")
-    if "@" in after_password(url):
-        raise ValueError(FIRST_AT)
-    kind, _, rest = url.partition(":///")
-    if url.startswith("sqlite") and rest in ("", ":memory:"):
-        raise ValueError("a database in memory ends with the process; name a file: sqlite:///FILE")
-    if kind.startswith("sqlite") and rest and not rest.startswith("/"):  # whoever resumes may stand elsewhere
-        return f"{kind}:///{Path(rest).absolute()}"
-    return url
-
-
-class SearchConfig(Settings):
-    """How many trials, proposed and stopped by what, for how long, and where that is kept."""
-
-    num_samples: Count = 24
-    """Trials, over all objectives. With the grid sampler: left out, the size of the grid."""
-    split: bool = True
-    """Give every objective equally many trials and a sampler of its own. false: the sampler chooses the objective."""
-    baselines: bool = True
-    """Add `ce` and `lsr` where a list of objectives lacks them, so that the baselines are tuned as hard as the rest."""
-    sampler: Annotated[Sampler, Field(discriminator="name"), BeforeValidator(named)] = Tpe()
-    warm_start: bool = True
-    """Try published settings first, as far as they lie in the space; at most a quarter of an objective's trials."""
-    stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(named)] = Halving()
-    metric: Metric = "val_accuracy"
-    """A trial's value: this metric after its last epoch, on validation. Accuracy is maximised, the others minimised.
-    A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first one leads."""
-    more_metrics: tuple[Metric | Literal["parameters"], ...] = ()
-    """The rest of a list given as `metric`; also `parameters`, the number of the student's weights, minimised."""
-    max_concurrent: Count | None = None
-    """Trials at a time. None: as many as the cluster has room for."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
-    """Times that a trial whose process was lost goes on from its last checkpoint; lost once more in the same epoch, it
-    has failed."""
-    trial_timeout_s: Positive | None = None
-    """Seconds that a trial may take for one epoch, its start included; then it hangs: its process is ended, and it has
-    failed."""
-    time_budget_s: Positive | None = None
-    """Seconds of trials, all sessions together, after which the sweep ends; unfinished trials are kept for resume."""
-    gpu_hours: Positive | None = None
-    """The same, in hours of one GPU that trials hold."""
-    cpu_hours: Positive | None = None
-    """The same, in hours of one CPU that trials hold."""
-    max_failed_trials: Count | None = None
-    """Failed trials after which the sweep ends."""
-    storage: Annotated[str | None, AfterValidator(_storage_url), Field(repr=False)] = None
-    """URL of an Optuna storage for the studies. None: a journal file in the experiment. Its password is never written:
-    where one is needed again, the whole URL is taken from the environment variable TFKD_STORAGE."""
-    study: Annotated[str, Field(min_length=1)] | None = None
-    """What the studies are called in the storage. None: the experiment's name there, `tfkd` in a journal file."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Of the proposals: proposal n is a function of this seed, n, and what the study holds."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _metrics_as_a_list(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and isinstance(tree.get("metric"), list | tuple) and tree["metric"]:
-            return {**tree, "metric": tree["metric"][0], "more_metrics": tree["metric"][1:]}
-        return tree
-
-    @model_validator(mode="after")
-    def _different_metrics(self) -> Self:
-        if len(set(self.metrics)) < len(self.metrics):
-            raise ValueError(f"metric: a list of different metrics, got {', '.join(self.metrics)}")
-        return self
-
-    @field_serializer("storage")
-    def _without_password(self, storage: str | None) -> str | None:
-        return None if storage is None else masked(storage)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """All metrics that are made good at once; mostly one."""
-        return (self.metric, *self.more_metrics)
-
-    @property
-    def mode(self) -> Literal["max", "min"]:
-        """Which way is better."""
-        return DIRECTIONS[self.metric]
-
-    @property
-    def budgets(self) -> dict[str, float]:
-        """The limits that are set, beside the number of trials."""
-        names = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-# --- ranges ----------------------------------------------------------------------------------------------------
-
-
-class Suggests(Protocol):
-    """The part of `optuna.Trial` that a space needs."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
-
-
-MANY = 2**40
-"""Steps beyond which a sampler is asked for any number, which is brought to a step: tpe's probability of one is lost in
-a float."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """All numbers from low to high, both ends included."""
-
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = None
-    log_complement: bool = False
-    """Log-uniform in 1 - x: as many trials in 0.9 to 0.99 as in 0.99 to 0.999."""
-    whole: bool = False
-    """Whole numbers only."""
-
-    def suggest(self, trial: Suggests, name: str) -> float:
-        """A value in the range, asked of the sampler under `name`."""
-        if self.whole:
-            found: float
-            first, last, by = int(self.low), int(self.high), int(self.step or 1)
-            if last - first > MANY * by:
-                found = trial.suggest_float(name, first, last, step=None, log=self.log)
-            else:
-                found = trial.suggest_int(name, first, last, step=by, log=self.log)
-            # a study keeps a float: beyond 2**53 the nearest, which is brought back to a step, and always to the same
-            return min(first + (int(float(found)) - first) // by * by, last)
-        if self.step and self.high - self.low > MANY * self.step:
-            found = trial.suggest_float(name, self.low, self.high, step=None, log=False)
-            return min(self.low + round((found - self.low) / self.step) * self.step, self.high)
-        if self.log_complement:
-            low, high = 1 - self.high, 1 - self.low
-            return 1 - trial.suggest_float(f"1 - {name}", low, high, step=None, log=True)
-        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
-
-    @property
-    def probes(self) -> list[Any]:
-        """Values that are valid only if the whole range is."""
-        return [int(self.low), int(self.high)] if self.whole else [self.low, self.high]
-
-    def told(self, name: str, value: Any) -> Tree:
-        """The value as `suggest` asks for it."""
-        if self.log_complement:
-            return {f"1 - {name}": min(max(1 - value, 1 - self.high), 1 - self.low)}
-        return {name: value}
-
-    def contains(self, value: Any) -> bool:
-        """Whether it may be proposed."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
-            return False
-        if self.whole:
-            return value == int(value) and (int(value) - int(self.low)) % int(self.step or 1) == 0
-        if self.step is None:
-            return True
-        steps = (value - self.low) / self.step
-        rounding = 4 * math.ulp(max(abs(value), abs(self.low))) / self.step
-        return abs(steps - round(steps)) <= max(1e-9, rounding)
-
-    def includes(self, other: "Domain") -> bool:
-        """Whether all that the other may propose is in here, on the same scale."""
-        if not isinstance(other, Range):
-            return False
-        alike = ("log", "step", "log_complement", "whole")
-        return (
-            all(getattr(self, a) == getattr(other, a) for a in alike)
-            and self.contains(other.low)
-            and self.low <= other.low <= other.high <= self.high
-        )
-
-    @property
-    def middle(self) -> float:
-        """The value in the middle, on the scale of the range."""
-        if self.log_complement:
-            return 1 - math.sqrt((1 - self.low) * (1 - self.high))
-        value = (self.low + self.high) / 2
-        if self.log:
-            product = float(self.low) * float(self.high)
-            value = math.sqrt(product) if product < math.inf else math.sqrt(self.low) * math.sqrt(self.high)
-        if self.step:
-            value = min(self.low + round((value - self.low) / self.step) * self.step, self.high)
-        return round(value) if self.whole else value
-
-    @property
-    def size(self) -> int | None:
-        """How many values there are; None where they have no even steps between them."""
-        step = self.step or (1 if self.whole and not self.log else None)
-        return None if step is None else _steps(self.low, self.high, step) + 1
-
-    @property
-    def points(self) -> list[Any] | None:
-        """All values, where they can be counted one by one (`size`: how many)."""
-        if self.size is None:
-            return None
-        found = [min(self.low + k * (self.step or 1), self.high) for k in range(self.size)]
-        return [round(v) for v in found] if self.whole else found
-
-    def __str__(self) -> str:
-        how = (
-            "log" if self.log else "log in 1 - x" if self.log_complement else f"step {self.step:g}" if self.step else ""
-        )
-        ends = f"{int(self.low)} to {int(self.high)}" if self.whole else f"{self.low:g} to {self.high:g}"
-        return ends + (f" ({how})" if how else "")
-
-
-def _steps(low: float, high: float, step: float) -> int:
-    """Whole steps from low to high, in the decimal numbers that a person wrote: as Optuna counts them."""
-    return (Fraction(str(high)) - Fraction(str(low))) // Fraction(str(step))
-
-
-def _last_step(low: float, high: float, step: float) -> float:
-    """The last value that steps from low come to, not above high."""
-    last = Fraction(str(low)) + _steps(low, high, step) * Fraction(str(step))
-    return int(last) if isinstance(high, int) and last.denominator == 1 else float(last)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """One of a list of values (numbers, text, settings)."""
-
-    values: tuple[Any, ...]
-    """Settings that have ranges of their own without these, which are parameters `within` this one."""
-    written: tuple[Any, ...] = ()
-    """The values with these ranges; empty: there are none."""
-
-    def suggest(self, trial: Suggests, name: str) -> Any:
-        """One of the values; the sampler sees settings as their text."""
-        labels = self.points
-        return copy.deepcopy(self.values[labels.index(trial.suggest_categorical(name, labels))])
-
-    def told(self, name: str, value: Any) -> Tree:
-        """The value as `suggest` asks for it."""
-        return {name: self.points[self.values.index(value)]}
-
-    def contains(self, value: Any) -> bool:
-        """Whether it is one of the values."""
-        return value in self.values
-
-    def includes(self, other: "Domain") -> bool:
-        """Whether all that the other may propose is in here."""
-        return isinstance(other, Choices) and all(v in self.values for v in other.values)
-
-    @property
-    def middle(self) -> Any:
-        """The value in the middle of the list."""
-        return self.values[(len(self.values) - 1) // 2]
-
-    @property
-    def size(self) -> int:
-        """How many values there are."""
-        return len(self.values)
-
-    @property
-    def points(self) -> list[Any]:
-        """All values, as the sampler sees them."""
-        plain = str | int | float | bool | None
-        return [v if isinstance(v, plain) else json.dumps(v, sort_keys=True) for v in self.values]
-
-    @property
-    def probes(self) -> list[Any]:
-        """Values that are valid only if all are."""
-        return list(self.values)
-
-    def __str__(self) -> str:
-        return " | ".join(map(in_yaml, self.values))
-
-
-Domain = Range | Choices
 MAX_CORNERS = 256
 TAUGHT = {
     str(tag(m)) for m in members(TrainConfig.model_fields["objective"]) if issubclass(m, Canonical) and m.needs_teacher
 } - {"tfkd_self"}
 """Objectives whose teacher has a network of its own."""
-RANGE_KEYS = {"low", "high", "log", "step", "log_complement"}
-ENDS = {
-    **dict.fromkeys(("min", "minimum", "from", "lower", "lo", "start"), "low"),
-    **dict.fromkeys(("max", "maximum", "to", "upper", "hi", "end", "stop"), "high"),
-}
-"""What the ends of a range are called elsewhere."""
-
-
-def _domain(value: Any, path: Path_, notes: list[str], *, whole: bool | None) -> Domain | None:
-    """The range or the choices that a value in a space file stands for; None if it is a plain value.
-
-    Args:
-        notes: gets what is odd about it.
-        whole: whether the setting is an integer; None: if low, high and step are.
-    """
-    if not _is_range(value, path):
-        return None
-    where = dotted(path)
-    if "choices" in value:
-        if set(value) != {"choices"}:
-            raise ConfigError(f"{where}: choices stand alone, got also {', '.join(sorted(set(value) - {'choices'}))}")
-        values = value["choices"]
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{where}.choices: needs a list of at least one value, got {values!r}")
-        if len({_frozen(v) for v in values}) < len(values):
-            raise ConfigError(f"{where}.choices: a value is given twice in {values!r}")
-        return _choices(values, path)
-    unknown = [key for key in value if key not in RANGE_KEYS]
-    if unknown:
-        raise ConfigError(
-            f"{where}.{key}: no such key of a range; "
-            + (f"it is called {ENDS[key]!r}" if key in ENDS else did_you_mean(key, RANGE_KEYS))
-            for key in unknown
-        )
-    for key in ("low", "high"):
-        if not isinstance(value.get(key), int | float) or isinstance(value.get(key), bool):
-            raise ConfigError(f"{where}.{key}: a range needs a number here, got {value.get(key)!r}")
-    for key in ("low", "high", "step"):
-        if not _is_finite(value.get(key)):
-            raise ConfigError(f"{where}.{key}: a finite number, got {str(value[key])[:40]}")
-    for key in ("log", "log_complement"):
-        if not isinstance(value.get(key, False), bool):
-            raise ConfigError(f"{where}.{key}: true or false, got {value[key]!r}")
-    low, high, step = value["low"], value["high"], value.get("step")
-    log, complement = value.get("log", False), value.get("log_complement", False)
-    if low > high:
-        raise ConfigError(f"{where}: low must not be above high, got low {low:g} and high {high:g}; swap them")
-    if low == high:
-        raise ConfigError(f"{where}: low and high are both {low:g}; write the value itself to fix it")
-    if log and low <= 0:
-        raise ConfigError(f"{where}: a log range starts above 0, got low {low:g}; raise low, or leave out log")
-    if complement and not 0 <= low < high < 1:
-        raise ConfigError(f"{where}: log_complement needs 0 <= low < high < 1, got low {low:g} and high {high:g}")
-    if step is not None and (not isinstance(step, int | float) or isinstance(step, bool) or step <= 0):
-        raise ConfigError(f"{where}.step: a number above 0, got {step!r}")
-    if (step is not None) + log + complement > 1:
-        raise ConfigError(f"{where}: only one of log, step and log_complement")
-    if whole is None:
-        whole = all(isinstance(v, int) for v in (low, high, step if step is not None else 1))
-    if whole and any(v is not None and v != int(v) for v in (low, high, step)):
-        raise ConfigError(f"{where}: whole numbers only, got {Range(low, high, log, step, complement)}")
-    if step is not None:
-        high = _stepped(low, high, step, where, notes)
-    return Range(low, high, log, step, complement, whole)
-
-
-def _stepped(low: float, high: float, step: float, where: str, notes: list[str]) -> float:
-    """The end that steps from low come to; where it is below `high`, a note says so."""
-    if step > high - low:
-        raise ConfigError(
-            f"{where}.step: {step:g} is larger than the range, {low:g} to {high:g}, and only {low:g} would be "
-            "proposed; lower step, or write the value itself to fix it"
-        )
-    largest = max(abs(low), abs(high))
-    if isinstance(low + high + step, float) and step < 2 * math.ulp(largest):
-        raise ConfigError(f"{where}.step: {step:g} is lost in a float beside {largest:g}; raise it, or leave it out")
-    last = _last_step(low, high, step)
-    if last < high:
-        notes.append(f"{where}: steps of {step:g} from {low:g} end at {last:g}, which is taken for the range's high")
-    return last
-
-
-def _is_range(value: Any, path: Path_) -> bool:
-    """Whether a value in a space file is meant as a range or as choices.
-
-    What holds names that are a person's own (`args`, `resources`) is not: there `low` is one of them.
-    """
-    meant = isinstance(value, dict) and bool({"low", "high", "choices"} & set(value))
-    return meant and not any(get_origin(t) is dict for types in _types(path) for t in types)
-
-
-def _choices(items: list[Any], path: Path_) -> Choices:
-    """Choices of which some may be settings with ranges of their own."""
-    where = dotted(path)
-    bare = [_without_ranges(item, (*path, label)) for item, label in zip(items, _labels(items), strict=True)]
-    for k, (value, item) in enumerate(zip(bare, items, strict=True)):
-        if value is None and item is not None:
-            raise ConfigError(
-                f"{where}.choices: its item {k + 1} is a range; items are values, or settings with ranges in them: "
-                "write its values out as items, or one range that holds them all"
-            )
-        if value != item and set(value) == {"name"} and value["name"] not in items:
-            bare[k] = value["name"]
-    if len({_frozen(value) for value in bare}) < len(bare):
-        for k, value in enumerate(bare):
-            if value not in bare[:k]:
-                continue
-            raise ConfigError(
-                f"{where}.choices: its items {bare.index(value) + 1} and {k + 1} differ in ranges only; widen one's, "
-                "or write a value where the other has none"
-            )
-    return Choices(tuple(bare), tuple(items) if bare != items else ())
-
-
-def _frozen(value: Any) -> Any:
-    """A value of a space file that can be a member of a set, equal where the value is."""
-    if isinstance(value, dict):
-        return frozenset((key, _frozen(below)) for key, below in value.items())
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def _without_ranges(value: Any, path: Path_) -> Any:
-    """Settings without those that are ranges; None for a range."""
-    if not isinstance(value, dict):
-        return value
-    if _is_range(value, path):
-        return None
-    kept = [(k, v, (*path, str(k))) for k, v in value.items()]
-    return {k: _without_ranges(v, there) for k, v, there in kept if not _is_range(v, there)}
-
-
-def _range_meant(value: Any, path: Path_) -> str:
-    """How to write what stands, as a list or settings, where a number belongs."""
-    where, got = dotted(path), _flow(value)
-    if isinstance(value, list):
-        numbers = len(value) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-        between = f"for all between {{low: {min(value)}, high: {max(value)}}}, " if numbers else ""
-        return f"{where}: a list is no range, got {got}; write {between}for one of them {{choices: {got}}}"
-    renamed = {ENDS.get(key, key): v for key, v in value.items()}
-    right = _flow(renamed) if {"low", "high"} <= set(renamed) else "{low: ..., high: ...}, or {choices: [...]}"
-    return f"{where}: needs a number or a range, got {got}; a range is written {right}"
-
-
-def _flow(value: Any) -> str:
-    """A value as YAML on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a number, if it is one, is finite and of a size that a float can hold."""
-    return not isinstance(value, int | float) or (abs(value) < 1e300 and not math.isnan(value))
-
-
-# --- the space -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -895,7 +284,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     branches: list[Branch] = []
     try:
         objectives = _objectives(tree.pop("objective", None), search, notes)
-        names = [_name(o) for o in objectives]
+        names = [name_of(o) for o in objectives]
         for name, objective in zip(names, objectives, strict=True):
             shared = dict(tree)
             if name == "tfkd_self" and TAUGHT & set(names) and isinstance(shared.get("teacher"), dict):
@@ -1050,126 +439,6 @@ def _search_problems(space: Space, grid_size: int) -> Iterator[str]:
         yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
 
 
-# --- published settings, and other spaces -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WarmPoint:
-    """A published setting as it lies in a space."""
-
-    objective: str
-    values: Tree
-    """By parameter name."""
-    origin: str
-
-
-def warm_points(space: Space) -> list[WarmPoint]:
-    """What the sweep tries first, each group's in the order in which it tries them.
-
-    A setting is left out where a value of its objective is outside of the space or fixed otherwise. What it does not
-    speak of is as in the paper (the defaults of `OptimConfig`) if that is inside, else in the middle of its range.
-    """
-    return [point for group in space.groups for point in group_points(space, group)]
-
-
-def group_points(space: Space, group: Group) -> list[WarmPoint]:
-    """The first of `warm_points` of one group: objectives in turn, at most a quarter of the group's trials."""
-    if not space.search.warm_start or isinstance(space.search.sampler, Grid):
-        return []
-    found = [list(_published(branch)) for branch in group.branches]
-    in_turn = [point for row in itertools.zip_longest(*found) for point in row if point is not None]
-    return in_turn[: space.search.num_samples // len(space.groups) // 4]
-
-
-def _published(branch: Branch) -> Iterator[WarmPoint]:
-    seen: list[Tree] = []
-    for setting in PUBLISHED:
-        if tag(type(setting.objective)) != branch.objective:
-            continue
-        values: Tree = {}
-        for p in branch.asked(values):
-            if p.path[0] == "objective":
-                values[p.name] = getattr(setting.objective, p.path[1])
-            else:
-                usual = PAPER.get(p.path)
-                values[p.name] = usual if usual is not None and p.domain.contains(usual) else p.domain.middle
-        if values in seen or not all(p.domain.contains(values[p.name]) for p in branch.asked(values)):
-            continue
-        try:
-            config = branch.config(values)
-        except ConfigError:  # its parts are allowed, but not together
-            continue
-        if config.objective == setting.objective:
-            seen.append(values)
-            yield WarmPoint(branch.objective, values, setting.origin)
-
-
-PAPER: dict[Path_, Any] = {("optim", name): value for name, value in OptimConfig().model_dump().items()}
-"""The paper's recipe, which is also our default."""
-
-
-def not_superset(old: Space, new: Space) -> list[str]:
-    """Why the trials of one space would not all be trials of another: a sentence each; empty if they would."""
-    problems = [
-        f"objective: {b.objective} is in the trials that are there, and not in the new space; add it"
-        for b in old.branches
-        if b.objective not in {n.objective for n in new.branches}
-    ]
-    if old.search.split != new.search.split:
-        problems.append("search.split: cannot change while a sweep goes on")
-    if old.search.metrics != new.search.metrics:
-        problems.append(f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it")
-    for was in old.branches:
-        for now in (b for b in new.branches if b.objective == was.objective):
-            problems += _narrower(was, now)
-    return list(dict.fromkeys(problems))
-
-
-def _narrower(was: Branch, now: Branch) -> Iterator[str]:
-    """Where one branch's space is no part of another's."""
-    before, after = ({_place(p): p for p in b.parameters} for b in (was, now))
-    example = was.example.model_dump(mode="json")
-    for place, p in before.items():
-        if place not in after:
-            yield f"{p.name}: was searched ({p.domain}), and is fixed now; leave it searched"
-        elif not after[place].domain.includes(p.domain):
-            yield f"{p.name}: was {p.domain}, and {after[place].domain} does not hold all of it; widen it"
-    for place, p in after.items():
-        choices = next((q.domain for q in before.values() if p.within and q.name == p.within[0]), None)
-        if place in before or (p.within and not (choices and choices.contains(p.within[1]))):
-            continue
-        there = was.config(was.around(p)) if p.within else was.example
-        value = value_at(there.model_dump(mode="json"), p.path)
-        if not p.domain.contains(value):
-            yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
-    searched = {p.path for p in (*before.values(), *after.values())}
-    for path, a, b in _differences(example, now.example.model_dump(mode="json")):
-        if not any(path[: len(s)] == s for s in searched):
-            yield f"{'.'.join(_public(path, was.objective))}: was {a!r}, and is {b!r} now"
-
-
-def _place(p: Parameter) -> tuple[Path_, str]:
-    """What makes a parameter the same in another space, where items of choices may be counted otherwise."""
-    return p.path, json.dumps(p.within[1] if p.within else None, sort_keys=True)
-
-
-DIGEST = ("data", "digest")
-
-
-def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
-    """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
-    left, right = dict(_leaves(a)), dict(_leaves(b))
-    if None in (left.get(DIGEST), right.get(DIGEST)):  # one began before data had digests, or has not begun
-        left[DIGEST] = right[DIGEST] = None
-    paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
-    kinds = {p[:-1] for p in paths if p[-1] == "name"}
-    for path in paths:
-        if path[-1] != "name" and any(path[:n] in kinds for n in range(1, len(path))):
-            continue
-        if path[0] not in {"recipe", *RUN_ONLY} and not (path[0] == "data" and path[-1] in Dataset.places):
-            yield path, left.get(path), right.get(path)
-
-
 def pinned(space: Space) -> Space:
     """The same space on the data that are here, which it names by their digest; see `Dataset.pinned`."""
     return with_digest(space, space.example.data.pinned().digest)
@@ -1183,80 +452,6 @@ def with_digest(space: Space, digest: str | None) -> Space:
     return dataclasses.replace(found, notes=space.notes, search=space.search)  # a tree has no password
 
 
-def _leaves(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, (*path, str(key)))
-    else:
-        yield path, tree
-
-
-def value_at(tree: Any, path: Path_) -> Any:
-    """What stands at a path of a tree; None where it ends before."""
-    for part in path:
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def placed(space: Space, config: TrainConfig) -> tuple[Group, Tree] | list[str]:
-    """(group, values by parameter name) of a configuration of another space in this one, or what is different.
-
-    The seed, and where a run runs, may differ.
-    """
-    tree = config.model_dump(mode="json")
-    for group in space.groups:
-        for branch in group.branches:
-            if branch.objective == config.objective.name:
-                found = _values_of(branch, tree)
-                return found if isinstance(found, list) else (group, found)
-    return [f"objective: {config.objective.name} there, and not among {', '.join(b.objective for b in space.branches)}"]
-
-
-def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
-    values: Tree = {}
-    different = []
-    for p in branch.asked(values):
-        value = value_at(tree, p.path)
-        if isinstance(p.domain, Choices):  # in a file, a choice may be a name or a part of its settings
-            same = [c for c in p.domain.values if _is_item(branch, values, p, c, tree)]
-            fits, value = bool(same), same[0] if same else value
-        else:
-            fits = p.domain.contains(value)
-        if not fits:
-            different.append(f"{p.name}: {value!r} there, {p.domain} here")
-        values[p.name] = value
-    if different:
-        return different
-    try:
-        here = branch.config(values).model_dump(mode="json")
-    except ConfigError as error:
-        return error.problems
-    for path, a, b in _differences(tree, here):
-        if path != ("seed",):
-            different.append(f"{'.'.join(_public(path, branch.objective))}: {a!r} there, {b!r} here")
-    return different or values
-
-
-def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: Tree) -> bool:
-    """Whether a configuration has this item of choices: what is fixed of it is alike, what is searched is inside."""
-    inside = [p for p in branch.parameters if p.within == (choices.name, item)]
-    if not all(isinstance(p.domain, Choices) or p.domain.contains(value_at(tree, p.path)) for p in inside):
-        return False
-    others = branch.around(choices) | values | {choices.name: item}
-    here = value_at(branch.config(others).model_dump(mode="json"), choices.path)
-    depth = len(choices.path)
-    loose = [p.path[depth:] for p in inside]
-    there = value_at(tree, choices.path)
-    if not isinstance(here, dict) or not isinstance(there, dict):
-        return bool(here == there)
-    left, right = dict(_leaves(here)), dict(_leaves(there))
-    return all(
-        left.get(path) == right.get(path)
-        for path in {*left, *right}
-        if not any(path[: len(part)] == part for part in loose)
-    )
-
-
 def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]:
     if given is None:
         raise ConfigError("objective: required, and not given; for example: objective: [ce, lsr, tfkd_reg]")
@@ -1264,7 +459,7 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
         return [given]
     if not given:
         raise ConfigError("objective: an empty list; for example: objective: [ce, lsr, tfkd_reg]")
-    names = [_name(o) for o in given]
+    names = [name_of(o) for o in given]
     twice = {n for n in names if n is not None and names.count(n) > 1}
     if twice:
         raise ConfigError(f"objective: {', '.join(sorted(twice))} is listed twice; widen one range instead")
@@ -1284,19 +479,12 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
 
 def _needs_teacher(tree: Tree) -> bool:
     """Whether a run of this tree, with one objective, needs a trained network before it."""
-    return tree.get("init") == "trained" or _name(tree.get("objective")) in {*TAUGHT, "tfkd_self"}
-
-
-def _name(objective: Any) -> str | None:
-    """The name of an objective in a file, if it has one."""
-    settings = named(objective)
-    name = settings.get("name") if isinstance(settings, dict) else None
-    return name if isinstance(name, str) else None
+    return tree.get("init") == "trained" or name_of(tree.get("objective")) in {*TAUGHT, "tfkd_self"}
 
 
 def _ranges(value: Any, path: Path_) -> Iterator[str]:
     """Dotted paths of the ranges in a part of a space."""
-    if _is_range(value, path):
+    if is_range(value, path):
         yield dotted(path)
     elif isinstance(value, dict):
         for key, below in value.items():
@@ -1323,11 +511,11 @@ def _branch(tree: Tree, notes: list[str]) -> Branch:
         below = {}
         for key, v in value.items():
             there = (*path, str(key))
-            called = (*name, str(key)) if within else _public(there, objective)
+            called = (*name, str(key)) if within else public_path(there, objective)
             try:
-                domain = _domain(v, called, notes, whole=_is_whole(called))
-                if domain is None and isinstance(v, list | dict) and _is_number(called):
-                    raise ConfigError(_range_meant(v, called))
+                domain = domain_of(v, called, notes, whole=is_whole(called))
+                if domain is None and isinstance(v, list | dict) and is_number(called):
+                    raise ConfigError(range_meant(v, called))
             except ConfigError as error:
                 problems.extend(error.problems)
                 continue
@@ -1338,7 +526,7 @@ def _branch(tree: Tree, notes: list[str]) -> Branch:
             found.append(parameter)
             below[key] = None
             if isinstance(domain, Choices) and domain.written:
-                for item, bare, label in zip(domain.written, domain.values, _labels(domain.values), strict=True):
+                for item, bare, label in zip(domain.written, domain.values, labels_of(domain.values), strict=True):
                     visit(item, there, (*called, label), (parameter.name, bare))
         return below
 
@@ -1381,12 +569,6 @@ def _branch(tree: Tree, notes: list[str]) -> Branch:
     return branch
 
 
-def _labels(items: Sequence[Any]) -> list[str]:
-    """What each item of choices is called: by its name, or, where that does not tell it from the others, its number."""
-    names = [_name(v) for v in items]
-    return [n if n and names.count(n) == 1 else str(k) for k, n in enumerate(names, start=1)]
-
-
 def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
     top = path[0]
     if top in RUN_ONLY or top in ("recipe", "data", "epochs", "seed", "batch_norm", "precision", "compile"):
@@ -1400,31 +582,7 @@ def _not_searchable(path: Path_, domain: Domain, name: str) -> Iterator[str]:
         yield f"{name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
 
 
-def _is_whole(name: Path_) -> bool | None:
-    """Whether a setting is an integer; None if it is not ours (an argument of a person's own function)."""
-    found = _types(name)
-    return any(int in types and float not in types for types in found) if found else None
-
-
-def _is_number(name: Path_) -> bool:
-    """Whether a setting is a number, or nothing."""
-    found = _types(name)
-    return bool(found) and all(types <= {int, float, type(None)} for types in found)
-
-
-def _types(name: Path_) -> list[set[Any]]:
-    """What may stand there, for each network, objective, ... that has such a setting; empty if none of ours has."""
-    *above, last = name
-    models = [TrainConfig]
-    for part in (a for a in above if not a.isdecimal()):  # the number of an item
-        below = [m for model in models if part in model.model_fields for m in members(model.model_fields[part])]
-        if not below and ":" not in part:  # package.module:function, an item's name for short
-            below = [m for m in models if tag(m) == part]
-        models = below or (models if ":" in part else [])  # type: ignore[assignment]
-    return [set(leaves(m.model_fields[last].annotation)) for m in models if last in m.model_fields]
-
-
-def _public(path: Path_, objective: str) -> Path_:
+def public_path(path: Path_, objective: str) -> Path_:
     """The path as a person writes it: objective.kd.alpha for alpha of the kd in the list."""
     return (
         (path[0], objective, *path[1:]) if path[:1] == ("objective",) and path[1:] != ("name",) and path[1:] else path
@@ -1478,7 +636,7 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
         tree = branch.config({p.name: p.domain.probes[0] for p in branch.parameters}).model_dump(mode="json")
         for parameter in branch.parameters:
             if parameter.within is None:
-                _put(tree, parameter.path, _as_tree(parameter.domain))
+                _put(tree, parameter.path, as_tree(parameter.domain))
         trees.append(tree)
     objectives = [tree["objective"] for tree in trees]
     teachers = [tree["teacher"] for tree in trees if _needs_teacher(tree)] or [trees[0]["teacher"]]
@@ -1488,15 +646,6 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
         "objective": objectives if len(objectives) > 1 else objectives[0],
         "search": search.model_dump(mode="json"),
     }
-
-
-def _as_tree(domain: Domain) -> Tree:
-    if isinstance(domain, Choices):
-        return {"choices": list(domain.written or domain.values)}
-    tree: Tree = {"low": domain.probes[0], "high": domain.probes[1]}
-    tree |= {"log": True} if domain.log else {}
-    tree |= {"step": domain.step} if domain.step else {}
-    return tree | ({"log_complement": True} if domain.log_complement else {})
 
 
 def override(tree: Tree, text: str) -> None:
@@ -1513,10 +662,10 @@ def override(tree: Tree, text: str) -> None:
         here, path = _one_objective(tree, path)
     for depth, part in enumerate(path[:-1]):
         at: str | int = part
-        if _is_range(here, tuple(path[:depth])) and isinstance(
+        if is_range(here, tuple(path[:depth])) and isinstance(
             here.get("choices"), list
         ):  # an item, by what `check` calls it
-            labels = _labels(here["choices"])
+            labels = labels_of(here["choices"])
             if part not in labels:
                 where = dotted(path[: depth + 1])
                 raise ConfigError(f"{where}: no such item of {dotted(path[:depth])}; {did_you_mean(part, labels)}")
@@ -1535,7 +684,7 @@ def _one_objective(tree: Tree, path: list[str]) -> tuple[Tree, list[str]]:
     given = tree.get("objective")
     listed = given if isinstance(given, list) else [given]
     settings = [named(o) for o in listed]
-    names = [_name(o) for o in settings]
+    names = [name_of(o) for o in settings]
     if path[1] not in names:
         known = [str(n) for n in names if n]
         raise ConfigError(f"objective.{path[1]}: not among the file's objectives; {did_you_mean(path[1], known)}")

@@ -37,8 +37,9 @@ from tfkd_ray.config import RUN_ONLY, TrainConfig
 from tfkd_ray.data import only_reading
 from tfkd_ray.experiment import FULL_LENGTH, as_number, read_experiment, read_metrics, trials_folder
 from tfkd_ray.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
+from tfkd_ray.ranges import Choices
 from tfkd_ray.schema import dump_yaml, in_yaml
-from tfkd_ray.space import Choices, Parameter, Space, build_space
+from tfkd_ray.space import Parameter, Space, build_space
 
 TAGS = {
     "train_loss": "train/loss",
