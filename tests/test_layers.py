@@ -60,6 +60,14 @@ def test_imports_point_down(module: str) -> None:
             assert module in RAY, f"{module} imports {name}"
 
 
+def test_only_a_range_knows_its_scale() -> None:
+    for module in set(ORDER) - {"ranges"}:
+        names = {
+            n.attr for n in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())) if isinstance(n, ast.Attribute)
+        }
+        assert "log_complement" not in names, f"{module} asks a range for its scale; Range.place, at and shown answer"
+
+
 def test_contributing_says_where_every_module_is_changed() -> None:
     table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## The shape of the code")[0]
     assert [m for m in ORDER if m != "__main__" and f"`{m}.py`" not in table] == []

@@ -5,7 +5,6 @@ what a paper printed for it. An arm's settings go before the shared ones.
 """
 
 import copy
-import math
 import os
 import sys
 import uuid
@@ -23,7 +22,7 @@ from tfkd_ray.experiment import DIRECTIONS, Record, about_now, damaged, read_exp
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
-from tfkd_ray.ranges import Domain, Range
+from tfkd_ray.ranges import Domain
 from tfkd_ray.schema import (
     ConfigError,
     Settings,
@@ -149,19 +148,10 @@ def build_arms(
     arms: list[dict[str, Any]] = []
     problems: list[str] = []
     for number, arm in enumerate(given):
-        if not isinstance(arm, dict):
-            problems.append(f"arms.{number}: needs settings (name, objective, ...), got {arm!r}")
-            continue
-        own = {k: v for k, v in arm.items() if k in Arm.model_fields and k != "config"}
-        config = filled({k: copy.deepcopy(v) for k, v in arm.items() if k not in own}, copy.deepcopy(shared))
-        where = dotted(["arms", own.get("name", number)])
         try:
-            for text in overrides:
-                override(config, text)
-            config = _smoke(config) if preset == "smoke" else config
-            arms.append({**own, "config": validated(TrainConfig, config)})
+            arms.append(_arm(number, arm, shared, overrides, preset))
         except ConfigError as error:
-            problems += [f"{where}.{p}" for p in error.problems]
+            problems += error.problems
     if preset not in (None, "smoke"):
         problems.append(f"--preset: no such preset {preset!r}; known: smoke")
     if problems:
@@ -174,6 +164,26 @@ def build_arms(
     if problems:
         raise ConfigError(problems, source)
     return compared
+
+
+def _arm(
+    number: int, given: Any, shared: Mapping[str, Any], overrides: Sequence[str], preset: str | None
+) -> dict[str, Any]:
+    """One arm of a file: its own settings, and the configuration that these and the shared ones make."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"arms.{number}: needs settings (name, objective, ...), got {given!r}")
+    own = {k: v for k, v in given.items() if k in Arm.model_fields and k != "config"}
+    config = {k: copy.deepcopy(v) for k, v in given.items() if k not in own}
+    config = filled(config, copy.deepcopy(dict(shared)))
+    try:
+        for text in overrides:
+            override(config, text)
+        if preset == "smoke":
+            config = _smoke(config)
+        return {**own, "config": validated(TrainConfig, config)}
+    except ConfigError as error:
+        where = dotted(["arms", own.get("name", number)])
+        raise ConfigError(f"{where}.{p}" for p in error.problems) from None
 
 
 def _problems(compared: Arms) -> Iterator[str]:
@@ -253,9 +263,12 @@ def untuned(experiment: Path) -> dict[str, int]:
     for record in read_records(experiment):
         ended.setdefault(record.objective, []).append(record.status)
     trials = len(ended[winner.objective])
-    return {
-        name: trials for name in BASELINES if len(ended.get(name, ())) < trials or "done" not in ended.get(name, ())
-    }
+    lacking = {}
+    for name in BASELINES:
+        of_it = ended.get(name, [])
+        if len(of_it) < trials or "done" not in of_it:
+            lacking[name] = trials
+    return lacking
 
 
 def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
@@ -280,9 +293,13 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     """
     winners = _candidates(experiment, top_k)
     first = winners[0]
-    arms: list[dict[str, Any]] = [{"name": r.name, "config": r.config, "role": "candidate"} for r in winners]
+    arms: list[dict[str, Any]] = []
+    for winner in winners:
+        arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
     for name in [b for b in BASELINES if b in rivals]:
-        found = [(r, s) for e in (experiment, *([baselines] if baselines else [])) for r, s in _of(e, name)]
+        found = _of(experiment, name)
+        if baselines:
+            found += _of(baselines, name)
         if not found:
             raise ConfigError(f"no full-length trial of the baseline {name}; tune it first", experiment)
         rival = max(found, key=lambda pair: pair[1])[0]
@@ -300,7 +317,8 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     distinct: dict[str, dict[str, Any]] = {}
     for arm in arms:
         whole = validated(Arms, {"arms": [arm]})
-        distinct.setdefault(runs_of(whole, [FIRST_SEED], hold_out=True)[0].config.fingerprint(), arm)
+        (run,) = runs_of(whole, [FIRST_SEED], hold_out=True)
+        distinct.setdefault(run.config.fingerprint(), arm)
     return validated(
         Arms,
         {
@@ -353,15 +371,8 @@ def _candidates(experiment: Path, top_k: int) -> list[Record]:
 def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
     if a.objective != b.objective or a.parameters.keys() != b.parameters.keys():
         return False
-    return all(_distance(domains[k], v, b.parameters[k]) < NEAR for k, v in a.parameters.items())
-
-
-def _distance(domain: Domain, a: Any, b: Any) -> float:
-    """Between two values, as a share of their range on its own scale."""
-    if not isinstance(domain, Range):
-        return float(a != b)
-    scale = math.log if domain.log else (lambda x: math.log(1 - x)) if domain.log_complement else float
-    return abs((scale(a) - scale(b)) / (scale(domain.high) - scale(domain.low)))
+    distances = [domains[name].distance(value, b.parameters[name]) for name, value in a.parameters.items()]
+    return all(distance < NEAR for distance in distances)
 
 
 def comparisons_of(experiment: Path) -> list[Path]:
@@ -473,7 +484,9 @@ _BY_SIZE = [
 def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration scaled down: two epochs, about a thousand images, networks of one convolution, one process."""
     data = named(tree.get("data", "digits"))
-    small = {**tree, "epochs": 2, "data": {**data, "subset": 1000} if isinstance(data, dict) else data}
+    if isinstance(data, dict):
+        data = {**data, "subset": 1000}
+    small = {**tree, "epochs": 2, "data": data}
     small |= {
         "workers": 1,
         "gpus_per_worker": 0,
@@ -483,9 +496,13 @@ def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
         "student": _small_network(tree.get("student", "mlp")),
     }
     if isinstance(tree.get("teacher"), dict):
-        teacher = {k: v for k, v in tree["teacher"].items() if k not in ("epochs", "weights", "stop_accuracy")}
-        small["teacher"] = teacher | ({"model": _small_network(teacher["model"])} if teacher.get("model") else {})
-        small["teacher"] |= {"stop_epoch": 1} if teacher.get("stop_epoch") else {}
+        left_out = ("epochs", "weights", "stop_accuracy")
+        teacher = {k: v for k, v in tree["teacher"].items() if k not in left_out}
+        if teacher.get("model"):
+            teacher["model"] = _small_network(teacher["model"])
+        if teacher.get("stop_epoch"):
+            teacher["stop_epoch"] = 1
+        small["teacher"] = teacher
     return small
 
 
@@ -494,4 +511,5 @@ def _small_network(network: Any) -> Any:
     name = given.get("name") if isinstance(given, dict) else None
     if name in (None, "mlp", "cnn"):
         return network
-    return {"name": "cnn", "widths": [8 + (_BY_SIZE.index(name) if name in _BY_SIZE else len(_BY_SIZE))]}
+    size = _BY_SIZE.index(name) if name in _BY_SIZE else len(_BY_SIZE)
+    return {"name": "cnn", "widths": [8 + size]}

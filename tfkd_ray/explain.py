@@ -97,38 +97,46 @@ def amounts_to(objective: Canonical, num_classes: int) -> Amount:
 
     s * LSR(eps) has the gradient s * (p - y) + s * eps * (y - 1/K), so the two are found by least squares.
     """
-    gradient, (ce, flatter) = _gradients(num_classes)(objective), _directions(num_classes)
+    gradient = _gradients(num_classes)(objective)
+    ce, flatter = _directions(num_classes)
     size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
     g, a, b = (x / size for x in (gradient, ce, flatter))
-    c, d = torch.linalg.lstsq(torch.stack([a.flatten(), b.flatten()], dim=1), g.flatten()[:, None]).solution[:, 0]
-    inside = [(d / c).item()] if c > 0 and 0 <= d <= c else []
+    both = torch.stack([a.flatten(), b.flatten()], dim=1)
+    c, d = torch.linalg.lstsq(both, g.flatten()[:, None]).solution[:, 0]
+    tried = [0.0, 1.0]
+    if c > 0 and 0 <= d <= c:
+        tried = [(d / c).item()]
 
     def fit(eps: float) -> Amount:
         smoothed = a + eps * b
-        scale = max(((g * smoothed).sum() / (smoothed * smoothed).sum()).item(), TINY)
+        best = (g * smoothed).sum() / (smoothed * smoothed).sum()
+        scale = max(best.item(), TINY)
         lsr = LabelSmoothing(alpha=eps, loss_scale=scale)
-        return Amount(objective, lsr, tuple((g - scale * smoothed).norm(dim=1).tolist()))
+        residuals = (g - scale * smoothed).norm(dim=1)
+        return Amount(objective, lsr, tuple(residuals.tolist()))
 
-    return min(map(fit, inside or [0.0, 1.0]), key=lambda amount: math.hypot(*amount.residuals))
+    return min(map(fit, tried), key=lambda amount: math.hypot(*amount.residuals))
 
 
 def knobs(branch: Branch, num_classes: int) -> list[Knob]:
     """The searched settings of a branch's objective, each varied with the others at their middle and at their ends."""
-    searched, gradient, middle = _searched(branch), _gradients(num_classes), _middle(branch)
+    searched = _searched(branch)
+    gradient = _gradients(num_classes)
+    middle = _middle(branch)
     found = []
     for parameter in searched:
         others = [p for p in searched if p is not parameter]
-        corners = itertools.islice(itertools.product((0.0, 1.0), repeat=len(others)), MAX_CORNERS)
+        field, domain = parameter.path[-1], parameter.domain
+        ends = itertools.product((0.0, 1.0), repeat=len(others))
         moved = []
-        for corner in [(0.5,) * len(others), *corners]:
-            there = {p.path[-1]: _at(p.domain, t) for p, t in zip(others, corner, strict=True)}
-            reference, *varied = (
-                gradient(middle.model_copy(update={**there, parameter.path[-1]: value}))
-                for value in [_at(parameter.domain, 0.5), *_values(parameter.domain)]
-            )
-            moved += [_moved(g, reference) for g in varied]
+        for corner in [(0.5,) * len(others), *itertools.islice(ends, MAX_CORNERS)]:
+            there = _moved_to(middle, others, corner)
+            reference = gradient(there.model_copy(update={field: _at(domain, 0.5)}))
+            for value in _values(domain):
+                varied = gradient(there.model_copy(update={field: value}))
+                moved.append(_moved(varied, reference))
         residuals, scalars = zip(*moved, strict=True)
-        found.append(Knob(parameter.name, parameter.domain, max(residuals), (min(scalars), max(scalars))))
+        found.append(Knob(parameter.name, domain, max(residuals), (min(scalars), max(scalars))))
     return found
 
 
@@ -170,14 +178,16 @@ def report(space: Space) -> Iterator[str]:
     K, scales = data.num_classes, ", ".join(f"{s:g}" for s in SCALES)
     yield f"{data.name}, K = {K}: judged on {_images(K)} synthetic images, logits times {scales}"
     for branch in space.branches:
-        found, amounts = knobs(branch, K), [amounts_to(o, K) for o in _ends(branch)]
+        found = knobs(branch, K)
+        amounts = [amounts_to(o, K) for o in _ends(branch)]
         yield ""
         yield f"objective.{branch.objective}" + (", synthetic teacher" if amounts[0].objective.needs_teacher else "")
         yield from _indented(_sentences(amounts))
         if found:
             yield f"  {'searched':<16} {'range':<32} {'moves':>6} {'scales':>9}  verdict"
         for knob in found:
-            name, domain = knob.name.rpartition(".")[2], textwrap.shorten(str(knob.domain), 32, placeholder=" ...")
+            name = knob.name.rpartition(".")[2]
+            domain = textwrap.shorten(str(knob.domain), 32, placeholder=" ...")
             numbers = f"{_percent(knob.residual):>6} {f'{knob.spread:.2g}x':>9}"
             yield f"  {name:<16} {domain:<32} {numbers}  {knob.verdict}"
     if any(p.path[0] == "objective" for p in space.parameters):
@@ -225,7 +235,8 @@ def _directions(num_classes: int) -> tuple[Tensor, Tensor]:
     """p - y, the gradient of CE, and y - 1/K; [S, N], means over the batch."""
     logits, labels, _ = _batch(num_classes)
     y = torch.nn.functional.one_hot(labels, num_classes).double()
-    ce, flatter = logits.softmax(dim=2) - y, (y - 1 / num_classes).expand_as(logits)
+    ce = logits.softmax(dim=2) - y
+    flatter = (y - 1 / num_classes).expand_as(logits)
     return ce.flatten(1) / len(labels), flatter.flatten(1) / len(labels)
 
 
@@ -262,14 +273,10 @@ def _moved(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def _at(domain: Domain, t: float) -> Any:
-    """The value at a fraction t of the way through a range, on its own scale."""
+    """The value at a fraction t of the way through a range on its own scale, or through sorted choices."""
     if isinstance(domain, Choices):
         return sorted(domain.values)[round(t * (len(domain.values) - 1))]
-    if domain.log:
-        return domain.low ** (1 - t) * domain.high**t
-    if domain.log_complement:
-        return 1 - (1 - domain.low) ** (1 - t) * (1 - domain.high) ** t
-    return domain.low * (1 - t) + domain.high * t
+    return domain.at(t)
 
 
 def _values(domain: Domain) -> list[Any]:
@@ -286,15 +293,28 @@ def _searched(branch: Branch) -> list[Parameter]:
 def _middle(branch: Branch) -> Canonical:
     """The branch's objective with its searched settings at their middle."""
     values = {p.name: p.domain.probes[0] for p in branch.parameters}
-    return branch.config(values | {p.name: _at(p.domain, 0.5) for p in _searched(branch)}).objective
+    for p in _searched(branch):
+        values[p.name] = _at(p.domain, 0.5)
+    return branch.config(values).objective
+
+
+def _moved_to(objective: Canonical, parameters: Sequence[Parameter], places: Sequence[float]) -> Canonical:
+    """The objective with the values of parameters at these places of their ranges."""
+    values = {}
+    for p, place in zip(parameters, places, strict=True):
+        values[p.path[-1]] = _at(p.domain, place)
+    return objective.model_copy(update=values)
 
 
 def _ends(branch: Branch) -> Iterator[Canonical]:
     """The branch's objective at the middle and at all ends of its ranges; once if nothing of it is searched."""
-    searched, middle = _searched(branch), _middle(branch)
+    searched = _searched(branch)
+    middle = _middle(branch)
     yield middle
-    for corner in itertools.product((0.0, 1.0), repeat=len(searched)) if searched else ():
-        yield middle.model_copy(update={p.path[-1]: _at(p.domain, t) for p, t in zip(searched, corner, strict=True)})
+    if not searched:
+        return
+    for corner in itertools.product((0.0, 1.0), repeat=len(searched)):
+        yield _moved_to(middle, searched, corner)
 
 
 # --- words -----------------------------------------------------------------------------------------------------
@@ -313,7 +333,8 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
     yield f"weight of CE {_span([a.ce_weight for a in amounts])}{soft}"
     if isinstance(objective, CrossEntropy | LabelSmoothing):
         return
-    alpha, off = _span([a.lsr.alpha for a in amounts]), [a.residual for a in amounts]
+    alpha = _span([a.lsr.alpha for a in amounts])
+    off = [a.residual for a in amounts]
     if max(off) < TOLERANCE:
         yield _as_smoothing(amounts)
     elif len(amounts) == 1:
@@ -327,7 +348,8 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
 
 
 def _as_smoothing(amounts: Sequence[Amount]) -> str:
-    alpha, scale = _span([a.lsr.alpha for a in amounts]), _span([a.lsr.loss_scale for a in amounts])
+    alpha = _span([a.lsr.alpha for a in amounts])
+    scale = _span([a.lsr.loss_scale for a in amounts])
     return f"equals lsr alpha {alpha} with loss_scale {scale} (to {_percent(max(a.residual for a in amounts))})"
 
 
@@ -337,8 +359,9 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _percent(share: float) -> str:
-    digits = 2 if share < TOLERANCE else 1 if share < 0.1 else 0
-    return f"{100 * share:.{digits}f} %"
+    if share < TOLERANCE:
+        return f"{100 * share:.2f} %"
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def _indented(sentences: Iterator[str]) -> Iterator[str]:

@@ -2,14 +2,14 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tfkd_ray.config import RUN_ONLY, OptimConfig, TrainConfig
 from tfkd_ray.data import Dataset
-from tfkd_ray.objectives import PUBLISHED
-from tfkd_ray.ranges import Choices, Path_, Tree
+from tfkd_ray.objectives import PUBLISHED, Canonical
+from tfkd_ray.ranges import Choices, Path_, Range, Tree
 from tfkd_ray.schema import ConfigError, tag
 from tfkd_ray.search_config import Grid
 from tfkd_ray.space import Branch, Group, Parameter, Space, public_path
@@ -31,31 +31,31 @@ def warm_points(space: Space) -> list[WarmPoint]:
     A setting is left out where a value of its objective is outside of the space or fixed otherwise. What it does not
     speak of is as in the paper (the defaults of `OptimConfig`) if that is inside, else in the middle of its range.
     """
-    return [point for group in space.groups for point in group_points(space, group)]
+    points = []
+    for group in space.groups:
+        points += group_points(space, group)
+    return points
 
 
 def group_points(space: Space, group: Group) -> list[WarmPoint]:
     """The first of `warm_points` of one group: objectives in turn, at most a quarter of the group's trials."""
     if not space.search.warm_start or isinstance(space.search.sampler, Grid):
         return []
-    found = [list(_published(branch)) for branch in group.branches]
-    in_turn = [point for row in itertools.zip_longest(*found) for point in row if point is not None]
+    in_turn: list[WarmPoint] = []
+    for row in itertools.zip_longest(*map(_published, group.branches)):
+        in_turn += [point for point in row if point is not None]
     return in_turn[: space.search.num_samples // len(space.groups) // 4]
 
 
 def _published(branch: Branch) -> Iterator[WarmPoint]:
+    """The published settings of a branch's objective that lie in its space, each once."""
     seen: list[Tree] = []
     for setting in PUBLISHED:
         if tag(type(setting.objective)) != branch.objective:
             continue
-        values: Tree = {}
-        for p in branch.asked(values):
-            if p.path[0] == "objective":
-                values[p.name] = getattr(setting.objective, p.path[1])
-            else:
-                usual = PAPER.get(p.path)
-                values[p.name] = usual if usual is not None and p.domain.contains(usual) else p.domain.middle
-        if values in seen or not all(p.domain.contains(values[p.name]) for p in branch.asked(values)):
+        values = _values_for(branch, setting.objective)
+        inside = all(p.domain.contains(values[p.name]) for p in branch.asked(values))
+        if values in seen or not inside:
             continue
         try:
             config = branch.config(values)
@@ -66,48 +66,98 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
             yield WarmPoint(branch.objective, values, setting.origin)
 
 
+def _values_for(branch: Branch, objective: Canonical) -> Tree:
+    """Values of a branch's parameters: those of an objective, and what goes with it."""
+    values: Tree = {}
+    for p in branch.asked(values):
+        usual = PAPER.get(p.path)
+        if p.path[0] == "objective":
+            values[p.name] = getattr(objective, p.path[1])
+        elif usual is not None and p.domain.contains(usual):
+            values[p.name] = usual
+        else:
+            values[p.name] = p.domain.middle
+    return values
+
+
 PAPER: dict[Path_, Any] = {("optim", name): value for name, value in OptimConfig().model_dump().items()}
 """The paper's recipe, which is also our default."""
 
 
 def not_superset(old: Space, new: Space) -> list[str]:
     """Why the trials of one space would not all be trials of another: a sentence each; empty if they would."""
-    problems = [
-        f"objective: {b.objective} is in the trials that are there, and not in the new space; add it"
-        for b in old.branches
-        if b.objective not in {n.objective for n in new.branches}
-    ]
+    problems = []
+    branches = {branch.objective: branch for branch in new.branches}
+    for was in old.branches:
+        if was.objective not in branches:
+            problems.append(
+                f"objective: {was.objective} is in the trials that are there, and not in the new space; add it"
+            )
     if old.search.split != new.search.split:
         problems.append("search.split: cannot change while a sweep goes on")
     if old.search.metrics != new.search.metrics:
         problems.append(f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it")
     for was in old.branches:
-        for now in (b for b in new.branches if b.objective == was.objective):
-            problems += _narrower(was, now)
+        if was.objective in branches:
+            for rule in BRANCH_RULES:
+                problems += rule(was, branches[was.objective])
     return list(dict.fromkeys(problems))
 
 
-def _narrower(was: Branch, now: Branch) -> Iterator[str]:
-    """Where one branch's space is no part of another's."""
-    before, after = ({_place(p): p for p in b.parameters} for b in (was, now))
-    example = was.example.model_dump(mode="json")
-    for place, p in before.items():
+# --- rules of two branches, of which the second must hold the trials of the first
+
+
+def _ranges_are_as_wide(was: Branch, now: Branch) -> Iterator[str]:
+    """What was searched still is, and no less of it."""
+    after = _by_place(now)
+    for place, p in _by_place(was).items():
         if place not in after:
             yield f"{p.name}: was searched ({p.domain}), and is fixed now; leave it searched"
         elif not after[place].domain.includes(p.domain):
             yield f"{p.name}: was {p.domain}, and {after[place].domain} does not hold all of it; widen it"
-    for place, p in after.items():
-        choices = next((q.domain for q in before.values() if p.within and q.name == p.within[0]), None)
-        if place in before or (p.within and not (choices and choices.contains(p.within[1]))):
+
+
+def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Iterator[str]:
+    """What is searched now holds the value that was fixed."""
+    before = _by_place(was)
+    for place, p in _by_place(now).items():
+        if place in before or not _was_there(was, p):
             continue
         there = was.config(was.around(p)) if p.within else was.example
         value = value_at(there.model_dump(mode="json"), p.path)
         if not p.domain.contains(value):
             yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
-    searched = {p.path for p in (*before.values(), *after.values())}
-    for path, a, b in _differences(example, now.example.model_dump(mode="json")):
-        if not any(path[: len(s)] == s for s in searched):
+
+
+def _was_there(was: Branch, p: Parameter) -> bool:
+    """Whether a branch has the item of choices that a parameter is within, if it is within one."""
+    if p.within is None:
+        return True
+    name, item = p.within
+    domains = [q.domain for q in was.parameters if q.name == name]
+    return bool(domains) and domains[0].contains(item)
+
+
+def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
+    """What is fixed has the value that it had."""
+    searched = {p.path for p in (*was.parameters, *now.parameters)}
+    examples = [branch.example.model_dump(mode="json") for branch in (was, now)]
+    for path, a, b in _differences(*examples):
+        if not _is_below(path, searched):
             yield f"{'.'.join(public_path(path, was.objective))}: was {a!r}, and is {b!r} now"
+
+
+BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
+"""In the order in which their problems are told: all of them at once."""
+
+
+def _by_place(branch: Branch) -> dict[tuple[Path_, str], Parameter]:
+    return {_place(p): p for p in branch.parameters}
+
+
+def _is_below(path: Path_, above: Iterable[Path_]) -> bool:
+    """Whether a path begins with one of others."""
+    return any(path[: len(start)] == start for start in above)
 
 
 def _place(p: Parameter) -> tuple[Path_, str]:
@@ -120,15 +170,18 @@ DIGEST = ("data", "digest")
 
 def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
     """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
-    left, right = dict(_leaves(a)), dict(_leaves(b))
+    left = dict(_leaves(a))
+    right = dict(_leaves(b))
     if None in (left.get(DIGEST), right.get(DIGEST)):  # one began before data had digests, or has not begun
         left[DIGEST] = right[DIGEST] = None
     paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
     kinds = {p[:-1] for p in paths if p[-1] == "name"}
     for path in paths:
-        if path[-1] != "name" and any(path[:n] in kinds for n in range(1, len(path))):
+        top, last = path[0], path[-1]
+        if last != "name" and _is_below(path[:-1], kinds):
             continue
-        if path[0] not in {"recipe", *RUN_ONLY} and not (path[0] == "data" and path[-1] in Dataset.places):
+        only_where = top in {"recipe", *RUN_ONLY} or (top == "data" and last in Dataset.places)
+        if not only_where:
             yield path, left.get(path), right.get(path)
 
 
@@ -153,24 +206,27 @@ def placed(space: Space, config: TrainConfig) -> tuple[Group, Tree] | list[str]:
     The seed, and where a run runs, may differ.
     """
     tree = config.model_dump(mode="json")
+    name = config.objective.name
     for group in space.groups:
         for branch in group.branches:
-            if branch.objective == config.objective.name:
+            if branch.objective == name:
                 found = _values_of(branch, tree)
                 return found if isinstance(found, list) else (group, found)
-    return [f"objective: {config.objective.name} there, and not among {', '.join(b.objective for b in space.branches)}"]
+    known = ", ".join(b.objective for b in space.branches)
+    return [f"objective: {name} there, and not among {known}"]
 
 
 def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
+    """Values of a branch's parameters in a configuration, or what is different."""
     values: Tree = {}
     different = []
     for p in branch.asked(values):
         value = value_at(tree, p.path)
+        fits = p.domain.contains(value)
         if isinstance(p.domain, Choices):  # in a file, a choice may be a name or a part of its settings
             same = [c for c in p.domain.values if _is_item(branch, values, p, c, tree)]
-            fits, value = bool(same), same[0] if same else value
-        else:
-            fits = p.domain.contains(value)
+            fits = bool(same)
+            value = same[0] if same else value
         if not fits:
             different.append(f"{p.name}: {value!r} there, {p.domain} here")
         values[p.name] = value
@@ -189,18 +245,17 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
 def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: Tree) -> bool:
     """Whether a configuration has this item of choices: what is fixed of it is alike, what is searched is inside."""
     inside = [p for p in branch.parameters if p.within == (choices.name, item)]
-    if not all(isinstance(p.domain, Choices) or p.domain.contains(value_at(tree, p.path)) for p in inside):
-        return False
+    for p in inside:
+        if isinstance(p.domain, Range) and not p.domain.contains(value_at(tree, p.path)):
+            return False
     others = branch.around(choices) | values | {choices.name: item}
     here = value_at(branch.config(others).model_dump(mode="json"), choices.path)
-    depth = len(choices.path)
-    loose = [p.path[depth:] for p in inside]
     there = value_at(tree, choices.path)
     if not isinstance(here, dict) or not isinstance(there, dict):
         return bool(here == there)
-    left, right = dict(_leaves(here)), dict(_leaves(there))
-    return all(
-        left.get(path) == right.get(path)
-        for path in {*left, *right}
-        if not any(path[: len(part)] == part for part in loose)
-    )
+    depth = len(choices.path)
+    loose = [p.path[depth:] for p in inside]
+    left = dict(_leaves(here))
+    right = dict(_leaves(there))
+    fixed = [path for path in {*left, *right} if not _is_below(path, loose)]
+    return all(left.get(path) == right.get(path) for path in fixed)

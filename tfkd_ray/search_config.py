@@ -1,6 +1,5 @@
 """How a space is searched: the `search` of a file. What fits no space is refused in space.py."""
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from tfkd_ray.schema import Settings, named, tag
 
 
 class _Sampler(Settings):
-    """A sampler of Optuna's; what it cannot do stands here, and `_search_problems` makes sentences of it."""
+    """A sampler of Optuna's; what it cannot do stands here, and the rules in space.py make sentences of it."""
 
     choices: ClassVar[bool] = True
     """It can propose one of a list."""
@@ -109,9 +108,11 @@ class Halving(Settings):
     def rungs(self, epochs: int) -> list[int]:
         """Epochs after which a trial is judged, ascending; none in the last ninth, where there is little to save."""
         rung = self.min_epochs or max(1, epochs // self.factor**2)
-        return list(
-            itertools.takewhile(lambda r: 9 * r <= 8 * epochs, (rung * self.factor**k for k in itertools.count()))
-        )
+        rungs = []
+        while 9 * rung <= 8 * epochs:
+            rungs.append(rung)
+            rung *= self.factor
+        return rungs
 
 
 class Hyperband(Halving):
@@ -282,4 +283,5 @@ class SearchConfig(Settings):
     def budgets(self) -> dict[str, float]:
         """The limits that are set, beside the number of trials."""
         names = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        limits = {name: getattr(self, name) for name in names}
+        return {name: limit for name, limit in limits.items() if limit is not None}
