@@ -167,7 +167,11 @@ def build_arms(
 
 
 def _arm(
-    number: int, given: Any, shared: Mapping[str, Any], overrides: Sequence[str], preset: str | None
+    number: int,
+    given: Any,
+    shared: Mapping[str, Any],
+    overrides: Sequence[str],
+    preset: str | None,
 ) -> dict[str, Any]:
     """One arm of a file: its own settings, and the configuration that these and the shared ones make."""
     if not isinstance(given, dict):
@@ -190,7 +194,8 @@ def _problems(compared: Arms) -> Iterator[str]:
     names = [arm.name for arm in compared.arms]
     first = compared.example
     made: dict[str, str] = {}
-    twins = {run.arm: run.config.fingerprint() for run in runs_of(compared, [FIRST_SEED], hold_out=True)}
+    runs = runs_of(compared, [FIRST_SEED], hold_out=True)
+    twins = {run.arm: run.config.fingerprint() for run in runs}
     for arm in compared.arms:
         if names.count(arm.name) > 1 and arm is compared.named(arm.name):
             yield f"arms.{arm.name}: two arms have this name"
@@ -274,16 +279,26 @@ def untuned(experiment: Path) -> dict[str, int]:
 def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     """The sweep's own space with these baselines in place of its objectives, and so many trials of each."""
     tree = copy.deepcopy(read_experiment(experiment)["space"])
-    ranges = {"ce": {"name": "ce"}, "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}}
+    ranges = {
+        "ce": {"name": "ce"},
+        "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
+    }
     objectives = [ranges[name] for name in lacking]
-    tree |= {"objective": objectives if len(objectives) > 1 else objectives[0], "teacher": None, "init": "random"}
+    tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
+    tree |= {"teacher": None, "init": "random"}
     own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
 
 
-def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS, baselines: Path | None = None) -> Arms:
+def arms_of(
+    experiment: Path,
+    *,
+    top_k: int = 3,
+    rivals: Sequence[str] = RIVALS,
+    baselines: Path | None = None,
+) -> Arms:
     """The best configurations of a sweep as candidates, and what they must beat.
 
     Candidates: the `top_k` best full-length trials by the sweep's own rule, no near-copies of each other. Baselines:
@@ -371,7 +386,9 @@ def _candidates(experiment: Path, top_k: int) -> list[Record]:
 def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
     if a.objective != b.objective or a.parameters.keys() != b.parameters.keys():
         return False
-    distances = [domains[name].distance(value, b.parameters[name]) for name, value in a.parameters.items()]
+    distances = []
+    for name, value in a.parameters.items():
+        distances.append(domains[name].distance(value, b.parameters[name]))
     return all(distance < NEAR for distance in distances)
 
 

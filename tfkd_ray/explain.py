@@ -3,8 +3,8 @@
 Training sees an objective only through its gradient by the logits, so objectives are compared there, in float64, on a
 fixed synthetic batch: images whose logits are normal plus a bump of 0 to 4 at the label, times 1, 5 and 10, so that
 there are images early and late in training, right and wrong. The teacher of `kd` and its kin is as synthetic: normal
-logits of deviation 2 plus a bump of 0 to 10 at the label, independent of the student's. It is like no real teacher in
-particular: read what it says of those objectives as an order of size.
+logits of deviation 2 plus a bump of 0 to 10 at the label, independent of the student's. It resembles no real teacher:
+read those figures as orders of magnitude.
 
 Shapes: S = logit scales, B = images, K = classes, N = B * K.
 """
@@ -136,7 +136,8 @@ def knobs(branch: Branch, num_classes: int) -> list[Knob]:
                 varied = gradient(there.model_copy(update={field: value}))
                 moved.append(_moved(varied, reference))
         residuals, scalars = zip(*moved, strict=True)
-        found.append(Knob(parameter.name, domain, max(residuals), (min(scalars), max(scalars))))
+        scaled = (min(scalars), max(scalars))
+        found.append(Knob(parameter.name, domain, max(residuals), scaled))
     return found
 
 
@@ -145,43 +146,59 @@ def warnings_of(space: Space) -> list[str]:
     K = space.example.data.num_classes
     both = {"optim.lr", "optim.weight_decay"} <= {p.name for p in space.parameters}
     way_out = "both are searched already: fix it" if both else "search these instead, or fix it"
-    sentences = []
+    sentences: list[str] = []
     for branch in space.branches:
         found = knobs(branch, K)
         for knob in found:
-            if knob.verdict == "dead":
-                sentences.append(
-                    f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below "
-                    f"{LIMIT}), and its size by {_percent(max(abs(s - 1) for s in knob.scalars))}; fix it, or widen it"
-                )
-            if knob.verdict == "redundant":
-                sentences.append(
-                    f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which "
-                    f"is optim.lr times that and optim.weight_decay divided by it; {way_out}"
-                )
-        live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
-        ends = list(_ends(branch)) if len(live) > 1 else []
-        if not ends or ends[0].searchable is not None:
-            continue
-        amounts = [amounts_to(o, K) for o in ends]
-        if max(a.residual for a in amounts) < TOLERANCE:
-            sentences.append(
-                f"objective.{branch.objective}: {' and '.join(live)} are one knob: at all ends of their ranges it "
-                f"{_as_smoothing(amounts)}; search one of them, or lsr"
-            )
+            sentences += _about_knob(knob, way_out)
+        sentences += _about_all(branch, found, K)
     return sentences
+
+
+def _about_knob(knob: Knob, way_out: str) -> Iterator[str]:
+    """That a setting does nothing, or only scales the loss."""
+    if knob.verdict == "dead":
+        least, largest = knob.scalars
+        moved = max(abs(least - 1), abs(largest - 1))
+        yield (
+            f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below {LIMIT}), "
+            f"and its size by {_percent(moved)}; fix it, or widen it"
+        )
+    if knob.verdict == "redundant":
+        yield (
+            f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which is "
+            f"optim.lr times that and optim.weight_decay divided by it; {way_out}"
+        )
+
+
+def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Iterator[str]:
+    """That several live settings of an objective amount to the alpha of a label smoothing."""
+    live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
+    if len(live) < 2:
+        return
+    ends = list(_ends(branch))
+    if ends[0].searchable is not None:
+        return
+    amounts = [amounts_to(objective, num_classes) for objective in ends]
+    if max(a.residual for a in amounts) < TOLERANCE:
+        yield (
+            f"objective.{branch.objective}: {' and '.join(live)} are one knob: at all ends of their ranges it "
+            f"{_as_smoothing(amounts)}; search one of them, or lsr"
+        )
 
 
 def report(space: Space) -> Iterator[str]:
     """What every objective of a space amounts to, and what its searched settings do: lines of at most 80 columns."""
     data = space.example.data
-    K, scales = data.num_classes, ", ".join(f"{s:g}" for s in SCALES)
+    K = data.num_classes
+    scales = ", ".join(f"{s:g}" for s in SCALES)
     yield f"{data.name}, K = {K}: judged on {_images(K)} synthetic images, logits times {scales}"
     for branch in space.branches:
         found = knobs(branch, K)
         amounts = [amounts_to(o, K) for o in _ends(branch)]
         yield ""
-        yield f"objective.{branch.objective}" + (", synthetic teacher" if amounts[0].objective.needs_teacher else "")
+        teacher = ", synthetic teacher" if amounts[0].objective.needs_teacher else ""
+        yield f"objective.{branch.objective}{teacher}"
         yield from _indented(_sentences(amounts))
         if found:
             yield f"  {'searched':<16} {'range':<32} {'moves':>6} {'scales':>9}  verdict"
@@ -248,14 +265,18 @@ def _gradients(num_classes: int) -> Callable[[Canonical], Tensor]:
     @functools.lru_cache(maxsize=64)  # of 0.8 MB, or less where there are few classes
     def soft(objective: Canonical) -> Tensor:
         z = logits.clone().requires_grad_()
-        kd = [objective.terms(each, labels, teacher).kd for each in z]
-        total = sum((k for k in kd if k is not None), 0 * z.sum())
+        total = 0 * z.sum()
+        for each in z:
+            kd = objective.terms(each, labels, teacher).kd
+            if kd is not None:
+                total = total + kd
         return torch.autograd.grad(total, z)[0].flatten(1)
 
     def gradient(objective: Canonical) -> Tensor:
         weights = {"loss_scale": 1.0, "alpha": 0.5}
         own = {k: v for k, v in weights.items() if k in type(objective).model_fields}
-        parts = objective.ce_weight * ce + objective.kd_weight * soft(objective.model_copy(update=own))
+        kd = soft(objective.model_copy(update=own))
+        parts = objective.ce_weight * ce + objective.kd_weight * kd
         return objective.loss_scale * parts
 
     return gradient
@@ -266,7 +287,8 @@ def _moved(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
     size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
     g, r = gradient / size, reference / size
     scalar = (g * r).sum() / (r * r).sum().clamp_min(TINY)
-    return (g - scalar * r).norm(dim=1).max().item(), scalar.item()
+    left = (g - scalar * r).norm(dim=1)
+    return left.max().item(), scalar.item()
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------
@@ -275,7 +297,8 @@ def _moved(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
 def _at(domain: Domain, t: float) -> Any:
     """The value at a fraction t of the way through a range on its own scale, or through sorted choices."""
     if isinstance(domain, Choices):
-        return sorted(domain.values)[round(t * (len(domain.values) - 1))]
+        last = len(domain.values) - 1
+        return sorted(domain.values)[round(t * last)]
     return domain.at(t)
 
 
@@ -338,7 +361,8 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
     if max(off) < TOLERANCE:
         yield _as_smoothing(amounts)
     elif len(amounts) == 1:
-        by_scale = ", ".join(f"{_percent(r)} at {s:g}" for r, s in zip(amounts[0].residuals, SCALES, strict=True))
+        residuals = zip(amounts[0].residuals, SCALES, strict=True)
+        by_scale = ", ".join(f"{_percent(r)} at {s:g}" for r, s in residuals)
         yield (
             f"no label smoothing is within {LIMIT}; the nearest, alpha {alpha}, is {_percent(off[0])} off "
             f"(by the size of the logits: {by_scale})"

@@ -13,7 +13,17 @@ from fractions import Fraction
 from typing import Any, Protocol, TypeVar, get_origin
 
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.schema import ConfigError, Settings, did_you_mean, dotted, in_yaml, leaves, members, named, tag
+from tfkd_ray.schema import (
+    ConfigError,
+    Settings,
+    did_you_mean,
+    dotted,
+    in_yaml,
+    leaves,
+    members,
+    named,
+    tag,
+)
 
 Tree = dict[str, Any]
 Path_ = tuple[str, ...]
@@ -459,7 +469,13 @@ def _step_moves_a_float(given: Range) -> Iterator[str]:
 
 
 CHOICES_RULES = (_stands_alone, _is_a_list, _is_given_once)
-KEY_RULES = (_has_keys_of_a_range, _low_is_a_number, _high_is_a_number, _numbers_are_finite, _flags_are_flags)
+KEY_RULES = (
+    _has_keys_of_a_range,
+    _low_is_a_number,
+    _high_is_a_number,
+    _numbers_are_finite,
+    _flags_are_flags,
+)
 RANGE_RULES = (
     _low_is_below_high,
     _log_has_logarithms,

@@ -54,7 +54,8 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
         if tag(type(setting.objective)) != branch.objective:
             continue
         values = _values_for(branch, setting.objective)
-        inside = all(p.domain.contains(values[p.name]) for p in branch.asked(values))
+        asked = list(branch.asked(values))
+        inside = all(p.domain.contains(values[p.name]) for p in asked)
         if values in seen or not inside:
             continue
         try:
@@ -80,7 +81,7 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
     return values
 
 
-PAPER: dict[Path_, Any] = {("optim", name): value for name, value in OptimConfig().model_dump().items()}
+PAPER: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}
 """The paper's recipe, which is also our default."""
 
 
@@ -144,7 +145,8 @@ def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
     examples = [branch.example.model_dump(mode="json") for branch in (was, now)]
     for path, a, b in _differences(*examples):
         if not _is_below(path, searched):
-            yield f"{'.'.join(public_path(path, was.objective))}: was {a!r}, and is {b!r} now"
+            name = ".".join(public_path(path, was.objective))
+            yield f"{name}: was {a!r}, and is {b!r} now"
 
 
 BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
@@ -162,7 +164,10 @@ def _is_below(path: Path_, above: Iterable[Path_]) -> bool:
 
 def _place(p: Parameter) -> tuple[Path_, str]:
     """What makes a parameter the same in another space, where items of choices may be counted otherwise."""
-    return p.path, json.dumps(p.within[1] if p.within else None, sort_keys=True)
+    item = None
+    if p.within is not None:
+        _, item = p.within
+    return p.path, json.dumps(item, sort_keys=True)
 
 
 DIGEST = ("data", "digest")
@@ -172,7 +177,8 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
     """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
     left = dict(_leaves(a))
     right = dict(_leaves(b))
-    if None in (left.get(DIGEST), right.get(DIGEST)):  # one began before data had digests, or has not begun
+    digests = (left.get(DIGEST), right.get(DIGEST))
+    if None in digests:  # one began before data had digests, or has not begun
         left[DIGEST] = right[DIGEST] = None
     paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
     kinds = {p[:-1] for p in paths if p[-1] == "name"}
@@ -238,7 +244,8 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
         return error.problems
     for path, a, b in _differences(tree, here):
         if path != ("seed",):
-            different.append(f"{'.'.join(public_path(path, branch.objective))}: {a!r} there, {b!r} here")
+            name = ".".join(public_path(path, branch.objective))
+            different.append(f"{name}: {a!r} there, {b!r} here")
     return different or values
 
 
@@ -257,5 +264,5 @@ def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: 
     loose = [p.path[depth:] for p in inside]
     left = dict(_leaves(here))
     right = dict(_leaves(there))
-    fixed = [path for path in {*left, *right} if not _is_below(path, loose)]
-    return all(left.get(path) == right.get(path) for path in fixed)
+    differ = [path for path in {*left, *right} if left.get(path) != right.get(path)]
+    return all(_is_below(path, loose) for path in differ)

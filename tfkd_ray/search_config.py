@@ -255,9 +255,11 @@ class SearchConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _metrics_as_a_list(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and isinstance(tree.get("metric"), list | tuple) and tree["metric"]:
-            return {**tree, "metric": tree["metric"][0], "more_metrics": tree["metric"][1:]}
-        return tree
+        given = tree.get("metric") if isinstance(tree, Mapping) else None
+        if not isinstance(given, list | tuple) or not given:
+            return tree
+        first, *others = given
+        return {**tree, "metric": first, "more_metrics": others}
 
     @model_validator(mode="after")
     def _different_metrics(self) -> Self:

@@ -233,16 +233,16 @@ class Space:
 
     def single(self) -> TrainConfig:
         """The one configuration of a file without ranges; a ConfigError that says what to fix otherwise."""
-        problems = [
-            f"{p.name}: is searched ({p.domain}), and one run needs one value; fix it: {p.name}={p.domain.probes[0]}"
-            for p in self.parameters
-            if p.within is None
-        ]
+        problems = []
         if len(self.branches) > 1:
             names = ", ".join(b.objective for b in self.branches)
-            problems.insert(
-                0, f"objective: is a choice of {names}, and one run needs one; fix it: objective={names[:2]}"
-            )
+            problems.append(f"objective: is a choice of {names}, and one run needs one; fix it: objective={names[:2]}")
+        for p in self.parameters:
+            if p.within is None:
+                first = p.domain.probes[0]
+                problems.append(
+                    f"{p.name}: is searched ({p.domain}), and one run needs one value; fix it: {p.name}={first}"
+                )
         if problems:
             raise ConfigError(problems)
         return self.branches[0].config({})
@@ -292,7 +292,10 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
         raise ConfigError(f"a space is settings (key: value), got {masked(repr(tree))}", source)
     tree = dict(copy.deepcopy(tree))
     if "arms" in tree:
-        raise ConfigError("arms: this file lists arms, which are compared, not searched: tfkd confirm FILE", source)
+        raise ConfigError(
+            "arms: this file lists arms, which are compared, not searched: tfkd confirm FILE",
+            source,
+        )
     notes: list[str] = []
     search, problems = _read_search(tree.pop("search", None))
     branches, more_problems = _read_branches(tree, search, notes)
@@ -801,10 +804,13 @@ def _names_differ(found: Sequence[Parameter]) -> Iterator[str]:
             )
 
 
+ONE_A_SWEEP = {*RUN_ONLY, "recipe", "data", "epochs", "seed", "batch_norm", "precision", "compile"}
+
+
 def _trials_can_be_compared(p: Parameter) -> Iterator[str]:
     """What makes trials different runs, and not better ones, is fixed."""
     top = p.path[0]
-    if top in RUN_ONLY or top in ("recipe", "data", "epochs", "seed", "batch_norm", "precision", "compile"):
+    if top in ONE_A_SWEEP:
         yield f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared"
 
 
