@@ -39,7 +39,8 @@ import tfkd_ray.search
 from tfkd_ray.experiment import Record
 from tfkd_ray.receipt import fidelity_warnings, rank_correlations
 from tfkd_ray.search import OptunaSearcher, StudyStopping
-from tfkd_ray.space import Halving, Parameter, Space, build_space
+from tfkd_ray.search_config import Halving
+from tfkd_ray.space import Parameter, Space, build_space
 
 TRIALS = 64
 PAIRS = [f"{sampler}:{stopping}" for sampler in ("tpe", "random", "qmc", "gp")

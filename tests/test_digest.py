@@ -20,8 +20,9 @@ from tfkd_ray.data import Cifar10, Digits, FileDataset, ImageFolder, Mnist, Own,
 from tfkd_ray.experiment import read_experiment, read_records
 from tfkd_ray.images import ImageSet
 from tfkd_ray.loop import LOOP_VERSION
+from tfkd_ray.relate import placed
 from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml, validated
-from tfkd_ray.space import build_space, pinned, placed
+from tfkd_ray.space import build_space, pinned
 from tfkd_ray.teachers import bank_of, find_or_train, is_here, is_trained, load_teacher, teacher_name, train_teacher
 from tfkd_ray.trial import check_data_here
 from tfkd_ray.tune import build_tuner, resume_tuner

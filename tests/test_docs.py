@@ -15,9 +15,9 @@ from optuna.trial import TrialState
 from test_readers import make_sweep
 
 from tfkd_ray.readers import best_of, front_of, ls, status
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, parse_yaml
 from tfkd_ray.search import open_journal
-from tfkd_ray.space import build_space, parse_yaml
+from tfkd_ray.space import build_space
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

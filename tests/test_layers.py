@@ -18,7 +18,8 @@ ORDER = [
     "images",
     "objectives", "data", "models", "augment",
     "config",
-    "checkpoint", "evaluate", "soft_labels", "space", "explain", "readers", "receipt", "report",
+    "checkpoint", "evaluate", "soft_labels", "search_config", "ranges", "space", "relate",
+    "explain", "readers", "receipt", "report",
     "loop", "weights", "plan", "clusterfile", "jobs",
     "teachers",
     "arms", "export",
@@ -68,6 +69,14 @@ def test_one_place_asks_whether_a_path_is_a_mirror_and_buckets_are_behind_the_st
     assert {m: text.count("store_of(") for m, text in texts.items() if "store_of" in text} == {"storage": 1}
     # the sweep's uploads are the other part of a bucket that lasts as long as its driver
     assert {m for m in texts for name, _ in imports(m) if name == "tfkd_ray.remote"} <= {"storage", "callbacks"}
+
+
+def test_only_a_range_knows_its_scale() -> None:
+    for module in set(ORDER) - {"ranges"}:
+        names = {
+            n.attr for n in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())) if isinstance(n, ast.Attribute)
+        }
+        assert "log_complement" not in names, f"{module} asks a range for its scale; Range.place, at and shown answer"
 
 
 def test_contributing_says_where_every_module_is_changed() -> None:

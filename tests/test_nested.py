@@ -9,10 +9,11 @@ import pytest
 from optuna.trial import TrialState
 from test_search import finished, run_sweep
 
+from tfkd_ray.relate import not_superset, placed, warm_points
 from tfkd_ray.report import report
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
 from tfkd_ray.search import OptunaSearcher, copy_trials, importance, prior_trials
-from tfkd_ray.space import Space, build_space, load_space, not_superset, placed, warm_points
+from tfkd_ray.space import Space, build_space, load_space
 from tfkd_ray.tune import build_tuner
 
 DROPOUT = {"low": 0.1, "high": 0.5}

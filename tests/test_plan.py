@@ -12,7 +12,8 @@ import tfkd_ray.plan as plan_module
 from tfkd_ray.config import TeacherRun
 from tfkd_ray.plan import lines, plan, resident_bytes, slots_here
 from tfkd_ray.receipt import EXACT, _passing
-from tfkd_ray.space import Hyperband, build_space, load_space
+from tfkd_ray.search_config import Hyperband
+from tfkd_ray.space import build_space, load_space
 
 
 def test_a_plan_counts_trials_epochs_and_teachers() -> None:

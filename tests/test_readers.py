@@ -23,9 +23,10 @@ from filelock import FileLock
 from tfkd_ray import readers
 from tfkd_ray.experiment import Record, best, read_records, write_experiment, write_record, write_text
 from tfkd_ray.files import legible
+from tfkd_ray.ranges import Range
 from tfkd_ray.readers import follow_status, logs, ls, ls_lines, read_lasts, status, status_lines, trials_table
 from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import Range, Space, build_space
+from tfkd_ray.space import Space, build_space
 
 TREE: dict[str, Any] = {
     "student": {"name": "mlp", "hidden": [8]},

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run
 
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import build_space, parse_yaml
+from tfkd_ray.schema import ConfigError, parse_yaml
+from tfkd_ray.space import build_space
 
 README = (ROOT / "README.md").read_text()
 

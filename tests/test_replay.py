@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import tfkd_ray.search
-from tfkd_ray.space import SearchConfig
+from tfkd_ray.search_config import SearchConfig
 
 
 @pytest.fixture(scope="module")

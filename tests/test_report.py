@@ -18,10 +18,10 @@ from test_readers import change, line, make_sweep
 from tfkd_ray import report as module
 from tfkd_ray.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.experiment import Record, read_records, write_record
+from tfkd_ray.ranges import Range
 from tfkd_ray.readers import read_plan
 from tfkd_ray.report import report
 from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import Range
 
 EVIL = "</script><script>document.title='pwned'</script><img src=http://example.invalid/x onerror=\"document.title='pwned'\">"
 
@@ -133,15 +133,26 @@ def test_of_few_trials_nothing_is_concluded(tmp_path: Path) -> None:
     assert text.count("Fewer than 8 trials of full length, too few to tell:") == 3
 
 
-def test_a_place_in_a_range_is_undone_by_the_value_there() -> None:
+def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
+    objective = {"name": "kd", "temperature": {"choices": [2.0, 4.0, 8.0]}, "alpha": {"low": 0.1, "high": 0.9}}
+    make_sweep(tmp_path / "e", 12, objective=[objective], search={"baselines": False, "stopping": "none"})
+    report(tmp_path / "e", tmp_path / "r.html")
+    assert "Temperature against alpha" in without_plotly(tmp_path / "r.html")
+
+
+def test_an_axis_shows_a_range_on_its_own_scale() -> None:
     from tfkd_ray.space import Parameter
 
-    for domain in (Range(1, 20), Range(1, 20, log=True), Range(0.9, 0.999, log_complement=True)):
-        p = Parameter("x", ("x",), domain)
-        for place in (0.0, 0.3, 1.0):
-            assert module._place(p, module._value_at(p, place)) == pytest.approx(place, abs=1e-9)
-        assert module._value_at(p, 0) == pytest.approx(domain.low)
-        assert module._value_at(p, 1) == pytest.approx(domain.high)
+    scales = {"x": Range(1, 20), "y": Range(1, 20, log=True), "z": Range(0.9, 0.999, log_complement=True)}
+    shown = {}
+    for name, domain in scales.items():
+        p = Parameter(name, (name,), domain)
+        axis = module._axis(p)
+        shown[axis.label] = axis.log
+        for value in (domain.low, domain.at(0.3), domain.high):
+            assert axis.span[0] < module._at(p, value) < axis.span[1]
+            assert module._place(p, value) == domain.place(value)
+    assert shown == {"x": False, "y (log scale)": True, "1 - z (log scale)": True}
 
 
 def test_the_rank_correlation_is_one_where_a_rung_ranks_as_the_end_does(tmp_path: Path) -> None:

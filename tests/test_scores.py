@@ -18,6 +18,7 @@ from test_report import make_comparison
 
 from tfkd_ray import evaluate
 from tfkd_ray.arms import arms_of
+from tfkd_ray.assignment import Assignment
 from tfkd_ray.calibration import BINS
 from tfkd_ray.cli import main
 from tfkd_ray.confirm import table
@@ -313,11 +314,12 @@ def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_pat
 
 def test_a_trial_records_what_it_is_judged_by(tmp_path: Path) -> None:
     space = build_space({"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 2})
-    about = {"directory": str(tmp_path / "t"), "storage": str(tmp_path), "name": "t", "epochs": 2}
+    told = Assignment("t", 2, directory=tmp_path / "t", metrics=("val_auroc", "parameters"))
     tree = space.single().model_dump(mode="json")
-    asked = list(_epochs_here(tree, {**about, "metrics": ["val_auroc", "parameters"]}))
+    asked = list(_epochs_here(tree, told))
     assert all(0.5 < m["val_auroc"] <= 1 and "val_macro_f1" not in m for m in asked)
-    assert not any("val_auroc" in m for m in _epochs_here(tree, {**about, "directory": str(tmp_path / "u")}))
+    unasked = Assignment("u", 2, directory=tmp_path / "u")
+    assert not any("val_auroc" in m for m in _epochs_here(tree, unasked))
 
 
 @pytest.mark.ray

@@ -21,6 +21,7 @@ from tfkd_ray import tune
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import Record, gone_trials, read_experiment, write_experiment, write_record
 from tfkd_ray.readers import status, status_lines
+from tfkd_ray.relate import not_superset, warm_points
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -33,7 +34,7 @@ from tfkd_ray.search import (
     save_journal,
     take_saved_journal,
 )
-from tfkd_ray.space import Space, build_space, not_superset, warm_points
+from tfkd_ray.space import Space, build_space
 from tfkd_ray.storage import Storage
 from tfkd_ray.tune import disk_trouble
 

@@ -15,21 +15,12 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import pareto
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
+from tfkd_ray.ranges import Choices, Range
+from tfkd_ray.relate import not_superset, warm_points
 from tfkd_ray.schema import ConfigError, dump_yaml, members, parse_yaml, tag
 from tfkd_ray.search import OptunaSearcher
-from tfkd_ray.space import (
-    Choices,
-    Halving,
-    Hyperband,
-    Median,
-    Range,
-    SearchConfig,
-    Space,
-    build_space,
-    load_space,
-    not_superset,
-    warm_points,
-)
+from tfkd_ray.search_config import Halving, Hyperband, Median, SearchConfig
+from tfkd_ray.space import Space, build_space, load_space
 
 
 def space(**tree: Any) -> Space:
@@ -481,6 +472,28 @@ def network(shape: tuple[int, int, int], num_classes: int, **args: Any) -> torch
 def own(args: dict[str, Any], **more: Any) -> Space:
     student = {"name": "own", "path": NET, "args": args}
     return build_space({"objective": {"name": "ce"}, "student": student, "epochs": 9, **more})
+
+
+SCALES = [Range(1, 20), Range(1, 20, log=True), Range(0.9, 0.999, log_complement=True), Range(1, 21, step=5)]
+
+
+@pytest.mark.parametrize("domain", SCALES, ids=str)
+def test_a_place_in_a_range_is_undone_by_the_value_there(domain: Range) -> None:
+    assert domain.place(domain.low) == 0 and domain.place(domain.high) == 1
+    assert (domain.at(0), domain.at(1)) == pytest.approx((domain.low, domain.high))
+    for place in (0.1, 0.3, 0.9):
+        assert domain.place(domain.at(place)) == pytest.approx(place, abs=1e-9)
+    assert domain.distance(domain.at(0.9), domain.at(0.2)) == pytest.approx(0.7)
+    assert domain.at(0.5) == pytest.approx(domain.middle)
+
+
+def test_a_range_has_equal_ratios_on_a_log_scale_and_shows_the_complement() -> None:
+    assert Range(1, 100, log=True).at(0.5) == pytest.approx(10)
+    complement = Range(0.9, 0.999, log_complement=True)
+    assert complement.at(0.5) == pytest.approx(0.99)
+    assert complement.span == pytest.approx((0.001, 0.1)) and complement.label("x") == "1 - x"
+    assert complement.shown(complement.shown(0.95)) == pytest.approx(0.95)
+    assert Choices((3, 1, 2)).place(1) == 0.5 and Choices((3, 1, 2)).distance(1, 2) == 1
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tfkd_ray.cli import _HOW_TO_COMPARE
 from tfkd_ray.experiment import write_experiment
 from tfkd_ray.objectives import Canonical, LabelSmoothing, TfkdReg, TfkdRegCode
+from tfkd_ray.ranges import Choices
 from tfkd_ray.schema import parse_yaml
-from tfkd_ray.space import Choices, Space, build_space
+from tfkd_ray.space import Space, build_space
 from tfkd_ray.tensorboard import (
     TensorBoard,
     _column,

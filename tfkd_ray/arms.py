@@ -5,7 +5,6 @@ what a paper printed for it. An arm's settings go before the shared ones.
 """
 
 import copy
-import math
 import os
 import sys
 import uuid
@@ -33,6 +32,7 @@ from tfkd_ray.experiment import (
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
+from tfkd_ray.ranges import Domain
 from tfkd_ray.schema import (
     ConfigError,
     Settings,
@@ -45,7 +45,7 @@ from tfkd_ray.schema import (
     validated,
 )
 from tfkd_ray.scores import Selectable
-from tfkd_ray.space import Domain, Range, Space, build_space, override
+from tfkd_ray.space import Space, build_space, override
 
 FIRST_SEED = 1001
 """Of the seeds that arms are trained with; far from those that sweeps are run with."""
@@ -159,19 +159,10 @@ def build_arms(
     arms: list[dict[str, Any]] = []
     problems: list[str] = []
     for number, arm in enumerate(given):
-        if not isinstance(arm, dict):
-            problems.append(f"arms.{number}: needs settings (name, objective, ...), got {arm!r}")
-            continue
-        own = {k: v for k, v in arm.items() if k in Arm.model_fields and k != "config"}
-        config = filled({k: copy.deepcopy(v) for k, v in arm.items() if k not in own}, copy.deepcopy(shared))
-        where = dotted(["arms", own.get("name", number)])
         try:
-            for text in overrides:
-                override(config, text)
-            config = _smoke(config) if preset == "smoke" else config
-            arms.append({**own, "config": validated(TrainConfig, config)})
+            arms.append(_arm(number, arm, shared, overrides, preset))
         except ConfigError as error:
-            problems += [f"{where}.{p}" for p in error.problems]
+            problems += error.problems
     if preset not in (None, "smoke"):
         problems.append(f"--preset: no such preset {preset!r}; known: smoke")
     if problems:
@@ -186,11 +177,36 @@ def build_arms(
     return compared
 
 
+def _arm(
+    number: int,
+    given: Any,
+    shared: Mapping[str, Any],
+    overrides: Sequence[str],
+    preset: str | None,
+) -> dict[str, Any]:
+    """One arm of a file: its own settings, and the configuration that these and the shared ones make."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"arms.{number}: needs settings (name, objective, ...), got {given!r}")
+    own = {k: v for k, v in given.items() if k in Arm.model_fields and k != "config"}
+    config = {k: copy.deepcopy(v) for k, v in given.items() if k not in own}
+    config = filled(config, copy.deepcopy(dict(shared)))
+    try:
+        for text in overrides:
+            override(config, text)
+        if preset == "smoke":
+            config = _smoke(config)
+        return {**own, "config": validated(TrainConfig, config)}
+    except ConfigError as error:
+        where = dotted(["arms", own.get("name", number)])
+        raise ConfigError(f"{where}.{p}" for p in error.problems) from None
+
+
 def _problems(compared: Arms) -> Iterator[str]:
     names = [arm.name for arm in compared.arms]
     first = compared.example
     made: dict[str, str] = {}
-    twins = {run.arm: run.config.fingerprint() for run in runs_of(compared, [FIRST_SEED], hold_out=True)}
+    runs = runs_of(compared, [FIRST_SEED], hold_out=True)
+    twins = {run.arm: run.config.fingerprint() for run in runs}
     for arm in compared.arms:
         if names.count(arm.name) > 1 and arm is compared.named(arm.name):
             yield f"arms.{arm.name}: two arms have this name"
@@ -263,24 +279,37 @@ def untuned(experiment: Path) -> dict[str, int]:
     for record in read_records(experiment):
         ended.setdefault(record.objective, []).append(record.status)
     trials = len(ended[winner.objective])
-    return {
-        name: trials for name in BASELINES if len(ended.get(name, ())) < trials or "done" not in ended.get(name, ())
-    }
+    lacking = {}
+    for name in BASELINES:
+        of_it = ended.get(name, [])
+        if len(of_it) < trials or "done" not in of_it:
+            lacking[name] = trials
+    return lacking
 
 
 def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     """The sweep's own space with these baselines in place of its objectives, and so many trials of each."""
     tree = copy.deepcopy(read_experiment(experiment)["space"])
-    ranges = {"ce": {"name": "ce"}, "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}}
+    ranges = {
+        "ce": {"name": "ce"},
+        "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
+    }
     objectives = [ranges[name] for name in lacking]
-    tree |= {"objective": objectives if len(objectives) > 1 else objectives[0], "teacher": None, "init": "random"}
+    tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
+    tree |= {"teacher": None, "init": "random"}
     own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
 
 
-def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS, baselines: Path | None = None) -> Arms:
+def arms_of(
+    experiment: Path,
+    *,
+    top_k: int = 3,
+    rivals: Sequence[str] = RIVALS,
+    baselines: Path | None = None,
+) -> Arms:
     """The best configurations of a sweep as candidates, and what they must beat.
 
     Candidates: the `top_k` best full-length trials by the sweep's own rule, no near-copies of each other. Baselines:
@@ -290,7 +319,9 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     """
     winners = _candidates(experiment, top_k)
     first, metric = winners[0], selection_metric(experiment)
-    arms: list[dict[str, Any]] = [{"name": r.name, "config": r.config, "role": "candidate"} for r in winners]
+    arms: list[dict[str, Any]] = []
+    for winner in winners:
+        arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
     for name in [b for b in BASELINES if b in rivals]:
         there = [experiment] if baselines is None else [experiment, baselines]
         found = [record for where in there for record in _full(where) if record.objective == name]
@@ -311,7 +342,8 @@ def arms_of(experiment: Path, *, top_k: int = 3, rivals: Sequence[str] = RIVALS,
     distinct: dict[str, dict[str, Any]] = {}
     for arm in arms:
         whole = validated(Arms, {"arms": [arm]})
-        distinct.setdefault(runs_of(whole, [FIRST_SEED], hold_out=True)[0].config.fingerprint(), arm)
+        (run,) = runs_of(whole, [FIRST_SEED], hold_out=True)
+        distinct.setdefault(run.config.fingerprint(), arm)
     return validated(
         Arms,
         {
@@ -351,15 +383,10 @@ def _candidates(experiment: Path, top_k: int) -> list[Record]:
 def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
     if a.objective != b.objective or a.parameters.keys() != b.parameters.keys():
         return False
-    return all(_distance(domains[k], v, b.parameters[k]) < NEAR for k, v in a.parameters.items())
-
-
-def _distance(domain: Domain, a: Any, b: Any) -> float:
-    """Between two values, as a share of their range on its own scale."""
-    if not isinstance(domain, Range):
-        return float(a != b)
-    scale = math.log if domain.log else (lambda x: math.log(1 - x)) if domain.log_complement else float
-    return abs((scale(a) - scale(b)) / (scale(domain.high) - scale(domain.low)))
+    distances = []
+    for name, value in a.parameters.items():
+        distances.append(domains[name].distance(value, b.parameters[name]))
+    return all(distance < NEAR for distance in distances)
 
 
 def comparisons_of(experiment: Path) -> list[Path]:
@@ -471,7 +498,9 @@ _BY_SIZE = [
 def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration scaled down: two epochs, about a thousand images, networks of one convolution, one process."""
     data = named(tree.get("data", "digits"))
-    small = {**tree, "epochs": 2, "data": {**data, "subset": 1000} if isinstance(data, dict) else data}
+    if isinstance(data, dict):
+        data = {**data, "subset": 1000}
+    small = {**tree, "epochs": 2, "data": data}
     small |= {
         "workers": 1,
         "gpus_per_worker": 0,
@@ -481,9 +510,13 @@ def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
         "student": _small_network(tree.get("student", "mlp")),
     }
     if isinstance(tree.get("teacher"), dict):
-        teacher = {k: v for k, v in tree["teacher"].items() if k not in ("epochs", "weights", "stop_accuracy")}
-        small["teacher"] = teacher | ({"model": _small_network(teacher["model"])} if teacher.get("model") else {})
-        small["teacher"] |= {"stop_epoch": 1} if teacher.get("stop_epoch") else {}
+        left_out = ("epochs", "weights", "stop_accuracy")
+        teacher = {k: v for k, v in tree["teacher"].items() if k not in left_out}
+        if teacher.get("model"):
+            teacher["model"] = _small_network(teacher["model"])
+        if teacher.get("stop_epoch"):
+            teacher["stop_epoch"] = 1
+        small["teacher"] = teacher
     return small
 
 
@@ -492,4 +525,5 @@ def _small_network(network: Any) -> Any:
     name = given.get("name") if isinstance(given, dict) else None
     if name in (None, "mlp", "cnn"):
         return network
-    return {"name": "cnn", "widths": [8 + (_BY_SIZE.index(name) if name in _BY_SIZE else len(_BY_SIZE))]}
+    size = _BY_SIZE.index(name) if name in _BY_SIZE else len(_BY_SIZE)
+    return {"name": "cnn", "widths": [8 + size]}

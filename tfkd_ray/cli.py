@@ -504,7 +504,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _describe(space: "Space") -> Iterator[str]:
     """What is searched, conditional and fixed, line by line."""
-    from tfkd_ray.space import warm_points
+    from tfkd_ray.relate import warm_points
 
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
     search, epochs = space.search, space.epochs
@@ -578,7 +578,7 @@ def _tune(args: argparse.Namespace) -> int:
     args.overrides += [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
     space = _load(args)
     from tfkd_ray.cluster_verbs import tune_as_job
-    from tfkd_ray.space import ENVIRONMENT
+    from tfkd_ray.search_config import ENVIRONMENT
 
     if (code := tune_as_job(args, space)) is not None:
         return code

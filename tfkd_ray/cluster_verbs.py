@@ -907,7 +907,7 @@ def _with_sent(args: argparse.Namespace, words: list[str], name: str, value: str
 def _without_secrets(words: list[str]) -> list[str]:
     """The words, if none has a password in it."""
     from tfkd_ray.passwords import masked
-    from tfkd_ray.space import ENVIRONMENT
+    from tfkd_ray.search_config import ENVIRONMENT
 
     here = os.environ.get(ENVIRONMENT)
     for word in words:

@@ -3,8 +3,8 @@
 Training sees an objective only through its gradient by the logits, so objectives are compared there, in float64, on a
 fixed synthetic batch: images whose logits are normal plus a bump of 0 to 4 at the label, times 1, 5 and 10, so that
 there are images early and late in training, right and wrong. The teacher of `kd` and its kin is as synthetic: normal
-logits of deviation 2 plus a bump of 0 to 10 at the label, independent of the student's. It is like no real teacher in
-particular: read what it says of those objectives as an order of size.
+logits of deviation 2 plus a bump of 0 to 10 at the label, independent of the student's. It resembles no real teacher:
+read those figures as orders of magnitude.
 
 Shapes: S = logit scales, B = images, K = classes, N = B * K.
 """
@@ -23,7 +23,8 @@ from torch import Tensor
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.images import generator
 from tfkd_ray.objectives import Canonical, CrossEntropy, LabelSmoothing
-from tfkd_ray.space import Branch, Choices, Domain, Parameter, Space
+from tfkd_ray.ranges import Choices, Domain
+from tfkd_ray.space import Branch, Parameter, Space
 
 SCALES = (1.0, 5.0, 10.0)
 """Factors on the student's synthetic logits."""
@@ -96,38 +97,47 @@ def amounts_to(objective: Canonical, num_classes: int) -> Amount:
 
     s * LSR(eps) has the gradient s * (p - y) + s * eps * (y - 1/K), so the two are found by least squares.
     """
-    gradient, (ce, flatter) = _gradients(num_classes)(objective), _directions(num_classes)
+    gradient = _gradients(num_classes)(objective)
+    ce, flatter = _directions(num_classes)
     size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
     g, a, b = (x / size for x in (gradient, ce, flatter))
-    c, d = torch.linalg.lstsq(torch.stack([a.flatten(), b.flatten()], dim=1), g.flatten()[:, None]).solution[:, 0]
-    inside = [(d / c).item()] if c > 0 and 0 <= d <= c else []
+    both = torch.stack([a.flatten(), b.flatten()], dim=1)
+    c, d = torch.linalg.lstsq(both, g.flatten()[:, None]).solution[:, 0]
+    tried = [0.0, 1.0]
+    if c > 0 and 0 <= d <= c:
+        tried = [(d / c).item()]
 
     def fit(eps: float) -> Amount:
         smoothed = a + eps * b
-        scale = max(((g * smoothed).sum() / (smoothed * smoothed).sum()).item(), TINY)
+        best = (g * smoothed).sum() / (smoothed * smoothed).sum()
+        scale = max(best.item(), TINY)
         lsr = LabelSmoothing(alpha=eps, loss_scale=scale)
-        return Amount(objective, lsr, tuple((g - scale * smoothed).norm(dim=1).tolist()))
+        residuals = (g - scale * smoothed).norm(dim=1)
+        return Amount(objective, lsr, tuple(residuals.tolist()))
 
-    return min(map(fit, inside or [0.0, 1.0]), key=lambda amount: math.hypot(*amount.residuals))
+    return min(map(fit, tried), key=lambda amount: math.hypot(*amount.residuals))
 
 
 def knobs(branch: Branch, num_classes: int) -> list[Knob]:
     """The searched settings of a branch's objective, each varied with the others at their middle and at their ends."""
-    searched, gradient, middle = _searched(branch), _gradients(num_classes), _middle(branch)
+    searched = _searched(branch)
+    gradient = _gradients(num_classes)
+    middle = _middle(branch)
     found = []
     for parameter in searched:
         others = [p for p in searched if p is not parameter]
-        corners = itertools.islice(itertools.product((0.0, 1.0), repeat=len(others)), MAX_CORNERS)
+        field, domain = parameter.path[-1], parameter.domain
+        ends = itertools.product((0.0, 1.0), repeat=len(others))
         moved = []
-        for corner in [(0.5,) * len(others), *corners]:
-            there = {p.path[-1]: _at(p.domain, t) for p, t in zip(others, corner, strict=True)}
-            reference, *varied = (
-                gradient(middle.model_copy(update={**there, parameter.path[-1]: value}))
-                for value in [_at(parameter.domain, 0.5), *_values(parameter.domain)]
-            )
-            moved += [_moved(g, reference) for g in varied]
+        for corner in [(0.5,) * len(others), *itertools.islice(ends, MAX_CORNERS)]:
+            there = _moved_to(middle, others, corner)
+            reference = gradient(there.model_copy(update={field: _at(domain, 0.5)}))
+            for value in _values(domain):
+                varied = gradient(there.model_copy(update={field: value}))
+                moved.append(_moved(varied, reference))
         residuals, scalars = zip(*moved, strict=True)
-        found.append(Knob(parameter.name, parameter.domain, max(residuals), (min(scalars), max(scalars))))
+        scaled = (min(scalars), max(scalars))
+        found.append(Knob(parameter.name, domain, max(residuals), scaled))
     return found
 
 
@@ -136,47 +146,65 @@ def warnings_of(space: Space) -> list[str]:
     K = space.example.data.num_classes
     both = {"optim.lr", "optim.weight_decay"} <= {p.name for p in space.parameters}
     way_out = "both are searched already: fix it" if both else "search these instead, or fix it"
-    sentences = []
+    sentences: list[str] = []
     for branch in space.branches:
         found = knobs(branch, K)
         for knob in found:
-            if knob.verdict == "dead":
-                sentences.append(
-                    f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below "
-                    f"{LIMIT}), and its size by {_percent(max(abs(s - 1) for s in knob.scalars))}; fix it, or widen it"
-                )
-            if knob.verdict == "redundant":
-                sentences.append(
-                    f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which "
-                    f"is optim.lr times that and optim.weight_decay divided by it; {way_out}"
-                )
-        live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
-        ends = list(_ends(branch)) if len(live) > 1 else []
-        if not ends or ends[0].searchable is not None:
-            continue
-        amounts = [amounts_to(o, K) for o in ends]
-        if max(a.residual for a in amounts) < TOLERANCE:
-            sentences.append(
-                f"objective.{branch.objective}: {' and '.join(live)} are one knob: at all ends of their ranges it "
-                f"{_as_smoothing(amounts)}; search one of them, or lsr"
-            )
+            sentences += _about_knob(knob, way_out)
+        sentences += _about_all(branch, found, K)
     return sentences
+
+
+def _about_knob(knob: Knob, way_out: str) -> Iterator[str]:
+    """That a setting does nothing, or only scales the loss."""
+    if knob.verdict == "dead":
+        least, largest = knob.scalars
+        moved = max(abs(least - 1), abs(largest - 1))
+        yield (
+            f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below {LIMIT}), "
+            f"and its size by {_percent(moved)}; fix it, or widen it"
+        )
+    if knob.verdict == "redundant":
+        yield (
+            f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which is "
+            f"optim.lr times that and optim.weight_decay divided by it; {way_out}"
+        )
+
+
+def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Iterator[str]:
+    """That several live settings of an objective amount to the alpha of a label smoothing."""
+    live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
+    if len(live) < 2:
+        return
+    ends = list(_ends(branch))
+    if ends[0].searchable is not None:
+        return
+    amounts = [amounts_to(objective, num_classes) for objective in ends]
+    if max(a.residual for a in amounts) < TOLERANCE:
+        yield (
+            f"objective.{branch.objective}: {' and '.join(live)} are one knob: at all ends of their ranges it "
+            f"{_as_smoothing(amounts)}; search one of them, or lsr"
+        )
 
 
 def report(space: Space) -> Iterator[str]:
     """What every objective of a space amounts to, and what its searched settings do: lines of at most 80 columns."""
     data = space.example.data
-    K, scales = data.num_classes, ", ".join(f"{s:g}" for s in SCALES)
+    K = data.num_classes
+    scales = ", ".join(f"{s:g}" for s in SCALES)
     yield f"{data.name}, K = {K}: judged on {_images(K)} synthetic images, logits times {scales}"
     for branch in space.branches:
-        found, amounts = knobs(branch, K), [amounts_to(o, K) for o in _ends(branch)]
+        found = knobs(branch, K)
+        amounts = [amounts_to(o, K) for o in _ends(branch)]
         yield ""
-        yield f"objective.{branch.objective}" + (", synthetic teacher" if amounts[0].objective.needs_teacher else "")
+        teacher = ", synthetic teacher" if amounts[0].objective.needs_teacher else ""
+        yield f"objective.{branch.objective}{teacher}"
         yield from _indented(_sentences(amounts))
         if found:
             yield f"  {'searched':<16} {'range':<32} {'moves':>6} {'scales':>9}  verdict"
         for knob in found:
-            name, domain = knob.name.rpartition(".")[2], textwrap.shorten(str(knob.domain), 32, placeholder=" ...")
+            name = knob.name.rpartition(".")[2]
+            domain = textwrap.shorten(str(knob.domain), 32, placeholder=" ...")
             numbers = f"{_percent(knob.residual):>6} {f'{knob.spread:.2g}x':>9}"
             yield f"  {name:<16} {domain:<32} {numbers}  {knob.verdict}"
     if any(p.path[0] == "objective" for p in space.parameters):
@@ -224,7 +252,8 @@ def _directions(num_classes: int) -> tuple[Tensor, Tensor]:
     """p - y, the gradient of CE, and y - 1/K; [S, N], means over the batch."""
     logits, labels, _ = _batch(num_classes)
     y = torch.nn.functional.one_hot(labels, num_classes).double()
-    ce, flatter = logits.softmax(dim=2) - y, (y - 1 / num_classes).expand_as(logits)
+    ce = logits.softmax(dim=2) - y
+    flatter = (y - 1 / num_classes).expand_as(logits)
     return ce.flatten(1) / len(labels), flatter.flatten(1) / len(labels)
 
 
@@ -236,14 +265,18 @@ def _gradients(num_classes: int) -> Callable[[Canonical], Tensor]:
     @functools.lru_cache(maxsize=64)  # of 0.8 MB, or less where there are few classes
     def soft(objective: Canonical) -> Tensor:
         z = logits.clone().requires_grad_()
-        kd = [objective.terms(each, labels, teacher).kd for each in z]
-        total = sum((k for k in kd if k is not None), 0 * z.sum())
+        total = 0 * z.sum()
+        for each in z:
+            kd = objective.terms(each, labels, teacher).kd
+            if kd is not None:
+                total = total + kd
         return torch.autograd.grad(total, z)[0].flatten(1)
 
     def gradient(objective: Canonical) -> Tensor:
         weights = {"loss_scale": 1.0, "alpha": 0.5}
         own = {k: v for k, v in weights.items() if k in type(objective).model_fields}
-        parts = objective.ce_weight * ce + objective.kd_weight * soft(objective.model_copy(update=own))
+        kd = soft(objective.model_copy(update=own))
+        parts = objective.ce_weight * ce + objective.kd_weight * kd
         return objective.loss_scale * parts
 
     return gradient
@@ -254,21 +287,19 @@ def _moved(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
     size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
     g, r = gradient / size, reference / size
     scalar = (g * r).sum() / (r * r).sum().clamp_min(TINY)
-    return (g - scalar * r).norm(dim=1).max().item(), scalar.item()
+    left = (g - scalar * r).norm(dim=1)
+    return left.max().item(), scalar.item()
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------
 
 
 def _at(domain: Domain, t: float) -> Any:
-    """The value at a fraction t of the way through a range, on its own scale."""
+    """The value at a fraction t of the way through a range on its own scale, or through sorted choices."""
     if isinstance(domain, Choices):
-        return sorted(domain.values)[round(t * (len(domain.values) - 1))]
-    if domain.log:
-        return domain.low ** (1 - t) * domain.high**t
-    if domain.log_complement:
-        return 1 - (1 - domain.low) ** (1 - t) * (1 - domain.high) ** t
-    return domain.low * (1 - t) + domain.high * t
+        last = len(domain.values) - 1
+        return sorted(domain.values)[round(t * last)]
+    return domain.at(t)
 
 
 def _values(domain: Domain) -> list[Any]:
@@ -285,15 +316,28 @@ def _searched(branch: Branch) -> list[Parameter]:
 def _middle(branch: Branch) -> Canonical:
     """The branch's objective with its searched settings at their middle."""
     values = {p.name: p.domain.probes[0] for p in branch.parameters}
-    return branch.config(values | {p.name: _at(p.domain, 0.5) for p in _searched(branch)}).objective
+    for p in _searched(branch):
+        values[p.name] = _at(p.domain, 0.5)
+    return branch.config(values).objective
+
+
+def _moved_to(objective: Canonical, parameters: Sequence[Parameter], places: Sequence[float]) -> Canonical:
+    """The objective with the values of parameters at these places of their ranges."""
+    values = {}
+    for p, place in zip(parameters, places, strict=True):
+        values[p.path[-1]] = _at(p.domain, place)
+    return objective.model_copy(update=values)
 
 
 def _ends(branch: Branch) -> Iterator[Canonical]:
     """The branch's objective at the middle and at all ends of its ranges; once if nothing of it is searched."""
-    searched, middle = _searched(branch), _middle(branch)
+    searched = _searched(branch)
+    middle = _middle(branch)
     yield middle
-    for corner in itertools.product((0.0, 1.0), repeat=len(searched)) if searched else ():
-        yield middle.model_copy(update={p.path[-1]: _at(p.domain, t) for p, t in zip(searched, corner, strict=True)})
+    if not searched:
+        return
+    for corner in itertools.product((0.0, 1.0), repeat=len(searched)):
+        yield _moved_to(middle, searched, corner)
 
 
 # --- words -----------------------------------------------------------------------------------------------------
@@ -312,11 +356,13 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
     yield f"weight of CE {_span([a.ce_weight for a in amounts])}{soft}"
     if isinstance(objective, CrossEntropy | LabelSmoothing):
         return
-    alpha, off = _span([a.lsr.alpha for a in amounts]), [a.residual for a in amounts]
+    alpha = _span([a.lsr.alpha for a in amounts])
+    off = [a.residual for a in amounts]
     if max(off) < TOLERANCE:
         yield _as_smoothing(amounts)
     elif len(amounts) == 1:
-        by_scale = ", ".join(f"{_percent(r)} at {s:g}" for r, s in zip(amounts[0].residuals, SCALES, strict=True))
+        residuals = zip(amounts[0].residuals, SCALES, strict=True)
+        by_scale = ", ".join(f"{_percent(r)} at {s:g}" for r, s in residuals)
         yield (
             f"no label smoothing is within {LIMIT}; the nearest, alpha {alpha}, is {_percent(off[0])} off "
             f"(by the size of the logits: {by_scale})"
@@ -326,7 +372,8 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
 
 
 def _as_smoothing(amounts: Sequence[Amount]) -> str:
-    alpha, scale = _span([a.lsr.alpha for a in amounts]), _span([a.lsr.loss_scale for a in amounts])
+    alpha = _span([a.lsr.alpha for a in amounts])
+    scale = _span([a.lsr.loss_scale for a in amounts])
     return f"equals lsr alpha {alpha} with loss_scale {scale} (to {_percent(max(a.residual for a in amounts))})"
 
 
@@ -336,8 +383,9 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _percent(share: float) -> str:
-    digits = 2 if share < TOLERANCE else 1 if share < 0.1 else 0
-    return f"{100 * share:.{digits}f} %"
+    if share < TOLERANCE:
+        return f"{100 * share:.2f} %"
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def _indented(sentences: Iterator[str]) -> Iterator[str]:

@@ -28,7 +28,7 @@ from tfkd_ray.files import legible
 from tfkd_ray.listener import OwnCallback
 from tfkd_ray.readers import Plan, duration, epochs_left, fitted, padded, read_plan, spent
 from tfkd_ray.schema import in_yaml, validated
-from tfkd_ray.space import SearchConfig
+from tfkd_ray.search_config import SearchConfig
 
 REFRESH_S = 0.25
 NODES_S = 5

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from tfkd_ray import scores
 from tfkd_ray.experiment import Record
-from tfkd_ray.space import Halving, Hyperband, Range, Space
+from tfkd_ray.ranges import Range
+from tfkd_ray.search_config import Halving, Hyperband
+from tfkd_ray.space import Space
 
 MIN_TRIALS = 8
 """Fewest full-length trials of an objective from which a rung is judged."""

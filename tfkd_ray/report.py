@@ -39,11 +39,12 @@ from tfkd_ray.experiment import (
 )
 from tfkd_ray.explain import TOLERANCE, amounts_to
 from tfkd_ray.files import descriptor_of, kind_of, whole_file
+from tfkd_ray.ranges import Choices, Range
 from tfkd_ray.readers import Plan, duration, read_lasts, read_plan, status
 from tfkd_ray.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, receipt, receipt_rows
 from tfkd_ray.schema import ConfigError, dump_yaml, validated
 from tfkd_ray.scores import score_of
-from tfkd_ray.space import Choices, Parameter, Range, Space, build_space
+from tfkd_ray.space import Parameter, Space, build_space
 
 MAX_CURVES = 200
 """Most trials whose epochs are drawn, over all objectives."""
@@ -457,8 +458,8 @@ def _contours(sweep: Sweep) -> Figure:
     for objective in sweep.plan.rows:
         searched = {p.name.rpartition(".")[2]: p for p in _searched(sweep, objective) if p.path[0] == "objective"}
         t, alpha = searched.get("temperature"), searched.get("alpha")
-        if t is None or alpha is None:
-            continue
+        if t is None or alpha is None or not all(isinstance(p.domain, Range) for p in (t, alpha)):
+            continue  # choices have nothing between them
         full = sweep.of(objective, sweep.full)
         panel = _contour(sweep, objective, t, alpha, full) if len(full) >= MIN_TRIALS else None
         if panel:
@@ -483,7 +484,7 @@ def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full:
         z = griddata(points, values, (grid[None, :], grid[:, None]), method="linear")
     except QhullError:  # all on one line
         return None
-    x, y = ([_at(p, _value_at(p, g)) for g in grid] for p in (t, alpha))
+    x, y = (_positions(p, grid.tolist()) for p in (t, alpha))
     cells = [[float(v) if math.isfinite(v) else None for v in row] for row in z]
     dots = Series("points", [_at(t, r.parameters[t.name]) for r in full],
                   [_at(alpha, r.parameters[alpha.name]) for r in full],
@@ -670,35 +671,23 @@ def _searched(sweep: Sweep, objective: str) -> list[Parameter]:
 
 
 def _place(p: Parameter, value: Any) -> float | None:
-    """Where a value lies in its range, on the range's own scale: 0 to 1."""
-    domain = p.domain
-    if isinstance(domain, Choices):
-        return domain.values.index(value) / max(1, len(domain.values) - 1) if value in domain.values else None
-    if not isinstance(value, int | float):
-        return None
-    if domain.log:
-        return math.log(value / domain.low) / math.log(domain.high / domain.low)
-    if domain.log_complement:
-        return math.log((1 - domain.low) / (1 - value)) / math.log((1 - domain.low) / (1 - domain.high))
-    return (value - domain.low) / (domain.high - domain.low)
-
-
-def _value_at(p: Parameter, place: float) -> float:
-    """The inverse of `_place`, of a range."""
-    domain = p.domain
-    assert isinstance(domain, Range), f"{p=}"
-    if domain.log:
-        return float(domain.low ** (1 - place) * domain.high**place)
-    if domain.log_complement:
-        return float(1 - (1 - domain.low) ** (1 - place) * (1 - domain.high) ** place)
-    return domain.low + place * (domain.high - domain.low)
+    """Where a value lies in its range or list, 0 to 1; None if it is no such value."""
+    if isinstance(p.domain, Choices):
+        return p.domain.place(value) if value in p.domain.values else None
+    return p.domain.place(value) if isinstance(value, int | float) else None
 
 
 def _at(p: Parameter, value: Any) -> float:
     """A value's position on the axis that `_axis` makes."""
     if isinstance(p.domain, Choices):
         return float(p.domain.values.index(value)) if value in p.domain.values else math.nan
-    return 1 - value if p.domain.log_complement else float(value)
+    return float(p.domain.shown(value))
+
+
+def _positions(p: Parameter, places: Sequence[float]) -> list[float]:
+    """The positions on a range's axis of places in it."""
+    assert isinstance(p.domain, Range), f"{p=}"
+    return [_at(p, p.domain.at(place)) for place in places]
 
 
 def _axis(p: Parameter) -> Axis:
@@ -706,13 +695,12 @@ def _axis(p: Parameter) -> Axis:
     if isinstance(domain, Choices):
         ticks = tuple((float(i), _number(v)[:24]) for i, v in enumerate(domain.values))
         return Axis(name, ticks=ticks, span=(-0.5, len(ticks) - 0.5))
-    low, high = domain.low, domain.high
-    if domain.log_complement:
-        low, high, name = 1 - high, 1 - low, f"1 - {name}"
-    if not domain.log and not domain.log_complement:
+    low, high = domain.span
+    if not domain.logarithmic:
         return Axis(name, span=_padded([low, high]))
     margin = (high / low) ** 0.05
-    return Axis(f"{name} (log scale)", log=True, ticks=_log_ticks(low, high), span=(low / margin, high * margin))
+    span = (low / margin, high * margin)
+    return Axis(f"{domain.label(name)} (log scale)", log=True, ticks=_log_ticks(low, high), span=span)
 
 
 def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:

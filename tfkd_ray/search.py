@@ -51,24 +51,11 @@ from tfkd_ray.files import whole_file
 from tfkd_ray.images import address
 from tfkd_ray.listener import Epochs
 from tfkd_ray.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
+from tfkd_ray.relate import group_points, placed
 from tfkd_ray.schema import ConfigError, check_kind, did_you_mean, readable, validated
 from tfkd_ray.scores import score_of
-from tfkd_ray.space import (
-    ENVIRONMENT,
-    CmaEs,
-    Gp,
-    Grid,
-    Group,
-    Halving,
-    Hyperband,
-    Median,
-    Qmc,
-    Space,
-    Tpe,
-    build_space,
-    group_points,
-    placed,
-)
+from tfkd_ray.search_config import ENVIRONMENT, CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
+from tfkd_ray.space import Group, Space, build_space
 
 STARTUP = 10
 """Most random proposals before a model begins; fewer in a small study."""

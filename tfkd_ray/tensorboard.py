@@ -38,9 +38,10 @@ from tfkd_ray.data import only_reading
 from tfkd_ray.experiment import FULL_LENGTH, as_number, read_experiment, trials_folder
 from tfkd_ray.listener import OwnCallback
 from tfkd_ray.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
+from tfkd_ray.ranges import Choices
 from tfkd_ray.schema import dump_yaml, in_yaml
 from tfkd_ray.scores import SCORES, score_of
-from tfkd_ray.space import Choices, Parameter, Space, build_space
+from tfkd_ray.space import Parameter, Space, build_space
 
 TAGS = {
     **{row.key: row.tag for row in SCORES.values() if row.tag is not None},

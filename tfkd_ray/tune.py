@@ -60,6 +60,7 @@ from tfkd_ray.experiment import (
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.nodes import check_shared
 from tfkd_ray.passwords import masked
+from tfkd_ray.relate import not_superset
 from tfkd_ray.schema import ConfigError, dump_yaml, readable, validated
 from tfkd_ray.search import (
     OptunaSearcher,
@@ -73,16 +74,8 @@ from tfkd_ray.search import (
     whole_url,
     without_password,
 )
-from tfkd_ray.space import (
-    Asha,
-    SearchConfig,
-    Space,
-    build_space,
-    load_space,
-    not_superset,
-    pinned,
-    with_digest,
-)
+from tfkd_ray.search_config import Asha, SearchConfig
+from tfkd_ray.space import Space, build_space, load_space, pinned, with_digest
 from tfkd_ray.storage import Experiment, Storage, checked, to_continue
 from tfkd_ray.tensorboard import TensorBoard
 from tfkd_ray.trial import StudentTrial, check_data_here, resources_of
