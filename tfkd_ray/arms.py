@@ -20,7 +20,6 @@ from tfkd_ray import own_code, remote
 from tfkd_ray.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.data import Dataset
 from tfkd_ray.experiment import DIRECTIONS, Record, about_now, damaged, read_experiment, read_records, write_text
-from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
 from tfkd_ray.schema import (
@@ -390,6 +389,8 @@ def new_comparison(
     strict: bool = False,
 ) -> None:
     """Make a comparison's directory; wrong input is a ConfigError, raised before anything is written."""
+    from tfkd_ray.loop import LOOP_VERSION
+
     remote.check_new(directory)
     digest = compared.example.data.pinned().digest
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
