@@ -10,6 +10,7 @@ import pytest
 
 import tfkd_ray.plan as plan_module
 from tfkd_ray.config import TeacherRun
+from tfkd_ray.models import Cnn, Mlp
 from tfkd_ray.plan import lines, plan, resident_bytes, slots_here
 from tfkd_ray.receipt import EXACT, _passing
 from tfkd_ray.search_config import Hyperband
@@ -46,6 +47,12 @@ def test_what_is_expected_is_what_halving_does_with_values_that_say_nothing() ->
                 spent += until - rung
         epochs.append(spent)
     assert part.epochs == pytest.approx(sum(epochs) / len(epochs), rel=0.05)
+
+
+@pytest.mark.parametrize("network", [Mlp(hidden=(5, 3)), Mlp(hidden=()), Cnn(widths=(4, 6)), Cnn(widths=(3,))])
+def test_weights_that_are_counted_are_those_that_are_built(network: Mlp | Cnn) -> None:
+    built = network.build((3, 8, 9), 7).state_dict().values()
+    assert network.weights((3, 8, 9), 7) == sum(values.numel() for values in built)
 
 
 def test_a_probe_gives_hours_and_money() -> None:

@@ -29,7 +29,6 @@ from tfkd_ray.experiment import (
     selection_metric,
     write_text,
 )
-from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.objectives import PUBLISHED
 from tfkd_ray.passwords import masked
 from tfkd_ray.ranges import Domain
@@ -416,6 +415,8 @@ def new_comparison(
     strict: bool = False,
 ) -> None:
     """Make a comparison's directory; wrong input is a ConfigError, raised before anything is written."""
+    from tfkd_ray.loop import LOOP_VERSION
+
     check_new(directory)
     digest = compared.example.data.pinned().digest
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)

@@ -6,15 +6,19 @@ the split, the batch, the worker, or how often it was asked before.
 Shapes: N = images of the official set, B = batch, C = channels, H, W = height and width.
 """
 
-import math
-from typing import Annotated, Any, NamedTuple
+from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
 from pydantic import Field
-from torch import Tensor
 
 from tfkd_ray.images import generator
 from tfkd_ray.schema import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class View(NamedTuple):
@@ -31,11 +35,11 @@ class View(NamedTuple):
     crop: Tensor
     """float32 [N, 4], uniform in [0, 1): size, shape, top and left of a resized crop; [N, 0] where there is none."""
 
-    def of(self, index: Tensor) -> "View":
+    def of(self, index: Tensor) -> View:
         """The view of some of the images."""
         return View(*(part[index] for part in self))
 
-    def on(self, device: torch.device) -> "View":
+    def on(self, device: torch.device) -> View:
         """The view on a device."""
         return View(*(part.to(device) for part in self))
 
@@ -67,6 +71,8 @@ class Augment(Settings):
 
     def view(self, seed: int, epoch: int, official_size: int) -> View:
         """The view of all N images of an official set in an epoch, on the CPU."""
+        import torch
+
         g = generator(seed, "augment", epoch)
         offsets = torch.randint(0, 2 * self.crop_padding + 1, (2, official_size), generator=g)
         coins, turns = torch.rand(official_size, generator=g), torch.rand(official_size, generator=g)
@@ -76,6 +82,8 @@ class Augment(Settings):
 
     def __call__(self, images: Tensor, view: View) -> Tensor:
         """Images [B, C, H, W] as they are seen, of the same type; `view` is of these B images."""
+        import torch
+
         if self.is_none:
             return images
         B, C, H, W = images.shape

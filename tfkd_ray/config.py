@@ -3,16 +3,16 @@
 `TrainConfig` is the whole tree. A search space (`space.py`) is the same tree with ranges in it.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
-from torch import nn
 
 from tfkd_ray.augment import Augment
 from tfkd_ray.data import Data, Dataset, Digits, Level, Spread
@@ -29,6 +29,9 @@ from tfkd_ray.models import (
 )
 from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
 from tfkd_ray.schema import Settings, did_you_mean, members, named, tag
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -316,7 +319,7 @@ class TrainConfig(Settings):
         labels = self.teacher.labels if self.teacher else "auto"
         return labels == "bank" or (labels == "auto" and run.student.operations(self.data.shape) >= TINY)
 
-    def teacher_run(self) -> "TeacherRun | None":
+    def teacher_run(self) -> TeacherRun | None:
         """The training run that makes this run's teacher; None where it needs none."""
         if not self.needs_teacher:
             return None
@@ -496,6 +499,8 @@ def _multiplies_bf16(gpu: bool) -> bool:
 
     Of a GPU that only other nodes have, it is taken for granted.
     """
+    import torch
+
     if gpu:
         return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

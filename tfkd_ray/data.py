@@ -12,6 +12,8 @@ arrays of bytes, text and numbers only.
 Shapes: N = images, C = channels, H, W = height and width.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import gzip
@@ -38,9 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
-from torch import Tensor
 
 from tfkd_ray import own_code
 from tfkd_ray.files import (
@@ -64,6 +64,9 @@ from tfkd_ray.images import (
     seeded,
 )
 from tfkd_ray.schema import ConfigError, Settings, did_you_mean, named
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -168,14 +171,14 @@ class Dataset(Settings):
     def _of_any_digest(self) -> Self:
         return self.model_copy(update={"digest": None})
 
-    def _other_data(self, found: "_Loaded") -> str:
+    def _other_data(self, found: _Loaded) -> str:
         """Says that the data here are not those of the digest."""
         return (
             f"the train images or labels here are others than those that were recorded (digest {found.digest}, not "
             f"{self.digest}); put those back, or begin a new experiment, whose teachers are trained anew"
         )
 
-    def _check_same_again(self, found: "_Loaded") -> None:
+    def _check_same_again(self, found: _Loaded) -> None:
         """Raise a ConfigError where loading again gives other images."""
 
     def _sources(self, split: Split) -> list[Path]:
@@ -216,6 +219,8 @@ class Dataset(Settings):
 
     def _whole(self, split: Split) -> Images:
         """An official split."""
+        import torch
+
         images, labels = self._official(split)
         return ImageSet(images, labels, torch.arange(len(labels)), len(labels))
 
@@ -240,7 +245,7 @@ class Digits(Dataset):
 
     def check(self) -> None:
         """Raise a ConfigError if scikit-learn's file is not there."""
-        _digits()
+        _digits_file()
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
         images, labels = _digits()
@@ -386,6 +391,8 @@ class IdxDataset(FileDataset):
 
     def _array(self, path: Path, magic: int, item: tuple[int, ...], most: int) -> Tensor:
         """uint8 [N, *item] of one file, N at most `most`."""
+        import torch
+
         raw = self._bytes(path, magic, item, most)
         return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=8 + 4 * len(item)).reshape(-1, *item))
 
@@ -573,6 +580,8 @@ class CifarDataset(FileDataset):
         (self._from_folder if source.is_dir() else self._from_archive)(source, tuple(names))
 
     def _joined(self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]) -> tuple[Tensor, Tensor]:
+        import torch
+
         parts = [self._batch(source / name, raw[name]) for name in names]
         return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
@@ -623,6 +632,8 @@ class CifarDataset(FileDataset):
 
     def _batch(self, path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
         """(uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""
+        import torch
+
         if len(raw) >= MOST_BYTES:
             raise self._wrong(path, f"larger than any batch of CIFAR: {MOST_BYTES} bytes or more")
         try:
@@ -740,6 +751,8 @@ class TinyImagenet(FileDataset):
         return classes
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        import torch
+
         folder = self._folder()
         classes = self._wnids(folder)
         files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
@@ -807,6 +820,8 @@ class TinyImagenet(FileDataset):
             raise self._wrong(path, f"cannot be read: {error.strerror}") from None
 
     def _images(self, paths: list[Path]) -> Tensor:
+        import torch
+
         images = torch.empty(len(paths), *self.shape, dtype=torch.uint8)
 
         def fill(start: int) -> None:
@@ -894,6 +909,8 @@ class FolderDataset(FileDataset):
             check_headers(self.name, [images.folder / file for file in images.files])
 
     def _whole(self, split: Split) -> Images:
+        import torch
+
         folder, files, labels = self._folder(split), list[str](), list[int]()
         for k, name in enumerate(self._classes(split)):
             found = sorted(_image_files(folder / name))
@@ -1059,6 +1076,8 @@ class Own(Dataset):
         return own_code.at_home(function)
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        import torch
+
         function = self._function()
         with seeded(0, "data", split):  # of the global generators; what draws from one of its own seeds it itself
             found = function(split, **self.args)
@@ -1082,13 +1101,13 @@ class Own(Dataset):
             raise self._returned(split, f"{problem} (data.num_classes is {self.num_classes})")
         return images, labels.long()
 
-    def _other_data(self, found: "_Loaded") -> str:
+    def _other_data(self, found: _Loaded) -> str:
         self._check_same_again(found)
         return super()._other_data(found) + (
             f". {self.path} must return the same in every process: seed what is random in it, and sort what it lists"
         )
 
-    def _check_same_again(self, found: "_Loaded") -> None:
+    def _check_same_again(self, found: _Loaded) -> None:
         if digest_of(self._whole("train")) != found.digest:
             problem = "returns other images or labels at each call"
             raise self._returned("train", f"{problem}; seed what is random in it, so that all trials see the same")
@@ -1099,6 +1118,9 @@ class Own(Dataset):
 
 def _tensor(value: Any) -> Tensor | None:
     """A tensor on the CPU of what may be one, else None."""
+    import torch
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         return value.detach().cpu().contiguous()
     try:
@@ -1109,6 +1131,8 @@ def _tensor(value: Any) -> Tensor | None:
 
 def _brief(value: Any) -> str:
     """Type, and shape or length, for a sentence."""
+    from torch import Tensor
+
     if isinstance(value, Tensor | np.ndarray):
         return f"{type(value).__name__} of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list | dict) else repr(value)[:60]
@@ -1126,6 +1150,8 @@ Data = Annotated[
 
 def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
     """(kept, held out): sorted indices; `fraction` of every class is held out, at least one image, never all."""
+    import torch
+
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
     held = []
     for k in labels.unique().tolist():
@@ -1227,6 +1253,8 @@ def _summed(content: np.ndarray[Any, np.dtype[np.uint8]], each: int) -> Iterator
 @functools.lru_cache(maxsize=4)
 def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) per channel of train and validation, exact sums: the same however they are split."""
+    import torch
+
     channels = data.shape[0]
     counts = torch.zeros(channels, 256, dtype=torch.int64)
     for part in data.load():
@@ -1243,6 +1271,8 @@ def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
     """(train, validation): positions in the official train set, sorted; validation may be empty."""
+    import torch
+
     used = torch.arange(len(labels))
     if data.subset is not None and data.subset < len(labels):
         used = stratified(labels, 1 - data.subset / len(labels), seed=data.split_seed)[0]
@@ -1255,14 +1285,20 @@ def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
     return used[train], used[val]
 
 
-@functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
+def _digits_file() -> Path:
     # found without importing scikit-learn, whose import takes 2 s in every new trial process
     spec = importlib.util.find_spec("sklearn")
     path = Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else None
     if path is None or not path.is_file():
         raise ConfigError(f"data digits: not found (looked for {path}); {Digits.origin}")
-    with gzip.open(path, "rt") as file:
+    return path
+
+
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    import torch
+
+    with gzip.open(_digits_file(), "rt") as file:
         table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     return table[:, :-1].reshape(-1, 1, 8, 8).contiguous(), table[:, -1].long()
 

@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from tfkd_ray.config import TrainConfig
-from tfkd_ray.images import generator
-from tfkd_ray.objectives import Canonical, CrossEntropy, LabelSmoothing
+from tfkd_ray.images import address
+from tfkd_ray.objectives import Canonical, CrossEntropy, LabelSmoothing, softmax
 from tfkd_ray.ranges import Choices, Domain
 from tfkd_ray.space import Branch, Parameter, Space
 
+Array = NDArray[Any]
 SCALES = (1.0, 5.0, 10.0)
 """Factors on the student's synthetic logits."""
 TOLERANCE = 0.02
@@ -99,20 +100,20 @@ def amounts_to(objective: Canonical, num_classes: int) -> Amount:
     """
     gradient = _gradients(num_classes)(objective)
     ce, flatter = _directions(num_classes)
-    size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
+    size = _size(gradient)
     g, a, b = (x / size for x in (gradient, ce, flatter))
-    both = torch.stack([a.flatten(), b.flatten()], dim=1)
-    c, d = torch.linalg.lstsq(both, g.flatten()[:, None]).solution[:, 0]
+    both = np.stack([a.ravel(), b.ravel()], axis=1)
+    c, d = np.linalg.lstsq(both, g.ravel())[0].tolist()
     tried = [0.0, 1.0]
     if c > 0 and 0 <= d <= c:
-        tried = [(d / c).item()]
+        tried = [d / c]
 
     def fit(eps: float) -> Amount:
         smoothed = a + eps * b
         best = (g * smoothed).sum() / (smoothed * smoothed).sum()
-        scale = max(best.item(), TINY)
+        scale = max(float(best), TINY)
         lsr = LabelSmoothing(alpha=eps, loss_scale=scale)
-        residuals = (g - scale * smoothed).norm(dim=1)
+        residuals = np.linalg.norm(g - scale * smoothed, axis=1)
         return Amount(objective, lsr, tuple(residuals.tolist()))
 
     return min(map(fit, tried), key=lambda amount: math.hypot(*amount.residuals))
@@ -232,47 +233,87 @@ def _images(num_classes: int) -> int:
     return max(16, min(256, 2**15 // num_classes))
 
 
-@functools.lru_cache(maxsize=1)
-def _batch(num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(student logits [S, B, K], labels [B], teacher logits [B, K])."""
-    g, B = generator(0, "explain", num_classes), _images(num_classes)
-    labels = torch.randint(num_classes, (B,), generator=g)
+class _Draws:
+    """Numbers as torch's generator draws them on the CPU, without torch, whose import takes a second."""
 
-    def bumpy(deviation: float, height: float) -> Tensor:
-        logits = deviation * torch.randn(B, num_classes, generator=g, dtype=torch.float64)
-        logits[torch.arange(B), labels] += height * torch.rand(B, generator=g, dtype=torch.float64)
+    def __init__(self, seed: int) -> None:
+        self.twister = np.random.RandomState(seed % 2**32)
+
+    def bits(self, count: int) -> Array:
+        """Whole numbers of 32 bits, [count]."""
+        found: Array = self.twister.randint(2**32, size=count, dtype=np.uint32)
+        return found
+
+    def uniform(self, count: int) -> Array:
+        """Like `torch.rand` in float64, [count]."""
+        high, low = self.bits(2 * count).astype(np.uint64).reshape(-1, 2).T
+        found: Array = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) / 2**53
+        return found
+
+    def normal(self, rows: int, columns: int) -> Array:
+        """Like `torch.randn` in float64, [rows, columns]: by 16 numbers, the last of which are drawn again."""
+        found = self.uniform(rows * columns)
+        whole = found.size // 16 * 16
+        found[:whole] = _box_muller(found[:whole])
+        if whole < found.size:
+            found[-16:] = _box_muller(self.uniform(16))
+        return found.reshape(rows, columns)
+
+
+def _box_muller(uniform: Array) -> Array:
+    """Normal numbers of uniform ones, 16 at a time. (Box and Muller 1958.)"""
+    first, second = uniform.reshape(-1, 2, 8).swapaxes(0, 1)
+    radius, angle = np.sqrt(-2 * np.log1p(-first)), 2 * np.pi * second
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+
+
+@functools.lru_cache(maxsize=1)
+def _batch(num_classes: int) -> tuple[Array, Array, Array]:
+    """(student logits [S, B, K], labels [B], teacher logits [B, K])."""
+    draws, B = _Draws(address(0, "explain", num_classes)), _images(num_classes)
+    labels = draws.bits(B) % num_classes
+
+    def bumpy(deviation: float, height: float) -> Array:
+        logits = deviation * draws.normal(B, num_classes)
+        logits[np.arange(B), labels] += height * draws.uniform(B)
         return logits
 
     student, teacher = bumpy(1, 4), bumpy(2, 10)
-    return torch.stack([s * student for s in SCALES]), labels, teacher
+    return np.stack([s * student for s in SCALES]), labels, teacher
 
 
 @functools.lru_cache(maxsize=1)
-def _directions(num_classes: int) -> tuple[Tensor, Tensor]:
+def _directions(num_classes: int) -> tuple[Array, Array]:
     """p - y, the gradient of CE, and y - 1/K; [S, N], means over the batch."""
     logits, labels, _ = _batch(num_classes)
-    y = torch.nn.functional.one_hot(labels, num_classes).double()
-    ce = logits.softmax(dim=2) - y
-    flatter = (y - 1 / num_classes).expand_as(logits)
-    return ce.flatten(1) / len(labels), flatter.flatten(1) / len(labels)
+    y = np.eye(num_classes)[labels]
+    ce = softmax(logits) - y
+    flatter = np.broadcast_to(y - 1 / num_classes, logits.shape)
+    return _means(ce), _means(flatter)
 
 
-def _gradients(num_classes: int) -> Callable[[Canonical], Tensor]:
+def _means(gradient: Array) -> Array:
+    """[S, B, K] as [S, N], means over the batch."""
+    found: Array = gradient.reshape(len(gradient), -1) / gradient.shape[1]
+    return found
+
+
+def _gradients(num_classes: int) -> Callable[[Canonical], Array]:
     """The gradient [S, N] of an objective; the soft part is kept, so that alpha and loss_scale cost nothing."""
     logits, labels, teacher = _batch(num_classes)
     ce, _ = _directions(num_classes)
 
     @functools.lru_cache(maxsize=64)  # of 0.8 MB, or less where there are few classes
-    def soft(objective: Canonical) -> Tensor:
-        z = logits.clone().requires_grad_()
-        total = 0 * z.sum()
-        for each in z:
-            kd = objective.terms(each, labels, teacher).kd
-            if kd is not None:
-                total = total + kd
-        return torch.autograd.grad(total, z)[0].flatten(1)
+    def soft(objective: Canonical) -> Array:
+        target = objective.soft_target(labels, teacher)
+        if target is None:
+            return _by_torch(objective, logits, labels, teacher)
+        q, temperature = target
+        return _means((softmax(logits / temperature) - q) / temperature)
 
-    def gradient(objective: Canonical) -> Tensor:
+    def gradient(objective: Canonical) -> Array:
+        if not objective.kd_weight:
+            return objective.loss_scale * objective.ce_weight * ce
         weights = {"loss_scale": 1.0, "alpha": 0.5}
         own = {k: v for k, v in weights.items() if k in type(objective).model_fields}
         kd = soft(objective.model_copy(update=own))
@@ -282,13 +323,34 @@ def _gradients(num_classes: int) -> Callable[[Canonical], Tensor]:
     return gradient
 
 
-def _moved(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
+def _by_torch(objective: Canonical, logits: Array, labels: Array, teacher: Array) -> Array:
+    """The gradient [S, N] of `Terms.kd`, of any objective."""
+    import torch
+
+    z = torch.tensor(logits, requires_grad=True)
+    right, target = torch.tensor(labels.astype(np.int64)), torch.tensor(teacher)
+    total = 0 * z.sum()
+    for each in z:
+        kd = objective.terms(each, right, target).kd
+        if kd is not None:
+            total = total + kd
+    found: Array = torch.autograd.grad(total, z)[0].flatten(1).numpy()
+    return found
+
+
+def _moved(gradient: Array, reference: Array) -> tuple[float, float]:
     """(share of `gradient` that the best multiple of `reference` leaves, at the worst logit scale; the multiple)."""
-    size = gradient.norm(dim=1, keepdim=True).clamp_min(TINY)
+    size = _size(gradient)
     g, r = gradient / size, reference / size
-    scalar = (g * r).sum() / (r * r).sum().clamp_min(TINY)
-    left = (g - scalar * r).norm(dim=1)
-    return left.max().item(), scalar.item()
+    scalar = float((g * r).sum() / max((r * r).sum(), TINY))
+    left = np.linalg.norm(g - scalar * r, axis=1)
+    return float(left.max()), scalar
+
+
+def _size(gradient: Array) -> Array:
+    """Length at each logit scale, [S, 1]."""
+    found: Array = np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), TINY)
+    return found
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ position) and of nothing else.
 Shapes: N = images, B = images of a batch, C = channels, H, W = height and width, S = side of images made square.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import math
@@ -16,15 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
-from torch import Tensor
 
 from tfkd_ray.files import opened
 from tfkd_ray.schema import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 AHEAD = 2
 """Batches that are decoded while the one before them is trained on."""
@@ -38,11 +42,15 @@ def address(seed: int, *stream: str | int) -> int:
 
 def generator(seed: int, *stream: str | int) -> torch.Generator:
     """A CPU generator at an address: the same numbers on every machine, device and number of workers."""
+    import torch
+
     return torch.Generator().manual_seed(address(seed, *stream))
 
 
 def seed_all(seed: int) -> None:
     """Seed torch, numpy and `random`, for code that is not ours and may draw from any of them."""
+    import torch
+
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (the generator that others draw from)
@@ -62,6 +70,8 @@ def random_states() -> Callable[[], None]:
 @contextlib.contextmanager
 def seeded(seed: int, *stream: str | int) -> Iterator[None]:
     """Within it torch, numpy and `random` draw from an address; afterwards they go on as if it had not been."""
+    import torch
+
     put_back = random_states()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -94,12 +104,12 @@ class ImageSet:
         """uint8 [N, C, H, W], a copy if they are some of those stored."""
         return self.stored if self.rows is None else self.stored[self.rows]
 
-    def part(self, index: Tensor) -> "ImageSet":
+    def part(self, index: Tensor) -> ImageSet:
         """Some of the images."""
         rows = index if self.rows is None else self.rows[index]
         return ImageSet(self.stored, self.labels[index], self.positions[index], self.official_size, rows)
 
-    def on(self, device: torch.device) -> "ImageSet":
+    def on(self, device: torch.device) -> ImageSet:
         """The set, its images included, on a device."""
         if device.type == "cpu":
             return self
@@ -134,12 +144,12 @@ class FolderSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def part(self, index: Tensor) -> "FolderSet":
+    def part(self, index: Tensor) -> FolderSet:
         """Some of the images."""
         files = tuple(self.files[i] for i in index.tolist())
         return replace(self, files=files, labels=self.labels[index], positions=self.positions[index])
 
-    def on(self, device: torch.device) -> "FolderSet":
+    def on(self, device: torch.device) -> FolderSet:
         """The set with its labels and positions on a device; images are read on the CPU."""
         return replace(self, labels=self.labels.to(device), positions=self.positions.to(device))
 
@@ -166,6 +176,8 @@ class FolderSet:
 
     def _start(self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None) -> tuple[Tensor, list[Future[None]]]:
         """(the batch, of which nothing is there yet; what fills it)."""
+        import torch
+
         images = torch.empty(len(plan), 3, self.side, self.side, dtype=torch.uint8, pin_memory=self.labels.is_cuda)
         numbers: list[list[float] | None] = [None] * len(plan) if crops is None else crops[plan].tolist()
         pixels, indices = images.numpy(), plan.tolist()

@@ -7,6 +7,8 @@ Without a change here: `timm:NAME` is any of timm's networks, `package.module:fu
 Shapes: images [B, C, H, W] float in, logits [B, K] out.
 """
 
+from __future__ import annotations
+
 import copy
 import difflib
 import functools
@@ -14,16 +16,17 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tfkd_ray import own_code
 from tfkd_ray.data import imported, is_only_reading
 from tfkd_ray.schema import ConfigError, Settings, named
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 Prepared = tuple[tuple[float, ...], tuple[float, ...], int | None]
 """(mean, std) per channel in units of a uint8 step, and height and width in pixels."""
@@ -34,8 +37,8 @@ class Network(Settings):
     """A network by name; `build` makes it for a data set's shape."""
 
     name: str
-    memory_format: ClassVar[torch.memory_format] = torch.channels_last
-    """Order in memory of its convolutions' weights in training, which images follow; it changes no shape."""
+    layout: ClassVar[str] = "channels_last"
+    """Name of `memory_format` in torch."""
     fast_in_bf16: ClassVar[bool] = True
     """Whether bfloat16 makes it faster where the processor has it; measured by benchmarks/formats.py."""
 
@@ -44,6 +47,14 @@ class Network(Settings):
         """How sentences call it."""
         return self.name
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Order in memory of its convolutions' weights in training, which images follow; it changes no shape."""
+        import torch
+
+        found: torch.memory_format = getattr(torch, self.layout)
+        return found
+
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
 
@@ -51,7 +62,11 @@ class Network(Settings):
         """Multiplications and additions of a forward pass of an image (C, H, W), where they may be few; or infinity."""
         return math.inf
 
-    def trained_with(self, shape: tuple[int, int, int]) -> "Prepared | None":
+    def weights(self, shape: tuple[int, int, int], num_classes: int) -> int | None:
+        """Numbers in its weights and batch statistics, where that is known without building it."""
+        return None
+
+    def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
         """How images were prepared for the weights that its library offers; None if that is not known.
 
         Args:
@@ -77,7 +92,13 @@ class Mlp(Network):
         units = (math.prod(shape), *self.hidden)
         return 2.0 * sum(a * b for a, b in itertools.pairwise(units))
 
+    def weights(self, shape: tuple[int, int, int], num_classes: int) -> int:
+        units = (math.prod(shape), *self.hidden, num_classes)
+        return sum((a + 1) * b for a, b in itertools.pairwise(units))
+
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
         channels, height, width = shape
         layers: list[nn.Module] = [nn.Flatten()]
         features = channels * height * width
@@ -105,7 +126,16 @@ class Cnn(Network):
         pixels = [(shape[1] >> stage) * (shape[2] >> stage) for stage in range(len(self.widths))]
         return 2.0 * sum(9 * a * b * n for (a, b), n in zip(itertools.pairwise(channels), pixels, strict=True))
 
+    def weights(self, shape: tuple[int, int, int], num_classes: int) -> int:
+        channels = (shape[0], *self.widths)
+        stages = sum(9 * a * b + 4 * b + 1 for a, b in itertools.pairwise(channels))  # BatchNorm: 4 a channel, a count
+        return stages + (channels[-1] + 1) * num_classes
+
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        from tfkd_ray.blocks import MeanOfMap
+
         self.check(shape)
         channels = shape[0]
         layers: list[nn.Module] = []
@@ -113,21 +143,7 @@ class Cnn(Network):
             layers += [nn.MaxPool2d(2)] if stage else []
             layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
-        return nn.Sequential(*layers, _MeanOfMap(1), nn.Flatten(), nn.Linear(channels, num_classes))
-
-
-class _MeanOfMap(nn.AdaptiveAvgPool2d):
-    """Global average pooling whose gradient has the order in memory of what it pools.
-
-    Torch's own has not, which makes the backward pass of a ReLU before it 20 times as long as it need be.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and not torch.compiler.is_compiling():
-            last = x.is_contiguous(memory_format=torch.channels_last)
-            order = torch.channels_last if last else torch.contiguous_format
-            x.register_hook(lambda gradient: gradient.contiguous(memory_format=order))
-        return super().forward(x)
+        return nn.Sequential(*layers, MeanOfMap(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 class Cnn5(Network):
@@ -142,6 +158,8 @@ class Cnn5(Network):
         _at_least(8, "cnn5", shape)
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
         self.check(shape)
         channels, height, width = shape
         layers: list[nn.Module] = []
@@ -160,10 +178,12 @@ class AlexNetSmall(Network):
     """
 
     name: Literal["alexnet_small"] = "alexnet_small"
-    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
+    layout: ClassVar[str] = "contiguous_format"
     fast_in_bf16: ClassVar[bool] = False
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
         def pool() -> nn.Module:
             return nn.MaxPool2d(2, ceil_mode=True)
 
@@ -196,11 +216,15 @@ class WideResNet(Network):
     """Factor on the 16, 32 and 64 channels of the three stages."""
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        from tfkd_ray.blocks import WideBlock
+
         channels = 16
         layers: list[nn.Module] = [nn.Conv2d(shape[0], channels, 3, padding=1, bias=False)]
         for stage, out in enumerate((16 * self.width, 32 * self.width, 64 * self.width)):
             for block in range((self.depth - 4) // 6):
-                layers.append(_WideBlock(channels, out, stride=2 if stage and not block else 1))
+                layers.append(WideBlock(channels, out, stride=2 if stage and not block else 1))
                 channels = out
         layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         network = nn.Sequential(*layers, nn.Linear(channels, num_classes))
@@ -208,25 +232,6 @@ class WideResNet(Network):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         return network
-
-
-class _WideBlock(nn.Module):
-    """BatchNorm, ReLU, 3x3 convolution, twice; the shortcut is 1x1 where the shape changes."""
-
-    def __init__(self, channels: int, out: int, *, stride: int) -> None:
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        same = channels == out and stride == 1
-        self.shortcut = None if same else nn.Conv2d(channels, out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(y)
-        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
-        return residual + shortcut
 
 
 # --- torchvision -----------------------------------------------------------------------------------------------
@@ -276,6 +281,8 @@ class TorchvisionNetwork(Network):
 
     def shrink(self, network: nn.Module) -> None:
         """Adapt to small images what follows the first convolution."""
+        from torch import nn
+
         for pool in self.stem_pools:
             network.set_submodule(pool, nn.Identity(), strict=True)
 
@@ -288,6 +295,8 @@ def _at_least(smallest: int, name: str, shape: tuple[int, int, int]) -> None:
 
 def _replace_first_convolution(network: nn.Module, channels: int, small: bool) -> None:
     """A first convolution for this many channels; for small images also 3x3 with stride 1."""
+    from torch import nn
+
     path, old = next((path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d))
     kernel, stride, padding = (3, 1, 1) if small else (old.kernel_size[0], old.stride[0], old.padding[0])
     assert isinstance(padding, int), f"{padding=}"
@@ -351,6 +360,7 @@ class ResNeXt29(_ResNet):
     name: Literal["resnext29"] = "resnext29"
 
     def original(self, num_classes: int) -> nn.Module:
+        from torch import nn
         from torchvision.models.resnet import Bottleneck, ResNet  # type: ignore[import-untyped]
 
         network: nn.Module = ResNet(Bottleneck, [3, 3, 3, 1], groups=8, width_per_group=64)
@@ -483,6 +493,8 @@ class Timm(Network):
         return mean, std, int(about.input_size[-1])
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
         self.check(shape)
 
         def make() -> Any:
@@ -511,7 +523,7 @@ class Own(Network):
     """
 
     name: Literal["own"] = "own"
-    memory_format: ClassVar[torch.memory_format] = torch.preserve_format  # a `view` of theirs may count on the order
+    layout: ClassVar[str] = "preserve_format"  # a `view` of theirs may count on the order
     path: str
     """`package.module:function`, installed or in the directory where `tfkd` is started, where it also runs."""
     args: dict[str, JsonValue] = {}
@@ -550,6 +562,9 @@ def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_
 
     The trial runs in eval mode and takes nothing from the random numbers. Whatever goes wrong is a ConfigError.
     """
+    import torch
+    from torch import nn
+
     images = [2, *shape]
     try:
         doing = f"being built for images {list(shape)} and {num_classes} classes"
@@ -572,6 +587,8 @@ def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_
 
 def _only_logits(what: str, num_classes: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
     """A forward hook: the logits in what a module returns."""
+    from torch import Tensor
+
     logits = output
     if isinstance(output, Mapping):
         logits = output.get("logits", output.get("out"))
@@ -599,6 +616,9 @@ def check_learns(what: str, network: nn.Module) -> None:
 
 def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int]) -> None:
     """Raise a ConfigError where a network cannot be trained on a single image a worker, as BatchNorm may not."""
+    import torch
+    from torch import nn
+
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return
     first = next(network.parameters())
@@ -616,6 +636,8 @@ def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int])
 
 def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:
     """Whether a network gives probabilities instead of logits: rows from 0 to 1 that sum to 1, whatever the images."""
+    import torch
+
     images = 100 * torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     training = network.training
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -11,16 +11,21 @@ with s = `loss_scale`, so that alpha, T and s mean the same thing everywhere and
 Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
 """
 
-import math
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
-from torch import Tensor
 
 from tfkd_ray.schema import ConfigError, Settings, named
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = NDArray[Any]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(gt=0, le=1e4)]
 """At 1e4 float32 rounds the gradient of a soft part by 0.04 % (K = 1000), at 1e7 by half of it."""
@@ -61,7 +66,18 @@ class Canonical(Settings):
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
         """CE and KL of one batch, unweighted (means over the batch, nats)."""
-        return Terms(F.cross_entropy(logits, labels), None)
+        return Terms(_cross_entropy(logits, labels), None)
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float] | None:
+        """(q, T), where the gradient of `Terms.kd` by an image's logits z is (softmax(z / T) - q) / (T * B).
+
+        None where it is not of that form, or the objective does not say; `tfkd explain` then asks torch. Without torch.
+
+        Args:
+            labels: [B].
+            teacher: logits, float64 [B, K].
+        """
+        return None
 
     def combine(self, terms: Terms) -> Tensor:
         """The canonical loss of these terms, a scalar."""
@@ -101,9 +117,14 @@ class LabelSmoothing(Canonical):
         return 1 - self.alpha
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        from torch.nn import functional as F
+
         log_p = F.log_softmax(logits, dim=1)
         uniform_ce = -log_p.mean(dim=1).mean()
         return Terms(F.nll_loss(log_p, labels), uniform_ce - math.log(logits.shape[1]))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return np.full_like(teacher, 1 / teacher.shape[1]), 1.0
 
 
 class _Distillation(Canonical):
@@ -135,7 +156,10 @@ class KnowledgeDistillation(_Distillation):
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
-        return Terms(F.cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
+        return Terms(_cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return softmax(teacher / self.temperature), self.temperature
 
 
 class TfkdSelf(KnowledgeDistillation):
@@ -160,8 +184,11 @@ class DecoupledKD(_Distillation):
     """beta of the paper."""
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        import torch
+        from torch.nn import functional as F
+
         teacher = _needed(teacher, self.name)
-        ce = F.cross_entropy(logits, labels)
+        ce = _cross_entropy(logits, labels)
         other = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
         log_p, log_p_else, among_p = _decoupled(logits / self.temperature, labels, other)
         log_q, log_q_else, among_q = _decoupled(teacher / self.temperature, labels, other)
@@ -187,11 +214,13 @@ class Dist(_Distillation):
     """gamma of the paper."""
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        from torch.nn import functional as F
+
         teacher = _needed(teacher, self.name)
         p = F.softmax(logits / self.temperature, dim=1)
         q = F.softmax(teacher.to(logits.dtype) / self.temperature, dim=1)
         relations = self.inter_weight * _unlike(p, q) + self.intra_weight * _unlike(p.T, q.T)
-        return Terms(F.cross_entropy(logits, labels), relations)
+        return Terms(_cross_entropy(logits, labels), relations)
 
 
 class StandardisedKD(_Distillation):
@@ -208,7 +237,7 @@ class StandardisedKD(_Distillation):
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
         soft = softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
-        return Terms(F.cross_entropy(logits, labels), soft)
+        return Terms(_cross_entropy(logits, labels), soft)
 
 
 class TfkdReg(_Distillation):
@@ -233,9 +262,16 @@ class TfkdReg(_Distillation):
             )
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
-        K, T = logits.shape[1], self.temperature
-        gap = math.log(self.correct_prob) - math.log((1 - self.correct_prob) / (K - 1))
-        return Terms(F.cross_entropy(logits, labels), flat_kl(logits, labels, gap / T, T))
+        gap = self._gap(logits.shape[1])
+        return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, gap, self.temperature))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), self.temperature
+
+    def _gap(self, num_classes: int) -> float:
+        """Softened logit of the label above the other classes, which are all alike."""
+        gap = math.log(self.correct_prob) - math.log((1 - self.correct_prob) / (num_classes - 1))
+        return gap / self.temperature
 
 
 class TfkdRegCode(Canonical):
@@ -271,7 +307,10 @@ class TfkdRegCode(Canonical):
             )
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
-        return Terms(F.cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0))
+        return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), 1.0
 
     def as_label_smoothing(self, num_classes: int) -> LabelSmoothing:
         """The `lsr` whose loss is this one less a constant: alpha = alpha * (1 - p_c) * K / (K - 1), same scale.
@@ -328,6 +367,9 @@ def _unlike(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
 
     `LEAST` bounds the deviation of a row of `a` over its mean, which for probabilities is the deviation of the logits.
     """
+    import torch
+    from torch.nn import functional as F
+
     least = LEAST * math.sqrt(a.shape[1]) * a.detach().mean(dim=1, keepdim=True) + eps
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
     a = a / torch.maximum(a.norm(dim=1, keepdim=True), least)
@@ -340,8 +382,17 @@ def _standardised(logits: Tensor, least: float = 0.0) -> Tensor:
     return (logits - logits.mean(dim=1, keepdim=True)) / deviation
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the labels in nats, mean over the batch."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(logits, labels)
+
+
 def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(teacher_T || student_T) in nats: summed over classes, mean over the batch; no T^2. Both logits [B, K]."""
+    from torch.nn import functional as F
+
     log_p = F.log_softmax(logits / temperature, dim=1)
     log_q = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
@@ -352,6 +403,8 @@ def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> T
 
     The target's two probabilities are numbers, so that no [B, K] target is made: its cost beside CE is one softmax.
     """
+    from torch.nn import functional as F
+
     K = logits.shape[1]
     log_other = -gap - math.log1p((K - 1) * math.exp(-gap))
     other, label = math.exp(log_other), math.exp(log_other + gap)
@@ -360,6 +413,18 @@ def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> T
     everywhere = log_p.sum(dim=1).mean()
     negative_entropy = label * (log_other + gap) + (K - 1) * other * log_other
     return negative_entropy - (label - other) * at_label - other * everywhere
+
+
+def softmax(logits: Array) -> Array:
+    """Probabilities along the last axis, without torch."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    found: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return found
+
+
+def _flat(labels: Array, gap: float, num_classes: int) -> Array:
+    """The target of `flat_kl`, [B, K]."""
+    return softmax(gap * (labels[:, None] == np.arange(num_classes)))
 
 
 def from_released(

@@ -11,16 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tfkd_ray.config import TeacherRun, TrainConfig
-from tfkd_ray.evaluate import predictions
-from tfkd_ray.loop import train
 from tfkd_ray.objectives import CrossEntropy
 from tfkd_ray.receipt import expected_epochs, reaching, shares
-from tfkd_ray.soft_labels import limit
 from tfkd_ray.space import Space
-from tfkd_ray.weights import untrained
 
 PROBE_STEPS = 8
 """Steps that a probe trains, after one that warms up."""
@@ -96,7 +90,11 @@ def plan(space: Space, *, probe: bool = False) -> Plan:
     config = space.example
     # of a trial weights once, and two run states of weights and momentum; of a teacher its weights
     disk = _weights(config) * 5 * space.search.num_samples + sum(_weights(run) for run in space.teacher_runs())
-    bank = int(limit()) if banked else 0
+    bank = 0
+    if banked:
+        from tfkd_ray.soft_labels import limit
+
+        bank = int(limit())
     gpus = config.workers * config.gpus_per_worker
     return Plan(tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank)
 
@@ -107,6 +105,8 @@ def slots_here(space: Space) -> int:
     have, take = float(os.cpu_count() or 1), config.workers * config.cpus_per_worker
     fit = have / take
     if config.gpus_per_worker:
+        import torch
+
         fit = min(fit, torch.cuda.device_count() / (config.workers * config.gpus_per_worker))
     most = space.search.max_concurrent or space.search.num_samples
     return max(1, min(int(fit), most, space.search.num_samples))
@@ -114,8 +114,9 @@ def slots_here(space: Space) -> int:
 
 def _weights(config: TrainConfig) -> int:
     """Bytes of a network's weights, in float32."""
-    network = config.build_student()
-    size: int = sum(p.numel() for p in network.state_dict().values())
+    size = config.student.weights(config.data.shape, config.data.num_classes)
+    if size is None:
+        size = sum(p.numel() for p in config.build_student().state_dict().values())
     return 4 * size
 
 
@@ -161,6 +162,9 @@ def _epoch_seconds(config: TrainConfig) -> float:
     A teacher that is asked in every step is an untrained one here; where the bank has its answers, the step is that of
     plain training (`_view_seconds` are the answers).
     """
+    from tfkd_ray.loop import train
+    from tfkd_ray.weights import untrained
+
     data = config.data.model_copy(update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0})
     changes: dict[str, Any] = {
         "data": data,
@@ -182,6 +186,11 @@ def _epoch_seconds(config: TrainConfig) -> float:
 
 def _view_seconds(run: TeacherRun) -> float:
     """Seconds in which a teacher, an untrained one here, fills the bank with one view of the train images."""
+    import torch
+
+    from tfkd_ray.evaluate import predictions
+    from tfkd_ray.weights import untrained
+
     device = torch.device("cuda", torch.cuda.current_device()) if run.gpus_per_worker else torch.device("cpu")
     train_set, _ = run.data.load()
     some = train_set.part(torch.arange(min(len(train_set), run.optim.batch_size * PROBE_STEPS))).on(device)
@@ -199,6 +208,8 @@ GPU_CONTEXT = 2**29
 
 def _gpu_share(config: TrainConfig) -> float | None:
     """Of the GPU's memory that the largest run of this process so far would take in its own, with all of its data."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

@@ -1,0 +1,41 @@
+"""Layers of our own networks that torch has not; `models.py` imports them when a network is built.
+
+Shapes: B = batch, C = channels, H, W = height and width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MeanOfMap(nn.AdaptiveAvgPool2d):
+    """Global average pooling whose gradient has the order in memory of what it pools.
+
+    Torch's own has not, which makes the backward pass of a ReLU before it 20 times as long as it need be.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and not torch.compiler.is_compiling():
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            order = torch.channels_last if last else torch.contiguous_format
+            x.register_hook(lambda gradient: gradient.contiguous(memory_format=order))
+        return super().forward(x)
+
+
+class WideBlock(nn.Module):
+    """BatchNorm, ReLU, 3x3 convolution, twice; the shortcut is 1x1 where the shape changes."""
+
+    def __init__(self, channels: int, out: int, *, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        same = channels == out and stride == 1
+        self.shortcut = None if same else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
+        return residual + shortcut
