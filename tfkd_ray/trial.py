@@ -296,7 +296,7 @@ def _note_broken(folder: Path, reason: str) -> None:
     """Leave word of a broken GPU for the driver."""
     about = {"node": _node(), "host": socket.gethostname()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / BROKEN_GPU).write_text(json.dumps({**about, "reason": reason.splitlines()[0]}))
+    write_text(folder / BROKEN_GPU, json.dumps({**about, "reason": reason.splitlines()[0]}))
     with contextlib.suppress(OSError):
         remote.send(folder / BROKEN_GPU)
 
