@@ -84,8 +84,8 @@ def test_a_trial_that_ends_for_good_is_given_no_larger_share(
     status: str, share: float, failures: int, tmp_path: Path
 ) -> None:
     """Tune leaves a trial RUNNING whose failures are spent, and changes no resources of one."""
-    request = PlacementGroupFactory([{"CPU": 1, "GPU": 0.25}])
-    trial = Trial("x", stub=True, config={"trial": {"directory": str(tmp_path)}}, placement_group_factory=request)
+    trial = Trial("x", stub=True, config={"trial": {"directory": str(tmp_path)}})
+    trial.placement_group_factory = PlacementGroupFactory([{"CPU": 1, "GPU": 0.25}])
     trial.status, trial.max_failures = status, 0
     (tmp_path / "out_of_memory").write_text("0.25")
     give_larger_share(trial)
