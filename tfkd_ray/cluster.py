@@ -144,17 +144,25 @@ def give_larger_share(trial: Any) -> None:
     Args:
         trial: Ray Tune's, which has ended with an error and is not pending again yet.
     """
-    share = _left_by(trial, OUT_OF_MEMORY)
-    if share is None:
+    if trial.status == Trial.RUNNING:  # `max_failures` is spent, so that Tune starts it no more; told by `Losses`
         return
-    if trial.status != Trial.RUNNING:  # Tune has put it back into the queue, and does not where `max_failures` is spent
-        neighbours = max(1, int(1 / float(share) + 1e-6) // 2)
+    share = short_share(trial)
+    if share is not None:
+        neighbours = max(1, int(1 / share + 1e-6) // 2)
         bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
         trial.update_resources(PlacementGroupFactory([bundle]))
         trial.max_failures += trial.max_failures >= 0  # it was not lost
+
+
+def short_share(trial: Any) -> float | None:
+    """The share of a GPU whose memory was not enough for a trial that has ended with an error; known once."""
+    share = _left_by(trial, OUT_OF_MEMORY)
+    if share is None:
+        return None
     path = Path(trial.config["trial"]["directory"]) / OUT_OF_MEMORY
     path.unlink()
     remote.send(path)
+    return float(share)
 
 
 BROKEN_GPU = "broken_gpu.json"

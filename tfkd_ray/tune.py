@@ -35,6 +35,7 @@ from tfkd_ray.cluster import (
     keep_keys_at_home,
     room_for,
     send_elsewhere,
+    short_share,
     shun,
     shun_nobody,
     started_here,
@@ -872,6 +873,7 @@ class Losses(tune.Callback):  # type: ignore[misc]
         self._began: dict[str, float] = {}
         self._broken: dict[str, list[str]] = {}
         self._why: dict[str, str] = {}
+        self._short: dict[str, float] = {}
         self._over: str | None = None
         self._since: dict[str, tuple[float, Any]] = {}
         self._again: dict[str, int] = {}
@@ -887,10 +889,16 @@ class Losses(tune.Callback):  # type: ignore[misc]
         """Why a trial that was lost has failed."""
         if trial.trial_id in self._hung:
             return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung, and was ended"
+        epoch = self._epoch.get(trial.trial_id, 0) + 1
+        if trial.trial_id in self._short:
+            return (
+                f"its share of a GPU ({self._short[trial.trial_id]:g}) had too little memory in epoch {epoch}, and its "
+                "failures were spent, so that it got no larger one; raise gpus_per_worker"
+            )
         times = self._again.get(trial.trial_id, trial.max_failures) + 1
         return (
             f"its process was lost {f'{times} times' if times > 1 else 'once'} in epoch "
-            f"{self._epoch.get(trial.trial_id, 0) + 1} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
+            f"{epoch} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
         )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -924,6 +932,8 @@ class Losses(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._since.pop(trial.trial_id, None)
+        if (share := short_share(trial)) is not None:
+            self._short[trial.trial_id] = share
         self._check_disk(trial)
         self._check_gpu(trial)
 
