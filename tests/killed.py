@@ -1,5 +1,6 @@
-"""`tfkd WORDS` that gets signal 9 just before it touches a file below a folder for the n-th time."""
+"""`tfkd WORDS` that gets signal 9 when it touches a file below a folder for the n-th time."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,7 +15,8 @@ def run(words: Sequence[str], here: Path, below: Path, point: int, after: Path |
     """Run in `here`; what it says goes to the file `said` there.
 
     Args:
-        point: the touch before which it is killed, from 1 on: a file opened to write, made, renamed or removed.
+        point: the touch at which it is killed, from 1 on: just after a file was opened to write, with nothing in it yet,
+            or before one is renamed or removed, or a folder made.
         after: touches count from when this file is there. None: all do.
     """
     os.chdir(here)
@@ -32,6 +34,9 @@ def run(words: Sequence[str], here: Path, below: Path, point: int, after: Path |
             return
         left -= 1
         if left == 0:
+            if event == "open":
+                with contextlib.suppress(OSError):
+                    os.close(os.open(paths[0], given[2], 0o666))
             os.kill(os.getpid(), signal.SIGKILL)
 
     from tfkd_ray.cli import main

@@ -25,6 +25,12 @@ from tfkd_ray.schema import dump_yaml, parse_yaml
 from tfkd_ray.space import load_space
 from tfkd_ray.tune import build_tuner, resume_tuner
 
+SOFT = """
+from torch import nn
+
+def network(shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), nn.Softmax(1))
+"""
 SPACE = """
 student: {name: mlp, hidden: [8]}
 epochs: 3
@@ -32,6 +38,36 @@ objective: ce
 optim: {lr: {low: 0.01, high: 0.5, log: true}}
 search: {num_samples: 2}
 """
+
+
+def noted(tfkd: Run, tmp_path: Path, *words: str) -> None:
+    """Assert that a verb prints the note on a network that ends in softmax, and ends well."""
+    (tmp_path / "soft.py").write_text(SOFT)
+    shared = {"student": "soft:network", "epochs": 1, "data": {"name": "digits", "subset": 200}}
+    space = {**shared, "objective": "ce", "optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 1}}
+    (tmp_path / "space.yaml").write_text(dump_yaml(space))
+    (tmp_path / "run.yaml").write_text(dump_yaml({**shared, "objective": "ce"}))
+    arms = [{"name": name, "objective": name} for name in ("ce", "lsr")]
+    (tmp_path / "arms.yaml").write_text(dump_yaml({**shared, "title": "two", "arms": arms}))
+    done = tfkd(*words)
+    assert done.returncode == 0, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    assert re.search("note: (arm ce: )?model soft:network: gives probabilities .* it seems to end in softmax", said)
+
+
+@pytest.mark.parametrize(
+    "words", [("check", "space.yaml"), ("check", "arms.yaml"), ("train", "run.yaml")], ids=" ".join
+)
+def test_a_note_on_a_network_is_printed(words: tuple[str, ...], tfkd: Run, tmp_path: Path) -> None:
+    noted(tfkd, tmp_path, *words)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("words", [("tune", "space.yaml"), ("confirm", "arms.yaml", "--seeds", "2")], ids=" ".join)
+def test_a_note_on_a_network_is_printed_before_trials_run(
+    words: tuple[str, ...], ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
+    noted(tfkd, tmp_path, *words)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_an_image_that_changes_its_class_makes_another_data_set(tmp_path: Path) 
 # --- one's own -------------------------------------------------------------------------------------------------
 
 MODULE = """
-import json, numpy as np, torch
+import json, random, numpy as np, torch
 from pathlib import Path
 
 def make(split):
@@ -197,6 +198,10 @@ def make(split):
     images = r.integers(0, 60, (120, 1, 8, 8), dtype=np.uint8)
     images[np.arange(120), 0, 2 * labels] += 120
     order = np.arange(120)[::-1] if how == "turned" else np.arange(120)
+    if how == "global":
+        images = np.random.randint(0, 256, (120, 1, 8, 8)).astype(np.uint8)
+        images[0, 0, 0, 0], labels = random.randrange(256), torch.randint(4, (120,)).numpy()
+        labels[:4] = np.arange(4)
     if how == "random":
         order = np.random.default_rng().permutation(120)
     return images[order].copy(), torch.from_numpy(labels[order].copy())
@@ -250,6 +255,42 @@ def test_a_function_that_returns_other_images_at_each_call_is_refused(mine: dict
     turn("random")
     with pytest.raises(ConfigError, match="at each call"):
         was.load()
+
+
+def test_an_own_set_that_draws_from_the_global_random_numbers_is_the_same_in_every_process(
+    mine: dict[str, Any],
+) -> None:
+    found = []
+    for other in range(3):
+        turn("global")
+        np.random.seed(other)  # noqa: NPY002
+        random.seed(other)
+        torch.manual_seed(other)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]  # noqa: NPY002
+        data = validated(TrainConfig, taught(mine)).data.pinned()
+        test = data.load_test()
+        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]  # noqa: NPY002
+        assert after == before, "and they are put back"
+        found.append((data.digest, digest_of(test)))
+    assert found[0] == found[1] == found[2] and found[0][0] != found[0][1], "the test split is another draw"
+
+
+def test_a_process_takes_the_digest_of_a_set_once_whatever_it_trains_on_it(
+    mine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of the many trials of one node: an own set's is in no file that could be remembered."""
+    pinned = validated(TrainConfig, taught(mine)).pinned()
+    forget_loaded()
+    taken = []
+
+    def counted(found: Any) -> str:
+        taken.append(found)
+        return digest_of(found)
+
+    monkeypatch.setattr(data_module, "digest_of", counted)
+    for k in range(5):
+        check_data_here(pinned.model_copy(update={"seed": k}))
+    assert len(taken) == 1
 
 
 def test_a_node_with_other_data_refuses_with_its_name(mine: dict[str, Any]) -> None:

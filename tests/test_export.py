@@ -1,5 +1,6 @@
 """An exported student computes what the student computes, says how it was chosen, and needs torch alone."""
 
+import fcntl
 import json
 import os
 import re
@@ -224,6 +225,22 @@ def test_all_or_nothing_is_written(tmp_path: Path, storage: Path, monkeypatch: p
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place_and_nothing_else(
+    tmp_path: Path, storage: Path
+) -> None:
+    names = {".out.0123abcd.part": False, ".out.ffffffff.part": True, ".other.0123abcd.part": True, ".out.part": True}
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.pt2").write_bytes(b"half")
+    handle = os.open(tmp_path / ".out.ffffffff.part", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # its export still runs
+    try:
+        export(storage / "run", tmp_path / "out")
+    finally:
+        os.close(handle)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", *(name for name, stays in names.items() if stays)}
 
 
 # --- networks that are not ours --------------------------------------------------------------------------------

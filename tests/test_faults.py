@@ -473,6 +473,34 @@ def test_a_second_and_third_signal_end_a_sweep_with_a_sentence_its_code_and_noth
         wait(lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"], "all has ended", 20)
 
 
+TERMINATED = """
+import os, signal, sys, time
+import ray._private.worker as worker
+from tfkd_ray.cli import main
+
+connect = worker.connect
+
+def terminated(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)  # Ray's processes run, and Ray has said what SIGTERM does
+    time.sleep(1)
+    return connect(*args, **kwargs)
+
+worker.connect = terminated
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_while_ray_starts_ends_with_a_sentence_and_our_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(dump_yaml(tree({"num_samples": 2})))
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED, "tune", "space.yaml", "--name", "e"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 130 and "interrupted before a trial ran" in done.stderr, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
 def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

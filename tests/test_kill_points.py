@@ -84,7 +84,7 @@ def test_an_export_that_is_killed_at_any_file_leaves_nothing_or_all_and_the_next
             break
         if point % 4 == 1 and not out.exists():
             assert not killed_at(1000, ["export", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out")
-            assert verify(out)
+            assert verify(out) and [p.name for p in out.parent.iterdir()] == ["x"], f"{point=}"
     assert point > 8 and verify(out) and sorted(p.name for p in out.parent.iterdir()) == ["x"]
 
 

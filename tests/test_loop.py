@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfkd_ray import loop
 from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
 from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
 from tfkd_ray.data import Digits
@@ -428,6 +429,39 @@ def test_metrics_that_are_asked_for_are_those_of_the_last_weights_and_change_no_
     assert {k: asked[-1].metrics[k] for k in AT_ONCE} == {k: expected[k.removeprefix("val_")] for k in AT_ONCE}
     rest = [{k: v for k, v in m.items() if k not in AT_ONCE} for m in numbers(asked)]
     assert rest == numbers(list(train(c)))
+
+
+def _worker_that_tells(rank: int, folder: str, tree: dict[str, Any]) -> None:
+    """As `_worker`; leaves word whether gradients that are not there are looked for."""
+    parallel = loop.DistributedDataParallel
+
+    def told(network: torch.nn.Module, **how: Any) -> torch.nn.Module:
+        Path(folder, f"looks{rank}").write_text(str(how["find_unused_parameters"]))
+        return parallel(network, **how)
+
+    loop.DistributedDataParallel = told  # type: ignore[assignment, misc]
+    _worker(rank, folder, tree)
+
+
+@pytest.mark.parametrize(
+    "path, args, looks",
+    [("test_models:odd", {"kind": "auxiliary"}, "True"), (f"{__name__}:plain", {}, "False")],
+    ids=["a head that only training uses", "all is used"],
+)
+@pytest.mark.slow
+def test_two_workers_agree_with_one_on_an_own_network_and_look_for_missing_gradients_where_needed(
+    path: str, args: dict[str, str], looks: str, tmp_path: Path
+) -> None:
+    student = {"name": "own", "path": path, "args": args}
+    c = config(student=student, optim=OptimConfig(batch_size=64).model_dump(), schedule=Constant().model_dump())
+    one = list(train(c))[-1].state()
+    mp.spawn(_worker_that_tells, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
+    assert [(tmp_path / f"looks{rank}").read_text() for rank in range(2)] == [looks] * 2
+    two = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name, value in one["model"].items():
+        assert (two["model"][name] - value).abs().max() < 1e-5, name
+    for a, b in zip(numbers(one["history"]), numbers(two["history"]), strict=True):
+        assert b == pytest.approx(a, abs=1e-5)
 
 
 @pytest.mark.gpu

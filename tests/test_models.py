@@ -48,6 +48,7 @@ from tfkd_ray.models import (
     Vgg16,
     Vgg19,
     WideResNet,
+    may_lack_gradients,
 )
 from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.teachers import load_teacher, train_teacher
@@ -448,6 +449,55 @@ def test_a_parameter_may_lack_a_gradient_in_some_steps_or_all(kind: str) -> None
     fresh, state = run_of(kind).build_student().state_dict(), last.state()["model"]
     assert last.metrics["val_accuracy"] > 0.8 and state["never.weight"].equal(fresh["never.weight"])
     assert state["other.weight"].equal(fresh["other.weight"]) == (kind == "auxiliary")
+
+
+class Deciding(nn.Module):
+    """A network whose second layer may go unused in a step: `kind` says by what it decides."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.first, self.second, self.drop = nn.Linear(64, 64), nn.Linear(64, 10), nn.Dropout(0.5)
+        self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 10)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.norm(self.first(x.flatten(1))))
+        self.calls += self.kind == "a count"
+        self.steps += self.kind == "a buffer"  # type: ignore[operator]
+        used = {
+            "Python's numbers": lambda: random.random() < 0.999,
+            "numpy's numbers": lambda: np.random.rand() < 0.999,
+            "torch's numbers": lambda: torch.rand(()).item() < 0.999,
+            "values": lambda: x.mean() < 100,
+            "a count": lambda: self.calls < 100,
+            "training": lambda: not self.training,
+        }.get(self.kind, lambda: True)()
+        if self.kind == "random noise":
+            x = x + torch.randn_like(x)
+        if self.kind == "no such shape":
+            x = x.view(3, -1)
+        return self.head(x) + self.second(x) if used else self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "may"),
+    [("nothing", False)]
+    + [(f"{whose} numbers", True) for whose in ("Python's", "numpy's", "torch's")]
+    + [(kind, True) for kind in ("values", "a count", "a buffer", "training", "random noise", "no such shape")],
+)
+def test_a_network_that_may_leave_a_parameter_out_in_some_step_is_known(kind: str, may: bool) -> None:
+    network, position = Deciding(kind), (random.getstate(), torch.get_rng_state().tolist())
+    before = copy.deepcopy(network)
+    assert may_lack_gradients(network, (1, 8, 8)) == may
+    assert network.calls == 0 and all(p.grad is None for p in network.parameters())
+    assert (random.getstate(), torch.get_rng_state().tolist()) == position
+    assert all(value.equal(before.state_dict()[key]) for key, value in network.state_dict().items())
+
+
+def test_timms_stochastic_depth_leaves_no_parameter_without_a_gradient() -> None:
+    network = Timm(model="test_vit2", args={"img_size": 32, "patch_size": 4, "drop_path_rate": 0.5})
+    assert not may_lack_gradients(network.build((3, 32, 32), 10), (3, 32, 32))
 
 
 @pytest.mark.parametrize("kind", ["numpy", "random", "by chance"])

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.tune import PlacementGroupFactory
+from ray.tune.experiment import Trial
 
+from tfkd_ray.assignment import SECTION, Assignment
+from tfkd_ray.callbacks import Losses
+from tfkd_ray.cluster import give_larger_share
+from tfkd_ray.experiment import read_records
 from tfkd_ray.trial import _is_out_of_memory
 
 SWEEP = """
@@ -36,25 +42,65 @@ class Full(StudentTrial):
 ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
 ours.StudentTrial = Full
 tree = {"objective": "ce", "student": "mlp", "epochs": 3, "gpus_per_worker": 0.25, "checkpoint_every_s": 0,
-        "optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 2, "stopping": sys.argv[2]}}
+        "optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 2, "stopping": sys.argv[2], "max_failures": int(sys.argv[3])}}
 results = ours.build_tuner(tree, name="e", storage=sys.argv[1]).fit()
 print(json.dumps([(r.metrics.get("failed"), r.metrics["epoch"]) for r in results]))
 """
 
 
-@pytest.mark.ray
-@pytest.mark.fault
-@pytest.mark.slow
-@pytest.mark.parametrize("stopping", ["halving", "asha"])
-def test_a_trial_without_enough_memory_gets_a_larger_share(tmp_path: Path, stopping: str) -> None:
+TOO_LITTLE = "its share of a GPU (0.25) had too little memory in epoch 2, and its failures were spent"
+
+
+def swept(tmp_path: Path, stopping: str, max_failures: int) -> list[tuple[str | None, int]]:
+    """(failure, last epoch) of both trials."""
     done = subprocess.run(
-        [sys.executable, "-c", SWEEP, str(tmp_path), stopping],
+        [sys.executable, "-c", SWEEP, str(tmp_path), stopping, str(max_failures)],
         capture_output=True, text=True, timeout=200, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ended = json.loads(done.stdout.splitlines()[-1])
+    ended: list[tuple[str | None, int]] = json.loads(done.stdout.splitlines()[-1])
+    return ended
+
+
+@pytest.mark.ray
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.timeout(220)
+@pytest.mark.parametrize("stopping", ["halving", "asha"])
+def test_a_trial_without_enough_memory_gets_a_larger_share(tmp_path: Path, stopping: str) -> None:
+    ended = swept(tmp_path, stopping, 1)
     assert [failed for failed, _ in ended] == [None, None] and max(epoch for _, epoch in ended) == 3
     assert not list(tmp_path.rglob("out_of_memory"))
+
+
+@pytest.mark.ray
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.timeout(220)
+def test_a_trial_without_enough_memory_ends_with_that_reason_where_its_failures_are_spent(tmp_path: Path) -> None:
+    swept(tmp_path, "halving", 0)
+    records = read_records(tmp_path / "e")
+    failed = [r.reason or "" for r in records if r.status == "failed"]
+    assert failed and all(reason.startswith(TOO_LITTLE) for reason in failed), records
+    assert not list(tmp_path.rglob("out_of_memory"))
+
+
+@pytest.mark.parametrize("status, share, failures", [(Trial.RUNNING, 0.25, 0), (Trial.PENDING, 0.5, 1)])
+def test_a_trial_that_ends_for_good_is_given_no_larger_share(
+    status: str, share: float, failures: int, tmp_path: Path
+) -> None:
+    """Tune leaves a trial RUNNING whose failures are spent, and changes no resources of one."""
+    trial = Trial("x", stub=True, config={SECTION: Assignment("t0", 9, directory=tmp_path).section()})
+    trial.placement_group_factory = PlacementGroupFactory([{"CPU": 1, "GPU": 0.25}])
+    trial.status, trial.max_failures = status, 0
+    (tmp_path / "out_of_memory").write_text("0.25")
+    give_larger_share(trial)
+    if status == Trial.RUNNING:
+        losses = Losses()
+        losses.on_failed(trial)
+        assert losses.reason(trial).startswith(TOO_LITTLE.replace("epoch 2", "epoch 1"))
+    assert trial.placement_group_factory.required_resources["GPU"] == share and trial.max_failures == failures
+    assert not (tmp_path / "out_of_memory").exists()
 
 
 @pytest.mark.parametrize(

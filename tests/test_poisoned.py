@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.experiment import Trial
 from test_damage import RELEASE
 from test_report import make_comparison
 
-from tfkd_ray import cli, cluster_verbs
+from tfkd_ray import cli, cluster_verbs, remote
+from tfkd_ray.assignment import SECTION, Assignment
 from tfkd_ray.cli import main
+from tfkd_ray.cluster import found_broken, give_larger_share
 from tfkd_ray.experiment import read_records
+from tfkd_ray.nodes import Mark, _look
+from tfkd_ray.remote import Claim, Store, store_of
 from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml, read_yaml
 
 LONGEST_S = 20
@@ -531,3 +536,68 @@ def test_no_experiment_has_a_name_that_is_taken_or_is_none(
 
 
 ARMS = "student: mlp\narms:\n- {name: a, objective: ce}\n- {name: b, objective: lsr}\n"
+
+
+# --- what processes of a sweep leave for one another
+
+
+def left(what: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Callable[[], Any]]:
+    """A file that only we write, and who reads it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    store = Store("s3://bucket/prefix")
+    folder, mark = store.folder, Mark(place / "shared")
+    (place / "trial").mkdir()
+    trial = Trial("x", stub=True, config={SECTION: Assignment("t0", 9, directory=place / "trial").section()})
+    if what in (".session", ".objects.json", "driver.json", "metrics.jsonl"):
+        folder = store.mark() / "e"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        ".store.json": (folder / ".store.json", lambda: store_of(folder)),
+        ".session": (folder / ".session", lambda: remote._session(folder)),
+        ".objects.json": (folder / ".objects.json", lambda: remote._read_index(folder)),
+        "driver.json": (folder / "driver.json", lambda: Claim(store, "e")._fetched()),
+        "metrics.jsonl": (folder / "metrics.jsonl", lambda: remote._files_in(folder)),
+        "an answer": (mark.folder / "node", lambda: mark.answered("node")),
+        "the word": (mark.folder / "driver", lambda: _look(str(mark.folder), mark.word, "node", None)["storage"]),
+        "out_of_memory": (place / "trial/out_of_memory", lambda: give_larger_share(trial)),
+        "broken_gpu.json": (place / "trial/broken_gpu.json", lambda: found_broken(trial)),
+    }[what]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link", "garbage"])
+@pytest.mark.parametrize(
+    "what, seen",
+    [
+        *((".store.json", None), (".session", None), (".objects.json", {}), ("driver.json", None)),
+        *(("metrics.jsonl", []), ("an answer", False), ("the word", ...)),
+        *(("out_of_memory", None), ("broken_gpu.json", None)),
+    ],
+)
+def test_what_processes_leave_for_one_another_is_read_as_a_file_or_not_at_all(
+    what: str, seen: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = left(what, tmp_path, monkeypatch)
+    path.unlink(missing_ok=True)
+    (tmp_path / "secret").write_text(SECRET)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(tmp_path / "secret")
+    else:
+        path.write_bytes(b"\xff{")
+    before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("waits for who writes to a pipe"))
+    signal.alarm(LONGEST_S)
+    try:
+        found = read()
+    except ConfigError as error:
+        assert path.name in str(error) and SECRET not in str(error) and what not in ("an answer", "the word")
+        return
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    if what == "metrics.jsonl" and kind == "garbage":
+        seen = [path]
+    if what == "the word":
+        assert found == "holds other files there" or found.startswith("cannot use it (")
+    else:
+        assert found == seen

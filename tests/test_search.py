@@ -198,6 +198,19 @@ def test_an_unfinished_trial_keeps_its_values_and_is_not_judged_twice(journal: P
     assert values == {e: pytest.approx(value(config, e)) for e in (1, 2)}
 
 
+def test_a_trial_that_ends_while_it_is_paused_is_pruned_if_it_has_told_an_epoch(journal: Path) -> None:
+    """Of one that is paused, as Ray's HyperBand does, Tune tells no last result."""
+    searcher = OptunaSearcher(space(stopping="none"), journal)
+    for trial_id, epochs in (("a", 2), ("b", 0)):
+        config = searcher.suggest(trial_id)
+        assert isinstance(config, dict)
+        run_trial(searcher, trial_id, config, upto=epochs)
+        searcher.on_trial_complete(trial_id)
+    told, untold = trials(journal)
+    assert told.state == TrialState.PRUNED and list(told.intermediate_values) == [1, 2]
+    assert (untold.state, untold.user_attrs["reason"]) == (TrialState.FAIL, "ended without a result")
+
+
 def test_a_driver_that_dies_before_it_acts_on_a_rung_judges_again(journal: Path) -> None:
     searcher = OptunaSearcher(space(), journal)
     for k, accuracy in enumerate([0.9, 0.9, 0.1]):

@@ -16,14 +16,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import optuna
 import pytest
+import ray
+from conftest import Run
 from test_search import run_sweep, space
 
 from tfkd_ray import search
 from tfkd_ray.experiment import read_experiment, read_records, write_experiment
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.search import OptunaSearcher, drop_stale_locks, open_journal, open_storage, whole_url
 from tfkd_ray.space import build_space
 from tfkd_ray.tune import build_tuner, resume_tuner
@@ -229,15 +232,16 @@ BIN = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True))
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL, with a password, of a server of our own on loopback; ended by its process id."""
+def postgres(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL, with a password as it is written there, of a server of our own on loopback; ended by its process id."""
+    password = getattr(request, "param", "s3cret-word")
     if BIN is None or shutil.which("runuser") is None or os.geteuid() != 0:
         pytest.fail("needs root, and: apt-get install postgresql")
     user = pwd.getpwnam("postgres")
     folder = Path(tempfile.mkdtemp(prefix="tfkd-pg-"))  # pytest's own is closed to the user postgres
     os.chown(folder, user.pw_uid, user.pw_gid)
     secret = folder / "password"
-    secret.write_text("s3cret-word\n")
+    secret.write_text(f"{unquote(password)}\n")
     os.chown(secret, user.pw_uid, user.pw_gid)
 
     def as_user(*command: str) -> list[str]:
@@ -255,7 +259,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         [f"{BIN}/postgres", "-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}", "-F"],
         user="postgres", group="postgres", extra_groups=[], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    url = f"postgresql://tfkd:s3cret-word@127.0.0.1:{port}/postgres"
+    url = f"postgresql://tfkd:{password}@127.0.0.1:{port}/postgres"
     try:
         for _ in range(100):
             ready = subprocess.run([f"{BIN}/pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True)
@@ -298,6 +302,53 @@ def test_a_sweep_in_postgresql_resumes_and_writes_its_password_nowhere(
     assert before + after[1:] == whole
     for searcher in searchers:
         searcher.close()
+
+
+CANARY = "kanarienvogel"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.tools
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "postgres",
+    [f"{CANARY} {CANARY}/{CANARY}:{CANARY}#{CANARY}", f"{CANARY}'\"{CANARY}}}{{{CANARY}+{CANARY}&{CANARY}", f"%40{CANARY}%2F%3F{CANARY}%25"],
+    indirect=True,
+    ids=["blank, slash, colon, hash", "quotes, braces, plus, and", "encoded"],
+)  # fmt: skip
+def test_no_file_no_page_and_no_output_of_a_sweep_holds_a_part_of_an_odd_password(
+    ray_cluster: str, tmp_path: Path, postgres: str, tfkd: Run
+) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/space.yaml").write_text(dump_yaml(tree(storage=postgres, num_samples=2)))
+    wrong = postgres.replace(CANARY, f"{CANARY}s", 1)
+    begun, said = time.time(), []
+    for words, code, env in (
+        (["check", "given/space.yaml"], 0, {}),
+        (["tune", "given/space.yaml", "--name", "w", "--study-storage", wrong], 2, {}),
+        (["tune", "given/space.yaml", "--name", "e"], 0, {}),
+        (["resume", "tfkd_results/e", "--add-trials", "1"], 2, {}),
+        (["resume", "tfkd_results/e", "--add-trials", "1", "--study-storage", postgres], 0, {}),
+        (["resume", "tfkd_results/e", "--add-trials", "1"], 2, {"TFKD_STORAGE": wrong}),
+        *((([verb, "tfkd_results/e"], 0, {"TFKD_STORAGE": postgres})) for verb in ("status", "trials", "best")),
+        (["ls"], 0, {"TFKD_STORAGE": postgres}),
+        (["report", "tfkd_results/e", "-o", "page.html"], 0, {"TFKD_STORAGE": postgres}),
+    ):
+        done = tfkd(*words, **env)
+        assert done.returncode == code, (words, done.stderr)
+        said.append(done.stdout + done.stderr)
+    assert [text for text in said if CANARY in text] == []
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and p.parent.name != "given"]
+    logs = [p for p in session_folder().rglob("*") if p.is_file() and p.stat().st_mtime >= begun]
+    kinds = {"page.html", "tuner.pkl", "experiment.yaml", "driver.txt"}
+    assert kinds <= {p.name for p in written} and any("tfevents" in p.name for p in written) and logs
+    assert [p for p in (*written, *logs) if CANARY.encode() in p.read_bytes()] == []
+
+
+def session_folder() -> Path:
+    """Where the session's Ray writes its logs."""
+    return Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
 
 
 # --- the dashboard

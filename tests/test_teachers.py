@@ -15,6 +15,7 @@ from tfkd_ray.models import Mlp
 from tfkd_ray.objectives import CrossEntropy, TfkdSelf
 from tfkd_ray.schema import ConfigError, validated
 from tfkd_ray.teachers import find_or_train, load_teacher, teacher_folder, teacher_name, train_teacher
+from tfkd_ray.tune import train_teachers
 
 RUN = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
 
@@ -141,6 +142,22 @@ def test_a_teacher_from_a_file_is_taken_judged_and_watched(tmp_path: Path) -> No
         find_or_train(config, tmp_path)
     path.unlink()  # it is not needed any more
     assert find_or_train(config, tmp_path) is not None
+
+
+def test_a_doubtful_teacher_is_told_by_what_trains_a_sweeps_teachers_each_time(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = Mlp(hidden=(32,)).build((1, 8, 8), 10)
+    torch.save({name: value * 0 for name, value in network.state_dict().items()}, tmp_path / "w.pt")
+    teacher = {"model": {"name": "mlp", "hidden": [32]}, "weights": str(tmp_path / "w.pt")}
+    run = validated(TrainConfig, {"objective": "kd", "student": "mlp", "teacher": teacher}).pinned().teacher_run()
+    assert run is not None
+    for _ in range(2):
+        said: list[str] = []
+        train_teachers([run], tmp_path, on_note=said.append)
+        assert len(said) == 1 and said[0].startswith("WARNING: teacher ") and not capfd.readouterr().err
+    train_teachers([run], tmp_path)
+    assert said[0] in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["order", "constant", "none", "nonsense"])

@@ -1,11 +1,14 @@
-"""Layers of our own networks that torch has not; `models.py` imports them when a network is built.
+"""What networks need that torch has not; `models.py` imports it when a network is built or tried.
 
 Shapes: B = batch, C = channels, H, W = height and width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MeanOfMap(nn.AdaptiveAvgPool2d):
@@ -39,3 +42,13 @@ class WideBlock(nn.Module):
         shortcut = x if self.shortcut is None else self.shortcut(y)
         residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
         return residual + shortcut
+
+
+class ValuesUsed(TorchDispatchMode):
+    """Notes whether code looks at the numbers in a tensor, by which it may decide what to do next."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or torch.Tag.data_dependent_output in func.tags
+        return func(*args, **(kwargs or {}))

@@ -18,7 +18,7 @@ from ray import tune
 from tfkd_ray import remote
 from tfkd_ray.assignment import Assignment, without_assignment
 from tfkd_ray.checkpoint import BEFORE, LAST
-from tfkd_ray.cluster import BROKEN_GPU, found_broken, room_for, shun, started_here
+from tfkd_ray.cluster import BROKEN_GPU, found_broken, room_for, short_share, shun, started_here
 from tfkd_ray.config import TrainConfig
 from tfkd_ray.experiment import (
     FULL_LENGTH,
@@ -200,6 +200,7 @@ class Losses(Listener):
         self._began: dict[str, float] = {}
         self._broken: dict[str, list[str]] = {}
         self._why: dict[str, str] = {}
+        self._short: dict[str, float] = {}
         self._over: str | None = None
         self._since: dict[str, tuple[float, Any]] = {}
         self._again: dict[str, int] = {}
@@ -215,10 +216,16 @@ class Losses(Listener):
         """Why a trial that was lost has failed."""
         if trial.trial_id in self._hung:
             return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung, and was ended"
+        epoch = self._epoch.get(trial.trial_id, 0) + 1
+        if trial.trial_id in self._short:
+            return (
+                f"its share of a GPU ({self._short[trial.trial_id]:g}) had too little memory in epoch {epoch}, and its "
+                "failures were spent, so that it got no larger one; raise gpus_per_worker"
+            )
         times = self._again.get(trial.trial_id, trial.max_failures) + 1
         return (
             f"its process was lost {f'{times} times' if times > 1 else 'once'} in epoch "
-            f"{self._epoch.get(trial.trial_id, 0) + 1} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
+            f"{epoch} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
         )
 
     def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
@@ -253,6 +260,9 @@ class Losses(Listener):
 
     def on_failed(self, trial: Any) -> None:
         self._since.pop(trial.trial_id, None)
+        share = short_share(trial)
+        if share is not None:
+            self._short[trial.trial_id] = share
         self._check_disk(trial)
         self._check_gpu(trial)
 

@@ -3,9 +3,9 @@
 import contextlib
 import importlib.metadata
 import inspect
-import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -25,7 +25,7 @@ from tfkd_ray.assignment import SECTION, Assignment
 from tfkd_ray.auth import own_token, token, token_file
 from tfkd_ray.clusterfile import DRIVER as DRIVER
 from tfkd_ray.config import KIND, RAYS_OWN, TrainConfig
-from tfkd_ray.experiment import ctrl_c_waits
+from tfkd_ray.experiment import ctrl_c_waits, damaged, parse_json, read_text
 from tfkd_ray.own_code import before_the_library, safe_path
 from tfkd_ray.passwords import masked
 from tfkd_ray.schema import ConfigError, Unreachable
@@ -74,7 +74,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         own_token()
         _set_token_mode("token")
         try:
-            with ctrl_c_waits(), safe_path():
+            with ctrl_c_waits(), safe_path(), _own_sigterm():
                 ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
         except Exception as error:  # a bare one where a node is not up within 30 s
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -88,10 +88,24 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     _check_answers(address)
     _join_with_token_or_without(address)
     try:
-        ray.init(address=address, **quiet)
+        with _own_sigterm():
+            ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(_cannot_join(address, str(error).strip() or type(error).__name__)) from None
     return False
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what a program does at SIGTERM: Ray would end it while it starts, without a word or its exit code."""
+    utils = ray._private.utils
+    rays = utils.set_sigterm_handler
+    if callable(signal.getsignal(signal.SIGTERM)):
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = rays
 
 
 class _PathAsHere(JobConfig):  # type: ignore[misc]
@@ -129,15 +143,26 @@ def give_larger_share(trial: Any) -> None:
     Args:
         trial: Ray Tune's, which has ended with an error and is not pending again yet.
     """
-    storage, folder = Assignment.of(trial.config).place
-    path = storage.bring(folder / OUT_OF_MEMORY)
-    if path.exists():
-        neighbours = max(1, int(1 / float(path.read_text()) + 1e-6) // 2)
+    if trial.status == Trial.RUNNING:  # `max_failures` is spent, so that Tune starts it no more; told by `Losses`
+        return
+    share = short_share(trial)
+    if share is not None:
+        neighbours = max(1, int(1 / share + 1e-6) // 2)
         bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
         trial.update_resources(PlacementGroupFactory([bundle]))
         trial.max_failures += trial.max_failures >= 0  # it was not lost
-        path.unlink()
-        storage.send(path)
+
+
+def short_share(trial: Any) -> float | None:
+    """The share of a GPU whose memory was not enough for a trial that has ended with an error; known once."""
+    share = _left_by(trial, OUT_OF_MEMORY)
+    if share is None:
+        return None
+    storage, folder = Assignment.of(trial.config).place
+    path = folder / OUT_OF_MEMORY
+    path.unlink()
+    storage.send(path)
+    return float(share)
 
 
 BROKEN_GPU = "broken_gpu.json"
@@ -176,9 +201,18 @@ def shunning(request: PlacementGroupFactory, more: str | None = None) -> Placeme
 
 def found_broken(trial: Any) -> dict[str, str] | None:
     """What a trial that has ended with an error said of its GPU."""
+    broken = _left_by(trial, BROKEN_GPU)
+    return None if broken is None else dict(broken)
+
+
+def _left_by(trial: Any, name: str) -> Any:
+    """What a trial has left for the driver in a file of its folder, as JSON; None where there is none."""
     storage, folder = Assignment.of(trial.config).place
-    path = storage.bring(folder / BROKEN_GPU)
-    return dict(json.loads(path.read_text())) if path.exists() else None
+    path = storage.bring(folder / name)
+    if not os.path.lexists(path):
+        return None
+    with damaged(path):
+        return parse_json(read_text(path))
 
 
 def send_elsewhere(trial: Any) -> None:

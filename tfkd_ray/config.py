@@ -158,8 +158,9 @@ class TeacherConfig(Settings):
     """The normalisation and size that `weights` were trained with. None: those of torchvision's weights or of timm's
     network, and for any other file those of the data."""
     labels: Literal["auto", "bank", "online"] = "auto"
-    """bank: its logits are computed once for each epoch's view of the images, kept on the node in half precision, and
-    shared by all trials that see that view. online: computed in every step. auto: bank, but for tiny teachers."""
+    """bank: its logits are computed once for each epoch's view of the images, kept on the node, and shared by all
+    trials that see that view: in half precision, or in float32 where they reach 128. online: computed in every step.
+    auto: bank, but for tiny teachers."""
 
 
 class TrainConfig(Settings):

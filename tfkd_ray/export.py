@@ -13,6 +13,8 @@ Shapes: images [B, C, H, W] uint8 in, logits [B, K] out.
 """
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -54,7 +56,7 @@ from tfkd_ray.experiment import (
     trials_folder,
     write_text,
 )
-from tfkd_ray.files import kind_of
+from tfkd_ray.files import PART, kind_of
 from tfkd_ray.loop import LOOP_VERSION
 from tfkd_ray.schema import ConfigError, did_you_mean, dump_yaml, read_yaml, validated
 from tfkd_ray.scores import Score, ranked, score_of
@@ -756,14 +758,34 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to: it becomes `out` if all goes well, and nothing if not."""
-    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    """A folder to write to: it becomes `out` if all goes well, and nothing if not.
+
+    What an export to the same place left that was killed is removed: its folder is locked by nobody.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}{PART}"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}{PART}")
     part.mkdir()
     try:
-        yield part
-        for path in part.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file)
-        part.replace(out)
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # a file system without locks
+                held.enter_context(_locked(part))
+            yield part
+            for path in part.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file)
+            part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; an OSError if another process does, or if it is no folder."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

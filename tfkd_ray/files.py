@@ -83,7 +83,9 @@ def remembered(state: str, make: Callable[[], str]) -> str:
     """The digest that `make` takes of files in a state (`state_of`), which this node remembers from then on."""
     path = cache_folder() / "digests" / state
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{32}", found := path.read_text()):
+        with opened(path) as file:
+            found = file.read(33).decode()
+        if re.fullmatch("[0-9a-f]{32}", found):
             return found
     found = make()
     with contextlib.suppress(OSError), whole_file(path) as part:

@@ -67,6 +67,15 @@ def random_states() -> Callable[[], None]:
     return put_back
 
 
+def random_position() -> tuple[Any, ...]:
+    """Where torch's, numpy's and Python's global random numbers are: another one once some were drawn."""
+    import torch
+
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    torchs = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+    return random.getstate(), np.asarray(keys).tobytes(), *rest, [state.numpy().tobytes() for state in torchs]
+
+
 @contextlib.contextmanager
 def seeded(seed: int, *stream: str | int) -> Iterator[None]:
     """Within it torch, numpy and `random` draw from an address; afterwards they go on as if it had not been."""

@@ -29,7 +29,7 @@ from tfkd_ray.config import TrainConfig
 from tfkd_ray.evaluate import asked_beside, metric_sums, metrics_at_once, metrics_from, predictions
 from tfkd_ray.files import DISK_ERRORS
 from tfkd_ray.images import Images, address, generator, random_states, seed_all
-from tfkd_ray.models import Own, Timm, check_learns, check_lone_image
+from tfkd_ray.models import Own, Timm, check_learns, check_lone_image, may_lack_gradients
 from tfkd_ray.objectives import Canonical, Terms
 from tfkd_ray.schema import ConfigError, check_kind
 from tfkd_ray.soft_labels import Bank, fits
@@ -116,6 +116,7 @@ def train(
         if smallest < 2 * workers and config.batch_norm != "sync":
             check_lone_image(config.student.called, student, config.data.shape)
         student = student.to(device).to(memory_format=config.student.memory_format)
+        unused = workers > 1 and _unused(student, config)
         if config.batch_norm == "sync" and workers > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if config.needs_teacher and teacher is None:
@@ -159,7 +160,7 @@ def train(
             student.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
-        model = _parallel(student, unused=isinstance(config.student, Own | Timm)) if workers > 1 else student
+        model = _parallel(student, unused=unused) if workers > 1 else student
         forward = compiled(model, config, len(train_set)) if config.compile == "on" else model
 
         def snapshot() -> State:
@@ -383,6 +384,17 @@ def exploded(metrics: dict[str, float], num_classes: int) -> str | None:
 
 def _to_standard_error(text: str) -> None:
     print(f"tfkd: {text}", file=sys.stderr, flush=True)
+
+
+def _unused(student: nn.Module, config: TrainConfig) -> bool:
+    """Whether a parameter may lack its gradient in a step; all workers get the same answer."""
+    if not isinstance(config.student, Own | Timm):
+        return False
+    found = torch.tensor(
+        float(may_lack_gradients(student, config.data.shape)), device=next(student.parameters()).device
+    )
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def _parallel(student: nn.Module, *, unused: bool) -> nn.Module:

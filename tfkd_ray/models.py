@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from tfkd_ray import own_code
 from tfkd_ray.data import imported, is_only_reading
+from tfkd_ray.images import random_position, seeded
 from tfkd_ray.schema import ConfigError, Settings, named
 
 if TYPE_CHECKING:
@@ -632,6 +633,54 @@ def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int])
                 "at least; raise it to 2 times workers or more, or use a network without BatchNorm"
             ) from None
         raise
+
+
+_KEEP_GRADIENTS = {"DropPath", "StochasticDepth"}
+"""Modules of timm and torchvision that multiply by random zeros, as dropout does: a gradient of 0 is one."""
+
+
+def may_lack_gradients(network: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether a parameter that learns may get no gradient in a step, which several workers have to know beforehand.
+
+    Two steps are tried on a copy. A parameter may lack one in a later step, or on another worker, where the forward
+    pass can decide what it uses: where it draws random numbers (but for dropout), looks at values, or keeps a count. A
+    network that cannot be tried is taken for one of these.
+    """
+    import torch
+    from torch import nn
+
+    from tfkd_ray.blocks import ValuesUsed
+
+    try:
+        tried = copy.deepcopy(network).train()
+        for module in tried.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in _KEEP_GRADIENTS:
+                module.eval()
+        first = next(tried.parameters())
+        images = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+        kept = _kept_by(tried)
+        with seeded(0, "gradients"), ValuesUsed() as values:  # type: ignore[no-untyped-call]
+            position = random_position()
+            for batch in images:
+                tried.zero_grad()
+                tried(batch).sum().backward()
+                if any(p.requires_grad and p.grad is None for p in tried.parameters()):
+                    return True
+            return values.seen or random_position() != position or _kept_by(tried) != kept
+    except Exception:
+        return True
+
+
+def _kept_by(network: nn.Module) -> list[Any]:
+    """Numbers and texts that modules keep from step to step, but for the statistics of normalisation."""
+    from torch import nn
+
+    found = list[Any]()
+    for module in network.modules():
+        found.append({name: value for name, value in vars(module).items() if isinstance(value, float | int | str)})
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            found += [buffer.tolist() for buffer in module.buffers(recurse=False)]
+    return found
 
 
 def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:

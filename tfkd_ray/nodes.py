@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tfkd_ray.experiment import read_text, write_text
 from tfkd_ray.schema import ConfigError
 from tfkd_ray.storage import Directory, Mirror, Storage
 
@@ -44,12 +45,14 @@ class Mark:
         self.folder = storage / f".tfkd-doctor-{self.word}"
         self._made = [p for p in (storage, *storage.parents) if not p.exists()]
         self.folder.mkdir(parents=True)
-        (self.folder / "driver").write_text(self.word)
+        write_text(self.folder / "driver", self.word)
 
     def answered(self, node: str) -> bool:
         """Whether a node's answer is seen from here."""
-        path = self.folder / node
-        return path.exists() and path.read_text() == self.word
+        try:
+            return read_text(self.folder / node) == self.word
+        except (OSError, ValueError):
+            return False
 
     def remove(self) -> None:
         """Leave the storage as it was."""
@@ -104,10 +107,12 @@ def _look(folder: str | None, word: str | None, node: str, mirror: Mirror | None
     wrong = None if mirror is None else mirror.trouble()
     if folder is not None and word is not None:
         try:
-            if (Path(folder) / "driver").read_text() != word:
-                wrong = "holds other files there"
+            if read_text(Path(folder) / "driver") == word:
+                write_text(Path(folder) / node, word)
             else:
-                (Path(folder) / node).write_text(word)
+                wrong = "holds other files there"
+        except ValueError:
+            wrong = "holds other files there"
         except OSError as error:
             wrong = f"cannot use it ({error.strerror})"
     return {"versions": versions_of_node(), "shm": shared_memory(), "storage": wrong, "node": node}

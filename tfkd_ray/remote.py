@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from tfkd_ray.experiment import write_text
-from tfkd_ray.files import cache_folder, whole_file
+from tfkd_ray.experiment import damaged, parse_json, read_text, write_text
+from tfkd_ray.files import cache_folder, opened, whole_file
 from tfkd_ray.passwords import masked, without_secrets
 from tfkd_ray.schema import ConfigError
 
@@ -251,9 +251,10 @@ def experiment_at(url: str) -> tuple[Store, str]:
 def store_of(folder: Path) -> Store | None:
     """The store that a folder is the mirror of; None for any other folder."""
     mark = folder / _MARK
-    if folder.parent != cache_folder() / "storage" or not mark.exists():
+    if folder.parent != cache_folder() / "storage" or not os.path.lexists(mark):
         return None
-    return Store(**json.loads(mark.read_text()))
+    with damaged(mark):
+        return Store(**parse_json(read_text(mark)))
 
 
 @contextlib.contextmanager
@@ -324,7 +325,7 @@ def send(store: Store, *names: str) -> None:
     for name in names:
         path = store.folder / name
         if path.exists():
-            store.write(name, path.read_bytes())
+            store.write(name, _content(path))
         else:
             store.remove(name)
 
@@ -412,7 +413,10 @@ class Claim:
     def _fetched(self) -> str | None:
         """The session whose files were fetched."""
         path = self.folder / DRIVER
-        return str(json.loads(path.read_text())["session"]) if path.exists() else None
+        if not os.path.lexists(path):
+            return None
+        with damaged(path):
+            return str(parse_json(read_text(path))["session"])
 
     def _read(self) -> dict[str, Any] | None:
         content = self.store.read(f"{self.name}/{DRIVER}")
@@ -439,7 +443,7 @@ class Upload:
         index = _read_index(self._experiment)
         study = f"{self._name}/study.journal"
         before = _stat(self._store.folder / study)
-        journal = (self._store.folder / study).read_bytes() if before else b""
+        journal = _content(self._store.folder / study) if before else b""
         found = {p.relative_to(self._store.folder).as_posix(): p for p in _files_in(self._experiment) if self._ours(p)}
         stats = {name: _stat(path) for name, path in found.items()} | {study: before}
         changed = {name for name, stat in stats.items() if stat and stat != index.get(name, [])[2:]}
@@ -447,7 +451,7 @@ class Upload:
 
         def put(name: str) -> None:
             try:
-                content = journal if name == study else found[name].read_bytes()
+                content = journal if name == study else _content(found[name])
             except FileNotFoundError:  # removed meanwhile
                 return
             self._store.write(name, content)
@@ -509,16 +513,24 @@ def _is_ours(store: Store, below: str, objects: dict[str, Object]) -> bool:
 
 def _session(experiment: Path) -> str | None:
     path = experiment / _SESSION
-    return path.read_text() if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    with damaged(path):
+        return read_text(path)
+
+
+def _content(path: Path) -> bytes:
+    with opened(path, follow=False) as file:
+        return file.read()
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Files below a folder, without links, hidden ones and those that are being written."""
+    """Files below a folder, without links, pipes and devices, hidden ones and those that are being written."""
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where) / n for n in names if not n.startswith(".") and not n.endswith(".part")]
-    return [path for path in sorted(found) if not path.is_symlink()]
+    return [path for path in sorted(found) if path.is_file() and not path.is_symlink()]
 
 
 def _stat(path: Path) -> list[int] | None:
@@ -532,7 +544,7 @@ def _stat(path: Path) -> list[int] | None:
 def _read_index(folder: Path) -> dict[str, Any]:
     """By name: size and time of the object, and of the file that is the same; null where they are not known."""
     try:
-        found: dict[str, Any] = json.loads((folder / _INDEX).read_text())
+        found: dict[str, Any] = parse_json(read_text(folder / _INDEX))
     except (OSError, ValueError):
         return {}
     return found

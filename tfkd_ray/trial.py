@@ -304,7 +304,7 @@ def _note_broken(assignment: Assignment, reason: str) -> None:
     storage, folder = assignment.place
     told = {"node": _node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / BROKEN_GPU).write_text(json.dumps(told))
+    write_text(folder / BROKEN_GPU, json.dumps(told))
     with contextlib.suppress(OSError):
         storage.send(folder / BROKEN_GPU)
 

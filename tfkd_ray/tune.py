@@ -371,7 +371,7 @@ def train_teachers(
     Weights from elsewhere are taken by this process, which may be the only one that sees their file. If a teacher fails
     the others are left to finish: they are kept, and `ray.cancel` of a task that just ended can end the driver (Ray
     2.60). TeacherFailed is raised, or `on_failure` called with the reason. That data have changed since a teacher was
-    made is told to `on_note`, or to standard error.
+    made, and that one is no better than guessing, is told to `on_note`, or to standard error.
     """
     on_teacher = on_teacher or (lambda run, about: None)
     note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
@@ -408,7 +408,7 @@ def train_teachers(
                 raise error.cause from None
             else:
                 raise TeacherFailed(reason) from None
-    teachers.tell_doubts(runs, folder)
+    teachers.tell_doubts(runs, folder, note)
 
 
 def _teacher(run: TeacherRun, storage: Storage, home: own_code.Place) -> dict[str, Any]:
