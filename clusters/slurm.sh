@@ -1,12 +1,12 @@
 #!/bin/bash
-# One sweep as one Slurm job: Ray starts on all its nodes, `tfkd` runs on the first, Ray ends with it.
+# One sweep as one Slurm job: Ray starts on all its nodes, `tfkd` runs on the first, and Ray ends with it.
 #
 #   tfkd cluster check clusters/slurm.sh --space search_spaces/cifar100_tfkd_reg.yaml
 #   tfkd cluster submit clusters/slurm.sh -- tfkd tune search_spaces/cifar100_tfkd_reg.yaml --name cifar100-1
 #   tfkd cluster status clusters/slurm.sh
 #
-# To change, five lines:  partition, nodes, gpus-per-node, time, and TFKD_RESULTS.
-# Out of time, or preempted? Submit: tfkd resume $TFKD_RESULTS/cifar100-1
+# Change five lines:  partition, nodes, gpus-per-node, time, and TFKD_RESULTS.
+# If the job runs out of time or is preempted, submit: tfkd resume $TFKD_RESULTS/cifar100-1
 #
 #SBATCH --job-name=tfkd
 #SBATCH --partition=gpu
@@ -17,30 +17,30 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --output=%x-%j.log
-# --exclusive: when the sweep ends, Ray's `symmetric-run` ends every Ray process of yours on these nodes
+# --exclusive: when the sweep ends, Ray's `symmetric-run` ends all your Ray processes on these nodes
 
 set -euo pipefail
 TFKD_RESULTS=/shared/$USER/tfkd_results      # experiments and teachers: a directory that all nodes see
-source "$HOME/tfkd-env/bin/activate"         # with Python 3.11, made once; what must be in it is looked for here:
+source "$HOME/tfkd-env/bin/activate"         # with Python 3.11, created once; its versions are checked here:
 python -c 'import importlib.metadata as m, sys
 wrong = [p for p in sys.argv[1:] if m.version(p.split("==")[0]).split("+")[0] != p.split("==")[1]]
 sys.exit(f"tfkd-env has other versions; pip install {chr(32).join(wrong)}" if wrong else 0)' \
   tfkd_ray==0.1.0 ray==2.60.0 torch==2.14.1
 
-# the token: in your home directory, which all nodes see; made once, readable by you alone
+# the token: in your home directory, which all nodes see; created once, readable by you alone
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 umask 077
 ray get-auth-token --generate > /dev/null
 chmod 600 "$HOME/.ray/auth_token"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-port=$((20000 + SLURM_JOB_ID % 10000))       # two jobs never meet
+port=$((20000 + SLURM_JOB_ID % 10000))       # each job has its own port
 case "${2:-}, $* " in
-  *" --storage"*) ;;                         # another place was asked for
+  *" --storage"*) ;;                         # keep a given --storage
   tune,* | teacher,*) set -- "$@" --storage "$TFKD_RESULTS" ;;
 esac
 
-# --resources: trials of several workers need it (their own process takes none of the CPUs)
+# --resources: trials of several workers need it, because their own process takes no CPU
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
   ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --dashboard-host=127.0.0.1 --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
