@@ -22,6 +22,7 @@ from urllib.parse import quote
 import boto3
 import pytest
 from conftest import ROOT
+from test_kill_points import comparison
 
 from tfkd_ray import doctor, nodes, own_code, remote, teachers, trial
 from tfkd_ray.assignment import SECTION, Assignment
@@ -31,6 +32,7 @@ from tfkd_ray.cli import main
 from tfkd_ray.cluster_verbs import _storage_of
 from tfkd_ray.clusterfile import check, load_cluster
 from tfkd_ray.config import TrainConfig
+from tfkd_ray.confirm import judge_on_test
 from tfkd_ray.experiment import read_records, trials_folder
 from tfkd_ray.schema import ConfigError, dump_yaml
 from tfkd_ray.storage import (
@@ -817,6 +819,23 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
     elsewhere("node-4")
     metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
     assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0
+
+
+def test_a_comparison_in_a_bucket_is_judged_on_another_machine_and_the_opening_is_noted_once(
+    bucket: str, server: Server, elsewhere: Callable[[str], None]
+) -> None:
+    storage = checked(bucket)
+    trials = trials_folder(comparison(storage.folder))
+    storage.send(*trials.glob("*/student.safetensors"))
+    remote.Upload(remote.store_at(bucket), "c").once()
+    elsewhere("judge")
+    found = judge_on_test(to_continue(f"{bucket}/c"))
+    names = {name.removeprefix("lab/me/") for name in server.names()}
+    assert {"c/confirm.json", "test_openings.jsonl", "c/trials/ce-s1/test.safetensors"} <= names
+    assert json.loads(server.objects()["lab/me/c/driver.json"])["ended"]
+    elsewhere("another")
+    again = judge_on_test(to_continue(f"{bucket}/c"))
+    assert again == found and len(found["opened"]) == 1
 
 
 def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for_nothing_else(bucket: str) -> None:
