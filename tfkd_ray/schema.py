@@ -107,10 +107,12 @@ def named(value: Any) -> Any:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that ends a sentence: the nearest known word, or all of them."""
+    """A hint that ends a sentence: the nearest known word, one that `word` begins before others; or all of them."""
     options = sorted(known)
-    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(options)}"
+    near = difflib.get_close_matches(word, options, n=3, cutoff=0.6)
+    if not near:
+        return f"known: {', '.join(options)}"
+    return f"did you mean {max(near, key=lambda option: option.startswith(word))!r}?"
 
 
 def dotted(path: Iterable[object]) -> str:
