@@ -14,6 +14,7 @@ from tfkd_ray.loop import train
 from tfkd_ray.models import Mlp
 from tfkd_ray.objectives import CrossEntropy, TfkdSelf
 from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.storage import Directory
 from tfkd_ray.teachers import find_or_train, load_teacher, teacher_folder, teacher_name, train_teacher
 from tfkd_ray.tune import train_teachers
 
@@ -154,9 +155,9 @@ def test_a_doubtful_teacher_is_told_by_what_trains_a_sweeps_teachers_each_time(
     assert run is not None
     for _ in range(2):
         said: list[str] = []
-        train_teachers([run], tmp_path, on_note=said.append)
+        train_teachers([run], Directory(tmp_path), on_note=said.append)
         assert len(said) == 1 and said[0].startswith("WARNING: teacher ") and not capfd.readouterr().err
-    train_teachers([run], tmp_path)
+    train_teachers([run], Directory(tmp_path))
     assert said[0] in capfd.readouterr().err
 
 
