@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         from tfkd_ray.files import DISK_ERRORS
 
-        if not Path().exists():
+        if _directory_is_gone():
             _say(f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there")
             return FAILED
         if error.filename is None and error.errno not in DISK_ERRORS:
@@ -89,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.filename or "the disk")
         _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
+
+
+def _directory_is_gone() -> bool:
+    """Whether the working directory was deleted; `Path().exists()` may still say that it is there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _let_end() -> None:
