@@ -144,7 +144,7 @@ class Announcer(tune.Callback):  # type: ignore[misc]
         if assignment is None or assignment.directory is None:
             self._told[trial.trial_id] = Epochs()
         elif trial.trial_id not in self._told:
-            metrics = read_metrics(assignment.directory)
+            metrics = read_metrics(assignment.folder)
             self._told[trial.trial_id] = Epochs(metrics[-1] if metrics else None)
         return self._told[trial.trial_id]
 
