@@ -54,7 +54,8 @@ class Heard(Listener):
 
 
 def trial_of(experiment: Path, attempt: str) -> Any:
-    assignment = Assignment("t0000-ce", EPOCHS, directory=experiment / "trials" / "t0000-ce")
+    storage, directory = Directory(experiment.parent), experiment / "trials" / "t0000-ce"
+    assignment = Assignment("t0000-ce", EPOCHS, storage=storage, directory=directory)
     config = {**SPACE.example.model_dump(mode="json"), SECTION: assignment.section()}
     about = {"status": "RUNNING", "last_result": {}, "max_failures": 2, "num_failures": 0, "evaluated_params": {}}
     return SimpleNamespace(trial_id=attempt, config=config, **about)
