@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torchvision import transforms
 
-from tfkd_ray.augment import Augment
+from tfkd_ray.learn.augment import Augment
 
 PAPER = Augment(crop_padding=4, flip=True, rotation_degrees=15)
 

@@ -21,12 +21,12 @@ import numpy as np
 import optuna
 import torch
 
-from tfkd_ray.experiment import about_now
-from tfkd_ray.loop import Diverged, train
-from tfkd_ray.schema import validated
-from tfkd_ray.search import OptunaSearcher
-from tfkd_ray.space import Space, build_space
-from tfkd_ray.teachers import find_or_train
+from tfkd_ray.learn.loop import Diverged, train
+from tfkd_ray.learn.teachers import find_or_train
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.experiment import about_now
 
 HERE = Path(__file__).parent
 SEEDS_EVERY = 8
@@ -109,7 +109,7 @@ def make(name: str, trials: int, work: Path) -> Path:
 
 
 def _run(tree: dict[str, Any], work: Path) -> dict[str, Any]:
-    from tfkd_ray.config import TrainConfig
+    from tfkd_ray.learn.config import TrainConfig
 
     config = validated(TrainConfig, tree)
     teacher = find_or_train(config.model_copy(update={"seed": 0}), work) if config.needs_teacher else None

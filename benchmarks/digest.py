@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 from data import write_cifar100
 
-from tfkd_ray.data import Cifar100, Dataset, ImageFolder, Mnist, Own, _load
+from tfkd_ray.learn.data import Own
+from tfkd_ray.learn.dataset import Dataset, _load
+from tfkd_ray.learn.image_files import ImageFolder
+from tfkd_ray.learn.official import Cifar100, Mnist
 
 KINDS = ("raw", "gz", "cifar", "own", "folder")
 FILES = 20_000

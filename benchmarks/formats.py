@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.schema import validated
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.settings.schema import validated
 
 STUDENTS = (
     "mlp,cnn,cnn5,alexnet_small,vgg19_bn,resnet18,resnet50,resnext29,wide_resnet,densenet121,googlenet,"

@@ -19,11 +19,11 @@ from test_browser import address, cells, look, serve, tick
 from test_readers import make_sweep
 from test_tensorboard import FakeTrial
 
-from tfkd_ray.experiment import read_records
-from tfkd_ray.live import Progress
-from tfkd_ray.readers import status
-from tfkd_ray.report import report
-from tfkd_ray.tensorboard import TensorBoard
+from tfkd_ray.show.live import Progress
+from tfkd_ray.show.report import report
+from tfkd_ray.show.status import status
+from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.store.experiment import read_records
 
 
 @contextmanager

@@ -20,8 +20,8 @@ import torch
 from ray import tune
 
 from tfkd_ray import build_tuner
-from tfkd_ray.cluster import connect
-from tfkd_ray.experiment import read_records
+from tfkd_ray.run.connect import connect
+from tfkd_ray.store.experiment import read_records
 
 LEFT_OUT = 5
 

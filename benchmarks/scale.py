@@ -26,14 +26,14 @@ import optuna
 import ray
 from ray import tune
 
-import tfkd_ray.tune as ours
-from tfkd_ray.callbacks import Budget, Losses, Recorder
-from tfkd_ray.experiment import write_experiment
-from tfkd_ray.listener import Announcer
-from tfkd_ray.search import OptunaSearcher, StudyStopping
-from tfkd_ray.space import Space, build_space
-from tfkd_ray.storage import Directory
-from tfkd_ray.tensorboard import TensorBoard
+import tfkd_ray.run.tune as ours
+from tfkd_ray.run.callbacks import Budget, Losses, Recorder
+from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
+from tfkd_ray.show.listener import Announcer
+from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.experiment import write_experiment
+from tfkd_ray.store.storage import Directory
 
 RESULT = {"epoch": 1, "val_accuracy": 0.5, "val_nll": 1.0, "val_ece": 0.1, "train_loss": 1.0, "seconds": 0.0}
 

@@ -35,12 +35,12 @@ from sklearn.base import clone
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import KFold
 
-import tfkd_ray.search
-from tfkd_ray.experiment import Record
-from tfkd_ray.receipt import fidelity_warnings, rank_correlations
-from tfkd_ray.search import OptunaSearcher, StudyStopping
-from tfkd_ray.search_config import Halving
-from tfkd_ray.space import Parameter, Space, build_space
+import tfkd_ray.run.studies
+from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
+from tfkd_ray.show.receipt import fidelity_warnings, rank_correlations
+from tfkd_ray.space.search_config import Halving
+from tfkd_ray.space.space import Parameter, Space, build_space
+from tfkd_ray.store.experiment import Record
 
 TRIALS = 64
 PAIRS = [f"{sampler}:{stopping}" for sampler in ("tpe", "random", "qmc", "gp")
@@ -261,7 +261,7 @@ def warnings(table: Table, repeats: int, trials: int) -> Iterator[str]:
 
 def _in_memory() -> None:
     """Studies live in this process alone: nothing is written, so that a replay takes a second."""
-    tfkd_ray.search.open_journal = lambda path: optuna.storages.InMemoryStorage()
+    tfkd_ray.run.studies.open_journal = lambda path: optuna.storages.InMemoryStorage()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 

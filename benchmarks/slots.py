@@ -25,8 +25,8 @@ import ray
 from ray import tune
 from ray.air.execution.resources.placement_group import PlacementGroupAcquiredResources
 
-import tfkd_ray.tune as ours
-from tfkd_ray.space import Space, build_space
+import tfkd_ray.run.tune as ours
+from tfkd_ray.space.space import Space, build_space
 
 HOSTS = 4
 WINDOW_S = 10

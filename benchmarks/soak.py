@@ -29,11 +29,11 @@ import psutil
 import ray
 from ray import tune
 
-from tfkd_ray.auth import own_token
-from tfkd_ray.cluster import DRIVER
-from tfkd_ray.experiment import read_records
-from tfkd_ray.schema import dump_yaml
-from tfkd_ray.tune import build_tuner, resume_tuner
+from tfkd_ray.run.auth import own_token
+from tfkd_ray.run.connect import DRIVER
+from tfkd_ray.run.tune import build_tuner, resume_tuner
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.store.experiment import read_records
 
 TRIALS = 6
 ALLOWED = {

@@ -39,11 +39,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from data import write_cifar100
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.data import Cifar100
-from tfkd_ray.loop import train
-from tfkd_ray.schema import validated
-from tfkd_ray.soft_labels import Bank
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.official import Cifar100
+from tfkd_ray.learn.soft_labels import Bank
+from tfkd_ray.settings.schema import validated
 
 BATCH = 64
 """Images of a step, by --batch."""

@@ -42,13 +42,13 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from tfkd_ray import build_tuner
-from tfkd_ray.cluster import connect
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import read_records
-from tfkd_ray.files import cache_folder
-from tfkd_ray.schema import validated
-from tfkd_ray.storage import Directory
-from tfkd_ray.tune import train_teachers
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.run.connect import connect
+from tfkd_ray.run.tune import train_teachers
+from tfkd_ray.settings.files import cache_folder
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.store.experiment import read_records
+from tfkd_ray.store.storage import Directory
 
 Trees = list[dict[str, Any]]
 PARTS = ("images", "teacher", "student", "validation")
@@ -82,7 +82,7 @@ def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] =
     from PIL import Image
     from torchvision import transforms as tv
 
-    from tfkd_ray.teachers import load_teacher
+    from tfkd_ray.learn.teachers import load_teacher
 
     torch.set_num_threads(1)
     torch.manual_seed(config["point"])

@@ -13,9 +13,9 @@ import statistics
 
 import torch
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.loop import train
-from tfkd_ray.schema import validated
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.settings.schema import validated
 
 
 def images_per_s(student: str, threads: int, epochs: int) -> float:

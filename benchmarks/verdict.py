@@ -1,4 +1,4 @@
-"""How often the verdict is wrong: simulated experiments through `tfkd_ray.verdict.leads_of` and `decide` themselves.
+"""How often the verdict is wrong: simulated experiments through `tfkd_ray.verdict.verdict.leads_of` and `decide` themselves.
 
     python benchmarks/verdict.py [--simulations 20000] [--seed 0]
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from tfkd_ray.verdict import ACCURACY, decide, leads_of
+from tfkd_ray.verdict.verdict import ACCURACY, decide, leads_of
 
 Array = NDArray[np.float64]
 CANDIDATES = BASELINES = 3

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from tfkd_ray.assignment import Assignment
-from tfkd_ray.cluster import connect
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.schema import validated
-from tfkd_ray.storage import Directory
-from tfkd_ray.trial import Group
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.run.connect import connect
+from tfkd_ray.run.group import Group
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.storage import Directory
 
 
 def images_per_s(group: Group, config: TrainConfig, folder: Path) -> float:

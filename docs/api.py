@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import tfkd_ray
-from tfkd_ray.config import TeacherConfig, TrainConfig
-from tfkd_ray.schema import Settings, members, tag
-from tfkd_ray.search_config import SearchConfig
+from tfkd_ray.learn.config import TeacherConfig, TrainConfig
+from tfkd_ray.settings.schema import Settings, members, tag
+from tfkd_ray.space.search_config import SearchConfig
 
 DOCS = Path(__file__).parent
 FIELDS = TrainConfig.model_fields | SearchConfig.model_fields

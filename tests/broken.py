@@ -7,7 +7,7 @@ import ray
 import torch
 from torch import nn
 
-from tfkd_ray.models import Mlp
+from tfkd_ray.learn.models import Mlp
 
 
 def network(shape: tuple[int, int, int], num_classes: int, file: str, after: int = 0) -> nn.Module:

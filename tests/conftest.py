@@ -46,8 +46,8 @@ def ray_cluster() -> Iterator[str]:
     """Address of the session's cluster."""
     import ray
 
-    from tfkd_ray.auth import own_token
-    from tfkd_ray.cluster import DRIVER
+    from tfkd_ray.run.auth import own_token
+    from tfkd_ray.run.connect import DRIVER
 
     own_token()
     ray.init(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tfkd_ray.loop
+import tfkd_ray.learn.loop
 
 
 class Silent(Exception):
@@ -66,14 +66,14 @@ class Faulty(nn.Linear):
         if self.fault == "clock":
             time.time = lambda: 0.0
         if self.fault in ("unpicklable", "no metric"):
-            whole = tfkd_ray.loop.metrics_from
+            whole = tfkd_ray.learn.loop.metrics_from
 
             def once(sums: Tensor) -> Any:
-                tfkd_ray.loop.metrics_from = whole
+                tfkd_ray.learn.loop.metrics_from = whole
                 return {**whole(sums), "val_nll": 1.0, "val_ece": lambda: 0} if self.fault == "unpicklable" else {}
 
             if whole.__name__ != "once":
-                tfkd_ray.loop.metrics_from = once
+                tfkd_ray.learn.loop.metrics_from = once
         return 1.0
 
 

@@ -39,7 +39,7 @@ def run(words: Sequence[str], here: Path, below: Path, point: int, after: Path |
                     os.close(os.open(paths[0], given[2], 0o666))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    from tfkd_ray.cli import main
+    from tfkd_ray.cli.main import main
 
     sys.addaudithook(heard)
     sys.exit(main(list(words)))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from tfkd_ray.data import Digits
+from tfkd_ray.learn.data import Digits
 
 
 class Peeking(nn.Linear):

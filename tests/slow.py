@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tfkd_ray.models import Mlp
+from tfkd_ray.learn.models import Mlp
 
 
 def network(shape: tuple[int, int, int], num_classes: int, file: str) -> nn.Module:

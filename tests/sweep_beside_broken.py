@@ -14,9 +14,9 @@ import ray
 from ray.cluster_utils import Cluster
 from sweep_on_nodes import free_port, node_id
 
-from tfkd_ray.cluster import DRIVER
-from tfkd_ray.experiment import read_records
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.run.connect import DRIVER
+from tfkd_ray.run.tune import build_tuner
+from tfkd_ray.store.experiment import read_records
 
 
 def main() -> None:

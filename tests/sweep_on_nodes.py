@@ -24,9 +24,9 @@ import ray
 from ray import tune
 from ray.cluster_utils import Cluster
 
-from tfkd_ray.callbacks import spent_so_far
-from tfkd_ray.cluster import DRIVER
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.run.callbacks import spent_so_far
+from tfkd_ray.run.connect import DRIVER
+from tfkd_ray.run.tune import build_tuner
 
 
 class Nodes(tune.Callback):  # type: ignore[misc]

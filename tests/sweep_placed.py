@@ -17,8 +17,8 @@ from ray import tune
 from ray.cluster_utils import Cluster
 from sweep_on_nodes import free_port
 
-from tfkd_ray.cluster import DRIVER
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.run.connect import DRIVER
+from tfkd_ray.run.tune import build_tuner
 
 
 class Places(tune.Callback):  # type: ignore[misc]

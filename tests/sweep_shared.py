@@ -16,9 +16,9 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from tfkd_ray import tune as ours
-from tfkd_ray.cluster import DRIVER
-from tfkd_ray.trial import StudentTrial
+from tfkd_ray.run import tune as ours
+from tfkd_ray.run.connect import DRIVER
+from tfkd_ray.run.trial import StudentTrial
 
 TOGETHER = 4
 

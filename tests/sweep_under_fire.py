@@ -19,8 +19,8 @@ import psutil
 import ray
 from ray import tune
 
-from tfkd_ray.cluster import DRIVER
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.run.connect import DRIVER
+from tfkd_ray.run.tune import build_tuner
 
 TITLES = {"worker": ("ray::RayTrainWorker",), "trial": ("ray::StudentTrial", "ray::ResourceTrainable")}
 ALL = TITLES["worker"] + TITLES["trial"]

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from conftest import ARMS
 
-from tfkd_ray.arms import (
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.objectives import CrossEntropy
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.space.arms import (
     Arms,
     arms_of,
     baseline_space,
@@ -21,11 +24,8 @@ from tfkd_ray.arms import (
     runs_of,
     untuned,
 )
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import Record, write_experiment, write_record
-from tfkd_ray.objectives import CrossEntropy
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import build_space
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import Record, write_experiment, write_record
 
 TREE: dict[str, Any] = {
     "title": "a try",

@@ -7,10 +7,10 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from tfkd_ray.augment import Augment
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.loop import train
-from tfkd_ray.objectives import CrossEntropy
+from tfkd_ray.learn.augment import Augment
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.objectives import CrossEntropy
 
 PAPER = Augment(crop_padding=4, flip=True, rotation_degrees=15)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tfkd_ray.auth import own_token, token
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.run.auth import own_token, token
+from tfkd_ray.settings.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import pytest
 import ray
 from conftest import ROOT
 
-from tfkd_ray.cli import main
-from tfkd_ray.cluster_verbs import StepFailed, run, waiting_lines
+from tfkd_ray.cli.main import main
+from tfkd_ray.launch.verbs import StepFailed, run, waiting_lines
 
 SPACE = "objective: ce\nstudent: {name: mlp, hidden: [8]}\n"
 
@@ -93,7 +93,7 @@ def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
     head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Head, "silent", True)
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.SUBMIT_S", 6)
+    monkeypatch.setattr("tfkd_ray.launch.verbs.SUBMIT_S", 6)
     began = time.monotonic()
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 1
     assert time.monotonic() - began < 30
@@ -107,8 +107,8 @@ def test_a_job_ends_with_the_exit_code_that_tfkd_has_there(
     head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: int | None, ends: int
 ) -> None:
     monkeypatch.setattr(Head, "ended", code)
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.submit_command", lambda address, job, *more: ["touch", job])
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.logs_command", lambda address, job: ["true"])
+    monkeypatch.setattr("tfkd_ray.launch.verbs.submit_command", lambda address, job, *more: ["touch", job])
+    monkeypatch.setattr("tfkd_ray.launch.commands.logs_command", lambda address, job: ["true"])
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == ends
     err = capfd.readouterr().err
     assert ("failed: what Ray says" in err) is bool(ends) and "Traceback" not in err
@@ -209,7 +209,7 @@ def test_a_provider_that_does_not_answer_is_given_up(
     rented: Callable[[str, str], dict[str, Path]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     provider: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.ASK_S", 2)
+    monkeypatch.setattr("tfkd_ray.launch.verbs.ASK_S", 2)
     rented(provider, "import time; time.sleep(60)")
     began = time.monotonic()
     assert main(["cluster", "up", f"{provider}-gpu"]) == 1
@@ -221,7 +221,7 @@ def test_a_provider_that_does_not_answer_is_given_up(
 def test_a_kubectl_that_does_not_answer_is_given_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.ASK_S", 0.5)
+    monkeypatch.setattr("tfkd_ray.launch.verbs.ASK_S", 0.5)
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "kubectl").write_text("#!/bin/bash\nexec /bin/sleep 60\n")
     (tmp_path / "kubectl").chmod(0o755)
@@ -267,11 +267,11 @@ def test_what_a_job_is_sent_is_the_command_with_paths_of_the_cluster(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(SPACE)
     sent: list[list[str]] = []
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.check_ray_version", lambda address: None)
-    monkeypatch.setattr("tfkd_ray.cluster_verbs._submit_job", lambda command, *more: sent.append(command))
+    monkeypatch.setattr("tfkd_ray.launch.verbs.check_ray_version", lambda address: None)
+    monkeypatch.setattr("tfkd_ray.launch.verbs._submit_job", lambda command, *more: sent.append(command))
     detach = [] if argv[0] == "doctor" else ["--detach"]
-    monkeypatch.setattr("tfkd_ray.cluster_verbs._state_of", lambda address, job: {"status": "SUCCEEDED"})
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.logs_command", lambda address, job: ["true"])
+    monkeypatch.setattr("tfkd_ray.launch.verbs._state_of", lambda address, job: {"status": "SUCCEEDED"})
+    monkeypatch.setattr("tfkd_ray.launch.commands.logs_command", lambda address, job: ["true"])
     storage = [] if argv[1] == "/mnt/x/e" else ["--storage", "/mnt/x"]  # a comparison goes beside its sweep
     assert main([*argv, "--address", "http://127.0.0.1:9", *storage, *detach]) == 0
     ((*_, words),) = [" ".join(command).partition(" -- ") for command in sent]

@@ -20,14 +20,14 @@ from test_search import run_sweep
 from test_search import space as two_objectives
 from test_tensorboard import FakeTrial
 
-from tfkd_ray.arms import build_arms, new_comparison, read_comparison
-from tfkd_ray.checkpoint import save_weights
-from tfkd_ray.confirm import LOGITS, outcome
-from tfkd_ray.experiment import Record, write_experiment, write_record
-from tfkd_ray.report import report
-from tfkd_ray.search import OptunaSearcher
-from tfkd_ray.space import build_space
-from tfkd_ray.tensorboard import TensorBoard
+from tfkd_ray.learn.checkpoint import save_weights
+from tfkd_ray.run.confirm import LOGITS, outcome
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.show.report import report
+from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import Record, write_experiment, write_record
 
 ARTIFACTS = Path(__file__).parent.parent / "test-artifacts"
 EPOCHS = 9

@@ -12,16 +12,24 @@ from ray import tune
 from test_search import run_sweep, space
 from test_tune import TREE
 
-from tfkd_ray.assignment import SECTION, Assignment
-from tfkd_ray.callbacks import Budget, over_budget, spent_so_far
-from tfkd_ray.cli import main
-from tfkd_ray.experiment import Record, read_experiment, read_metrics, read_records, write_experiment, write_record
-from tfkd_ray.listener import Announcer
-from tfkd_ray.live import Progress
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.search import OptunaSearcher, open_journal
-from tfkd_ray.space import Space, build_space
-from tfkd_ray.tune import build_tuner, resume_tuner
+from tfkd_ray.cli.main import main
+from tfkd_ray.run.callbacks import Budget, over_budget, spent_so_far
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.run.studies import open_journal
+from tfkd_ray.run.tune import build_tuner, resume_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.listener import Announcer
+from tfkd_ray.show.live import Progress
+from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import (
+    Record,
+    read_experiment,
+    read_metrics,
+    read_records,
+    write_experiment,
+    write_record,
+)
 
 
 def tree(**search: Any) -> dict[str, Any]:

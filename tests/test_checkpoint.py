@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfkd_ray.checkpoint import BEFORE, FRESH, LAST, load_state, load_weights, save_state, save_weights, write_whole
+from tfkd_ray.learn.checkpoint import (
+    BEFORE,
+    FRESH,
+    LAST,
+    load_state,
+    load_weights,
+    save_state,
+    save_weights,
+)
+from tfkd_ray.settings.files import write_whole
 
 STATE = {"model": {"w": torch.arange(3.0)}, "epoch": 2, "history": [{"epoch": 1.0}], "run": "abc"}
 

@@ -18,12 +18,13 @@ from conftest import ROOT, Run
 from test_clusters import given, verbs
 from test_readers import change, make_sweep
 
-from tfkd_ray.cli import _parser, _word, main
-from tfkd_ray.cluster_verbs import PLACES
-from tfkd_ray.experiment import pareto, read_records
-from tfkd_ray.schema import dump_yaml, parse_yaml
-from tfkd_ray.space import load_space
-from tfkd_ray.tune import build_tuner, resume_tuner
+from tfkd_ray.cli.main import _parser, main
+from tfkd_ray.cli.terminal import _word
+from tfkd_ray.launch.verbs import PLACES
+from tfkd_ray.run.tune import build_tuner, resume_tuner
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
+from tfkd_ray.space.space import load_space
+from tfkd_ray.store.experiment import pareto, read_records
 
 SOFT = """
 from torch import nn
@@ -212,8 +213,8 @@ def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
 def test_teachers_that_differ_in_their_seeds_are_announced_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tfkd_ray.cli import _teacher_lines
-    from tfkd_ray.config import TrainConfig
+    from tfkd_ray.cli.fit import _teacher_lines
+    from tfkd_ray.learn.config import TrainConfig
 
     runs = [TrainConfig.model_validate({"objective": "tfkd_self", "epochs": e, "teacher": {"seed": s}}).teacher_run()
             for e, s in ((9, 1), (9, 2), (3, 1), (9, 2))]  # fmt: skip
@@ -544,7 +545,7 @@ def test_the_wheel_brings_the_search_spaces(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(next(tmp_path.glob("*.whl"))), str(site)], check=True)
     assert (site / "tfkd_ray" / "py.typed").exists()
     env = {**os.environ, "PYTHONPATH": str(site)}
-    code = "import tfkd_ray; assert 'site/tfkd_ray' in tfkd_ray.__file__; from tfkd_ray.cli import main; main(['check', 'digits_tfkd'])"
+    code = "import tfkd_ray; assert 'site/tfkd_ray' in tfkd_ray.__file__; from tfkd_ray.cli.main import main; main(['check', 'digits_tfkd'])"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "24 trials" in run.stdout, run.stderr
 
@@ -617,7 +618,7 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
     (here / "c").mkdir()
     (here / "c/confirm.yaml").touch()
     gone_on: list[Path] = []
-    monkeypatch.setattr("tfkd_ray.cli._compare", lambda directory, address: gone_on.append(directory) or 0)
+    monkeypatch.setattr("tfkd_ray.cli.compare._compare", lambda directory, address: gone_on.append(directory) or 0)
     code = main(["resume", "c", *given(option)])
     if option.dest == "retry_failed":  # it always does that
         assert code == 0 and gone_on

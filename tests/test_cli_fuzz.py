@@ -20,7 +20,7 @@ from test_fuzz import COUNT, SEED
 from test_live import run as finished
 from test_live import view as live_view
 
-from tfkd_ray.cli import main
+from tfkd_ray.cli.main import main
 
 VERBS = ["tune", "resume", "check", "plan", "explain", "train", "confirm", "export", "teacher", "best", "trials", "status",
          "logs", "ls", "report", "tensorboard", "doctor"]  # fmt: skip
@@ -244,9 +244,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_live import SPACE, run
-from tfkd_ray.experiment import write_experiment
-from tfkd_ray.live import Progress
-from tfkd_ray.space import build_space
+from tfkd_ray.store.experiment import write_experiment
+from tfkd_ray.show.live import Progress
+from tfkd_ray.space.space import build_space
 write_experiment(Path("e"), build_space(SPACE).tree, ["tfkd"])
 progress = Progress("e")
 progress.setup()

@@ -28,10 +28,10 @@ from safetensors.torch import load, load_file
 from test_faults import assert_no_orphans, outcome
 from test_remote import Server
 
-from tfkd_ray.experiment import read_metrics, read_records
-from tfkd_ray.loop import train
-from tfkd_ray.schema import dump_yaml
-from tfkd_ray.space import build_space
+from tfkd_ray.learn.loop import train
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import read_metrics, read_records
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -307,8 +307,8 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
 
 SWEEP = """
 import sys
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.run.tune import build_tuner
 try:
     result = build_tuner(sys.argv[1], name="python", storage=sys.argv[2]).fit()
     print("errors:", result.num_errors)
@@ -456,7 +456,7 @@ def test_nodes_with_disks_of_their_own_run_a_sweep_on_a_bucket(place: Path, tfkd
 
     def mirrors(node: str, file: str) -> dict[str, Path]:
         """Files of trials on a node's own disk."""
-        return {path.parent.name: path for path in (place / node).glob(f"tfkd_ray/storage/*/e/trials/t*/{file}")}
+        return {path.parent.name: path for path in (place / node).glob(f"tfkd_ray/store/storage/*/e/trials/t*/{file}")}
 
     try:
         server.client().create_bucket(Bucket="bucket")

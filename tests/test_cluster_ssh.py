@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run
 
-from tfkd_ray.experiment import read_records
+from tfkd_ray.store.experiment import read_records
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

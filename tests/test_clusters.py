@@ -21,12 +21,13 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from tfkd_ray.cli import _parsed, _parser, main
-from tfkd_ray.cluster_verbs import PLACES, SENT, job_words
-from tfkd_ray.clusterfile import check, load_cluster, node_types
-from tfkd_ray.jobs import stage
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import build_space
+from tfkd_ray.cli.main import _parsed, _parser, main
+from tfkd_ray.launch.check import check, node_types
+from tfkd_ray.launch.clusterfile import load_cluster
+from tfkd_ray.launch.jobs import stage
+from tfkd_ray.launch.verbs import PLACES, SENT, job_words
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.space.space import build_space
 
 SHIPPED = sorted((ROOT / "clusters").iterdir())
 TEXTS = {path.name: path.read_text() for path in SHIPPED}
@@ -374,7 +375,7 @@ def test_what_must_be_changed_is_named_by_check_and_refused_by_up(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("a-token")
-    monkeypatch.setattr("tfkd_ray.cluster_verbs._ASKED", {name.partition("-")[0]: ({}, ["true"], "")})
+    monkeypatch.setattr("tfkd_ray.launch.verbs._ASKED", {name.partition("-")[0]: ({}, ["true"], "")})
     for program in ("az", "true"):
         fake(tools, program, "")
     assert main(["cluster", "up", name]) == 2
@@ -481,7 +482,7 @@ STAYS = "  /mnt/tfkd/results stays: its file system, volume or bucket costs mone
 def test_down_is_down_only_when_nothing_is_left(
     tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
+    monkeypatch.setattr("tfkd_ray.launch.verbs.LEFT_S", 0)
     fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Running"')
     assert main(["cluster", "down", "kuberay-cluster"]) == 1
     assert "these are still there, and may cost money" in (err := capsys.readouterr().err) and "tfkd-head-x" in err
@@ -560,9 +561,9 @@ def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_whic
     fake(tools, "end", f": > {tools}/ended")
     (tools / "head.py").write_text(HEAD)
     head = [sys.executable, str(tools / "head.py")]
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"])
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.down_commands", lambda file: [[str(tools / "end")]])
+    monkeypatch.setattr("tfkd_ray.launch.commands.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"])
+    monkeypatch.setattr("tfkd_ray.launch.verbs.LEFT_S", 0)
+    monkeypatch.setattr("tfkd_ray.launch.commands.down_commands", lambda file: [[str(tools / "end")]])
 
     assert main(["cluster", "status", f"{provider}-gpu"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
@@ -599,7 +600,7 @@ def test_a_list_that_its_provider_refuses_is_no_empty_list(tools: Path, capfd: p
 def test_a_list_that_takes_too_long_is_given_up(
     tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.LIST_S", 0.5)
+    monkeypatch.setattr("tfkd_ray.launch.verbs.LIST_S", 0.5)
     fake(tools, "aws", "/bin/sleep 60")
     began = time.monotonic()
     assert main(["cluster", "status", "aws-gpu"]) == 1
@@ -625,7 +626,7 @@ def test_down_deletes_the_network_policy_when_the_pods_are_gone(tools: Path, nam
 
 
 def test_down_leaves_the_network_policy_where_pods_are_left(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tfkd_ray.cluster_verbs.LEFT_S", 0)
+    monkeypatch.setattr("tfkd_ray.launch.verbs.LEFT_S", 0)
     fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Terminating"')
     assert main(["cluster", "down", "kuberay-cluster"]) == 1
     assert "networkpolicy" not in (tools / "called").read_text()
@@ -713,7 +714,7 @@ def test_a_host_that_does_not_answer_is_named_before_anything_starts(
     code: int, sentence: str,
 ) -> None:  # fmt: skip
     if "sleep" in script:
-        monkeypatch.setattr("tfkd_ray.cluster_verbs.SSH_S", 1)
+        monkeypatch.setattr("tfkd_ray.launch.commands.SSH_S", 1)
     path = tmp_path / "mine.yaml"
     path.write_text(
         TEXTS["onprem.yaml"]
@@ -785,7 +786,9 @@ def test_a_job_gets_code_and_no_data_keys_or_results(tmp_path: Path, monkeypatch
     assert stage(here, there, here / "sub/more.py") == "sub/more.py"
     found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
     assert {p for p in found if not p.startswith("tfkd_ray/")} == kept
-    assert {"tfkd_ray/cli.py", "tfkd_ray/kuberay-schema.json"} <= found and not [p for p in found if p.endswith(".pyc")]
+    assert {"tfkd_ray/cli/main.py", "tfkd_ray/kuberay-schema.json"} <= found and not [
+        p for p in found if p.endswith(".pyc")
+    ]
     assert stage(here, there, tmp_path / "elsewhere.yaml") == "elsewhere.yaml" and (there / "elsewhere.yaml").exists()
 
 
@@ -983,7 +986,7 @@ def test_what_a_resume_is_asked_for_reaches_the_cluster(
 def test_a_job_from_a_machine_with_other_versions_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tfkd_ray.jobs import versions_here
+    from tfkd_ray.launch.jobs import versions_here
 
     monkeypatch.setenv("TFKD_SUBMITTED_FROM", json.dumps({**versions_here(), "torch": "2.13.0"}))
     assert main(["tune", "mine.yaml"]) == 2
@@ -1001,7 +1004,7 @@ def test_a_job_from_a_machine_with_other_versions_is_refused(
 def test_why_a_cluster_could_not_be_joined(
     here: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, reason: str, sentence: str
 ) -> None:
-    from tfkd_ray.cluster import _cannot_join
+    from tfkd_ray.run.connect import _cannot_join
 
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     if token:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tfkd_ray import config as config_module
-from tfkd_ray.config import (
+from tfkd_ray.learn import config as config_module
+from tfkd_ray.learn.config import (
     RUN_ONLY,
     Constant,
     Cosine,
@@ -18,12 +18,14 @@ from tfkd_ray.config import (
     TeacherConfig,
     TrainConfig,
 )
-from tfkd_ray.data import Digits, Mnist
-from tfkd_ray.loop import train
-from tfkd_ray.models import Cnn, Mlp
-from tfkd_ray.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
-from tfkd_ray.schema import ConfigError, validated
-from tfkd_ray.teachers import find_or_train
+from tfkd_ray.learn.data import Digits
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.models import Cnn, Mlp
+from tfkd_ray.learn.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
+from tfkd_ray.learn.official import Mnist
+from tfkd_ray.learn.teachers import find_or_train
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
 
 
 def test_the_papers_step_schedule() -> None:

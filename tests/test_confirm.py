@@ -16,10 +16,12 @@ from safetensors.numpy import load_file
 from test_data import pickled, write_cifar
 from test_folder import write_folder
 
-from tfkd_ray.arms import build_arms, new_comparison, read_comparison
-from tfkd_ray.assignment import SECTION, Assignment
-from tfkd_ray.checkpoint import WEIGHTS, save_weights
-from tfkd_ray.confirm import (
+from tfkd_ray.learn.checkpoint import WEIGHTS, save_weights
+from tfkd_ray.learn.data import Digits
+from tfkd_ray.learn.dataset import digest_of
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.official import Cifar10
+from tfkd_ray.run.confirm import (
     LOGITS,
     ListSearcher,
     _note_opening,
@@ -29,10 +31,10 @@ from tfkd_ray.confirm import (
     outcome,
     table,
 )
-from tfkd_ray.data import Cifar10, Digits, digest_of
-from tfkd_ray.experiment import Record, read_records, write_record
-from tfkd_ray.loop import train
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import Record, read_records, write_record
 
 TREE: dict[str, Any] = {
     "title": "a try",
@@ -196,7 +198,7 @@ def test_a_comparison_whose_runs_all_failed_does_not_say_that_it_opens_the_test_
 def test_the_test_split_cannot_be_opened_from_inside_a_trial_or_a_teacher(
     tmp_path: Path, ray_cluster: str, objective: str
 ) -> None:
-    from tfkd_ray.tune import TeacherFailed, build_tuner
+    from tfkd_ray.run.tune import TeacherFailed, build_tuner
 
     space = {
         "objective": objective,

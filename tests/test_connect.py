@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tfkd_ray.cluster import _found_here, connect
-from tfkd_ray.schema import ConfigError, Unreachable
+from tfkd_ray.run.connect import _found_here, connect
+from tfkd_ray.settings.errors import ConfigError, Unreachable
 
 CONNECT = """
 import ray
-from tfkd_ray.cluster import connect
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.run.connect import connect
+from tfkd_ray.settings.errors import ConfigError
 try:
     connect()
     print("joined", ray.get(ray.remote(lambda: "and answered").options(num_cpus=0).remote()))
@@ -60,7 +60,7 @@ def test_a_ray_that_does_not_start_in_time_is_a_sentence(no_ray: None, monkeypat
     def slow(**options: object) -> None:
         raise Exception("The current node timed out during startup.\nDid not find socket name")
 
-    monkeypatch.setattr("tfkd_ray.cluster.ray.init", slow)
+    monkeypatch.setattr("tfkd_ray.run.connect.ray.init", slow)
     monkeypatch.setenv("RAY_ADDRESS", "")
     with pytest.raises(
         Unreachable, match=r"Ray did not start on this machine: The current node timed out .* try again"
@@ -71,7 +71,7 @@ def test_a_ray_that_does_not_start_in_time_is_a_sentence(no_ray: None, monkeypat
 @pytest.mark.parametrize("package", ["torch", "pydantic"])
 def test_a_python_that_lacks_a_package_says_which_python_and_which_package(package: str, tmp_path: Path) -> None:
     """As the `python` of a head that runs a job, outside of the environment where tfkd is."""
-    code = f"import sys; sys.modules[{package!r}] = None; from tfkd_ray.cli import main; sys.exit(main(['tune', 'digits_tfkd']))"
+    code = f"import sys; sys.modules[{package!r}] = None; from tfkd_ray.cli.main import main; sys.exit(main(['tune', 'digits_tfkd']))"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110)
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
     assert f"tfkd tune: {sys.executable} has no '{package}', which tfkd needs" in run.stderr
@@ -83,7 +83,7 @@ def test_a_python_that_lacks_a_package_says_which_python_and_which_package(packa
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where no Ray runs, and in a process that has joined none."""
-    monkeypatch.setattr("tfkd_ray.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("tfkd_ray.run.connect.ray.is_initialized", lambda: False)
     monkeypatch.setattr("psutil.process_iter", lambda *args, **options: iter(()))
 
 

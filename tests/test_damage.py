@@ -27,20 +27,22 @@ from test_folder import write_folder
 from test_fuzz import TREE, often
 from test_report import make_comparison
 
-import tfkd_ray.tune
-from tfkd_ray import arms
-from tfkd_ray.checkpoint import load_state, save_state, save_weights
-from tfkd_ray.cli import main
-from tfkd_ray.data import Cifar100, ImageFolder, Mnist, TinyImagenet
-from tfkd_ray.experiment import read_metrics
-from tfkd_ray.export import choose
-from tfkd_ray.models import Mlp
-from tfkd_ray.readers import last_line
-from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
-from tfkd_ray.search import open_journal
-from tfkd_ray.tensorboard import side_by_side
-from tfkd_ray.tune import resume_tuner
-from tfkd_ray.weights import load_outside
+import tfkd_ray.run.tune
+from tfkd_ray.cli.main import main
+from tfkd_ray.learn.checkpoint import load_state, save_state, save_weights
+from tfkd_ray.learn.image_files import ImageFolder, TinyImagenet
+from tfkd_ray.learn.models import Mlp
+from tfkd_ray.learn.official import Cifar100, Mnist
+from tfkd_ray.learn.weights import load_outside
+from tfkd_ray.run.studies import open_journal
+from tfkd_ray.run.tune import resume_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
+from tfkd_ray.show.chosen import choose
+from tfkd_ray.show.status import last_line
+from tfkd_ray.show.tensorboard import side_by_side
+from tfkd_ray.space import arms
+from tfkd_ray.store.experiment import read_metrics
 
 COUNT = int(os.environ.get("TFKD_FUZZ", "500"))
 SEED = int(os.environ.get("TFKD_FUZZ_SEED", "0"))
@@ -167,13 +169,13 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
 HUGE = """
 import resource, sys, tempfile
 from pathlib import Path
-from tfkd_ray.experiment import read_metrics, read_record, read_spent, read_teachers
-from tfkd_ray.readers import last_line, status
-from tfkd_ray.checkpoint import load_state, load_weights
-from tfkd_ray.data import Cifar100, Mnist, TinyImagenet
-from tfkd_ray.schema import ConfigError, read_yaml
-from tfkd_ray.weights import load_outside
-from tfkd_ray.models import Mlp
+from tfkd_ray.store.experiment import read_metrics, read_record, read_spent, read_teachers
+from tfkd_ray.show.status import last_line, status
+from tfkd_ray.learn.checkpoint import load_state, load_weights
+from tfkd_ray.learn.official import Cifar100, Mnist; from tfkd_ray.learn.image_files import TinyImagenet
+from tfkd_ray.settings.errors import ConfigError; from tfkd_ray.settings.yaml import read_yaml
+from tfkd_ray.learn.weights import load_outside
+from tfkd_ray.learn.models import Mlp
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
 reads = {
@@ -185,7 +187,7 @@ reads = {
     "tiny": lambda: TinyImagenet(root=folder).load(),
 }
 if what == "journal":
-    from tfkd_ray.search import open_journal
+    from tfkd_ray.run.studies import open_journal
     reads[what] = lambda: open_journal(folder / "study.journal")
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 900 * 2**20, now + 900 * 2**20))

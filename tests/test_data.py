@@ -22,26 +22,26 @@ import pytest
 import torch
 from PIL import Image
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.data import (
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.data import Digits, Own
+from tfkd_ray.learn.dataset import FileDataset, stratified
+from tfkd_ray.learn.image_files import TinyImagenet
+from tfkd_ray.learn.images import address, generator
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.official import (
     Cifar10,
     Cifar100,
     CifarDataset,
-    Digits,
     Emnist,
     FashionMnist,
-    FileDataset,
     IdxDataset,
     Kmnist,
     Mnist,
-    Own,
-    TinyImagenet,
-    imported,
-    stratified,
 )
-from tfkd_ray.images import address, generator
-from tfkd_ray.loop import train
-from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml, validated
+from tfkd_ray.learn.own import imported
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 MAPPED = """
 import sys, torch
 from pathlib import Path
-from tfkd_ray.files import cached
-from tfkd_ray.images import ImageSet
+from tfkd_ray.learn.cache import cached
+from tfkd_ray.learn.images import ImageSet
 
 def memory():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -148,7 +148,7 @@ def test_addresses_are_stable_and_apart() -> None:
 
 
 def test_a_sealed_process_cannot_open_the_test_split() -> None:
-    code = "from tfkd_ray.data import *; seal_test_split(); Digits().load(); Digits().load_test()"
+    code = "from tfkd_ray.learn.data import *; seal_test_split(); Digits().load(); Digits().load_test()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and "PermissionError: the test split cannot be opened by a sweep" in run.stderr
 
@@ -439,7 +439,7 @@ def test_a_poisoned_pickle_is_refused_and_runs_nothing(tmp_path: Path, archive: 
 
 @pytest.mark.parametrize(
     "name",
-    [b"os\nsystem", b"builtins\neval", b"__builtin__\neval", b"numpy\nload", b"numpy\nndarray.tofile", b"numpy.core.multiarray\nfromfile", b"copyreg\n_reconstructor", b"_codecs\ndecode", b"tfkd_ray.files\n_encode"],
+    [b"os\nsystem", b"builtins\neval", b"__builtin__\neval", b"numpy\nload", b"numpy\nndarray.tofile", b"numpy.core.multiarray\nfromfile", b"copyreg\n_reconstructor", b"_codecs\ndecode", b"tfkd_ray.settings.files\n_encode"],
 )  # fmt: skip
 def test_a_pickle_may_name_nothing_but_arrays(tmp_path: Path, name: bytes) -> None:
     data = write_cifar(tmp_path, Cifar100, {"test": b"c" + name + b"\n(S'1'\ntR."}, archive=False)

@@ -15,18 +15,31 @@ from conftest import Run
 from PIL import Image
 from test_data import pickled, write_cifar, write_idx
 
-from tfkd_ray import data as data_module
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.data import Cifar10, Digits, FileDataset, ImageFolder, Mnist, Own, digest_of, forget_loaded
-from tfkd_ray.experiment import read_experiment, read_records
-from tfkd_ray.images import ImageSet
-from tfkd_ray.loop import LOOP_VERSION
-from tfkd_ray.relate import placed
-from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml, validated
-from tfkd_ray.space import build_space, pinned
-from tfkd_ray.teachers import bank_of, find_or_train, is_here, is_trained, load_teacher, teacher_name, train_teacher
-from tfkd_ray.trial import check_data_here
-from tfkd_ray.tune import build_tuner, resume_tuner
+from tfkd_ray.learn import data as data_module
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.data import Digits, Own, forget_loaded
+from tfkd_ray.learn.dataset import FileDataset, digest_of
+from tfkd_ray.learn.image_files import ImageFolder
+from tfkd_ray.learn.images import ImageSet
+from tfkd_ray.learn.loop import LOOP_VERSION
+from tfkd_ray.learn.official import Cifar10, Mnist
+from tfkd_ray.learn.teachers import (
+    bank_of,
+    find_or_train,
+    is_here,
+    is_trained,
+    load_teacher,
+    teacher_name,
+    train_teacher,
+)
+from tfkd_ray.run.epochs import check_data_here
+from tfkd_ray.run.tune import build_tuner, resume_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import dump_yaml, read_yaml
+from tfkd_ray.space.relate import placed
+from tfkd_ray.space.space import build_space, pinned
+from tfkd_ray.store.experiment import read_experiment, read_records
 
 
 @pytest.fixture(autouse=True)

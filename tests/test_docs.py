@@ -14,10 +14,11 @@ from conftest import ROOT, Run
 from optuna.trial import TrialState
 from test_readers import make_sweep
 
-from tfkd_ray.readers import best_of, front_of, ls, status
-from tfkd_ray.schema import ConfigError, parse_yaml
-from tfkd_ray.search import open_journal
-from tfkd_ray.space import build_space
+from tfkd_ray.run.studies import open_journal
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import parse_yaml
+from tfkd_ray.show.status import best_of, front_of, ls, status
+from tfkd_ray.space.space import build_space
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

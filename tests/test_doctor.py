@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
-from tfkd_ray import doctor
-from tfkd_ray.cluster import leaked_groups
-from tfkd_ray.doctor import Found
-from tfkd_ray.nodes import Node, versions_of_node
-from tfkd_ray.storage import Directory
+from tfkd_ray.launch import doctor
+from tfkd_ray.launch.doctor import Found
+from tfkd_ray.run.connect import leaked_groups
+from tfkd_ray.run.nodes import Node, versions_of_node
+from tfkd_ray.store.storage import Directory
 
 SPACE = "student: {name: mlp, hidden: [8]}\nobjective: ce\noptim: {lr: {low: 0.01, high: 0.5}}\n"
 

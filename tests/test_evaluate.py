@@ -9,10 +9,10 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from tfkd_ray.calibration import BINS, bin_of
-from tfkd_ray.evaluate import metric_sums, metrics_from
-from tfkd_ray.scores import accuracy, ece
-from tfkd_ray.tensorboard import _judged
+from tfkd_ray.learn.evaluate import metric_sums, metrics_from
+from tfkd_ray.show.tensorboard import _judged
+from tfkd_ray.verdict.calibration import BINS, bin_of
+from tfkd_ray.verdict.scores import accuracy, ece
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tfkd_ray.experiment import (
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import DISK_ERRORS, write_text
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import (
     Record,
     append_line,
     best,
@@ -14,11 +17,7 @@ from tfkd_ray.experiment import (
     read_records,
     write_experiment,
     write_record,
-    write_text,
 )
-from tfkd_ray.files import DISK_ERRORS
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import build_space
 
 
 def record(folder: Path, number: int, status: str = "done", accuracy: float = 0.5) -> Record:

@@ -9,21 +9,9 @@ import pytest
 import torch
 from conftest import SHIPPED
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.explain import (
-    SCALES,
-    TOLERANCE,
-    Knob,
-    _batch,
-    _gradients,
-    amounts_to,
-    arm_line,
-    knobs,
-    report,
-    warnings_of,
-)
-from tfkd_ray.images import generator
-from tfkd_ray.objectives import (
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.images import generator
+from tfkd_ray.learn.objectives import (
     Canonical,
     CrossEntropy,
     DecoupledKD,
@@ -36,7 +24,19 @@ from tfkd_ray.objectives import (
     TfkdSelf,
     from_released,
 )
-from tfkd_ray.space import Space, build_space, load_space
+from tfkd_ray.space.explain import (
+    SCALES,
+    TOLERANCE,
+    Knob,
+    _batch,
+    _gradients,
+    amounts_to,
+    arm_line,
+    knobs,
+    report,
+    warnings_of,
+)
+from tfkd_ray.space.space import Space, build_space, load_space
 
 ALL = [
     CrossEntropy(), LabelSmoothing(), KnowledgeDistillation(), TfkdSelf(), TfkdReg(), TfkdRegCode(), DecoupledKD(), Dist(),

@@ -16,17 +16,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tfkd_ray import export as exporting
-from tfkd_ray.arms import build_arms, new_comparison, read_comparison
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.data import Dataset, Digits
-from tfkd_ray.experiment import Record, read_records, write_experiment, write_record, write_text
-from tfkd_ray.export import GRAPH, NOT_CONFIRMED, ONNX, SUMS, ExportFailed, export, verify
-from tfkd_ray.loop import LOOP_VERSION, train_in
-from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml, validated
-from tfkd_ray.scores import score_of
-from tfkd_ray.space import build_space
-from tfkd_ray.teachers import find_or_train, teacher_name
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.data import Digits
+from tfkd_ray.learn.dataset import Dataset
+from tfkd_ray.learn.loop import LOOP_VERSION, train_in
+from tfkd_ray.learn.teachers import find_or_train, teacher_name
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import write_text
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import dump_yaml, read_yaml
+from tfkd_ray.show import export as exporting
+from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, SUMS
+from tfkd_ray.show.export import ExportFailed, export, verify
+from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import Record, read_records, write_experiment, write_record
+from tfkd_ray.verdict.scores import score_of
 
 SMALL: dict[str, Any] = {"student": {"name": "mlp", "hidden": [8]}, "epochs": 2, "checkpoint_every_s": 100}
 CNN: dict[str, Any] = {"student": {"name": "cnn", "widths": [4, 8]}, "epochs": 2}
@@ -122,7 +127,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
             trained(folder, run.config, place)
         told = {"arm": run.arm, "seed": run.seed}
         write_record(Record(folder, number, run.name, run.arm, status, told, run.config.model_dump(mode="json"), "out"))
-    from tfkd_ray.confirm import judge_on_test
+    from tfkd_ray.run.confirm import judge_on_test
 
     judge_on_test(place / "arms")
     run_of(place / "run", CNN)

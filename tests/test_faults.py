@@ -33,14 +33,15 @@ from test_groups import sweep_elsewhere
 from test_tune import alone, times_aside
 from torch import nn
 
-from tfkd_ray.assignment import SECTION, Assignment
-from tfkd_ray.callbacks import Losses
-from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights
-from tfkd_ray.experiment import read_metrics, read_records
-from tfkd_ray.listener import Announcer
-from tfkd_ray.schema import ConfigError, dump_yaml
-from tfkd_ray.soft_labels import Bank
-from tfkd_ray.tune import build_tuner, resume_tuner
+from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_state, load_weights
+from tfkd_ray.learn.soft_labels import Bank
+from tfkd_ray.run.callbacks import Losses
+from tfkd_ray.run.tune import build_tuner, resume_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.show.listener import Announcer
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import read_metrics, read_records
 
 pytestmark = [pytest.mark.ray, pytest.mark.fault]
 
@@ -155,7 +156,7 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
 
     build_tuner(space("whole"), name="whole", storage=tmp_path).fit()
     context = multiprocessing.get_context("forkserver")  # drivers that have imported what they need
-    context.set_forkserver_preload(["tfkd_ray.tune"])
+    context.set_forkserver_preload(["tfkd_ray.run.tune"])
     experiment, kills = tmp_path / "e", 0
     before: dict[str, Any] = {}
     saved: dict[Path, list[dict[str, float]]] = {}
@@ -303,7 +304,7 @@ def test_an_experiment_whose_driver_was_killed_while_it_was_made_can_be_made(
 
     for url in ({}, {"storage": f"sqlite:///{tmp_path}/s.db"}):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("tfkd_ray.tune.write_experiment", killed)
+            patch.setattr("tfkd_ray.run.tune.write_experiment", killed)
             build_tuner(tree(url), name="e", storage=tmp_path)
         assert (tmp_path / "e").is_dir() and not (tmp_path / "e" / "experiment.yaml").exists()
         build_tuner(tree({**url, "num_samples": 1}, epochs=1), name="e", storage=tmp_path).fit()
@@ -476,7 +477,7 @@ def test_a_second_and_third_signal_end_a_sweep_with_a_sentence_its_code_and_noth
 TERMINATED = """
 import os, signal, sys, time
 import ray._private.worker as worker
-from tfkd_ray.cli import main
+from tfkd_ray.cli.main import main
 
 connect = worker.connect
 
@@ -588,7 +589,7 @@ def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_ti
     ended: list[Any] = []
     trial.temporary_state.ray_actor = "actor"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfkd_ray.callbacks.ray.kill", ended.append)
+        patch.setattr("tfkd_ray.run.callbacks.ray.kill", ended.append)
         now[0] += 10
         tune.on_step_end(0, [])
         assert not ended

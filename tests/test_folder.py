@@ -15,14 +15,15 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from tfkd_ray.augment import Augment
-from tfkd_ray.config import OptimConfig, TrainConfig
-from tfkd_ray.data import ImageFolder, Imagenet
-from tfkd_ray.images import _TURNS, AHEAD, FolderSet, crop_box
-from tfkd_ray.loop import Epoch, train
-from tfkd_ray.models import Cnn
-from tfkd_ray.objectives import CrossEntropy
-from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.learn.augment import Augment
+from tfkd_ray.learn.config import OptimConfig, TrainConfig
+from tfkd_ray.learn.image_files import ImageFolder, Imagenet
+from tfkd_ray.learn.images import _TURNS, AHEAD, FolderSet, crop_box
+from tfkd_ray.learn.loop import Epoch, train
+from tfkd_ray.learn.models import Cnn
+from tfkd_ray.learn.objectives import CrossEntropy
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
 
 VIEWS = Augment(resized_crop=True, flip=True)
 

@@ -19,11 +19,13 @@ import yaml
 from conftest import ARMS, ROOT, SHIPPED
 from hypothesis import HealthCheck, settings
 
-from tfkd_ray.arms import Arms, load_arms
-from tfkd_ray.cli import main
-from tfkd_ray.clusterfile import ClusterFile, check, load_cluster
-from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
-from tfkd_ray.space import Space, build_space, load_space
+from tfkd_ray.cli.main import main
+from tfkd_ray.launch.check import check
+from tfkd_ray.launch.clusterfile import ClusterFile, load_cluster
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
+from tfkd_ray.space.arms import Arms, load_arms
+from tfkd_ray.space.space import Space, build_space, load_space
 
 pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("TFKD_FUZZ", "500"))
@@ -246,7 +248,7 @@ def test_a_cluster_file_is_understood_or_refused_with_sentences(part: int, tmp_p
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever connects to Ray, or starts it, fails the test."""
-    for name in ("ray.init", "tfkd_ray.cluster.connect", "tfkd_ray.tune.connect", "tfkd_ray.tune.prepare"):
+    for name in ("ray.init", "tfkd_ray.run.connect.connect", "tfkd_ray.run.tune.connect", "tfkd_ray.run.tune.prepare"):
         monkeypatch.setattr(name, started)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.loop import train
-from tfkd_ray.schema import validated
-from tfkd_ray.teachers import find_or_train
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.teachers import find_or_train
+from tfkd_ray.settings.schema import validated
 
 pytestmark = pytest.mark.gpu
 

@@ -14,15 +14,15 @@ from conftest import Run
 from sweep_under_fire import sweep
 from test_folder import write_folder
 
-from tfkd_ray.assignment import Assignment
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import read_metrics, read_records
-from tfkd_ray.loop import train
-from tfkd_ray.schema import validated
-from tfkd_ray.space import build_space
-from tfkd_ray.storage import Directory
-from tfkd_ray.teachers import find_or_train
-from tfkd_ray.trial import Group, TrialFailed
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.teachers import find_or_train
+from tfkd_ray.run.group import Group, TrialFailed
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.experiment import read_metrics, read_records
+from tfkd_ray.store.storage import Directory
 
 pytestmark = pytest.mark.ray
 

@@ -20,15 +20,16 @@ import pytest
 from conftest import Run
 from test_faults import assert_no_orphans, tree
 
-from tfkd_ray.arms import build_arms, new_comparison, read_comparison
-from tfkd_ray.checkpoint import WEIGHTS, save_weights
-from tfkd_ray.confirm import LOGITS
-from tfkd_ray.experiment import Record, read_records, write_experiment, write_record, write_text
-from tfkd_ray.export import verify
-from tfkd_ray.loop import train_in
-from tfkd_ray.schema import dump_yaml
-from tfkd_ray.space import build_space
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.learn.checkpoint import WEIGHTS, save_weights
+from tfkd_ray.learn.loop import train_in
+from tfkd_ray.run.confirm import LOGITS
+from tfkd_ray.run.tune import build_tuner
+from tfkd_ray.settings.files import write_text
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.show.export import verify
+from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import Record, read_records, write_experiment, write_record
 
 pytestmark = [pytest.mark.fault]
 
@@ -38,7 +39,9 @@ def killed_at(
 ) -> bool:
     """Run `tfkd WORDS`; whether it was killed, and did not come to its end before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tfkd_ray.tune", "tfkd_ray.confirm", "tfkd_ray.export", "tfkd_ray.report"])
+    context.set_forkserver_preload(
+        ["tfkd_ray.run.tune", "tfkd_ray.run.confirm", "tfkd_ray.show.export", "tfkd_ray.show.report"]
+    )
     process = context.Process(target=killed.run, args=(words, here, below, point, after))
     process.start()
     process.join(limit_s)

@@ -1,6 +1,7 @@
-"""Imports point one way, and the light commands stay light."""
+"""Imports point down through nine folders, and the light commands stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,78 +11,100 @@ import pytest
 import tfkd_ray
 
 PACKAGE = Path(tfkd_ray.__file__).parent
-
-# from the bottom: a module may import those of the rows before it, and the earlier ones of its own row
-ORDER = [
-    "passwords", "files", "schema", "own_code", "calibration", "scores", "verdict", "auth", "experiment", "remote",
-    "storage", "assignment",
-    "images",
-    "objectives", "data", "blocks", "models", "augment",
-    "config",
-    "checkpoint", "evaluate", "soft_labels", "search_config", "ranges", "space", "relate",
-    "explain", "readers", "receipt", "report",
-    "loop", "weights", "plan", "clusterfile", "jobs",
-    "teachers",
-    "arms", "export",
-    "cluster", "listener", "search", "tensorboard", "live", "trial", "nodes",
-    "callbacks", "tune", "doctor",
-    "confirm",
-    "cluster_verbs",
-    "cli",
-    "__main__",
-]  # fmt: skip
-RAY = {
-    "cluster", "clusterfile", "listener", "search", "tensorboard", "trial", "callbacks", "tune", "confirm", "doctor", "nodes"
-}  # fmt: skip
+FOLDERS = ["settings", "verdict", "store", "learn", "space", "show", "run", "launch", "cli"]
+"""From the bottom: a module imports those of its own folder and of the folders before it."""
+RAY = {"show/listener", "show/tensorboard"}
+"""Modules outside of `run` that know Ray, and those of `launch`."""
+LIGHT = {"settings", "verdict", "store"}
+"""Folders that know neither torch nor Ray."""
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
+    for path in sorted(PACKAGE.glob("*/*.py"))
+    if path.stem != "__init__"
+}
 
 
-def imports(module: str) -> list[tuple[str, bool]]:
-    """(imported module, whether at the top of the file)."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    found = []
-    for node in ast.walk(tree):
-        top = node in tree.body
+def imports(module: str) -> set[str]:
+    """Dotted names of what a module imports, at its top and in its functions."""
+    found = set()
+    for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Import):
-            found += [(alias.name, top) for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"tfkd_ray.{a.name}" for a in node.names] if node.module == "tfkd_ray" else [node.module]
-            found += [(name, top) for name in names]
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def test_every_module_has_its_place() -> None:
-    assert {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+def own(module: str) -> set[str]:
+    """The modules of this package that a module imports, as `folder/module`."""
+    names = {
+        name.removeprefix("tfkd_ray.").replace(".", "/") for name in imports(module) if name.startswith("tfkd_ray.")
+    }
+    return {name for name in names if name in MODULES}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_point_down(module: str) -> None:
-    below = ORDER[: ORDER.index(module)]
-    for name, _ in imports(module):
-        parts = name.split(".")
-        if parts[0] == "tfkd_ray" and len(parts) > 1 and parts[1] != "__version__":
-            assert parts[1] in below, f"{module} imports {name}"
-        if parts[0] == "ray":
-            assert module in RAY, f"{module} imports {name}"
+def test_every_module_is_in_one_of_nine_folders() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__"}
+    assert {module.partition("/")[0] for module in MODULES} == set(FOLDERS)
 
 
-def test_one_place_asks_whether_a_path_is_a_mirror_and_buckets_are_behind_the_storage() -> None:
-    texts = {m: (PACKAGE / f"{m}.py").read_text() for m in ORDER if m != "remote"}
-    assert {m: text.count("store_of(") for m, text in texts.items() if "store_of" in text} == {"storage": 1}
-    # the sweep's uploads are the other part of a bucket that lasts as long as its driver
-    assert {m for m in texts for name, _ in imports(m) if name == "tfkd_ray.remote"} <= {"storage", "callbacks"}
+def test_imports_point_down() -> None:
+    up = [
+        f"{module} imports {name}"
+        for module in MODULES
+        for name in own(module)
+        if FOLDERS.index(name.partition("/")[0]) > FOLDERS.index(module.partition("/")[0])
+    ]
+    assert up == []
 
 
-def test_only_a_range_knows_its_scale() -> None:
-    for module in set(ORDER) - {"ranges"}:
-        names = {
-            n.attr for n in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())) if isinstance(n, ast.Attribute)
-        }
-        assert "log_complement" not in names, f"{module} asks a range for its scale; Range.place, at and shown answer"
+def test_no_imports_go_in_circles() -> None:
+    todo = {module: own(module) - {module} for module in MODULES}
+    while ready := [module for module, needs in todo.items() if not needs & todo.keys()]:
+        for module in ready:
+            del todo[module]
+    assert todo == {}
+
+
+def test_only_some_folders_know_torch_or_ray() -> None:
+    for module in MODULES:
+        folder = module.partition("/")[0]
+        known = {name.partition(".")[0] for name in imports(module)}
+        assert "ray" not in known or folder in ("run", "launch") or module in RAY, module
+        assert folder not in LIGHT or "torch" not in known, module
+
+
+def test_every_folder_says_what_lives_there() -> None:
+    for folder in FOLDERS:
+        said = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
+        assert said and "Begin with" in said and re.search(r"may import|knows neither", said), folder
+
+
+def test_no_name_means_two_things() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, tree in MODULES.items():
+        for name in sorted(defined(tree)):
+            homes.setdefault(name, []).append(module)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a module defines at its top."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            found |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
 
 
 def test_contributing_says_where_every_module_is_changed() -> None:
     table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## The shape of the code")[0]
-    assert [m for m in ORDER if m != "__main__" and f"`{m}.py`" not in table] == []
+    assert [module for module in MODULES if f"`{module}.py`" not in table] == []
 
 
 def test_public_names_are_there() -> None:
@@ -93,7 +116,7 @@ def test_public_names_are_there() -> None:
 @pytest.mark.parametrize("command", ["--help", "--version"])
 def test_help_imports_neither_torch_nor_ray(command: str) -> None:
     code = (
-        "import sys; from tfkd_ray.cli import main\n"
+        "import sys; from tfkd_ray.cli.main import main\n"
         f"try: main(['{command}'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'ray', 'optuna', 'yaml'} & set(sys.modules)"
     )
@@ -121,7 +144,7 @@ EXPERIMENT = next((Path(__file__).parent / "data").rglob("experiment.yaml")).par
 def test_looking_imports_neither_torch_nor_ray(command: list[str], tmp_path: Path) -> None:
     """Import of torch alone takes a second and 600 MB. Over an experiment of the first release."""
     code = (
-        "import sys; from tfkd_ray.cli import main\n"
+        "import sys; from tfkd_ray.cli.main import main\n"
         f"assert main({command!r}) == 0\n"
         "assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     )

@@ -13,16 +13,16 @@ from ray import tune
 from rich.console import Console
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from tfkd_ray.assignment import SECTION, Assignment
-from tfkd_ray.callbacks import Budget, Lock, Losses, Recorder, SoftLabels, in_order
-from tfkd_ray.experiment import read_metrics, read_record, write_experiment
-from tfkd_ray.listener import Announcer, Listener
-from tfkd_ray.live import Progress
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.search import OptunaSearcher
-from tfkd_ray.space import build_space
-from tfkd_ray.storage import Directory, opened
-from tfkd_ray.tensorboard import TensorBoard
+from tfkd_ray.run.callbacks import Budget, Lock, Losses, Recorder, SoftLabels, in_order
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.listener import Announcer, Listener
+from tfkd_ray.show.live import Progress
+from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import read_metrics, read_record, write_experiment
+from tfkd_ray.store.storage import Directory, opened
 
 EPOCHS = 9
 SPACE = build_space({"student": "mlp", "objective": "ce", "epochs": EPOCHS, "search": {"num_samples": 2}})
@@ -162,7 +162,7 @@ def test_an_event_goes_to_all_listeners_in_their_order_before_the_next(tmp_path:
 
 
 def test_the_order_is_as_it_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tfkd_ray.callbacks.Uploads", type("Uploads", (Listener,), {"__init__": lambda *_: None}))
+    monkeypatch.setattr("tfkd_ray.run.callbacks.Uploads", type("Uploads", (Listener,), {"__init__": lambda *_: None}))
     write_experiment(tmp_path, SPACE.tree, ["tfkd"])
     lock, board, losses = Lock(*opened(tmp_path)), TensorBoard(tmp_path / "tb"), Losses()
     budget = Budget(tmp_path, SPACE, OptunaSearcher(SPACE, tmp_path / "study.journal"))

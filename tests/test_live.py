@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 from test_readers import change, make_sweep
 
-from tfkd_ray import live
-from tfkd_ray.arms import build_arms, new_comparison
-from tfkd_ray.experiment import write_experiment
-from tfkd_ray.live import Progress
-from tfkd_ray.readers import epochs_left
-from tfkd_ray.space import build_space
+from tfkd_ray.show import live
+from tfkd_ray.show.live import Progress
+from tfkd_ray.show.status import epochs_left
+from tfkd_ray.space.arms import build_arms, new_comparison
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import write_experiment
 
 EPOCHS = 9
 SPACE: dict[str, Any] = {

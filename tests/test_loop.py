@@ -18,17 +18,26 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfkd_ray import loop
-from tfkd_ray.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
-from tfkd_ray.config import Constant, OptimConfig, Step, TrainConfig
-from tfkd_ray.data import Digits
-from tfkd_ray.evaluate import predictions
-from tfkd_ray.images import ImageSet
-from tfkd_ray.loop import Diverged, Epoch, allow_tf32, epoch_order, gradient_ratio, split_batches, train, train_in
-from tfkd_ray.models import Cnn, Mlp
-from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
-from tfkd_ray.schema import validated
-from tfkd_ray.scores import scores
+from tfkd_ray.learn import loop
+from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
+from tfkd_ray.learn.config import Constant, OptimConfig, Step, TrainConfig
+from tfkd_ray.learn.data import Digits
+from tfkd_ray.learn.evaluate import predictions
+from tfkd_ray.learn.images import ImageSet
+from tfkd_ray.learn.loop import (
+    Diverged,
+    Epoch,
+    allow_tf32,
+    epoch_order,
+    gradient_ratio,
+    split_batches,
+    train,
+    train_in,
+)
+from tfkd_ray.learn.models import Cnn, Mlp
+from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.verdict.scores import scores
 
 TIMES = {"seconds", "images_per_s", "train_kd_ratio"}  # the ratio: of the first worker's part of a batch
 
@@ -96,7 +105,7 @@ def test_an_epoch_is_the_textbook_loop() -> None:
     """Against torch's own SGD, DataLoader-free but otherwise as everyone writes it."""
     c = config(epochs=2, optim={"lr": 0.05, "weight_decay": 1e-3, "nesterov": True, "batch_size": 100})
     ours = list(train(c))[-1].state()["model"]
-    from tfkd_ray.images import address
+    from tfkd_ray.learn.images import address
 
     torch.manual_seed(address(0, "init"))
     net = Mlp(hidden=(16,)).build((1, 8, 8), 10)
@@ -321,7 +330,7 @@ def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
         save_state(directory, state)
         saved.append(state["epoch"])
 
-    monkeypatch.setattr("tfkd_ray.loop.save_state", slow)
+    monkeypatch.setattr("tfkd_ray.learn.loop.save_state", slow)
     c = config(checkpoint_every_s=0, epochs=6)
     run = train_in(tmp_path, c)
     first = [next(run) for _ in range(5)]  # would hang if an epoch waited
@@ -343,7 +352,7 @@ def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(tmp_path: Path, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
         save_state(directory, state)
 
-    monkeypatch.setattr("tfkd_ray.loop.save_state", limited)
+    monkeypatch.setattr("tfkd_ray.learn.loop.save_state", limited)
     said: list[str] = []
     c = config(checkpoint_every_s=0, epochs=40)
     run = train_in(tmp_path, c, say=said.append)
@@ -498,7 +507,7 @@ def test_a_crash_between_weights_and_state_repeats_the_last_epoch(
     whole = numbers(list(train(config())))
     run = train_in(tmp_path, config(checkpoint_every_s=0))
     seen = [next(run), next(run)]
-    monkeypatch.setattr("tfkd_ray.loop.save_state", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr("tfkd_ray.learn.loop.save_state", lambda *a: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         next(run)
     monkeypatch.undo()
@@ -511,10 +520,10 @@ def test_a_crash_between_weights_and_state_repeats_the_last_epoch(
 COMPILED = """
 import json, sys
 from torch._dynamo.utils import counters
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.loop import train
-from tfkd_ray.schema import validated
-from tfkd_ray.scores import scores
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.verdict.scores import scores
 tree = {"objective": "ce", "student": {"name": "mlp", "hidden": [8]}, "epochs": 2, "compile": sys.argv[1]}
 metrics = [e.metrics for e in train(validated(TrainConfig, {**tree, "optim": {"lr": float(sys.argv[2])}}))]
 hits, misses = (counters["inductor"]["fxgraph_cache_" + what] for what in ("hit", "miss"))
@@ -543,7 +552,7 @@ def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alo
 def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
     """As if nothing had been compiled in this process; from now on, `backend` is what compiles."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr("tfkd_ray.loop._COMPILED", set())
+    monkeypatch.setattr("tfkd_ray.learn.loop._COMPILED", set())
     torch.compiler.reset()
 
 

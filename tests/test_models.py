@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.evaluate import evaluate
-from tfkd_ray.loop import train
-from tfkd_ray.models import (
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.evaluate import evaluate
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.models import (
     AlexNet,
     AlexNetSmall,
     Cnn,
@@ -50,8 +50,9 @@ from tfkd_ray.models import (
     WideResNet,
     may_lack_gradients,
 )
-from tfkd_ray.schema import ConfigError, validated
-from tfkd_ray.teachers import load_teacher, train_teacher
+from tfkd_ray.learn.teachers import load_teacher, train_teacher
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
 
 ALL: list[type[Network]] = [n for n in typing.get_args(typing.get_args(Model)[0]) if n not in (Timm, Own)]
 VGG = (Vgg16, Vgg19)
@@ -241,7 +242,7 @@ def test_a_name_is_all_that_a_network_needs(network: type[Network]) -> None:
 
 
 def test_importing_the_networks_does_not_import_torchvision() -> None:
-    code = "import sys, tfkd_ray.models; sys.exit('torchvision' in sys.modules)"
+    code = "import sys, tfkd_ray.learn.models; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -9,12 +9,15 @@ import pytest
 from optuna.trial import TrialState
 from test_search import finished, run_sweep
 
-from tfkd_ray.relate import not_superset, placed, warm_points
-from tfkd_ray.report import report
-from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml
-from tfkd_ray.search import OptunaSearcher, copy_trials, importance, prior_trials
-from tfkd_ray.space import Space, build_space, load_space
-from tfkd_ray.tune import build_tuner
+from tfkd_ray.run.priors import prior_trials
+from tfkd_ray.run.searcher import OptunaSearcher, copy_trials
+from tfkd_ray.run.tune import build_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
+from tfkd_ray.show.importance import importance
+from tfkd_ray.show.report import report
+from tfkd_ray.space.relate import not_superset, placed, warm_points
+from tfkd_ray.space.space import Space, build_space, load_space
 
 DROPOUT = {"low": 0.1, "high": 0.5}
 STUDENT = {"choices": [{"name": "mlp", "dropout": DROPOUT}, {"name": "cnn", "widths": {"choices": [[4], [8]]}}]}

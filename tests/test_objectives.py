@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfkd_ray.objectives import (
+from tfkd_ray.learn.objectives import (
     CrossEntropy,
     DecoupledKD,
     Dist,
@@ -21,7 +21,7 @@ from tfkd_ray.objectives import (
     from_released,
     softened_kl,
 )
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.settings.errors import ConfigError
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import Run
 from test_folder import write_folder
 
-from tfkd_ray.experiment import read_experiment, read_records
-from tfkd_ray.jobs import JOB_FOLDER, WORKING, stage_apart, submit_command
+from tfkd_ray.launch.jobs import JOB_FOLDER, WORKING, stage_apart, submit_command
+from tfkd_ray.store.experiment import read_experiment, read_records
 
 MODULE = """
 import numpy as np, torch
@@ -72,7 +72,7 @@ def test_python_m_runs_nothing_that_merely_lies_in_the_working_directory(tmp_pat
 def test_workers_look_where_the_driver_does_before_the_library(
     options: tuple[str, ...], path: str, expected: list[str], tmp_path: Path
 ) -> None:
-    code = "from tfkd_ray.own_code import before_the_library as b; [print(p) for p in b()]"
+    code = "from tfkd_ray.settings.own_code import before_the_library as b; [print(p) for p in b()]"
     env = {"PYTHONPATH": str(tmp_path / path)} if path else {}
     assert python(code, *options, cwd=tmp_path, **env) == [e.replace("HERE", str(tmp_path)) for e in expected]
 
@@ -80,7 +80,7 @@ def test_workers_look_where_the_driver_does_before_the_library(
 def test_a_process_enters_the_drivers_place_and_looks_there_last(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    enter = "from tfkd_ray import own_code; own_code.enter({}); import os, sys; print(os.getcwd()); print(sys.path[-1])"
+    enter = "from tfkd_ray.settings import own_code; own_code.enter({}); import os, sys; print(os.getcwd()); print(sys.path[-1])"
     place = {"directory": str(tmp_path / "a"), "path": [], "safe": True}
     assert python(enter.format(place), cwd=tmp_path / "b") == [str(tmp_path / "a")] * 2
     gone = {"directory": str(tmp_path / "gone"), "path": [str(tmp_path / "lib")], "safe": False}
@@ -162,7 +162,7 @@ def test_a_job_has_the_working_directory_beside_the_package_not_before_it(tmp_pa
         "", "-m", "tfkd_ray", "check", "space.yaml", cwd=folder, PYTHONPATH=str(folder), **{JOB_FOLDER: WORKING}
     )
     assert any("data" in line for line in said)
-    enter = "from tfkd_ray import own_code; own_code.enter({}); import os; print(os.getcwd())"
+    enter = "from tfkd_ray.settings import own_code; own_code.enter({}); import os; print(os.getcwd())"
     place = {"directory": "/on/the/head", "path": [], "safe": True}
     there = python(enter.format(place), cwd=folder, PYTHONPATH=str(folder), **{JOB_FOLDER: WORKING})
     assert there == [str(folder / WORKING)], "each node has a copy of its own"

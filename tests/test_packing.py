@@ -11,11 +11,11 @@ import torch
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
-from tfkd_ray.assignment import SECTION, Assignment
-from tfkd_ray.callbacks import Losses
-from tfkd_ray.cluster import give_larger_share
-from tfkd_ray.experiment import read_records
-from tfkd_ray.trial import _is_out_of_memory
+from tfkd_ray.run.callbacks import Losses
+from tfkd_ray.run.connect import give_larger_share
+from tfkd_ray.run.epochs import _is_out_of_memory
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import read_records
 
 SWEEP = """
 import json, os, sys
@@ -23,9 +23,9 @@ os.environ.pop("RAY_ADDRESS", None)
 import ray, torch
 from pathlib import Path
 from ray import cloudpickle, tune
-from tfkd_ray import tune as ours
-from tfkd_ray.space import build_space
-from tfkd_ray.trial import StudentTrial
+from tfkd_ray.run import tune as ours
+from tfkd_ray.space.space import build_space
+from tfkd_ray.run.trial import StudentTrial
 
 class Full(StudentTrial):
     '''A trial that needs half of a GPU's memory, as long as it does not ask for a GPU that is not there.'''

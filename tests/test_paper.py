@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import ROOT
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf, from_released
-from tfkd_ray.schema import read_yaml, validated
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf, from_released
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import read_yaml
 
 FILES = sorted((ROOT / "search_spaces" / "paper").glob("*.yaml"))
 ABOUT = {"title", "source", "note", "arms"}

@@ -12,12 +12,13 @@ from urllib.parse import quote, quote_plus
 import pytest
 from sqlalchemy.engine import make_url
 
-from tfkd_ray.cli import main
-from tfkd_ray.passwords import masked, masked_words, without_secrets
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.search import OptunaSearcher, open_storage, whole_url
-from tfkd_ray.space import build_space, load_space
-from tfkd_ray.storage import storage_at
+from tfkd_ray.cli.main import main
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.run.studies import open_storage, whole_url
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.passwords import masked, masked_words, without_secrets
+from tfkd_ray.space.space import build_space, load_space
+from tfkd_ray.store.storage import storage_at
 
 CANARY = "kanari"
 ODD = {
@@ -141,7 +142,7 @@ def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same
     """The process that begins anew is given the whole words, and shows them to nobody, its children included."""
     words = ["--study-storage", f"postgresql://me:{ODD[name]}@host/db", "a b"]
     code = (
-        "import json, os, subprocess, sys; from pathlib import Path; from tfkd_ray.cli import _words; words = _words(); "
+        "import json, os, subprocess, sys; from pathlib import Path; from tfkd_ray.cli.main import _words; words = _words(); "
         "print(json.dumps([words, Path('/proc/self/cmdline').read_text(), sys.argv, "
         "subprocess.run(['env'], capture_output=True, text=True).stdout]))"
     )

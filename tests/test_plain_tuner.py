@@ -19,10 +19,11 @@ from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
 from ray.tune.search import Repeater
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.search import OptunaSearcher, StudyStopping, open_journal
-from tfkd_ray.space import Space, build_space
-from tfkd_ray.tensorboard import TensorBoard
+from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
+from tfkd_ray.run.studies import open_journal
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.space.space import Space, build_space
 
 pytestmark = pytest.mark.ray
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import it
@@ -201,7 +202,7 @@ from pathlib import Path
 import ray
 from ray import tune
 from tfkd_ray import OptunaSearcher, StudyStopping
-from tfkd_ray.space import build_space
+from tfkd_ray.space.space import build_space
 
 def trainable(config):
     Path("begun").mkdir(exist_ok=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-import tfkd_ray.plan as plan_module
-from tfkd_ray.config import TeacherRun
-from tfkd_ray.models import Cnn, Mlp
-from tfkd_ray.plan import lines, plan, resident_bytes, slots_here
-from tfkd_ray.receipt import EXACT, _passing
-from tfkd_ray.search_config import Hyperband
-from tfkd_ray.space import build_space, load_space
+import tfkd_ray.show.plan as plan_module
+from tfkd_ray.learn.config import TeacherRun
+from tfkd_ray.learn.models import Cnn, Mlp
+from tfkd_ray.show.plan import lines, plan, resident_bytes, slots_here
+from tfkd_ray.show.receipt import EXACT, _passing
+from tfkd_ray.space.search_config import Hyperband
+from tfkd_ray.space.space import build_space, load_space
 
 
 def test_a_plan_counts_trials_epochs_and_teachers() -> None:

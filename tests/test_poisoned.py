@@ -21,14 +21,17 @@ from ray.tune.experiment import Trial
 from test_damage import RELEASE
 from test_report import make_comparison
 
-from tfkd_ray import cli, cluster_verbs, remote
-from tfkd_ray.assignment import SECTION, Assignment
-from tfkd_ray.cli import main
-from tfkd_ray.cluster import found_broken, give_larger_share
-from tfkd_ray.experiment import read_records
-from tfkd_ray.nodes import Mark, _look
-from tfkd_ray.remote import Claim, Store, store_of
-from tfkd_ray.schema import ConfigError, dump_yaml, parse_yaml, read_yaml
+from tfkd_ray.cli import main as cli
+from tfkd_ray.cli.main import main
+from tfkd_ray.launch import verbs as cluster_verbs
+from tfkd_ray.run.connect import found_broken, give_larger_share
+from tfkd_ray.run.nodes import Mark, _look
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml, read_yaml
+from tfkd_ray.store import remote
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import read_records
+from tfkd_ray.store.remote import Claim, Store, store_of
 
 LONGEST_S = 20
 SECRET = "s3cret-0f-an0ther"
@@ -141,9 +144,11 @@ def answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], t
     for where, name in ((cli, "_join"), (cli, "_check_port"), (cluster_verbs, "_run"), (cluster_verbs, "submitted")):
         if hasattr(where, name):
             monkeypatch.setattr(where, name, reached)
-    monkeypatch.setattr("tfkd_ray.tune.prepare", reached)
-    monkeypatch.setattr("tfkd_ray.doctor.doctor", lambda *args, **kwargs: [])
-    monkeypatch.setattr("tfkd_ray.export._program", reached)  # all is read by then, and a graph takes half a second
+    monkeypatch.setattr("tfkd_ray.run.tune.prepare", reached)
+    monkeypatch.setattr("tfkd_ray.launch.doctor.doctor", lambda *args, **kwargs: [])
+    monkeypatch.setattr(
+        "tfkd_ray.show.export._program", reached
+    )  # all is read by then, and a graph takes half a second
     monkeypatch.chdir(tmp_path)
     before = signal.signal(signal.SIGALRM, late)
 
@@ -356,7 +361,7 @@ def test_a_trial_that_tells_of_others_stays_on_its_line(evil: Path, answer: Answ
 
 
 def test_yaml_that_is_shown_reads_back_as_what_it_was() -> None:
-    from tfkd_ray.files import legible
+    from tfkd_ray.settings.files import legible
 
     tree = {
         "a": EVIL,
@@ -404,7 +409,7 @@ def test_one_bad_experiment_does_not_end_ls(what: str, storage: Path, answer: An
 
 def as_nobody(storage: Path, above: list[Path]) -> str:
     """What `tfkd ls` says to a user who may not read all: root may."""
-    from tfkd_ray.readers import ls, ls_lines
+    from tfkd_ray.show.status import ls, ls_lines
 
     before = {path: path.stat().st_mode for path in above}
     for path in above:
@@ -424,7 +429,7 @@ def as_nobody(storage: Path, above: list[Path]) -> str:
 @pytest.mark.parametrize("name", ["driver.txt", "driver.lock", "study.journal", "tb", "trials/t0000-kd/metrics.jsonl",
                                   "trials/t0000-kd/error.txt", "trials/tuner.pkl", "trials/t0099-kd", "spent.json"])  # fmt: skip
 def test_a_resume_writes_through_no_link(name: str, storage: Path, tmp_path: Path) -> None:
-    from tfkd_ray.tune import resume_tuner
+    from tfkd_ray.run.tune import resume_tuner
 
     victim = tmp_path / "victim"
     victim.mkdir() if name in ("tb", "trials/t0099-kd") else victim.write_text("precious")
@@ -438,7 +443,7 @@ def test_a_resume_writes_through_no_link(name: str, storage: Path, tmp_path: Pat
 
 
 def test_a_trials_folder_that_is_a_link_is_not_counted_twice(storage: Path) -> None:
-    from tfkd_ray.readers import read_lasts, status
+    from tfkd_ray.show.status import read_lasts, status
 
     trials = storage / "sweep/trials"
     before = status(storage / "sweep")
@@ -448,7 +453,7 @@ def test_a_trials_folder_that_is_a_link_is_not_counted_twice(storage: Path) -> N
 
 
 def test_a_file_is_written_under_a_name_that_nobody_can_guess(tmp_path: Path) -> None:
-    from tfkd_ray.experiment import write_text
+    from tfkd_ray.settings.files import write_text
 
     victim, path = tmp_path / "victim", tmp_path / "r.html"
     victim.write_text("precious")

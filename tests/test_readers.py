@@ -20,13 +20,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tfkd_ray import readers
-from tfkd_ray.experiment import Record, best, read_records, write_experiment, write_record, write_text
-from tfkd_ray.files import legible
-from tfkd_ray.ranges import Range
-from tfkd_ray.readers import follow_status, logs, ls, ls_lines, read_lasts, status, status_lines, trials_table
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.space import Space, build_space
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import legible, write_text
+from tfkd_ray.show import status as readers
+from tfkd_ray.show.status import follow_status, ls, ls_lines, read_lasts, status, status_lines
+from tfkd_ray.show.trials import logs, trials_table
+from tfkd_ray.space.ranges import Range
+from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.experiment import Record, best, read_records, write_experiment, write_record
 
 TREE: dict[str, Any] = {
     "student": {"name": "mlp", "hidden": [8]},
@@ -110,8 +111,8 @@ def small(tmp_path: Path) -> Path:
 HOLD = """
 import sys, time
 from pathlib import Path
-from tfkd_ray.callbacks import Lock
-from tfkd_ray.storage import opened
+from tfkd_ray.run.callbacks import Lock
+from tfkd_ray.store.storage import opened
 lock = Lock(*opened(Path(sys.argv[1])))
 print("held", flush=True)
 time.sleep(60)
@@ -141,7 +142,7 @@ def change(experiment: Path, number: int, **changes: Any) -> Path:
 def test_readers_import_neither_torch_nor_ray_nor_optuna_and_write_nothing(sweep: Path) -> None:
     before = {p: p.lstat().st_mtime_ns for p in sweep.rglob("*")}
     code = (
-        "import sys; from pathlib import Path; from tfkd_ray import readers as r; e = Path(sys.argv[1])\n"
+        "import sys; from pathlib import Path; from tfkd_ray.show import status as r; e = Path(sys.argv[1])\n"
         "r.status_lines(r.status(e)); r.trials_table(e); r.ls_lines(r.ls(e.parent)); list(r.logs(e, '3')); r.best_of(e)\n"
         "assert not {'torch', 'ray', 'optuna', 'scipy'} & set(sys.modules)"
     )
@@ -523,7 +524,7 @@ def test_ls_lists_what_is_there_and_says_what_cannot_be_read(small: Path) -> Non
 
 
 def test_a_comparison_of_arms_is_read_like_a_sweep(tmp_path: Path) -> None:
-    from tfkd_ray.arms import build_arms, new_comparison
+    from tfkd_ray.space.arms import build_arms, new_comparison
 
     arms = [{"name": "plain", "objective": "ce"}, {"name": "smooth", "objective": "lsr"}]
     compared = build_arms({"arms": arms, "epochs": 3, "student": "mlp"})

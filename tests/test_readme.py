@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Run
 
-from tfkd_ray.schema import ConfigError, parse_yaml
-from tfkd_ray.space import build_space
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import parse_yaml
+from tfkd_ray.space.space import build_space
 
 README = (ROOT / "README.md").read_text()
 

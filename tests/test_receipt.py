@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tfkd_ray.experiment import Record
-from tfkd_ray.receipt import (
+from tfkd_ray.show.receipt import (
     expected_epochs,
     fidelity_warnings,
     rank_correlations,
@@ -18,7 +17,8 @@ from tfkd_ray.receipt import (
     receipt_lines,
     receipt_rows,
 )  # fmt: skip
-from tfkd_ray.space import Space, build_space
+from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.experiment import Record
 
 KD = {"name": "kd", "temperature": {"low": 1, "high": 20, "log": True}, "alpha": 0.5}
 

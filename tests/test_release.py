@@ -11,14 +11,15 @@ import pytest
 from conftest import Run
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from tfkd_ray.arms import arms_of, untuned
-from tfkd_ray.confirm import openings
-from tfkd_ray.data import Digits
-from tfkd_ray.experiment import read_experiment, read_records, read_teachers
-from tfkd_ray.readers import status
-from tfkd_ray.search import OptunaSearcher, prior_trials
-from tfkd_ray.space import build_space
-from tfkd_ray.teachers import load_teacher
+from tfkd_ray.learn.data import Digits
+from tfkd_ray.learn.teachers import load_teacher
+from tfkd_ray.run.confirm import openings
+from tfkd_ray.run.priors import prior_trials
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.show.status import status
+from tfkd_ray.space.arms import arms_of, untuned
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import read_experiment, read_records, read_teachers
 
 RELEASES = sorted((Path(__file__).parent / "data").glob("experiment-*"))
 ENDS = {"kd": 2, "tfkd_reg": 1, "ce": 2, "lsr": 1}
@@ -71,7 +72,7 @@ def test_confirm_finds_its_arms_and_its_teacher(storage: Path, monkeypatch: pyte
     ) == {}
     (run,) = build_space(compared.named("t0000-kd").config.model_dump(mode="json")).teacher_runs()
     (teacher,) = read_teachers(storage)  # of an earlier loop: trained anew, and otherwise of the same fingerprint
-    monkeypatch.setattr("tfkd_ray.teachers.LOOP_VERSION", teacher["loop_version"])
+    monkeypatch.setattr("tfkd_ray.learn.teachers.LOOP_VERSION", teacher["loop_version"])
     load_teacher(run, storage)  # its fingerprint and its checksum are what they were
     assert openings(storage, Digits()) == []
 

@@ -24,18 +24,26 @@ import pytest
 from conftest import ROOT
 from test_kill_points import comparison
 
-from tfkd_ray import doctor, nodes, own_code, remote, teachers, trial
-from tfkd_ray.assignment import SECTION, Assignment
-from tfkd_ray.callbacks import Lock, Uploads
-from tfkd_ray.checkpoint import load_state
-from tfkd_ray.cli import main
-from tfkd_ray.cluster_verbs import _storage_of
-from tfkd_ray.clusterfile import check, load_cluster
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.confirm import judge_on_test
-from tfkd_ray.experiment import read_records, trials_folder
-from tfkd_ray.schema import ConfigError, dump_yaml
-from tfkd_ray.storage import (
+from tfkd_ray.cli.main import main
+from tfkd_ray.launch import doctor
+from tfkd_ray.launch.as_job import _storage_of
+from tfkd_ray.launch.check import check
+from tfkd_ray.launch.clusterfile import load_cluster
+from tfkd_ray.learn import teachers
+from tfkd_ray.learn.checkpoint import load_state
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.teachers import teacher_name
+from tfkd_ray.run import nodes, trial
+from tfkd_ray.run.callbacks import Lock, Uploads
+from tfkd_ray.run.confirm import judge_on_test
+from tfkd_ray.run.tune import _teacher, build_tuner, resume_tuner
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.store import remote
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import read_records, trials_folder
+from tfkd_ray.store.storage import (
     Directory,
     Experiment,
     Mirror,
@@ -47,8 +55,6 @@ from tfkd_ray.storage import (
     storage_at,
     to_continue,
 )
-from tfkd_ray.teachers import teacher_name
-from tfkd_ray.tune import _teacher, build_tuner, resume_tuner
 
 NODE = os.environ["XDG_CACHE_HOME"]
 """The cache of the session's Ray: where trials run, so another node's disk than a test's own."""
@@ -781,7 +787,7 @@ def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
 def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_third(
     bucket: str, server: Server, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfkd_ray.tune.seal_test_split", lambda: None)  # for good, in this process
+    monkeypatch.setattr("tfkd_ray.run.tune.seal_test_split", lambda: None)  # for good, in this process
     config = TrainConfig.model_validate(run_of(objective="tfkd_self", teacher={"epochs": 4}))
     made_by, storage = config.teacher_run(), storage_at(bucket)
     assert made_by is not None
@@ -794,7 +800,7 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
         raise KeyboardInterrupt
 
     with monkeypatch.context() as dying:  # at its end
-        dying.setattr("tfkd_ray.loop.save_weights", killed)
+        dying.setattr("tfkd_ray.learn.loop.save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             _teacher(run, storage, own_code.here())
     elsewhere("reader")
@@ -840,13 +846,13 @@ def test_a_comparison_in_a_bucket_is_judged_on_another_machine_and_the_opening_i
 
 def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for_nothing_else(bucket: str) -> None:
     code = (
-        "import sys; from tfkd_ray.cli import main\n"
+        "import sys; from tfkd_ray.cli.main import main\n"
         f"assert main(['ls', '--storage', '{bucket}']) == 0 and main(['status', '{bucket}/e']) == 2\n"
         "assert not {'torch', 'ray', 'optuna'} & set(sys.modules) and 'pyarrow' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    code = "import sys; from tfkd_ray.cli import main; main(['status', 'x']); assert 'pyarrow' not in sys.modules"
+    code = "import sys; from tfkd_ray.cli.main import main; main(['status', 'x']); assert 'pyarrow' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

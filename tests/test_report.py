@@ -15,13 +15,13 @@ import pytest
 import torch
 from test_readers import change, line, make_sweep
 
-from tfkd_ray import report as module
-from tfkd_ray.arms import build_arms, new_comparison, read_comparison
-from tfkd_ray.experiment import Record, read_records, write_record
-from tfkd_ray.ranges import Range
-from tfkd_ray.readers import read_plan
-from tfkd_ray.report import report
-from tfkd_ray.schema import ConfigError
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show import report as module
+from tfkd_ray.show.report import report
+from tfkd_ray.show.status import read_plan
+from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
+from tfkd_ray.space.ranges import Range
+from tfkd_ray.store.experiment import Record, read_records, write_record
 
 EVIL = "</script><script>document.title='pwned'</script><img src=http://example.invalid/x onerror=\"document.title='pwned'\">"
 
@@ -49,8 +49,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_comparison(directory: Path, **about: Any) -> Path:
     """A judged comparison, with made-up logits: reg is better than ce and lsr by 4 points or so."""
-    from tfkd_ray.checkpoint import save_weights
-    from tfkd_ray.confirm import LOGITS, outcome
+    from tfkd_ray.learn.checkpoint import save_weights
+    from tfkd_ray.run.confirm import LOGITS, outcome
 
     arms = [{"name": "plain", "objective": "ce"}, {"name": "smooth", "objective": "lsr"},
             {"name": "reg", "objective": "tfkd_reg"}]  # fmt: skip
@@ -141,7 +141,7 @@ def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
 
 
 def test_an_axis_shows_a_range_on_its_own_scale() -> None:
-    from tfkd_ray.space import Parameter
+    from tfkd_ray.space.space import Parameter
 
     scales = {"x": Range(1, 20), "y": Range(1, 20, log=True), "z": Range(0.9, 0.999, log_complement=True)}
     shown = {}
@@ -203,8 +203,8 @@ def test_every_kind_of_sweep_has_a_report(tmp_path: Path, changes: dict[str, Any
 
 def plain(experiment: Path, changes: dict[str, Any]) -> None:
     """A sweep of lsr and ce without a searched setting."""
-    from tfkd_ray.experiment import write_experiment
-    from tfkd_ray.space import build_space
+    from tfkd_ray.space.space import build_space
+    from tfkd_ray.store.experiment import write_experiment
 
     space = build_space({**changes, "student": "mlp", "epochs": 2, "search": {"num_samples": 2}})
     write_experiment(experiment, space.tree, [])

@@ -13,11 +13,13 @@ import pytest
 from conftest import ROOT
 from sweep_under_fire import sweep
 
-from tfkd_ray.cluster import check_room
-from tfkd_ray.clusterfile import check, load_cluster
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import read_metrics, read_records
-from tfkd_ray.schema import ConfigError, validated
+from tfkd_ray.launch.check import check
+from tfkd_ray.launch.clusterfile import load_cluster
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.run.connect import check_room
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.store.experiment import read_metrics, read_records
 
 TREE: dict[str, Any] = {"student": {"name": "mlp", "hidden": [8]}, "objective": "ce"}
 

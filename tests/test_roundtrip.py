@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fuzz import COUNT, often
 
-from tfkd_ray.arms import Arms, load_arms, new_comparison, read_comparison
-from tfkd_ray.clusterfile import check, load_cluster, node_types
-from tfkd_ray.experiment import read_experiment, write_experiment
-from tfkd_ray.schema import dump_yaml, parse_yaml, read_yaml
-from tfkd_ray.space import build_space, load_space
+from tfkd_ray.launch.check import check, node_types
+from tfkd_ray.launch.clusterfile import load_cluster
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml, read_yaml
+from tfkd_ray.space.arms import Arms, load_arms, new_comparison, read_comparison
+from tfkd_ray.space.space import build_space, load_space
+from tfkd_ray.store.experiment import read_experiment, write_experiment
 
 pytestmark = pytest.mark.slow
 

@@ -5,18 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tfkd_ray.clusterfile import load_cluster
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.schema import (
-    ConfigError,
-    dump_yaml,
-    find_file,
-    parse_documents,
-    parse_yaml,
-    read_yaml,
-    settings_at,
-    validated,
-)
+from tfkd_ray.launch.clusterfile import load_cluster
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import settings_at, validated
+from tfkd_ray.settings.yaml import dump_yaml, find_file, parse_documents, parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(

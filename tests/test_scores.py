@@ -16,20 +16,25 @@ from sklearn import metrics as sklearn
 from test_readers import make_sweep
 from test_report import make_comparison
 
-from tfkd_ray import evaluate
-from tfkd_ray.arms import arms_of
-from tfkd_ray.assignment import Assignment
-from tfkd_ray.calibration import BINS
-from tfkd_ray.cli import main
-from tfkd_ray.confirm import table
-from tfkd_ray.experiment import best, read_records, selection_metric
-from tfkd_ray.export import _arm_selection, _best_arm
-from tfkd_ray.live import Progress
-from tfkd_ray.loop import train
-from tfkd_ray.readers import best_lines, read_plan, status, status_lines
-from tfkd_ray.report import _read_sweep, report
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.scores import (
+from tfkd_ray.cli.main import main
+from tfkd_ray.learn import evaluate
+from tfkd_ray.learn.loop import train
+from tfkd_ray.run.confirm import table
+from tfkd_ray.run.epochs import _epochs_here
+from tfkd_ray.run.tune import build_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.chosen import _arm_selection, _best_arm
+from tfkd_ray.show.figures import _read_sweep
+from tfkd_ray.show.live import Progress
+from tfkd_ray.show.report import report
+from tfkd_ray.show.status import best_lines, read_plan, status, status_lines
+from tfkd_ray.show.tensorboard import TAGS
+from tfkd_ray.space.arms import arms_of
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.experiment import best, read_records, selection_metric
+from tfkd_ray.verdict.calibration import BINS
+from tfkd_ray.verdict.scores import (
     SCORES,
     SELECTABLE,
     accuracy,
@@ -44,10 +49,6 @@ from tfkd_ray.scores import (
     scores,
     top_k,
 )
-from tfkd_ray.space import build_space
-from tfkd_ray.tensorboard import TAGS
-from tfkd_ray.trial import _epochs_here
-from tfkd_ray.tune import build_tuner
 
 Array = NDArray[np.float64]
 
@@ -212,7 +213,7 @@ def test_validation_has_all_others_from_the_logits_of_all_images(answers: tuple[
 
 
 def test_the_table_imports_no_torch_no_ray_and_no_numpy() -> None:
-    code = "import sys, tfkd_ray.scores; assert not {'torch', 'ray', 'numpy', 'scipy'} & set(sys.modules)"
+    code = "import sys, tfkd_ray.verdict.scores; assert not {'torch', 'ray', 'numpy', 'scipy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

@@ -17,26 +17,20 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from scipy.stats import qmc
 
-from tfkd_ray import tune
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import Record, gone_trials, read_experiment, write_experiment, write_record
-from tfkd_ray.readers import status, status_lines
-from tfkd_ray.relate import not_superset, warm_points
-from tfkd_ray.schema import ConfigError, dump_yaml
-from tfkd_ray.search import (
-    OptunaSearcher,
-    Rungs,
-    StudyStopping,
-    copy_trials,
-    importance,
-    open_journal,
-    prior_trials,
-    save_journal,
-    take_saved_journal,
-)
-from tfkd_ray.space import Space, build_space
-from tfkd_ray.storage import Storage
-from tfkd_ray.tune import disk_trouble
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.run import tune
+from tfkd_ray.run.priors import prior_trials
+from tfkd_ray.run.searcher import OptunaSearcher, Rungs, StudyStopping, copy_trials, take_saved_journal
+from tfkd_ray.run.studies import open_journal, save_journal
+from tfkd_ray.run.tune import disk_trouble
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.show.importance import importance
+from tfkd_ray.show.status import status, status_lines
+from tfkd_ray.space.relate import not_superset, warm_points
+from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.experiment import Record, gone_trials, read_experiment, write_experiment, write_record
+from tfkd_ray.store.storage import Storage
 
 EPOCHS = 9
 
@@ -873,12 +867,12 @@ def test_what_auto_became_is_in_the_experiment_and_is_what_a_resume_elsewhere_us
         reached()
 
     monkeypatch.setattr(tune, "prepare", prepare)
-    monkeypatch.setattr("tfkd_ray.config._multiplies_bf16", lambda gpu: here)
+    monkeypatch.setattr("tfkd_ray.learn.config._multiplies_bf16", lambda gpu: here)
     tree = {**space().tree, "student": "resnet18", "precision": "auto", "compile": "auto"}
     experiment = finished(tmp_path / "e", build_space(tree), [0.1, 0.2])
     about = read_experiment(experiment)["space"]
     assert (about["precision"], about["compile"]) == ("bf16" if here else "fp32", "off")
-    monkeypatch.setattr("tfkd_ray.config._multiplies_bf16", lambda gpu: not here)  # another machine
+    monkeypatch.setattr("tfkd_ray.learn.config._multiplies_bf16", lambda gpu: not here)  # another machine
     with pytest.raises(RuntimeError, match="is fine"):
         tune.resume_tuner(experiment, add_trials=2)
     (config,) = resumed

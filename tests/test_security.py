@@ -31,19 +31,20 @@ from test_layers import ORDER, PACKAGE
 from test_report import make_comparison
 from test_storage import postgres  # noqa: F401
 
-import tfkd_ray.schema
-import tfkd_ray.tune
-from tfkd_ray.checkpoint import BEFORE, LAST, load_state, save_state
-from tfkd_ray.cli import main
-from tfkd_ray.experiment import read_experiment, read_records
-from tfkd_ray.export import export
-from tfkd_ray.jobs import stage, submit_command
-from tfkd_ray.models import Mlp
-from tfkd_ray.passwords import masked
-from tfkd_ray.schema import ConfigError, dump_yaml, read_yaml
-from tfkd_ray.tensorboard import side_by_side
-from tfkd_ray.tune import resume_tuner
-from tfkd_ray.weights import load_outside
+import tfkd_ray.run.tune
+import tfkd_ray.settings.yaml
+from tfkd_ray.cli.main import main
+from tfkd_ray.launch.jobs import stage, submit_command
+from tfkd_ray.learn.checkpoint import BEFORE, LAST, load_state, save_state
+from tfkd_ray.learn.models import Mlp
+from tfkd_ray.learn.weights import load_outside
+from tfkd_ray.run.tune import resume_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.yaml import dump_yaml, read_yaml
+from tfkd_ray.show.export import export
+from tfkd_ray.show.tensorboard import side_by_side
+from tfkd_ray.store.experiment import read_experiment, read_records
 
 # --- what the package may call -----------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ def test_yaml_is_read_by_the_safe_loader_alone() -> None:
         ("schema", "_Loader")
     ]
     assert all(keywords(call).get("Loader") == "_Loader" for _, _, call in loads)
-    assert [base.__name__ for base in tfkd_ray.schema._Loader.__bases__] == ["SafeLoader"]
+    assert [base.__name__ for base in tfkd_ray.settings.yaml._Loader.__bases__] == ["SafeLoader"]
 
 
 def test_nothing_is_unpickled_and_no_text_is_run() -> None:

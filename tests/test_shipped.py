@@ -12,11 +12,11 @@ from conftest import SHIPPED
 from test_data import batches, write_cifar, write_idx, write_tiny
 from test_folder import write_folder
 
-from tfkd_ray.data import Cifar100
-from tfkd_ray.loop import train
-from tfkd_ray.schema import read_yaml
-from tfkd_ray.space import Space, build_space, load_space
-from tfkd_ray.teachers import find_or_train
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.official import Cifar100
+from tfkd_ray.learn.teachers import find_or_train
+from tfkd_ray.settings.yaml import read_yaml
+from tfkd_ray.space.space import Space, build_space, load_space
 
 KNOBS = ("epochs", "stop_epoch")
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfkd_ray import soft_labels
-from tfkd_ray.checkpoint import save_weights
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.loop import train, train_in
-from tfkd_ray.schema import ConfigError, validated
-from tfkd_ray.soft_labels import CHUNKS, LARGEST, Bank, fits
-from tfkd_ray.teachers import bank_of, find_or_train, load_teacher
+from tfkd_ray.learn import soft_labels
+from tfkd_ray.learn.checkpoint import save_weights
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train, train_in
+from tfkd_ray.learn.soft_labels import CHUNKS, LARGEST, Bank, fits
+from tfkd_ray.learn.teachers import bank_of, find_or_train, load_teacher
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
 
 N, K = 100, 5
 LOGITS = 10 * torch.randn(N, K, generator=torch.Generator().manual_seed(0)) + 40
@@ -464,7 +465,7 @@ def test_what_another_node_has_filled_is_not_computed(tmp_path: Path, monkeypatc
 
 
 def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tfkd_ray import trial
+    from tfkd_ray.run import trial
 
     monkeypatch.setattr(trial.ray, "put", lambda content: content)  # its object store
     shelf = trial.Shelf(100)
@@ -481,7 +482,7 @@ def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytes
 
 def fill(experiment: Path, folder: Path, asked: bool) -> float:
     """In a process of its own, as of another node: whether the view had to be computed is checked against `asked`."""
-    from tfkd_ray.trial import _Elsewhere, shelf_name
+    from tfkd_ray.run.epochs import _Elsewhere, shelf_name
 
     counted = Counted()
     there = Bank(nn.Identity, {}, folder, _Elsewhere(shelf_name(experiment)))
@@ -495,7 +496,7 @@ def test_a_view_reaches_other_nodes_and_outlives_the_trial_that_filled_it(tmp_pa
     import ray
     from ray import cloudpickle
 
-    from tfkd_ray.callbacks import SoftLabels
+    from tfkd_ray.run.callbacks import SoftLabels
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

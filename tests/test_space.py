@@ -11,16 +11,18 @@ import pytest
 import torch
 from conftest import ROOT, SHIPPED
 
-from tfkd_ray.config import TrainConfig
-from tfkd_ray.experiment import pareto
-from tfkd_ray.objectives import PUBLISHED
-from tfkd_ray.passwords import masked
-from tfkd_ray.ranges import Choices, Range
-from tfkd_ray.relate import not_superset, warm_points
-from tfkd_ray.schema import ConfigError, dump_yaml, members, parse_yaml, tag
-from tfkd_ray.search import OptunaSearcher
-from tfkd_ray.search_config import Halving, Hyperband, Median, SearchConfig
-from tfkd_ray.space import Space, build_space, load_space
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.objectives import PUBLISHED
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.schema import members, tag
+from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
+from tfkd_ray.space.ranges import Choices, Range
+from tfkd_ray.space.relate import not_superset, warm_points
+from tfkd_ray.space.search_config import Halving, Hyperband, Median, SearchConfig
+from tfkd_ray.space.space import Space, build_space, load_space
+from tfkd_ray.store.experiment import pareto
 
 
 def space(**tree: Any) -> Space:
@@ -366,7 +368,7 @@ def test_a_wrong_search_gets_a_sentence(tree: dict[str, Any], sentence: str) -> 
 
 
 def test_a_sampler_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tfkd_ray.space.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("tfkd_ray.space.space.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"cmaes needs the package cmaes, which is not here: pip install cmaes"):
         space(optim=ONE_LR, search={"sampler": "cmaes", "stopping": "none"})
 
@@ -757,7 +759,7 @@ def test_one_precision_for_a_sweep_that_searches_the_student(
     monkeypatch: pytest.MonkeyPatch, students: tuple[str, ...], precision: str
 ) -> None:
     """bf16 where one of them gains by it: ResNet-18 more than twice, and the smallest lose a fifth of next to nothing."""
-    monkeypatch.setattr("tfkd_ray.config._multiplies_bf16", lambda gpu: True)
+    monkeypatch.setattr("tfkd_ray.learn.config._multiplies_bf16", lambda gpu: True)
     space = build_space({"objective": ["ce", "lsr"], "student": {"choices": list(students)}})
     found = {branch.config({"student": student}).precision for branch in space.branches for student in students}
     assert found == {precision} and space.tree["precision"] == precision

@@ -24,12 +24,14 @@ import ray
 from conftest import Run
 from test_search import run_sweep, space
 
-from tfkd_ray import search
-from tfkd_ray.experiment import read_experiment, read_records, write_experiment
-from tfkd_ray.schema import ConfigError, dump_yaml
-from tfkd_ray.search import OptunaSearcher, drop_stale_locks, open_journal, open_storage, whole_url
-from tfkd_ray.space import build_space
-from tfkd_ray.tune import build_tuner, resume_tuner
+from tfkd_ray.run import searcher as search
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.run.studies import drop_stale_locks, open_journal, open_storage, whole_url
+from tfkd_ray.run.tune import build_tuner, resume_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import read_experiment, read_records, write_experiment
 
 TREE: dict[str, Any] = {
     "student": {"name": "mlp", "hidden": [8]},

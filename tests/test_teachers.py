@@ -8,15 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfkd_ray import teachers
-from tfkd_ray.config import TeacherConfig, TeacherRun, TrainConfig
-from tfkd_ray.loop import train
-from tfkd_ray.models import Mlp
-from tfkd_ray.objectives import CrossEntropy, TfkdSelf
-from tfkd_ray.schema import ConfigError, validated
-from tfkd_ray.storage import Directory
-from tfkd_ray.teachers import find_or_train, load_teacher, teacher_folder, teacher_name, train_teacher
-from tfkd_ray.tune import train_teachers
+from tfkd_ray.learn import teachers
+from tfkd_ray.learn.config import TeacherConfig, TeacherRun, TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.models import Mlp
+from tfkd_ray.learn.objectives import CrossEntropy, TfkdSelf
+from tfkd_ray.learn.teachers import (
+    find_or_train,
+    load_teacher,
+    teacher_folder,
+    teacher_name,
+    train_teacher,
+)
+from tfkd_ray.run.tune import train_teachers
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.store.storage import Directory
 
 RUN = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
 

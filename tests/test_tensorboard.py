@@ -19,13 +19,10 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from tfkd_ray.cli import _HOW_TO_COMPARE
-from tfkd_ray.experiment import write_experiment
-from tfkd_ray.objectives import Canonical, LabelSmoothing, TfkdReg, TfkdRegCode
-from tfkd_ray.ranges import Choices
-from tfkd_ray.schema import parse_yaml
-from tfkd_ray.space import Space, build_space
-from tfkd_ray.tensorboard import (
+from tfkd_ray.cli.show import _HOW_TO_COMPARE
+from tfkd_ray.learn.objectives import Canonical, LabelSmoothing, TfkdReg, TfkdRegCode
+from tfkd_ray.settings.yaml import parse_yaml
+from tfkd_ray.show.tensorboard import (
     TensorBoard,
     _column,
     _kind,
@@ -34,6 +31,9 @@ from tfkd_ray.tensorboard import (
     short_names,
     side_by_side,
 )
+from tfkd_ray.space.ranges import Choices
+from tfkd_ray.space.space import Space, build_space
+from tfkd_ray.store.experiment import write_experiment
 
 
 class FakeTrial:

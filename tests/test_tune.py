@@ -22,21 +22,21 @@ from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from tfkd_ray import cluster
-from tfkd_ray.callbacks import Lock, Losses, NoNodeLeft, Recorder
-from tfkd_ray.cluster import check_ray, check_room
-from tfkd_ray.config import TeacherRun, TrainConfig
-from tfkd_ray.experiment import read_experiment, read_record, read_records
-from tfkd_ray.listener import Announcer
-from tfkd_ray.loop import train
-from tfkd_ray.objectives import CrossEntropy
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.search import open_journal
-from tfkd_ray.space import build_space
-from tfkd_ray.storage import opened
-from tfkd_ray.teachers import train_teacher
-from tfkd_ray.trial import _is_of_broken_gpu
-from tfkd_ray.tune import TeacherFailed, _overridden, build_tuner, resume_tuner
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
+from tfkd_ray.learn.loop import train
+from tfkd_ray.learn.objectives import CrossEntropy
+from tfkd_ray.learn.teachers import train_teacher
+from tfkd_ray.run import connect as cluster
+from tfkd_ray.run.callbacks import Lock, Losses, NoNodeLeft, Recorder
+from tfkd_ray.run.connect import check_ray, check_room
+from tfkd_ray.run.epochs import _is_of_broken_gpu
+from tfkd_ray.run.studies import open_journal
+from tfkd_ray.run.tune import TeacherFailed, _overridden, build_tuner, resume_tuner
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.show.listener import Announcer
+from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import read_experiment, read_record, read_records
+from tfkd_ray.store.storage import opened
 
 pytestmark = pytest.mark.ray
 

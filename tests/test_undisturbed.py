@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tfkd_ray.cli import main
-from tfkd_ray.experiment import read_records
+from tfkd_ray.cli.main import main
+from tfkd_ray.store.experiment import read_records
 
 TREE = """
 student: {name: mlp, hidden: [8]}

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tfkd_ray.schema import ConfigError
-from tfkd_ray.verdict import (
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.verdict.verdict import (
     ACCURACY,
     MOST_SEEDS,
     Arm,
@@ -368,7 +368,7 @@ def test_the_table_fits_80_columns_and_holds_the_numbers(metric: Metric) -> None
 
 
 def test_the_statistics_import_neither_torch_nor_ray() -> None:
-    code = "import sys, tfkd_ray.verdict; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
+    code = "import sys, tfkd_ray.verdict.verdict; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

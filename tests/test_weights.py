@@ -12,12 +12,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tfkd_ray.config import TeacherRun, TrainConfig
-from tfkd_ray.data import Cifar10, Cifar100, Digits, Own
-from tfkd_ray.models import Cnn, Cnn5, DenseNet121, GoogLeNet, Mlp, Network, ResNet18, ResNeXt29, ShuffleNetV2
-from tfkd_ray.schema import ConfigError, validated
-from tfkd_ray.teachers import bank_of, describe, find_or_train, teacher_folder, train_teacher
-from tfkd_ray.weights import load_outside
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
+from tfkd_ray.learn.data import Digits, Own
+from tfkd_ray.learn.models import (
+    Cnn,
+    Cnn5,
+    DenseNet121,
+    GoogLeNet,
+    Mlp,
+    Network,
+    ResNet18,
+    ResNeXt29,
+    ShuffleNetV2,
+)
+from tfkd_ray.learn.official import Cifar10, Cifar100
+from tfkd_ray.learn.teachers import bank_of, describe, find_or_train, teacher_folder, train_teacher
+from tfkd_ray.learn.weights import load_outside
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
 
 CNN, SHAPE, K = Cnn(widths=(4, 8)), (1, 8, 8), 10
 

@@ -6,29 +6,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tfkd_ray.config import TrainConfig
-    from tfkd_ray.live import Progress
-    from tfkd_ray.loop import train
-    from tfkd_ray.schema import ConfigError
-    from tfkd_ray.search import OptunaSearcher, StudyStopping
-    from tfkd_ray.space import build_space, load_space
-    from tfkd_ray.teachers import find_or_train
-    from tfkd_ray.tensorboard import TensorBoard
-    from tfkd_ray.tune import build_tuner, resume_tuner
+    from tfkd_ray.learn.config import TrainConfig
+    from tfkd_ray.learn.loop import train
+    from tfkd_ray.learn.teachers import find_or_train
+    from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
+    from tfkd_ray.run.tune import build_tuner, resume_tuner
+    from tfkd_ray.settings.errors import ConfigError
+    from tfkd_ray.show.live import Progress
+    from tfkd_ray.show.tensorboard import TensorBoard
+    from tfkd_ray.space.space import build_space, load_space
 
 _HOME = {
-    "ConfigError": "schema",
-    "OptunaSearcher": "search",
-    "Progress": "live",
-    "StudyStopping": "search",
-    "TensorBoard": "tensorboard",
-    "TrainConfig": "config",
-    "build_space": "space",
-    "build_tuner": "tune",
-    "find_or_train": "teachers",
-    "load_space": "space",
-    "resume_tuner": "tune",
-    "train": "loop",
+    "ConfigError": "settings.errors",
+    "OptunaSearcher": "run.searcher",
+    "Progress": "show.live",
+    "StudyStopping": "run.searcher",
+    "TensorBoard": "show.tensorboard",
+    "TrainConfig": "learn.config",
+    "build_space": "space.space",
+    "build_tuner": "run.tune",
+    "find_or_train": "learn.teachers",
+    "load_space": "space.space",
+    "resume_tuner": "run.tune",
+    "train": "learn.loop",
 }
 
 __all__ = [

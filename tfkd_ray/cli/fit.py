@@ -1,0 +1,133 @@
+"""TODO cli.fit."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfkd_ray.learn.config import TeacherRun
+from tfkd_ray.cli.terminal import _leave, _made, _say, _word
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED
+
+
+def _join(address: str | None, workers: int) -> None:
+    """Connect to Ray, quietly."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
+    _say("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")
+    import logging
+
+    from tfkd_ray.run.connect import ctrl_c_waits
+
+    with ctrl_c_waits():
+        import tfkd_ray.run.tune  # noqa: F401  # all that a sweep needs: seconds
+        from tfkd_ray.run.connect import connect
+
+        connect(address, workers=workers)
+    for noisy in ("ray", "ray.tune", "ray.train"):  # our table says it
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+def _teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
+    if about is not None:
+        accuracy = about["metrics"].get("val_accuracy")
+        judged = "" if accuracy is None else f", val_accuracy {accuracy:.4f}"
+        _say(f"teacher: {about['name']}{judged}, kept for later")
+    else:
+        _say(f"teacher: {_made(run)}")
+
+
+def _teacher_lines(
+    runs: Iterable["TeacherRun"], storage: Path
+) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
+    """The same for many teachers: those that are made alike, but for the seed, are announced once."""
+    from tfkd_ray.learn.teachers import is_trained
+
+    missing = {run.fingerprint(): _made(run) for run in runs if not is_trained(run, storage)}
+    counts = Counter(missing.values())
+
+    def say(run: "TeacherRun", about: dict[str, Any] | None) -> None:
+        if about is not None:
+            _teacher_line(run, about)
+        elif number := counts.pop(_made(run), 0):
+            _say(f"teacher: {_made(run)}" + (f" ({number} seeds)" if number > 1 else ""))
+
+    return say
+
+
+def _progress(experiment: Path) -> Any:
+    from tfkd_ray.show.live import Progress
+
+    return Progress(experiment)
+
+
+def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
+    """Build a Tuner and run it: whether it came to its end; None, and a sentence, if something was in its way."""
+    from tfkd_ray.run.connect import head_watched
+    from tfkd_ray.run.tune import TeacherFailed, disk_trouble, no_node_left
+
+    try:
+        tuner = build(progress)
+    except TeacherFailed as error:
+        _say(f"tfkd: {error}")
+        return None
+
+    def heard(args: threading.ExceptHookArgs) -> None:
+        """What a thread that writes says of the disk is told again by who waits for it."""
+        if disk_trouble(args.exc_value) is None:
+            threading.__excepthook__(args)
+
+    def gone(what: str) -> None:
+        progress.stop()
+        _say(f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {_word(experiment)}")
+        os._exit(FAILED)  # whatever waits for Ray would wait until Ray ends this process
+
+    threading.excepthook = heard
+    try:
+        with head_watched(gone), _ctrl_c(progress) as interrupted:
+            tuner.fit()
+    except Exception as error:
+        trouble = disk_trouble(error) or no_node_left(error)
+        if trouble is None:
+            raise
+        progress.stop()
+        _say(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {_word(experiment)}")
+        return None
+    finally:
+        threading.excepthook = threading.__excepthook__
+        progress.stop()
+    return not interrupted
+
+
+@contextlib.contextmanager
+def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
+    """Ctrl-C or SIGTERM once: Tune ends, trials save; the list is then not empty. Twice: out at once."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours passes it on
+    interrupted: list[bool] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if interrupted or not callable(signal.getsignal(signal.SIGUSR1)):
+            progress.stop()
+            _say("stopped at once; what was not saved is repeated when you resume")
+            _leave()
+        interrupted.append(True)
+        progress.note("stopping: trials save their state (Ctrl-C again: at once)")
+        signal.raise_signal(signal.SIGUSR1)  # which Tune takes as the wish to end
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _interrupted(experiment: Path) -> int:
+    _say(f"interrupted; go on with:\n  tfkd resume {_word(experiment)}")
+    return INTERRUPTED

@@ -1,0 +1,385 @@
+"""The command line: `tfkd VERB ...`. Every verb imports what it needs when it runs.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed, 2 wrong input,
+7 not better (confirm), 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tfkd_ray import __version__
+from tfkd_ray.settings.own_code import enter_job
+from tfkd_ray.settings.passwords import masked
+
+if TYPE_CHECKING:
+    pass
+from tfkd_ray.cli.compare import _confirm
+from tfkd_ray.cli.show import (
+    _best,
+    _check,
+    _doctor,
+    _explain,
+    _export,
+    _logs,
+    _ls,
+    _plan,
+    _report,
+    _status,
+    _tensorboard,
+    _trials,
+)
+from tfkd_ray.cli.sweep import _resume, _tune
+from tfkd_ray.cli.terminal import _BASELINES, _STORAGE, _TOP_K, _let_end, _place, _say
+from tfkd_ray.cli.train import _teacher, _teacher_train, _train
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
+from tfkd_ray.space.search_config import _BUDGETS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of names that are no UTF-8, or not of the terminal's
+    enter_job()
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, at any moment
+    argv, command = _command_of(_words() if argv is None else list(argv))
+    try:
+        from tfkd_ray.settings.files import Legible
+
+        with contextlib.redirect_stderr(Legible(sys.stderr)):
+            args = _parsed(argv)
+        from tfkd_ray.settings.errors import ConfigError, Unreachable  # `--help` needs no YAML
+    except ModuleNotFoundError as error:
+        return _not_installed(argv[0] if argv else "", error)
+
+    args.command = command
+    try:
+        with contextlib.redirect_stdout(Legible(sys.stdout)):
+            code: int = args.run(args)
+        sys.stdout.flush()
+        if code == INTERRUPTED:
+            _let_end()
+        return code
+    except ConfigError as error:
+        _say(f"tfkd {args.verb}: {error}")
+        return FAILED if isinstance(error, Unreachable) else WRONG_INPUT
+    except KeyboardInterrupt:
+        _let_end()
+        nothing = " before a trial ran, so there is nothing to resume" if args.verb == "tune" else ""
+        _say(f"tfkd {args.verb}: interrupted{nothing}")
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        return _not_installed(args.verb, error)
+    except BrokenPipeError:  # the reader of our output left: not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except OSError as error:
+        from tfkd_ray.settings.files import DISK_ERRORS
+
+        if _directory_is_gone():
+            _say(f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there")
+            return FAILED
+        if error.filename is None and error.errno not in DISK_ERRORS:
+            raise
+        name = str(error.filename or "the disk")
+        _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
+        return FAILED
+
+
+def _directory_is_gone() -> bool:
+    """Whether the working directory was deleted; `Path().exists()` may still say that it is there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
+    """Say that this Python lacks a package, as that of a cluster's head may, which runs jobs."""
+    _say(f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there (on a cluster: "
+         "in the environment that Ray was started from, whose `python` runs jobs)")  # fmt: skip
+    return FAILED
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The arguments; for jobs, which forward them, also as the `words` that they are and with a way to parse others."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one run only; overrides may stand between and after options
+    if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    args.words, args.parsed = argv, _parsed
+    return args
+
+
+_WORDS = "TFKD_WORDS"
+"""Variable in which a process that begins anew is given its words, with the passwords in them."""
+
+
+def _words() -> list[str]:
+    """The words of the command line. Where one holds a password, begin anew without it, the words in the environment.
+
+    Ray lists the command of a driver, and `ps` any.
+    """
+    given = os.environ.pop(_WORDS, None)
+    if given is not None:
+        return [str(word) for word in json.loads(given)]
+    words = sys.argv[1:]
+    if any(masked(word) != word for word in words):
+        os.environ[_WORDS] = json.dumps(words)
+        os.execv(sys.executable, [sys.executable, *(masked(word) for word in sys.orig_argv[1:])])
+    return words
+
+
+def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments, and the command that follows `--` in `tfkd cluster submit FILE -- COMMAND`."""
+    cut = argv.index("--") if argv[:2] == ["cluster", "submit"] and "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, without the passwords in it."""
+        super().error(masked(message))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tfkd",
+        description="Search the hyperparameters of knowledge distillation and teacher-free KD on Ray.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input, 7 not better, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"tfkd {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def file_and_overrides(sub: argparse.ArgumentParser, what: str) -> None:
+        sub.add_argument("file", help=f"{what}, or the name of one that ships with tfkd")
+        sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+
+    def download(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--download", action="store_true", help="fetch the data set first, if it is not there")
+
+    def storage(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--storage", type=_place, default=_STORAGE, metavar="DIR",
+                         help="where experiments and teachers go: a directory, s3://BUCKET/PREFIX or "
+                         "gs://BUCKET/PREFIX (default: ./tfkd_results)")  # fmt: skip
+
+    sub = verb("tune", _tune, "Run a sweep.")
+    file_and_overrides(sub, "a search-space file")
+    download(sub)
+    storage(sub)
+    sub.add_argument("--name", help="of the experiment (default: the file's name and the time)")
+    _elsewhere(sub)
+
+    _budgets(sub)
+    sub.add_argument("--num-samples", type=_count, metavar="N", help="trials, over all objectives")
+    sub.add_argument("--prior", type=_place, action="append", default=[], metavar="DIR",
+                     help="learn from an earlier experiment's trials, where they lie in this space")  # fmt: skip
+    sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study (default: a journal in the experiment)")
+
+    sub = verb("resume", _resume, "Go on with a sweep that was interrupted, or add trials to it.")
+    sub.add_argument("experiment", type=_place, help="its directory, or URL")
+    sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
+    sub.add_argument("--space", metavar="FILE", help="go on in a wider space, which holds every trial of this one")
+    sub.add_argument(
+        "--retry-failed", action="store_true", help="run the failed trials again (a comparison's always do)"
+    )
+    _budgets(sub)
+    sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE")
+    _elsewhere(sub)
+
+    sub = verb("check", _check, "Check a search-space or arms file and say what it does; starts nothing.")
+    file_and_overrides(sub, "a search-space or arms file")
+    sub.add_argument("--all", action="store_true", help="list every fixed setting, also those that are as usual")
+
+    sub = verb("plan", _plan, "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.")
+    file_and_overrides(sub, "a search-space file")
+    sub.add_argument("--probe", action="store_true", help="train a few steps of each objective here, for the hours")
+    sub.add_argument("--slots", type=_count, metavar="N", help="trials at a time (default: those of this machine)")
+    sub.add_argument("--gpu-hour-price", type=float, metavar="X", help="of one GPU")
+
+    sub = verb("explain", _explain, "Say what each objective of a file amounts to, and which searched settings matter.")
+    file_and_overrides(sub, "a search space, an arms file or a configuration")
+
+    sub = verb("train", _train, "Train one configuration: a file without ranges.")
+    file_and_overrides(sub, "a configuration file")
+    download(sub)
+    storage(sub)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes; the same DIR again goes on there")
+
+    sub = verb("confirm", _confirm, "Does it help? Train the best of a sweep, or the arms of a file, over several "
+               "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
+    file_and_overrides(sub, "a sweep's directory or URL, or an arms file")
+    sub.add_argument("--top-k", type=_count, default=_TOP_K, metavar="K", help="of a sweep: its K best (default: 3)")
+    sub.add_argument("--baselines", default=_BASELINES, metavar="LIST",
+                     help="of a sweep: what its best must beat (default: ce,lsr,scaled,published)")  # fmt: skip
+    sub.add_argument("--fail-if-not-better", action="store_true", help="end with exit code 7 unless an arm is better")
+    download(sub)
+    storage(sub)
+    sub.add_argument(
+        "--seeds",
+        type=_count,
+        default=5,
+        metavar="N",
+        help="runs of each arm (default: 5, which shows gains of about a point; 10 show half a point)",
+    )
+    sub.add_argument("--preset", choices=["smoke"], help="smoke: scaled down, to see it run")
+    sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
+    sub.add_argument("--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd")
+    sub.add_argument("--name", help="of the comparison (default: the file's name and the time)")
+    _elsewhere(sub)
+
+    sub = verb("export", _export, "Write a student as a folder to give away: weights, graphs, model card.")
+    sub.add_argument("source", type=_place, help="a sweep, a trial's folder, what tfkd train made, or a comparison")
+    sub.add_argument("--arm", help="of a comparison (default: the first by verdict, then by mean)")
+    sub.add_argument("--seed", type=_count, help="of a comparison (default: the first that was trained to the end)")
+    sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="a new directory (default: ./NAME-export)")
+    sub.add_argument("--onnx", action="store_true", help="also as ONNX (pip install 'tfkd_ray[onnx]')")
+    sub.add_argument("--licence", metavar="NAME", help="of the weights, e.g. apache-2.0")
+
+    sub = verb("teacher", _teacher, "Train, list or show teachers.")
+    actions = sub.add_subparsers(dest="do", required=True, metavar="train|list|show")
+    for do, text in (("train", "Train the teachers that a file needs."), ("list", "List the teachers that are there."),
+                     ("show", "Show how a teacher was made, and how good it is.")):  # fmt: skip
+        action = actions.add_parser(do, help=text, description=text)
+        storage(action)
+        if do == "train":
+            action.set_defaults(run=_teacher_train)
+            download(action)
+            file_and_overrides(action, "a search space, an arms file or a configuration")
+            _elsewhere(action)
+        elif do == "show":
+            action.add_argument("name", help="of the teacher")
+
+    def experiment(sub: argparse.ArgumentParser, *, follow: bool = False) -> None:
+        sub.add_argument("experiment", type=_place, help="its directory, or URL")
+        if follow:
+            sub.add_argument("-f", "--follow", action="store_true", help="go on as long as it runs")
+
+    sub = verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`; of a sweep with "
+               "several metrics, the trials that no other beats.")  # fmt: skip
+    experiment(sub)
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = verb("trials", _trials, "List the trials of an experiment.")
+    experiment(sub)
+    sub.add_argument("--sort", default="number", metavar="FIELD[:desc]", help="by a metric or a parameter")
+    sub.add_argument("--filter", action="append", default=[], metavar="EXPR",
+                     help="such as status=done, objective=kd, val_accuracy>0.9; several must all hold")  # fmt: skip
+    sub.add_argument("--columns", metavar="A,B", help="which, in this order")
+    sub.add_argument("--limit", type=_count, metavar="N", help="only the first N")
+    sub.add_argument("-o", "--output", choices=["table", "json", "csv"], default="table")
+
+    sub = verb("status", _status, "How far an experiment is, also while it runs.")
+    experiment(sub, follow=True)
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = verb("logs", _logs, "What a trial said, epoch by epoch.")
+    experiment(sub, follow=True)
+    sub.add_argument("trial", help="its name, the beginning of it, or its number")
+
+    sub = verb("ls", _ls, "List experiments and comparisons.")
+    storage(sub)
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = verb("report", _report, "Write an experiment, or a comparison, as one HTML page.")
+    experiment(sub)
+    sub.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default: report.html)"
+    )
+    sub.add_argument("--figures", type=Path, metavar="DIR", help="the figures as SVG, too")
+    sub.add_argument("--confirm", type=_place, action="append", metavar="DIR",
+                     help="a comparison to report with it (default: all of this sweep's)")  # fmt: skip
+
+    sub = verb("tensorboard", _tensorboard, "Compare the trials of experiments in TensorBoard, on this machine only.")
+    sub.add_argument("experiments", type=_place, nargs="+", metavar="EXPERIMENT",
+                     help="directories, or URLs, shown side by side")  # fmt: skip
+    sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
+
+    sub = verb(
+        "doctor", _doctor, "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes."
+    )
+    sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
+                     "RAY_ADDRESS, or this machine alone)")  # fmt: skip
+    sub.add_argument("--cluster", metavar="FILE", help="of the cluster, that is up, to look at")
+    sub.add_argument("--storage", type=_place, metavar="DIR", help="where experiments go, which all nodes must see "
+                     "(default: what the cluster file says; on this machine ./tfkd_results)")  # fmt: skip
+    sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
+    sub.add_argument("--reap", action="store_true", help="remove placement groups of jobs that have ended")
+
+    _cluster_parser(verb("cluster", _cluster, "Check, start, watch and end clusters; see docs/clusters.md."))
+    return parser
+
+
+def _elsewhere(sub: argparse.ArgumentParser) -> None:
+    """Options that say where a sweep runs."""
+    sub.add_argument("--address", help="of a Ray cluster to run on: auto, HOST:PORT, or http://HOST:PORT, where it "
+                     "runs as a job (default: RAY_ADDRESS, or start one here)")  # fmt: skip
+    sub.add_argument("--cluster", metavar="FILE", help="of a cluster that is up, to run on as a job")
+    sub.add_argument("--detach", action="store_true", help="do not follow the job")
+
+
+def _cluster_parser(sub: argparse.ArgumentParser) -> None:
+    actions = sub.add_subparsers(dest="do", required=True, metavar="check|up|status|submit|logs|down")
+    for do, text in (
+        ("check", "Say what is wrong with a cluster file; starts nothing."),
+        ("up", "Start the cluster; if it is up, leave it as it is."),
+        ("status", "Say which of its nodes run, and so cost money, and which jobs."),
+        ("submit", "Run a command on the cluster, as a job."),
+        ("logs", "Follow a job."),
+        ("down", "End the cluster, and see that it has ended."),
+    ):
+        action = actions.add_parser(do, help=text, description=text)
+        action.add_argument("file", help="a cluster file, or the name of one that ships with tfkd")
+        if do == "check":
+            action.add_argument("--space", metavar="FILE", help="a search space whose trials must find room on it")
+            continue
+        action.add_argument("--print", action="store_true", help="print the commands instead of running them")
+        if do == "submit":
+            action.add_argument("--detach", action="store_true", help="do not follow it")
+            action.usage = "%(prog)s [--print] [--detach] FILE -- COMMAND"
+        elif do == "logs":
+            action.add_argument("job", nargs="?", help="which (default: the newest)")
+
+
+def _cluster(args: argparse.Namespace) -> int:
+    from tfkd_ray.launch.verbs import cluster
+
+    return cluster(args)
+
+
+def _budgets(sub: argparse.ArgumentParser) -> None:
+    """Options that end a sweep; each goes by the name of its setting in `search`."""
+    for option, name, unit, text in _BUDGETS:
+        sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
+                         help=f"end the sweep, to be resumed, after so many {text}")  # fmt: skip
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > 10**9:
+        raise argparse.ArgumentTypeError(f"a whole number, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

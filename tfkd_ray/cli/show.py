@@ -1,0 +1,393 @@
+"""TODO cli.show."""
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfkd_ray.space.space import Space
+from tfkd_ray.cli.fit import _join
+from tfkd_ray.cli.terminal import _STORAGE, _load, _made, _say, _short
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tfkd_ray.launch.as_job import doctor_as_job
+    from tfkd_ray.space.space import load_space
+
+    shape = load_space(args.space).example if args.space else None
+    if (code := doctor_as_job(args, shape)) is not None:
+        return code
+    connected = bool(args.address or os.environ.get("RAY_ADDRESS"))
+    if connected:
+        _join(args.address, 1)
+    from tfkd_ray.launch.doctor import doctor
+    from tfkd_ray.store.storage import absolute, storage_at
+
+    place = args.storage or (None if connected else _STORAGE)
+    if isinstance(place, Path):
+        place = absolute(place)
+    storage = None if place is None else storage_at(place)
+    found = doctor(storage, shape, reap=args.reap, connected=connected)
+    print("\n".join(one.line() for one in found))
+    return FAILED if any(one.level == "problem" for one in found) else OK
+
+
+# --- check -----------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> int:
+    from tfkd_ray.settings.errors import ConfigError
+    from tfkd_ray.space.arms import is_arms_file, load_arms
+    from tfkd_ray.space.explain import warnings_of
+
+    if is_arms_file(args.file):
+        if args.all:
+            raise ConfigError("--all: is for search spaces; an arms file has a configuration for each arm", args.file)
+        compared = load_arms(args.file, args.overrides)
+        example = compared.example
+        listed = f"{len(compared.arms)} arms: {', '.join(arm.name for arm in compared.arms)}"
+        print(compared.title)
+        print(textwrap.fill(listed, 80, subsequent_indent="  ", break_on_hyphens=False))
+    else:
+        space = _load(args)
+        example = space.example
+        print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *_notes(space)]))
+        for warning in warnings_of(space):
+            print(f"warning: {warning}")
+    for note in example.try_networks():
+        print(f"note: {note}")
+    try:
+        example.data.check()
+    except ConfigError as error:  # a file may be checked where its data are not
+        print(f"note: on this machine {error}")
+    return OK
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tfkd_ray.settings.errors import ConfigError
+    from tfkd_ray.show.plan import lines, plan, slots_here
+
+    if args.slots == 0:
+        raise ConfigError("--slots: at least 1, got 0")
+    space = _load(args)
+    if args.probe:
+        space.example.data.check()
+    found, slots = plan(space, probe=args.probe), args.slots or slots_here(space)
+    print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
+    return OK
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from tfkd_ray.space.arms import is_arms_file, load_arms
+    from tfkd_ray.space.explain import arm_line, report
+
+    if is_arms_file(args.file):
+        for arm in load_arms(args.file, args.overrides).arms:
+            print("\n".join(arm_line(arm.name, arm.config)))
+    else:
+        print("\n".join(report(_load(args))))
+    return OK
+
+
+def _describe(space: "Space") -> Iterator[str]:
+    """What is searched, conditional and fixed, line by line."""
+    from tfkd_ray.space.relate import warm_points
+
+    shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
+    search, epochs = space.search, space.epochs
+    rungs = search.stopping.rungs(epochs)
+    share = search.num_samples // len(space.branches)
+    per = f"{share} for each of {len(space.branches)} objectives" if search.split and len(space.branches) > 1 else ""
+    yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
+    yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
+        f" after {rungs} epochs" if rungs else ""
+    )
+    yield f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
+    yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
+    for point in warm_points(space):
+        yield from textwrap.wrap(f"tried first: {point.objective}: {point.origin}", 80, subsequent_indent="  ")
+    if shared:
+        yield "searched for every objective:"
+        yield from (f"  {p.name:<34} {p.domain}" for p in shared)
+    for branch in space.branches:
+        own = [p for p in branch.parameters if p not in shared]
+        yield f"objective {branch.objective}:" + ("" if own else " nothing of its own")
+        yield from (f"  {p.name:<34} {p.domain}" for p in own)
+    yield from (f"teacher, once before the trials: {_made(run)}" for run in space.teacher_runs())
+
+
+def _notes(space: "Space") -> Iterator[str]:
+    for note in space.notes:
+        yield from textwrap.wrap(f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
+    """What is fixed: the networks, and what differs from the recipe and the defaults; or everything."""
+    from tfkd_ray.learn.config import TrainConfig
+    from tfkd_ray.settings.yaml import in_yaml
+
+    data, recipe = space.example.data, space.example.recipe
+    bare = {"objective": "ce", "data": data, "recipe": recipe, "precision": space.tree["precision"]}
+    usual = dict(_leaves(TrainConfig.model_validate(bare).model_dump(mode="json")))
+    own = {"name", *data.model_dump(exclude_defaults=True)}
+    searched = {p.path for p in space.parameters}
+    count = 0
+    yield "fixed:"
+    for path, value in _leaves(space.tree, searched):
+        if path[0] in ("search", "objective", "teacher") or path in searched:
+            continue
+        differs = path[1] in own if path[0] == "data" else path[0] == "student" or usual.get(path) != value
+        count += not differs
+        if differs or whole:
+            yield f"  {'.'.join(path):<34} {in_yaml(value)}"
+    if count and not whole:
+        named = recipe or next(iter(data.recipes))
+        yield f"  {count} more are as in the recipe {named} of {data.name}, or as usual (--all lists them)"
+
+
+def _leaves(
+    tree: Any, whole: Collection[tuple[str, ...]] = (), path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of what has nothing below it; what stands at a path of `whole` is one."""
+    if isinstance(tree, dict) and path not in whole:
+        for key, value in tree.items():
+            yield from _leaves(value, whole, (*path, key))
+    else:
+        yield path, tree
+
+
+# --- export ----------------------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tfkd_ray.show.export import ExportFailed, export
+
+    source = _to_export(args.source)
+    out = args.out or Path(f"{source.absolute().name}-export")
+    try:
+        made = export(source, out, arm=args.arm, seed=args.seed, onnx=args.onnx, licence=args.licence)
+    except ExportFailed as error:
+        _say(f"tfkd export: {error}")
+        return FAILED
+    for name, found in made["differences"].items():
+        print(
+            f"{name}: logits differ by at most {found['largest']:.2g} (the largest is {found['scale']:.3g}) on "
+            f"{made['images']} images of {made['split']}"
+        )
+    for name, why in made["problems"].items():
+        _say(f"{name}: not written: {why}")
+    print(f"{made['name']} is in {_short(Path(made['folder']))}")
+    return FAILED if made["problems"] else OK
+
+
+def _to_export(place: "Path | str") -> Path:
+    """What is exported, on this machine: of a sweep's URL the best trial's weights, else all below the URL."""
+    if isinstance(place, Path):
+        return place
+    from tfkd_ray.show.status import best_of
+    from tfkd_ray.store.storage import all_but_run_states, opened, storage_at
+
+    url, _, trial = str(storage_at(place)).partition("/trials/")
+    found = opened(url)
+    found.storage.fetch_comparisons()
+    if trial:
+        source = folder = found.folder / "trials" / trial
+    elif (found.folder / "confirm.yaml").is_file():
+        return opened(url, all_but_run_states).folder
+    else:
+        source, folder = found.folder, best_of(found.folder)[0].folder
+    found.storage.bring(folder / "student.safetensors")
+    return source
+
+
+def _best(args: argparse.Namespace) -> int:
+    import json
+
+    from tfkd_ray.settings.errors import ConfigError
+    from tfkd_ray.settings.yaml import dump_yaml
+    from tfkd_ray.show.status import best_lines, best_of, front_of, read_lasts
+    from tfkd_ray.store.storage import opened
+
+    experiment = opened(args.experiment).folder
+    winner, plan = best_of(experiment)
+    front, records = [winner], read_lasts(experiment)
+    if len(plan.metrics) > 1:
+        from tfkd_ray.store.experiment import pareto
+
+        front = pareto(records, plan.metrics)
+        if not front:
+            raise ConfigError(f"no trial of full length has a value of {' and of '.join(plan.metrics)}", experiment)
+    found = front_of(front, plan, len(records))
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return OK
+    print("\n".join(f"# {line}" for line in best_lines(found, experiment)))
+    print(dump_yaml(front[0].config), end="")
+    return OK
+
+
+def _trials(args: argparse.Namespace) -> int:
+    from tfkd_ray.show.trials import trials_table
+    from tfkd_ray.store.storage import opened
+
+    print(
+        trials_table(
+            opened(args.experiment).folder,
+            sort=args.sort,
+            filter=args.filter,
+            columns=args.columns,
+            limit=args.limit,
+            output=args.output,
+        )
+    )
+    return OK
+
+
+def _status(args: argparse.Namespace) -> int:
+    import json
+
+    from tfkd_ray.show.status import follow_status, status, status_lines
+    from tfkd_ray.store.storage import kept_up_to_date, opened
+
+    shown, experiment = "", opened(args.experiment).folder
+    try:
+        with kept_up_to_date([args.experiment] if args.follow else []):
+            for found in follow_status(experiment) if args.follow else [status(experiment)]:
+                text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
+                if text != shown:
+                    if args.follow and sys.stdout.isatty() and sys.__stdout__ is not None:
+                        print("\x1b[H\x1b[2J", end="", file=sys.__stdout__)  # which text may not say
+                    print(text, flush=True)
+                shown = text
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return OK
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from tfkd_ray.show.trials import logs
+    from tfkd_ray.store.storage import kept_up_to_date, opened
+
+    experiment = opened(args.experiment).folder
+    try:
+        with kept_up_to_date([args.experiment] if args.follow else []):
+            for line in logs(experiment, args.trial, follow=args.follow):
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return OK
+
+
+def _ls(args: argparse.Namespace) -> int:
+    import json
+
+    from tfkd_ray.show.status import ls, ls_lines
+    from tfkd_ray.store.storage import storage_at
+
+    storage = storage_at(args.storage)
+    storage.fetch_experiments()
+    found = ls(storage.folder)
+    print(json.dumps(found, indent=1) if args.json else "\n".join(ls_lines(found)))
+    return OK
+
+
+def _report(args: argparse.Namespace) -> int:
+    from tfkd_ray.show.report import report
+    from tfkd_ray.space.arms import comparisons_of
+    from tfkd_ray.store.storage import absolute, opened
+
+    sweep = opened(args.experiment)
+    sweep.storage.fetch_comparisons()
+    experiment = absolute(sweep.folder)
+    found = [opened(place).folder for place in args.confirm or ()] or comparisons_of(experiment)
+    for path in report(experiment, args.out, figures=args.figures, comparisons=found):
+        print(path)
+    return OK
+
+
+_HOW_TO_COMPARE = """\
+1. Time Series: filter the runs (tfkd_reg), pin hp/value, set smoothing to 0.
+2. HParams, Table: tick the columns you want (5 are ticked), sort by the value.
+3. HParams, Parallel Coordinates and Scatter Plot Matrix: untick columns that
+   some trials lack, else those trials are not drawn; log scale for lr; drag
+   along the value's axis to keep the best, and read which T and alpha are left.
+4. Custom Scalars: the value by objective, and the intervals of confirmed arms.
+5. Text: how a trial differs from plain training, and how to run it again.
+A trial that runs, or was interrupted, has the status Unknown."""
+
+
+def _tensorboard(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from tensorboard import program
+
+    from tfkd_ray.store.experiment import read_experiment
+    from tfkd_ray.store.storage import kept_up_to_date, opened, with_events
+
+    given = [opened(place, with_events).folder for place in args.experiments]
+    for experiment in given:
+        if not (experiment / "confirm.yaml").is_file():
+            read_experiment(experiment)
+    _check_port(args.port)
+    # of two with the same name, the later ones get numbers
+    experiments: dict[str, Path] = {}
+    for path in dict.fromkeys(path.resolve() for path in given):
+        experiments[path.name if path.name not in experiments else f"{path.name}-{len(experiments) + 1}"] = path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="tfkd-tensorboard-") as folder,
+        kept_up_to_date(args.experiments, with_events),
+    ):
+        several = len(experiments) > 1
+
+        def link() -> None:
+            if several:
+                from tfkd_ray.show.tensorboard import side_by_side
+
+                side_by_side(Path(folder), experiments)
+
+        link()
+        board = program.TensorBoard()
+        logdir = folder if several else str(next(iter(experiments.values())) / "tb")
+        # of a run's files, all are read; no epoch is left out
+        board.configure(argv=["tensorboard", "--logdir", logdir, "--host", "127.0.0.1", "--port", str(args.port),
+                              "--reload_multifile", "true", "--samples_per_plugin", "scalars=5000"])  # fmt: skip
+        with contextlib.redirect_stderr(io.StringIO()):  # its advice on its flags
+            url = board.launch()
+        _say(f"TensorBoard: {url} (Ctrl-C ends it)\n{_HOW_TO_COMPARE}")
+        while True:
+            time.sleep(2)
+            link()
+    return OK
+
+
+def _check_port(port: int) -> None:
+    """Raise a ConfigError that names the next free port, if this one cannot be used."""
+    import socket
+
+    from tfkd_ray.settings.errors import ConfigError
+
+    def problem(port: int) -> str | None:
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return str(error.strerror)
+        return None
+
+    if port > 65535:
+        raise ConfigError(f"ports end at 65535, got {port}", "--port")
+    if why := problem(port):
+        free = next((p for p in range(max(port, 1023) + 1, 65536) if not problem(p)), 0)
+        raise ConfigError(f"{port} cannot be used ({why}); the next free one: --port {free}", "--port")

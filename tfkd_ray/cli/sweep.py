@@ -1,0 +1,192 @@
+"""TODO cli.sweep."""
+
+import argparse
+import dataclasses
+import json
+import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tfkd_ray.settings.own_code import remember
+from tfkd_ray.settings.passwords import masked
+
+if TYPE_CHECKING:
+    from tfkd_ray.space.space import Space
+from tfkd_ray.cli.compare import _compare
+from tfkd_ray.cli.fit import _fit, _interrupted, _join, _progress, _teacher_line
+from tfkd_ray.cli.show import _notes
+from tfkd_ray.cli.terminal import _have_data, _let_end, _load, _new_name, _say, _short, _word
+from tfkd_ray.settings.errors import FAILED, OK
+from tfkd_ray.space.search_config import _BUDGETS, BUDGETS
+
+# --- tune and resume -------------------------------------------------------------------------------------------
+
+
+def _tune(args: argparse.Namespace) -> int:
+    options = {"num_samples": args.num_samples, **{name: getattr(args, name) for name in BUDGETS}}
+    args.overrides += [f"search.{name}={value}" for name, value in options.items() if value is not None]
+    args.overrides += [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
+    space = _load(args)
+    from tfkd_ray.launch.as_job import tune_as_job
+    from tfkd_ray.space.search_config import ENVIRONMENT
+
+    if (code := tune_as_job(args, space)) is not None:
+        return code
+    if (url := space.search.storage) and masked(url) != url:
+        os.environ[ENVIRONMENT] = url  # from where what is written without its password takes it
+    from tfkd_ray.store.storage import checked, opened
+
+    storage = checked(args.storage)
+    priors = [opened(prior).folder for prior in args.prior]
+    name = _new_name(args, storage, Path(args.file).stem)
+    _have_data(space.example, args)
+    _join(args.address, space.example.workers)
+    from tfkd_ray.run.tune import build_tuner
+
+    for line in _notes(space):
+        _say(line)
+    return _sweep(
+        space,
+        storage.folder / name,
+        lambda progress: build_tuner(
+            space,
+            name=name,
+            storage=storage,
+            callbacks=[progress],
+            on_teacher=_teacher_line,
+            priors=priors,
+            on_budget=progress.end,
+            on_note=progress.note,
+        ),
+    )
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from tfkd_ray.launch.as_job import resume_as_job
+    from tfkd_ray.settings.errors import ConfigError
+    from tfkd_ray.space.space import build_space, load_space
+    from tfkd_ray.store.experiment import read_experiment
+    from tfkd_ray.store.storage import to_continue
+
+    if (code := resume_as_job(args)) is not None:
+        return code
+    found = to_continue(args.experiment)
+    experiment = found.folder
+    if (experiment / "confirm.yaml").is_file():
+        budgets = {option: getattr(args, name) for option, name, _, _ in _BUDGETS}
+        given = {
+            "--add-trials": args.add_trials or None,
+            "--space": args.space,
+            "--study-storage": args.study_storage,
+            **budgets,
+        }
+        if wrong := [option for option, value in given.items() if value is not None]:
+            problems = [
+                f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs" for option in wrong
+            ]
+            raise ConfigError(problems, experiment)
+        return _compare(found, args.address)
+    about = read_experiment(experiment)
+    if told := remember(about.get("directory")):
+        _say(told)
+    about["space"]["search"]["num_samples"] += args.add_trials
+    space = build_space(about["space"], experiment / "experiment.yaml")
+    wider = load_space(args.space) if args.space else None
+    if wider is not None:
+        samples = wider.search.num_samples + args.add_trials
+        space = dataclasses.replace(wider, search=wider.search.model_copy(update={"num_samples": samples}))
+    _join(args.address, space.example.workers)
+    from tfkd_ray.run.tune import resume_tuner
+
+    return _sweep(
+        space,
+        experiment,
+        lambda progress: resume_tuner(
+            found,
+            add_trials=args.add_trials,
+            callbacks=[progress],
+            on_teacher=_teacher_line,
+            retry_failed=args.retry_failed,
+            space=wider,
+            study_storage=args.study_storage,
+            on_budget=progress.end,
+            on_note=progress.note,
+            **{name: getattr(args, name) for name in BUDGETS},
+        ),
+    )
+
+
+def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
+    """Run a Tuner under our table and our Ctrl-C, then print what came out."""
+    progress = _progress(experiment)
+    try:
+        ended = _fit(progress, build, experiment)
+        if ended is None:
+            return FAILED
+        code = _summary(space, experiment, whole=ended and not progress.ended_by)
+    except KeyboardInterrupt:
+        if not (experiment / "experiment.yaml").is_file():
+            raise
+        _let_end()
+        return _interrupted(experiment)
+    if progress.ended_by:
+        (more,) = (f"{option} {unit}" for option, name, unit, _ in _BUDGETS if f".{name}: " in progress.ended_by)
+        print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_word(experiment)} {more}")
+    return code if ended else _interrupted(experiment)
+
+
+def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
+    """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
+    from tfkd_ray.settings.yaml import in_yaml
+    from tfkd_ray.show.receipt import receipt_lines
+    from tfkd_ray.show.status import spent
+    from tfkd_ray.store.experiment import best, gone_sentence, gone_trials, pareto, read_records
+
+    metric = space.search.metric
+    records = read_records(experiment)
+    count = {s: sum(r.status == s for r in records) for s in ("done", "stopped", "failed", "interrupted", "running")}
+    winner, seconds = best(records, metric), spent(experiment)["seconds"]
+    print(
+        f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
+        f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
+    )
+    if lost := sum(r.lost for r in records):
+        print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
+    if gone := gone_trials(experiment):
+        print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
+    for record in [r for r in records if r.status == "failed"][:3]:
+        print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
+    if winner is None:
+        begun = "no trial of full length yet" if records else "no trial had begun when the sweep ended"
+        print(f"{begun}, so there is no best one")
+        return FAILED if count["failed"] and not count["interrupted"] else OK
+    print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
+    for key, value in winner.parameters.items():
+        print(f"  {key:<34} {value:.6g}" if isinstance(value, float) else f"  {key:<34} {in_yaml(value)}")
+    for name in ("ce", "lsr"):
+        rival = best([r for r in records if r.objective == name], metric)
+        if rival is not None and rival is not winner:
+            print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
+    ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
+    if ties > 1:
+        print(f"{ties} trials share this value; the first of them is named")
+    if space.search.more_metrics:
+        print(f"\nnone is better in all of {', '.join(space.search.metrics)} than:")
+        for r in pareto(records, space.search.metrics):
+            print(f"  {r.name:<24} " + ", ".join(f"{m} {r.last[m]:.6g}" for m in space.search.metrics))
+    print("\n" + "\n".join(receipt_lines(space, records)))
+    print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
+    print("trials the luckiest is always ahead of its true value.")
+    where = _word(experiment)
+    print(f"\nwritten to {_short(experiment)}")
+    if not whole:
+        return OK
+    print("next:")
+    print(f"  tfkd confirm {where}")
+    print(f"  tfkd report {where}")
+    print(f"  tfkd tensorboard {where}")
+    print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
+    print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
+    return OK

@@ -1,0 +1,119 @@
+"""TODO cli.terminal."""
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from tfkd_ray.learn.config import TeacherRun, TrainConfig
+    from tfkd_ray.space.space import Space
+    from tfkd_ray.store.storage import Storage
+from tfkd_ray.settings.errors import INTERRUPTED
+
+_STORAGE = Path("tfkd_results")
+_TOP_K = 3
+_BASELINES = "ce,lsr,scaled,published"
+
+
+def _let_end() -> None:
+    """What comes of Ctrl-C or SIGTERM is under way, and takes a moment (Ray ends its processes); another: at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: _leave())
+
+
+def _leave() -> NoReturn:
+    """End at once, and all processes that we have started, such as those of a Ray of our own."""
+    if end := getattr(sys.modules.get("tfkd_ray.run.connect"), "end_children", None):  # no import amid another
+        end()
+    os._exit(INTERRUPTED)
+
+
+def _say(text: str) -> None:
+    from tfkd_ray.settings.files import legible
+
+    print(legible(_as_given(text)), file=sys.stderr, flush=True)
+
+
+def _as_given(text: str) -> str:
+    """The text with URLs in place of their mirrors; imports nothing, as errors are said this way, too."""
+    storage = sys.modules.get("tfkd_ray.store.storage")
+    return storage.as_given(text) if storage is not None else text
+
+
+def _place(text: str) -> "Path | str":
+    """A directory, or a URL as it is."""
+    return text if "://" in text else Path(text)
+
+
+def _load(args: argparse.Namespace) -> "Space":
+    from tfkd_ray.space.space import load_space
+
+    return load_space(args.file, args.overrides)
+
+
+def _have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
+    """Raise a ConfigError if the data are not here; with --download, fetch them first."""
+    from tfkd_ray.settings.errors import ConfigError
+
+    if args.download:
+        try:
+            config.data.check()
+        except ConfigError:
+            _say(f"downloading {config.data.name}")
+            config.data.download()
+    config.data.check()
+
+
+def _new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
+    """Name of a new experiment: `--name`, or the stem and the time."""
+    from tfkd_ray.store.experiment import check_name
+
+    name: str = args.name if args.name is not None else f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
+    storage.check_new(name)
+    return name
+
+
+def _made(run: "TeacherRun") -> str:
+    """How a teacher is made."""
+    if run.weights is not None:
+        return f"taking {run.student.name} from {run.weights}"
+    stop = f", stopped after {run.stop_epoch}" if run.stop_epoch else ""
+    stop += f", stopped at val_accuracy {run.stop_accuracy:g}" if run.stop_accuracy else ""
+    return f"training {run.student.name} with {run.objective.name} for {run.epochs} epochs{stop}"
+
+
+def _word(path: Path) -> str:
+    """A path as one word of a command that is typed here."""
+    return shlex.quote(_short(path))
+
+
+def _short(path: Path) -> str:
+    """A path as one would name it here."""
+    if (url := _as_given(str(path))) != str(path):
+        return url
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def _same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
+    """The run with the digest of its data; a ConfigError where a directory holds another run, or one on other data."""
+    from tfkd_ray.learn.config import TrainConfig
+    from tfkd_ray.settings.errors import ConfigError
+    from tfkd_ray.settings.schema import validated
+    from tfkd_ray.settings.yaml import read_yaml
+
+    path = out / "config.yaml"
+    if path.exists():
+        there = validated(TrainConfig, read_yaml(path), path)
+        config = config.with_digest(there.data.digest)
+        if there.fingerprint() != config.fingerprint():
+            raise ConfigError("holds another run (see its config.yaml); choose another directory: --out DIR", out)
+    return config.pinned()

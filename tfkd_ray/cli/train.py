@@ -1,0 +1,166 @@
+"""TODO cli.train."""
+
+import argparse
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.cli.fit import _join, _teacher_line
+from tfkd_ray.cli.terminal import _have_data, _load, _same_run, _say, _short
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK
+
+# --- teachers --------------------------------------------------------------------------------------------------
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    from tfkd_ray.settings.errors import ConfigError, did_you_mean
+    from tfkd_ray.settings.yaml import dump_yaml
+    from tfkd_ray.store.experiment import read_teachers
+    from tfkd_ray.store.storage import storage_at
+
+    storage = storage_at(args.storage)
+    storage.check()
+    storage.fetch("teachers")
+    found = {about["name"]: about for about in read_teachers(storage.folder)}
+    if args.do == "list":
+        print(f"{'teacher':<36} {'data':<14} {'epochs':>6} {'val_accuracy':>12}")
+        for name, about in found.items():
+            accuracy = about["metrics"].get("val_accuracy")
+            shown = "" if accuracy is None else f"{accuracy:.4f}"
+            print(f"{name:<36} {about['config']['data']['name']:<14} {_epochs_of(about):>6} {shown:>12}")
+        return OK
+    if args.name not in found:
+        hint = did_you_mean(args.name, found) if found else "there is none"
+        raise ConfigError(f"no teacher {args.name!r}; {hint}", storage.folder / "teachers")
+    print(dump_yaml(found[args.name]), end="")
+    return OK
+
+
+def _epochs_of(about: dict[str, Any]) -> str:
+    return "given" if about["config"].get("weights") else f"{about['metrics']['epoch']:.0f}"
+
+
+def _teacher_train(args: argparse.Namespace) -> int:
+    from tfkd_ray.launch.as_job import teacher_as_job
+    from tfkd_ray.settings.errors import ConfigError
+    from tfkd_ray.space.arms import is_arms_file, load_arms
+
+    if is_arms_file(args.file):
+        arms = load_arms(args.file, args.overrides).arms
+        runs = [run for arm in arms if (run := arm.config.teacher_run())]
+    else:
+        runs = _load(args).teacher_runs()
+    if not runs:
+        raise ConfigError("none of its objectives needs a teacher", args.file)
+    runs = list({run.fingerprint(): run for run in runs}.values())
+    if (code := teacher_as_job(args, runs[0])) is not None:
+        return code
+    _have_data(runs[0], args)
+    _join(args.address, 1)
+    from tfkd_ray.run.tune import TeacherFailed, prepare, train_teachers
+    from tfkd_ray.store.storage import checked
+
+    storage = checked(args.storage)
+    runs = [run.pinned() for run in runs]
+    try:
+        for run in runs:
+            prepare(run, storage)
+        train_teachers(runs, storage, _teacher_line)
+    except TeacherFailed as error:
+        _say(f"tfkd: {error}")
+        return FAILED
+    from tfkd_ray.learn.teachers import teacher_folder
+
+    for run in runs:
+        print(_short(teacher_folder(run, storage.folder)))
+    return OK
+
+
+# --- the other verbs -------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from tfkd_ray.settings.errors import ConfigError
+
+    if isinstance(args.storage, str):
+        raise ConfigError("one run is made on this machine's disk: name a directory, or leave it out", "--storage")
+    space = _load(args)
+    config = space.single()
+    out = (
+        (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
+    )
+    from tfkd_ray.settings.files import check_writable
+
+    check_writable(out, "--out DIR")
+    _have_data(config, args)
+    for note in config.try_networks():
+        _say(f"note: {note}")
+    config = _same_run(config, out)
+    pressed: list[int] = []
+
+    def after_the_epoch(number: int, frame: Any) -> None:
+        """Ctrl-C once: at the end of the epoch, where the state can be saved. Twice: at once."""
+        pressed.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    try:
+        epochs = _epochs(config, out, args.storage.expanduser().absolute())
+        for metrics in epochs:
+            shown = {k: metrics[k] for k in ("train_loss", "val_accuracy", "val_nll", "lr") if k in metrics}
+            _say(f"epoch {metrics['epoch']:.0f}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            if not pressed:
+                signal.signal(signal.SIGINT, after_the_epoch)
+            elif metrics["epoch"] < config.epochs:
+                epochs.close()
+                _say(f"interrupted; the same command with --out {_short(out)} goes on where it was")
+                return INTERRUPTED
+    except (ArithmeticError, RuntimeError) as error:
+        _say(f"tfkd train: failed: {error}")
+        return FAILED
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    name = "val_accuracy" if "val_accuracy" in metrics else "train_loss"
+    print(f"{name} {metrics[name]:.4f} after {metrics['epoch']:.0f} epochs, in {_short(out)}")
+    return OK
+
+
+def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
+    """The epochs of one run, each also a line of metrics.jsonl: here, or on Ray Train if it has several workers."""
+    import json
+
+    from tfkd_ray.learn.teachers import find_or_train
+    from tfkd_ray.settings.files import write_text
+    from tfkd_ray.settings.yaml import dump_yaml
+
+    if config.workers > 1:
+        _join(None, config.workers)
+        from tfkd_ray.run.connect import check_room
+
+        check_room(config)
+    teacher = find_or_train(config, storage, _say)
+    write_text(out / "config.yaml", dump_yaml(config.model_dump(mode="json")))
+    if config.workers > 1:
+        from tfkd_ray.run.group import Group
+        from tfkd_ray.store.assignment import Assignment
+        from tfkd_ray.store.storage import Directory
+
+        assignment = Assignment(out.name, config.epochs, directory=out, storage=Directory(storage))
+        group = Group(config, out / "group", _say)
+        source: Any = group.epochs(config.model_dump(mode="json"), assignment)
+    else:
+        from tfkd_ray.learn.loop import train_in
+
+        source = train_in(out, config, teacher=teacher, say=_say)
+    lines: list[str] = []
+    try:
+        for metrics in source:
+            lines.append(json.dumps(metrics) + "\n")
+            write_text(out / "metrics.jsonl", "".join(lines))
+            yield metrics
+    finally:
+        source.close()
+        if config.workers > 1:
+            group.close()

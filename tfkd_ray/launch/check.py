@@ -1,0 +1,178 @@
+"""TODO launch.check."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.store.storage import is_url, storage_at
+
+if TYPE_CHECKING:
+    from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.launch.clusterfile import ClusterFile, NodeType
+from tfkd_ray.launch.kuberay_rules import _groups, _kuberay_rules, _pods, _volumes
+from tfkd_ray.launch.ray_rules import NODE_LOCAL, _mounts, _ray_rules
+from tfkd_ray.launch.slurm_rules import _sbatch, _slurm_rules
+from tfkd_ray.learn.config import DRIVER
+
+
+def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
+    """What can be said about a good file, in lines; a ConfigError with everything that is wrong.
+
+    Args:
+        file: what `load_cluster` read.
+        shape: a trial, which the cluster must have room for.
+    """
+    rules = {"ray": _ray_rules, "kuberay": _kuberay_rules, "slurm": _slurm_rules}[file.kind]
+    problems = list(rules(file)) or [*_storage(file), *_room(file, shape)]
+    if problems:
+        raise ConfigError(problems, file.path)
+    lines = [f"{file.name}: {_kind_in_words(file)}", f"experiments go to {file.storage}"]
+    nodes = node_types(file)
+    if nodes is None:
+        lines.append(
+            "its nodes' CPUs and GPUs are found by Ray when it starts, so room for a trial is not checked here"
+        )
+    for node in nodes or []:
+        has = ", ".join(_amounts(node)) or "no CPUs"
+        lines.append(f"  {node.name}: {node.least} to {node.most} nodes, each with {has}")
+    if left := placeholders(file):
+        lines.append(f"to change before `tfkd cluster up`: {', '.join(left)}")
+    return lines
+
+
+def _amounts(node: "NodeType") -> Iterator[str]:
+    """What a node has, a phrase each."""
+    from tfkd_ray.learn.config import KIND
+
+    for kind, amount in node.resources.items():
+        if kind != DRIVER:
+            yield kind.removeprefix(KIND) if kind.startswith(KIND) else f"{amount:g} {kind}"
+
+
+PLACEHOLDER = re.compile(
+    r"\b(?:ami|fs|sg|subnet)-0123456789abcdef0\b|\b0{8}(?:-0{4}){3}-0{12}\b|\bmy-project\b|\bmystorage\.file\b"
+    r"|\bregistry\.example\.com\b"
+)
+"""What stands in the files that ship where something of one's own must stand."""
+
+
+def placeholders(file: ClusterFile) -> list[str]:
+    """What the file still has of the shipped one and nobody can have."""
+    code = "\n".join(line for line in file.text.splitlines() if not line.lstrip().startswith("#"))
+    return list(dict.fromkeys(PLACEHOLDER.findall(code)))
+
+
+def _kind_in_words(file: ClusterFile) -> str:
+    if file.here:
+        return "this machine, as a cluster of Ray's"
+    words = {"local": "machines of your own, by ssh", "kuberay": "Kubernetes, by KubeRay", "slurm": "a Slurm job"}
+    return words.get(file.provider, f"Ray's own cluster launcher on {file.provider}")
+
+
+def _storage(file: ClusterFile) -> Iterator[str]:
+    """Experiments must go where all nodes see them."""
+    field = {"ray": "metadata.tfkd.storage", "kuberay": "metadata.annotations.tfkd/storage"}.get(
+        file.kind, "TFKD_RESULTS"
+    )
+    if file.storage is None:
+        yield f"{field}: required, and not given; name a directory that all nodes see, such as /mnt/shared/tfkd_results"
+        return
+    if is_url(file.storage):
+        try:
+            storage_at(file.storage)
+        except ConfigError as error:
+            yield from (f"{field}: {problem.removeprefix('storage: ')}" for problem in error.problems)
+        return
+    if file.here:
+        return
+    if file.kind == "slurm":
+        if re.match(r"/(tmp|dev/shm|var/tmp|local)(/|$)", file.storage) or "$TMPDIR" in file.storage:
+            yield _local_to_a_node(field, file.storage)
+    elif NODE_LOCAL.match(file.storage):
+        yield _local_to_a_node(field, file.storage)
+    elif file.kind == "kuberay":
+        yield from _volumes(file, field)
+    elif file.provider != "local":
+        yield from _mounts(file, field)
+
+
+def _local_to_a_node(field: str, value: str) -> str:
+    return f"{field}: {value} is local to each node, and a trial that moves would not find its checkpoint; name a directory that all nodes see"  # noqa: E501
+
+
+def node_types(file: ClusterFile) -> list[NodeType] | None:
+    """What the file says about its nodes; None where Ray finds that out when it starts."""
+    if file.kind == "kuberay":
+        return [_pods(place, group) for place, group in _groups(file)]
+    if file.kind == "slurm":
+        nodes = _sbatch(file, "nodes") or 1
+        has = {"CPU": _sbatch(file, "cpus-per-task"), "GPU": _sbatch(file, "gpus-per-node")}
+        return [NodeType("node", nodes, nodes, {k: float(v) for k, v in has.items() if v})]
+    types = file.tree.get("available_node_types")
+    if not types or not all(t.get("resources") for t in types.values()):
+        return None
+    most = file.tree.get("max_workers", 2)
+    head = file.tree["head_node_type"]
+    return [
+        NodeType(
+            name,
+            t.get("min_workers", 0) + (name == head),
+            min(t.get("max_workers", 0 if name == head else most), most) + (name == head),
+            {kind: float(amount) for kind, amount in t["resources"].items()},
+        )
+        for name, t in types.items()
+    ]
+
+
+def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
+    """A trial must fit on the cluster when all its nodes are there."""
+    nodes = node_types(file)
+    if shape is None or nodes is None:
+        return
+    from tfkd_ray.learn.config import KIND
+
+    need = {kind: amount for kind, amount in shape.worker_resources.items()
+            if kind in ("CPU", "GPU") or (file.kind == "ray" and not kind.startswith(KIND))}  # fmt: skip
+    most = file.tree.get("max_workers", 2) if file.kind == "ray" else None
+    fits = {n.name: int(min((n.resources.get(k, 0) // v for k, v in need.items()), default=1)) for n in nodes}
+    wanted = f"{KIND}{shape.accelerator_type}"
+    if shape.accelerator_type and not any(may_have(file, node, wanted) for node in nodes):
+        kinds = sorted({kind.removeprefix(KIND) for n in nodes for kind in n.resources if kind.startswith(KIND)})
+        said = ", ".join(kinds) or "none"
+        place = "rayStartParams.resources" if file.kind == "kuberay" else "resources"
+        yield (
+            f"accelerator_type: no node type is said to have {shape.accelerator_type} (said is {said})"
+            f", and an autoscaler starts what the file says; if one has it, add to its {place}: '{wanted}': 1"
+        )
+        return
+    if shape.accelerator_type:
+        fits = {node.name: fits[node.name] if may_have(file, node, wanted) else 0 for node in nodes}
+    if most is None:
+        room = sum(fits[n.name] * n.most for n in nodes)
+    else:  # the biggest nodes first, and no more than max_workers of them in all
+        head = file.tree["head_node_type"]
+        room, left = fits[head], most
+        for node in sorted((n for n in nodes if n.name != head), key=lambda n: -fits[n.name]):
+            room, left = room + fits[node.name] * min(node.most, left), left - min(node.most, left)
+    if room < shape.workers:
+        asked = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+        yield (
+            f"workers: a trial needs {shape.workers} x {asked}, each on one node, and with all its nodes the cluster "
+            f"has room for {room} of them; use fewer or smaller workers, or larger or more nodes"
+        )
+
+
+def may_have(file: ClusterFile, node: NodeType, wanted: str) -> bool:
+    """Whether nodes of a type may have a kind of GPU.
+
+    Ray finds the kind when it starts on a node, so one that is there from the start may have any. To start one for a
+    trial, the autoscaler must know it before: from the file; on AWS Ray asks for it, if the file says none.
+    """
+    if not node.resources.get("GPU"):
+        return False
+    from tfkd_ray.learn.config import KIND
+
+    if any(kind.startswith(KIND) for kind in node.resources):
+        return wanted in node.resources
+    return file.provider in ("aws", "slurm") or node.least == node.most

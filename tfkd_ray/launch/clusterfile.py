@@ -1,0 +1,236 @@
+"""A cluster file: read, and checked offline for what Ray, Kubernetes and Slurm would only find when it costs money.
+
+Three kinds, told apart by what is in them: Ray's own (`provider:`), KubeRay's (`apiVersion:`, RayCluster or RayJob)
+and a Slurm batch script (`#SBATCH`). What Ray's or KubeRay's schema says is asked of that schema; the rules here are
+those it does not see. A rule is a function that yields sentences; `check` runs those of the file's kind.
+
+Beside the cluster itself, a file says where experiments go: `metadata: {tfkd: {storage: ...}}` for Ray,
+`metadata: {annotations: {tfkd/storage: ...}}` for KubeRay, `TFKD_RESULTS=...` for Slurm.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.yaml import find_file, parse_documents, text_of
+
+if TYPE_CHECKING:
+    pass
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ClusterFile:
+    """A cluster file as it was read; nothing is checked yet but its kind."""
+
+    path: Path
+    kind: Literal["ray", "kuberay", "slurm"]
+    tree: dict[str, Any]
+    """Of KubeRay's file, its RayCluster or RayJob; of Slurm's, nothing."""
+    text: str
+    others: tuple[dict[str, Any], ...] = ()
+    """The other documents of KubeRay's file."""
+
+    @property
+    def name(self) -> str:
+        """What the cluster is called."""
+        if self.kind == "ray":
+            return str(self.tree.get("cluster_name"))
+        if self.kind == "kuberay":
+            return str(self.tree["metadata"]["name"])
+        found = re.search(r"^#SBATCH\s+(?:--job-name[=\s]|-J\s*)(\S+)", self.text, re.M)
+        return found[1] if found else self.path.name
+
+    @property
+    def provider(self) -> str:
+        """What runs its machines: local, aws, gcp, azure; kuberay; slurm."""
+        return str(self.tree["provider"].get("type")) if self.kind == "ray" else self.kind
+
+    @property
+    def here(self) -> bool:
+        """Whether the cluster is this machine alone, which needs no ssh."""
+        provider = self.tree.get("provider") or {}
+        return self.provider == "local" and provider.get("head_ip") in LOOPBACK and not provider.get("worker_ips")
+
+    @property
+    def storage(self) -> str | None:
+        """Where experiments go on the cluster."""
+        if self.kind == "slurm":
+            found = re.search(r"^TFKD_RESULTS=[\"']?([^\s\"'#]+)", self.text, re.M)
+            return found[1] if found else None
+        place = ("tfkd", "storage") if self.kind == "ray" else ("annotations", "tfkd/storage")
+        below: Any = self.tree.get("metadata")
+        for key in place:
+            below = below.get(key) if isinstance(below, dict) else None
+        return None if below is None else str(below)
+
+    @property
+    def head(self) -> str:
+        """The commands that start Ray on the head, as one text."""
+        return "\n".join(map(str, self.tree.get("head_start_ray_commands") or []))
+
+    @property
+    def workers(self) -> str:
+        """The commands that start Ray on a worker, as one text."""
+        return "\n".join(map(str, self.tree.get("worker_start_ray_commands") or []))
+
+    @property
+    def dashboard_port(self) -> int:
+        """Where the dashboard listens, on the head's loopback."""
+        return int(option(self.head, "dashboard-port") or 8265)
+
+    @property
+    def port(self) -> int:
+        """Where the head listens."""
+        return int(option(self.head, "port") or 6379)
+
+    @property
+    def cluster(self) -> dict[str, Any]:
+        """KubeRay's: what is said about the cluster itself."""
+        spec = self.tree["spec"]
+        found: dict[str, Any] = spec.get("rayClusterSpec") or {} if self.tree["kind"] == "RayJob" else spec
+        return found
+
+
+def option(command: str, name: str) -> str | None:
+    """The value of a `--name=value` in a shell command."""
+    found = re.search(rf"--{name}[=\s]+['\"]?([^\s'\"]+)", command)
+    return found[1] if found else None
+
+
+def load_cluster(path: str | Path) -> ClusterFile:
+    """Read a cluster file, or the one of that name that ships with tfkd; a ConfigError if it is none."""
+    found = find_file(path, "clusters")
+    if not found.exists() and found.suffix in ("", ".sh"):
+        found = find_file(path, "clusters", suffix=".sh")
+    if found.is_file() and found.suffix == ".sh":
+        text = found.read_text(encoding="utf-8", errors="replace")
+        if not re.search(r"^#SBATCH\s", text, re.M):
+            raise ConfigError("not a Slurm script: there is no line that begins with #SBATCH", found)
+        return ClusterFile(found, "slurm", {}, text)
+    if found.is_file() and found.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm), got {found.suffix!r}", found)
+    text = text_of(found)
+    if not text.strip():
+        raise ConfigError("is empty; begin with one from clusters/", found)
+    documents = parse_documents(text, found)
+    if not documents or not all(isinstance(tree, dict) for tree in documents):
+        raise ConfigError("every document in it must be settings (key: value)", found)
+    if "provider" in documents[0] and len(documents) == 1:
+        if not isinstance(documents[0]["provider"], dict):
+            raise ConfigError(f"provider: needs settings below it (type: aws), got {documents[0]['provider']!r}", found)
+        return ClusterFile(found, "ray", documents[0], text)
+    ours = [d for d in documents if d.get("kind") in ("RayCluster", "RayJob")]
+    if len(ours) == 1 and "apiVersion" in ours[0]:
+        return ClusterFile(found, "kuberay", ours[0], text, tuple(d for d in documents if d is not ours[0]))
+    if "objective" in documents[0] or "arms" in documents[0]:
+        raise ConfigError("is a search space or an arms file, not a cluster file; see the files in clusters/", found)
+    raise ConfigError(
+        "not a cluster file: it has neither 'provider:' (Ray's own) nor one document of kind RayCluster or RayJob "
+        "(KubeRay's); begin with one from clusters/",
+        found,
+    )
+
+
+# --- what all kinds share --------------------------------------------------------------------------------------
+
+
+def _schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
+    """What a JSON schema finds, a sentence each."""
+    from jsonschema import Draft7Validator
+
+    for error in sorted(Draft7Validator(schema).iter_errors(tree), key=lambda e: list(map(str, e.absolute_path))):
+        path = dotted(error.absolute_path)
+        value = error.instance
+        if error.validator == "additionalProperties" and isinstance(value, dict):
+            known = error.schema.get("properties", {})
+            for key in sorted(set(value) - set(known)):
+                yield f"{dotted([*error.absolute_path, key])}: no such field; {did_you_mean(key, known)}"
+        elif error.validator == "required":
+            missing = [key for key in error.validator_value if key not in value]
+            for key in missing:
+                yield f"{dotted([*error.absolute_path, key])}: required, and not given"
+        elif error.validator == "enum":
+            yield f"{path}: no such value {value!r}; {did_you_mean(str(value), map(str, error.validator_value))}"
+        elif error.validator == "type":
+            yield f"{path or '(the file)'}: must be of type {error.validator_value}, got {value!r}"
+        else:
+            yield f"{path or '(the file)'}: {error.message}"
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes of one kind: how many, and what each has."""
+
+    name: str
+    least: int
+    most: int
+    resources: dict[str, float]
+    """By Ray's names, those of kinds of GPUs among them where the file says them."""
+
+
+_UNITS = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
+          **{f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", 1)}}  # fmt: skip
+"""What may follow the number of a Kubernetes quantity."""
+
+
+def _quantity(value: Any) -> float | None:
+    """A Kubernetes quantity (4, "4", "7500m", "1k", "2e3") as a number; None if it is none."""
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE]|[KMGTPE]i)?|[eE]([-+]?[0-9]{1,2}))", str(value))
+    if found is None or isinstance(value, bool):
+        return None
+    return float(found[1]) * (10.0 ** int(found[3]) if found[3] else _UNITS[found[2] or ""])
+
+
+def _amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
+    """CPUs and GPUs must be what Kubernetes, or `ray start`, reads as an amount."""
+    container = group["template"]["spec"]["containers"][0].get("resources") or {}
+    for part in ("requests", "limits"):
+        for kind, value in (container.get(part) or {}).items():
+            field = f"{place}.template.spec.containers.0.resources.{part}.{dotted([kind])}"
+            amount = _quantity(value)
+            if amount is None:
+                yield f"{field}: must be a quantity of Kubernetes' (2, 500m, 8Gi), got {value!r}"
+            elif kind.endswith("/gpu") and amount != int(amount):
+                yield f"{field}: GPUs are whole, got {value!r}"
+    for name in ("num-cpus", "num-gpus"):
+        value = (group.get("rayStartParams") or {}).get(name, "0")
+        if not re.fullmatch(r"[0-9]{1,9}", str(value)):
+            yield f'{place}.rayStartParams.{name}: `ray start` takes a whole number ("4"), got {value!r}'
+
+
+def _name(file: ClusterFile) -> Iterator[str]:
+    """The name becomes part of the names and labels of machines, and of files."""
+    name = file.tree["cluster_name"]
+    allowed, said = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "letters, digits, - and _"
+    if file.provider == "gcp":
+        allowed, said = r"[a-z][a-z0-9_-]{0,62}", "small letters, digits, - and _, a letter first"
+    if not re.fullmatch(allowed, name):
+        yield f"cluster_name: must be of {said}, at most 63, got {name!r}"
+
+
+def _copied(file: ClusterFile) -> Iterator[str]:
+    """What is copied to the nodes must be here; the token is made when the cluster starts."""
+    for there, here in (file.tree.get("file_mounts") or {}).items():
+        if not isinstance(here, str) or not here:
+            yield f"file_mounts.{there}: must be a path on this machine, got {here!r}"
+        elif not str(there).endswith("auth_token") and not Path(here).expanduser().exists():
+            yield f"file_mounts.{there}: {here} is not there (looked from {Path.cwd()})"
+
+
+def versions_in(texts: Iterable[str]) -> dict[str, set[str]]:
+    """Exact versions of Ray, torch and Python that images and shell commands name."""
+    found: dict[str, set[str]] = {"ray": set(), "torch": set(), "python": set()}
+    for text in texts:
+        found["ray"] |= set(re.findall(r"\bray(?:\[[^\]]*\])?==([\w.]+)", text))
+        found["ray"] |= set(re.findall(r"rayproject/ray(?:-ml)?:(\d[\d.]*\d)", text))
+        found["ray"] |= set(re.findall(r":[\w.-]*-ray(\d[\d.]*\d)", text))
+        found["torch"] |= set(re.findall(r"\btorch==([\w.+]+)", text))
+        found["python"] |= set(re.findall(r"\bpython(3\.\d+)\b", text))
+        found["python"] |= {f"3.{minor}" for minor in re.findall(r":[\w.-]*-py3(\d+)", text)}
+    return found

@@ -1,0 +1,171 @@
+"""TODO launch.commands."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from tfkd_ray.launch.clusterfile import ClusterFile, option
+from tfkd_ray.settings.errors import ConfigError
+
+SSH_S = 10
+"""How long a host of a cluster of one's own may take to answer by ssh."""
+
+Command = list[str]
+RAYCLUSTER = "RAYCLUSTER"
+"""Stands for what only KubeRay knows, in commands that are printed."""
+
+
+def up_commands(file: ClusterFile) -> list[Command]:
+    """What starts a cluster."""
+    path = str(file.path)
+    if file.here:
+        return [["bash", "-c", str(line)] for line in file.tree["head_start_ray_commands"]]
+    if file.kind == "ray":
+        return [["ray", "up", "--yes", "--no-config-cache", path]]
+    if file.kind == "slurm":
+        raise ConfigError(
+            "a Slurm cluster lives as long as its job; start both: tfkd cluster submit FILE -- tfkd tune SPACE", path
+        )
+    wait = kube(file, "wait", "--for=condition=HeadPodReady", "--timeout=900s", f"raycluster/{file.name}")
+    return [kube(file, "apply", "--filename", path), *([wait] if file.tree["kind"] == "RayCluster" else [])]
+
+
+def down_commands(file: ClusterFile) -> list[Command]:
+    """What ends a cluster; storage stays."""
+    if file.here:
+        # what _end_here does without `pkill`; the brackets keep the shell from finding itself
+        mark = shlex.quote(f"[/]{_temp_dir(file).lstrip('/')}/session")
+        return [["bash", "-c", f"pkill --full {mark}; sleep 2; pkill --signal KILL --full {mark}"]]
+    if file.kind == "ray":
+        return [["ray", "down", "--yes", str(file.path)]]
+    if file.kind == "slurm":
+        return [["scancel", "--me", "--name", file.name]]
+    return [kube(file, "delete", "--ignore-not-found", "--timeout=300s", f"{file.tree['kind'].lower()}/{file.name}")]
+
+
+def tidy_commands(file: ClusterFile) -> list[Command]:
+    """What removes the rest of what the file made, once its nodes are gone: a NetworkPolicy guards them until then."""
+    names = [d["metadata"]["name"] for d in file.others if d.get("kind") == "NetworkPolicy"]
+    return [kube(file, "delete", "--ignore-not-found", "--timeout=60s", f"networkpolicy/{name}") for name in names]
+
+
+def rayclusters_command(file: ClusterFile) -> Command:
+    """What names the clusters that a RayJob has made, RAYCLUSTER in other commands; its pods carry their names only."""
+    selector = f"ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name={file.name}"
+    return kube(file, "get", "rayclusters", "--output", "name", "--selector", selector)
+
+
+def head_command(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> Command:
+    """What names the head's pod of a RayJob, HEAD in other commands."""
+    selector = f"ray.io/node-type=head,{_selector(file, clusters)}"
+    running = "status.phase=Running"
+    return kube(file, "get", "pods", "--output", "name", "--selector", selector, "--field-selector", running)
+
+
+def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> list[Command]:
+    """What lists the nodes that run, asked of whoever rents them out, so that it is true when Ray is gone, too.
+
+    Args:
+        file: the cluster file.
+        clusters: those that a RayJob has made.
+    """
+    provider = file.tree.get("provider", {})
+    if file.here:
+        return [["pgrep", "--list-full", "--full", f"{_temp_dir(file)}/session"]]
+    if file.provider == "local":
+        return [ssh(file, host, f"pgrep -f {shlex.quote(_raylet(file))} > /dev/null && echo {host}; true")
+                for host in hosts(file)]  # fmt: skip
+    if file.provider == "aws":
+        return [["aws", "ec2", "describe-instances", "--region", provider["region"], "--output", "text",
+                 "--filters", f"Name=tag:ray-cluster-name,Values={file.name}",
+                 "Name=instance-state-name,Values=pending,running,shutting-down,stopping,stopped", "--query",
+                 "Reservations[].Instances[].[InstanceId,InstanceType,State.Name,InstanceLifecycle]"]]  # fmt: skip
+    if file.provider == "gcp":
+        return [["gcloud", "compute", "instances", "list", "--project", provider["project_id"],
+                 "--filter", f"labels.ray-cluster-name={file.name}",
+                 "--format", "value(name,machineType,status,scheduling.preemptible)"]]  # fmt: skip
+    if file.provider == "azure":
+        query = f"[?tags.\"ray-cluster-name\"=='{file.name}'].[name,hardwareProfile.vmSize,powerState,priority]"
+        return [["az", "vm", "list", "--resource-group", provider["resource_group"], "--show-details",
+                 "--query", query, "--output", "tsv"]]  # fmt: skip
+    if file.kind == "slurm":
+        return [["squeue", "--me", "--noheader", "--name", file.name, "--format", "%i %T %D nodes %R %L left"]]
+    if _is_rayjob(file) and not clusters:
+        return []
+    return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file, clusters))]
+
+
+def _is_rayjob(file: ClusterFile) -> bool:
+    return file.kind == "kuberay" and file.tree["kind"] == "RayJob"
+
+
+def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
+    """Of the pods of a cluster; KubeRay labels them with the cluster's name, and not with the RayJob's."""
+    names = clusters if _is_rayjob(file) else [file.name]
+    return f"ray.io/cluster={names[0]}" if len(names) == 1 else f"ray.io/cluster in ({','.join(names)})"
+
+
+def kube(file: ClusterFile, *words: str) -> Command:
+    """`kubectl` in the file's namespace."""
+    namespace = file.tree["metadata"].get("namespace")
+    return ["kubectl", *(["--namespace", namespace] if namespace else []), *words]
+
+
+def hosts(file: ClusterFile) -> list[str]:
+    """Addresses of the machines of a cluster of one's own, as they are reached from here, the head's first."""
+    provider = file.tree["provider"]
+    return [provider.get("external_head_ip") or provider["head_ip"], *(provider["worker_ips"] or [])]
+
+
+def ssh(file: ClusterFile, host: str, command: str) -> Command:
+    """A command on a node, by the file's user, key and proxy."""
+    auth = file.tree.get("auth") or {}
+    key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
+    options = ["BatchMode=yes", f"ConnectTimeout={SSH_S}", "LogLevel=ERROR"]
+    options += [f"ProxyCommand={auth['ssh_proxy_command']}"] if auth.get("ssh_proxy_command") else []
+    options += ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"]  # as `ray up` does
+    user = f"{auth['ssh_user']}@" if "ssh_user" in auth else ""
+    return ["ssh", *key, *(word for o in options for word in ("-o", o)), f"{user}{host}", command]
+
+
+def _raylet(file: ClusterFile) -> str:
+    """A pattern of the command lines of this cluster's raylets; the brackets keep it from finding itself."""
+    return f"[r]aylet .*--gcs-address=[0-9.]*:{file.port} "
+
+
+def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Command | None:
+    """What brings the head's dashboard to a port of this machine; None where it is here.
+
+    Args:
+        file: the cluster file.
+        port: of this machine.
+        head: the head's pod, for a RayJob.
+    """
+    if file.here:
+        return None
+    if file.kind == "ray":
+        return ["ray", "dashboard", "--port", str(port), "--remote-port", str(file.dashboard_port), str(file.path)]
+    target = head if _is_rayjob(file) else f"service/{file.name}-head-svc"
+    return kube(file, "port-forward", "--address", "127.0.0.1", target, f"{port}:8265")
+
+
+def logs_command(address: str, job: str) -> Command:
+    """What follows a job."""
+    return ["ray", "job", "logs", "--address", address, "--follow", job]
+
+
+def slurm_submit(file: ClusterFile, words: Sequence[str]) -> Command:
+    """A command as a Slurm job."""
+    return ["sbatch", str(file.path), *words]
+
+
+def slurm_logs(file: ClusterFile) -> Command:
+    """What follows a Slurm job's newest output, where it was submitted from."""
+    return ["bash", "-c", f'tail -n +1 -F "$(ls -t {shlex.quote(file.name)}-*.log | head -n 1)"']
+
+
+def _temp_dir(file: ClusterFile) -> str:
+    """Where a cluster on this machine keeps its sockets; it is in the command lines of all its processes."""
+    place = option(file.head, "temp-dir")
+    assert place is not None, f"{file.path}: checked to have one of its own"
+    return place

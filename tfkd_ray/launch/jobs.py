@@ -1,0 +1,208 @@
+"""Sweeps as Ray jobs: what is sent, what is left at home, and what the cluster says of itself. No Ray, no torch.
+
+A job gets a copy of the working directory without data, results, keys and other secrets, and this package beside it;
+its command is shown to whoever reaches the dashboard, so nothing secret may stand in it.
+"""
+
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.run.auth import token
+from tfkd_ray.settings.errors import ConfigError, Unreachable
+from tfkd_ray.settings.own_code import JOB_FOLDER, PACKAGE
+
+LEFT_OUT = (
+    # secrets
+    ".env", ".env.*", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ecdsa*", "id_ed25519*", "auth_token", "*credentials*",
+    ".netrc", ".npmrc", ".pypirc", ".aws", ".azure", ".config", ".docker", ".gnupg", ".kube", ".ray", ".ssh",
+    "*service*account*.json",
+    # data and results: they are on the cluster's storage
+    "data", "dataset", "datasets", "tfkd_results", "*.tar", "*.tar.*", "*.tgz", "*.zip", "*.gz", "*-ubyte", "*.npy",
+    "*.npz", "*.h5", "*.parquet", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.onnx", "events.out.tfevents*",
+    # what is made anew
+    ".git", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", "*.egg-info", ".*_cache", "build", "dist",
+)  # fmt: skip
+"""Names of files and folders that a job does not get; `.rayignore` adds more, a name or pattern a line."""
+
+WORKING = "working_directory"
+"""Name of the copy of the working directory, where it does not lie in the folder of a job itself."""
+
+LIMIT_MB = 100
+"""Most that a working directory may hold; it is code, and goes through the head's memory."""
+
+TIMEOUT_S = 10
+"""How long a head may take to answer."""
+
+
+def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:
+    """Copy what a job gets of `folder`; the name of `extra` in the copy, which is put there if it is from elsewhere.
+
+    This package comes along, so that the cluster runs the version that submitted the job.
+    """
+    patterns = [*LEFT_OUT, *_ignored(folder)]
+    files = list(_kept(folder, patterns))
+    size = sum(path.lstat().st_size for path in files)
+    if size > LIMIT_MB * 10**6:
+        largest = sorted(files, key=lambda path: -path.lstat().st_size)[:3]
+        shown = ", ".join(f"{p.relative_to(folder)} ({p.lstat().st_size / 10**6:.0f} MB)" for p in largest)
+        raise ConfigError(
+            f"a job gets a copy of the working directory, and {size / 10**6:.0f} MB are more than {LIMIT_MB}: {shown}; "
+            "name what is not code in .rayignore, or start from the folder of your search space",
+            folder,
+        )
+    for path in files:
+        there = into / path.relative_to(folder)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, there)
+    package = Path(__file__).parent.parent
+    leave = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, into / package.name, dirs_exist_ok=True, ignore=leave)
+    if extra is None:
+        return None
+    if extra.absolute().is_relative_to(folder) and extra.absolute() in files:
+        return str(extra.absolute().relative_to(folder))
+    shutil.copyfile(extra, into / extra.name)
+    return extra.name
+
+
+def stage_apart(folder: Path, into: Path, extra: Path | None = None) -> str | None:
+    """As `stage`, the working directory below `into` and this package beside it.
+
+    Ray puts `into` first on the path of a job's processes: what merely lies in the working directory is not imported.
+    """
+    (into / WORKING).mkdir()
+    sent = stage(folder, into / WORKING, extra)
+    (into / WORKING / PACKAGE.name).rename(into / PACKAGE.name)
+    return sent
+
+
+def _ignored(folder: Path) -> list[str]:
+    file = folder / ".rayignore"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _kept(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """Files below a folder that no pattern names; links are not followed, and not sent."""
+    for where, folders, names in os.walk(folder):
+        here = Path(where)
+
+        def out(name: str, here: Path = here) -> bool:
+            inside = str((here / name).relative_to(folder))
+            return (here / name).is_symlink() or any(
+                fnmatch.fnmatch(name, p) or fnmatch.fnmatch(inside, p) for p in patterns
+            )
+
+        folders[:] = sorted(name for name in folders if not out(name))
+        files = (here / name for name in sorted(names) if not out(name))
+        yield from (path for path in files if path.is_file() and not _is_secret(path))
+
+
+def _is_secret(path: Path) -> bool:
+    """Whether a file is a private key or the cluster's token, whatever it is called."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(256)
+    except OSError:
+        return True
+    return b"PRIVATE KEY-----" in begin or begin.strip() == (token() or "-").encode()
+
+
+def as_entrypoint(words: Sequence[str], folder: Path) -> list[str]:
+    """A command as `ray job submit` takes it; what its shell would change goes through a script in the folder."""
+    if shlex.join(words) == " ".join(words):
+        return list(words)
+    (folder / "tfkd_job.sh").write_text(f"exec {shlex.join(words)}\n", encoding="utf-8")
+    return ["bash", "tfkd_job.sh"]
+
+
+def submit_command(
+    address: str, job: str, folder: Path, entrypoint: Sequence[str], working: str | None = None
+) -> list[str]:
+    """`ray job submit` for a staged folder, which returns when the job is accepted; `working` as of `stage_apart`."""
+    versions = {} if os.environ.get(SUBMITTED_FROM) == "any" else {SUBMITTED_FROM: json.dumps(versions_here())}
+    env = {"env_vars": {**versions, **({JOB_FOLDER: working} if working else {})}}
+    return ["ray", "job", "submit", "--address", address, "--submission-id", job, "--working-dir", str(folder),
+            "--runtime-env-json", json.dumps(env), "--no-wait", "--", *entrypoint]  # fmt: skip
+
+
+# --- the cluster's answers -------------------------------------------------------------------------------------
+
+
+def ask(address: str, path: str, timeout: float = TIMEOUT_S) -> Any:
+    """What a head's dashboard answers, as JSON. Raises Unreachable, or a ConfigError about the token."""
+    key = token()
+    request = urllib.request.Request(address.rstrip("/") + path)
+    if key:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ConfigError(_token_problem(address, key)) from None
+        raise Unreachable(f"{address} answers, but not as a Ray head does: {error.code} {error.reason}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise Unreachable(
+            f"no Ray head answers at {address} within {timeout:g} s ({reason}); is it up, and does the tunnel stand?"
+        ) from None
+
+
+def _token_problem(address: str, key: str | None) -> str:
+    where = "copy the head's ~/.ray/auth_token here (mode 600), or set RAY_AUTH_TOKEN_PATH"
+    if key is None:
+        return f"{address} wants a token, and there is none here; {where}"
+    return f"{address} refuses the token that is here: it is another cluster's; {where}"
+
+
+def check_ray_version(address: str) -> None:
+    """Raise where the cluster's Ray is not this machine's, or does not answer."""
+    there, here = str(ask(address, "/api/version").get("ray_version")), importlib.metadata.version("ray")
+    if there != here:
+        raise ConfigError(
+            f"Ray {there} runs on the cluster at {address}, and {here} is installed here; make them equal: "
+            f"pip install 'ray[default,train,tune]=={there}', or pin ray=={here} in the cluster file"
+        )
+
+
+def jobs_at(address: str) -> list[dict[str, Any]]:
+    """Submitted jobs, the newest first."""
+    found = [job for job in ask(address, "/api/jobs/") if job.get("submission_id")]
+    return sorted(found, key=lambda job: -(job.get("start_time") or 0))
+
+
+# --- both ends the same ----------------------------------------------------------------------------------------
+
+SUBMITTED_FROM = "TFKD_SUBMITTED_FROM"
+"""Environment variable by which a job knows the versions of the machine that submitted it."""
+
+
+def versions_here() -> dict[str, str]:
+    """Versions that must be equal on a laptop and its cluster, for results to be."""
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in ("ray", "torch", "optuna")}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
+
+
+def check_submitted_from() -> None:
+    """In a job: raise where the machine that submitted it has other versions than the cluster."""
+    if os.environ.get(SUBMITTED_FROM, "any") == "any":
+        return
+    there, here = json.loads(os.environ[SUBMITTED_FROM]), versions_here()
+    if there != here:
+        differ = ", ".join(f"{name} {there.get(name)} there and {here[name]} here" for name in here
+                           if there.get(name) != here[name])  # fmt: skip
+        raise ConfigError(
+            f"this job was submitted from a machine with other versions than the cluster ({differ}): it would not get "
+            f"the numbers of a run there; make them equal, or submit with {SUBMITTED_FROM}=any set"
+        )

@@ -1,0 +1,145 @@
+"""TODO launch.kuberay_rules."""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.launch.clusterfile import (
+    LOOPBACK,
+    ClusterFile,
+    NodeType,
+    _amount_problems,
+    _quantity,
+    _schema_problems,
+    versions_in,
+)
+from tfkd_ray.learn.config import DRIVER
+
+
+def _volumes(file: ClusterFile, field: str) -> Iterator[str]:
+    """Every pod must mount a volume that is shared where the storage is."""
+    assert file.storage is not None, f"{file.path=}"
+    for place, group in _groups(file):
+        pod = group["template"]["spec"]
+        volumes = {v["name"]: v for v in pod.get("volumes") or []}
+        mounts = [m for m in pod["containers"][0].get("volumeMounts") or []
+                  if f"{file.storage}/".startswith(m["mountPath"].rstrip("/") + "/")]  # fmt: skip
+        kinds = {kind for m in mounts for kind in volumes.get(m["name"], {}) if kind != "name"}
+        if not kinds & {"persistentVolumeClaim", "nfs", "csi"}:
+            what = f"only {', '.join(sorted(kinds))}" if kinds else "no volume"
+            yield (
+                f"{place}.template.spec: {field} is {file.storage}, and {what} is mounted there; mount a claim of "
+                "ReadWriteMany (persistentVolumeClaim) or nfs"
+            )
+
+
+def _pods(place: str, group: dict[str, Any]) -> NodeType:
+    container = group["template"]["spec"]["containers"][0]
+    limits = {**container.get("resources", {}).get("requests", {}), **container.get("resources", {}).get("limits", {})}
+    started = group.get("rayStartParams") or {}
+    cpus = started.get("num-cpus", math.ceil(_quantity(limits.get("cpu", 0)) or 0))  # as KubeRay rounds
+    gpus = started.get("num-gpus", next((v for k, v in limits.items() if k.endswith("/gpu")), 0))
+    kinds = re.findall(r"(accelerator_type:[\w-]+)", str(started.get("resources", "")))
+    has = {"CPU": _quantity(cpus) or 0.0, "GPU": _quantity(gpus) or 0.0, **dict.fromkeys(kinds, 1.0)}
+    head = place.endswith("headGroupSpec")
+    hosts = group.get("numOfHosts", 1)
+    least, most = (1, 1) if head else (group.get("minReplicas", 0) * hosts, group.get("maxReplicas", 2**31 - 1) * hosts)
+    return NodeType("head" if head else group["groupName"], least, most, {k: v for k, v in has.items() if v})
+
+
+# --- KubeRay ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kuberay_schema() -> dict[str, Any]:
+    schema, pod = (
+        json.loads(Path(__file__).with_name(f"{name}-schema.json").read_text())
+        for name in ("kuberay", "kubernetes-pod")
+    )
+    return {**schema, "definitions": {**schema["definitions"], **pod["definitions"]}}
+
+
+def _groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
+    """(place in the file, group of pods), the head first."""
+    at = "spec.rayClusterSpec" if file.tree["kind"] == "RayJob" else "spec"
+    workers = file.cluster.get("workerGroupSpecs") or []
+    return [
+        (f"{at}.headGroupSpec", file.cluster["headGroupSpec"]),
+        *((f"{at}.workerGroupSpecs.{i}", group) for i, group in enumerate(workers)),
+    ]
+
+
+def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
+    found = list(_schema_problems(file.tree, _kuberay_schema()))
+    yield from found
+    if found:
+        return
+    if not file.cluster:
+        yield "spec.rayClusterSpec: required, and not given"
+        return
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", file.name):
+        yield (
+            "metadata.name: must be of small letters, digits and -, with a letter first and no - at the end, at "
+            f"most 50, got {file.name!r}"
+        )
+    groups = _groups(file)
+    at = groups[0][0].removesuffix(".headGroupSpec")
+    mode = (file.cluster.get("authOptions") or {}).get("mode", "token" if "authOptions" in file.cluster else None)
+    if mode != "token":
+        yield f"{at}.authOptions.mode: must be token, got {mode!r}; without it, whoever reaches a pod runs code on it"
+    if re.search(r"name:\s*[\"']?RAY_AUTH_TOKEN[\"']?\s*,\s*value:", file.text):
+        yield "RAY_AUTH_TOKEN: a token does not belong in a file; authOptions makes a secret of it"
+    yield from _kuberay_ports(file, *groups[0])
+    version = file.cluster.get("rayVersion")
+    if version is None:
+        yield f"{at}.rayVersion: required, and not given"
+    images = {place: group["template"]["spec"]["containers"][0]["image"] for place, group in groups}
+    for place, image in images.items():
+        where = f"{place}.template.spec.containers.0.image"
+        if ":" not in image.rpartition("/")[2] or re.search(r":(latest|nightly)", image):
+            yield f"{where}: {image!r} changes under you; name a release"
+        elif image != images[groups[0][0]]:
+            yield f"{where}: {image!r}, and the head has {images[groups[0][0]]!r}; use the same on all pods"
+        elif (named := versions_in([image])["ray"]) and version is not None and named != {version}:
+            yield f"{where}: Ray {min(named)}, and rayVersion is {version}; make them equal"
+    resources = (groups[0][1].get("rayStartParams") or {}).get("resources", "")
+    if not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", resources):
+        wanted = f'resources: \'"{{\\"{DRIVER}\\": 1000}}"\''
+        yield f"{groups[0][0]}.rayStartParams: the head lacks the resource '{DRIVER}', which trials of several workers need; add: {wanted}"  # noqa: E501
+    for place, group in groups:
+        yield from _amount_problems(place, group)
+    for place, group in groups[1:]:
+        low, high = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
+        if low > high:
+            yield f"{place}: minReplicas must not be above maxReplicas, got {low} and {high}"
+        if not low <= group.get("replicas", low) <= high:
+            yield f"{place}.replicas: must be from {low} to {high}, got {group['replicas']}"
+    if file.tree["kind"] == "RayJob":
+        if not file.tree["spec"].get("entrypoint"):
+            yield "spec.entrypoint: required, and not given"
+        if not file.tree["spec"].get("shutdownAfterJobFinishes"):
+            yield "spec.shutdownAfterJobFinishes: must be true, or the cluster costs money after its job has ended"
+
+
+def _kuberay_ports(file: ClusterFile, place: str, head: dict[str, Any]) -> Iterator[str]:
+    """Nothing leaves the Kubernetes cluster, and the dashboard is on loopback or behind a NetworkPolicy."""
+    if head.get("serviceType", "ClusterIP") != "ClusterIP":
+        yield f"{place}.serviceType: {head['serviceType']} opens Ray's ports outside of Kubernetes; use ClusterIP"
+    if head.get("enableIngress"):
+        yield f"{place}.enableIngress: opens the dashboard outside of Kubernetes; use kubectl port-forward"
+    host = (head.get("rayStartParams") or {}).get("dashboard-host")
+    labels = (head["template"].get("metadata") or {}).get("labels") or {}
+    guarded = any(
+        d.get("kind") == "NetworkPolicy"
+        and isinstance(d.get("spec"), dict)
+        and "Ingress" in (d["spec"].get("policyTypes") or [])
+        and (d["spec"].get("podSelector") or {}).get("matchLabels", {}).items() <= labels.items()
+        for d in file.others
+    )
+    if host not in LOOPBACK and not guarded:
+        said = "KubeRay's default, 0.0.0.0," if host is None else host
+        yield f"{place}.rayStartParams.dashboard-host: {said} lets every pod reach the dashboard; use 127.0.0.1, or add a NetworkPolicy for the head's pod"  # noqa: E501

@@ -1,0 +1,270 @@
+"""TODO launch.ray_rules."""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.launch.clusterfile import LOOPBACK, ClusterFile, _copied, _name, _schema_problems, option, versions_in
+from tfkd_ray.learn.config import DRIVER
+from tfkd_ray.settings.errors import did_you_mean, dotted
+
+PROVIDERS = {
+    "local": {"head_ip", "worker_ips", "external_head_ip", "coordinator_address"},
+    "aws": {"region", "availability_zone", "cache_stopped_nodes", "use_internal_ips", "security_group", "key_pair",
+            "aws_credentials", "cloudwatch"},
+    "gcp": {"region", "availability_zone", "project_id", "use_internal_ips", "gcp_credentials"},
+    "azure": {"location", "resource_group", "subscription_id", "subnet_mask", "unique_id", "tags", "availability_zone",
+              "use_internal_ips", "use_external_head_ip", "msi_name", "msi_resource_group", "cache_stopped_nodes"},
+}  # fmt: skip
+"""What Ray 2.60 reads of `provider`, beside `type`; its schema takes any word there, so that a misspelt one is lost."""
+
+NODE_LOCAL = re.compile(r"^(?!/)|^/(tmp|var|dev|run|root|home|opt|local|scratch|mnt/local)(/|$)")
+"""Paths that each node has for itself, as a rule."""
+
+
+def _mounts(file: ClusterFile, field: str) -> Iterator[str]:
+    """On rented machines nothing is shared unless this file mounts it, on all of them."""
+    assert file.storage is not None, f"{file.path=}"
+    setup = [*(file.tree.get("initialization_commands") or []), *(file.tree.get("setup_commands") or [])]
+    targets = [m[1].rstrip("/") for line in setup for m in re.finditer(r"\bmount\b[^;&|]*\s(/\S+)", str(line))]
+    mounted = [t for t in targets if f"{file.storage}/".startswith(f"{t}/")]
+    if not mounted:
+        there = ", ".join(targets) or "nothing"
+        yield (
+            f"{field}: {file.storage} is on no file system that the commands for all nodes mount (they mount {there}); "
+            "mount one there in initialization_commands"
+        )
+    elif file.tree.get("docker"):
+        given = " ".join(map(str, file.tree["docker"].get("run_options") or []))
+        if not any(f"-v {t}:{t}" in given or f"--volume {t}:{t}" in given for t in mounted):
+            yield f"docker.run_options: {mounted[0]} is not seen in the container; add: -v {mounted[0]}:{mounted[0]}"
+
+
+# --- Ray's own files -------------------------------------------------------------------------------------------
+
+
+def _ray_rules(file: ClusterFile) -> Iterator[str]:
+    found = list(_ray_schema(file))
+    yield from found
+    if found:  # what follows takes the file's shape for granted
+        return
+    for rule in (
+        _name,
+        _provider,
+        _nodes,
+        _starts,
+        _token_copied,
+        _copied,
+        _open_to_the_world,
+        _machine_image,
+        _versions,
+    ):
+        yield from rule(file)
+
+
+def _ray_schema(file: ClusterFile) -> Iterator[str]:
+    """What Ray itself would say: its schema, then its own preparation and validation."""
+    import ray.autoscaler
+
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    found = list(_schema_problems(file.tree, schema))
+    provider, name = file.tree["provider"], file.provider
+    if name not in PROVIDERS:
+        found.append(f"provider.type: no such provider {name!r}; {did_you_mean(name, PROVIDERS)}")
+    for key in ("head_ip", "external_head_ip", "coordinator_address", "region"):
+        if not isinstance(provider.get(key, ""), str):
+            found.append(f"provider.{key}: must be text, got {provider[key]!r}")
+    hosts = provider.get("worker_ips") or []
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        found.append(f"provider.worker_ips: must be a list of addresses, got {hosts!r}")
+    if name == "local":
+        if "coordinator_address" in provider:
+            found.append("provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips")
+        else:
+            found += [f"provider.{k}: required, and not given" for k in ("head_ip", "worker_ips") if k not in provider]
+        if "available_node_types" in file.tree:
+            found.append("available_node_types: not for provider local, where head_ip and worker_ips are the nodes")
+    elif name in PROVIDERS:
+        for key in ("available_node_types", "head_node_type"):
+            if key not in file.tree:
+                found.append(f"{key}: required, and not given")
+        types = file.tree.get("available_node_types")
+        head = file.tree.get("head_node_type")
+        if isinstance(types, dict) and head is not None and head not in list(types):
+            found.append(f"head_node_type: no such node type {head!r}; {did_you_mean(str(head), types)}")
+    yield from found
+    if not found:
+        yield from _ray_validation(file.tree)
+
+
+def _ray_validation(tree: dict[str, Any]) -> Iterator[str]:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            validate_config(prepare_config(json.loads(json.dumps(tree))))
+    except (SystemExit, Exception) as error:  # Ray's own has no common class
+        if "sum of `min_workers`" not in str(error):  # which is told better below
+            yield f"(Ray): {str(error).splitlines()[0] if str(error) else said.getvalue().strip()}"
+
+
+def _provider(file: ClusterFile) -> Iterator[str]:
+    """Ray's schema takes any key in `provider`."""
+    known = PROVIDERS[file.provider] | {"type"}
+    for key in sorted(set(file.tree["provider"]) - known):
+        yield f"{dotted(['provider', key])}: Ray reads no such setting for {file.provider}; {did_you_mean(key, known)}"
+
+
+def _nodes(file: ClusterFile) -> Iterator[str]:
+    """Least and most nodes must agree."""
+    types = file.tree.get("available_node_types") or {}
+    most = file.tree.get("max_workers", 2)
+    for name, node in types.items():
+        low, high = node.get("min_workers", 0), node.get("max_workers", most)
+        if low > high:
+            field = dotted(["available_node_types", name])
+            yield f"{field}: min_workers must not be above max_workers, got {low} and {high}"
+    if (low := sum(node.get("min_workers", 0) for node in types.values())) > most:
+        yield f"max_workers: must be at least the sum of all min_workers, {low}, got {most}"
+    if (
+        types
+        and most > 0
+        and not any(n.get("max_workers", most) for t, n in types.items() if t != file.tree["head_node_type"])
+    ):
+        yield "available_node_types: no node type but the head's may start; give one a max_workers above 0"
+    hosts = file.tree["provider"].get("worker_ips") or []
+    if hosts and len(set(hosts)) < len(hosts):
+        yield f"provider.worker_ips: an address is given twice, in {hosts}"
+    if file.tree["provider"].get("head_ip") in hosts:
+        yield f"provider.worker_ips: the head, {file.tree['provider']['head_ip']}, is a node already; leave it out"
+    if hosts and not re.search(r"RAY_enable_autoscaler_v2=[\"']?(0|false)", file.head):
+        yield (
+            "head_start_ray_commands: with the autoscaler that is Ray's default, one of worker_ips never starts; "
+            "set RAY_enable_autoscaler_v2=0 before `ray start`"
+        )
+
+
+def _starts(file: ClusterFile) -> Iterator[str]:
+    """How Ray is started: with a token, its dashboard on loopback, the driver's resource on the head."""
+    for field in ["head_start_ray_commands", *([] if file.here else ["worker_start_ray_commands"])]:
+        lines = [str(line) for line in file.tree.get(field) or [] if re.search(r"\bray start\b", str(line))]
+        if not lines:
+            yield f"{field}: required, with a `ray start`; Ray's own starts without a token, and may open the dashboard"
+            continue
+        for line in lines:
+            if not re.search(r"RAY_AUTH_MODE=[\"']?token\b", line.partition("ray start")[0]):
+                yield f"{field}: no token; put before `ray start`, in the same line: export RAY_AUTH_MODE=token;"
+            host = option(line, "dashboard-host")
+            if host is not None and host not in LOOPBACK:
+                yield (
+                    f"{field}: --dashboard-host={host} lets others than this node run code on it; use 127.0.0.1, and "
+                    f"reach it by: ray dashboard {file.path}"
+                )
+    for field, commands in (("head_start_ray_commands", file.head), ("worker_start_ray_commands", file.workers)):
+        place = option(commands, "temp-dir")
+        if place is not None and len(place) > 40:
+            yield f"{field}: --temp-dir={place} is too long for the names of Ray's sockets; use at most 40 characters"
+    if file.here and option(file.head, "temp-dir") in (None, "/tmp/ray"):
+        yield (
+            "head_start_ray_commands: --temp-dir: required, and not /tmp/ray: `down` ends the processes that have it "
+            "in their command line; add: --temp-dir=/tmp/tfkd-local"
+        )
+    if re.search(r"RAY_AUTH_TOKEN=", file.text):
+        yield "RAY_AUTH_TOKEN: a token does not belong in a file; put it in ~/.ray/auth_token, and that in file_mounts"
+    types = file.tree.get("available_node_types") or {}
+    resources = types.get(file.tree.get("head_node_type"), {}).get("resources") or {}
+    given = re.search(r"--resources[=\s]+(['\"])(.*?)\1(?=\s|;|$)", file.head, re.M)
+    if not resources.get(DRIVER) and (given is None or not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", given[2])):
+        yield (
+            f"head_start_ray_commands: the head lacks the resource '{DRIVER}', which trials of several workers need; "
+            f"add to its `ray start`: --resources='{{\"{DRIVER}\": 1000}}'"
+        )
+
+
+def _token_copied(file: ClusterFile) -> Iterator[str]:
+    """Every node must know the token."""
+    mounts = file.tree.get("file_mounts") or {}
+    if not file.here and not any(str(there).endswith("auth_token") for there in mounts):
+        yield "file_mounts: the nodes do not get the token; add: ~/.ray/auth_token: ~/.ray/auth_token"
+
+
+def _open_to_the_world(file: ClusterFile) -> Iterator[str]:
+    """No port may be open to everybody."""
+    provider, types = file.tree["provider"], file.tree.get("available_node_types") or {}
+    rules = json.dumps(provider.get("security_group") or {})
+    if "0.0.0.0/0" in rules or "::/0" in rules:
+        yield "provider.security_group: opens a port to the whole world; name your own network's addresses instead"
+    inside = provider.get("use_internal_ips") is True
+    if file.provider == "azure" and not inside:
+        yield "provider.use_internal_ips: must be true: the security group that Ray makes opens port 22 to the world"
+    for name, node in types.items():
+        config = node.get("node_config") or {}
+        if file.provider == "aws" and not inside and not config.get("SecurityGroupIds"):
+            yield (
+                f"available_node_types.{name}.node_config.SecurityGroupIds: required: the security group that Ray "
+                "would make opens port 22 to the world; see clusters/aws-gpu.yaml for one of your own"
+            )
+        if file.provider == "gcp" and not inside and not config.get("networkInterfaces"):
+            yield (
+                f"available_node_types.{name}.node_config.networkInterfaces: required: the default network opens port "
+                "22 to the world; see clusters/gcp-gpu.yaml for one of your own"
+            )
+
+
+def _versions(file: ClusterFile) -> Iterator[str]:
+    """Head and workers must have the same Ray, Python and torch, said exactly; and Ray that of this machine."""
+    if file.here:
+        return
+    docker = file.tree.get("docker") or {}
+    shared = [*(file.tree.get("initialization_commands") or []), *(file.tree.get("setup_commands") or [])]
+    types = file.tree.get("available_node_types") or {}
+    image = docker.get("image", "")
+    more = [line for t in types.values() for line in t.get("worker_setup_commands") or []]
+    own = [t["docker"]["worker_image"] for t in types.values() if "worker_image" in t.get("docker", {})]
+    roles = {
+        "head": [docker.get("head_image", image), *shared, *(file.tree.get("head_setup_commands") or [])],
+        "workers": [
+            docker.get("worker_image", image),
+            *own,
+            *shared,
+            *(file.tree.get("worker_setup_commands") or []),
+            *more,
+        ],
+    }
+    found = {role: versions_in(map(str, texts)) for role, texts in roles.items()}
+    for what in ("ray", "torch", "python"):
+        for role, versions in found.items():
+            if len(versions[what]) > 1:
+                yield f"{role}: more than one version of {what}, {' and '.join(sorted(versions[what]))}; keep one"
+            if not versions[what]:
+                yield f"{role}: no exact version of {what} in image or setup_commands; pin it, as clusters/ does"
+        head, workers = found["head"][what], found["workers"][what]
+        if len(head) == len(workers) == 1 and head != workers:
+            yield f"{what}: {min(head)} on the head and {min(workers)} on the workers; use the same on all nodes"
+    if all(versions["ray"] for versions in found.values()):
+        installed = importlib.metadata.version("ray")
+        if found["head"]["ray"] != {installed}:
+            yield f"ray: {min(found['head']['ray'])} on the cluster and {installed} here; `ray up` needs one for both"
+    for text in {str(line) for texts in roles.values() for line in texts}:
+        if found_tag := re.fullmatch(r"[\w./-]+(?::(latest|nightly)[\w.-]*)?", text.strip()):
+            yield f"docker: the image {text!r} is {found_tag[1] or 'without a tag'}: it changes by itself; name one"
+        if loose := re.search(r"pip install[^;&|]*?\s['\"]?(ray(?:\[[^\]]*\])?|torch)['\"]?(\s|$)", text):
+            yield f"setup_commands: {loose[1]} without a version; pin it: {loose[1]}==VERSION"
+
+
+def _machine_image(file: ClusterFile) -> Iterator[str]:
+    """What a machine on AWS starts from must be said; Ray's own choice is of Ubuntu 18.04 and of some regions only."""
+    for name, node in (file.tree.get("available_node_types") or {}).items():
+        if file.provider == "aws" and not (node.get("node_config") or {}).get("ImageId"):
+            yield (
+                f"available_node_types.{name}.node_config.ImageId: required: Ray's own choice is an image of Ubuntu "
+                "18.04, and there is none for some regions; clusters/aws-gpu.yaml says how to find one"
+            )

@@ -1,0 +1,519 @@
+"""The configuration of one training run: every default, range and unit, once.
+
+`TrainConfig` is the whole tree. A search space (`space.py`) is the same tree with ranges in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from tfkd_ray.learn.augment import Augment
+from tfkd_ray.learn.data import Data, Digits
+from tfkd_ray.learn.dataset import Dataset, Level, Spread
+from tfkd_ray.learn.images import seeded
+from tfkd_ray.learn.models import (
+    Mlp,
+    Model,
+    Network,
+    Own,
+    Timm,
+    check_learns,
+    check_lone_image,
+    ends_in_softmax,
+)
+from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
+from tfkd_ray.settings.errors import did_you_mean
+from tfkd_ray.settings.schema import Settings, members, named, tag
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+KIND = "accelerator_type:"
+"""What the resource begins with by which Ray names the kind of a node's GPUs."""
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+"""Resources that Ray gives a node by itself."""
+
+
+class OptimConfig(Settings):
+    """SGD with momentum; weight decay on all parameters, as in the paper's code."""
+
+    lr: Positive = 0.1
+    """Peak learning rate, for the whole (all-worker) batch."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    """Nesterov's momentum; the paper's recipe is without."""
+    batch_size: Count = 128
+    """Images a step, over all workers."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Schedule(Settings):
+    """Learning rate as a function of the epoch, a real number: linear warm-up, then the rest of the schedule."""
+
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs of linear warm-up from 0 to the peak; at most half of the run."""
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Factor on the peak learning rate at a point in [0, epochs) of a run; a step's point is its middle."""
+        warmup = min(self.warmup_epochs, epochs / 2)
+        if epoch < warmup:
+            return epoch / warmup
+        return self._after_warmup((epoch - warmup) / (epochs - warmup), epoch / epochs)
+
+    def _after_warmup(self, progress: float, fraction: float) -> float:
+        raise TypeError(f"{type(self).__name__} does not say how it goes on")
+
+
+class Constant(Schedule):
+    """The peak learning rate throughout."""
+
+    name: Literal["constant"] = "constant"
+
+    def _after_warmup(self, progress: float, fraction: float) -> float:
+        return 1.0
+
+
+class Cosine(Schedule):
+    """Half a cosine from the peak to `final` of it. (Loshchilov and Hutter 2017, arXiv:1608.03983.)"""
+
+    name: Literal["cosine"] = "cosine"
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Last learning rate as a fraction of the peak."""
+
+    def _after_warmup(self, progress: float, fraction: float) -> float:
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Step(Schedule):
+    """Multiplied by `gamma` at each milestone. The paper's: by 0.2 at epochs 60, 120 and 160 of 200."""
+
+    name: Literal["step"] = "step"
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.6, 0.8)
+    """Fractions of the run, so that a shorter run decays at the same points."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+    def _after_warmup(self, progress: float, fraction: float) -> float:
+        return self.gamma ** sum(fraction >= m for m in self.milestones)
+
+
+AnySchedule = Annotated[Cosine | Step | Constant, Field(discriminator="name"), BeforeValidator(named)]
+
+
+def _absolute(weights: str) -> str:
+    # a trial's process has a working directory of its own
+    elsewhere = weights.split(":")[0] == "torchvision" or weights.startswith("~")
+    return weights if elsewhere else str(Path(weights).absolute())
+
+
+class TeacherInput(Settings):
+    """How the images are prepared that a network with weights from elsewhere was trained on."""
+
+    mean: Annotated[tuple[Level, ...], Field(min_length=1)]
+    """Per channel, in units of a uint8 step (0 to 255); ImageNet's are 123.675, 116.28 and 103.53."""
+    std: Annotated[tuple[Spread, ...], Field(min_length=1)]
+    """In the same units; ImageNet's are 58.395, 57.12 and 57.375."""
+    size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Height and width in pixels, to which images are resized. None: as the data has them."""
+
+
+class TeacherConfig(Settings):
+    """How the teacher is made: trained on the student's train split with hard labels, or taken from a file."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"input"})
+
+    model: Model | None = None
+    """Its network. None: the student's own, which is what makes `tfkd_self`."""
+    objective: Annotated[CrossEntropy | LabelSmoothing, Field(discriminator="name"), BeforeValidator(named)] = (
+        CrossEntropy()
+    )
+    epochs: Count | None = None
+    """None: as many as the student's."""
+    optim: OptimConfig = OptimConfig()
+    schedule: AnySchedule = Cosine()
+    seed: Annotated[int, Field(ge=0)] = 1_000_000
+    """Another than the student's, so that a self teacher is no replay of the student's own run."""
+    stop_epoch: Count | None = None
+    """Stop it here, its schedule still spanning `epochs`: a poorly trained teacher (De-KD of Yuan et al. 2020)."""
+    stop_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Stop it after the first epoch with at least this accuracy on validation."""
+    weights: Annotated[str, AfterValidator(_absolute)] | None = None
+    """A teacher from elsewhere, not trained here: a file (safetensors, or a torch state_dict), or `torchvision`, or
+    `torchvision:NAME` for one of its sets of ImageNet weights. What it was trained on is not known here."""
+    input: TeacherInput | None = None
+    """The normalisation and size that `weights` were trained with. None: those of torchvision's weights or of timm's
+    network, and for any other file those of the data."""
+    labels: Literal["auto", "bank", "online"] = "auto"
+    """bank: its logits are computed once for each epoch's view of the images, kept on the node, and shared by all
+    trials that see that view: in half precision, or in float32 where they reach 128. online: computed in every step.
+    auto: bank, but for tiny teachers."""
+
+
+class TrainConfig(Settings):
+    """One training run, complete: what is trained, on what, how, and with which seed."""
+
+    recipe: str | None = None
+    """Settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data set's first one. Whatever
+    the configuration says goes before them."""
+    data: Data = Digits()
+    augment: Augment = Augment()
+    """How train images are varied; none by default."""
+    student: Model = Mlp()
+    objective: Objective
+    teacher: TeacherConfig | None = None
+    """Needed by `kd` and its kin; `tfkd_self` has a default: the student's network under the recipe."""
+    init: Literal["random", "trained"] = "random"
+    """trained: starts from the weights of a trained copy of the student. With `ce` that is double training, the control
+    for the time that `tfkd_self` spends on its teacher."""
+    epochs: Count = 27
+    optim: OptimConfig = OptimConfig()
+    schedule: AnySchedule = Cosine()
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Initialisation, data order, augmentation and dropout are pure functions of it."""
+    workers: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Ray Train workers of one trial; each gets its part of every batch."""
+    cpus_per_worker: Count = 1
+    """CPUs, and torch threads, of a worker."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a worker; a fraction lets one-worker trials share a GPU. 0: the CPU, also where there are GPUs."""
+    accelerator_type: Annotated[str, Field(min_length=1)] | None = None
+    """Kind of GPU that a worker needs, as Ray names it: H100, A100, ... None: any."""
+    resources: dict[str, Positive] = {}
+    """Custom resources of a worker, by the names that the cluster's nodes have them, beside CPUs and GPUs."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Workers of one trial on as few nodes as can be, or on as many; where it cannot be, as there is room."""
+    batch_norm: Literal["local", "sync"] = "local"
+    """Batch statistics of each worker's own part, or over all workers (GPU only)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of student and teacher in training and on validation; losses, weights, optimizer and the test are
+    always fp32. auto: bf16 on GPUs since Ampere and CPUs with AMX, where the student gains by it (not a tiny one, of
+    less than 2 million operations an image; on CPUs not `shufflenet_v2_x1_0` and `alexnet_small`); decided when the
+    file is read, and kept."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the student. auto: off, as on CPUs it takes 10 to 50 s for each kind of batch, needs a C++
+    compiler, and makes large networks 1 to 12 % faster."""
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = 10.0
+    """Seconds between checkpoints of the whole run state, written at the end of an epoch; 0: every epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_recipe(cls, tree: Any) -> Any:
+        """The tree with the recipe's settings where it has none of its own."""
+        if not isinstance(tree, Mapping):
+            return tree
+        recipe = _recipe(tree.get("data"), tree.get("recipe"))
+        result = filled(tree, recipe)
+        if isinstance(tree.get("teacher"), Mapping):
+            result["teacher"] = filled(tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE})
+        return result
+
+    @field_validator("precision")
+    @classmethod
+    def _decided(cls, value: str, info: ValidationInfo) -> str:
+        known = {"data", "student", "gpus_per_worker"} <= info.data.keys()
+        if value != "auto" or not known:
+            return value
+        student, on_gpu = info.data["student"], info.data["gpus_per_worker"] > 0
+        gains = student.operations(info.data["data"].shape) >= TINY and (student.fast_in_bf16 or on_gpu)
+        return "bf16" if gains and _multiplies_bf16(on_gpu) else "fp32"
+
+    @field_validator("compile")
+    @classmethod
+    def _off_if_auto(cls, value: str) -> str:
+        return "off" if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = list(self._teacher_problems())
+        try:
+            self.objective.check_classes(self.data.num_classes)
+        except ValueError as error:
+            problems.append(str(error))
+        if self.augment.resized_crop and not self.data.streams:
+            problems.append(f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory")
+        model = self.teacher.model if self.teacher else None
+        sizes = self._teacher_shape()
+        for path, network, shape in (("student", self.student, self.data.shape), ("teacher.model", model, sizes)):
+            try:
+                if network is not None:
+                    network.check(shape)
+            except ValueError as error:
+                problems.append(f"{path}.{error}")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            problems.append(f"gpus_per_worker: above 1 it must be a whole number, got {self.gpus_per_worker:g}")
+        if self.accelerator_type and not self.gpus_per_worker:
+            problems.append(f"accelerator_type: {self.accelerator_type} is a kind of GPU; set gpus_per_worker, too")
+        if own := sorted(set(RAYS_OWN) & set(self.resources)):
+            problems.append(f"resources.{own[0]}: is Ray's own; custom ones only (cpus_per_worker, gpus_per_worker)")
+        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
+            problems.append(f"gpus_per_worker: {self.workers} workers need whole GPUs, got {self.gpus_per_worker:g}")
+        if self.batch_norm == "sync" and self.gpus_per_worker == 0:
+            problems.append("batch_norm: sync needs GPUs (torch's SyncBatchNorm has no CPU form); set gpus_per_worker")
+        if self.workers > self.optim.batch_size:
+            problems.append(f"optim.batch_size: {self.workers} workers cannot share {self.optim.batch_size} images")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _teacher_problems(self) -> Iterator[str]:
+        teacher = self.teacher or TeacherConfig()
+        own_teacher = self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf)
+        if own_teacher and teacher.model is None:
+            yield (
+                f"teacher.model: objective {self.objective.name} needs a teacher's network, and none is given; add "
+                "teacher: {model: ...}, or use tfkd_self, whose teacher is the student itself"
+            )
+        if isinstance(self.objective, TfkdSelf) and teacher.model not in (None, self.student):
+            yield "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
+        if self.init == "trained" and teacher.model not in (None, self.student):
+            yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
+        if teacher.input is not None and teacher.weights is None:
+            yield (
+                "teacher.input: is for teacher.weights; a teacher that is trained here sees images as the student "
+                "does; leave it out"
+            )
+        elif teacher.input is not None:
+            for name, values in (("mean", teacher.input.mean), ("std", teacher.input.std)):
+                if len(values) != self.data.shape[0]:
+                    yield f"teacher.input.{name}: {len(values)} values for {self.data.shape[0]} channels"
+        epochs = teacher.epochs or self.epochs
+        if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
+            yield f"teacher.stop_epoch: must be at most teacher.epochs, {epochs}, got {teacher.stop_epoch}"
+        if teacher.stop_accuracy is not None and not self.data.val_fraction:
+            yield (
+                "teacher.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch, "
+                "or confirm --train-only"
+            )
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for a worker, by Ray's names; a kind of accelerator is a resource that its nodes have."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        kind = {f"{KIND}{self.accelerator_type}": 0.001} if self.accelerator_type else {}
+        return {"CPU": float(self.cpus_per_worker), **gpus, **self.resources, **kind}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a trained network must be there before this run starts."""
+        return self.objective.needs_teacher or self.init == "trained"
+
+    @property
+    def banked(self) -> bool:
+        """Whether the teacher's logits come from the bank, where they fit in (`soft_labels.fits`)."""
+        run = self.teacher_run() if self.objective.needs_teacher else None
+        if run is None:
+            return False
+        labels = self.teacher.labels if self.teacher else "auto"
+        return labels == "bank" or (labels == "auto" and run.student.operations(self.data.shape) >= TINY)
+
+    def teacher_run(self) -> TeacherRun | None:
+        """The training run that makes this run's teacher; None where it needs none."""
+        if not self.needs_teacher:
+            return None
+        recipe = {k: v for k, v in _recipe(self.data, self.recipe).items() if k in TEACHER_RECIPE}
+        teacher = self.teacher or TeacherConfig(**recipe)
+        return TeacherRun(
+            recipe=self.recipe,
+            data=self.data,
+            augment=self.augment,
+            student=teacher.model or self.student,
+            objective=teacher.objective,
+            epochs=teacher.epochs or self.epochs,
+            optim=teacher.optim,
+            schedule=teacher.schedule,
+            seed=teacher.seed,
+            stop_epoch=teacher.stop_epoch,
+            stop_accuracy=teacher.stop_accuracy,
+            weights=teacher.weights,
+            input=teacher.input,
+            cpus_per_worker=self.cpus_per_worker,
+            gpus_per_worker=min(self.gpus_per_worker, 1),
+            accelerator_type=self.accelerator_type,
+            resources=self.resources,
+            precision=self.precision,
+            compile=self.compile,
+        )
+
+    def try_networks(self) -> list[str]:
+        """Build the networks that are not ours, so that what is wrong with one is found before anything starts.
+
+        Returns notes on what is allowed, and hardly what its author wants.
+        """
+        notes = list[str]()
+        teacher = self.teacher_run()
+        for run in (self, teacher) if teacher else (self,):
+            alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
+            trains = not isinstance(run, TeacherRun) or run.weights is None
+            if not isinstance(run.student, Own | Timm) and not (alone and trains):
+                continue
+            shape = self._teacher_shape() if run is teacher else self.data.shape
+            network = run.build_student(shape)
+            what = run.student.called
+            if trains:
+                check_learns(what, network)
+            if trains and alone:
+                check_lone_image(what, network, shape)
+            if ends_in_softmax(network, shape):
+                notes.append(
+                    f"model {what}: gives probabilities (numbers from 0 to 1 that sum to 1), not logits: it seems to "
+                    "end in softmax, which training applies itself; twice, it learns slowly and badly. Take the "
+                    "softmax out of its forward"
+                )
+        return list(dict.fromkeys(notes))
+
+    def build_student(self, shape: tuple[int, int, int] | None = None) -> nn.Module:
+        """The student as its run begins, whoever builds it: all that its code draws comes from the seed.
+
+        Args:
+            shape: (C, H, W) of the images that it is given. None: the data's.
+        """
+        with seeded(self.seed, "init"):
+            return self.student.build(shape or self.data.shape, self.data.num_classes)
+
+    def _teacher_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the teacher is given."""
+        teacher = self.teacher or TeacherConfig()
+        shown = known_input(teacher.weights, teacher.model or self.student, teacher.input, self.data)
+        return resized(self.data.shape, shown)
+
+    def pinned(self) -> Self:
+        """The same run on the data that are here, which it names by their digest; see `Dataset.pinned`."""
+        return self.model_copy(update={"data": self.data.pinned()})
+
+    def with_digest(self, digest: str | None) -> Self:
+        """The same run on data of this digest, where it does not say one itself."""
+        if self.data.digest is not None or digest is None:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"digest": digest})})
+
+    def is_last(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the run ends with the epoch of these metrics."""
+        return metrics["epoch"] >= self.epochs
+
+    def fingerprint(self, *more: Any) -> str:
+        """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
+        tree = {name: value for name, value in self.content().items() if name not in {*RUN_ONLY, "recipe", "teacher"}}
+        tree["data"] = self.data.identity()
+        teacher = self.teacher_run()
+        text = json.dumps([tree, teacher and teacher.fingerprint(), self.banked, *more], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class TeacherRun(TrainConfig):
+    """The run that makes a teacher: it may stop early, or take its weights from a file."""
+
+    stop_epoch: Count | None = None
+    stop_accuracy: float | None = None
+    weights: str | None = None
+    input: TeacherInput | None = None
+    later: ClassVar[frozenset[str]] = frozenset({"input"})
+
+    def is_last(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the run ends with the epoch of these metrics."""
+        return metrics["epoch"] >= (self.stop_epoch or self.epochs) or (
+            self.stop_accuracy is not None and metrics["val_accuracy"] >= self.stop_accuracy
+        )
+
+    def fingerprint(self, *more: Any) -> str:
+        """As of any run; of weights from elsewhere, by their name, the network and the data."""
+        if self.weights is None:
+            return super().fingerprint(*more)
+        tree = {"weights": self.weights, "student": self.student.content(), "data": self.data.identity()}
+        if (shown := self.shown) is not None:
+            tree["input"] = shown.content()
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def shown(self) -> TeacherInput | None:
+        """How images are prepared for weights from elsewhere; None: as the data has them."""
+        return known_input(self.weights, self.student, self.input, self.data)
+
+
+def known_input(
+    weights: str | None, network: Network, given: TeacherInput | None, data: Dataset
+) -> TeacherInput | None:
+    """The input that weights from elsewhere were trained with: as it is given, or known of torchvision and timm."""
+    if weights is None or given is not None:
+        return given
+    if isinstance(network, Timm) or weights.partition(":")[0] == "torchvision":
+        known = network.trained_with(data.shape)
+        return TeacherInput(mean=known[0], std=known[1], size=known[2]) if known else None
+    return None
+
+
+def resized(shape: tuple[int, int, int], shown: TeacherInput | None) -> tuple[int, int, int]:
+    """(C, H, W) of images for such an input."""
+    return shape if shown is None or shown.size is None else (shape[0], shown.size, shown.size)
+
+
+TEACHER_RECIPE = {"optim", "schedule"}
+"""Settings of a recipe that a teacher of its own takes, too; the others it shares with the student."""
+
+
+def _recipe(data: Any, name: Any) -> dict[str, Any]:
+    """The settings of a data set's recipe; nothing where the data set itself is wrong, which is said elsewhere."""
+    given = named(data if data is not None else Digits())
+    word = given.get("name") if isinstance(given, dict) else given.name if isinstance(given, Dataset) else None
+    kinds = [m for m in members(TrainConfig.model_fields["data"]) if tag(m) == word and issubclass(m, Dataset)]
+    if not kinds:
+        return {}
+    recipes = kinds[0].recipes
+    if isinstance(name, str) and name not in recipes:
+        raise ValueError(f"recipe: {word} has no recipe {name!r}; {did_you_mean(name, recipes)}")
+    return recipes[name] if isinstance(name, str) else next(iter(recipes.values()))
+
+
+def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree`, with what it lacks from `defaults`; settings of another `name` than theirs are left alone."""
+    result = dict(tree)
+    for key, default in defaults.items():
+        given = named(result[key]) if key in result else {}
+        if key not in result:
+            result[key] = default
+        elif (
+            isinstance(given, dict) and isinstance(default, dict) and given.get("name", "") in ("", default.get("name"))
+        ):
+            result[key] = filled(given, default)
+    return result
+
+
+TINY = 2e6
+"""Operations of a forward pass below which bfloat16 gains nothing (measured: 0.5 to 1.5 times as fast, above 1.9)."""
+
+
+def _multiplies_bf16(gpu: bool) -> bool:
+    """Whether bfloat16 pays there; AVX512-BF16 without AMX is slower than float32 (benchmarks/formats.py).
+
+    Of a GPU that only other nodes have, it is taken for granted.
+    """
+    import torch
+
+    if gpu:
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("amx_bf16"))
+
+
+RUN_ONLY = {"workers", "cpus_per_worker", "gpus_per_worker", "accelerator_type", "resources", "placement",
+            "checkpoint_every_s"}  # fmt: skip
+"""Settings of TrainConfig that say where and how safely it runs. They are one for a whole sweep: never searched."""
+
+DRIVER = "tfkd_driver"
+"""Custom resource that the process of a trial with several workers takes 0.01 of, so that it takes no CPU from them."""

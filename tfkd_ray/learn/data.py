@@ -1,0 +1,216 @@
+"""Data sets and their splits.
+
+A data set is a frozen Settings class that also loads itself. To add one: a class with a `name`, its facts and
+`_official`, and one line in `Data`. Images live as uint8 tensors, or stay in their files (`streams`); every image knows
+its position in the official train set, so that what is random about it is a function of (seed, epoch, position) and of
+nothing else.
+
+Nothing is downloaded but by `download`. What takes long to unpack or to decode is kept in a cache (see `files.cached`).
+Files are checked as input from elsewhere: an IDX file takes no more memory than the official one, and a pickle may hold
+arrays of bytes, text and numbers only.
+
+Shapes: N = images, C = channels, H, W = height and width.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
+
+from tfkd_ray.learn.images import (
+    seeded,
+)
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+from tfkd_ray.learn.dataset import Dataset, Level, Split, _label_problem, _load, _Loaded, digest_of, stratified
+from tfkd_ray.learn.image_files import ImageFolder, Imagenet, TinyImagenet
+from tfkd_ray.learn.official import Cifar10, Cifar100, Emnist, FashionMnist, Kmnist, Mnist
+from tfkd_ray.learn.own import imported
+
+
+class Digits(Dataset):
+    """1,797 real 8x8 handwritten digits (Alpaydin and Kaynak 1998), as scikit-learn carries them.
+
+    They have no official split: a fifth of every class, fixed for good, is the test set here (359 images).
+    """
+
+    num_classes: ClassVar[int] = 10
+    shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
+    mean: ClassVar[tuple[float, ...]] = (4.8826,)
+    std: ClassVar[tuple[float, ...]] = (6.0141,)
+    origin: ClassVar[str] = "it comes with scikit-learn: pip install scikit-learn"
+
+    name: Literal["digits"] = "digits"
+
+    def check(self) -> None:
+        """Raise a ConfigError if scikit-learn's file is not there."""
+        _digits_file()
+
+    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        images, labels = _digits()
+        train, test = stratified(labels, 0.2, seed=1998)
+        chosen = train if split == "train" else test
+        return images[chosen], labels[chosen]
+
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Own(Dataset):
+    """Data from a function of yours: `function(split, **args)`, where split is "train" or "test".
+
+    It returns (images, labels): uint8 [N, C, H, W] and whole numbers [N] from 0, as torch tensors or numpy arrays. It
+    is called in every process that trains, and must return the same each time. torch's, numpy's and Python's global
+    random numbers are seeded for it, always the same.
+    """
+
+    known_by_digest: ClassVar[set[str]] = {"path", "args"}
+    origin: ClassVar[str] = "the function at data.path makes it"
+
+    name: Literal["own"] = "own"
+    path: str
+    """package.module:function."""
+    shape: tuple[Side, Side, Side]
+    """(C, H, W)."""
+    num_classes: Annotated[int, Field(ge=2)]
+    args: dict[str, JsonValue] = {}
+    """Keyword arguments of the function."""
+    mean: tuple[Level, ...] | None = None
+    """Per channel, in units of a uint8 step (0 to 255). None: measured."""
+    std: tuple[Annotated[float, Field(gt=0, le=255)], ...] | None = None
+    """In the same units."""
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.model_dump(mode="json")))
+
+    @model_validator(mode="after")
+    def _statistics_for_all_channels(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std: give both, or neither and they are measured")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.shape[0]:
+                raise ValueError(f"{name}: {len(values)} values for {self.shape[0]} channels, see shape")
+        return self
+
+    def check(self) -> None:
+        """Raise a ConfigError if the function is not there or does not take these arguments; it is not called."""
+        self._function()
+
+    def _function(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = imported(self.path, "data.path")
+        if not callable(function):
+            raise ConfigError(f"data.path: {self.path} is {function!r}, not a function")
+        try:
+            inspect.signature(function).bind("train", **self.args)
+        except TypeError as error:
+            given = "".join(f", {key}={value!r}" for key, value in self.args.items())
+            problem = f"cannot be called as function('train'{given}): {error}"
+            raise ConfigError(f"data.path: {self.path} {problem}; see data.args") from None
+        except ValueError:  # written in C, without a signature
+            pass
+        return own_code.at_home(function)
+
+    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        import torch
+
+        function = self._function()
+        with seeded(0, "data", split):  # of the global generators; what draws from one of its own seeds it itself
+            found = function(split, **self.args)
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise self._returned(split, f"must return (images, labels), got {_brief(found)}")
+        images, labels = (_tensor(part) for part in found)
+        if images is None or images.dtype != torch.uint8 or images.ndim != 4:
+            expected = "a uint8 tensor or array [N, C, H, W]"
+            raise self._returned(split, f"images must be {expected}, got {_brief(found[0])}")
+        if images.shape[1:] != self.shape:
+            got, declared = (" x ".join(map(str, sides)) for sides in (images.shape[1:], self.shape))
+            raise self._returned(split, f"images are {got}, and data.shape says {declared}")
+        whole = labels is not None and not (
+            labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+        )
+        if labels is None or not whole or labels.ndim != 1:
+            raise self._returned(split, f"labels must be whole numbers [N], got {_brief(found[1])}")
+        if not len(images) == len(labels) > 0:
+            raise self._returned(split, f"{len(labels)} labels for {len(images)} images")
+        if problem := _label_problem(labels.long(), 0, self.num_classes):
+            raise self._returned(split, f"{problem} (data.num_classes is {self.num_classes})")
+        return images, labels.long()
+
+    def _other_data(self, found: _Loaded) -> str:
+        self._check_same_again(found)
+        return super()._other_data(found) + (
+            f". {self.path} must return the same in every process: seed what is random in it, and sort what it lists"
+        )
+
+    def _check_same_again(self, found: _Loaded) -> None:
+        if digest_of(self._whole("train")) != found.digest:
+            problem = "returns other images or labels at each call"
+            raise self._returned("train", f"{problem}; seed what is random in it, so that all trials see the same")
+
+    def _returned(self, split: Split, problem: str) -> ConfigError:
+        return ConfigError(f"data own: {self.path}, called for {split!r}: {problem}")
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """A tensor on the CPU of what may be one, else None."""
+    import torch
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    try:
+        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+    except (TypeError, ValueError):  # not numbers, or rows of different lengths
+        return None
+
+
+def _brief(value: Any) -> str:
+    """Type, and shape or length, for a sentence."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list | dict) else repr(value)[:60]
+
+
+Data = Annotated[
+    Digits | Mnist | FashionMnist | Kmnist | Emnist | Cifar10 | Cifar100 | TinyImagenet | ImageFolder | Imagenet | Own,
+    Field(discriminator="name"),
+    BeforeValidator(named),
+]
+
+
+def forget_loaded() -> None:
+    """Free what was loaded, in a process that only had to know what it is."""
+    _load.cache_clear()
+
+
+def _digits_file() -> Path:
+    # found without importing scikit-learn, whose import takes 2 s in every new trial process
+    spec = importlib.util.find_spec("sklearn")
+    path = Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise ConfigError(f"data digits: not found (looked for {path}); {Digits.origin}")
+    return path
+
+
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    import torch
+
+    with gzip.open(_digits_file(), "rt") as file:
+        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
+    return table[:, :-1].reshape(-1, 1, 8, 8).contiguous(), table[:, -1].long()

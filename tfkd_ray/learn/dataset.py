@@ -1,0 +1,403 @@
+"""TODO learn.dataset."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.client
+import math
+import os
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from tfkd_ray.learn.images import FolderSet, Images, ImageSet, generator
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import remembered, state_of, whole_file
+from tfkd_ray.settings.schema import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+MODERN: dict[str, Any] = {"optim": {"nesterov": True}, "schedule": {"name": "cosine", "warmup_epochs": 1.0}}
+"""A recipe that does better than the paper's on every network we know figures of."""
+PAPER: dict[str, Any] = {
+    "epochs": 200,
+    "optim": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": False, "batch_size": 128},
+    "schedule": {"name": "step", "milestones": [0.3, 0.6, 0.8], "gamma": 0.2, "warmup_epochs": 1.0},
+}
+"""The Tf-KD paper's recipe for CIFAR, without its augmentation."""
+IMAGENET: dict[str, Any] = {
+    "epochs": 90,
+    "optim": {"lr": 0.2, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": False, "batch_size": 512},
+    "schedule": {"name": "step", "milestones": [30 / 90, 60 / 90, 80 / 90], "gamma": 0.1, "warmup_epochs": 0.0},
+    "augment": {"resized_crop": True, "flip": True},
+}
+"""The Tf-KD paper's recipe for ImageNet."""
+
+
+_test_split_sealed = False
+
+
+def seal_test_split() -> None:
+    """Make `load_test` refuse in this process, for good: a process that trains has no business with test images."""
+    global _test_split_sealed
+    _test_split_sealed = True
+
+
+class Dataset(Settings):
+    """What every data set has: its facts, and how validation is cut from train."""
+
+    if TYPE_CHECKING:  # facts: class attributes where they are the same for all, settings or properties elsewhere
+
+        @property
+        def num_classes(self) -> int: ...
+        @property
+        def shape(self) -> tuple[int, int, int]:
+            """(C, H, W)."""
+
+        @property
+        def mean(self) -> tuple[float, ...] | None:
+            """Per channel, over the official train set, in units of a uint8 step. None: measured, see `statistics`."""
+
+        @property
+        def std(self) -> tuple[float, ...] | None: ...
+
+    name: str
+    origin: ClassVar[str]
+    """How to get the data: ends the sentence that says they are missing."""
+    streams: ClassVar[bool] = False
+    """Whether images stay on the disk and are decoded when they are needed."""
+    places: ClassVar[set[str]] = {"root", "readers"}
+    """Settings that say where the images are and how they are read, and change no number."""
+    known_by_digest: ClassVar[set[str]] = set()
+    """Settings that tell data sets apart, and need not where their digest does."""
+    later: ClassVar[frozenset[str]] = frozenset({"digest"})
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {"plain": {}, "modern": MODERN}
+    """Settings by recipe name, for whatever a configuration does not say; the first is the default."""
+
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Part of the official train set that is held out for validation, the same part of every class. 0: none, as when a
+    student is trained for good."""
+    subset: Annotated[int, Field(ge=1)] | None = None
+    """About how many images of the official train set to use, the same part of every class; None: all."""
+    split_seed: int = 0
+    """Which images those are: fixed by (data set, split_seed), whatever the trial's seed."""
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    """What the official train set is: see `digest_of`. None: found when an experiment begins, which records it. Data of
+    another digest are refused, so that no experiment mixes two data sets."""
+
+    def load(self) -> tuple[Images, Images | None]:
+        """(train, validation): disjoint, stratified, both from the official train set; None if nothing is held out."""
+        found = _load(self._of_any_digest)
+        if self.digest is not None and found.digest != self.digest:
+            raise ConfigError(f"data {self.name}: {self._other_data(found)}")
+        return found.train, found.val
+
+    def pinned(self) -> Self:
+        """The data set with the digest of what is here; a ConfigError if it has that of other data."""
+        if self.digest is None:
+            found = _load(self._of_any_digest)
+            if not found.checked:
+                self._check_same_again(found)
+                found.checked = True
+            return self.model_copy(update={"digest": found.digest})
+        self.load()
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes these images the ones they are, as JSON: the settings, but for places, and the digest."""
+        out = self.places | (self.known_by_digest if self.digest else set())
+        return {name: value for name, value in self.content().items() if name not in out}
+
+    @property
+    def _of_any_digest(self) -> Self:
+        return self.model_copy(update={"digest": None})
+
+    def _other_data(self, found: _Loaded) -> str:
+        """Says that the data here are not those of the digest."""
+        return (
+            f"the train images or labels here are others than those that were recorded (digest {found.digest}, not "
+            f"{self.digest}); put those back, or begin a new experiment, whose teachers are trained anew"
+        )
+
+    def _check_same_again(self, found: _Loaded) -> None:
+        """Raise a ConfigError where loading again gives other images."""
+
+    def _sources(self, split: Split) -> list[Path]:
+        """Files that a split comes from, whole and unchanged while they are; none where that cannot be said."""
+        return []
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) per channel, in units of a uint8 step: the known ones, or else those of train and validation."""
+        return (self.mean, self.std) if self.mean and self.std else _measured(self)
+
+    def load_test(self) -> Images:
+        """The test split. Refused in any process that trains trials of a sweep."""
+        if _test_split_sealed:
+            raise PermissionError(
+                "the test split cannot be opened by a sweep: trials are chosen on validation, and test is opened once, "
+                "after everything is chosen"
+            )
+        return self._whole("test")
+
+    def download(self) -> None:
+        """Fetch the official files into `root`, unless they are there: all of each, of the right md5, or nothing."""
+        raise ConfigError(f"data {self.name}: not for download; {self.origin}")
+
+    def check(self) -> None:
+        """Raise a ConfigError if the data are not on this machine; cheap, reads no image."""
+        raise TypeError(f"{type(self).__name__} does not say where it is")
+
+    def examine(self) -> None:
+        """Raise a ConfigError if a file of either split is missing or is not what it says; shows nobody an image.
+
+        Files are listed, and their headers read, so that a comparison does not train for days to find a split of which
+        nothing can be measured.
+        """
+        _examined(self)
+
+    def _examine(self) -> None:
+        self.check()
+
+    def _whole(self, split: Split) -> Images:
+        """An official split."""
+        import torch
+
+        images, labels = self._official(split)
+        return ImageSet(images, labels, torch.arange(len(labels)), len(labels))
+
+    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        """(uint8 [N, C, H, W], int64 [N]) of an official split."""
+        raise TypeError(f"{type(self).__name__} does not say how it loads")
+
+
+# --- data sets in files ----------------------------------------------------------------------------------------
+
+
+def _absolute(path: Path) -> Path:
+    # a trial's process has a working directory of its own; "~" stays, for each machine to expand
+    return path if path.parts[:1] == ("~",) else path.absolute()
+
+
+Place = Annotated[Path, AfterValidator(_absolute)]
+
+
+class FileDataset(Dataset):
+    """A data set whose official files a person has put somewhere: the same place on every machine."""
+
+    name: str
+    root: Place
+    """The folder that holds the files. A place, not content: it changes no number."""
+
+    def _wrong(self, path: Path, problem: str) -> ConfigError:
+        return ConfigError(f"data {self.name}: {path}: {problem}")
+
+    def _missing(self, what: str, looked: list[Path]) -> ConfigError:
+        places = ", ".join(map(str, looked))
+        return ConfigError(f"data {self.name}: not found: {what} (looked in {places}); {self.origin}, or set data.root")
+
+    def _checked_labels(self, path: Path, labels: Tensor, first: int = 0) -> Tensor:
+        """Labels from 0; in the file they count from `first`."""
+        if problem := _label_problem(labels, first, self.num_classes):
+            raise self._wrong(path, problem)
+        return labels - first
+
+    def _fetch(self, url: str, md5: str, path: Path) -> None:
+        """Download a file; it is there whole, or not at all."""
+        digest = hashlib.md5(usedforsecurity=False)
+        try:
+            with (
+                whole_file(path) as part,
+                part.open("wb") as file,
+                urllib.request.urlopen(url, timeout=60) as reply,
+            ):
+                while piece := reply.read(2**20):
+                    digest.update(piece)
+                    file.write(piece)
+                if digest.hexdigest() != md5:
+                    problem = (
+                        f"{url} has the md5 {digest.hexdigest()}, and the official file's is {md5}; it is not kept"
+                    )
+                    raise ConfigError(f"data {self.name}: {problem}; try again, or {self.origin}")
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"{url} cannot be fetched to {path}: {error}; {self.origin}, or set data.root"
+            raise ConfigError(f"data {self.name}: {problem}") from None
+
+    def _fetch_folder(self, url: str, md5: str, folder: str) -> None:
+        """Download a zip, and put the folder that it holds into `root`, whole or not at all."""
+        root = self.root.expanduser()
+        if (root / folder).exists():
+            raise self._wrong(root / folder, "is there, but not complete; take it away, and it is downloaded again")
+        archive = root / f"{folder}.zip"
+        self._fetch(url, md5, archive)
+        try:
+            with tempfile.TemporaryDirectory(dir=root) as unpacked, zipfile.ZipFile(archive) as file:
+                file.extractall(unpacked)
+                (Path(unpacked) / folder).rename(root / folder)
+        finally:
+            archive.unlink()
+
+
+Level = Annotated[float, Field(ge=0, le=255)]
+Spread = Annotated[float, Field(ge=1, le=255)]  # a fraction of 255 by mistake is refused
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
+
+
+# --- splits ----------------------------------------------------------------------------------------------------
+
+
+def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """(kept, held out): sorted indices; `fraction` of every class is held out, at least one image, never all."""
+    import torch
+
+    order = torch.randperm(len(labels), generator=generator(seed, "split"))
+    held = []
+    for k in labels.unique().tolist():
+        members = order[labels[order] == k]
+        held.append(members[: min(max(1, round(len(members) * fraction)), len(members) - 1)])
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    out[torch.cat(held)] = True
+    return (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+
+
+@dataclass
+class _Loaded:
+    whole: Images
+    """The official train set."""
+    train: Images
+    val: Images | None
+    state: str | None
+    """Of the files it was read from; None: not in files that are whole."""
+    checked: bool = False
+    """Whether it is known to be the same when it is loaded again."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the official train set, whatever part of it is used."""
+        if self.state is None:
+            return digest_of(self.whole)
+        return remembered(self.state, lambda: digest_of(self.whole))
+
+
+@functools.lru_cache(maxsize=4)
+def _examined(data: Dataset) -> None:
+    data._examine()
+
+
+@functools.lru_cache(maxsize=4)
+def _load(data: Dataset) -> _Loaded:
+    before = _state(data)  # before it is read: what is written meanwhile is read again
+    whole = data._whole("train")
+    train, val = split(whole.labels, data)
+    return _Loaded(whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data))
+
+
+def _state(data: Dataset) -> str | None:
+    sources = data._sources("train")
+    if not sources or not all(path.is_file() for path in sources):
+        return None
+    return state_of(sources)
+
+
+ROWS = 64
+"""Words of 8 bytes that are at most added up to one for the digest."""
+COLUMNS = (509, 2_039, 8_191, 32_749, 131_071, 524_287)
+"""Words from one of a sum to the next: the first of these primes that is more than an image has."""
+
+
+def digest_of(images: Images) -> str:
+    """32 hex digits that tell an official set from others: of its labels, their order, and its images.
+
+    Images in memory count by their content. Of images that stay in their files the content is not read: their names,
+    below the folder, and sizes count, so that a file of the same name and size is taken for the same. No time counts.
+    """
+    found = hashlib.sha256(images.labels.numpy().astype("<i4").data)
+    if isinstance(images, FolderSet):
+        for file in images.files:
+            size = os.stat(f"{images.folder}/{file}").st_size  # noqa: PTH116  # a Path would take as long again
+            found.update(os.fsencode(f"{file}\0{size}\0"))
+    else:
+        found.update(repr(tuple(images.stored.shape)).encode())
+        content = images.stored.contiguous().numpy().reshape(-1)
+        for part in _summed(content, math.prod(images.stored.shape[1:])):
+            found.update(part.data)
+    return found.hexdigest()[:32]
+
+
+def _summed(content: np.ndarray[Any, np.dtype[np.uint8]], each: int) -> Iterator[np.ndarray[Any, Any]]:
+    """The content in about 1/64 of its bytes, for a hash 8 times as fast as SHA-256, and no protection against forgery.
+
+    Blocks of rows of words, of each of which the columns are added up. No sum has two words of one image, so a change
+    of an image always changes a sum; nor has one the same word of two images, which somebody might exchange.
+
+    Args:
+        each: bytes of an image.
+    """
+    rows = min(ROWS, each // 8)
+    columns = next((p for p in COLUMNS if p > each // 8 + 1 and each % p), 0)
+    block = 8 * rows * columns  # 0: an image is so small or large that nothing is added up
+    end = len(content) // block * block if block else 0
+    if end:
+        words = content[:end].view("<u8").reshape(-1, rows, columns)
+        yield np.add.reduce(words, axis=1).astype("<u8", copy=False)
+    yield content[end:]
+
+
+@functools.lru_cache(maxsize=4)
+def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel of train and validation, exact sums: the same however they are split."""
+    import torch
+
+    channels = data.shape[0]
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    for part in data.load():
+        assert part is None or isinstance(part, ImageSet), f"{data.name} streams, and says no mean"
+        for images in () if part is None else part.read(torch.arange(len(part)).split(4096)):
+            counts += torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(channels)])
+    levels, shares = torch.arange(256.0).double(), counts.double() / counts.sum(1, keepdim=True)
+    mean = shares @ levels
+    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt()
+    if not std.all():
+        raise ConfigError(f"data {data.name}: channel {int(std.argmin())} has one value in all images; leave it out")
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
+    """(train, validation): positions in the official train set, sorted; validation may be empty."""
+    import torch
+
+    used = torch.arange(len(labels))
+    if data.subset is not None and data.subset < len(labels):
+        used = stratified(labels, 1 - data.subset / len(labels), seed=data.split_seed)[0]
+    if not data.val_fraction:
+        return used, used[:0]
+    train, val = stratified(labels[used], data.val_fraction, seed=data.split_seed)
+    if not len(val):
+        raise ConfigError(f"data {data.name}: val_fraction: no class has two images, so none can be held out; got "
+                          f"{data.val_fraction:g}")  # fmt: skip
+    return used[train], used[val]
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _label_problem(labels: Tensor, first: int, num_classes: int) -> str | None:
+    last = first + num_classes - 1
+    outside = ((labels < first) | (labels > last)).nonzero()[:, 0]
+    return f"label {int(labels[outside[0]])} at {int(outside[0])} is outside {first}..{last}" if len(outside) else None

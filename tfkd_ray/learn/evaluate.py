@@ -1,0 +1,112 @@
+"""Metrics of a classifier on validation. The usual ones, from sums that add over batches and workers: top-1, top-5, NLL
+and calibration error. The others of `scores.SCORES`, where they are asked for: from the logits of all images at once.
+
+Shapes: B = batch, N = images, K = classes, M = `BINS` confidence bins.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tfkd_ray.learn.dataset import Dataset
+from tfkd_ray.learn.images import Images
+from tfkd_ray.verdict.calibration import BINS, bin_of, calibration_error
+from tfkd_ray.verdict.scores import Score, score_of
+
+EVAL_PIXELS = 2**18
+"""Pixels of a batch that is only judged: 256 images of 32x32, 5 of 224x224."""
+
+
+def predictions(
+    network: nn.Module, images: Images, data: Dataset, *, rank: int = 0, workers: int = 1, bf16: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits [B, K], labels [B]), batch by batch, of a worker's share of the images, on the device of their labels.
+
+    Logits are float32; with `bf16` the network's arithmetic is bfloat16.
+    """
+    device = images.labels.device
+    mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in data.statistics())
+    batch = max(1, EVAL_PIXELS // math.prod(data.shape[1:]))
+    shares = list(torch.arange(len(images), device=device)[rank::workers].split(batch))
+    network.eval()
+    for mine, pixels in zip(shares, images.read(shares), strict=True):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = network((pixels.to(device).float() - mean) / std)
+        yield logits.float(), images.labels[mine]
+
+
+def evaluate(network: nn.Module, data: Dataset, images: Images) -> dict[str, float]:
+    """Metrics of a network on a set of images; see `metrics_from`."""
+    return metrics_from(sum((metric_sums(*batch) for batch in predictions(network, images, data)), torch.zeros(1)))
+
+
+def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
+    """What a batch adds to the metrics: float64 [4 + 3 * M], logits [B, K], labels [B].
+
+    Count, correct in the first 1, correct in the first 5, NLL; then of each bin its count, confidence and correct ones;
+    with the teacher's logits [B, K] two more: images where both guess the same, and KL(teacher || student) in nats.
+    """
+    log_p = torch.log_softmax(logits.double(), dim=1)
+    top = log_p.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    best, guess = log_p.max(dim=1)  # of equal logits the first class, which topk does not promise
+    confidence, first = best.exp(), (guess == labels).double()
+    bins = bin_of(confidence).long().clamp(min=0)  # of what is no number, the first
+    table = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
+    table.index_add_(1, bins, torch.stack([torch.ones_like(first), confidence, first]))
+    nll = -log_p.gather(1, labels[:, None]).sum()
+    heads = torch.stack([nll.new_tensor(float(len(labels))), first.sum(), top.any(dim=1).double().sum(), nll])
+    sums = torch.cat([heads, table.flatten()])
+    if teacher is None:
+        return sums
+    log_q = torch.log_softmax(teacher.double(), dim=1)
+    same = (logits.argmax(dim=1) == teacher.argmax(dim=1)).double().sum()
+    return torch.cat([sums, torch.stack([same, F.kl_div(log_p, log_q, reduction="sum", log_target=True)])])
+
+
+def metrics_from(sums: Tensor) -> dict[str, float]:
+    """Metrics of all images whose `metric_sums` were added up.
+
+    `val_accuracy` and `val_top5` (the first 5 guesses) are fractions; `val_nll` is in nats an image; `val_ece` is the
+    mean gap between confidence and accuracy over the bins, weighted by their counts, a fraction. Where a teacher was
+    given: `val_agreement`, the fraction of images where both guess the same, and `val_teacher_kl`, in nats an image.
+    """
+    count, first, fifth, nll, *rest = sums.tolist()
+    confidence, correct, of_teacher = rest[BINS : 2 * BINS], rest[2 * BINS : 3 * BINS], rest[3 * BINS :]
+    beside = dict(zip(("val_agreement", "val_teacher_kl"), (v / count for v in of_teacher), strict=False))
+    return {
+        "val_accuracy": first / count,
+        "val_top5": fifth / count,
+        "val_nll": nll / count,
+        "val_ece": calibration_error(count, confidence, correct),
+        **beside,
+    }
+
+
+def asked_beside(metrics: Sequence[str]) -> list[Score]:
+    """Those of some metrics that need the logits of all images at once; a ValueError for a name that is none."""
+    rows = [score_of(name) for name in metrics]
+    return [row for row in rows if row.of is not None and not row.usual]
+
+
+def metrics_at_once(
+    rows: Sequence[Score], batches: Sequence[Tensor], labels: Tensor, num_classes: int, *, rank: int, workers: int
+) -> dict[str, float]:
+    """Metrics that are no sums over batches, the same on every worker, which all must call it.
+
+    Args:
+        batches: logits [B, K] of this worker's share: images `rank`, `rank + workers`, ... of the split.
+        labels: of all images of the split, [N].
+    """
+    shares = labels.new_zeros(workers, -(-len(labels) // workers), num_classes, dtype=torch.float32)
+    if batches:
+        mine = torch.cat(list(batches))
+        shares[rank, : len(mine)] = mine
+    if workers > 1:
+        dist.all_gather(list(shares.unbind()), shares[rank].clone())
+    logits = shares.transpose(0, 1).flatten(0, 1)[: len(labels)].cpu().numpy()
+    truth = labels.cpu().numpy()
+    return {row.key: row.of(logits, truth) for row in rows if row.of is not None}

@@ -1,0 +1,303 @@
+"""TODO learn.image_files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tfkd_ray.learn.cache import cached
+from tfkd_ray.learn.images import FolderSet, Images, check_headers, decoded, rgb
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import cached_file, opened, read_at_most
+
+if TYPE_CHECKING:
+    from torch import Tensor
+from tfkd_ray.learn.dataset import (
+    IMAGENET,
+    MODERN,
+    PAPER,
+    SPLITS,
+    FileDataset,
+    Level,
+    Place,
+    Split,
+    Spread,
+    _identity,
+)
+
+MOST_LIST = 2**24
+"""More than the lists of Tiny ImageNet, which have less than a megabyte."""
+
+
+# --- data sets of image files ----------------------------------------------------------------------------------
+
+
+class TinyImagenet(FileDataset):
+    """Tiny ImageNet: 110,000 photographs of 64x64 in 200 classes, in memory. (Stanford's CS231n, 2015.)
+
+    The official layout, which is `root` or root/tiny-imagenet-200. Its `val` is the test split here, as the labels of
+    its `test` were never published. Classes are in the order of their WordNet ids.
+    """
+
+    num_classes: ClassVar[int] = 200
+    shape: ClassVar[tuple[int, int, int]] = (3, 64, 64)
+    mean: ClassVar[tuple[float, ...]] = (0.4802 * 255, 0.4481 * 255, 0.3975 * 255)
+    std: ClassVar[tuple[float, ...]] = (0.2302 * 255, 0.2265 * 255, 0.2262 * 255)
+    url: ClassVar[str] = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    md5: ClassVar[str] = "90528d7ca1a48142e341f4ef8d21d0de"
+    origin: ClassVar[str] = f"get and unpack {url}"
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            **PAPER,
+            "schedule": {**PAPER["schedule"], "gamma": 0.1},
+            "augment": {"flip": True, "rotation_degrees": 20.0},
+        },
+        "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 8, "flip": True}},
+    }
+
+    name: Literal["tiny_imagenet"] = "tiny_imagenet"
+    root: Place = Path("~/datasets/tiny_imagenet")
+
+    def check(self) -> None:
+        """Raise a ConfigError if its lists and folders are not there."""
+        self._folder()
+
+    def download(self) -> None:
+        try:
+            self._folder()
+        except ConfigError:
+            self._fetch_folder(self.url, self.md5, "tiny-imagenet-200")
+
+    def _folder(self) -> Path:
+        root = self.root.expanduser()
+        folders = [root, root / "tiny-imagenet-200"]
+        needs = ("wnids.txt", "train", "val/images", "val/val_annotations.txt")
+        for folder in folders:
+            if all((folder / name).exists() for name in needs):
+                return folder
+        raise self._missing(f"{', '.join(needs)}, all in one folder", folders)
+
+    def _wnids(self, folder: Path) -> list[str]:
+        classes = sorted(self._text(folder / "wnids.txt").split())
+        if len(set(classes)) != self.num_classes:
+            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
+        if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
+            raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
+        return classes
+
+    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+        import torch
+
+        folder = self._folder()
+        classes = self._wnids(folder)
+        files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
+        lists = [folder / "wnids.txt", *([folder / "val/val_annotations.txt"] if split == "test" else [])]
+        return cached(
+            f"{self.name}-{split}",
+            [*(path for path, _ in files), *lists],
+            lambda: (self._images([path for path, _ in files]), torch.tensor([k for _, k in files])),
+        )
+
+    def _sources(self, split: Split) -> list[Path]:
+        """The file of decoded images, which is replaced when one of 100,000 images changes."""
+        folder = self._folder()
+        wnid = min(self._text(folder / "wnids.txt").split(), default="")
+        first = min((folder / split / wnid / "images").glob("*.JPEG"), default=None)
+        return [cached_file(f"{self.name}-{split}", first)] if first else []
+
+    def _examine(self) -> None:
+        folder = self._folder()
+        classes = self._wnids(folder)
+        files = [*self._train_files(folder, classes), *self._val_files(folder, classes)]
+        check_headers(self.name, [path for path, _ in files], self.shape[1:])
+
+    def _train_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+        found = []
+        for k, wnid in enumerate(classes):
+            place = folder / "train" / wnid / "images"
+            if not (names := sorted(place.glob("*.JPEG"))):
+                raise self._wrong(place, f"there is no image (*.JPEG) of this class; {self.origin}")
+            found += [(name, k) for name in names]
+        return found
+
+    def _val_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+        path, number = folder / "val/val_annotations.txt", {wnid: k for k, wnid in enumerate(classes)}
+        try:
+            there = {entry.name for entry in os.scandir(folder / "val/images")}
+        except OSError as error:
+            raise self._wrong(folder / "val/images", f"cannot be read: {error.strerror}") from None
+        found = []
+        for n, line in enumerate(self._text(path).splitlines(), start=1):
+            name, _, rest = line.partition("\t")
+            wnid = rest.partition("\t")[0]
+            if wnid not in number:
+                raise self._wrong(path, f"line {n}: needs an image and a class of wnids.txt, got {line[:200]!r}")
+            if name not in there:
+                raise self._wrong(path, f"line {n}: {name[:200]} is not in val/images; {self.origin}")
+            found.append((folder / "val/images" / name, number[wnid]))
+        if not found:
+            raise self._wrong(path, f"is empty; {self.origin}")
+        return sorted(found)
+
+    def _text(self, path: Path) -> str:
+        """One of its lists."""
+        try:
+            with opened(path) as file:
+                raw = read_at_most(file, MOST_LIST)
+            if len(raw) == MOST_LIST:
+                raise self._wrong(path, f"larger than any such list: {MOST_LIST} bytes or more")
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self._wrong(
+                path, f"not text in UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+            ) from None
+        except OSError as error:
+            raise self._wrong(path, f"cannot be read: {error.strerror}") from None
+
+    def _images(self, paths: list[Path]) -> Tensor:
+        import torch
+
+        images = torch.empty(len(paths), *self.shape, dtype=torch.uint8)
+
+        def fill(start: int) -> None:
+            for k, path in enumerate(paths[start : start + 100], start):
+                pixels = decoded(self.name, path, rgb)
+                if pixels.shape != self.shape:
+                    raise self._wrong(path, f"is {pixels.shape[2]}x{pixels.shape[1]}, and all images are 64x64")
+                images.numpy()[k] = pixels
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                list(pool.map(fill, range(0, len(paths), 100)))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return images
+
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class FolderDataset(FileDataset):
+    """Image files of any size in a folder for each class, as torchvision's ImageFolder has them; read while training.
+
+    root/train/CLASS/* and root/val/CLASS/*, which is the test split here; root/test/CLASS/* where there is no `val`.
+    Classes and images are in the order of their names. What begins with a dot is left alone, and so is what does not
+    end as images do.
+    """
+
+    streams: ClassVar[bool] = True
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": IMAGENET,
+        "modern": {
+            **IMAGENET,
+            "optim": {**IMAGENET["optim"], **MODERN["optim"]},
+            "schedule": {**MODERN["schedule"], "warmup_epochs": 5.0},
+        },
+    }
+
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 224
+    """Height and width in pixels, S, that images get when they are read."""
+    mean: tuple[Level, Level, Level] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+    """Of red, green and blue, in units of a uint8 step (0 to 255); ImageNet's."""
+    std: tuple[Spread, Spread, Spread] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+    """In the same units."""
+    readers: Annotated[int, Field(ge=1, le=256)] = 4
+    """Threads that decode ahead of training, for each worker. They change no number."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, S, S)."""
+        return 3, self.image_size, self.image_size
+
+    def check(self) -> None:
+        """Raise a ConfigError if a split is not there, or its classes are not as declared; looks at folders only."""
+        self._classes("test")
+
+    def _folder(self, split: Split) -> Path:
+        root = self.root.expanduser()
+        names = ("train",) if split == "train" else ("val", "test")
+        for name in names:
+            if (root / name).is_dir():
+                return root / name
+        raise self._missing(f"the folder {' or '.join(names)}", [root])
+
+    def _classes(self, split: Split) -> list[str]:
+        """Names of the class folders, sorted."""
+        folder = self._folder(split)
+        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if split == "train":
+            if len(classes) != self.num_classes:
+                raise self._wrong(folder, f"{len(classes)} class folders, and num_classes is {self.num_classes}")
+            return classes
+        if differing := sorted(set(classes) ^ set(train := self._classes("train"))):
+            where = "here, but not in train" if differing[0] in classes else "in train, but not here"
+            count = f"{len(classes)} class folders here, {len(train)} in train"
+            raise self._wrong(folder, f"its class folders must be those of train: {differing[0]} is {where} ({count})")
+        return classes
+
+    def _examine(self) -> None:
+        for split in SPLITS:
+            images = self._whole(split)
+            assert isinstance(images, FolderSet), f"{images=}"
+            check_headers(self.name, [images.folder / file for file in images.files])
+
+    def _whole(self, split: Split) -> Images:
+        import torch
+
+        folder, files, labels = self._folder(split), list[str](), list[int]()
+        for k, name in enumerate(self._classes(split)):
+            found = sorted(_image_files(folder / name))
+            if not found:
+                raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
+            files += [f"{folder.name}/{name}/{file}" for file in found]
+            labels += [k] * len(found)
+        root, positions = self.root.expanduser(), torch.arange(len(files))
+        return FolderSet(
+            self.name, root, tuple(files), torch.tensor(labels), positions, len(files), self.image_size, self.readers
+        )
+
+
+def _image_files(folder: Path) -> Iterator[str]:
+    """Image files below a folder, relative to it, in any order; links are followed, but not to what they lie in."""
+    above: dict[str, set[tuple[int, int]]] = {str(folder): {_identity(p) for p in folder.resolve().parents}}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        passed = above.pop(place) | {_identity(Path(place))}
+        folders[:] = [f for f in folders if not f.startswith(".") and _identity(Path(place, f)) not in passed]
+        above |= {f"{place}/{name}": passed for name in folders}
+        below = place[len(str(folder)) + 1 :]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield f"{below}/{name}" if below else name
+
+
+class ImageFolder(FolderDataset):
+    """Image files of your own."""
+
+    places: ClassVar[set[str]] = {"readers"}  # here the folder is what tells one data set from another
+    known_by_digest: ClassVar[set[str]] = {"root"}
+    origin: ClassVar[str] = "put images at root/train/CLASS/ and root/val/CLASS/"
+
+    name: Literal["image_folder"] = "image_folder"
+    num_classes: Annotated[int, Field(ge=2)]
+    """As many as there are folders in root/train."""
+
+
+class Imagenet(FolderDataset):
+    """ImageNet of 2012: 1.28 million photographs in 1000 classes. (Russakovsky et al. 2015, arXiv:1409.0575.)
+
+    50,000 more, its validation images, are the test split here.
+    """
+
+    num_classes: ClassVar[int] = 1000
+    origin: ClassVar[str] = (
+        "register at https://image-net.org for ILSVRC2012, and unpack it to root/train/CLASS/ and root/val/CLASS/"
+    )
+
+    name: Literal["imagenet"] = "imagenet"
+    root: Place = Path("~/datasets/imagenet")

@@ -1,0 +1,737 @@
+"""Student and teacher networks: each a frozen set of hyperparameters that builds a torch module.
+
+To add a network: a class with a `name` and `build`, and its name in `Model`. One of torchvision's: a subclass of
+`TorchvisionNetwork` with a `name` (and the pools of its stem). torchvision is imported when such a network is built.
+Without a change here: `timm:NAME` is any of timm's networks, `package.module:function` is one of your own.
+
+Shapes: images [B, C, H, W] float in, logits [B, K] out.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
+
+from tfkd_ray.learn.images import random_position, seeded
+from tfkd_ray.learn.own import imported, is_only_reading
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import Settings, named
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+Prepared = tuple[tuple[float, ...], tuple[float, ...], int | None]
+"""(mean, std) per channel in units of a uint8 step, and height and width in pixels."""
+Width = Annotated[int, Field(ge=1, le=65536)]
+
+
+class Network(Settings):
+    """A network by name; `build` makes it for a data set's shape."""
+
+    name: str
+    layout: ClassVar[str] = "channels_last"
+    """Name of `memory_format` in torch."""
+    fast_in_bf16: ClassVar[bool] = True
+    """Whether bfloat16 makes it faster where the processor has it; measured by benchmarks/formats.py."""
+
+    @property
+    def called(self) -> str:
+        """How sentences call it."""
+        return self.name
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Order in memory of its convolutions' weights in training, which images follow; it changes no shape."""
+        import torch
+
+        found: torch.memory_format = getattr(torch, self.layout)
+        return found
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
+
+    def operations(self, shape: tuple[int, int, int]) -> float:
+        """Multiplications and additions of a forward pass of an image (C, H, W), where they may be few; or infinity."""
+        return math.inf
+
+    def weights(self, shape: tuple[int, int, int], num_classes: int) -> int | None:
+        """Numbers in its weights and batch statistics, where that is known without building it."""
+        return None
+
+    def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
+        """How images were prepared for the weights that its library offers; None if that is not known.
+
+        Args:
+            shape: of the images that are here.
+        """
+        return None
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """A new module, weights drawn from torch's global generator; shape is (C, H, W)."""
+        raise TypeError(f"{type(self).__name__} does not say how it is built")
+
+
+class Mlp(Network):
+    """Fully connected ReLU network: no batch statistics, and no dropout unless asked for."""
+
+    name: Literal["mlp"] = "mlp"
+    hidden: Annotated[tuple[Width, ...], Field(max_length=16)] = (64,)
+    """Width of each hidden layer."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping a hidden unit."""
+
+    def operations(self, shape: tuple[int, int, int]) -> float:
+        units = (math.prod(shape), *self.hidden)
+        return 2.0 * sum(a * b for a, b in itertools.pairwise(units))
+
+    def weights(self, shape: tuple[int, int, int], num_classes: int) -> int:
+        units = (math.prod(shape), *self.hidden, num_classes)
+        return sum((a + 1) * b for a, b in itertools.pairwise(units))
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        channels, height, width = shape
+        layers: list[nn.Module] = [nn.Flatten()]
+        features = channels * height * width
+        for units in self.hidden:
+            layers += [nn.Linear(features, units), nn.ReLU()]
+            layers += [nn.Dropout(self.dropout)] if self.dropout else []
+            features = units
+        return nn.Sequential(*layers, nn.Linear(features, num_classes))
+
+
+class Cnn(Network):
+    """Small convolutional network for small images: 3x3 convolutions with BatchNorm, ReLU and 2x2 pooling."""
+
+    name: Literal["cnn"] = "cnn"
+    widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=5)] = (16, 32)
+    """Channels of each stage; images are halved between stages."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        _, height, width = shape
+        if min(height, width) < 2 ** (len(self.widths) - 1):
+            raise ValueError(f"widths: {len(self.widths)} stages halve a {height}x{width} image to nothing")
+
+    def operations(self, shape: tuple[int, int, int]) -> float:
+        channels = (shape[0], *self.widths)
+        pixels = [(shape[1] >> stage) * (shape[2] >> stage) for stage in range(len(self.widths))]
+        return 2.0 * sum(9 * a * b * n for (a, b), n in zip(itertools.pairwise(channels), pixels, strict=True))
+
+    def weights(self, shape: tuple[int, int, int], num_classes: int) -> int:
+        channels = (shape[0], *self.widths)
+        stages = sum(9 * a * b + 4 * b + 1 for a, b in itertools.pairwise(channels))  # BatchNorm: 4 a channel, a count
+        return stages + (channels[-1] + 1) * num_classes
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        from tfkd_ray.learn.blocks import MeanOfMap
+
+        self.check(shape)
+        channels = shape[0]
+        layers: list[nn.Module] = []
+        for stage, out in enumerate(self.widths):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        return nn.Sequential(*layers, MeanOfMap(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+class Cnn5(Network):
+    """The Tf-KD paper's plain CNN: three 3x3 convolutions with BatchNorm, ReLU and 2x2 pooling, and two layers.
+
+    BatchNorm also follows the first of the two layers, as in the authors' code.
+    """
+
+    name: Literal["cnn5"] = "cnn5"
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        _at_least(8, "cnn5", shape)
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        self.check(shape)
+        channels, height, width = shape
+        layers: list[nn.Module] = []
+        for out in (32, 64, 128):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = out
+        features = channels * (height // 8) * (width // 8)
+        layers += [nn.Flatten(), nn.Linear(features, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.5)]
+        return nn.Sequential(*layers, nn.Linear(128, num_classes))
+
+
+class AlexNetSmall(Network):
+    """AlexNet for small images, with one layer behind its convolutions: the "AlexNet-CIFAR" of the Tf-KD authors' code.
+
+    At 32x32 three poolings leave one pixel; what other sizes leave is averaged, or not pooled further.
+    """
+
+    name: Literal["alexnet_small"] = "alexnet_small"
+    layout: ClassVar[str] = "contiguous_format"
+    fast_in_bf16: ClassVar[bool] = False
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(2, ceil_mode=True)
+
+        layers = [nn.Conv2d(shape[0], 64, 11, stride=4, padding=5), nn.ReLU(), pool()]
+        layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), pool()]
+        for channels, out in ((192, 384), (384, 256), (256, 256)):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers, pool(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes))
+
+
+# --- Wide residual networks ------------------------------------------------------------------------------------
+
+
+def _six_n_plus_four(depth: int) -> int:
+    if depth % 6 != 4:
+        raise ValueError(f"must be 6n + 4 (10, 16, 22, 28, 34, 40, ...), got {depth}")
+    return depth
+
+
+class WideResNet(Network):
+    """Wide residual network without dropout, e.g. WRN-28-10. (Zagoruyko and Komodakis 2016, arXiv:1605.07146.)
+
+    Made for 32x32: its stem keeps the full resolution, at any size of image.
+    """
+
+    name: Literal["wide_resnet"] = "wide_resnet"
+    depth: Annotated[int, Field(ge=10, le=1000), AfterValidator(_six_n_plus_four)] = 16
+    """Layers with weights on the longest path: 6n + 4."""
+    width: Annotated[int, Field(ge=1, le=64)] = 2
+    """Factor on the 16, 32 and 64 channels of the three stages."""
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        from tfkd_ray.learn.blocks import WideBlock
+
+        channels = 16
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], channels, 3, padding=1, bias=False)]
+        for stage, out in enumerate((16 * self.width, 32 * self.width, 64 * self.width)):
+            for block in range((self.depth - 4) // 6):
+                layers.append(WideBlock(channels, out, stride=2 if stage and not block else 1))
+                channels = out
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        network = nn.Sequential(*layers, nn.Linear(channels, num_classes))
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return network
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------
+
+SMALL_IMAGE = 64
+"""Longest shorter side, in pixels, of images that get a small-image stem."""
+
+
+class TorchvisionNetwork(Network):
+    """A network of torchvision's with random weights, and a stem that fits the images.
+
+    Images up to 64 pixels: the first convolution becomes 3x3 with stride 1, and no pooling follows it. Larger ones
+    keep torchvision's stem. A new first convolution (also for other than 3 channels) is drawn from He's normal,
+    fan out, whatever torchvision's was drawn from.
+    """
+
+    stem_pools: ClassVar[tuple[str, ...]] = ()
+    """Pooling modules that small images skip."""
+    options: ClassVar[dict[str, Any]] = {}
+    """Arguments of torchvision's builder."""
+    smallest: ClassVar[int] = 8
+    """Shortest side, in pixels, that is accepted."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        _at_least(self.smallest, self.name, shape)
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+        network = self.original(num_classes)
+        small = min(shape[1:]) <= SMALL_IMAGE
+        if small or shape[0] != 3:
+            _replace_first_convolution(network, shape[0], small)
+        if small:
+            self.shrink(network)
+        return network
+
+    def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
+        """ImageNet's mean and std at 224 pixels, as of all of these in torchvision but GoogLeNet, which is refused."""
+        return (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255), 224
+
+    def original(self, num_classes: int) -> nn.Module:
+        """torchvision's own network, for 3 channels and large images."""
+        from torchvision.models import get_model  # type: ignore[import-untyped]
+
+        network: nn.Module = get_model(self.name, weights=None, num_classes=num_classes, **self.options)
+        return network
+
+    def shrink(self, network: nn.Module) -> None:
+        """Adapt to small images what follows the first convolution."""
+        from torch import nn
+
+        for pool in self.stem_pools:
+            network.set_submodule(pool, nn.Identity(), strict=True)
+
+
+def _at_least(smallest: int, name: str, shape: tuple[int, int, int]) -> None:
+    _, height, width = shape
+    if min(height, width) < smallest:
+        raise ValueError(f"name: {name} needs images of {smallest}x{smallest} or more, these are {height}x{width}")
+
+
+def _replace_first_convolution(network: nn.Module, channels: int, small: bool) -> None:
+    """A first convolution for this many channels; for small images also 3x3 with stride 1."""
+    from torch import nn
+
+    path, old = next((path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    kernel, stride, padding = (3, 1, 1) if small else (old.kernel_size[0], old.stride[0], old.padding[0])
+    assert isinstance(padding, int), f"{padding=}"
+    new = nn.Conv2d(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    network.set_submodule(path, new, strict=True)
+
+
+class AlexNet(TorchvisionNetwork):
+    """AlexNet with its two layers of 4096. (Krizhevsky 2014, arXiv:1404.5997.)"""
+
+    name: Literal["alexnet"] = "alexnet"
+    stem_pools: ClassVar[tuple[str, ...]] = ("features.2",)
+
+
+class _ResNet(TorchvisionNetwork):
+    stem_pools: ClassVar[tuple[str, ...]] = ("maxpool",)
+
+
+class ResNet18(_ResNet):
+    """Residual network; up to 64 pixels the one of the Tf-KD paper. (He et al. 2015, arXiv:1512.03385.)"""
+
+    name: Literal["resnet18"] = "resnet18"
+
+
+class ResNet34(_ResNet):
+    """Residual network. (He et al. 2015, arXiv:1512.03385.)"""
+
+    name: Literal["resnet34"] = "resnet34"
+
+
+class ResNet50(_ResNet):
+    """Residual network with bottlenecks; up to 64 pixels the one of the Tf-KD paper. (arXiv:1512.03385.)"""
+
+    name: Literal["resnet50"] = "resnet50"
+
+
+class ResNet101(_ResNet):
+    """Residual network with bottlenecks; up to 64 pixels the one of the Tf-KD paper. (arXiv:1512.03385.)"""
+
+    name: Literal["resnet101"] = "resnet101"
+
+
+class ResNeXt50(_ResNet):
+    """Residual network of 32 groups. (Xie et al. 2016, arXiv:1611.05431.)"""
+
+    name: Literal["resnext50_32x4d"] = "resnext50_32x4d"
+
+
+class ResNeXt101(_ResNet):
+    """Residual network of 32 groups. (Xie et al. 2016, arXiv:1611.05431.)"""
+
+    name: Literal["resnext101_32x8d"] = "resnext101_32x8d"
+
+
+class ResNeXt29(_ResNet):
+    """ResNeXt-29 8x64d, three stages of three blocks; to 64 pixels that of the Tf-KD paper. (arXiv:1611.05431.)"""
+
+    name: Literal["resnext29"] = "resnext29"
+
+    def original(self, num_classes: int) -> nn.Module:
+        from torch import nn
+        from torchvision.models.resnet import Bottleneck, ResNet  # type: ignore[import-untyped]
+
+        network: nn.Module = ResNet(Bottleneck, [3, 3, 3, 1], groups=8, width_per_group=64)
+        network.layer4 = nn.Identity()  # torchvision always makes four stages
+        network.fc = nn.Linear(1024, num_classes)
+        return network
+
+
+class MobileNetV2(TorchvisionNetwork):
+    """MobileNetV2; up to 64 pixels its first two strides are 1. (Sandler et al. 2018, arXiv:1801.04381.)
+
+    The Tf-KD authors' has biases, a 1x1 stem padded to 34x34, a 1x1 convolution more in its first block, and halves at
+    24, 32 and 64 channels; this one at 32, 64 and 160: 17,408 parameters less at K = 100.
+    """
+
+    name: Literal["mobilenet_v2"] = "mobilenet_v2"
+
+    def shrink(self, network: Any) -> None:
+        depthwise = network.features[2].conv[1][0]
+        assert depthwise.stride == (2, 2), f"{depthwise.stride=}"
+        depthwise.stride = (1, 1)
+
+
+class ShuffleNetV2(TorchvisionNetwork):
+    """ShuffleNetV2 x1. (Ma et al. 2018, arXiv:1807.11164.)
+
+    The Tf-KD authors' has biases on its convolutions, 24 channels and not 58 inside its first unit, and no ReLU after
+    the stem: this one has 4,792 parameters less.
+    """
+
+    name: Literal["shufflenet_v2_x1_0"] = "shufflenet_v2_x1_0"
+    fast_in_bf16: ClassVar[bool] = False
+    stem_pools: ClassVar[tuple[str, ...]] = ("maxpool",)
+
+
+class GoogLeNet(TorchvisionNetwork):
+    """GoogLeNet with BatchNorm and without auxiliary classifiers. (Szegedy et al. 2014, arXiv:1409.4842.)
+
+    The Tf-KD authors' has biases, two 3x3 in a row where this one has one, a single 3x3 of 192 channels as its stem,
+    and a dropout of 0.4, not 0.2: this one has 563,776 parameters less.
+    """
+
+    name: Literal["googlenet"] = "googlenet"
+    stem_pools: ClassVar[tuple[str, ...]] = ("maxpool1", "maxpool2")
+    options: ClassVar[dict[str, Any]] = {"aux_logits": False, "init_weights": True}
+
+
+class DenseNet121(TorchvisionNetwork):
+    """DenseNet with growth rate 32. (Huang et al. 2016, arXiv:1608.06993.)
+
+    Up to 64 pixels the one of the Tf-KD paper, but for BatchNorm and ReLU after the stem (128 parameters more) and a
+    ReLU in each transition.
+    """
+
+    name: Literal["densenet121"] = "densenet121"
+    stem_pools: ClassVar[tuple[str, ...]] = ("features.pool0",)
+
+
+class _Vgg(TorchvisionNetwork):
+    smallest: ClassVar[int] = 32  # five poolings halve it
+
+    def shrink(self, network: nn.Module) -> None:
+        """Nothing: a VGG begins with 3x3 at stride 1, and pools late enough."""
+
+
+class Vgg16(_Vgg):
+    """VGG with BatchNorm and its two layers of 4096. (Simonyan and Zisserman 2014, arXiv:1409.1556.)"""
+
+    name: Literal["vgg16_bn"] = "vgg16_bn"
+
+
+class Vgg19(_Vgg):
+    """VGG with BatchNorm and its two layers of 4096: the one of the Tf-KD authors' code. (arXiv:1409.1556.)"""
+
+    name: Literal["vgg19_bn"] = "vgg19_bn"
+
+
+# --- networks from elsewhere -----------------------------------------------------------------------------------
+
+
+class Timm(Network):
+    """Any network of timm's with random weights; `timm:NAME` for short. (github.com/huggingface/pytorch-image-models.)
+
+    Its name and arguments make it, and so does timm's version, which is not recorded in a fingerprint.
+    """
+
+    name: Literal["timm"] = "timm"
+    model: str
+    """timm's name of it, e.g. `resnet26` or `vit_tiny_patch16_224`."""
+    args: dict[str, JsonValue] = {}
+    """More arguments of `timm.create_model`: `{drop_path_rate: 0.1}`, or a ViT's `{img_size: 32, patch_size: 4}`."""
+    stem: Literal["small", "timm"] = "small"
+    """timm: as it is there. small: for images up to 64 pixels, a first convolution that halves them becomes 3x3 with
+    stride 1, and a `maxpool` is left out; one as wide as its stride (the patches of a ViT or ConvNeXt) stays."""
+
+    @property
+    def called(self) -> str:
+        """timm:NAME."""
+        return f"timm:{self.model}"
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        try:
+            import timm
+        except ModuleNotFoundError:
+            raise ValueError("name: timm is not installed here: pip install 'tfkd_ray[timm]'") from None
+        if not timm.is_model(self.model):
+            near = difflib.get_close_matches(self.model.partition(".")[0], timm.list_models(), n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() names them all"
+            raise ValueError(f"model: timm {timm.__version__} has no model {self.model!r}; {hint}")
+        for key in {"pretrained", "checkpoint_path", "num_classes", "in_chans"} & self.args.keys():
+            raise ValueError(
+                f"args.{key}: not for you to set: weights are random, the rest is the data's; leave it out"
+            )
+
+    def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
+        """What timm says of its weights; None where the network is another than theirs: a small stem, other patches."""
+        changed = self.stem == "small" and min(shape[1:]) <= SMALL_IMAGE
+        try:
+            self.check(shape)
+        except ValueError:  # which is said elsewhere
+            return None
+        if changed or "img_size" in self.args:
+            return None
+        import timm
+
+        about = timm.get_pretrained_cfg(self.model) or timm.get_pretrained_cfg(self.model.partition(".")[0])
+        if about is None or len(about.mean) != shape[0]:
+            return None
+        mean, std = (tuple(255 * float(value) for value in values) for values in (about.mean, about.std))
+        return mean, std, int(about.input_size[-1])
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torch import nn
+
+        self.check(shape)
+
+        def make() -> Any:
+            import timm
+
+            given = {"pretrained": False, "num_classes": num_classes, "in_chans": shape[0], **self.args}
+            network = timm.create_model(self.model, **given)
+            first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+            if self.stem == "timm" or min(shape[1:]) > SMALL_IMAGE or first is None:
+                return network
+            if first.in_channels == shape[0] and 1 < first.stride[0] < first.kernel_size[0]:
+                _replace_first_convolution(network, shape[0], small=True)
+                if hasattr(network, "maxpool"):
+                    network.maxpool = nn.Identity()
+            return network
+
+        return _tried(f"model timm:{self.model}", make, shape, num_classes)
+
+
+class Own(Network):
+    """A network of your own: what a function returns; `package.module:function` for short.
+
+    Called as `function(shape=(C, H, W), num_classes=K, **args)`. Its module may return the logits, a dict or an object
+    with `logits` (or `out`), or a tuple that begins with them; whatever else it returns is dropped. The name of the
+    function is what a run remembers: change what it does, and runs and teachers of before are taken for the same.
+    """
+
+    name: Literal["own"] = "own"
+    layout: ClassVar[str] = "preserve_format"  # a `view` of theirs may count on the order
+    path: str
+    """`package.module:function`, installed or in the directory where `tfkd` is started, where it also runs."""
+    args: dict[str, JsonValue] = {}
+    """More arguments of the function."""
+
+    @property
+    def called(self) -> str:
+        """Its path."""
+        return self.path
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        if is_only_reading():
+            return
+        try:
+            function = imported(self.path, "path")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if not callable(function):
+            raise ValueError(f"path: {self.path} is {function!r}, not a function")
+        try:
+            inspect.signature(function).bind(shape=shape, num_classes=2, **self.args)
+        except TypeError as error:
+            raise ValueError(f"args: {self.path} is called with shape, num_classes and these: {error}") from None
+        except ValueError:  # written in C, without a signature
+            pass
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+        function = imported(self.path, "path")
+        make = functools.partial(own_code.at_home(function), shape=shape, num_classes=num_classes, **self.args)
+        return _tried(f"model {self.path}", make, shape, num_classes)
+
+
+def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The module that `make` gives, which returns logits and nothing else; tried on two empty images.
+
+    The trial runs in eval mode and takes nothing from the random numbers. Whatever goes wrong is a ConfigError.
+    """
+    import torch
+    from torch import nn
+
+    images = [2, *shape]
+    try:
+        doing = f"being built for images {list(shape)} and {num_classes} classes"
+        network = make()
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"{what}: gives {type(network).__name__}; a network is a torch.nn.Module")
+        doing = f"given images {images}"
+        network.register_forward_hook(functools.partial(_only_logits, what, num_classes))
+        training = network.training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = network.eval()(torch.zeros(images))
+        if not logits.is_meta and not logits.isfinite().all():
+            raise ConfigError(f"{what}: gives logits that are not finite numbers for images {images} of zeros")
+        return network.train(training)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever its author lets it raise
+        raise ConfigError(f"{what}: {type(error).__name__} when {doing}: {error}") from error
+
+
+def _only_logits(what: str, num_classes: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
+    """A forward hook: the logits in what a module returns."""
+    from torch import Tensor
+
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits", output.get("out"))
+    elif not isinstance(output, Tensor):
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        logits = getattr(output, "logits", getattr(output, "out", first))
+    wanted = [inputs[0].shape[0], num_classes]
+    if not isinstance(logits, Tensor) or list(logits.shape) != wanted:
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"{type(output).__name__} without a tensor of them"
+        raise ConfigError(
+            f"{what}: gives {got} for images {list(inputs[0].shape)}; logits of {num_classes} classes are {wanted}"
+        )
+    return logits
+
+
+def check_learns(what: str, network: nn.Module) -> None:
+    """Raise a ConfigError where nothing in a network can be trained."""
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        frozen = sum(1 for _ in network.parameters())
+        why = f"all {frozen} have requires_grad False" if frozen else "it has none"
+        raise ConfigError(
+            f"model {what}: no parameter learns ({why}), so there is nothing to train; leave its head unfrozen at least"
+        )
+
+
+def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raise a ConfigError where a network cannot be trained on a single image a worker, as BatchNorm may not."""
+    import torch
+    from torch import nn
+
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        return
+    first = next(network.parameters())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(network).train()(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise ConfigError(
+                f"optim.batch_size: leaves a single image a worker in a step, and BatchNorm of model {what} needs two "
+                "at least; raise it to 2 times workers or more, or use a network without BatchNorm"
+            ) from None
+        raise
+
+
+_KEEP_GRADIENTS = {"DropPath", "StochasticDepth"}
+"""Modules of timm and torchvision that multiply by random zeros, as dropout does: a gradient of 0 is one."""
+
+
+def may_lack_gradients(network: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether a parameter that learns may get no gradient in a step, which several workers have to know beforehand.
+
+    Two steps are tried on a copy. A parameter may lack one in a later step, or on another worker, where the forward
+    pass can decide what it uses: where it draws random numbers (but for dropout), looks at values, or keeps a count. A
+    network that cannot be tried is taken for one of these.
+    """
+    import torch
+    from torch import nn
+
+    from tfkd_ray.learn.blocks import ValuesUsed
+
+    try:
+        tried = copy.deepcopy(network).train()
+        for module in tried.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in _KEEP_GRADIENTS:
+                module.eval()
+        first = next(tried.parameters())
+        images = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+        kept = _kept_by(tried)
+        with seeded(0, "gradients"), ValuesUsed() as values:  # type: ignore[no-untyped-call]
+            position = random_position()
+            for batch in images:
+                tried.zero_grad()
+                tried(batch).sum().backward()
+                if any(p.requires_grad and p.grad is None for p in tried.parameters()):
+                    return True
+            return values.seen or random_position() != position or _kept_by(tried) != kept
+    except Exception:
+        return True
+
+
+def _kept_by(network: nn.Module) -> list[Any]:
+    """Numbers and texts that modules keep from step to step, but for the statistics of normalisation."""
+    from torch import nn
+
+    found = list[Any]()
+    for module in network.modules():
+        found.append({name: value for name, value in vars(module).items() if isinstance(value, float | int | str)})
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            found += [buffer.tolist() for buffer in module.buffers(recurse=False)]
+    return found
+
+
+def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether a network gives probabilities instead of logits: rows from 0 to 1 that sum to 1, whatever the images."""
+    import torch
+
+    images = 100 * torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    training = network.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        rows: Tensor = network.eval()(images)
+    network.train(training)
+    if rows.is_meta:
+        return False
+    return bool((rows >= 0).all()) and bool(((rows.float().sum(dim=1) - 1).abs() < 1e-2).all())
+
+
+def _shorthand(value: Any) -> Any:
+    """Let `timm:NAME` and `package.module:function` stand for settings, as a name does."""
+    tree = named(value)
+    name = tree.get("name") if isinstance(tree, dict) else None
+    if not isinstance(name, str) or ":" not in name:
+        return tree
+    if name.startswith("timm:"):
+        return {**tree, "name": "timm", "model": name.removeprefix("timm:")}
+    return {**tree, "name": "own", "path": name}
+
+
+Model = Annotated[
+    Mlp
+    | Cnn
+    | Cnn5
+    | AlexNetSmall
+    | WideResNet
+    | AlexNet
+    | ResNet18
+    | ResNet34
+    | ResNet50
+    | ResNet101
+    | ResNeXt29
+    | ResNeXt50
+    | ResNeXt101
+    | MobileNetV2
+    | ShuffleNetV2
+    | GoogLeNet
+    | DenseNet121
+    | Vgg16
+    | Vgg19
+    | Timm
+    | Own,
+    Field(discriminator="name"),
+    BeforeValidator(_shorthand),
+]

@@ -1,0 +1,504 @@
+"""Objectives: each a frozen set of hyperparameters that is also the loss.
+
+Every objective is one instance of the canonical loss
+
+    L = s * [(1 - alpha) * CE + alpha * T^2 * KL_batchmean(target_T || student_T)]
+
+with s = `loss_scale`, so that alpha, T and s mean the same thing everywhere and carry over between data sets.
+`batchmean` (sum over classes, mean over the batch) is the only reduction. To add an objective: a class with a
+`name`, and one line in `Objective`.
+
+Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import Settings, named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Array = NDArray[Any]
+Weight = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(gt=0, le=1e4)]
+"""At 1e4 float32 rounds the gradient of a soft part by 0.04 % (K = 1000), at 1e7 by half of it."""
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Terms(NamedTuple):
+    """The two parts of a loss, unweighted: scalars, means over the batch."""
+
+    ce: Tensor
+    """Cross-entropy with the hard labels, in nats."""
+    kd: Tensor | None
+    """KL_batchmean(target_T || student_T) in nats, without T^2; None where there is no second part."""
+
+
+class Canonical(Settings):
+    """What all objectives share: the loss scale, and how the two parts are put together."""
+
+    needs_teacher: ClassVar[bool] = False
+    searchable: ClassVar[frozenset[str] | None] = None
+    """Names that a space may search; None: all. The others do nothing that the searchable ones cannot do."""
+
+    loss_scale: Positive = 1.0
+    """s: factor on the whole loss; at fixed weight decay it acts like a learning rate."""
+
+    @property
+    def kd_weight(self) -> float:
+        """alpha * T^2: the weight of `Terms.kd` inside the brackets."""
+        return 0.0
+
+    @property
+    def ce_weight(self) -> float:
+        """1 - alpha: the weight of `Terms.ce` inside the brackets."""
+        return 1.0
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise ValueError where a hyperparameter makes no sense for this number of classes."""
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        """CE and KL of one batch, unweighted (means over the batch, nats)."""
+        return Terms(_cross_entropy(logits, labels), None)
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float] | None:
+        """(q, T), where the gradient of `Terms.kd` by an image's logits z is (softmax(z / T) - q) / (T * B).
+
+        None where it is not of that form, or the objective does not say; `tfkd explain` then asks torch. Without torch.
+
+        Args:
+            labels: [B].
+            teacher: logits, float64 [B, K].
+        """
+        return None
+
+    def combine(self, terms: Terms) -> Tensor:
+        """The canonical loss of these terms, a scalar."""
+        loss = self.ce_weight * terms.ce
+        if terms.kd is not None:
+            loss = loss + self.kd_weight * terms.kd
+        return self.loss_scale * loss
+
+    def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
+        return self.combine(self.terms(logits, labels, teacher))
+
+
+class CrossEntropy(Canonical):
+    """Plain training. With `loss_scale` below 1 it is the control for losses that weigh CE by less than 1."""
+
+    name: Literal["ce"] = "ce"
+
+
+class LabelSmoothing(Canonical):
+    """Label-smoothing regularisation. (Szegedy et al. 2016, arXiv:1512.00567; Eq. 1-3 of Yuan et al. 2020.)
+
+    Spreads alpha over all K classes, the label included, as the paper does. The Tf-KD authors' code leaves exactly
+    1 - alpha on the label and spreads alpha over the other K - 1: their alpha is (K - 1) / K times this one.
+    The second term is KL(u || p) with u = 1/K; the loss is torch's `label_smoothing=alpha` less alpha * log K.
+    """
+
+    name: Literal["lsr"] = "lsr"
+    alpha: Weight = 0.1
+    """Mass moved from the label to the uniform distribution."""
+
+    @property
+    def kd_weight(self) -> float:
+        return self.alpha
+
+    @property
+    def ce_weight(self) -> float:
+        return 1 - self.alpha
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        from torch.nn import functional as F
+
+        log_p = F.log_softmax(logits, dim=1)
+        uniform_ce = -log_p.mean(dim=1).mean()
+        return Terms(F.nll_loss(log_p, labels), uniform_ce - math.log(logits.shape[1]))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return np.full_like(teacher, 1 / teacher.shape[1]), 1.0
+
+
+class _Distillation(Canonical):
+    """The parts of a KD loss in canonical form: `alpha` and `temperature`."""
+
+    alpha: Weight = 0.9
+    """Weight of the soft part; 1 - alpha is the weight of cross-entropy."""
+    temperature: Temperature = 4.0
+    """T: divides both sides' logits; T^2 keeps the gradient's size (Hinton et al. 2015)."""
+
+    @property
+    def kd_weight(self) -> float:
+        return self.alpha * self.temperature**2
+
+    @property
+    def ce_weight(self) -> float:
+        return 1 - self.alpha
+
+
+class KnowledgeDistillation(_Distillation):
+    """Knowledge distillation with a trained teacher. (Hinton et al. 2015, arXiv:1503.02531; Eq. 4 of Yuan et al. 2020.)
+
+    Yuan et al. print Eq. 4 without T^2 and release it with `mean` reduction, which divides by B * K: see
+    `from_released`.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["kd"] = "kd"
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        teacher = _needed(teacher, self.name)
+        return Terms(_cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return softmax(teacher / self.temperature), self.temperature
+
+
+class TfkdSelf(KnowledgeDistillation):
+    """Tf-KD_self: KD from a trained copy of the student itself. (Eq. 7 of Yuan et al. 2020.)"""
+
+    name: Literal["tfkd_self"] = "tfkd_self"  # type: ignore[assignment]
+
+
+class DecoupledKD(_Distillation):
+    """DKD: KL of (label, all else), and KL among all else, weighed apart. (Zhao et al. 2022, arXiv:2203.08679.)
+
+    The soft part is `target_weight` * TCKD + `nontarget_weight` * NCKD. The published code adds both, with T^2, to a CE
+    of weight 1: that is alpha = 1/2 and loss_scale = 2 here. Both parts are computed from logarithms, so that they
+    stay finite where a probability rounds to 0 or 1.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["dkd"] = "dkd"
+    target_weight: Annotated[float, Field(ge=0)] = 1.0
+    """alpha of the paper."""
+    nontarget_weight: Annotated[float, Field(ge=0)] = 8.0
+    """beta of the paper."""
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        import torch
+        from torch.nn import functional as F
+
+        teacher = _needed(teacher, self.name)
+        ce = _cross_entropy(logits, labels)
+        other = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
+        log_p, log_p_else, among_p = _decoupled(logits / self.temperature, labels, other)
+        log_q, log_q_else, among_q = _decoupled(teacher / self.temperature, labels, other)
+        target = (log_q.exp() * (log_q - log_p) + log_q_else.exp() * (log_q_else - log_p_else)).mean()
+        nontarget = F.kl_div(among_p, among_q, reduction="batchmean", log_target=True)
+        return Terms(ce, self.target_weight * target + self.nontarget_weight * nontarget)
+
+
+class Dist(_Distillation):
+    """DIST: the teacher's relations instead of its probabilities. (Huang et al. 2022, arXiv:2205.10536, Eq. 6-9.)
+
+    The soft part is 1 - Pearson correlation with the teacher's softened probabilities, over the classes of an image
+    (`inter_weight`) and over the images of the batch for each class (`intra_weight`). The second depends on the batch:
+    on its size, and on how it is split over workers. The gradient is bounded where the student's deviation is nearly 0.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["dist"] = "dist"
+    temperature: Temperature = 1.0
+    inter_weight: Annotated[float, Field(ge=0)] = 1.0
+    """beta of the paper."""
+    intra_weight: Annotated[float, Field(ge=0)] = 1.0
+    """gamma of the paper."""
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        from torch.nn import functional as F
+
+        teacher = _needed(teacher, self.name)
+        p = F.softmax(logits / self.temperature, dim=1)
+        q = F.softmax(teacher.to(logits.dtype) / self.temperature, dim=1)
+        relations = self.inter_weight * _unlike(p, q) + self.intra_weight * _unlike(p.T, q.T)
+        return Terms(_cross_entropy(logits, labels), relations)
+
+
+class StandardisedKD(_Distillation):
+    """KD of standardised logits: each image's logits to mean 0 and deviation 1, on both sides, before T divides them.
+
+    (Sun et al. 2024, arXiv:2403.01427, Eq. 9 and Algorithm 1; their weights .1 for CE and 9 are alpha = .989, s = 9.1.)
+    A student's deviation below 0.1 counts as 0.1, so that the gradient stays bounded where a head starts at zero.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    name: Literal["kd_standardised"] = "kd_standardised"
+    temperature: Temperature = 2.0
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        teacher = _needed(teacher, self.name)
+        soft = softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
+        return Terms(_cross_entropy(logits, labels), soft)
+
+
+class TfkdReg(_Distillation):
+    """Tf-KD_reg: KD from a virtual teacher, as the paper defines it, with T^2. (Eq. 8 and 9 of Yuan et al. 2020.)
+
+    The virtual teacher gives p^d = `correct_prob` to the label and shares the rest equally. Its logits are log p^d;
+    T softens both sides. Without T^2, as Eq. 9 is printed, the term is nearly nothing (about 1e-3 of CE's gradient
+    at T = 20). The authors' code computes something else: `tfkd_reg_code`.
+    """
+
+    name: Literal["tfkd_reg"] = "tfkd_reg"
+    alpha: Weight = 0.1
+    temperature: Temperature = 20.0
+    correct_prob: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """a of Eq. 8: the virtual teacher's probability of the label; at least 1/K, below 1."""
+
+    def check_classes(self, num_classes: int) -> None:
+        if self.correct_prob < 1 / num_classes:
+            raise ValueError(
+                f"objective.{self.name}.correct_prob: must be at least 1/K = {1 / num_classes:g} (K = {num_classes} "
+                f"classes), got {self.correct_prob:g}: below it the virtual teacher prefers the wrong classes"
+            )
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        gap = self._gap(logits.shape[1])
+        return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, gap, self.temperature))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), self.temperature
+
+    def _gap(self, num_classes: int) -> float:
+        """Softened logit of the label above the other classes, which are all alike."""
+        gap = math.log(self.correct_prob) - math.log((1 - self.correct_prob) / (num_classes - 1))
+        return gap / self.temperature
+
+
+class TfkdRegCode(Canonical):
+    """Tf-KD_reg as the authors released it (commit d000ab3), in canonical numbers.
+
+    Differs from Eq. 9: the target is softmax(p^d / T), a temperature on probabilities; the student is not softened;
+    there is no T^2. It equals s * LSR(eps) + constant for every T and correct_prob (`as_label_smoothing`), so a
+    space searches `alpha` and `loss_scale` only.
+    """
+
+    searchable: ClassVar[frozenset[str] | None] = frozenset({"alpha", "loss_scale"})
+    name: Literal["tfkd_reg_code"] = "tfkd_reg_code"
+    alpha: Weight = 0.1
+    """Weight of the soft part in canonical form (not the released alpha: `from_released`)."""
+    temperature: Temperature = 20.0
+    """Divides the virtual teacher's probabilities, not its logits."""
+    correct_prob: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """p^d of the label; hard-coded as 0.99 in the release."""
+
+    @property
+    def kd_weight(self) -> float:
+        return self.alpha
+
+    @property
+    def ce_weight(self) -> float:
+        return 1 - self.alpha
+
+    def check_classes(self, num_classes: int) -> None:
+        if self.correct_prob < 1 / num_classes:
+            raise ValueError(
+                f"objective.{self.name}.correct_prob: must be at least 1/K = {1 / num_classes:g} (K = {num_classes} "
+                f"classes), got {self.correct_prob:g}"
+            )
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0))
+
+    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+        return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), 1.0
+
+    def as_label_smoothing(self, num_classes: int) -> LabelSmoothing:
+        """The `lsr` whose loss is this one less a constant: alpha = alpha * (1 - p_c) * K / (K - 1), same scale.
+
+        p_c is the target's probability of the label, softmax(p^d / T).
+        """
+        K = num_classes
+        e = math.exp(-self._gap(K))
+        other = e / (1 + (K - 1) * e)  # probability of each class that is not the label
+        return LabelSmoothing(alpha=min(self.alpha * other * K, 1.0), loss_scale=self.loss_scale)
+
+    def _gap(self, num_classes: int) -> float:
+        """Logit of the label above the other classes, which are all alike."""
+        return (self.correct_prob - (1 - self.correct_prob) / (num_classes - 1)) / self.temperature
+
+
+Objective = Annotated[
+    CrossEntropy
+    | LabelSmoothing
+    | KnowledgeDistillation
+    | TfkdSelf
+    | TfkdReg
+    | TfkdRegCode
+    | DecoupledKD
+    | Dist
+    | StandardisedKD,
+    Field(discriminator="name"),
+    BeforeValidator(named),
+]
+
+
+def _needed(teacher: Tensor | None, name: str) -> Tensor:
+    if teacher is None:
+        raise ValueError(f"objective {name}: needs the teacher's logits [B, K], got none")
+    return teacher
+
+
+def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(label) [B], log(1 - p(label)) [B], log-softmax among the other classes [B, K - 1]; `other` masks them."""
+    rest = logits[other].view(len(labels), -1)
+    norm, rest_norm = logits.logsumexp(dim=1), rest.logsumexp(dim=1)
+    return logits.gather(1, labels[:, None])[:, 0] - norm, rest_norm - norm, rest - rest_norm[:, None]
+
+
+LEAST = 0.1
+"""A student's logits of a deviation below this are no longer scaled up to 1.
+
+Without such a bound, the gradient grows as 1 over the deviation: a head that starts at zero would get 1e7 times too
+much. Heads drawn as usual have deviations of 0.2 and more, where it changes nothing."""
+
+
+def _unlike(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    """1 - Pearson correlation of the rows of two matrices, mean over the rows; `a` is the student's, of probabilities.
+
+    `LEAST` bounds the deviation of a row of `a` over its mean, which for probabilities is the deviation of the logits.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    least = LEAST * math.sqrt(a.shape[1]) * a.detach().mean(dim=1, keepdim=True) + eps
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    a = a / torch.maximum(a.norm(dim=1, keepdim=True), least)
+    return 1 - (a * F.normalize(b, dim=1, eps=eps)).sum(dim=1).mean()
+
+
+def _standardised(logits: Tensor, least: float = 0.0) -> Tensor:
+    """Each row to mean 0 and (unbiased) deviation 1; a deviation below `least` counts as that."""
+    deviation = logits.std(dim=1, keepdim=True).clamp(min=least) + 1e-7
+    return (logits - logits.mean(dim=1, keepdim=True)) / deviation
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the labels in nats, mean over the batch."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(logits, labels)
+
+
+def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher_T || student_T) in nats: summed over classes, mean over the batch; no T^2. Both logits [B, K]."""
+    from torch.nn import functional as F
+
+    log_p = F.log_softmax(logits / temperature, dim=1)
+    log_q = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> Tensor:
+    """KL_batchmean(q || student_T) where q's logit is `gap` at the label and 0 at the other K - 1 classes.
+
+    The target's two probabilities are numbers, so that no [B, K] target is made: its cost beside CE is one softmax.
+    """
+    from torch.nn import functional as F
+
+    K = logits.shape[1]
+    log_other = -gap - math.log1p((K - 1) * math.exp(-gap))
+    other, label = math.exp(log_other), math.exp(log_other + gap)
+    log_p = F.log_softmax(logits / temperature, dim=1)
+    at_label = log_p.gather(1, labels[:, None]).mean()
+    everywhere = log_p.sum(dim=1).mean()
+    negative_entropy = label * (log_other + gap) + (K - 1) * other * log_other
+    return negative_entropy - (label - other) * at_label - other * everywhere
+
+
+def softmax(logits: Array) -> Array:
+    """Probabilities along the last axis, without torch."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    found: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return found
+
+
+def _flat(labels: Array, gap: float, num_classes: int) -> Array:
+    """The target of `flat_kl`, [B, K]."""
+    return softmax(gap * (labels[:, None] == np.arange(num_classes)))
+
+
+def from_released(
+    name: Literal["kd", "tfkd_self", "tfkd_reg"],
+    *,
+    alpha: float,
+    temperature: float,
+    num_classes: int,
+    multiplier: float = 1.0,
+) -> KnowledgeDistillation | TfkdRegCode:
+    """The canonical objective that equals a setting of the authors' release, exactly.
+
+    Their `KLDivLoss` has reduction `mean`, which divides by B * K. With w = alpha * m / K: s = 1 - alpha + w, and
+    our alpha is w / s. T^2 stands inside the canonical loss for kd and tfkd_self; the released tfkd_reg has none.
+    """
+    if not (0 <= alpha <= 1 and multiplier > 0 and num_classes > 1 and temperature > 0):
+        raise ConfigError(
+            f"released setting: needs 0 <= alpha <= 1, temperature and multiplier above 0 and at least 2 classes, "
+            f"got {alpha=}, {temperature=}, {multiplier=}, {num_classes=}"
+        )
+    weight = alpha * multiplier / num_classes
+    scale = 1 - alpha + weight
+    kinds: dict[str, type[KnowledgeDistillation | TfkdRegCode]] = {
+        "kd": KnowledgeDistillation,
+        "tfkd_self": TfkdSelf,
+        "tfkd_reg": TfkdRegCode,
+    }
+    return kinds[name](alpha=weight / scale, temperature=temperature, loss_scale=scale)
+
+
+# --- published settings ----------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """A setting that somebody has published, in canonical numbers."""
+
+    objective: Canonical
+    origin: str
+
+
+PUBLISHED: tuple[Published, ...] = (
+    Published(CrossEntropy(), "the paper's baseline"),
+    Published(CrossEntropy(loss_scale=0.05), "control for the paper's MobileNetV2 and ShuffleNetV2: CE's weight there"),
+    Published(CrossEntropy(loss_scale=0.4), "control for the paper's Re-KD: CE's weight there"),
+    Published(LabelSmoothing(alpha=0.1), "Szegedy et al. 2016, and the paper's baseline"),
+    Published(LabelSmoothing(alpha=0.2), "twice the usual label smoothing"),
+    Published(KnowledgeDistillation(alpha=0.9, temperature=4), "CRD and mdistiller"),
+    Published(
+        KnowledgeDistillation(alpha=0.1597, temperature=20, loss_scale=0.0595),
+        "the paper's code, MobileNetV2 and ShuffleNetV2",
+    ),
+    Published(KnowledgeDistillation(alpha=0.0148, temperature=20, loss_scale=0.406), "the paper's code, Re-KD"),
+    Published(KnowledgeDistillation(alpha=0.9, temperature=20), "Nasty Teacher (Ma et al. 2021)"),
+    Published(KnowledgeDistillation(alpha=0.95, temperature=20), "the paper's alpha and T, read as batchmean with T^2"),
+    Published(KnowledgeDistillation(alpha=0.1, temperature=20), "the paper's ImageNet setting"),
+    Published(KnowledgeDistillation(alpha=0.1, temperature=1), "torchdistill, ImageNet"),
+    Published(KnowledgeDistillation(alpha=0.5, temperature=3), "equal weights, as DLB has them"),
+    Published(
+        StandardisedKD(alpha=0.989, temperature=2, loss_scale=9.1), "Sun et al. 2024: weights .1 for CE and 9, rounded"
+    ),
+    Published(TfkdSelf(alpha=0.9048, temperature=6, loss_scale=0.525), "the paper's code, ResNet-18"),
+    Published(TfkdSelf(alpha=0.8182, temperature=20, loss_scale=0.55), "the paper's code, DenseNet-121"),
+    Published(TfkdSelf(alpha=0.25, temperature=20, loss_scale=0.8), "the paper's code, GoogLeNet"),
+    Published(TfkdSelf(alpha=0.9, temperature=20), "the paper's code, ResNeXt-29"),
+    Published(
+        TfkdSelf(alpha=0.1597, temperature=20, loss_scale=0.0595), "the paper's code, MobileNetV2 and ShuffleNetV2"
+    ),
+    Published(TfkdReg(alpha=0.1, temperature=20, correct_prob=0.99), "Eq. 9 with T^2, the paper's ImageNet setting"),
+    Published(TfkdReg(alpha=0.5, temperature=20, correct_prob=0.9), "Eq. 9 with T^2, a softer virtual teacher"),
+    Published(TfkdRegCode(alpha=0.1), "the paper's code, ResNet-18"),
+    Published(TfkdRegCode(alpha=0.1597, loss_scale=0.0595), "the paper's code, MobileNetV2 and ShuffleNetV2"),
+    Published(TfkdRegCode(alpha=0.0526, loss_scale=0.95), "the paper's code, GoogLeNet"),
+    Published(TfkdRegCode(alpha=0.5), "the paper's code, ResNeXt-29"),
+)
+"""Where a search begins (`search.warm_start`). Numbers are rounded to four digits."""

@@ -1,0 +1,290 @@
+"""Teachers are artifacts: named by the fingerprint of all that made them, trained once, verified when loaded.
+
+A teacher lives in `<storage>/teachers/<network>-<fingerprint>/`: `student.safetensors` (it was a student when it was
+trained) and `teacher.json`, which says how it was made and how good it is on validation.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_weights, save_weights
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
+from tfkd_ray.learn.evaluate import evaluate, predictions
+from tfkd_ray.learn.loop import LOOP_VERSION, train_in
+from tfkd_ray.learn.soft_labels import Bank, Elsewhere
+from tfkd_ray.learn.weights import input_of, input_shape, load_outside, show, untrained
+from tfkd_ray.settings.errors import ConfigError, check_kind
+from tfkd_ray.settings.files import write_whole
+from tfkd_ray.store.experiment import read_teacher, read_teachers
+from tfkd_ray.store.storage import Storage, everything, light
+
+
+def teacher_name(config: TeacherRun) -> str:
+    """Name of the teacher that `config` (a `TrainConfig.teacher_run`) makes: network and fingerprint.
+
+    Where it does not say which data, by their digest, it is of those that are here.
+    """
+    with contextlib.suppress(ConfigError):  # where there are none, its name is the one of before data had digests
+        config = config.pinned()
+    return _plain_name(config)
+
+
+def _plain_name(config: TeacherRun) -> str:
+    return f"{config.student.name}-{config.fingerprint(LOOP_VERSION)}"
+
+
+def teacher_folder(config: TeacherRun, storage: Path) -> Path:
+    """Where that teacher is, or will be."""
+    return storage / "teachers" / teacher_name(config)
+
+
+def is_trained(config: TeacherRun, storage: Path) -> bool:
+    """Whether that teacher is there, complete."""
+    return (teacher_folder(config, storage) / "teacher.json").exists()
+
+
+def train_teacher(
+    config: TeacherRun,
+    storage: Path,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_saved: Callable[[bool], None] | None = None,
+) -> dict[str, Any]:
+    """Train the teacher, or take it from its file, unless it is there; returns what `teacher.json` says.
+
+    One process at a time trains a teacher, others wait for it; one that was killed half-way goes on where it was.
+    """
+    folder = teacher_folder(config, storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not is_trained(config, storage):
+            taken = config.weights is not None
+            metrics = _taken(config, folder) if taken else _trained(config, folder, on_epoch, on_saved)
+            about = {
+                "name": teacher_name(config),
+                "loop_version": LOOP_VERSION,
+                "torch": torch.__version__,
+                "metrics": metrics,
+                "sha256": _sha256(folder / WEIGHTS),
+                "config": config.model_dump(mode="json"),
+                "input": input_of(config),
+            }
+            if config.weights is not None:
+                about["source_sha256"] = _source_sha256(config)
+            if (doubt := _doubt(config, folder, metrics)) is not None:
+                about["doubt"] = doubt
+            write_whole(folder / "teacher.json", json.dumps(about, indent=1).encode())
+            for state in folder.glob("*.ckpt*"):
+                state.unlink()
+    check_source(config, storage)
+    return describe(config, storage)
+
+
+def check_source(config: TeacherRun, storage: Path) -> None:
+    """Raise where the file that a teacher was taken from has changed since."""
+    about, source = describe(config, storage), _source_sha256(config)
+    if source is not None and about.get("source_sha256") != source:
+        raise ConfigError(
+            f"teacher.weights: {config.weights}: has changed since it became teacher {about['name']}; give the new "
+            f"file another name, or delete {teacher_folder(config, storage)}"
+        )
+
+
+def of_other_data(config: TeacherRun, storage: Path) -> str | None:
+    """Says that a teacher is there that was made the same way, of data that were others; None if there is none."""
+    here = config.data.digest
+    for about in read_teachers(storage):
+        was = about["config"]["data"].get("digest")
+        like = config.data.model_copy(update={"digest": was})
+        if was not in (None, here) and about["name"] == teacher_name(config.model_copy(update={"data": like})):
+            return (
+                f"data {config.data.name}: its images or labels are others than when teacher {about['name']} was made "
+                f"(digest {here}, then {was}): teacher and soft labels are made anew"
+            )
+    return None
+
+
+def _trained(
+    config: TeacherRun,
+    folder: Path,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+    on_saved: Callable[[bool], None] | None,
+) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for metrics in train_in(folder, config, on_saved=on_saved):
+        if on_epoch:
+            on_epoch(metrics)
+    if config.stop_accuracy is not None and metrics["val_accuracy"] < config.stop_accuracy:
+        raise ConfigError(
+            f"teacher.stop_accuracy: {config.stop_accuracy:g} was not reached in {config.epochs} epochs, only "
+            f"{metrics['val_accuracy']:g} after the last; lower it, or train the teacher longer"
+        )
+    return metrics
+
+
+def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
+    """Copy weights from elsewhere; their metrics on validation, if there is one."""
+    assert config.weights is not None, f"{config.weights=}"
+    data = config.data
+    shape = input_shape(config, input_of(config))
+    weights = load_outside(config.weights, config.student, shape, data.num_classes, data)
+    save_weights(folder / WEIGHTS, weights, {"from": config.weights})
+    module = untrained(config)
+    module.load_state_dict(weights)
+    val_set = data.load()[1]
+    return {} if val_set is None else evaluate(module, data, val_set)
+
+
+def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str | None:
+    """A sentence on a teacher that is no better on validation than guessing, with the likely cause."""
+    val_set = config.data.load()[1]
+    if val_set is None or "val_accuracy" not in metrics:
+        return None
+    n, K, accuracy = len(val_set), config.data.num_classes, metrics["val_accuracy"]
+    commonest = int(val_set.labels.bincount(minlength=K).max()) / n
+    guessing = max(1 / K, commonest)
+    if accuracy > max(1 / K + 2 * math.sqrt((1 - 1 / K) / K / n), commonest):
+        return None
+    module = untrained(config)
+    module.load_state_dict(load_weights(folder / WEIGHTS))
+    met = torch.zeros(K, K, dtype=torch.long)  # images by answer and label
+    for logits, labels in predictions(module, val_set, config.data):
+        met += torch.bincount(logits.argmax(dim=1) * K + labels, minlength=K * K).view(K, K)
+    renamed, answers = int(met.max(dim=1).values.sum()) / n, met.sum(dim=1)
+    if renamed > max(0.5, 2 * accuracy, commonest + 0.1):
+        cause = (
+            f"its classes are in another order than those of the data: with its answers renamed it would be right on "
+            f"{renamed:.1%}. Put the rows of its last layer into the order of the data's classes"
+        )
+    elif int(answers.max()) > 0.9 * n:
+        cause = (
+            f"it gives {int(answers.max()) / n:.0%} of the images the class {int(answers.argmax())}: it is untrained, "
+            "it diverged, or its images were normalised otherwise when it was trained"
+        )
+    elif config.weights is not None:
+        cause = "its weights are of another task, or its images were normalised otherwise when it was trained"
+    else:
+        cause = "it was trained too briefly, or with too large an optim.lr (teacher.epochs, teacher.optim)"
+    return (
+        f"WARNING: teacher {teacher_name(config)} is right on {accuracy:.1%} of validation, where guessing is on "
+        f"{guessing:.1%}; students would learn from wrong answers. Likely cause: {cause}"
+    )
+
+
+def tell_doubts(runs: Iterable[TeacherRun], storage: Path, say: Callable[[str], None] | None = None) -> None:
+    """Say which trained teachers are no better than guessing. None: to standard error."""
+    for run in runs:
+        if is_trained(run, storage) and (doubt := describe(run, storage).get("doubt")):
+            say(doubt) if say else print(doubt, file=sys.stderr, flush=True)
+
+
+def _source_sha256(config: TeacherRun) -> str | None:
+    """Of the file that weights come from; None where there is none, or it is not here any more."""
+    path = Path(config.weights).expanduser() if config.weights else None
+    return _sha256(path) if path and path.is_file() else None
+
+
+def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
+    """What `teacher.json` says of a trained teacher."""
+    return read_teacher(_place(config, storage))
+
+
+def _place(config: TeacherRun, storage: Path) -> Path:
+    """Its folder, or that of one that was trained before data had digests."""
+    folder, before = teacher_folder(config, storage), storage / "teachers" / _plain_name(config)
+    return before if not is_trained(config, storage) and (before / "teacher.json").exists() else folder
+
+
+def is_here(config: TeacherRun, storage: Path) -> bool:
+    """Whether there is something to `describe`: that teacher, or one that was trained before data had digests."""
+    return (_place(config, storage) / "teacher.json").exists()
+
+
+def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
+    """What `teacher.json` says of a teacher, be it of an earlier loop; None where there is none."""
+    if is_here(config, storage):
+        return describe(config, storage)
+    for about in read_teachers(storage):
+        if about["name"] == f"{config.student.name}-{config.fingerprint(about.get('loop_version', 1))}":
+            return about
+    return None
+
+
+def fetch(config: TeacherRun, storage: Storage, *, weights: bool = True) -> None:
+    """Fetch from a bucket what there is of a teacher, with its weights, or those of a half-trained one."""
+    want = everything if weights else light
+    storage.fetch(f"teachers/{teacher_name(config)}", want, patiently=True)
+
+
+def upload(config: TeacherRun, storage: Storage) -> None:
+    """Upload a trained teacher to a bucket."""
+    folder = teacher_folder(config, storage.folder)
+    storage.send(folder / WEIGHTS, folder / "teacher.json", folder / LAST, patiently=True)
+
+
+def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
+    """A trained teacher, in eval mode, its file checked against the checksum it was written with."""
+    place = _place(config, storage)
+    if not (place / "teacher.json").exists():
+        raise FileNotFoundError(
+            f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it is trained before a "
+            "sweep starts, so either the folder was emptied since, or this node does not see the driver's storage"
+        )
+    about, data = describe(config, storage), config.data
+    outside = about.get("input") if config.weights is not None else None
+    module = config.build_student(input_shape(config, outside) if outside else data.shape)
+    module.load_state_dict(load_weights(place / WEIGHTS, about["sha256"]))
+    if outside:
+        show(module, data, outside)
+    return module.eval()
+
+
+def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = None) -> Bank | None:
+    """The soft labels of a student's trained teacher, which is loaded when it is asked; None if it needs none."""
+    run = config.teacher_run()
+    if run is None:
+        return None
+    if not is_here(run, storage):
+        load_teacher(run, storage)  # says what is wrong
+    about = describe(run, storage)
+    of = {
+        "teacher": about["sha256"],
+        "network": run.student.content(),  # weights from elsewhere may be those of several
+        "data": config.data.pinned().identity(),
+        "precision": config.precision,
+        "loop": LOOP_VERSION,
+    }
+    if run.weights is not None:
+        of["input"] = about.get("input")
+    return Bank(lambda: load_teacher(run, storage), of, elsewhere=elsewhere)
+
+
+def find_or_train(config: TrainConfig, storage: Path | str, say: Callable[[str], None] | None = None) -> Bank | None:
+    """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none.
+
+    The teacher is one for the data that are here, named by their digest; see `TrainConfig.pinned`.
+    A teacher that is no better than guessing is told to `say`, or to standard error.
+    """
+    check_kind(config, TrainConfig, "config")
+    if not config.needs_teacher:
+        return None
+    config = config.pinned()
+    run = config.teacher_run()
+    if run is None:
+        return None
+    train_teacher(run, Path(storage))
+    tell_doubts([run], Path(storage), say)
+    return bank_of(config, Path(storage))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,326 @@
+"""Weights from elsewhere for a network here: a file of a person's, or torchvision's for ImageNet.
+
+A file is read without running anything it holds. What comes back fits the network, or a ConfigError says why not.
+"""
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tfkd_ray.learn.checkpoint import check_torch
+from tfkd_ray.learn.config import TeacherInput, TeacherRun
+from tfkd_ray.learn.dataset import Dataset
+from tfkd_ray.learn.models import SMALL_IMAGE, Network, TorchvisionNetwork
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.files import opened
+from tfkd_ray.store.experiment import read_teacher
+
+Weights = dict[str, Tensor]
+"""A state_dict, on the CPU."""
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
+"""Keys under which training scripts keep the state_dict in their checkpoints; of several that fit, the first."""
+WRAPPED = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
+"""Names that torch.compile and other wrappers put among a network's own."""
+OLD_DENSENET = r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"
+"""Names in torchvision's files for DenseNet, with a dot more than in its networks."""
+
+
+def load_outside(
+    weights: str, model: Network, shape: tuple[int, int, int], num_classes: int, data: Dataset | None = None
+) -> Weights:
+    """A state_dict that fits `model.build(shape, num_classes)`.
+
+    Args:
+        weights: a file (safetensors or a torch state_dict), `torchvision`, or `torchvision:NAME`.
+        data: what the teacher is for; a file of ours that was trained on other data is refused.
+    """
+    try:
+        if weights.partition(":")[0] == "torchvision":
+            path = _torchvision_file(weights.partition(":")[2], model, shape, num_classes)
+        else:
+            path = Path(weights).expanduser()
+            _check_same_data(path, data)
+        kept = _read(path)
+        with torch.random.fork_rng(devices=[]):
+            wanted: Weights = model.build(shape, num_classes).state_dict()
+        found = _of_network(kept, wanted, lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes)))
+        if problems := list(_misfits(found, wanted, model.name, num_classes)):
+            raise ConfigError(problems)
+        for key, value in found.items():
+            if not value.isfinite().all():
+                raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
+    except ConfigError as error:
+        raise ConfigError(f"teacher.weights: {weights}: {problem}" for problem in error.problems) from None
+    return {key: found[key].to(value.dtype, copy=True) if key in found else value for key, value in wanted.items()}
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Weights]:
+    """The state_dicts in a file, by the keys that they are under, those of `WRAPPERS` first."""
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
+        raise ConfigError(f"is a directory; name a file in it: {', '.join(inside) or 'it holds no weights'}")
+    try:
+        opened(path).close()
+    except FileNotFoundError:
+        raise ConfigError(f"no such file (looked from {Path.cwd()})") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from None
+    tree = _parsed(path)
+    found = dict(_state_dicts(tree))
+    if not found:
+        keys = f" with {', '.join(str(key) for key in list(tree)[:3])}" if isinstance(tree, Mapping) and tree else ""
+        raise ConfigError(f"holds no state_dict (tensors by name), but a {type(tree).__name__}{keys}")
+    return found
+
+
+def _state_dicts(tree: Any, under: tuple[str, ...] = ()) -> Iterator[tuple[str, Weights]]:
+    """The state_dicts in what a training script saved, each with the keys that it is under."""
+    if not isinstance(tree, Mapping) or len(under) > MOST_WRAPPERS:
+        return
+    pairs = list(tree.items())
+    if pairs and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        named = {re.sub(WRAPPED, "", key).removeprefix("."): value for key, value in pairs}
+        yield ".".join(under), {re.sub(OLD_DENSENET, r"\1\2", key): value for key, value in named.items()}
+        return
+    known = [key for key in WRAPPERS if key in tree]
+    for key in (*known, *(key for key in tree if key not in known)):
+        yield from _state_dicts(tree[key], (*under, str(key)))
+
+
+MOST_WRAPPERS = 3
+"""Levels of a checkpoint that are looked through for state_dicts."""
+
+
+def _of_network(kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weights], bool]) -> Weights:
+    """The tensors of one network among those that a file keeps, without the prefix that a wrapper gave them.
+
+    That network is the one that fits, or else the one with the most names in common, of which it is said what differs.
+    """
+    parts = {(under, prefix): _below(prefix, tensors)
+             for under, tensors in kept.items() for prefix in _prefixes(tensors, wanted)}  # fmt: skip
+    fitting = [place for place, tensors in parts.items() if fits(tensors)]
+    if not fitting:
+        return max(parts.values(), key=lambda tensors: len(tensors.keys() & wanted.keys()))
+    first = fitting[0]
+    known = first[0].rpartition(".")[2] in WRAPPERS
+    rivals = [place for place in fitting if place[0] == first[0] or not known]
+    if len(rivals) > 1:
+        names = ", ".join(repr(f"{under}{': ' if under else ''}{prefix}...") for under, prefix in rivals)
+        raise ConfigError(f"holds {len(rivals)} networks that fit ({names}); save the one alone")
+    return parts[first]
+
+
+def _prefixes(tensors: Weights, wanted: Weights) -> list[str]:
+    """None, and what stands before names of the network in a file, as `module.`; the shortest first."""
+    found = {""}
+    for name in wanted:
+        found |= {key.removesuffix(name) for key in tensors if key.endswith(f".{name}")}
+        if len(found) > 1:
+            break
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+
+
+def _below(prefix: str, tensors: Weights) -> Weights:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _parsed(path: Path) -> Any:
+    """What a file of safetensors or of torch holds."""
+    safe = _is_safetensors(path)
+    if not safe:
+        check_torch()
+    try:
+        if safe:
+            return load_file(path)
+        with path.open("rb") as file:  # torch goes by the suffix of a path
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except SafetensorError as error:
+        raise ConfigError(f"damaged, or not safetensors: {error}") from None
+    except pickle.UnpicklingError as error:
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ConfigError(
+                f"asks for {asked[1]}, and loading that could run code; nothing was run. Save the tensors alone: "
+                "torch.save(network.state_dict(), FILE)"
+            ) from None
+        raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors by its first bytes, whatever its suffix; else by its suffix."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    if begin.startswith((b"PK", b"\x80")):  # a zip or a pickle
+        return False
+    return begin[8:] == b"{" or path.suffix == ".safetensors"
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _check_same_data(path: Path, data: Dataset | None) -> None:
+    """Refuse a teacher of ours (a `teacher.json` lies beside it) that was trained on other data than `data`."""
+    about = path.parent / "teacher.json"
+    if data is None or not about.is_file():
+        return
+    try:
+        trained_on = _content(json.loads(about.read_text())["config"]["data"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # of that name, but not ours
+    here = _content(data.model_dump(mode="json"))
+    if trained_on != here:
+        raise ConfigError(f"was trained on {_said(trained_on)}, and the data here is {_said(here)}; train one on it")
+
+
+def _content(data: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a data set that say which images and classes it has, not where they are or how they are split."""
+    return {key: value for key, value in data.items() if key in ("name", "variant", "path", "args", "num_classes")}
+
+
+def _said(content: dict[str, Any]) -> str:
+    more = ", ".join(f"{key} {value}" for key, value in content.items() if key != "name")
+    return f"{content.get('name')} ({more})" if more else f"{content.get('name')}"
+
+
+# --- how its images were prepared ------------------------------------------------------------------------------
+
+
+def untrained(config: TeacherRun) -> nn.Module:
+    """The teacher's network without its weights; it takes images as the data's statistics make them."""
+    module = config.build_student(input_shape(config, input_of(config)))
+    if config.weights is not None:
+        show(module, config.data, input_of(config))
+    return module
+
+
+def input_of(config: TeacherRun) -> dict[str, Any]:
+    """What images the teacher was trained on: `mean` and `std` per channel, and `size`, None if it is the data's."""
+    if config.weights is not None and config.input is None:
+        beside = Path(config.weights).expanduser().parent / "teacher.json"  # a teacher of ours
+        if config.weights.partition(":")[0] != "torchvision" and beside.is_file():
+            with contextlib.suppress(ConfigError, ValueError):
+                about = read_teacher(beside.parent)
+                of = about["config"]["data"]
+                known = about.get("input") or {"mean": of.get("mean"), "std": of.get("std")}
+                if known["mean"] and known["std"]:
+                    return TeacherInput.model_validate(known).model_dump(mode="json")
+    if config.shown is not None:
+        return config.shown.model_dump(mode="json")
+    mean, std = config.data.statistics()
+    return {"mean": list(mean), "std": list(std), "size": None}
+
+
+def input_shape(config: TeacherRun, shown: dict[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a teacher is given."""
+    channels, height, width = config.data.shape
+    side = shown["size"]
+    return (channels, side or height, side or width)
+
+
+def show(module: nn.Module, data: Dataset, shown: dict[str, Any]) -> None:
+    """Have a network given images as the data's statistics make them, and see them as it was trained with.
+
+    Nothing is done where that is the same. Its state_dict stays as it is.
+    """
+    mean, std = data.statistics()
+    side = shown["size"]
+    fits = side is None or tuple(data.shape[1:]) == (side, side)
+    if fits and (list(mean), list(std)) == (shown["mean"], shown["std"]):
+        return
+    factor = torch.tensor(std) / torch.tensor(shown["std"])
+    shift = (torch.tensor(mean) - torch.tensor(shown["mean"])) / torch.tensor(shown["std"])
+
+    def seen(network: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (x,) = images
+        a, b = (values.to(x.device, torch.float32).view(1, -1, 1, 1) for values in (factor, shift))
+        x = x.float() * a + b
+        if not fits:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
+        return (x,)
+
+    module.register_forward_pre_hook(seen)
+
+
+# --- does it fit -----------------------------------------------------------------------------------------------
+
+
+def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> Iterator[str]:
+    """One sentence for each way in which the weights are not those of the network."""
+    shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    # torch fills these in, too: files of before 2018 lack them
+    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    more = [key for key in found if key not in wanted]
+    classes = {found[key].shape[:1] for key in shapes}
+    layers = {key.rpartition(".")[0] for key in shapes}
+    tails_fit = all(found[key].shape[1:] == wanted[key].shape[1:] for key in shapes)
+    ours = all(wanted[key].shape[:1] == (num_classes,) for key in shapes)
+    if not missing and not more and len(classes) == len(layers) == 1 and tails_fit and ours:
+        key, count = shapes[0], next(iter(classes))[0]
+        yield (
+            f"the file's teacher has {count} classes ({key!r} is {list(found[key].shape)}) and the data has "
+            f"{num_classes}; it takes a teacher of these classes"
+        )
+        return
+    both = [f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}" for key in shapes]
+    problems = [f"it lacks {_some(missing)}"] if missing else []
+    problems += [f"it has {_some(more)} that the network has not"] if more else []
+    problems += [f"of another shape: {_some(both)}"] if both else []
+    if problems:
+        names = f"The file begins with {', '.join(list(found)[:3])}, and the network with {', '.join(list(wanted)[:3])}"
+        yield f"does not fit {name} for these images: {'; '.join(problems)}. {names}"
+    for key in wanted.keys() & found.keys():
+        if found[key].is_floating_point() != wanted[key].is_floating_point():
+            yield f"{key} is {found[key].dtype}, not {wanted[key].dtype}"
+
+
+def _some(items: list[str]) -> str:
+    """How many tensors, and three of them."""
+    return f"{len(items)} tensor{'s' * (len(items) > 1)} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------
+
+
+def _torchvision_file(name: str, model: Network, shape: tuple[int, int, int], num_classes: int) -> Path:
+    """The file of torchvision's weights in torch's own cache, downloaded if it is not there."""
+    from torchvision.models import get_model_weights, list_models  # type: ignore[import-untyped]
+
+    if not isinstance(model, TorchvisionNetwork) or model.name not in list_models():
+        raise ConfigError(f"torchvision has no {model.name}; name a file")
+    if model.name == "googlenet":
+        raise ConfigError("googlenet's expect images of another mean and spread than we give; take another network")
+    if num_classes != 1000:
+        raise ConfigError(f"torchvision's teachers have the 1000 classes of ImageNet and the data has {num_classes}")
+    if min(shape[1:]) <= SMALL_IMAGE or shape[0] != 3:
+        raise ConfigError(
+            f"torchvision's are for images of 3 channels above {SMALL_IMAGE} pixels; these are {list(shape)}, and "
+            f"{model.name} has another first convolution for them"
+        )
+    sets = get_model_weights(model.name)
+    if name and name not in sets.__members__:
+        raise ConfigError(f"{model.name} has no weights {name!r}; {did_you_mean(name, sets.__members__)}")
+    url: str = (sets[name] if name else sets.DEFAULT).url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+        except (OSError, RuntimeError) as error:  # no network, or not the file that was asked for
+            raise ConfigError(f"cannot be downloaded ({error}); put {url} at {path}") from None
+    return path

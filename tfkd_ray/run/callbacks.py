@@ -1,0 +1,622 @@
+"""Listeners of a sweep: records, losses, budgets, soft labels, uploads, the lock; and the order in which they hear."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from filelock import FileLock, Timeout
+from ray import tune
+
+from tfkd_ray.learn.checkpoint import BEFORE, LAST
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.run.connect import BROKEN_GPU, found_broken, room_for, short_share, shun, started_here
+from tfkd_ray.run.epochs import Shelf, shelf_name
+from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, write_text
+from tfkd_ray.show.listener import Announcer, Listener
+from tfkd_ray.show.status import driver_of
+from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.space.space import Space
+from tfkd_ray.store import remote
+from tfkd_ray.store.assignment import Assignment, without_assignment
+from tfkd_ray.store.experiment import (
+    FULL_LENGTH,
+    Record,
+    append_line,
+    check_no_links,
+    read_metrics,
+    read_record,
+    read_records,
+    read_spent,
+    write_record,
+)
+from tfkd_ray.store.storage import Storage
+
+
+class Recorder(Listener):
+    """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json.
+
+    What is removed of a trial that runs is said, and written again, with all epochs that it has told.
+    """
+
+    def __init__(
+        self,
+        losses: "Losses",
+        budget: "Budget | None" = None,
+        *,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self._lines: dict[str, list[str]] = {}
+        self._begun: set[str] = set()
+        self._over: list[Path] = []
+        self._losses, self._budget, self._note = losses, budget, on_note or _to_stderr
+
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+        folder = self._folder(trial)
+        self._make_again(trial)
+        metrics = read_metrics(folder)
+        self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
+        self._make(trial)  # without what a crash left half-written
+        self._begun.add(trial.trial_id)
+        for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
+            (folder / left).unlink(missing_ok=True)
+        self._write(trial, "running")
+
+    def _make(self, trial: Any) -> None:
+        """Write a trial's lines, and make its folder if it is not there."""
+        folder = self._folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in self._lines[trial.trial_id]))
+        if not (folder / "result.json").exists():
+            (folder / "result.json").symlink_to("metrics.jsonl")
+
+    def _make_again(self, trial: Any) -> bool:
+        """Make what is gone of a trial that runs, and say so; whether anything was."""
+        folder = self._folder(trial)
+        gone = [name for name in ("metrics.jsonl", "result.json") if not os.path.lexists(folder / name)]
+        if not gone or trial.trial_id not in self._lines:
+            return False
+        self._make(trial)
+        what = f"{gone[0]} was" if len(gone) == 1 else "its folder was"
+        self._note(f"{folder.name}: {what} removed while it ran; made again, with all epochs that it has told")
+        return True
+
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        line = json.dumps({k: v for k, v in metrics.items() if k in _METRICS or k.startswith("val_")})
+        again = self._make_again(trial)
+        append_line(self._folder(trial) / "metrics.jsonl", line)
+        self._lines.setdefault(trial.trial_id, []).append(line)
+        if again and not metrics.get("done"):
+            self._write(trial, "running")
+
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+        if result.get("done"):  # before the study is told: a crash between repeats the end, and never loses it
+            self._end(trial, result)
+
+    def on_end(self, trial: Any) -> None:
+        """The study has been told: nobody goes on from here, but from a failure, which can be tried again."""
+        result = trial.last_result or {}
+        self._end(trial, result)
+        self._lines.pop(trial.trial_id, None)
+        if not result.get("failed"):
+            self._over.append(self._folder(trial))
+            _drop_states(self._over[-1])
+
+    def _end(self, trial: Any, result: dict[str, Any]) -> None:
+        failed = result.get("failed")
+        full = result.get("epoch") == Assignment.of(trial.config).epochs or result.get(FULL_LENGTH)
+        self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
+
+    def on_failed(self, trial: Any) -> None:
+        self._write(trial, "failed", self._losses.reason(trial))
+        self._lines.pop(trial.trial_id, None)
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        for folder in self._over:  # one that was stopped may have been at its last save then
+            _drop_states(folder)
+        for trial in trials:
+            if trial.trial_id in self._begun and trial.status not in ("ERROR",) and not _ended(trial):
+                self._write(trial, "interrupted", self._budget and self._budget.reason)
+
+    def _folder(self, trial: Any) -> Path:
+        return Assignment.of(trial.config).folder
+
+    def _write(self, trial: Any, status: str, reason: str | None = None) -> None:
+        assignment, config = Assignment.of(trial.config), without_assignment(trial.config)
+        self._make_again(trial)
+        write_record(
+            Record(
+                folder=self._folder(trial),
+                number=assignment.number,
+                name=assignment.name,
+                objective=config["objective"]["name"],
+                status=status,
+                parameters=dict(assignment.parameters),
+                config=config,
+                reason=reason,
+                lost=self._losses.count(trial),
+            )
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_note": None}
+
+
+def _drop_states(folder: Path) -> None:
+    for name in (LAST, BEFORE):
+        (folder / name).unlink(missing_ok=True)
+
+
+_METRICS = {
+    *("epoch", "train_loss", "train_ce", "train_kd", "train_kd_ratio", "lr", "parameters", "seconds", "images_per_s")
+}
+
+
+def _ended(trial: Any) -> bool:
+    return bool((trial.last_result or {}).get("done"))
+
+
+QUICK, QUICK_S = 3, 60
+"""Trials in a row, each lost within so many seconds and without an epoch, after which their node gets no more."""
+
+
+class NoNodeLeft(RuntimeError):
+    """The GPUs of all nodes that have room for a trial are broken; the sweep can be resumed."""
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Losses(Listener):
+    """Decides, for a trial whose process died, whether to retry it, fail it, or end the sweep.
+
+    A trial that is lost `max_failures` + 1 times in the same epoch is itself to blame (no memory, a crash). One that
+    tells no epoch for `timeout_s` hangs: its process is ended, and it has failed. Where the disk is full, or cannot be
+    written to, no trial is to blame: the system's OSError ends the sweep, which can be resumed. A node on which the GPU
+    fails `QUICK` trials in a row, each within `QUICK_S`, gets no more; NoNodeLeft ends the sweep where it was the last.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        config: TrainConfig | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self._timeout_s, self._clock, self._config, self._note = timeout_s, clock, config, on_note or _to_stderr
+        self._began: dict[str, float] = {}
+        self._broken: dict[str, list[str]] = {}
+        self._why: dict[str, str] = {}
+        self._short: dict[str, float] = {}
+        self._over: str | None = None
+        self._since: dict[str, tuple[float, Any]] = {}
+        self._again: dict[str, int] = {}
+        self._epoch: dict[str, int] = {}
+        self._hung: set[str] = set()
+        self._all: dict[str, int] = {}
+
+    def count(self, trial: Any) -> int:
+        """Times that a trial's process was lost, and it went on; those of earlier sessions included."""
+        return self._all.get(trial.trial_id, 0)
+
+    def reason(self, trial: Any) -> str:
+        """Why a trial that was lost has failed."""
+        if trial.trial_id in self._hung:
+            return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung, and was ended"
+        epoch = self._epoch.get(trial.trial_id, 0) + 1
+        if trial.trial_id in self._short:
+            return (
+                f"its share of a GPU ({self._short[trial.trial_id]:g}) had too little memory in epoch {epoch}, and its "
+                "failures were spent, so that it got no larger one; raise gpus_per_worker"
+            )
+        times = self._again.get(trial.trial_id, trial.max_failures) + 1
+        return (
+            f"its process was lost {f'{times} times' if times > 1 else 'once'} in epoch "
+            f"{epoch} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
+        )
+
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+        if trial.trial_id not in self._all:
+            folder = Assignment.of(trial.config).folder
+            self._all[trial.trial_id] = read_record(folder).lost if (folder / "trial.json").exists() else 0
+        self._epoch[trial.trial_id] = int(last.get("epoch", 0))
+        self._again.setdefault(trial.trial_id, trial.max_failures)
+        self._began[trial.trial_id] = self._clock()
+        self._since[trial.trial_id] = self._clock(), trial
+
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """Forgive the losses before a new epoch."""
+        self._epoch[trial.trial_id] = epoch
+        self._began.pop(trial.trial_id, None)
+        self._broken.pop(metrics.get("node", ""), None)
+        if trial.max_failures >= 0:
+            trial.max_failures = trial.num_failures + self._again[trial.trial_id]
+
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+        self._since[trial.trial_id] = self._clock(), trial
+
+    def on_end(self, trial: Any) -> None:
+        for known in (self._since, self._again, self._epoch, self._began):
+            known.pop(trial.trial_id, None)
+
+    def on_lost(self, trial: Any) -> None:
+        self._since.pop(trial.trial_id, None)
+        self._all[trial.trial_id] = self.count(trial) + 1
+        self._check_disk(trial)
+        self._check_gpu(trial)
+
+    def on_failed(self, trial: Any) -> None:
+        self._since.pop(trial.trial_id, None)
+        share = short_share(trial)
+        if share is not None:
+            self._short[trial.trial_id] = share
+        self._check_disk(trial)
+        self._check_gpu(trial)
+
+    def on_step(self) -> None:
+        if self._over is not None:  # here, where all have been told what became of the trial
+            raise NoNodeLeft(self._over)
+        if self._timeout_s is None:
+            return
+        for trial_id, (since, trial) in list(self._since.items()):
+            actor = trial.temporary_state.ray_actor
+            if self._clock() - since > self._timeout_s and actor is not None:
+                del self._since[trial_id]
+                self._hung.add(trial_id)
+                trial.max_failures = trial.num_failures  # it would hang again
+                ray.kill(actor)
+
+    def _check_gpu(self, trial: Any) -> None:
+        """Shun the trial's node if its GPU failed it as the ones before; if no other node is left, that is the end."""
+        broken, began = found_broken(trial), self._began.pop(trial.trial_id, None)
+        if broken is None:
+            self._why.pop(trial.trial_id, None)
+            return
+        self._why[trial.trial_id] = broken["reason"]
+        storage, folder = Assignment.of(trial.config).place
+        path = folder / BROKEN_GPU
+        path.unlink()
+        storage.send(path)
+        if began is None or self._clock() - began > QUICK_S:
+            return
+        node, row = broken["node"], self._broken.setdefault(broken["node"], [])
+        row.append(trial.trial_id)
+        if len(row) == QUICK:
+            shun(node)
+            why = f"node {broken['host']} ({node[:8]}): {QUICK} trials in a row were lost there: {broken['reason']}"
+            if self._config is not None and room_for(self._config) < 1:
+                self._over = f"{why}; no other node has room for a trial"
+            else:
+                self._note(f"{why}; it gets no more trials of this sweep")
+
+    def _check_disk(self, trial: Any) -> None:
+        """Raise if the trial's next checkpoint could not be written."""
+        folder = Assignment.of(trial.config).folder
+        state = folder / LAST
+        check_room_for(folder, 2 * (state.stat().st_size if state.exists() else 0) + 2**20)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_since": {}, "_clock": None, "_note": None}
+
+
+def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, float]:
+    """What an experiment has spent: seconds, GPU-hours, CPU-hours and failed trials, by the name of their budget.
+
+    Hours are those of the epochs in metrics.jsonl, or, if that is more, of what a driver counted, epochs that were not
+    told included, times what `workers` says a trial holds (`gpus`, `cpus`). Seconds are those that drivers ran.
+    """
+    records = read_records(experiment)
+    counted = read_spent(experiment)
+    hours = max(sum(m.get("seconds", 0.0) for r in records for m in r.metrics), counted["trial_seconds"]) / 3600
+    return {
+        "time_budget_s": counted["seconds"],
+        "gpu_hours": hours * workers["gpus"],
+        "cpu_hours": hours * workers["cpus"],
+        "max_failed_trials": sum(r.status == "failed" for r in records),
+    }
+
+
+def over_budget(budgets: Mapping[str, float], spent: Mapping[str, float]) -> str | None:
+    """A sentence about the first budget that is spent; None if there is none."""
+    for name, limit in budgets.items():
+        if spent[name] >= limit:
+            unit = {"time_budget_s": "s", "max_failed_trials": "failed trials"}.get(name, "h")
+            return f"search.{name}: {spent[name]:.4g} of {limit:.4g} {unit} are reached"
+    return None
+
+
+def workers_of(tree: Mapping[str, Any]) -> dict[str, float]:
+    """What a trial holds, from the tree of a space."""
+    return {"gpus": tree["workers"] * tree["gpus_per_worker"], "cpus": tree["workers"] * tree["cpus_per_worker"]}
+
+
+def failed_numbers(experiment: Path) -> set[int]:
+    return {r.number for r in read_records(experiment) if r.status == "failed"}
+
+
+class Budget(Listener, tune.Stopper):  # type: ignore[misc]
+    """Ends a sweep when a budget of its `search` is spent: trials save, and can be resumed.
+
+    What a running trial has held since its last report counts, so no trial goes on for more than the epoch it is in.
+    """
+
+    reason: str | None = None
+    """Why the sweep was ended; None while it was not."""
+
+    def __init__(
+        self,
+        experiment: Path,
+        space: Space,
+        searcher: OptunaSearcher,
+        *,
+        on_budget: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._experiment, self._limits, self._clock, self._on_budget = (
+            experiment,
+            space.search.budgets,
+            clock,
+            on_budget,
+        )
+        self._searcher: OptunaSearcher | None = searcher
+        self._workers = workers_of(space.tree)
+        self._before = spent_so_far(experiment, workers=self._workers)
+        self._began = clock()
+        self._failed = failed_numbers(experiment) - searcher.waiting()
+        self._told = 0.0
+        self._since: dict[str, float] = {}
+
+    def spent(self) -> dict[str, float]:
+        """What is spent by now, by the name of the budget."""
+        now = self._clock()
+        hours = self._held(now) / 3600
+        return {
+            "time_budget_s": self._before["time_budget_s"] + now - self._began,
+            "gpu_hours": self._before["gpu_hours"] + hours * self._workers["gpus"],
+            "cpu_hours": self._before["cpu_hours"] + hours * self._workers["cpus"],
+            "max_failed_trials": len(self._failed),
+        }
+
+    # --- what Tune asks
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self.reason is None and self._searcher is not None:
+            reason = over_budget(self._limits, self.spent())
+            if reason and self._searcher.remaining() + self._searcher.open_trials() > 0:
+                self.reason = reason
+                if self._on_budget is not None:
+                    self._on_budget(reason)
+        return self.reason is not None
+
+    # --- what it hears
+
+    def on_begin(self) -> None:
+        self._began = self._clock()
+
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+        self._since[trial.trial_id] = self._clock()
+
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        self._told += metrics.get("seconds", 0.0)
+        self._since[trial.trial_id] = self._clock()
+
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+        if result.get("failed"):
+            self._failed.add(Assignment.of(trial.config).number)
+        self._write()
+
+    def on_end(self, trial: Any) -> None:
+        self._since.pop(trial.trial_id, None)
+
+    def on_lost(self, trial: Any) -> None:
+        """Count what the lost process has held since its last report: it was spent all the same."""
+        self._told += self._clock() - self._since.pop(trial.trial_id, self._clock())
+
+    def on_failed(self, trial: Any) -> None:
+        self.on_lost(trial)
+        self._failed.add(Assignment.of(trial.config).number)
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        self._write()
+        if self._searcher is not None:
+            self._searcher.close()
+
+    def _held(self, now: float) -> float:
+        """Seconds that trials have run in this session, added up."""
+        return self._told + sum(now - since for since in self._since.values())
+
+    def _write(self) -> None:
+        before = self._before["cpu_hours"] / self._workers["cpus"] * 3600
+        counted = {"seconds": self.spent()["time_budget_s"], "trial_seconds": before + self._held(self._clock())}
+        text = json.dumps({name: round(value, 3) for name, value in counted.items()})
+        write_text(self._experiment / "spent.json", text + "\n")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
+
+
+class SoftLabels(Listener):
+    """Keeps the teacher's soft labels that nodes share, while a sweep runs on a cluster that others started."""
+
+    def __init__(self, experiment: Path) -> None:
+        self._name = shelf_name(experiment)
+        self._shelf: Any = None
+
+    def on_begin(self) -> None:
+        if not started_here():
+            memory = int(ray.cluster_resources().get("object_store_memory", 0) / 4)
+            self._shelf = ray.remote(Shelf).options(name=self._name, num_cpus=0).remote(memory)
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        if self._shelf is not None:
+            ray.kill(self._shelf)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shelf": None}
+
+
+class Uploads(Listener):
+    """Uploads what a sweep on object storage writes, every `remote.UPLOAD_S`, when a trial ends, and at the end.
+
+    A store that does not answer is said once, and tried again; the sweep goes on.
+    """
+
+    def __init__(self, claim: remote.Claim, on_note: Callable[[str], None] | None) -> None:
+        self._store, self._url, self._experiment = claim.store, claim.url, claim.folder
+        self._claim, self._upload = claim, remote.Upload(claim.store, claim.name)
+        self._note = on_note or _to_stderr
+        self._trouble: str | None = None
+        self._taken_over: ConfigError | None = None
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
+
+    def on_begin(self) -> None:
+        self._thread.start()
+
+    def on_end(self, trial: Any) -> None:
+        self._wake.set()
+
+    def on_failed(self, trial: Any) -> None:
+        self._wake.set()
+
+    def on_step(self) -> None:
+        if self._taken_over is not None:
+            raise self._taken_over
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        self._over.set()
+        self._wake.set()
+        self._thread.join()
+        until = time.monotonic() + remote.END_S
+        while not self._once() and self._taken_over is None:
+            if time.monotonic() > until:
+                self._note(
+                    f"{self._url}: not all is uploaded: {self._trouble}; the rest is on this machine, in "
+                    f"{self._experiment}; when the store answers, upload it from here: tfkd resume {self._url}"
+                )
+                return
+            time.sleep(1)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            self._once()
+            self._wake.wait(remote.UPLOAD_S)
+            self._wake.clear()
+            self._over.wait(1)  # trials that end together are uploaded together
+
+    def _once(self) -> bool:
+        """Bring the store up to date; whether it is."""
+        try:
+            self._claim.refresh()
+            self._upload.once()
+        except ConfigError as error:
+            self._taken_over = error
+            self._over.set()
+            return False
+        except OSError as error:
+            if self._trouble is None:
+                self._note(f"{self._url}: {self._store.trouble(error)}; the sweep goes on, and uploads when it can")
+            self._trouble = self._store.trouble(error)
+            return False
+        if self._trouble is not None:
+            self._note(f"{self._url}: answers again; all is uploaded")
+        self._trouble = None
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_url": self._url}
+
+
+class Lock(Listener):
+    """Holds the experiment while its sweep runs, so that a second driver is refused.
+
+    The operating system releases it however the driver ends.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._experiment = storage.folder / name
+        self._take(storage, name)
+
+    def _take(self, storage: Storage, name: str) -> None:
+        check_no_links(self._experiment)
+        self._lock: FileLock | None = FileLock(self._experiment / "driver.lock", blocking=False)
+        self.claim: remote.Claim | None = None
+        try:
+            self._lock.acquire()
+        except Timeout:
+            driver = driver_of(self._experiment)
+            who = f"process {driver[0]} on {driver[1]}" if driver else "another process"
+            raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
+        except (OSError, NotImplementedError) as error:  # the second where a file system has no locks
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"driver.lock cannot be locked ({why}), so another process may be running it; make sure that none is, "
+                "and remove driver.lock, or use an experiment, and a file system, that you may write to",
+                self._experiment,
+            ) from None
+        try:
+            self.claim = storage.hold(name)
+        except BaseException:
+            self._lock.release()
+            raise
+        write_text(self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others run it; done when the sweep ends."""
+        if self.claim is not None:
+            with contextlib.suppress(OSError, ConfigError):  # else it is found to be stale
+                self.claim.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "claim": None}
+
+
+def in_order(
+    lock: Lock,
+    tensorboard: TensorBoard,
+    losses: Losses,
+    users: Sequence[tune.Callback],
+    *,
+    budget: Budget | None = None,
+    labels: SoftLabels | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> list[tune.Callback]:
+    """The callbacks of a sweep or a comparison, in the order in which they hear each event.
+
+    1. TensorBoard and Budget need nothing of the others. Budget counts what a lost trial has held before Losses, which
+       ends the sweep where the disk is full.
+    2. Losses, before Recorder: it knows why a trial has failed and how often it was lost, which Recorder writes.
+    3. Recorder writes the trial's files.
+    4. SoftLabels ends the actor that trials share, once all trials have ended.
+    5. The user's callbacks, in the user's order, the live view among them: they read what Recorder has written.
+    6. Uploads: everything above may write files, and all of them are uploaded.
+    7. Lock, last: nobody else may run the experiment while one of these still writes.
+    """
+    ours: list[Listener] = [tensorboard]
+    ours += [] if budget is None else [budget]
+    ours += [losses, Recorder(losses, budget, on_note=on_note)]
+    ours += [] if labels is None else [labels]
+    last: list[Listener] = [] if lock.claim is None else [Uploads(lock.claim, on_note)]
+    last.append(lock)
+    return [Announcer(ours), *users, Announcer(last)]

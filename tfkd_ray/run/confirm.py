@@ -1,0 +1,487 @@
+"""Arms x seeds: train every arm with every seed as Ray trials, then open the test split once and judge them all on it.
+
+A comparison is a directory like an experiment's: `confirm.yaml` says what is compared, `trials/<arm>-s<seed>/` has each
+run, `confirm.json` the outcome. It can be stopped and continued like a sweep.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ray import tune
+from ray.tune.search import Searcher
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from tfkd_ray.learn import teachers
+from tfkd_ray.learn.checkpoint import WEIGHTS, load_weights, save_weights
+from tfkd_ray.learn.config import TeacherRun
+from tfkd_ray.learn.dataset import Dataset, digest_of
+from tfkd_ray.learn.evaluate import predictions
+from tfkd_ray.learn.images import Images
+from tfkd_ray.learn.loop import LOOP_VERSION
+from tfkd_ray.run.callbacks import Lock, Losses, in_order
+from tfkd_ray.run.tune import SharingFifo, assemble, prepare, train_teachers
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import check_writable, write_text
+from tfkd_ray.show.tensorboard import TensorBoard, write_comparison
+from tfkd_ray.space.arms import Arm, Arms, Comparison, Run, read_comparison
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import (
+    Record,
+    append_line,
+    read_records,
+    read_text,
+    trials_folder,
+    write_record,
+)
+from tfkd_ray.store.storage import Experiment, to_continue
+from tfkd_ray.verdict import verdict
+from tfkd_ray.verdict.scores import SCORES, score_of, scores
+
+LOGITS = "test.safetensors"
+"""A run's logits [N, K] on the test split, the labels [N], and its teacher's guesses [N]."""
+OPENINGS = "test_openings.jsonl"
+"""Beside the experiments: one line each time that a test split was opened."""
+TRIES = 2
+"""Times that a failing run is tried before it is reported as failed."""
+
+
+class ListSearcher(Searcher):  # type: ignore[misc]
+    """Gives out a list of runs, in order, each again if it fails, up to `TRIES` times."""
+
+    def __init__(self, proposals: Sequence[dict[str, Any]]) -> None:
+        super().__init__(metric="train_loss", mode="min")
+        self._waiting = deque(proposals)
+        self._running: dict[str, dict[str, Any]] = {}
+        self._tries: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next run; None while a running one may still come back; then FINISHED."""
+        if not self._waiting:
+            return None if self._running else str(Searcher.FINISHED)
+        proposal = self._waiting.popleft()
+        self._running[trial_id] = proposal
+        return proposal
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        pass
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        proposal = self._running.pop(trial_id, None)
+        failed = error or bool((result or {}).get("failed"))
+        if proposal is None or not failed:
+            return
+        name = Assignment.of(proposal).name
+        self._tries[name] = self._tries.get(name, 0) + 1
+        if self._tries[name] < TRIES:
+            self._waiting.append(proposal)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is done is in the experiment's files."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing."""
+
+
+def comparison_tuner(
+    comparison: Experiment | Path,
+    *,
+    callbacks: Sequence[tune.Callback] = (),
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> tune.Tuner:
+    """A Tuner that trains what a comparison asks for and has not got; teachers first."""
+    comparison = to_continue(comparison)
+    storage, directory = comparison.storage, comparison.folder
+    compared = read_comparison(directory)
+    here = (torch.__version__.split("+")[0], LOOP_VERSION)
+    if compared.made_with != here:
+        raise ConfigError(
+            f"begun with torch {compared.made_with[0]} and loop version {compared.made_with[1]}, and here are "
+            f"{here[0]} and {here[1]}: its runs would not be pairs; begin a new comparison",
+            directory,
+        )
+    runs = compared.runs_on_data
+    check_writable(directory, "a directory of yours")
+    config = runs[0].config
+    for arm in compared.arms.arms:
+        for note in arm.config.try_networks():
+            print(f"note: arm {arm.name}: {note}", file=sys.stderr)
+    config.data.examine()
+    prepare(config, storage)
+    lock = Lock(*comparison)
+    without_teacher: dict[str, str] = {}
+
+    def lost(teacher: TeacherRun, reason: str) -> None:
+        without_teacher[teacher.fingerprint()] = reason
+
+    needed = {made.fingerprint(): made for run in runs if (made := run.config.teacher_run())}
+    try:
+        train_teachers(needed.values(), storage, on_teacher, lost, on_note)
+    except BaseException:
+        lock.release()
+        raise
+    done = {r.name for r in read_records(directory) if r.status == "done"}
+    for number, run in enumerate(runs):
+        teacher = run.config.teacher_run()
+        if teacher is not None and teacher.fingerprint() in without_teacher:
+            done.add(run.name)
+            write_record(_failed(directory, number, run, without_teacher[teacher.fingerprint()]))
+    home, proposals = own_code.here(), []
+    for number, run in enumerate(runs):
+        if run.name not in done:
+            assignment = Assignment(
+                number=number,
+                name=run.name,
+                arm=run.arm,
+                epochs=run.config.epochs,
+                parameters={"arm": run.arm, "seed": run.seed},
+                storage=storage,
+                directory=trials_folder(directory) / run.name,
+                home=home,
+            )
+            proposals.append({**run.config.model_dump(mode="json"), SECTION: assignment.section()})
+    losses = Losses(config=compared.runs[0].config, on_note=on_note)
+    return assemble(
+        config,
+        directory,
+        tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1),
+        tune.RunConfig(),
+        in_order(lock, TensorBoard(directory / "tb"), losses, callbacks, on_note=on_note),
+        max_failures=2,
+    )
+
+
+def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
+    return Record(
+        folder=trials_folder(directory) / run.name,
+        number=number,
+        name=run.name,
+        objective=run.config.objective.name,
+        status="failed",
+        parameters={"arm": run.arm, "seed": run.seed},
+        config=run.config.model_dump(mode="json"),
+        reason=reason,
+    )
+
+
+# --- the test split --------------------------------------------------------------------------------------------
+
+
+def judge_on_test(comparison: Experiment | Path, on_run: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Open the test split, once, and judge every trained run on it; returns what confirm.json then says.
+
+    Its logits stay with each run. That the split was opened is written down beside the experiments, with what for.
+    """
+    comparison = to_continue(comparison)
+    storage, lock = comparison.storage, Lock(*comparison)
+    try:
+        with storage.up_to_date(comparison.name, storage.folder / OPENINGS):
+            return _judged(comparison.folder, on_run)
+    finally:
+        lock.release()
+
+
+def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, Any]:
+    compared = read_comparison(directory)
+    runs = compared.runs_on_data
+    records = {record.name: record for record in read_records(directory)}
+    done = [run for run in runs if run.name in records and records[run.name].status == "done"]
+    if not done:
+        where = trials_folder(directory)
+        raise ConfigError(f"none of its {len(runs)} runs was trained to the end; see {where}", directory)
+    data = done[0].config.data
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    test: Images | None = None
+    noted = False
+    guesses: dict[str, Tensor] = {}  # of teachers, [N]
+    for run in done:
+        path = trials_folder(directory) / run.name / LOGITS
+        if path.exists():
+            continue
+        if test is None:
+            test = data.load_test()
+            digest = digest_of(test)
+            test = test.on(device)
+        if on_run:
+            on_run(run.name)
+        network = run.config.build_student()
+        network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
+        logits, labels = _logits(network.to(device).to(memory_format=run.config.student.memory_format), data, test)
+        found = {"logits": logits, "labels": labels}
+        teacher = run.config.teacher_run() if run.config.objective.needs_teacher else None
+        if teacher is not None:
+            name = teachers.teacher_name(teacher)
+            if name not in guesses and teachers.is_trained(teacher, directory.parent):
+                network = teachers.load_teacher(teacher, directory.parent).to(device)
+                guesses[name] = _logits(network, data, test)[0].argmax(dim=1)
+            found |= {"teacher": guesses[name]} if name in guesses else {}
+        if not noted:  # before anybody can see a result; where a file cannot be read, there is none
+            _note_opening(directory, compared, digest, len(done))
+            noted = True
+        save_weights(path, found, {"run": run.name})
+    return outcome(directory)
+
+
+def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
+    """(logits [N, K], labels [N])."""
+    logits, labels = (torch.cat(parts) for parts in zip(*predictions(network, images, data), strict=True))
+    return logits, labels
+
+
+def split_id(data: Dataset) -> str:
+    """Which test split that is: the data set's name, and whatever else decides about its test images."""
+    other = {"val_fraction", "split_seed", "subset", "check_md5", "image_size", "mean", "std", "digest"}
+    tree = data.model_dump(mode="json", exclude=data.places | other)
+    return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
+
+
+def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int) -> None:
+    """Record that the test split is opened, and what it is; refuse one that has changed since this comparison began.
+
+    One line for as many trained runs: where the judging was killed, it goes on, and nothing was opened again.
+    """
+    ours = [opened for opened in openings(directory.parent, compared.data) if opened.get("id") == compared.id]
+    for opened in ours:
+        if opened.get("digest", digest) != digest:
+            raise ConfigError(
+                f"the test split of {compared.data.name} has changed since this comparison opened it on "
+                f"{opened['when'][:10]} (digest {digest}, then {opened['digest']}): put that one back, or begin a new "
+                "comparison",
+                directory,
+            )
+    if not (directory / "confirm.json").exists() and any(opened.get("runs") == runs for opened in ours):
+        return
+    line = {
+        "test": split_id(compared.data),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "experiment": directory.name,
+        "id": compared.id,
+        "digest": digest,
+        "runs": runs,
+    }
+    append_line(directory.parent / OPENINGS, json.dumps(line), durable=True)
+
+
+def openings(storage: Path, data: Dataset) -> list[dict[str, Any]]:
+    """When the test split of a data set was opened, in this storage, first to last; the same one elsewhere, too."""
+    split, path = split_id(data), storage / OPENINGS
+    found = []
+    for line in read_text(path).splitlines() if os.path.lexists(path) else ():
+        with contextlib.suppress(ValueError):  # cut by a full disk
+            found.append(json.loads(line))
+    known = {line["digest"] for line in found if line["test"] == split and "digest" in line}
+    return [line for line in found if line["test"] == split or line.get("digest") in known]
+
+
+# --- what came out ---------------------------------------------------------------------------------------------
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """What was measured and the verdict on it, read from a comparison's files; also written as confirm.json.
+
+    There is a verdict for each student network that has candidates and baselines.
+    """
+    compared = read_comparison(directory)
+    records = {record.name: record for record in read_records(directory)}
+    arms, arrays, diverged = [], {}, set[str]()
+    for arm in compared.arms.arms:
+        runs = [run for run in compared.runs if run.arm == arm.name]
+        found, right = zip(*(_run_outcome(directory, run, records.get(run.name)) for run in runs), strict=True)
+        arms.append(
+            {
+                **arm.model_dump(
+                    mode="json", include={"name", "published", "published_std", "published_n", "baseline"}
+                ),
+                "role": arm.part,
+                "student": arm.config.student.name,
+                "objective": arm.config.objective.model_dump(mode="json"),
+                "runs": list(found),
+            }
+        )
+        arrays[arm.name] = _judged_arm(arm.name, runs, found, right, compared.arms.metric)
+        diverged |= {arm.name} if any(_has_diverged(result) for result in found) else set()
+    result = {
+        "title": compared.arms.title,
+        "source": compared.arms.source,
+        "preset": compared.arms.preset,
+        "note": compared.arms.note,
+        "test": split_id(compared.data),
+        "opened": openings(directory.parent, compared.data),
+        "trained_on": "train" if compared.hold_out else "train and validation",
+        "arms": arms,
+        "notes": list(_notes(directory, compared)),
+        "verdicts": [
+            {"student": student, "text": verdict.table(judged, arms=False), **judged.to_json()}
+            for student, judged in _verdicts(compared.arms, arrays, diverged)
+        ],
+    }
+    write_text(directory / "confirm.json", json.dumps(result, indent=1) + "\n")
+    write_comparison(directory / "tb", {name: _growth(directory, arm) for name, arm in arrays.items()})
+    return result
+
+
+def _growth(directory: Path, arm: verdict.Arm) -> dict[str, Sequence[Any]]:
+    """An arm's judged runs, their values, and mean and interval after 2, 3, ... seeds."""
+    parts = [
+        verdict.summary(verdict.Arm(arm.name, arm.seeds[:n], arm.values[:n])) for n in range(2, len(arm.seeds) + 1)
+    ]
+    curves = {kind: [getattr(part, kind) for part in parts] for kind in ("mean", "low", "high")}
+    runs = {f"{arm.name}-s{seed}": float(value) for seed, value in zip(arm.seeds, arm.values, strict=True)}
+    runs = {name: value for name, value in runs.items() if (trials_folder(directory) / name / LOGITS).exists()}
+    return {"runs": list(runs), "values": list(runs.values()), **curves}
+
+
+def _run_outcome(directory: Path, run: Run, record: Record | None) -> tuple[dict[str, Any], NDArray[np.bool_] | None]:
+    """(what is said of a run, which test images it got right [N])."""
+    path = trials_folder(directory) / run.name / LOGITS
+    found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
+    if record and record.reason:
+        found["reason"] = record.reason.splitlines()[0]
+    if not path.exists():
+        return found, None
+    arrays = load_file(path)
+    found |= scores(arrays["logits"], arrays["labels"])
+    guesses = arrays["logits"].argmax(axis=1)
+    if "teacher" in arrays:
+        found["agreement"] = float((guesses == arrays["teacher"]).mean())
+    return found, guesses == arrays["labels"]
+
+
+def _judged_arm(
+    name: str,
+    runs: Sequence[Run],
+    found: Sequence[dict[str, Any]],
+    right: Sequence[NDArray[np.bool_] | None],
+    metric: str,
+) -> verdict.Arm:
+    """The arm's values on test; a run that diverged is a result, too: what guessing would have."""
+    pairs = list(zip(runs, found, strict=True))
+    diverged = [run.seed for run, result in pairs if _has_diverged(result)]
+    if metric != "val_accuracy" or diverged:
+        row = score_of(metric)
+        values = {run.seed: result[row.name] for run, result in pairs if row.name in result}
+        values |= dict.fromkeys(diverged, row.guess(runs[0].config.data.num_classes))
+        return verdict.Arm(name, tuple(values), np.array(list(values.values())))
+    judged = {run.seed: images for run, images in zip(runs, right, strict=True) if images is not None}
+    if not judged:
+        return verdict.Arm(name, (), np.zeros(0))
+    images = np.array(list(judged.values()))
+    return verdict.Arm(name, tuple(judged), images.mean(axis=1), images)
+
+
+def _has_diverged(result: dict[str, Any]) -> bool:
+    return result["status"] == "failed" and str(result.get("reason", "")).startswith("Diverged")
+
+
+def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm], diverged: set[str]) -> Iterator[tuple[str, verdict.Verdict]]:
+    """One for each student network that has candidates and baselines; of a sweep's best, one.
+
+    Nothing is judged where a baseline has no two runs, or one that diverged: a candidate would win by its default.
+    """
+
+    def group(arm: Arm) -> str:
+        return "of the sweep" if arms.experiment else str(arm.config.student)
+
+    for key in dict.fromkeys(group(arm) for arm in arms.arms):
+        mine = [arm for arm in arms.arms if group(arm) == key]
+        candidates, baselines = ([arrays[a.name] for a in mine if a.part == p] for p in ("candidate", "baseline"))
+        if not candidates or not baselines:
+            continue
+        names = ", ".join(dict.fromkeys(arm.config.student.name for arm in mine))
+        metric = verdict.metric_of(arms.metric)
+        reasons = [f"baseline {b.name} has {len(b.seeds)} of its runs" for b in baselines if len(b.seeds) < 2]
+        reasons += [f"baseline {b.name} diverged" for b in baselines if b.name in diverged]
+        able = [c for c in candidates if len(c.seeds) > 1]
+        reasons += [] if able else ["no candidate has two runs"]
+        if not reasons:
+            try:
+                lost = len(candidates) - len(able)
+                yield names, verdict.judge(able, baselines, metric, searched=arms.searched, lost=lost)
+                continue
+            except ConfigError as error:  # seeds that are not in common
+                reasons = error.problems
+        yield names, verdict.undecided(reasons, metric, searched=arms.searched)
+
+
+def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
+    found = openings(directory.parent, compared.data)
+    own = next((k for k, o in enumerate(found) if o.get("id") == compared.id), len(found))
+    before = found[:own]
+    if sum(o.get("id") == compared.id for o in found) > 1:
+        yield "this test split was opened again after more runs were trained: the verdict before may have been seen"
+    if before:
+        yield (
+            f"this test split was opened {len(before)} times before in this storage, first on "
+            f"{before[0]['when'][:10]} by {before[0]['experiment']}: what was chosen since may have been chosen by it"
+        )
+    for arm in compared.arms.arms:
+        made = {t.fingerprint(): t for r in compared.runs if r.arm == arm.name and (t := r.config.teacher_run())}
+        if any(t.weights for t in made.values()):
+            yield f"{arm.name}: its teacher is from elsewhere; training data unknown"
+        elif len(made) == 1:
+            yield f"{arm.name}: conditional on one teacher, which all its seeds share"
+
+
+COLUMNS = 6
+"""Most metrics in one table: of 80 columns, 23 are the arm's name, and each metric has 9."""
+
+
+def _other_metrics(result: dict[str, Any]) -> Iterator[str]:
+    """Means over seeds of what was measured beside the accuracy: NLL is in nats, most others are fractions."""
+    known = {key for arm in result["arms"] for run in arm["runs"] for key in run}
+    rows = [row for row in SCORES.values() if row.heading is not None and row.name in known]
+    for first in range(0, len(rows), COLUMNS):
+        some = rows[first : first + COLUMNS]
+        yield ""
+        yield f"{'means on test':<23}" + "".join(f"{row.heading:>9}" for row in some)
+        for arm in result["arms"]:
+            values = [[run[row.name] for run in arm["runs"] if row.name in run] for row in some]
+            cells = "".join(f"{np.mean(v):>9.4f}" if v else " " * 9 for v in values)
+            yield f"{arm['name'][:23]:<23}{cells}".rstrip()
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The outcome as lines of at most 80 columns; accuracies in per cent."""
+    lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
+    if result["preset"]:
+        lines.append(f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published")
+    printed = any(arm["published"] is not None for arm in result["arms"])
+    lines += textwrap.wrap(result["note"], 80) if result["note"] else []
+    lines += ["", f"{'arm':<23} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>18}"]
+    lines[-1] += f" {'published':>9} {'diff':>7}" if printed else ""
+    for arm in result["arms"]:
+        values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
+        ours = f"{values.mean():.2f}" if len(values) else "none"
+        interval = ""
+        if len(values) > 1:
+            s = verdict.summary(verdict.Arm(arm["name"], tuple(range(len(values))), values))
+            ours = f"{s.mean:.2f} ± {s.sd:.2f}"
+            interval = verdict.ACCURACY.interval(s.low / 100, s.high / 100)
+        line = f"{arm['name'][:23]:<23} {ours:>15} {len(values):>3} {interval:>18}"
+        if arm["published"] is not None:
+            gap = f"{values.mean() - arm['published']:+.2f}" if len(values) else ""
+            line += f" {arm['published']:>9.2f} {gap:>7}"
+        lines.append(line)
+    for arm in result["arms"]:
+        for run in arm["runs"]:
+            if run["status"] != "done":
+                lines.append(f"{arm['name']}, seed {run['seed']}: {run['status']}: {run.get('reason', '')}")
+    lines += _other_metrics(result)
+    for found in result["verdicts"]:
+        lines += ["", f"--- student {found['student']}", *found["text"]]
+    lines += [""] if result["notes"] else []
+    lines += [line for note in result["notes"] for line in textwrap.wrap(f"note: {note}", 80)]
+    return lines

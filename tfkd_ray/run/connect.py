@@ -1,0 +1,639 @@
+"""The Ray cluster a sweep runs on: connect to it, and refuse at once what it can never run."""
+
+import contextlib
+import importlib.metadata
+import inspect
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from packaging.requirements import Requirement
+from ray.job_config import JobConfig
+from ray.tune import PlacementGroupFactory
+from ray.tune.experiment import Trial
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from tfkd_ray.learn.config import DRIVER as DRIVER
+from tfkd_ray.learn.config import KIND, RAYS_OWN, TrainConfig
+from tfkd_ray.run.auth import own_token, token, token_file
+from tfkd_ray.settings.errors import ConfigError, Unreachable
+from tfkd_ray.settings.own_code import before_the_library, safe_path
+from tfkd_ray.settings.passwords import masked
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import damaged, parse_json, read_text
+
+AUTOSCALER_S = 15
+"""How long an autoscaler may take to say whether it can start nodes for a trial; it looks every 5 s."""
+TIMEOUT_S = 10
+"""How long a head may take to answer at all; one that answers and refuses the token takes Ray half a minute."""
+
+
+def check_ray() -> None:
+    """Raise where Ray is there without `ray[default]`: a stopped trial of several workers would hang then."""
+    missing = []
+    for text in importlib.metadata.requires("ray") or []:
+        requirement = Requirement(text)
+        needed = requirement.marker is not None and requirement.marker.evaluate({"extra": "default"})
+        if needed and not requirement.marker.evaluate({"extra": ""}):  # type: ignore[union-attr]
+            try:
+                importlib.metadata.version(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                missing.append(requirement.name)
+    if missing:
+        raise ConfigError(
+            f"Ray is installed without its 'default' extra ({', '.join(sorted(set(missing)))} missing): a "
+            "stopped trial can then block the sweep for ever; run: pip install 'ray[default,train,tune]'"
+        )
+
+
+def connect(address: str | None = None, *, workers: int = 1) -> bool:
+    """Connect to a Ray cluster, or start one here; whether one was started.
+
+    An existing connection is used as it is. Otherwise `address`, then RAY_ADDRESS, say which cluster; with neither, a
+    new one starts on this machine, with token authentication, and ends with this process. For trials of several
+    `workers` it has a dashboard, on loopback: Ray's clean-up after a killed trial asks there who is alive.
+    """
+    check_ray()
+    if ray.is_initialized():
+        if not started_here():
+            _check_speaks_alike(ray.get_runtime_context().gcs_address)
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet["job_config"] = _PathAsHere()
+    if address is None:
+        own_token()
+        _set_token_mode("token")
+        try:
+            with ctrl_c_waits(), safe_path(), _own_sigterm():
+                ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
+        except Exception as error:  # a bare one where a node is not up within 30 s
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Unreachable(
+                f"Ray did not start on this machine: {reason}; its logs are in {temp_dir()}/session_latest/logs; where "
+                "the machine is busy, try again"
+            ) from None
+        _started.append(ray.get_runtime_context().gcs_address)
+        return True
+    address = _found_here() if address == "auto" else address
+    _check_answers(address)
+    _join_with_token_or_without(address)
+    try:
+        with _own_sigterm():
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ConfigError(_cannot_join(address, str(error).strip() or type(error).__name__)) from None
+    return False
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what a program does at SIGTERM: Ray would end it while it starts, without a word or its exit code."""
+    utils = ray._private.utils
+    rays = utils.set_sigterm_handler
+    if callable(signal.getsignal(signal.SIGTERM)):
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = rays
+
+
+class _PathAsHere(JobConfig):  # type: ignore[misc]
+    """Lets workers find modules where this process does, in the same order.
+
+    Ray would put the working directory first on their path, so that they run whatever is called `torch.py` there. Where
+    a job has a `working_dir`, Ray puts its copy first, and adds nothing.
+    """
+
+    def _serialize(self) -> Any:
+        if not self._runtime_env_has_working_dir():
+            self._py_driver_sys_path = before_the_library()
+            self._cached_pb = None
+        return super()._serialize()
+
+
+def keep_keys_at_home() -> None:
+    """Let Tune not copy this process's AWS keys into its trials' environments, which Ray logs and its dashboard shows.
+
+    A node has keys of its own: by its role, or by the environment that Ray was started with there.
+    """
+    from ray.tune.execution import class_cache
+
+    keys = [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
+
+
+OUT_OF_MEMORY = "out_of_memory"
+"""File in a trial's folder: the share of a GPU whose memory was not enough for it."""
+
+
+def give_larger_share(trial: Any) -> None:
+    """Let a failed trial that shares a GPU have half as many neighbours, if memory was what it lacked.
+
+    Args:
+        trial: Ray Tune's, which has ended with an error and is not pending again yet.
+    """
+    if trial.status == Trial.RUNNING:  # `max_failures` is spent, so that Tune starts it no more; told by `Losses`
+        return
+    share = short_share(trial)
+    if share is not None:
+        neighbours = max(1, int(1 / share + 1e-6) // 2)
+        bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
+        trial.update_resources(PlacementGroupFactory([bundle]))
+        trial.max_failures += trial.max_failures >= 0  # it was not lost
+
+
+def short_share(trial: Any) -> float | None:
+    """The share of a GPU whose memory was not enough for a trial that has ended with an error; known once."""
+    share = _left_by(trial, OUT_OF_MEMORY)
+    if share is None:
+        return None
+    storage, folder = Assignment.of(trial.config).place
+    path = folder / OUT_OF_MEMORY
+    path.unlink()
+    storage.send(path)
+    return float(share)
+
+
+BROKEN_GPU = "broken_gpu.json"
+"""File in a trial's folder: the node (`node`, its id, and `host`) whose GPU failed, or what CUDA keeps of it in the
+trial's process, and the `reason`."""
+
+_shunned: set[str] = set()
+"""Ids of the nodes that get no more trials of the sweep that runs in this process."""
+
+
+def shun(node: str) -> None:
+    """Let no trial that is not placed yet begin on a node."""
+    _shunned.add(node)
+
+
+def shun_nobody() -> None:
+    """Begin a sweep: what was wrong with a node may have been mended."""
+    _shunned.clear()
+
+
+def label_selectors(avoid: Iterable[str], bundles: int) -> dict[str, Any]:
+    """What keeps placement groups from nodes, by their ids; empty where there are none."""
+    nodes = sorted(avoid)
+    if not nodes:
+        return {}
+    others = f"!in({','.join(nodes)})" if len(nodes) > 1 else f"!{nodes[0]}"
+    return {"bundle_label_selector": [{"ray.io/node-id": others}] * bundles}
+
+
+def shunning(request: PlacementGroupFactory, more: str | None = None) -> PlacementGroupFactory:
+    """The same request, but on none of the nodes that are shunned, nor on one `more` while others are there."""
+    there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    avoid = _shunned | ({more} if more is not None and there - _shunned - {more} else set())
+    return PlacementGroupFactory(request.bundles, request.strategy, **label_selectors(avoid, len(request.bundles)))
+
+
+def found_broken(trial: Any) -> dict[str, str] | None:
+    """What a trial that has ended with an error said of its GPU."""
+    broken = _left_by(trial, BROKEN_GPU)
+    return None if broken is None else dict(broken)
+
+
+def _left_by(trial: Any, name: str) -> Any:
+    """What a trial has left for the driver in a file of its folder, as JSON; None where there is none."""
+    storage, folder = Assignment.of(trial.config).place
+    path = storage.bring(folder / name)
+    if not os.path.lexists(path):
+        return None
+    with damaged(path):
+        return parse_json(read_text(path))
+
+
+def send_elsewhere(trial: Any) -> None:
+    """Let a lost trial go on on a node that is not shunned, nor the one whose GPU failed it while others are there."""
+    broken = found_broken(trial)
+    goes_on = trial.status != Trial.RUNNING  # Tune has put it back into the queue
+    if goes_on and (broken is not None or _shunned):
+        avoid = sorted(_shunned | ({broken["node"]} if broken else set()))
+        trial.config[SECTION] = replace(Assignment.of(trial.config), avoid=tuple(avoid)).section()
+        trial.update_resources(shunning(trial.placement_group_factory, broken["node"] if broken else None))
+
+
+_started: list[str] = []
+
+
+def started_here() -> bool:
+    """Whether this process has started the cluster that it is connected to, so that it is this machine alone."""
+    return ray.get_runtime_context().gcs_address in _started
+
+
+def _check_answers(address: str) -> None:
+    """Raise where nothing listens at HOST:PORT; Ray would take minutes to say so."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        got = masked(address)
+        raise ConfigError(f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {got!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise Unreachable(
+            f"no Ray head answers at {address} within {TIMEOUT_S} s ({error}); is it up, and is this machine one of "
+            "its nodes? From elsewhere, submit a job: --cluster FILE, or --address http://127.0.0.1:8265 and a tunnel"
+        ) from None
+
+
+def _found_here() -> str:
+    """Address of the cluster that `auto` stands for: one that runs on this machine, or the last that Ray noted."""
+    from ray._private.services import find_gcs_addresses, get_ray_address_from_environment
+    from ray._private.utils import get_ray_address_file
+
+    find_gcs_addresses.cache_clear()
+    given = os.environ.pop("RAY_ADDRESS", None)  # else Ray would take that for `auto`
+    try:
+        address = str(get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        raise Unreachable(
+            "--address auto (or RAY_ADDRESS): no Ray cluster runs on this machine; start one with `ray start --head`, "
+            "name another one's HOST:PORT, or leave it out, and one is started here for as long as the sweep runs"
+        ) from None
+    finally:
+        if given is not None:
+            os.environ["RAY_ADDRESS"] = given
+    if address not in find_gcs_addresses():
+        try:
+            _check_answers(address)
+        except ConfigError as error:
+            file = get_ray_address_file(None)
+            why = "; ".join(error.problems).partition("; is it up")[0]
+            raise Unreachable(
+                f"{why}; `auto` found that address in {file}, which a cluster that has ended has left: delete the "
+                "file, or name the cluster: --address HOST:PORT"
+            ) from None
+    return address
+
+
+# --- with a token, or without ------------------------------------------------------------------------------------
+
+_chosen: set[str] = set()
+"""Values of RAY_AUTH_MODE that were set here, and not by the user."""
+
+
+def _set_token_mode(mode: str | None) -> None:
+    """Let Ray in this process, and all that it starts, speak with the token or without, unless the user has said.
+
+    Ray reads the mode when it is imported, and the token when it first needs it: both are read anew.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    if _mode_given() is None:
+        if mode is None:
+            os.environ.pop("RAY_AUTH_MODE", None)
+        else:
+            os.environ["RAY_AUTH_MODE"] = mode
+            _chosen.add(mode)
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _mode_given() -> str | None:
+    """RAY_AUTH_MODE as the user has set it."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    return None if mode is None or mode in _chosen else mode.lower()
+
+
+def _join_with_token_or_without(address: str) -> None:
+    """Set the token mode that the head at HOST:PORT wants; a ConfigError where this process cannot give it."""
+    given = _mode_given()
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # not to be asked in the clear
+        _set_token_mode("token" if token() is not None else None)
+    elif _lets_in(address):
+        if given == "token":
+            raise ConfigError(_open_head(address))
+        _set_token_mode(None)
+    elif (ours := token()) is None:
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: it wants a token, and there is no token here ({token_file()}): "
+            "copy its own there, mode 600, or set RAY_AUTH_TOKEN"
+        )
+    elif given not in (None, "token"):
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: it wants its token, and RAY_AUTH_MODE={given} here says to "
+            "send none; unset RAY_AUTH_MODE"
+        )
+    elif not _lets_in(address, ours):
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address}: it answers, so the token here ({token_file()}, or "
+            "RAY_AUTH_TOKEN) is not its own: copy its own, mode 600"
+        )
+    else:
+        _set_token_mode("token")
+
+
+def _check_speaks_alike(address: str) -> None:
+    """Raise where the user's own connection sends a token to a cluster without: its processes could not answer."""
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
+
+    tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    if not tls and get_authentication_mode() == AuthenticationMode.TOKEN and _lets_in(address):
+        raise ConfigError(_open_head(address))
+
+
+def _open_head(address: str) -> str:
+    return (
+        f"the Ray cluster at {address} runs without authentication, and this process with (RAY_AUTH_MODE=token), so "
+        "its trials could not answer; start the cluster anew with RAY_AUTH_MODE=token and this machine's token, or, "
+        "where nobody else reaches it, unset RAY_AUTH_MODE here"
+    )
+
+
+def _lets_in(address: str, key: str | None = None) -> bool:
+    """Whether the head at HOST:PORT answers who has this token, or none. Raises Unreachable where it is no Ray head."""
+    import grpc  # type: ignore[import-untyped]
+
+    metadata = None if key is None else [("authorization", f"Bearer {key}")]
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            alive(b"", timeout=TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return False
+            raise Unreachable(
+                f"what listens at {address} does not answer as a Ray head does ({error.code().name}); is that the port "
+                "of `ray start --head` (6379 unless --port says another), not the dashboard's, and does the head run?"
+            ) from None
+    return True
+
+
+def end_children() -> None:
+    """Kill all processes that this one has started, and theirs: also those of a Ray that was started here."""
+    import psutil  # Ray brings it along
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+HEAD_GONE_S = 30
+"""How long a head may not answer before a command ends with a sentence; after 60 s Ray ends the process without one."""
+
+
+@contextlib.contextmanager
+def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
+    """Call, in a thread, with a sentence when the head of the connected cluster has gone, as when its GCS was killed.
+
+    Before that, all processes of a cluster that was started here are ended.
+    """
+    address, over = str(ray.get_runtime_context().gcs_address), threading.Event()
+    ours = started_here()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not over.wait(2):
+            try:
+                _check_answers(address)
+                answered = time.monotonic()
+            except Unreachable:
+                if time.monotonic() - answered > HEAD_GONE_S and not over.is_set():
+                    if ours:
+                        end_children()
+                    when_gone(f"Ray's head at {address} is gone (its GCS has not answered for {HEAD_GONE_S} s)")
+                    return
+
+    thread = threading.Thread(target=watch, name="head", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _cannot_join(address: str, reason: str) -> str:
+    """Why Ray could not join a cluster that is there."""
+    first = f"cannot join the Ray cluster at {address}: {reason.splitlines()[0]}"
+    if "raylet" in reason or "node_ip_address" in reason or "local node" in reason:
+        return (
+            f"{first}; this machine is no node of it: submit a job instead, with --address http://... or --cluster FILE"
+        )
+    return first
+
+
+def _state_api_answers() -> bool:
+    """Whether Ray can be asked which actors live; its clean-up after a lost trial depends on it."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=10)
+    except (RayStateApiException, ConnectionError, ValueError):
+        return False
+    return True
+
+
+def _amount(kind: str, amount: float) -> str:
+    """An amount of a resource, for a person."""
+    return f"a GPU of kind {kind.removeprefix(KIND)}" if kind.startswith(KIND) else f"{amount:g} {kind}"
+
+
+def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]:
+    """What no node has any of, beside CPUs and GPUs."""
+    there = {kind for node in nodes for kind, amount in node.items() if amount}
+    kinds = sorted(kind.partition(":")[2] for kind in there if kind.startswith(KIND))
+    own = sorted(kind for kind in there if kind not in (*RAYS_OWN, DRIVER) and ":" not in kind)
+    for kind in set(config.worker_resources) - there - {"CPU", "GPU"}:
+        if kind.startswith(KIND):
+            yield f"accelerator_type: no node has {config.accelerator_type}; they have {', '.join(kinds) or 'none'}"
+        else:
+            yield f"resources.{kind}: no node has it; they have {', '.join(own) or 'none'} (ray start --resources=...)"
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in _shunned]
+
+
+def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:
+    return int(min(node.get(kind, 0) / amount + 1e-9 for kind, amount in need.items()))
+
+
+def room_for(config: TrainConfig) -> int:
+    """How many trials of this shape the nodes that are there have room for at once."""
+    return sum(_workers_on(node, config.worker_resources) for node in _nodes()) // config.workers
+
+
+def check_room(config: TrainConfig) -> int:
+    """How many trials of this shape the cluster has room for at once; a ConfigError if not even one."""
+    nodes, need = _nodes(), config.worker_resources
+    room = sum(_workers_on(node, need) for node in nodes)
+    problems = []
+    if room < config.workers and not grows_for(config, 1):
+        problems += list(_absent(config, nodes))
+        shape = " and ".join(_amount(kind, amount) for kind, amount in need.items())
+        kinds = [kind for kind in need if not kind.startswith(KIND)]
+        there = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in kinds)
+        problems.append(
+            f"workers: a trial needs {config.workers} x {shape}, each on one node, and the cluster has room "
+            f"for {room} of them ({len(nodes)} nodes, {there}); use fewer or smaller workers, or a larger cluster"
+            + ("" if started_here() else "; no autoscaler starts nodes for it")
+        )
+    if config.workers > 1 and sum(node.get(DRIVER, 0) for node in nodes) < 0.01:
+        problems.append(
+            f"workers: trials of several workers need the resource '{DRIVER}' on the cluster, and it has none; "
+            f"start its head with: ray start --head --resources='{{\"{DRIVER}\": 1000}}'"
+        )
+    if config.workers > 1 and not _state_api_answers():
+        problems.append(
+            "workers: trials of several workers need Ray's State API, and this cluster's does not answer: without it a "
+            "killed trial keeps its CPUs for ever; start Ray with its dashboard (include_dashboard=True)"
+        )
+    if problems:
+        raise ConfigError(problems, "this cluster")
+    return max(1, room // config.workers)
+
+
+def grows_for(config: TrainConfig, trials: int) -> bool:
+    """Whether nodes are started for so many trials at once. Asked by a placement group that is removed again."""
+    if started_here() or not any(node.ray_node_type_name for node in _status().cluster_resource_state.node_states):
+        return False  # nobody has started its nodes by their types
+    group = placement_group([config.worker_resources] * config.workers * trials, strategy=config.placement.upper())
+    try:
+        begun = None
+        until = time.monotonic() + AUTOSCALER_S
+        while time.monotonic() < until:
+            time.sleep(0.5)
+            state = _status().autoscaling_state
+            version = state.last_seen_cluster_resource_state_version
+            begun = version if begun is None else begun
+            if any(_is_of(gang, config) for gang in state.infeasible_gang_resource_requests):
+                return False
+            if version > begun and (state.pending_instance_requests or state.pending_instances):
+                return True
+            if group.wait(0):
+                return True
+        return False
+    finally:
+        remove_placement_group(group)
+
+
+def _is_of(gang: Any, config: TrainConfig) -> bool:
+    return any(dict(r.resources_bundle) == config.worker_resources for r in gang.requests)
+
+
+def _status() -> Any:
+    """What the head knows of nodes and autoscaler; an empty answer where it gives none."""
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply()
+    with contextlib.suppress(ray.exceptions.RayError):
+        gcs = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
+        reply.ParseFromString(gcs.get_cluster_status(timeout_s=TIMEOUT_S))
+    return reply
+
+
+def starting() -> list[str]:
+    """Nodes that the autoscaler is starting, or could not, a phrase for each type; empty: none."""
+    if not ray.is_initialized() or started_here():
+        return []
+    state = _status().autoscaling_state
+    found = [f"{request.count} {request.ray_node_type_name} asked for" for request in state.pending_instance_requests]
+    kinds = Counter(node.ray_node_type_name for node in state.pending_instances)
+    found += [f"{count} {name} starting" for name, count in kinds.items()]
+    found += [f"{r.count} {r.ray_node_type_name} refused ({r.reason or 'no reason given'})"
+              for r in state.failed_instance_requests]  # fmt: skip
+    return found
+
+
+# --- what Ray does not say by a public name: for `tfkd doctor` ---------------------------------------------------
+
+
+def other_clusters(ours: str | None) -> set[str]:
+    """Addresses of the Ray clusters that have a node on this machine, but for ours."""
+    from ray._private.services import find_gcs_addresses
+
+    find_gcs_addresses.cache_clear()
+    found = set(find_gcs_addresses())
+    port = (ours or "").rpartition(":")[2]
+    mine = {*(node["NodeManagerAddress"] for node in ray.nodes()), "127.0.0.1"} if ours else set()
+    return {a for a in found if not (a.rpartition(":")[2] == port and a.rpartition(":")[0] in mine)}
+
+
+def temp_dir() -> str:
+    """Where a Ray that starts here would keep its sockets."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    return str(get_default_ray_temp_dir())
+
+
+def dashboard() -> str | None:
+    """HOST:PORT of the cluster's dashboard."""
+    from ray._private.worker import get_dashboard_url
+
+    return get_dashboard_url() or None
+
+
+@dataclass(frozen=True)
+class LeakedGroup:
+    """A placement group of a job that has ended."""
+
+    id: str
+    bundles: tuple[dict[str, float], ...]
+
+
+def leaked_groups() -> list[LeakedGroup] | None:
+    """Placement groups that no running job has made; None where Ray's State API does not answer."""
+    from ray.util.state import list_jobs, list_placement_groups
+    from ray.util.state.exception import RayStateApiException
+
+    options = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": TIMEOUT_S}
+    try:
+        running = {job.job_id for job in list_jobs(**options) if job.status in ("PENDING", "RUNNING")}
+        groups = list_placement_groups(detail=True, **options)
+    except (RayStateApiException, ConnectionError, ValueError):
+        return None
+    return [
+        LeakedGroup(g.placement_group_id, tuple(b.get("unit_resources", {}) for b in g.bundles or []))
+        for g in groups
+        if g.state != "REMOVED" and g.creator_job_id not in running
+    ]
+
+
+def remove_group(group_id: str) -> None:
+    """Remove a placement group by its id."""
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def caller_argument(function: str, name: str) -> Any:
+    """An argument of the function of Ray Tune's that is calling us, if one of that name is; else None.
+
+    Ray 2.60 tells a searcher neither the metric of its Tuner nor the exception that a trial has raised.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith("ray.tune."):
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None
+
+
+@contextlib.contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C, and SIGTERM where it is as Ctrl-C, take effect afterwards: a Ray that is half started crashes and
+    leaves processes behind, and an import may swallow it."""
+    pressed: list[int] = []
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    if threading.current_thread() is not threading.main_thread() or not numbers:
+        yield
+        return
+    before = {n: signal.signal(n, lambda number, frame: pressed.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if pressed:
+        signal.raise_signal(pressed[0])

@@ -1,0 +1,247 @@
+"""TODO run.epochs."""
+
+import contextlib
+import json
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from tfkd_ray.learn import teachers
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import train_in
+from tfkd_ray.run.connect import BROKEN_GPU
+from tfkd_ray.settings.errors import ConfigError, readable
+from tfkd_ray.settings.files import DISK_ERRORS, write_text
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.store.assignment import Assignment
+
+Metrics = dict[str, float]
+
+BARRIER_TIMEOUT_S = 10.0
+"""Longest wait for the other workers after a failure."""
+COLLECTIVE_TIMEOUT_S = 300
+"""Longest wait of a worker for the others inside a training step or a validation."""
+COMMAND_TIMEOUT = timedelta(days=30)
+"""Longest wait of a worker for what comes next: a command, or a slower node that reads data or fills soft labels."""
+
+
+class Stopped(Exception):
+    """Thrown into a running trial that is stopped for good: nothing of it needs to be saved."""
+
+
+def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
+    """Raise where an epoch's metrics are no numbers, or lack one by which the trial is judged."""
+    for name, value in metrics.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, and no number")
+    missing = [name for name in assignment.metrics if name not in metrics]
+    if missing:
+        raise LookupError(f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it")
+
+
+def _epochs_here(
+    run: dict[str, Any], assignment: Assignment, say: Callable[[str], None] | None = None
+) -> Iterator[Metrics]:
+    """The epochs of a trial in this process."""
+    yield from _prepared(run, assignment, say)
+
+
+def _prepared(
+    run: dict[str, Any],
+    assignment: Assignment,
+    say: Callable[[str], None] | None = None,
+    meet: Callable[[], None] | None = None,
+) -> Iterator[Metrics]:
+    """The epochs of a trial in this process, once its data and its teacher are found here.
+
+    Args:
+        meet: waits for the group's other workers, however long their node takes. None: there are no others.
+    """
+    config = validated(TrainConfig, run)
+    check_data_here(config)
+    storage, directory = assignment.place
+    shelf = _Elsewhere(shelf_name(directory.parent.parent)) if ray.is_initialized() else None
+    storage.begin_trial(directory)
+    if (run_of_teacher := config.teacher_run()) is not None:
+        teachers.fetch(run_of_teacher, storage)
+    teacher = teachers.bank_of(config, storage.folder, shelf)
+    if meet is not None:
+        config.data.load()  # kept, as its statistics are: the loop gets the same
+        config.data.statistics()
+        if teacher is not None:
+            teacher.meet = meet
+        meet()
+    return train_in(
+        directory,
+        config,
+        teacher=teacher,
+        more_metrics=assignment.metrics,
+        about={"trial": assignment.name},
+        say=say,
+        on_saved=storage.on_saved(directory),
+    )
+
+
+def check_data_here(config: TrainConfig) -> None:
+    """Raise where this node, unlike the driver's, has no copy of the data, or has others; with the node's name."""
+    try:
+        config.data.check()
+        if config.data.digest is not None:
+            config.data.pinned()
+    except ConfigError as error:
+        raise ConfigError(
+            f"node {socket.gethostname()}: {'; '.join(error.problems)}. Each node reads its own copy: put it there, in "
+            "setup_commands of the cluster file, or use a file system that all nodes see (docs/storage.md)"
+        ) from None
+
+
+def _stop(epochs: Iterator[Metrics]) -> None:
+    """End a trial without saving; fine if it ended already."""
+    if hasattr(epochs, "throw"):
+        with contextlib.suppress(Stopped, StopIteration):
+            epochs.throw(Stopped())
+
+
+def _reason(error: BaseException) -> str:
+    text = ""
+    with contextlib.suppress(Exception):  # an exception of the user's own may not even have a text
+        text = readable(str(error)).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU's memory is what an error came of: torch's allocator says so, or CUDA and its libraries."""
+    while error is not None:
+        text = _reason(error)
+        if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA error: out of memory|_ALLOC_FAILED", text):
+            return True
+        error = error.__cause__
+    return False
+
+
+_BROKEN = re.compile(
+    "illegal memory access|illegal instruction|device-side assert|misaligned address|invalid program counter"
+    "|hardware stack error|launch timed out|un(specified|known) launch failure|CUDA error: un(specified|known)"
+    r"|uncorrectable (ECC|NVLink)|ECC error|\bXid\b|nvlink or a hardware error|fallen off the bus|GPU is lost"
+    "|devices? (is/)?(is|are) busy or unavailable|no CUDA-capable device|no CUDA GPUs are available|torch sees no GPU"
+    "|ncclRemoteError|ncclUnhandledCudaError|remote process exited|(CUBLAS|CUDNN)_STATUS_EXECUTION_FAILED",
+    re.IGNORECASE,
+)
+"""What errors say after which every later use of the GPU in the same process fails, or that leave no GPU to use."""
+
+
+def _is_of_broken_gpu(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, leaves this process without a GPU that works."""
+    while error is not None:
+        known = isinstance(error, RuntimeError | OSError)  # torch's are, torch.AcceleratorError among them
+        if known and not _is_out_of_memory(error) and _BROKEN.search(_reason(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _node() -> str:
+    """Id of the node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def _note_broken(assignment: Assignment, reason: str) -> None:
+    """Leave word of a broken GPU in the trial's directory, for the driver."""
+    storage, folder = assignment.place
+    told = {"node": _node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / BROKEN_GPU, json.dumps(told))
+    with contextlib.suppress(OSError):
+        storage.send(folder / BROKEN_GPU)
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, read-only or gone, and nothing of the trial itself."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+# --- soft labels of other nodes ----------------------------------------------------------------------------------
+
+
+def shelf_name(experiment: Path) -> str:
+    """Name, on every node and within its driver's job, of the actor that holds an experiment's soft labels."""
+    return f"tfkd-soft-labels:{experiment.name}"
+
+
+class Shelf:
+    """Actor with the views that a node has filled, for the other nodes, in Ray's object store.
+
+    The driver owns it, so a view outlives the trial that filled it. The oldest go when there are `limit` bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._views = limit, dict[str, tuple[Any, int]]()
+
+    def fetch(self, name: str) -> list[Any]:
+        """A reference to a view's file, or nothing."""
+        return [self._views[name][0]] if name in self._views else []
+
+    def offer(self, name: str, content: bytes) -> None:
+        """Keep a view's file, unless it alone is above the limit."""
+        if len(content) > self._limit:
+            return
+        while self._views and sum(size for _, size in self._views.values()) + len(content) > self._limit:
+            del self._views[next(iter(self._views))]
+        self._views[name] = (ray.put(content), len(content))
+
+
+class _Elsewhere:
+    """The shelf of an experiment from a trial's side; where there is none, nobody else has anything."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._shelf: Any = None
+
+    def fetch(self, name: str) -> bytes | None:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            self._shelf = self._shelf or ray.get_actor(self._name)
+            refs = ray.get(self._shelf.fetch.remote(name))
+            return ray.get(refs[0]) if refs else None
+        return None
+
+    def offer(self, name: str, content: bytes) -> None:
+        if self._shelf is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._shelf.offer.remote(name, content))
+
+
+def _unheard(text: str) -> None:
+    """Nobody needs to know, or another worker says it."""
+
+
+def _all_here(control: dist.ProcessGroup) -> bool:
+    """Whether every worker comes here, so that all are in step again."""
+    try:
+        dist.monitored_barrier(group=control, timeout=timedelta(seconds=BARRIER_TIMEOUT_S))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _agreed(control: dist.ProcessGroup, in_step: bool, own: bool) -> tuple[bool, bool]:
+    """After a failure: whether the group can take the next trial, and whether this worker is to tell the reason.
+
+    Args:
+        in_step: this worker has no collective operation open.
+        own: the failure is the trial's own.
+    """
+    if not _all_here(control):
+        return False, own
+    owners = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    owners[dist.get_rank()] = own
+    out_of_step = torch.tensor(int(not (in_step and own)))
+    dist.all_reduce(owners, group=control)
+    dist.all_reduce(out_of_step, group=control)
+    return not out_of_step, own and int(owners.argmax()) == dist.get_rank()

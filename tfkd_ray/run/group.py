@@ -1,0 +1,358 @@
+"""TODO run.group."""
+
+import contextlib
+import functools
+import os
+import queue
+import shutil
+import signal
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.dataset import seal_test_split
+from tfkd_ray.learn.loop import Diverged
+from tfkd_ray.run.connect import label_selectors
+from tfkd_ray.run.epochs import (
+    COLLECTIVE_TIMEOUT_S,
+    COMMAND_TIMEOUT,
+    Metrics,
+    Stopped,
+    _agreed,
+    _all_here,
+    _is_of_broken_gpu,
+    _is_of_storage,
+    _note_broken,
+    _prepared,
+    _reason,
+    _stop,
+    _unheard,
+    check_metrics,
+)
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.store.assignment import Assignment
+
+STOP_TIMEOUT_S = 10.0
+"""Longest wait for a group to save and stop when the sweep ends."""
+
+
+class GroupLost(RuntimeError):
+    """A group's workers are gone, by no fault of the trial's configuration."""
+
+
+class TrialFailed(RuntimeError):
+    """The trial's own failure, as a worker told it."""
+
+    def __init__(self, reason: str, trace: str) -> None:
+        super().__init__(reason)
+        self.trace = trace
+
+
+# --- several workers -------------------------------------------------------------------------------------------
+
+
+class Group:
+    """A resident group of Ray Train workers, from the side of the trial that uses it.
+
+    Args:
+        config: says how many workers, and on what.
+        folder: where Ray Train may keep its own files while the group lives; all nodes see it.
+        say: called with what the workers have to say beside their metrics.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, say: Callable[[str], None] | None = None) -> None:
+        self._config, self._folder, self._say = config, folder, say or _unheard
+        self._runs = 0
+        self._desk: Any = None
+
+    def epochs(self, run: dict[str, Any], assignment: Assignment) -> Iterator[Metrics]:
+        """The epochs of one trial on the group, which is started, or started again, if need be."""
+        if self._desk is None or not self._alive():
+            self._start(assignment.avoid)
+        self._runs += 1
+        number, done = self._runs, False
+        self._tell(("run", number, run, assignment))
+        try:
+            while not done:
+                kind, value = self._next(number)
+                if kind == "failed":
+                    done = True
+                    raise TrialFailed(*value)
+                if kind == "note":
+                    self._say(value)
+                    continue
+                done = value["epoch"] == assignment.epochs
+                yield value
+                if not done:
+                    self._tell(("next",))
+        except GeneratorExit:
+            if not done:
+                self._tell(("save",))
+                self._wait_until_saved(number)
+            raise
+        except Stopped:
+            if not done:
+                self._tell(("stop",))
+            raise
+
+    def close(self) -> None:
+        """Let the workers leave."""
+        if self._desk is not None:
+            with contextlib.suppress(ray.exceptions.RayError, GroupLost):
+                self._tell(("leave",))
+                ray.get(self._desk.ended.remote(STOP_TIMEOUT_S), timeout=STOP_TIMEOUT_S + 5)
+            ray.kill(self._desk)
+            self._desk = None
+
+    def _start(self, avoid: Sequence[str]) -> None:
+        if self._desk is not None:
+            ray.kill(self._desk)
+        # Ray's cleaner of placement groups inherits this; without it, it gives up where two clusters share a host
+        env = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        env |= {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
+        env.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is noticed
+        env.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # a node may have to be started first
+        desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env})
+        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder), own_code.here(), avoid)
+
+    def _alive(self) -> bool:
+        try:
+            return ray.get(self._desk.trouble.remote()) is None
+        except ray.exceptions.RayError:
+            return False
+
+    def _tell(self, message: tuple[Any, ...]) -> None:
+        try:
+            ray.get(self._desk.put_command.remote(message))
+        except ray.exceptions.RayError as error:
+            raise GroupLost(f"the group's desk is gone: {_reason(error)}") from None
+
+    def _next(self, number: int) -> tuple[str, Any]:
+        """What the workers say next about run `number`; GroupLost if there is no group left to say anything."""
+        while True:
+            try:
+                answer, trouble = ray.get(self._desk.get_result.remote(1.0))
+            except ray.exceptions.RayError as error:
+                raise GroupLost(f"the group's desk is gone: {_reason(error)}") from None
+            if answer is not None and answer[0] == number:
+                return answer[1], answer[2]
+            if answer is None and trouble is not None:
+                raise GroupLost(f"the group of {self._config.workers} workers is gone: {trouble}")
+
+    def _wait_until_saved(self, number: int) -> None:
+        until = time.monotonic() + STOP_TIMEOUT_S
+        with contextlib.suppress(GroupLost):
+            while time.monotonic() < until and self._next(number)[0] != "saved":
+                pass
+
+
+class _Desk:
+    """Actor between a trial and its workers: owns their TorchTrainer, and passes messages both ways.
+
+    The trial owns it, so it ends with the trial's process, however that ends; controller and workers end with it.
+    """
+
+    def __init__(self, config: dict[str, Any], storage: str, home: own_code.Place, avoid: Sequence[str]) -> None:
+        own_code.enter(home)
+        self._home, self._avoid = home, avoid
+        self._commands: queue.Queue[tuple[Any, ...]] = queue.Queue()
+        self._results: queue.Queue[tuple[int, str, Any]] = queue.Queue()
+        self._trouble: str | None = None
+        self._starts: set[str] = set()
+        self._desk = ray.get_runtime_context().current_actor
+        self._thread = threading.Thread(target=self._fit, args=(validated(TrainConfig, config), storage), daemon=True)
+        self._thread.start()
+
+    def _fit(self, config: TrainConfig, storage: str) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        name = f"group-{uuid.uuid4().hex[:12]}"
+        try:
+            TorchTrainer(
+                _worker,
+                train_loop_config={"desk": self._desk, "notice": _Notice(), "home": self._home},
+                torch_config=TorchConfig(
+                    backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+                ),
+                scaling_config=ScalingConfig(
+                    num_workers=config.workers,
+                    use_gpu=config.gpus_per_worker > 0,
+                    resources_per_worker=config.worker_resources,
+                    placement_strategy=config.placement.upper(),
+                    label_selector=label_selectors(self._avoid, 1).get("bundle_label_selector", [None])[0],
+                ),
+                run_config=RunConfig(
+                    name=name,
+                    storage_path=storage,
+                    # Ray would start the workers of a preempted node again, for ever; the trial goes on elsewhere
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=2),
+                ),
+            ).fit()
+            self._trouble = "it has ended"
+        except BaseException as error:  # told to the trial, which asks for it
+            self._trouble = _reason(error).splitlines()[0]
+        finally:  # Ray Train's own folder: nothing of ours is in it
+            shutil.rmtree(Path(storage) / name, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                Path(storage).rmdir()
+
+    def put_command(self, message: tuple[Any, ...]) -> None:
+        self._commands.put(message)
+
+    def get_command(self, timeout_s: float) -> tuple[Any, ...] | None:
+        try:
+            return self._commands.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def put_result(self, number: int, kind: str, value: Any) -> None:
+        self._results.put((number, kind, value))
+
+    def started(self, start: str) -> None:
+        """The workers are there. A second time, Ray has started others: those do not know of the trial that runs."""
+        self._starts.add(start)
+        if len(self._starts) > 1:
+            self._trouble = self._trouble or "its workers were lost, and others started in their place"
+
+    def give_up(self, reason: str, last: tuple[int, str, Any] | None = None) -> None:
+        """The group ends, and no trial begins on it; `last` is a result of the trial that ran."""
+        self._trouble = self._trouble or reason
+        if last is not None:
+            self._results.put(last)
+
+    def get_result(self, timeout_s: float) -> tuple[tuple[int, str, Any] | None, str | None]:
+        """(a result or None, what is wrong with the group or None)."""
+        trouble = self._trouble  # first: results that came before it are still given out
+        try:
+            return self._results.get(timeout=timeout_s), trouble
+        except queue.Empty:
+            return None, trouble
+
+    def trouble(self) -> str | None:
+        return self._trouble
+
+    def ended(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+
+class _Notice:
+    """Whether SIGTERM came to a worker, as to all processes of a node that is taken away.
+
+    Ray unpickles what a worker is given in the process's main thread, the only one that may say what a signal does; the
+    worker itself runs in another. In the middle of a trial it is left to that trial to save and go.
+    """
+
+    def __init__(self) -> None:
+        self.came = self.training = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._leave)
+
+    def _leave(self, number: int, frame: Any) -> None:
+        self.came = True
+        if not self.training:
+            os._exit(1)
+
+    def came_to_any(self, control: dist.ProcessGroup) -> bool:
+        """Asked by all workers together."""
+        came = torch.tensor(int(self.came))
+        dist.all_reduce(came, dist.ReduceOp.MAX, group=control)
+        return bool(came)
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """What every worker of a group runs: one trial after the other, in step with the other workers.
+
+    The first worker asks the desk for commands and passes them on. All hear what comes after an epoch by the same
+    broadcast, so no worker is ever left waiting in a collective operation that the others skipped. A group outlives a
+    failed trial only where no worker has a collective operation open: where all failed before the first one, or between
+    epochs, or by a loss that is the same number on all.
+    """
+    seal_test_split()
+    own_code.enter(given["home"])
+    desk, notice, first = given["desk"], given["notice"], dist.get_rank() == 0
+    control = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # also where gradients go by nccl
+    assert isinstance(control, dist.ProcessGroup)
+    if first:
+        ray.get(desk.started.remote(uuid.uuid4().hex))
+
+    def command() -> tuple[Any, ...]:
+        message: list[Any] = [None]
+        while first and message[0] is None:
+            message[0] = ray.get(desk.get_command.remote(5.0))
+        dist.broadcast_object_list(message, src=0, group=control)
+        return tuple(message[0])
+
+    def meet() -> None:
+        dist.all_reduce(torch.zeros(1), group=control)
+
+    def tell(number: int, kind: str, value: Any) -> None:
+        ray.get(desk.put_result.remote(number, kind, value))
+
+    while True:
+        what, *rest = command()
+        if what == "leave":
+            return
+        if what != "run":
+            continue  # meant for a trial that has failed meanwhile
+        number, run, assignment = rest
+        notice.training, in_step = True, True
+        try:
+            epochs = _prepared(run, assignment, functools.partial(tell, number, "note") if first else _unheard, meet)
+            while True:
+                in_step = False
+                metrics = next(epochs, None)
+                in_step = True
+                if metrics is None:
+                    break
+                check_metrics(metrics, assignment)
+                if first:
+                    tell(number, "epoch", metrics)
+                if metrics["epoch"] == assignment.epochs:
+                    continue
+                if notice.came_to_any(control):
+                    epochs.close()  # type: ignore[attr-defined]
+                    _all_here(control)  # when one has gone, Ray ends the others
+                    os._exit(1)  # the trial goes on in another group
+                what, *_ = command()
+                if what == "save":
+                    epochs.close()  # type: ignore[attr-defined]
+                    if first:
+                        tell(number, "saved", None)
+                elif what == "stop":
+                    _stop(epochs)
+        except (Exception, SystemExit) as error:
+            own = not (_is_of_storage(error) or _is_of_communication(error) or _is_of_broken_gpu(error))
+            if _is_of_broken_gpu(error):
+                _note_broken(assignment, _reason(error))
+            keeps, mine = _agreed(control, in_step or isinstance(error, Diverged), own)
+            told = (number, "failed", (_reason(error), traceback.format_exc()))
+            if keeps:
+                if mine:
+                    tell(*told)
+            else:  # the others cannot go on without this one, or nobody knows what they still wait for
+                why = "a worker failed" if own else _reason(error)
+                ray.get(desk.give_up.remote(why, told if mine else None))
+                raise
+        notice.training = False
+        if notice.came:
+            return
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    """Whether an error says that another worker is gone, and nothing of the trial itself."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()

@@ -1,0 +1,76 @@
+"""TODO run.priors."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.space.relate import _asked, _is_number, placed
+from tfkd_ray.space.space import Space
+from tfkd_ray.store.experiment import Record, read_experiment, read_records
+
+# --- earlier experiments ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """A finished trial of an earlier experiment, as a trial of this space."""
+
+    group: str
+    params: dict[str, Any]
+    distributions: dict[str, Any]
+    values: list[float]
+    origin: str
+    """experiment/trial."""
+
+
+def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]:
+    """The full-length trials of earlier experiments that lie in this space and were trained as its trials are.
+
+    The old space may have been larger or smaller: what counts is each trial's own configuration. Only the seed, and
+    where it ran, may differ. An experiment without any such trial is a ConfigError that says what is different.
+    """
+    if not experiments:
+        return []
+    sampler, metrics = space.search.sampler, space.search.metrics
+    if not sampler.priors:
+        raise ConfigError(f"priors: earlier results would change nothing for the sampler {sampler}; use tpe or gp")
+    found: list[Prior] = []
+    problems = []
+    for experiment in (Path(e) for e in experiments):
+        read_experiment(experiment)
+        differences: collections.Counter[str] = collections.Counter()
+        before = len(found)
+        full = [r for r in read_records(experiment) if r.status == "done"]
+        for record in full:
+            prior = _prior(space, record, metrics, f"{experiment.name}/{record.name}")
+            if isinstance(prior, Prior):
+                found.append(prior)
+            else:
+                differences.update(prior)
+        if len(found) == before:
+            why = "; ".join(d for d, _ in differences.most_common(5)) or "it has no full-length trial"
+            problems.append(f"priors: of {len(full)} full-length trials of {experiment} none lies in this space: {why}")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _prior(space: Space, record: Record, metrics: Sequence[str], origin: str) -> Prior | list[str]:
+    try:
+        config = validated(TrainConfig, record.config)
+    except ConfigError as error:
+        return error.problems
+    place = placed(space, config)
+    if isinstance(place, list):
+        return place
+    values = [v for metric in metrics if _is_number(v := record.last.get(metric))]
+    if len(values) < len(metrics) or record.last["epoch"] != config.epochs:
+        return [f"{' or '.join(metrics)}: not measured there, or not a number"]
+    group, parameters = place
+    params, distributions = _asked(group, config.objective.name, parameters)
+    return Prior(group.name, params, distributions, values, origin)

@@ -1,0 +1,786 @@
+"""Optuna behind Ray Tune's public Searcher and TrialScheduler interfaces. The study is the truth.
+
+Every group of a space (see `Space.groups`) is a study of its own in one storage: the experiment's journal file, or any
+storage of Optuna's by its URL. Proposal n is made by a sampler seeded with (seed, n), so it is a function of what the
+studies hold: after a crash, the search goes on as if nothing had happened. A trial that was running then is handed out
+again, with the same number and parameters. Only the driver process talks to Optuna.
+
+A trial's number is the last thing that is written of a proposal. A trial in a study without one is either the rest of a
+proposal that a crash cut off (it failed, without a value, and is proposed again), or a result of an earlier experiment.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.repeater import TRIAL_INDEX
+
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.images import address
+from tfkd_ray.run.connect import caller_argument, give_larger_share, send_elsewhere
+from tfkd_ray.run.priors import Prior, prior_trials
+from tfkd_ray.run.studies import (
+    REPLACED,
+    SAVED,
+    _database,
+    close_storage,
+    drop_stale_locks,
+    open_journal,
+    open_storage,
+    without_password,
+)
+from tfkd_ray.settings.errors import ConfigError, check_kind, did_you_mean, readable
+from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.show.listener import Epochs
+from tfkd_ray.space.relate import _asked, _branch, _is_number, group_points, placed
+from tfkd_ray.space.search_config import CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
+from tfkd_ray.space.space import Group, Space
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import (
+    FULL_LENGTH,
+    damaged,
+    parse_json,
+)
+from tfkd_ray.verdict.scores import score_of
+
+STARTUP = 10
+"""Most random proposals before a model begins; fewer in a small study."""
+
+
+class _Live:
+    """A trial that runs: its place in a study, and the epochs reported there, in this session and before."""
+
+    def __init__(self, study: optuna.Study, trial: optuna.Trial, reported: set[int]) -> None:
+        self.study, self.trial, self.reported = study, trial, reported
+        self.before = max(reported, default=0)
+        self.epochs = Epochs()
+        self.told: Any = None
+        """Ray's count of the last result that did not end it."""
+        self.stopped = False
+        """Whether the study has said that it should stop."""
+
+
+class OptunaSearcher(Searcher):  # type: ignore[misc]
+    """Proposes the trials of a space.
+
+    A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
+    (t0007-tfkd_reg), the `metrics` it is judged by, its `directory` in `folder`, and what `place` adds.
+
+    Results must carry the metrics. A result without `epoch` counts as one epoch. A trial is COMPLETE after its last
+    epoch, or where it ended by itself or by the `stop` of its `RunConfig`; FAIL with its reason where a result says
+    `failed`, it raised an error or Ray lost it; and PRUNED where it was stopped before. (Ray tells no stop of a
+    `RunConfig` from one of its own schedulers: with those, it is PRUNED.)
+
+    Args:
+        space: what to search.
+        journal: Optuna's journal file; made if it is not there, continued if it is. Not used with a `storage`.
+        study: prefix of the studies' names. None: `search.study` of the space, or else `tfkd`.
+        folder: where each trial has a directory of its name. None: none is named.
+        place: added to the `trial` section of every proposal, as it is.
+        storage: URL of an Optuna storage. None: `search.storage` of the space, or else the journal.
+        priors: directories of earlier experiments whose results the sampler should know (see `prior_trials`).
+        points_to_evaluate: what is proposed first: parameters by their names, `objective` among them, or whole
+            configurations. The sampler chooses what a point does not say.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        journal: Path,
+        *,
+        study: str | None = None,
+        folder: Path | None = None,
+        place: Mapping[str, Any] | None = None,
+        storage: str | None = None,
+        priors: Sequence[Path | str] = (),
+        points_to_evaluate: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        check_kind(space, Space, "space")
+        super().__init__(metric=space.search.metric, mode=space.search.mode)
+        self.storage = storage or space.search.storage
+        self.space, self.journal = without_password(space), Path(journal).absolute()
+        self.study, self.place = study or space.search.study or "tfkd", dict(place or {})
+        self.folder = folder
+        self.priors = [Path(p) for p in priors]
+        self.judges = False
+        """Whether trials are stopped where the studies say so, and nowhere else (see `StudyStopping`)."""
+        self._given = given_points(space, points_to_evaluate)
+        self._saved: dict[str, int] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._studies: list[optuna.Study] | None = None
+        self._storage: Any = None
+        self._asked = False
+        self._live: dict[str, _Live] = {}
+        self._errors: dict[str, str] = {}
+        self._todo: list[int] = []
+        self._started: dict[int, int] = {}
+        self._group_of: dict[int, int] = {}
+        self._counts: collections.Counter[int] = collections.Counter()
+        self._next = 0
+        self._warm: dict[int, list[dict[str, Any]]] = {}
+        self._points: dict[int, list[dict[str, Any]]] = {}
+        self._dealt: dict[int, optuna.Study] = {}
+
+    # --- what Tune calls
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
+        """Refuse a metric, or a direction, that is not the space's; called where a Tuner has a `param_space`."""
+        self.check_metric(metric, mode)
+        return False  # the space is given, and Tune refuses another
+
+    def check_metric(self, metric: str | None, mode: str | None) -> None:
+        """Raise where a `tune.TuneConfig` wants another metric than the space, which the search goes by."""
+        search = self.space.search
+        given = [
+            (n, told) for n, told in (("metric", metric), ("mode", mode)) if told not in (None, getattr(search, n))
+        ]
+        if given:
+            told = ", ".join(f"{name}={value!r}" for name, value in given)
+            raise ConfigError(
+                f"TuneConfig: {told}, and the space is searched for {search.metric} ({search.mode}); leave it out, or "
+                "set search.metric in the space"
+            )
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next configuration: first what is unfinished, then new ones, FINISHED after `num_samples`."""
+        if not self._asked:
+            self._asked = True
+            self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
+        studies = self._open()
+        if self._todo:
+            n = self._todo.pop(0)
+        elif self._next < self.space.search.num_samples:
+            n = self._next
+            self._next += 1
+        else:
+            return str(Searcher.FINISHED)
+        number = self._started.pop(n, None)
+        g, k = (self._group_of[n], 0) if number is not None else self._deal(n)
+        group, study = self.space.groups[g], studies[g]
+        if number is None:
+            study.sampler = self._sampler(n, g, k)
+            trial, reported = study.ask(), set[int]()
+            if isinstance(self.space.search.stopping, Hyperband):
+                trial.set_user_attr("bracket", self.space.search.stopping.bracket(self.space.epochs, k))
+        else:
+            trial = self._again(study, number)
+            reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
+        values, config = group.propose(trial)
+        name = f"t{n:04d}-{config.objective.name}"
+        if number is None:
+            trial.set_user_attr("name", name)
+            trial.set_user_attr("number", n)  # last: now the proposal is whole
+        self._live[trial_id] = _Live(study, trial, reported)
+        assignment = Assignment(
+            number=n,
+            name=name,
+            epochs=config.epochs,
+            parameters=values,
+            metrics=self.space.search.metrics,
+            directory=None if self.folder is None else self.folder / name,
+            more=self.place,
+        )
+        return {SECTION: assignment.section(), **config.model_dump(mode="json")}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Put the epoch's value into the study."""
+        self.report(trial_id, result)
+        if trial_id in self._live:
+            self._live[trial_id].told = result.get("training_iteration")
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study how the trial ended; telling it twice changes nothing."""
+        live = self._live.pop(trial_id, None)
+        if live is None:
+            return
+        study, trial = live.study, live.trial
+        result = result or {}
+        failed = str(result.get("failed") or "")
+        if error and not _is_number(result.get(self.space.search.metric)):  # a `Repeater` has one of the other repeats
+            failed = self._errors.pop(trial_id, "") or _raised() or "its process was lost"
+        if result and not failed:
+            self._put(live, result)
+        if failed or not (result or live.reported):
+            trial.set_user_attr("reason", failed or "ended without a result")
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        elif result and self._is_whole(live, result):
+            bad = [f"{m} is {result.get(m)}" for m in self.space.search.metrics if not _is_number(result.get(m))]
+            if not bad:
+                values = [float(result[m]) for m in self.space.search.metrics]
+                study.tell(trial.number, values, skip_if_finished=True)
+            else:
+                trial.set_user_attr("reason", ", ".join(bad))
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def _is_whole(self, live: _Live, result: dict[str, Any]) -> bool:
+        """Whether a trial that ended is of full length, by its epochs or by its own or the user's decision."""
+        if not {"epoch", "training_iteration", "done"} & set(result):
+            return True  # what a `Repeater` tells: the mean of trials that have ended
+        told = live.told is not None and live.told == result.get("training_iteration")  # it ended after it was told
+        by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
+        epoch, last = live.epochs.of(result), self.space.epochs - (1 if 0 in live.reported else 0)  # some count from 0
+        return by_itself or bool(result.get(FULL_LENGTH)) or (epoch is not None and epoch >= last)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Note which of Tune's trials is which of the study; all else that matters is in the study."""
+        numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
+        Path(checkpoint_path).write_text(json.dumps({"journal": str(self.journal), "trials": numbers}))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Go on from the study, with the trials that Tune goes on with."""
+        self._saved = json.loads(Path(checkpoint_path).read_text()).get("trials", {})
+        if self.storage is None:
+            drop_stale_locks(self.journal)  # of a driver that was killed
+        self._studies = None
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.__dict__.items() if key not in _ALIVE}
+        return {**kept, "storage": self.storage and masked(self.storage)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # --- for the scheduler and the driver
+
+    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Put an epoch's value into the study, once; whether the trial is now at a rung where it should stop.
+
+        A resumed trial tells its epochs again. They are known, and were judged, but for the last: the driver may have
+        died before it acted on that.
+        """
+        live = self._live.get(trial_id)
+        if live is None:
+            return False
+        fresh = self._put(live, result)
+        epoch = live.epochs.of(result)
+        if epoch is None or epoch >= self.space.epochs:
+            return False
+        if not fresh and not (epoch == live.before and epoch in live.reported):
+            return False
+        live.stopped = bool(live.trial.should_prune())
+        return live.stopped
+
+    def note_error(self, trial_id: str, error: BaseException | None) -> None:
+        """Why a trial is about to end with an error: the exception, where it raised one itself."""
+        if isinstance(error, RayTaskError):
+            self._errors[trial_id] = readable(f"{type(error.cause).__name__}: {error.cause}")
+
+    def remaining(self) -> int:
+        """Trials still to be handed out: unfinished and new ones."""
+        self._open()
+        return len(self._todo) + self.space.search.num_samples - self._next
+
+    def close(self) -> None:
+        """Leave the storage; whatever is asked next opens it again."""
+        if self._studies is not None:
+            close_storage(self._storage)
+            self._studies = None
+
+    def retry_failed(self) -> int:
+        """Queue the failed trials, with their numbers, parameters and values on the way; how many they are."""
+        studies = self._open()
+        latest = {
+            t.user_attrs["number"]: (study, t)
+            for study in studies
+            for t in study.get_trials(deepcopy=False)
+            if "number" in t.user_attrs
+        }
+        failed = [entry for entry in latest.values() if entry[1].state == TrialState.FAIL]
+        for study, trial in failed:
+            about = {k: v for k, v in trial.user_attrs.items() if k != "reason"}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.RUNNING,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    user_attrs={**about, "attempt": about.get("attempt", 1) + 1},
+                    intermediate_values=trial.intermediate_values,
+                )
+            )
+        self._take_stock(studies)
+        return len(failed)
+
+    def add_priors(self, priors: Sequence["Prior"]) -> None:
+        """Give the studies results of earlier experiments, each once.
+
+        They have no number, so they are no trials of this experiment, and no values on the way, so that no rung and no
+        median is made of them: there are none here of the trials that were stopped there.
+        """
+        studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
+        for prior in priors:
+            study = studies[prior.group]
+            if all(t.user_attrs.get("prior") != prior.origin for t in study.get_trials(deepcopy=False)):
+                study.add_trial(
+                    optuna.trial.create_trial(
+                        values=prior.values,
+                        params=prior.params,
+                        distributions=prior.distributions,
+                        user_attrs={"prior": prior.origin},
+                    )
+                )
+
+    def add_evaluated_point(
+        self,
+        parameters: Mapping[str, Any],
+        value: Any,
+        error: bool = False,
+        pruned: bool = False,
+        intermediate_values: Sequence[float] | None = None,
+    ) -> None:
+        """Give the study a point that was evaluated elsewhere, once; it is no trial of this search.
+
+        Args:
+            parameters: all that are searched, by their names, with `objective` where there are several; or a whole
+                configuration.
+            value: of the metric; a list where there are several. None for one that failed.
+            error: it failed.
+            pruned: it was stopped early.
+            intermediate_values: after epochs 1, 2, ...
+        """
+        group, objective, values = point_in(self.space, parameters, whole=True)
+        params, distributions = _asked(group, objective, values)
+        told = list(value) if isinstance(value, list | tuple) else [value]
+        on_the_way = {epoch: float(v) for epoch, v in enumerate(intermediate_values or (), start=1)}
+        state = TrialState.PRUNED if pruned else TrialState.COMPLETE
+        if error:
+            state = TrialState.FAIL
+        whole = state == TrialState.COMPLETE
+        if whole and (len(told) != len(self.space.search.metrics) or not all(_is_number(v) for v in told)):
+            raise ConfigError(f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}")
+        if pruned and not error and not on_the_way and _is_number(value):
+            on_the_way = {1: float(value)}
+        about = {"parameters": params, "values": told if whole else [], "on_the_way": on_the_way, "state": state.name}
+        origin = f"evaluated: {json.dumps(about, sort_keys=True, default=str)}"
+        study = self._open()[self.space.groups.index(group)]
+        if any(t.user_attrs.get("prior") == origin for t in study.get_trials(deepcopy=False)):
+            return
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                values=[float(v) for v in told] if whole else None,
+                params=params,
+                distributions=distributions,
+                user_attrs={"prior": origin},
+                intermediate_values={} if self.space.search.more_metrics else on_the_way,
+            )
+        )
+
+    def waiting(self) -> set[int]:
+        """Numbers of the trials that are to be handed out again."""
+        self._open()
+        return set(self._todo)
+
+    def open_trials(self) -> int:
+        """Trials that are handed out and have not ended."""
+        return len(self._live)
+
+    def known(self) -> dict[int, str]:
+        """The names of the trials that the studies hold, by number."""
+        trials = [t for study in self._open() for t in study.get_trials(deepcopy=False)]
+        return {t.user_attrs["number"]: str(t.user_attrs.get("name")) for t in trials if "number" in t.user_attrs}
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """The trees of the spaces for which the studies were made; mostly one. Release 0.1.0 noted none."""
+        noted = {str(tree) for study in self._open() if (tree := study.user_attrs.get("space")) is not None}
+        trees = []
+        for text in sorted(noted):
+            with damaged(self.journal):
+                trees.append(dict(parse_json(text)))
+        return trees
+
+    def studies(self) -> list[optuna.Study]:
+        """The studies, one for each group of the space."""
+        return self._open()
+
+    def optuna_storage(self) -> BaseStorage:
+        """Where the studies are."""
+        self._open()
+        storage: BaseStorage = self._storage
+        return storage
+
+    def _put(self, live: _Live, result: dict[str, Any]) -> bool:
+        """Whether the value is new to the study, and a number."""
+        epoch, value = live.epochs.of(result), result.get(self.space.search.metric)
+        if self.space.search.more_metrics:  # Optuna keeps no values on the way for several
+            return False
+        if epoch is None or not _is_number(value) or epoch in live.reported:
+            return False
+        live.reported.add(epoch)
+        live.trial.report(float(value), epoch)
+        return True
+
+    # --- Optuna
+
+    def _open(self) -> list[optuna.Study]:
+        """The studies, made or continued; what is unfinished in them is queued."""
+        if self._studies is None:
+            self._forget()
+            self._storage = open_journal(self.journal) if self.storage is None else open_storage(self.storage)
+            with contextlib.nullcontext() if self.storage is None else _database(self.storage):
+                studies = self._make_studies()
+            self._studies = studies
+            self.add_priors(prior_trials(self.space, self.priors))
+            self._take_stock(studies)
+            for trial_id, n in self._saved.items():
+                self._take_up(trial_id, n)
+            self._saved = {}
+        return self._studies
+
+    def _make_studies(self) -> list[optuna.Study]:
+        """The studies, with a note of the space for which they were made, so that a change by hand is noticed."""
+        directions = {"max": "maximize", "min": "minimize"}
+        studies = [
+            optuna.create_study(
+                storage=self._storage,
+                study_name=f"{self.study}/{group.name}",
+                directions=[directions[score_of(m).direction] for m in self.space.search.metrics],
+                pruner=self._pruner(),
+                load_if_exists=True,
+            )
+            for group in self.space.groups
+        ]
+        for study in studies:
+            if "space" not in study.user_attrs and not study.get_trials(deepcopy=False):
+                study.set_user_attr("space", json.dumps(self.space.tree))
+        return studies
+
+    def _take_stock(self, studies: Sequence[optuna.Study]) -> None:
+        """Find out what is there: which numbers, in which group, and what of them is to be done (again)."""
+        latest: dict[int, FrozenTrial] = {}
+        for g, study in enumerate(studies):
+            for trial in study.get_trials(deepcopy=False):
+                n = trial.user_attrs.get("number")
+                if n is not None:
+                    latest[n], self._group_of[n] = trial, g  # a later attempt stands for an earlier one
+                elif trial.state == TrialState.RUNNING:
+                    study.tell(trial.number, state=TrialState.FAIL)
+        self._started = {n: trial.number for n, trial in latest.items() if not trial.state.is_finished()}
+        self._next = max(latest, default=-1) + 1
+        self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
+        self._counts = collections.Counter(self._group_of.values())
+
+    def _take_up(self, trial_id: str, n: int) -> None:
+        """Leave an unfinished trial to Tune, which goes on with it under the id that it has."""
+        number = self._started.pop(n, None)
+        if number is None:
+            return
+        self._todo.remove(n)
+        assert self._studies is not None, f"{trial_id=}"
+        study = self._studies[self._group_of[n]]
+        reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
+        self._live[trial_id] = _Live(study, self._again(study, number), reported)
+
+    def _deal(self, n: int) -> tuple[int, int]:
+        """(group of trial n, how many of the group came before it): the group that has the fewest so far."""
+        newest = len(self._group_of) == n  # nothing is missing before it
+        counts = self._counts if newest else collections.Counter(g for m, g in self._group_of.items() if m < n)
+        groups = self.space.groups
+        sizes = [g.grid_size if isinstance(self.space.search.sampler, Grid) else None for g in groups]
+        room = [g for g, size in enumerate(sizes) if size is None or counts[g] < size]
+        g = min(room, key=lambda g: (counts[g], g))
+        k = counts[g]
+        self._group_of[n] = g
+        self._counts[g] += 1
+        return g, k
+
+    def _again(self, study: optuna.Study, number: int) -> optuna.Trial:
+        """A handle on a trial of an earlier session: asked for its parameters, it returns what it was given then."""
+        study.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to say: all parameters are there
+        study_id = self._storage.get_study_id_from_name(study.study_name)
+        return optuna.Trial(study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
+
+    def _sampler(self, n: int, g: int, k: int) -> optuna.samplers.BaseSampler:
+        """What proposes trial n, the k-th of its group."""
+        search, group = self.space.search, self.space.groups[g]
+        settings, seed = search.sampler, address(search.seed, "proposal", n) % 2**32
+        random = optuna.samplers.RandomSampler(seed=seed)
+        if g not in self._warm:
+            published = group_points(self.space, group)
+            told = [group.told(_branch(group, p.objective), p.values) for p in published]
+            points = self._given.get(group.name, [])
+            self._warm[g] = [*points, *(point for point in told if point not in points)]
+        given = self._warm[g][k] if k < len(self._warm[g]) else None
+        share = search.num_samples // len(self.space.groups)
+        startup = getattr(settings, "startup", None) or min(STARTUP, max(3, share // 2))
+        if given is None and (isinstance(settings, Qmc | Grid) or self._begins_evenly(g, k < startup)):
+            given = self._point(g, k)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if given is not None:
+                return optuna.samplers.PartialFixedSampler(given, random)
+            if isinstance(settings, Tpe):
+                return optuna.samplers.TPESampler(
+                    seed=seed,
+                    multivariate=settings.multivariate,
+                    group=settings.multivariate and group.conditional,
+                    constant_liar=True,
+                    n_startup_trials=startup,
+                    n_ei_candidates=settings.candidates,
+                )
+            if isinstance(settings, Gp):
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+            if isinstance(settings, CmaEs):
+                return optuna.samplers.CmaEsSampler(
+                    seed=seed,
+                    n_startup_trials=settings.startup,
+                    popsize=settings.population,
+                    warn_independent_sampling=False,
+                )
+        return random
+
+    def _begins_evenly(self, g: int, early: bool) -> bool:
+        """Whether a model begins with quasi-random points: where nothing is known yet, and there is one branch."""
+        modelled = isinstance(self.space.search.sampler, Tpe | Gp)
+        if not (early and modelled and len(self.space.groups[g].branches) == 1):
+            return False
+        return all("prior" not in t.user_attrs for t in self._open()[g].get_trials(deepcopy=False))
+
+    def _point(self, g: int, k: int) -> dict[str, Any]:
+        """Point k of a sampler that looks at no values: the k-th that Optuna's own gives to a study in memory.
+
+        So it depends on k alone, whatever else the real study holds: priors, attempts, the rest of a crash.
+        """
+        search, group = self.space.search, self.space.groups[g]
+        points = self._points.setdefault(g, [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if g not in self._dealt:
+                seed = address(search.seed, "points", g) % 2**32
+                sampler = (
+                    optuna.samplers.QMCSampler(
+                        qmc_type=getattr(search.sampler, "kind", "sobol"),
+                        scramble=True,
+                        seed=seed,
+                        warn_independent_sampling=False,
+                    )
+                    if not isinstance(search.sampler, Grid)
+                    else optuna.samplers.GridSampler(group.grid or {}, seed=seed)
+                )
+                self._dealt[g] = optuna.create_study(sampler=sampler)
+            while len(points) <= k:
+                trial = self._dealt[g].ask()
+                for p in group.branches[0].parameters:
+                    p.domain.suggest(trial, p.name)
+                points.append(dict(trial.params))
+                if not isinstance(search.sampler, Grid):
+                    self._dealt[g].tell(trial, 0.0)
+        return points[k]
+
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        stopping, epochs = self.space.search.stopping, self.space.epochs
+        if isinstance(stopping, Hyperband):
+            return Rungs(stopping.brackets(epochs), stopping.factor)
+        if type(stopping) is Halving:
+            return Rungs([stopping.rungs(epochs)], stopping.factor)
+        if isinstance(stopping, Median):
+            every = stopping.rungs(epochs)[:1] or [epochs]
+            return optuna.pruners.MedianPruner(
+                n_startup_trials=stopping.startup,
+                n_min_trials=stopping.startup,  # of this experiment: priors have no values on the way
+                n_warmup_steps=every[0],
+                interval_steps=every[0],
+            )
+        return optuna.pruners.NopPruner()
+
+
+_ALIVE = {
+    *("_studies", "_storage", "_live", "_errors", "_todo", "_started", "_group_of", "_counts", "_next", "_warm"),
+    *("_points", "_dealt", "_asked"),
+}
+
+
+def _raised() -> str | None:
+    """The exception that fails the trial of which Tune is telling, where it raised one itself."""
+    error = caller_argument("_process_trial_failure", "exception")
+    return f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else None
+
+
+class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
+    """Asynchronous successive halving. (Li et al. 2020, arXiv:1810.05934, without promotion of stopped trials.)
+
+    At a rung a trial goes on if its value is among the best 1 / `factor` of those that have come there, and at least if
+    it is the best. Unlike Optuna's own pruner it keeps no notes: its answer is a function of the reported values alone,
+    so that it can be asked again after a crash.
+
+    Args:
+        brackets: the rungs of each halving; a trial's is its user attribute `bracket`, or the first.
+        factor: one in so many goes on.
+    """
+
+    def __init__(self, brackets: list[list[int]], factor: int) -> None:
+        self._brackets, self._factor = brackets, factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether the trial should stop at the epoch it has reported last."""
+        bracket = trial.user_attrs.get("bracket", 0)
+        rungs = self._brackets[bracket]
+        rung = max((r for r in rungs if r <= (trial.last_step or 0)), default=None)
+        if rung is None or self._first(trial, rung) != trial.last_step:
+            return False
+        values: dict[Any, float] = {}
+        for t in study.get_trials(deepcopy=False):  # of a trial that was tried again, the last attempt
+            if t.user_attrs.get("bracket", 0) == bracket and (step := self._first(t, rung)) is not None:
+                values[t.user_attrs.get("number", (t.number,))] = t.intermediate_values[step]
+        came = sorted(values.values(), reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE)
+        last_good = came[max(1, len(came) // self._factor) - 1]
+        return came.index(trial.intermediate_values[trial.last_step]) > came.index(last_good)
+
+    def _first(self, trial: FrozenTrial, rung: int) -> int | None:
+        """The first epoch that a trial has reported at a rung or past it, before the next one."""
+        after = [r for r in self._brackets[trial.user_attrs.get("bracket", 0)] if r > rung]
+        upto = min(after, default=math.inf)
+        return min((step for step in trial.intermediate_values if rung <= step < upto), default=None)
+
+
+class StudyStopping(FIFOScheduler):  # type: ignore[misc]
+    """Stops trials where the searcher's study says so: the rungs live in the study, and so survive the driver."""
+
+    def __init__(self, searcher: OptunaSearcher) -> None:
+        check_kind(searcher, OptunaSearcher, "searcher")
+        super().__init__()
+        self.searcher = searcher
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Refuse a metric that is not the space's."""
+        self.searcher.check_metric(metric, mode)
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Let the searcher know that nobody else stops a trial early."""
+        self.searcher.judges = True
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """As FIFOScheduler, which looks through all trials there ever were, each time."""
+        waiting = [t for t in tune_controller.get_live_trials() if t.status in (TuneTrial.PENDING, TuneTrial.PAUSED)]
+        return min(waiting, key=lambda t: (t.status == TuneTrial.PAUSED, Assignment.of(t.config).number), default=None)
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Tell the searcher, which hears of an error only that there was one, what it was."""
+        if trial.pickled_error_file is not None:  # by Tune, a moment ago
+            self.searcher.note_error(trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+        if Assignment.of(trial.config).directory is not None:  # not of a user's own trainable
+            give_larger_share(trial)
+            send_elsewhere(trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """STOP at a rung where the trial is not among the best 1 / factor of its group."""
+        stop = self.searcher.report(trial.trial_id, result)
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+
+def take_saved_journal(journal: Path) -> bool:
+    """Put what a search has saved, whose journal was lost, in the journal's place; whether there was something."""
+    saved = journal.with_name(journal.name + SAVED)
+    if saved.is_symlink() or not saved.is_file():
+        return False
+    if os.path.lexists(journal):
+        journal.replace(journal.with_name(journal.name + REPLACED))
+    saved.replace(journal)
+    return True
+
+
+def point_in(space: Space, parameters: Mapping[str, Any], *, whole: bool = False) -> tuple[Group, str, dict[str, Any]]:
+    """(group, objective, values by parameter name) of a point that somebody names; all values, if it is `whole`.
+
+    A point is a whole configuration, or values by parameter name and perhaps the name of its `objective`.
+    """
+    given = {key: value for key, value in parameters.items() if key not in (SECTION, TRIAL_INDEX)}
+    if isinstance(given.get("objective"), Mapping):
+        config = validated(TrainConfig, given)
+        place = placed(space, config)
+        if isinstance(place, list):
+            raise ConfigError(f"a point lies outside of the space: {problem}" for problem in place)
+        return place[0], config.objective.name, place[1]
+    objective, names = given.pop("objective", None), {p.name for p in space.parameters}
+    if unknown := [name for name in given if name not in names]:
+        raise ConfigError(f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown)
+    problems = []
+    for group in space.groups:
+        for branch in group.branches:
+            if objective in (None, branch.objective):
+                filled = {p.name: p.domain.middle for p in branch.parameters} | given
+                asked = list(branch.asked(filled))
+                wrong = [p for p in asked if not p.domain.contains(filled[p.name])]
+                lacking = [p.name for p in asked if whole and p.name not in given]
+                left = set(given) - {p.name for p in asked}
+                if not (wrong or lacking or left):
+                    return group, branch.objective, {p.name: given[p.name] for p in asked if p.name in given}
+                problems += [f"{p.name}: {filled[p.name]!r}, and the space has {p.domain}" for p in wrong]
+                problems += [f"{name} is searched, and is not said" for name in lacking]
+                problems += [f"{name}: objective {branch.objective} has no such parameter then" for name in left]
+    known = ", ".join(b.objective for b in space.branches)
+    problems = problems or [f"objective: {objective!r} is not among {known}"]
+    raise ConfigError(f"a point: {problem}" for problem in dict.fromkeys(problems))
+
+
+def given_points(space: Space, points: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Points by the name of their group, as its sampler is asked for them."""
+    if points and isinstance(space.search.sampler, Grid):
+        raise ConfigError("points_to_evaluate: a grid is every combination once; leave them out, or choose a sampler")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        group, objective, values = point_in(space, point)
+        told = {"objective": objective} if len(group.branches) > 1 else {}
+        for p in _branch(group, objective).parameters:
+            told |= p.domain.told(p.name, values[p.name]) if p.name in values else {}
+        found.setdefault(group.name, []).append(told)
+    share = space.search.num_samples // len(space.groups)
+    for name, those in found.items():
+        if len(those) > share:
+            raise ConfigError(
+                f"points_to_evaluate: {len(those)} of {name}, which gets {share} trials; raise num_samples"
+            )
+    return found
+
+
+def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
+    """Give the studies of a wider space (see `not_superset`) all trials of a narrower one; what was in them is lost.
+
+    What was fixed before, and is searched now, is a parameter of the copied trials.
+    """
+    copies: list[tuple[int, str, FrozenTrial]] = []
+    for group, study in zip(old.space.groups, old.studies(), strict=True):
+        for trial in study.get_trials(deepcopy=False):
+            if "number" in trial.user_attrs or "prior" in trial.user_attrs:
+                _, config = group.propose(optuna.trial.FixedTrial(trial.params))
+                place = placed(new.space, config)
+                assert not isinstance(place, list), f"{trial.user_attrs=} {place=}"
+                params, distributions = _asked(place[0], config.objective.name, place[1])
+                copied = optuna.trial.create_trial(
+                    state=trial.state,
+                    values=trial.values if trial.state == TrialState.COMPLETE else None,
+                    params=params,
+                    distributions=distributions,
+                    user_attrs=trial.user_attrs,
+                    intermediate_values=trial.intermediate_values,
+                )
+                copies.append((trial.user_attrs.get("number", -1), place[0].name, copied))
+    for name in optuna.study.get_all_study_names(storage=old.optuna_storage()):
+        if name.startswith(f"{new.study}/"):  # the rest of a crash
+            optuna.delete_study(study_name=name, storage=old.optuna_storage())
+    studies = dict(zip([g.name for g in new.space.groups], new.studies(), strict=True))
+    for _, name, copied in sorted(copies, key=lambda entry: entry[0]):
+        studies[name].add_trial(copied)
+    old.close()
+    new.close()

@@ -1,0 +1,289 @@
+"""TODO run.studies."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import whole_file
+from tfkd_ray.settings.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
+from tfkd_ray.space.search_config import ENVIRONMENT
+from tfkd_ray.space.space import Space
+from tfkd_ray.store.experiment import parse_json
+
+LONGEST_LINE = 2**24
+"""Bytes of a journal's line; Optuna's are of some hundred."""
+
+
+# --- storages --------------------------------------------------------------------------------------------------
+
+
+def open_journal(path: Path) -> BaseStorage:
+    """Optuna's storage in a journal file; what a crash left half-written at its end is cut off first.
+
+    Anything else that is wrong with the file is a ConfigError with the byte where it begins, and changes nothing.
+    """
+    if path.exists():
+        _mend(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    backend = _Journal(path)
+    backend.storage = JournalStorage(backend)
+    return backend.storage
+
+
+SAVED, REPLACED = ".saved", ".replaced"
+"""Added to a journal's name: what a search knew whose journal was lost; what stood in the journal's place."""
+TAIL = 4096
+"""Bytes before the end by which a journal is known again."""
+
+
+class _Journal(JournalFileBackend):  # type: ignore[misc]
+    """A journal that only grows: one that was deleted, cut or replaced is noticed before it is read or written.
+
+    What the storage knows then is saved beside it, and an OSError ends the sweep. Others may append to the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.storage: JournalStorage = None  # set by who makes that of this
+        self._end, self._tail = 0, b""
+        super().__init__(str(path))
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        with self._watched():
+            yield from super().read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self._watched():
+            super().append_logs(logs)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Look at the file before it is used and after: it may be lost at any moment between."""
+        self._check()
+        try:
+            yield
+        except OSError:
+            self._check()
+            raise
+        self._check()
+
+    def _check(self) -> None:
+        """Raise if the file does not hold what it held, after saving that."""
+        what = self._changed()
+        if what is None:
+            return
+        saved = self._path.with_name(self._path.name + SAVED)
+        try:
+            if not self._path.parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "its directory is gone")
+            save_journal(self.storage, saved)
+            kept = f"what the search knows is in {saved.name}, and resuming goes on from there"
+        except OSError as error:
+            kept = f"what the search knows could not be saved beside it ({error.strerror})"
+        raise OSError(errno.ESTALE, f"was {what} while the sweep ran; {kept}", str(self._path))
+
+    def _changed(self) -> str | None:
+        """What was done to the file that it does not hold what it held; None if it does, and its end is remembered."""
+        try:
+            file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return "deleted"
+        except OSError as error:
+            return f"made unreadable ({error.strerror})"
+        try:
+            about = os.fstat(file)
+            if not stat.S_ISREG(about.st_mode):
+                return "replaced by what is no file"
+            if about.st_size < self._end:
+                return "cut, or replaced by an older one,"
+            if os.pread(file, len(self._tail), self._end - len(self._tail)) != self._tail:
+                return "replaced by another one"
+            self._end, start = about.st_size, max(0, about.st_size - TAIL)
+            self._tail = os.pread(file, self._end - start, start)
+            return None
+        finally:
+            os.close(file)
+
+
+def save_journal(storage: JournalStorage, path: Path) -> None:
+    """Write a new journal with all that a storage has in memory, whole or not at all."""
+    logs = _Logs()
+    copy = JournalStorage(logs)
+    for study in storage._replay_result.get_all_studies():  # in memory: its file is gone
+        number = copy.create_new_study(study.directions, study.study_name)
+        for key, value in study.user_attrs.items():
+            copy.set_study_user_attr(number, key, value)
+        for key, value in study.system_attrs.items():
+            copy.set_study_system_attr(number, key, value)
+        for trial in storage._replay_result.get_all_trials(study._study_id, states=None):
+            copy.create_new_trial(number, template_trial=trial)
+    with whole_file(path) as part, part.open("w") as file:
+        file.writelines(json.dumps(log, separators=(",", ":")) + "\n" for log in logs.logs)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Logs(BaseJournalBackend):  # type: ignore[misc]
+    """A journal in memory."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        return self.logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs += logs
+
+
+def _mend(path: Path) -> None:
+    lines = _Lines(path)
+    try:
+        JournalStorage(lines)
+    except ConfigError:
+        raise
+    except Exception:  # whatever Optuna makes of a line that it cannot make sense of
+        raise _corrupt(path, lines.start, lines.line) from None
+    if lines.tail and not lines.tail.startswith(b'{"op_code"'[: len(lines.tail)]):
+        raise _corrupt(path, lines.end, lines.tail)
+    if lines.tail:
+        with path.open("r+b") as file:
+            file.truncate(lines.end)
+
+
+def _corrupt(path: Path, byte: int, line: bytes) -> ConfigError:
+    return ConfigError(
+        f"byte {byte}: this is no line of Optuna's journal: {line[:40]!r}; nothing was changed. Put back a copy of the "
+        f"file, or give up what comes after (head -c {byte} {path.name} > mended) with the folders of those trials",
+        path,
+    )
+
+
+LOCK_S = 3.0
+"""Longest time that somebody who lives takes to write to a journal."""
+
+
+def drop_stale_locks(journal: Path) -> None:
+    """Remove what a process that was killed has left of Optuna's lock; one that is held now is waited for."""
+    began = time.monotonic()
+    seen = _locks(journal)
+    while seen and time.monotonic() - began < LOCK_S and min(made for made, _ in seen) > time.time() - 60:
+        time.sleep(0.02)
+        seen &= _locks(journal)
+    for _, path in seen:
+        path.unlink(missing_ok=True)
+
+
+def _locks(journal: Path) -> set[tuple[float, Path]]:
+    """(when it was made, file) of every lock of a journal."""
+    found = set()
+    for path in journal.parent.glob(f"{journal.name}.lock*"):
+        with contextlib.suppress(FileNotFoundError):  # free again
+            found.add((path.lstat().st_mtime, path))
+    return found
+
+
+class _Lines(BaseJournalBackend):  # type: ignore[misc]
+    """A journal to try out, read line by line: `line` is the last that Optuna was given, and began at byte `start`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.start = self.end = 0
+        self.line = self.tail = b""
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        assert log_number_from == 0, f"{log_number_from=}"
+        with self._path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                    self.tail = line
+                    return
+                self.start, self.end, self.line = self.end, self.end + len(line), line
+                try:
+                    log = parse_json(line)
+                    if not line.endswith(b"\n") or not isinstance(log, dict) or not isinstance(log.get("op_code"), int):
+                        raise ValueError("no operation")
+                except ValueError:
+                    raise _corrupt(self._path, self.start, line) from None
+                yield log
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise AssertionError("only read here")
+
+
+SQLITE_WAIT_S = 20.0
+"""Longest wait for somebody else who writes to an SQLite database."""
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Optuna's storage behind a URL, or a ConfigError if it cannot be reached."""
+    kind = whole_url(url).partition(":")[0]
+    wait = {"sqlite": {"timeout": SQLITE_WAIT_S}}.get(kind.partition("+")[0], {"connect_timeout": 10})
+    template = whole_url(url).replace("{", "{{").replace("}", "}}")  # Optuna fills its version into braces
+    with _database(url):
+        return RDBStorage(template, engine_kwargs={"connect_args": wait})
+
+
+@contextlib.contextmanager
+def _database(url: str) -> Iterator[None]:
+    """What is wrong with a database behind a URL is a ConfigError."""
+    whole = whole_url(url)
+    shown = masked(url)
+    kind = whole.partition(":")[0]
+    try:
+        yield
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None) or kind
+        package = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}.get(missing)
+        package = package or missing
+        raise ConfigError(
+            f"search.storage: {shown} needs the package {package}, which is not here: pip install {package}"
+        ) from None
+    except ArgumentError:
+        raise ConfigError(f"search.storage: {shown} is no URL of a database that SQLAlchemy knows") from None
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError, TypeError) as error:
+        cause = error.__cause__ or error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        raise ConfigError(f"search.storage: {shown} cannot be used: {without_secrets(reason, [whole])}") from None
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Close a database's connections."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def whole_url(url: str) -> str:
+    """The URL with its password; where that is ***, from TFKD_STORAGE."""
+    if HIDDEN not in url:
+        return url
+    given = os.environ.get(ENVIRONMENT)
+    if given is None:
+        raise ConfigError(f"search.storage: the password of {url} is not kept; set {ENVIRONMENT} to the whole URL")
+    if "@" in after_password(given):
+        raise ConfigError(f"search.storage: {ENVIRONMENT}: {FIRST_AT}")
+    if masked(given) != url:
+        raise ConfigError(f"search.storage: {ENVIRONMENT} is {masked(given)}, and the experiment's storage is {url}")
+    return given
+
+
+def without_password(space: Space) -> Space:
+    """The same space, with *** for the password of its storage: what may be pickled, logged and shown."""
+    url = space.search.storage
+    if url is None or masked(url) == url:
+        return space
+    return dataclasses.replace(space, search=space.search.model_copy(update={"storage": masked(url)}))

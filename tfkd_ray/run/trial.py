@@ -1,0 +1,155 @@
+"""One trial: in this process, or on a resident group of Ray Train workers.
+
+Both run `loop.train_in`, so a trial's files and numbers do not depend on which. `StudentTrial` is a reused Tune actor:
+a trial of one worker trains inside it; for trials of several workers it owns a `Group`, one TorchTrainer whose workers
+stay and take one trial after the other (a TorchTrainer started for each trial would cost 14 to 22 s each).
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from ray import tune
+
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.dataset import seal_test_split
+from tfkd_ray.run.connect import DRIVER, OUT_OF_MEMORY, shunning
+from tfkd_ray.run.epochs import (
+    Metrics,
+    _epochs_here,
+    _is_of_broken_gpu,
+    _is_of_storage,
+    _is_out_of_memory,
+    _node,
+    _note_broken,
+    _reason,
+    _stop,
+    check_metrics,
+)
+from tfkd_ray.run.group import Group, GroupLost, TrialFailed
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.files import write_text
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.store.assignment import Assignment, without_assignment
+
+
+class BrokenGpu(RuntimeError):
+    """A GPU, or what CUDA keeps of it in this process, is broken, by no fault of the trial's configuration."""
+
+
+def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
+    """What Tune reserves for a trial's own process (a group's workers are reserved by Ray Train)."""
+    if config.workers > 1:
+        return tune.PlacementGroupFactory([{DRIVER: 0.01}])
+    return shunning(tune.PlacementGroupFactory([config.worker_resources]))
+
+
+class StudentTrial(tune.Trainable):  # type: ignore[misc]
+    """A Tune trainable for proposals of `OptunaSearcher`: one step is one epoch, `done` after the last.
+
+    A failure of the trial itself is a result with `failed` (the reason), so that the actor can be used again; only a
+    lost process, and a disk that cannot be written to, are errors for Tune, which then starts the trial again, from its
+    last checkpoint. A result's `note` is a sentence for who looks on.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        seal_test_split()
+        self._group: Group | None = None
+        self._epochs: Iterator[Metrics] = iter(())
+        self._notes: list[str] = []
+        self._leaving = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._leave)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        with contextlib.suppress(
+            Exception
+        ):  # the trial before has ended, and its end was told: no matter of this one's
+            _stop(self._epochs)
+        self._begin(new_config)
+        return True
+
+    def _leave(self, number: int, frame: Any) -> None:
+        """SIGTERM, as a node gets that is taken away: save and go, now or after the epoch that is being trained."""
+        self._leaving = True
+        if not getattr(self._epochs, "gi_running", False):
+            self._save_and_go()
+
+    def _save_and_go(self) -> None:
+        try:
+            if hasattr(self._epochs, "close"):
+                self._epochs.close()
+        finally:
+            os._exit(1)  # the trial goes on in another process
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._assignment = Assignment.of(config)
+        if self._assignment.home is not None:  # each time: Ray has gone to a folder of its own
+            own_code.enter(self._assignment.home)
+        run = without_assignment(config)
+        workers = run["workers"]
+        if workers == 1:
+            self._epochs = _epochs_here(run, self._assignment, self._notes.append)
+        else:
+            folder = self._assignment.folder.parent.parent / "groups"
+            self._group = self._group or Group(validated(TrainConfig, run), folder, self._notes.append)
+            self._epochs = self._group.epochs(run, self._assignment)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            metrics = next(self._epochs)
+            check_metrics(metrics, self._assignment)
+        except GroupLost:
+            raise
+        except (Exception, SystemExit) as error:
+            if _is_of_storage(error):
+                raise
+            return self._failed(error)
+        if self._leaving:
+            self._save_and_go()
+        epoch = int(metrics["epoch"])
+        note = {"note": "; ".join(self._notes)} if self._notes else {}
+        self._notes.clear()
+        return {**metrics, **note, "epoch": epoch, "done": epoch == self._assignment.epochs, "node": _node()}
+
+    def _failed(self, error: BaseException) -> dict[str, Any]:
+        if isinstance(error, TrialFailed):
+            reason, trace = str(error), error.trace
+        else:
+            reason, trace = _reason(error), "".join(traceback.format_exception(error))
+        storage, folder = self._assignment.place
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "error.txt", trace)
+        with contextlib.suppress(OSError):  # the reason is told all the same
+            storage.send(folder / "error.txt")
+        share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
+        if _is_out_of_memory(error) and 0 < share < 1:
+            write_text(folder / OUT_OF_MEMORY, str(share))
+            storage.send(folder / OUT_OF_MEMORY)
+            raise error  # ends this process; the trial starts again, with a larger share
+        if _is_of_broken_gpu(error) or (share and not _gpu_answers()):
+            _note_broken(self._assignment, reason)
+            raise BrokenGpu(reason) from None  # ends this process; the trial goes on elsewhere
+        return {"failed": reason, "done": True}
+
+    def cleanup(self) -> None:
+        if hasattr(self._epochs, "close"):
+            with contextlib.suppress(GroupLost):
+                self._epochs.close()  # saves what is not saved yet
+        if self._group is not None:
+            self._group.close()
+
+
+def _gpu_answers() -> bool:
+    """Whether this process's GPU can still be used after a trial has failed on it."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True

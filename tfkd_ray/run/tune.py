@@ -1,0 +1,714 @@
+"""A sweep: space, teachers, search and stopping put together as a `ray.tune.Tuner`."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.stopper import CombinedStopper, FunctionStopper
+from ray.tune.utils import flatten_dict
+from sqlalchemy.exc import OperationalError
+
+from tfkd_ray.learn import teachers
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
+from tfkd_ray.learn.data import forget_loaded
+from tfkd_ray.learn.dataset import seal_test_split
+from tfkd_ray.run.callbacks import (
+    Budget,
+    Lock,
+    Losses,
+    NoNodeLeft,
+    SoftLabels,
+    failed_numbers,
+    in_order,
+    over_budget,
+    spent_so_far,
+    workers_of,
+)
+from tfkd_ray.run.connect import (
+    check_room,
+    connect,
+    give_larger_share,
+    grows_for,
+    keep_keys_at_home,
+    room_for,
+    send_elsewhere,
+    shun_nobody,
+)  # fmt: skip
+from tfkd_ray.run.epochs import check_data_here
+from tfkd_ray.run.nodes import check_shared
+from tfkd_ray.run.priors import prior_trials
+from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping, copy_trials, take_saved_journal
+from tfkd_ray.run.studies import (
+    close_storage,
+    drop_stale_locks,
+    open_storage,
+    whole_url,
+    without_password,
+)
+from tfkd_ray.run.trial import StudentTrial, resources_of
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError, readable
+from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
+from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.show.tensorboard import TensorBoard
+from tfkd_ray.space.relate import not_superset
+from tfkd_ray.space.search_config import Asha, SearchConfig
+from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digest
+from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.experiment import (
+    FULL_LENGTH,
+    gone_sentence,
+    gone_trials,
+    is_begun,
+    read_experiment,
+    read_records,
+    trials_folder,
+    write_experiment,
+)
+from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
+
+MANY = 16
+"""Trials at a time from which on their processes are started side by side."""
+LOOK_S = 5
+"""How often nodes are counted, which come and go."""
+STORAGE = Path("tfkd_results")
+"""Where experiments and teachers go if nothing is said, below the current directory."""
+
+
+def build_tuner(
+    space: Space | dict[str, Any] | Path | str,
+    *,
+    name: str | None = None,
+    storage: Storage | Path | str = STORAGE,
+    callbacks: Sequence[tune.Callback] = (),
+    tune_config: tune.TuneConfig | None = None,
+    run_config: tune.RunConfig | None = None,
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    priors: Sequence[Path | str] = (),
+    on_budget: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> tune.Tuner:
+    """A `ray.tune.Tuner` that runs a space; `.fit()` returns Ray's own `ResultGrid`.
+
+    Connects to Ray if nothing is connected yet, makes the experiment's directory, and trains the teachers that are
+    missing, once, before it returns. Wrong input is a ConfigError, raised before anything is written.
+
+    Args:
+        space: a `Space`, the tree of one, or the path of a space file.
+        name: of the experiment, a directory below `storage` that is not there yet. None: the file's name and the time.
+        storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, or one that is open already
+            (`storage.checked`); teachers are shared by the experiments in it.
+        callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
+        tune_config: Ray's own; its metric, scheduler, concurrency and time budget override the space's `search`. What
+            would be ignored (searcher, number and names of trials) is refused.
+        run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`. Trials that its `stop` ends
+            are of full length. What would be ignored (checkpoints, file system, `fail_fast`) is refused.
+        on_teacher: called with a teacher's run before it is trained (None) and after (what teacher.json says).
+        priors: directories of earlier experiments whose finished trials the sampler should know.
+        on_budget: called with a sentence if a budget of the space's `search` ends the sweep.
+        on_note: called with a sentence if object storage does not answer, and when it does again. None: standard error.
+    """
+    space, stem = _as_space(space)
+    run_config = run_config or tune.RunConfig()
+    tune_config = tune_config or tune.TuneConfig()
+    _check_ray_configs(tune_config, run_config)
+    space, tune_config = _overridden(space, tune_config)
+    if run_config.name and name and run_config.name != name:
+        raise ConfigError(f"name: {name!r}, and run_config.name is {run_config.name!r}; give one of them")
+    if run_config.storage_path != tune.RunConfig().storage_path:  # Ray's default is no wish of the user's
+        if str(storage) not in (str(STORAGE), str(run_config.storage_path)):
+            raise ConfigError(
+                f"storage: {storage}, and run_config.storage_path is {run_config.storage_path}; give one of them"
+            )
+        storage = run_config.storage_path
+    storage = checked(storage)
+    name = run_config.name or name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    storage.check_new(name)
+    experiment = storage.folder / name
+    space.example.data.check()
+    space = pinned(space)
+    prior_trials(space, priors)
+    url = space.search.storage and whole_url(space.search.storage)
+    if url:
+        space = _with_search(space, study=space.search.study or name)
+        _check_free(url, str(space.search.study), begun=is_begun(experiment))
+    space = without_password(space)
+    prepare(space.example, storage)
+    train_teachers(space.teacher_runs(), storage, on_teacher, on_note=on_note)
+    experiment.mkdir(parents=True, exist_ok=True)
+    lock = Lock(storage, name)
+    (experiment / "study.journal").unlink(missing_ok=True)  # of a driver that was killed while it made this
+    searcher = _searcher(space, experiment, storage, url, priors=priors)
+    searcher.remaining()  # makes the studies, with the priors in them
+    write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
+    return _tuner(space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note)
+
+
+def resume_tuner(
+    experiment: Experiment | Path | str,
+    *,
+    add_trials: int = 0,
+    callbacks: Sequence[tune.Callback] = (),
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    retry_failed: bool = False,
+    time_budget_s: float | None = None,
+    gpu_hours: float | None = None,
+    cpu_hours: float | None = None,
+    max_failed_trials: int | None = None,
+    priors: Sequence[Path | str] = (),
+    space: Space | dict[str, Any] | Path | str | None = None,
+    study_storage: str | None = None,
+    on_budget: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> tune.Tuner:
+    """A Tuner that goes on with an experiment: unfinished trials first, from their last checkpoint, then new ones.
+
+    What is finished is in the study, and is not run again; Ray's own snapshot is not read.
+
+    Args:
+        experiment: its directory, or its URL on object storage, or one that is open already (`storage.to_continue`).
+        add_trials: raises `search.num_samples` by so many.
+        retry_failed: run the failed trials again, with their numbers and parameters, from their last checkpoints.
+        time_budget_s: a new budget, from now on; as are `gpu_hours`, `cpu_hours` and `max_failed_trials`. None: what
+            is left of the old one.
+        priors: more earlier experiments for the sampler.
+        space: go on in this wider space, which holds every trial of the experiment's.
+        study_storage: the storage's URL, where it has moved or its password is not in TFKD_STORAGE.
+        on_budget: called with a sentence if a budget ends the sweep.
+        on_note: as of `build_tuner`.
+    """
+    budgets = {
+        "time_budget_s": time_budget_s,
+        "gpu_hours": gpu_hours,
+        "cpu_hours": cpu_hours,
+        "max_failed_trials": max_failed_trials,
+    }
+    for name, more in budgets.items():
+        if more is not None and not more > 0:
+            raise ConfigError(f"{name}: a budget is above 0, got {more}")
+    found = to_continue(experiment)
+    storage, experiment = found.storage, found.folder
+    about = read_experiment(experiment)
+    own_code.remember(about.get("directory"))
+    check_writable(experiment, "an experiment directory of yours")
+    with contextlib.ExitStack() as undone:
+        lock = Lock(*found)
+        undone.callback(lock.release)
+        about["space"]["search"]["num_samples"] += add_trials
+        if study_storage is not None:
+            about["space"]["search"]["storage"] = study_storage
+        old = build_space(about["space"], experiment / "experiment.yaml")
+        say = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
+        if take_saved_journal(experiment / "study.journal"):
+            say("study.journal was lost while the sweep ran: going on with what the search saved then")
+        if gone := gone_trials(experiment):
+            say(gone_sentence(gone))
+        _check_own_study(old, experiment / "study.journal")
+        url = old.search.storage and whole_url(old.search.storage)
+        old = without_password(old)
+        searcher = _searcher(old, experiment, storage, url)
+        undone.callback(searcher.close)
+        storage.drop_unknown(found.name, searcher.known().values())
+        _check_unchanged(old, searcher)
+        _check_all_there(searcher, experiment)
+        new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
+        earlier = prior_trials(new, priors)
+        spent = spent_so_far(experiment, workers=workers_of(old.tree))
+        spent["max_failed_trials"] = 0 if retry_failed else len(failed_numbers(experiment) - searcher.waiting())
+        new = _with_search(new, **{name: more + spent[name] for name, more in budgets.items() if more is not None})
+        over = over_budget(new.search.budgets, spent)
+        if over:
+            raise ConfigError(f"{over}; to go on, give a new one, which counts from now on", experiment)
+        prepare(new.example, storage)
+        if new.search.study != old.search.study:
+            wider = _searcher(new, experiment, storage, url)
+            copy_trials(searcher, wider)
+            searcher = wider
+        searcher.add_priors(earlier)
+        if retry_failed:
+            searcher.retry_failed()
+        if add_trials or study_storage or space is not None or any(more is not None for more in budgets.values()):
+            about["space"] = new.tree
+            write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
+        train_teachers(new.teacher_runs(), storage, on_teacher, on_note=on_note)
+        ray_configs = tune.TuneConfig(), tune.RunConfig()
+        tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
+        undone.pop_all()
+    return tuner
+
+
+def _with_search(space: Space, **settings: Any) -> Space:
+    """The same space with other settings of its search."""
+    try:
+        search = validated(SearchConfig, {**space.search.model_dump(mode="json"), **settings})
+    except ConfigError as error:
+        raise ConfigError(f"search.{p}" for p in error.problems) from None
+    return dataclasses.replace(space, search=search, tree={**space.tree, "search": search.model_dump(mode="json")})
+
+
+def _searcher(space: Space, experiment: Path, storage: Storage, url: str | None, **more: Any) -> OptunaSearcher:
+    journal = experiment / "study.journal"
+    if url is None:
+        drop_stale_locks(journal)  # of a dead driver: the experiment is ours
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder, place = trials_folder(experiment), {"home": own_code.here(), **storage.wire()}
+    return OptunaSearcher(space, journal, folder=folder, place=place, storage=url, **more)
+
+
+def _check_free(url: str, study: str, *, begun: bool) -> None:
+    """Refuse a storage that cannot be reached, or that has studies of this name already.
+
+    With `begun`, empty ones are of a driver that was killed while it made them; they go.
+    """
+    storage = open_storage(url)
+    found = optuna.study.get_all_study_summaries(storage=storage)
+    names = [s.study_name for s in found if s.study_name.startswith(f"{study}/")]
+    taken = [name for name in names if not begun or any(s.n_trials for s in found if s.study_name == name)]
+    for name in names if not taken else ():
+        optuna.delete_study(study_name=name, storage=storage)
+    close_storage(storage)
+    if taken:
+        raise ConfigError(f"search.study: {masked(url)} has studies called {study!r} already; choose another --name")
+
+
+def _check_own_study(space: Space, journal: Path) -> None:
+    """Refuse cmaes where the journal is somebody else's: Optuna keeps that sampler's state in it as a pickle."""
+    if space.search.sampler.name == "cmaes" and journal.exists() and journal.stat().st_uid != os.getuid():
+        message = (
+            f"study.journal is another user's ({journal.stat().st_uid}), and cmaes keeps its state in it as a pickle, "
+            "which runs as code; if you trust whoever wrote it, copy the experiment, and go on with the copy"
+        )
+        raise ConfigError(message, journal.parent)
+
+
+def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
+    """Refuse an experiment.yaml whose space is another than the one that its studies were made for."""
+    for tree in searcher.recorded():
+        was = build_space(tree, searcher.journal)
+        missing, more = not_superset(was, space), not_superset(space, was)
+        how = "widened by hand; put back what it was, and go on with: tfkd resume --space FILE"
+        if missing:
+            how = "changed by hand, and does not hold the trials that are there; put back what it was"
+        if missing or more:
+            file = searcher.journal.with_name("experiment.yaml")
+            raise ConfigError([f"its space was {how}", *(missing or more)], file)
+
+
+def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
+    """Refuse studies that do not hold the trials whose files are there: numbers would be given twice."""
+    known = searcher.known()
+    lost = [r.name for r in read_records(experiment) if known.get(r.number) != r.name]
+    if lost:
+        where = "study.journal" if searcher.storage is None else masked(searcher.storage)
+        names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        message = (
+            f"{where} does not hold {names}, whose files are there; put back a copy of it, or remove their folders"
+        )
+        raise ConfigError(message, experiment)
+
+
+def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
+    """A wider space to go on in, with the old one's storage; its studies have a name of their own."""
+    if new.example.data.digest is None:
+        new = with_digest(new, old.example.data.digest)
+    problems = not_superset(old, new)
+    if problems:
+        message = "an experiment goes on in its own space, or in one that holds all of it"
+        raise ConfigError([message, *problems], experiment)
+    if new.search.storage not in (None, old.search.storage):
+        raise ConfigError("search.storage: an experiment's studies stay where they are; leave it out", experiment)
+    alike = {b.objective: b.parameters for b in old.branches} == {b.objective: b.parameters for b in new.branches}
+    name, _, count = (old.search.study or "tfkd").partition("@")
+    study = old.search.study if alike else f"{name}@{int(count or 1) + 1}"
+    samples = new.search.num_samples + add_trials
+    budgets = old.search.budgets | new.search.budgets
+    return _with_search(new, storage=old.search.storage, study=study, num_samples=samples, **budgets)
+
+
+def prepare(config: TrainConfig, storage: Storage) -> None:
+    """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made.
+
+    Data that an experiment has recorded are refused where they have changed since.
+    """
+    config.data.check()
+    if config.data.digest is not None:
+        config.data.pinned()
+    forget_loaded()
+    for note in config.try_networks():
+        print(f"note: {note}", file=sys.stderr)
+    connect(workers=config.workers)
+    shun_nobody()
+    check_room(config)
+    check_shared(storage)
+
+
+class TeacherFailed(RuntimeError):
+    """A teacher that a sweep needs could not be trained; the sweep has not begun."""
+
+
+def train_teachers(
+    runs: Iterable[TeacherRun],
+    storage: Storage,
+    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    on_failure: Callable[[TeacherRun, str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> None:
+    """Train the teachers that are not there, as Ray tasks side by side, each on one worker's resources.
+
+    Weights from elsewhere are taken by this process, which may be the only one that sees their file. If a teacher fails
+    the others are left to finish: they are kept, and `ray.cancel` of a task that just ended can end the driver (Ray
+    2.60). TeacherFailed is raised, or `on_failure` called with the reason. That data have changed since a teacher was
+    made, and that one is no better than guessing, is told to `on_note`, or to standard error.
+    """
+    on_teacher = on_teacher or (lambda run, about: None)
+    note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
+    runs, folder = list(runs), storage.folder
+    for run in runs:
+        teachers.fetch(run, storage, weights=False)
+        if not teachers.is_trained(run, folder) and (changed := teachers.of_other_data(run, folder)):
+            note(changed)
+        if run.weights is not None:
+            if not teachers.is_trained(run, folder):
+                on_teacher(run, None)
+                on_teacher(run, teachers.train_teacher(run, folder))
+                teachers.upload(run, storage)
+            teachers.check_source(run, folder)
+    missing = [run for run in runs if not teachers.is_trained(run, folder)]
+    tasks = []
+    for run in missing:
+        on_teacher(run, None)
+        need = run.worker_resources
+        task = ray.remote(_teacher).options(
+            num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
+        )
+        tasks.append(task.remote(run, storage, own_code.here()))
+    for run, task in zip(missing, tasks, strict=True):
+        try:
+            about = ray.get(task)
+            teachers.fetch(run, storage, weights=False)
+            on_teacher(run, about)
+        except ray.exceptions.RayTaskError as error:
+            reason = readable(f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}")
+            if on_failure is not None:
+                on_failure(run, reason)
+            elif isinstance(error.cause, ConfigError):
+                raise error.cause from None
+            else:
+                raise TeacherFailed(reason) from None
+    teachers.tell_doubts(runs, folder, note)
+
+
+def _teacher(run: TeacherRun, storage: Storage, home: own_code.Place) -> dict[str, Any]:
+    seal_test_split()
+    own_code.enter(home)
+    check_data_here(run)
+    teachers.fetch(run, storage)
+    on_saved = storage.on_saved(teachers.teacher_folder(run, storage.folder))
+    about = teachers.train_teacher(run, storage.folder, on_saved=on_saved)
+    teachers.upload(run, storage)
+    return about
+
+
+def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
+    if isinstance(space, Space):
+        return space, "sweep"
+    if isinstance(space, dict):
+        return build_space(space), "sweep"
+    return load_space(Path(space)), Path(space).stem
+
+
+def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
+    """Refuse what would be ignored: settings of Ray's that a space, or a trial, has its own word on."""
+    usual, usual_run = tune.TuneConfig(), tune.RunConfig()
+    problems = []
+    if tune_config.search_alg is not None:
+        problems.append(
+            "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner "
+            "of your own"
+        )
+    if tune_config.num_samples != usual.num_samples:
+        problems.append("tune_config.num_samples: the space says how many trials; set search.num_samples there")
+    if (tune_config.max_concurrent_trials or 0) < 0:
+        problems.append(
+            f"tune_config.max_concurrent_trials: 0 (no limit) or more, got {tune_config.max_concurrent_trials}"
+        )
+    for name in ("trial_name_creator", "trial_dirname_creator"):
+        if getattr(tune_config, name) is not None:
+            problems.append(f"tune_config.{name}: trials have names by which all else here finds them; leave it out")
+    if tune_config.chdir_to_trial_dir != usual.chdir_to_trial_dir:
+        problems.append("tune_config.chdir_to_trial_dir: Ray has given it up; set RAY_CHDIR_TO_TRIAL_DIR")
+    if tune_config.metric is not None and getattr(tune_config.scheduler, "metric", None) is not None:
+        problems.append("tune_config.metric: the scheduler has a metric of its own; give one of them")
+    if run_config.checkpoint_config not in (None, tune.CheckpointConfig()):
+        problems.append("run_config.checkpoint_config: trials keep their own checkpoints; see checkpoint_every_s")
+    if run_config.failure_config is not None and run_config.failure_config.fail_fast:
+        problems.append(
+            "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials "
+            "to 1 in the space"
+        )
+    if run_config.storage_filesystem != usual_run.storage_filesystem:
+        problems.append(
+            "run_config.storage_filesystem: an experiment goes to a directory, s3://BUCKET/PREFIX or "
+            "gs://BUCKET/PREFIX; say which with storage_path"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune.TuneConfig]:
+    """The space with what a `TuneConfig` says of its search, so that the experiment knows it, and the rest of that."""
+    metric, mode, seconds = tune_config.metric, tune_config.mode, tune_config.time_budget_s
+    search = space.search
+    if metric is not None and metric not in search.metrics[:1]:
+        if search.more_metrics:
+            raise ConfigError(
+                f"tune_config.metric: {metric}, and the space is searched for {', '.join(search.metrics)}"
+            )
+        try:
+            space = _with_search(space, metric=metric)
+        except ConfigError as error:
+            raise ConfigError(f"tune_config.{problem.removeprefix('search.')}" for problem in error.problems) from None
+    if mode is not None and mode != space.search.mode:
+        better = {"max": "the higher", "min": "the lower"}[space.search.mode]
+        raise ConfigError(f"tune_config.mode: {space.search.metric} is better {better} it is; leave {mode!r} out")
+    if seconds is not None:
+        space = _with_search(space, time_budget_s=getattr(seconds, "total_seconds", lambda: seconds)())
+        tune_config = dataclasses.replace(tune_config, time_budget_s=None)
+    return space, tune_config
+
+
+def _tuner(
+    space: Space,
+    experiment: Path,
+    lock: Lock,
+    callbacks: Sequence[tune.Callback],
+    tune_config: tune.TuneConfig,
+    run_config: tune.RunConfig,
+    searcher: OptunaSearcher,
+    on_budget: Callable[[str], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> tune.Tuner:
+    trials = searcher.remaining()
+    told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
+    budget = Budget(experiment, space, searcher, on_budget=on_budget)
+    losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
+    tune_config = dataclasses.replace(
+        tune_config,
+        metric=None if told else tune_config.metric or space.search.metric,
+        mode=None if told else tune_config.mode or space.search.mode,
+        search_alg=searcher,
+        scheduler=tune_config.scheduler or _scheduler(space, searcher),
+        num_samples=max(1, trials),
+        max_concurrent_trials=(
+            space.search.max_concurrent
+            if tune_config.max_concurrent_trials is None
+            else tune_config.max_concurrent_trials or None  # 0 is no limit
+        ),
+    )
+    banked = any(branch.example.banked for branch in space.branches)
+    callbacks = in_order(
+        lock,
+        TensorBoard(experiment / "tb", space, space.search.metric),
+        losses,
+        [*callbacks, *(run_config.callbacks or [])],
+        budget=budget,
+        labels=SoftLabels(experiment) if banked else None,
+        on_note=on_note,
+    )
+    verbose = _verbosity(run_config)
+    stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
+    if space.search.budgets:
+        stoppers.append(budget)
+    run_config = dataclasses.replace(run_config, stop=CombinedStopper(*stoppers) if stoppers else None)
+    return assemble(
+        space.example,
+        experiment,
+        tune_config,
+        run_config,
+        callbacks,
+        max_failures=space.search.max_failures,
+        verbose=verbose,
+    )
+
+
+def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
+    stopping, epochs = space.search.stopping, space.epochs
+    if isinstance(stopping, Asha):
+        first = [*stopping.rungs(epochs), epochs][0]
+        return SharingAsha(time_attr="epoch", max_t=epochs, grace_period=first, reduction_factor=stopping.factor)
+    return StudyStopping(searcher)
+
+
+class SharingFifo(FIFOScheduler):  # type: ignore[misc]
+    """Ray's order of trials, where those that are lost may need more of a GPU, or another one."""
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        give_larger_share(trial)
+        send_elsewhere(trial)
+        super().on_trial_error(tune_controller, trial)
+
+
+class SharingAsha(ASHAScheduler):  # type: ignore[misc]
+    """Ray's ASHA, where trials that share a GPU may run out of its memory."""
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        give_larger_share(trial)
+        send_elsewhere(trial)
+        super().on_trial_error(tune_controller, trial)
+
+
+class FullLength(tune.Stopper):  # type: ignore[misc]
+    """The user's own `RunConfig.stop`: a trial that it ends is of full length, and says so in its last result."""
+
+    def __init__(self, stop: Any) -> None:
+        if isinstance(stop, Mapping):
+            limits = dict(stop)
+            stop = FunctionStopper(lambda trial_id, result: _reached(limits, result))
+        self._stop = stop if isinstance(stop, tune.Stopper) else FunctionStopper(stop)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        over = bool(self._stop(trial_id, result))
+        if over and not result.get("failed"):
+            result[FULL_LENGTH] = True
+        return over
+
+    def stop_all(self) -> bool:
+        return bool(self._stop.stop_all())
+
+
+def _reached(limits: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    told = flatten_dict(result)
+    return any(name in told and told[name] >= limit for name, limit in limits.items())
+
+
+def assemble(
+    config: TrainConfig,
+    experiment: Path,
+    tune_config: tune.TuneConfig,
+    run_config: tune.RunConfig,
+    callbacks: Sequence[tune.Callback],
+    *,
+    max_failures: int,
+    verbose: Any = 0,
+) -> tune.Tuner:
+    """A Tuner over `StudentTrial` in an experiment's directory.
+
+    Args:
+        config: says what each trial needs of the cluster.
+        tune_config: with a searcher whose proposals have a `trial` section (see `OptunaSearcher`).
+        callbacks: all of them.
+        max_failures: times that a trial whose process was lost in the same epoch is started again (see `Losses`).
+        verbose: how much Ray says.
+    """
+    os.environ.update(_TUNE_SETTINGS)
+    experiment = experiment.absolute()
+    keep_keys_at_home()
+    shun_nobody()
+    at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, max(1, room_for(config))
+    more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
+    # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room // 8, more))
+    if config.workers > 1 or room >= MANY or more:  # else Tune would ask for more trials than there is room for
+        searcher, at_once = Room(searcher, config, at_once or sys.maxsize, more), None
+    return tune.Tuner(
+        tune.with_resources(StudentTrial, lambda proposal: resources_of(config)),  # asked for each trial
+        tune_config=dataclasses.replace(
+            tune_config,
+            search_alg=searcher,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=dataclasses.replace(
+            run_config,
+            # where Ray stages files is named by this and by the second: the whole path, so that no two are alike
+            name=str(trials_folder(experiment).relative_to(experiment.anchor)),
+            storage_path=experiment.anchor,
+            callbacks=list(callbacks),
+            failure_config=(
+                run_config.failure_config
+                if run_config.failure_config not in (None, tune.FailureConfig())
+                else tune.FailureConfig(max_failures=max_failures)
+            ),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=verbose,
+        ),
+    )
+
+
+def _verbosity(run_config: tune.RunConfig) -> Any:
+    """How much Ray says: nothing, unless the user has asked for it."""
+    said = getattr(run_config, "_verbose", None)  # as it was given, which Ray keeps
+    if said is not None:
+        return said
+    return 1 if run_config.progress_reporter is not None else 0
+
+
+class Room(ConcurrencyLimiter):  # type: ignore[misc]
+    """Lets as many trials begin as there is room for now, since nodes come and go.
+
+    Args:
+        most: trials at a time, whatever the room.
+        more: trials that may wait for nodes that an autoscaler starts.
+    """
+
+    def __init__(self, searcher: Searcher, config: TrainConfig, most: int, more: int) -> None:
+        super().__init__(searcher, max_concurrent=1)
+        self._config, self._most, self._more, self._looked = config, most, more, -math.inf
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """A proposal, or None: not now."""
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
+        found: dict[str, Any] | None = super().suggest(trial_id)
+        return found
+
+
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours write less, and in one place
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one trial without its metric is one failed trial
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ray's own snapshot at the end alone: sweeps go on from the study, and 10,000 trials make 189 MiB of it
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+}
+
+
+def _trial_name(trial: Any) -> str:
+    return Assignment.of(trial.config).name
+
+
+def no_node_left(error: BaseException | None) -> str | None:
+    """A sentence about the node that was the last to get trials, if that is what an error came of."""
+    while error is not None:
+        if isinstance(error, NoNodeLeft):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """A sentence about the disk that is full, read-only or gone, if that is what an error came of."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror or error}"
+        if isinstance(error, OperationalError):
+            return f"search.storage: {str(error.orig).splitlines()[0]}"
+        error = error.__cause__ or error.__context__
+    return None

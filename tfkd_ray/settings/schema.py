@@ -1,0 +1,139 @@
+"""Settings, YAML and the sentences that say what is wrong with them.
+
+Every configuration object of the package is a `Settings`: frozen, no unknown keys, its default, range and unit
+beside the field. Whatever a person can get wrong ends as a `ConfigError`, which names file, field, rule and value.
+"""
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.passwords import masked
+
+
+class Settings(BaseModel):
+    """Base of all configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Settings that a later release added: a fingerprint leaves them out while they have their default, which must be
+    neutral, so that what was made before them keeps its name."""
+
+    def content(self) -> dict[str, Any]:
+        """These settings as JSON, for fingerprints: without what is `later` and at its default."""
+        tree = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in self.later and value == field.get_default(call_default_factory=True):
+                del tree[name]
+            elif isinstance(value, Settings):
+                tree[name] = value.content()
+            elif isinstance(value, tuple | list) and any(isinstance(item, Settings) for item in value):
+                tree[name] = [item.content() if isinstance(item, Settings) else item for item in value]
+        return tree
+
+    def __init__(self, /, **settings: Any) -> None:
+        """Settings by name; what is wrong with them is a ConfigError."""
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(problems_of(error, type(self))) from None
+
+    # pydantic's own word for "as usual": settings below others are then validated with them, every problem at once
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def named(value: Any) -> Any:
+    """Let `student: mlp` stand for `student: {name: mlp}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+# --- pydantic's errors as sentences ----------------------------------------------------------------------------
+
+
+_S = TypeVar("_S", bound="Settings")
+
+
+def validated(model: type[_S], tree: Any, source: str | Path | None = None) -> _S:
+    """`tree` as a `model`, or a ConfigError with one sentence for each problem."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, model), source) from None
+
+
+def problems_of(error: ValidationError, model: type[Settings]) -> list[str]:
+    """One sentence for each problem pydantic found, led by the dotted path of the field."""
+    return [line for e in error.errors(include_url=False) for line in _sentence(dict(e), model).splitlines()]
+
+
+def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
+    loc = tuple(e["loc"])
+    path = dotted(loc) or "(the file)"
+    kind, value = e["type"], e["input"]
+    got = masked(repr(value))
+    if kind == "extra_forbidden":
+        known = settings_at(model, loc[:-1])
+        return f"{path}: no such setting; {did_you_mean(str(loc[-1]), known)}"
+    if kind == "union_tag_invalid":
+        tags = [t.strip(" '") for t in e["ctx"]["expected_tags"].split(",")]
+        return f"{path}: no such name {masked(repr(e['ctx']['tag']))}; {did_you_mean(e['ctx']['tag'], tags)}"
+    if kind == "literal_error" and isinstance(value, str):
+        names = re.findall(r"'([^']*)'", e["ctx"]["expected"])
+        return f"{path}: no such name {got}; {did_you_mean(value, names)}"
+    if kind == "union_tag_not_found":
+        return f"{path}: needs a 'name', got {got}"
+    if kind == "missing":
+        return f"{path}: required, and not given"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{path}: needs settings below it (key: value), got {got}"
+    if kind == "value_error":
+        message = str(e["ctx"]["error"])
+        return message if not loc else f"{path}: {message}"
+    return f"{path}: {e['msg']}, got {got}"
+
+
+def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
+    """Names of the settings at a path of pydantic's (which names the member of a union by its tag)."""
+    found: list[type[Settings]] = [model]
+    for part in loc:
+        if isinstance(part, int):  # a place in a list
+            continue
+        inside = [f for m in found for name, f in m.model_fields.items() if name == part]
+        found = [m for f in inside for m in members(f)] if inside else [m for m in found if tag(m) == part]
+    return {name for m in found for name in m.model_fields}
+
+
+def members(field: FieldInfo) -> list[type[Settings]]:
+    """The Settings classes that may stand in a field, or in its list: one, the members of a union, or none."""
+    found = list(leaves(field.annotation))
+    found += [t for a in found if typing.get_origin(a) in (tuple, list) for t in leaves(typing.get_args(a)[0])]
+    return [t for t in found if isinstance(t, type) and issubclass(t, Settings)]
+
+
+def tag(model: type[Settings]) -> str | None:
+    """The value of a Settings class's `name: Literal[...]`, which picks it from a union."""
+    field = model.model_fields.get("name")
+    args = typing.get_args(field.annotation) if field else ()
+    return args[0] if len(args) == 1 else None
+
+
+def leaves(annotation: Any) -> Iterator[Any]:
+    """The types that may stand at an annotation: the members of its unions."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        args = typing.get_args(annotation)
+        for arg in args[:1] if origin is typing.Annotated else args:
+            yield from leaves(arg)
+    else:
+        yield annotation

@@ -1,0 +1,304 @@
+"""TODO settings.yaml."""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.files import legible, opened
+
+MOST_BYTES = 2**20
+"""Of a YAML file; a hundred times what the largest of ours has. Reading it takes seconds at most."""
+MAX_NODES = 100_000
+"""Most values a YAML file may hold once its aliases are expanded."""
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2 (1e-4 is a number, `on` and `1:30` are text) and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    _composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._composed += 1
+        if self._composed > MAX_NODES:  # before the rest of the file is read
+            message = f"more than {MAX_NODES} values"
+            raise yaml.constructor.ConstructorError(None, None, message, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def compose_document(self) -> yaml.Node | None:
+        node = super().compose_document()
+        if node is not None:
+            _expanded_size(node, {}, set())
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # a value that its type does not have
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"this is no {kind}", node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
+            if key in own:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            own.add(key)
+        self.flatten_mapping(node)  # `<<` brings keys, which the mapping's own replace
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            mapping[self.construct_object(key_node, deep=True)] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
+_SCALARS = [
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("merge", r"<<", "<"),
+]
+for _kind, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^$"), [""])
+
+
+def _mapping(loader: _Loader, node: Any) -> dict[Any, Any]:
+    return loader.construct_mapping(node)
+
+
+def _int(loader: _Loader, node: Any) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
+    """Values below a node, aliases expanded; refuses files that would explode or that contain themselves."""
+    if id(node) in open_nodes:
+        raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
+    if id(node) not in sizes:
+        open_nodes.add(id(node))
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes, open_nodes) for part in below)
+        open_nodes.remove(id(node))
+        if sizes[id(node)] > MAX_NODES:
+            message = f"more than {MAX_NODES} values once its aliases are expanded"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+    return sizes[id(node)]
+
+
+class _OthersLoader(_Loader):
+    """The same for files that somebody else reads too: notes what YAML 1.1, or Go's mix of both, reads otherwise."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.differing: list[str] = []
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        tagged = event.tag is not None and event.tag.startswith("tag:yaml.org,2002:") and not event.tag.endswith(":str")
+        if (tagged or (event.style is None and event.tag is None)) and _is_ambiguous(node):
+            where = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+            self.differing.append(
+                f"{where}: {node.value}: YAML 1.1 and YAML 1.2 read it as different values, and so may those who read "
+                "this file; quote it if it is text, else write true, false or a decimal number (10, 0.5)"
+            )
+        return node
+
+
+_GO = re.compile(r"[yYnN]|0o[0-7_]+|[-+]?0[xXbBoO][0-9a-fA-F_]+")
+"""What Go's YAML, which kubectl uses, takes for a truth value or a number, and YAML 1.1 or 1.2 for text."""
+
+
+def _is_ambiguous(node: yaml.ScalarNode) -> bool:
+    """Whether YAML 1.1, as Ray's launcher reads it, or Go's reads a plain scalar otherwise than YAML 1.2."""
+    if _GO.fullmatch(node.value):
+        return True
+    found: list[str] = []
+    for kind in (yaml.SafeLoader, _Loader):
+        reader = kind("")
+        tag = reader.resolve(yaml.ScalarNode, node.value, (True, False))
+        if tag == "tag:yaml.org,2002:merge":
+            found.append(tag)
+            continue
+        try:
+            found.append(repr(reader.construct_object(yaml.ScalarNode(tag, node.value, node.start_mark))))
+        except (ValueError, yaml.YAMLError):  # 2026-99-99, `=`
+            return True
+    return found[0] != found[1]
+
+
+def parse_documents(text: str, source: str | Path) -> list[Any]:
+    """The values of a file's YAML documents, empty ones left out, where Ray or Kubernetes is who will read it.
+
+    Scalars that they may read otherwise than YAML 1.2 are a ConfigError, all of them at once.
+    """
+    loader = _OthersLoader("")
+
+    def load(text: str) -> list[Any]:
+        nonlocal loader
+        loader = _OthersLoader(text)
+        found = []
+        while loader.check_data():  # type: ignore[no-untyped-call]
+            found.append(loader.get_data())
+        return [value for value in found if value is not None]
+
+    documents: list[Any] = _parsed(text, source, load)
+    if loader.differing:
+        raise ConfigError(loader.differing[:20], source)
+    return documents
+
+
+def parse_yaml(text: str, source: str | Path) -> Any:
+    """The value of a YAML document, or a ConfigError with line, column and rule."""
+    return _parsed(text, source, lambda text: yaml.load(text, Loader=_Loader))
+
+
+def _parsed(text: str, source: str | Path, load: Callable[[str], Any]) -> Any:
+    """What `load` makes of a text; whatever is wrong with it is a ConfigError."""
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", source)
+    try:
+        return load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        if "\t" in line:
+            raise ConfigError(f"{where}: a tab, and YAML indents with spaces only; replace it", source) from None
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}: not YAML: {reason}", source) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        where = f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+        raise ConfigError(f"{where}: not YAML: {str(error).splitlines()[0]}", source) from None
+    except RecursionError:
+        raise ConfigError("not YAML: nested too deeply", source) from None
+
+
+def text_of(path: Path, *, follow: bool = True) -> str:
+    """The text of a YAML file, or of what a link names if `follow`; whatever can go wrong is a ConfigError."""
+    if "\0" in str(path):
+        raise ConfigError("no file has such a name: there is a zero byte in it", repr(str(path)))
+    if path.is_dir():
+        raise ConfigError("is a directory, not a file; name a YAML file in it", path)
+    try:
+        with opened(path, follow=follow) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", path)
+        return content.decode("utf-8")
+    except FileNotFoundError:
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = [p.name for p in folder.glob("*.yaml")]
+        hint = f"; {did_you_mean(path.name, near)}" if near else ""
+        raise ConfigError(f"no such file (looked from {Path.cwd()}){hint}", path) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"not a text file in UTF-8: byte {error.start} is {error.object[error.start]:#x}", path
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", path) from None
+
+
+def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
+    """The mapping in a YAML file, or in what a link names if `follow`; whatever can go wrong is a ConfigError."""
+    tree = parse_yaml(text_of(path, follow=follow), path)
+    if tree is None:
+        raise ConfigError("is empty; it needs at least an 'objective:'", path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"must be settings (key: value), got a {type(tree).__name__}", path)
+    return tree
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML text that `parse_yaml` reads back as the same tree; a `name` comes first."""
+    return yaml.dump(_name_first(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _name_first(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _name_first(tree[k]) for k in sorted(tree, key=lambda k: k != "name")}
+    return [_name_first(v) for v in tree] if isinstance(tree, list | tuple) else tree
+
+
+class _Dumper(yaml.SafeDumper):
+    """No aliases, and quotes around text that a reader of YAML 1.1 or of 1.2 would take for something else."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text; with quotes where a terminal may not get it as it is, and what is shown instead means the same."""
+        style = None if legible(data) == data else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def in_yaml(value: Any) -> str:
+    """A value on one line, as a YAML file has it: null, true, 1, and "true", "1" for the texts."""
+    if isinstance(value, str):
+        return value if _is_plain(value) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {in_yaml(below)}" for key, below in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(in_yaml, value)) + "]"
+    return json.dumps(value)
+
+
+@functools.lru_cache(10_000)
+def _is_plain(text: str) -> bool:
+    """Whether text is read as text without quotes."""
+    if not text or text != text.strip() or legible(text) != text or "\n" in text or text[0] in "\"'[{":
+        return False
+    resolvers = (*_Loader.yaml_implicit_resolvers.get(text[0], ()), *_Loader.yaml_implicit_resolvers.get("", ()))
+    return not any(pattern.match(text) for _, pattern in resolvers)
+
+
+def find_file(path: str | Path, folder: str, *, suffix: str = ".yaml") -> Path:
+    """`path` itself, or the file of that name that ships with the package in `folder` (also without its suffix)."""
+    given = Path(path)
+    if given.is_absolute() or "\0" in str(path) or given.exists() or given.suffix not in ("", suffix):
+        return given
+    inside = given.relative_to(folder) if given.is_relative_to(folder) else given
+    package = Path(__file__).parent.parent
+    roots = (package, package.parent)
+    shipped = [root / folder / inside.with_suffix(suffix) for root in roots]
+    return next((p for p in shipped if p.exists() and ".." not in inside.parts), given)

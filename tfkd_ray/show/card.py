@@ -1,0 +1,149 @@
+"""TODO show.card."""
+
+import importlib.metadata
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.loop import LOOP_VERSION
+from tfkd_ray.learn.teachers import known_of, teacher_name
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.show.chosen import GRAPH, ONNX, OPSET, Chosen, _listed
+
+# --- the card --------------------------------------------------------------------------------------------------
+
+
+def _header(chosen: Chosen, licence: str | None) -> dict[str, str]:
+    """What the weights say about themselves."""
+    data = chosen.config.data
+    mean, std = data.statistics()
+    return {
+        "format": "pt",
+        "name": chosen.name,
+        "run": chosen.config.fingerprint(LOOP_VERSION),
+        "student": json.dumps(chosen.config.student.model_dump(mode="json")),
+        "data": data.name,
+        "shape": json.dumps(data.shape),
+        "num_classes": str(data.num_classes),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "license": licence or "none given",
+        "tfkd_ray": importlib.metadata.version("tfkd_ray"),
+    }
+
+
+def _card(chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str | None) -> Iterator[str]:
+    config = chosen.config
+    data, objective = config.data, config.objective.name
+    given = {"license": licence} if licence else {"license": "other", "license_name": "none-given"}
+    about = {"pipeline_tag": "image-classification", "tags": ["knowledge-distillation", "tfkd_ray", objective]}
+    yield "---"
+    yield dump_yaml({**given, "library_name": "pytorch", **about}).rstrip()
+    yield "---"
+    yield f"\n# {config.student.name} trained with {objective} on {data.name}"
+    yield f"\n`{chosen.name}`, written by tfkd_ray {importlib.metadata.version('tfkd_ray')}."
+    yield from _use(config, result)
+    yield "\n## How it was chosen\n"
+    yield "\n\n".join([*chosen.selection, *notes])
+    if measured := {k: v for k, v in chosen.metrics.items() if k.startswith("val_")}:
+        yield f"\nOn validation, after epoch {chosen.metrics['epoch']:.0f}:\n\n| metric | value |\n|---|---:|"
+        yield from (f"| {key} | {value:.4f} |" for key, value in measured.items())
+    elif not data.val_fraction:
+        yield "\nThere is no value on validation: it was trained on, too."
+    yield "\n## Does it help? The verdict\n"
+    yield from chosen.verdict
+    yield "\n## Recipe\n"
+    tree = config.model_dump(mode="json")
+    yield "```yaml"
+    yield dump_yaml(
+        {k: tree[k] for k in ("objective", "epochs", "optim", "schedule", "augment", "init", "seed")}
+    ).rstrip()
+    yield "```"
+    yield "\n## Teacher\n"
+    yield from _teacher(chosen)
+    yield "\n## Licence\n"
+    yield f"{licence}." if licence else "None given: ask whoever trained it. `tfkd export --licence NAME` names one."
+    yield "The data have terms of their own."
+    yield from _again(chosen)
+
+
+def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
+    """Input, output, files."""
+    data = config.data
+    channels, height, width = data.shape
+    mean, std = data.statistics()
+    yield "\n## Use\n"
+    if GRAPH in result["differences"]:
+        yield "```python\nimport torch"
+        yield f'student = torch.export.load("{GRAPH}").module()'
+        yield f"logits = student(images)  # uint8 [B, {channels}, {height}, {width}], any B\n```\n"
+    yield f"- Input: uint8 images [B, {channels}, {height}, {width}], with the values that {data.name} has."
+    if data.streams:
+        yield f"  The shorter side is resized to {round(height * 256 / 224)} and the centre cut out; RGB."
+    yield "- Normalisation is inside the graphs. The bare weights want (image - mean) / std of each channel, with"
+    yield f"  mean {_listed(mean)} and std {_listed(std)} (pixels 0 to 255)."
+    order = "the sorted names of its class folders" if data.streams else "the data set's own order"
+    yield f"- Output: logits of {data.num_classes} classes, 0 to {data.num_classes - 1}, in {order}."
+    if result["differences"]:
+        yield f"\nCompared with the student on {result['images']} images of {result['split']}:\n"
+        yield "| file | largest difference of logits | of the largest logit |\n|---|---:|---:|"
+        for name, found in result["differences"].items():
+            share = found["largest"] / found["scale"] if found["scale"] else 0.0
+            yield f"| {name} | {found['largest']:.2g} | {share:.1g} of {found['scale']:.3g} |"
+    if GRAPH in result["differences"]:
+        yield f"\n`{GRAPH}` was written by torch {torch.__version__}, and older ones may not read it."
+    if ONNX in result["differences"]:
+        yield f"`{ONNX}` is of opset {OPSET}, with input `images` and output `logits`."
+    for name, reason in result["problems"].items():
+        yield f"\n`{name}` is not here, as the network could not be exported to it: `{reason}`"
+
+
+def _teacher(chosen: Chosen) -> Iterator[str]:
+    run = chosen.config.teacher_run()
+    if run is None:
+        yield "No trained teacher: the objective needs none."
+        return
+    try:
+        about = known_of(run, chosen.storage)
+    except ValueError as error:
+        raise ConfigError(f"damaged: {error}", chosen.storage / "teachers" / teacher_name(run)) from None
+    if about is None:
+        yield f"`{teacher_name(run)}` (fingerprint `{run.fingerprint(LOOP_VERSION)}`)."
+        yield "Its files are not beside this student's, so no more is known of it here."
+        return
+    yield f"`{about['name']}` (fingerprint `{about['name'].rpartition('-')[2]}`)."
+    weights = about["config"].get("weights")
+    if weights:
+        name = weights if weights.startswith("torchvision") else Path(weights).name
+        yield f"Its weights are from elsewhere (`{name}`); what they were trained on is not known."
+    else:
+        epochs = f"{about['metrics']['epoch']:.0f} of {run.epochs} epochs"
+        yield f"A {run.student.name} trained with {run.objective.name}, {epochs}, seed {run.seed}."
+    yield from (f"- {k}: {v:.4f}" for k, v in about["metrics"].items() if k.startswith("val_"))
+    yield f"- SHA-256 of its weights: `{about['sha256']}`; trained with torch {about['torch']}"
+
+
+def _again(chosen: Chosen) -> Iterator[str]:
+    """How to reproduce it."""
+    made, config = chosen.made, chosen.config
+    versions = made.get("versions") or {}
+    yield "\n## Train it again\n"
+    if versions:
+        pins = " ".join(f"{name}=={version}" for name, version in versions.items() if name != "python")
+        yield f"```sh\n# Python {versions.get('python')}\npip install {pins}\ntfkd train config.yaml\n```\n"
+    else:
+        yield "```sh\ntfkd train config.yaml\n```\n"
+        yield "Which versions trained it was not written down."
+    yield "With the same versions and `cpus_per_worker` on a CPU of the same type the weights are the same to the bit."
+    yield "`config.yaml` says where the data were on that machine: set `data.root` if they are elsewhere.\n"
+    if command := made.get("command"):
+        yield f"- First made by: `{shlex.join(['tfkd', *map(str, command[1:])])}`, {made.get('created', 'undated')}"
+    yield f"- git commit where that was called: {made.get('git_commit') or 'none known'} (+: with changes)"
+    yield f"- Seeds: training {config.seed}, split {config.data.split_seed}"
+    yield f"- Run: `{config.fingerprint(LOOP_VERSION)}`, loop version {LOOP_VERSION}"

@@ -1,0 +1,335 @@
+"""TODO show.chosen."""
+
+import os
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.learn.checkpoint import WEIGHTS
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import read_yaml
+from tfkd_ray.space.arms import read_comparison
+from tfkd_ray.store.experiment import (
+    Record,
+    best,
+    damaged,
+    parse_json,
+    read_experiment,
+    read_metrics,
+    read_record,
+    read_records,
+    read_text,
+    selection_metric,
+    trials_folder,
+)
+from tfkd_ray.verdict.scores import Score, ranked, score_of
+from tfkd_ray.verdict.verdict import Metric
+
+OPSET = 20
+"""Of ONNX: the one that ONNX 1.15 brought, and torch's default."""
+GRAPH, ONNX, SUMS = "student.pt2", "student.onnx", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The student to export, and what its files say about it."""
+
+    name: str
+    folder: Path
+    """Holds its weights."""
+    storage: Path
+    """Holds `teachers/`, and comparisons."""
+    config: TrainConfig
+    metrics: dict[str, float]
+    """Of its last epoch."""
+    selection: list[str]
+    """How it was chosen: paragraphs."""
+    verdict: list[str]
+    """What a comparison says: the lines of the card's section."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """Command, versions, git commit, seeds, as they were written down when it was trained; empty where they were not.
+    """
+
+
+# --- which student ---------------------------------------------------------------------------------------------
+
+
+def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Chosen:
+    """The student that `source` stands for, see `export`; a ConfigError where there is none."""
+    if not source.is_dir():
+        what = (
+            "is a file; name the folder it is in" if source.exists() else f"no such folder (looked from {Path.cwd()})"
+        )
+        raise ConfigError(what, source)
+    if (source / "confirm.yaml").is_file():
+        with damaged(source / "confirm.json"):
+            return _of_comparison(source, arm, seed)
+    if arm is not None or seed is not None:
+        given = "--arm" if arm is not None else "--seed"
+        raise ConfigError(
+            f"{given}: picks a run of a comparison, and there is no confirm.yaml here; leave it out", source
+        )
+    if (source / "experiment.yaml").is_file():
+        records = read_records(source)
+        winner = best(records, selection_metric(source))
+        if winner is None:
+            raise ConfigError(
+                f"no trial of full length yet ({len(records)} trials), so none has weights; go on with: tfkd resume "
+                f"{shlex.quote(str(source))}",
+                source,
+            )
+        return _of_trial(winner, source)
+    if (source / "trial.json").is_file():
+        record, above = read_record(source), source.parent.parent
+        if (above / "confirm.yaml").is_file():
+            with damaged(above / "confirm.json"):
+                return _of_comparison(above, record.parameters.get("arm"), record.parameters.get("seed"))
+        return _of_trial(record, above)
+    if (source / "config.yaml").is_file():
+        return _of_run(source)
+    raise ConfigError(
+        "holds no student: an experiment has experiment.yaml, a comparison confirm.yaml, a trial trial.json, and what "
+        "tfkd train made config.yaml",
+        source,
+    )
+
+
+def _of_trial(record: Record, experiment: Path) -> Chosen:
+    """A trial of a sweep."""
+    path = record.folder / "trial.json"
+    if record.status != "done":
+        reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
+        raise ConfigError(f"{record.status}{reason}; only a trial of full length has weights to export", path)
+    config = validated(TrainConfig, record.config, path)
+    metric = selection_metric(experiment)
+    records = read_records(experiment)
+    winner = best(records, metric)
+    value = f"{metric} {record.last[metric]:.4f}"
+    if winner is not None and winner.name == record.name:
+        full = sum(r.status == "done" for r in records)
+        text = (
+            f"The best of {len(records)} trials of the sweep `{experiment.name}` on validation ({full} of full "
+            f"length): {value} after its last epoch. It was selected by this number, which is therefore flattering: of "
+            "many trials the luckiest is always ahead of its true value."
+        )
+    else:
+        ahead = f"; its best trial is `{winner.name}` with {winner.last[metric]:.4f}" if winner else ""
+        text = (
+            f"Trial `{record.name}` of the sweep `{experiment.name}` ({len(records)} trials), picked by hand: {value} "
+            f"on validation after its last epoch{ahead}."
+        )
+    about = read_experiment(experiment)
+    return Chosen(
+        name=f"{experiment.name}/{record.name}",
+        folder=record.folder,
+        storage=experiment.parent,
+        config=config,
+        metrics=record.last,
+        selection=[text],
+        verdict=_found_verdicts(experiment.parent, config),
+        made={key: about[key] for key in MADE if key in about},
+    )
+
+
+def _of_run(folder: Path) -> Chosen:
+    """What `tfkd train` made."""
+    config = validated(TrainConfig, read_yaml(folder / "config.yaml"), folder / "config.yaml")
+    metrics = read_metrics(folder)
+    if not (folder / WEIGHTS).is_file():
+        done = f"{metrics[-1]['epoch']:.0f}" if metrics else "none"
+        raise ConfigError(
+            f"not finished: no {WEIGHTS} in it, {done} of {config.epochs} epochs done; the same tfkd train command "
+            "goes on",
+            folder,
+        )
+    return Chosen(
+        name=folder.name,
+        folder=folder,
+        storage=folder.parent,
+        config=config,
+        metrics=metrics[-1] if metrics else {},
+        selection=["A single run. What else was tried before it was chosen is not known here."],
+        verdict=_found_verdicts(folder.parent, config),
+    )
+
+
+def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen:
+    """A run of a comparison."""
+    compared, result = read_comparison(directory), _outcome(directory)
+    if result is None:
+        raise ConfigError(
+            f"not finished: not judged yet, no confirm.json in it; go on: tfkd resume {shlex.quote(str(directory))}",
+            directory,
+        )
+    arms = {found["name"]: found for found in result["arms"]}
+    if arm is not None and arm not in arms:
+        raise ConfigError(f"--arm: no arm {arm!r}; {did_you_mean(arm, arms)}", directory)
+    metric = score_of(compared.arms.metric)
+    name = arm if arm is not None else _best_arm(result, metric)
+    runs = {run["seed"]: run for run in arms[name]["runs"]} if name is not None else {}
+    done = [s for s, run in runs.items() if run["status"] == "done"]
+    if name is None or not done:
+        raise ConfigError(
+            f"{name or 'no arm'}: no run was trained to the end; see {trials_folder(directory)}", directory
+        )
+    if seed is not None and seed not in done:
+        why = f"{runs[seed]['status']}: {runs[seed].get('reason', '')}" if seed in runs else "no such seed"
+        raise ConfigError(f"--seed: {name} with {seed}: {why}; trained to the end: {_listed(done)}", directory)
+    wanted = (name, done[0] if seed is None else seed)
+    run = next((r for r in compared.runs_on_data if (r.arm, r.seed) == wanted), None)
+    if run is None:
+        raise ConfigError(
+            f"confirm.json has a run of {wanted[0]} with seed {wanted[1]}, confirm.yaml has none", directory
+        )
+    folder = trials_folder(directory) / run.name
+    about = read_yaml(directory / "confirm.yaml")
+    return Chosen(
+        name=f"{directory.name}/{run.name}",
+        folder=folder,
+        storage=directory.parent,
+        config=run.config,
+        metrics=(read_metrics(folder) or [{}])[-1],
+        selection=_arm_selection(
+            result, metric, directory, name, run.seed, by_hand=(arm is not None, seed is not None)
+        ),
+        verdict=_verdict(result, directory, name),
+        made={key: about[key] for key in MADE if key in about},
+    )
+
+
+def _outcome(directory: Path) -> dict[str, Any] | None:
+    """What confirm.json says; None where there is none."""
+    with damaged(path := directory / "confirm.json"):
+        found: dict[str, Any] | None = parse_json(read_text(path)) if os.path.lexists(path) else None
+    return found
+
+
+def _values(arm: dict[str, Any], metric: Score) -> list[float]:
+    """On the test split, by seed, as the comparison measured them."""
+    return [run[metric.name] for run in arm["runs"] if metric.name in run]
+
+
+def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
+    """The candidate that is better than every baseline, and of several, or where none is, the one with the best mean.
+
+    'Cannot tell' goes before nothing: an arm with few seeds and a poor mean gets it easily. Without candidates any arm.
+    """
+    words = {c["name"]: c["verdict"] for found in result["verdicts"] for c in found["candidates"]}
+    judged = [arm for arm in result["arms"] if _values(arm, metric)]
+    best_first = ranked(judged, metric.key, lambda arm: statistics.fmean(_values(arm, metric))) or judged
+
+    def place(arm: dict[str, Any]) -> tuple[bool, bool]:
+        return arm["role"] == "candidate", words.get(arm["name"]) == "better"
+
+    return max(best_first, key=place)["name"] if best_first else None
+
+
+def _arm_selection(
+    result: dict[str, Any], metric: Score, directory: Path, name: str, seed: int, *, by_hand: tuple[bool, bool]
+) -> list[str]:
+    arms = {arm["name"]: arm for arm in result["arms"]}
+    candidates = sum(arm["role"] == "candidate" for arm in result["arms"])
+    if by_hand[0]:
+        chosen = f"Arm `{name}` of the comparison `{directory.name}`, picked by hand"
+    elif not candidates:
+        chosen = f"Arm `{name}`: the best mean of the comparison `{directory.name}`, which has no candidates"
+    else:
+        chosen = (
+            f"Arm `{name}`: of the {candidates} candidates of the comparison `{directory.name}` the first by verdict "
+            "(better than every baseline, or not), then by mean"
+        )
+        if candidates > 1:
+            chosen += "; that is a choice by the test split, and flatters the mean a little"
+    which = "picked by hand" if by_hand[1] else "the first that was trained to the end, not the best"
+    values = _values(arms[name], metric)
+    own = next(run for run in arms[name]["runs"] if run["seed"] == seed)
+    texts = [f"{chosen}. Seed {seed}: {which}. Trained on {result['trained_on']}."]
+    if values and metric.name in own:
+        spread = ""
+        if len(values) > 1:
+            spread = f" ± {metric.number(statistics.stdev(values))} (standard deviation)"
+        texts.append(
+            f"Test {metric.label} of this run: {metric.show(own[metric.name])}. To be expected is the mean over all "
+            f"{len(values)} seeds: {metric.show(statistics.fmean(values))}{spread}."
+        )
+    return texts
+
+
+# --- what a comparison says ------------------------------------------------------------------------------------
+
+NOT_CONFIRMED = (
+    "**Not confirmed.** No comparison of this configuration with its baselines over several seeds was found, so "
+    "nothing is known about whether distillation helped; `tfkd confirm` makes one."
+)
+MADE = ("created", "command", "versions", "git_commit", "seeds")
+
+
+def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
+    """What the comparisons beside an experiment say about a configuration."""
+    lines, unread, wanted = list[str](), list[str](), _recipe_print(config)
+    for path in sorted(storage.glob("*/confirm.json")):
+        directory = path.parent
+        try:
+            compared, result = read_comparison(directory), _outcome(directory)
+        except ConfigError as error:
+            unread += ["", f"The comparison `{directory.name}` could not be read: {error.problems[0]}"]
+            continue
+        for arm in compared.arms.arms:
+            if result is not None and _recipe_print(arm.config) == wanted:
+                lines += ["", *_verdict(result, directory, arm.name)]
+                lines += [
+                    "",
+                    "That is about the configuration, trained anew with other seeds. These weights are not among those "
+                    "that were judged, and have not seen the test split.",
+                ]
+    return [*(lines[1:] or [NOT_CONFIRMED]), *unread]
+
+
+def _recipe_print(config: TrainConfig) -> str:
+    """Fingerprint of a configuration whatever its seeds, and whether validation is held out."""
+    teacher = config.teacher and config.teacher.model_copy(update={"seed": 0})
+    data = config.data.model_copy(update={"val_fraction": 0.0})
+    return config.model_copy(update={"seed": 0, "data": data, "teacher": teacher}).fingerprint()
+
+
+def _verdict(result: dict[str, Any], directory: Path, arm: str) -> list[str]:
+    """The verdict on an arm: a sentence, its comparisons with intervals, notes."""
+    opened = result["opened"][0]["when"][:10] if result["opened"] else "an unknown day"
+    where = f"Comparison `{directory.name}`, test split of {result['test']}, trained on {result['trained_on']}"
+    lines = [f"{where}; first opened on {opened}."]
+    if result["preset"]:
+        lines.append(f"Preset {result['preset']}: scaled down to see it run; its numbers say nothing about full runs.")
+    judged = [(found, c) for found in result["verdicts"] for c in found["candidates"] if c["name"] == arm]
+    if not judged:
+        role = next(a["role"] for a in result["arms"] if a["name"] == arm)
+        lines += ["", f"No verdict on `{arm}`: it is a {role} there, or had too few seeds to be judged."]
+        lines += [f"Of the others: {found['sentence']}." for found in result["verdicts"]]
+    for found, candidate in judged:
+        metric = Metric(**found["metric"])
+        lines += ["", f"**{candidate['sentence']}.**", ""]
+        lines += [f"| lead in {metric.name} over | lead | 95 % over seeds | 95 % over test images | n | p |"]
+        lines += ["|---|---:|---:|---:|---:|---:|"]
+        for c in candidate["comparisons"]:
+            images = "-" if c["images"] is None else _interval(metric, *c["images"])
+            lines.append(
+                f"| {c['over']} | {metric.show(c['lead'])}{metric.unit} | {_interval(metric, c['low'], c['high'])} | "
+                f"{images} | {len(c['seeds'])} | {'< 0.001' if c['p'] < 0.001 else format(c['p'], '.3f')} |"
+            )
+        if found["searched"]:
+            lines += ["", f"The candidates are the best of {found['searched']:,} configurations, on validation."]
+        lines += [line for note in found["notes"] for line in ("", f"Note: {note}.")]
+    others = tuple(f"{a['name']}: " for a in result["arms"] if a["name"] != arm)
+    return lines + [line for note in result["notes"] if not note.startswith(others) for line in ("", f"Note: {note}.")]
+
+
+def _interval(metric: Metric, low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else metric.interval(low, high)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values)

@@ -1,0 +1,334 @@
+"""A chosen student as a folder to give away: weights, configuration, graphs that run without this package, and a card.
+
+    README.md            model card: what it is, how it was chosen, the verdict or its absence, how to make it again
+    student.safetensors  weights; what they belong to is in the header
+    config.yaml          the resolved configuration: `tfkd train config.yaml` trains it again
+    student.pt2          torch.export: uint8 images in, logits out, any batch size; loads with torch alone
+    student.onnx         the same for ONNX, where asked for
+    SHA256SUMS           of all of these, as sha256sum writes it; see `verify`
+
+To add a form: a function like `_pt2` and its line in `_graphs`. The test split is never opened here.
+
+Shapes: images [B, C, H, W] uint8 in, logits [B, K] out.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from tfkd_ray.learn.checkpoint import WEIGHTS, load_weights, save_weights
+from tfkd_ray.learn.dataset import Dataset
+from tfkd_ray.learn.evaluate import EVAL_PIXELS
+from tfkd_ray.learn.loop import LOOP_VERSION
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import PART, check_writable, kind_of, write_text
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.show.card import _card, _header
+from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, OPSET, SUMS, Chosen, choose
+
+IMAGES = 256
+"""Images that the graphs are compared on, from validation, or from train where validation has fewer."""
+TOLERANCE = 1e-3
+"""Largest difference of logits that is let pass, as a fraction of the largest logit."""
+
+
+class ExportFailed(RuntimeError):
+    """An exported graph does not compute what the student computes."""
+
+
+class Difference(NamedTuple):
+    """How far an exported graph is from the student."""
+
+    largest: float
+    """Absolute difference of logits, over all images and classes."""
+    scale: float
+    """The largest absolute logit of the student."""
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    arm: str | None = None,
+    seed: int | None = None,
+    onnx: bool = False,
+    licence: str | None = None,
+) -> dict[str, Any]:
+    """Write a student's folder, whole or not at all; what comes back is below.
+
+    Args:
+        source: an experiment (its best full-length trial), a trial's folder, what `tfkd train` made, or a comparison.
+        arm: of a comparison. None: the candidate that is better than every baseline; of several, or where none is, the
+            one with the best mean on the test split.
+        seed: of a comparison. None: the first that was trained to the end.
+        licence: of the weights, as the Hugging Face Hub writes it (apache-2.0). None: the card says that none is given.
+
+    Returns:
+        `name`, `folder`, `files`, `split` and `images` (how many the graphs were compared on), `differences` (by file:
+        `largest` of logits, and the student's `scale`), `problems` (by file: why a graph could not be made) and
+        `confirmed` (whether a verdict is in the card).
+    """
+    source, out = source.expanduser().absolute(), out.expanduser().absolute()
+    _check(out, onnx, licence)
+    chosen = choose(source, arm, seed)
+    data = chosen.config.data
+    data.check()
+    network, notes = _network(chosen)
+    split, batches = _images(data)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _whole_folder(out) as part:
+        save_weights(part / WEIGHTS, network.state_dict(), _header(chosen, licence))
+        write_text(part / "config.yaml", dump_yaml(chosen.config.model_dump(mode="json")))
+        found, problems = _graphs(part, network, data, batches, onnx)
+        result: dict[str, Any] = {
+            "name": chosen.name,
+            "folder": str(out),
+            "split": split,
+            "images": sum(map(len, batches)),
+            "differences": {name: difference._asdict() for name, difference in found.items()},
+            "problems": problems,
+            "confirmed": chosen.verdict[:1] != [NOT_CONFIRMED],
+        }
+        write_text(part / "README.md", "\n".join(_card(chosen, result, notes, licence)) + "\n")
+        names = sorted(path.name for path in part.iterdir())
+        write_text(part / SUMS, "".join(f"{_sha256(part / name)}  {name}\n" for name in names))
+    return {**result, "files": [*names, SUMS]}
+
+
+def verify(folder: Path) -> list[str]:
+    """Names of an exported folder's files, all of which are as they were written, or a ConfigError.
+
+    Finds damage, and changes by whoever leaves SHA256SUMS alone; it is no signature.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        raise ConfigError(f"not an exported student: there is no {SUMS} in it", folder)
+    listed, problems = dict[str, str](), list[str]()
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
+        if match is None:
+            problems.append(f"{SUMS}: line {number} is not a checksum and a name: {line[:80]!r}")
+        else:
+            listed[match[2]] = match[1]
+    for name, expected in listed.items():
+        if not (folder / name).is_file():
+            problems.append(f"{name}: missing; {SUMS} lists it")
+        elif _sha256(folder / name) != expected:
+            problems.append(f"{name}: changed: its SHA-256 is not the one in {SUMS}; get it again")
+    there = {p.name for p in folder.iterdir()} - {SUMS}
+    problems += [f"{name}: not in {SUMS}: it was added later" for name in sorted(there - set(listed))]
+    problems += [] if listed else [f"{SUMS}: lists no file"]
+    if problems:
+        raise ConfigError(problems, folder)
+    return sorted(listed)
+
+
+def _check(out: Path, onnx: bool, licence: str | None) -> None:
+    """Raise where nothing could be written, before anything is read."""
+    kind = kind_of(out, follow=False)
+    if out.name in ("", ".."):
+        raise ConfigError("is no name of a new directory; choose another: -o DIR", out)
+    if os.path.lexists(out) and (kind != "a directory" or any(out.iterdir())):
+        what = "is not empty" if kind == "a directory" else f"is {kind or 'a file'}"
+        raise ConfigError(f"{what}; choose another directory: -o DIR", out)
+    check_writable(out.parent, "-o DIR")
+    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if onnx and importlib.util.find_spec(p) is None]
+    if missing:
+        raise ConfigError(f"--onnx: {', '.join(missing)} not installed here: pip install 'tfkd_ray[onnx]'")
+    if licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
+        raise ConfigError(f"--licence: a short name such as apache-2.0, mit or cc-by-4.0, got {licence!r}")
+
+
+# --- weights and graphs ----------------------------------------------------------------------------------------
+
+
+def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
+    """(the student in eval mode, on the CPU; what is odd about its file)."""
+    config, path = chosen.config, chosen.folder / WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"its weights are gone: no {WEIGHTS} in it", chosen.folder)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = config.build_student()
+        network.load_state_dict(load_weights(path))
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ConfigError(f"damaged: {error}; train it again", path) from None
+    except RuntimeError as error:  # what load_state_dict says
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"its weights do not fit its configuration: {problem[:300]}", path) from None
+    run = config.fingerprint(LOOP_VERSION)
+    notes = []
+    if header.get("run") != run:
+        notes.append(
+            f"The weights say that run {header.get('run')} made them, and this release calls the configuration {run}: "
+            "another release trained them, or a file was changed by hand."
+        )
+    return network.eval().requires_grad_(False), notes
+
+
+def _images(data: Dataset) -> tuple[str, list[Tensor]]:
+    """(split, uint8 images in batches of 1, 7 and more), spread evenly over the split."""
+    train, val = data.load()
+    split, images = "train", train
+    if val is not None and len(val) >= min(IMAGES, len(train)):
+        split, images = "validation", val
+    index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images)), dtype=torch.float64).round().long()
+    batch = max(1, EVAL_PIXELS // math.prod(data.shape[1:]))
+    shares = [share for share in (index[:1], index[1:8], *index[8:].split(batch)) if len(share)]
+    return split, list(images.read(shares))
+
+
+class _Graph(nn.Module):
+    """The student behind its normalisation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, data: Dataset) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in data.statistics())
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network((images.float() - self.mean) / self.std)
+        return logits
+
+
+def _graphs(
+    folder: Path, network: nn.Module, data: Dataset, batches: Sequence[Tensor], onnx: bool
+) -> tuple[dict[str, Difference], dict[str, str]]:
+    """Write the graphs; (by file how far each is from the student, by file why it could not be made)."""
+    graph = _Graph(network, data).eval()
+    with torch.no_grad():
+        expected = torch.cat([graph(images) for images in batches])
+    found, problems = dict[str, Difference](), dict[str, str]()
+    forms: dict[str, Callable[[Path, ExportedProgram, Sequence[Tensor]], list[Tensor]]] = {GRAPH: _pt2}
+    forms |= {ONNX: _onnx} if onnx else {}
+    try:
+        program = _program(graph, data.shape)
+    except Exception as error:  # whatever its author's code does when it is traced
+        return {}, dict.fromkeys(forms, f"torch.export: {_reason(error)}")
+    for name, write in forms.items():
+        try:
+            logits = torch.cat(write(folder / name, program, batches))
+        except Exception as error:  # an operation without a form in this format can end in any exception
+            (folder / name).unlink(missing_ok=True)
+            problems[name] = _reason(error)
+            continue
+        found[name] = difference = Difference(
+            float((logits.double() - expected.double()).abs().max()), float(expected.double().abs().max())
+        )
+        if not difference.largest <= TOLERANCE * difference.scale:  # also where either is not a number
+            raise ExportFailed(
+                f"{name}: its logits differ from the student's by up to {difference.largest:.2g} on {len(expected)} "
+                f"images, where {TOLERANCE:g} of their scale ({difference.scale:.3g}) is allowed; nothing was written"
+            )
+    return found, problems
+
+
+def _program(graph: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
+    """The graph for any batch size, without the places on this machine that it was traced at."""
+    example = (torch.zeros(2, *shape, dtype=torch.uint8),)
+    sizes = {"images": {0: Dim("batch", min=1)}}
+    try:
+        program = torch.export.export(graph, example, dynamic_shapes=sizes, strict=False)
+    except Exception as error:  # each way follows code that the other cannot, such as len(images)
+        try:
+            program = torch.export.export(graph, example, dynamic_shapes=sizes, strict=True)
+        except Exception:
+            raise error from None
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program
+
+
+def _pt2(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Write the graph for torch; its logits, from the file."""
+    torch.export.save(program, path)
+    module = torch.export.load(path).module()
+    with torch.no_grad():
+        return [module(images) for images in batches]
+
+
+def _onnx(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Write the graph for ONNX; its logits, from the file, by onnxruntime."""
+    import onnxruntime
+
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    torch.onnx.export(
+        program, (), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False, **names
+    )  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(session.run(None, {"images": images.numpy()})[0]) for images in batches]
+
+
+def _reason(error: Exception) -> str:
+    """An exception in a line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to: it becomes `out` if all goes well, and nothing if not.
+
+    What an export to the same place left that was killed is removed: its folder is locked by nobody.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}{PART}"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}{PART}")
+    part.mkdir()
+    try:
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # a file system without locks
+                held.enter_context(_locked(part))
+            yield part
+            for path in part.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file)
+            part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; an OSError if another process does, or if it is no folder."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

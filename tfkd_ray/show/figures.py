@@ -1,0 +1,474 @@
+"""TODO show.figures."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfkd_ray.show.page import DARK, PALE, Axis, Figure, Panel, Series, _text
+from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations
+from tfkd_ray.show.status import Plan, read_lasts
+from tfkd_ray.space.ranges import Choices, Range
+from tfkd_ray.space.space import Parameter, Space, build_space
+from tfkd_ray.store.experiment import Record, pareto, ranked, read_metrics
+from tfkd_ray.verdict.scores import score_of
+
+MAX_CURVES = 200
+"""Most trials whose epochs are drawn, over all objectives."""
+MAX_POINTS = 100
+"""Most epochs drawn of a trial."""
+MAX_FOREST = 150
+"""Most trials that importance is computed from."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#555555")
+RANKED = ("#FDE725", "#5EC962", "#21918C", "#3B528B", "#440154")
+"""From the last to the first: viridis."""
+LUCK = "the luckiest of many trials is always ahead of its true value"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep with all epochs of its trials."""
+
+    plan: Plan
+    space: Space
+    records: Sequence[Record]
+
+    @property
+    def metric(self) -> str:
+        assert self.plan.metric is not None, f"{self.plan=}"
+        return self.plan.metric
+
+    @property
+    def full(self) -> list[Record]:
+        """Trials of full length with a finite value: all that a value can be read from."""
+        return sorted(self.ranked(self.records), key=lambda r: r.number)
+
+    def of(self, objective: str, records: Sequence[Record]) -> list[Record]:
+        return [r for r in records if r.objective == objective]
+
+    def value(self, metrics: Mapping[str, float], metric: str | None = None) -> float:
+        """The metric in the unit that is shown."""
+        key = metric or self.metric
+        return score_of(key).factor * metrics.get(key, math.nan)
+
+    def ranked(self, records: Sequence[Record]) -> list[Record]:
+        """Those of full length with a value, best first."""
+        return ranked(records, self.metric)
+
+    def colour(self, objective: str) -> str:
+        return COLOURS[list(self.plan.rows).index(objective) % len(COLOURS)]
+
+    def axis(self, metric: str | None = None) -> Axis:
+        row = score_of(metric or self.metric)
+        return Axis(f"{row.title}, {row.unit}")
+
+    def hover(self, record: Record) -> str:
+        settings = ", ".join(f"{_short(k)} {_number(v)}" for k, v in record.parameters.items())
+        return f"{record.name}: {_shown(self, record)}<br>{_text(settings)}"
+
+
+def _read_sweep(experiment: Path, plan: Plan) -> Sweep:
+    records = []
+    for record in read_lasts(experiment):
+        records.append(replace(record, metrics=read_metrics(record.folder)))
+    return Sweep(plan, build_space(plan.about["space"], experiment / "experiment.yaml"), records)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+# --- figures of a sweep ----------------------------------------------------------------------------------------
+
+
+def _parallel(sweep: Sweep) -> Figure:
+    full = [sweep.value(r.last) for r in sweep.full]
+    low, high = (min(full), max(full)) if full else (0.0, 1.0)
+    return Figure(
+        "parallel",
+        "Parallel coordinates",
+        "Each line is one trial: it crosses every upright axis at the trial's setting, and the last one at its value "
+        f"({sweep.axis().label}); dark lines are the best. Trials stopped early are grey and have no value.",
+        [_parallel_panel(sweep, objective, low, high) for objective in sweep.plan.rows if _searched(sweep, objective)],
+        wide=True,
+    )
+
+
+def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Panel:
+    searched = _searched(sweep, objective)
+    last = len(searched)
+    full = sweep.ranked(sweep.of(objective, sweep.full))
+    other = [r for r in sweep.of(objective, sweep.records) if r not in full]
+
+    def line(record: Record) -> list[float | None]:
+        """Heights of one trial on the axes, in [0, 1]."""
+        heights: list[float | None] = [_place(p, record.parameters.get(p.name)) for p in searched]
+        value = (sweep.value(record.last) - low) / (high - low) if high > low else 0.5
+        return [*heights, value if record in full else None]
+
+    series = [_lines("not of full length", other, line, sweep, PALE, 0.8)] if other else []
+    groups = min(len(RANKED), len(full))
+    for k in reversed(range(groups)):  # the best on top
+        some = full[k * len(full) // groups : (k + 1) * len(full) // groups]
+        first = k * len(full) // groups + 1
+        name = f"rank {first}" if len(some) == 1 else f"rank {first} to {first + len(some) - 1}"
+        series.append(_lines(name, some, line, sweep, RANKED[::-1][k * len(RANKED) // groups], 1.6))
+    ends = [_ends(p) for p in searched] + [(f"{low:.2f}", f"{high:.2f}")]
+    series.append(Series("text", [float(i) for i in range(last + 1)] * 2, [-0.1] * (last + 1) + [1.1] * (last + 1),
+                         text=[e[0] for e in ends] + [e[1] for e in ends]))  # fmt: skip
+    names = [
+        _short(p.name).replace("weight_decay", "weight<br>decay").replace("correct_prob", "correct<br>prob")
+        for p in searched
+    ]
+    ticks = (
+        *((float(i), name) for i, name in enumerate(names)),
+        (float(last), f"value, {score_of(sweep.metric).unit}"),
+    )
+    return Panel(
+        objective,
+        Axis("searched settings", ticks=ticks, span=(-0.4, last + 0.4)),
+        Axis("place in its range", ticks=((0.0, "low"), (1.0, "high")), span=(-0.2, 1.2)),
+        series,
+        [(float(i), "") for i in range(last + 1)],
+    )
+
+
+def _lines(name: str, records: Sequence[Record], line: Any, sweep: Sweep, colour: str, width: float) -> Series:
+    """One broken line for many trials."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    text: list[str] = []
+    for record in records:
+        heights = line(record)
+        x += [*range(len(heights)), None]
+        y += [*heights, None]
+        text += [sweep.hover(record)] * len(heights) + [""]
+    return Series("lines", x, y, name, colour, text, width)
+
+
+def _slices(sweep: Sweep) -> Figure:
+    panels = []
+    shared = [p for p in sweep.space.parameters if p.path[0] != "objective"]
+    for objective in sweep.plan.rows:
+        for p in _searched(sweep, objective):
+            if p not in shared:
+                panels.append(_slice(sweep, p, [objective], f"{objective}: {_short(p.name)}"))
+    panels += [_slice(sweep, p, list(sweep.plan.rows), p.name) for p in shared]
+    return Figure(
+        "slices",
+        "Slices",
+        "Each point is one trial of full length: its value over one of its settings; all other settings differ from "
+        "point to point, too, so a trend is a hint and no more.",
+        panels if sweep.full else [],
+    )
+
+
+def _slice(sweep: Sweep, p: Parameter, objectives: Sequence[str], title: str) -> Panel:
+    series = []
+    for objective in objectives:
+        some = [r for r in sweep.of(objective, sweep.full) if p.name in r.parameters]
+        x = [_at(p, r.parameters[p.name]) for r in some]
+        y = [sweep.value(r.last) for r in some]
+        series.append(Series("points", x, y, objective if len(objectives) > 1 else "", sweep.colour(objective),
+                             [sweep.hover(r) for r in some]))  # fmt: skip
+    return Panel(title, _axis(p), sweep.axis(), [s for s in series if s.x], height=280)
+
+
+def _contours(sweep: Sweep) -> Figure:
+    panels, few = [], []
+    for objective in sweep.plan.rows:
+        searched = {p.name.rpartition(".")[2]: p for p in _searched(sweep, objective) if p.path[0] == "objective"}
+        t, alpha = searched.get("temperature"), searched.get("alpha")
+        if t is None or alpha is None or not all(isinstance(p.domain, Range) for p in (t, alpha)):
+            continue  # choices have nothing between them
+        full = sweep.of(objective, sweep.full)
+        panel = _contour(sweep, objective, t, alpha, full) if len(full) >= MIN_TRIALS else None
+        if panel:
+            panels.append(panel)
+        else:
+            few.append(f"{objective} ({len(full)})")
+    sentence = (
+        "Colour is the value, interpolated between the trials of full length (points); the other settings differ "
+        "between them, and where no trial is near there is no colour."
+    )
+    return Figure("contour", "Temperature against alpha", _but_few(sentence, panels, few), panels)
+
+
+def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full: Sequence[Record]) -> Panel | None:
+    from scipy.interpolate import griddata
+    from scipy.spatial import QhullError
+
+    points = np.array([[_place(p, r.parameters[p.name]) for p in (t, alpha)] for r in full], dtype=float)
+    values = [sweep.value(r.last) for r in full]
+    grid = np.linspace(0, 1, 25)
+    try:
+        z = griddata(points, values, (grid[None, :], grid[:, None]), method="linear")
+    except QhullError:  # all on one line
+        return None
+    x, y = (_positions(p, grid.tolist()) for p in (t, alpha))
+    cells = [[float(v) if math.isfinite(v) else None for v in row] for row in z]
+    dots = Series("points", [_at(t, r.parameters[t.name]) for r in full],
+                  [_at(alpha, r.parameters[alpha.name]) for r in full],
+                  text=[sweep.hover(r) for r in full])  # fmt: skip
+    return Panel(objective, _axis(t), _axis(alpha), [dots], surface=(x, y, cells, sweep.axis().label))
+
+
+def _importance(sweep: Sweep) -> Figure:
+    panels, few, cut = [], [], False
+    for objective in sweep.plan.rows:
+        full = sweep.of(objective, sweep.full)
+        searched = [p for p in _searched(sweep, objective) if p.within is None]  # what every trial has
+        if len(searched) < 2:
+            continue
+        if len(full) < MIN_TRIALS:
+            few.append(f"{objective} ({len(full)})")
+            continue
+        cut |= len(full) > MAX_FOREST
+        shares = sorted(_shares(sweep, searched, _evenly(full, MAX_FOREST)).items(), key=lambda item: item[1])
+        ticks = tuple((float(i), _short(name)) for i, (name, _) in enumerate(shares))
+        bars = Series(
+            "bars", [100 * share for _, share in shares], [i for i, _ in ticks], colour=sweep.colour(objective)
+        )
+        height = 130 + 26 * len(shares)
+        panels.append(Panel(f"{objective}, {len(full)} trials", Axis("share of the spread, %", span=(0.0, 100.0)),
+                            Axis("", ticks=ticks, span=(-0.6, len(shares) - 0.4)), [bars], height=height))  # fmt: skip
+    sentence = (
+        "Share of the spread of values that each setting explains by itself or with others (Optuna's fANOVA, trials of "
+        "full length only); of few trials this is rough, and settings are ranked within their ranges."
+    )
+    sentence += f" At most {MAX_FOREST} trials of an objective are looked at." if cut else ""
+    return Figure("importance", "Importance", _but_few(sentence, panels, few), panels)
+
+
+def _shares(sweep: Sweep, searched: Sequence[Parameter], records: Sequence[Record]) -> dict[str, float]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize" if sweep.plan.mode == "max" else "minimize")
+    flat = {p.name: optuna.distributions.FloatDistribution(0.0, 1.0) for p in searched}
+    for record in records:
+        params = {p.name: min(1.0, max(0.0, _place(p, record.parameters[p.name]) or 0.0)) for p in searched}
+        trial = optuna.trial.create_trial(params=params, distributions=flat, value=record.last[sweep.metric])
+        study.add_trial(trial)
+    if len({record.last[sweep.metric] for record in records}) == 1:  # nothing to explain
+        return dict.fromkeys(flat, 0.0)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=0)
+    return {k: float(v) for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()}
+
+
+def _curves(sweep: Sweep) -> Figure:
+    share = max(1, MAX_CURVES // len(sweep.plan.rows))
+    rungs = sweep.space.search.stopping.rungs(sweep.space.epochs)
+    cut = False
+    panels = []
+    for objective in sweep.plan.rows:
+        mine = [r for r in sweep.of(objective, sweep.records) if r.metrics]
+        full = sweep.ranked(sweep.of(objective, sweep.full))
+        keep = full[:10]
+        drawn = keep + _evenly([r for r in mine if r not in keep], share - len(keep))
+        cut |= len(drawn) < len(mine)
+        best, whole, rest = full[:1], [r for r in drawn if r in full[1:]], [r for r in drawn if r not in full]
+        series = [
+            _epochs("not of full length", rest, sweep, PALE, 0.8),
+            _epochs("full length", whole, sweep, sweep.colour(objective), 1.0),
+            _epochs("best", best, sweep, DARK, 2.2),
+        ]
+        if not mine:
+            continue
+        rules = [(float(rung), f"{rung}") for rung in rungs]
+        x, y = Axis("epoch", span=(0.0, float(sweep.space.epochs))), replace(sweep.axis(), span=_zoom(sweep))
+        panels.append(Panel(objective, x, y, [s for s in series if s.x], rules))
+    name = score_of(sweep.metric).title
+    sentence = f"Each line is a trial: its {name} after every epoch."
+    if rungs:
+        sentence += " Dashed lines are the rungs, where trials are judged and only the best of their objective go on."
+    if cut:
+        sentence += f" Of {len(sweep.records):,} trials {MAX_CURVES} or fewer are drawn: the best, and the rest evenly."
+    return Figure("curves", f"{name[0].upper()}{name[1:]} over epochs", sentence, panels, wide=True)
+
+
+def _zoom(sweep: Sweep) -> tuple[float, float] | None:
+    """The part of the value's axis where trials are told apart; the first epochs of many are below it."""
+    early = sorted(sweep.value(r.metrics[len(r.metrics) // 9]) for r in sweep.full)
+    if not early or sweep.plan.mode == "min":
+        return None
+    ends = sorted(v for r in sweep.records if r.metrics and math.isfinite(v := sweep.value(r.last)))
+    return _padded([min(early[len(early) // 10], ends[len(ends) // 4]), ends[-1]])
+
+
+def _epochs(name: str, records: Sequence[Record], sweep: Sweep, colour: str, width: float) -> Series:
+    x: list[float | None] = []
+    y: list[float | None] = []
+    text: list[str] = []
+    for record in records:
+        some = _evenly(record.metrics, MAX_POINTS)
+        x += [*(m["epoch"] for m in some), None]
+        y += [*(round(sweep.value(m), 4) for m in some), None]
+        text += [record.name] * len(some) + [""]
+    return Series("lines", x, y, name, colour, text, width)
+
+
+def _pareto(sweep: Sweep) -> Figure:
+    searched = sweep.space.search.metrics
+    first, *others = searched if len(searched) > 1 else ("val_accuracy", "val_nll")
+    front = pareto(sweep.full, searched) if len(searched) > 1 else []
+    panels = []
+    for other in others:
+        some = [r for r in sweep.full if all(math.isfinite(r.last.get(m, math.nan)) for m in (first, other))]
+        if not some:
+            continue
+        series = []
+        for objective in sweep.plan.rows:
+            mine = sweep.of(objective, some)
+            x, y = ([sweep.value(r.last, m) for r in mine] for m in (other, first))
+            series.append(Series("points", x, y, objective, sweep.colour(objective), [sweep.hover(r) for r in mine]))
+        x, y = ([sweep.value(r.last, m) for r in pareto(some, (first, other))] for m in (other, first))
+        series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
+        panels.append(Panel("all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]))
+    names = [score_of(m).title for m in (first, *others)]
+    many = f" Of all {len(searched)} together the front is: {_some([r.name for r in front])}."
+    return Figure(
+        "pareto",
+        f"{names[0][0].upper()}{names[0][1:]} against {' and '.join(names[1:])}",
+        "Each point is a trial of full length; those on the line are beaten by no other in both."
+        + (many if front else ""),
+        panels,
+    )
+
+
+def _fidelity(sweep: Sweep) -> Figure:
+    ranks = {(found.objective, found.rung): found for found in rank_correlations(sweep.space, sweep.records)}
+    panels: list[Panel] = []
+    few = sorted({f"{o} ({len(sweep.of(o, sweep.full))})" for o in sweep.plan.rows
+                  if len(sweep.of(o, sweep.full)) < MIN_TRIALS})  # fmt: skip
+    for rung in sweep.space.search.stopping.rungs(sweep.space.epochs):
+        series = []
+        for objective in sweep.plan.rows:
+            pairs = [(v, sweep.value(r.last), r) for r in sweep.of(objective, sweep.full)
+                     if math.isfinite(v := _value_after(sweep, r, rung))]  # fmt: skip
+            if len(pairs) < MIN_TRIALS:
+                continue
+            x, y = [p[0] for p in pairs], [p[1] for p in pairs]
+            found = ranks.get((objective, rung))
+            told = "no spread"
+            if found:
+                corrected = f", {found.corrected:.2f}" if found.judged > found.n else ""
+                told = f"{found.rank:.2f}{corrected} (n = {found.n})"
+            name = f"{objective}: {told}"
+            series.append(Series("points", x, y, name, sweep.colour(objective), [sweep.hover(p[2]) for p in pairs]))
+        if series:
+            axis = replace(sweep.axis(), label=f"{sweep.axis().label}, after {rung} epochs")
+            panels.append(Panel(f"rung at {rung} epochs", axis, sweep.axis(), series))
+    warnings = [f" Warning: {warning}." for warning in fidelity_warnings(sweep.space, sweep.records)]
+    sentence = (
+        "The value at a rung against the final one, over trials of full length; the legend has Spearman's rank "
+        "correlation (1: the rung ranks trials as the end does). Trials that a rung stopped have no final value, and "
+        "over the survivors a correlation is lower than over all that came to the rung; a second number is "
+        "corrected for that." + "".join(warnings)
+    )
+    if not sweep.space.search.stopping.rungs(sweep.space.epochs):
+        return Figure(
+            "fidelity", "Do the rungs rank right?", "This sweep has no rungs: every trial runs its full length."
+        )
+    return Figure("fidelity", "Do the rungs rank right?", _but_few(sentence, panels, few), panels)
+
+
+def _value_after(sweep: Sweep, record: Record, epoch: int) -> float:
+    return next((sweep.value(m) for m in record.metrics if m.get("epoch") == epoch), math.nan)
+
+
+def _but_few(sentence: str, panels: Sequence[Panel], few: Sequence[str]) -> str:
+    """The sentence, and which objectives have too few trials for it."""
+    if not panels and not few:
+        return "Nothing that is searched here can be shown in this way."
+    lacking = f"Fewer than {MIN_TRIALS} trials of full length, too few to tell: {', '.join(few)}." if few else ""
+    return f"{sentence} {lacking}".strip() if panels else lacking
+
+
+def _searched(sweep: Sweep, objective: str) -> list[Parameter]:
+    """What is searched for an objective, its own settings first."""
+    found = [p for b in sweep.space.branches if b.objective == objective for p in b.parameters]
+    return sorted(found, key=lambda p: p.path[0] != "objective")
+
+
+def _place(p: Parameter, value: Any) -> float | None:
+    """Where a value lies in its range or list, 0 to 1; None if it is no such value."""
+    if isinstance(p.domain, Choices):
+        return p.domain.place(value) if value in p.domain.values else None
+    return p.domain.place(value) if isinstance(value, int | float) else None
+
+
+def _at(p: Parameter, value: Any) -> float:
+    """A value's position on the axis that `_axis` makes."""
+    if isinstance(p.domain, Choices):
+        return float(p.domain.values.index(value)) if value in p.domain.values else math.nan
+    return float(p.domain.shown(value))
+
+
+def _positions(p: Parameter, places: Sequence[float]) -> list[float]:
+    """The positions on a range's axis of places in it."""
+    assert isinstance(p.domain, Range), f"{p=}"
+    return [_at(p, p.domain.at(place)) for place in places]
+
+
+def _axis(p: Parameter) -> Axis:
+    name, domain = _short(p.name).replace("temperature", "temperature T"), p.domain
+    if isinstance(domain, Choices):
+        ticks = tuple((float(i), _number(v)[:24]) for i, v in enumerate(domain.values))
+        return Axis(name, ticks=ticks, span=(-0.5, len(ticks) - 0.5))
+    low, high = domain.span
+    if not domain.logarithmic:
+        return Axis(name, span=_padded([low, high]))
+    margin = (high / low) ** 0.05
+    span = (low / margin, high * margin)
+    return Axis(f"{domain.label(name)} (log scale)", log=True, ticks=_log_ticks(low, high), span=span)
+
+
+def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """A few round numbers in a range, for a log scale."""
+    decades = math.log10(high / low)
+    steps = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**k for k in powers for step in steps]
+    return tuple((t, f"{t:g}") for t in ticks if low / 1.001 <= t <= high * 1.001)
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """A span that holds the values, with a margin."""
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _ends(p: Parameter) -> tuple[str, str]:
+    values = p.domain.probes
+    return _number(values[0])[:12], _number(values[-1])[:12]
+
+
+def _evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spaced, the first and last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(max(0, most))]
+
+
+def _short(name: str) -> str:
+    """alpha for objective.kd.alpha, lr for optim.lr."""
+    return name.rpartition(".")[2]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def _shown(sweep: Sweep, record: Record) -> str:
+    """A trial's value with its unit; its last one, and after which epoch, if it is not of full length."""
+    value = sweep.value(record.last)
+    if not math.isfinite(value):
+        return "no value"
+    shown = score_of(sweep.metric).show(record.last[sweep.metric])
+    return shown if record.status == "done" else f"{shown} after epoch {record.last['epoch']:.0f}"

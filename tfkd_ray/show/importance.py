@@ -1,0 +1,61 @@
+"""TODO show.importance."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.space.relate import _asked, _is_number
+from tfkd_ray.space.space import Group, build_space
+from tfkd_ray.store.experiment import read_experiment, read_records
+
+# --- what mattered ---------------------------------------------------------------------------------------------
+
+EVALUATORS = ("pedanova", "fanova", "mdi")
+ENOUGH = 4
+"""Fewest full-length trials of an objective from which importance is told."""
+
+
+def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[str, dict[str, float]]:
+    """How much of the metric each searched setting explains: {objective: {parameter: share}}, shares that sum to 1.
+
+    Over the full-length trials of each objective apart; an objective with fewer than 4 of them, or with nothing
+    searched, has no shares, nor has a setting that only some of its trials have. With several metrics, of the first.
+    `evaluator` is one of Optuna's: pedanova, fanova, mdi.
+    """
+    if evaluator not in EVALUATORS:
+        raise ConfigError(f"evaluator: no such evaluator {evaluator!r}; known: {', '.join(EVALUATORS)}")
+    experiment = Path(experiment)
+    space = build_space(read_experiment(experiment)["space"], experiment / "experiment.yaml")
+    metric = space.search.metric
+    records = [r for r in read_records(experiment) if r.status == "done" and _is_number(r.last.get(metric))]
+    found: dict[str, dict[str, float]] = {}
+    for branch in space.branches:
+        mine = [r for r in records if r.objective == branch.objective]
+        found[branch.objective] = {}
+        if len(mine) < ENOUGH or all(p.within for p in branch.parameters):
+            continue
+        direction = "maximize" if space.search.mode == "max" else "minimize"
+        study = optuna.create_study(direction=direction)
+        group = Group(branch.objective, (branch,))
+        for r in mine:
+            params, distributions = _asked(group, branch.objective, r.parameters)
+            study.add_trial(optuna.trial.create_trial(value=r.last[metric], params=params, distributions=distributions))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            everywhere = set.intersection(*(set(t.params) for t in study.get_trials(deepcopy=False)))
+            shares = optuna.importance.get_param_importances(
+                study, evaluator=_evaluator(evaluator), params=sorted(everywhere)
+            )
+        found[branch.objective] = {name.removeprefix("1 - "): float(share) for name, share in shares.items()}
+    return found
+
+
+def _evaluator(name: str) -> Any:
+    if name == "pedanova":
+        return optuna.importance.PedAnovaImportanceEvaluator()
+    if name == "fanova":
+        return optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.MeanDecreaseImpurityImportanceEvaluator(seed=0)

@@ -1,0 +1,387 @@
+"""The view of a running sweep: one screen that refreshes in place on a terminal, one updating output in a notebook, one
+line an event when piped.
+
+What was planned is read from the experiment. Results go to standard output at the end (`tfkd tune`); everything here
+goes to standard error. To show one thing more: a line in `Progress.lines`.
+"""
+
+import html
+import math
+import sys
+import textwrap
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from tfkd_ray.run.connect import starting
+from tfkd_ray.settings.files import legible
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import in_yaml
+from tfkd_ray.show.listener import OwnCallback
+from tfkd_ray.show.status import Plan, duration, epochs_left, fitted, padded, read_plan, spent
+from tfkd_ray.space.search_config import SearchConfig
+from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.experiment import FULL_LENGTH, read_record, read_records
+from tfkd_ray.verdict import scores
+
+REFRESH_S = 0.25
+NODES_S = 5
+"""How often an autoscaler is asked what it is starting, while no trial trains."""
+SPEED_EPOCHS = 200
+"""Speed is that of so many epochs, the last ones of all trials together."""
+NOTEBOOK = (110, 30)
+"""Columns and lines in a notebook."""
+
+
+@dataclass
+class _Run:
+    """A trial that has begun, in this session or an earlier one."""
+
+    name: str
+    row: str
+    epochs: int
+    """Of full length."""
+    parameters: dict[str, Any]
+    epoch: int = 0
+    status: str = "running"
+    value: float = math.nan
+    images_per_s: float = 0.0
+
+
+class Progress(OwnCallback):
+    """Shows a sweep, or a comparison of arms, while it runs. Beside a `build_tuner` of your own it needs nothing else:
+
+        build_tuner(space, name="mine", callbacks=[Progress(Path("tfkd_results/mine"))]).fit()
+
+    Args:
+        experiment: its directory, which must be there when the sweep begins.
+        console: where it is shown. None: standard error, or the cell of a notebook that calls `fit`.
+    """
+
+    ended_by = ""
+    """The budget that ended the sweep, if one did."""
+
+    def __init__(self, experiment: Path | str, console: Console | None = None) -> None:
+        super().__init__()
+        self._experiment = Path(experiment)
+        self._console = console or Console(file=sys.stderr)
+        self._live: Live | None = None
+        self._cell: Any = None
+        self._runs: dict[str, _Run] = {}
+        self._failures: list[str] = []
+        self._notes: list[str] = []
+        self._epochs: deque[float] = deque(maxlen=SPEED_EPOCHS)
+        self._drawn = 0.0
+        self._looked = -math.inf
+        self._waiting = ""
+
+    # --- events
+
+    def end(self, budget: str) -> None:
+        """Called when a budget ends the sweep."""
+        self.ended_by = budget
+        self.note(f"ending: {budget}")
+
+    def on_begin(self) -> None:
+        self._plan: Plan = read_plan(self._experiment)
+        self._metric = self._plan.metric or "train_loss"
+        search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
+        self._search = validated(SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *BUDGETS)})
+        self._start = time.time()
+        for record in read_records(self._experiment):  # what earlier sessions did
+            if record.status in ("done", "stopped", "failed"):
+                row, last = self._plan.row(record), record.last
+                run = _Run(record.name, row, self._plan.rows.get(row, 0), record.parameters)
+                run.epoch, run.status, run.value = int(last.get("epoch", 0)), record.status, _number(last, self._metric)
+                self._runs[record.name] = run
+        if self._console.is_jupyter:
+            self._cell = _Cell()
+        elif self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._draw(force=True)
+
+    def on_step(self) -> None:
+        self._look_for_nodes()
+        self._draw()
+
+    def _look_for_nodes(self) -> None:
+        """While trials wait for nodes, say which ones an autoscaler is starting."""
+        now = time.monotonic()
+        if now - self._looked <= NODES_S:
+            return
+        self._looked = now
+        if any(run.status == "running" and run.epoch for run in self._runs.values()):
+            self._waiting = ""
+        else:
+            before, self._waiting = self._waiting, ", ".join(starting())
+            if self._waiting and self._waiting != before:
+                self._say(f"waiting for nodes: {self._waiting}")
+
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+        assignment = Assignment.of(trial.config)
+        before = self._runs.pop(assignment.name, None)  # the last to start stands last
+        again = before is not None and before.status == "running"
+        row = assignment.arm or trial.config["objective"]["name"]
+        run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
+        run.epoch, run.value = int(last.get("epoch", 0)), _number(last, self._metric)
+        self._runs[run.name] = run
+        if not self._epochs:
+            self._epochs.append(time.monotonic())
+        self._say(f"{run.name}: {'started again' if again else 'started'}")
+
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        run = self._run_of(trial)
+        if run is not None:
+            run.epoch, run.value = epoch, _number(metrics, self._metric)
+            run.images_per_s = _number(metrics, "images_per_s")
+            self._epochs.append(time.monotonic())
+
+    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+        run = self._run_of(trial)
+        if run is not None and "note" in result:
+            self.note(f"{run.name}: {result['note']}")
+
+    def on_end(self, trial: Any) -> None:
+        self._end(trial, (trial.last_result or {}).get("failed"))
+
+    def on_failed(self, trial: Any) -> None:
+        self._end(trial, read_record(Assignment.of(trial.config).folder).reason or "its process was lost")
+
+    def on_lost(self, trial: Any) -> None:
+        name = Assignment.of(trial.config).name
+        self._say(f"{name}: its process was lost; it goes on from its last checkpoint")
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        self._draw(force=True)
+        self.stop()
+
+    def _run_of(self, trial: Any) -> _Run | None:
+        return self._runs.get(Assignment.of(trial.config).name)
+
+    def stop(self) -> None:
+        """Leave the terminal as it was; in a notebook, leave the last state."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._cell = None
+
+    def note(self, text: str) -> None:
+        """Say something that is no trial's event."""
+        if self._cell is not None:
+            self._notes.append(text)
+        else:
+            self._console.print(legible(text), highlight=False, markup=False, soft_wrap=True)
+
+    def _end(self, trial: Any, failed: str | None) -> None:
+        run = self._run_of(trial)
+        if run is None or run.status != "running":
+            return
+        value = f"{self._metric} {run.value:.4f}"
+        if failed:
+            run.status, reason = "failed", failed.splitlines()[0]
+            self._failures.append(f"{run.name}: {reason}")
+            self._say(f"{run.name}: failed: {reason}")
+        elif run.epoch < run.epochs and not (trial.last_result or {}).get(FULL_LENGTH):
+            run.status = "stopped"
+            self._say(f"{run.name}: stopped early at epoch {run.epoch}, {value}")
+        else:
+            run.status = "done"
+            self._say(f"{run.name}: done, {value}")
+
+    def _say(self, text: str) -> None:
+        if self._live is None and self._cell is None:
+            self.note(text)
+
+    # --- what is shown
+
+    def _draw(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if (self._live is None and self._cell is None) or (not force and now - self._drawn < REFRESH_S):
+            return
+        self._drawn = now
+        if self._live is not None:
+            self._live.update(self._styled(self.lines(*self._console.size)), refresh=True)
+        else:
+            self._cell.show(self.lines(*NOTEBOOK))
+
+    def _styled(self, lines: Sequence[str]) -> Group:
+        def style(line: str) -> str:
+            return "red" if line.startswith("failed:") else ""
+
+        first, *rest = lines
+        return Group(Text(first, style="bold", no_wrap=True), *(Text(t, style=style(t), no_wrap=True) for t in rest))
+
+    def lines(self, width: int, height: int) -> list[str]:
+        """The current state, as lines that leave at least one of the screen's free."""
+        runs = list(self._runs.values())
+        count = Counter(run.status for run in runs)
+        over = count["done"] + count["stopped"] + count["failed"]
+        used = spent(self._experiment, count["running"], since=self._start)
+        title = f"{over:,} of {self._plan.trials:,} trials, {count['running']} running, {duration(used['seconds'])}"
+        title += self._left(runs, used)
+        lines = [f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"]
+        lines += self._joined([*self._speed(runs), *self._budgets(used, count["failed"])], width)
+        below = [*self._best_lines(runs, width), *self._rungs(runs, width)]
+        below += [f"waiting for nodes: {self._waiting}"] if self._waiting else []
+        below += [f"failed: {text}" for text in self._failures[-3:]] + self._notes[-2:]
+        rows = self._rows(runs, width, most=max(3, height - len(lines) - len(below) - 4))
+        lines += ["", *rows, "", *below]
+        return [fitted(line.rstrip(), width) for line in lines[: max(1, height - 1)]]
+
+    def _joined(self, parts: Sequence[str], width: int) -> list[str]:
+        """Parts with commas between them, on as few lines as they need."""
+        lines: list[str] = []
+        for part in parts:
+            if lines and len(lines[-1]) + len(part) + 2 <= width:
+                lines[-1] += f", {part}"
+            else:
+                lines.append(part)
+        return lines
+
+    def _speed(self, runs: Sequence[_Run]) -> Iterator[str]:
+        if rate := self._rate():
+            per_minute = 60 * rate
+            yield f"{per_minute:,.0f} epochs/min" if per_minute >= 10 else f"{per_minute:.2g} epochs/min"
+        images = sum(run.images_per_s for run in runs if run.status == "running" and run.images_per_s > 0)
+        if images:
+            yield f"{images:,.0f} images/s"
+
+    def _rate(self) -> float:
+        """Epochs a second of all trials together; 0 before there are any."""
+        seconds = time.monotonic() - self._epochs[0] if self._epochs else 0.0
+        return (len(self._epochs) - 1) / seconds if seconds > 0 else 0.0
+
+    def _left(self, runs: Sequence[_Run], used: dict[str, float]) -> str:
+        """How long it will go on at this speed; empty while there is none."""
+        rate = self._rate()
+        if not rate:
+            return ""
+        new = self._plan.not_begun(Counter(run.row for run in runs))
+        left = epochs_left([(run.epoch, run.epochs, run.status) for run in runs], new) / rate
+        budget = (self._search.time_budget_s or math.inf) - used["seconds"]
+        if budget < left:
+            return f", {duration(max(0.0, budget))} left of the time budget"
+        return f", about {duration(left)} left"
+
+    def _budgets(self, used: dict[str, float], failed: int) -> Iterator[str]:
+        tree = self._plan.about.get("space", {})
+        hours = used["trial_seconds"] / 3600 * tree.get("workers", 1)
+        for name, limit in self._search.budgets.items():
+            if name == "time_budget_s":
+                yield f"time {duration(used['seconds'])} of {duration(limit)}"
+            elif name == "max_failed_trials":
+                yield f"{failed} of {limit:g} failures"
+            else:
+                unit = name.removesuffix("_hours")
+                yield f"{hours * tree[f'{unit}s_per_worker']:.2f} of {limit:g} {unit.upper()}-hours"
+
+    def _best_of(self, runs: Sequence[_Run]) -> _Run | None:
+        full = [run for run in runs if run.status == "done"]
+        return next(iter(scores.ranked(full, self._metric, lambda run: run.value)), None)
+
+    def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
+        """The best of a sweep, and its parameters."""
+        winner = self._best_of(runs) if self._plan.metric else None
+        if winner is None:
+            return []
+        short = {name.rpartition(".")[2]: value for name, value in winner.parameters.items()}
+        values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {in_yaml(v)}" for k, v in short.items())
+        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (f": {values}" if values else "")
+        return textwrap.wrap(text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ...")
+
+    def _rungs(self, runs: Sequence[_Run], width: int) -> list[str]:
+        """How many trials came to each rung, and how many were stopped there; neighbours share a column if need be."""
+        epochs = max(self._plan.rows.values(), default=0)
+        rungs = self._search.stopping.rungs(epochs) if self._plan.kind == "sweep" else []
+        if not rungs or not runs:
+            return []
+        each = math.ceil(len(rungs) / max(1, (width - 14) // 7 - 1))
+        groups = [*(rungs[k : k + each] for k in range(0, len(rungs), each)), [epochs]]
+        ends = [run.epoch for run in runs if run.status == "stopped"]
+        table = [
+            ("rung at epoch", [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups]),
+            ("  came there", [str(sum(run.epoch >= g[0] for run in runs)) for g in groups]),
+            ("  were stopped", [str(sum(g[0] <= epoch <= g[-1] for epoch in ends)) for g in groups[:-1]]),
+        ]  # fmt: skip
+        return [f"{label:<14}" + "".join(f"{cell:>7}" for cell in cells) for label, cells in table]
+
+    def _rows(self, runs: Sequence[_Run], width: int, *, most: int) -> list[str]:
+        """A line for each objective or arm; of many, those that run or ran last, and a line that counts the rest."""
+        by_row: dict[str, list[_Run]] = {row: [] for row in self._plan.rows}
+        for run in runs:
+            by_row.setdefault(run.row, []).append(run)
+        shown = list(by_row)
+        if len(shown) > most - 1:
+            order = {run.row: n for n, run in enumerate(runs)} | {
+                run.row: len(runs) + n for n, run in enumerate(runs) if run.status == "running"
+            }
+            first = sorted(by_row, key=lambda row: -order.get(row, -1))[: max(1, most - 2)]
+            shown = [row for row in by_row if row in first]
+        column = max(8, min(max(map(len, shown)), 20 if width < 120 else 40))
+        ce = self._best_of(by_row.get("ce", []))
+        versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1
+        head = fitted(f"best {self._metric}", 17) if self._plan.metric else f"least {self._metric}"
+        cells = f"{'full':>6} {'stopped':>7} {'failed':>6}  {head:>{len(head)}}" + (f" {'vs ce':>8}" if versus else "")
+        lines = [f"{'':<{column}} {cells}  running"]
+        for row in shown:
+            count, best = Counter(run.status for run in by_row[row]), self._best_of(by_row[row])
+            value = f"{best.value:.4f}" if best else ""
+            lead = f"{best.value - ce.value:+.4f}" if best and ce and best is not ce else ""
+            text = f"{padded(row, column)} {count['done']:>6} {count['stopped']:>7} {count['failed']:>6}"
+            text += f"  {value:>{len(head)}}" + (f" {lead:>8}" if versus else "")
+            lines.append(f"{text}  {self._running(by_row[row], width - len(lines[0]) + 7)}")
+        if hidden := [row for row in by_row if row not in shown]:
+            begun = sum(bool(by_row[row]) for row in hidden)
+            lines.append(f"and {len(hidden)} more, of which {begun} have begun")
+        return lines
+
+    def _running(self, runs: Sequence[_Run], width: int) -> str:
+        """The running ones of a row, as many as there is room for."""
+        texts = []
+        for run in (run for run in runs if run.status == "running"):
+            name = run.name.split("-")[0] if self._plan.kind == "sweep" else run.name.removeprefix(f"{run.row}-")
+            value = f" {run.value:.4f}" if width >= 60 and math.isfinite(run.value) else ""
+            texts.append(f"{name} {run.epoch}/{run.epochs}{value}")
+        for shown in range(len(texts), 0, -1):
+            more = f" +{len(texts) - shown}" if shown < len(texts) else ""
+            text = ", ".join(texts[:shown]) + more
+            if len(text) <= width or shown == 1:
+                return text
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_live": None, "_cell": None, "_console": None}
+
+
+BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
+
+
+class _Cell:
+    """One output of a notebook's cell, kept up to date. It needs IPython alone, no widgets."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Replace what stands there."""
+        from IPython import display
+
+        text = "\n".join(lines)
+        both = {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
+        if self._handle is None:
+            self._handle = display.display(both, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(both, raw=True)
+
+
+def _number(metrics: Mapping[str, Any], name: str) -> float:
+    value = metrics.get(name)
+    return math.nan if value is None else float(value)

@@ -1,0 +1,233 @@
+"""What a sweep will take, before anything starts: trials at each rung, epochs, hours, GPU-hours, money and disk.
+
+How many trials pass a rung is an expectation (see `receipt`); `at most` is never exceeded.
+"""
+
+import math
+import os
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
+from tfkd_ray.learn.objectives import CrossEntropy
+from tfkd_ray.show.receipt import expected_epochs, reaching, shares
+from tfkd_ray.space.space import Space
+
+PROBE_STEPS = 8
+"""Steps that a probe trains, after one that warms up."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trials of one objective."""
+
+    objective: str
+    trials: int
+    reaching: tuple[tuple[int, float], ...]
+    """(epoch, trials that are expected to come to it), for each rung and the last epoch."""
+    epochs: float
+    """Expected, over all of its trials."""
+    most: int
+    """Epochs if no trial were stopped."""
+    epoch_s: float | None
+    """Seconds of an epoch on this machine; None if it was not probed."""
+    share: float | None = None
+    """Of a GPU that a one-worker trial's memory takes up here, the process's own included; None without a GPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep before it starts."""
+
+    parts: tuple[Part, ...]
+    teacher_epochs: int
+    teacher_s: float | None
+    """Seconds for all teachers, one after the other, and for the soft labels that the bank then shares."""
+    workers: int
+    gpus: float
+    """Of one trial, over its workers."""
+    disk: int
+    """Bytes of weights and checkpoints, those of teachers included."""
+    bank: int
+    """Bytes that soft labels may take in each node's cache."""
+
+    @property
+    def epochs(self) -> float:
+        """Expected, over all trials."""
+        return sum(part.epochs for part in self.parts)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, teachers included, one trial at a time; None if it was not probed."""
+        if self.teacher_s is None or any(part.epoch_s is None for part in self.parts):
+            return None
+        return self.teacher_s + sum(part.epochs * (part.epoch_s or 0) for part in self.parts)
+
+
+def plan(space: Space, *, probe: bool = False) -> Plan:
+    """Plan a sweep.
+
+    Args:
+        probe: train some steps of each objective here, to know the seconds of an epoch; needs the data.
+    """
+    parts = []
+    for branch, trials in zip(space.branches, shares(space).values(), strict=True):
+        config = branch.example
+        seconds = _epoch_seconds(config) if probe else None
+        memory = _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
+        come, epochs = reaching(space, trials), expected_epochs(space, trials)
+        parts.append(Part(branch.objective, trials, come, epochs, trials * space.epochs, seconds, memory))
+    runs = [run for run in space.teacher_runs() if run.weights is None]
+    teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
+    banked = any(branch.example.banked for branch in space.branches)
+    teacher_s = None
+    if probe:
+        teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs)
+        teacher_s += sum(_view_seconds(run) * space.epochs for run in space.teacher_runs() if banked)
+    config = space.example
+    # of a trial weights once, and two run states of weights and momentum; of a teacher its weights
+    disk = _weights(config) * 5 * space.search.num_samples + sum(_weights(run) for run in space.teacher_runs())
+    bank = 0
+    if banked:
+        from tfkd_ray.learn.soft_labels import limit
+
+        bank = int(limit())
+    gpus = config.workers * config.gpus_per_worker
+    return Plan(tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank)
+
+
+def slots_here(space: Space) -> int:
+    """Trials that a sweep runs at a time on this machine alone: as many as it has CPUs or GPUs for, at least one."""
+    config = space.example
+    have, take = float(os.cpu_count() or 1), config.workers * config.cpus_per_worker
+    fit = have / take
+    if config.gpus_per_worker:
+        import torch
+
+        fit = min(fit, torch.cuda.device_count() / (config.workers * config.gpus_per_worker))
+    most = space.search.max_concurrent or space.search.num_samples
+    return max(1, min(int(fit), most, space.search.num_samples))
+
+
+def _weights(config: TrainConfig) -> int:
+    """Bytes of a network's weights, in float32."""
+    size = config.student.weights(config.data.shape, config.data.num_classes)
+    if size is None:
+        size = sum(p.numel() for p in config.build_student().state_dict().values())
+    return 4 * size
+
+
+def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -> Iterator[str]:
+    """A plan as lines of at most 80 columns.
+
+    Args:
+        slots: trials at a time.
+        gpu_hour_price: money for an hour of one GPU.
+    """
+    yield f"{'objective':<16} {'trials':>6}  {'expected to come to epoch':<32} {'epochs':>7} {'at most':>7}"
+    for part in found.parts:
+        reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
+        yield f"{part.objective:<16} {part.trials:>6}  {reaching:<32} {part.epochs:>7.0f} {part.most:>7}"
+    most = sum(part.most for part in found.parts)
+    yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
+    if found.teacher_epochs:
+        yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
+    yield f"disk: at most {_bytes(found.disk)} of weights and checkpoints"
+    if found.bank:
+        yield f"soft labels: at most {_bytes(found.bank)} in each node's cache (TFKD_BANK_GB)"
+    if found.seconds is None:
+        yield "hours: not known; --probe trains a few steps of each objective here and says"
+        return
+    for part in found.parts:
+        yield f"an epoch of {part.objective}: {part.epoch_s:.3g} s on this machine"
+    if measured := [part.share for part in found.parts if part.share is not None]:
+        fit = max(1, int(1 / max(measured)))
+        setting = f"gpus_per_worker={1000 // fit / 1000:g}"
+        yield f"GPU memory: a trial takes {max(measured):.0%} of one; {fit} fit on it: {setting}"
+    hours = found.seconds / 3600
+    yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
+    if found.gpus:
+        money = "" if gpu_hour_price is None else f", {hours * found.gpus * gpu_hour_price:,.2f} in money"
+        yield from textwrap.wrap(
+            f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine", 80
+        )
+
+
+def _epoch_seconds(config: TrainConfig) -> float:
+    """Seconds of an epoch, from a few steps on a part of the data.
+
+    A teacher that is asked in every step is an untrained one here; where the bank has its answers, the step is that of
+    plain training (`_view_seconds` are the answers).
+    """
+    from tfkd_ray.learn.loop import train
+    from tfkd_ray.learn.weights import untrained
+
+    data = config.data.model_copy(update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0})
+    changes: dict[str, Any] = {
+        "data": data,
+        "epochs": 2,
+        "workers": 1,
+        "gpus_per_worker": min(config.gpus_per_worker, 1),
+    }
+    changes |= {"stop_epoch": None, "stop_accuracy": None} if isinstance(config, TeacherRun) else {}
+    if config.banked:
+        changes |= {"objective": CrossEntropy(), "teacher": None}
+    short = config.model_copy(update=changes)
+    run = short.teacher_run()
+    teacher = untrained(run) if run else None
+    *_, last = train(short, teacher=teacher)
+    train_set, val_set = config.data.load()
+    images = len(train_set) + (len(val_set) if val_set is not None else 0) / 3  # judging is about a third of training
+    return images / last.metrics["images_per_s"] / config.workers
+
+
+def _view_seconds(run: TeacherRun) -> float:
+    """Seconds in which a teacher, an untrained one here, fills the bank with one view of the train images."""
+    import torch
+
+    from tfkd_ray.learn.evaluate import predictions
+    from tfkd_ray.learn.weights import untrained
+
+    device = torch.device("cuda", torch.cuda.current_device()) if run.gpus_per_worker else torch.device("cpu")
+    train_set, _ = run.data.load()
+    some = train_set.part(torch.arange(min(len(train_set), run.optim.batch_size * PROBE_STEPS))).on(device)
+    network = untrained(run).to(device)
+    network = network.to(memory_format=run.student.memory_format)
+    for images in (some.part(torch.arange(1, device=device)), some):  # the first warms up
+        start = time.perf_counter()
+        torch.cat([guess.cpu() for guess, _ in predictions(network, images, run.data, bf16=run.precision == "bf16")])
+    return (time.perf_counter() - start) / len(some) * len(train_set)
+
+
+GPU_CONTEXT = 2**29
+"""Bytes of a GPU that a process takes beside its tensors, about."""
+
+
+def _gpu_share(config: TrainConfig) -> float | None:
+    """Of the GPU's memory that the largest run of this process so far would take in its own, with all of its data."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    taken = torch.cuda.max_memory_reserved() + GPU_CONTEXT + resident_bytes(config)
+    return min(1.0, taken / (0.95 * total))
+
+
+def resident_bytes(config: TrainConfig) -> int:
+    """Bytes of images and soft labels that a run keeps on its device, where they are not read batch by batch."""
+    sets = [found for found in config.data.load() if found is not None]
+    images = 0 if config.data.streams else sum(map(len, sets)) * math.prod(config.data.shape)
+    return images + (2 * sum(map(len, sets)) * config.data.num_classes if config.banked else 0)
+
+
+def _time(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count > 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,424 @@
+"""One HTML file about an experiment that opens from disk, on paper and on a phone; `--figures` writes the plots as SVG.
+
+A report is a list of `Section`s, each of HTML and `Figure`s. A figure says what is drawn and nothing of how; plotly.js
+(from the plotly package, once, in the page) and matplotlib both draw it. To add a figure: a function that returns one,
+and its place in `_sweep_sections`. The page forbids itself the network, and every script but its own, by a
+Content-Security-Policy; all that comes from files is escaped.
+"""
+
+import importlib.util
+import math
+import os
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.own import only_reading
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import check_writable, descriptor_of, kind_of
+from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.show.figures import (
+    COLOURS,
+    LUCK,
+    Sweep,
+    _contours,
+    _curves,
+    _fidelity,
+    _importance,
+    _number,
+    _padded,
+    _parallel,
+    _pareto,
+    _read_sweep,
+    _short,
+    _shown,
+    _slices,
+    _some,
+)
+from tfkd_ray.show.page import Axis, Figure, Panel, Section, Series, _box, _draw_svg, _page, _table, _text
+from tfkd_ray.show.receipt import (
+    receipt,
+    receipt_rows,
+)
+from tfkd_ray.show.status import Plan, duration, read_lasts, read_plan, status
+from tfkd_ray.space.explain import TOLERANCE, amounts_to
+from tfkd_ray.store.experiment import (
+    Record,
+    check_output,
+    damaged,
+    parse_json,
+    read_text,
+    write_output,
+)
+from tfkd_ray.verdict.scores import score_of
+
+MAX_FAILURES = 50
+
+
+# --- the report ------------------------------------------------------------------------------------------------
+
+
+@only_reading()
+def report(experiment: Path, out: Path, *, figures: Path | None = None, comparisons: Sequence[Path] = ()) -> list[Path]:
+    """Write a report on a sweep or on a comparison of arms; returns the files written, the page first.
+
+    Args:
+        experiment: its directory.
+        out: the HTML file.
+        figures: a directory for the same figures as SVG; needs matplotlib.
+        comparisons: directories of comparisons that confirm the sweep; their verdicts come first.
+    """
+    plan = read_plan(experiment)
+    for directory in comparisons:
+        if read_plan(directory).kind != "comparison":
+            raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
+    check_output(out, "-o report.html")
+    if figures is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "--figures: SVG files are drawn by matplotlib, which is not installed: pip install matplotlib"
+        )
+    places = [] if kind_of(out) or descriptor_of(out) is not None else [(out.parent, "-o FILE")]
+    for folder, option in (*places, *([(figures, "--figures DIR")] if figures else [])):
+        check_writable(folder.absolute(), option)
+    if plan.kind == "comparison":
+        sections = list(_comparison_sections(experiment))
+    else:
+        sections = list(_sweep_sections(experiment, plan, comparisons))
+    name = str(plan.about.get("compared", {}).get("title") or experiment.absolute().name)
+    written = [out] if write_output(out, _page(name, _subtitle(experiment, plan), sections)) else []
+    drawn = [part for section in sections for part in section.parts if isinstance(part, Figure) and part.panels]
+    return [*written, *(_draw_svg(figure, figures) for figure in drawn if figures is not None)]
+
+
+def _subtitle(experiment: Path, plan: Plan) -> str:
+    s = status(experiment)
+    what = "comparison of arms" if plan.kind == "comparison" else "sweep"
+    counts = ", ".join(
+        f"{s['trials'][key]:,} {word}"
+        for key, word in (("done", "of full length"), ("stopped", "stopped early"), ("failed", "failed"),
+                          ("running", "running"), ("interrupted", "interrupted"))
+        if s["trials"][key]
+    )  # fmt: skip
+    made = f"{plan.created[:16].replace('T', ' ')}; report of {time.strftime('%Y-%m-%d %H:%M')}"
+    ran = f"{s['trials']['planned']:,} {'runs' if plan.kind == 'comparison' else 'trials'} planned"
+    name = f"{experiment.absolute().name}: " if plan.kind == "comparison" else ""
+    return f"{name}{what}, {s['state']}; {ran}{': ' + counts if counts else ''}; begun {made}"
+
+
+def _sweep_sections(experiment: Path, plan: Plan, comparisons: Sequence[Path]) -> Iterator[Section]:
+    sweep = _read_sweep(experiment, plan)
+    yield _verdict_section(sweep, experiment, comparisons)
+    yield Section("Best configurations", [_best_table(sweep)])
+    if sweep.records:
+        yield Section("How settings and values go together", [_parallel(sweep), _slices(sweep), _contours(sweep)])
+        yield Section("Which settings matter", [_importance(sweep)])
+        yield Section("Training", [_curves(sweep), _pareto(sweep), _fidelity(sweep)])
+    yield Section("Receipt", [_receipt(sweep)])
+    yield Section("Failures", [_failures(sweep)])
+    for directory in comparisons:
+        for section in _comparison_sections(directory, inside=True):
+            yield replace(section, title=f"{directory.absolute().name}: {section.title}")
+    yield Section("How to reproduce", list(_reproduce(plan, experiment)))
+
+
+def _verdict_section(sweep: Sweep, experiment: Path, comparisons: Sequence[Path]) -> Section:
+    parts: list[str | Figure] = []
+    for directory in comparisons:
+        with damaged(directory / "confirm.json"):
+            parts += _verdict_boxes(directory)
+    if not parts:
+        parts.append(_box("open", "Not confirmed yet", _not_a_verdict(sweep)))
+    return Section("Verdict", parts)
+
+
+def _not_a_verdict(sweep: Sweep) -> str:
+    n = len(sweep.records)
+    if not sweep.full:
+        return f"No trial of full length yet ({n} trials), so there is no best one."
+    first, *rest = sweep.ranked(sweep.full)
+    ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
+    shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
+    return (
+        f"Best: {first.name}, {score_of(sweep.metric).title} {_shown(sweep, first)}.{shared} This is not a verdict: it "
+        f"is the best of {n} on validation, and {LUCK}. Only new runs over several seeds, judged on the test split, "
+        "can say whether it is better than the baselines (tfkd confirm)."
+    )
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+def _best_table(sweep: Sweep) -> str:
+    rows = []
+    winners = sweep.ranked([f[0] for o in sweep.plan.rows if (f := sweep.ranked(sweep.of(o, sweep.full)))])
+    for record in winners:
+        gap = sweep.value(record.last) - sweep.value(winners[0].last)
+        settings = "\n".join(f"{_short(k)} = {_number(v)}" for k, v in record.parameters.items())
+        part = " (baseline)" if record.objective in ("ce", "lsr") else ""
+        n = len(sweep.of(record.objective, sweep.records))
+        rows.append(
+            [record.objective + part, record.name, _shown(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
+             settings, _equivalence(record)]
+        )  # fmt: skip
+    none = [o for o in sweep.plan.rows if not sweep.of(o, sweep.full)]
+    text = f"<p>No trial of full length yet: {_text(', '.join(none))}.</p>" if none else ""
+    if not rows:
+        return text or "<p>None.</p>"
+    head = ["objective", "trial", sweep.axis().label, "from the best", "trials", "searched settings", "its loss"]
+    start = (
+        "<p>The best trial of each objective, by its value after the last epoch; trials that were stopped early cannot "
+        "be best.</p>"
+    )
+    return start + _table(head, rows) + text
+
+
+def _equivalence(record: Record) -> str:
+    """What a trial's objective amounts to, as a sentence."""
+    if record.objective in ("ce", "lsr"):
+        return "plain training" if record.objective == "ce" else "label smoothing itself"
+    try:
+        config = validated(TrainConfig, record.config, record.folder / "trial.json")
+    except ConfigError as error:
+        return f"cannot be read by this release: {error.problems[0]}"
+    amount = amounts_to(config.objective, config.data.num_classes)
+    teacher = " (with a synthetic teacher)" if config.objective.needs_teacher else ""
+    lsr = f"alpha {amount.lsr.alpha:.3g}"
+    if amount.residual < TOLERANCE:
+        scale = f"{amount.lsr.loss_scale:.3g}"
+        return f"this equals label smoothing {lsr} times {scale} within {amount.residual:.1g} of its gradient{teacher}"
+    return f"no label smoothing: the nearest, {lsr}, leaves {100 * amount.residual:.0f} % of its gradient{teacher}"
+
+
+def _receipt(sweep: Sweep) -> str:
+    seconds = sum(m.get("seconds", 0.0) for r in sweep.records for m in r.metrics)
+    count = Counter(r.status for r in sweep.records)
+    trials = f"{sweep.plan.trials:,} planned, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
+    time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
+    return _table(["", ""], [*rows, ["time inside the training loop", time]])
+
+
+def _failures(sweep: Sweep) -> str:
+    failed = [r for r in sweep.records if r.status == "failed"]
+    if not failed:
+        return "<p>None.</p>"
+    reasons: dict[str, list[str]] = {}
+    for record in failed:
+        reasons.setdefault((record.reason or "no reason is known").strip(), []).append(record.name)
+    rows = [[str(len(names)), why, _some(names)] for why, names in sorted(reasons.items(), key=lambda i: -len(i[1]))]
+    more = len(rows) - MAX_FAILURES
+    text = f"<p>and {more} other reasons</p>" if more > 0 else ""
+    return _table(["trials", "reason", "which"], rows[:MAX_FAILURES]) + text
+
+
+def _reproduce(plan: Plan, experiment: Path) -> Iterator[str]:
+    about = plan.about
+    argv = [str(word) for word in about.get("command") or []]
+    command = shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else "not known"
+    versions = ", ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
+    seeds = about.get("seeds")
+    rows = [
+        ["command", command],
+        ["versions", versions],
+        ["git commit", str(about.get("git_commit") or "none: it was not run in a repository")],
+        ["seeds", ", ".join(f"{k} {v}" for k, v in seeds.items()) if isinstance(seeds, dict) else str(seeds)],
+    ]
+    if plan.kind == "sweep":
+        where = shlex.quote(experiment.absolute().name)
+        rows.append(["the best trial again", f"tfkd best {where} > best.yaml && tfkd train best.yaml"])
+    yield _table(["", ""], rows)
+    tree = about.get("space") or about.get("compared") or {}
+    yield f"<details><summary>Everything as it was understood</summary><pre>{_text(dump_yaml(tree))}</pre></details>"
+
+
+# --- a comparison of arms --------------------------------------------------------------------------------------
+
+
+def _comparison_sections(directory: Path, *, inside: bool = False) -> list[Section]:
+    with damaged(directory / "confirm.json"):
+        return list(_sections_of_comparison(directory, inside=inside))
+
+
+def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Section]:
+    """Sections about a comparison; `inside` the report of a sweep its verdict stands elsewhere."""
+    plan, judged = read_plan(directory), _read_judged(directory)
+    if not inside:
+        yield Section("Verdict", _verdict_boxes(directory))
+    if judged is not None:
+        notes = [*judged["notes"], *(note for found in judged["verdicts"] for note in found["notes"])]
+        listed = "".join(f"<li>{_text(note)}</li>" for note in notes)
+        yield Section("Arms", [_arms_table(judged), *_arm_figures(judged), f"<ul>{listed}</ul>" if notes else ""])
+        if judged["verdicts"]:
+            yield Section("Candidates against baselines", [*_lead_figures(judged), _leads_table(judged)])
+    failed = [r for r in read_lasts(directory) if r.status == "failed"]
+    rows = [[r.name, (r.reason or "no reason is known").strip()] for r in failed]
+    yield Section("Failures", [_table(["run", "reason"], rows) if rows else "<p>None.</p>"])
+    if not inside:
+        yield Section("How to reproduce", list(_reproduce(plan, directory)))
+
+
+def _read_judged(directory: Path) -> dict[str, Any] | None:
+    """confirm.json; None if the test split was not opened yet."""
+    path = directory / "confirm.json"
+    if not os.path.lexists(path):
+        return None
+    with damaged(path):
+        judged: dict[str, Any] = parse_json(read_text(path))
+        missing = {"title", "arms", "verdicts", "notes", "test", "trained_on", "opened", "preset"} - judged.keys()
+    if missing:
+        raise ConfigError(
+            f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {shlex.quote(str(directory))}", path
+        )
+    return judged
+
+
+def _verdict_boxes(directory: Path) -> list[str | Figure]:
+    judged = _read_judged(directory)
+    if judged is None:
+        s = status(directory)["trials"]
+        text = f"{s['done']} of {s['planned']} runs are trained, and the test split is still shut."
+        return [_box("open", "Not judged yet", f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}")]
+    boxes: list[str | Figure] = []
+    where = f"test split of {judged['test']}, trained on {judged['trained_on']}"
+    if judged["preset"]:
+        where += f"; preset {judged['preset']}: scaled down to see it run, comparable with nothing published"
+    for found in judged["verdicts"]:
+        kind = {"better": "yes", "not better": "no"}.get(found["verdict"], "open")
+        searched = f"; the best of {found['searched']:,} configurations, on validation" if found["searched"] else ""
+        text = f"{found['sentence']}."
+        context = f"{judged['title'] or directory.name}; student {found['student']}; {where}{searched}"
+        more = [c["sentence"] for c in found["candidates"] if c["sentence"] != found["sentence"]]
+        boxes.append(_box(kind, str(found["verdict"]).capitalize(), text, more, context))
+    if not judged["verdicts"]:
+        text = f"There are no candidates and baselines of the same student with two runs or more each ({where})."
+        boxes.append(_box("open", "No verdict", text))
+    return boxes
+
+
+def _arms_table(judged: dict[str, Any]) -> str:
+    printed = any(arm["published"] is not None for arm in judged["arms"])
+    rows = []
+    for arm in judged["arms"]:
+        n, mean, sd, low, high = _over_seeds(arm)
+        row = [arm["name"], arm["role"], arm["student"], _settings(arm["objective"]), str(n)]
+        row += [f"{mean:.2f}" if n else "", f"{sd:.2f}" if n > 1 else "", _interval(low, high)]
+        if printed:
+            row += ["" if arm["published"] is None else f"{arm['published']:.2f}"]
+        rows.append(row)
+    head = ["arm", "role", "student", "objective", "runs", "test accuracy, %", "sd", "95 % over seeds"]
+    return _table(head + (["published, %"] if printed else []), rows)
+
+
+def _over_seeds(arm: dict[str, Any]) -> tuple[int, float, float, float, float]:
+    """(runs, mean, sd, low and high end of the 95 % interval of the mean) of test accuracy in per cent."""
+    from tfkd_ray.verdict import verdict
+
+    values = np.array([100 * run["accuracy"] for run in arm["runs"] if "accuracy" in run], dtype=float)
+    if len(values) < 2:
+        return len(values), float(values.mean()) if len(values) else math.nan, math.nan, math.nan, math.nan
+    s = verdict.summary(verdict.Arm(arm["name"], tuple(range(len(values))), values))
+    return s.n, s.mean, s.sd, s.low, s.high
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    finite = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
+    return f"{low:.2f} to {high:.2f}" if finite else "-"
+
+
+def _settings(objective: dict[str, Any]) -> str:
+    rest = ", ".join(f"{k} {_number(v)}" for k, v in objective.items() if k != "name" and (k, v) != ("loss_scale", 1.0))
+    return f"{objective['name']}: {rest}" if rest else str(objective["name"])
+
+
+def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
+    panels = []
+    for student in dict.fromkeys(arm["student"] for arm in judged["arms"]):
+        arms = [a for a in judged["arms"] if a["student"] == student and any("accuracy" in run for run in a["runs"])]
+        if not arms:
+            continue
+        dots, means = Series("points", [], [], "a seed", "#7A9CC6", opacity=0.6), {"x": [], "y": []}  # type: ignore[var-annotated]
+        x, y, text = [], [], []
+        spread_x: list[float | None] = []
+        spread_y: list[float | None] = []
+        for row, arm in enumerate(reversed(arms)):
+            runs = [run for run in arm["runs"] if "accuracy" in run]
+            x += [100 * run["accuracy"] for run in runs]
+            y += [float(row)] * len(runs)
+            text += [f"{_text(arm['name'])}, seed {run['seed']}: {100 * run['accuracy']:.2f} %" for run in runs]
+            _, mean, _, low, high = _over_seeds(arm)
+            means["x"].append(mean)
+            means["y"].append(float(row))
+            if math.isfinite(low) and math.isfinite(high):
+                spread_x += [low, high, None]
+                spread_y += [float(row), float(row), None]
+        ticks = tuple((float(i), arm["name"]) for i, arm in enumerate(reversed(arms)))
+        series = [replace(dots, x=x, y=y, text=text), Series("lines", spread_x, spread_y, "95 % of the mean", width=3),
+                  Series("points", means["x"], means["y"], "mean")]  # fmt: skip
+        rows = Axis("", ticks=ticks, span=(-0.6, len(arms) - 0.4))
+        title, height = f"student {student}", 150 + 26 * len(arms)
+        all_x = [*x, *(v for v in spread_x if v is not None)]
+        panels.append(Panel(title, Axis("test accuracy, %", span=_padded(all_x)), rows, series, height=height))
+    if panels:
+        sentence = (
+            "Each pale point is one run with its own seed; the dark point is the mean, and the bar its 95 % interval "
+            "over seeds."
+        )
+        yield Figure("arms", "Test accuracy of the arms", sentence, panels)
+
+
+def _lead_figures(judged: dict[str, Any]) -> Iterator[Figure]:
+    panels = []
+    for found in judged["verdicts"]:
+        scale = 100.0 if found["metric"]["percent"] else 1.0
+        pairs = [(c["name"], p) for c in found["candidates"] for p in c["comparisons"]][::-1]
+        spread_x: list[float | None] = []
+        spread_y: list[float | None] = []
+        for row, (_, p) in enumerate(pairs):
+            if p["low"] is not None and p["high"] is not None:
+                spread_x += [scale * p["low"], scale * p["high"], None]
+                spread_y += [float(row), float(row), None]
+        all_x = [0.0, *(x for x in spread_x if x is not None), *(scale * p["lead"] for _, p in pairs)]
+        ticks = tuple((float(i), f"{name} over {p['over']}") for i, (name, p) in enumerate(pairs))
+        points = Series("points", [scale * p["lead"] for _, p in pairs], [i for i, _ in ticks], "mean lead", COLOURS[0])
+        margin = found["metric"]["margin"]
+        unit = "points" if found["metric"]["percent"] else "own unit"
+        x = Axis(f"lead in {found['metric']['name']}, {unit}", span=_padded(all_x))
+        y = Axis("", ticks=ticks, span=(-0.6, len(pairs) - 0.4))
+        bars = Series("lines", spread_x, spread_y, "95 % over seeds", COLOURS[0], width=3)
+        rules = [(0.0, ""), (scale * margin, f"{scale * margin:g}")]
+        panels.append(Panel(f"student {found['student']}", x, y, [bars, points], rules, height=150 + 24 * len(pairs)))
+    if panels:
+        sentence = (
+            "How much better a candidate is than a baseline, seed by seed, with the 95 % interval of the mean; right "
+            "of 0 it is ahead, and the second line is the smallest lead worth having."
+        )
+        yield Figure("leads", "Leads over the baselines", sentence, panels)
+
+
+def _leads_table(judged: dict[str, Any]) -> str:
+    rows = []
+    for found in judged["verdicts"]:
+        scale = 100.0 if found["metric"]["percent"] else 1.0
+
+        def scaled(bound: float | None, scale: float = scale) -> float | None:
+            return None if bound is None else scale * bound
+
+        for candidate in found["candidates"]:
+            for p in candidate["comparisons"]:
+                images = _interval(*map(scaled, p["images"])) if p["images"] else "-"
+                seen = "-" if p["smallest_seen"] is None else f"{scale * p['smallest_seen']:.2f}"
+                value = "< 0.001" if p["p"] < 0.001 else f"{p['p']:.3f}"
+                rows.append([candidate["name"], p["over"], str(len(p["seeds"])), f"{scale * p['lead']:.2f}",
+                             _interval(scaled(p["low"]), scaled(p["high"])), images, value, seen,
+                             str(p["needed"] or "-"), candidate["verdict"]])  # fmt: skip
+    head = ["candidate", "over", "seeds", "lead, points", "95 % over seeds", "95 % over images", "p",
+            "smallest lead seen with probability 0.8", "seeds needed", "verdict on the candidate"]  # fmt: skip
+    return _table(head, rows)

@@ -1,0 +1,684 @@
+"""Experiments as they are now, for `tfkd status`, `best`, `trials`, `logs` and `ls`. No torch, no Ray, no Optuna.
+
+A reader may be another process, user or machine than the sweep: nothing here writes or locks. Of a metrics.jsonl only
+the last line is read, so 1,000 trials take a fraction of a second. An experiment is a sweep (experiment.yaml) or a
+comparison of arms (confirm.yaml). To show one thing more: a key in `status`, a line in `status_lines`.
+"""
+
+import bisect
+import json
+import math
+import os
+import re
+import socket
+import stat
+import statistics
+import textwrap
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
+from tfkd_ray.settings.yaml import in_yaml, parse_yaml, read_yaml
+from tfkd_ray.store.experiment import (
+    STATUSES,
+    VERSION,
+    Record,
+    as_metrics,
+    as_record,
+    best,
+    damaged,
+    gone_sentence,
+    gone_trials,
+    parse_json,
+    ranked,
+    read_experiment,
+    read_metrics,
+    read_spent,
+    read_text,
+    trial_folders,
+)
+from tfkd_ray.verdict import scores
+
+BASELINES = ("ce", "lsr")
+QUIET_S = 600.0
+"""A sweep on another host counts as running if one of its files changed within this time."""
+HELD_S = 90.0
+"""The same on object storage, where a driver says every 10 s that it lives."""
+TAIL = 8192
+"""Bytes at the end of a metrics.jsonl in which the last line is looked for first."""
+LONGEST = 2**22
+"""Bytes of a line, which has some hundreds, beyond which its beginning is not looked for."""
+WIDTH = 80
+
+
+# --- what a directory holds ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment was meant to run."""
+
+    kind: str
+    """`sweep`, or `comparison` of arms."""
+    created: str
+    rows: dict[str, int]
+    """Epochs of a trial of full length, by objective; by arm in a comparison."""
+    trials: int
+    metric: str | None
+    """A trial's value is this metric after its last epoch. None: a comparison, which is judged on the test split."""
+    about: dict[str, Any]
+    """The whole file."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """All that are made good at once, the one that leads first."""
+        more = self.about["space"]["search"].get("more_metrics", []) if self.kind == "sweep" else []
+        return [self.metric, *more] if self.metric else []
+
+    @property
+    def mode(self) -> str:
+        """Which way of the metric is better."""
+        return scores.score_of(self.metric or "train_loss").direction
+
+    @property
+    def epochs(self) -> int:
+        """Of all trials, were each of full length; rows share the trials equally."""
+        return round(self.trials * statistics.fmean(self.rows.values()))
+
+    def not_begun(self, begun: Mapping[str, int]) -> list[int]:
+        """Full lengths of the trials that have not begun, where so many have, by row."""
+        if self.kind == "sweep":
+            return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
+        seeds = self.trials // max(1, len(self.rows))
+        return [epochs for row, epochs in self.rows.items() for _ in range(seeds - begun.get(row, 0))]
+
+    def row(self, record: Record) -> str:
+        """The row that a trial belongs to."""
+        return str(record.parameters.get("arm", record.objective)) if self.kind == "comparison" else record.objective
+
+
+def read_plan(experiment: Path) -> Plan:
+    """What an experiment was meant to run; a ConfigError if the directory is none, or is of another layout."""
+    path = experiment / "confirm.yaml"
+    try:
+        if os.path.lexists(path):
+            about = read_yaml(path, follow=False)
+            if about.get("layout") != VERSION:
+                raise ConfigError(f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path)
+            arms = {str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]}
+            return Plan("comparison", str(about["created"]), arms, len(arms) * len(about["seeds"]), None, about)
+        path = experiment / "experiment.yaml"
+        if not os.path.lexists(path):
+            raise ConfigError(_no_experiment(experiment), experiment)
+        about = read_experiment(experiment)
+        space, search = about["space"], about["space"]["search"]
+        given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
+        rows = {str(objective["name"]): int(space["epochs"]) for objective in given}
+        metric = scores.score_of(str(search["metric"])).key
+        return Plan("sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", path) from None
+
+
+def _no_experiment(directory: Path) -> str:
+    if not directory.is_dir():
+        near = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
+        return "no such directory" + (f"; {did_you_mean(directory.name, near)}" if near else "")
+    inside = [p.name for p, why in _experiments_in(directory) if not why]
+    if inside:
+        return f"not an experiment, but a directory of experiments; name one of them: {', '.join(inside[:9])}"
+    return "not an experiment: there is no experiment.yaml in it, and no confirm.yaml"
+
+
+def _words(error: Exception) -> str:
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error)
+
+
+def read_lasts(experiment: Path) -> list[Record]:
+    """All trials by number, each with the metrics of its last epoch only.
+
+    One that a driver left as 'running' when it was killed is 'interrupted': nobody runs it.
+    """
+    alive = is_running(experiment)
+    records = []
+    for folder in trial_folders(experiment):
+        record = _record(folder)
+        if record is not None:
+            dead = record.status == "running" and not alive
+            records.append(replace(record, status="interrupted") if dead else record)
+    return sorted(records, key=lambda r: r.number)
+
+
+def _record(folder: Path) -> Record | None:
+    """A trial and its last epoch; None if it has no trial.json yet."""
+    path = folder / "metrics.jsonl"
+    try:
+        last = last_line(path)
+        return as_record(folder, [last] if last else [])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
+        raise ConfigError(f"cannot be read: {error.strerror}", error.filename or path) from None
+    except ValueError as error:
+        raise ConfigError(f"was changed by hand, or cut: {error}", path) from None
+
+
+def last_line(path: Path) -> dict[str, float]:
+    """The last whole line of a metrics.jsonl; empty if there is none."""
+    if not os.path.lexists(path):
+        return {}
+    with opened(path, follow=False) as file:
+        size = file.seek(0, os.SEEK_END)
+        back = TAIL
+        while True:
+            file.seek(max(0, size - back))
+            tail = file.read(min(back, size))
+            end = tail.rfind(b"\n")
+            start = tail.rfind(b"\n", 0, max(end, 0))
+            if start >= 0 or back >= size:
+                break
+            if back > LONGEST:
+                raise ValueError(f"its last line is longer than {LONGEST} bytes")
+            back *= 8
+    return as_metrics(tail[start + 1 : end]) if end >= 0 else {}
+
+
+# --- who runs it -----------------------------------------------------------------------------------------------
+
+
+def is_running(experiment: Path) -> bool:
+    """Whether a driver runs the experiment now, told without touching its lock.
+
+    On this host: whether the process that driver.txt names has driver.lock open (or, where that cannot be seen, is
+    alive). On another host: whether a file of the experiment changed within `QUIET_S`.
+    """
+    driver = driver_of(experiment)
+    if driver is None:
+        return False
+    process, host = driver
+    held = experiment / "driver.json"
+    if held.exists():  # fetched from object storage, where the driver refreshes it
+        with damaged(held):
+            ended = parse_json(read_text(held))["ended"]
+        return not ended and time.time() - _changed(held) < HELD_S
+    if host == socket.gethostname():
+        return _holds(process, experiment / "driver.lock")
+    return time.time() - _last_change(experiment) < QUIET_S
+
+
+def driver_of(experiment: Path) -> tuple[int, str] | None:
+    """(process, host) of the driver that ran the experiment last."""
+    with suppress(OSError, ValueError):
+        found = re.fullmatch(r"process (\d{1,18}) on (.+)\n", read_text(experiment / "driver.txt"))
+        return (int(found[1]), found[2]) if found else None
+    return None
+
+
+def _holds(process: int, lock: Path) -> bool:
+    try:
+        held = lock.stat()
+        links = list(Path(f"/proc/{process}/fd").iterdir())
+    except PermissionError:  # another user's
+        return True
+    except FileNotFoundError:
+        return not Path("/proc/self").exists() and _alive(process)
+    for link in links:
+        with suppress(OSError):
+            if os.path.samestat(link.stat(), held):
+                return True
+    return False
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _last_change(experiment: Path) -> float:
+    """When a file that a running sweep writes changed last, in seconds since 1970."""
+    files = [experiment / "driver.txt", experiment / "study.journal", experiment / "confirm.json"]
+    return max((_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in trial_folders(experiment))]), default=0.0)
+
+
+def _changed(path: Path) -> float:
+    with suppress(OSError):
+        return path.lstat().st_mtime
+    return 0.0
+
+
+# --- status ----------------------------------------------------------------------------------------------------
+
+
+def status(experiment: Path) -> dict[str, Any]:
+    """How an experiment stands, as JSON's own types (`tfkd status --json`). Keys are only ever added:
+
+    name, kind (sweep, comparison), preset, created
+    state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
+    metric, mode  of a trial's value; metric is null in a comparison
+    trials        planned, started, and the number running, done (full length), stopped (early), failed, interrupted
+    rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
+    best          trial, objective, value, and how many trials share the value; null before one is of full length
+    baselines     the best of ce and of lsr, where they are searched
+    verdict       of a comparison: its sentences, one for each student; empty before it is judged
+    epochs        done, planned (all trials of full length)
+    elapsed_s     from its making until now, or until its last change; pauses are in it
+    ran_s         seconds that drivers ran its trials, all sessions together, without pauses; null in a comparison
+    rate          epochs_per_s of all trials together in this session; null if not running
+    left_s        estimated: at each epoch as large a share is stopped as so far; null if not running
+    failures      the last three: trial, reason (first line)
+    gone          names of the trials that the study has, and whose folders are gone
+    """
+    plan = read_plan(experiment)
+    alive, records = is_running(experiment), read_lasts(experiment)
+    counts = Counter(r.status for r in records)
+    over = counts["done"] + counts["stopped"] + counts["failed"]
+    verdict = _verdict(experiment)
+    finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
+    done_epochs = sum(_epoch(r) for r in records)
+    now = time.time()
+    rate = _rate(experiment, records, now) if alive and not finished else None
+    rows = {
+        name: {
+            **{s: sum(r.status == s for r in records if plan.row(r) == name) for s in STATUSES},
+            "best": _best([r for r in records if plan.row(r) == name], plan),
+        }
+        for name in {**plan.rows, **{plan.row(r): 0 for r in records}}
+    }
+    failed = [r for r in records if r.status == "failed"]
+    failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
+    return {
+        "name": _name(experiment),
+        "preset": plan.about.get("compared", {}).get("preset"),
+        "kind": plan.kind,
+        "created": plan.created,
+        "state": "finished" if finished else "running" if alive else "interrupted",
+        "metric": plan.metric,
+        "mode": plan.mode if plan.metric else None,
+        "trials": {"planned": plan.trials, "started": len(records), **{s: counts[s] for s in STATUSES}},
+        "rows": rows,
+        "best": _best(records, plan),
+        "baselines": {name: rows[name]["best"] for name in BASELINES if name in rows and plan.kind == "sweep"},
+        "verdict": verdict or [],
+        "epochs": {"done": done_epochs, "planned": plan.epochs},
+        "elapsed_s": _elapsed(plan.created, _last_change(experiment) if finished or not alive else now),
+        "ran_s": _ran(experiment, alive=alive) if plan.kind == "sweep" else None,
+        "rate": rate,
+        "left_s": _left(plan, records, rate),
+        "failures": [{"trial": r.name, "reason": _first_line(r.reason)} for r in failed[-3:]],
+        "gone": gone_trials(experiment) if plan.kind == "sweep" else [],
+    }
+
+
+def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, Any]]:
+    """The status now, and again every `every_s` seconds until the experiment no longer runs."""
+    while True:
+        found = status(experiment)
+        yield found
+        if found["state"] != "running":
+            return
+        time.sleep(every_s)
+
+
+def best_of(experiment: Path) -> tuple[Record, Plan]:
+    """The best trial of full length of a sweep, and what was planned; a ConfigError if there is none."""
+    plan = read_plan(experiment)
+    if plan.metric is None:
+        raise ConfigError("a comparison of arms has no best trial; its verdict is in confirm.json", experiment)
+    records = read_lasts(experiment)
+    winner = best(records, plan.metric)
+    if winner is None:
+        raise ConfigError(f"no trial of full length yet ({len(records)} trials)", experiment)
+    return winner, plan
+
+
+def front_of(front: Sequence[Record], plan: Plan, trials: int) -> dict[str, Any]:
+    """The best of a sweep as JSON's own types (`tfkd best --json`). Keys are only ever added:
+
+    metrics   what trials are judged by; the first one leads
+    trials    how many have begun
+    best      trial, objective, values by metric, parameters, config: of one trial, or, of several metrics, of each that
+              no other beats in all of them, the best in the first metric first
+    """
+    return {
+        "metrics": plan.metrics,
+        "trials": trials,
+        "best": [
+            {
+                "trial": r.name,
+                "objective": r.objective,
+                "values": {m: r.last[m] for m in plan.metrics},
+                "parameters": r.parameters,
+                "config": r.config,
+            }
+            for r in front
+        ],
+    }
+
+
+def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
+    """The same as lines; of several metrics a table."""
+    metrics, best = found["metrics"], found["best"]
+    if len(metrics) == 1:
+        value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
+        return [f"{best[0]['trial']} of {_name(experiment)}: {value}, the best of {found['trials']} on validation"]
+    widths = [max(12, len(m)) for m in metrics]
+    lines = [
+        f"{_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
+        f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
+    ]
+    for entry in best:
+        line = padded(entry["trial"], 24)
+        for m, width in zip(metrics, widths, strict=True):
+            value = entry["values"][m]
+            digits = 0 if value > 1 and value == round(value) else 4
+            line += f" {value:>{width}.{digits}f}"
+        lines.append(line)
+    return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
+
+
+def _name(experiment: Path) -> str:
+    return experiment.absolute().name
+
+
+def _epoch(record: Record) -> int:
+    return int(record.last.get("epoch", 0))
+
+
+def _first_line(reason: str | None) -> str:
+    return next(iter((reason or "").strip().splitlines()), "no reason is known")
+
+
+def _best(records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
+    if plan.metric is None:
+        return None
+    judged = ranked(records, plan.metric)
+    if not judged:
+        return None
+    winner, value = judged[0], judged[0].last[plan.metric]
+    shared = sum(r.last[plan.metric] == value for r in judged)
+    return {"trial": winner.name, "objective": winner.objective, "value": value, "shared_by": shared}
+
+
+def _verdict(experiment: Path) -> list[str] | None:
+    """The sentences of a comparison's verdicts; None if it is not judged."""
+    try:
+        judged = parse_json(read_text(experiment / "confirm.json"))
+        return [f"{found['student']}: {found['sentence']}" for found in judged["verdicts"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", experiment / "confirm.json") from None
+
+
+def _elapsed(created: str, until: float) -> float | None:
+    with suppress(ValueError):
+        return max(0.0, until - datetime.fromisoformat(created).timestamp())
+    return None
+
+
+def _ran(experiment: Path, *, alive: bool) -> float:
+    return spent(experiment, since=_changed(experiment / "driver.txt") if alive else math.inf)["seconds"]
+
+
+def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | None:
+    """Epochs a second of all trials together, since the driver started or the first trial of this session did."""
+    start = _changed(experiment / "driver.txt")
+    active = [r for r in records if r.last and _changed(r.folder / "metrics.jsonl") >= start]
+    if not active:
+        return None
+    began = {r.name: _changed(r.folder / "result.json") for r in active}  # a link, made when the trial first starts
+    since = max(start, min(began.values()))
+    epochs = 0
+    for record in active:
+        if began[record.name] >= start:
+            epochs += _epoch(record)
+            continue
+        seconds = 0.0  # went on from an earlier session: count back what this one has had time for
+        for metrics in reversed(read_metrics(record.folder)):
+            seconds += metrics.get("seconds", 0.0)
+            if seconds > now - since:
+                break
+            epochs += 1
+    return epochs / (now - since) if epochs and now > since else None
+
+
+def _left(plan: Plan, records: Sequence[Record], rate: float | None) -> float | None:
+    if not rate:
+        return None
+    runs = [(_epoch(r), int(r.config.get("epochs", 0)), r.status) for r in records]
+    return epochs_left(runs, plan.not_begun(Counter(plan.row(r) for r in records))) / rate
+
+
+def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> float:
+    """Epochs that trials will still take, if as many are stopped at each epoch as were among those that came there.
+
+    (The estimator of Kaplan and Meier: a trial that runs counts for the epochs that it has behind it.) Before one is
+    stopped, all are taken to run their full length.
+
+    Args:
+        begun: (epoch, full length, status) of each trial.
+        new: the full length of each that has not begun.
+    """
+    at_end = sorted(epoch for epoch, _, _ in begun)
+    stopped = Counter(epoch for epoch, _, status in begun if status == "stopped")
+    goes_on = {}
+    for epoch, n in sorted(stopped.items()):
+        beyond = len(at_end) - bisect.bisect_right(at_end, epoch)
+        goes_on[epoch] = beyond / (beyond + n)
+
+    def rest(epoch: int, full: int) -> float:
+        total, share = 0.0, 1.0
+        for stop, part in goes_on.items():
+            if epoch < stop < full:
+                total, share, epoch = total + share * (stop - epoch), share * part, stop
+        return total + share * max(0, full - epoch)
+
+    lengths = Counter((0, full) for full in new)
+    lengths.update((epoch, full) for epoch, full, status in begun if status in ("running", "interrupted"))
+    return sum(n * rest(*where) for where, n in lengths.items())
+
+
+def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dict[str, float]:
+    """`seconds` that drivers ran a sweep, and `trial_seconds`, those of its trials added up: what budgets count.
+
+    Args:
+        running: trials that run now.
+        since: when the driver began that runs it now, in seconds since 1970. inf: none does.
+    """
+    counted = read_spent(experiment)
+    more = max(0.0, time.time() - max(_changed(experiment / "spent.json"), since))
+    return {"seconds": counted["seconds"] + more, "trial_seconds": counted["trial_seconds"] + running * more}
+
+
+def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
+    """A status as lines of at most `width` columns."""
+    trials, epochs, metric = found["trials"], found["epochs"], found["metric"]
+    over = sum(trials[s] for s in ("done", "stopped", "failed"))
+    tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
+    tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
+    lines = [fitted(found["name"], max(8, width - len(tail))) + tail, ""]
+    if found["preset"]:
+        lines.insert(1, f"PRESET {found['preset']}: scaled down, not comparable with what is published")
+    heading = f"best {metric}" if metric else ""
+    lines.append(f"{'':<24} {'running':>7} {'full':>6} {'stopped':>7} {'failed':>6}  {heading}")
+    for name, row in found["rows"].items():
+        shown = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
+        running = row["running"] + row["interrupted"] if found["state"] != "running" else row["running"]
+        lines.append(
+            f"{padded(name, 24)} {running:>7} {row['done']:>6} {row['stopped']:>7} {row['failed']:>6}  {shown}"
+        )
+    lines.append("")
+    if found["best"]:
+        best, shared = found["best"], found["best"]["shared_by"]
+        ties = f", shared by {shared} trials" if shared > 1 else ""
+        lines.append(f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}")
+        for name, rival in found["baselines"].items():
+            if rival is not None and rival["trial"] != best["trial"]:
+                lines.append(f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}")
+        lines.append(f"best of {trials['started']:,} on validation: not a verdict")
+    elif metric:
+        lines.append("no trial of full length yet, so there is no best one")
+    for sentence in found["verdict"]:
+        lines += textwrap.wrap(f"verdict, {sentence}", width, subsequent_indent="  ")
+    shown = "ran" if found["ran_s"] else "elapsed"
+    parts = [f"{shown} {duration(found[f'{shown}_s'])}"] if found[f"{shown}_s"] is not None else []
+    parts += [f"{found['rate']:.2g} epochs/s"] if found["rate"] else []
+    parts += [f"about {duration(found['left_s'])} left"] if found["left_s"] is not None else []
+    if found["state"] == "interrupted":
+        parts.append("go on with: tfkd resume")
+    lines += [", ".join(parts)] if parts else []
+    lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
+    if found["gone"]:
+        lines += textwrap.wrap(gone_sentence(found["gone"]), width, subsequent_indent="  ")
+    return [fitted(line.rstrip(), width) for line in lines]
+
+
+def duration(seconds: float) -> str:
+    """0:34, 12:05, 3:07:00."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def fitted(text: str, width: int) -> str:
+    """Legible text on one line, cut to a number of terminal columns."""
+    text = _on_one_line(text)
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def _on_one_line(text: str) -> str:
+    return legible(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def padded(text: str, width: int) -> str:
+    """Text of exactly so many terminal columns."""
+    return set_cell_size(fitted(text, width), width)
+
+
+# --- trials ----------------------------------------------------------------------------------------------------
+
+Row = dict[str, Any]
+
+
+def _key(row: Row, field: str) -> str | None:
+    """The key of a row that a field's name, or its end, stands for; None if the row lacks it. Null is a value."""
+    return field if field in row else next((key for key in row if key.endswith(f".{field}")), None)
+
+
+TEXTS = ("trial", "objective", "status", "reason", "arm")
+"""Fields that hold text whatever it looks like."""
+
+
+def _as_written(text: str) -> Any:
+    """What a value in a filter stands for: as in a YAML file, but for what is no YAML, which is text."""
+    if text.lstrip("+-").lower() in ("nan", "inf", "infinity"):  # as Python and tables have them
+        return float(text)
+    try:
+        value = parse_yaml(text, "--filter")
+    except ConfigError:
+        return text
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else text
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _csv_cell(row: Row, field: str) -> str:
+    key = _key(row, field)
+    if key is None:
+        return ""
+    value = row[key]
+    if _number(value) is not None:
+        return json.dumps(value)
+    return _inert(value if key in TEXTS else in_yaml(value))
+
+
+def _inert(text: str) -> str:
+    """Text that a spreadsheet does not run: what it takes for a formula gets an apostrophe, its own mark of text."""
+    first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width, as some take it
+    runs = first in {"=", "+", "-", "@", "|", "%"} or text[:1] in ("\t", "\r", "\n")
+    return legible(f"'{text}" if runs else text)  # a bare \r would end the row
+
+
+# --- all experiments -------------------------------------------------------------------------------------------
+
+
+def ls(storage: Path) -> list[dict[str, Any]]:
+    """The experiments in a storage directory, oldest first (`tfkd ls --json`): name, kind, created, state, planned and
+    ended trials, best and metric (null in a comparison and before a trial is of full length), and of one that cannot be
+    read state `unreadable` and why.
+    """
+    if not storage.is_dir():
+        raise ConfigError("no such directory; name where the experiments are: --storage DIR", storage)
+    found = []
+    for experiment, why in _experiments_in(storage):
+        entry: dict[str, Any] = dict.fromkeys(("kind", "preset", "created", "trials", "ended", "best", "metric", "why"))
+        try:
+            if why:
+                raise ConfigError(why)
+            with damaged(experiment):
+                s = status(experiment)
+            ended = sum(s["trials"][k] for k in ("done", "stopped", "failed"))
+            entry |= {key: s[key] for key in ("kind", "preset", "created", "state", "best", "metric")}
+            entry |= {"trials": s["trials"]["planned"], "ended": ended}
+        except (ConfigError, OSError) as error:
+            words = error.problems if isinstance(error, ConfigError) else [str(error)]
+            entry |= {"state": "unreadable", "why": "; ".join(words)}
+        found.append({"name": experiment.name, **entry})
+    return sorted(found, key=lambda e: (e["created"] or "", e["name"]))
+
+
+HEADS = ("experiment.yaml", "confirm.yaml")
+"""Files by which an experiment is known."""
+
+
+def _experiments_in(storage: Path) -> Iterator[tuple[Path, str]]:
+    """(directory, why it cannot be read) of all experiments, and of directories that do not say what they are."""
+    try:
+        inside = sorted(p for p in storage.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", storage) from None
+    for path in inside:
+        try:
+            if stat.S_ISDIR(path.stat().st_mode) and any(p.name in HEADS for p in path.iterdir()):
+                yield path, ""
+        except FileNotFoundError:  # a link to what is gone, or gone since
+            continue
+        except OSError as error:
+            yield path, f"cannot be read: {error.strerror}"
+
+
+def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
+    """The experiments as lines of at most `width` columns."""
+    if not found:
+        return ["no experiments here"]
+    lines = [f"{'experiment':<28} {'created':<16} {'state':<11} {'ended':>9}  best"]
+    for entry in found:
+        created = fitted((entry["created"] or "")[:16].replace("T", " "), 16)
+        ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
+        best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else ""
+        arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
+        best = best or (arms if entry["kind"] == "comparison" else "")
+        lines.append(f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
+        if entry["why"]:  # whole, on lines of its own
+            why = _on_one_line(entry["why"])
+            lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")
+    return [fitted(line.rstrip(), width) for line in lines]

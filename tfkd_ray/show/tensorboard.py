@@ -1,0 +1,626 @@
+"""TensorBoard events of a sweep: a Tune callback, usable in any `ray.tune.Tuner`.
+
+One events file a trial in `<folder>/<trial name>/`, a step an epoch, few and stable tags. HParams: one experiment
+summary at the root, so that every searched parameter is a column; each trial says its values when it starts and its
+true status when it ends, in a file of its own, because TensorBoard believes the first status that it reads. Until then
+TensorBoard calls it `Unknown`. Written with TensorBoard's own writer, not TensorFlow's.
+
+Shapes: N = images, K = classes.
+"""
+
+import io
+import math
+import shlex
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import TypeAdapter
+from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS, DONE, SHOULD_CHECKPOINT
+from ray.tune.search.repeater import TRIAL_INDEX
+from ray.tune.utils import flatten_dict
+from safetensors.numpy import load_file
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
+from tfkd_ray.learn.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
+from tfkd_ray.learn.own import only_reading
+from tfkd_ray.settings.yaml import dump_yaml, in_yaml
+from tfkd_ray.show.listener import OwnCallback
+from tfkd_ray.space.arms import Arm, read_comparison
+from tfkd_ray.space.ranges import Choices
+from tfkd_ray.space.space import Parameter, Space, build_space
+from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.experiment import FULL_LENGTH, as_number, read_experiment, trials_folder
+from tfkd_ray.verdict.calibration import BINS, binned, calibration_error
+from tfkd_ray.verdict.scores import SCORES, score_of
+
+TAGS = {
+    **{row.key: row.tag for row in SCORES.values() if row.tag is not None},
+    "train_ce": "train/loss_ce",
+    "train_kd": "train/loss_kd",
+    "val_teacher_kl": "kd/kl",
+    "train_kd_ratio": "kd/grad_ratio",
+    "lr": "opt/lr",
+    "images_per_s": "sys/img_per_s",
+}
+"""Our metrics, and what else an epoch tells, by their tags; losses are in nats, accuracies fractions. kd/grad_ratio:
+how much larger the soft part's gradient by the logits is than that of CE. model/parameters is there where it is
+searched for."""
+VALUE = "hp/value"
+"""The trial's value by the selection rule: HParams' metric. The same goes under objective/NAME, because charts under
+Custom Scalars can choose among tags, and not among runs."""
+EPOCHS = "hp/epochs"
+"""Epochs that the trial ran, written when it ends: less than all where it was stopped early."""
+
+
+class TensorBoard(OwnCallback):
+    """Writes the events of all trials of one sweep.
+
+    Args:
+        folder: where the runs go; point `tensorboard --logdir` at it.
+        space: names the columns of HParams. Without it they are the union of what the trials say.
+        metric: what `hp/value` is.
+    """
+
+    def __init__(self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy") -> None:
+        super().__init__()
+        self._folder, self._space, self._metric = Path(folder), space, metric
+        self._columns = short_names(space.parameters) if space is not None else {}
+        self._kinds = _kinds(space.parameters) if space is not None else {}
+        searched = space.search.metrics if space is not None else ()
+        self._tags = {key: tag for key, tag in TAGS.items() if key != "parameters" or key in searched}
+        self._writers: dict[str, tuple[EventFileWriter, int]] = {}
+        self._void: set[str] = set()
+        self._owners: dict[str, str] = {}
+
+    def on_begin(self) -> None:
+        if self._space is None:
+            return
+        for old in self._folder.glob("events.*.space"):  # a resumed sweep may have a wider space
+            old.unlink()
+        writer = EventFileWriter(str(self._folder), filename_suffix=".space")
+        _add(writer, 0, _experiment(_columns(self._space), _metrics(self._space)))
+        _add(writer, 0, _layout(_charts([self._space])))
+        _add(writer, 0, _text("experiment", _about_experiment(self._space, self._columns, self._folder.parent)))
+        writer.close()
+
+    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+        self._close(trial)
+        assignment = Assignment.find(trial.config)
+        seen = int(last["epoch"]) if last else -1
+        name = str(trial) if assignment is None else assignment.name
+        if self._owners.setdefault(name, trial.trial_id) != trial.trial_id:  # a `Repeater` repeats it
+            name = f"{name}-{trial.trial_id}"
+        folder = self._folder / name
+        is_new = not list(folder.glob("events.*"))
+        for old in folder.glob("events.*.end"):  # it is tried again
+            old.unlink()
+        writer = EventFileWriter(str(folder))
+        if is_new or (assignment is not None and assignment.directory is not None):
+            _void_from(writer, seen + 1)
+        else:  # only its first result says where it goes on
+            self._void.add(trial.trial_id)
+        values, group = dict(trial.evaluated_params), ""
+        if assignment is not None:
+            values = dict(assignment.parameters)
+            # the seeds of an arm are one session group; in TensorBoard a group's name is shared by all experiments
+            group = f"{assignment.arm or assignment.name} ({self._folder.absolute().parent.name})"
+        objective = _objective(trial)
+        values = values if objective is None else {"objective": objective, **values}
+        _add(writer, 0, _session_start(values, group, self._columns, self._kinds))
+        if assignment is not None and is_new:
+            config = {k: v for k, v in trial.config.items() if k not in (SECTION, TRIAL_INDEX)}
+            plain = _plain_training(config)
+            _add(writer, 0, _text("trial/change", _change(plain, config)))
+            _add(writer, 0, _text("trial/config", _again(assignment.name, config)))
+            if assignment.arm is None:  # else each seed would have it
+                _add_targets(writer, config["objective"], plain.data.num_classes)
+        writer.flush()
+        self._writers[trial.trial_id] = (writer, seen)
+
+    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+        writer, _ = self._writers[trial.trial_id]
+        if trial.trial_id in self._void:
+            self._void.remove(trial.trial_id)
+            _void_from(writer, max(epoch, 1))
+        told = {key: number for key, value in metrics.items() if (number := as_number(value)) is not None}
+        values = {tag: told[key] for key, tag in self._tags.items() if key in told}
+        assignment = Assignment.find(trial.config)
+        if assignment is None or assignment.directory is None:  # a trainable of the user's own, with metrics of its own
+            own = {key: as_number(value) for key, value in flatten_dict(dict(metrics)).items() if self._is_own(key)}
+            values |= {key: number for key, number in own.items() if number is not None}
+        if self._metric in told:
+            values[VALUE] = told[self._metric]
+            if name := _objective(trial):
+                values[f"objective/{name}"] = told[self._metric]
+        if values:
+            _add(writer, epoch, summary_pb2.Summary(
+                value=[summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            ))  # fmt: skip
+        writer.flush()
+        self._writers[trial.trial_id] = (writer, epoch)
+
+    def on_end(self, trial: Any) -> None:
+        self._write_end(trial, (trial.last_result or {}).get("failed"))
+
+    def on_failed(self, trial: Any) -> None:
+        self._write_end(trial, "its process was lost, or raised an error")
+
+    def on_close(self, trials: Sequence[Any]) -> None:
+        for trial in trials:
+            self._close(trial)
+
+    def _write_end(self, trial: Any, failed: str | None) -> None:
+        if trial.trial_id in self._writers:
+            writer, epoch = self._writers[trial.trial_id]
+            assignment = Assignment.find(trial.config)
+            full = epoch if assignment is None else assignment.epochs
+            stopped = epoch < full and not (trial.last_result or {}).get(FULL_LENGTH)
+            how = "stopped early" if stopped else "done"
+            if failed:
+                how = f"failed: {failed}"
+            end = EventFileWriter(writer.get_logdir(), filename_suffix=".end")
+            _add(end, epoch, _session_end(bool(failed)))
+            _add(end, epoch, _scalar(EPOCHS, epoch))
+            _add(end, epoch, _text("trial/outcome", f"after {epoch} of {full} epochs: {how}"))
+            end.close()
+        self._close(trial)
+
+    def _close(self, trial: Any) -> None:
+        writer, _ = self._writers.pop(trial.trial_id, (None, 0))
+        if writer is not None:
+            writer.close()
+
+    def _is_own(self, key: str) -> bool:
+        """Whether a result's key, flattened, is a metric of the user's, and neither Ray's nor one that has a tag."""
+        return key not in _RAYS_OWN and key not in self._tags and key != "epoch" and not key.startswith("config/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_writers": {}, "_void": set(), "_owners": {}}
+
+
+def _objective(trial: Any) -> str | None:
+    objective = trial.config.get("objective")
+    name = objective.get("name") if isinstance(objective, Mapping) else objective
+    return name if isinstance(name, str) else None
+
+
+def _void_from(writer: EventFileWriter, step: int) -> None:
+    """Make void what earlier files of a run say of this step and all that follow."""
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+
+
+_RAYS_OWN = {
+    *AUTO_RESULT_KEYS, *DEBUG_METRICS, DONE, SHOULD_CHECKPOINT, "checkpoint_dir_name", "iterations_since_restore",
+}  # fmt: skip
+
+
+def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+    """Events that show a finished comparison: test accuracies as HParams' values, a margin chart of the arms, figures.
+
+    The chart, under Custom Scalars, shows mean and 95 % interval of each run `arms/NAME` after 2, 3, ... n seeds. Each
+    has a reliability diagram, and the change of every class against plain training.
+
+    Args:
+        folder: `tb` of the comparison's directory, where the runs' events are.
+        arms: by arm's name: `runs` their names, `values` their metric on test, and for each number of seeds from 2 on
+            `mean`, `low` and `high`.
+    """
+    for old in (*folder.glob("events.*"), *folder.glob("*/events.*.test"), *folder.glob("arms/*/events.*")):
+        old.unlink()
+    whole = read_comparison(folder.parent).arms
+    label = f"test {score_of(whole.metric).label}" + (f" (preset {whole.preset}: scaled down)" if whole.preset else "")
+    root = EventFileWriter(str(folder))
+    _add(root, 0, _experiment(_ARM_COLUMNS, {VALUE: label}))
+    _add(root, 0, _layout([_MARGINS]))
+    root.close()
+    compared = {arm.name: arm for arm in whole.arms}
+    per_class: dict[str, Any] = {}
+    figures = {}
+    for name, arm in arms.items():
+        if arm["runs"]:
+            # logits [N, K] and labels [N] of each run; see confirm.py
+            files = [trials_folder(folder.parent) / str(run) / "test.safetensors" for run in arm["runs"]]
+            per_class[name], bins, ece = _judged(files)
+            figures[name] = _reliability(bins, ece)
+    for name, arm in arms.items():
+        writer = EventFileWriter(str(folder / "arms" / name))
+        _add_targets(writer, compared[name].config.objective, compared[name].config.data.num_classes)
+        if name in figures:
+            _add(writer, 0, _image("test/reliability", figures[name]))
+        plain = _plain(compared[name], compared.values())
+        if name in per_class and plain in per_class:
+            _add(writer, 0, _image("test/per_class", _per_class(per_class[name] - per_class[plain], plain)))
+        for kind in ("mean", "low", "high"):
+            for seeds, value in enumerate(arm[kind], start=2):
+                _add(writer, seeds, _scalar(f"test_acc/{kind}", value))
+        writer.close()
+        for run, value in zip(arm["runs"], arm["values"], strict=True):
+            writer = EventFileWriter(str(folder / str(run)), filename_suffix=".test")
+            _add(writer, 0, _scalar(VALUE, value))
+            writer.close()
+
+
+@only_reading()
+def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
+    """A folder that shows several experiments or comparisons, by name: links to their runs, and one summary of all.
+
+    TensorBoard takes the columns of HParams from one summary only. Called again, it links the runs that are new.
+    """
+    for name, experiment in experiments.items():
+        (folder / name).mkdir(exist_ok=True)
+        for run in (experiment / "tb").glob("*/"):
+            if not (folder / name / run.name).is_symlink():
+                (folder / name / run.name).symlink_to(run.absolute())
+    if list(folder.glob("events.*")):
+        return
+    columns: dict[str, api_pb2.HParamInfo] = {}
+    metrics, spaces, margins = dict[str, str](), list[Space](), list[layout_pb2.Category]()
+    for experiment in experiments.values():
+        if (experiment / "confirm.yaml").is_file():
+            found, margins = _ARM_COLUMNS, [_MARGINS]
+            metrics.setdefault(VALUE, "accuracy")
+        else:
+            space = build_space(read_experiment(experiment)["space"], experiment)
+            found = _columns(space)
+            metrics |= _metrics(space)
+            spaces.append(space)
+        for column in found:
+            if columns.setdefault(column.name, column) != column:  # another range
+                columns[column.name] = api_pb2.HParamInfo(name=column.name, type=column.type, differs=True)
+    root = EventFileWriter(str(folder))
+    _add(root, 0, _experiment(columns.values(), metrics))
+    _add(root, 0, _layout([*(_charts(spaces) if spaces else []), *margins]))
+    root.close()
+
+
+# --- words -----------------------------------------------------------------------------------------------------
+
+
+def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path) -> str:
+    """What is searched and by what command, in Markdown."""
+    search = space.search
+    lines = [
+        f"**{experiment.name}**: {search.num_samples} trials of {space.epochs} epochs, proposed by {search.sampler}, "
+        f"stopped by {search.stopping.name}. Value of a trial (`{VALUE}`): {search.metric} after its last epoch, on "
+        "validation."
+    ]
+    if (experiment / "experiment.yaml").is_file():
+        about = read_experiment(experiment)
+        lines += ["", f"Git commit {about['git_commit'] or 'unknown'}, begun {about['created']}:", ""]
+        lines += [f"    {shlex.join(about['command'])}"]
+    lines += ["", "| searched | column | range | objectives |", "|---|---|---|---|"]
+    for p in space.parameters:
+        where = ", ".join(b.objective for b in space.branches if p in b.parameters)
+        lines.append(f"| {p.name} | {columns[p.name]} | {str(p.domain).replace('|', 'or')} | {where} |")
+    return "\n".join(lines)
+
+
+def _plain_training(config: Mapping[str, Any]) -> TrainConfig:
+    """The baseline of a trial: cross-entropy with the defaults, on the same data, with the same student."""
+    same = {k: config[k] for k in ("recipe", "data", "student") if k in config}
+    return TrainConfig.model_validate({**same, "objective": "ce"})
+
+
+def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
+    """What a configuration has that plain training has not, in Markdown."""
+    theirs, ours = (dict(_leaves(tree)) for tree in (plain.model_dump(mode="json"), config))
+    paths = [p for p in dict.fromkeys([*ours, *theirs]) if p not in RUN_ONLY and ours.get(p) != theirs.get(p)]
+
+    def cell(tree: Mapping[str, Any], path: str) -> str:
+        if path not in tree:
+            return ""
+        value = tree[path]
+        return f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
+
+    rows = [f"| {p} | {cell(theirs, p)} | {cell(ours, p)} |" for p in paths]
+    return "\n".join(["| setting | plain training | here |", "|---|---|---|", *rows])
+
+
+def _again(name: str, config: Mapping[str, Any]) -> str:
+    return f"Save this as `{name}.yaml`, then: `tfkd train {name}.yaml`\n\n```yaml\n{dump_yaml(config)}```"
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{path}.{key}" if path else key)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------
+
+_BLUE, _GREY, _RED = "#1f77b4", "#999999", "#d62728"
+_MOST = 20
+"""Classes that are shown one by one beside the label, where all others are alike."""
+
+
+def label_probability(objective: Canonical, num_classes: int) -> float | None:
+    """What a target that is not learnt gives to the label, at its temperature; the other classes share the rest.
+
+    None where the target is the label alone, or a trained teacher's.
+    """
+    K = num_classes
+    if isinstance(objective, LabelSmoothing):
+        return 1 - objective.alpha + objective.alpha / K
+    if not isinstance(objective, TfkdReg | TfkdRegCode):
+        return None
+    label, other = objective.correct_prob, (1 - objective.correct_prob) / (K - 1)
+    gap = math.log(label / other) if isinstance(objective, TfkdReg) else label - other
+    return 1 / (1 + (K - 1) * math.exp(-gap / objective.temperature))
+
+
+def _add_targets(writer: EventFileWriter, tree: Any, num_classes: int) -> None:
+    """Write a figure of an objective's soft targets beside those of usual label smoothing, as the paper has it."""
+    objective, usual = TypeAdapter(Objective).validate_python(tree), LabelSmoothing()
+    label, theirs = (label_probability(o, num_classes) for o in (objective, usual))
+    if label is None or theirs is None:
+        return
+    if isinstance(objective, TfkdReg | TfkdRegCode):
+        what = f"virtual teacher, T = {objective.temperature:.3g}, a = {objective.correct_prob:.3g}"
+    else:
+        what = "label smoothing of this trial"
+    shown = min(num_classes, 1 + _MOST)
+    mine, beside = ([p, *[(1 - p) / (num_classes - 1)] * (shown - 1)] for p in (label, theirs))
+    left_out = f" ({num_classes - shown} not shown)" if shown < num_classes else ""
+    caption = f"label {label:.3f}, others {mine[1]:.2g}{left_out}"
+    labels = ["label", *[""] * (shown - 1)]
+    figure = _bars(what, mine, (0, 1), labels, f"{caption}; grey: label smoothing {usual.alpha:g}", beside=beside)
+    _add(writer, 0, _image("trial/soft_targets", figure))
+
+
+def _reliability(bins: Any, ece: float) -> Image.Image:
+    """Accuracy by confidence; `bins` [3, bins] sums images, confidences and right ones."""
+    count, confidence, right = bins
+    accuracy, sure = (np.divide(x, count, out=np.zeros(BINS), where=count > 0) for x in (right, confidence))
+    labels = [f"{(i + 1) / BINS:.1f}" if i % 3 == 2 else "" for i in range(BINS)]
+    return _bars("accuracy by confidence", accuracy, (0, 1), labels, f"grey: calibrated; ECE {ece:.4f}", beside=sure)
+
+
+def _per_class(change: Any, plain: str) -> Image.Image:
+    """Differences in accuracy [K], largest first, in points."""
+    order = np.argsort(-change)
+    labels = [str(k) if len(change) <= _MOST else "" for k in order]
+    high = max(1.0, float(abs(100 * change).max()))
+    caption = f"by class; {(change > 0).sum()} up, {(change < 0).sum()} down, mean {100 * change.mean():+.2f}"
+    return _bars(f"test accuracy minus that of {plain}, points", 100 * change[order], (-high, high), labels, caption)
+
+
+def _judged(files: Sequence[Path]) -> tuple[Any, Any, float]:
+    """(accuracy of each class [K], mean over runs; sums of each bin, see `binned`; mean calibration error)."""
+    accuracies, bins, errors = [], np.zeros((3, BINS)), []
+    for file in files:
+        arrays = load_file(file)
+        logits, labels = arrays["logits"], arrays["labels"]
+        right = logits.argmax(axis=1) == labels
+        of_run = binned(logits, labels)
+        bins += of_run
+        errors.append(calibration_error(len(labels), *of_run[1:]))
+        seen = np.bincount(labels, minlength=logits.shape[1])
+        accuracies.append(np.bincount(labels, right, logits.shape[1]) / np.maximum(seen, 1))
+    return np.mean(accuracies, axis=0), bins, float(np.mean(errors))
+
+
+def _plain(arm: Arm, arms: Any) -> str | None:
+    """The arm that this one's classes are compared with: the one it names, or plain training of the same student."""
+    if arm.baseline or arm.config.objective.name == "ce":
+        return arm.baseline
+    same = [a for a in arms if a.config.objective.name == "ce" and a.config.student == arm.config.student]
+    return same[0].name if same else None
+
+
+def _bars(
+    title: str, values: Any, ends: tuple[float, float], labels: Sequence[str], caption: str, beside: Any = None
+) -> Image.Image:
+    """A bar chart; `beside` has the heights of a second bar, grey, beside each."""
+    width, height, left, top, bottom = 360, 250, 46, 30, 48  # about what TensorBoard shows; it scales roughly
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    low, high = ends
+
+    def y(value: float) -> float:
+        return top + (high - value) / (high - low) * (height - top - bottom)
+
+    def bar(x: float, wide: float, value: float, colour: str) -> None:
+        draw.rectangle([x, min(y(value), y(0)), x + wide, max(y(value), y(0))], colour)
+
+    draw.text((8, 8), title, "black", font)
+    for tick in np.linspace(low, high, 5):
+        draw.line([(left, y(tick)), (width - 8, y(tick))], "#dddddd")
+        draw.text((left - 6, y(tick)), f"{tick:.3g}", "black", font, anchor="rm")
+    step = (width - left - 8) / len(values)
+    for i, value in enumerate(values):
+        x = left + i * step
+        bar(x + 0.1 * step, 0.8 * step if beside is None else 0.4 * step, value, _BLUE if value >= 0 else _RED)
+        if beside is not None:
+            bar(x + 0.5 * step, 0.4 * step, beside[i], _GREY)
+        draw.text((x + step / 2, height - bottom + 6), labels[i], "black", font, anchor="mt")
+    draw.line([(left, y(0)), (width - 8, y(0))], "black")
+    draw.text((8, height - 22), caption, "black", font)
+    return image
+
+
+# --- summaries -------------------------------------------------------------------------------------------------
+
+
+def _chart(title: str, *tags: str) -> layout_pb2.Chart:
+    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]))
+
+
+def _charts(spaces: Sequence[Space]) -> list[layout_pb2.Category]:
+    """Custom Scalars of sweeps."""
+    branches = [b for space in spaces for b in space.branches]
+    parts = [
+        _chart("parts of the loss, unweighted", "train/loss_ce", "train/loss_kd"),
+        _chart("gradient of the soft part, relative to CE's", "kd/grad_ratio"),
+    ]
+    if any(b.example.needs_teacher for b in branches):
+        parts += [_chart("agreement with the teacher", "kd/agreement"), _chart("KL to the teacher", "kd/kl")]
+    values = [_chart(name, f"objective/{name}") for name in dict.fromkeys(b.objective for b in branches)]
+    return [
+        layout_pb2.Category(title="value by objective", chart=values),
+        layout_pb2.Category(title="CE and KD", chart=parts),
+    ]
+
+
+_ARM_COLUMNS = [
+    api_pb2.HParamInfo(name="objective", type=api_pb2.DATA_TYPE_STRING, differs=True),
+    api_pb2.HParamInfo(name="arm", type=api_pb2.DATA_TYPE_STRING, differs=True),
+]
+_MARGINS = layout_pb2.Category(
+    title="test accuracy",
+    chart=[
+        layout_pb2.Chart(
+            title="mean and 95 % over seeds, by their number (tick the runs arms/...)",
+            margin=layout_pb2.MarginChartContent(
+                series=[layout_pb2.MarginChartContent.Series(
+                    value="test_acc/mean", lower="test_acc/low", upper="test_acc/high"
+                )]
+            ),
+        )
+    ],
+)  # fmt: skip
+
+
+def _layout(categories: Sequence[layout_pb2.Category]) -> summary_pb2.Summary:
+    # TensorBoard's own function for it needs TensorFlow
+    plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name=custom_scalar_metadata.PLUGIN_NAME)
+    content = layout_pb2.Layout(category=categories).SerializeToString()
+    return _bytes(custom_scalar_metadata.CONFIG_SUMMARY_TAG, summary_pb2.SummaryMetadata(plugin_data=plugin), content)
+
+
+def _text(tag: str, markdown: str) -> summary_pb2.Summary:
+    return _bytes(tag, text_metadata.create_summary_metadata("", ""), markdown.encode(errors="backslashreplace"))
+
+
+def _bytes(tag: str, about: summary_pb2.SummaryMetadata, content: bytes) -> summary_pb2.Summary:
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[content])
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=tensor)])
+
+
+def _image(tag: str, image: Image.Image) -> summary_pb2.Summary:
+    png = io.BytesIO()
+    image.save(png, "png")
+    content = summary_pb2.Summary.Image(
+        width=image.width, height=image.height, colorspace=3, encoded_image_string=png.getvalue()
+    )
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, image=content)])
+
+
+def _scalar(tag: str, value: float) -> summary_pb2.Summary:
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)])
+
+
+def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
+    """Column names: optim.lr is lr, objective.kd.alpha is kd.alpha, and the whole path where that is not unique."""
+    tails = {p.name: p.name.split(".", 1)[-1] for p in parameters}
+    return {name: tail if list(tails.values()).count(tail) == 1 else name for name, tail in tails.items()}
+
+
+def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
+    """How HParams holds each parameter that has choices."""
+    return {p.name: _kind(p.domain.values) for p in parameters if isinstance(p.domain, Choices)}
+
+
+def _experiment(columns: Iterable[api_pb2.HParamInfo], metrics: Mapping[str, str]) -> summary_pb2.Summary:
+    infos = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=t), display_name=name) for t, name in metrics.items()]
+    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=infos, time_created_secs=time.time())
+    return _summary(metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=experiment))
+
+
+def _metrics(space: Space) -> dict[str, str]:
+    """HParams' metrics of a sweep, by tag: at most 5."""
+    more = {TAGS[m]: m for m in (*space.search.metrics, "val_nll", "val_ece") if m != space.search.metric}
+    return {VALUE: space.search.metric, **more, EPOCHS: "epochs"}
+
+
+def _columns(space: Space) -> list[api_pb2.HParamInfo]:
+    names = short_names(space.parameters)
+    objectives = [b.objective for b in space.branches]
+    columns = [_column("objective", Choices(tuple(objectives)))] if len(objectives) > 1 else []
+    return columns + [_column(names[p.name], p.domain) for p in space.parameters]
+
+
+def _column(name: str, domain: Any) -> api_pb2.HParamInfo:
+    info = api_pb2.HParamInfo(name=name, differs=True)
+    if isinstance(domain, Choices):
+        kind = _kind(domain.values)
+        info.type = _TYPES[kind]
+        for value in domain.values:
+            info.domain_discrete.values.add(**{kind: _hparam(value, kind)})
+    else:
+        info.type = api_pb2.DATA_TYPE_FLOAT64
+        info.domain_interval.min_value, info.domain_interval.max_value = domain.low, domain.high
+    return info
+
+
+_TYPES = {
+    "bool_value": api_pb2.DATA_TYPE_BOOL,
+    "number_value": api_pb2.DATA_TYPE_FLOAT64,
+    "string_value": api_pb2.DATA_TYPE_STRING,
+}
+
+
+def _kind(values: Iterable[Any]) -> str:
+    """How HParams holds all of some values: a column has one kind, and those of several kinds are text."""
+    found = set()
+    for value in values:
+        if isinstance(value, bool):
+            found.add("bool_value")
+        else:
+            found.add("number_value" if isinstance(value, int | float) else "string_value")
+    return found.pop() if len(found) == 1 else "string_value"
+
+
+def _hparam(value: Any, kind: str) -> Any:
+    """A value as a column of that kind holds it; text is as YAML has it, where null and "null" differ."""
+    return in_yaml(value) if kind == "string_value" else value
+
+
+def _session_start(
+    values: Mapping[str, Any], name: str, columns: Mapping[str, str], kinds: Mapping[str, str] | None = None
+) -> summary_pb2.Summary:
+    """What HParams is told of a trial.
+
+    Args:
+        kinds: of the columns that are declared, by parameter; see `_kind`.
+    """
+    info = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time.time())
+    for key, value in values.items():
+        short = columns.get(key, key)
+        if isinstance(value, np.generic):
+            value = value.item()
+        kind = (kinds or {}).get(key) or _kind([value])
+        setattr(info.hparams[short], kind, _hparam(value, kind))
+    return _summary(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))
+
+
+def _session_end(failed: bool) -> summary_pb2.Summary:
+    status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
+    info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    return _summary(metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=info))
+
+
+def _summary(tag: str, data: plugin_data_pb2.HParamsPluginData) -> summary_pb2.Summary:
+    data.version = metadata.PLUGIN_DATA_VERSION
+    about = summary_pb2.SummaryMetadata(
+        plugin_data=summary_pb2.SummaryMetadata.PluginData(
+            plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString()
+        )
+    )
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
+
+
+def _add(writer: EventFileWriter, step: int, summary: summary_pb2.Summary) -> None:
+    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))

@@ -1,0 +1,260 @@
+"""TODO show.trials."""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.files import opened
+from tfkd_ray.settings.yaml import in_yaml
+from tfkd_ray.show.status import (
+    TEXTS,
+    Plan,
+    Row,
+    _as_written,
+    _csv_cell,
+    _epoch,
+    _first_line,
+    _inert,
+    _key,
+    _number,
+    _on_one_line,
+    _record,
+    is_running,
+    read_lasts,
+    read_plan,
+)
+from tfkd_ray.store.experiment import MOST_BYTES, STATUSES, Record, damaged, read_metrics, trial_folders
+
+FIRST = ("trial", "number", "objective", "status", "epoch")
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": lambda a, b: a <= b,
+    ">=": lambda a, b: a >= b,
+    "!=": lambda a, b: a != b,
+    "=": lambda a, b: a == b,
+    "<": lambda a, b: a < b,
+    ">": lambda a, b: a > b,
+}
+
+
+def trials_table(
+    experiment: Path,
+    *,
+    sort: str = "number",
+    filter: Sequence[str] = (),
+    columns: str | None = None,
+    limit: int | None = None,
+    output: str = "table",
+) -> str:
+    """The trials of an experiment as text.
+
+    A field is trial, number, objective, status, epoch, reason, a metric after the last epoch, or a searched parameter
+    by its whole name or its end (`alpha` is that of each trial's own objective).
+
+    Args:
+        sort: a field, ascending; `FIELD:desc` for descending. Trials without the field come last.
+        filter: `FIELD OP VALUE` each, all of which must hold; OP is one of = != < <= > >=. A value is read as YAML has
+            it: null, true and 1 are no text, and "true" and "1" are. A trial without the field does not match.
+        columns: fields, comma-separated. None: all for csv and json, a choice of them for a table.
+        limit: most trials that are shown.
+        output: `table`, `json` (a list of objects) or `csv`.
+    """
+    plan = read_plan(experiment)
+    rows = [_row(record) for record in read_lasts(experiment)]
+    fields = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row if key != "reason"), "reason"]))
+    known = set(fields) | {key.rpartition(".")[2] for key in fields} | ({plan.metric} if plan.metric else set())
+    problems: list[str] = []
+    tests = [_test(text, known, rows, plan, problems) for text in filter]
+    key, _, order = sort.partition(":")
+    if order not in ("", "desc", "asc"):
+        problems.append(f"--sort {sort}: {key}, or {key}:desc for the other way round")
+    chosen = [c.strip() for c in columns.split(",")] if columns is not None else None
+    for option, names in (("--sort", [key]), ("--columns", chosen or [])):
+        for name in names:
+            if name not in known and rows:
+                problems.append(f"{option}: no such field {name!r}; {did_you_mean(name, known)}")
+    if output not in ("table", "json", "csv"):
+        problems.append(f"--output: no such format {output!r}; {did_you_mean(output, ('table', 'json', 'csv'))}")
+    if limit is not None and limit < 1:
+        problems.append(f"--limit: at least 1, got {limit}")
+    if problems:
+        raise ConfigError(problems)
+    found = _sorted([row for row in rows if all(test(row) for test in tests if test)], key, order == "desc")[:limit]
+    if output == "json":
+        shown = [{c: _plain(_value(row, c)) for c in chosen or dict.fromkeys([*row, "reason"])} for row in found]
+        return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False)
+    if output == "csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(_inert, chosen or fields))
+        writer.writerows([_csv_cell(row, c) for c in chosen or fields] for row in found)
+        return text.getvalue().rstrip("\n")
+    return _columns(found, chosen) if chosen else _usual(found, plan)
+
+
+def _row(record: Record) -> Row:
+    ends = {name.rpartition(".")[2] for name in record.parameters}  # `lr` is what was searched, not the last epoch's
+    return {
+        "trial": record.name,
+        "number": record.number,
+        "objective": record.objective,
+        "status": record.status,
+        "epoch": _epoch(record),
+        **{k: v for k, v in record.last.items() if k != "epoch" and k not in ends},
+        **record.parameters,
+        **({"reason": record.reason} if record.reason is not None else {}),
+    }
+
+
+def _value(row: Row, field: str) -> Any:
+    key = _key(row, field)
+    return None if key is None else row[key]
+
+
+def _test(
+    text: str, known: set[str], rows: Sequence[Row], plan: Plan, problems: list[str]
+) -> Callable[[Row], bool] | None:
+    """Whether a row passes a filter; what is wrong with the filter goes to `problems`."""
+    parts = re.fullmatch(r"\s*([^\s=!<>]+)\s*(<=|>=|!=|=|<|>)\s*(\S.*?)\s*", text)
+    if parts is None:
+        problems.append(f"--filter {text!r}: needs FIELD, one of = != < <= > >=, and a value: 'val_accuracy>0.9'")
+        return None
+    field, operator, value = parts[1], parts[2], parts[3]
+    if rows and field not in known:
+        problems.append(f"--filter {text!r}: no such field {field!r}; {did_you_mean(field, known)}")
+        return None
+    wanted = value if field in TEXTS else _as_written(value)
+    options = {"status": STATUSES, "objective": tuple({**plan.rows, **{r["objective"]: 0 for r in rows}})}.get(field)
+    if options and plan.kind == "sweep" and value not in options:
+        problems.append(f"--filter {text!r}: no such {field}; {did_you_mean(value, options)}")
+        return None
+    number = _number(wanted)
+    if number is None and operator not in ("=", "!="):
+        problems.append(f"--filter {text!r}: {operator} needs a number, got {value!r}")
+        return None
+
+    def passes(row: Row) -> bool:
+        key = _key(row, field)
+        if key is None:
+            return False
+        there = _number(row[key])
+        if number is not None and there is not None:
+            return OPERATORS[operator](there, number)
+        return operator in ("=", "!=") and OPERATORS[operator](in_yaml(row[key]), in_yaml(wanted))
+
+    return passes
+
+
+def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
+    """By a field: numbers before text, rows without it last, equals as they were."""
+
+    def usable(row: Row) -> bool:
+        key = _key(row, field)
+        return key is not None and not (isinstance(row[key], float) and math.isnan(row[key]))
+
+    def key(row: Row) -> tuple[bool, float, str]:
+        value = _value(row, field)
+        number = _number(value)
+        return (True, 0.0, in_yaml(value)) if number is None else (False, number, "")
+
+    return sorted(filter(usable, rows), key=key, reverse=descending) + [r for r in rows if not usable(r)]
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(row: Row, field: str) -> str:
+    """A value as a table has it: as YAML does, numbers in short; empty where the row lacks it."""
+    key = _key(row, field)
+    if key is None:
+        return ""
+    value = row[key]
+    if key in TEXTS:
+        return _on_one_line(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else _on_one_line(in_yaml(value))
+
+
+def _usual(rows: Sequence[Row], plan: Plan) -> str:
+    metric = plan.metric or "train_loss"
+    width = max(13, len(metric))
+    lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>{width}}  parameters"]
+    for row in rows:
+        value = f"{row[metric]:.4f}" if metric in row else ""
+        own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
+        parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
+        reason = _first_line(row["reason"]) if row.get("reason") else parameters
+        trial = _on_one_line(row["trial"])
+        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {_on_one_line(reason)}")
+    return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    cells = [list(columns), *([_cell(row, c) for c in columns] for row in rows)]
+    widths = [max(cell_len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(set_cell_size(text, w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+# --- one trial's log -------------------------------------------------------------------------------------------
+
+
+def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5) -> Iterator[str]:
+    """What a trial wrote, line by line: its epochs, and how it ended, with the traceback if it failed.
+
+    Args:
+        trial: its name, the beginning of one that no other has (t0007), or its number.
+        follow: wait for more while the trial runs.
+    """
+    read_plan(experiment)
+    folder = _folder_of(experiment, trial)
+    return _log_lines(experiment, folder, follow, every_s)
+
+
+def _folder_of(experiment: Path, trial: str) -> Path:
+    folders = {folder.name: folder for folder in trial_folders(experiment) if (folder / "trial.json").is_file()}
+    if trial in folders:
+        return folders[trial]
+    wanted = f"t{int(trial):04d}-" if trial.isdecimal() else trial
+    near = [folder for name, folder in folders.items() if trial and name.startswith(wanted)]
+    if len(near) == 1:
+        return near[0]
+    if near:
+        raise ConfigError(f"{trial!r} is the beginning of {len(near)} trials: {near[0].name}, {near[1].name}, ...")
+    raise ConfigError(
+        f"no trial {trial!r}; " + (did_you_mean(trial, list(folders)) if folders else "none has begun"), experiment
+    )
+
+
+def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> Iterator[str]:
+    shown = 0
+    while True:
+        record = _record(folder)  # first: what is written before it says that it ended is then read
+        alive = is_running(experiment)
+        metrics = read_metrics(folder)
+        total = record.config.get("epochs", "?") if record else "?"
+        for line in metrics[shown:]:
+            values = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "epoch")
+            yield f"epoch {line.get('epoch', 0):.0f}/{total}  {values}"
+        shown = len(metrics)
+        if not follow or record is None or record.status != "running" or not alive:
+            break
+        time.sleep(every_s)
+    if record is not None:
+        state = "interrupted" if record.status == "running" and not alive else record.status
+        yield f"{state}: {record.reason}" if record.reason else state
+        error = folder / "error.txt"
+        if record.status == "failed" and os.path.lexists(error):
+            with damaged(error), opened(error, follow=False) as file:
+                trace = file.read(MOST_BYTES)
+            yield from trace.decode(errors="replace").splitlines()

@@ -1,0 +1,523 @@
+"""Arms: named, fixed configurations that are compared over several seeds, and the file that lists them.
+
+A file has the settings that all arms share, as in a search space, and `arms`: each with a `name`, its own settings, and
+what a paper printed for it. An arm's settings go before the shared ones.
+"""
+
+import copy
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from tfkd_ray.learn.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
+from tfkd_ray.learn.dataset import Dataset
+from tfkd_ray.learn.objectives import PUBLISHED
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.files import write_text
+from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.schema import Settings, named, validated
+from tfkd_ray.settings.yaml import dump_yaml, find_file, read_yaml
+from tfkd_ray.space.ranges import Domain
+from tfkd_ray.space.space import Space, build_space, override
+from tfkd_ray.store.experiment import (
+    Record,
+    about_now,
+    check_new,
+    damaged,
+    ranked,
+    read_experiment,
+    read_records,
+    selection_metric,
+)
+from tfkd_ray.verdict import scores
+from tfkd_ray.verdict.scores import Selectable
+
+FIRST_SEED = 1001
+"""Of the seeds that arms are trained with; far from those that sweeps are run with."""
+TEACHER_SEEDS = 1_000_000
+"""Added to a seed for the teacher that is trained for it: not the student's own run once more."""
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=48)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Released(Settings):
+    """A setting as the Tf-KD authors released it; `objectives.from_released` makes it canonical."""
+
+    alpha: float
+    temperature: float
+    multiplier: float = 1.0
+
+
+class Arm(Settings):
+    """One arm: its configuration, and what was published for it."""
+
+    name: Name
+    config: TrainConfig
+    published: Percent | None = None
+    """Test accuracy in per cent, as printed."""
+    published_std: Percent | None = None
+    published_n: Annotated[int, Field(ge=1)] | None = None
+    baseline: str | None = None
+    """The arm whose difference from this one is of interest."""
+    released: Released | None = None
+    """Where the objective was converted from; changes nothing."""
+    role: Literal["candidate", "baseline", "reference"] | None = None
+    """A candidate is judged against the baselines with the same student; a reference is only shown. None: plain
+    training and label smoothing are baselines, all else candidates."""
+
+    @property
+    def part(self) -> str:
+        """Its role, given or implied."""
+        return self.role or ("baseline" if self.config.objective.name in ("ce", "lsr") else "candidate")
+
+
+class Arms(Settings):
+    """Arms that are compared with each other: on the same data, run in the same way."""
+
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+    title: str = ""
+    source: str = ""
+    """Where the published numbers are from."""
+    note: str = ""
+    preset: Literal["smoke"] | None = None
+    """smoke: scaled down, to see it run; its numbers cannot be compared with anything published."""
+    searched: Annotated[int, Field(ge=1)] | None = None
+    """Configurations that the candidates are the best of."""
+    experiment: str | None = None
+    """Name of the sweep that they come from, in the same storage."""
+    metric: Selectable = "val_accuracy"
+    """What the verdict is about, on test."""
+
+    @property
+    def example(self) -> TrainConfig:
+        """A configuration that says where every arm runs, and on which data."""
+        return self.arms[0].config
+
+    def named(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.arm}-s{self.seed}"
+
+
+def is_arms_file(path: Path | str) -> bool:
+    """Whether a file, or the one of that name that ships with the package, lists arms; else it is a space."""
+    return "arms" in read_yaml(find_file(path, "search_spaces"))
+
+
+def load_arms(path: Path | str, overrides: Sequence[str] = (), *, preset: str | None = None) -> Arms:
+    """Read and check an arms file; every problem in it is in one ConfigError.
+
+    Args:
+        path: of the file, or the name of one that ships with the package (paper/table_1).
+        overrides: `key.path=value` each, put into every arm.
+        preset: `smoke` scales every arm down: see `Arms.preset`.
+    """
+    path = find_file(path, "search_spaces")
+    return build_arms(read_yaml(path), path, overrides, preset=preset)
+
+
+def build_arms(
+    tree: Mapping[str, Any],
+    source: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    preset: str | None = None,
+) -> Arms:
+    """Arms from their tree; `source` names it in errors."""
+    shared = {k: v for k, v in tree.items() if k not in Arms.model_fields}
+    given = tree.get("arms")
+    if not isinstance(given, list) or not given:
+        raise ConfigError("arms: needs a list of at least one arm, each with a name and an objective", source)
+    arms: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for number, arm in enumerate(given):
+        try:
+            arms.append(_arm(number, arm, shared, overrides, preset))
+        except ConfigError as error:
+            problems += error.problems
+    if preset not in (None, "smoke"):
+        problems.append(f"--preset: no such preset {preset!r}; known: smoke")
+    if problems:
+        raise ConfigError(problems, source)
+    about = {k: tree[k] for k in ("title", "source", "note", "searched", "metric") if k in tree}
+    if overrides:
+        about["note"] = f"{about.get('note', '')} Changed from the file: {' '.join(overrides)}.".strip()
+    compared = validated(Arms, {**about, "arms": arms, "preset": preset}, source)
+    problems = list(_problems(compared))
+    if problems:
+        raise ConfigError(problems, source)
+    return compared
+
+
+def _arm(
+    number: int,
+    given: Any,
+    shared: Mapping[str, Any],
+    overrides: Sequence[str],
+    preset: str | None,
+) -> dict[str, Any]:
+    """One arm of a file: its own settings, and the configuration that these and the shared ones make."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"arms.{number}: needs settings (name, objective, ...), got {given!r}")
+    own = {k: v for k, v in given.items() if k in Arm.model_fields and k != "config"}
+    config = {k: copy.deepcopy(v) for k, v in given.items() if k not in own}
+    config = filled(config, copy.deepcopy(dict(shared)))
+    try:
+        for text in overrides:
+            override(config, text)
+        if preset == "smoke":
+            config = _smoke(config)
+        return {**own, "config": validated(TrainConfig, config)}
+    except ConfigError as error:
+        where = dotted(["arms", own.get("name", number)])
+        raise ConfigError(f"{where}.{p}" for p in error.problems) from None
+
+
+def _problems(compared: Arms) -> Iterator[str]:
+    names = [arm.name for arm in compared.arms]
+    first = compared.example
+    made: dict[str, str] = {}
+    runs = runs_of(compared, [FIRST_SEED], hold_out=True)
+    twins = {run.arm: run.config.fingerprint() for run in runs}
+    for arm in compared.arms:
+        if names.count(arm.name) > 1 and arm is compared.named(arm.name):
+            yield f"arms.{arm.name}: two arms have this name"
+        if arm.baseline is not None and arm.baseline not in names:
+            yield f"arms.{arm.name}.baseline: no arm {arm.baseline!r}; {did_you_mean(arm.baseline, names)}"
+        twin = made.setdefault(twins[arm.name], arm.name)
+        if twin != arm.name:
+            yield f"arms.{arm.name}: the same configuration as {twin}; leave one out, or change it"
+        if arm.config.data != first.data:
+            yield f"arms.{arm.name}.data: all arms are compared on the same data, those of {names[0]}"
+        for key in sorted(RUN_ONLY):
+            if getattr(arm.config, key) != getattr(first, key):
+                yield f"arms.{arm.name}.{key}: one value for all arms; say it at the top of the file"
+
+
+def runs_of(
+    compared: Arms, seeds: Sequence[int], *, teacher_per_seed: bool = False, hold_out: bool = False
+) -> list[Run]:
+    """Every arm with every seed, seed by seed, so that an interrupted comparison has whole seeds.
+
+    A self teacher is trained for each seed; one of another network is shared by the seeds, unless `teacher_per_seed`.
+    Training is on train and validation; with `hold_out` on train only.
+    """
+    runs = []
+    for seed in seeds:
+        for arm in compared.arms:
+            config = arm.config
+            changes: dict[str, Any] = {"seed": seed}
+            if not hold_out:
+                changes["data"] = config.data.model_copy(update={"val_fraction": 0.0})
+            own_teacher = config.teacher is not None and config.teacher.model not in (None, config.student)
+            if config.needs_teacher and (teacher_per_seed or not own_teacher):
+                run = config.teacher_run()
+                assert run is not None, f"{config=}"
+                teacher = config.teacher or TeacherConfig(optim=run.optim, schedule=run.schedule)
+                changes["teacher"] = teacher.model_copy(update={"seed": TEACHER_SEEDS + seed})
+            tree = config.model_copy(update=changes).model_dump(mode="json")
+            try:
+                runs.append(Run(arm.name, seed, validated(TrainConfig, tree)))
+            except ConfigError as error:
+                raise ConfigError([f"arms.{arm.name}.{p}" for p in error.problems]) from None
+    return runs
+
+
+# --- arms of a sweep -------------------------------------------------------------------------------------------
+
+BASELINES = ("ce", "lsr")
+RIVALS = (*BASELINES, "scaled", "published")
+"""What the best of a sweep are compared with: see `arms_of`."""
+NEAR = 0.05
+"""Configurations that differ by less than this share of every range are near-copies of each other."""
+
+
+def rivals_of(text: str) -> list[str]:
+    """Some of RIVALS, from a list with commas."""
+    words = text.split(",")
+    if wrong := [word for word in words if word not in RIVALS]:
+        raise ConfigError([f"no such baseline {word!r}; {did_you_mean(word, RIVALS)}" for word in wrong], "--baselines")
+    if not {*words} - {"published"}:
+        raise ConfigError(
+            "the published setting is only shown; name a baseline to beat: ce, lsr or scaled", "--baselines"
+        )
+    return words
+
+
+def untuned(experiment: Path) -> dict[str, int]:
+    """Baselines that a sweep did not give as many trials as its winner's objective, and how many that were."""
+    winner = _candidates(experiment, 1)[0]
+    ended: dict[str, list[str]] = {}
+    for record in read_records(experiment):
+        ended.setdefault(record.objective, []).append(record.status)
+    trials = len(ended[winner.objective])
+    lacking = {}
+    for name in BASELINES:
+        of_it = ended.get(name, [])
+        if len(of_it) < trials or "done" not in of_it:
+            lacking[name] = trials
+    return lacking
+
+
+def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
+    """The sweep's own space with these baselines in place of its objectives, and so many trials of each."""
+    tree = copy.deepcopy(read_experiment(experiment)["space"])
+    ranges = {
+        "ce": {"name": "ce"},
+        "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
+    }
+    objectives = [ranges[name] for name in lacking]
+    tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
+    tree |= {"teacher": None, "init": "random"}
+    own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
+    tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
+    tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
+    return build_space(tree, experiment / "experiment.yaml")
+
+
+def arms_of(
+    experiment: Path,
+    *,
+    top_k: int = 3,
+    rivals: Sequence[str] = RIVALS,
+    baselines: Path | None = None,
+) -> Arms:
+    """The best configurations of a sweep as candidates, and what they must beat.
+
+    Candidates: the `top_k` best full-length trials by the sweep's own rule, no near-copies of each other. Baselines:
+    the best `ce` and `lsr` (also of `baselines`, a sweep of those alone, where the sweep itself lacks them), and the
+    winner with plain training in place of its objective, scaled to its weight of CE. Reference: the published setting.
+    `rivals` may leave some out: `better` then means better than the others.
+    """
+    winners = _candidates(experiment, top_k)
+    first, metric = winners[0], selection_metric(experiment)
+    arms: list[dict[str, Any]] = []
+    for winner in winners:
+        arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
+    for name in [b for b in BASELINES if b in rivals]:
+        there = [experiment] if baselines is None else [experiment, baselines]
+        found = [record for where in there for record in _full(where) if record.objective == name]
+        if not found:
+            raise ConfigError(f"no full-length trial of the baseline {name}; tune it first", experiment)
+        rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
+        arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
+    objective = validated(TrainConfig, first.config).objective
+    weight = objective.loss_scale * objective.ce_weight
+    if weight > 0 and "scaled" in rivals:
+        teacher = first.config["teacher"] if first.config.get("init") == "trained" else None
+        scaled = {**first.config, "objective": {"name": "ce", "loss_scale": weight}, "teacher": teacher}
+        arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
+    setting = next((p.objective for p in PUBLISHED if p.objective.name == first.objective), None)  # type: ignore[attr-defined]
+    if setting is not None and "published" in rivals:
+        published = {**first.config, "objective": setting.model_dump(mode="json")}
+        arms.append({"name": f"{first.objective}-published", "config": published, "role": "reference"})
+    distinct: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        whole = validated(Arms, {"arms": [arm]})
+        (run,) = runs_of(whole, [FIRST_SEED], hold_out=True)
+        distinct.setdefault(run.config.fingerprint(), arm)
+    return validated(
+        Arms,
+        {
+            "title": f"{experiment.name}: the best {len(winners)} against tuned baselines",
+            "arms": list(distinct.values()),
+            "searched": len(read_records(experiment)),
+            "metric": metric,
+            "experiment": experiment.name,
+        },
+        experiment,
+    )
+
+
+def _full(experiment: Path) -> list[Record]:
+    """Full-length trials, best first."""
+    return ranked(read_records(experiment), selection_metric(experiment))
+
+
+def _candidates(experiment: Path, top_k: int) -> list[Record]:
+    about = read_experiment(experiment)
+    records = _full(experiment)
+    if not records:
+        raise ConfigError("no trial of full length, so there is nothing to confirm", experiment)
+    others = [r for r in records if r.objective not in BASELINES]
+    if not others:
+        raise ConfigError("only baselines were searched (ce, lsr), so there is nothing to confirm", experiment)
+    domains = {p.name: p.domain for p in build_space(about["space"]).parameters}
+    chosen: list[Record] = []
+    for record in others:
+        if not any(_near(record, better, domains) for better in chosen):
+            chosen.append(record)
+        if len(chosen) == top_k:
+            break
+    return chosen
+
+
+def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
+    if a.objective != b.objective or a.parameters.keys() != b.parameters.keys():
+        return False
+    distances = []
+    for name, value in a.parameters.items():
+        distances.append(domains[name].distance(value, b.parameters[name]))
+    return all(distance < NEAR for distance in distances)
+
+
+def comparisons_of(experiment: Path) -> list[Path]:
+    """The finished comparisons beside a sweep that its best were confirmed in."""
+    found = [p.parent for p in experiment.parent.glob("*/confirm.json")]
+    return sorted(p for p in found if _compared(p).get("experiment") == experiment.name)
+
+
+def _compared(directory: Path) -> dict[str, Any]:
+    path = directory / "confirm.yaml"
+    with damaged(path):
+        compared: dict[str, Any] = read_yaml(path)["compared"]
+        compared.get  # noqa: B018
+    return compared
+
+
+# --- a comparison's directory ----------------------------------------------------------------------------------
+
+
+def new_comparison(
+    compared: Arms,
+    seeds: Sequence[int],
+    directory: Path,
+    *,
+    teacher_per_seed: bool = False,
+    hold_out: bool = False,
+    strict: bool = False,
+) -> None:
+    """Make a comparison's directory; wrong input is a ConfigError, raised before anything is written."""
+    from tfkd_ray.learn.loop import LOOP_VERSION
+
+    check_new(directory)
+    digest = compared.example.data.pinned().digest
+    runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
+    about = {
+        **about_now([masked(word) for word in sys.argv], compared.model_dump(mode="json")),
+        "id": uuid.uuid4().hex,
+        "loop_version": LOOP_VERSION,
+        "fail_if_not_better": strict,
+        "digest": digest,
+        "seeds": list(seeds),
+        "teacher_per_seed": teacher_per_seed,
+        "hold_out": hold_out,
+        "compared": compared.model_dump(mode="json"),
+    }
+    partial = directory.with_name(f".{directory.name}.{about['id']}")
+    write_text(partial / "confirm.yaml", dump_yaml(about))
+    partial.rename(directory)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison as its directory tells it."""
+
+    arms: Arms
+    runs: list[Run]
+    hold_out: bool
+    """Whether validation was left out of training."""
+    id: str
+    """Of this comparison, whatever it is called."""
+    strict: bool
+    """Whether it fails if nothing is better."""
+    made_with: tuple[str, int]
+    """(torch's version, the loop's version) that its runs are trained with."""
+
+    is_trained: bool
+    """Whether every run has come to its end."""
+
+    digest: str | None = None
+    """Of the data that its runs are trained on; None in one that began before data had digests."""
+
+    @property
+    def data(self) -> Dataset:
+        """What all runs are trained and judged on."""
+        return self.runs[0].config.data
+
+    @property
+    def runs_on_data(self) -> list[Run]:
+        """Its runs, on the data that it began with."""
+        return [replace(run, config=run.config.with_digest(self.digest)) for run in self.runs]
+
+
+def read_comparison(directory: Path) -> Comparison:
+    """The comparison in a directory, or a ConfigError if there is none."""
+    path = directory / "confirm.yaml"
+    if not os.path.lexists(path):
+        raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
+    about = read_yaml(path, follow=False)
+    own_code.remember(about.get("directory"))
+    with damaged(path):
+        arms = validated(Arms, about["compared"], path)
+        options = {key: bool(about[key]) for key in ("teacher_per_seed", "hold_out")}
+        runs = runs_of(arms, [int(seed) for seed in about["seeds"]], **options)
+        made_with = (str(about["versions"]["torch"]), int(about["loop_version"]))
+        digest = str(about["digest"]) if "digest" in about else None
+        id, strict = str(about["id"]), bool(about["fail_if_not_better"])
+    done = {record.name for record in read_records(directory) if record.status == "done"}
+    is_trained = done >= {run.name for run in runs}
+    return Comparison(arms, runs, options["hold_out"], id, strict, made_with, is_trained, digest)
+
+
+# --- presets ---------------------------------------------------------------------------------------------------
+
+_BY_SIZE = [
+    "cnn5", "shufflenet_v2_x1_0", "mobilenet_v2", "googlenet", "densenet121", "resnet18", "resnet34", "resnet50",
+    "resnext29", "resnet101", "resnext101_32x8d",
+]  # fmt: skip
+"""The paper's networks, roughly by size; each has a width of its own in the preset, so that they stay different."""
+
+
+def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration scaled down: two epochs, about a thousand images, networks of one convolution, one process."""
+    data = named(tree.get("data", "digits"))
+    if isinstance(data, dict):
+        data = {**data, "subset": 1000}
+    small = {**tree, "epochs": 2, "data": data}
+    small |= {
+        "workers": 1,
+        "gpus_per_worker": 0,
+        "accelerator_type": None,
+        "resources": {},
+        "batch_norm": "local",
+        "student": _small_network(tree.get("student", "mlp")),
+    }
+    if isinstance(tree.get("teacher"), dict):
+        left_out = ("epochs", "weights", "stop_accuracy")
+        teacher = {k: v for k, v in tree["teacher"].items() if k not in left_out}
+        if teacher.get("model"):
+            teacher["model"] = _small_network(teacher["model"])
+        if teacher.get("stop_epoch"):
+            teacher["stop_epoch"] = 1
+        small["teacher"] = teacher
+    return small
+
+
+def _small_network(network: Any) -> Any:
+    given = named(network)
+    name = given.get("name") if isinstance(given, dict) else None
+    if name in (None, "mlp", "cnn"):
+        return network
+    size = _BY_SIZE.index(name) if name in _BY_SIZE else len(_BY_SIZE)
+    return {"name": "cnn", "widths": [8 + size]}

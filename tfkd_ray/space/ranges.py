@@ -1,0 +1,636 @@
+"""Ranges and choices: what is searched of one setting, and how it is written in a file.
+
+In YAML a bare value is fixed. `{low, high}`, with `log: true`, `step: s` or `log_complement: true` (log-uniform in
+1 - x), or `{choices: [...]}`, is searched.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Protocol, TypeVar, get_origin
+
+from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.schema import Settings, leaves, members, named, tag
+from tfkd_ray.settings.yaml import in_yaml
+
+Tree = dict[str, Any]
+Path_ = tuple[str, ...]
+T = TypeVar("T")
+Rule = Callable[[T], Iterator[str]]
+"""A sentence for each problem of a thing; none where there are none."""
+
+
+class Suggests(Protocol):
+    """The part of `optuna.Trial` that a space needs."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+MANY = 2**40
+"""Steps beyond which a sampler is asked for any number, which is brought to a step: tpe's probability of one is lost in
+a float."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from low to high, both ends included, on a scale.
+
+    Only this class knows the scales: linear, log and log complement, with or without steps. Others ask it where a value
+    lies (`place`), which value lies somewhere (`at`), and what an axis shows (`shown`, `label`, `span`).
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    log_complement: bool = False
+    """Log-uniform in 1 - x: as many trials in 0.9 to 0.99 as in 0.99 to 0.999."""
+    whole: bool = False
+    """Whole numbers only."""
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the scale is a logarithm, of x or of 1 - x."""
+        return self.log or self.log_complement
+
+    def shown(self, value: float) -> float:
+        """The number that a sampler and an axis show for a value: 1 - x under log_complement. It is its own inverse."""
+        return 1 - value if self.log_complement else value
+
+    def label(self, name: str) -> str:
+        """The name of what is shown of a setting."""
+        return f"1 - {name}" if self.log_complement else name
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Least and largest number shown."""
+        low, high = self.shown(self.low), self.shown(self.high)
+        return (high, low) if self.log_complement else (low, high)
+
+    def place(self, value: float) -> float:
+        """Where a value lies in the range, on its own scale: 0 at low, 1 at high."""
+        return self._way(self.low, value)
+
+    def at(self, place: float) -> float:
+        """The value at a place, the inverse of `place`; it need not lie on a step."""
+        low, high = self.shown(self.low), self.shown(self.high)
+        if not self.logarithmic:
+            return low * (1 - place) + high * place
+        return self.shown(float(low ** (1 - place) * high**place))
+
+    def distance(self, a: float, b: float) -> float:
+        """The distance of two values, as a share of the range on its own scale."""
+        return abs(self._way(a, b))
+
+    def _way(self, start: float, end: float) -> float:
+        whole = self._scaled(self.high) - self._scaled(self.low)
+        return (self._scaled(end) - self._scaled(start)) / whole
+
+    def _scaled(self, value: float) -> float:
+        return math.log(self.shown(value)) if self.logarithmic else float(value)
+
+    def _on_step(self, value: float) -> float:
+        """The step nearest to a value."""
+        assert self.step, f"{self=}"
+        steps = round((value - self.low) / self.step)
+        return min(self.low + steps * self.step, self.high)
+
+    def suggest(self, trial: Suggests, name: str) -> float:
+        """A value in the range, asked of the sampler under `name`."""
+        if self.whole:
+            return self._suggest_whole(trial, name)
+        if self.step and self.high - self.low > MANY * self.step:
+            return self._on_step(trial.suggest_float(name, self.low, self.high, step=None, log=False))
+        low, high = self.span
+        label, log = self.label(name), self.logarithmic
+        return self.shown(trial.suggest_float(label, low, high, step=self.step, log=log))
+
+    def _suggest_whole(self, trial: Suggests, name: str) -> int:
+        found: float
+        first, last = int(self.low), int(self.high)
+        by = int(self.step or 1)
+        if last - first > MANY * by:
+            found = trial.suggest_float(name, first, last, step=None, log=self.log)
+        else:
+            found = trial.suggest_int(name, first, last, step=by, log=self.log)
+        # a study keeps a float: beyond 2**53 the nearest, which is brought back to a step, and always to the same
+        steps = (int(float(found)) - first) // by
+        return min(first + steps * by, last)
+
+    @property
+    def probes(self) -> list[Any]:
+        """Values that are valid only if the whole range is."""
+        if self.whole:
+            return [int(self.low), int(self.high)]
+        return [self.low, self.high]
+
+    def told(self, name: str, value: Any) -> Tree:
+        """The value as `suggest` asks for it."""
+        if not self.log_complement:
+            return {name: value}
+        low, high = self.span
+        shown = max(self.shown(value), low)
+        return {self.label(name): min(shown, high)}
+
+    def contains(self, value: Any) -> bool:
+        """Whether it may be proposed."""
+        if not _is_plain_number(value) or not self.low <= value <= self.high:
+            return False
+        if self.whole:
+            above = int(value) - int(self.low)
+            return bool(value == int(value)) and above % int(self.step or 1) == 0
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        rounding = 4 * math.ulp(max(abs(value), abs(self.low))) / self.step
+        return bool(abs(steps - round(steps)) <= max(1e-9, rounding))
+
+    def includes(self, other: "Domain") -> bool:
+        """Whether all that the other may propose is in here, on the same scale."""
+        if not isinstance(other, Range):
+            return False
+        alike = replace(other, low=self.low, high=self.high) == self
+        return alike and self.contains(other.low) and other.low <= other.high <= self.high
+
+    @property
+    def middle(self) -> float:
+        """The value in the middle, on the scale of the range."""
+        low, high = self.shown(self.low), self.shown(self.high)
+        value = (low + high) / 2
+        if self.logarithmic:
+            product = float(low) * float(high)
+            value = math.sqrt(product)
+            if product == math.inf:
+                value = math.sqrt(low) * math.sqrt(high)
+        value = self.shown(value)
+        if self.step:
+            value = self._on_step(value)
+        return round(value) if self.whole else value
+
+    @property
+    def size(self) -> int | None:
+        """How many values there are; None where they have no even steps between them."""
+        step = self.step or (1 if self.whole and not self.log else None)
+        return None if step is None else _steps(self.low, self.high, step) + 1
+
+    @property
+    def points(self) -> list[Any] | None:
+        """All values, where they can be counted one by one (`size`: how many)."""
+        if self.size is None:
+            return None
+        step = self.step or 1
+        found = [min(self.low + k * step, self.high) for k in range(self.size)]
+        return [round(v) for v in found] if self.whole else found
+
+    @property
+    def tree(self) -> Tree:
+        """The range as a file has it."""
+        low, high = self.probes
+        scale = {"log": self.log, "step": self.step, "log_complement": self.log_complement}
+        return {"low": low, "high": high, **{key: value for key, value in scale.items() if value}}
+
+    def __str__(self) -> str:
+        ends = f"{int(self.low)} to {int(self.high)}" if self.whole else f"{self.low:g} to {self.high:g}"
+        if self.log:
+            return f"{ends} (log)"
+        if self.log_complement:
+            return f"{ends} (log in 1 - x)"
+        return f"{ends} (step {self.step:g})" if self.step else ends
+
+
+def _steps(low: float, high: float, step: float) -> int:
+    """Whole steps from low to high, in the decimal numbers that a person wrote: as Optuna counts them."""
+    first, last = Fraction(str(low)), Fraction(str(high))
+    return (last - first) // Fraction(str(step))
+
+
+def _last_step(low: float, high: float, step: float) -> float:
+    """The last value that steps from low come to, not above high."""
+    last = Fraction(str(low)) + _steps(low, high, step) * Fraction(str(step))
+    return int(last) if isinstance(high, int) and last.denominator == 1 else float(last)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of a list of values (numbers, text, settings)."""
+
+    values: tuple[Any, ...]
+    """Settings that have ranges of their own without these, which are parameters `within` this one."""
+    written: tuple[Any, ...] = ()
+    """The values with these ranges; empty: there are none."""
+
+    def suggest(self, trial: Suggests, name: str) -> Any:
+        """One of the values; the sampler sees settings as their text."""
+        labels = self.points
+        label = trial.suggest_categorical(name, labels)
+        return copy.deepcopy(self.values[labels.index(label)])
+
+    def told(self, name: str, value: Any) -> Tree:
+        """The value as `suggest` asks for it."""
+        return {name: self.points[self.values.index(value)]}
+
+    def contains(self, value: Any) -> bool:
+        """Whether it is one of the values."""
+        return value in self.values
+
+    def includes(self, other: "Domain") -> bool:
+        """Whether all that the other may propose is in here."""
+        return isinstance(other, Choices) and all(v in self.values for v in other.values)
+
+    def place(self, value: Any) -> float:
+        """Where a value stands in the list: 0 for the first, 1 for the last."""
+        return self.values.index(value) / max(1, len(self.values) - 1)
+
+    def distance(self, a: Any, b: Any) -> float:
+        """0 for the same value, 1 for another."""
+        return float(a != b)
+
+    @property
+    def middle(self) -> Any:
+        """The value in the middle of the list."""
+        return self.values[(len(self.values) - 1) // 2]
+
+    @property
+    def size(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
+    @property
+    def points(self) -> list[Any]:
+        """All values, as the sampler sees them."""
+        plain = str | int | float | bool | None
+        return [v if isinstance(v, plain) else json.dumps(v, sort_keys=True) for v in self.values]
+
+    @property
+    def probes(self) -> list[Any]:
+        """Values that are valid only if all are."""
+        return list(self.values)
+
+    @property
+    def tree(self) -> Tree:
+        """The choices as a file has them."""
+        return {"choices": list(self.written or self.values)}
+
+    def __str__(self) -> str:
+        return " | ".join(map(in_yaml, self.values))
+
+
+Domain = Range | Choices
+RANGE_KEYS = {"low", "high", "log", "step", "log_complement"}
+ENDS = {
+    **dict.fromkeys(("min", "minimum", "from", "lower", "lo", "start"), "low"),
+    **dict.fromkeys(("max", "maximum", "to", "upper", "hi", "end", "stop"), "high"),
+}
+"""What the ends of a range are called elsewhere."""
+
+
+def domain_of(value: Any, path: Path_, notes: list[str], *, whole: bool | None) -> Domain | None:
+    """The range or the choices that a value in a space file stands for; None if it is a plain value.
+
+    Args:
+        notes: gets what is odd about it.
+        whole: whether the setting is an integer; None: if low, high and step are.
+    """
+    if not is_range(value, path):
+        return None
+    where = dotted(path)
+    if "choices" in value:
+        _refuse(where, CHOICES_RULES, value)
+        return _choices(value["choices"], path)
+    _refuse(where, KEY_RULES, value)
+    found = Range(**value)
+    if whole is None:
+        whole = all(isinstance(v, int | None) for v in (found.low, found.high, found.step))
+    found = replace(found, whole=whole)
+    _refuse(where, RANGE_RULES, found)
+    return found if found.step is None else _ended_by_its_steps(found, found.step, where, notes)
+
+
+def first_found(rules: Sequence[Rule[T]], given: T) -> list[str]:
+    """The problems that the first rule with problems has."""
+    for rule in rules:
+        problems = list(rule(given))
+        if problems:
+            return problems
+    return []
+
+
+def _refuse(where: str, rules: Sequence[Rule[T]], given: T) -> None:
+    problems = first_found(rules, given)
+    if problems:
+        raise ConfigError(where + problem for problem in problems)
+
+
+def _ended_by_its_steps(given: Range, step: float, where: str, notes: list[str]) -> Range:
+    """The range with the last step as its high; where that is lower, a note says so."""
+    last = _last_step(given.low, given.high, step)
+    if last < given.high:
+        notes.append(
+            f"{where}: steps of {step:g} from {given.low:g} end at {last:g}, which is taken for the range's high"
+        )
+    return replace(given, high=last)
+
+
+# --- rules of what stands in a file: each one sentence, which goes on after the setting's path
+
+
+def _stands_alone(given: Tree) -> Iterator[str]:
+    """Choices have no other key beside them."""
+    others = set(given) - {"choices"}
+    if others:
+        yield f": choices stand alone, got also {', '.join(sorted(others))}"
+
+
+def _is_a_list(given: Tree) -> Iterator[str]:
+    """Choices are a list of at least one value."""
+    values = given["choices"]
+    if not isinstance(values, list) or not values:
+        yield f".choices: needs a list of at least one value, got {values!r}"
+
+
+def _is_given_once(given: Tree) -> Iterator[str]:
+    """Each choice is given once."""
+    values = given["choices"]
+    if len(set(map(_frozen, values))) < len(values):
+        yield f".choices: a value is given twice in {values!r}"
+
+
+def _has_keys_of_a_range(given: Tree) -> Iterator[str]:
+    """A range has no other keys than its own."""
+    for key in given:
+        if key in ENDS:
+            yield f".{key}: no such key of a range; it is called {ENDS[key]!r}"
+        elif key not in RANGE_KEYS:
+            yield f".{key}: no such key of a range; {did_you_mean(key, RANGE_KEYS)}"
+
+
+def _low_is_a_number(given: Tree) -> Iterator[str]:
+    """The low end is a number."""
+    if not _is_plain_number(given.get("low")):
+        yield f".low: a range needs a number here, got {given.get('low')!r}"
+
+
+def _high_is_a_number(given: Tree) -> Iterator[str]:
+    """The high end is a number."""
+    if not _is_plain_number(given.get("high")):
+        yield f".high: a range needs a number here, got {given.get('high')!r}"
+
+
+def _numbers_are_finite(given: Tree) -> Iterator[str]:
+    """The first number that a float cannot hold is named."""
+    for key in ("low", "high", "step"):
+        if not _is_finite(given.get(key)):
+            yield f".{key}: a finite number, got {str(given[key])[:40]}"
+            return
+
+
+def _flags_are_flags(given: Tree) -> Iterator[str]:
+    """The first of log and log_complement that is neither true nor false is named."""
+    for key in ("log", "log_complement"):
+        if not isinstance(given.get(key, False), bool):
+            yield f".{key}: true or false, got {given[key]!r}"
+            return
+
+
+def _low_is_below_high(given: Range) -> Iterator[str]:
+    """The low end is below the high one."""
+    low, high = given.low, given.high
+    if low > high:
+        yield f": low must not be above high, got low {low:g} and high {high:g}; swap them"
+    if low == high:
+        yield f": low and high are both {low:g}; write the value itself to fix it"
+
+
+def _log_has_logarithms(given: Range) -> Iterator[str]:
+    """A log range is above 0."""
+    if given.log and given.low <= 0:
+        yield f": a log range starts above 0, got low {given.low:g}; raise low, or leave out log"
+
+
+def _log_complement_has_logarithms(given: Range) -> Iterator[str]:
+    """A range of log_complement is in [0, 1)."""
+    low, high = given.low, given.high
+    if given.log_complement and not 0 <= low < high < 1:
+        yield f": log_complement needs 0 <= low < high < 1, got low {low:g} and high {high:g}"
+
+
+def _step_is_above_0(given: Range) -> Iterator[str]:
+    """A step is a number above 0."""
+    step = given.step
+    if step is not None and (not _is_plain_number(step) or step <= 0):
+        yield f".step: a number above 0, got {step!r}"
+
+
+def _scale_is_one(given: Range) -> Iterator[str]:
+    """A range has one scale."""
+    if (given.step is not None) + given.log + given.log_complement > 1:
+        yield ": only one of log, step and log_complement"
+
+
+def _numbers_are_whole(given: Range) -> Iterator[str]:
+    """A setting of whole numbers has a range of whole numbers."""
+    numbers = [v for v in (given.low, given.high, given.step) if v is not None]
+    if given.whole and any(v != int(v) for v in numbers):
+        yield f": whole numbers only, got {replace(given, whole=False)}"
+
+
+def _step_is_within(given: Range) -> Iterator[str]:
+    """A step is no larger than its range."""
+    low, high, step = given.low, given.high, given.step
+    if step is not None and step > high - low:
+        yield (
+            f".step: {step:g} is larger than the range, {low:g} to {high:g}, and only {low:g} would be proposed; lower "
+            "step, or write the value itself to fix it"
+        )
+
+
+def _step_moves_a_float(given: Range) -> Iterator[str]:
+    """A step changes the float that it is added to."""
+    low, high, step = given.low, given.high, given.step
+    if step is None or isinstance(low + high + step, int):
+        return
+    largest = max(abs(low), abs(high))
+    if step < 2 * math.ulp(largest):
+        yield f".step: {step:g} is lost in a float beside {largest:g}; raise it, or leave it out"
+
+
+CHOICES_RULES = (_stands_alone, _is_a_list, _is_given_once)
+KEY_RULES = (
+    _has_keys_of_a_range,
+    _low_is_a_number,
+    _high_is_a_number,
+    _numbers_are_finite,
+    _flags_are_flags,
+)
+RANGE_RULES = (
+    _low_is_below_high,
+    _log_has_logarithms,
+    _log_complement_has_logarithms,
+    _step_is_above_0,
+    _scale_is_one,
+    _numbers_are_whole,
+    _step_is_within,
+    _step_moves_a_float,
+)
+"""In the order in which they are looked at; the first that is broken is told."""
+
+
+# --- what stands in a file ---------------------------------------------------------------------------------------
+
+
+def is_range(value: Any, path: Path_) -> bool:
+    """Whether a value in a space file is meant as a range or as choices.
+
+    What holds names that are a person's own (`args`, `resources`) is not: there `low` is one of them.
+    """
+    if not isinstance(value, dict) or not {"low", "high", "choices"} & set(value):
+        return False
+    may_stand = set().union(*_types(path))
+    return not any(get_origin(t) is dict for t in may_stand)
+
+
+def _choices(items: list[Any], path: Path_) -> Choices:
+    """Choices of which some may be settings with ranges of their own."""
+    where = f"{dotted(path)}.choices"
+    bare = []
+    for number, (item, label) in enumerate(zip(items, labels_of(items), strict=True), start=1):
+        value = _without_ranges(item, (*path, label))
+        if value is None and item is not None:
+            raise ConfigError(
+                f"{where}: its item {number} is a range; items are values, or settings with ranges in them: write its "
+                "values out as items, or one range that holds them all"
+            )
+        only_named = value != item and set(value) == {"name"} and value["name"] not in items
+        bare.append(value["name"] if only_named else value)
+    if len(set(map(_frozen, bare))) < len(bare):
+        _refuse_twins(where, bare)
+    return Choices(tuple(bare), tuple(items) if bare != items else ())
+
+
+def _refuse_twins(where: str, bare: list[Any]) -> None:
+    """Refuse the first item that another is equal to once its ranges are taken out."""
+    for k, value in enumerate(bare):
+        if value in bare[:k]:
+            raise ConfigError(
+                f"{where}: its items {bare.index(value) + 1} and {k + 1} differ in ranges only; widen one's, or write "
+                "a value where the other has none"
+            )
+
+
+def _frozen(value: Any) -> Any:
+    """A value of a space file that can be a member of a set, equal where the value is."""
+    if isinstance(value, dict):
+        return frozenset((key, _frozen(below)) for key, below in value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _without_ranges(value: Any, path: Path_) -> Any:
+    """Settings without those that are ranges; None for a range."""
+    if not isinstance(value, dict):
+        return value
+    if is_range(value, path):
+        return None
+    kept = {}
+    for key, below in value.items():
+        there = (*path, str(key))
+        if not is_range(below, there):
+            kept[key] = _without_ranges(below, there)
+    return kept
+
+
+def range_meant(value: Any, path: Path_) -> str:
+    """How to write what stands, as a list or settings, where a number belongs."""
+    where, got = dotted(path), _flow(value)
+    if isinstance(value, list):
+        between = ""
+        if len(value) == 2 and all(map(_is_plain_number, value)):
+            between = f"for all between {{low: {min(value)}, high: {max(value)}}}, "
+        return f"{where}: a list is no range, got {got}; write {between}for one of them {{choices: {got}}}"
+    renamed = {ENDS.get(key, key): v for key, v in value.items()}
+    right = "{low: ..., high: ...}, or {choices: [...]}"
+    if {"low", "high"} <= set(renamed):
+        right = _flow(renamed)
+    return f"{where}: needs a number or a range, got {got}; a range is written {right}"
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_plain_number(value: Any) -> bool:
+    """Whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number, if it is one, is finite and of a size that a float can hold."""
+    if not isinstance(value, int | float):
+        return True
+    return abs(value) < 1e300  # false of nan
+
+
+def name_of(objective: Any) -> str | None:
+    """The name of an objective in a file, if it has one."""
+    settings = named(objective)
+    name = settings.get("name") if isinstance(settings, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def labels_of(items: Sequence[Any]) -> list[str]:
+    """What each item of choices is called: by its name, or, where that does not tell it from the others, its number."""
+    names = [name_of(v) for v in items]
+    labels = []
+    for number, name in enumerate(names, start=1):
+        labels.append(name if name and names.count(name) == 1 else str(number))
+    return labels
+
+
+def holds_whole_numbers(path: Path_) -> bool | None:
+    """Whether a setting is an integer; None if it is not ours (an argument of a person's own function)."""
+    found = _types(path)
+    if not found:
+        return None
+    return any(int in types and float not in types for types in found)
+
+
+def holds_a_number(path: Path_) -> bool:
+    """Whether a setting is a number, or nothing."""
+    found = _types(path)
+    return bool(found) and all(types <= {int, float, type(None)} for types in found)
+
+
+def _types(path: Path_) -> list[set[Any]]:
+    """What may stand there, for each network, objective, ... that has such a setting; empty if none of ours has."""
+    *above, last = path
+    models: list[type[Settings]] = [TrainConfig]
+    for part in above:
+        if not part.isdecimal():  # the number of an item
+            models = _below(models, part)
+    fields = [m.model_fields[last] for m in models if last in m.model_fields]
+    return [set(leaves(field.annotation)) for field in fields]
+
+
+def _below(models: list[type[Settings]], part: str) -> list[type[Settings]]:
+    """The settings that a part of a path leads to: those of a field, or the item of that name."""
+    found: list[type[Settings]] = []
+    for model in models:
+        if part in model.model_fields:
+            found += members(model.model_fields[part])
+    if found:
+        return found
+    if ":" in part:  # package.module:function, an item's name for short
+        return models
+    return [m for m in models if tag(m) == part]

@@ -1,0 +1,289 @@
+"""A space beside what it is not made of: published settings, another space, a configuration of another sweep."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import optuna
+
+from tfkd_ray.learn.config import RUN_ONLY, OptimConfig, TrainConfig
+from tfkd_ray.learn.dataset import Dataset
+from tfkd_ray.learn.objectives import PUBLISHED, Canonical
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import tag
+from tfkd_ray.space.ranges import Choices, Path_, Range, Tree
+from tfkd_ray.space.search_config import Grid
+from tfkd_ray.space.space import Branch, Group, Parameter, Space, public_path
+from tfkd_ray.store.experiment import as_number
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    number = as_number(value)
+    return number is not None and math.isfinite(number)
+
+
+def _branch(group: Group, objective: str) -> Any:
+    return next(b for b in group.branches if b.objective == objective)
+
+
+def _asked(group: Group, objective: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters, distributions) of a trial of a study with these values."""
+    fixed = optuna.trial.FixedTrial(group.told(_branch(group, objective), values))
+    group.propose(fixed)
+    return fixed.params, fixed.distributions
+
+
+@dataclass(frozen=True)
+class WarmPoint:
+    """A published setting as it lies in a space."""
+
+    objective: str
+    values: Tree
+    """By parameter name."""
+    origin: str
+
+
+def warm_points(space: Space) -> list[WarmPoint]:
+    """What the sweep tries first, each group's in the order in which it tries them.
+
+    A setting is left out where a value of its objective is outside of the space or fixed otherwise. What it does not
+    speak of is as in the paper (the defaults of `OptimConfig`) if that is inside, else in the middle of its range.
+    """
+    points = []
+    for group in space.groups:
+        points += group_points(space, group)
+    return points
+
+
+def group_points(space: Space, group: Group) -> list[WarmPoint]:
+    """The first of `warm_points` of one group: objectives in turn, at most a quarter of the group's trials."""
+    if not space.search.warm_start or isinstance(space.search.sampler, Grid):
+        return []
+    in_turn: list[WarmPoint] = []
+    for row in itertools.zip_longest(*map(_published, group.branches)):
+        in_turn += [point for point in row if point is not None]
+    return in_turn[: space.search.num_samples // len(space.groups) // 4]
+
+
+def _published(branch: Branch) -> Iterator[WarmPoint]:
+    """The published settings of a branch's objective that lie in its space, each once."""
+    seen: list[Tree] = []
+    for setting in PUBLISHED:
+        if tag(type(setting.objective)) != branch.objective:
+            continue
+        values = _values_for(branch, setting.objective)
+        asked = list(branch.asked(values))
+        inside = all(p.domain.contains(values[p.name]) for p in asked)
+        if values in seen or not inside:
+            continue
+        try:
+            config = branch.config(values)
+        except ConfigError:  # its parts are allowed, but not together
+            continue
+        if config.objective == setting.objective:
+            seen.append(values)
+            yield WarmPoint(branch.objective, values, setting.origin)
+
+
+def _values_for(branch: Branch, objective: Canonical) -> Tree:
+    """Values of a branch's parameters: those of an objective, and what goes with it."""
+    values: Tree = {}
+    for p in branch.asked(values):
+        usual = PAPER.get(p.path)
+        if p.path[0] == "objective":
+            values[p.name] = getattr(objective, p.path[1])
+        elif usual is not None and p.domain.contains(usual):
+            values[p.name] = usual
+        else:
+            values[p.name] = p.domain.middle
+    return values
+
+
+PAPER: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}
+"""The paper's recipe, which is also our default."""
+
+
+def not_superset(old: Space, new: Space) -> list[str]:
+    """Why the trials of one space would not all be trials of another: a sentence each; empty if they would."""
+    problems = []
+    branches = {branch.objective: branch for branch in new.branches}
+    for was in old.branches:
+        if was.objective not in branches:
+            problems.append(
+                f"objective: {was.objective} is in the trials that are there, and not in the new space; add it"
+            )
+    if old.search.split != new.search.split:
+        problems.append("search.split: cannot change while a sweep goes on")
+    if old.search.metrics != new.search.metrics:
+        problems.append(f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it")
+    for was in old.branches:
+        if was.objective in branches:
+            for rule in BRANCH_RULES:
+                problems += rule(was, branches[was.objective])
+    return list(dict.fromkeys(problems))
+
+
+# --- rules of two branches, of which the second must hold the trials of the first
+
+
+def _ranges_are_as_wide(was: Branch, now: Branch) -> Iterator[str]:
+    """What was searched still is, and no less of it."""
+    after = _by_place(now)
+    for place, p in _by_place(was).items():
+        if place not in after:
+            yield f"{p.name}: was searched ({p.domain}), and is fixed now; leave it searched"
+        elif not after[place].domain.includes(p.domain):
+            yield f"{p.name}: was {p.domain}, and {after[place].domain} does not hold all of it; widen it"
+
+
+def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Iterator[str]:
+    """What is searched now holds the value that was fixed."""
+    before = _by_place(was)
+    for place, p in _by_place(now).items():
+        if place in before or not _was_there(was, p):
+            continue
+        there = was.config(was.around(p)) if p.within else was.example
+        value = value_at(there.model_dump(mode="json"), p.path)
+        if not p.domain.contains(value):
+            yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
+
+
+def _was_there(was: Branch, p: Parameter) -> bool:
+    """Whether a branch has the item of choices that a parameter is within, if it is within one."""
+    if p.within is None:
+        return True
+    name, item = p.within
+    domains = [q.domain for q in was.parameters if q.name == name]
+    return bool(domains) and domains[0].contains(item)
+
+
+def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
+    """What is fixed has the value that it had."""
+    searched = {p.path for p in (*was.parameters, *now.parameters)}
+    examples = [branch.example.model_dump(mode="json") for branch in (was, now)]
+    for path, a, b in _differences(*examples):
+        if not _is_below(path, searched):
+            name = ".".join(public_path(path, was.objective))
+            yield f"{name}: was {a!r}, and is {b!r} now"
+
+
+BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
+"""In the order in which their problems are told: all of them at once."""
+
+
+def _by_place(branch: Branch) -> dict[tuple[Path_, str], Parameter]:
+    return {_place(p): p for p in branch.parameters}
+
+
+def _is_below(path: Path_, above: Iterable[Path_]) -> bool:
+    """Whether a path begins with one of others."""
+    return any(path[: len(start)] == start for start in above)
+
+
+def _place(p: Parameter) -> tuple[Path_, str]:
+    """What makes a parameter the same in another space, where items of choices may be counted otherwise."""
+    item = None
+    if p.within is not None:
+        _, item = p.within
+    return p.path, json.dumps(item, sort_keys=True)
+
+
+DIGEST = ("data", "digest")
+
+
+def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
+    """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
+    left = dict(_leaves(a))
+    right = dict(_leaves(b))
+    digests = (left.get(DIGEST), right.get(DIGEST))
+    if None in digests:  # one began before data had digests, or has not begun
+        left[DIGEST] = right[DIGEST] = None
+    paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
+    kinds = {p[:-1] for p in paths if p[-1] == "name"}
+    for path in paths:
+        top, last = path[0], path[-1]
+        if last != "name" and _is_below(path[:-1], kinds):
+            continue
+        only_where = top in {"recipe", *RUN_ONLY} or (top == "data" and last in Dataset.places)
+        if not only_where:
+            yield path, left.get(path), right.get(path)
+
+
+def _leaves(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def value_at(tree: Any, path: Path_) -> Any:
+    """What stands at a path of a tree; None where it ends before."""
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def placed(space: Space, config: TrainConfig) -> tuple[Group, Tree] | list[str]:
+    """(group, values by parameter name) of a configuration of another space in this one, or what is different.
+
+    The seed, and where a run runs, may differ.
+    """
+    tree = config.model_dump(mode="json")
+    name = config.objective.name
+    for group in space.groups:
+        for branch in group.branches:
+            if branch.objective == name:
+                found = _values_of(branch, tree)
+                return found if isinstance(found, list) else (group, found)
+    known = ", ".join(b.objective for b in space.branches)
+    return [f"objective: {name} there, and not among {known}"]
+
+
+def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
+    """Values of a branch's parameters in a configuration, or what is different."""
+    values: Tree = {}
+    different = []
+    for p in branch.asked(values):
+        value = value_at(tree, p.path)
+        fits = p.domain.contains(value)
+        if isinstance(p.domain, Choices):  # in a file, a choice may be a name or a part of its settings
+            same = [c for c in p.domain.values if _is_item(branch, values, p, c, tree)]
+            fits = bool(same)
+            value = same[0] if same else value
+        if not fits:
+            different.append(f"{p.name}: {value!r} there, {p.domain} here")
+        values[p.name] = value
+    if different:
+        return different
+    try:
+        here = branch.config(values).model_dump(mode="json")
+    except ConfigError as error:
+        return error.problems
+    for path, a, b in _differences(tree, here):
+        if path != ("seed",):
+            name = ".".join(public_path(path, branch.objective))
+            different.append(f"{name}: {a!r} there, {b!r} here")
+    return different or values
+
+
+def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: Tree) -> bool:
+    """Whether a configuration has this item of choices: what is fixed of it is alike, what is searched is inside."""
+    inside = [p for p in branch.parameters if p.within == (choices.name, item)]
+    for p in inside:
+        if isinstance(p.domain, Range) and not p.domain.contains(value_at(tree, p.path)):
+            return False
+    others = branch.around(choices) | values | {choices.name: item}
+    here = value_at(branch.config(others).model_dump(mode="json"), choices.path)
+    there = value_at(tree, choices.path)
+    if not isinstance(here, dict) or not isinstance(there, dict):
+        return bool(here == there)
+    depth = len(choices.path)
+    loose = [p.path[depth:] for p in inside]
+    left = dict(_leaves(here))
+    right = dict(_leaves(there))
+    differ = [path for path in {*left, *right} if left.get(path) != right.get(path)]
+    return all(_is_below(path, loose) for path in differ)

@@ -1,0 +1,104 @@
+"""The assignment of a trial: its number, name, parameters, and the places where it reads and writes.
+
+In Ray's configuration of a trial it is a plain dictionary, the `trial` section: trainables of users read it there, and
+so do experiment states that Ray has saved with earlier releases. `Assignment.of` reads it, `section` makes it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.own_code import Place
+from tfkd_ray.store.storage import Directory, Storage, received
+
+SECTION = "trial"
+_REQUIRED = ("number", "name", "epochs", "parameters")
+_LISTS = ("metrics", "avoid")
+_OF_BUCKETS = ("store", "endpoint")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a searcher of ours assigns to a trial, beside its training configuration."""
+
+    name: str
+    """t0007-tfkd_reg."""
+    epochs: int
+    """Of full length."""
+    number: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Searched values by parameter name; of a comparison's run its arm and seed."""
+    arm: str | None = None
+    """Of a comparison's run."""
+    metrics: tuple[str, ...] = ()
+    """Metrics that every epoch must report, because the search judges by them."""
+    storage: Storage | None = None
+    """Where teachers and experiments go. None: a searcher of the user's own has not said."""
+    directory: Path | None = None
+    """The trial's files: below the storage's folder, or an absolute path. None: a trial of a user's own trainable."""
+    home: Place | None = None
+    """Where modules of the user's own are found."""
+    avoid: tuple[str, ...] = ()
+    """Ids of the nodes where the trial must not run."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of the section, as they are: a searcher's `place`, or what a user has added."""
+
+    @classmethod
+    def find(cls, config: Mapping[str, Any]) -> "Assignment | None":
+        """Return the assignment in a trial's configuration; None where another searcher proposed it."""
+        section = config.get(SECTION)
+        if not isinstance(section, Mapping) or not set(_REQUIRED) <= set(section):
+            return None
+        told = {name: value for name, value in section.items() if name in _KNOWN}
+        for name in _LISTS:
+            told[name] = tuple(told.get(name, ()))
+        told["storage"] = received(section)
+        if (directory := section.get("directory")) is not None:
+            told["directory"] = Path(directory)
+            place = section.get("storage", "")
+            if told["directory"].is_relative_to(place):  # on this node the storage may have another folder
+                told["directory"] = told["directory"].relative_to(place)
+        more = {name: value for name, value in section.items() if name not in (*_KNOWN, *_OF_BUCKETS)}
+        return cls(**told, more=more)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Assignment":
+        """Return the assignment in a trial's configuration; raise a ConfigError where there is none."""
+        found = cls.find(config)
+        if found is None:
+            raise ConfigError(
+                f"{SECTION}: a trial needs {', '.join(_REQUIRED)} here, got {config.get(SECTION)!s:.80}; let "
+                "OptunaSearcher propose it, or add what is missing"
+            )
+        return found
+
+    def section(self) -> dict[str, Any]:
+        """Return the plain dictionary that goes into Ray's configuration; what is not set is left out."""
+        section = {name: getattr(self, name) for name in _KNOWN}
+        for name in _LISTS:
+            section[name] = list(section[name]) or None
+        section["directory"] = None if self.directory is None else str(self.folder)
+        section |= {} if self.storage is None else self.storage.wire()
+        return {**self.more, **{name: value for name, value in section.items() if value is not None}}
+
+    @property
+    def folder(self) -> Path:
+        """The trial's directory on this node, of a trial that has one."""
+        assert self.directory is not None, f"{self.name} has no directory"
+        return self.directory if self.storage is None else self.storage.folder / self.directory
+
+    @property
+    def place(self) -> tuple[Storage, Path]:
+        """(storage, the trial's directory) on this node. Where no storage is named, there are no teachers."""
+        return self.storage or Directory(self.folder), self.folder
+
+
+_KNOWN = [f.name for f in dataclasses.fields(Assignment) if f.name != "more"]
+
+
+def without_assignment(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training configuration alone."""
+    return {name: value for name, value in config.items() if name != SECTION}

@@ -1,0 +1,494 @@
+"""An experiment's directory: what is in it, written and read plainly. No Ray, no torch, no unpickling.
+
+    experiment.yaml                the space as it was understood, versions, git commit, seeds, command line
+    study.journal                  Optuna's journal: proposals, values after every epoch, ends
+    spent.json                     seconds of all drivers, and of all trials, for budgets
+    trials/t0007-tfkd_reg/         one folder a trial
+        trial.json                 number, objective, searched parameters, configuration, status, reason
+        metrics.jsonl              one line an epoch
+        student.safetensors        weights after the last epoch (full-length trials)
+        last.ckpt, before.ckpt     run state to go on from, and the one before it; gone when it has ended
+    tb/t0007-tfkd_reg/             TensorBoard events
+    trials/*.pkl, *.json           Ray Tune's own files; nothing here reads them
+
+`teachers/` lies beside the experiments, because teachers are shared by them.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import math
+import numbers
+import os
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import (
+    DISK_ERRORS,
+    PART,
+    check_writable,
+    descriptor_of,
+    kind_of,
+    legible,
+    opened,
+    write_text,
+)
+from tfkd_ray.settings.yaml import dump_yaml, read_yaml
+from tfkd_ray.verdict import scores
+
+STATUSES = ("running", "done", "stopped", "failed", "interrupted")
+MOST_BYTES = 2**26
+"""Of a JSON file: far more than any of ours has."""
+MOST_EPOCHS = 10**7
+VERSION = 1
+"""Of this layout; raised when a reader must know the difference."""
+
+
+FULL_LENGTH = "full_length"
+"""In a trial's last result: the user's own `RunConfig.stop` has ended it, so it is of full length."""
+
+
+def as_number(value: Any) -> float | None:
+    """A number as a float, numpy's and what holds just one included; None for anything else."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def trials_folder(experiment: Path) -> Path:
+    """Where the trials' folders are; also Ray Tune's experiment directory."""
+    return experiment / "trials"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A trial as its files tell it."""
+
+    folder: Path
+    number: int
+    name: str
+    objective: str
+    status: str
+    """running, done, stopped (early), failed, interrupted."""
+    parameters: dict[str, Any]
+    config: dict[str, Any]
+    reason: str | None = None
+    lost: int = 0
+    """Times that its process was lost, and it went on; no failure of its own."""
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    """One entry an epoch."""
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Metrics of the last epoch; empty before the first."""
+        return self.metrics[-1] if self.metrics else {}
+
+
+def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str]) -> None:
+    """Write experiment.yaml: everything needed to say what was run, and to run it again."""
+    seeds = {"trials": tree["seed"], "proposals": tree["search"]["seed"], "split": tree["data"]["split_seed"]}
+    write_text(
+        experiment / "experiment.yaml",
+        dump_yaml({**about_now(argv, tree), "seeds": seeds, "space": dict(tree)}),
+        durable=True,
+    )
+
+
+def about_now(argv: list[str], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs here and now: layout, time, command, versions, git commit; for code of one's own, the directory."""
+    directory = {"directory": own_code.here()["directory"]} if own_code.is_needed(tree) else {}
+    return {
+        **directory,
+        "layout": VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": argv,
+        "versions": {
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in ("tfkd_ray", "ray", "torch", "optuna")},
+        },
+        "git_commit": _git_commit(),
+    }
+
+
+def read_experiment(experiment: Path) -> dict[str, Any]:
+    """What experiment.yaml says, or a ConfigError if the directory is no experiment."""
+    if not os.path.lexists(experiment / "experiment.yaml"):
+        raise ConfigError("not an experiment: there is no experiment.yaml in it", experiment)
+    about = read_yaml(experiment / "experiment.yaml", follow=False)
+    if about.get("layout") != VERSION:
+        message = (
+            f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; use the release that wrote it"
+        )
+        raise ConfigError(message, experiment / "experiment.yaml")
+    if not isinstance(about.get("space"), dict) or not isinstance(about["space"].get("search"), dict):
+        raise ConfigError("has no 'space:' with a 'search:' in it; it was changed by hand, or cut", experiment)
+    return about
+
+
+def selection_metric(experiment: Path) -> str:
+    """The metric that a sweep chooses its best trial by."""
+    about = read_experiment(experiment)
+    with damaged(experiment / "experiment.yaml"):
+        return scores.score_of(about["space"]["search"]["metric"]).key
+
+
+def read_records(experiment: Path) -> list[Record]:
+    """All trials, by number; a line that is only half there yet is left out."""
+    return [read_record(folder) for folder in trial_folders(experiment) if (folder / "trial.json").exists()]
+
+
+def trial_folders(experiment: Path) -> list[Path]:
+    """All folders of trials, by name. One that is a link is none: its trial is counted where it lies."""
+    above = trials_folder(experiment)
+    if above.is_symlink():
+        raise ConfigError(f"is a link to {above.readlink()}; put there the folder itself", above)
+    try:
+        with os.scandir(above) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:  # no trial has begun
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", above) from None
+
+
+_CREATED, _STATE, _EPOCH, _NOTE = (b'{"op_code":%d,' % code for code in (4, 6, 7, 8))
+"""How lines of Optuna's journal begin that make a trial, end it, tell an epoch of it, note something of it."""
+
+
+def gone_trials(experiment: Path) -> list[str]:
+    """Names of the trials that study.journal has told epochs or ends of, and whose folders are gone."""
+    journal = experiment / "study.journal"
+    names: list[str | None] = []
+    told: set[int] = set()
+    if not journal.is_file():  # a database has them, which readers do not ask
+        return []
+    with journal.open("rb") as file:
+        for line in file:
+            noted = line.startswith(_NOTE) and b'"user_attr":{"name":' in line
+            if not (noted or line.startswith((_CREATED, _STATE, _EPOCH))):
+                continue
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # said when the journal is opened
+                about = parse_json(line)
+                if line.startswith(_CREATED):
+                    given = about.get("user_attrs") or {}
+                    names.append(given.get("name") if "number" in given else None)
+                    if about.get("intermediate_values") or about.get("state") in _ENDED:
+                        told.add(len(names) - 1)
+                elif noted:
+                    names[about["trial_id"]] = str(about["user_attr"]["name"])
+                elif line.startswith(_EPOCH) or about["state"] in _ENDED:
+                    told.add(about["trial_id"])
+    known = {names[k] for k in told if k < len(names)} - {None}
+    return sorted(str(n) for n in known if not (trials_folder(experiment) / str(n) / "trial.json").is_file())
+
+
+_ENDED = (1, 2, 3)
+"""Optuna's numbers of states: complete, pruned, failed."""
+
+
+def gone_sentence(names: Sequence[str]) -> str:
+    """What is said of trials whose folders are gone."""
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    what = "its folder is" if len(names) == 1 else "their folders are"
+    return f"the study has {listed}, and {what} gone: what they came to is in the study alone; put the folders back"
+
+
+def read_record(folder: Path) -> Record:
+    """One trial, or a ConfigError if a file of it is damaged."""
+    return as_record(folder, read_metrics(folder))
+
+
+def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
+    """What trial.json says, with these metrics."""
+    path = folder / "trial.json"
+    try:
+        about = parse_json(read_text(path))
+        record = Record(folder=folder, metrics=metrics, **about)
+        kinds = {"number": int, "name": str, "objective": str, "parameters": dict, "config": dict}
+        for name, kind in kinds.items():
+            if not isinstance(about[name], kind):
+                raise ValueError(f"{name} is {about[name]!r}")
+        if record.status not in STATUSES or not isinstance(record.reason, str | None):
+            raise ValueError(f"status is {record.status!r}, reason {record.reason!r}")
+    except (ValueError, TypeError) as error:
+        message = f"not a trial as this release writes it, or cut ({error}); move its folder away to see the others"
+        raise ConfigError(message, path) from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in DISK_ERRORS:
+            raise
+        raise ConfigError(f"cannot be read: {error.strerror}; move its folder away to see the others", path) from None
+    return record
+
+
+def write_record(record: Record) -> None:
+    """Write trial.json, whole."""
+    about = {k: v for k, v in record.__dict__.items() if k not in ("folder", "metrics")}
+    write_text(record.folder / "trial.json", json.dumps(about, indent=1) + "\n", durable=True)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The whole lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with damaged(path):
+        text = read_text(path)
+        return [as_metrics(line) for line in text.split("\n")[:-1]]
+
+
+def as_metrics(line: str | bytes) -> dict[str, float]:
+    """A line of metrics.jsonl; a ValueError if it is none."""
+    found = parse_json(line)
+    if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
+        raise ValueError(f"no metrics of an epoch: {str(found)[:80]}")
+    epoch = found.get("epoch", 0)
+    if not 0 <= epoch <= MOST_EPOCHS:
+        raise ValueError(f"epoch is {epoch}")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    """Also nan and infinity, which a trial that diverges reports."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+def read_teachers(storage: Path) -> list[dict[str, Any]]:
+    """What teacher.json says of every finished teacher under a storage directory, by name."""
+    return [read_teacher(path.parent) for path in sorted((storage / "teachers").glob("*/teacher.json"))]
+
+
+def read_teacher(folder: Path) -> dict[str, Any]:
+    """What teacher.json says of a teacher, or a ConfigError if it is damaged."""
+    path = folder / "teacher.json"
+    with damaged(path):
+        about: dict[str, Any] = parse_json(read_text(path))
+        as_metrics(json.dumps(about["metrics"]))
+        if (
+            not all(isinstance(about[name], str) for name in ("name", "sha256"))
+            or "name" not in about["config"]["data"]
+        ):
+            raise ValueError("its name, its checksum or its data are not there")
+    return about
+
+
+def read_spent(experiment: Path) -> dict[str, float]:
+    """What spent.json says: `seconds` that drivers ran, and `trial_seconds`; both 0 where there is none."""
+    path = experiment / "spent.json"
+    if not path.exists():
+        return {"seconds": 0.0, "trial_seconds": 0.0}
+    with damaged(path):
+        counted = parse_json(read_text(path))
+        found = {name: float(counted[name]) for name in ("seconds", "trial_seconds")}
+        if not all(0 <= value < math.inf for value in found.values()):
+            raise ValueError(f"{found}")
+    return found
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; whatever is wrong with it is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_text(path: Path) -> str:
+    """A text file of an experiment; one that is larger than any of ours is not read, and a ValueError."""
+    with opened(path, follow=False) as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"larger than any such file: more than {MOST_BYTES} bytes")
+    return content.decode()
+
+
+@contextlib.contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """A file that does not read as we write it is a ConfigError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        what = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"was changed by hand, or cut: {what}", path) from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in DISK_ERRORS:
+            raise
+        raise ConfigError(f"cannot be read: {error.strerror}", error.filename or path) from None
+
+
+def append_line(path: Path, line: str, *, durable: bool = False) -> None:
+    """Add a line to a file, which is made if it is not there; a link in its place is an OSError.
+
+    A line before it that a full disk has cut stays a line of its own.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    with os.fdopen(handle, "wb") as file:
+        size = os.fstat(handle).st_size
+        cut = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        file.write(b"\n" * cut + line.encode() + b"\n")
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+def check_no_links(experiment: Path) -> None:
+    """Raise where a link, a pipe or a device stands in an experiment: who writes there would write to what it names.
+
+    Ours are two: result.json, which names the metrics.jsonl beside it, and Optuna's lock, which nobody opens.
+    """
+    found = []
+    for where, folders, names in os.walk(experiment):
+        for path in (Path(where) / name for name in (*folders, *names)):
+            kind = kind_of(path, follow=False)
+            ours = path.name.startswith("study.journal.lock") or (
+                path.name == "result.json" and path.is_symlink() and str(path.readlink()) == "metrics.jsonl"
+            )
+            if kind not in (None, "a directory") and not ours:
+                found.append(f"{path.relative_to(experiment)}: is {kind}")
+    if found:
+        rest = [f"and {len(found) - 9} more"] if len(found) > 9 else []
+        way_out = "an experiment has none, and what is written there would go elsewhere; put the file itself there"
+        raise ConfigError([*found[:9], *rest, way_out], experiment)
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise where what stands at a path may not be replaced: a link, a directory, a device; see `write_output`."""
+    if descriptor_of(path) is not None:
+        return
+    kind = kind_of(path, follow=False)
+    if kind == "a link":
+        raise ConfigError(f"is a link to {path.readlink()}; name the file itself: {option}", path)
+    if kind == "a directory":
+        raise ConfigError(f"is a directory; name a file: {option}", path)
+    if kind is not None and kind != "a named pipe" and str(path.absolute()) != os.devnull:
+        raise ConfigError(f"is {kind}, not a file; name a file, or /dev/stdout: {option}", path)
+
+
+def write_output(path: Path, text: str) -> bool:
+    """Write a text to where a person wants it; whether it became a file there.
+
+    What is meant as a stream gets it as it is: /dev/stdout, what a shell calls /dev/fd/63, a named pipe with a reader,
+    /dev/null.
+    """
+    number = descriptor_of(path)
+    if number is None and kind_of(path) is None:
+        write_text(path, text)
+        return True
+    try:
+        # a pipe without a reader is an error, not a wait
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW) if number is None else os.dup(number)
+    except OSError as error:
+        why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
+        raise ConfigError(f"cannot be written to: {why}", path) from None
+    with os.fdopen(handle, "wb") as file:
+        if number is None:
+            os.set_blocking(handle, True)
+        file.write(text.encode(errors="backslashreplace"))
+    return False
+
+
+def check_new(experiment: Path) -> None:
+    """Raise where an experiment of this name is there already, or cannot be made there."""
+    check_name(experiment.name)
+    if experiment.is_symlink():
+        raise ConfigError(f"is a link to {experiment.readlink()}; choose another name: --name NAME", experiment)
+    if experiment.exists() and not is_begun(experiment):
+        message = f"experiment {experiment.name!r} exists already; choose another name, or go on with it: tfkd resume"
+        raise ConfigError(f"{message} {shlex.quote(str(experiment))}", experiment.parent)
+    check_writable(experiment.parent, "--storage DIR")
+
+
+RESERVED = {"teachers", "test_openings.jsonl"}
+"""Names in a storage directory that no experiment may have: they are of what experiments share."""
+
+
+def check_name(name: str) -> None:
+    """Raise where an experiment cannot have a name."""
+    given = f"--name {legible(name)!r}" if not name.isprintable() else f"--name {name}"
+    if name.casefold() in RESERVED:
+        raise ConfigError(f"{given}: is what all experiments of a storage directory share; choose another name")
+    if (
+        not name
+        or name.startswith((".", "-"))
+        or name != name.strip()
+        or not name.isprintable()
+        or set("/\\") & set(name)
+    ):
+        rule = "a plain name without slashes, control characters, blanks at its ends, or '.' or '-' at its beginning"
+        raise ConfigError(f"{given}: {rule}; choose the place with --storage")
+    if name.endswith(PART) or len(name.encode(errors="replace")) > LONGEST_NAME:
+        raise ConfigError(f"{given}: at most {LONGEST_NAME} bytes, and not '{PART}' at its end; choose another name")
+
+
+LONGEST_NAME = 200
+"""Bytes of an experiment's name: file systems take 255, and names beside it are longer (NAME-confirm)."""
+_BEGINNING = {"driver.lock", "driver.txt", "study.journal", "study.journal.lock"}
+
+
+def is_begun(experiment: Path) -> bool:
+    """Whether a directory is what a driver has left that was killed before it had written experiment.yaml."""
+    names = {p.name for p in experiment.iterdir()} if experiment.is_dir() else set()
+    names = {name for name in names if not name.endswith(PART)}
+    return "driver.lock" in names and names <= _BEGINNING
+
+
+class _Judged(Protocol):
+    """The part of a `Record` that is needed to rank it."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def last(self) -> dict[str, float]: ...
+    @property
+    def number(self) -> int: ...
+
+
+_J = TypeVar("_J", bound=_Judged)
+
+
+def ranked(records: Iterable[_J], metric: str) -> list[_J]:
+    """Full-length trials by their value of a metric, best first; of equals the first. NaN is no value."""
+    full = sorted((r for r in records if r.status == "done"), key=lambda r: r.number)
+    return scores.ranked(full, metric, lambda r: r.last.get(metric, math.nan))
+
+
+def best(records: Iterable[_J], metric: str) -> _J | None:
+    """The first of `ranked`; None where no trial of full length has a value."""
+    return next(iter(ranked(records, metric)), None)
+
+
+def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
+    """The full-length trials that no other beats: none is at least as good in every metric and better in one.
+
+    Best in the first metric first; of equals all are in, the first of them first.
+    """
+
+    def values(record: _J) -> tuple[float, ...]:
+        return tuple(scores.sign(m) * record.last.get(m, math.nan) for m in metrics)
+
+    full = [(values(r), r) for r in records if r.status == "done"]
+    full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]
+    front = [
+        (v, r) for v, r in full if not any(w != v and all(b >= a for a, b in zip(v, w, strict=True)) for w, _ in full)
+    ]
+    return [r for _, r in sorted(front, key=lambda entry: (tuple(-x for x in entry[0]), entry[1].number))]
+
+
+def _git_commit() -> str | None:
+    """Commit of the repository in the current directory, with '+' where files differ from it; None outside of one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -1,0 +1,568 @@
+"""How buckets hold experiments: `s3://BUCKET/PREFIX` and `gs://BUCKET/PREFIX`, behind `storage.Mirror`.
+
+What is appended to cannot live there, so every node has a mirror on its own disk, below ~/.cache/tfkd_ray/storage/, and
+all else works on the mirror's paths. Each object has one writer:
+
+    the driver          everything but what follows: uploaded as it changes, the study last, by `Upload`
+    a trial's process   its run state, weights and error (`OF_TRIALS`), by `send`; fetched by `bring` where it starts
+    a teacher's task    its folder below teachers/
+    driver.json         which driver holds the experiment, refreshed with every upload; see `Claim`
+
+Credentials come from the environment or from the node's role, as pyarrow's S3 and Google clients find them; an endpoint
+other than Amazon's or Google's from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or STORAGE_EMULATOR_HOST. To add a kind of
+storage: its scheme in `_HELP`, its file system in `Store._files`, its errors in `_KNOWN`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import cache_folder, opened, whole_file, write_text
+from tfkd_ray.settings.passwords import masked, without_secrets
+from tfkd_ray.store.experiment import damaged, parse_json, read_text
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+
+UPLOAD_S = 10.0
+"""How often a driver uploads what changed, which is the most that losing its disk loses."""
+STALE_S = 60.0
+"""A driver that has not refreshed its hold for so long is taken for dead."""
+PATIENCE_S = 300.0
+"""How long a trial waits for a store that does not answer, where it cannot go on without."""
+END_S = 60.0
+"""How long a driver that is done tries to upload the rest."""
+AT_ONCE = 16
+"""Requests in flight."""
+
+OF_TRIALS = ("last.ckpt", "last.ckpt.new", "before.ckpt", "student.safetensors", "error.txt", "out_of_memory")
+"""Files in a trial's folder that its own process writes, on whichever node."""
+DRIVER = "driver.json"
+_INDEX, _SESSION, _MARK = ".objects.json", ".session", ".store.json"
+
+_HELP = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the nodes a role",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or give the nodes a service account",
+}
+_KNOWN = (
+    (
+        r"INVALID_ACCESS_KEY_ID|SIGNATURE|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|EXPIRED|MISSING_AUTH|UNAUTHENTICATED"
+        r"|invalid_grant|OAuth",
+        "the credentials are not accepted; {help}",
+    ),
+    (
+        r"ACCESS_DENIED|AccessDenied|PERMISSION_DENIED|Forbidden|HTTP status 403",
+        "not allowed with these credentials; ask for the right to list, read, write and delete there, or {help}",
+    ),
+    (
+        r"NETWORK_CONNECTION|UNAVAILABLE|DEADLINE|curlCode|resolve|retry policy exhausted",
+        "does not answer; is the network up, and the endpoint right{endpoint}?",
+    ),
+    (
+        r"NO_SUCH_BUCKET|[Bb]ucket.* (does not exist|not found)|NOT_FOUND.*(CreateResumableUpload|InsertObject)",
+        "there is no such bucket; make it, or correct the URL",
+    ),
+    (r"HTTP status 301|PermanentRedirect", "the bucket is in another region; set AWS_REGION to it"),
+)
+
+_T = TypeVar("_T")
+Want = Callable[[str], bool]
+"""Accepts the names of the objects to fetch."""
+
+
+class Object(NamedTuple):
+    """What a listing says of an object."""
+
+    size: int
+    time: float
+    """When it was written, by the store's clock."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A place for experiments and teachers on object storage: s3://BUCKET/PREFIX.
+
+    Names of objects are relative to it, with slashes.
+    """
+
+    url: str
+    endpoint: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Its mirror on this node."""
+        readable = re.sub(r"[^A-Za-z0-9.-]+", "-", self.url.partition("://")[2])[:40]
+        digest = hashlib.sha256(f"{self.url} {self.endpoint}".encode()).hexdigest()[:12]
+        return cache_folder() / "storage" / f"{readable}-{digest}"
+
+    def objects(self, below: str = "") -> dict[str, Object]:
+        """All objects below a name, by name; none where there is nothing. OSError as everywhere here."""
+        from pyarrow.fs import FileType
+
+        found = self._listed(below, recursive=True)
+        root = len(self._path("")) + 1
+        files = {i.path[root:]: Object(i.size, i.mtime.timestamp()) for i in found if i.type == FileType.File}
+        # what others named like a way out of the mirror, or like what is kept in it, is none of ours
+        return {name: about for name, about in files.items() if not re.search(r"(^|/)(\.|/|$)|\0", name)}
+
+    def names(self) -> list[str]:
+        """Experiments, and whatever else lies directly below."""
+        from pyarrow.fs import FileType
+
+        return sorted(i.base_name for i in self._listed("", recursive=False) if i.type == FileType.Directory)
+
+    def _listed(self, below: str, *, recursive: bool) -> list[Any]:
+        """What pyarrow says of all below a name; nothing where there is nothing."""
+        from pyarrow.fs import FileSelector
+
+        absent = self.url.startswith("gs://")  # of which pyarrow says that as an error of no kind
+        try:
+            selector = FileSelector(self._path(below), recursive=recursive, allow_not_found=absent)
+            return list(self._files.get_file_info(selector))
+        except FileNotFoundError:
+            return []
+
+    def read(self, name: str) -> bytes | None:
+        """An object's content; None where there is none."""
+        try:
+            with self._files.open_input_stream(self._path(name)) as file:
+                content: bytes = file.read()
+        except FileNotFoundError:
+            return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write an object: whole or not at all."""
+        with self._files.open_output_stream(self._path(name)) as file:
+            file.write(content)
+
+    def remove(self, name: str) -> None:
+        """Remove an object; fine where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.delete_file(self._path(name))
+
+    def now(self) -> float:
+        """The store's clock, and that it can be written to."""
+        self.write(".tfkd", b"Written by tfkd to see whether it may. Experiments are beside this.\n")
+        found = self.info(".tfkd")
+        return found.time if found else time.time()
+
+    def info(self, name: str) -> Object | None:
+        """What is said of one object; None where there is none."""
+        from pyarrow.fs import FileType
+
+        found = self._files.get_file_info(self._path(name))
+        return Object(found.size, found.mtime.timestamp()) if found.type == FileType.File else None
+
+    def mark(self) -> Path:
+        """Make the mirror, so that `store_of` knows it; returns its folder."""
+        if not (self.folder / _MARK).exists():
+            write_text(self.folder / _MARK, json.dumps({"url": self.url, "endpoint": self.endpoint}))
+        return self.folder
+
+    def trouble(self, error: Exception) -> str:
+        """What an error of the store's is about, with a way out."""
+        from urllib.request import getproxies
+
+        scheme, text = self.url.partition("://")[0], str(error)
+        where = {"endpoint": f" ({self.endpoint})" if self.endpoint else "", "help": _HELP[scheme]}
+        for pattern, sentence in _KNOWN:
+            if re.search(pattern, text):
+                return sentence.format(**where)
+        return without_secrets(text.splitlines()[0], getproxies().values()) if text else type(error).__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.url, self.endpoint)  # no connection, and no credentials of one
+
+    def _path(self, name: str) -> str:
+        return "/".join(part for part in (self.url.partition("://")[2], name) if part)
+
+    @functools.cached_property
+    def _files(self) -> "FileSystem":
+        from pyarrow import fs
+
+        scheme, _, rest = self.url.partition("://")
+        if scheme == "gs":
+            by, _, host = self.endpoint.partition("://")
+            # an emulator, by Google's own variable, which wants no credentials
+            other = {"endpoint_override": host, "scheme": by, "anonymous": True} if host else {}
+            return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=8), **other)
+        other = dict(zip(("scheme", "endpoint_override"), self.endpoint.split("://"), strict=False))
+        if not self.endpoint:
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            other = {"region": region or fs.resolve_s3_region(rest.partition("/")[0])}
+        # small objects in one request each; what does not answer is given up within 10 s
+        strategy = fs.AwsStandardS3RetryStrategy(max_attempts=2)
+        return fs.S3FileSystem(
+            connect_timeout=2, request_timeout=4, retry_strategy=strategy, allow_delayed_open=True, **other
+        )
+
+
+# --- names -----------------------------------------------------------------------------------------------------
+
+
+def store_at(url: str) -> Store:
+    """The store that a URL names; a ConfigError if it names none. Asks nothing of a network."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"storage: {error}: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:  # which may hold a secret, so it is not repeated
+        raise ConfigError(
+            f"storage: {parts.scheme}://BUCKET/PREFIX, and nothing more: credentials come from the environment "
+            f"({_HELP.get(parts.scheme, 'see docs/storage.md')}), an endpoint from AWS_ENDPOINT_URL, a region from "
+            "AWS_REGION"
+        )
+    words = [word for word in parts.path.split("/") if word]
+    if parts.scheme not in _HELP or not re.fullmatch(r"[A-Za-z0-9._-]+", parts.netloc) or {".", ".."} & set(words):
+        raise ConfigError(f"storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got {masked(url)!r}")
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if parts.scheme == "s3" else ("STORAGE_EMULATOR_HOST",)
+    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "").rstrip("/")
+    if endpoint and not re.fullmatch(r"https?://[^/@?#]+", endpoint):
+        raise ConfigError(f"{' or '.join(names)}: http://HOST:PORT or https://HOST, without credentials")
+    return Store(f"{parts.scheme}://{'/'.join([parts.netloc, *words])}", endpoint)
+
+
+def experiment_at(url: str) -> tuple[Store, str]:
+    """(store, name) of an experiment's URL."""
+    whole = store_at(url)
+    above, _, name = whole.url.rpartition("/")
+    if above.endswith("/"):  # there is a bucket and nothing more
+        raise ConfigError(f"an experiment's URL is STORAGE/NAME, such as {whole.url}/digits-1, got {url}")
+    return Store(above, whole.endpoint), name
+
+
+def store_of(folder: Path) -> Store | None:
+    """The store that a folder is the mirror of; None for any other folder."""
+    mark = folder / _MARK
+    if folder.parent != cache_folder() / "storage" or not os.path.lexists(mark):
+        return None
+    with damaged(mark):
+        return Store(**parse_json(read_text(mark)))
+
+
+@contextlib.contextmanager
+def said(store: Store) -> Iterator[None]:
+    """Errors of a store as ConfigErrors."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:  # of this node's disk
+            raise
+        raise ConfigError(store.trouble(error), store.url) from None
+
+
+# --- from the store --------------------------------------------------------------------------------------------
+
+
+def fetch(store: Store, below: str, want: Want) -> None:
+    """Make the mirror of a folder hold what the store has.
+
+    Only what changed is read. What the mirror's own driver wrote is newer here than there, and stays, unless another
+    driver has run the experiment since.
+    """
+    folder = store.mark() / below
+    objects = store.objects(below)
+    mine = _is_ours(store, below, objects)
+    if mine:
+        missing = {n for n in objects if not (store.folder / n).exists()} - {f"{below}/{DRIVER}"}
+        objects = {n: o for n, o in objects.items() if _of_trial(n) or n in missing}
+    index = _read_index(folder)
+    newest = max((o.time for o in objects.values()), default=0.0)
+
+    def current(name: str, there: Object) -> bool:
+        # times are whole seconds: what was written just now may be written again within the same one
+        path, known = store.folder / name, index.get(name)
+        return known is not None and known[:2] == list(there) and there.time < newest - 2 and _stat(path) == known[2:]
+
+    def get(name: str) -> None:
+        content = store.read(name)
+        if content is not None:
+            with whole_file(store.folder / name) as part:
+                part.write_bytes(content)
+                os.utime(part, (objects[name].time, objects[name].time))
+            index[name] = [*objects[name], *(_stat(store.folder / name) or ())]
+
+    _all_at_once(get, [n for n, o in objects.items() if want(n) and not current(n, o)])
+    if not mine:
+        for path in _files_in(folder):
+            name = path.relative_to(store.folder).as_posix()
+            if want(name) and name not in objects:
+                path.unlink(missing_ok=True)
+                index.pop(name, None)
+    if folder.exists():
+        _write_index(folder, index)
+
+
+def bring(store: Store, name: str) -> None:
+    """Make the mirror of one file hold what the store has: its content, or nothing."""
+    path, content = store.folder / name, store.read(name)
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        with whole_file(path) as part:
+            part.write_bytes(content)
+
+
+def send(store: Store, *names: str) -> None:
+    """Upload files of the mirror in order; those that are not here are removed there."""
+    for name in names:
+        path = store.folder / name
+        if path.exists():
+            store.write(name, _content(path))
+        else:
+            store.remove(name)
+
+
+def patiently(act: Callable[[], _T], store: Store) -> _T:
+    """What `act` returns, tried until the store answers; after `PATIENCE_S` an OSError that says what is wrong."""
+    until, wait = time.monotonic() + PATIENCE_S, 1.0
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            if time.monotonic() + wait > until:
+                raise OSError(f"{store.url}: {store.trouble(error)}") from None
+            time.sleep(wait)
+            wait = min(2 * wait, 10.0)
+
+
+# --- from the driver -------------------------------------------------------------------------------------------
+
+
+def check_new(store: Store, name: str) -> None:
+    """Raise a ConfigError if an experiment of this name is in the store, and an OSError if it cannot be written to."""
+    store.now()
+    if store.objects(name):
+        message = f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume"
+        raise ConfigError(f"{message} {store.url}/{name}", store.url)
+
+
+class Claim:
+    """A driver's hold on an experiment in a store, told by an object that it refreshes.
+
+    Best effort, as pyarrow writes no object on the condition that there is none: of two drivers that begin within the
+    same second the later stays, and the other hears of it with its next upload.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name, self.folder, self.url = store, name, store.folder / name, f"{store.url}/{name}"
+        self.session = uuid.uuid4().hex
+
+    def take(self) -> None:
+        """Raise a ConfigError with the other driver's process and host, if there is one."""
+        with said(self.store):
+            now = self.store.now()
+            written, other = self.store.info(f"{self.name}/{DRIVER}"), self._read()
+            if written and other and not other["ended"] and not self._was_ours(other):
+                age = max(0.0, now - written.time)
+                if age < STALE_S:
+                    raise ConfigError(
+                        f"is being run by process {other['process']} on {other['host']}, heard of {age:.0f} s ago; "
+                        f"wait for it, or stop it first; if it is gone, try again in {STALE_S - age + 1:.0f} s",
+                        self.url,
+                    )
+            if other is not None and other["session"] not in (_session(self.folder), self._fetched()):
+                raise ConfigError("was run by another driver meanwhile; try again", self.url)
+            write_text(self.folder / _SESSION, self.session)
+            (self.folder / DRIVER).unlink(missing_ok=True)
+            self._write(ended=False)
+            self.check()
+
+    def check(self) -> None:
+        """Raise a ConfigError where another driver has taken the experiment over."""
+        other = self._read()
+        if other is not None and other["session"] != self.session:
+            raise ConfigError(
+                f"was taken over by process {other['process']} on {other['host']}; this sweep uploads nothing more",
+                self.url,
+            )
+
+    def refresh(self) -> None:
+        """Say that this driver lives."""
+        self.check()
+        self._write(ended=False)
+
+    def release(self) -> None:
+        """Let others run it."""
+        self.check()
+        self._write(ended=True)
+
+    def _was_ours(self, other: dict[str, Any]) -> bool:
+        """Whether a driver used this very mirror; the lock on its disk, which we hold, says that it has ended."""
+        return _session(self.folder) == str(other["session"])
+
+    def _fetched(self) -> str | None:
+        """The session whose files were fetched."""
+        path = self.folder / DRIVER
+        if not os.path.lexists(path):
+            return None
+        with damaged(path):
+            return str(parse_json(read_text(path))["session"])
+
+    def _read(self) -> dict[str, Any] | None:
+        content = self.store.read(f"{self.name}/{DRIVER}")
+        return None if content is None else dict(json.loads(content))
+
+    def _write(self, *, ended: bool) -> None:
+        about = {"session": self.session, "process": os.getpid(), "host": socket.gethostname(), "ended": ended}
+        self.store.write(f"{self.name}/{DRIVER}", json.dumps(about).encode())
+
+
+class Upload:
+    """Uploads what a driver changed in an experiment's folder; knows what is there already."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name, self._experiment = store, name, store.folder / name
+        self._seen: set[str] = set()
+
+    def once(self) -> int:
+        """Bring the store up to date; returns how many objects were written or removed.
+
+        The study is read first and written last, so that what it calls ended is there before it. Of a trial that was
+        begun meanwhile it does not know: see `drop_unknown`.
+        """
+        index = _read_index(self._experiment)
+        study = f"{self._name}/study.journal"
+        before = _stat(self._store.folder / study)
+        journal = _content(self._store.folder / study) if before else b""
+        found = {p.relative_to(self._store.folder).as_posix(): p for p in _files_in(self._experiment) if self._ours(p)}
+        stats = {name: _stat(path) for name, path in found.items()} | {study: before}
+        changed = {name for name, stat in stats.items() if stat and stat != index.get(name, [])[2:]}
+        gone = self._seen - set(found)
+
+        def put(name: str) -> None:
+            try:
+                content = journal if name == study else _content(found[name])
+            except FileNotFoundError:  # removed meanwhile
+                return
+            self._store.write(name, content)
+            index[name] = [None, None, *(stats[name] or ())]  # what was written since is uploaded the next time
+
+        def remove(name: str) -> None:
+            self._store.remove(name)
+            index.pop(name, None)
+
+        try:
+            _all_at_once(put, sorted(changed - {study}))
+            _all_at_once(remove, sorted(gone))
+            _all_at_once(put, sorted(changed & {study}))
+            self._seen = set(found)
+        finally:
+            if changed or gone:
+                _write_index(self._experiment, index)
+        return len(changed) + len(gone)
+
+    def _ours(self, path: Path) -> bool:
+        inside = path.relative_to(self._experiment).parts
+        if inside[0] == "groups" or path.name in ("driver.lock", "study.journal.lock", DRIVER):
+            return False
+        if inside[0] == "trials" and len(inside) == 2:  # Ray Tune's own, which nothing reads
+            return False
+        return not _of_trial(path.relative_to(self._store.folder).as_posix())
+
+
+def drop_unknown(experiment: Path, known: Iterable[str]) -> None:
+    """Remove from a fetched mirror the trials that its study does not know, and that the store got after the study.
+
+    They were begun after its last upload, by a driver that was lost with its disk; they are proposed again.
+    """
+    index, names, name = _read_index(experiment), set(known), experiment.name
+    written = {n: about[1] for n, about in index.items() if about[1] is not None}
+    for folder in (experiment / "trials").glob("*"):
+        when = written.get(f"{name}/trials/{folder.name}/trial.json")
+        if folder.name not in names and when is not None and when >= written.get(f"{name}/study.journal", math.inf):
+            shutil.rmtree(folder)
+
+
+# --- bits ------------------------------------------------------------------------------------------------------
+
+
+def _of_trial(name: str) -> bool:
+    """Whether an object is one that a trial's own process writes."""
+    parts = name.split("/")
+    return len(parts) == 4 and parts[1] == "trials" and parts[3] in OF_TRIALS
+
+
+def _is_ours(store: Store, below: str, objects: dict[str, Object]) -> bool:
+    """Whether this mirror's own driver was the last to run an experiment."""
+    session = _session(store.folder / below)
+    if session is None or f"{below}/{DRIVER}" not in objects:
+        return False
+    content = store.read(f"{below}/{DRIVER}")
+    return content is not None and json.loads(content)["session"] == session
+
+
+def _session(experiment: Path) -> str | None:
+    path = experiment / _SESSION
+    if not os.path.lexists(path):
+        return None
+    with damaged(path):
+        return read_text(path)
+
+
+def _content(path: Path) -> bytes:
+    with opened(path, follow=False) as file:
+        return file.read()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Files below a folder, without links, pipes and devices, hidden ones and those that are being written."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where) / n for n in names if not n.startswith(".") and not n.endswith(".part")]
+    return [path for path in sorted(found) if path.is_file() and not path.is_symlink()]
+
+
+def _stat(path: Path) -> list[int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """By name: size and time of the object, and of the file that is the same; null where they are not known."""
+    try:
+        found: dict[str, Any] = parse_json(read_text(folder / _INDEX))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    with whole_file(folder / _INDEX) as part:
+        part.write_text(json.dumps(index))
+
+
+def _all_at_once(act: Callable[[str], None], names: list[str]) -> None:
+    """Do it for each name, some at a time; the first error ends it."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        jobs = [pool.submit(act, name) for name in names]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()

@@ -1,0 +1,363 @@
+"""Where experiments and teachers go: a directory, or a bucket that each node mirrors on its own disk.
+
+`storage_at`, `checked` and `opened` turn what a user wrote into a `Storage`, once, at the edge: the command line,
+`build_tuner`, `resume_tuner`, `confirm`. Everything below is handed that value and never asks a path what it is. A
+process that Ray starts gets the value itself, or, inside a trial's configuration, `Storage.wire`, which `received`
+reads. To add a kind of storage: a subclass of `Storage`, made in `storage_at`. How buckets work is in `remote`.
+"""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.store import experiment, remote
+from tfkd_ray.store.remote import Claim, Store, Want
+
+FETCH_S = 5.0
+"""How often `kept_up_to_date` looks at object storage."""
+
+
+def light(name: str) -> bool:
+    """Accepts what reading commands need: no run states, weights, events or arrays."""
+    return not name.endswith((".ckpt", ".safetensors")) and "/tb/" not in name
+
+
+def with_events(name: str) -> bool:
+    """Accepts what TensorBoard needs: no run states, weights or arrays."""
+    return not name.endswith((".ckpt", ".safetensors"))
+
+
+def to_resume(name: str) -> bool:
+    """Accepts what a driver needs to continue: trials fetch their own run states and weights."""
+    return light(name) or name.endswith("/test.safetensors")
+
+
+def all_but_run_states(name: str) -> bool:
+    """Accepts everything but checkpoints of runs."""
+    return not name.endswith(".ckpt")
+
+
+def everything(name: str) -> bool:
+    """Accepts every file."""
+    return True
+
+
+# --- the value -------------------------------------------------------------------------------------------------
+
+
+class Storage:
+    """Where experiments and teachers go. What only a bucket needs does nothing here.
+
+    Paths are on this node and below `folder`. Unless a method says otherwise, a bucket that does not answer is a
+    ConfigError.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """The directory on this node that all files are read from and written to."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise a ConfigError if the storage cannot be used."""
+
+    def check_new(self, name: str) -> None:
+        """Raise a ConfigError if an experiment of this name is there, or cannot be made."""
+        raise NotImplementedError
+
+    def fetch(self, below: str, want: Want = light, *, patiently: bool = False) -> None:
+        """Bring the files below a name up to date on this node.
+
+        Args:
+            below: name of an experiment, or of a folder of teachers.
+            want: accepts the names of the files to fetch.
+            patiently: wait for a bucket that does not answer; an OSError after `remote.PATIENCE_S`.
+        """
+
+    def fetch_experiments(self) -> None:
+        """Bring all experiments and comparisons up to date on this node, in what reading commands need."""
+
+    def fetch_comparisons(self) -> None:
+        """The same for comparisons and teachers alone, which reports and model cards mention."""
+
+    def bring(self, path: Path) -> Path:
+        """Bring one file up to date on this node; returns its path. A file that the storage lacks is removed here."""
+        return path
+
+    def send(self, *paths: Path, patiently: bool = False) -> None:
+        """Upload files in order; those that are gone here are removed there.
+
+        An OSError if the bucket does not answer, with `patiently` only after `remote.PATIENCE_S`.
+        """
+
+    def begin_trial(self, directory: Path) -> None:
+        """Fetch a trial's last run state, where the trial starts; waits as `patiently` does."""
+
+    def on_saved(self, directory: Path) -> Callable[[bool], None] | None:
+        """What uploads a run that saves itself in a directory, for `loop.train_in`; None: nothing has to be."""
+        return None
+
+    def hold(self, name: str) -> Claim | None:
+        """Claim an experiment for this driver; a ConfigError names the driver that has it. None: its lock suffices."""
+        return None
+
+    @contextlib.contextmanager
+    def up_to_date(self, name: str, *beside: Path) -> Iterator[None]:
+        """Work on an experiment with its weights and the teachers on this node; then upload it, with `beside`."""
+        yield
+
+    def drop_unknown(self, name: str, known: Iterable[str]) -> None:
+        """Remove the trials of a fetched experiment that its study does not know; see `remote.drop_unknown`."""
+
+    def wire(self) -> dict[str, str]:
+        """The part of a trial's configuration that `received` reads."""
+        return {"storage": str(self.folder)}
+
+
+@dataclass(frozen=True)
+class Directory(Storage):
+    """A directory that every node sees."""
+
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def check_new(self, name: str) -> None:
+        experiment.check_name(name)
+        experiment.check_new(self.path / name)
+
+
+@dataclass(frozen=True)
+class Mirror(Storage):
+    """A bucket, and this node's mirror of it."""
+
+    store: Store
+
+    @property
+    def folder(self) -> Path:
+        return self.store.folder
+
+    def __str__(self) -> str:
+        return self.store.url
+
+    def trouble(self) -> str | None:
+        """Why the bucket cannot be written to from this node; None: it can."""
+        try:
+            self.store.now()
+        except OSError as error:
+            return self.store.trouble(error)
+        return None
+
+    def check(self) -> None:
+        with remote.said(self.store):
+            self.store.names()
+        self.store.mark()
+
+    def check_new(self, name: str) -> None:
+        experiment.check_name(name)
+        with remote.said(self.store):
+            remote.check_new(self.store, name)
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # of an experiment that is gone there
+
+    def fetch(self, below: str, want: Want = light, *, patiently: bool = False) -> None:
+        if patiently:
+            remote.patiently(lambda: remote.fetch(self.store, below, want), self.store)
+            return
+        with remote.said(self.store):
+            remote.fetch(self.store, below, want)
+
+    def fetch_experiments(self) -> None:
+        self.check()
+        here = {path.name for path in self.folder.iterdir() if path.is_dir()}
+        with remote.said(self.store):
+            for name in {*self.store.names(), *here} - {"teachers"}:
+                remote.fetch(self.store, name, light)
+
+    def fetch_comparisons(self) -> None:
+        with remote.said(self.store):
+            for name in self.store.names():
+                if name == "teachers" or self.store.info(f"{name}/confirm.json"):
+                    remote.fetch(self.store, name, light)
+
+    def bring(self, path: Path) -> Path:
+        with remote.said(self.store):
+            remote.bring(self.store, self._name(path))
+        return path
+
+    def send(self, *paths: Path, patiently: bool = False) -> None:
+        names = [self._name(path) for path in paths]
+        if patiently:
+            remote.patiently(lambda: remote.send(self.store, *names), self.store)
+        else:
+            remote.send(self.store, *names)
+
+    def begin_trial(self, directory: Path) -> None:
+        self.store.mark()
+        state = directory / "last.ckpt"
+        for name in remote.OF_TRIALS:  # the copy here may belong to an earlier attempt
+            if name != state.name:
+                (directory / name).unlink(missing_ok=True)
+        remote.patiently(lambda: remote.bring(self.store, self._name(state)), self.store)
+        self.send(directory / "error.txt", patiently=True)
+
+    def on_saved(self, directory: Path) -> Callable[[bool], None]:
+        state, weights = directory / "last.ckpt", directory / "student.safetensors"
+
+        def upload(last: bool) -> None:
+            if last:
+                self.send(weights, state, patiently=True)
+                return
+            with contextlib.suppress(OSError):  # the next one follows
+                self.send(state)
+
+        return upload
+
+    def hold(self, name: str) -> Claim:
+        claim = Claim(self.store, name)
+        claim.take()
+        return claim
+
+    @contextlib.contextmanager
+    def up_to_date(self, name: str, *beside: Path) -> Iterator[None]:
+        for below in (name, "teachers"):
+            self.fetch(below, all_but_run_states)
+        for path in beside:
+            self.bring(path)
+        try:
+            yield
+        finally:
+            with remote.said(self.store):
+                remote.Upload(self.store, name).once()
+                self.send(*(path for path in beside if path.exists()))
+
+    def drop_unknown(self, name: str, known: Iterable[str]) -> None:
+        remote.drop_unknown(self.folder / name, known)
+
+    def wire(self) -> dict[str, str]:
+        return {**super().wire(), "store": self.store.url, "endpoint": self.store.endpoint}
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+
+class Experiment(NamedTuple):
+    """A sweep or a comparison in its storage."""
+
+    storage: Storage
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Its directory on this node."""
+        return self.storage.folder / self.name
+
+
+# --- at the edge -----------------------------------------------------------------------------------------------
+
+_urls: dict[str, str] = {}
+"""URLs that this process was given, by the folders of their mirrors."""
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is written as a URL."""
+    return "://" in str(place)
+
+
+def storage_at(place: Path | str) -> Storage:
+    """The storage at a place that a user named; asks nothing of a network. A ConfigError if the URL names none."""
+    if is_url(place):
+        return _mirror(remote.store_at(str(place)))
+    store = remote.store_of(Path(place))  # a user may name the mirror itself
+    return Directory(Path(place)) if store is None else Mirror(store)
+
+
+def checked(place: Storage | Path | str) -> Storage:
+    """The storage at a place, absolute and usable; a Storage as it is. A ConfigError if it cannot be used."""
+    if isinstance(place, Storage):
+        return place
+    storage = storage_at(place if is_url(place) else absolute(place))
+    storage.check()
+    return storage
+
+
+def opened(place: Experiment | Path | str, want: Want = light) -> Experiment:
+    """The experiment at a place, of a URL fetched to this node; an Experiment as it is.
+
+    A ConfigError if there is nothing at the URL, or its bucket does not answer.
+    """
+    if isinstance(place, Experiment):
+        return place
+    if not is_url(place):
+        return Experiment(storage_at(Path(place).parent), Path(place).name)
+    store, name = remote.experiment_at(str(place))
+    found = Experiment(_mirror(store), name)
+    found.storage.fetch(name, want)
+    if not found.folder.exists():
+        message = "there is nothing; tfkd ls --storage URL lists the experiments of a storage"
+        raise ConfigError(message, str(place))
+    return found
+
+
+def to_continue(place: Experiment | Path | str) -> Experiment:
+    """The same with all that a driver needs to continue it, and a path made absolute."""
+    if isinstance(place, Experiment) or is_url(place):
+        return opened(place, to_resume)
+    return opened(absolute(place))
+
+
+def absolute(path: Path | str) -> Path:
+    """The absolute path, with ~ expanded."""
+    return Path(path).expanduser().absolute()
+
+
+def as_given(text: str) -> str:
+    """The text with the URL that a user gave in place of its mirror's folder."""
+    for folder, url in _urls.items():
+        text = text.replace(folder, url)
+    return text
+
+
+@contextlib.contextmanager
+def kept_up_to_date(places: Sequence[Path | str], want: Want = light) -> Iterator[None]:
+    """Fetch the experiments of URLs every `FETCH_S`, for a command that shows them as they change."""
+    over, urls = threading.Event(), [place for place in places if is_url(place)]
+
+    def fetch() -> None:
+        while not over.wait(FETCH_S):
+            for url in urls:
+                with contextlib.suppress(ConfigError):  # it is tried again
+                    opened(url, want)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    if urls:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if urls:
+            thread.join()
+
+
+def _mirror(store: Store) -> Mirror:
+    _urls[str(store.folder)] = store.url
+    return Mirror(store)
+
+
+# --- on a trial's node -----------------------------------------------------------------------------------------
+
+
+def received(told: Mapping[str, Any]) -> Storage | None:
+    """The storage, as this node has it, of a trial's configuration: see `Storage.wire`. None: it names none."""
+    if "store" in told:
+        return Mirror(Store(told["store"], told["endpoint"]))
+    return Directory(Path(told["storage"])) if "storage" in told else None

@@ -1,0 +1,573 @@
+"""Is an arm better than every baseline? Paired seeds in, one of three verdicts out, in a sentence. No torch, no Ray.
+
+An arm's *lead* over a baseline is how much better its metric is, seed by seed, positive where the arm is better. The t
+interval over seeds says how far the lead can be told from the luck of the seeds, on this test set; the bootstrap over
+test images, shown apart, how far from the luck of the test set's images. Three verdicts:
+
+    better        beats every baseline: its p, the largest of its comparisons' two-sided p (1 where the lead is not
+                  positive), is at most 5 % after Holm over the candidates
+    not better    not that, and the 95 % interval of its lead over some baseline ends below the metric's `margin`
+                  (or at or below 0), so that a lead worth having is ruled out; being worse is a case of it
+    cannot tell   neither
+
+`benchmarks/verdict.py` simulates how often they are wrong. Another metric is another row in
+`scores`.
+
+Shapes: n = seeds, k = candidates, m = baselines, N = test images; `...` = any, so that one call decides
+thousands of simulated experiments.
+"""
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special, stats
+from statsmodels.stats.power import TTestPower
+
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.verdict.scores import score_of
+
+Array = NDArray[np.float64]
+Word = Literal["better", "not better", "cannot tell"]
+
+ALPHA = 0.05
+"""Level of all tests, two-sided; intervals are 1 - ALPHA."""
+
+POWER = 0.8
+"""Probability with which a lead would have been seen, where the sentences say 'would have been seen'."""
+
+RESAMPLES = 2000
+"""Resamples of the test images for the bootstrap interval."""
+
+MOST_SEEDS = 10_000
+"""Numbers of seeds beyond this are not worth counting."""
+
+ROUNDING = 1e-6
+"""Leads that differ by less are the same: float32 rounds accuracies near 1 by 6e-8, one image in 100,000 is 1e-5."""
+
+
+# --- what is compared ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the verdict is about, and how it is written."""
+
+    name: str
+    larger_is_better: bool
+    percent: bool
+    """A fraction, written in points of a hundred."""
+    margin: float
+    """The smallest lead worth having, in the metric's own unit. A larger one turns 'cannot tell' into 'not better'; it
+    never makes a 'better'."""
+
+    def show(self, value: float) -> str:
+        """The value without its unit."""
+        return f"{100 * value:z.2f}" if self.percent else f"{value:z.4f}"
+
+    def interval(self, low: float, high: float) -> str:
+        """'-0.10 to 0.52'."""
+        return f"{self.show(low)} to {self.show(high)}" if math.isfinite(high - low) else "-"
+
+    @property
+    def unit(self) -> str:
+        """' points', or nothing."""
+        return " points" if self.percent else ""
+
+
+def metric_of(key: str) -> Metric:
+    """What a verdict on a metric is about, by its row of `scores.SCORES`."""
+    row = score_of(key)
+    assert row.margin is not None, f"{key}: no verdict is about it"
+    return Metric(row.name, row.direction == "max", row.unit == "%", row.margin)
+
+
+ACCURACY = metric_of("val_accuracy")
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One configuration, trained once a seed."""
+
+    name: str
+    seeds: tuple[int, ...]
+    """Of the runs that ended; arms are compared on the seeds that both have."""
+    values: Array
+    """[n] the metric on the test split, in the order of `seeds`."""
+    images: NDArray[Any] | None = None
+    """[n, N] the metric of each test image (for accuracy: whether it was right); its mean over images is the value."""
+
+    def __post_init__(self) -> None:
+        n = len(self.seeds)
+        assert self.values.shape == (n,), f"{self.name}: {self.values.shape=} {n=}"
+        assert len(set(self.seeds)) == n, f"{self.name}: {self.seeds=}"
+        if self.images is not None:
+            assert self.images.ndim == 2 and len(self.images) == n, f"{self.name}: {self.images.shape=} {n=}"
+            off = np.abs(self.images.mean(axis=1) - self.values).max(initial=0)
+            assert not off > 1e-5, f"{self.name}: values are not the means over images, {off=}"
+
+
+# --- the decision, on arrays -----------------------------------------------------------------------------------
+
+
+class Leads(NamedTuple):
+    """Statistics of leads, each [...]."""
+
+    mean: Array
+    sd: Array
+    """ddof 1."""
+    low: Array
+    high: Array
+    """Of the interval; infinite where there is none."""
+    p: Array
+    """Two-sided, of no lead."""
+    constant: NDArray[np.bool_]
+    """The same lead in every seed."""
+
+
+def leads_of(leads: Array) -> Leads:
+    """Mean, spread, t interval and p of leads [..., n], n >= 2 paired differences each.
+
+    A lead that is the same in every seed has no spread to measure by, and happens by chance on small test sets, so the
+    t test (which would say p = 0) is replaced by the sign test and its interval: p = 2 / 2^n, and no interval at 95 %
+    before n = 6. Where every difference is 0, p is 1 and the interval is 0 to 0.
+    """
+    n = leads.shape[-1]
+    assert n >= 2, f"{leads.shape=}"
+    constant = np.ptp(leads, axis=-1) <= ROUNDING
+    identical = np.abs(leads).max(axis=-1) <= ROUNDING
+    mean = np.where(identical, 0.0, leads.mean(axis=-1))
+    spread = np.where(constant[..., None], np.nan, leads)
+    test = stats.ttest_1samp(spread, 0, axis=-1)
+    low, high = test.confidence_interval(1 - ALPHA)
+    sign_p = float(stats.binomtest(n, n).pvalue)
+    width = np.where(identical | (sign_p <= ALPHA), 0.0, np.inf)
+    return Leads(
+        mean=mean,
+        sd=np.where(constant, 0.0, leads.std(axis=-1, ddof=1)),
+        low=np.where(constant, mean - width, low),
+        high=np.where(constant, mean + width, high),
+        p=np.where(identical, 1.0, np.where(constant, sign_p, test.pvalue)),
+        constant=constant,
+    )
+
+
+class Decision(NamedTuple):
+    """Of each candidate, each [..., k]."""
+
+    better: NDArray[np.bool_]
+    not_better: NDArray[np.bool_]
+    p: Array
+    """That it is better than every baseline: the largest of its comparisons'."""
+    p_holm: Array
+    against: NDArray[np.intp]
+    """The baseline the verdict hangs on: the closest call, or the one that a lead over is ruled out most clearly."""
+
+
+def decide(leads: Leads, margin: float, lost: int = 0) -> Decision:
+    """The verdicts for leads [..., k, m] of k candidates over m baselines, and `lost` candidates that cannot be judged.
+
+    The largest p of several tests is a valid p of 'not better than every one' (Berger 1982), so only the k candidates
+    are corrected for. 'Not better' is said of one baseline, at the level of the interval printed beside it.
+    """
+    p_each = np.where(leads.mean > 0, leads.p, 1.0)
+    p = p_each.max(axis=-1)
+    p_holm = holm(np.concatenate([p, np.ones((*p.shape[:-1], lost))], axis=-1))[..., : p.shape[-1]]
+    better = p_holm <= ALPHA
+    ruled_out = (leads.high < margin) | (leads.high <= 0)
+    not_better = ~better & ruled_out.any(axis=-1)
+    closest = np.lexsort((-leads.mean, p_each), axis=-1)[..., -1]
+    return Decision(better, not_better, p, p_holm, np.where(not_better, leads.high.argmin(axis=-1), closest))
+
+
+def holm(p: Array) -> Array:
+    """Holm's adjusted p over the last axis. statsmodels' `multipletests` is one row at a time, 18 ms each."""
+    k = p.shape[-1]
+    order = p.argsort(axis=-1)
+    steps = np.take_along_axis(p, order, axis=-1) * np.arange(k, 0, -1)
+    adjusted = np.empty_like(steps)
+    np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0), axis=-1)
+    return adjusted
+
+
+# --- power -----------------------------------------------------------------------------------------------------
+
+
+def _power(effect: float, n: float, alpha: float) -> float:
+    """Probability that a true lead of `effect` standard deviations is significant, two-sided, and positive."""
+    # one tail of half the level: SciPy's other tail is nan where it is tiny, and statsmodels' solver then errs silently
+    power = float(TTestPower().power(effect, n, alpha / 2, alternative="larger"))
+    return 1.0 if math.isnan(power) else power  # nan where the power is within rounding of 1
+
+
+def smallest_seen(n: int, alpha: float = ALPHA) -> float:
+    """The lead, in standard deviations of the differences, that n seeds show with probability `POWER`."""
+    return float(optimize.brentq(lambda effect: _power(effect, n, alpha) - POWER, 1e-6, 1e4))
+
+
+def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:
+    """Seeds that show a lead of `effect` standard deviations with probability `POWER`; None above `MOST_SEEDS`."""
+    effect = abs(effect)
+    if _power(effect, MOST_SEEDS, alpha) < POWER:
+        return None
+    if _power(effect, 2, alpha) >= POWER:
+        return 2
+    n = float(optimize.brentq(lambda n: _power(effect, n, alpha) - POWER, 2, MOST_SEEDS))
+    return math.ceil(n - 1e-6)  # so many as showed the smallest lead they show
+
+
+# --- one arm, one comparison -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over its seeds; the interval is of its mean."""
+
+    name: str
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+def summary(arm: Arm) -> Summary:
+    """Mean, standard deviation (ddof 1) and 95 % t interval of the mean; n >= 2."""
+    s = leads_of(arm.values)
+    return Summary(arm.name, len(arm.seeds), float(s.mean), float(s.sd), float(s.low), float(s.high))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How far one arm leads another, over the seeds that both have. Leads are in the metric's unit."""
+
+    over: str
+    seeds: tuple[int, ...]
+    lead: float
+    """Mean; positive is better."""
+    sd: float
+    """Of the differences, ddof 1."""
+    low: float
+    high: float
+    """95 % t interval over seeds, on this test set; infinite where there is none (see `leads_of`)."""
+    p: float
+    """Two-sided, of the paired t test; of the sign test where `constant`."""
+    constant: bool
+    """The same in every seed."""
+    effect: float | None
+    """Cohen's d_z with Hedges' correction. None at n = 2, where it is 0 whatever the data, or without spread."""
+    smallest_seen: float | None
+    """The lead over this arm that so many seeds show with probability 0.8, if the spread is as seen. None without."""
+    needed: int | None
+    """Seeds that show a lead as large as this with probability 0.8, if the spread is as seen. None: no lead, no
+    spread, or above 10,000. As uncertain as the lead itself."""
+    images: tuple[float, float] | None
+    """95 % bootstrap interval of the lead over test images, all seeds of an image together. None without `Arm.images`.
+    """
+
+
+def paired(a: Arm, b: Arm, metric: Metric = ACCURACY, *, candidates: int = 1, seed: int = 0) -> Paired:
+    """The lead of `a` over `b`, on the seeds that both have.
+
+    Args:
+        candidates: how many are judged; power is for the level of Holm's first step, 5 % over this.
+        seed: of the bootstrap.
+    """
+    seeds = tuple(s for s in a.seeds if s in b.seeds)
+    rows_a, rows_b = ([arm.seeds.index(s) for s in seeds] for arm in (a, b))
+    sign = 1 if metric.larger_is_better else -1
+    stat = leads_of(sign * (a.values[rows_a] - b.values[rows_b]))
+    lead, sd, n, alpha = float(stat.mean), float(stat.sd), len(seeds), ALPHA / candidates
+    images = None
+    if a.images is not None and b.images is not None:
+        assert a.images.shape[1] == b.images.shape[1], f"{a.name}, {b.name}: {a.images.shape=} {b.images.shape=}"
+        images = image_interval(
+            sign * (a.images[rows_a].mean(axis=0, dtype=float) - b.images[rows_b].mean(axis=0, dtype=float)), seed
+        )
+    return Paired(
+        over=b.name,
+        seeds=seeds,
+        lead=lead,
+        sd=sd,
+        low=float(stat.low),
+        high=float(stat.high),
+        p=float(stat.p),
+        constant=bool(stat.constant),
+        effect=lead / sd * hedges(n - 1) if sd > 0 and n > 2 else None,
+        smallest_seen=smallest_seen(n, alpha) * sd if sd > 0 else None,
+        needed=seeds_needed(lead / sd, alpha) if sd > 0 and lead != 0 else None,
+        images=images,
+    )
+
+
+def hedges(df: int) -> float:
+    """Hedges' (1981) exact correction of a standardised difference with `df` degrees of freedom, df >= 2."""
+    return float(np.exp(special.gammaln(df / 2) - special.gammaln((df - 1) / 2)) / np.sqrt(df / 2))
+
+
+def image_interval(leads: Array, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of [N] leads, an image each."""
+    if np.ptp(leads) == 0:
+        return float(leads[0]), float(leads[0])
+    ci = stats.bootstrap(
+        (leads,), np.mean, n_resamples=RESAMPLES, confidence_level=1 - ALPHA, method="percentile", batch=100,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(ci.low), float(ci.high)
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One candidate."""
+
+    name: str
+    verdict: Word
+    sentence: str
+    against: str
+    """The baseline that the sentence names."""
+    p: float
+    """That it is better than every baseline."""
+    p_holm: float
+    comparisons: tuple[Paired, ...]
+    """With every baseline, in their order."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything that was decided, and what it was decided from."""
+
+    verdict: Word
+    """`better` if any candidate is; `not better` if none can be; else `cannot tell`."""
+    sentence: str
+    metric: Metric
+    searched: int | None
+    """Configurations that the candidates are the best of."""
+    candidates: tuple[Judged, ...]
+    arms: tuple[Summary, ...]
+    """Candidates, then baselines."""
+    notes: tuple[str, ...]
+    """What a reader must know beside the sentences."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON's own types; a bound or number that there is not is None."""
+        tree = _plain({"alpha": ALPHA, "power": POWER, **asdict(self)})
+        assert isinstance(tree, dict)
+        return tree
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def judge(
+    candidates: Sequence[Arm],
+    baselines: Sequence[Arm],
+    metric: Metric = ACCURACY,
+    *,
+    searched: int | None = None,
+    lost: int = 0,
+) -> Verdict:
+    """Which candidates are better than every baseline. Raises ConfigError where that cannot be asked.
+
+    Args:
+        searched: configurations that the candidates are the best of.
+        lost: candidates of the same comparison that have too few runs to be judged; Holm counts them, too.
+    """
+    if problems := _problems(candidates, baselines, metric):
+        raise ConfigError(problems)
+    k = len(candidates) + lost
+    rows = [[paired(a, b, metric, candidates=k) for b in baselines] for a in candidates]
+    table = {
+        f: np.array([[getattr(c, f) for c in row] for row in rows]) for f in ("sd", "low", "high", "p", "constant")
+    }
+    decision = decide(Leads(mean=np.array([[c.lead for c in row] for row in rows]), **table), metric.margin, lost)
+    judged = []
+    for i, (arm, row) in enumerate(zip(candidates, rows, strict=True)):
+        word: Word = "better" if decision.better[i] else "not better" if decision.not_better[i] else "cannot tell"
+        named, p_holm = row[decision.against[i]], float(decision.p_holm[i])
+        sentence = _sentence(arm.name, word, named, p_holm, k, metric)
+        judged.append(Judged(arm.name, word, sentence, named.over, float(decision.p[i]), p_holm, tuple(row)))
+    words = {j.verdict for j in judged}
+    overall: Word = "better" if "better" in words else "not better" if words == {"not better"} else "cannot tell"
+    return Verdict(
+        verdict=overall,
+        sentence=_overall(judged, baselines),
+        metric=metric,
+        searched=searched,
+        candidates=tuple(judged),
+        arms=tuple(summary(arm) for arm in (*candidates, *baselines)),
+        notes=tuple(_notes(judged, [*candidates, *baselines], metric)),
+    )
+
+
+def undecided(reasons: Sequence[str], metric: Metric = ACCURACY, *, searched: int | None = None) -> Verdict:
+    """The verdict where nothing can be judged."""
+    return Verdict("cannot tell", f"cannot tell: {'; '.join(reasons)}", metric, searched, (), (), ())
+
+
+def _problems(candidates: Sequence[Arm], baselines: Sequence[Arm], metric: Metric) -> list[str]:
+    arms = [*candidates, *baselines]
+    names = [arm.name for arm in arms]
+    found = [f"{what}: none; a verdict needs one or more" for what, group in
+             (("candidates", candidates), ("baselines", baselines)) if not group]  # fmt: skip
+    found += [f"{name}: two arms have this name; give each its own" for name in names if names.count(name) > 1]
+    for arm in arms:
+        bad = [s for s, v in zip(arm.seeds, arm.values, strict=True) if not np.isfinite(v)]
+        if bad:
+            found.append(
+                f"{arm.name}: {metric.name} is not a finite number at seed {_list(bad)}; a run that diverged is a "
+                "result and cannot be left out alone: mend the configuration, or leave the arm out"
+            )
+    why = "one run has no spread, so no difference can be told from luck; use 2 seeds or more (5 is a fair start)"
+    few = [arm for arm in arms if len(arm.seeds) < 2]
+    found += [f"{arm.name}: n = {len(arm.seeds)}; {why}" for arm in few]
+    for a in candidates:
+        for b in baselines:
+            n = len(set(a.seeds) & set(b.seeds))
+            if n < 2 and a not in few and b not in few:
+                found.append(f"{a.name} and {b.name}: n = {n} in common; {why}")
+    return found
+
+
+def _list(items: Sequence[Any]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    words = [str(item) for item in items]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}" if p < 0.0995 else f"p {p:.2f}"
+
+
+def _sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, metric: Metric) -> str:
+    n, unit = len(c.seeds), metric.unit
+    corrected = f"{_p(p_holm)} after Holm over {k} candidates" if k > 1 else _p(p_holm)
+    lead, interval = metric.show(c.lead) + unit, f"95 % {metric.interval(c.low, c.high)}"
+    if word == "better":
+        spread = "the same in every seed" if c.constant else interval
+        return (
+            f"{name} is better than every baseline: its lead over {c.over}, the closest call, is {lead} "
+            f"({spread}; {corrected}; n = {n})"
+        )
+    if word == "not better":
+        start = f"{name} is not better than {c.over}: "
+        if c.constant and abs(c.lead) <= ROUNDING:
+            return f"{start}identical in every seed (n = {n})"
+        if c.high <= 0:
+            worse = metric.show(-c.lead) + unit
+            spread = "the same in every seed" if c.constant else f"95 % {metric.interval(-c.high, -c.low)}"
+            return f"{start}it is worse, by {worse} ({spread}; n = {n})"
+        spread = "the same in every seed" if c.constant else interval
+        return (
+            f"{start}its lead is {lead} ({spread}; n = {n}), and one of {metric.show(metric.margin)}{unit} or more is "
+            "ruled out"
+        )
+    start = f"cannot tell at n = {n} whether {name} is better than {c.over}: its lead is {lead} "
+    if c.constant:
+        enough = next(m for m in range(2, 99) if stats.binomtest(m, m).pvalue <= ALPHA / k)
+        return (
+            f"{start}in every seed, which is no spread to measure it by ({corrected}); the same in {enough} seeds "
+            "would be enough"
+        )
+    assert c.smallest_seen is not None
+    start += (
+        f"({interval}; {corrected}); one of {metric.show(c.smallest_seen)} would have been seen with probability 0.8"
+    )
+    if c.lead <= 0:
+        return start
+    seeds = f"more than {MOST_SEEDS:,}" if c.needed is None else f"about {c.needed:,}"
+    return f"{start}, and {seeds} seeds would show one of {metric.show(c.lead)}"
+
+
+def _overall(judged: Sequence[Judged], baselines: Sequence[Arm]) -> str:
+    groups = {word: [j for j in judged if j.verdict == word] for word in ("better", "not better", "cannot tell")}
+    rest = [f"{w}: {_list([j.name for j in groups[w]])}" for w in ("not better", "cannot tell") if groups[w]]
+    if len(judged) == 1:
+        return judged[0].sentence
+    if not groups["better"]:
+        return f"no candidate is shown to be better than {_list([b.name for b in baselines])} ({'; '.join(rest)})"
+    if len(groups["better"]) == 1:
+        start = groups["better"][0].sentence
+    else:
+        start = f"{_list([j.name for j in groups['better']])} are each better than every baseline"
+    return start + (f"; {'; '.join(rest)}" if rest else "")
+
+
+def _notes(judged: Sequence[Judged], arms: Sequence[Arm], metric: Metric) -> list[str]:
+    notes = []
+    wanted = sorted({s for arm in arms for s in arm.seeds})
+    for arm in arms:
+        if lacking := [s for s in wanted if s not in arm.seeds]:
+            notes.append(f"{arm.name} has no value at seed {_list(lacking)}: compared on the seeds that both arms have")
+    if any(len(c.seeds) == 2 for j in judged for c in j.comparisons):
+        notes.append("n = 2: the spread comes from one difference, so only very large leads can be told from luck")
+    for j in judged:
+        for c in j.comparisons:
+            if c.constant and abs(c.lead) > ROUNDING:
+                notes.append(
+                    f"{j.name} over {c.over}: the same lead in every seed; a sign test stands in for the t test"
+                )
+        c = next(c for c in j.comparisons if c.over == j.against)
+        if j.verdict == "better" and c.high < metric.margin:
+            worth = metric.show(metric.margin) + metric.unit
+            notes.append(f"{j.name} over {c.over}: the lead is there, but below {worth}, the smallest worth having")
+        for c in j.comparisons:
+            if j.verdict == "better" and c.images is not None and c.images[0] <= 0:
+                notes.append(
+                    f"{j.name} over {c.over}: the interval over test images is {metric.interval(*c.images)}, so the "
+                    "lead holds on this test set and may not on another of its size"
+                )
+    return notes
+
+
+def table(verdict: Verdict, *, arms: bool = True) -> list[str]:
+    """The verdict as lines of at most 80 columns; without `arms` only the comparisons and what is said of them."""
+    metric = verdict.metric
+    unit = "points" if metric.percent else "own unit"
+    lines = [f"{_cut(f'{metric.name}, {unit}', 30):<30} {'n':>4} {'mean ± sd':>20} {'95 % over seeds':>23}"]
+    for s in verdict.arms:
+        spread = f"{metric.show(s.mean)} ± {metric.show(s.sd)}"
+        lines.append(f"{_cut(s.name, 30):<30} {s.n:>4} {spread:>20} {metric.interval(s.low, s.high):>23}")
+    lines = lines if arms else []
+    for j in verdict.candidates:
+        head = f"lead of {_cut(j.name, 17)}"
+        lines += ["", f"{head:<25} {'lead':>7} {'95 % over seeds':>18} {'over images':>18} {'p':>5}"]
+        for c in j.comparisons:
+            images = "-" if c.images is None else metric.interval(*c.images)
+            p = "<.001" if c.p < 0.001 else f"{c.p:.3f}"
+            seeds = metric.interval(c.low, c.high)
+            over = f"  over {_cut(c.over, 18)}"
+            lines.append(f"{over:<25} {metric.show(c.lead):>7} {seeds:>18} {images:>18} {p:>5}")
+            effect = "-" if c.effect is None else f"{c.effect:z.2f}"
+            seen = "-" if c.smallest_seen is None else metric.show(c.smallest_seen)
+            needed = f"{c.needed:,}" if c.needed else "-"
+            lines.append(f"    n {len(c.seeds)}, effect size {effect}, smallest seen {seen}, seeds needed {needed}")
+    lines.append("")
+    if verdict.searched is not None:
+        lines.append(f"Candidates are the best of {verdict.searched:,} configurations, on validation.")
+    for text in (*(j.sentence for j in verdict.candidates), *(f"note: {n}" for n in verdict.notes)):
+        lines += _wrapped(text)
+    return [*lines, "", *_wrapped(f"verdict: {verdict.sentence}")]
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines of at most 80 columns, with no break inside '95 %' or 'n = 5'."""
+    kept = re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?== )|(?<= n =) (?=\d)", "\N{NO-BREAK SPACE}", text + ".")
+    lines = textwrap.wrap(kept, 80, subsequent_indent="  ", break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
