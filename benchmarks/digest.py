@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from data import write_cifar100
 
-from tfkd_ray.learn.data import Own
-from tfkd_ray.learn.dataset import Dataset, _load
+from tfkd_ray.learn.data import OwnData
+from tfkd_ray.learn.dataset import Dataset, load_official
 from tfkd_ray.learn.image_files import ImageFolder
 from tfkd_ray.learn.official import Cifar100, Mnist
 
@@ -58,7 +58,7 @@ def data_at(kind: str, root: Path) -> Dataset:
     if kind == "cifar":
         return Cifar100(root=root, check_md5=False)
     if kind == "own":
-        return Own(path="digest:images", shape=(3, 32, 32), num_classes=10)
+        return OwnData(path="digest:images", shape=(3, 32, 32), num_classes=10)
     return ImageFolder(root=root, num_classes=100) if kind == "folder" else Mnist(root=root)
 
 
@@ -68,7 +68,7 @@ def one(kind: str, root: Path) -> None:
     start = time.process_time()
     data.load()
     loaded = time.process_time()
-    assert _load(data).digest
+    assert load_official(data).digest
     print(loaded - start, time.process_time() - loaded)
 
 

@@ -15,13 +15,13 @@ import torch
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.run.connect import connect
-from tfkd_ray.run.group import Group
+from tfkd_ray.run.group import WorkerGroup
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.store.assignment import Assignment
 from tfkd_ray.store.storage import Directory
 
 
-def images_per_s(group: Group, config: TrainConfig, folder: Path) -> float:
+def images_per_s(group: WorkerGroup, config: TrainConfig, folder: Path) -> float:
     """Median over the epochs of a run on a group."""
     assignment = Assignment(folder.name, config.epochs, directory=folder, storage=Directory(folder.parent))
     epochs = list(group.epochs(config.model_dump(mode="json"), assignment))
@@ -53,7 +53,7 @@ def main() -> None:
         }
         for repeat in range(args.repeats):
             for workers, config in configs.items():
-                group = Group(config, Path(name) / "groups")
+                group = WorkerGroup(config, Path(name) / "groups")
                 found[workers].append(images_per_s(group, config, Path(name) / f"{workers}-{repeat}"))
                 group.close()
                 print(f"{workers} workers: {found[workers][-1]:.1f} images/s", flush=True)

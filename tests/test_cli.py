@@ -19,7 +19,7 @@ from test_clusters import given, verbs
 from test_readers import change, make_sweep
 
 from tfkd_ray.cli.main import _parser, main
-from tfkd_ray.cli.terminal import _word
+from tfkd_ray.cli.terminal import shell_word
 from tfkd_ray.launch.verbs import PLACES
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
@@ -213,12 +213,12 @@ def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
 def test_teachers_that_differ_in_their_seeds_are_announced_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tfkd_ray.cli.fit import _teacher_lines
+    from tfkd_ray.cli.fit import teacher_lines
     from tfkd_ray.learn.config import TrainConfig
 
     runs = [TrainConfig.model_validate({"objective": "tfkd_self", "epochs": e, "teacher": {"seed": s}}).teacher_run()
             for e, s in ((9, 1), (9, 2), (3, 1), (9, 2))]  # fmt: skip
-    told = _teacher_lines([run for run in runs if run], tmp_path)
+    told = teacher_lines([run for run in runs if run], tmp_path)
     for run in runs[:3]:
         assert run is not None
         told(run, None)
@@ -307,7 +307,7 @@ def test_an_experiment_name_that_exists_and_too_many_workers_are_refused(
 
 def test_a_path_in_a_command_that_is_shown_is_one_word_of_it(tmp_path: Path) -> None:
     path = tmp_path / "st {x} %d" / "a 'b' $c"
-    assert shlex.split(_word(path)) == [str(path)] and _word(tmp_path / "plain") == str(tmp_path / "plain")
+    assert shlex.split(shell_word(path)) == [str(path)] and shell_word(tmp_path / "plain") == str(tmp_path / "plain")
 
 
 @pytest.mark.ray
@@ -618,7 +618,7 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
     (here / "c").mkdir()
     (here / "c/confirm.yaml").touch()
     gone_on: list[Path] = []
-    monkeypatch.setattr("tfkd_ray.cli.compare._compare", lambda directory, address: gone_on.append(directory) or 0)
+    monkeypatch.setattr("tfkd_ray.cli.compare.compare_arms", lambda directory, address: gone_on.append(directory) or 0)
     code = main(["resume", "c", *given(option)])
     if option.dest == "retry_failed":  # it always does that
         assert code == 0 and gone_on

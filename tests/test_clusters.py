@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from tfkd_ray.cli.main import _parsed, _parser, main
+from tfkd_ray.cli.main import _parsed_args, _parser, main
 from tfkd_ray.launch.check import check, node_types
 from tfkd_ray.launch.clusterfile import load_cluster
 from tfkd_ray.launch.jobs import stage
@@ -943,10 +943,10 @@ def test_a_job_gets_every_option_of_its_verb_but_those_that_place_it(verb: tuple
         words += [word for a in chosen for word in given(a, joined=joined)]
         words += ["--detach"] if verb[0] != "doctor" else ["--address=auto"]
         words += positional[1:]
-        args = _parsed(words)
+        args = _parsed_args(words)
         place = "/mnt/x" if storage in chosen and storage is not None else None
         sent = job_words(args, sent=FILES[verb[-1]], storage=place)
-        asked, got = vars(args), vars(_parsed(sent))
+        asked, got = vars(args), vars(_parsed_args(sent))
         expected = {k: v for k, v in asked.items() if k not in (*PLACES, "words", "parsed", "run")}
         expected |= {"storage": Path("/mnt/x")} if place else {}
         expected |= {FILES[verb[-1]]: SENT} if asked[FILES[verb[-1]]] is not None else {}
@@ -958,9 +958,9 @@ def test_a_job_gets_every_option_of_its_verb_but_those_that_place_it(verb: tuple
                                    ["tune", "--name", "x.yaml", "x.yaml"], ["tune", "a=x.yaml", "--detach", "a=x.yaml"],
                                    ["resume", "/x", "--space=/x", "--det"]])  # fmt: skip
 def test_the_file_that_is_sent_is_found_among_words_that_are_like_it(words: list[str]) -> None:
-    args = _parsed(words)
+    args = _parsed_args(words)
     name = FILES[words[0]]
-    found = _parsed(job_words(args, sent=name))
+    found = _parsed_args(job_words(args, sent=name))
     same = [k for k in vars(args) if k not in (name, *PLACES, "words", "parsed", "run")]
     assert getattr(found, name) == SENT and all(getattr(found, k) == getattr(args, k) for k in same)
 

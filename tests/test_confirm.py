@@ -29,7 +29,7 @@ from tfkd_ray.run.confirm import (
     judge_on_test,
     openings,
     outcome,
-    table,
+    outcome_table,
 )
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
@@ -72,7 +72,7 @@ def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(tmp_path: 
     assert result["arms"][0]["runs"][0]["accuracy"] == pytest.approx((logits.argmax(1) == test.labels).double().mean())
     # a second time: nothing is run, nothing is opened
     assert judge_on_test(tmp_path / "c") == result and read_comparison(tmp_path / "c").is_trained
-    lines = table(result)
+    lines = outcome_table(result)
     assert max(map(len, lines)) <= 80
     row = next(line for line in lines if line.startswith("ce "))
     mean = 50 * sum(r["accuracy"] for r in result["arms"][0]["runs"])
@@ -88,8 +88,8 @@ def test_a_run_that_fails_is_tried_twice_and_reported(tmp_path: Path, ray_cluste
         "failed"
     ] * 2
     assert "Diverged" in failed["runs"][0]["reason"]
-    assert any(line.startswith("bad, seed 1: failed: Diverged") for line in table(result))
-    assert any(line.startswith("bad ") and " none " in line for line in table(result))
+    assert any(line.startswith("bad, seed 1: failed: Diverged") for line in outcome_table(result))
+    assert any(line.startswith("bad ") and " none " in line for line in outcome_table(result))
 
 
 def test_a_failing_run_comes_back_once() -> None:
@@ -293,7 +293,7 @@ def test_an_arm_that_beats_every_baseline_is_better(tmp_path: Path) -> None:
 
 
 def test_equal_runs_have_no_interval_in_the_table(tmp_path: Path) -> None:
-    lines = table(outcome_of(tmp_path, {"ce": [0.9] * 5, "lsr": FAIR, "reg": GOOD}))
+    lines = outcome_table(outcome_of(tmp_path, {"ce": [0.9] * 5, "lsr": FAIR, "reg": GOOD}))
     row = next(line for line in lines if line.startswith("ce "))
     assert row.split() == ["ce", "90.00", "±", "0.00", "5", "-"]
     assert not any("inf" in line for line in lines)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.data import Digits, Own
+from tfkd_ray.learn.data import Digits, OwnData
 from tfkd_ray.learn.dataset import FileDataset, stratified
 from tfkd_ray.learn.image_files import TinyImagenet
 from tfkd_ray.learn.images import address, generator
@@ -696,10 +696,10 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         del sys.modules[module]
 
 
-def own(path: str, **settings: Any) -> Own:
+def own(path: str, **settings: Any) -> OwnData:
     tree = {"name": "own", "path": path, "shape": [3, 8, 6], "num_classes": 4, **settings}
     data = validated(TrainConfig, {"objective": "ce", "data": tree, "epochs": 1}).data
-    assert isinstance(data, Own)
+    assert isinstance(data, OwnData)
     return data
 
 

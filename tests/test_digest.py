@@ -17,7 +17,7 @@ from test_data import pickled, write_cifar, write_idx
 
 from tfkd_ray.learn import data as data_module
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.data import Digits, Own, forget_loaded
+from tfkd_ray.learn.data import Digits, OwnData, forget_loaded
 from tfkd_ray.learn.dataset import FileDataset, digest_of
 from tfkd_ray.learn.image_files import ImageFolder
 from tfkd_ray.learn.images import ImageSet
@@ -260,7 +260,7 @@ def test_a_function_that_returns_other_images_gets_another_teacher_and_other_sof
 def test_a_function_that_returns_other_images_at_each_call_is_refused(mine: dict[str, Any]) -> None:
     turn("random")
     data = validated(TrainConfig, taught(mine)).data
-    assert isinstance(data, Own)
+    assert isinstance(data, OwnData)
     with pytest.raises(ConfigError, match="returns other images or labels at each call; seed what is random in it"):
         data.pinned()
     turn("as it was")

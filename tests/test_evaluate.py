@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from tfkd_ray.learn.evaluate import metric_sums, metrics_from
-from tfkd_ray.show.tensorboard import _judged
+from tfkd_ray.show.tensorboard import _judged_runs
 from tfkd_ray.verdict.calibration import BINS, bin_of
 from tfkd_ray.verdict.scores import accuracy, ece
 
@@ -72,8 +72,8 @@ def test_validation_tables_and_captions_say_the_same_calibration_error(case: str
         runs.append(ece(logits[images].numpy(), labels[images].numpy()))
     assert found["val_ece"] == pytest.approx(runs[0], abs=1e-12)
     assert found["val_accuracy"] == pytest.approx(accuracy(logits.numpy(), labels.numpy()), abs=1e-12)
-    assert _judged([tmp_path / "whole"])[2] == pytest.approx(runs[0], abs=1e-12)
-    assert _judged([tmp_path / "whole", tmp_path / "first"])[2] == pytest.approx(sum(runs) / 2, abs=1e-12)
+    assert _judged_runs([tmp_path / "whole"])[2] == pytest.approx(runs[0], abs=1e-12)
+    assert _judged_runs([tmp_path / "whole", tmp_path / "first"])[2] == pytest.approx(sum(runs) / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize("k", range(1, BINS + 1))

@@ -25,15 +25,15 @@ from tfkd_ray.learn.objectives import (
     from_released,
 )
 from tfkd_ray.space.explain import (
+    EXPLAIN_TOLERANCE,
     SCALES,
-    TOLERANCE,
     Knob,
     _batch,
     _gradients,
     amounts_to,
     arm_line,
+    explained,
     knobs,
-    report,
     warnings_of,
 )
 from tfkd_ray.space.space import Space, build_space, load_space
@@ -87,9 +87,9 @@ def test_the_synthetic_batch_is_drawn_as_torch_draws_it(K: int) -> None:
 
 def test_the_same_numbers_each_time_and_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    first = list(report(load_space(DIGITS)))
+    first = list(explained(load_space(DIGITS)))
     _batch.cache_clear()
-    assert list(report(load_space(DIGITS))) == first
+    assert list(explained(load_space(DIGITS))) == first
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -161,7 +161,7 @@ def test_no_other_label_smoothing_is_nearer() -> None:
         return math.hypot(*(norm(gradient - g(lsr), axis=1) / norm(gradient, axis=1)).tolist())
 
     best = off(amount.lsr)
-    assert best == pytest.approx(math.hypot(*amount.residuals)) and best > TOLERANCE
+    assert best == pytest.approx(math.hypot(*amount.residuals)) and best > EXPLAIN_TOLERANCE
     for field in ("alpha", "loss_scale"):
         for factor in (0.99, 1.01):
             assert off(amount.lsr.model_copy(update={field: factor * getattr(amount.lsr, field)})) > best
@@ -265,7 +265,7 @@ def test_settings_that_are_one_knob_are_warned_of() -> None:
 @pytest.mark.parametrize("path", SPACES, ids=lambda p: p.stem)
 def test_reports_of_shipped_spaces_fit_and_name_every_searched_setting(path: Path) -> None:
     shipped = load_space(path)
-    lines = list(report(shipped))
+    lines = list(explained(shipped))
     assert max(map(len, lines)) <= 80
     for branch in shipped.branches:
         start = next(i for i, line in enumerate(lines) if line.split(",")[0] == f"objective.{branch.objective}")
@@ -281,7 +281,7 @@ def test_no_setting_of_the_shipped_digits_space_is_wasted() -> None:
 def test_a_long_list_of_choices_is_cut_to_fit() -> None:
     scale = {"low": 1e-5, "high": 0.999999, "log": True}
     tree = {"name": "kd_standardised", "temperature": {"choices": [k / 7 for k in range(7, 70)]}, "loss_scale": scale}
-    assert max(map(len, report(space(tree)))) <= 80
+    assert max(map(len, explained(space(tree)))) <= 80
 
 
 def test_an_arm_says_what_it_amounts_to() -> None:

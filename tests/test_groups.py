@@ -17,7 +17,7 @@ from test_folder import write_folder
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.teachers import find_or_train
-from tfkd_ray.run.group import Group, TrialFailed
+from tfkd_ray.run.group import TrialFailed, WorkerGroup
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.assignment import Assignment
@@ -98,7 +98,7 @@ def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_gr
     def about(name: str) -> Assignment:
         return Assignment(name, 1, directory=tmp_path / "trials" / name, storage=Directory(tmp_path))
 
-    group = Group(run(fails=True), tmp_path / "groups")
+    group = WorkerGroup(run(fails=True), tmp_path / "groups")
     try:
         with pytest.raises(TrialFailed, match="OutOfMemoryError: CUDA out of memory, in forward"):
             list(group.epochs(run(fails=True).model_dump(mode="json"), about("first")))

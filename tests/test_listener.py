@@ -22,7 +22,7 @@ from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import read_metrics, read_record, write_experiment
-from tfkd_ray.store.storage import Directory, opened
+from tfkd_ray.store.storage import Directory, experiment_of
 
 EPOCHS = 9
 SPACE = build_space({"student": "mlp", "objective": "ce", "epochs": EPOCHS, "search": {"num_samples": 2}})
@@ -164,7 +164,7 @@ def test_an_event_goes_to_all_listeners_in_their_order_before_the_next(tmp_path:
 def test_the_order_is_as_it_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tfkd_ray.run.callbacks.Uploads", type("Uploads", (Listener,), {"__init__": lambda *_: None}))
     write_experiment(tmp_path, SPACE.tree, ["tfkd"])
-    lock, board, losses = Lock(*opened(tmp_path)), TensorBoard(tmp_path / "tb"), Losses()
+    lock, board, losses = Lock(*experiment_of(tmp_path)), TensorBoard(tmp_path / "tb"), Losses()
     budget = Budget(tmp_path, SPACE, OptunaSearcher(SPACE, tmp_path / "study.journal"))
     view, users = Progress(tmp_path), tune.Callback()
 
@@ -186,7 +186,7 @@ def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(
     """Why they are told in that order."""
     write_experiment(tmp_path, SPACE.tree, ["tfkd"])
     out = io.StringIO()
-    lock, losses, view = Lock(*opened(tmp_path)), Losses(), Progress(tmp_path, Console(file=out, width=200))
+    lock, losses, view = Lock(*experiment_of(tmp_path)), Losses(), Progress(tmp_path, Console(file=out, width=200))
     trial = trial_of(tmp_path, "a")
     callbacks = in_order(lock, TensorBoard(tmp_path / "tb", SPACE), losses, [view])
     for callback in callbacks:
@@ -204,7 +204,7 @@ def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(
     reason = "its process was lost 3 times in epoch 1 (CUDA error: ECC)"
     assert read_record(tmp_path / "trials/t0000-ce").reason == reason
     assert f"t0000-ce: failed: {reason}\n" in out.getvalue()
-    Lock(*opened(tmp_path)).release()  # the last of them has let it go
+    Lock(*experiment_of(tmp_path)).release()  # the last of them has let it go
 
 
 # --- what a trial is told of itself

@@ -35,7 +35,7 @@ from tfkd_ray.learn.models import (
     MobileNetV2,
     Model,
     Network,
-    Own,
+    OwnNetwork,
     ResNet18,
     ResNet34,
     ResNet50,
@@ -54,7 +54,7 @@ from tfkd_ray.learn.teachers import load_teacher, train_teacher
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 
-ALL: list[type[Network]] = [n for n in typing.get_args(typing.get_args(Model)[0]) if n not in (Timm, Own)]
+ALL: list[type[Network]] = [n for n in typing.get_args(typing.get_args(Model)[0]) if n not in (Timm, OwnNetwork)]
 VGG = (Vgg16, Vgg19)
 LIGHT = [n for n in ALL if n not in (*VGG, ResNeXt101, AlexNet)]
 
@@ -264,9 +264,9 @@ def refused(student: object) -> str:
     [
         ("mlp", Mlp()),
         ("timm:resnet10t", Timm(model="resnet10t")),
-        ("my.nets:small", Own(path="my.nets:small")),
+        ("my.nets:small", OwnNetwork(path="my.nets:small")),
         ({"name": "timm:resnet10t", "args": {"drop_rate": 0.1}}, Timm(model="resnet10t", args={"drop_rate": 0.1})),
-        ({"name": "my.nets:small", "args": {"width": 3}}, Own(path="my.nets:small", args={"width": 3})),
+        ({"name": "my.nets:small", "args": {"width": 3}}, OwnNetwork(path="my.nets:small", args={"width": 3})),
     ],
 )
 def test_a_name_stands_for_settings(short: object, network: Network) -> None:
@@ -381,8 +381,8 @@ def no_module(shape: tuple[int, int, int], num_classes: int) -> str:
     return "a network"
 
 
-def own(output: str) -> Own:
-    return Own(path=f"{__name__}:small", args={"output": output})
+def own(output: str) -> OwnNetwork:
+    return OwnNetwork(path=f"{__name__}:small", args={"output": output})
 
 
 RIGHT = list(OUTPUTS)[:8]
@@ -603,7 +603,7 @@ def test_the_logits_are_alone_behind_data_parallel_workers_too(tmp_path: Path) -
 )
 def test_a_network_that_does_not_work_is_named_when_it_is_built(path: str, args: Any, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
-        Own(path=f"{__name__}:{path}", args=args).build((1, 8, 8), 10)
+        OwnNetwork(path=f"{__name__}:{path}", args=args).build((1, 8, 8), 10)
     assert str(error.value).startswith(f"model {__name__}:{path}: {sentence}")
 
 

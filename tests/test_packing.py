@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 
 from tfkd_ray.run.callbacks import Losses
 from tfkd_ray.run.connect import give_larger_share
-from tfkd_ray.run.epochs import _is_out_of_memory
+from tfkd_ray.run.epochs import is_out_of_memory
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import read_records
 
@@ -115,7 +115,7 @@ def test_a_trial_that_ends_for_good_is_given_no_larger_share(
     ],
 )
 def test_what_is_for_want_of_a_gpus_memory(error: Exception, is_it: bool) -> None:
-    assert _is_out_of_memory(error) == is_it
+    assert is_out_of_memory(error) == is_it
     outer = RuntimeError("compile: torch cannot compile cnn here")
     outer.__cause__ = error
-    assert _is_out_of_memory(outer) == is_it
+    assert is_out_of_memory(outer) == is_it

@@ -22,6 +22,7 @@ from test_damage import RELEASE
 from test_report import make_comparison
 
 from tfkd_ray.cli import main as cli
+from tfkd_ray.cli import terminal
 from tfkd_ray.cli.main import main
 from tfkd_ray.launch import verbs as cluster_verbs
 from tfkd_ray.run.connect import found_broken, give_larger_share
@@ -78,7 +79,7 @@ def values(storage: Path, out: Path) -> dict[str, list[str]]:
 
 
 def is_of_files(action: argparse.Action) -> bool:
-    return action.metavar in ("DIR", "FILE") or action.type in (Path, cli._place)
+    return action.metavar in ("DIR", "FILE") or action.type in (Path, terminal.place_or_url)
 
 
 def commands(verb: str, storage: Path, out: Path) -> Iterator[list[str]]:

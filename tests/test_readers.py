@@ -180,7 +180,7 @@ def test_status_is_at_most_80_columns_wide(sweep: Path) -> None:
 def test_the_last_line_is_the_last_whole_one_however_long(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert readers.last_line(path) == {}
-    long = json.dumps({"epoch": 2, "x" * 3 * readers.TAIL: 1})
+    long = json.dumps({"epoch": 2, "x" * 3 * readers.LOG_TAIL: 1})
     for text, epoch in (("", None), ('{"epo', None), ('{"epoch": 1}\n', 1), ('{"epoch": 1}\n{"epo', 1),
                         (f'{{"epoch": 1}}\n{long}\n{{"ep', 2), (f"{long}\n", 2)):  # fmt: skip
         path.write_text(text)

@@ -36,7 +36,7 @@ from tfkd_ray.learn.teachers import teacher_name
 from tfkd_ray.run import nodes, trial
 from tfkd_ray.run.callbacks import Lock, Uploads
 from tfkd_ray.run.confirm import judge_on_test
-from tfkd_ray.run.tune import _teacher, build_tuner, resume_tuner
+from tfkd_ray.run.tune import _teacher_task, build_tuner, resume_tuner
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml
@@ -51,7 +51,7 @@ from tfkd_ray.store.storage import (
     as_given,
     checked,
     everything,
-    opened,
+    experiment_of,
     storage_at,
     to_continue,
 )
@@ -198,7 +198,7 @@ def test_objects_whose_names_lead_out_of_the_mirror_are_left_alone(bucket: str, 
     store = remote.store_at(bucket)
     assert set(store.objects("e")) <= {"e/experiment.yaml"}
     with contextlib.suppress(ConfigError):  # some clients refuse to list such names at all
-        opened(f"{bucket}/e", everything)
+        experiment_of(f"{bucket}/e", everything)
     assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
 
 
@@ -274,7 +274,7 @@ def test_a_directory_is_the_same_on_every_node_and_nothing_is_fetched_sent_or_cl
     tmp_path: Path, elsewhere: Callable[[str], None]
 ) -> None:
     storage = checked(tmp_path)
-    experiment = opened(tmp_path / "e")
+    experiment = experiment_of(tmp_path / "e")
     assert storage == Directory(tmp_path) == pickle.loads(pickle.dumps(storage)) == experiment.storage
     assert (str(storage), experiment.folder) == (str(tmp_path), tmp_path / "e")
     storage.check_new("e")
@@ -328,9 +328,12 @@ def test_a_bucket_is_mirrored_on_each_node_by_the_value_that_reaches_it(
 def test_a_user_may_name_a_mirror_by_its_folder_and_messages_name_it_as_it_was_given(bucket: str) -> None:
     storage = checked(bucket)
     assert storage_at(storage.folder) == storage and checked(str(storage.folder)) == storage
-    assert opened(storage.folder / "e") == Experiment(storage, "e")
+    assert experiment_of(storage.folder / "e") == Experiment(storage, "e")
     inside = storage.folder / "e/trials"
-    assert opened(inside) == Experiment(Directory(storage.folder / "e"), "trials") and opened(inside).folder == inside
+    assert (
+        experiment_of(inside) == Experiment(Directory(storage.folder / "e"), "trials")
+        and experiment_of(inside).folder == inside
+    )
     assert as_given(f"see {storage.folder}/e") == f"see {bucket}/e"
 
 
@@ -346,7 +349,7 @@ def test_a_name_that_is_none_is_refused_in_either_kind(bucket: str, tmp_path: Pa
 
 def fetched(bucket: str) -> Path:
     """The mirror of experiment `e`, up to date in what reading commands need."""
-    return opened(f"{bucket}/e").folder
+    return experiment_of(f"{bucket}/e").folder
 
 
 @both
@@ -802,7 +805,7 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
     with monkeypatch.context() as dying:  # at its end
         dying.setattr("tfkd_ray.learn.loop.save_weights", killed)
         with pytest.raises(KeyboardInterrupt):
-            _teacher(run, storage, own_code.here())
+            _teacher_task(run, storage, own_code.here())
     elsewhere("reader")
     kept = load_state(storage.bring(storage.folder / "teachers" / teacher_name(run) / "last.ckpt").parent)
     assert kept is not None and kept["epoch"] in (1, 2, 3)  # an epoch is not saved while the one before is on its way
@@ -814,14 +817,14 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
         return real(config, folder, on_epoch, on_saved)
 
     monkeypatch.setattr(teachers, "_trained", counted)
-    made = _teacher(run, storage, own_code.here())
+    made = _teacher_task(run, storage, own_code.here())
     assert trained == [kept["epoch"]]
     assert {k for k in server.objects() if k.startswith(folder)} == {
         f"{folder}/student.safetensors",
         f"{folder}/teacher.json",
     }
     elsewhere("node-3")
-    assert _teacher(run, storage, own_code.here()) == made and trained == [kept["epoch"]]
+    assert _teacher_task(run, storage, own_code.here()) == made and trained == [kept["epoch"]]
     elsewhere("node-4")
     metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
     assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0

@@ -19,12 +19,12 @@ from test_report import make_comparison
 from tfkd_ray.cli.main import main
 from tfkd_ray.learn import evaluate
 from tfkd_ray.learn.loop import train
-from tfkd_ray.run.confirm import table
-from tfkd_ray.run.epochs import _epochs_here
+from tfkd_ray.run.confirm import outcome_table
+from tfkd_ray.run.epochs import epochs_here
 from tfkd_ray.run.tune import build_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.chosen import _arm_selection, _best_arm
-from tfkd_ray.show.figures import _read_sweep
+from tfkd_ray.show.figures import read_sweep
 from tfkd_ray.show.live import Progress
 from tfkd_ray.show.report import report
 from tfkd_ray.show.status import best_lines, read_plan, status, status_lines
@@ -246,7 +246,7 @@ def test_search_readers_live_view_report_and_arms_name_the_same_best_trial(
     found = best(records, metric)
     assert found is not None and found.name == winner
     assert status(experiment)["best"]["trial"] == winner and status(experiment)["mode"] == SCORES[metric].direction
-    sweep = _read_sweep(experiment, read_plan(experiment))
+    sweep = read_sweep(experiment, read_plan(experiment))
     assert sweep.ranked(sweep.full)[0].name == winner and len(sweep.full) == len(values)
     view = Progress(experiment, Console(file=io.StringIO()))
     view.setup()
@@ -299,7 +299,7 @@ def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_pat
     assert found["verdict"] == "better" and all(
         0.8 < run[row.name] < 1 for arm in result["arms"] for run in arm["runs"]
     )
-    lines = table(result)
+    lines = outcome_table(result)
     assert max(map(len, lines)) <= 80
     heads = [line.split()[3:] for line in lines if line.startswith("means on test")]
     assert heads == [["top-5", "NLL", "ECE", "ECE", "mass", "Brier", "AUROC"], ["macro", "F1", "balanced"]]
@@ -317,10 +317,10 @@ def test_a_trial_records_what_it_is_judged_by(tmp_path: Path) -> None:
     space = build_space({"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 2})
     told = Assignment("t", 2, directory=tmp_path / "t", metrics=("val_auroc", "parameters"))
     tree = space.single().model_dump(mode="json")
-    asked = list(_epochs_here(tree, told))
+    asked = list(epochs_here(tree, told))
     assert all(0.5 < m["val_auroc"] <= 1 and "val_macro_f1" not in m for m in asked)
     unasked = Assignment("u", 2, directory=tmp_path / "u")
-    assert not any("val_auroc" in m for m in _epochs_here(tree, unasked))
+    assert not any("val_auroc" in m for m in epochs_here(tree, unasked))
 
 
 @pytest.mark.ray

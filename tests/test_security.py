@@ -27,7 +27,7 @@ import torch
 from conftest import ROOT, Run
 from packaging.requirements import Requirement
 from test_damage import RELEASE, Reached, reads
-from test_layers import ORDER, PACKAGE
+from test_layers import PACKAGE
 from test_report import make_comparison
 from test_storage import postgres  # noqa: F401
 
@@ -48,7 +48,10 @@ from tfkd_ray.store.experiment import read_experiment, read_records
 
 # --- what the package may call -----------------------------------------------------------------------------------
 
-TREES = {module: ast.parse((PACKAGE / f"{module}.py").read_text()) for module in [*ORDER, "__init__"]}
+TREES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 RUN_CODE = {"eval", "exec", "compile", "__import__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

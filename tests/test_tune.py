@@ -29,14 +29,14 @@ from tfkd_ray.learn.teachers import train_teacher
 from tfkd_ray.run import connect as cluster
 from tfkd_ray.run.callbacks import Lock, Losses, NoNodeLeft, Recorder
 from tfkd_ray.run.connect import check_ray, check_room
-from tfkd_ray.run.epochs import _is_of_broken_gpu
+from tfkd_ray.run.epochs import is_of_broken_gpu
 from tfkd_ray.run.studies import open_journal
 from tfkd_ray.run.tune import TeacherFailed, _overridden, build_tuner, resume_tuner
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.show.listener import Announcer
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import read_experiment, read_record, read_records
-from tfkd_ray.store.storage import opened
+from tfkd_ray.store.storage import experiment_of
 
 pytestmark = pytest.mark.ray
 
@@ -456,7 +456,7 @@ def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tm
 def test_a_lock_that_cannot_be_taken_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "driver.lock").mkdir()
     with pytest.raises(ConfigError, match=r"driver.lock cannot be locked \(Is a directory\).* remove driver.lock"):
-        Lock(*opened(tmp_path))
+        Lock(*experiment_of(tmp_path))
     (tmp_path / "driver.lock").rmdir()
     for error, why in (
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied"),
@@ -465,8 +465,8 @@ def test_a_lock_that_cannot_be_taken_is_a_sentence(tmp_path: Path, monkeypatch: 
     ):
         with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"cannot be locked \(.*{why}"):
             patch.setattr("filelock.FileLock._acquire", Mock(side_effect=error))
-            Lock(*opened(tmp_path))
-    lock = Lock(*opened(tmp_path))  # and none was left behind
+            Lock(*experiment_of(tmp_path))
+    lock = Lock(*experiment_of(tmp_path))  # and none was left behind
     lock.release()
 
 
@@ -526,10 +526,10 @@ SOUND = {
 
 @pytest.mark.parametrize("name", [*BROKEN, *SOUND])
 def test_an_error_after_which_a_process_has_no_gpu_is_told_from_the_trials_own(name: str) -> None:
-    assert _is_of_broken_gpu((BROKEN | SOUND)[name]) is (name in BROKEN)
+    assert is_of_broken_gpu((BROKEN | SOUND)[name]) is (name in BROKEN)
     behind = RuntimeError("while tidying up")
     behind.__context__ = (BROKEN | SOUND)[name]
-    assert _is_of_broken_gpu(behind) is (name in BROKEN)
+    assert is_of_broken_gpu(behind) is (name in BROKEN)
 
 
 def test_a_gpu_that_breaks_ends_the_process_and_the_sweep_before_it_burns_the_proposals(

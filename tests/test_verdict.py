@@ -19,8 +19,8 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.verdict.verdict import (
     ACCURACY,
     MOST_SEEDS,
-    Arm,
-    Metric,
+    JudgedArm,
+    JudgedMetric,
     decide,
     hedges,
     holm,
@@ -31,21 +31,21 @@ from tfkd_ray.verdict.verdict import (
     seeds_needed,
     smallest_seen,
     summary,
-    table,
     undecided,
+    verdict_table,
 )
 
 ROOT = Path(__file__).parent.parent
 Array = NDArray[np.float64]
-NLL = Metric("nll", larger_is_better=False, percent=False, margin=0.01)
+NLL = JudgedMetric("nll", larger_is_better=False, percent=False, margin=0.01)
 
 
-def arm(name: str, *values: float, seeds: tuple[int, ...] | None = None) -> Arm:
-    return Arm(name, tuple(range(len(values))) if seeds is None else seeds, np.array(values))
+def arm(name: str, *values: float, seeds: tuple[int, ...] | None = None) -> JudgedArm:
+    return JudgedArm(name, tuple(range(len(values))) if seeds is None else seeds, np.array(values))
 
 
-def with_images(name: str, right: NDArray[np.bool_]) -> Arm:
-    return Arm(name, tuple(range(len(right))), right.mean(axis=1), right)
+def with_images(name: str, right: NDArray[np.bool_]) -> JudgedArm:
+    return JudgedArm(name, tuple(range(len(right))), right.mean(axis=1), right)
 
 
 CE = arm("ce", 0.750, 0.754, 0.748, 0.752, 0.751)
@@ -96,8 +96,8 @@ def test_swapped_arms_have_the_mirrored_lead() -> None:
 
 
 def test_a_metric_of_which_less_is_better_has_the_same_verdict_negated() -> None:
-    def negated(a: Arm) -> Arm:
-        return Arm(a.name, a.seeds, -a.values)
+    def negated(a: JudgedArm) -> JudgedArm:
+        return JudgedArm(a.name, a.seeds, -a.values)
 
     up = judge([CLEAR, WORSE, UNSURE], [CE, LSR])
     down = judge([negated(a) for a in (CLEAR, WORSE, UNSURE)], [negated(a) for a in (CE, LSR)],
@@ -291,7 +291,7 @@ def test_arms_are_compared_on_their_common_seeds_and_that_is_said() -> None:
 
 
 def test_the_order_of_seeds_and_arms_does_not_matter() -> None:
-    turned = Arm(UNSURE.name, UNSURE.seeds[::-1], UNSURE.values[::-1])
+    turned = JudgedArm(UNSURE.name, UNSURE.seeds[::-1], UNSURE.values[::-1])
     one = judge([CLEAR, UNSURE], [CE, LSR]).candidates[1]
     other = judge([turned, CLEAR], [LSR, CE]).candidates[0]
     assert (one.verdict, one.against, one.sentence) == (other.verdict, other.against, other.sentence)
@@ -323,7 +323,7 @@ def test_a_better_that_other_test_images_may_not_show_has_a_note() -> None:
     ([CE], [CE], ["ce: two arms have this name; give each its own"]),
 ], ids=["no candidates", "no baselines", "one seed", "one in common", "nan", "names"])  # fmt: skip
 def test_what_cannot_be_judged_is_refused_with_the_reason(
-    candidates: list[Arm], baselines: list[Arm], sentences: list[str]
+    candidates: list[JudgedArm], baselines: list[JudgedArm], sentences: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as error:
         judge(candidates, baselines)
@@ -334,7 +334,7 @@ def test_what_cannot_be_judged_is_refused_with_the_reason(
 
 def test_values_must_be_the_means_of_their_images() -> None:
     with pytest.raises(AssertionError, match="not the means over images"):
-        Arm("a", (0,), np.array([0.6]), np.array([[True, False]]))
+        JudgedArm("a", (0,), np.array([0.6]), np.array([[True, False]]))
 
 
 def test_the_overall_sentence_names_all() -> None:
@@ -357,10 +357,10 @@ def test_json_is_plain_and_whole() -> None:
 
 
 @pytest.mark.parametrize("metric", [ACCURACY, NLL], ids=["accuracy", "nll"])
-def test_the_table_fits_80_columns_and_holds_the_numbers(metric: Metric) -> None:
+def test_the_table_fits_80_columns_and_holds_the_numbers(metric: JudgedMetric) -> None:
     long = arm("tfkd_reg_code with a very long name indeed t0007", *UNSURE.values)
     v = judge([CLEAR, WORSE, long], [CE, LSR, arm("lsr scaled", *(LSR.values - 1e-3))], metric, searched=64)
-    lines = table(v)
+    lines = verdict_table(v)
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert metric.interval(v.arms[0].low, v.arms[0].high) in text and "best of 64 configurations" in text
@@ -442,7 +442,8 @@ def test_candidates_that_cannot_be_judged_count_in_holm() -> None:
     rng = np.random.default_rng(0)
     base = 0.9 + 0.001 * rng.standard_normal(6)
     a, b = (
-        Arm(n, tuple(range(6)), base + shift + 0.001 * rng.standard_normal(6)) for n, shift in (("a", 0.003), ("b", 0))
+        JudgedArm(n, tuple(range(6)), base + shift + 0.001 * rng.standard_normal(6))
+        for n, shift in (("a", 0.003), ("b", 0))
     )
     alone, with_lost = judge([a], [b]), judge([a], [b], lost=3)
     assert with_lost.candidates[0].p_holm == pytest.approx(min(1, 4 * alone.candidates[0].p))
@@ -451,4 +452,4 @@ def test_candidates_that_cannot_be_judged_count_in_holm() -> None:
 def test_where_nothing_can_be_judged_the_reason_is_said() -> None:
     found = undecided(["baseline lsr has 1 of its runs"])
     assert found.to_json()["verdict"] == "cannot tell"
-    assert table(found, arms=False)[-1].startswith("verdict: cannot tell: baseline lsr has 1 of its runs")
+    assert verdict_table(found, arms=False)[-1].startswith("verdict: cannot tell: baseline lsr has 1 of its runs")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
-from tfkd_ray.learn.data import Digits, Own
+from tfkd_ray.learn.data import Digits, OwnData
 from tfkd_ray.learn.models import (
     Cnn,
     Cnn5,
@@ -240,7 +240,7 @@ def test_a_teacher_of_ours_is_for_the_data_it_was_trained_on(tmp_path: Path) -> 
     other_split = Digits(split_seed=7, val_fraction=0)
     assert load_outside(str(path), CNN, SHAPE, K, other_split).keys() == CNN.build(SHAPE, K).state_dict().keys()
     assert refused(path, data=Cifar10()) == "was trained on digits, and the data here is cifar10; train one on it"
-    own = Own(path="a.b:c", shape=SHAPE, num_classes=K)
+    own = OwnData(path="a.b:c", shape=SHAPE, num_classes=K)
     assert "the data here is own (path a.b:c, num_classes 10, args {})" in refused(path, data=own)
 
 

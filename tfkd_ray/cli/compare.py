@@ -10,14 +10,24 @@ from tfkd_ray.settings.own_code import remember
 if TYPE_CHECKING:
     from tfkd_ray.space.arms import Comparison
     from tfkd_ray.store.storage import Experiment
-from tfkd_ray.cli.fit import _fit, _interrupted, _join, _progress, _teacher_lines
-from tfkd_ray.cli.terminal import _BASELINES, _STORAGE, _TOP_K, _have_data, _new_name, _place, _say, _short, _word
+from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_lines, told_of_interrupt
+from tfkd_ray.cli.terminal import (
+    DEFAULT_BASELINES,
+    DEFAULT_STORAGE,
+    DEFAULT_TOP_K,
+    have_data,
+    new_name,
+    place_or_url,
+    say_error,
+    shell_word,
+    short_path,
+)
 from tfkd_ray.settings.errors import FAILED, NOT_BETTER, OK
 
 # --- confirm ---------------------------------------------------------------------------------------------------
 
 
-def _confirm(args: argparse.Namespace) -> int:
+def confirm_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.launch.as_job import confirm_as_job
     from tfkd_ray.launch.verbs import is_arms
     from tfkd_ray.settings.errors import ConfigError
@@ -31,35 +41,39 @@ def _confirm(args: argparse.Namespace) -> int:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
     if is_arms(args):
-        usual = {"--top-k": args.top_k == _TOP_K, "--baselines": args.baselines == _BASELINES}
+        usual = {"--top-k": args.top_k == DEFAULT_TOP_K, "--baselines": args.baselines == DEFAULT_BASELINES}
         problems = [
             f"{option}: is for sweeps; an arms file says what is compared" for option, ok in usual.items() if not ok
         ]
     else:
-        usual = {"settings": not args.overrides, "--preset": not args.preset, "--storage": args.storage == _STORAGE}
+        usual = {
+            "settings": not args.overrides,
+            "--preset": not args.preset,
+            "--storage": args.storage == DEFAULT_STORAGE,
+        }
         why = "settings and presets are for arms files; the arms of a sweep are as it trained them, beside it"
         problems = [f"{option}: {why}" for option, ok in usual.items() if not ok]
     if problems:
         raise ConfigError(problems, args.file)
     if (code := confirm_as_job(args)) is not None:
         return code
-    sweep = to_continue(_place(args.file))
+    sweep = to_continue(place_or_url(args.file))
     given = sweep.folder
     if given.is_dir():
         if told := remember(read_experiment(given).get("directory")):
-            _say(told)
+            say_error(told)
         storage = sweep.storage  # where its teachers are
-        name = _new_name(args, storage, f"{sweep.name}-confirm")
+        name = new_name(args, storage, f"{sweep.name}-confirm")
         rivals = rivals_of(args.baselines)
         tuned = _tuned_baselines(sweep, rivals, args)
         compared = arms_of(given, top_k=args.top_k, rivals=rivals, baselines=tuned)
     else:
         compared = load_arms(args.file, args.overrides, preset=args.preset)
         storage = checked(args.storage)
-        name = _new_name(args, storage, Path(args.file).stem)
-    _have_data(compared.example, args)
+        name = new_name(args, storage, Path(args.file).stem)
+    have_data(compared.example, args)
     compared.example.data.examine()
-    _join(args.address, compared.example.workers)
+    join_ray(args.address, compared.example.workers)
     from tfkd_ray.run.tune import prepare
 
     prepare(compared.example, storage)
@@ -68,7 +82,7 @@ def _confirm(args: argparse.Namespace) -> int:
     options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
     storage.check_new(name)  # tuning baselines takes a while
     new_comparison(compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options)
-    return _compare(Experiment(storage, name), args.address)
+    return compare_arms(Experiment(storage, name), args.address)
 
 
 def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: argparse.Namespace) -> Path | None:
@@ -86,52 +100,52 @@ def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: argparse.
     tuned = storage.folder / name
     if not (tuned / "experiment.yaml").is_file():
         space = baseline_space(experiment, lacking)
-        _say(f"baselines: {' and '.join(lacking)} had fewer trials than the winner's objective; tuning them first, in "
-             f"{_short(tuned)}")  # fmt: skip
-        _have_data(space.example, args)
+        say_error(f"baselines: {' and '.join(lacking)} had fewer trials than the winner's objective; tuning them first, in "
+             f"{short_path(tuned)}")  # fmt: skip
+        have_data(space.example, args)
         space.example.data.examine()
-        _join(args.address, space.example.workers)
+        join_ray(args.address, space.example.workers)
         from tfkd_ray.run.tune import build_tuner
 
         def build(shown: Any) -> Any:
             return build_tuner(space, name=name, storage=storage, callbacks=[shown], on_note=shown.note)
 
-        _fit(_progress(tuned), build, tuned)
+        fit_tuner(progress_view(tuned), build, tuned)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
     if short := {name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n}:
         missing = ", ".join(f"{n} trials of {name}" for name, n in short.items())
         more = sum(short.values()) - (read_experiment(tuned)["space"]["search"]["num_samples"] - len(ended))
         extra = f" --add-trials {more}" if more > 0 else ""
-        raise ConfigError(f"lacks {missing}; tune them first: tfkd resume {_word(tuned)}{extra}", tuned)
+        raise ConfigError(f"lacks {missing}; tune them first: tfkd resume {shell_word(tuned)}{extra}", tuned)
     return tuned
 
 
-def _compare(comparison: "Experiment", address: str | None) -> int:
+def compare_arms(comparison: "Experiment", address: str | None) -> int:
     """Run what a comparison still lacks, then open the test split and print the table."""
     from tfkd_ray.space.arms import read_comparison
 
     directory = comparison.folder
     compared = read_comparison(directory)
     if not compared.is_trained:
-        _join(address, compared.runs[0].config.workers)
+        join_ray(address, compared.runs[0].config.workers)
         ended = _fit_arms(compared, comparison)
         if not ended:
-            return FAILED if ended is None else _interrupted(directory)
-    from tfkd_ray.run.confirm import judge_on_test, table
+            return FAILED if ended is None else told_of_interrupt(directory)
+    from tfkd_ray.run.confirm import judge_on_test, outcome_table
 
     said: list[str] = []
 
     def opened(run: str) -> None:
         if not said:
-            _say("opening the test split")
+            say_error("opening the test split")
         said.append(run)
 
     try:
         result = judge_on_test(comparison, opened)
     except KeyboardInterrupt:
-        return _interrupted(directory)
-    print("\n".join(table(result)))
-    print(f"\nwritten to {_short(directory)}/confirm.json")
+        return told_of_interrupt(directory)
+    print("\n".join(outcome_table(result)))
+    print(f"\nwritten to {short_path(directory)}/confirm.json")
     if compared.strict and not all(found["verdict"] == "better" for found in result["verdicts"]):
         return NOT_BETTER
     return OK if all(run["status"] == "done" for arm in result["arms"] for run in arm["runs"]) else FAILED
@@ -141,10 +155,10 @@ def _fit_arms(compared: "Comparison", comparison: "Experiment") -> bool | None:
     """Train the runs that a comparison lacks; see `_fit`."""
     from tfkd_ray.run.confirm import comparison_tuner
 
-    progress = _progress(comparison.folder)
+    progress = progress_view(comparison.folder)
     teachers = [teacher for run in compared.runs_on_data if (teacher := run.config.teacher_run())]
-    told = _teacher_lines(teachers, comparison.storage.folder)
-    return _fit(
+    told = teacher_lines(teachers, comparison.storage.folder)
+    return fit_tuner(
         progress,
         lambda shown: comparison_tuner(comparison, callbacks=[shown], on_teacher=told, on_note=shown.note),
         comparison.folder,

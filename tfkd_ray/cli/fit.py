@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TeacherRun
-from tfkd_ray.cli.terminal import _leave, _made, _say, _word
+from tfkd_ray.cli.terminal import how_made, leave, say_error, shell_word
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED
 
 
-def _join(address: str | None, workers: int) -> None:
+def join_ray(address: str | None, workers: int) -> None:
     """Connect to Ray, quietly."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
-    _say("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")
+    say_error("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")
     import logging
 
     from tfkd_ray.run.connect import ctrl_c_waits
@@ -34,40 +34,38 @@ def _join(address: str | None, workers: int) -> None:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
-def _teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
+def teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
     if about is not None:
         accuracy = about["metrics"].get("val_accuracy")
         judged = "" if accuracy is None else f", val_accuracy {accuracy:.4f}"
-        _say(f"teacher: {about['name']}{judged}, kept for later")
+        say_error(f"teacher: {about['name']}{judged}, kept for later")
     else:
-        _say(f"teacher: {_made(run)}")
+        say_error(f"teacher: {how_made(run)}")
 
 
-def _teacher_lines(
-    runs: Iterable["TeacherRun"], storage: Path
-) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
+def teacher_lines(runs: Iterable["TeacherRun"], storage: Path) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
     """The same for many teachers: those that are made alike, but for the seed, are announced once."""
     from tfkd_ray.learn.teachers import is_trained
 
-    missing = {run.fingerprint(): _made(run) for run in runs if not is_trained(run, storage)}
+    missing = {run.fingerprint(): how_made(run) for run in runs if not is_trained(run, storage)}
     counts = Counter(missing.values())
 
     def say(run: "TeacherRun", about: dict[str, Any] | None) -> None:
         if about is not None:
-            _teacher_line(run, about)
-        elif number := counts.pop(_made(run), 0):
-            _say(f"teacher: {_made(run)}" + (f" ({number} seeds)" if number > 1 else ""))
+            teacher_line(run, about)
+        elif number := counts.pop(how_made(run), 0):
+            say_error(f"teacher: {how_made(run)}" + (f" ({number} seeds)" if number > 1 else ""))
 
     return say
 
 
-def _progress(experiment: Path) -> Any:
+def progress_view(experiment: Path) -> Any:
     from tfkd_ray.show.live import Progress
 
     return Progress(experiment)
 
 
-def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
+def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
     """Build a Tuner and run it: whether it came to its end; None, and a sentence, if something was in its way."""
     from tfkd_ray.run.connect import head_watched
     from tfkd_ray.run.tune import TeacherFailed, disk_trouble, no_node_left
@@ -75,7 +73,7 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
     try:
         tuner = build(progress)
     except TeacherFailed as error:
-        _say(f"tfkd: {error}")
+        say_error(f"tfkd: {error}")
         return None
 
     def heard(args: threading.ExceptHookArgs) -> None:
@@ -85,7 +83,9 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
 
     def gone(what: str) -> None:
         progress.stop()
-        _say(f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {_word(experiment)}")
+        say_error(
+            f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {shell_word(experiment)}"
+        )
         os._exit(FAILED)  # whatever waits for Ray would wait until Ray ends this process
 
     threading.excepthook = heard
@@ -97,7 +97,7 @@ def _fit(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool |
         if trouble is None:
             raise
         progress.stop()
-        _say(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {_word(experiment)}")
+        say_error(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {shell_word(experiment)}")
         return None
     finally:
         threading.excepthook = threading.__excepthook__
@@ -114,8 +114,8 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
     def handler(number: int, frame: Any) -> None:
         if interrupted or not callable(signal.getsignal(signal.SIGUSR1)):
             progress.stop()
-            _say("stopped at once; what was not saved is repeated when you resume")
-            _leave()
+            say_error("stopped at once; what was not saved is repeated when you resume")
+            leave()
         interrupted.append(True)
         progress.note("stopping: trials save their state (Ctrl-C again: at once)")
         signal.raise_signal(signal.SIGUSR1)  # which Tune takes as the wish to end
@@ -128,6 +128,6 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
             signal.signal(number, old)
 
 
-def _interrupted(experiment: Path) -> int:
-    _say(f"interrupted; go on with:\n  tfkd resume {_word(experiment)}")
+def told_of_interrupt(experiment: Path) -> int:
+    say_error(f"interrupted; go on with:\n  tfkd resume {shell_word(experiment)}")
     return INTERRUPTED

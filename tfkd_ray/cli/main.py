@@ -22,26 +22,26 @@ from tfkd_ray.settings.passwords import masked
 
 if TYPE_CHECKING:
     pass
-from tfkd_ray.cli.compare import _confirm
+from tfkd_ray.cli.compare import confirm_verb
 from tfkd_ray.cli.show import (
-    _best,
-    _check,
-    _doctor,
-    _explain,
-    _export,
-    _logs,
-    _ls,
-    _plan,
-    _report,
-    _status,
-    _tensorboard,
-    _trials,
+    best_verb,
+    check_verb,
+    doctor_verb,
+    explain_verb,
+    export_verb,
+    logs_verb,
+    ls_verb,
+    plan_verb,
+    report_verb,
+    status_verb,
+    tensorboard_verb,
+    trials_verb,
 )
-from tfkd_ray.cli.sweep import _resume, _tune
-from tfkd_ray.cli.terminal import _BASELINES, _STORAGE, _TOP_K, _let_end, _place, _say
-from tfkd_ray.cli.train import _teacher, _teacher_train, _train
+from tfkd_ray.cli.sweep import resume_verb, tune_verb
+from tfkd_ray.cli.terminal import DEFAULT_BASELINES, DEFAULT_STORAGE, DEFAULT_TOP_K, let_end, place_or_url, say_error
+from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
-from tfkd_ray.space.search_config import _BUDGETS
+from tfkd_ray.space.search_config import BUDGET_OPTIONS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     enter_job()
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, at any moment
-    argv, command = _command_of(_words() if argv is None else list(argv))
+    argv, command = _command_of(_given_words() if argv is None else list(argv))
     try:
         from tfkd_ray.settings.files import Legible
 
         with contextlib.redirect_stderr(Legible(sys.stderr)):
-            args = _parsed(argv)
+            args = _parsed_args(argv)
         from tfkd_ray.settings.errors import ConfigError, Unreachable  # `--help` needs no YAML
     except ModuleNotFoundError as error:
         return _not_installed(argv[0] if argv else "", error)
@@ -70,15 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             code: int = args.run(args)
         sys.stdout.flush()
         if code == INTERRUPTED:
-            _let_end()
+            let_end()
         return code
     except ConfigError as error:
-        _say(f"tfkd {args.verb}: {error}")
+        say_error(f"tfkd {args.verb}: {error}")
         return FAILED if isinstance(error, Unreachable) else WRONG_INPUT
     except KeyboardInterrupt:
-        _let_end()
+        let_end()
         nothing = " before a trial ran, so there is nothing to resume" if args.verb == "tune" else ""
-        _say(f"tfkd {args.verb}: interrupted{nothing}")
+        say_error(f"tfkd {args.verb}: interrupted{nothing}")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         return _not_installed(args.verb, error)
@@ -89,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfkd_ray.settings.files import DISK_ERRORS
 
         if _directory_is_gone():
-            _say(f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there")
+            say_error(f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there")
             return FAILED
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         name = str(error.filename or "the disk")
-        _say(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
+        say_error(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
         return FAILED
 
 
@@ -109,12 +109,12 @@ def _directory_is_gone() -> bool:
 
 def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
     """Say that this Python lacks a package, as that of a cluster's head may, which runs jobs."""
-    _say(f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there (on a cluster: "
+    say_error(f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there (on a cluster: "
          "in the environment that Ray was started from, whose `python` runs jobs)")  # fmt: skip
     return FAILED
 
 
-def _parsed(argv: list[str]) -> argparse.Namespace:
+def _parsed_args(argv: list[str]) -> argparse.Namespace:
     """The arguments; for jobs, which forward them, also as the `words` that they are and with a way to parse others."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -123,7 +123,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    args.words, args.parsed = argv, _parsed
+    args.words, args.parsed = argv, _parsed_args
     return args
 
 
@@ -131,7 +131,7 @@ _WORDS = "TFKD_WORDS"
 """Variable in which a process that begins anew is given its words, with the passwords in them."""
 
 
-def _words() -> list[str]:
+def _given_words() -> list[str]:
     """The words of the command line. Where one holds a password, begin anew without it, the words in the environment.
 
     Ray lists the command of a driver, and `ps` any.
@@ -180,11 +180,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--download", action="store_true", help="fetch the data set first, if it is not there")
 
     def storage(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--storage", type=_place, default=_STORAGE, metavar="DIR",
+        sub.add_argument("--storage", type=place_or_url, default=DEFAULT_STORAGE, metavar="DIR",
                          help="where experiments and teachers go: a directory, s3://BUCKET/PREFIX or "
                          "gs://BUCKET/PREFIX (default: ./tfkd_results)")  # fmt: skip
 
-    sub = verb("tune", _tune, "Run a sweep.")
+    sub = verb("tune", tune_verb, "Run a sweep.")
     file_and_overrides(sub, "a search-space file")
     download(sub)
     storage(sub)
@@ -193,12 +193,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _budgets(sub)
     sub.add_argument("--num-samples", type=_count, metavar="N", help="trials, over all objectives")
-    sub.add_argument("--prior", type=_place, action="append", default=[], metavar="DIR",
+    sub.add_argument("--prior", type=place_or_url, action="append", default=[], metavar="DIR",
                      help="learn from an earlier experiment's trials, where they lie in this space")  # fmt: skip
     sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study (default: a journal in the experiment)")
 
-    sub = verb("resume", _resume, "Go on with a sweep that was interrupted, or add trials to it.")
-    sub.add_argument("experiment", type=_place, help="its directory, or URL")
+    sub = verb("resume", resume_verb, "Go on with a sweep that was interrupted, or add trials to it.")
+    sub.add_argument("experiment", type=place_or_url, help="its directory, or URL")
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
     sub.add_argument("--space", metavar="FILE", help="go on in a wider space, which holds every trial of this one")
     sub.add_argument(
@@ -208,30 +208,34 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE")
     _elsewhere(sub)
 
-    sub = verb("check", _check, "Check a search-space or arms file and say what it does; starts nothing.")
+    sub = verb("check", check_verb, "Check a search-space or arms file and say what it does; starts nothing.")
     file_and_overrides(sub, "a search-space or arms file")
     sub.add_argument("--all", action="store_true", help="list every fixed setting, also those that are as usual")
 
-    sub = verb("plan", _plan, "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.")
+    sub = verb("plan", plan_verb, "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.")
     file_and_overrides(sub, "a search-space file")
     sub.add_argument("--probe", action="store_true", help="train a few steps of each objective here, for the hours")
     sub.add_argument("--slots", type=_count, metavar="N", help="trials at a time (default: those of this machine)")
     sub.add_argument("--gpu-hour-price", type=float, metavar="X", help="of one GPU")
 
-    sub = verb("explain", _explain, "Say what each objective of a file amounts to, and which searched settings matter.")
+    sub = verb(
+        "explain", explain_verb, "Say what each objective of a file amounts to, and which searched settings matter."
+    )
     file_and_overrides(sub, "a search space, an arms file or a configuration")
 
-    sub = verb("train", _train, "Train one configuration: a file without ranges.")
+    sub = verb("train", train_verb, "Train one configuration: a file without ranges.")
     file_and_overrides(sub, "a configuration file")
     download(sub)
     storage(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes; the same DIR again goes on there")
 
-    sub = verb("confirm", _confirm, "Does it help? Train the best of a sweep, or the arms of a file, over several "
+    sub = verb("confirm", confirm_verb, "Does it help? Train the best of a sweep, or the arms of a file, over several "
                "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
     file_and_overrides(sub, "a sweep's directory or URL, or an arms file")
-    sub.add_argument("--top-k", type=_count, default=_TOP_K, metavar="K", help="of a sweep: its K best (default: 3)")
-    sub.add_argument("--baselines", default=_BASELINES, metavar="LIST",
+    sub.add_argument(
+        "--top-k", type=_count, default=DEFAULT_TOP_K, metavar="K", help="of a sweep: its K best (default: 3)"
+    )
+    sub.add_argument("--baselines", default=DEFAULT_BASELINES, metavar="LIST",
                      help="of a sweep: what its best must beat (default: ce,lsr,scaled,published)")  # fmt: skip
     sub.add_argument("--fail-if-not-better", action="store_true", help="end with exit code 7 unless an arm is better")
     download(sub)
@@ -249,22 +253,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", help="of the comparison (default: the file's name and the time)")
     _elsewhere(sub)
 
-    sub = verb("export", _export, "Write a student as a folder to give away: weights, graphs, model card.")
-    sub.add_argument("source", type=_place, help="a sweep, a trial's folder, what tfkd train made, or a comparison")
+    sub = verb("export", export_verb, "Write a student as a folder to give away: weights, graphs, model card.")
+    sub.add_argument(
+        "source", type=place_or_url, help="a sweep, a trial's folder, what tfkd train made, or a comparison"
+    )
     sub.add_argument("--arm", help="of a comparison (default: the first by verdict, then by mean)")
     sub.add_argument("--seed", type=_count, help="of a comparison (default: the first that was trained to the end)")
     sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="a new directory (default: ./NAME-export)")
     sub.add_argument("--onnx", action="store_true", help="also as ONNX (pip install 'tfkd_ray[onnx]')")
     sub.add_argument("--licence", metavar="NAME", help="of the weights, e.g. apache-2.0")
 
-    sub = verb("teacher", _teacher, "Train, list or show teachers.")
+    sub = verb("teacher", teacher_verb, "Train, list or show teachers.")
     actions = sub.add_subparsers(dest="do", required=True, metavar="train|list|show")
     for do, text in (("train", "Train the teachers that a file needs."), ("list", "List the teachers that are there."),
                      ("show", "Show how a teacher was made, and how good it is.")):  # fmt: skip
         action = actions.add_parser(do, help=text, description=text)
         storage(action)
         if do == "train":
-            action.set_defaults(run=_teacher_train)
+            action.set_defaults(run=teacher_train_verb)
             download(action)
             file_and_overrides(action, "a search space, an arms file or a configuration")
             _elsewhere(action)
@@ -272,16 +278,16 @@ def _parser() -> argparse.ArgumentParser:
             action.add_argument("name", help="of the teacher")
 
     def experiment(sub: argparse.ArgumentParser, *, follow: bool = False) -> None:
-        sub.add_argument("experiment", type=_place, help="its directory, or URL")
+        sub.add_argument("experiment", type=place_or_url, help="its directory, or URL")
         if follow:
             sub.add_argument("-f", "--follow", action="store_true", help="go on as long as it runs")
 
-    sub = verb("best", _best, "Print the configuration of the best trial, as a file for `tfkd train`; of a sweep with "
+    sub = verb("best", best_verb, "Print the configuration of the best trial, as a file for `tfkd train`; of a sweep with "
                "several metrics, the trials that no other beats.")  # fmt: skip
     experiment(sub)
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = verb("trials", _trials, "List the trials of an experiment.")
+    sub = verb("trials", trials_verb, "List the trials of an experiment.")
     experiment(sub)
     sub.add_argument("--sort", default="number", metavar="FIELD[:desc]", help="by a metric or a parameter")
     sub.add_argument("--filter", action="append", default=[], metavar="EXPR",
@@ -290,39 +296,41 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=_count, metavar="N", help="only the first N")
     sub.add_argument("-o", "--output", choices=["table", "json", "csv"], default="table")
 
-    sub = verb("status", _status, "How far an experiment is, also while it runs.")
+    sub = verb("status", status_verb, "How far an experiment is, also while it runs.")
     experiment(sub, follow=True)
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = verb("logs", _logs, "What a trial said, epoch by epoch.")
+    sub = verb("logs", logs_verb, "What a trial said, epoch by epoch.")
     experiment(sub, follow=True)
     sub.add_argument("trial", help="its name, the beginning of it, or its number")
 
-    sub = verb("ls", _ls, "List experiments and comparisons.")
+    sub = verb("ls", ls_verb, "List experiments and comparisons.")
     storage(sub)
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = verb("report", _report, "Write an experiment, or a comparison, as one HTML page.")
+    sub = verb("report", report_verb, "Write an experiment, or a comparison, as one HTML page.")
     experiment(sub)
     sub.add_argument(
         "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default: report.html)"
     )
     sub.add_argument("--figures", type=Path, metavar="DIR", help="the figures as SVG, too")
-    sub.add_argument("--confirm", type=_place, action="append", metavar="DIR",
+    sub.add_argument("--confirm", type=place_or_url, action="append", metavar="DIR",
                      help="a comparison to report with it (default: all of this sweep's)")  # fmt: skip
 
-    sub = verb("tensorboard", _tensorboard, "Compare the trials of experiments in TensorBoard, on this machine only.")
-    sub.add_argument("experiments", type=_place, nargs="+", metavar="EXPERIMENT",
+    sub = verb(
+        "tensorboard", tensorboard_verb, "Compare the trials of experiments in TensorBoard, on this machine only."
+    )
+    sub.add_argument("experiments", type=place_or_url, nargs="+", metavar="EXPERIMENT",
                      help="directories, or URLs, shown side by side")  # fmt: skip
     sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
 
     sub = verb(
-        "doctor", _doctor, "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes."
+        "doctor", doctor_verb, "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes."
     )
     sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
                      "RAY_ADDRESS, or this machine alone)")  # fmt: skip
     sub.add_argument("--cluster", metavar="FILE", help="of the cluster, that is up, to look at")
-    sub.add_argument("--storage", type=_place, metavar="DIR", help="where experiments go, which all nodes must see "
+    sub.add_argument("--storage", type=place_or_url, metavar="DIR", help="where experiments go, which all nodes must see "
                      "(default: what the cluster file says; on this machine ./tfkd_results)")  # fmt: skip
     sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
     sub.add_argument("--reap", action="store_true", help="remove placement groups of jobs that have ended")
@@ -370,7 +378,7 @@ def _cluster(args: argparse.Namespace) -> int:
 
 def _budgets(sub: argparse.ArgumentParser) -> None:
     """Options that end a sweep; each goes by the name of its setting in `search`."""
-    for option, name, unit, text in _BUDGETS:
+    for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
                          help=f"end the sweep, to be resumed, after so many {text}")  # fmt: skip
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfkd_ray.space.space import Space
-from tfkd_ray.cli.fit import _join
-from tfkd_ray.cli.terminal import _STORAGE, _load, _made, _say, _short
+from tfkd_ray.cli.fit import join_ray
+from tfkd_ray.cli.terminal import DEFAULT_STORAGE, how_made, load_file, say_error, short_path
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def doctor_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.launch.as_job import doctor_as_job
     from tfkd_ray.space.space import load_space
 
@@ -28,11 +28,11 @@ def _doctor(args: argparse.Namespace) -> int:
         return code
     connected = bool(args.address or os.environ.get("RAY_ADDRESS"))
     if connected:
-        _join(args.address, 1)
+        join_ray(args.address, 1)
     from tfkd_ray.launch.doctor import doctor
     from tfkd_ray.store.storage import absolute, storage_at
 
-    place = args.storage or (None if connected else _STORAGE)
+    place = args.storage or (None if connected else DEFAULT_STORAGE)
     if isinstance(place, Path):
         place = absolute(place)
     storage = None if place is None else storage_at(place)
@@ -44,7 +44,7 @@ def _doctor(args: argparse.Namespace) -> int:
 # --- check -----------------------------------------------------------------------------------------------------
 
 
-def _check(args: argparse.Namespace) -> int:
+def check_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import warnings_of
@@ -58,9 +58,9 @@ def _check(args: argparse.Namespace) -> int:
         print(compared.title)
         print(textwrap.fill(listed, 80, subsequent_indent="  ", break_on_hyphens=False))
     else:
-        space = _load(args)
+        space = load_file(args)
         example = space.example
-        print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *_notes(space)]))
+        print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *print_notes(space)]))
         for warning in warnings_of(space):
             print(f"warning: {warning}")
     for note in example.try_networks():
@@ -72,13 +72,13 @@ def _check(args: argparse.Namespace) -> int:
     return OK
 
 
-def _plan(args: argparse.Namespace) -> int:
+def plan_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.show.plan import lines, plan, slots_here
 
     if args.slots == 0:
         raise ConfigError("--slots: at least 1, got 0")
-    space = _load(args)
+    space = load_file(args)
     if args.probe:
         space.example.data.check()
     found, slots = plan(space, probe=args.probe), args.slots or slots_here(space)
@@ -86,15 +86,15 @@ def _plan(args: argparse.Namespace) -> int:
     return OK
 
 
-def _explain(args: argparse.Namespace) -> int:
+def explain_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.space.arms import is_arms_file, load_arms
-    from tfkd_ray.space.explain import arm_line, report
+    from tfkd_ray.space.explain import arm_line, explained
 
     if is_arms_file(args.file):
         for arm in load_arms(args.file, args.overrides).arms:
             print("\n".join(arm_line(arm.name, arm.config)))
     else:
-        print("\n".join(report(_load(args))))
+        print("\n".join(explained(load_file(args))))
     return OK
 
 
@@ -122,10 +122,10 @@ def _describe(space: "Space") -> Iterator[str]:
         own = [p for p in branch.parameters if p not in shared]
         yield f"objective {branch.objective}:" + ("" if own else " nothing of its own")
         yield from (f"  {p.name:<34} {p.domain}" for p in own)
-    yield from (f"teacher, once before the trials: {_made(run)}" for run in space.teacher_runs())
+    yield from (f"teacher, once before the trials: {how_made(run)}" for run in space.teacher_runs())
 
 
-def _notes(space: "Space") -> Iterator[str]:
+def print_notes(space: "Space") -> Iterator[str]:
     for note in space.notes:
         yield from textwrap.wrap(f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False)
 
@@ -168,7 +168,7 @@ def _leaves(
 # --- export ----------------------------------------------------------------------------------------------------
 
 
-def _export(args: argparse.Namespace) -> int:
+def export_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.show.export import ExportFailed, export
 
     source = _to_export(args.source)
@@ -176,7 +176,7 @@ def _export(args: argparse.Namespace) -> int:
     try:
         made = export(source, out, arm=args.arm, seed=args.seed, onnx=args.onnx, licence=args.licence)
     except ExportFailed as error:
-        _say(f"tfkd export: {error}")
+        say_error(f"tfkd export: {error}")
         return FAILED
     for name, found in made["differences"].items():
         print(
@@ -184,8 +184,8 @@ def _export(args: argparse.Namespace) -> int:
             f"{made['images']} images of {made['split']}"
         )
     for name, why in made["problems"].items():
-        _say(f"{name}: not written: {why}")
-    print(f"{made['name']} is in {_short(Path(made['folder']))}")
+        say_error(f"{name}: not written: {why}")
+    print(f"{made['name']} is in {short_path(Path(made['folder']))}")
     return FAILED if made["problems"] else OK
 
 
@@ -194,30 +194,30 @@ def _to_export(place: "Path | str") -> Path:
     if isinstance(place, Path):
         return place
     from tfkd_ray.show.status import best_of
-    from tfkd_ray.store.storage import all_but_run_states, opened, storage_at
+    from tfkd_ray.store.storage import all_but_run_states, experiment_of, storage_at
 
     url, _, trial = str(storage_at(place)).partition("/trials/")
-    found = opened(url)
+    found = experiment_of(url)
     found.storage.fetch_comparisons()
     if trial:
         source = folder = found.folder / "trials" / trial
     elif (found.folder / "confirm.yaml").is_file():
-        return opened(url, all_but_run_states).folder
+        return experiment_of(url, all_but_run_states).folder
     else:
         source, folder = found.folder, best_of(found.folder)[0].folder
     found.storage.bring(folder / "student.safetensors")
     return source
 
 
-def _best(args: argparse.Namespace) -> int:
+def best_verb(args: argparse.Namespace) -> int:
     import json
 
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.settings.yaml import dump_yaml
     from tfkd_ray.show.status import best_lines, best_of, front_of, read_lasts
-    from tfkd_ray.store.storage import opened
+    from tfkd_ray.store.storage import experiment_of
 
-    experiment = opened(args.experiment).folder
+    experiment = experiment_of(args.experiment).folder
     winner, plan = best_of(experiment)
     front, records = [winner], read_lasts(experiment)
     if len(plan.metrics) > 1:
@@ -235,13 +235,13 @@ def _best(args: argparse.Namespace) -> int:
     return OK
 
 
-def _trials(args: argparse.Namespace) -> int:
+def trials_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.show.trials import trials_table
-    from tfkd_ray.store.storage import opened
+    from tfkd_ray.store.storage import experiment_of
 
     print(
         trials_table(
-            opened(args.experiment).folder,
+            experiment_of(args.experiment).folder,
             sort=args.sort,
             filter=args.filter,
             columns=args.columns,
@@ -252,13 +252,13 @@ def _trials(args: argparse.Namespace) -> int:
     return OK
 
 
-def _status(args: argparse.Namespace) -> int:
+def status_verb(args: argparse.Namespace) -> int:
     import json
 
     from tfkd_ray.show.status import follow_status, status, status_lines
-    from tfkd_ray.store.storage import kept_up_to_date, opened
+    from tfkd_ray.store.storage import experiment_of, kept_up_to_date
 
-    shown, experiment = "", opened(args.experiment).folder
+    shown, experiment = "", experiment_of(args.experiment).folder
     try:
         with kept_up_to_date([args.experiment] if args.follow else []):
             for found in follow_status(experiment) if args.follow else [status(experiment)]:
@@ -273,11 +273,11 @@ def _status(args: argparse.Namespace) -> int:
     return OK
 
 
-def _logs(args: argparse.Namespace) -> int:
+def logs_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.show.trials import logs
-    from tfkd_ray.store.storage import kept_up_to_date, opened
+    from tfkd_ray.store.storage import experiment_of, kept_up_to_date
 
-    experiment = opened(args.experiment).folder
+    experiment = experiment_of(args.experiment).folder
     try:
         with kept_up_to_date([args.experiment] if args.follow else []):
             for line in logs(experiment, args.trial, follow=args.follow):
@@ -287,7 +287,7 @@ def _logs(args: argparse.Namespace) -> int:
     return OK
 
 
-def _ls(args: argparse.Namespace) -> int:
+def ls_verb(args: argparse.Namespace) -> int:
     import json
 
     from tfkd_ray.show.status import ls, ls_lines
@@ -300,15 +300,15 @@ def _ls(args: argparse.Namespace) -> int:
     return OK
 
 
-def _report(args: argparse.Namespace) -> int:
+def report_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.show.report import report
     from tfkd_ray.space.arms import comparisons_of
-    from tfkd_ray.store.storage import absolute, opened
+    from tfkd_ray.store.storage import absolute, experiment_of
 
-    sweep = opened(args.experiment)
+    sweep = experiment_of(args.experiment)
     sweep.storage.fetch_comparisons()
     experiment = absolute(sweep.folder)
-    found = [opened(place).folder for place in args.confirm or ()] or comparisons_of(experiment)
+    found = [experiment_of(place).folder for place in args.confirm or ()] or comparisons_of(experiment)
     for path in report(experiment, args.out, figures=args.figures, comparisons=found):
         print(path)
     return OK
@@ -325,15 +325,15 @@ _HOW_TO_COMPARE = """\
 A trial that runs, or was interrupted, has the status Unknown."""
 
 
-def _tensorboard(args: argparse.Namespace) -> int:
+def tensorboard_verb(args: argparse.Namespace) -> int:
     import tempfile
 
     from tensorboard import program
 
     from tfkd_ray.store.experiment import read_experiment
-    from tfkd_ray.store.storage import kept_up_to_date, opened, with_events
+    from tfkd_ray.store.storage import experiment_of, kept_up_to_date, with_events
 
-    given = [opened(place, with_events).folder for place in args.experiments]
+    given = [experiment_of(place, with_events).folder for place in args.experiments]
     for experiment in given:
         if not (experiment / "confirm.yaml").is_file():
             read_experiment(experiment)
@@ -364,7 +364,7 @@ def _tensorboard(args: argparse.Namespace) -> int:
                               "--reload_multifile", "true", "--samples_per_plugin", "scalars=5000"])  # fmt: skip
         with contextlib.redirect_stderr(io.StringIO()):  # its advice on its flags
             url = board.launch()
-        _say(f"TensorBoard: {url} (Ctrl-C ends it)\n{_HOW_TO_COMPARE}")
+        say_error(f"TensorBoard: {url} (Ctrl-C ends it)\n{_HOW_TO_COMPARE}")
         while True:
             time.sleep(2)
             link()

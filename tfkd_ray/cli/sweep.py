@@ -14,21 +14,21 @@ from tfkd_ray.settings.passwords import masked
 
 if TYPE_CHECKING:
     from tfkd_ray.space.space import Space
-from tfkd_ray.cli.compare import _compare
-from tfkd_ray.cli.fit import _fit, _interrupted, _join, _progress, _teacher_line
-from tfkd_ray.cli.show import _notes
-from tfkd_ray.cli.terminal import _have_data, _let_end, _load, _new_name, _say, _short, _word
+from tfkd_ray.cli.compare import compare_arms
+from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_line, told_of_interrupt
+from tfkd_ray.cli.show import print_notes
+from tfkd_ray.cli.terminal import have_data, let_end, load_file, new_name, say_error, shell_word, short_path
 from tfkd_ray.settings.errors import FAILED, OK
-from tfkd_ray.space.search_config import _BUDGETS, BUDGETS
+from tfkd_ray.space.search_config import BUDGET_OPTIONS, BUDGETS
 
 # --- tune and resume -------------------------------------------------------------------------------------------
 
 
-def _tune(args: argparse.Namespace) -> int:
+def tune_verb(args: argparse.Namespace) -> int:
     options = {"num_samples": args.num_samples, **{name: getattr(args, name) for name in BUDGETS}}
     args.overrides += [f"search.{name}={value}" for name, value in options.items() if value is not None]
     args.overrides += [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
-    space = _load(args)
+    space = load_file(args)
     from tfkd_ray.launch.as_job import tune_as_job
     from tfkd_ray.space.search_config import ENVIRONMENT
 
@@ -36,17 +36,17 @@ def _tune(args: argparse.Namespace) -> int:
         return code
     if (url := space.search.storage) and masked(url) != url:
         os.environ[ENVIRONMENT] = url  # from where what is written without its password takes it
-    from tfkd_ray.store.storage import checked, opened
+    from tfkd_ray.store.storage import checked, experiment_of
 
     storage = checked(args.storage)
-    priors = [opened(prior).folder for prior in args.prior]
-    name = _new_name(args, storage, Path(args.file).stem)
-    _have_data(space.example, args)
-    _join(args.address, space.example.workers)
+    priors = [experiment_of(prior).folder for prior in args.prior]
+    name = new_name(args, storage, Path(args.file).stem)
+    have_data(space.example, args)
+    join_ray(args.address, space.example.workers)
     from tfkd_ray.run.tune import build_tuner
 
-    for line in _notes(space):
-        _say(line)
+    for line in print_notes(space):
+        say_error(line)
     return _sweep(
         space,
         storage.folder / name,
@@ -55,7 +55,7 @@ def _tune(args: argparse.Namespace) -> int:
             name=name,
             storage=storage,
             callbacks=[progress],
-            on_teacher=_teacher_line,
+            on_teacher=teacher_line,
             priors=priors,
             on_budget=progress.end,
             on_note=progress.note,
@@ -63,7 +63,7 @@ def _tune(args: argparse.Namespace) -> int:
     )
 
 
-def _resume(args: argparse.Namespace) -> int:
+def resume_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.launch.as_job import resume_as_job
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.space import build_space, load_space
@@ -75,7 +75,7 @@ def _resume(args: argparse.Namespace) -> int:
     found = to_continue(args.experiment)
     experiment = found.folder
     if (experiment / "confirm.yaml").is_file():
-        budgets = {option: getattr(args, name) for option, name, _, _ in _BUDGETS}
+        budgets = {option: getattr(args, name) for option, name, _, _ in BUDGET_OPTIONS}
         given = {
             "--add-trials": args.add_trials or None,
             "--space": args.space,
@@ -87,17 +87,17 @@ def _resume(args: argparse.Namespace) -> int:
                 f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs" for option in wrong
             ]
             raise ConfigError(problems, experiment)
-        return _compare(found, args.address)
+        return compare_arms(found, args.address)
     about = read_experiment(experiment)
     if told := remember(about.get("directory")):
-        _say(told)
+        say_error(told)
     about["space"]["search"]["num_samples"] += args.add_trials
     space = build_space(about["space"], experiment / "experiment.yaml")
     wider = load_space(args.space) if args.space else None
     if wider is not None:
         samples = wider.search.num_samples + args.add_trials
         space = dataclasses.replace(wider, search=wider.search.model_copy(update={"num_samples": samples}))
-    _join(args.address, space.example.workers)
+    join_ray(args.address, space.example.workers)
     from tfkd_ray.run.tune import resume_tuner
 
     return _sweep(
@@ -107,7 +107,7 @@ def _resume(args: argparse.Namespace) -> int:
             found,
             add_trials=args.add_trials,
             callbacks=[progress],
-            on_teacher=_teacher_line,
+            on_teacher=teacher_line,
             retry_failed=args.retry_failed,
             space=wider,
             study_storage=args.study_storage,
@@ -120,24 +120,24 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
     """Run a Tuner under our table and our Ctrl-C, then print what came out."""
-    progress = _progress(experiment)
+    progress = progress_view(experiment)
     try:
-        ended = _fit(progress, build, experiment)
+        ended = fit_tuner(progress, build, experiment)
         if ended is None:
             return FAILED
-        code = _summary(space, experiment, whole=ended and not progress.ended_by)
+        code = _print_summary(space, experiment, whole=ended and not progress.ended_by)
     except KeyboardInterrupt:
         if not (experiment / "experiment.yaml").is_file():
             raise
-        _let_end()
-        return _interrupted(experiment)
+        let_end()
+        return told_of_interrupt(experiment)
     if progress.ended_by:
-        (more,) = (f"{option} {unit}" for option, name, unit, _ in _BUDGETS if f".{name}: " in progress.ended_by)
-        print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {_word(experiment)} {more}")
-    return code if ended else _interrupted(experiment)
+        (more,) = (f"{option} {unit}" for option, name, unit, _ in BUDGET_OPTIONS if f".{name}: " in progress.ended_by)
+        print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {shell_word(experiment)} {more}")
+    return code if ended else told_of_interrupt(experiment)
 
 
-def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
+def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.show.receipt import receipt_lines
@@ -157,7 +157,7 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     if gone := gone_trials(experiment):
         print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
     for record in [r for r in records if r.status == "failed"][:3]:
-        print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {_short(record.folder)}")
+        print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {short_path(record.folder)}")
     if winner is None:
         begun = "no trial of full length yet" if records else "no trial had begun when the sweep ended"
         print(f"{begun}, so there is no best one")
@@ -179,8 +179,8 @@ def _summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
     print("trials the luckiest is always ahead of its true value.")
-    where = _word(experiment)
-    print(f"\nwritten to {_short(experiment)}")
+    where = shell_word(experiment)
+    print(f"\nwritten to {short_path(experiment)}")
     if not whole:
         return OK
     print("next:")

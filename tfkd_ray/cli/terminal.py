@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from tfkd_ray.store.storage import Storage
 from tfkd_ray.settings.errors import INTERRUPTED
 
-_STORAGE = Path("tfkd_results")
-_TOP_K = 3
-_BASELINES = "ce,lsr,scaled,published"
+DEFAULT_STORAGE = Path("tfkd_results")
+DEFAULT_TOP_K = 3
+DEFAULT_BASELINES = "ce,lsr,scaled,published"
 
 
-def _let_end() -> None:
+def let_end() -> None:
     """What comes of Ctrl-C or SIGTERM is under way, and takes a moment (Ray ends its processes); another: at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: _leave())
+        signal.signal(number, lambda number, frame: leave())
 
 
-def _leave() -> NoReturn:
+def leave() -> NoReturn:
     """End at once, and all processes that we have started, such as those of a Ray of our own."""
     if end := getattr(sys.modules.get("tfkd_ray.run.connect"), "end_children", None):  # no import amid another
         end()
     os._exit(INTERRUPTED)
 
 
-def _say(text: str) -> None:
+def say_error(text: str) -> None:
     from tfkd_ray.settings.files import legible
 
     print(legible(_as_given(text)), file=sys.stderr, flush=True)
@@ -46,18 +46,18 @@ def _as_given(text: str) -> str:
     return storage.as_given(text) if storage is not None else text
 
 
-def _place(text: str) -> "Path | str":
+def place_or_url(text: str) -> "Path | str":
     """A directory, or a URL as it is."""
     return text if "://" in text else Path(text)
 
 
-def _load(args: argparse.Namespace) -> "Space":
+def load_file(args: argparse.Namespace) -> "Space":
     from tfkd_ray.space.space import load_space
 
     return load_space(args.file, args.overrides)
 
 
-def _have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
+def have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
     """Raise a ConfigError if the data are not here; with --download, fetch them first."""
     from tfkd_ray.settings.errors import ConfigError
 
@@ -65,12 +65,12 @@ def _have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
         try:
             config.data.check()
         except ConfigError:
-            _say(f"downloading {config.data.name}")
+            say_error(f"downloading {config.data.name}")
             config.data.download()
     config.data.check()
 
 
-def _new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
+def new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
     """Name of a new experiment: `--name`, or the stem and the time."""
     from tfkd_ray.store.experiment import check_name
 
@@ -80,7 +80,7 @@ def _new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
     return name
 
 
-def _made(run: "TeacherRun") -> str:
+def how_made(run: "TeacherRun") -> str:
     """How a teacher is made."""
     if run.weights is not None:
         return f"taking {run.student.name} from {run.weights}"
@@ -89,12 +89,12 @@ def _made(run: "TeacherRun") -> str:
     return f"training {run.student.name} with {run.objective.name} for {run.epochs} epochs{stop}"
 
 
-def _word(path: Path) -> str:
+def shell_word(path: Path) -> str:
     """A path as one word of a command that is typed here."""
-    return shlex.quote(_short(path))
+    return shlex.quote(short_path(path))
 
 
-def _short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """A path as one would name it here."""
     if (url := _as_given(str(path))) != str(path):
         return url
@@ -103,7 +103,7 @@ def _short(path: Path) -> str:
     return str(path)
 
 
-def _same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
+def same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
     """The run with the digest of its data; a ConfigError where a directory holds another run, or one on other data."""
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.settings.errors import ConfigError

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.cli.fit import _join, _teacher_line
-from tfkd_ray.cli.terminal import _have_data, _load, _same_run, _say, _short
+from tfkd_ray.cli.fit import join_ray, teacher_line
+from tfkd_ray.cli.terminal import have_data, load_file, same_run, say_error, short_path
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK
 
 # --- teachers --------------------------------------------------------------------------------------------------
 
 
-def _teacher(args: argparse.Namespace) -> int:
+def teacher_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.settings.errors import ConfigError, did_you_mean
     from tfkd_ray.settings.yaml import dump_yaml
     from tfkd_ray.store.experiment import read_teachers
@@ -43,7 +43,7 @@ def _epochs_of(about: dict[str, Any]) -> str:
     return "given" if about["config"].get("weights") else f"{about['metrics']['epoch']:.0f}"
 
 
-def _teacher_train(args: argparse.Namespace) -> int:
+def teacher_train_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.launch.as_job import teacher_as_job
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.arms import is_arms_file, load_arms
@@ -52,14 +52,14 @@ def _teacher_train(args: argparse.Namespace) -> int:
         arms = load_arms(args.file, args.overrides).arms
         runs = [run for arm in arms if (run := arm.config.teacher_run())]
     else:
-        runs = _load(args).teacher_runs()
+        runs = load_file(args).teacher_runs()
     if not runs:
         raise ConfigError("none of its objectives needs a teacher", args.file)
     runs = list({run.fingerprint(): run for run in runs}.values())
     if (code := teacher_as_job(args, runs[0])) is not None:
         return code
-    _have_data(runs[0], args)
-    _join(args.address, 1)
+    have_data(runs[0], args)
+    join_ray(args.address, 1)
     from tfkd_ray.run.tune import TeacherFailed, prepare, train_teachers
     from tfkd_ray.store.storage import checked
 
@@ -68,26 +68,26 @@ def _teacher_train(args: argparse.Namespace) -> int:
     try:
         for run in runs:
             prepare(run, storage)
-        train_teachers(runs, storage, _teacher_line)
+        train_teachers(runs, storage, teacher_line)
     except TeacherFailed as error:
-        _say(f"tfkd: {error}")
+        say_error(f"tfkd: {error}")
         return FAILED
     from tfkd_ray.learn.teachers import teacher_folder
 
     for run in runs:
-        print(_short(teacher_folder(run, storage.folder)))
+        print(short_path(teacher_folder(run, storage.folder)))
     return OK
 
 
 # --- the other verbs -------------------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace) -> int:
+def train_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.settings.errors import ConfigError
 
     if isinstance(args.storage, str):
         raise ConfigError("one run is made on this machine's disk: name a directory, or leave it out", "--storage")
-    space = _load(args)
+    space = load_file(args)
     config = space.single()
     out = (
         (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
@@ -95,10 +95,10 @@ def _train(args: argparse.Namespace) -> int:
     from tfkd_ray.settings.files import check_writable
 
     check_writable(out, "--out DIR")
-    _have_data(config, args)
+    have_data(config, args)
     for note in config.try_networks():
-        _say(f"note: {note}")
-    config = _same_run(config, out)
+        say_error(f"note: {note}")
+    config = same_run(config, out)
     pressed: list[int] = []
 
     def after_the_epoch(number: int, frame: Any) -> None:
@@ -110,20 +110,20 @@ def _train(args: argparse.Namespace) -> int:
         epochs = _epochs(config, out, args.storage.expanduser().absolute())
         for metrics in epochs:
             shown = {k: metrics[k] for k in ("train_loss", "val_accuracy", "val_nll", "lr") if k in metrics}
-            _say(f"epoch {metrics['epoch']:.0f}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            say_error(f"epoch {metrics['epoch']:.0f}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
             if not pressed:
                 signal.signal(signal.SIGINT, after_the_epoch)
             elif metrics["epoch"] < config.epochs:
                 epochs.close()
-                _say(f"interrupted; the same command with --out {_short(out)} goes on where it was")
+                say_error(f"interrupted; the same command with --out {short_path(out)} goes on where it was")
                 return INTERRUPTED
     except (ArithmeticError, RuntimeError) as error:
-        _say(f"tfkd train: failed: {error}")
+        say_error(f"tfkd train: failed: {error}")
         return FAILED
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     name = "val_accuracy" if "val_accuracy" in metrics else "train_loss"
-    print(f"{name} {metrics[name]:.4f} after {metrics['epoch']:.0f} epochs, in {_short(out)}")
+    print(f"{name} {metrics[name]:.4f} after {metrics['epoch']:.0f} epochs, in {short_path(out)}")
     return OK
 
 
@@ -136,24 +136,24 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
     from tfkd_ray.settings.yaml import dump_yaml
 
     if config.workers > 1:
-        _join(None, config.workers)
+        join_ray(None, config.workers)
         from tfkd_ray.run.connect import check_room
 
         check_room(config)
-    teacher = find_or_train(config, storage, _say)
+    teacher = find_or_train(config, storage, say_error)
     write_text(out / "config.yaml", dump_yaml(config.model_dump(mode="json")))
     if config.workers > 1:
-        from tfkd_ray.run.group import Group
+        from tfkd_ray.run.group import WorkerGroup
         from tfkd_ray.store.assignment import Assignment
         from tfkd_ray.store.storage import Directory
 
         assignment = Assignment(out.name, config.epochs, directory=out, storage=Directory(storage))
-        group = Group(config, out / "group", _say)
+        group = WorkerGroup(config, out / "group", say_error)
         source: Any = group.epochs(config.model_dump(mode="json"), assignment)
     else:
         from tfkd_ray.learn.loop import train_in
 
-        source = train_in(out, config, teacher=teacher, say=_say)
+        source = train_in(out, config, teacher=teacher, say=say_error)
     lines: list[str] = []
     try:
         for metrics in source:

@@ -12,19 +12,18 @@ from tfkd_ray.launch.clusterfile import load_cluster
 from tfkd_ray.launch.commands import slurm_submit
 from tfkd_ray.launch.jobs import WORKING, check_ray_version, check_submitted_from, stage_apart
 from tfkd_ray.launch.verbs import (
-    OK,
     SENT,
     StepFailed,
-    _run_job,
-    _say,
-    _there,
+    check_places,
     is_arms,
     is_job,
     job_words,
     reached,
     run,
+    run_job,
+    say,
 )
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import OK, ConfigError
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.yaml import find_file
 from tfkd_ray.store.experiment import check_name
@@ -61,7 +60,7 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
         with reached(cluster) as address:
             return _send(args.cluster, address, words, file, args.detach)
     except StepFailed as error:
-        _say(f"tfkd {args.verb}: {error}")
+        say(f"tfkd {args.verb}: {error}")
         return error.ends
 
 
@@ -69,7 +68,7 @@ def _send(where: str, address: str, words: Sequence[str], file: Path | None, det
     with tempfile.TemporaryDirectory(prefix="tfkd-job-") as folder:
         sent = stage_apart(Path.cwd(), Path(folder), file)
         command = ["python", "-m", "tfkd_ray", *(str(sent) if word == SENT else word for word in words)]
-        return _run_job(where, address, Path(folder), command, name=words[0], detach=detach, working=WORKING)
+        return run_job(where, address, Path(folder), command, name=words[0], detach=detach, working=WORKING)
 
 
 def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
@@ -77,13 +76,13 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    _there(args.prior, "--prior")
+    check_places(args.prior, "--prior")
     file = find_file(args.file, "search_spaces")
     name = args.name if args.name is not None else f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
     storage = _storage_of(args)
     words = [*job_words(args, sent="file", storage=storage), *([] if args.name is not None else ["--name", name])]
-    _say(
+    say(
         f"experiment: {storage or '$TFKD_RESULTS'}/{name}, on the cluster; tfkd status, report and resume take "
         + ("that URL" if "://" in (storage or "") else "that path where it is mounted")
     )
@@ -95,7 +94,7 @@ def resume_as_job(args: argparse.Namespace) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    _there([args.experiment], "resume")
+    check_places([args.experiment], "resume")
     file = find_file(args.space, "search_spaces") if args.space else None
     return sweep_as_job(job_words(args, sent="space"), args, file=file)
 

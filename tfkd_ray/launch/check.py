@@ -10,9 +10,9 @@ from tfkd_ray.store.storage import is_url, storage_at
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.launch.clusterfile import ClusterFile, NodeType
-from tfkd_ray.launch.kuberay_rules import _groups, _kuberay_rules, _pods, _volumes
-from tfkd_ray.launch.ray_rules import NODE_LOCAL, _mounts, _ray_rules
-from tfkd_ray.launch.slurm_rules import _sbatch, _slurm_rules
+from tfkd_ray.launch.kuberay_rules import KUBERAY_RULES, pod_groups, pod_kinds, volume_problems
+from tfkd_ray.launch.ray_rules import NODE_LOCAL, RAY_RULES, mount_problems
+from tfkd_ray.launch.slurm_rules import SLURM_RULES, sbatch_lines
 from tfkd_ray.learn.config import DRIVER
 
 
@@ -23,7 +23,7 @@ def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
         file: what `load_cluster` read.
         shape: a trial, which the cluster must have room for.
     """
-    rules = {"ray": _ray_rules, "kuberay": _kuberay_rules, "slurm": _slurm_rules}[file.kind]
+    rules = {"ray": RAY_RULES, "kuberay": KUBERAY_RULES, "slurm": SLURM_RULES}[file.kind]
     problems = list(rules(file)) or [*_storage(file), *_room(file, shape)]
     if problems:
         raise ConfigError(problems, file.path)
@@ -92,9 +92,9 @@ def _storage(file: ClusterFile) -> Iterator[str]:
     elif NODE_LOCAL.match(file.storage):
         yield _local_to_a_node(field, file.storage)
     elif file.kind == "kuberay":
-        yield from _volumes(file, field)
+        yield from volume_problems(file, field)
     elif file.provider != "local":
-        yield from _mounts(file, field)
+        yield from mount_problems(file, field)
 
 
 def _local_to_a_node(field: str, value: str) -> str:
@@ -104,10 +104,10 @@ def _local_to_a_node(field: str, value: str) -> str:
 def node_types(file: ClusterFile) -> list[NodeType] | None:
     """What the file says about its nodes; None where Ray finds that out when it starts."""
     if file.kind == "kuberay":
-        return [_pods(place, group) for place, group in _groups(file)]
+        return [pod_kinds(place, group) for place, group in pod_groups(file)]
     if file.kind == "slurm":
-        nodes = _sbatch(file, "nodes") or 1
-        has = {"CPU": _sbatch(file, "cpus-per-task"), "GPU": _sbatch(file, "gpus-per-node")}
+        nodes = sbatch_lines(file, "nodes") or 1
+        has = {"CPU": sbatch_lines(file, "cpus-per-task"), "GPU": sbatch_lines(file, "gpus-per-node")}
         return [NodeType("node", nodes, nodes, {k: float(v) for k, v in has.items() if v})]
     types = file.tree.get("available_node_types")
     if not types or not all(t.get("resources") for t in types.values()):

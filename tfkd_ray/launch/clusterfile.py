@@ -140,7 +140,7 @@ def load_cluster(path: str | Path) -> ClusterFile:
 # --- what all kinds share --------------------------------------------------------------------------------------
 
 
-def _schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
+def schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
     """What a JSON schema finds, a sentence each."""
     from jsonschema import Draft7Validator
 
@@ -179,7 +179,7 @@ _UNITS = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9
 """What may follow the number of a Kubernetes quantity."""
 
 
-def _quantity(value: Any) -> float | None:
+def quantity(value: Any) -> float | None:
     """A Kubernetes quantity (4, "4", "7500m", "1k", "2e3") as a number; None if it is none."""
     found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE]|[KMGTPE]i)?|[eE]([-+]?[0-9]{1,2}))", str(value))
     if found is None or isinstance(value, bool):
@@ -187,13 +187,13 @@ def _quantity(value: Any) -> float | None:
     return float(found[1]) * (10.0 ** int(found[3]) if found[3] else _UNITS[found[2] or ""])
 
 
-def _amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
+def amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
     """CPUs and GPUs must be what Kubernetes, or `ray start`, reads as an amount."""
     container = group["template"]["spec"]["containers"][0].get("resources") or {}
     for part in ("requests", "limits"):
         for kind, value in (container.get(part) or {}).items():
             field = f"{place}.template.spec.containers.0.resources.{part}.{dotted([kind])}"
-            amount = _quantity(value)
+            amount = quantity(value)
             if amount is None:
                 yield f"{field}: must be a quantity of Kubernetes' (2, 500m, 8Gi), got {value!r}"
             elif kind.endswith("/gpu") and amount != int(amount):
@@ -204,7 +204,7 @@ def _amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
             yield f'{place}.rayStartParams.{name}: `ray start` takes a whole number ("4"), got {value!r}'
 
 
-def _name(file: ClusterFile) -> Iterator[str]:
+def name_problems(file: ClusterFile) -> Iterator[str]:
     """The name becomes part of the names and labels of machines, and of files."""
     name = file.tree["cluster_name"]
     allowed, said = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "letters, digits, - and _"
@@ -214,7 +214,7 @@ def _name(file: ClusterFile) -> Iterator[str]:
         yield f"cluster_name: must be of {said}, at most 63, got {name!r}"
 
 
-def _copied(file: ClusterFile) -> Iterator[str]:
+def copy_problems(file: ClusterFile) -> Iterator[str]:
     """What is copied to the nodes must be here; the token is made when the cluster starts."""
     for there, here in (file.tree.get("file_mounts") or {}).items():
         if not isinstance(here, str) or not here:

@@ -34,7 +34,7 @@ def down_commands(file: ClusterFile) -> list[Command]:
     """What ends a cluster; storage stays."""
     if file.here:
         # what _end_here does without `pkill`; the brackets keep the shell from finding itself
-        mark = shlex.quote(f"[/]{_temp_dir(file).lstrip('/')}/session")
+        mark = shlex.quote(f"[/]{sockets_dir(file).lstrip('/')}/session")
         return [["bash", "-c", f"pkill --full {mark}; sleep 2; pkill --signal KILL --full {mark}"]]
     if file.kind == "ray":
         return [["ray", "down", "--yes", str(file.path)]]
@@ -71,7 +71,7 @@ def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -
     """
     provider = file.tree.get("provider", {})
     if file.here:
-        return [["pgrep", "--list-full", "--full", f"{_temp_dir(file)}/session"]]
+        return [["pgrep", "--list-full", "--full", f"{sockets_dir(file)}/session"]]
     if file.provider == "local":
         return [ssh(file, host, f"pgrep -f {shlex.quote(_raylet(file))} > /dev/null && echo {host}; true")
                 for host in hosts(file)]  # fmt: skip
@@ -90,18 +90,18 @@ def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -
                  "--query", query, "--output", "tsv"]]  # fmt: skip
     if file.kind == "slurm":
         return [["squeue", "--me", "--noheader", "--name", file.name, "--format", "%i %T %D nodes %R %L left"]]
-    if _is_rayjob(file) and not clusters:
+    if is_rayjob(file) and not clusters:
         return []
     return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file, clusters))]
 
 
-def _is_rayjob(file: ClusterFile) -> bool:
+def is_rayjob(file: ClusterFile) -> bool:
     return file.kind == "kuberay" and file.tree["kind"] == "RayJob"
 
 
 def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
     """Of the pods of a cluster; KubeRay labels them with the cluster's name, and not with the RayJob's."""
-    names = clusters if _is_rayjob(file) else [file.name]
+    names = clusters if is_rayjob(file) else [file.name]
     return f"ray.io/cluster={names[0]}" if len(names) == 1 else f"ray.io/cluster in ({','.join(names)})"
 
 
@@ -145,7 +145,7 @@ def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Comm
         return None
     if file.kind == "ray":
         return ["ray", "dashboard", "--port", str(port), "--remote-port", str(file.dashboard_port), str(file.path)]
-    target = head if _is_rayjob(file) else f"service/{file.name}-head-svc"
+    target = head if is_rayjob(file) else f"service/{file.name}-head-svc"
     return kube(file, "port-forward", "--address", "127.0.0.1", target, f"{port}:8265")
 
 
@@ -164,7 +164,7 @@ def slurm_logs(file: ClusterFile) -> Command:
     return ["bash", "-c", f'tail -n +1 -F "$(ls -t {shlex.quote(file.name)}-*.log | head -n 1)"']
 
 
-def _temp_dir(file: ClusterFile) -> str:
+def sockets_dir(file: ClusterFile) -> str:
     """Where a cluster on this machine keeps its sockets; it is in the command lines of all its processes."""
     place = option(file.head, "temp-dir")
     assert place is not None, f"{file.path}: checked to have one of its own"

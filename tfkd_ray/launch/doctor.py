@@ -25,8 +25,8 @@ from tfkd_ray.run.connect import (
     dashboard,
     leaked_groups,
     other_clusters,
+    ray_temp_dir,
     remove_group,
-    temp_dir,
 )
 from tfkd_ray.run.nodes import Mark, Node, shared_memory, unshared, versions_of_node, visit
 from tfkd_ray.settings.errors import ConfigError
@@ -74,7 +74,7 @@ def examine(storage: Storage | None, shape: TrainConfig | None, *, reap: bool, c
     yield from check_token()
     yield from check_others(ray.get_runtime_context().gcs_address if connected else None)
     if not connected:
-        yield from check_sockets({"this machine": len(temp_dir()) + len(LONGEST_SOCKET)})
+        yield from check_sockets({"this machine": len(ray_temp_dir()) + len(LONGEST_SOCKET)})
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         yield from check_shared_memory({"this machine": (shared_memory(), memory * SHM_OF_MEMORY)})
         yield from check_storage_here(storage)

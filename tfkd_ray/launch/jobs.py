@@ -40,7 +40,7 @@ WORKING = "working_directory"
 LIMIT_MB = 100
 """Most that a working directory may hold; it is code, and goes through the head's memory."""
 
-TIMEOUT_S = 10
+JOBS_TIMEOUT_S = 10
 """How long a head may take to answer."""
 
 
@@ -50,7 +50,7 @@ def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:
     This package comes along, so that the cluster runs the version that submitted the job.
     """
     patterns = [*LEFT_OUT, *_ignored(folder)]
-    files = list(_kept(folder, patterns))
+    files = list(_kept_in_job(folder, patterns))
     size = sum(path.lstat().st_size for path in files)
     if size > LIMIT_MB * 10**6:
         largest = sorted(files, key=lambda path: -path.lstat().st_size)[:3]
@@ -92,7 +92,7 @@ def _ignored(folder: Path) -> list[str]:
     return [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _kept(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+def _kept_in_job(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """Files below a folder that no pattern names; links are not followed, and not sent."""
     for where, folders, names in os.walk(folder):
         here = Path(where)
@@ -139,7 +139,7 @@ def submit_command(
 # --- the cluster's answers -------------------------------------------------------------------------------------
 
 
-def ask(address: str, path: str, timeout: float = TIMEOUT_S) -> Any:
+def ask(address: str, path: str, timeout: float = JOBS_TIMEOUT_S) -> Any:
     """What a head's dashboard answers, as JSON. Raises Unreachable, or a ConfigError about the token."""
     key = token()
     request = urllib.request.Request(address.rstrip("/") + path)

@@ -12,18 +12,18 @@ from tfkd_ray.launch.clusterfile import (
     LOOPBACK,
     ClusterFile,
     NodeType,
-    _amount_problems,
-    _quantity,
-    _schema_problems,
+    amount_problems,
+    quantity,
+    schema_problems,
     versions_in,
 )
 from tfkd_ray.learn.config import DRIVER
 
 
-def _volumes(file: ClusterFile, field: str) -> Iterator[str]:
+def volume_problems(file: ClusterFile, field: str) -> Iterator[str]:
     """Every pod must mount a volume that is shared where the storage is."""
     assert file.storage is not None, f"{file.path=}"
-    for place, group in _groups(file):
+    for place, group in pod_groups(file):
         pod = group["template"]["spec"]
         volumes = {v["name"]: v for v in pod.get("volumes") or []}
         mounts = [m for m in pod["containers"][0].get("volumeMounts") or []
@@ -37,14 +37,14 @@ def _volumes(file: ClusterFile, field: str) -> Iterator[str]:
             )
 
 
-def _pods(place: str, group: dict[str, Any]) -> NodeType:
+def pod_kinds(place: str, group: dict[str, Any]) -> NodeType:
     container = group["template"]["spec"]["containers"][0]
     limits = {**container.get("resources", {}).get("requests", {}), **container.get("resources", {}).get("limits", {})}
     started = group.get("rayStartParams") or {}
-    cpus = started.get("num-cpus", math.ceil(_quantity(limits.get("cpu", 0)) or 0))  # as KubeRay rounds
+    cpus = started.get("num-cpus", math.ceil(quantity(limits.get("cpu", 0)) or 0))  # as KubeRay rounds
     gpus = started.get("num-gpus", next((v for k, v in limits.items() if k.endswith("/gpu")), 0))
     kinds = re.findall(r"(accelerator_type:[\w-]+)", str(started.get("resources", "")))
-    has = {"CPU": _quantity(cpus) or 0.0, "GPU": _quantity(gpus) or 0.0, **dict.fromkeys(kinds, 1.0)}
+    has = {"CPU": quantity(cpus) or 0.0, "GPU": quantity(gpus) or 0.0, **dict.fromkeys(kinds, 1.0)}
     head = place.endswith("headGroupSpec")
     hosts = group.get("numOfHosts", 1)
     least, most = (1, 1) if head else (group.get("minReplicas", 0) * hosts, group.get("maxReplicas", 2**31 - 1) * hosts)
@@ -63,7 +63,7 @@ def _kuberay_schema() -> dict[str, Any]:
     return {**schema, "definitions": {**schema["definitions"], **pod["definitions"]}}
 
 
-def _groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
+def pod_groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
     """(place in the file, group of pods), the head first."""
     at = "spec.rayClusterSpec" if file.tree["kind"] == "RayJob" else "spec"
     workers = file.cluster.get("workerGroupSpecs") or []
@@ -73,8 +73,8 @@ def _groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
-    found = list(_schema_problems(file.tree, _kuberay_schema()))
+def KUBERAY_RULES(file: ClusterFile) -> Iterator[str]:
+    found = list(schema_problems(file.tree, _kuberay_schema()))
     yield from found
     if found:
         return
@@ -86,7 +86,7 @@ def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
             "metadata.name: must be of small letters, digits and -, with a letter first and no - at the end, at "
             f"most 50, got {file.name!r}"
         )
-    groups = _groups(file)
+    groups = pod_groups(file)
     at = groups[0][0].removesuffix(".headGroupSpec")
     mode = (file.cluster.get("authOptions") or {}).get("mode", "token" if "authOptions" in file.cluster else None)
     if mode != "token":
@@ -111,7 +111,7 @@ def _kuberay_rules(file: ClusterFile) -> Iterator[str]:
         wanted = f'resources: \'"{{\\"{DRIVER}\\": 1000}}"\''
         yield f"{groups[0][0]}.rayStartParams: the head lacks the resource '{DRIVER}', which trials of several workers need; add: {wanted}"  # noqa: E501
     for place, group in groups:
-        yield from _amount_problems(place, group)
+        yield from amount_problems(place, group)
     for place, group in groups[1:]:
         low, high = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
         if low > high:

@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tfkd_ray.launch.clusterfile import LOOPBACK, ClusterFile, _copied, _name, _schema_problems, option, versions_in
+from tfkd_ray.launch.clusterfile import (
+    LOOPBACK,
+    ClusterFile,
+    copy_problems,
+    name_problems,
+    option,
+    schema_problems,
+    versions_in,
+)
 from tfkd_ray.learn.config import DRIVER
 from tfkd_ray.settings.errors import did_you_mean, dotted
 
@@ -28,7 +36,7 @@ NODE_LOCAL = re.compile(r"^(?!/)|^/(tmp|var|dev|run|root|home|opt|local|scratch|
 """Paths that each node has for itself, as a rule."""
 
 
-def _mounts(file: ClusterFile, field: str) -> Iterator[str]:
+def mount_problems(file: ClusterFile, field: str) -> Iterator[str]:
     """On rented machines nothing is shared unless this file mounts it, on all of them."""
     assert file.storage is not None, f"{file.path=}"
     setup = [*(file.tree.get("initialization_commands") or []), *(file.tree.get("setup_commands") or [])]
@@ -49,18 +57,18 @@ def _mounts(file: ClusterFile, field: str) -> Iterator[str]:
 # --- Ray's own files -------------------------------------------------------------------------------------------
 
 
-def _ray_rules(file: ClusterFile) -> Iterator[str]:
+def RAY_RULES(file: ClusterFile) -> Iterator[str]:
     found = list(_ray_schema(file))
     yield from found
     if found:  # what follows takes the file's shape for granted
         return
     for rule in (
-        _name,
+        name_problems,
         _provider,
-        _nodes,
+        _node_problems,
         _starts,
         _token_copied,
-        _copied,
+        copy_problems,
         _open_to_the_world,
         _machine_image,
         _versions,
@@ -73,7 +81,7 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    found = list(_schema_problems(file.tree, schema))
+    found = list(schema_problems(file.tree, schema))
     provider, name = file.tree["provider"], file.provider
     if name not in PROVIDERS:
         found.append(f"provider.type: no such provider {name!r}; {did_you_mean(name, PROVIDERS)}")
@@ -123,7 +131,7 @@ def _provider(file: ClusterFile) -> Iterator[str]:
         yield f"{dotted(['provider', key])}: Ray reads no such setting for {file.provider}; {did_you_mean(key, known)}"
 
 
-def _nodes(file: ClusterFile) -> Iterator[str]:
+def _node_problems(file: ClusterFile) -> Iterator[str]:
     """Least and most nodes must agree."""
     types = file.tree.get("available_node_types") or {}
     most = file.tree.get("max_workers", 2)

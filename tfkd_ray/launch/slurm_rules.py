@@ -7,7 +7,7 @@ from tfkd_ray.launch.clusterfile import LOOPBACK, ClusterFile, option, versions_
 from tfkd_ray.learn.config import DRIVER
 
 
-def _sbatch(file: ClusterFile, name: str) -> int | None:
+def sbatch_lines(file: ClusterFile, name: str) -> int | None:
     found = re.search(rf"^#SBATCH\s+--{name}[=\s]\s*(?:[a-z0-9_-]+:)?(\d+)", file.text, re.M)
     return int(found[1]) if found else None
 
@@ -15,7 +15,7 @@ def _sbatch(file: ClusterFile, name: str) -> int | None:
 # --- Slurm -----------------------------------------------------------------------------------------------------
 
 
-def _slurm_rules(file: ClusterFile) -> Iterator[str]:
+def SLURM_RULES(file: ClusterFile) -> Iterator[str]:
     text = "\n".join(line for line in file.text.splitlines() if not line.startswith("# "))
     start = re.search(r"\bray (symmetric-run|start)\b", text)
     if start is None:

@@ -28,17 +28,17 @@ from tfkd_ray.launch.clusterfile import ClusterFile, load_cluster
 from tfkd_ray.launch.commands import (
     SSH_S,
     Command,
-    _is_rayjob,
-    _temp_dir,
     down_commands,
     head_command,
     hosts,
+    is_rayjob,
     kube,
     logs_command,
     nodes_commands,
     rayclusters_command,
     slurm_logs,
     slurm_submit,
+    sockets_dir,
     ssh,
     tidy_commands,
     tunnel_command,
@@ -53,14 +53,13 @@ from tfkd_ray.launch.jobs import (
     submit_command,
 )
 from tfkd_ray.run.auth import own_token, token, token_file
-from tfkd_ray.settings.errors import ConfigError, Unreachable
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, NOT_BETTER, OK, WRONG_INPUT, ConfigError, Unreachable
 
-OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
 TUNNEL_S = 60
 """How long a tunnel to a head may take to stand."""
 SUBMIT_S = 300
 """How long a head may take to accept a job, its working directory included."""
-END_S = 30
+JOB_END_S = 30
 """How long a job may take to be told ended after its last line."""
 ASK_S = 60
 """How long a provider's own tools may take to say whether there are credentials."""
@@ -98,15 +97,17 @@ def cluster(args: argparse.Namespace) -> int:
     if args.print:
         print("\n".join(_shown(command) for command in _commands(file, args)))
         if args.do == "submit" and file.kind != "slurm":
-            print(_folder_in_words(_words(args)))
+            print(_folder_in_words(_verb_words(args)))
         return OK
     try:
-        code: int = {"up": _up, "status": _status, "submit": _submit, "logs": _logs, "down": _down}[args.do](file, args)
+        code: int = {"up": _up, "status": _status_lines, "submit": _submit, "logs": _cluster_logs, "down": _down}[
+            args.do
+        ](file, args)
     except StepFailed as error:
-        _say(f"tfkd cluster {args.do}: {error}")
+        say(f"tfkd cluster {args.do}: {error}")
         return error.ends
     except Unreachable as error:
-        _say(f"tfkd cluster {args.do}: {error}")
+        say(f"tfkd cluster {args.do}: {error}")
         return FAILED
     return code
 
@@ -117,7 +118,7 @@ def _shape(space: str) -> Any:
     return load_space(space).example
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -128,14 +129,14 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
     """All that a verb would run, for --print; what only a running cluster knows stands there in capitals."""
     if args.do == "up":
         return up_commands(file)
-    asked = [rayclusters_command(file)] if _is_rayjob(file) else []
+    asked = [rayclusters_command(file)] if is_rayjob(file) else []
     if args.do == "status":
         return [*asked, *nodes_commands(file)]
     if args.do == "down":
         return [*asked, *down_commands(file), *nodes_commands(file), *tidy_commands(file)]
     if file.kind == "slurm":
-        return [slurm_submit(file, _words(args)) if args.do == "submit" else slurm_logs(file)]
-    if args.do == "logs" and _is_rayjob(file):
+        return [slurm_submit(file, _verb_words(args)) if args.do == "submit" else slurm_logs(file)]
+    if args.do == "logs" and is_rayjob(file):
         return [kube(file, "logs", "--follow", f"job/{file.name}")]
     address = f"http://127.0.0.1:{file.dashboard_port}"
     tunnel = tunnel_command(file, file.dashboard_port)
@@ -143,7 +144,7 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
     if args.do == "logs":
         return [*before, logs_command(address, args.job or "JOB")]
     with tempfile.TemporaryDirectory() as folder:
-        entrypoint = as_entrypoint(_words(args), Path(folder))
+        entrypoint = as_entrypoint(_verb_words(args), Path(folder))
     follow = [] if args.detach else [logs_command(address, "JOB")]
     return [*before, submit_command(address, "JOB", Path("FOLDER"), entrypoint), *follow]
 
@@ -158,7 +159,7 @@ def _shown(command: Command) -> str:
     return shlex.join(command[:-1]) + " &" if command[-1] == "&" else shlex.join(command)
 
 
-def _words(args: argparse.Namespace) -> list[str]:
+def _verb_words(args: argparse.Namespace) -> list[str]:
     if not args.command:
         raise ConfigError("what to run? tfkd cluster submit FILE -- COMMAND", "submit")
     return [*args.command]
@@ -253,7 +254,7 @@ def reached(file: ClusterFile) -> Iterator[str]:
         )
     port = file.dashboard_port if file.here else _free_port()
     address = f"http://127.0.0.1:{port}"
-    command = tunnel_command(file, port, _head_pod(file) if _is_rayjob(file) else "")
+    command = tunnel_command(file, port, _head_pod(file) if is_rayjob(file) else "")
     if command is None:
         check_ray_version(address)
         yield address
@@ -284,7 +285,7 @@ def reached(file: ClusterFile) -> Iterator[str]:
 
 def _rayclusters(file: ClusterFile) -> list[str]:
     """Names of the clusters that a RayJob has made, which are gone soon after it; of any other file, none."""
-    if not _is_rayjob(file):
+    if not is_rayjob(file):
         return []
     said = run(rayclusters_command(file), what="listing its clusters", quiet=True, limit_s=LIST_S)
     return [line.rpartition("/")[2] for line in said.split()]
@@ -335,12 +336,12 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
         _step(command, what=f"step {n} of {len(commands)}")
     if file.here:
         check_ray_version(f"http://127.0.0.1:{file.dashboard_port}")
-    _say(f"{file.name} is up")
+    say(f"{file.name} is up")
     if file.kind != "kuberay" or file.tree["kind"] == "RayCluster":
-        _say(f"  a sweep on it:   tfkd tune SPACE --cluster {file.path}")
+        say(f"  a sweep on it:   tfkd tune SPACE --cluster {file.path}")
         if tunnel := tunnel_command(file, file.dashboard_port):
-            _say(f"  its dashboard:   {_shown(tunnel)}")
-    _say(f"  what runs:       tfkd cluster status {file.path}\n  end it:          tfkd cluster down {file.path}")
+            say(f"  its dashboard:   {_shown(tunnel)}")
+    say(f"  what runs:       tfkd cluster status {file.path}\n  end it:          tfkd cluster down {file.path}")
     return OK
 
 
@@ -353,7 +354,7 @@ def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
         except StepFailed as error:
             if attempt == 3 or "'>' not supported between instances of 'NoneType' and 'int'" not in error.said:
                 raise
-            _say("(that is a mistake of Ray's, not of the cluster file; again)")
+            say("(that is a mistake of Ray's, not of the cluster file; again)")
 
 
 def _check_token_mounts(file: ClusterFile) -> None:
@@ -455,7 +456,7 @@ _ASKED = {
 def _check_credentials(file: ClusterFile) -> None:
     """Whoever rents out the machines must know us, before Ray asks."""
     if file.kind == "kuberay":
-        found = _asked(_found(["kubectl", "config", "current-context"]), "kubectl")
+        found = _provider_asked(_found(["kubectl", "config", "current-context"]), "kubectl")
         if found.returncode:
             raise ConfigError(
                 "kubectl knows no Kubernetes cluster (no current context); get one's credentials, such as: "
@@ -464,7 +465,7 @@ def _check_credentials(file: ClusterFile) -> None:
             )
     if file.provider in _ASKED:
         modules, question, login = _ASKED[file.provider]
-        absent = _asked([sys.executable, "-c", _IMPORTED, *modules], "Python").stdout.split()
+        absent = _provider_asked([sys.executable, "-c", _IMPORTED, *modules], "Python").stdout.split()
         packages = [modules[module] for module in absent]
         if file.provider == "azure" and not shutil.which("az"):
             absent, packages = [*absent, "az"], [*packages, "azure-cli"]
@@ -472,7 +473,7 @@ def _check_credentials(file: ClusterFile) -> None:
             raise ConfigError(
                 f"provider {file.provider} needs {', '.join(absent)} here; pip install {' '.join(packages)}", file.path
             )
-        if _asked(_found(question), file.provider).returncode:
+        if _provider_asked(_found(question), file.provider).returncode:
             raise ConfigError(f"no credentials for {file.provider} here; {login}", file.path)
 
 
@@ -487,7 +488,7 @@ for name in sys.argv[1:]:
 """A program that names the modules that cannot be imported."""
 
 
-def _asked(command: Command, whom: str) -> subprocess.CompletedProcess[str]:
+def _provider_asked(command: Command, whom: str) -> subprocess.CompletedProcess[str]:
     """A quick question, answered by an exit code or a word; StepFailed if there is no answer in time."""
     try:
         return subprocess.run(
@@ -507,11 +508,11 @@ def _down(file: ClusterFile, args: argparse.Namespace) -> int:
     clusters = _rayclusters(file)
     for command in [] if file.here else down_commands(file):
         _step(command, what="down", limit_s=DOWN_S)
-    left, until = _nodes(file, clusters), time.monotonic() + LEFT_S
+    left, until = _nodes_up(file, clusters), time.monotonic() + LEFT_S
     while left and time.monotonic() < until:
-        _say(f"{file.name}: {len(left)} still there, ending")
+        say(f"{file.name}: {len(left)} still there, ending")
         time.sleep(5)
-        left = _nodes(file, clusters)
+        left = _nodes_up(file, clusters)
     if left:
         listed = "\n  ".join(left)
         raise StepFailed(f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}")
@@ -530,7 +531,7 @@ def _what_stays(file: ClusterFile) -> str:
 
 def _end_here(file: ClusterFile) -> None:
     """End the processes of a cluster on this machine, and no other's."""
-    mark = f"{_temp_dir(file)}/session".encode()
+    mark = f"{sockets_dir(file)}/session".encode()
     for number in (signal.SIGTERM, signal.SIGKILL):
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -539,7 +540,7 @@ def _end_here(file: ClusterFile) -> None:
         time.sleep(2)
 
 
-def _nodes(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
+def _nodes_up(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
     """What runs of the cluster, a line each, as the list of whoever rents it out says."""
     found = []
     for command in nodes_commands(file, clusters):
@@ -557,8 +558,8 @@ def _nodes(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
 _PRICED = {"aws", "gcp", "azure", "kuberay", "slurm"}
 
 
-def _status(file: ClusterFile, args: argparse.Namespace) -> int:
-    nodes = _nodes(file, _rayclusters(file))
+def _status_lines(file: ClusterFile, args: argparse.Namespace) -> int:
+    nodes = _nodes_up(file, _rayclusters(file))
     if file.here:
         nodes = nodes and ["127.0.0.1"]
     if not nodes:
@@ -591,16 +592,16 @@ def waiting_lines(text: str) -> list[str]:
 
 
 def _submit(file: ClusterFile, args: argparse.Namespace) -> int:
-    words = _words(args)
+    words = _verb_words(args)
     if file.kind == "slurm":
         run(slurm_submit(file, words), what="submitting")
         return OK
     with tempfile.TemporaryDirectory(prefix="tfkd-job-") as folder, reached(file) as address:
         stage(Path.cwd(), Path(folder))
-        return _run_job(file.path, address, Path(folder), words, name="job", detach=args.detach)
+        return run_job(file.path, address, Path(folder), words, name="job", detach=args.detach)
 
 
-def _run_job(
+def run_job(
     where: Path | str,
     address: str,
     folder: Path,
@@ -614,7 +615,7 @@ def _run_job(
     job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     follow = _shown(logs_command(address, job)) if str(where).startswith("http") else f"tfkd cluster logs {where} {job}"
     command = submit_command(address, job, folder, as_entrypoint(words, folder), working)
-    _say(f"submitting job {job}; follow it again, from here or elsewhere:\n  {follow}")
+    say(f"submitting job {job}; follow it again, from here or elsewhere:\n  {follow}")
     sent = False
     try:
         _submit_job(command, address, job)
@@ -624,9 +625,9 @@ def _run_job(
         with contextlib.suppress(StepFailed):  # of a job that failed, too; its state is asked below
             run(logs_command(address, job), what="following the job")
     except KeyboardInterrupt:
-        _say("not followed any more; the job goes on" if sent else "interrupted while it was sent: it may run, or not")
+        say("not followed any more; the job goes on" if sent else "interrupted while it was sent: it may run, or not")
         return INTERRUPTED
-    until = time.monotonic() + END_S
+    until = time.monotonic() + JOB_END_S
     while (state := _state_of(address, job)) and state["status"] in ("PENDING", "RUNNING"):
         if time.monotonic() > until:
             raise StepFailed(f"job {job} runs, and is not followed any more; follow it again:\n  {follow}")
@@ -658,8 +659,8 @@ def _state_of(address: str, job: str) -> dict[str, Any] | None:
     return next((j for j in jobs_at(address) if j["submission_id"] == job), None)
 
 
-def _logs(file: ClusterFile, args: argparse.Namespace) -> int:
-    if file.kind == "slurm" or _is_rayjob(file):
+def _cluster_logs(file: ClusterFile, args: argparse.Namespace) -> int:
+    if file.kind == "slurm" or is_rayjob(file):
         run(_commands(file, args)[0], what="following")
         return OK
     with reached(file) as address:
@@ -730,7 +731,7 @@ def _without_secrets(words: list[str]) -> list[str]:
     return words
 
 
-def _there(places: Sequence[Path | str], what: str) -> None:
+def check_places(places: Sequence[Path | str], what: str) -> None:
     """Refuse places that only this machine's working directory knows."""
     for place in places:
         if isinstance(place, Path) and not place.is_absolute():

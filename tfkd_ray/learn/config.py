@@ -22,7 +22,7 @@ from tfkd_ray.learn.models import (
     Mlp,
     Model,
     Network,
-    Own,
+    OwnNetwork,
     Timm,
     check_learns,
     check_lone_image,
@@ -30,7 +30,7 @@ from tfkd_ray.learn.models import (
 )
 from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
 from tfkd_ray.settings.errors import did_you_mean
-from tfkd_ray.settings.schema import Settings, members, named, tag
+from tfkd_ray.settings.schema import Settings, members, name_alone, tag
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,10 +114,10 @@ class Step(Schedule):
         return self.gamma ** sum(fraction >= m for m in self.milestones)
 
 
-AnySchedule = Annotated[Cosine | Step | Constant, Field(discriminator="name"), BeforeValidator(named)]
+AnySchedule = Annotated[Cosine | Step | Constant, Field(discriminator="name"), BeforeValidator(name_alone)]
 
 
-def _absolute(weights: str) -> str:
+def _absolute_weights(weights: str) -> str:
     # a trial's process has a working directory of its own
     elsewhere = weights.split(":")[0] == "torchvision" or weights.startswith("~")
     return weights if elsewhere else str(Path(weights).absolute())
@@ -141,7 +141,7 @@ class TeacherConfig(Settings):
 
     model: Model | None = None
     """Its network. None: the student's own, which is what makes `tfkd_self`."""
-    objective: Annotated[CrossEntropy | LabelSmoothing, Field(discriminator="name"), BeforeValidator(named)] = (
+    objective: Annotated[CrossEntropy | LabelSmoothing, Field(discriminator="name"), BeforeValidator(name_alone)] = (
         CrossEntropy()
     )
     epochs: Count | None = None
@@ -154,7 +154,7 @@ class TeacherConfig(Settings):
     """Stop it here, its schedule still spanning `epochs`: a poorly trained teacher (De-KD of Yuan et al. 2020)."""
     stop_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Stop it after the first epoch with at least this accuracy on validation."""
-    weights: Annotated[str, AfterValidator(_absolute)] | None = None
+    weights: Annotated[str, AfterValidator(_absolute_weights)] | None = None
     """A teacher from elsewhere, not trained here: a file (safetensors, or a torch state_dict), or `torchvision`, or
     `torchvision:NAME` for one of its sets of ImageNet weights. What it was trained on is not known here."""
     input: TeacherInput | None = None
@@ -231,7 +231,7 @@ class TrainConfig(Settings):
         if value != "auto" or not known:
             return value
         student, on_gpu = info.data["student"], info.data["gpus_per_worker"] > 0
-        gains = student.operations(info.data["data"].shape) >= TINY and (student.fast_in_bf16 or on_gpu)
+        gains = student.operations(info.data["data"].shape) >= TINY_NETWORK and (student.fast_in_bf16 or on_gpu)
         return "bf16" if gains and _multiplies_bf16(on_gpu) else "fp32"
 
     @field_validator("compile")
@@ -321,7 +321,7 @@ class TrainConfig(Settings):
         if run is None:
             return False
         labels = self.teacher.labels if self.teacher else "auto"
-        return labels == "bank" or (labels == "auto" and run.student.operations(self.data.shape) >= TINY)
+        return labels == "bank" or (labels == "auto" and run.student.operations(self.data.shape) >= TINY_NETWORK)
 
     def teacher_run(self) -> TeacherRun | None:
         """The training run that makes this run's teacher; None where it needs none."""
@@ -361,7 +361,7 @@ class TrainConfig(Settings):
         for run in (self, teacher) if teacher else (self,):
             alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
             trains = not isinstance(run, TeacherRun) or run.weights is None
-            if not isinstance(run.student, Own | Timm) and not (alone and trains):
+            if not isinstance(run.student, OwnNetwork | Timm) and not (alone and trains):
                 continue
             shape = self._teacher_shape() if run is teacher else self.data.shape
             network = run.build_student(shape)
@@ -469,7 +469,7 @@ TEACHER_RECIPE = {"optim", "schedule"}
 
 def _recipe(data: Any, name: Any) -> dict[str, Any]:
     """The settings of a data set's recipe; nothing where the data set itself is wrong, which is said elsewhere."""
-    given = named(data if data is not None else Digits())
+    given = name_alone(data if data is not None else Digits())
     word = given.get("name") if isinstance(given, dict) else given.name if isinstance(given, Dataset) else None
     kinds = [m for m in members(TrainConfig.model_fields["data"]) if tag(m) == word and issubclass(m, Dataset)]
     if not kinds:
@@ -484,7 +484,7 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
     """`tree`, with what it lacks from `defaults`; settings of another `name` than theirs are left alone."""
     result = dict(tree)
     for key, default in defaults.items():
-        given = named(result[key]) if key in result else {}
+        given = name_alone(result[key]) if key in result else {}
         if key not in result:
             result[key] = default
         elif (
@@ -494,7 +494,7 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-TINY = 2e6
+TINY_NETWORK = 2e6
 """Operations of a forward pass below which bfloat16 gains nothing (measured: 0.5 to 1.5 times as fast, above 1.9)."""
 
 

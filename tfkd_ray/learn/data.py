@@ -31,11 +31,20 @@ from tfkd_ray.learn.images import (
 )
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.schema import named
+from tfkd_ray.settings.schema import name_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
-from tfkd_ray.learn.dataset import Dataset, Level, Split, _label_problem, _load, _Loaded, digest_of, stratified
+from tfkd_ray.learn.dataset import (
+    Dataset,
+    Level,
+    OfficialSets,
+    Split,
+    digest_of,
+    label_problem,
+    load_official,
+    stratified,
+)
 from tfkd_ray.learn.image_files import ImageFolder, Imagenet, TinyImagenet
 from tfkd_ray.learn.official import Cifar10, Cifar100, Emnist, FashionMnist, Kmnist, Mnist
 from tfkd_ray.learn.own import imported
@@ -69,7 +78,7 @@ class Digits(Dataset):
 Side = Annotated[int, Field(ge=1, le=4096)]
 
 
-class Own(Dataset):
+class OwnData(Dataset):
     """Data from a function of yours: `function(split, **args)`, where split is "train" or "test".
 
     It returns (images, labels): uint8 [N, C, H, W] and whole numbers [N] from 0, as torch tensors or numpy arrays. It
@@ -145,17 +154,17 @@ class Own(Dataset):
             raise self._returned(split, f"labels must be whole numbers [N], got {_brief(found[1])}")
         if not len(images) == len(labels) > 0:
             raise self._returned(split, f"{len(labels)} labels for {len(images)} images")
-        if problem := _label_problem(labels.long(), 0, self.num_classes):
+        if problem := label_problem(labels.long(), 0, self.num_classes):
             raise self._returned(split, f"{problem} (data.num_classes is {self.num_classes})")
         return images, labels.long()
 
-    def _other_data(self, found: _Loaded) -> str:
+    def _other_data(self, found: OfficialSets) -> str:
         self._check_same_again(found)
         return super()._other_data(found) + (
             f". {self.path} must return the same in every process: seed what is random in it, and sort what it lists"
         )
 
-    def _check_same_again(self, found: _Loaded) -> None:
+    def _check_same_again(self, found: OfficialSets) -> None:
         if digest_of(self._whole("train")) != found.digest:
             problem = "returns other images or labels at each call"
             raise self._returned("train", f"{problem}; seed what is random in it, so that all trials see the same")
@@ -187,15 +196,25 @@ def _brief(value: Any) -> str:
 
 
 Data = Annotated[
-    Digits | Mnist | FashionMnist | Kmnist | Emnist | Cifar10 | Cifar100 | TinyImagenet | ImageFolder | Imagenet | Own,
+    Digits
+    | Mnist
+    | FashionMnist
+    | Kmnist
+    | Emnist
+    | Cifar10
+    | Cifar100
+    | TinyImagenet
+    | ImageFolder
+    | Imagenet
+    | OwnData,
     Field(discriminator="name"),
-    BeforeValidator(named),
+    BeforeValidator(name_alone),
 ]
 
 
 def forget_loaded() -> None:
     """Free what was loaded, in a process that only had to know what it is."""
-    _load.cache_clear()
+    load_official.cache_clear()
 
 
 def _digits_file() -> Path:

@@ -32,7 +32,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 MODERN: dict[str, Any] = {"optim": {"nesterov": True}, "schedule": {"name": "cosine", "warmup_epochs": 1.0}}
 """A recipe that does better than the paper's on every network we know figures of."""
-PAPER: dict[str, Any] = {
+PAPER_RECIPE: dict[str, Any] = {
     "epochs": 200,
     "optim": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": False, "batch_size": 128},
     "schedule": {"name": "step", "milestones": [0.3, 0.6, 0.8], "gamma": 0.2, "warmup_epochs": 1.0},
@@ -100,7 +100,7 @@ class Dataset(Settings):
 
     def load(self) -> tuple[Images, Images | None]:
         """(train, validation): disjoint, stratified, both from the official train set; None if nothing is held out."""
-        found = _load(self._of_any_digest)
+        found = load_official(self._of_any_digest)
         if self.digest is not None and found.digest != self.digest:
             raise ConfigError(f"data {self.name}: {self._other_data(found)}")
         return found.train, found.val
@@ -108,7 +108,7 @@ class Dataset(Settings):
     def pinned(self) -> Self:
         """The data set with the digest of what is here; a ConfigError if it has that of other data."""
         if self.digest is None:
-            found = _load(self._of_any_digest)
+            found = load_official(self._of_any_digest)
             if not found.checked:
                 self._check_same_again(found)
                 found.checked = True
@@ -125,14 +125,14 @@ class Dataset(Settings):
     def _of_any_digest(self) -> Self:
         return self.model_copy(update={"digest": None})
 
-    def _other_data(self, found: _Loaded) -> str:
+    def _other_data(self, found: OfficialSets) -> str:
         """Says that the data here are not those of the digest."""
         return (
             f"the train images or labels here are others than those that were recorded (digest {found.digest}, not "
             f"{self.digest}); put those back, or begin a new experiment, whose teachers are trained anew"
         )
 
-    def _check_same_again(self, found: _Loaded) -> None:
+    def _check_same_again(self, found: OfficialSets) -> None:
         """Raise a ConfigError where loading again gives other images."""
 
     def _sources(self, split: Split) -> list[Path]:
@@ -191,14 +191,14 @@ def _absolute(path: Path) -> Path:
     return path if path.parts[:1] == ("~",) else path.absolute()
 
 
-Place = Annotated[Path, AfterValidator(_absolute)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class FileDataset(Dataset):
     """A data set whose official files a person has put somewhere: the same place on every machine."""
 
     name: str
-    root: Place
+    root: AbsolutePath
     """The folder that holds the files. A place, not content: it changes no number."""
 
     def _wrong(self, path: Path, problem: str) -> ConfigError:
@@ -210,7 +210,7 @@ class FileDataset(Dataset):
 
     def _checked_labels(self, path: Path, labels: Tensor, first: int = 0) -> Tensor:
         """Labels from 0; in the file they count from `first`."""
-        if problem := _label_problem(labels, first, self.num_classes):
+        if problem := label_problem(labels, first, self.num_classes):
             raise self._wrong(path, problem)
         return labels - first
 
@@ -254,7 +254,7 @@ Level = Annotated[float, Field(ge=0, le=255)]
 Spread = Annotated[float, Field(ge=1, le=255)]  # a fraction of 255 by mistake is refused
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def wnids_in_order(folder: Path) -> tuple[int, int]:
     facts = folder.stat()
     return facts.st_dev, facts.st_ino
 
@@ -277,7 +277,7 @@ def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, T
 
 
 @dataclass
-class _Loaded:
+class OfficialSets:
     whole: Images
     """The official train set."""
     train: Images
@@ -301,11 +301,11 @@ def _examined(data: Dataset) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(data: Dataset) -> _Loaded:
+def load_official(data: Dataset) -> OfficialSets:
     before = _state(data)  # before it is read: what is written meanwhile is read again
     whole = data._whole("train")
     train, val = split(whole.labels, data)
-    return _Loaded(whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data))
+    return OfficialSets(whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data))
 
 
 def _state(data: Dataset) -> str | None:
@@ -317,7 +317,7 @@ def _state(data: Dataset) -> str | None:
 
 ROWS = 64
 """Words of 8 bytes that are at most added up to one for the digest."""
-COLUMNS = (509, 2_039, 8_191, 32_749, 131_071, 524_287)
+SUM_COLUMNS = (509, 2_039, 8_191, 32_749, 131_071, 524_287)
 """Words from one of a sum to the next: the first of these primes that is more than an image has."""
 
 
@@ -350,7 +350,7 @@ def _summed(content: np.ndarray[Any, np.dtype[np.uint8]], each: int) -> Iterator
         each: bytes of an image.
     """
     rows = min(ROWS, each // 8)
-    columns = next((p for p in COLUMNS if p > each // 8 + 1 and each % p), 0)
+    columns = next((p for p in SUM_COLUMNS if p > each // 8 + 1 and each % p), 0)
     block = 8 * rows * columns  # 0: an image is so small or large that nothing is added up
     end = len(content) // block * block if block else 0
     if end:
@@ -397,7 +397,7 @@ def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _label_problem(labels: Tensor, first: int, num_classes: int) -> str | None:
+def label_problem(labels: Tensor, first: int, num_classes: int) -> str | None:
     last = first + num_classes - 1
     outside = ((labels < first) | (labels > last)).nonzero()[:, 0]
     return f"label {int(labels[outside[0]])} at {int(outside[0])} is outside {first}..{last}" if len(outside) else None

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 from tfkd_ray.learn.dataset import (
     IMAGENET,
     MODERN,
-    PAPER,
+    PAPER_RECIPE,
     SPLITS,
+    AbsolutePath,
     FileDataset,
     Level,
-    Place,
     Split,
     Spread,
-    _identity,
+    wnids_in_order,
 )
 
 MOST_LIST = 2**24
@@ -54,15 +54,15 @@ class TinyImagenet(FileDataset):
     origin: ClassVar[str] = f"get and unpack {url}"
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
-            **PAPER,
-            "schedule": {**PAPER["schedule"], "gamma": 0.1},
+            **PAPER_RECIPE,
+            "schedule": {**PAPER_RECIPE["schedule"], "gamma": 0.1},
             "augment": {"flip": True, "rotation_degrees": 20.0},
         },
         "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 8, "flip": True}},
     }
 
     name: Literal["tiny_imagenet"] = "tiny_imagenet"
-    root: Place = Path("~/datasets/tiny_imagenet")
+    root: AbsolutePath = Path("~/datasets/tiny_imagenet")
 
     def check(self) -> None:
         """Raise a ConfigError if its lists and folders are not there."""
@@ -265,10 +265,10 @@ class FolderDataset(FileDataset):
 
 def _image_files(folder: Path) -> Iterator[str]:
     """Image files below a folder, relative to it, in any order; links are followed, but not to what they lie in."""
-    above: dict[str, set[tuple[int, int]]] = {str(folder): {_identity(p) for p in folder.resolve().parents}}
+    above: dict[str, set[tuple[int, int]]] = {str(folder): {wnids_in_order(p) for p in folder.resolve().parents}}
     for place, folders, names in os.walk(folder, followlinks=True):
-        passed = above.pop(place) | {_identity(Path(place))}
-        folders[:] = [f for f in folders if not f.startswith(".") and _identity(Path(place, f)) not in passed]
+        passed = above.pop(place) | {wnids_in_order(Path(place))}
+        folders[:] = [f for f in folders if not f.startswith(".") and wnids_in_order(Path(place, f)) not in passed]
         above |= {f"{place}/{name}": passed for name in folders}
         below = place[len(str(folder)) + 1 :]
         for name in names:
@@ -300,4 +300,4 @@ class Imagenet(FolderDataset):
     )
 
     name: Literal["imagenet"] = "imagenet"
-    root: Place = Path("~/datasets/imagenet")
+    root: AbsolutePath = Path("~/datasets/imagenet")

@@ -198,7 +198,7 @@ class FolderSet:
 
     def _decode(self, index: int, crop: list[float] | None, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         def view(image: Image.Image) -> Image.Image:
-            return _centre(image, self.side) if crop is None else _cut(image, crop, self.side)
+            return _centre(image, self.side) if crop is None else _cut_to_size(image, crop, self.side)
 
         out[:] = decoded(self.name, self.folder / self.files[index], view)
 
@@ -268,7 +268,7 @@ def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, 
     return int(crop[3] * (width - w + 1)), int(crop[2] * (height - h + 1)), w, h
 
 
-def _cut(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
+def _cut_to_size(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
     """A random resized crop, RGB."""
     width, height = _upright_size(image)
     left, top, w, h = crop_box(crop, width, height)

@@ -28,7 +28,7 @@ from tfkd_ray.learn.checkpoint import WEIGHTS, State, load_state, save_state, sa
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.evaluate import asked_beside, metric_sums, metrics_at_once, metrics_from, predictions
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
-from tfkd_ray.learn.models import Own, Timm, check_learns, check_lone_image, may_lack_gradients
+from tfkd_ray.learn.models import OwnNetwork, Timm, check_learns, check_lone_image, may_lack_gradients
 from tfkd_ray.learn.objectives import Canonical, Terms
 from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.settings.errors import ConfigError, check_kind
@@ -124,7 +124,7 @@ def train(
         if config.init == "trained" and teacher is not None:
             student.load_state_dict((teacher.network() if isinstance(teacher, Bank) else teacher).state_dict())
         made = config.teacher_run() if config.objective.needs_teacher else None
-        elsewhere = any(isinstance(run.student, Own | Timm) for run in (config, made) if run is not None)
+        elsewhere = any(isinstance(run.student, OwnNetwork | Timm) for run in (config, made) if run is not None)
 
         def placed(network: nn.Module) -> nn.Module:
             """The teacher where it can be asked."""
@@ -160,7 +160,7 @@ def train(
             student.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
-        model = _parallel(student, unused=unused) if workers > 1 else student
+        model = _data_parallel(student, unused=unused) if workers > 1 else student
         forward = compiled(model, config, len(train_set)) if config.compile == "on" else model
 
         def snapshot() -> State:
@@ -388,7 +388,7 @@ def _to_standard_error(text: str) -> None:
 
 def _unused(student: nn.Module, config: TrainConfig) -> bool:
     """Whether a parameter may lack its gradient in a step; all workers get the same answer."""
-    if not isinstance(config.student, Own | Timm):
+    if not isinstance(config.student, OwnNetwork | Timm):
         return False
     found = torch.tensor(
         float(may_lack_gradients(student, config.data.shape)), device=next(student.parameters()).device
@@ -397,7 +397,7 @@ def _unused(student: nn.Module, config: TrainConfig) -> bool:
     return bool(found)
 
 
-def _parallel(student: nn.Module, *, unused: bool) -> nn.Module:
+def _data_parallel(student: nn.Module, *, unused: bool) -> nn.Module:
     """The student for several workers.
 
     Args:

@@ -24,7 +24,7 @@ from tfkd_ray.learn.images import random_position, seeded
 from tfkd_ray.learn.own import imported, is_only_reading
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.schema import Settings, named
+from tfkd_ray.settings.schema import Settings, name_alone
 
 if TYPE_CHECKING:
     import torch
@@ -517,7 +517,7 @@ class Timm(Network):
         return _tried(f"model timm:{self.model}", make, shape, num_classes)
 
 
-class Own(Network):
+class OwnNetwork(Network):
     """A network of your own: what a function returns; `package.module:function` for short.
 
     Called as `function(shape=(C, H, W), num_classes=K, **args)`. Its module may return the logits, a dict or an object
@@ -701,7 +701,7 @@ def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:
 
 def _shorthand(value: Any) -> Any:
     """Let `timm:NAME` and `package.module:function` stand for settings, as a name does."""
-    tree = named(value)
+    tree = name_alone(value)
     name = tree.get("name") if isinstance(tree, dict) else None
     if not isinstance(name, str) or ":" not in name:
         return tree
@@ -731,7 +731,7 @@ Model = Annotated[
     | Vgg16
     | Vgg19
     | Timm
-    | Own,
+    | OwnNetwork,
     Field(discriminator="name"),
     BeforeValidator(_shorthand),
 ]

@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.schema import Settings, named
+from tfkd_ray.settings.schema import Settings, name_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-Array = NDArray[Any]
+NumpyArray = NDArray[Any]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(gt=0, le=1e4)]
 """At 1e4 float32 rounds the gradient of a soft part by 0.04 % (K = 1000), at 1e7 by half of it."""
-Positive = Annotated[float, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
 
 
 class Terms(NamedTuple):
@@ -50,7 +50,7 @@ class Canonical(Settings):
     searchable: ClassVar[frozenset[str] | None] = None
     """Names that a space may search; None: all. The others do nothing that the searchable ones cannot do."""
 
-    loss_scale: Positive = 1.0
+    loss_scale: PositiveNumber = 1.0
     """s: factor on the whole loss; at fixed weight decay it acts like a learning rate."""
 
     @property
@@ -70,7 +70,7 @@ class Canonical(Settings):
         """CE and KL of one batch, unweighted (means over the batch, nats)."""
         return Terms(_cross_entropy(logits, labels), None)
 
-    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float] | None:
+    def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float] | None:
         """(q, T), where the gradient of `Terms.kd` by an image's logits z is (softmax(z / T) - q) / (T * B).
 
         None where it is not of that form, or the objective does not say; `tfkd explain` then asks torch. Without torch.
@@ -125,7 +125,7 @@ class LabelSmoothing(Canonical):
         uniform_ce = -log_p.mean(dim=1).mean()
         return Terms(F.nll_loss(log_p, labels), uniform_ce - math.log(logits.shape[1]))
 
-    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+    def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return np.full_like(teacher, 1 / teacher.shape[1]), 1.0
 
 
@@ -160,7 +160,7 @@ class KnowledgeDistillation(_Distillation):
         teacher = _needed(teacher, self.name)
         return Terms(_cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
 
-    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+    def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return softmax(teacher / self.temperature), self.temperature
 
 
@@ -267,7 +267,7 @@ class TfkdReg(_Distillation):
         gap = self._gap(logits.shape[1])
         return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, gap, self.temperature))
 
-    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+    def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), self.temperature
 
     def _gap(self, num_classes: int) -> float:
@@ -311,7 +311,7 @@ class TfkdRegCode(Canonical):
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
         return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0))
 
-    def soft_target(self, labels: Array, teacher: Array) -> tuple[Array, float]:
+    def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), 1.0
 
     def as_label_smoothing(self, num_classes: int) -> LabelSmoothing:
@@ -340,7 +340,7 @@ Objective = Annotated[
     | Dist
     | StandardisedKD,
     Field(discriminator="name"),
-    BeforeValidator(named),
+    BeforeValidator(name_alone),
 ]
 
 
@@ -417,14 +417,14 @@ def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> T
     return negative_entropy - (label - other) * at_label - other * everywhere
 
 
-def softmax(logits: Array) -> Array:
+def softmax(logits: NumpyArray) -> NumpyArray:
     """Probabilities along the last axis, without torch."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    found: Array = powers / powers.sum(axis=-1, keepdims=True)
+    found: NumpyArray = powers / powers.sum(axis=-1, keepdims=True)
     return found
 
 
-def _flat(labels: Array, gap: float, num_classes: int) -> Array:
+def _flat(labels: NumpyArray, gap: float, num_classes: int) -> NumpyArray:
     """The target of `flat_kl`, [B, K]."""
     return softmax(gap * (labels[:, None] == np.arange(num_classes)))
 

@@ -18,9 +18,9 @@ from tfkd_ray.settings.files import ArraysOnly, opened, read_at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
-from tfkd_ray.learn.dataset import MODERN, PAPER, SPLITS, FileDataset, Place, Split
+from tfkd_ray.learn.dataset import MODERN, PAPER_RECIPE, SPLITS, AbsolutePath, FileDataset, Split
 
-MOST_BYTES = 2**28
+MOST_IDX_BYTES = 2**28
 """More than the largest pickle of CIFAR, which has 155,249,918 bytes."""
 
 
@@ -141,7 +141,7 @@ class Mnist(IdxDataset):
     origin: ClassVar[str] = "get the four files from https://ossci-datasets.s3.amazonaws.com/mnist/"
 
     name: Literal["mnist"] = "mnist"
-    root: Place = Path("~/datasets/mnist")
+    root: AbsolutePath = Path("~/datasets/mnist")
 
 
 class FashionMnist(IdxDataset):
@@ -164,7 +164,7 @@ class FashionMnist(IdxDataset):
     )
 
     name: Literal["fashion_mnist"] = "fashion_mnist"
-    root: Place = Path("/usr/share/datasets/fashion-mnist")
+    root: AbsolutePath = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Kmnist(IdxDataset):
@@ -184,7 +184,7 @@ class Kmnist(IdxDataset):
     origin: ClassVar[str] = "get the four files from http://codh.rois.ac.jp/kmnist/"
 
     name: Literal["kmnist"] = "kmnist"
-    root: Place = Path("~/datasets/kmnist")
+    root: AbsolutePath = Path("~/datasets/kmnist")
 
 
 class Emnist(IdxDataset):
@@ -210,7 +210,7 @@ class Emnist(IdxDataset):
     """Classes, train images and test images by variant."""
 
     name: Literal["emnist"] = "emnist"
-    root: Place = Path("~/datasets/emnist")
+    root: AbsolutePath = Path("~/datasets/emnist")
     variant: Literal["balanced", "byclass", "bymerge", "digits", "letters", "mnist"] = "balanced"
 
     @property
@@ -251,7 +251,7 @@ class CifarDataset(FileDataset):
     batches: ClassVar[dict[Split, tuple[str, ...]]]
     labels_key: ClassVar[bytes]
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {**PAPER, "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15.0}},
+        "paper": {**PAPER_RECIPE, "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15.0}},
         "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 4, "flip": True}},
     }
 
@@ -303,7 +303,7 @@ class CifarDataset(FileDataset):
         found = {}
         for name in names:
             with opened(folder / name) as file:
-                found[name] = read_at_most(file, MOST_BYTES)
+                found[name] = read_at_most(file, MOST_IDX_BYTES)
         return found
 
     def _from_archive(self, path: Path, names: tuple[str, ...]) -> dict[str, bytearray]:
@@ -325,7 +325,7 @@ class CifarDataset(FileDataset):
                             path, f"{member.name} is no file in it, but a link or the like; {self.origin}"
                         )
                     if content := archive.extractfile(member):
-                        found[wanted[member.name]] = read_at_most(content, MOST_BYTES)
+                        found[wanted[member.name]] = read_at_most(content, MOST_IDX_BYTES)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise self._wrong(path, f"cannot be read: {error}; {self.origin}") from None
         missing = [member for member, name in wanted.items() if name not in found]
@@ -337,8 +337,8 @@ class CifarDataset(FileDataset):
         """(uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""
         import torch
 
-        if len(raw) >= MOST_BYTES:
-            raise self._wrong(path, f"larger than any batch of CIFAR: {MOST_BYTES} bytes or more")
+        if len(raw) >= MOST_IDX_BYTES:
+            raise self._wrong(path, f"larger than any batch of CIFAR: {MOST_IDX_BYTES} bytes or more")
         try:
             batch = ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
         except Exception as error:  # a pickle that is not one can end in any exception
@@ -376,7 +376,7 @@ class Cifar10(CifarDataset):
     origin: ClassVar[str] = f"get {url}"
 
     name: Literal["cifar10"] = "cifar10"
-    root: Place = Path("~/datasets/cifar10")
+    root: AbsolutePath = Path("~/datasets/cifar10")
 
 
 class Cifar100(CifarDataset):
@@ -394,4 +394,4 @@ class Cifar100(CifarDataset):
     origin: ClassVar[str] = f"get {url}"
 
     name: Literal["cifar100"] = "cifar100"
-    root: Place = Path("~/datasets/cifar100")
+    root: AbsolutePath = Path("~/datasets/cifar100")

@@ -115,19 +115,19 @@ class Bank:
         for wait in (False, True):  # first what nobody is at, then what somebody was at
             for k in chunks.keys() - parts.keys():
                 part, mine = path.with_suffix(f".{k}"), about | {"part": str(k)}
-                with contextlib.suppress(Timeout), _locked(self._folder / f"lock-{k}", wait=wait):
+                with contextlib.suppress(Timeout), _locked_file(self._folder / f"lock-{k}", wait=wait):
                     done = _read(part, mine)
                     if done is None and (whole := _read(path, about)) is not None:
                         return whole  # the others have finished, and removed the parts
                     if done is None:
                         done = _centred(compute(self.network(), chunks[k]))
-                        self._write(part, _bytes(done, mine))
+                        self._write(part, _view_bytes(done, mine))
                     parts[k] = done
-        with _locked(self._folder / "lock-whole", wait=True):
+        with _locked_file(self._folder / "lock-whole", wait=True):
             whole = _read(path, about)
             if whole is None:
                 whole = _together([parts[k] for k in chunks])
-                content = _bytes(whole, about)
+                content = _view_bytes(whole, about)
                 if whole.dtype == torch.float16 or self._has_room(len(content)):
                     self._write(path, content)
                 if self._elsewhere is not None:
@@ -198,7 +198,7 @@ def _together(parts: list[Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+def _locked_file(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -214,7 +214,7 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
         lock.release()
 
 
-def _bytes(logits: Tensor, about: dict[str, str]) -> bytes:
+def _view_bytes(logits: Tensor, about: dict[str, str]) -> bytes:
     logits = logits.contiguous()
     return save({"logits": logits}, {**about, "sha256": _checksum(logits)})
 

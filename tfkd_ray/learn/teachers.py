@@ -195,10 +195,10 @@ def _source_sha256(config: TeacherRun) -> str | None:
 
 def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
     """What `teacher.json` says of a trained teacher."""
-    return read_teacher(_place(config, storage))
+    return read_teacher(_teacher_place(config, storage))
 
 
-def _place(config: TeacherRun, storage: Path) -> Path:
+def _teacher_place(config: TeacherRun, storage: Path) -> Path:
     """Its folder, or that of one that was trained before data had digests."""
     folder, before = teacher_folder(config, storage), storage / "teachers" / _plain_name(config)
     return before if not is_trained(config, storage) and (before / "teacher.json").exists() else folder
@@ -206,7 +206,7 @@ def _place(config: TeacherRun, storage: Path) -> Path:
 
 def is_here(config: TeacherRun, storage: Path) -> bool:
     """Whether there is something to `describe`: that teacher, or one that was trained before data had digests."""
-    return (_place(config, storage) / "teacher.json").exists()
+    return (_teacher_place(config, storage) / "teacher.json").exists()
 
 
 def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
@@ -219,7 +219,7 @@ def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
     return None
 
 
-def fetch(config: TeacherRun, storage: Storage, *, weights: bool = True) -> None:
+def fetch_teacher(config: TeacherRun, storage: Storage, *, weights: bool = True) -> None:
     """Fetch from a bucket what there is of a teacher, with its weights, or those of a half-trained one."""
     want = everything if weights else light
     storage.fetch(f"teachers/{teacher_name(config)}", want, patiently=True)
@@ -233,7 +233,7 @@ def upload(config: TeacherRun, storage: Storage) -> None:
 
 def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
     """A trained teacher, in eval mode, its file checked against the checksum it was written with."""
-    place = _place(config, storage)
+    place = _teacher_place(config, storage)
     if not (place / "teacher.json").exists():
         raise FileNotFoundError(
             f"teacher {teacher_name(config)} is not under {storage / 'teachers'}: it is trained before a "

@@ -51,7 +51,7 @@ def load_outside(
         else:
             path = Path(weights).expanduser()
             _check_same_data(path, data)
-        kept = _read(path)
+        kept = _read_weights(path)
         with torch.random.fork_rng(devices=[]):
             wanted: Weights = model.build(shape, num_classes).state_dict()
         found = _of_network(kept, wanted, lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes)))
@@ -68,7 +68,7 @@ def load_outside(
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, Weights]:
+def _read_weights(path: Path) -> dict[str, Weights]:
     """The state_dicts in a file, by the keys that they are under, those of `WRAPPERS` first."""
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
@@ -110,7 +110,7 @@ def _of_network(kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weigh
 
     That network is the one that fits, or else the one with the most names in common, of which it is said what differs.
     """
-    parts = {(under, prefix): _below(prefix, tensors)
+    parts = {(under, prefix): _without_prefix(prefix, tensors)
              for under, tensors in kept.items() for prefix in _prefixes(tensors, wanted)}  # fmt: skip
     fitting = [place for place, tensors in parts.items() if fits(tensors)]
     if not fitting:
@@ -134,7 +134,7 @@ def _prefixes(tensors: Weights, wanted: Weights) -> list[str]:
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
-def _below(prefix: str, tensors: Weights) -> Weights:
+def _without_prefix(prefix: str, tensors: Weights) -> Weights:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
@@ -180,15 +180,15 @@ def _check_same_data(path: Path, data: Dataset | None) -> None:
     if data is None or not about.is_file():
         return
     try:
-        trained_on = _content(json.loads(about.read_text())["config"]["data"])
+        trained_on = _content_text(json.loads(about.read_text())["config"]["data"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return  # of that name, but not ours
-    here = _content(data.model_dump(mode="json"))
+    here = _content_text(data.model_dump(mode="json"))
     if trained_on != here:
         raise ConfigError(f"was trained on {_said(trained_on)}, and the data here is {_said(here)}; train one on it")
 
 
-def _content(data: dict[str, Any]) -> dict[str, Any]:
+def _content_text(data: dict[str, Any]) -> dict[str, Any]:
     """The settings of a data set that say which images and classes it has, not where they are or how they are split."""
     return {key: value for key, value in data.items() if key in ("name", "variant", "path", "args", "num_classes")}
 
@@ -278,9 +278,9 @@ def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> It
         )
         return
     both = [f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}" for key in shapes]
-    problems = [f"it lacks {_some(missing)}"] if missing else []
-    problems += [f"it has {_some(more)} that the network has not"] if more else []
-    problems += [f"of another shape: {_some(both)}"] if both else []
+    problems = [f"it lacks {_first_few(missing)}"] if missing else []
+    problems += [f"it has {_first_few(more)} that the network has not"] if more else []
+    problems += [f"of another shape: {_first_few(both)}"] if both else []
     if problems:
         names = f"The file begins with {', '.join(list(found)[:3])}, and the network with {', '.join(list(wanted)[:3])}"
         yield f"does not fit {name} for these images: {'; '.join(problems)}. {names}"
@@ -289,7 +289,7 @@ def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> It
             yield f"{key} is {found[key].dtype}, not {wanted[key].dtype}"
 
 
-def _some(items: list[str]) -> str:
+def _first_few(items: list[str]) -> str:
     """How many tensors, and three of them."""
     return f"{len(items)} tensor{'s' * (len(items) > 1)} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
 

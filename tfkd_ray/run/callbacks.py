@@ -17,12 +17,13 @@ from ray import tune
 
 from tfkd_ray.learn.checkpoint import BEFORE, LAST
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.run.connect import BROKEN_GPU, found_broken, room_for, short_share, shun, started_here
+from tfkd_ray.run.connect import BROKEN_GPU, found_broken, room_for, short_share, shun, started_here, starting
 from tfkd_ray.run.epochs import Shelf, shelf_name
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, write_text
 from tfkd_ray.show.listener import Announcer, Listener
+from tfkd_ray.show.live import Progress
 from tfkd_ray.show.status import driver_of
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.space import Space
@@ -501,7 +502,7 @@ class Uploads(Listener):
         self._over.set()
         self._wake.set()
         self._thread.join()
-        until = time.monotonic() + remote.END_S
+        until = time.monotonic() + remote.UPLOAD_END_S
         while not self._once() and self._taken_over is None:
             if time.monotonic() > until:
                 self._note(
@@ -613,6 +614,9 @@ def in_order(
     6. Uploads: everything above may write files, and all of them are uploaded.
     7. Lock, last: nobody else may run the experiment while one of these still writes.
     """
+    for view in users:
+        if isinstance(view, Progress):
+            view.nodes_starting = starting
     ours: list[Listener] = [tensorboard]
     ours += [] if budget is None else [budget]
     ours += [losses, Recorder(losses, budget, on_note=on_note)]

@@ -322,9 +322,9 @@ def outcome(directory: Path) -> dict[str, Any]:
         "opened": openings(directory.parent, compared.data),
         "trained_on": "train" if compared.hold_out else "train and validation",
         "arms": arms,
-        "notes": list(_notes(directory, compared)),
+        "notes": list(_notes_of(directory, compared)),
         "verdicts": [
-            {"student": student, "text": verdict.table(judged, arms=False), **judged.to_json()}
+            {"student": student, "text": verdict.verdict_table(judged, arms=False), **judged.to_json()}
             for student, judged in _verdicts(compared.arms, arrays, diverged)
         ],
     }
@@ -333,10 +333,11 @@ def outcome(directory: Path) -> dict[str, Any]:
     return result
 
 
-def _growth(directory: Path, arm: verdict.Arm) -> dict[str, Sequence[Any]]:
+def _growth(directory: Path, arm: verdict.JudgedArm) -> dict[str, Sequence[Any]]:
     """An arm's judged runs, their values, and mean and interval after 2, 3, ... seeds."""
     parts = [
-        verdict.summary(verdict.Arm(arm.name, arm.seeds[:n], arm.values[:n])) for n in range(2, len(arm.seeds) + 1)
+        verdict.summary(verdict.JudgedArm(arm.name, arm.seeds[:n], arm.values[:n]))
+        for n in range(2, len(arm.seeds) + 1)
     ]
     curves = {kind: [getattr(part, kind) for part in parts] for kind in ("mean", "low", "high")}
     runs = {f"{arm.name}-s{seed}": float(value) for seed, value in zip(arm.seeds, arm.values, strict=True)}
@@ -366,7 +367,7 @@ def _judged_arm(
     found: Sequence[dict[str, Any]],
     right: Sequence[NDArray[np.bool_] | None],
     metric: str,
-) -> verdict.Arm:
+) -> verdict.JudgedArm:
     """The arm's values on test; a run that diverged is a result, too: what guessing would have."""
     pairs = list(zip(runs, found, strict=True))
     diverged = [run.seed for run, result in pairs if _has_diverged(result)]
@@ -374,19 +375,21 @@ def _judged_arm(
         row = score_of(metric)
         values = {run.seed: result[row.name] for run, result in pairs if row.name in result}
         values |= dict.fromkeys(diverged, row.guess(runs[0].config.data.num_classes))
-        return verdict.Arm(name, tuple(values), np.array(list(values.values())))
+        return verdict.JudgedArm(name, tuple(values), np.array(list(values.values())))
     judged = {run.seed: images for run, images in zip(runs, right, strict=True) if images is not None}
     if not judged:
-        return verdict.Arm(name, (), np.zeros(0))
+        return verdict.JudgedArm(name, (), np.zeros(0))
     images = np.array(list(judged.values()))
-    return verdict.Arm(name, tuple(judged), images.mean(axis=1), images)
+    return verdict.JudgedArm(name, tuple(judged), images.mean(axis=1), images)
 
 
 def _has_diverged(result: dict[str, Any]) -> bool:
     return result["status"] == "failed" and str(result.get("reason", "")).startswith("Diverged")
 
 
-def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm], diverged: set[str]) -> Iterator[tuple[str, verdict.Verdict]]:
+def _verdicts(
+    arms: Arms, arrays: dict[str, verdict.JudgedArm], diverged: set[str]
+) -> Iterator[tuple[str, verdict.Verdict]]:
     """One for each student network that has candidates and baselines; of a sweep's best, one.
 
     Nothing is judged where a baseline has no two runs, or one that diverged: a candidate would win by its default.
@@ -416,7 +419,7 @@ def _verdicts(arms: Arms, arrays: dict[str, verdict.Arm], diverged: set[str]) ->
         yield names, verdict.undecided(reasons, metric, searched=arms.searched)
 
 
-def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
+def _notes_of(directory: Path, compared: Comparison) -> Iterator[str]:
     found = openings(directory.parent, compared.data)
     own = next((k for k, o in enumerate(found) if o.get("id") == compared.id), len(found))
     before = found[:own]
@@ -435,7 +438,7 @@ def _notes(directory: Path, compared: Comparison) -> Iterator[str]:
             yield f"{arm.name}: conditional on one teacher, which all its seeds share"
 
 
-COLUMNS = 6
+TABLE_COLUMNS = 6
 """Most metrics in one table: of 80 columns, 23 are the arm's name, and each metric has 9."""
 
 
@@ -443,8 +446,8 @@ def _other_metrics(result: dict[str, Any]) -> Iterator[str]:
     """Means over seeds of what was measured beside the accuracy: NLL is in nats, most others are fractions."""
     known = {key for arm in result["arms"] for run in arm["runs"] for key in run}
     rows = [row for row in SCORES.values() if row.heading is not None and row.name in known]
-    for first in range(0, len(rows), COLUMNS):
-        some = rows[first : first + COLUMNS]
+    for first in range(0, len(rows), TABLE_COLUMNS):
+        some = rows[first : first + TABLE_COLUMNS]
         yield ""
         yield f"{'means on test':<23}" + "".join(f"{row.heading:>9}" for row in some)
         for arm in result["arms"]:
@@ -453,7 +456,7 @@ def _other_metrics(result: dict[str, Any]) -> Iterator[str]:
             yield f"{arm['name'][:23]:<23}{cells}".rstrip()
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def outcome_table(result: dict[str, Any]) -> list[str]:
     """The outcome as lines of at most 80 columns; accuracies in per cent."""
     lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
     if result["preset"]:
@@ -467,7 +470,7 @@ def table(result: dict[str, Any]) -> list[str]:
         ours = f"{values.mean():.2f}" if len(values) else "none"
         interval = ""
         if len(values) > 1:
-            s = verdict.summary(verdict.Arm(arm["name"], tuple(range(len(values))), values))
+            s = verdict.summary(verdict.JudgedArm(arm["name"], tuple(range(len(values))), values))
             ours = f"{s.mean:.2f} ± {s.sd:.2f}"
             interval = verdict.ACCURACY.interval(s.low / 100, s.high / 100)
         line = f"{arm['name'][:23]:<23} {ours:>15} {len(values):>3} {interval:>18}"

@@ -32,7 +32,7 @@ from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
 AUTOSCALER_S = 15
 """How long an autoscaler may take to say whether it can start nodes for a trial; it looks every 5 s."""
-TIMEOUT_S = 10
+CONNECT_TIMEOUT_S = 10
 """How long a head may take to answer at all; one that answers and refuses the token takes Ray half a minute."""
 
 
@@ -79,7 +79,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         except Exception as error:  # a bare one where a node is not up within 30 s
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Unreachable(
-                f"Ray did not start on this machine: {reason}; its logs are in {temp_dir()}/session_latest/logs; where "
+                f"Ray did not start on this machine: {reason}; its logs are in {ray_temp_dir()}/session_latest/logs; where "
                 "the machine is busy, try again"
             ) from None
         _started.append(ray.get_runtime_context().gcs_address)
@@ -240,10 +240,10 @@ def _check_answers(address: str) -> None:
         got = masked(address)
         raise ConfigError(f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {got!r}")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise Unreachable(
-            f"no Ray head answers at {address} within {TIMEOUT_S} s ({error}); is it up, and is this machine one of "
+            f"no Ray head answers at {address} within {CONNECT_TIMEOUT_S} s ({error}); is it up, and is this machine one of "
             "its nodes? From elsewhere, submit a job: --cluster FILE, or --address http://127.0.0.1:8265 and a tunnel"
         ) from None
 
@@ -360,7 +360,7 @@ def _lets_in(address: str, key: str | None = None) -> bool:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            alive(b"", timeout=TIMEOUT_S, metadata=metadata)
+            alive(b"", timeout=CONNECT_TIMEOUT_S, metadata=metadata)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False
@@ -453,7 +453,7 @@ def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]
             yield f"resources.{kind}: no node has it; they have {', '.join(own) or 'none'} (ray start --resources=...)"
 
 
-def _nodes() -> list[dict[str, float]]:
+def _nodes_alive() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in _shunned]
 
 
@@ -463,12 +463,12 @@ def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:
 
 def room_for(config: TrainConfig) -> int:
     """How many trials of this shape the nodes that are there have room for at once."""
-    return sum(_workers_on(node, config.worker_resources) for node in _nodes()) // config.workers
+    return sum(_workers_on(node, config.worker_resources) for node in _nodes_alive()) // config.workers
 
 
 def check_room(config: TrainConfig) -> int:
     """How many trials of this shape the cluster has room for at once; a ConfigError if not even one."""
-    nodes, need = _nodes(), config.worker_resources
+    nodes, need = _nodes_alive(), config.worker_resources
     room = sum(_workers_on(node, need) for node in nodes)
     problems = []
     if room < config.workers and not grows_for(config, 1):
@@ -498,7 +498,9 @@ def check_room(config: TrainConfig) -> int:
 
 def grows_for(config: TrainConfig, trials: int) -> bool:
     """Whether nodes are started for so many trials at once. Asked by a placement group that is removed again."""
-    if started_here() or not any(node.ray_node_type_name for node in _status().cluster_resource_state.node_states):
+    if started_here() or not any(
+        node.ray_node_type_name for node in _cluster_status().cluster_resource_state.node_states
+    ):
         return False  # nobody has started its nodes by their types
     group = placement_group([config.worker_resources] * config.workers * trials, strategy=config.placement.upper())
     try:
@@ -506,7 +508,7 @@ def grows_for(config: TrainConfig, trials: int) -> bool:
         until = time.monotonic() + AUTOSCALER_S
         while time.monotonic() < until:
             time.sleep(0.5)
-            state = _status().autoscaling_state
+            state = _cluster_status().autoscaling_state
             version = state.last_seen_cluster_resource_state_version
             begun = version if begun is None else begun
             if any(_is_of(gang, config) for gang in state.infeasible_gang_resource_requests):
@@ -524,14 +526,14 @@ def _is_of(gang: Any, config: TrainConfig) -> bool:
     return any(dict(r.resources_bundle) == config.worker_resources for r in gang.requests)
 
 
-def _status() -> Any:
+def _cluster_status() -> Any:
     """What the head knows of nodes and autoscaler; an empty answer where it gives none."""
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply = GetClusterStatusReply()
     with contextlib.suppress(ray.exceptions.RayError):
         gcs = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
-        reply.ParseFromString(gcs.get_cluster_status(timeout_s=TIMEOUT_S))
+        reply.ParseFromString(gcs.get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
     return reply
 
 
@@ -539,7 +541,7 @@ def starting() -> list[str]:
     """Nodes that the autoscaler is starting, or could not, a phrase for each type; empty: none."""
     if not ray.is_initialized() or started_here():
         return []
-    state = _status().autoscaling_state
+    state = _cluster_status().autoscaling_state
     found = [f"{request.count} {request.ray_node_type_name} asked for" for request in state.pending_instance_requests]
     kinds = Counter(node.ray_node_type_name for node in state.pending_instances)
     found += [f"{count} {name} starting" for name, count in kinds.items()]
@@ -562,7 +564,7 @@ def other_clusters(ours: str | None) -> set[str]:
     return {a for a in found if not (a.rpartition(":")[2] == port and a.rpartition(":")[0] in mine)}
 
 
-def temp_dir() -> str:
+def ray_temp_dir() -> str:
     """Where a Ray that starts here would keep its sockets."""
     from ray._common.utils import get_default_ray_temp_dir
 
@@ -589,7 +591,7 @@ def leaked_groups() -> list[LeakedGroup] | None:
     from ray.util.state import list_jobs, list_placement_groups
     from ray.util.state.exception import RayStateApiException
 
-    options = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": TIMEOUT_S}
+    options = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": CONNECT_TIMEOUT_S}
     try:
         running = {job.job_id for job in list_jobs(**options) if job.status in ("PENDING", "RUNNING")}
         groups = list_placement_groups(detail=True, **options)

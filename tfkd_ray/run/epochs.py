@@ -46,14 +46,14 @@ def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
         raise LookupError(f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it")
 
 
-def _epochs_here(
+def epochs_here(
     run: dict[str, Any], assignment: Assignment, say: Callable[[str], None] | None = None
 ) -> Iterator[Metrics]:
     """The epochs of a trial in this process."""
-    yield from _prepared(run, assignment, say)
+    yield from prepared_epochs(run, assignment, say)
 
 
-def _prepared(
+def prepared_epochs(
     run: dict[str, Any],
     assignment: Assignment,
     say: Callable[[str], None] | None = None,
@@ -70,7 +70,7 @@ def _prepared(
     shelf = _Elsewhere(shelf_name(directory.parent.parent)) if ray.is_initialized() else None
     storage.begin_trial(directory)
     if (run_of_teacher := config.teacher_run()) is not None:
-        teachers.fetch(run_of_teacher, storage)
+        teachers.fetch_teacher(run_of_teacher, storage)
     teacher = teachers.bank_of(config, storage.folder, shelf)
     if meet is not None:
         config.data.load()  # kept, as its statistics are: the loop gets the same
@@ -102,24 +102,24 @@ def check_data_here(config: TrainConfig) -> None:
         ) from None
 
 
-def _stop(epochs: Iterator[Metrics]) -> None:
+def stop_epochs(epochs: Iterator[Metrics]) -> None:
     """End a trial without saving; fine if it ended already."""
     if hasattr(epochs, "throw"):
         with contextlib.suppress(Stopped, StopIteration):
             epochs.throw(Stopped())
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     text = ""
     with contextlib.suppress(Exception):  # an exception of the user's own may not even have a text
         text = readable(str(error)).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether a GPU's memory is what an error came of: torch's allocator says so, or CUDA and its libraries."""
     while error is not None:
-        text = _reason(error)
+        text = reason_of(error)
         if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA error: out of memory|_ALLOC_FAILED", text):
             return True
         error = error.__cause__
@@ -137,32 +137,32 @@ _BROKEN = re.compile(
 """What errors say after which every later use of the GPU in the same process fails, or that leave no GPU to use."""
 
 
-def _is_of_broken_gpu(error: BaseException | None) -> bool:
+def is_of_broken_gpu(error: BaseException | None) -> bool:
     """Whether an error, or one that it came of, leaves this process without a GPU that works."""
     while error is not None:
         known = isinstance(error, RuntimeError | OSError)  # torch's are, torch.AcceleratorError among them
-        if known and not _is_out_of_memory(error) and _BROKEN.search(_reason(error)):
+        if known and not is_out_of_memory(error) and _BROKEN.search(reason_of(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _node() -> str:
+def this_node() -> str:
     """Id of the node that this process is on."""
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
-def _note_broken(assignment: Assignment, reason: str) -> None:
+def note_broken(assignment: Assignment, reason: str) -> None:
     """Leave word of a broken GPU in the trial's directory, for the driver."""
     storage, folder = assignment.place
-    told = {"node": _node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
+    told = {"node": this_node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / BROKEN_GPU, json.dumps(told))
     with contextlib.suppress(OSError):
         storage.send(folder / BROKEN_GPU)
 
 
-def _is_of_storage(error: BaseException) -> bool:
+def is_of_storage(error: BaseException) -> bool:
     """Whether an error says that a disk is full, read-only or gone, and nothing of the trial itself."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
@@ -217,11 +217,11 @@ class _Elsewhere:
                 ray.get(self._shelf.offer.remote(name, content))
 
 
-def _unheard(text: str) -> None:
+def unheard(text: str) -> None:
     """Nobody needs to know, or another worker says it."""
 
 
-def _all_here(control: dist.ProcessGroup) -> bool:
+def all_here(control: dist.ProcessGroup) -> bool:
     """Whether every worker comes here, so that all are in step again."""
     try:
         dist.monitored_barrier(group=control, timeout=timedelta(seconds=BARRIER_TIMEOUT_S))
@@ -230,14 +230,14 @@ def _all_here(control: dist.ProcessGroup) -> bool:
     return True
 
 
-def _agreed(control: dist.ProcessGroup, in_step: bool, own: bool) -> tuple[bool, bool]:
+def agreed(control: dist.ProcessGroup, in_step: bool, own: bool) -> tuple[bool, bool]:
     """After a failure: whether the group can take the next trial, and whether this worker is to tell the reason.
 
     Args:
         in_step: this worker has no collective operation open.
         own: the failure is the trial's own.
     """
-    if not _all_here(control):
+    if not all_here(control):
         return False, own
     owners = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     owners[dist.get_rank()] = own

@@ -27,16 +27,16 @@ from tfkd_ray.run.epochs import (
     COMMAND_TIMEOUT,
     Metrics,
     Stopped,
-    _agreed,
-    _all_here,
-    _is_of_broken_gpu,
-    _is_of_storage,
-    _note_broken,
-    _prepared,
-    _reason,
-    _stop,
-    _unheard,
+    agreed,
+    all_here,
     check_metrics,
+    is_of_broken_gpu,
+    is_of_storage,
+    note_broken,
+    prepared_epochs,
+    reason_of,
+    stop_epochs,
+    unheard,
 )
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.schema import validated
@@ -61,7 +61,7 @@ class TrialFailed(RuntimeError):
 # --- several workers -------------------------------------------------------------------------------------------
 
 
-class Group:
+class WorkerGroup:
     """A resident group of Ray Train workers, from the side of the trial that uses it.
 
     Args:
@@ -71,7 +71,7 @@ class Group:
     """
 
     def __init__(self, config: TrainConfig, folder: Path, say: Callable[[str], None] | None = None) -> None:
-        self._config, self._folder, self._say = config, folder, say or _unheard
+        self._config, self._folder, self._say = config, folder, say or unheard
         self._runs = 0
         self._desk: Any = None
 
@@ -135,7 +135,7 @@ class Group:
         try:
             ray.get(self._desk.put_command.remote(message))
         except ray.exceptions.RayError as error:
-            raise GroupLost(f"the group's desk is gone: {_reason(error)}") from None
+            raise GroupLost(f"the group's desk is gone: {reason_of(error)}") from None
 
     def _next(self, number: int) -> tuple[str, Any]:
         """What the workers say next about run `number`; GroupLost if there is no group left to say anything."""
@@ -143,7 +143,7 @@ class Group:
             try:
                 answer, trouble = ray.get(self._desk.get_result.remote(1.0))
             except ray.exceptions.RayError as error:
-                raise GroupLost(f"the group's desk is gone: {_reason(error)}") from None
+                raise GroupLost(f"the group's desk is gone: {reason_of(error)}") from None
             if answer is not None and answer[0] == number:
                 return answer[1], answer[2]
             if answer is None and trouble is not None:
@@ -201,7 +201,7 @@ class _Desk:
             ).fit()
             self._trouble = "it has ended"
         except BaseException as error:  # told to the trial, which asks for it
-            self._trouble = _reason(error).splitlines()[0]
+            self._trouble = reason_of(error).splitlines()[0]
         finally:  # Ray Train's own folder: nothing of ours is in it
             shutil.rmtree(Path(storage) / name, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -312,7 +312,9 @@ def _worker(given: dict[str, Any]) -> None:
         number, run, assignment = rest
         notice.training, in_step = True, True
         try:
-            epochs = _prepared(run, assignment, functools.partial(tell, number, "note") if first else _unheard, meet)
+            epochs = prepared_epochs(
+                run, assignment, functools.partial(tell, number, "note") if first else unheard, meet
+            )
             while True:
                 in_step = False
                 metrics = next(epochs, None)
@@ -326,7 +328,7 @@ def _worker(given: dict[str, Any]) -> None:
                     continue
                 if notice.came_to_any(control):
                     epochs.close()  # type: ignore[attr-defined]
-                    _all_here(control)  # when one has gone, Ray ends the others
+                    all_here(control)  # when one has gone, Ray ends the others
                     os._exit(1)  # the trial goes on in another group
                 what, *_ = command()
                 if what == "save":
@@ -334,18 +336,18 @@ def _worker(given: dict[str, Any]) -> None:
                     if first:
                         tell(number, "saved", None)
                 elif what == "stop":
-                    _stop(epochs)
+                    stop_epochs(epochs)
         except (Exception, SystemExit) as error:
-            own = not (_is_of_storage(error) or _is_of_communication(error) or _is_of_broken_gpu(error))
-            if _is_of_broken_gpu(error):
-                _note_broken(assignment, _reason(error))
-            keeps, mine = _agreed(control, in_step or isinstance(error, Diverged), own)
-            told = (number, "failed", (_reason(error), traceback.format_exc()))
+            own = not (is_of_storage(error) or _is_of_communication(error) or is_of_broken_gpu(error))
+            if is_of_broken_gpu(error):
+                note_broken(assignment, reason_of(error))
+            keeps, mine = agreed(control, in_step or isinstance(error, Diverged), own)
+            told = (number, "failed", (reason_of(error), traceback.format_exc()))
             if keeps:
                 if mine:
                     tell(*told)
             else:  # the others cannot go on without this one, or nobody knows what they still wait for
-                why = "a worker failed" if own else _reason(error)
+                why = "a worker failed" if own else reason_of(error)
                 ray.get(desk.give_up.remote(why, told if mine else None))
                 raise
         notice.training = False

@@ -9,7 +9,7 @@ from typing import Any
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.space.relate import _asked, _is_number, placed
+from tfkd_ray.space.relate import as_asked, is_number, placed
 from tfkd_ray.space.space import Space
 from tfkd_ray.store.experiment import Record, read_experiment, read_records
 
@@ -68,9 +68,9 @@ def _prior(space: Space, record: Record, metrics: Sequence[str], origin: str) ->
     place = placed(space, config)
     if isinstance(place, list):
         return place
-    values = [v for metric in metrics if _is_number(v := record.last.get(metric))]
+    values = [v for metric in metrics if is_number(v := record.last.get(metric))]
     if len(values) < len(metrics) or record.last["epoch"] != config.epochs:
         return [f"{' or '.join(metrics)}: not measured there, or not a number"]
     group, parameters = place
-    params, distributions = _asked(group, config.objective.name, parameters)
+    params, distributions = as_asked(group, config.objective.name, parameters)
     return Prior(group.name, params, distributions, values, origin)

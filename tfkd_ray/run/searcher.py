@@ -36,8 +36,8 @@ from tfkd_ray.run.priors import Prior, prior_trials
 from tfkd_ray.run.studies import (
     REPLACED,
     SAVED,
-    _database,
     close_storage,
+    database,
     drop_stale_locks,
     open_journal,
     open_storage,
@@ -47,9 +47,9 @@ from tfkd_ray.settings.errors import ConfigError, check_kind, did_you_mean, read
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.listener import Epochs
-from tfkd_ray.space.relate import _asked, _branch, _is_number, group_points, placed
+from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
 from tfkd_ray.space.search_config import CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
-from tfkd_ray.space.space import Group, Space
+from tfkd_ray.space.space import BranchGroup, Space
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
@@ -213,7 +213,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         study, trial = live.study, live.trial
         result = result or {}
         failed = str(result.get("failed") or "")
-        if error and not _is_number(result.get(self.space.search.metric)):  # a `Repeater` has one of the other repeats
+        if error and not is_number(result.get(self.space.search.metric)):  # a `Repeater` has one of the other repeats
             failed = self._errors.pop(trial_id, "") or _raised() or "its process was lost"
         if result and not failed:
             self._put(live, result)
@@ -221,7 +221,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("reason", failed or "ended without a result")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         elif result and self._is_whole(live, result):
-            bad = [f"{m} is {result.get(m)}" for m in self.space.search.metrics if not _is_number(result.get(m))]
+            bad = [f"{m} is {result.get(m)}" for m in self.space.search.metrics if not is_number(result.get(m))]
             if not bad:
                 values = [float(result[m]) for m in self.space.search.metrics]
                 study.tell(trial.number, values, skip_if_finished=True)
@@ -359,16 +359,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             intermediate_values: after epochs 1, 2, ...
         """
         group, objective, values = point_in(self.space, parameters, whole=True)
-        params, distributions = _asked(group, objective, values)
+        params, distributions = as_asked(group, objective, values)
         told = list(value) if isinstance(value, list | tuple) else [value]
         on_the_way = {epoch: float(v) for epoch, v in enumerate(intermediate_values or (), start=1)}
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         if error:
             state = TrialState.FAIL
         whole = state == TrialState.COMPLETE
-        if whole and (len(told) != len(self.space.search.metrics) or not all(_is_number(v) for v in told)):
+        if whole and (len(told) != len(self.space.search.metrics) or not all(is_number(v) for v in told)):
             raise ConfigError(f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}")
-        if pruned and not error and not on_the_way and _is_number(value):
+        if pruned and not error and not on_the_way and is_number(value):
             on_the_way = {1: float(value)}
         about = {"parameters": params, "values": told if whole else [], "on_the_way": on_the_way, "state": state.name}
         origin = f"evaluated: {json.dumps(about, sort_keys=True, default=str)}"
@@ -424,7 +424,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         epoch, value = live.epochs.of(result), result.get(self.space.search.metric)
         if self.space.search.more_metrics:  # Optuna keeps no values on the way for several
             return False
-        if epoch is None or not _is_number(value) or epoch in live.reported:
+        if epoch is None or not is_number(value) or epoch in live.reported:
             return False
         live.reported.add(epoch)
         live.trial.report(float(value), epoch)
@@ -437,7 +437,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if self._studies is None:
             self._forget()
             self._storage = open_journal(self.journal) if self.storage is None else open_storage(self.storage)
-            with contextlib.nullcontext() if self.storage is None else _database(self.storage):
+            with contextlib.nullcontext() if self.storage is None else database(self.storage):
                 studies = self._make_studies()
             self._studies = studies
             self.add_priors(prior_trials(self.space, self.priors))
@@ -517,7 +517,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         random = optuna.samplers.RandomSampler(seed=seed)
         if g not in self._warm:
             published = group_points(self.space, group)
-            told = [group.told(_branch(group, p.objective), p.values) for p in published]
+            told = [group.told(branch_of(group, p.objective), p.values) for p in published]
             points = self._given.get(group.name, [])
             self._warm[g] = [*points, *(point for point in told if point not in points)]
         given = self._warm[g][k] if k < len(self._warm[g]) else None
@@ -700,7 +700,9 @@ def take_saved_journal(journal: Path) -> bool:
     return True
 
 
-def point_in(space: Space, parameters: Mapping[str, Any], *, whole: bool = False) -> tuple[Group, str, dict[str, Any]]:
+def point_in(
+    space: Space, parameters: Mapping[str, Any], *, whole: bool = False
+) -> tuple[BranchGroup, str, dict[str, Any]]:
     """(group, objective, values by parameter name) of a point that somebody names; all values, if it is `whole`.
 
     A point is a whole configuration, or values by parameter name and perhaps the name of its `objective`.
@@ -742,7 +744,7 @@ def given_points(space: Space, points: Sequence[Mapping[str, Any]]) -> dict[str,
     for point in points:
         group, objective, values = point_in(space, point)
         told = {"objective": objective} if len(group.branches) > 1 else {}
-        for p in _branch(group, objective).parameters:
+        for p in branch_of(group, objective).parameters:
             told |= p.domain.told(p.name, values[p.name]) if p.name in values else {}
         found.setdefault(group.name, []).append(told)
     share = space.search.num_samples // len(space.groups)
@@ -766,7 +768,7 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
                 _, config = group.propose(optuna.trial.FixedTrial(trial.params))
                 place = placed(new.space, config)
                 assert not isinstance(place, list), f"{trial.user_attrs=} {place=}"
-                params, distributions = _asked(place[0], config.objective.name, place[1])
+                params, distributions = as_asked(place[0], config.objective.name, place[1])
                 copied = optuna.trial.create_trial(
                     state=trial.state,
                     values=trial.values if trial.state == TrialState.COMPLETE else None,

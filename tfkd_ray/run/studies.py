@@ -45,7 +45,7 @@ def open_journal(path: Path) -> BaseStorage:
 
 SAVED, REPLACED = ".saved", ".replaced"
 """Added to a journal's name: what a search knew whose journal was lost; what stood in the journal's place."""
-TAIL = 4096
+JOURNAL_TAIL = 4096
 """Bytes before the end by which a journal is known again."""
 
 
@@ -111,7 +111,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
                 return "cut, or replaced by an older one,"
             if os.pread(file, len(self._tail), self._end - len(self._tail)) != self._tail:
                 return "replaced by another one"
-            self._end, start = about.st_size, max(0, about.st_size - TAIL)
+            self._end, start = about.st_size, max(0, about.st_size - JOURNAL_TAIL)
             self._tail = os.pread(file, self._end - start, start)
             return None
         finally:
@@ -233,12 +233,12 @@ def open_storage(url: str) -> BaseStorage:
     kind = whole_url(url).partition(":")[0]
     wait = {"sqlite": {"timeout": SQLITE_WAIT_S}}.get(kind.partition("+")[0], {"connect_timeout": 10})
     template = whole_url(url).replace("{", "{{").replace("}", "}}")  # Optuna fills its version into braces
-    with _database(url):
+    with database(url):
         return RDBStorage(template, engine_kwargs={"connect_args": wait})
 
 
 @contextlib.contextmanager
-def _database(url: str) -> Iterator[None]:
+def database(url: str) -> Iterator[None]:
     """What is wrong with a database behind a URL is a ConfigError."""
     whole = whole_url(url)
     shown = masked(url)

@@ -21,17 +21,17 @@ from tfkd_ray.learn.dataset import seal_test_split
 from tfkd_ray.run.connect import DRIVER, OUT_OF_MEMORY, shunning
 from tfkd_ray.run.epochs import (
     Metrics,
-    _epochs_here,
-    _is_of_broken_gpu,
-    _is_of_storage,
-    _is_out_of_memory,
-    _node,
-    _note_broken,
-    _reason,
-    _stop,
     check_metrics,
+    epochs_here,
+    is_of_broken_gpu,
+    is_of_storage,
+    is_out_of_memory,
+    note_broken,
+    reason_of,
+    stop_epochs,
+    this_node,
 )
-from tfkd_ray.run.group import Group, GroupLost, TrialFailed
+from tfkd_ray.run.group import GroupLost, TrialFailed, WorkerGroup
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.schema import validated
@@ -59,7 +59,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         seal_test_split()
-        self._group: Group | None = None
+        self._group: WorkerGroup | None = None
         self._epochs: Iterator[Metrics] = iter(())
         self._notes: list[str] = []
         self._leaving = False
@@ -71,7 +71,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         with contextlib.suppress(
             Exception
         ):  # the trial before has ended, and its end was told: no matter of this one's
-            _stop(self._epochs)
+            stop_epochs(self._epochs)
         self._begin(new_config)
         return True
 
@@ -95,10 +95,10 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         run = without_assignment(config)
         workers = run["workers"]
         if workers == 1:
-            self._epochs = _epochs_here(run, self._assignment, self._notes.append)
+            self._epochs = epochs_here(run, self._assignment, self._notes.append)
         else:
             folder = self._assignment.folder.parent.parent / "groups"
-            self._group = self._group or Group(validated(TrainConfig, run), folder, self._notes.append)
+            self._group = self._group or WorkerGroup(validated(TrainConfig, run), folder, self._notes.append)
             self._epochs = self._group.epochs(run, self._assignment)
 
     def step(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         except GroupLost:
             raise
         except (Exception, SystemExit) as error:
-            if _is_of_storage(error):
+            if is_of_storage(error):
                 raise
             return self._failed(error)
         if self._leaving:
@@ -116,25 +116,25 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         epoch = int(metrics["epoch"])
         note = {"note": "; ".join(self._notes)} if self._notes else {}
         self._notes.clear()
-        return {**metrics, **note, "epoch": epoch, "done": epoch == self._assignment.epochs, "node": _node()}
+        return {**metrics, **note, "epoch": epoch, "done": epoch == self._assignment.epochs, "node": this_node()}
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, TrialFailed):
             reason, trace = str(error), error.trace
         else:
-            reason, trace = _reason(error), "".join(traceback.format_exception(error))
+            reason, trace = reason_of(error), "".join(traceback.format_exception(error))
         storage, folder = self._assignment.place
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "error.txt", trace)
         with contextlib.suppress(OSError):  # the reason is told all the same
             storage.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
-        if _is_out_of_memory(error) and 0 < share < 1:
+        if is_out_of_memory(error) and 0 < share < 1:
             write_text(folder / OUT_OF_MEMORY, str(share))
             storage.send(folder / OUT_OF_MEMORY)
             raise error  # ends this process; the trial starts again, with a larger share
-        if _is_of_broken_gpu(error) or (share and not _gpu_answers()):
-            _note_broken(self._assignment, reason)
+        if is_of_broken_gpu(error) or (share and not _gpu_answers()):
+            note_broken(self._assignment, reason)
             raise BrokenGpu(reason) from None  # ends this process; the trial goes on elsewhere
         return {"failed": reason, "done": True}
 

@@ -80,7 +80,7 @@ from tfkd_ray.store.experiment import (
 )
 from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
 
-MANY = 16
+MANY_TRIALS = 16
 """Trials at a time from which on their processes are started side by side."""
 LOOK_S = 5
 """How often nodes are counted, which come and go."""
@@ -377,7 +377,7 @@ def train_teachers(
     note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
     runs, folder = list(runs), storage.folder
     for run in runs:
-        teachers.fetch(run, storage, weights=False)
+        teachers.fetch_teacher(run, storage, weights=False)
         if not teachers.is_trained(run, folder) and (changed := teachers.of_other_data(run, folder)):
             note(changed)
         if run.weights is not None:
@@ -391,14 +391,14 @@ def train_teachers(
     for run in missing:
         on_teacher(run, None)
         need = run.worker_resources
-        task = ray.remote(_teacher).options(
+        task = ray.remote(_teacher_task).options(
             num_cpus=need.pop("CPU"), num_gpus=need.pop("GPU", 0), resources=need, max_retries=2
         )
         tasks.append(task.remote(run, storage, own_code.here()))
     for run, task in zip(missing, tasks, strict=True):
         try:
             about = ray.get(task)
-            teachers.fetch(run, storage, weights=False)
+            teachers.fetch_teacher(run, storage, weights=False)
             on_teacher(run, about)
         except ray.exceptions.RayTaskError as error:
             reason = readable(f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}")
@@ -411,11 +411,11 @@ def train_teachers(
     teachers.tell_doubts(runs, folder, note)
 
 
-def _teacher(run: TeacherRun, storage: Storage, home: own_code.Place) -> dict[str, Any]:
+def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> dict[str, Any]:
     seal_test_split()
     own_code.enter(home)
     check_data_here(run)
-    teachers.fetch(run, storage)
+    teachers.fetch_teacher(run, storage)
     on_saved = storage.on_saved(teachers.teacher_folder(run, storage.folder))
     about = teachers.train_teacher(run, storage.folder, on_saved=on_saved)
     teachers.upload(run, storage)
@@ -618,10 +618,10 @@ def assemble(
     keep_keys_at_home()
     shun_nobody()
     at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, max(1, room_for(config))
-    more = MANY if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
+    more = MANY_TRIALS if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
     # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room // 8, more))
-    if config.workers > 1 or room >= MANY or more:  # else Tune would ask for more trials than there is room for
+    if config.workers > 1 or room >= MANY_TRIALS or more:  # else Tune would ask for more trials than there is room for
         searcher, at_once = Room(searcher, config, at_once or sys.maxsize, more), None
     return tune.Tuner(
         tune.with_resources(StudentTrial, lambda proposal: resources_of(config)),  # asked for each trial

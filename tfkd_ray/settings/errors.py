@@ -16,7 +16,7 @@ class ConfigError(Exception):
 
     def __init__(self, problems: str | Iterable[str], source: str | Path | None = None) -> None:
         found = [problems] if isinstance(problems, str) else list(problems)
-        self.problems = [_short(masked_words(problem)) for problem in dict.fromkeys(found)]
+        self.problems = [_shortened(masked_words(problem)) for problem in dict.fromkeys(found)]
         self.source = None if source is None else readable(masked_words(str(source)))
         lines = self.problems if source is None else [f"{self.source}:", *(f"  {p}" for p in self.problems)]
         super().__init__("\n".join(lines))
@@ -40,7 +40,7 @@ class Unreachable(ConfigError):
     """What was named does not answer: it may be named wrongly, or be down, so that a command has failed."""
 
 
-def _short(problem: str) -> str:
+def _shortened(problem: str) -> str:
     """A sentence without the middle of what it quotes, where that is long."""
     problem = readable(problem)
     return problem if len(problem) <= LONGEST else f"{problem[: LONGEST * 2 // 3]} ... {problem[-LONGEST // 4 :]}"

@@ -53,7 +53,7 @@ class Settings(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
-def named(value: Any) -> Any:
+def name_alone(value: Any) -> Any:
     """Let `student: mlp` stand for `student: {name: mlp}`."""
     return {"name": value} if isinstance(value, str) else value
 

@@ -12,7 +12,7 @@ import yaml
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import legible, opened
 
-MOST_BYTES = 2**20
+MOST_YAML_BYTES = 2**20
 """Of a YAML file; a hundred times what the largest of ours has. Reading it takes seconds at most."""
 MAX_NODES = 100_000
 """Most values a YAML file may hold once its aliases are expanded."""
@@ -170,7 +170,7 @@ def parse_documents(text: str, source: str | Path) -> list[Any]:
             found.append(loader.get_data())
         return [value for value in found if value is not None]
 
-    documents: list[Any] = _parsed(text, source, load)
+    documents: list[Any] = _parsed_yaml(text, source, load)
     if loader.differing:
         raise ConfigError(loader.differing[:20], source)
     return documents
@@ -178,13 +178,13 @@ def parse_documents(text: str, source: str | Path) -> list[Any]:
 
 def parse_yaml(text: str, source: str | Path) -> Any:
     """The value of a YAML document, or a ConfigError with line, column and rule."""
-    return _parsed(text, source, lambda text: yaml.load(text, Loader=_Loader))
+    return _parsed_yaml(text, source, lambda text: yaml.load(text, Loader=_Loader))
 
 
-def _parsed(text: str, source: str | Path, load: Callable[[str], Any]) -> Any:
+def _parsed_yaml(text: str, source: str | Path, load: Callable[[str], Any]) -> Any:
     """What `load` makes of a text; whatever is wrong with it is a ConfigError."""
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", source)
+    if len(text) > MOST_YAML_BYTES:
+        raise ConfigError(f"larger than any such file: more than {MOST_YAML_BYTES} bytes", source)
     try:
         return load(text)
     except yaml.MarkedYAMLError as error:
@@ -211,9 +211,9 @@ def text_of(path: Path, *, follow: bool = True) -> str:
         raise ConfigError("is a directory, not a file; name a YAML file in it", path)
     try:
         with opened(path, follow=follow) as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ConfigError(f"larger than any such file: more than {MOST_BYTES} bytes", path)
+            content = file.read(MOST_YAML_BYTES + 1)
+        if len(content) > MOST_YAML_BYTES:
+            raise ConfigError(f"larger than any such file: more than {MOST_YAML_BYTES} bytes", path)
         return content.decode("utf-8")
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path()

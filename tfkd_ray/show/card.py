@@ -14,12 +14,12 @@ from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.teachers import known_of, teacher_name
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml
-from tfkd_ray.show.chosen import GRAPH, ONNX, OPSET, Chosen, _listed
+from tfkd_ray.show.chosen import GRAPH, ONNX, OPSET, Chosen, listed
 
 # --- the card --------------------------------------------------------------------------------------------------
 
 
-def _header(chosen: Chosen, licence: str | None) -> dict[str, str]:
+def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
     """What the weights say about themselves."""
     data = chosen.config.data
     mean, std = data.statistics()
@@ -38,7 +38,7 @@ def _header(chosen: Chosen, licence: str | None) -> dict[str, str]:
     }
 
 
-def _card(chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str | None) -> Iterator[str]:
+def card_text(chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str | None) -> Iterator[str]:
     config = chosen.config
     data, objective = config.data, config.objective.name
     given = {"license": licence} if licence else {"license": "other", "license_name": "none-given"}
@@ -66,11 +66,11 @@ def _card(chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str
     ).rstrip()
     yield "```"
     yield "\n## Teacher\n"
-    yield from _teacher(chosen)
+    yield from _teacher_section(chosen)
     yield "\n## Licence\n"
     yield f"{licence}." if licence else "None given: ask whoever trained it. `tfkd export --licence NAME` names one."
     yield "The data have terms of their own."
-    yield from _again(chosen)
+    yield from _again_section(chosen)
 
 
 def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
@@ -87,7 +87,7 @@ def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
     if data.streams:
         yield f"  The shorter side is resized to {round(height * 256 / 224)} and the centre cut out; RGB."
     yield "- Normalisation is inside the graphs. The bare weights want (image - mean) / std of each channel, with"
-    yield f"  mean {_listed(mean)} and std {_listed(std)} (pixels 0 to 255)."
+    yield f"  mean {listed(mean)} and std {listed(std)} (pixels 0 to 255)."
     order = "the sorted names of its class folders" if data.streams else "the data set's own order"
     yield f"- Output: logits of {data.num_classes} classes, 0 to {data.num_classes - 1}, in {order}."
     if result["differences"]:
@@ -104,7 +104,7 @@ def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
         yield f"\n`{name}` is not here, as the network could not be exported to it: `{reason}`"
 
 
-def _teacher(chosen: Chosen) -> Iterator[str]:
+def _teacher_section(chosen: Chosen) -> Iterator[str]:
     run = chosen.config.teacher_run()
     if run is None:
         yield "No trained teacher: the objective needs none."
@@ -129,7 +129,7 @@ def _teacher(chosen: Chosen) -> Iterator[str]:
     yield f"- SHA-256 of its weights: `{about['sha256']}`; trained with torch {about['torch']}"
 
 
-def _again(chosen: Chosen) -> Iterator[str]:
+def _again_section(chosen: Chosen) -> Iterator[str]:
     """How to reproduce it."""
     made, config = chosen.made, chosen.config
     versions = made.get("versions") or {}

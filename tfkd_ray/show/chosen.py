@@ -28,7 +28,7 @@ from tfkd_ray.store.experiment import (
     trials_folder,
 )
 from tfkd_ray.verdict.scores import Score, ranked, score_of
-from tfkd_ray.verdict.verdict import Metric
+from tfkd_ray.verdict.verdict import JudgedMetric
 
 OPSET = 20
 """Of ONNX: the one that ONNX 1.15 brought, and torch's default."""
@@ -83,13 +83,13 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
                 f"{shlex.quote(str(source))}",
                 source,
             )
-        return _of_trial(winner, source)
+        return _chosen_of_trial(winner, source)
     if (source / "trial.json").is_file():
         record, above = read_record(source), source.parent.parent
         if (above / "confirm.yaml").is_file():
             with damaged(above / "confirm.json"):
                 return _of_comparison(above, record.parameters.get("arm"), record.parameters.get("seed"))
-        return _of_trial(record, above)
+        return _chosen_of_trial(record, above)
     if (source / "config.yaml").is_file():
         return _of_run(source)
     raise ConfigError(
@@ -99,7 +99,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     )
 
 
-def _of_trial(record: Record, experiment: Path) -> Chosen:
+def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
     """A trial of a sweep."""
     path = record.folder / "trial.json"
     if record.status != "done":
@@ -179,7 +179,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
         )
     if seed is not None and seed not in done:
         why = f"{runs[seed]['status']}: {runs[seed].get('reason', '')}" if seed in runs else "no such seed"
-        raise ConfigError(f"--seed: {name} with {seed}: {why}; trained to the end: {_listed(done)}", directory)
+        raise ConfigError(f"--seed: {name} with {seed}: {why}; trained to the end: {listed(done)}", directory)
     wanted = (name, done[0] if seed is None else seed)
     run = next((r for r in compared.runs_on_data if (r.arm, r.seed) == wanted), None)
     if run is None:
@@ -197,7 +197,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
         selection=_arm_selection(
             result, metric, directory, name, run.seed, by_hand=(arm is not None, seed is not None)
         ),
-        verdict=_verdict(result, directory, name),
+        verdict=_verdict_text(result, directory, name),
         made={key: about[key] for key in MADE if key in about},
     )
 
@@ -209,7 +209,7 @@ def _outcome(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def _values(arm: dict[str, Any], metric: Score) -> list[float]:
+def _chosen_values(arm: dict[str, Any], metric: Score) -> list[float]:
     """On the test split, by seed, as the comparison measured them."""
     return [run[metric.name] for run in arm["runs"] if metric.name in run]
 
@@ -220,8 +220,8 @@ def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
     'Cannot tell' goes before nothing: an arm with few seeds and a poor mean gets it easily. Without candidates any arm.
     """
     words = {c["name"]: c["verdict"] for found in result["verdicts"] for c in found["candidates"]}
-    judged = [arm for arm in result["arms"] if _values(arm, metric)]
-    best_first = ranked(judged, metric.key, lambda arm: statistics.fmean(_values(arm, metric))) or judged
+    judged = [arm for arm in result["arms"] if _chosen_values(arm, metric)]
+    best_first = ranked(judged, metric.key, lambda arm: statistics.fmean(_chosen_values(arm, metric))) or judged
 
     def place(arm: dict[str, Any]) -> tuple[bool, bool]:
         return arm["role"] == "candidate", words.get(arm["name"]) == "better"
@@ -246,7 +246,7 @@ def _arm_selection(
         if candidates > 1:
             chosen += "; that is a choice by the test split, and flatters the mean a little"
     which = "picked by hand" if by_hand[1] else "the first that was trained to the end, not the best"
-    values = _values(arms[name], metric)
+    values = _chosen_values(arms[name], metric)
     own = next(run for run in arms[name]["runs"] if run["seed"] == seed)
     texts = [f"{chosen}. Seed {seed}: {which}. Trained on {result['trained_on']}."]
     if values and metric.name in own:
@@ -281,7 +281,7 @@ def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
             continue
         for arm in compared.arms.arms:
             if result is not None and _recipe_print(arm.config) == wanted:
-                lines += ["", *_verdict(result, directory, arm.name)]
+                lines += ["", *_verdict_text(result, directory, arm.name)]
                 lines += [
                     "",
                     "That is about the configuration, trained anew with other seeds. These weights are not among those "
@@ -297,7 +297,7 @@ def _recipe_print(config: TrainConfig) -> str:
     return config.model_copy(update={"seed": 0, "data": data, "teacher": teacher}).fingerprint()
 
 
-def _verdict(result: dict[str, Any], directory: Path, arm: str) -> list[str]:
+def _verdict_text(result: dict[str, Any], directory: Path, arm: str) -> list[str]:
     """The verdict on an arm: a sentence, its comparisons with intervals, notes."""
     opened = result["opened"][0]["when"][:10] if result["opened"] else "an unknown day"
     where = f"Comparison `{directory.name}`, test split of {result['test']}, trained on {result['trained_on']}"
@@ -310,7 +310,7 @@ def _verdict(result: dict[str, Any], directory: Path, arm: str) -> list[str]:
         lines += ["", f"No verdict on `{arm}`: it is a {role} there, or had too few seeds to be judged."]
         lines += [f"Of the others: {found['sentence']}." for found in result["verdicts"]]
     for found, candidate in judged:
-        metric = Metric(**found["metric"])
+        metric = JudgedMetric(**found["metric"])
         lines += ["", f"**{candidate['sentence']}.**", ""]
         lines += [f"| lead in {metric.name} over | lead | 95 % over seeds | 95 % over test images | n | p |"]
         lines += ["|---|---:|---:|---:|---:|---:|"]
@@ -327,9 +327,9 @@ def _verdict(result: dict[str, Any], directory: Path, arm: str) -> list[str]:
     return lines + [line for note in result["notes"] if not note.startswith(others) for line in ("", f"Note: {note}.")]
 
 
-def _interval(metric: Metric, low: float | None, high: float | None) -> str:
+def _interval(metric: JudgedMetric, low: float | None, high: float | None) -> str:
     return "-" if low is None or high is None else metric.interval(low, high)
 
 
-def _listed(values: Sequence[Any]) -> str:
+def listed(values: Sequence[Any]) -> str:
     return ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values)

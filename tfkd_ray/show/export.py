@@ -39,12 +39,12 @@ from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import PART, check_writable, kind_of, write_text
 from tfkd_ray.settings.yaml import dump_yaml
-from tfkd_ray.show.card import _card, _header
+from tfkd_ray.show.card import card_text, weights_header
 from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, OPSET, SUMS, Chosen, choose
 
 IMAGES = 256
 """Images that the graphs are compared on, from validation, or from train where validation has fewer."""
-TOLERANCE = 1e-3
+EXPORT_TOLERANCE = 1e-3
 """Largest difference of logits that is let pass, as a fraction of the largest logit."""
 
 
@@ -85,7 +85,7 @@ def export(
         `confirmed` (whether a verdict is in the card).
     """
     source, out = source.expanduser().absolute(), out.expanduser().absolute()
-    _check(out, onnx, licence)
+    _check_export(out, onnx, licence)
     chosen = choose(source, arm, seed)
     data = chosen.config.data
     data.check()
@@ -93,7 +93,7 @@ def export(
     split, batches = _images(data)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _whole_folder(out) as part:
-        save_weights(part / WEIGHTS, network.state_dict(), _header(chosen, licence))
+        save_weights(part / WEIGHTS, network.state_dict(), weights_header(chosen, licence))
         write_text(part / "config.yaml", dump_yaml(chosen.config.model_dump(mode="json")))
         found, problems = _graphs(part, network, data, batches, onnx)
         result: dict[str, Any] = {
@@ -105,9 +105,9 @@ def export(
             "problems": problems,
             "confirmed": chosen.verdict[:1] != [NOT_CONFIRMED],
         }
-        write_text(part / "README.md", "\n".join(_card(chosen, result, notes, licence)) + "\n")
+        write_text(part / "README.md", "\n".join(card_text(chosen, result, notes, licence)) + "\n")
         names = sorted(path.name for path in part.iterdir())
-        write_text(part / SUMS, "".join(f"{_sha256(part / name)}  {name}\n" for name in names))
+        write_text(part / SUMS, "".join(f"{_sha256_of(part / name)}  {name}\n" for name in names))
     return {**result, "files": [*names, SUMS]}
 
 
@@ -129,7 +129,7 @@ def verify(folder: Path) -> list[str]:
     for name, expected in listed.items():
         if not (folder / name).is_file():
             problems.append(f"{name}: missing; {SUMS} lists it")
-        elif _sha256(folder / name) != expected:
+        elif _sha256_of(folder / name) != expected:
             problems.append(f"{name}: changed: its SHA-256 is not the one in {SUMS}; get it again")
     there = {p.name for p in folder.iterdir()} - {SUMS}
     problems += [f"{name}: not in {SUMS}: it was added later" for name in sorted(there - set(listed))]
@@ -139,7 +139,7 @@ def verify(folder: Path) -> list[str]:
     return sorted(listed)
 
 
-def _check(out: Path, onnx: bool, licence: str | None) -> None:
+def _check_export(out: Path, onnx: bool, licence: str | None) -> None:
     """Raise where nothing could be written, before anything is read."""
     kind = kind_of(out, follow=False)
     if out.name in ("", ".."):
@@ -227,21 +227,21 @@ def _graphs(
     try:
         program = _program(graph, data.shape)
     except Exception as error:  # whatever its author's code does when it is traced
-        return {}, dict.fromkeys(forms, f"torch.export: {_reason(error)}")
+        return {}, dict.fromkeys(forms, f"torch.export: {_export_reason(error)}")
     for name, write in forms.items():
         try:
             logits = torch.cat(write(folder / name, program, batches))
         except Exception as error:  # an operation without a form in this format can end in any exception
             (folder / name).unlink(missing_ok=True)
-            problems[name] = _reason(error)
+            problems[name] = _export_reason(error)
             continue
         found[name] = difference = Difference(
             float((logits.double() - expected.double()).abs().max()), float(expected.double().abs().max())
         )
-        if not difference.largest <= TOLERANCE * difference.scale:  # also where either is not a number
+        if not difference.largest <= EXPORT_TOLERANCE * difference.scale:  # also where either is not a number
             raise ExportFailed(
                 f"{name}: its logits differ from the student's by up to {difference.largest:.2g} on {len(expected)} "
-                f"images, where {TOLERANCE:g} of their scale ({difference.scale:.3g}) is allowed; nothing was written"
+                f"images, where {EXPORT_TOLERANCE:g} of their scale ({difference.scale:.3g}) is allowed; nothing was written"
             )
     return found, problems
 
@@ -285,7 +285,7 @@ def _onnx(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> li
     return [torch.from_numpy(session.run(None, {"images": images.numpy()})[0]) for images in batches]
 
 
-def _reason(error: Exception) -> str:
+def _export_reason(error: Exception) -> str:
     """An exception in a line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300]
@@ -294,7 +294,7 @@ def _reason(error: Exception) -> str:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _sha256(path: Path) -> str:
+def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

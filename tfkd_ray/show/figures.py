@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from tfkd_ray.show.page import DARK, PALE, Axis, Figure, Panel, Series, _text
+from tfkd_ray.show.page import DARK, PALE, Axis, Figure, Panel, Series, escaped
 from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations
-from tfkd_ray.show.status import Plan, read_lasts
+from tfkd_ray.show.status import ExperimentPlan, read_lasts
 from tfkd_ray.space.ranges import Choices, Range
 from tfkd_ray.space.space import Parameter, Space, build_space
-from tfkd_ray.store.experiment import Record, pareto, ranked, read_metrics
+from tfkd_ray.store.experiment import Record, pareto, ranked_trials, read_metrics
 from tfkd_ray.verdict.scores import score_of
 
 MAX_CURVES = 200
@@ -33,7 +33,7 @@ LUCK = "the luckiest of many trials is always ahead of its true value"
 class Sweep:
     """A sweep with all epochs of its trials."""
 
-    plan: Plan
+    plan: ExperimentPlan
     space: Space
     records: Sequence[Record]
 
@@ -57,7 +57,7 @@ class Sweep:
 
     def ranked(self, records: Sequence[Record]) -> list[Record]:
         """Those of full length with a value, best first."""
-        return ranked(records, self.metric)
+        return ranked_trials(records, self.metric)
 
     def colour(self, objective: str) -> str:
         return COLOURS[list(self.plan.rows).index(objective) % len(COLOURS)]
@@ -67,25 +67,25 @@ class Sweep:
         return Axis(f"{row.title}, {row.unit}")
 
     def hover(self, record: Record) -> str:
-        settings = ", ".join(f"{_short(k)} {_number(v)}" for k, v in record.parameters.items())
-        return f"{record.name}: {_shown(self, record)}<br>{_text(settings)}"
+        settings = ", ".join(f"{short_name(k)} {number_text(v)}" for k, v in record.parameters.items())
+        return f"{record.name}: {trial_value(self, record)}<br>{escaped(settings)}"
 
 
-def _read_sweep(experiment: Path, plan: Plan) -> Sweep:
+def read_sweep(experiment: Path, plan: ExperimentPlan) -> Sweep:
     records = []
     for record in read_lasts(experiment):
         records.append(replace(record, metrics=read_metrics(record.folder)))
     return Sweep(plan, build_space(plan.about["space"], experiment / "experiment.yaml"), records)
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 # --- figures of a sweep ----------------------------------------------------------------------------------------
 
 
-def _parallel(sweep: Sweep) -> Figure:
+def parallel(sweep: Sweep) -> Figure:
     full = [sweep.value(r.last) for r in sweep.full]
     low, high = (min(full), max(full)) if full else (0.0, 1.0)
     return Figure(
@@ -106,7 +106,7 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
 
     def line(record: Record) -> list[float | None]:
         """Heights of one trial on the axes, in [0, 1]."""
-        heights: list[float | None] = [_place(p, record.parameters.get(p.name)) for p in searched]
+        heights: list[float | None] = [_axis_place(p, record.parameters.get(p.name)) for p in searched]
         value = (sweep.value(record.last) - low) / (high - low) if high > low else 0.5
         return [*heights, value if record in full else None]
 
@@ -121,7 +121,7 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     series.append(Series("text", [float(i) for i in range(last + 1)] * 2, [-0.1] * (last + 1) + [1.1] * (last + 1),
                          text=[e[0] for e in ends] + [e[1] for e in ends]))  # fmt: skip
     names = [
-        _short(p.name).replace("weight_decay", "weight<br>decay").replace("correct_prob", "correct<br>prob")
+        short_name(p.name).replace("weight_decay", "weight<br>decay").replace("correct_prob", "correct<br>prob")
         for p in searched
     ]
     ticks = (
@@ -150,13 +150,13 @@ def _lines(name: str, records: Sequence[Record], line: Any, sweep: Sweep, colour
     return Series("lines", x, y, name, colour, text, width)
 
 
-def _slices(sweep: Sweep) -> Figure:
+def slices(sweep: Sweep) -> Figure:
     panels = []
     shared = [p for p in sweep.space.parameters if p.path[0] != "objective"]
     for objective in sweep.plan.rows:
         for p in _searched(sweep, objective):
             if p not in shared:
-                panels.append(_slice(sweep, p, [objective], f"{objective}: {_short(p.name)}"))
+                panels.append(_slice(sweep, p, [objective], f"{objective}: {short_name(p.name)}"))
     panels += [_slice(sweep, p, list(sweep.plan.rows), p.name) for p in shared]
     return Figure(
         "slices",
@@ -178,7 +178,7 @@ def _slice(sweep: Sweep, p: Parameter, objectives: Sequence[str], title: str) ->
     return Panel(title, _axis(p), sweep.axis(), [s for s in series if s.x], height=280)
 
 
-def _contours(sweep: Sweep) -> Figure:
+def contours(sweep: Sweep) -> Figure:
     panels, few = [], []
     for objective in sweep.plan.rows:
         searched = {p.name.rpartition(".")[2]: p for p in _searched(sweep, objective) if p.path[0] == "objective"}
@@ -202,7 +202,7 @@ def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full:
     from scipy.interpolate import griddata
     from scipy.spatial import QhullError
 
-    points = np.array([[_place(p, r.parameters[p.name]) for p in (t, alpha)] for r in full], dtype=float)
+    points = np.array([[_axis_place(p, r.parameters[p.name]) for p in (t, alpha)] for r in full], dtype=float)
     values = [sweep.value(r.last) for r in full]
     grid = np.linspace(0, 1, 25)
     try:
@@ -217,7 +217,7 @@ def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full:
     return Panel(objective, _axis(t), _axis(alpha), [dots], surface=(x, y, cells, sweep.axis().label))
 
 
-def _importance(sweep: Sweep) -> Figure:
+def importance_section(sweep: Sweep) -> Figure:
     panels, few, cut = [], [], False
     for objective in sweep.plan.rows:
         full = sweep.of(objective, sweep.full)
@@ -229,7 +229,7 @@ def _importance(sweep: Sweep) -> Figure:
             continue
         cut |= len(full) > MAX_FOREST
         shares = sorted(_shares(sweep, searched, _evenly(full, MAX_FOREST)).items(), key=lambda item: item[1])
-        ticks = tuple((float(i), _short(name)) for i, (name, _) in enumerate(shares))
+        ticks = tuple((float(i), short_name(name)) for i, (name, _) in enumerate(shares))
         bars = Series(
             "bars", [100 * share for _, share in shares], [i for i, _ in ticks], colour=sweep.colour(objective)
         )
@@ -251,7 +251,7 @@ def _shares(sweep: Sweep, searched: Sequence[Parameter], records: Sequence[Recor
     study = optuna.create_study(direction="maximize" if sweep.plan.mode == "max" else "minimize")
     flat = {p.name: optuna.distributions.FloatDistribution(0.0, 1.0) for p in searched}
     for record in records:
-        params = {p.name: min(1.0, max(0.0, _place(p, record.parameters[p.name]) or 0.0)) for p in searched}
+        params = {p.name: min(1.0, max(0.0, _axis_place(p, record.parameters[p.name]) or 0.0)) for p in searched}
         trial = optuna.trial.create_trial(params=params, distributions=flat, value=record.last[sweep.metric])
         study.add_trial(trial)
     if len({record.last[sweep.metric] for record in records}) == 1:  # nothing to explain
@@ -260,7 +260,7 @@ def _shares(sweep: Sweep, searched: Sequence[Parameter], records: Sequence[Recor
     return {k: float(v) for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()}
 
 
-def _curves(sweep: Sweep) -> Figure:
+def curves(sweep: Sweep) -> Figure:
     share = max(1, MAX_CURVES // len(sweep.plan.rows))
     rungs = sweep.space.search.stopping.rungs(sweep.space.epochs)
     cut = False
@@ -273,9 +273,9 @@ def _curves(sweep: Sweep) -> Figure:
         cut |= len(drawn) < len(mine)
         best, whole, rest = full[:1], [r for r in drawn if r in full[1:]], [r for r in drawn if r not in full]
         series = [
-            _epochs("not of full length", rest, sweep, PALE, 0.8),
-            _epochs("full length", whole, sweep, sweep.colour(objective), 1.0),
-            _epochs("best", best, sweep, DARK, 2.2),
+            _epochs_axis("not of full length", rest, sweep, PALE, 0.8),
+            _epochs_axis("full length", whole, sweep, sweep.colour(objective), 1.0),
+            _epochs_axis("best", best, sweep, DARK, 2.2),
         ]
         if not mine:
             continue
@@ -297,10 +297,10 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
     if not early or sweep.plan.mode == "min":
         return None
     ends = sorted(v for r in sweep.records if r.metrics and math.isfinite(v := sweep.value(r.last)))
-    return _padded([min(early[len(early) // 10], ends[len(ends) // 4]), ends[-1]])
+    return with_margin([min(early[len(early) // 10], ends[len(ends) // 4]), ends[-1]])
 
 
-def _epochs(name: str, records: Sequence[Record], sweep: Sweep, colour: str, width: float) -> Series:
+def _epochs_axis(name: str, records: Sequence[Record], sweep: Sweep, colour: str, width: float) -> Series:
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str] = []
@@ -312,7 +312,7 @@ def _epochs(name: str, records: Sequence[Record], sweep: Sweep, colour: str, wid
     return Series("lines", x, y, name, colour, text, width)
 
 
-def _pareto(sweep: Sweep) -> Figure:
+def pareto_section(sweep: Sweep) -> Figure:
     searched = sweep.space.search.metrics
     first, *others = searched if len(searched) > 1 else ("val_accuracy", "val_nll")
     front = pareto(sweep.full, searched) if len(searched) > 1 else []
@@ -330,7 +330,7 @@ def _pareto(sweep: Sweep) -> Figure:
         series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
         panels.append(Panel("all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]))
     names = [score_of(m).title for m in (first, *others)]
-    many = f" Of all {len(searched)} together the front is: {_some([r.name for r in front])}."
+    many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front])}."
     return Figure(
         "pareto",
         f"{names[0][0].upper()}{names[0][1:]} against {' and '.join(names[1:])}",
@@ -340,7 +340,7 @@ def _pareto(sweep: Sweep) -> Figure:
     )
 
 
-def _fidelity(sweep: Sweep) -> Figure:
+def fidelity(sweep: Sweep) -> Figure:
     ranks = {(found.objective, found.rung): found for found in rank_correlations(sweep.space, sweep.records)}
     panels: list[Panel] = []
     few = sorted({f"{o} ({len(sweep.of(o, sweep.full))})" for o in sweep.plan.rows
@@ -395,7 +395,7 @@ def _searched(sweep: Sweep, objective: str) -> list[Parameter]:
     return sorted(found, key=lambda p: p.path[0] != "objective")
 
 
-def _place(p: Parameter, value: Any) -> float | None:
+def _axis_place(p: Parameter, value: Any) -> float | None:
     """Where a value lies in its range or list, 0 to 1; None if it is no such value."""
     if isinstance(p.domain, Choices):
         return p.domain.place(value) if value in p.domain.values else None
@@ -416,13 +416,13 @@ def _positions(p: Parameter, places: Sequence[float]) -> list[float]:
 
 
 def _axis(p: Parameter) -> Axis:
-    name, domain = _short(p.name).replace("temperature", "temperature T"), p.domain
+    name, domain = short_name(p.name).replace("temperature", "temperature T"), p.domain
     if isinstance(domain, Choices):
-        ticks = tuple((float(i), _number(v)[:24]) for i, v in enumerate(domain.values))
+        ticks = tuple((float(i), number_text(v)[:24]) for i, v in enumerate(domain.values))
         return Axis(name, ticks=ticks, span=(-0.5, len(ticks) - 0.5))
     low, high = domain.span
     if not domain.logarithmic:
-        return Axis(name, span=_padded([low, high]))
+        return Axis(name, span=with_margin([low, high]))
     margin = (high / low) ** 0.05
     span = (low / margin, high * margin)
     return Axis(f"{domain.label(name)} (log scale)", log=True, ticks=_log_ticks(low, high), span=span)
@@ -437,7 +437,7 @@ def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
     return tuple((t, f"{t:g}") for t in ticks if low / 1.001 <= t <= high * 1.001)
 
 
-def _padded(values: Sequence[float]) -> tuple[float, float]:
+def with_margin(values: Sequence[float]) -> tuple[float, float]:
     """A span that holds the values, with a margin."""
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.1
@@ -446,7 +446,7 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 def _ends(p: Parameter) -> tuple[str, str]:
     values = p.domain.probes
-    return _number(values[0])[:12], _number(values[-1])[:12]
+    return number_text(values[0])[:12], number_text(values[-1])[:12]
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
@@ -456,16 +456,16 @@ def _evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(max(0, most))]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """alpha for objective.kd.alpha, lr for optim.lr."""
     return name.rpartition(".")[2]
 
 
-def _number(value: Any) -> str:
+def number_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
-def _shown(sweep: Sweep, record: Record) -> str:
+def trial_value(sweep: Sweep, record: Record) -> str:
     """A trial's value with its unit; its last one, and after which epoch, if it is not of full length."""
     value = sweep.value(record.last)
     if not math.isfinite(value):

@@ -7,8 +7,8 @@ from typing import Any
 import optuna
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.space.relate import _asked, _is_number
-from tfkd_ray.space.space import Group, build_space
+from tfkd_ray.space.relate import as_asked, is_number
+from tfkd_ray.space.space import BranchGroup, build_space
 from tfkd_ray.store.experiment import read_experiment, read_records
 
 # --- what mattered ---------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[s
     experiment = Path(experiment)
     space = build_space(read_experiment(experiment)["space"], experiment / "experiment.yaml")
     metric = space.search.metric
-    records = [r for r in read_records(experiment) if r.status == "done" and _is_number(r.last.get(metric))]
+    records = [r for r in read_records(experiment) if r.status == "done" and is_number(r.last.get(metric))]
     found: dict[str, dict[str, float]] = {}
     for branch in space.branches:
         mine = [r for r in records if r.objective == branch.objective]
@@ -39,9 +39,9 @@ def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[s
             continue
         direction = "maximize" if space.search.mode == "max" else "minimize"
         study = optuna.create_study(direction=direction)
-        group = Group(branch.objective, (branch,))
+        group = BranchGroup(branch.objective, (branch,))
         for r in mine:
-            params, distributions = _asked(group, branch.objective, r.parameters)
+            params, distributions = as_asked(group, branch.objective, r.parameters)
             study.add_trial(optuna.trial.create_trial(value=r.last[metric], params=params, distributions=distributions))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from tfkd_ray.run.connect import starting
 from tfkd_ray.settings.files import legible
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.listener import OwnCallback
-from tfkd_ray.show.status import Plan, duration, epochs_left, fitted, padded, read_plan, spent
+from tfkd_ray.show.status import ExperimentPlan, duration, epochs_left, fitted, padded, read_plan, spent
 from tfkd_ray.space.search_config import SearchConfig
 from tfkd_ray.store.assignment import Assignment
 from tfkd_ray.store.experiment import FULL_LENGTH, read_record, read_records
@@ -81,6 +80,8 @@ class Progress(OwnCallback):
         self._drawn = 0.0
         self._looked = -math.inf
         self._waiting = ""
+        self.nodes_starting: Callable[[], list[str]] = list
+        """Asks an autoscaler which nodes it is starting; a sweep on a cluster sets it."""
 
     # --- events
 
@@ -90,16 +91,20 @@ class Progress(OwnCallback):
         self.note(f"ending: {budget}")
 
     def on_begin(self) -> None:
-        self._plan: Plan = read_plan(self._experiment)
+        self._plan: ExperimentPlan = read_plan(self._experiment)
         self._metric = self._plan.metric or "train_loss"
         search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
-        self._search = validated(SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *BUDGETS)})
+        self._search = validated(SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)})
         self._start = time.time()
         for record in read_records(self._experiment):  # what earlier sessions did
             if record.status in ("done", "stopped", "failed"):
                 row, last = self._plan.row(record), record.last
                 run = _Run(record.name, row, self._plan.rows.get(row, 0), record.parameters)
-                run.epoch, run.status, run.value = int(last.get("epoch", 0)), record.status, _number(last, self._metric)
+                run.epoch, run.status, run.value = (
+                    int(last.get("epoch", 0)),
+                    record.status,
+                    _number_cell(last, self._metric),
+                )
                 self._runs[record.name] = run
         if self._console.is_jupyter:
             self._cell = _Cell()
@@ -121,7 +126,7 @@ class Progress(OwnCallback):
         if any(run.status == "running" and run.epoch for run in self._runs.values()):
             self._waiting = ""
         else:
-            before, self._waiting = self._waiting, ", ".join(starting())
+            before, self._waiting = self._waiting, ", ".join(self.nodes_starting())
             if self._waiting and self._waiting != before:
                 self._say(f"waiting for nodes: {self._waiting}")
 
@@ -131,7 +136,7 @@ class Progress(OwnCallback):
         again = before is not None and before.status == "running"
         row = assignment.arm or trial.config["objective"]["name"]
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
-        run.epoch, run.value = int(last.get("epoch", 0)), _number(last, self._metric)
+        run.epoch, run.value = int(last.get("epoch", 0)), _number_cell(last, self._metric)
         self._runs[run.name] = run
         if not self._epochs:
             self._epochs.append(time.monotonic())
@@ -140,8 +145,8 @@ class Progress(OwnCallback):
     def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
         run = self._run_of(trial)
         if run is not None:
-            run.epoch, run.value = epoch, _number(metrics, self._metric)
-            run.images_per_s = _number(metrics, "images_per_s")
+            run.epoch, run.value = epoch, _number_cell(metrics, self._metric)
+            run.images_per_s = _number_cell(metrics, "images_per_s")
             self._epochs.append(time.monotonic())
 
     def on_result(self, trial: Any, result: dict[str, Any]) -> None:
@@ -361,7 +366,7 @@ class Progress(OwnCallback):
         return {**super().__getstate__(), "_live": None, "_cell": None, "_console": None}
 
 
-BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
+SHOWN_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
 
 
 class _Cell:
@@ -382,6 +387,6 @@ class _Cell:
             self._handle.update(both, raw=True)
 
 
-def _number(metrics: Mapping[str, Any], name: str) -> float:
+def _number_cell(metrics: Mapping[str, Any], name: str) -> float:
     value = metrics.get(name)
     return math.nan if value is None else float(value)

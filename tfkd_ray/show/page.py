@@ -88,7 +88,7 @@ class Section:
 # --- words -----------------------------------------------------------------------------------------------------
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """Escaped for HTML (which plotly's labels are, too)."""
     return html.escape(text, quote=True)
 
@@ -152,7 +152,7 @@ document.documentElement.dataset.drawn = plots.length;
 """
 
 
-def _page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+def page_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The whole file."""
     from plotly.offline import get_plotlyjs
 
@@ -161,17 +161,17 @@ def _page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     )
     hashes = " ".join(map(_hash, scripts)) or "'none'"
     policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {hashes}"
-    links = " ".join(f'<a href="#s{i}">{_text(section.title)}</a>' for i, section in enumerate(sections))
+    links = " ".join(f'<a href="#s{i}">{escaped(section.title)}</a>' for i, section in enumerate(sections))
     body = "".join(
-        f'<section id="s{i}"><h2>{_text(section.title)}</h2>{"".join(map(_part, section.parts))}</section>\n'
+        f'<section id="s{i}"><h2>{escaped(section.title)}</h2>{"".join(map(_part, section.parts))}</section>\n'
         for i, section in enumerate(sections)
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
-        f'<h1>{_text(title)}</h1>\n<p class="sub">{_text(subtitle)}</p>\n<nav>{links}</nav>\n'
+        f"<title>{escaped(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f'<h1>{escaped(title)}</h1>\n<p class="sub">{escaped(subtitle)}</p>\n<nav>{links}</nav>\n'
         "<noscript><p>The plots need JavaScript, from this file alone; all else does not.</p></noscript>\n"
         f"{body}{''.join(f'<script>{script}</script>' for script in scripts)}</body></html>\n"
     )
@@ -186,36 +186,36 @@ def _part(part: str | Figure) -> str:
     if isinstance(part, str):
         return part
     panels = "".join(
-        f'<div class="panel"><h4>{_text(panel.title)}</h4><div class="plot" style="height:{panel.height}px"></div>'
-        f'<script type="application/json">{_inert(_plotly(panel))}</script></div>'
+        f'<div class="panel"><h4>{escaped(panel.title)}</h4><div class="plot" style="height:{panel.height}px"></div>'
+        f'<script type="application/json">{_inert_json(_plotly(panel))}</script></div>'
         for panel in part.panels
     )
     kind = "panels one" if len(part.panels) == 1 else "panels wider" if part.wide else "panels"
-    figcaption = f"<figcaption><h3>{_text(part.title)}</h3><p>{_text(part.sentence)}</p></figcaption>"
+    figcaption = f"<figcaption><h3>{escaped(part.title)}</h3><p>{escaped(part.sentence)}</p></figcaption>"
     return f'<figure>{figcaption}<div class="{kind}">{panels}</div></figure>\n'
 
 
-def _box(kind: str, word: str, text: str, more: Sequence[str] = (), context: str = "") -> str:
-    listed = "".join(f"<li>{_text(sentence)}</li>" for sentence in more)
+def box_html(kind: str, word: str, text: str, more: Sequence[str] = (), context: str = "") -> str:
+    listed = "".join(f"<li>{escaped(sentence)}</li>" for sentence in more)
     return (
-        f'<div class="box {kind}"><strong>{_text(word)}</strong><p>{_text(text)}</p>'
-        f"{f'<ul>{listed}</ul>' if more else ''}{f'<p class=sub>{_text(context)}</p>' if context else ''}</div>\n"
+        f'<div class="box {kind}"><strong>{escaped(word)}</strong><p>{escaped(text)}</p>'
+        f"{f'<ul>{listed}</ul>' if more else ''}{f'<p class=sub>{escaped(context)}</p>' if context else ''}</div>\n"
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = f"<thead><tr>{''.join(f'<th>{_text(h)}</th>' for h in head)}</tr></thead>" if any(head) else ""
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = f"<thead><tr>{''.join(f'<th>{escaped(h)}</th>' for h in head)}</tr></thead>" if any(head) else ""
+    body = "".join(f"<tr>{''.join(map(_cell_html, row))}</tr>\n" for row in rows)
     return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>\n'
 
 
-def _cell(text: str) -> str:
+def _cell_html(text: str) -> str:
     """A cell of a table; one of short lines is not wrapped."""
     short = max(map(len, text.splitlines()), default=0) <= 28
-    return f'<td class="short">{_text(text)}</td>' if short else f"<td>{_text(text)}</td>"
+    return f'<td class="short">{escaped(text)}</td>' if short else f"<td>{escaped(text)}</td>"
 
 
-def _inert(tree: Any) -> str:
+def _inert_json(tree: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(_finite(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
@@ -237,10 +237,10 @@ def _plotly(panel: Panel) -> dict[str, Any]:
     if panel.surface is not None:
         x, y, z, label = panel.surface
         data.append({"type": "contour", "x": x, "y": y, "z": z, "colorscale": "Viridis", "hoverinfo": "skip",
-                     "colorbar": {"title": {"text": _text(label), "side": "right"}, "thickness": 12},
+                     "colorbar": {"title": {"text": escaped(label), "side": "right"}, "thickness": 12},
                      "contours": {"coloring": "heatmap"}, "line": {"width": 0.5}, "connectgaps": False})  # fmt: skip
     for s in panel.series:
-        trace: dict[str, Any] = {"x": s.x, "y": s.y, "name": _text(s.name), "showlegend": bool(s.name)}
+        trace: dict[str, Any] = {"x": s.x, "y": s.y, "name": escaped(s.name), "showlegend": bool(s.name)}
         if s.kind == "bars":
             trace |= {"type": "bar", "orientation": "h", "marker": {"color": s.colour}, "hoverinfo": "x"}
         else:
@@ -253,7 +253,7 @@ def _plotly(panel: Panel) -> dict[str, Any]:
         data.append(trace)
     rules = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x, "layer": "below",
               "line": {"color": "#999", "width": 1, "dash": "dash"}} for x, _ in panel.rules]  # fmt: skip
-    notes = [{"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": _text(label), "showarrow": False,
+    notes = [{"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": escaped(label), "showarrow": False,
               "font": {"size": 10, "color": "#555"}} for x, label in panel.rules if label]  # fmt: skip
     named = any(s.name for s in panel.series)
     layout = {
@@ -276,7 +276,7 @@ def _plotly(panel: Panel) -> dict[str, Any]:
 
 def _plotly_axis(axis: Axis) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "title": {"text": _text(axis.label), "standoff": 6},
+        "title": {"text": escaped(axis.label), "standoff": 6},
         "type": "log" if axis.log else "linear",
         "automargin": True,
         "zeroline": False,
@@ -287,7 +287,7 @@ def _plotly_axis(axis: Axis) -> dict[str, Any]:
     }
     if axis.ticks:
         made |= {"tickvals": [x for x, _ in axis.ticks], "showgrid": False}
-        made["ticktext"] = [_text(label).replace("&lt;br&gt;", "<br>") for _, label in axis.ticks]
+        made["ticktext"] = [escaped(label).replace("&lt;br&gt;", "<br>") for _, label in axis.ticks]
     if axis.span is not None:
         made["range"] = [math.log10(end) for end in axis.span] if axis.log else list(axis.span)
     return made
@@ -296,7 +296,7 @@ def _plotly_axis(axis: Axis) -> dict[str, Any]:
 # --- matplotlib ------------------------------------------------------------------------------------------------
 
 
-def _draw_svg(figure: Figure, folder: Path) -> Path:
+def draw_svg(figure: Figure, folder: Path) -> Path:
     """The figure as an SVG file, its panels in rows of two or three."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas

@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep before it starts."""
 
     parts: tuple[Part, ...]
@@ -67,7 +67,7 @@ class Plan:
         return self.teacher_s + sum(part.epochs * (part.epoch_s or 0) for part in self.parts)
 
 
-def plan(space: Space, *, probe: bool = False) -> Plan:
+def plan(space: Space, *, probe: bool = False) -> SweepPlan:
     """Plan a sweep.
 
     Args:
@@ -96,7 +96,7 @@ def plan(space: Space, *, probe: bool = False) -> Plan:
 
         bank = int(limit())
     gpus = config.workers * config.gpus_per_worker
-    return Plan(tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank)
+    return SweepPlan(tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank)
 
 
 def slots_here(space: Space) -> int:
@@ -120,7 +120,7 @@ def _weights(config: TrainConfig) -> int:
     return 4 * size
 
 
-def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -> Iterator[str]:
+def lines(found: SweepPlan, *, slots: int = 1, gpu_hour_price: float | None = None) -> Iterator[str]:
     """A plan as lines of at most 80 columns.
 
     Args:
@@ -135,9 +135,9 @@ def lines(found: Plan, *, slots: int = 1, gpu_hour_price: float | None = None) -
     yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
     if found.teacher_epochs:
         yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
-    yield f"disk: at most {_bytes(found.disk)} of weights and checkpoints"
+    yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"
     if found.bank:
-        yield f"soft labels: at most {_bytes(found.bank)} in each node's cache (TFKD_BANK_GB)"
+        yield f"soft labels: at most {_bytes_per_epoch(found.bank)} in each node's cache (TFKD_BANK_GB)"
     if found.seconds is None:
         yield "hours: not known; --probe trains a few steps of each objective here and says"
         return
@@ -229,5 +229,5 @@ def _time(seconds: float) -> str:
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
 
 
-def _bytes(count: int) -> str:
+def _bytes_per_epoch(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count > 2**30 else f"{count / 2**20:.1f} MiB"

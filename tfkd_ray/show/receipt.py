@@ -184,7 +184,7 @@ def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[Ranki
         at_rung, at_end = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
         if len(pairs) < MIN_TRIALS or len(set(at_rung)) == 1 or len(set(at_end)) == 1:
             continue
-        judged = [v for r in records if r.objective == branch.objective for v in [_value(space, r, rung)]]
+        judged = [v for r in records if r.objective == branch.objective for v in [_value_at(space, r, rung)]]
         judged = [v for v in judged if math.isfinite(v)]
         score = dict(zip(judged, _normal_scores(judged), strict=True))
         seen = [score[v] for v in at_rung]
@@ -205,7 +205,7 @@ def _normal_scores(values: Sequence[float]) -> list[float]:
     return [float(x) for x in norm.ppf((rankdata(values) - 0.5) / len(values))]
 
 
-def _value(space: Space, record: Record, epoch: int) -> float:
+def _value_at(space: Space, record: Record, epoch: int) -> float:
     """The metric of a trial after an epoch; NaN if it did not come to it."""
     return next((m.get(space.search.metric, math.nan) for m in record.metrics if m.get("epoch") == epoch), math.nan)
 
@@ -213,7 +213,7 @@ def _value(space: Space, record: Record, epoch: int) -> float:
 def _pairs(space: Space, records: Sequence[Record], objective: str, rung: int) -> list[tuple[Record, float, float]]:
     """The full-length trials of an objective, with their values at a rung and at the end."""
     found = [
-        (r, _value(space, r, rung), r.last.get(space.search.metric, math.nan))
+        (r, _value_at(space, r, rung), r.last.get(space.search.metric, math.nan))
         for r in records
         if r.objective == objective and r.status == "done"
     ]

@@ -29,27 +29,27 @@ from tfkd_ray.show.figures import (
     COLOURS,
     LUCK,
     Sweep,
-    _contours,
-    _curves,
-    _fidelity,
-    _importance,
-    _number,
-    _padded,
-    _parallel,
-    _pareto,
-    _read_sweep,
-    _short,
-    _shown,
-    _slices,
-    _some,
+    contours,
+    curves,
+    fidelity,
+    importance_section,
+    number_text,
+    parallel,
+    pareto_section,
+    read_sweep,
+    short_name,
+    slices,
+    some_of,
+    trial_value,
+    with_margin,
 )
-from tfkd_ray.show.page import Axis, Figure, Panel, Section, Series, _box, _draw_svg, _page, _table, _text
+from tfkd_ray.show.page import Axis, Figure, Panel, Section, Series, box_html, draw_svg, escaped, page_html, table_html
 from tfkd_ray.show.receipt import (
     receipt,
     receipt_rows,
 )
-from tfkd_ray.show.status import Plan, duration, read_lasts, read_plan, status
-from tfkd_ray.space.explain import TOLERANCE, amounts_to
+from tfkd_ray.show.status import ExperimentPlan, duration, read_lasts, read_plan, status
+from tfkd_ray.space.explain import EXPLAIN_TOLERANCE, amounts_to
 from tfkd_ray.store.experiment import (
     Record,
     check_output,
@@ -93,12 +93,12 @@ def report(experiment: Path, out: Path, *, figures: Path | None = None, comparis
     else:
         sections = list(_sweep_sections(experiment, plan, comparisons))
     name = str(plan.about.get("compared", {}).get("title") or experiment.absolute().name)
-    written = [out] if write_output(out, _page(name, _subtitle(experiment, plan), sections)) else []
+    written = [out] if write_output(out, page_html(name, _subtitle(experiment, plan), sections)) else []
     drawn = [part for section in sections for part in section.parts if isinstance(part, Figure) and part.panels]
-    return [*written, *(_draw_svg(figure, figures) for figure in drawn if figures is not None)]
+    return [*written, *(draw_svg(figure, figures) for figure in drawn if figures is not None)]
 
 
-def _subtitle(experiment: Path, plan: Plan) -> str:
+def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
     s = status(experiment)
     what = "comparison of arms" if plan.kind == "comparison" else "sweep"
     counts = ", ".join(
@@ -113,14 +113,14 @@ def _subtitle(experiment: Path, plan: Plan) -> str:
     return f"{name}{what}, {s['state']}; {ran}{': ' + counts if counts else ''}; begun {made}"
 
 
-def _sweep_sections(experiment: Path, plan: Plan, comparisons: Sequence[Path]) -> Iterator[Section]:
-    sweep = _read_sweep(experiment, plan)
+def _sweep_sections(experiment: Path, plan: ExperimentPlan, comparisons: Sequence[Path]) -> Iterator[Section]:
+    sweep = read_sweep(experiment, plan)
     yield _verdict_section(sweep, experiment, comparisons)
     yield Section("Best configurations", [_best_table(sweep)])
     if sweep.records:
-        yield Section("How settings and values go together", [_parallel(sweep), _slices(sweep), _contours(sweep)])
-        yield Section("Which settings matter", [_importance(sweep)])
-        yield Section("Training", [_curves(sweep), _pareto(sweep), _fidelity(sweep)])
+        yield Section("How settings and values go together", [parallel(sweep), slices(sweep), contours(sweep)])
+        yield Section("Which settings matter", [importance_section(sweep)])
+        yield Section("Training", [curves(sweep), pareto_section(sweep), fidelity(sweep)])
     yield Section("Receipt", [_receipt(sweep)])
     yield Section("Failures", [_failures(sweep)])
     for directory in comparisons:
@@ -135,7 +135,7 @@ def _verdict_section(sweep: Sweep, experiment: Path, comparisons: Sequence[Path]
         with damaged(directory / "confirm.json"):
             parts += _verdict_boxes(directory)
     if not parts:
-        parts.append(_box("open", "Not confirmed yet", _not_a_verdict(sweep)))
+        parts.append(box_html("open", "Not confirmed yet", _not_a_verdict(sweep)))
     return Section("Verdict", parts)
 
 
@@ -147,7 +147,7 @@ def _not_a_verdict(sweep: Sweep) -> str:
     ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
     return (
-        f"Best: {first.name}, {score_of(sweep.metric).title} {_shown(sweep, first)}.{shared} This is not a verdict: it "
+        f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} This is not a verdict: it "
         f"is the best of {n} on validation, and {LUCK}. Only new runs over several seeds, judged on the test split, "
         "can say whether it is better than the baselines (tfkd confirm)."
     )
@@ -161,15 +161,15 @@ def _best_table(sweep: Sweep) -> str:
     winners = sweep.ranked([f[0] for o in sweep.plan.rows if (f := sweep.ranked(sweep.of(o, sweep.full)))])
     for record in winners:
         gap = sweep.value(record.last) - sweep.value(winners[0].last)
-        settings = "\n".join(f"{_short(k)} = {_number(v)}" for k, v in record.parameters.items())
+        settings = "\n".join(f"{short_name(k)} = {number_text(v)}" for k, v in record.parameters.items())
         part = " (baseline)" if record.objective in ("ce", "lsr") else ""
         n = len(sweep.of(record.objective, sweep.records))
         rows.append(
-            [record.objective + part, record.name, _shown(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
+            [record.objective + part, record.name, trial_value(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
              settings, _equivalence(record)]
         )  # fmt: skip
     none = [o for o in sweep.plan.rows if not sweep.of(o, sweep.full)]
-    text = f"<p>No trial of full length yet: {_text(', '.join(none))}.</p>" if none else ""
+    text = f"<p>No trial of full length yet: {escaped(', '.join(none))}.</p>" if none else ""
     if not rows:
         return text or "<p>None.</p>"
     head = ["objective", "trial", sweep.axis().label, "from the best", "trials", "searched settings", "its loss"]
@@ -177,7 +177,7 @@ def _best_table(sweep: Sweep) -> str:
         "<p>The best trial of each objective, by its value after the last epoch; trials that were stopped early cannot "
         "be best.</p>"
     )
-    return start + _table(head, rows) + text
+    return start + table_html(head, rows) + text
 
 
 def _equivalence(record: Record) -> str:
@@ -191,7 +191,7 @@ def _equivalence(record: Record) -> str:
     amount = amounts_to(config.objective, config.data.num_classes)
     teacher = " (with a synthetic teacher)" if config.objective.needs_teacher else ""
     lsr = f"alpha {amount.lsr.alpha:.3g}"
-    if amount.residual < TOLERANCE:
+    if amount.residual < EXPLAIN_TOLERANCE:
         scale = f"{amount.lsr.loss_scale:.3g}"
         return f"this equals label smoothing {lsr} times {scale} within {amount.residual:.1g} of its gradient{teacher}"
     return f"no label smoothing: the nearest, {lsr}, leaves {100 * amount.residual:.0f} % of its gradient{teacher}"
@@ -203,7 +203,7 @@ def _receipt(sweep: Sweep) -> str:
     trials = f"{sweep.plan.trials:,} planned, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
     rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
     time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
-    return _table(["", ""], [*rows, ["time inside the training loop", time]])
+    return table_html(["", ""], [*rows, ["time inside the training loop", time]])
 
 
 def _failures(sweep: Sweep) -> str:
@@ -213,13 +213,13 @@ def _failures(sweep: Sweep) -> str:
     reasons: dict[str, list[str]] = {}
     for record in failed:
         reasons.setdefault((record.reason or "no reason is known").strip(), []).append(record.name)
-    rows = [[str(len(names)), why, _some(names)] for why, names in sorted(reasons.items(), key=lambda i: -len(i[1]))]
+    rows = [[str(len(names)), why, some_of(names)] for why, names in sorted(reasons.items(), key=lambda i: -len(i[1]))]
     more = len(rows) - MAX_FAILURES
     text = f"<p>and {more} other reasons</p>" if more > 0 else ""
-    return _table(["trials", "reason", "which"], rows[:MAX_FAILURES]) + text
+    return table_html(["trials", "reason", "which"], rows[:MAX_FAILURES]) + text
 
 
-def _reproduce(plan: Plan, experiment: Path) -> Iterator[str]:
+def _reproduce(plan: ExperimentPlan, experiment: Path) -> Iterator[str]:
     about = plan.about
     argv = [str(word) for word in about.get("command") or []]
     command = shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else "not known"
@@ -234,9 +234,9 @@ def _reproduce(plan: Plan, experiment: Path) -> Iterator[str]:
     if plan.kind == "sweep":
         where = shlex.quote(experiment.absolute().name)
         rows.append(["the best trial again", f"tfkd best {where} > best.yaml && tfkd train best.yaml"])
-    yield _table(["", ""], rows)
+    yield table_html(["", ""], rows)
     tree = about.get("space") or about.get("compared") or {}
-    yield f"<details><summary>Everything as it was understood</summary><pre>{_text(dump_yaml(tree))}</pre></details>"
+    yield f"<details><summary>Everything as it was understood</summary><pre>{escaped(dump_yaml(tree))}</pre></details>"
 
 
 # --- a comparison of arms --------------------------------------------------------------------------------------
@@ -254,13 +254,13 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
         yield Section("Verdict", _verdict_boxes(directory))
     if judged is not None:
         notes = [*judged["notes"], *(note for found in judged["verdicts"] for note in found["notes"])]
-        listed = "".join(f"<li>{_text(note)}</li>" for note in notes)
+        listed = "".join(f"<li>{escaped(note)}</li>" for note in notes)
         yield Section("Arms", [_arms_table(judged), *_arm_figures(judged), f"<ul>{listed}</ul>" if notes else ""])
         if judged["verdicts"]:
             yield Section("Candidates against baselines", [*_lead_figures(judged), _leads_table(judged)])
     failed = [r for r in read_lasts(directory) if r.status == "failed"]
     rows = [[r.name, (r.reason or "no reason is known").strip()] for r in failed]
-    yield Section("Failures", [_table(["run", "reason"], rows) if rows else "<p>None.</p>"])
+    yield Section("Failures", [table_html(["run", "reason"], rows) if rows else "<p>None.</p>"])
     if not inside:
         yield Section("How to reproduce", list(_reproduce(plan, directory)))
 
@@ -285,7 +285,7 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
     if judged is None:
         s = status(directory)["trials"]
         text = f"{s['done']} of {s['planned']} runs are trained, and the test split is still shut."
-        return [_box("open", "Not judged yet", f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}")]
+        return [box_html("open", "Not judged yet", f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}")]
     boxes: list[str | Figure] = []
     where = f"test split of {judged['test']}, trained on {judged['trained_on']}"
     if judged["preset"]:
@@ -296,10 +296,10 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
         text = f"{found['sentence']}."
         context = f"{judged['title'] or directory.name}; student {found['student']}; {where}{searched}"
         more = [c["sentence"] for c in found["candidates"] if c["sentence"] != found["sentence"]]
-        boxes.append(_box(kind, str(found["verdict"]).capitalize(), text, more, context))
+        boxes.append(box_html(kind, str(found["verdict"]).capitalize(), text, more, context))
     if not judged["verdicts"]:
         text = f"There are no candidates and baselines of the same student with two runs or more each ({where})."
-        boxes.append(_box("open", "No verdict", text))
+        boxes.append(box_html("open", "No verdict", text))
     return boxes
 
 
@@ -309,12 +309,12 @@ def _arms_table(judged: dict[str, Any]) -> str:
     for arm in judged["arms"]:
         n, mean, sd, low, high = _over_seeds(arm)
         row = [arm["name"], arm["role"], arm["student"], _settings(arm["objective"]), str(n)]
-        row += [f"{mean:.2f}" if n else "", f"{sd:.2f}" if n > 1 else "", _interval(low, high)]
+        row += [f"{mean:.2f}" if n else "", f"{sd:.2f}" if n > 1 else "", _interval_text(low, high)]
         if printed:
             row += ["" if arm["published"] is None else f"{arm['published']:.2f}"]
         rows.append(row)
     head = ["arm", "role", "student", "objective", "runs", "test accuracy, %", "sd", "95 % over seeds"]
-    return _table(head + (["published, %"] if printed else []), rows)
+    return table_html(head + (["published, %"] if printed else []), rows)
 
 
 def _over_seeds(arm: dict[str, Any]) -> tuple[int, float, float, float, float]:
@@ -324,17 +324,19 @@ def _over_seeds(arm: dict[str, Any]) -> tuple[int, float, float, float, float]:
     values = np.array([100 * run["accuracy"] for run in arm["runs"] if "accuracy" in run], dtype=float)
     if len(values) < 2:
         return len(values), float(values.mean()) if len(values) else math.nan, math.nan, math.nan, math.nan
-    s = verdict.summary(verdict.Arm(arm["name"], tuple(range(len(values))), values))
+    s = verdict.summary(verdict.JudgedArm(arm["name"], tuple(range(len(values))), values))
     return s.n, s.mean, s.sd, s.low, s.high
 
 
-def _interval(low: float | None, high: float | None) -> str:
+def _interval_text(low: float | None, high: float | None) -> str:
     finite = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
     return f"{low:.2f} to {high:.2f}" if finite else "-"
 
 
 def _settings(objective: dict[str, Any]) -> str:
-    rest = ", ".join(f"{k} {_number(v)}" for k, v in objective.items() if k != "name" and (k, v) != ("loss_scale", 1.0))
+    rest = ", ".join(
+        f"{k} {number_text(v)}" for k, v in objective.items() if k != "name" and (k, v) != ("loss_scale", 1.0)
+    )
     return f"{objective['name']}: {rest}" if rest else str(objective["name"])
 
 
@@ -352,7 +354,7 @@ def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
             runs = [run for run in arm["runs"] if "accuracy" in run]
             x += [100 * run["accuracy"] for run in runs]
             y += [float(row)] * len(runs)
-            text += [f"{_text(arm['name'])}, seed {run['seed']}: {100 * run['accuracy']:.2f} %" for run in runs]
+            text += [f"{escaped(arm['name'])}, seed {run['seed']}: {100 * run['accuracy']:.2f} %" for run in runs]
             _, mean, _, low, high = _over_seeds(arm)
             means["x"].append(mean)
             means["y"].append(float(row))
@@ -365,7 +367,7 @@ def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
         rows = Axis("", ticks=ticks, span=(-0.6, len(arms) - 0.4))
         title, height = f"student {student}", 150 + 26 * len(arms)
         all_x = [*x, *(v for v in spread_x if v is not None)]
-        panels.append(Panel(title, Axis("test accuracy, %", span=_padded(all_x)), rows, series, height=height))
+        panels.append(Panel(title, Axis("test accuracy, %", span=with_margin(all_x)), rows, series, height=height))
     if panels:
         sentence = (
             "Each pale point is one run with its own seed; the dark point is the mean, and the bar its 95 % interval "
@@ -390,7 +392,7 @@ def _lead_figures(judged: dict[str, Any]) -> Iterator[Figure]:
         points = Series("points", [scale * p["lead"] for _, p in pairs], [i for i, _ in ticks], "mean lead", COLOURS[0])
         margin = found["metric"]["margin"]
         unit = "points" if found["metric"]["percent"] else "own unit"
-        x = Axis(f"lead in {found['metric']['name']}, {unit}", span=_padded(all_x))
+        x = Axis(f"lead in {found['metric']['name']}, {unit}", span=with_margin(all_x))
         y = Axis("", ticks=ticks, span=(-0.6, len(pairs) - 0.4))
         bars = Series("lines", spread_x, spread_y, "95 % over seeds", COLOURS[0], width=3)
         rules = [(0.0, ""), (scale * margin, f"{scale * margin:g}")]
@@ -413,12 +415,12 @@ def _leads_table(judged: dict[str, Any]) -> str:
 
         for candidate in found["candidates"]:
             for p in candidate["comparisons"]:
-                images = _interval(*map(scaled, p["images"])) if p["images"] else "-"
+                images = _interval_text(*map(scaled, p["images"])) if p["images"] else "-"
                 seen = "-" if p["smallest_seen"] is None else f"{scale * p['smallest_seen']:.2f}"
                 value = "< 0.001" if p["p"] < 0.001 else f"{p['p']:.3f}"
                 rows.append([candidate["name"], p["over"], str(len(p["seeds"])), f"{scale * p['lead']:.2f}",
-                             _interval(scaled(p["low"]), scaled(p["high"])), images, value, seen,
+                             _interval_text(scaled(p["low"]), scaled(p["high"])), images, value, seen,
                              str(p["needed"] or "-"), candidate["verdict"]])  # fmt: skip
     head = ["candidate", "over", "seeds", "lead, points", "95 % over seeds", "95 % over images", "p",
             "smallest lead seen with probability 0.8", "seeds needed", "verdict on the candidate"]  # fmt: skip
-    return _table(head, rows)
+    return table_html(head, rows)

@@ -29,6 +29,7 @@ from rich.cells import cell_len, set_cell_size
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import in_yaml, parse_yaml, read_yaml
+from tfkd_ray.space.arms import BASELINES
 from tfkd_ray.store.experiment import (
     STATUSES,
     VERSION,
@@ -40,7 +41,7 @@ from tfkd_ray.store.experiment import (
     gone_sentence,
     gone_trials,
     parse_json,
-    ranked,
+    ranked_trials,
     read_experiment,
     read_metrics,
     read_spent,
@@ -49,23 +50,22 @@ from tfkd_ray.store.experiment import (
 )
 from tfkd_ray.verdict import scores
 
-BASELINES = ("ce", "lsr")
 QUIET_S = 600.0
 """A sweep on another host counts as running if one of its files changed within this time."""
 HELD_S = 90.0
 """The same on object storage, where a driver says every 10 s that it lives."""
-TAIL = 8192
+LOG_TAIL = 8192
 """Bytes at the end of a metrics.jsonl in which the last line is looked for first."""
-LONGEST = 2**22
+LONGEST_LOG = 2**22
 """Bytes of a line, which has some hundreds, beyond which its beginning is not looked for."""
-WIDTH = 80
+TERMINAL_WIDTH = 80
 
 
 # --- what a directory holds ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """What an experiment was meant to run."""
 
     kind: str
@@ -107,7 +107,7 @@ class Plan:
         return str(record.parameters.get("arm", record.objective)) if self.kind == "comparison" else record.objective
 
 
-def read_plan(experiment: Path) -> Plan:
+def read_plan(experiment: Path) -> ExperimentPlan:
     """What an experiment was meant to run; a ConfigError if the directory is none, or is of another layout."""
     path = experiment / "confirm.yaml"
     try:
@@ -116,7 +116,9 @@ def read_plan(experiment: Path) -> Plan:
             if about.get("layout") != VERSION:
                 raise ConfigError(f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path)
             arms = {str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]}
-            return Plan("comparison", str(about["created"]), arms, len(arms) * len(about["seeds"]), None, about)
+            return ExperimentPlan(
+                "comparison", str(about["created"]), arms, len(arms) * len(about["seeds"]), None, about
+            )
         path = experiment / "experiment.yaml"
         if not os.path.lexists(path):
             raise ConfigError(_no_experiment(experiment), experiment)
@@ -125,9 +127,9 @@ def read_plan(experiment: Path) -> Plan:
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
         rows = {str(objective["name"]): int(space["epochs"]) for objective in given}
         metric = scores.score_of(str(search["metric"])).key
-        return Plan("sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about)
+        return ExperimentPlan("sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", path) from None
+        raise ConfigError(f"was changed by hand, or cut: {_filter_words(error)}", path) from None
 
 
 def _no_experiment(directory: Path) -> str:
@@ -140,7 +142,7 @@ def _no_experiment(directory: Path) -> str:
     return "not an experiment: there is no experiment.yaml in it, and no confirm.yaml"
 
 
-def _words(error: Exception) -> str:
+def _filter_words(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else str(error)
 
 
@@ -152,14 +154,14 @@ def read_lasts(experiment: Path) -> list[Record]:
     alive = is_running(experiment)
     records = []
     for folder in trial_folders(experiment):
-        record = _record(folder)
+        record = record_of(folder)
         if record is not None:
             dead = record.status == "running" and not alive
             records.append(replace(record, status="interrupted") if dead else record)
     return sorted(records, key=lambda r: r.number)
 
 
-def _record(folder: Path) -> Record | None:
+def record_of(folder: Path) -> Record | None:
     """A trial and its last epoch; None if it has no trial.json yet."""
     path = folder / "metrics.jsonl"
     try:
@@ -181,7 +183,7 @@ def last_line(path: Path) -> dict[str, float]:
         return {}
     with opened(path, follow=False) as file:
         size = file.seek(0, os.SEEK_END)
-        back = TAIL
+        back = LOG_TAIL
         while True:
             file.seek(max(0, size - back))
             tail = file.read(min(back, size))
@@ -189,8 +191,8 @@ def last_line(path: Path) -> dict[str, float]:
             start = tail.rfind(b"\n", 0, max(end, 0))
             if start >= 0 or back >= size:
                 break
-            if back > LONGEST:
-                raise ValueError(f"its last line is longer than {LONGEST} bytes")
+            if back > LONGEST_LOG:
+                raise ValueError(f"its last line is longer than {LONGEST_LOG} bytes")
             back *= 8
     return as_metrics(tail[start + 1 : end]) if end >= 0 else {}
 
@@ -289,22 +291,22 @@ def status(experiment: Path) -> dict[str, Any]:
     alive, records = is_running(experiment), read_lasts(experiment)
     counts = Counter(r.status for r in records)
     over = counts["done"] + counts["stopped"] + counts["failed"]
-    verdict = _verdict(experiment)
+    verdict = _verdict_of(experiment)
     finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
-    done_epochs = sum(_epoch(r) for r in records)
+    done_epochs = sum(epoch_of(r) for r in records)
     now = time.time()
     rate = _rate(experiment, records, now) if alive and not finished else None
     rows = {
         name: {
             **{s: sum(r.status == s for r in records if plan.row(r) == name) for s in STATUSES},
-            "best": _best([r for r in records if plan.row(r) == name], plan),
+            "best": _best_trials([r for r in records if plan.row(r) == name], plan),
         }
         for name in {**plan.rows, **{plan.row(r): 0 for r in records}}
     }
     failed = [r for r in records if r.status == "failed"]
     failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
     return {
-        "name": _name(experiment),
+        "name": _shown_name(experiment),
         "preset": plan.about.get("compared", {}).get("preset"),
         "kind": plan.kind,
         "created": plan.created,
@@ -313,7 +315,7 @@ def status(experiment: Path) -> dict[str, Any]:
         "mode": plan.mode if plan.metric else None,
         "trials": {"planned": plan.trials, "started": len(records), **{s: counts[s] for s in STATUSES}},
         "rows": rows,
-        "best": _best(records, plan),
+        "best": _best_trials(records, plan),
         "baselines": {name: rows[name]["best"] for name in BASELINES if name in rows and plan.kind == "sweep"},
         "verdict": verdict or [],
         "epochs": {"done": done_epochs, "planned": plan.epochs},
@@ -321,7 +323,7 @@ def status(experiment: Path) -> dict[str, Any]:
         "ran_s": _ran(experiment, alive=alive) if plan.kind == "sweep" else None,
         "rate": rate,
         "left_s": _left(plan, records, rate),
-        "failures": [{"trial": r.name, "reason": _first_line(r.reason)} for r in failed[-3:]],
+        "failures": [{"trial": r.name, "reason": first_line(r.reason)} for r in failed[-3:]],
         "gone": gone_trials(experiment) if plan.kind == "sweep" else [],
     }
 
@@ -336,7 +338,7 @@ def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, 
         time.sleep(every_s)
 
 
-def best_of(experiment: Path) -> tuple[Record, Plan]:
+def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
     """The best trial of full length of a sweep, and what was planned; a ConfigError if there is none."""
     plan = read_plan(experiment)
     if plan.metric is None:
@@ -348,7 +350,7 @@ def best_of(experiment: Path) -> tuple[Record, Plan]:
     return winner, plan
 
 
-def front_of(front: Sequence[Record], plan: Plan, trials: int) -> dict[str, Any]:
+def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> dict[str, Any]:
     """The best of a sweep as JSON's own types (`tfkd best --json`). Keys are only ever added:
 
     metrics   what trials are judged by; the first one leads
@@ -377,10 +379,12 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
     metrics, best = found["metrics"], found["best"]
     if len(metrics) == 1:
         value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
-        return [f"{best[0]['trial']} of {_name(experiment)}: {value}, the best of {found['trials']} on validation"]
+        return [
+            f"{best[0]['trial']} of {_shown_name(experiment)}: {value}, the best of {found['trials']} on validation"
+        ]
     widths = [max(12, len(m)) for m in metrics]
     lines = [
-        f"{_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
+        f"{_shown_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
         f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
     ]
     for entry in best:
@@ -393,22 +397,22 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
 
 
-def _name(experiment: Path) -> str:
+def _shown_name(experiment: Path) -> str:
     return experiment.absolute().name
 
 
-def _epoch(record: Record) -> int:
+def epoch_of(record: Record) -> int:
     return int(record.last.get("epoch", 0))
 
 
-def _first_line(reason: str | None) -> str:
+def first_line(reason: str | None) -> str:
     return next(iter((reason or "").strip().splitlines()), "no reason is known")
 
 
-def _best(records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
+def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, Any] | None:
     if plan.metric is None:
         return None
-    judged = ranked(records, plan.metric)
+    judged = ranked_trials(records, plan.metric)
     if not judged:
         return None
     winner, value = judged[0], judged[0].last[plan.metric]
@@ -416,7 +420,7 @@ def _best(records: Sequence[Record], plan: Plan) -> dict[str, Any] | None:
     return {"trial": winner.name, "objective": winner.objective, "value": value, "shared_by": shared}
 
 
-def _verdict(experiment: Path) -> list[str] | None:
+def _verdict_of(experiment: Path) -> list[str] | None:
     """The sentences of a comparison's verdicts; None if it is not judged."""
     try:
         judged = parse_json(read_text(experiment / "confirm.json"))
@@ -424,7 +428,7 @@ def _verdict(experiment: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"was changed by hand, or cut: {_words(error)}", experiment / "confirm.json") from None
+        raise ConfigError(f"was changed by hand, or cut: {_filter_words(error)}", experiment / "confirm.json") from None
 
 
 def _elapsed(created: str, until: float) -> float | None:
@@ -448,7 +452,7 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
     epochs = 0
     for record in active:
         if began[record.name] >= start:
-            epochs += _epoch(record)
+            epochs += epoch_of(record)
             continue
         seconds = 0.0  # went on from an earlier session: count back what this one has had time for
         for metrics in reversed(read_metrics(record.folder)):
@@ -459,10 +463,10 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
     return epochs / (now - since) if epochs and now > since else None
 
 
-def _left(plan: Plan, records: Sequence[Record], rate: float | None) -> float | None:
+def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -> float | None:
     if not rate:
         return None
-    runs = [(_epoch(r), int(r.config.get("epochs", 0)), r.status) for r in records]
+    runs = [(epoch_of(r), int(r.config.get("epochs", 0)), r.status) for r in records]
     return epochs_left(runs, plan.not_begun(Counter(plan.row(r) for r in records))) / rate
 
 
@@ -507,7 +511,7 @@ def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dic
     return {"seconds": counted["seconds"] + more, "trial_seconds": counted["trial_seconds"] + running * more}
 
 
-def status_lines(found: dict[str, Any], width: int = WIDTH) -> list[str]:
+def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str]:
     """A status as lines of at most `width` columns."""
     trials, epochs, metric = found["trials"], found["epochs"], found["metric"]
     over = sum(trials[s] for s in ("done", "stopped", "failed"))
@@ -559,11 +563,11 @@ def duration(seconds: float) -> str:
 
 def fitted(text: str, width: int) -> str:
     """Legible text on one line, cut to a number of terminal columns."""
-    text = _on_one_line(text)
+    text = on_one_line(text)
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     return legible(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
@@ -577,7 +581,7 @@ def padded(text: str, width: int) -> str:
 Row = dict[str, Any]
 
 
-def _key(row: Row, field: str) -> str | None:
+def key_of(row: Row, field: str) -> str | None:
     """The key of a row that a field's name, or its end, stands for; None if the row lacks it. Null is a value."""
     return field if field in row else next((key for key in row if key.endswith(f".{field}")), None)
 
@@ -586,7 +590,7 @@ TEXTS = ("trial", "objective", "status", "reason", "arm")
 """Fields that hold text whatever it looks like."""
 
 
-def _as_written(text: str) -> Any:
+def as_written(text: str) -> Any:
     """What a value in a filter stands for: as in a YAML file, but for what is no YAML, which is text."""
     if text.lstrip("+-").lower() in ("nan", "inf", "infinity"):  # as Python and tables have them
         return float(text)
@@ -597,21 +601,21 @@ def _as_written(text: str) -> Any:
     return value if isinstance(value, bool | int | float | str | list | dict | None) else text
 
 
-def _number(value: Any) -> float | None:
+def number_in(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _csv_cell(row: Row, field: str) -> str:
-    key = _key(row, field)
+def csv_cell(row: Row, field: str) -> str:
+    key = key_of(row, field)
     if key is None:
         return ""
     value = row[key]
-    if _number(value) is not None:
+    if number_in(value) is not None:
         return json.dumps(value)
-    return _inert(value if key in TEXTS else in_yaml(value))
+    return inert(value if key in TEXTS else in_yaml(value))
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """Text that a spreadsheet does not run: what it takes for a formula gets an apostrophe, its own mark of text."""
     first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width, as some take it
     runs = first in {"=", "+", "-", "@", "|", "%"} or text[:1] in ("\t", "\r", "\n")
@@ -666,7 +670,7 @@ def _experiments_in(storage: Path) -> Iterator[tuple[Path, str]]:
             yield path, f"cannot be read: {error.strerror}"
 
 
-def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
+def ls_lines(found: Sequence[dict[str, Any]], width: int = TERMINAL_WIDTH) -> list[str]:
     """The experiments as lines of at most `width` columns."""
     if not found:
         return ["no experiments here"]
@@ -679,6 +683,6 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = WIDTH) -> list[str]:
         best = best or (arms if entry["kind"] == "comparison" else "")
         lines.append(f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
         if entry["why"]:  # whole, on lines of its own
-            why = _on_one_line(entry["why"])
+            why = on_one_line(entry["why"])
             lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")
     return [fitted(line.rstrip(), width) for line in lines]

@@ -88,9 +88,9 @@ class TensorBoard(OwnCallback):
         for old in self._folder.glob("events.*.space"):  # a resumed sweep may have a wider space
             old.unlink()
         writer = EventFileWriter(str(self._folder), filename_suffix=".space")
-        _add(writer, 0, _experiment(_columns(self._space), _metrics(self._space)))
+        _add(writer, 0, _experiment(_hparam_columns(self._space), _metrics(self._space)))
         _add(writer, 0, _layout(_charts([self._space])))
-        _add(writer, 0, _text("experiment", _about_experiment(self._space, self._columns, self._folder.parent)))
+        _add(writer, 0, _text_summary("experiment", _about_experiment(self._space, self._columns, self._folder.parent)))
         writer.close()
 
     def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
@@ -120,8 +120,8 @@ class TensorBoard(OwnCallback):
         if assignment is not None and is_new:
             config = {k: v for k, v in trial.config.items() if k not in (SECTION, TRIAL_INDEX)}
             plain = _plain_training(config)
-            _add(writer, 0, _text("trial/change", _change(plain, config)))
-            _add(writer, 0, _text("trial/config", _again(assignment.name, config)))
+            _add(writer, 0, _text_summary("trial/change", _change(plain, config)))
+            _add(writer, 0, _text_summary("trial/config", _again(assignment.name, config)))
             if assignment.arm is None:  # else each seed would have it
                 _add_targets(writer, config["objective"], plain.data.num_classes)
         writer.flush()
@@ -171,7 +171,7 @@ class TensorBoard(OwnCallback):
             end = EventFileWriter(writer.get_logdir(), filename_suffix=".end")
             _add(end, epoch, _session_end(bool(failed)))
             _add(end, epoch, _scalar(EPOCHS, epoch))
-            _add(end, epoch, _text("trial/outcome", f"after {epoch} of {full} epochs: {how}"))
+            _add(end, epoch, _text_summary("trial/outcome", f"after {epoch} of {full} epochs: {how}"))
             end.close()
         self._close(trial)
 
@@ -231,14 +231,14 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
         if arm["runs"]:
             # logits [N, K] and labels [N] of each run; see confirm.py
             files = [trials_folder(folder.parent) / str(run) / "test.safetensors" for run in arm["runs"]]
-            per_class[name], bins, ece = _judged(files)
+            per_class[name], bins, ece = _judged_runs(files)
             figures[name] = _reliability(bins, ece)
     for name, arm in arms.items():
         writer = EventFileWriter(str(folder / "arms" / name))
         _add_targets(writer, compared[name].config.objective, compared[name].config.data.num_classes)
         if name in figures:
             _add(writer, 0, _image("test/reliability", figures[name]))
-        plain = _plain(compared[name], compared.values())
+        plain = _plain_value(compared[name], compared.values())
         if name in per_class and plain in per_class:
             _add(writer, 0, _image("test/per_class", _per_class(per_class[name] - per_class[plain], plain)))
         for kind in ("mean", "low", "high"):
@@ -272,7 +272,7 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
             metrics.setdefault(VALUE, "accuracy")
         else:
             space = build_space(read_experiment(experiment)["space"], experiment)
-            found = _columns(space)
+            found = _hparam_columns(space)
             metrics |= _metrics(space)
             spaces.append(space)
         for column in found:
@@ -314,7 +314,7 @@ def _plain_training(config: Mapping[str, Any]) -> TrainConfig:
 
 def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
     """What a configuration has that plain training has not, in Markdown."""
-    theirs, ours = (dict(_leaves(tree)) for tree in (plain.model_dump(mode="json"), config))
+    theirs, ours = (dict(_hparam_leaves(tree)) for tree in (plain.model_dump(mode="json"), config))
     paths = [p for p in dict.fromkeys([*ours, *theirs]) if p not in RUN_ONLY and ours.get(p) != theirs.get(p)]
 
     def cell(tree: Mapping[str, Any], path: str) -> str:
@@ -331,12 +331,12 @@ def _again(name: str, config: Mapping[str, Any]) -> str:
     return f"Save this as `{name}.yaml`, then: `tfkd train {name}.yaml`\n\n```yaml\n{dump_yaml(config)}```"
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _hparam_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(tree, Mapping):
         yield path, tree
         return
     for key, value in tree.items():
-        yield from _leaves(value, f"{path}.{key}" if path else key)
+        yield from _hparam_leaves(value, f"{path}.{key}" if path else key)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def _per_class(change: Any, plain: str) -> Image.Image:
     return _bars(f"test accuracy minus that of {plain}, points", 100 * change[order], (-high, high), labels, caption)
 
 
-def _judged(files: Sequence[Path]) -> tuple[Any, Any, float]:
+def _judged_runs(files: Sequence[Path]) -> tuple[Any, Any, float]:
     """(accuracy of each class [K], mean over runs; sums of each bin, see `binned`; mean calibration error)."""
     accuracies, bins, errors = [], np.zeros((3, BINS)), []
     for file in files:
@@ -412,7 +412,7 @@ def _judged(files: Sequence[Path]) -> tuple[Any, Any, float]:
     return np.mean(accuracies, axis=0), bins, float(np.mean(errors))
 
 
-def _plain(arm: Arm, arms: Any) -> str | None:
+def _plain_value(arm: Arm, arms: Any) -> str | None:
     """The arm that this one's classes are compared with: the one it names, or plain training of the same student."""
     if arm.baseline or arm.config.objective.name == "ce":
         return arm.baseline
@@ -497,14 +497,14 @@ def _layout(categories: Sequence[layout_pb2.Category]) -> summary_pb2.Summary:
     # TensorBoard's own function for it needs TensorFlow
     plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name=custom_scalar_metadata.PLUGIN_NAME)
     content = layout_pb2.Layout(category=categories).SerializeToString()
-    return _bytes(custom_scalar_metadata.CONFIG_SUMMARY_TAG, summary_pb2.SummaryMetadata(plugin_data=plugin), content)
+    return _size_of(custom_scalar_metadata.CONFIG_SUMMARY_TAG, summary_pb2.SummaryMetadata(plugin_data=plugin), content)
 
 
-def _text(tag: str, markdown: str) -> summary_pb2.Summary:
-    return _bytes(tag, text_metadata.create_summary_metadata("", ""), markdown.encode(errors="backslashreplace"))
+def _text_summary(tag: str, markdown: str) -> summary_pb2.Summary:
+    return _size_of(tag, text_metadata.create_summary_metadata("", ""), markdown.encode(errors="backslashreplace"))
 
 
-def _bytes(tag: str, about: summary_pb2.SummaryMetadata, content: bytes) -> summary_pb2.Summary:
+def _size_of(tag: str, about: summary_pb2.SummaryMetadata, content: bytes) -> summary_pb2.Summary:
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[content])
     return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=tensor)])
 
@@ -536,7 +536,7 @@ def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
 def _experiment(columns: Iterable[api_pb2.HParamInfo], metrics: Mapping[str, str]) -> summary_pb2.Summary:
     infos = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=t), display_name=name) for t, name in metrics.items()]
     experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=infos, time_created_secs=time.time())
-    return _summary(metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=experiment))
+    return _hparam_summary(metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=experiment))
 
 
 def _metrics(space: Space) -> dict[str, str]:
@@ -545,7 +545,7 @@ def _metrics(space: Space) -> dict[str, str]:
     return {VALUE: space.search.metric, **more, EPOCHS: "epochs"}
 
 
-def _columns(space: Space) -> list[api_pb2.HParamInfo]:
+def _hparam_columns(space: Space) -> list[api_pb2.HParamInfo]:
     names = short_names(space.parameters)
     objectives = [b.objective for b in space.branches]
     columns = [_column("objective", Choices(tuple(objectives)))] if len(objectives) > 1 else []
@@ -603,16 +603,16 @@ def _session_start(
             value = value.item()
         kind = (kinds or {}).get(key) or _kind([value])
         setattr(info.hparams[short], kind, _hparam(value, kind))
-    return _summary(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))
+    return _hparam_summary(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))
 
 
 def _session_end(failed: bool) -> summary_pb2.Summary:
     status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
     info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
-    return _summary(metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=info))
+    return _hparam_summary(metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=info))
 
 
-def _summary(tag: str, data: plugin_data_pb2.HParamsPluginData) -> summary_pb2.Summary:
+def _hparam_summary(tag: str, data: plugin_data_pb2.HParamsPluginData) -> summary_pb2.Summary:
     data.version = metadata.PLUGIN_DATA_VERSION
     about = summary_pb2.SummaryMetadata(
         plugin_data=summary_pb2.SummaryMetadata.PluginData(

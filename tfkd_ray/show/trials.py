@@ -18,22 +18,22 @@ from tfkd_ray.settings.files import opened
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.status import (
     TEXTS,
-    Plan,
+    ExperimentPlan,
     Row,
-    _as_written,
-    _csv_cell,
-    _epoch,
-    _first_line,
-    _inert,
-    _key,
-    _number,
-    _on_one_line,
-    _record,
+    as_written,
+    csv_cell,
+    epoch_of,
+    first_line,
+    inert,
     is_running,
+    key_of,
+    number_in,
+    on_one_line,
     read_lasts,
     read_plan,
+    record_of,
 )
-from tfkd_ray.store.experiment import MOST_BYTES, STATUSES, Record, damaged, read_metrics, trial_folders
+from tfkd_ray.store.experiment import MOST_JSON_BYTES, STATUSES, Record, damaged, read_metrics, trial_folders
 
 FIRST = ("trial", "number", "objective", "status", "epoch")
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -95,8 +95,8 @@ def trials_table(
     if output == "csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(map(_inert, chosen or fields))
-        writer.writerows([_csv_cell(row, c) for c in chosen or fields] for row in found)
+        writer.writerow(map(inert, chosen or fields))
+        writer.writerows([csv_cell(row, c) for c in chosen or fields] for row in found)
         return text.getvalue().rstrip("\n")
     return _columns(found, chosen) if chosen else _usual(found, plan)
 
@@ -108,7 +108,7 @@ def _row(record: Record) -> Row:
         "number": record.number,
         "objective": record.objective,
         "status": record.status,
-        "epoch": _epoch(record),
+        "epoch": epoch_of(record),
         **{k: v for k, v in record.last.items() if k != "epoch" and k not in ends},
         **record.parameters,
         **({"reason": record.reason} if record.reason is not None else {}),
@@ -116,12 +116,12 @@ def _row(record: Record) -> Row:
 
 
 def _value(row: Row, field: str) -> Any:
-    key = _key(row, field)
+    key = key_of(row, field)
     return None if key is None else row[key]
 
 
 def _test(
-    text: str, known: set[str], rows: Sequence[Row], plan: Plan, problems: list[str]
+    text: str, known: set[str], rows: Sequence[Row], plan: ExperimentPlan, problems: list[str]
 ) -> Callable[[Row], bool] | None:
     """Whether a row passes a filter; what is wrong with the filter goes to `problems`."""
     parts = re.fullmatch(r"\s*([^\s=!<>]+)\s*(<=|>=|!=|=|<|>)\s*(\S.*?)\s*", text)
@@ -132,21 +132,21 @@ def _test(
     if rows and field not in known:
         problems.append(f"--filter {text!r}: no such field {field!r}; {did_you_mean(field, known)}")
         return None
-    wanted = value if field in TEXTS else _as_written(value)
+    wanted = value if field in TEXTS else as_written(value)
     options = {"status": STATUSES, "objective": tuple({**plan.rows, **{r["objective"]: 0 for r in rows}})}.get(field)
     if options and plan.kind == "sweep" and value not in options:
         problems.append(f"--filter {text!r}: no such {field}; {did_you_mean(value, options)}")
         return None
-    number = _number(wanted)
+    number = number_in(wanted)
     if number is None and operator not in ("=", "!="):
         problems.append(f"--filter {text!r}: {operator} needs a number, got {value!r}")
         return None
 
     def passes(row: Row) -> bool:
-        key = _key(row, field)
+        key = key_of(row, field)
         if key is None:
             return False
-        there = _number(row[key])
+        there = number_in(row[key])
         if number is not None and there is not None:
             return OPERATORS[operator](there, number)
         return operator in ("=", "!=") and OPERATORS[operator](in_yaml(row[key]), in_yaml(wanted))
@@ -158,12 +158,12 @@ def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
     """By a field: numbers before text, rows without it last, equals as they were."""
 
     def usable(row: Row) -> bool:
-        key = _key(row, field)
+        key = key_of(row, field)
         return key is not None and not (isinstance(row[key], float) and math.isnan(row[key]))
 
     def key(row: Row) -> tuple[bool, float, str]:
         value = _value(row, field)
-        number = _number(value)
+        number = number_in(value)
         return (True, 0.0, in_yaml(value)) if number is None else (False, number, "")
 
     return sorted(filter(usable, rows), key=key, reverse=descending) + [r for r in rows if not usable(r)]
@@ -175,16 +175,16 @@ def _plain(value: Any) -> Any:
 
 def _cell(row: Row, field: str) -> str:
     """A value as a table has it: as YAML does, numbers in short; empty where the row lacks it."""
-    key = _key(row, field)
+    key = key_of(row, field)
     if key is None:
         return ""
     value = row[key]
     if key in TEXTS:
-        return _on_one_line(str(value))
-    return f"{value:.4g}" if isinstance(value, float) else _on_one_line(in_yaml(value))
+        return on_one_line(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else on_one_line(in_yaml(value))
 
 
-def _usual(rows: Sequence[Row], plan: Plan) -> str:
+def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
     metric = plan.metric or "train_loss"
     width = max(13, len(metric))
     lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>{width}}  parameters"]
@@ -192,9 +192,9 @@ def _usual(rows: Sequence[Row], plan: Plan) -> str:
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
-        reason = _first_line(row["reason"]) if row.get("reason") else parameters
-        trial = _on_one_line(row["trial"])
-        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {_on_one_line(reason)}")
+        reason = first_line(row["reason"]) if row.get("reason") else parameters
+        trial = on_one_line(row["trial"])
+        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {on_one_line(reason)}")
     return "\n".join(lines)
 
 
@@ -239,7 +239,7 @@ def _folder_of(experiment: Path, trial: str) -> Path:
 def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> Iterator[str]:
     shown = 0
     while True:
-        record = _record(folder)  # first: what is written before it says that it ended is then read
+        record = record_of(folder)  # first: what is written before it says that it ended is then read
         alive = is_running(experiment)
         metrics = read_metrics(folder)
         total = record.config.get("epochs", "?") if record else "?"
@@ -256,5 +256,5 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
         error = folder / "error.txt"
         if record.status == "failed" and os.path.lexists(error):
             with damaged(error), opened(error, follow=False) as file:
-                trace = file.read(MOST_BYTES)
+                trace = file.read(MOST_JSON_BYTES)
             yield from trace.decode(errors="replace").splitlines()

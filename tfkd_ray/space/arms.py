@@ -22,7 +22,7 @@ from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.passwords import masked
-from tfkd_ray.settings.schema import Settings, named, validated
+from tfkd_ray.settings.schema import Settings, name_alone, validated
 from tfkd_ray.settings.yaml import dump_yaml, find_file, read_yaml
 from tfkd_ray.space.ranges import Domain
 from tfkd_ray.space.space import Space, build_space, override
@@ -31,7 +31,7 @@ from tfkd_ray.store.experiment import (
     about_now,
     check_new,
     damaged,
-    ranked,
+    ranked_trials,
     read_experiment,
     read_records,
     selection_metric,
@@ -163,7 +163,7 @@ def build_arms(
     if overrides:
         about["note"] = f"{about.get('note', '')} Changed from the file: {' '.join(overrides)}.".strip()
     compared = validated(Arms, {**about, "arms": arms, "preset": preset}, source)
-    problems = list(_problems(compared))
+    problems = list(_arm_problems(compared))
     if problems:
         raise ConfigError(problems, source)
     return compared
@@ -193,7 +193,7 @@ def _arm(
         raise ConfigError(f"{where}.{p}" for p in error.problems) from None
 
 
-def _problems(compared: Arms) -> Iterator[str]:
+def _arm_problems(compared: Arms) -> Iterator[str]:
     names = [arm.name for arm in compared.arms]
     first = compared.example
     made: dict[str, str] = {}
@@ -351,7 +351,7 @@ def arms_of(
 
 def _full(experiment: Path) -> list[Record]:
     """Full-length trials, best first."""
-    return ranked(read_records(experiment), selection_metric(experiment))
+    return ranked_trials(read_records(experiment), selection_metric(experiment))
 
 
 def _candidates(experiment: Path, top_k: int) -> list[Record]:
@@ -491,7 +491,7 @@ _BY_SIZE = [
 
 def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration scaled down: two epochs, about a thousand images, networks of one convolution, one process."""
-    data = named(tree.get("data", "digits"))
+    data = name_alone(tree.get("data", "digits"))
     if isinstance(data, dict):
         data = {**data, "subset": 1000}
     small = {**tree, "epochs": 2, "data": data}
@@ -515,7 +515,7 @@ def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _small_network(network: Any) -> Any:
-    given = named(network)
+    given = name_alone(network)
     name = given.get("name") if isinstance(given, dict) else None
     if name in (None, "mlp", "cnn"):
         return network

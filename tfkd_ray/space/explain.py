@@ -26,18 +26,18 @@ from tfkd_ray.learn.objectives import Canonical, CrossEntropy, LabelSmoothing, s
 from tfkd_ray.space.ranges import Choices, Domain
 from tfkd_ray.space.space import Branch, Parameter, Space
 
-Array = NDArray[Any]
+ExplainArray = NDArray[Any]
 SCALES = (1.0, 5.0, 10.0)
 """Factors on the student's synthetic logits."""
-TOLERANCE = 0.02
+EXPLAIN_TOLERANCE = 0.02
 """Two gradients are the same where less than this share of one is left unexplained by the other."""
 POINTS = 9
 """Values of a range that are looked at, evenly on its own scale."""
-MAX_CORNERS = 16
+EXPLAINED_CORNERS = 16
 """Most combinations of ends of the other settings at which one is looked at, beside their middle."""
-LIMIT = f"{100 * TOLERANCE:g} %"
+LIMIT = f"{100 * EXPLAIN_TOLERANCE:g} %"
 WIDTH = 80
-TINY = 1e-30
+TINY_PROBABILITY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Knob:
     @property
     def verdict(self) -> Literal["live", "redundant", "dead"]:
         """dead: it does nothing. redundant: it only scales the loss."""
-        if self.residual >= TOLERANCE:
+        if self.residual >= EXPLAIN_TOLERANCE:
             return "live"
-        return "dead" if all(abs(s - 1) < TOLERANCE for s in self.scalars) else "redundant"
+        return "dead" if all(abs(s - 1) < EXPLAIN_TOLERANCE for s in self.scalars) else "redundant"
 
 
 def amounts_to(objective: Canonical, num_classes: int) -> Amount:
@@ -111,7 +111,7 @@ def amounts_to(objective: Canonical, num_classes: int) -> Amount:
     def fit(eps: float) -> Amount:
         smoothed = a + eps * b
         best = (g * smoothed).sum() / (smoothed * smoothed).sum()
-        scale = max(float(best), TINY)
+        scale = max(float(best), TINY_PROBABILITY)
         lsr = LabelSmoothing(alpha=eps, loss_scale=scale)
         residuals = np.linalg.norm(g - scale * smoothed, axis=1)
         return Amount(objective, lsr, tuple(residuals.tolist()))
@@ -121,7 +121,7 @@ def amounts_to(objective: Canonical, num_classes: int) -> Amount:
 
 def knobs(branch: Branch, num_classes: int) -> list[Knob]:
     """The searched settings of a branch's objective, each varied with the others at their middle and at their ends."""
-    searched = _searched(branch)
+    searched = _searched_values(branch)
     gradient = _gradients(num_classes)
     middle = _middle(branch)
     found = []
@@ -130,12 +130,12 @@ def knobs(branch: Branch, num_classes: int) -> list[Knob]:
         field, domain = parameter.path[-1], parameter.domain
         ends = itertools.product((0.0, 1.0), repeat=len(others))
         moved = []
-        for corner in [(0.5,) * len(others), *itertools.islice(ends, MAX_CORNERS)]:
+        for corner in [(0.5,) * len(others), *itertools.islice(ends, EXPLAINED_CORNERS)]:
             there = _moved_to(middle, others, corner)
-            reference = gradient(there.model_copy(update={field: _at(domain, 0.5)}))
+            reference = gradient(there.model_copy(update={field: _at_place(domain, 0.5)}))
             for value in _values(domain):
                 varied = gradient(there.model_copy(update={field: value}))
-                moved.append(_moved(varied, reference))
+                moved.append(_moved_from(varied, reference))
         residuals, scalars = zip(*moved, strict=True)
         scaled = (min(scalars), max(scalars))
         found.append(Knob(parameter.name, domain, max(residuals), scaled))
@@ -177,26 +177,26 @@ def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Itera
     live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
     if len(live) < 2:
         return
-    ends = list(_ends(branch))
+    ends = list(_ends_searched(branch))
     if ends[0].searchable is not None:
         return
     amounts = [amounts_to(objective, num_classes) for objective in ends]
-    if max(a.residual for a in amounts) < TOLERANCE:
+    if max(a.residual for a in amounts) < EXPLAIN_TOLERANCE:
         yield (
             f"objective.{branch.objective}: {' and '.join(live)} are one knob: at all ends of their ranges it "
             f"{_as_smoothing(amounts)}; search one of them, or lsr"
         )
 
 
-def report(space: Space) -> Iterator[str]:
+def explained(space: Space) -> Iterator[str]:
     """What every objective of a space amounts to, and what its searched settings do: lines of at most 80 columns."""
     data = space.example.data
     K = data.num_classes
     scales = ", ".join(f"{s:g}" for s in SCALES)
-    yield f"{data.name}, K = {K}: judged on {_images(K)} synthetic images, logits times {scales}"
+    yield f"{data.name}, K = {K}: judged on {_random_images(K)} synthetic images, logits times {scales}"
     for branch in space.branches:
         found = knobs(branch, K)
-        amounts = [amounts_to(o, K) for o in _ends(branch)]
+        amounts = [amounts_to(o, K) for o in _ends_searched(branch)]
         yield ""
         teacher = ", synthetic teacher" if amounts[0].objective.needs_teacher else ""
         yield f"objective.{branch.objective}{teacher}"
@@ -228,7 +228,7 @@ def arm_line(name: str, config: TrainConfig) -> Iterator[str]:
 # --- gradients -------------------------------------------------------------------------------------------------
 
 
-def _images(num_classes: int) -> int:
+def _random_images(num_classes: int) -> int:
     """B: 256, and less where there are more than 128 classes, so that a gradient has 2^15 numbers."""
     return max(16, min(256, 2**15 // num_classes))
 
@@ -239,18 +239,18 @@ class _Draws:
     def __init__(self, seed: int) -> None:
         self.twister = np.random.RandomState(seed % 2**32)
 
-    def bits(self, count: int) -> Array:
+    def bits(self, count: int) -> ExplainArray:
         """Whole numbers of 32 bits, [count]."""
-        found: Array = self.twister.randint(2**32, size=count, dtype=np.uint32)
+        found: ExplainArray = self.twister.randint(2**32, size=count, dtype=np.uint32)
         return found
 
-    def uniform(self, count: int) -> Array:
+    def uniform(self, count: int) -> ExplainArray:
         """Like `torch.rand` in float64, [count]."""
         high, low = self.bits(2 * count).astype(np.uint64).reshape(-1, 2).T
-        found: Array = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) / 2**53
+        found: ExplainArray = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) / 2**53
         return found
 
-    def normal(self, rows: int, columns: int) -> Array:
+    def normal(self, rows: int, columns: int) -> ExplainArray:
         """Like `torch.randn` in float64, [rows, columns]: by 16 numbers, the last of which are drawn again."""
         found = self.uniform(rows * columns)
         whole = found.size // 16 * 16
@@ -260,7 +260,7 @@ class _Draws:
         return found.reshape(rows, columns)
 
 
-def _box_muller(uniform: Array) -> Array:
+def _box_muller(uniform: ExplainArray) -> ExplainArray:
     """Normal numbers of uniform ones, 16 at a time. (Box and Muller 1958.)"""
     first, second = uniform.reshape(-1, 2, 8).swapaxes(0, 1)
     radius, angle = np.sqrt(-2 * np.log1p(-first)), 2 * np.pi * second
@@ -268,12 +268,12 @@ def _box_muller(uniform: Array) -> Array:
 
 
 @functools.lru_cache(maxsize=1)
-def _batch(num_classes: int) -> tuple[Array, Array, Array]:
+def _batch(num_classes: int) -> tuple[ExplainArray, ExplainArray, ExplainArray]:
     """(student logits [S, B, K], labels [B], teacher logits [B, K])."""
-    draws, B = _Draws(address(0, "explain", num_classes)), _images(num_classes)
+    draws, B = _Draws(address(0, "explain", num_classes)), _random_images(num_classes)
     labels = draws.bits(B) % num_classes
 
-    def bumpy(deviation: float, height: float) -> Array:
+    def bumpy(deviation: float, height: float) -> ExplainArray:
         logits = deviation * draws.normal(B, num_classes)
         logits[np.arange(B), labels] += height * draws.uniform(B)
         return logits
@@ -283,7 +283,7 @@ def _batch(num_classes: int) -> tuple[Array, Array, Array]:
 
 
 @functools.lru_cache(maxsize=1)
-def _directions(num_classes: int) -> tuple[Array, Array]:
+def _directions(num_classes: int) -> tuple[ExplainArray, ExplainArray]:
     """p - y, the gradient of CE, and y - 1/K; [S, N], means over the batch."""
     logits, labels, _ = _batch(num_classes)
     y = np.eye(num_classes)[labels]
@@ -292,26 +292,26 @@ def _directions(num_classes: int) -> tuple[Array, Array]:
     return _means(ce), _means(flatter)
 
 
-def _means(gradient: Array) -> Array:
+def _means(gradient: ExplainArray) -> ExplainArray:
     """[S, B, K] as [S, N], means over the batch."""
-    found: Array = gradient.reshape(len(gradient), -1) / gradient.shape[1]
+    found: ExplainArray = gradient.reshape(len(gradient), -1) / gradient.shape[1]
     return found
 
 
-def _gradients(num_classes: int) -> Callable[[Canonical], Array]:
+def _gradients(num_classes: int) -> Callable[[Canonical], ExplainArray]:
     """The gradient [S, N] of an objective; the soft part is kept, so that alpha and loss_scale cost nothing."""
     logits, labels, teacher = _batch(num_classes)
     ce, _ = _directions(num_classes)
 
     @functools.lru_cache(maxsize=64)  # of 0.8 MB, or less where there are few classes
-    def soft(objective: Canonical) -> Array:
+    def soft(objective: Canonical) -> ExplainArray:
         target = objective.soft_target(labels, teacher)
         if target is None:
             return _by_torch(objective, logits, labels, teacher)
         q, temperature = target
         return _means((softmax(logits / temperature) - q) / temperature)
 
-    def gradient(objective: Canonical) -> Array:
+    def gradient(objective: Canonical) -> ExplainArray:
         if not objective.kd_weight:
             return objective.loss_scale * objective.ce_weight * ce
         weights = {"loss_scale": 1.0, "alpha": 0.5}
@@ -323,7 +323,7 @@ def _gradients(num_classes: int) -> Callable[[Canonical], Array]:
     return gradient
 
 
-def _by_torch(objective: Canonical, logits: Array, labels: Array, teacher: Array) -> Array:
+def _by_torch(objective: Canonical, logits: ExplainArray, labels: ExplainArray, teacher: ExplainArray) -> ExplainArray:
     """The gradient [S, N] of `Terms.kd`, of any objective."""
     import torch
 
@@ -334,29 +334,29 @@ def _by_torch(objective: Canonical, logits: Array, labels: Array, teacher: Array
         kd = objective.terms(each, right, target).kd
         if kd is not None:
             total = total + kd
-    found: Array = torch.autograd.grad(total, z)[0].flatten(1).numpy()
+    found: ExplainArray = torch.autograd.grad(total, z)[0].flatten(1).numpy()
     return found
 
 
-def _moved(gradient: Array, reference: Array) -> tuple[float, float]:
+def _moved_from(gradient: ExplainArray, reference: ExplainArray) -> tuple[float, float]:
     """(share of `gradient` that the best multiple of `reference` leaves, at the worst logit scale; the multiple)."""
     size = _size(gradient)
     g, r = gradient / size, reference / size
-    scalar = float((g * r).sum() / max((r * r).sum(), TINY))
+    scalar = float((g * r).sum() / max((r * r).sum(), TINY_PROBABILITY))
     left = np.linalg.norm(g - scalar * r, axis=1)
     return float(left.max()), scalar
 
 
-def _size(gradient: Array) -> Array:
+def _size(gradient: ExplainArray) -> ExplainArray:
     """Length at each logit scale, [S, 1]."""
-    found: Array = np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), TINY)
+    found: ExplainArray = np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), TINY_PROBABILITY)
     return found
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------
 
 
-def _at(domain: Domain, t: float) -> Any:
+def _at_place(domain: Domain, t: float) -> Any:
     """The value at a fraction t of the way through a range on its own scale, or through sorted choices."""
     if isinstance(domain, Choices):
         last = len(domain.values) - 1
@@ -367,10 +367,10 @@ def _at(domain: Domain, t: float) -> Any:
 def _values(domain: Domain) -> list[Any]:
     if isinstance(domain, Choices):
         return list(domain.values)
-    return [_at(domain, k / (POINTS - 1)) for k in range(POINTS)]
+    return [_at_place(domain, k / (POINTS - 1)) for k in range(POINTS)]
 
 
-def _searched(branch: Branch) -> list[Parameter]:
+def _searched_values(branch: Branch) -> list[Parameter]:
     """The searched settings of the branch's objective: all of them numbers."""
     return [p for p in branch.parameters if p.path[0] == "objective"]
 
@@ -378,8 +378,8 @@ def _searched(branch: Branch) -> list[Parameter]:
 def _middle(branch: Branch) -> Canonical:
     """The branch's objective with its searched settings at their middle."""
     values = {p.name: p.domain.probes[0] for p in branch.parameters}
-    for p in _searched(branch):
-        values[p.name] = _at(p.domain, 0.5)
+    for p in _searched_values(branch):
+        values[p.name] = _at_place(p.domain, 0.5)
     return branch.config(values).objective
 
 
@@ -387,13 +387,13 @@ def _moved_to(objective: Canonical, parameters: Sequence[Parameter], places: Seq
     """The objective with the values of parameters at these places of their ranges."""
     values = {}
     for p, place in zip(parameters, places, strict=True):
-        values[p.path[-1]] = _at(p.domain, place)
+        values[p.path[-1]] = _at_place(p.domain, place)
     return objective.model_copy(update=values)
 
 
-def _ends(branch: Branch) -> Iterator[Canonical]:
+def _ends_searched(branch: Branch) -> Iterator[Canonical]:
     """The branch's objective at the middle and at all ends of its ranges; once if nothing of it is searched."""
-    searched = _searched(branch)
+    searched = _searched_values(branch)
     middle = _middle(branch)
     yield middle
     if not searched:
@@ -420,7 +420,7 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
         return
     alpha = _span([a.lsr.alpha for a in amounts])
     off = [a.residual for a in amounts]
-    if max(off) < TOLERANCE:
+    if max(off) < EXPLAIN_TOLERANCE:
         yield _as_smoothing(amounts)
     elif len(amounts) == 1:
         residuals = zip(amounts[0].residuals, SCALES, strict=True)
@@ -445,7 +445,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _percent(share: float) -> str:
-    if share < TOLERANCE:
+    if share < EXPLAIN_TOLERANCE:
         return f"{100 * share:.2f} %"
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 

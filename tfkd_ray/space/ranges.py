@@ -14,13 +14,13 @@ from typing import Any, Protocol, TypeVar, get_origin
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
-from tfkd_ray.settings.schema import Settings, leaves, members, named, tag
+from tfkd_ray.settings.schema import Settings, leaves, members, name_alone, tag
 from tfkd_ray.settings.yaml import in_yaml
 
 Tree = dict[str, Any]
 Path_ = tuple[str, ...]
-T = TypeVar("T")
-Rule = Callable[[T], Iterator[str]]
+Item = TypeVar("Item")
+Rule = Callable[[Item], Iterator[str]]
 """A sentence for each problem of a thing; none where there are none."""
 
 
@@ -312,7 +312,7 @@ def domain_of(value: Any, path: Path_, notes: list[str], *, whole: bool | None) 
     return found if found.step is None else _ended_by_its_steps(found, found.step, where, notes)
 
 
-def first_found(rules: Sequence[Rule[T]], given: T) -> list[str]:
+def first_found(rules: Sequence[Rule[Item]], given: Item) -> list[str]:
     """The problems that the first rule with problems has."""
     for rule in rules:
         problems = list(rule(given))
@@ -321,7 +321,7 @@ def first_found(rules: Sequence[Rule[T]], given: T) -> list[str]:
     return []
 
 
-def _refuse(where: str, rules: Sequence[Rule[T]], given: T) -> None:
+def _refuse(where: str, rules: Sequence[Rule[Item]], given: Item) -> None:
     problems = first_found(rules, given)
     if problems:
         raise ConfigError(where + problem for problem in problems)
@@ -584,7 +584,7 @@ def _is_finite(value: Any) -> bool:
 
 def name_of(objective: Any) -> str | None:
     """The name of an objective in a file, if it has one."""
-    settings = named(objective)
+    settings = name_alone(objective)
     name = settings.get("name") if isinstance(settings, dict) else None
     return name if isinstance(name, str) else None
 

@@ -16,22 +16,22 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import tag
 from tfkd_ray.space.ranges import Choices, Path_, Range, Tree
 from tfkd_ray.space.search_config import Grid
-from tfkd_ray.space.space import Branch, Group, Parameter, Space, public_path
+from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path
 from tfkd_ray.store.experiment import as_number
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
     number = as_number(value)
     return number is not None and math.isfinite(number)
 
 
-def _branch(group: Group, objective: str) -> Any:
+def branch_of(group: BranchGroup, objective: str) -> Any:
     return next(b for b in group.branches if b.objective == objective)
 
 
-def _asked(group: Group, objective: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def as_asked(group: BranchGroup, objective: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, distributions) of a trial of a study with these values."""
-    fixed = optuna.trial.FixedTrial(group.told(_branch(group, objective), values))
+    fixed = optuna.trial.FixedTrial(group.told(branch_of(group, objective), values))
     group.propose(fixed)
     return fixed.params, fixed.distributions
 
@@ -58,7 +58,7 @@ def warm_points(space: Space) -> list[WarmPoint]:
     return points
 
 
-def group_points(space: Space, group: Group) -> list[WarmPoint]:
+def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
     """The first of `warm_points` of one group: objectives in turn, at most a quarter of the group's trials."""
     if not space.search.warm_start or isinstance(space.search.sampler, Grid):
         return []
@@ -92,7 +92,7 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
     """Values of a branch's parameters: those of an objective, and what goes with it."""
     values: Tree = {}
     for p in branch.asked(values):
-        usual = PAPER.get(p.path)
+        usual = PAPER_VALUES.get(p.path)
         if p.path[0] == "objective":
             values[p.name] = getattr(objective, p.path[1])
         elif usual is not None and p.domain.contains(usual):
@@ -102,7 +102,7 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
     return values
 
 
-PAPER: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}
+PAPER_VALUES: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}
 """The paper's recipe, which is also our default."""
 
 
@@ -121,7 +121,7 @@ def not_superset(old: Space, new: Space) -> list[str]:
         problems.append(f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it")
     for was in old.branches:
         if was.objective in branches:
-            for rule in BRANCH_RULES:
+            for rule in SAME_BRANCH_RULES:
                 problems += rule(was, branches[was.objective])
     return list(dict.fromkeys(problems))
 
@@ -170,12 +170,12 @@ def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
             yield f"{name}: was {a!r}, and is {b!r} now"
 
 
-BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
+SAME_BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
 """In the order in which their problems are told: all of them at once."""
 
 
 def _by_place(branch: Branch) -> dict[tuple[Path_, str], Parameter]:
-    return {_place(p): p for p in branch.parameters}
+    return {_place_of(p): p for p in branch.parameters}
 
 
 def _is_below(path: Path_, above: Iterable[Path_]) -> bool:
@@ -183,7 +183,7 @@ def _is_below(path: Path_, above: Iterable[Path_]) -> bool:
     return any(path[: len(start)] == start for start in above)
 
 
-def _place(p: Parameter) -> tuple[Path_, str]:
+def _place_of(p: Parameter) -> tuple[Path_, str]:
     """What makes a parameter the same in another space, where items of choices may be counted otherwise."""
     item = None
     if p.within is not None:
@@ -196,8 +196,8 @@ DIGEST = ("data", "digest")
 
 def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
     """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
-    left = dict(_leaves(a))
-    right = dict(_leaves(b))
+    left = dict(_leaves_of(a))
+    right = dict(_leaves_of(b))
     digests = (left.get(DIGEST), right.get(DIGEST))
     if None in digests:  # one began before data had digests, or has not begun
         left[DIGEST] = right[DIGEST] = None
@@ -212,10 +212,10 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
             yield path, left.get(path), right.get(path)
 
 
-def _leaves(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+def _leaves_of(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _leaves(value, (*path, str(key)))
+            yield from _leaves_of(value, (*path, str(key)))
     else:
         yield path, tree
 
@@ -227,7 +227,7 @@ def value_at(tree: Any, path: Path_) -> Any:
     return tree
 
 
-def placed(space: Space, config: TrainConfig) -> tuple[Group, Tree] | list[str]:
+def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list[str]:
     """(group, values by parameter name) of a configuration of another space in this one, or what is different.
 
     The seed, and where a run runs, may differ.
@@ -283,7 +283,7 @@ def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: 
         return bool(here == there)
     depth = len(choices.path)
     loose = [p.path[depth:] for p in inside]
-    left = dict(_leaves(here))
-    right = dict(_leaves(there))
+    left = dict(_leaves_of(here))
+    right = dict(_leaves_of(there))
     differ = [path for path in {*left, *right} if left.get(path) != right.get(path)]
     return all(_is_below(path, loose) for path in differ)

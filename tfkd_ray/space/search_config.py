@@ -10,16 +10,16 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, m
 
 from tfkd_ray.learn.config import Count, Positive
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
-from tfkd_ray.settings.schema import Settings, named, tag
+from tfkd_ray.settings.schema import Settings, name_alone, tag
 from tfkd_ray.verdict.scores import Selectable, SelectableBeside, score_of
 
-_BUDGETS = (
+BUDGET_OPTIONS = (
     ("--time-budget", "time_budget_s", "SECONDS", "seconds"),
     ("--gpu-hours", "gpu_hours", "HOURS", "GPU-hours of its trials"),
     ("--cpu-hours", "cpu_hours", "HOURS", "CPU-hours of its trials"),
     ("--max-failures", "max_failed_trials", "N", "failed trials"),
 )
-BUDGETS = tuple(name for _, name, _, _ in _BUDGETS)
+BUDGETS = tuple(name for _, name, _, _ in BUDGET_OPTIONS)
 
 
 class _Sampler(Settings):
@@ -227,10 +227,10 @@ class SearchConfig(Settings):
     """Give every objective equally many trials and a sampler of its own. false: the sampler chooses the objective."""
     baselines: bool = True
     """Add `ce` and `lsr` where a list of objectives lacks them, so that the baselines are tuned as hard as the rest."""
-    sampler: Annotated[Sampler, Field(discriminator="name"), BeforeValidator(named)] = Tpe()
+    sampler: Annotated[Sampler, Field(discriminator="name"), BeforeValidator(name_alone)] = Tpe()
     warm_start: bool = True
     """Try published settings first, as far as they lie in the space; at most a quarter of an objective's trials."""
-    stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(named)] = Halving()
+    stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = Halving()
     metric: Selectable = "val_accuracy"
     """A trial's value: this metric after its last epoch, on validation. NLL and ECE are minimised, the others are
     maximised. A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first

@@ -20,7 +20,7 @@ from tfkd_ray.learn.config import RUN_ONLY, TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import Canonical
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
 from tfkd_ray.settings.passwords import masked
-from tfkd_ray.settings.schema import members, named, settings_at, tag, validated
+from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
 from tfkd_ray.settings.yaml import find_file, parse_yaml, read_yaml
 from tfkd_ray.space.ranges import (
     Choices,
@@ -76,7 +76,7 @@ class Parameter:
         """Fill its hole in a tree; settings with ranges of their own have theirs filled after it."""
         value = copy.deepcopy(value)
         if isinstance(self.domain, Choices) and self.domain.written:
-            value = named(value)
+            value = name_alone(value)
         _put(tree, self.path, value)
 
 
@@ -130,7 +130,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Group:
+class BranchGroup:
     """Branches that share one sampler. Of several, the sampler chooses."""
 
     name: str
@@ -197,11 +197,11 @@ class Space:
     """What was added to what the file says, or is odd about it."""
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[BranchGroup]:
         """What is sampled apart; trial n belongs to group n mod their number."""
         if self.search.split:
-            return [Group(b.objective, (b,)) for b in self.branches]
-        return [Group("all", self.branches)]
+            return [BranchGroup(b.objective, (b,)) for b in self.branches]
+        return [BranchGroup("all", self.branches)]
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -332,7 +332,7 @@ def _read_branches(tree: Tree, search: SearchConfig, notes: list[str]) -> tuple[
             # the network given is that of the others' teacher; a self teacher is the student's
             shared["teacher"] = {k: v for k, v in teacher.items() if k != "model"}
         try:
-            branches.append(_branch({**shared, "objective": objective}, notes))
+            branches.append(_build_branch({**shared, "objective": objective}, notes))
         except ConfigError as error:
             problems += error.problems
     return branches, problems
@@ -739,9 +739,9 @@ class _Ranges:
                 self.taken_from(item, parameter.path, (*called, label), (parameter.name, bare))
 
 
-def _branch(tree: Tree, notes: list[str]) -> Branch:
+def _build_branch(tree: Tree, notes: list[str]) -> Branch:
     """The space of one objective; every problem in it is in one ConfigError."""
-    tree = {**tree, "objective": named(tree["objective"])}
+    tree = {**tree, "objective": name_alone(tree["objective"])}
     if not isinstance(tree["objective"], dict):
         raise ConfigError(f"objective: needs a name or settings, got {tree['objective']!r}")
     objective = str(tree["objective"].get("name", "?"))
@@ -957,7 +957,7 @@ def _settings_in(here: Any, path: Sequence[str]) -> Any:
     if below is None:
         here[at] = {}
     elif isinstance(below, str):
-        here[at] = named(below)
+        here[at] = name_alone(below)
     elif not isinstance(below, dict):
         raise ConfigError(f"{dotted(path)}: is {below!r}, with nothing below it")
     return here[at]
@@ -967,7 +967,7 @@ def _one_objective(tree: Tree, path: list[str]) -> tuple[Tree, list[str]]:
     """The settings of the objective that an override names, and what is left of the path."""
     given = tree.get("objective")
     listed = given if isinstance(given, list) else [given]
-    settings = [named(o) for o in listed]
+    settings = [name_alone(o) for o in listed]
     names = [name_of(o) for o in settings]
     if path[1] not in names:
         known = [str(n) for n in names if n]

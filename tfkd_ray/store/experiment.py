@@ -46,7 +46,7 @@ from tfkd_ray.settings.yaml import dump_yaml, read_yaml
 from tfkd_ray.verdict import scores
 
 STATUSES = ("running", "done", "stopped", "failed", "interrupted")
-MOST_BYTES = 2**26
+MOST_JSON_BYTES = 2**26
 """Of a JSON file: far more than any of ours has."""
 MOST_EPOCHS = 10**7
 VERSION = 1
@@ -248,7 +248,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 def as_metrics(line: str | bytes) -> dict[str, float]:
     """A line of metrics.jsonl; a ValueError if it is none."""
     found = parse_json(line)
-    if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
+    if not isinstance(found, dict) or not all(_is_json_number(value) for value in found.values()):
         raise ValueError(f"no metrics of an epoch: {str(found)[:80]}")
     epoch = found.get("epoch", 0)
     if not 0 <= epoch <= MOST_EPOCHS:
@@ -256,7 +256,7 @@ def as_metrics(line: str | bytes) -> dict[str, float]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_json_number(value: Any) -> bool:
     """Also nan and infinity, which a trial that diverges reports."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
@@ -304,9 +304,9 @@ def parse_json(text: str | bytes) -> Any:
 def read_text(path: Path) -> str:
     """A text file of an experiment; one that is larger than any of ours is not read, and a ValueError."""
     with opened(path, follow=False) as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"larger than any such file: more than {MOST_BYTES} bytes")
+        content = file.read(MOST_JSON_BYTES + 1)
+    if len(content) > MOST_JSON_BYTES:
+        raise ValueError(f"larger than any such file: more than {MOST_JSON_BYTES} bytes")
     return content.decode()
 
 
@@ -454,15 +454,15 @@ class _Judged(Protocol):
 _J = TypeVar("_J", bound=_Judged)
 
 
-def ranked(records: Iterable[_J], metric: str) -> list[_J]:
+def ranked_trials(records: Iterable[_J], metric: str) -> list[_J]:
     """Full-length trials by their value of a metric, best first; of equals the first. NaN is no value."""
     full = sorted((r for r in records if r.status == "done"), key=lambda r: r.number)
     return scores.ranked(full, metric, lambda r: r.last.get(metric, math.nan))
 
 
 def best(records: Iterable[_J], metric: str) -> _J | None:
-    """The first of `ranked`; None where no trial of full length has a value."""
-    return next(iter(ranked(records, metric)), None)
+    """The first of `ranked_trials`; None where no trial of full length has a value."""
+    return next(iter(ranked_trials(records, metric)), None)
 
 
 def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:

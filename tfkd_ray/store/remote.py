@@ -10,7 +10,7 @@ all else works on the mirror's paths. Each object has one writer:
 
 Credentials come from the environment or from the node's role, as pyarrow's S3 and Google clients find them; an endpoint
 other than Amazon's or Google's from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or STORAGE_EMULATOR_HOST. To add a kind of
-storage: its scheme in `_HELP`, its file system in `Store._files`, its errors in `_KNOWN`.
+storage: its scheme in `_HELP`, its file system in `Store._files`, its errors in `_KNOWN_FILES`.
 """
 
 import contextlib
@@ -47,21 +47,21 @@ STALE_S = 60.0
 """A driver that has not refreshed its hold for so long is taken for dead."""
 PATIENCE_S = 300.0
 """How long a trial waits for a store that does not answer, where it cannot go on without."""
-END_S = 60.0
+UPLOAD_END_S = 60.0
 """How long a driver that is done tries to upload the rest."""
 AT_ONCE = 16
 """Requests in flight."""
 
 OF_TRIALS = ("last.ckpt", "last.ckpt.new", "before.ckpt", "student.safetensors", "error.txt", "out_of_memory")
 """Files in a trial's folder that its own process writes, on whichever node."""
-DRIVER = "driver.json"
+DRIVER_FILE = "driver.json"
 _INDEX, _SESSION, _MARK = ".objects.json", ".session", ".store.json"
 
 _HELP = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the nodes a role",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or give the nodes a service account",
 }
-_KNOWN = (
+_KNOWN_FILES = (
     (
         r"INVALID_ACCESS_KEY_ID|SIGNATURE|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|EXPIRED|MISSING_AUTH|UNAUTHENTICATED"
         r"|invalid_grant|OAuth",
@@ -82,7 +82,7 @@ _KNOWN = (
     (r"HTTP status 301|PermanentRedirect", "the bucket is in another region; set AWS_REGION to it"),
 )
 
-_T = TypeVar("_T")
+_Result = TypeVar("_Result")
 Want = Callable[[str], bool]
 """Accepts the names of the objects to fetch."""
 
@@ -183,7 +183,7 @@ class Store:
 
         scheme, text = self.url.partition("://")[0], str(error)
         where = {"endpoint": f" ({self.endpoint})" if self.endpoint else "", "help": _HELP[scheme]}
-        for pattern, sentence in _KNOWN:
+        for pattern, sentence in _KNOWN_FILES:
             if re.search(pattern, text):
                 return sentence.format(**where)
         return without_secrets(text.splitlines()[0], getproxies().values()) if text else type(error).__name__
@@ -282,7 +282,7 @@ def fetch(store: Store, below: str, want: Want) -> None:
     objects = store.objects(below)
     mine = _is_ours(store, below, objects)
     if mine:
-        missing = {n for n in objects if not (store.folder / n).exists()} - {f"{below}/{DRIVER}"}
+        missing = {n for n in objects if not (store.folder / n).exists()} - {f"{below}/{DRIVER_FILE}"}
         objects = {n: o for n, o in objects.items() if _of_trial(n) or n in missing}
     index = _read_index(folder)
     newest = max((o.time for o in objects.values()), default=0.0)
@@ -331,7 +331,7 @@ def send(store: Store, *names: str) -> None:
             store.remove(name)
 
 
-def patiently(act: Callable[[], _T], store: Store) -> _T:
+def patiently(act: Callable[[], _Result], store: Store) -> _Result:
     """What `act` returns, tried until the store answers; after `PATIENCE_S` an OSError that says what is wrong."""
     until, wait = time.monotonic() + PATIENCE_S, 1.0
     while True:
@@ -349,7 +349,7 @@ def patiently(act: Callable[[], _T], store: Store) -> _T:
 # --- from the driver -------------------------------------------------------------------------------------------
 
 
-def check_new(store: Store, name: str) -> None:
+def check_new_in(store: Store, name: str) -> None:
     """Raise a ConfigError if an experiment of this name is in the store, and an OSError if it cannot be written to."""
     store.now()
     if store.objects(name):
@@ -372,7 +372,7 @@ class Claim:
         """Raise a ConfigError with the other driver's process and host, if there is one."""
         with said(self.store):
             now = self.store.now()
-            written, other = self.store.info(f"{self.name}/{DRIVER}"), self._read()
+            written, other = self.store.info(f"{self.name}/{DRIVER_FILE}"), self._read()
             if written and other and not other["ended"] and not self._was_ours(other):
                 age = max(0.0, now - written.time)
                 if age < STALE_S:
@@ -384,7 +384,7 @@ class Claim:
             if other is not None and other["session"] not in (_session(self.folder), self._fetched()):
                 raise ConfigError("was run by another driver meanwhile; try again", self.url)
             write_text(self.folder / _SESSION, self.session)
-            (self.folder / DRIVER).unlink(missing_ok=True)
+            (self.folder / DRIVER_FILE).unlink(missing_ok=True)
             self._write(ended=False)
             self.check()
 
@@ -413,19 +413,19 @@ class Claim:
 
     def _fetched(self) -> str | None:
         """The session whose files were fetched."""
-        path = self.folder / DRIVER
+        path = self.folder / DRIVER_FILE
         if not os.path.lexists(path):
             return None
         with damaged(path):
             return str(parse_json(read_text(path))["session"])
 
     def _read(self) -> dict[str, Any] | None:
-        content = self.store.read(f"{self.name}/{DRIVER}")
+        content = self.store.read(f"{self.name}/{DRIVER_FILE}")
         return None if content is None else dict(json.loads(content))
 
     def _write(self, *, ended: bool) -> None:
         about = {"session": self.session, "process": os.getpid(), "host": socket.gethostname(), "ended": ended}
-        self.store.write(f"{self.name}/{DRIVER}", json.dumps(about).encode())
+        self.store.write(f"{self.name}/{DRIVER_FILE}", json.dumps(about).encode())
 
 
 class Upload:
@@ -474,7 +474,7 @@ class Upload:
 
     def _ours(self, path: Path) -> bool:
         inside = path.relative_to(self._experiment).parts
-        if inside[0] == "groups" or path.name in ("driver.lock", "study.journal.lock", DRIVER):
+        if inside[0] == "groups" or path.name in ("driver.lock", "study.journal.lock", DRIVER_FILE):
             return False
         if inside[0] == "trials" and len(inside) == 2:  # Ray Tune's own, which nothing reads
             return False
@@ -506,9 +506,9 @@ def _of_trial(name: str) -> bool:
 def _is_ours(store: Store, below: str, objects: dict[str, Object]) -> bool:
     """Whether this mirror's own driver was the last to run an experiment."""
     session = _session(store.folder / below)
-    if session is None or f"{below}/{DRIVER}" not in objects:
+    if session is None or f"{below}/{DRIVER_FILE}" not in objects:
         return False
-    content = store.read(f"{below}/{DRIVER}")
+    content = store.read(f"{below}/{DRIVER_FILE}")
     return content is not None and json.loads(content)["session"] == session
 
 

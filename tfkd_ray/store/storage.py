@@ -1,6 +1,6 @@
 """Where experiments and teachers go: a directory, or a bucket that each node mirrors on its own disk.
 
-`storage_at`, `checked` and `opened` turn what a user wrote into a `Storage`, once, at the edge: the command line,
+`storage_at`, `checked` and `experiment_of` turn what a user wrote into a `Storage`, once, at the edge: the command line,
 `build_tuner`, `resume_tuner`, `confirm`. Everything below is handed that value and never asks a path what it is. A
 process that Ray starts gets the value itself, or, inside a trial's configuration, `Storage.wire`, which `received`
 reads. To add a kind of storage: a subclass of `Storage`, made in `storage_at`. How buckets work is in `remote`.
@@ -165,7 +165,7 @@ class Mirror(Storage):
     def check_new(self, name: str) -> None:
         experiment.check_name(name)
         with remote.said(self.store):
-            remote.check_new(self.store, name)
+            remote.check_new_in(self.store, name)
         shutil.rmtree(self.folder / name, ignore_errors=True)  # of an experiment that is gone there
 
     def fetch(self, below: str, want: Want = light, *, patiently: bool = False) -> None:
@@ -289,7 +289,7 @@ def checked(place: Storage | Path | str) -> Storage:
     return storage
 
 
-def opened(place: Experiment | Path | str, want: Want = light) -> Experiment:
+def experiment_of(place: Experiment | Path | str, want: Want = light) -> Experiment:
     """The experiment at a place, of a URL fetched to this node; an Experiment as it is.
 
     A ConfigError if there is nothing at the URL, or its bucket does not answer.
@@ -310,8 +310,8 @@ def opened(place: Experiment | Path | str, want: Want = light) -> Experiment:
 def to_continue(place: Experiment | Path | str) -> Experiment:
     """The same with all that a driver needs to continue it, and a path made absolute."""
     if isinstance(place, Experiment) or is_url(place):
-        return opened(place, to_resume)
-    return opened(absolute(place))
+        return experiment_of(place, to_resume)
+    return experiment_of(absolute(place))
 
 
 def absolute(path: Path | str) -> Path:
@@ -335,7 +335,7 @@ def kept_up_to_date(places: Sequence[Path | str], want: Want = light) -> Iterato
         while not over.wait(FETCH_S):
             for url in urls:
                 with contextlib.suppress(ConfigError):  # it is tried again
-                    opened(url, want)
+                    experiment_of(url, want)
 
     thread = threading.Thread(target=fetch, daemon=True)
     if urls:

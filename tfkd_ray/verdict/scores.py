@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Logits = NDArray[Any]
     Labels = NDArray[Any]
 
-T = TypeVar("T")
+Thing = TypeVar("Thing")
 
 
 # --- how each metric is calculated -----------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def sign(metric: str) -> int:
     return {"max": 1, "min": -1}[score_of(metric).direction]
 
 
-def ranked(things: Iterable[T], metric: str, value: Callable[[T], float]) -> list[T]:
+def ranked(things: Iterable[Thing], metric: str, value: Callable[[Thing], float]) -> list[Thing]:
     """Those with a finite value, best first; of equals the first one first. NaN is never best."""
     better = sign(metric)
     return sorted((t for t in things if math.isfinite(value(t))), key=lambda t: -better * value(t))

@@ -55,7 +55,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class Metric:
+class JudgedMetric:
     """What the verdict is about, and how it is written."""
 
     name: str
@@ -80,18 +80,18 @@ class Metric:
         return " points" if self.percent else ""
 
 
-def metric_of(key: str) -> Metric:
+def metric_of(key: str) -> JudgedMetric:
     """What a verdict on a metric is about, by its row of `scores.SCORES`."""
     row = score_of(key)
     assert row.margin is not None, f"{key}: no verdict is about it"
-    return Metric(row.name, row.direction == "max", row.unit == "%", row.margin)
+    return JudgedMetric(row.name, row.direction == "max", row.unit == "%", row.margin)
 
 
 ACCURACY = metric_of("val_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
+class JudgedArm:
     """One configuration, trained once a seed."""
 
     name: str
@@ -236,7 +236,7 @@ class Summary:
     high: float
 
 
-def summary(arm: Arm) -> Summary:
+def summary(arm: JudgedArm) -> Summary:
     """Mean, standard deviation (ddof 1) and 95 % t interval of the mean; n >= 2."""
     s = leads_of(arm.values)
     return Summary(arm.name, len(arm.seeds), float(s.mean), float(s.sd), float(s.low), float(s.high))
@@ -271,7 +271,9 @@ class Paired:
     """
 
 
-def paired(a: Arm, b: Arm, metric: Metric = ACCURACY, *, candidates: int = 1, seed: int = 0) -> Paired:
+def paired(
+    a: JudgedArm, b: JudgedArm, metric: JudgedMetric = ACCURACY, *, candidates: int = 1, seed: int = 0
+) -> Paired:
     """The lead of `a` over `b`, on the seeds that both have.
 
     Args:
@@ -347,7 +349,7 @@ class Verdict:
     verdict: Word
     """`better` if any candidate is; `not better` if none can be; else `cannot tell`."""
     sentence: str
-    metric: Metric
+    metric: JudgedMetric
     searched: int | None
     """Configurations that the candidates are the best of."""
     candidates: tuple[Judged, ...]
@@ -358,23 +360,23 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON's own types; a bound or number that there is not is None."""
-        tree = _plain({"alpha": ALPHA, "power": POWER, **asdict(self)})
+        tree = _plain_number({"alpha": ALPHA, "power": POWER, **asdict(self)})
         assert isinstance(tree, dict)
         return tree
 
 
-def _plain(tree: Any) -> Any:
+def _plain_number(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
+        return {key: _plain_number(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_plain(value) for value in tree]
+        return [_plain_number(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def judge(
-    candidates: Sequence[Arm],
-    baselines: Sequence[Arm],
-    metric: Metric = ACCURACY,
+    candidates: Sequence[JudgedArm],
+    baselines: Sequence[JudgedArm],
+    metric: JudgedMetric = ACCURACY,
     *,
     searched: int | None = None,
     lost: int = 0,
@@ -389,15 +391,17 @@ def judge(
         raise ConfigError(problems)
     k = len(candidates) + lost
     rows = [[paired(a, b, metric, candidates=k) for b in baselines] for a in candidates]
-    table = {
+    verdict_table = {
         f: np.array([[getattr(c, f) for c in row] for row in rows]) for f in ("sd", "low", "high", "p", "constant")
     }
-    decision = decide(Leads(mean=np.array([[c.lead for c in row] for row in rows]), **table), metric.margin, lost)
+    decision = decide(
+        Leads(mean=np.array([[c.lead for c in row] for row in rows]), **verdict_table), metric.margin, lost
+    )
     judged = []
     for i, (arm, row) in enumerate(zip(candidates, rows, strict=True)):
         word: Word = "better" if decision.better[i] else "not better" if decision.not_better[i] else "cannot tell"
         named, p_holm = row[decision.against[i]], float(decision.p_holm[i])
-        sentence = _sentence(arm.name, word, named, p_holm, k, metric)
+        sentence = _verdict_sentence(arm.name, word, named, p_holm, k, metric)
         judged.append(Judged(arm.name, word, sentence, named.over, float(decision.p[i]), p_holm, tuple(row)))
     words = {j.verdict for j in judged}
     overall: Word = "better" if "better" in words else "not better" if words == {"not better"} else "cannot tell"
@@ -408,16 +412,16 @@ def judge(
         searched=searched,
         candidates=tuple(judged),
         arms=tuple(summary(arm) for arm in (*candidates, *baselines)),
-        notes=tuple(_notes(judged, [*candidates, *baselines], metric)),
+        notes=tuple(_verdict_notes(judged, [*candidates, *baselines], metric)),
     )
 
 
-def undecided(reasons: Sequence[str], metric: Metric = ACCURACY, *, searched: int | None = None) -> Verdict:
+def undecided(reasons: Sequence[str], metric: JudgedMetric = ACCURACY, *, searched: int | None = None) -> Verdict:
     """The verdict where nothing can be judged."""
     return Verdict("cannot tell", f"cannot tell: {'; '.join(reasons)}", metric, searched, (), (), ())
 
 
-def _problems(candidates: Sequence[Arm], baselines: Sequence[Arm], metric: Metric) -> list[str]:
+def _problems(candidates: Sequence[JudgedArm], baselines: Sequence[JudgedArm], metric: JudgedMetric) -> list[str]:
     arms = [*candidates, *baselines]
     names = [arm.name for arm in arms]
     found = [f"{what}: none; a verdict needs one or more" for what, group in
@@ -451,7 +455,7 @@ def _p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p {p:.3f}" if p < 0.0995 else f"p {p:.2f}"
 
 
-def _sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, metric: Metric) -> str:
+def _verdict_sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, metric: JudgedMetric) -> str:
     n, unit = len(c.seeds), metric.unit
     corrected = f"{_p(p_holm)} after Holm over {k} candidates" if k > 1 else _p(p_holm)
     lead, interval = metric.show(c.lead) + unit, f"95 % {metric.interval(c.low, c.high)}"
@@ -491,7 +495,7 @@ def _sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, metric: M
     return f"{start}, and {seeds} seeds would show one of {metric.show(c.lead)}"
 
 
-def _overall(judged: Sequence[Judged], baselines: Sequence[Arm]) -> str:
+def _overall(judged: Sequence[Judged], baselines: Sequence[JudgedArm]) -> str:
     groups = {word: [j for j in judged if j.verdict == word] for word in ("better", "not better", "cannot tell")}
     rest = [f"{w}: {_list([j.name for j in groups[w]])}" for w in ("not better", "cannot tell") if groups[w]]
     if len(judged) == 1:
@@ -505,7 +509,7 @@ def _overall(judged: Sequence[Judged], baselines: Sequence[Arm]) -> str:
     return start + (f"; {'; '.join(rest)}" if rest else "")
 
 
-def _notes(judged: Sequence[Judged], arms: Sequence[Arm], metric: Metric) -> list[str]:
+def _verdict_notes(judged: Sequence[Judged], arms: Sequence[JudgedArm], metric: JudgedMetric) -> list[str]:
     notes = []
     wanted = sorted({s for arm in arms for s in arm.seeds})
     for arm in arms:
@@ -532,7 +536,7 @@ def _notes(judged: Sequence[Judged], arms: Sequence[Arm], metric: Metric) -> lis
     return notes
 
 
-def table(verdict: Verdict, *, arms: bool = True) -> list[str]:
+def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
     """The verdict as lines of at most 80 columns; without `arms` only the comparisons and what is said of them."""
     metric = verdict.metric
     unit = "points" if metric.percent else "own unit"
