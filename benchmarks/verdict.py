@@ -1,4 +1,4 @@
-"""How often the verdict is wrong: simulated experiments through `tfkd_ray.verdict.verdict.leads_of` and `decide` themselves.
+"""How often the verdict is wrong: simulated experiments through the shipped `leads_of` and `decide`.
 
     python benchmarks/verdict.py [--simulations 20000] [--seed 0]
 

@@ -463,7 +463,7 @@ def test_two_workers_agree_with_one_on_an_own_network_and_look_for_missing_gradi
 ) -> None:
     student = {"name": "own", "path": path, "args": args}
     c = config(student=student, optim=OptimConfig(batch_size=64).model_dump(), schedule=Constant().model_dump())
-    one = list(train(c))[-1].state()
+    one = list(train(c, more_metrics=AT_ONCE))[-1].state()
     mp.spawn(_worker_that_tells, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
     assert [(tmp_path / f"looks{rank}").read_text() for rank in range(2)] == [looks] * 2
     two = torch.load(tmp_path / "state.pt", weights_only=True)

@@ -68,7 +68,7 @@ def keywords(call: ast.Call) -> dict[str | None, str]:
 
 def test_torch_loads_tensors_and_plain_values_only() -> None:
     loads = [(module, call) for module, name, call in calls() if name == "torch.load"]
-    assert {module for module, _ in loads} == {"checkpoint", "weights"}
+    assert {module for module, _ in loads} == {"learn/checkpoint", "learn/weights"}
     assert all(keywords(call).get("weights_only") == "True" for _, call in loads)
     others = {
         "torch.jit.load",
@@ -106,7 +106,7 @@ def test_a_new_torch_is_not(version: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_yaml_is_read_by_the_safe_loader_alone() -> None:
     loads = [(module, name, call) for module, name, call in calls() if re.fullmatch(r"yaml\.(\w+_)?load(_all)?", name)]
     assert [(module, keywords(call).get("Loader")) for module, _, call in loads if module != "clusterfile"] == [
-        ("schema", "_Loader")
+        ("settings/yaml", "_Loader")
     ]
     assert all(keywords(call).get("Loader") == "_Loader" for _, _, call in loads)
     assert [base.__name__ for base in tfkd_ray.settings.yaml._Loader.__bases__] == ["SafeLoader"]
@@ -134,7 +134,7 @@ def test_nothing_is_unpickled_and_no_text_is_run() -> None:
         assert keywords(call).get("shell") in (None, "False") and "allow_pickle" not in keywords(call), module
     assert {m for m, name, _ in calls() if name == "importlib.import_module"} == {
         "__init__",
-        "data",
+        "learn/own",
     }  # the latter: own models
 
 
@@ -260,7 +260,7 @@ def test_reading_a_poisoned_experiment_runs_nothing(
     def reached(*args: object) -> None:
         raise Reached
 
-    monkeypatch.setattr(tfkd_ray.tune, "prepare", reached)
+    monkeypatch.setattr(tfkd_ray.run.tune, "prepare", reached)
     for name, read in reads(storage, tmp_path / "report.html"):
         try:
             assert read() != 2, (name, capsys.readouterr().err)
@@ -534,7 +534,7 @@ def test_our_own_code_binds_to_loopback_alone() -> None:
     """Whatever is bound or served in the package, as it is written; TensorBoard and Ray are told where by their options."""
     places = [(module, served_at(call, name)) for module, name, call in calls()]
     hosts = [(module, host) for module, host in places if host is not None]
-    assert {module for module, _ in hosts} == {"cli", "cluster_verbs"}, hosts
+    assert {module for module, _ in hosts} == {"cli/show", "launch/verbs"}, hosts
     assert all(host.strip("'") in LOOPBACK for _, host in hosts), hosts
     for module, tree in TREES.items():
         words = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]

@@ -100,8 +100,11 @@ def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: argparse.
     tuned = storage.folder / name
     if not (tuned / "experiment.yaml").is_file():
         space = baseline_space(experiment, lacking)
-        say_error(f"baselines: {' and '.join(lacking)} had fewer trials than the winner's objective; tuning them first, in "
-             f"{short_path(tuned)}")  # fmt: skip
+        names = " and ".join(lacking)
+        say_error(
+            f"baselines: {names} had fewer trials than the winner's objective; tuning them first, "
+            f"in {short_path(tuned)}"
+        )
         have_data(space.example, args)
         space.example.data.examine()
         join_ray(args.address, space.example.workers)

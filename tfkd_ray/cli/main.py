@@ -109,8 +109,10 @@ def _directory_is_gone() -> bool:
 
 def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
     """Say that this Python lacks a package, as that of a cluster's head may, which runs jobs."""
-    say_error(f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there (on a cluster: "
-         "in the environment that Ray was started from, whose `python` runs jobs)")  # fmt: skip
+    say_error(
+        f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there "
+        "(on a cluster: in the environment that Ray was started from, whose `python` runs jobs)"
+    )
     return FAILED
 
 
@@ -282,8 +284,12 @@ def _parser() -> argparse.ArgumentParser:
         if follow:
             sub.add_argument("-f", "--follow", action="store_true", help="go on as long as it runs")
 
-    sub = verb("best", best_verb, "Print the configuration of the best trial, as a file for `tfkd train`; of a sweep with "
-               "several metrics, the trials that no other beats.")  # fmt: skip
+    sub = verb(
+        "best",
+        best_verb,
+        "Print the configuration of the best trial, as a file for `tfkd train`; of a sweep with "
+        "several metrics, the trials that no other beats.",
+    )
     experiment(sub)
     sub.add_argument("--json", action="store_true", help="for programs")
 
@@ -330,8 +336,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
                      "RAY_ADDRESS, or this machine alone)")  # fmt: skip
     sub.add_argument("--cluster", metavar="FILE", help="of the cluster, that is up, to look at")
-    sub.add_argument("--storage", type=place_or_url, metavar="DIR", help="where experiments go, which all nodes must see "
-                     "(default: what the cluster file says; on this machine ./tfkd_results)")  # fmt: skip
+    sub.add_argument(
+        "--storage",
+        type=place_or_url,
+        metavar="DIR",
+        help="where experiments go, which all nodes must see "
+        "(default: what the cluster file says; on this machine ./tfkd_results)",
+    )
     sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
     sub.add_argument("--reap", action="store_true", help="remove placement groups of jobs that have ended")
 

@@ -79,8 +79,8 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         except Exception as error:  # a bare one where a node is not up within 30 s
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Unreachable(
-                f"Ray did not start on this machine: {reason}; its logs are in {ray_temp_dir()}/session_latest/logs; where "
-                "the machine is busy, try again"
+                f"Ray did not start on this machine: {reason}; its logs are in "
+                f"{ray_temp_dir()}/session_latest/logs; where the machine is busy, try again"
             ) from None
         _started.append(ray.get_runtime_context().gcs_address)
         return True
@@ -243,8 +243,9 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise Unreachable(
-            f"no Ray head answers at {address} within {CONNECT_TIMEOUT_S} s ({error}); is it up, and is this machine one of "
-            "its nodes? From elsewhere, submit a job: --cluster FILE, or --address http://127.0.0.1:8265 and a tunnel"
+            f"no Ray head answers at {address} within {CONNECT_TIMEOUT_S} s ({error}); is it up, "
+            "and is this machine one of its nodes? From elsewhere, submit a job: "
+            "--cluster FILE, or --address http://127.0.0.1:8265 and a tunnel"
         ) from None
 
 

@@ -241,7 +241,8 @@ def _graphs(
         if not difference.largest <= EXPORT_TOLERANCE * difference.scale:  # also where either is not a number
             raise ExportFailed(
                 f"{name}: its logits differ from the student's by up to {difference.largest:.2g} on {len(expected)} "
-                f"images, where {EXPORT_TOLERANCE:g} of their scale ({difference.scale:.3g}) is allowed; nothing was written"
+                f"images, where {EXPORT_TOLERANCE:g} of their scale ({difference.scale:.3g}) is allowed; "
+                "nothing was written"
             )
     return found, problems
 

@@ -147,9 +147,10 @@ def _not_a_verdict(sweep: Sweep) -> str:
     ties = sum(r.last[sweep.metric] == first.last[sweep.metric] for r in rest)
     shared = f" {ties + 1} trials share this value; the first of them is named." if ties else ""
     return (
-        f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} This is not a verdict: it "
-        f"is the best of {n} on validation, and {LUCK}. Only new runs over several seeds, judged on the test split, "
-        "can say whether it is better than the baselines (tfkd confirm)."
+        f"Best: {first.name}, {score_of(sweep.metric).title} {trial_value(sweep, first)}.{shared} "
+        f"This is not a verdict: it is the best of {n} on validation, and {LUCK}. "
+        "Only new runs over several seeds, judged on the test split, can say whether it is better than "
+        "the baselines (tfkd confirm)."
     )
 
 

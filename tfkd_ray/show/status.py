@@ -384,7 +384,8 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
         ]
     widths = [max(12, len(m)) for m in metrics]
     lines = [
-        f"{_shown_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats on validation in all of",
+        f"{_shown_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats "
+        "on validation in all of",
         f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
     ]
     for entry in best:

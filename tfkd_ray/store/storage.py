@@ -1,9 +1,10 @@
 """Where experiments and teachers go: a directory, or a bucket that each node mirrors on its own disk.
 
-`storage_at`, `checked` and `experiment_of` turn what a user wrote into a `Storage`, once, at the edge: the command line,
-`build_tuner`, `resume_tuner`, `confirm`. Everything below is handed that value and never asks a path what it is. A
-process that Ray starts gets the value itself, or, inside a trial's configuration, `Storage.wire`, which `received`
-reads. To add a kind of storage: a subclass of `Storage`, made in `storage_at`. How buckets work is in `remote`.
+`storage_at`, `checked` and `experiment_of` turn what a user wrote into a `Storage`, once, at the edge: the command
+line, `build_tuner`, `resume_tuner`, `confirm`. Everything below is handed that value and never asks a path what it
+is. A process that Ray starts gets the value itself, or, inside a trial's configuration, `Storage.wire`, which
+`received` reads. To add a kind of storage: a subclass of `Storage`, made in `storage_at`. How buckets work is in
+`remote`.
 """
 
 import contextlib
