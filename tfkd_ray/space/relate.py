@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import optuna
-
 from tfkd_ray.learn.config import RUN_ONLY, OptimConfig, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
@@ -21,16 +19,20 @@ from tfkd_ray.store.experiment import as_number
 
 
 def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number."""
     number = as_number(value)
     return number is not None and math.isfinite(number)
 
 
 def branch_of(group: BranchGroup, objective: str) -> Any:
+    """The branch of a group that has this objective."""
     return next(b for b in group.branches if b.objective == objective)
 
 
 def as_asked(group: BranchGroup, objective: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, distributions) of a trial of a study with these values."""
+    import optuna  # here: what only reads a space does without
+
     fixed = optuna.trial.FixedTrial(group.told(branch_of(group, objective), values))
     group.propose(fixed)
     return fixed.params, fixed.distributions
