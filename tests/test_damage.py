@@ -127,7 +127,7 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
     def reached(*args: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(tfkd_ray.tune, "prepare", reached)
+    monkeypatch.setattr(tfkd_ray.run.tune, "prepare", reached)
     files = sorted(p for p in storage.rglob("*") if p.is_file() and not p.is_symlink() and ".lock" not in p.name)
     refused = 0
     for number in range(COUNT // 25):

@@ -25,6 +25,7 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import dump_yaml, read_yaml
+from tfkd_ray.show import chosen
 from tfkd_ray.show import export as exporting
 from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, SUMS
 from tfkd_ray.show.export import ExportFailed, export, verify
@@ -382,7 +383,7 @@ def test_a_better_arm_goes_first_and_else_the_mean_decides(words: dict[str, str]
         for n, v in means.items()
     ]
     verdicts = [{"candidates": [{"name": n, "verdict": w} for n, w in words.items()]}]
-    assert exporting._best_arm({"arms": arms, "verdicts": verdicts}, score_of("val_accuracy")) == first
+    assert chosen._best_arm({"arms": arms, "verdicts": verdicts}, score_of("val_accuracy")) == first
 
 
 def test_of_a_comparison_by_nll_the_least_mean_is_best_and_nan_never_is() -> None:
@@ -392,8 +393,8 @@ def test_of_a_comparison_by_nll_the_least_mean_is_best_and_nan_never_is() -> Non
         for n, v in means.items()
     ]
     result: dict[str, Any] = {"arms": arms, "verdicts": []}
-    assert exporting._best_arm(result, score_of("val_nll")) == "c"
-    assert exporting._best_arm(result, score_of("val_accuracy")) == "b"
+    assert chosen._best_arm(result, score_of("val_nll")) == "c"
+    assert chosen._best_arm(result, score_of("val_accuracy")) == "b"
 
 
 @pytest.mark.parametrize("by_folder", [False, True], ids=["--arm --seed", "the trial's folder"])

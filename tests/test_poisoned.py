@@ -21,8 +21,8 @@ from ray.tune.experiment import Trial
 from test_damage import RELEASE
 from test_report import make_comparison
 
+from tfkd_ray.cli import compare, show, sweep, terminal, train
 from tfkd_ray.cli import main as cli
-from tfkd_ray.cli import terminal
 from tfkd_ray.cli.main import main
 from tfkd_ray.launch import verbs as cluster_verbs
 from tfkd_ray.run.connect import found_broken, give_larger_share
@@ -142,9 +142,10 @@ def answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], t
     def late(number: int, frame: Any) -> None:
         raise AssertionError(f"not over after {LONGEST_S} s")
 
-    for where, name in ((cli, "_join"), (cli, "_check_port"), (cluster_verbs, "_run"), (cluster_verbs, "submitted")):
-        if hasattr(where, name):
-            monkeypatch.setattr(where, name, reached)
+    for verbs in (compare, show, sweep, train):
+        monkeypatch.setattr(verbs, "join_ray", reached)
+    monkeypatch.setattr(show, "_check_port", reached)
+    monkeypatch.setattr(cluster_verbs, "run", reached)
     monkeypatch.setattr("tfkd_ray.run.tune.prepare", reached)
     monkeypatch.setattr("tfkd_ray.launch.doctor.doctor", lambda *args, **kwargs: [])
     monkeypatch.setattr(

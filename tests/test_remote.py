@@ -33,7 +33,8 @@ from tfkd_ray.learn import teachers
 from tfkd_ray.learn.checkpoint import load_state
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.teachers import teacher_name
-from tfkd_ray.run import nodes, trial
+from tfkd_ray.run import epochs as epochs_module
+from tfkd_ray.run import nodes
 from tfkd_ray.run.callbacks import Lock, Uploads
 from tfkd_ray.run.confirm import judge_on_test
 from tfkd_ray.run.tune import _teacher_task, build_tuner, resume_tuner
@@ -709,7 +710,7 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
 def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path: Path) -> None:
     tree = {**TREE, "objective": "ce", "data": {"name": "cifar10", "root": str(tmp_path)}, "optim": {}}
     del tree["search"]
-    epochs = trial._epochs_here(tree, Assignment("t", 6, directory=tmp_path / "t", storage=Directory(tmp_path)))
+    epochs = epochs_module.epochs_here(tree, Assignment("t", 6, directory=tmp_path / "t", storage=Directory(tmp_path)))
     with pytest.raises(ConfigError) as error:
         next(epochs)
     assert str(error.value).startswith(f"node {socket.gethostname()}: data cifar10: not found: ")
@@ -743,14 +744,14 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
 ) -> None:
     run, told = run_of(), Assignment.of(about(storage_at(bucket)))
     alone = Assignment("t0", 6, directory=tmp_path / "t0", storage=Directory(tmp_path))
-    whole = alike(trial._epochs_here(run, alone))
+    whole = alike(epochs_module.epochs_here(run, alone))
     elsewhere("node-1")
-    epochs = trial._epochs_here(run, told)
+    epochs = epochs_module.epochs_here(run, told)
     begun = [next(epochs), next(epochs), next(epochs)]
     epochs.close()  # type: ignore[attr-defined]
     assert not any(key.endswith("student.safetensors") for key in server.names())
     elsewhere("node-2")
-    again = list(trial._epochs_here(run, told))
+    again = list(epochs_module.epochs_here(run, told))
     assert again[:3] == begun and alike(again) == whole  # the first three were not trained again
     here = remote.store_at(bucket).folder / "e/trials/t0"
     weights = server.objects()["lab/me/e/trials/t0/student.safetensors"]
@@ -758,9 +759,9 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     at_once = (tmp_path / "t0/student.safetensors").read_bytes()
     assert whole_weights(weights) == whole_weights(at_once)
     elsewhere("node-1")  # whose own files are older
-    assert list(trial._epochs_here(run, told)) == again
+    assert list(epochs_module.epochs_here(run, told)) == again
     server.remove("lab/me/e/trials/t0/last.ckpt")
-    assert next(trial._epochs_here(run, told)) not in again[:1]  # seconds differ: it begins anew
+    assert next(epochs_module.epochs_here(run, told)) not in again[:1]  # seconds differ: it begins anew
 
 
 @both
@@ -777,13 +778,13 @@ def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
         write(self, name, content)
 
     monkeypatch.setattr(remote.Store, "write", at_first_refused)
-    assert len(list(trial._epochs_here(run_of(epochs=2), told))) == 2
+    assert len(list(epochs_module.epochs_here(run_of(epochs=2), told))) == 2
     assert {"last.ckpt", "student.safetensors"} == {name.rpartition("/")[2] for name in refused}
     assert "lab/me/e/trials/t0/student.safetensors" in server.objects()
     monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
     monkeypatch.setattr(remote.Store, "write", _refused)
     with pytest.raises(OSError, match=f"{bucket}: does not answer; is the network up"):
-        list(trial._epochs_here(run_of(epochs=3), Assignment.of(about(storage_at(bucket), "f"))))
+        list(epochs_module.epochs_here(run_of(epochs=3), Assignment.of(about(storage_at(bucket), "f"))))
 
 
 @both
@@ -826,7 +827,7 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
     elsewhere("node-3")
     assert _teacher_task(run, storage, own_code.here()) == made and trained == [kept["epoch"]]
     elsewhere("node-4")
-    metrics = list(trial._epochs_here(config.model_dump(mode="json"), told))
+    metrics = list(epochs_module.epochs_here(config.model_dump(mode="json"), told))
     assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0
 
 
@@ -944,7 +945,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
 def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_later(
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "END_S", 1.0)
+    monkeypatch.setattr(remote, "UPLOAD_END_S", 1.0)
     storage = storage_at(bucket)
     experiment = storage.folder / "late"
     experiment.mkdir(parents=True)

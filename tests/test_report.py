@@ -16,7 +16,7 @@ import torch
 from test_readers import change, line, make_sweep
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.show import report as module
+from tfkd_ray.show import figures
 from tfkd_ray.show.report import report
 from tfkd_ray.show.status import read_plan
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
@@ -119,7 +119,7 @@ def test_the_receipt_adds_up(sweep: Path, page: str) -> None:
 
 
 def test_importance_finds_the_setting_that_was_made_to_matter(sweep: Path) -> None:
-    found = module._importance(module._read_sweep(sweep, read_plan(sweep)))
+    found = figures.importance_section(figures.read_sweep(sweep, read_plan(sweep)))
     assert len(found.panels) == 4
     for panel in found.panels:
         assert panel.y.ticks[-1][1] == "lr"  # bars are drawn from the bottom
@@ -147,11 +147,11 @@ def test_an_axis_shows_a_range_on_its_own_scale() -> None:
     shown = {}
     for name, domain in scales.items():
         p = Parameter(name, (name,), domain)
-        axis = module._axis(p)
+        axis = figures._axis(p)
         shown[axis.label] = axis.log
         for value in (domain.low, domain.at(0.3), domain.high):
-            assert axis.span[0] < module._at(p, value) < axis.span[1]
-            assert module._place(p, value) == domain.place(value)
+            assert axis.span[0] < figures._at(p, value) < axis.span[1]
+            assert figures._axis_place(p, value) == domain.place(value)
     assert shown == {"x": False, "y (log scale)": True, "1 - z (log scale)": True}
 
 
@@ -161,7 +161,7 @@ def test_the_rank_correlation_is_one_where_a_rung_ranks_as_the_end_does(tmp_path
         folder = change(tmp_path / "e", number, status="done")
         values = [0.5 + number / 100, 0.6 + (9 - number) / 100] + [0.7 + number**2 / 1000] * 16
         (folder / "metrics.jsonl").write_text("".join(line(e + 1, v) for e, v in enumerate(values)))
-    found = module._fidelity(module._read_sweep(tmp_path / "e", read_plan(tmp_path / "e")))
+    found = figures.fidelity(figures.read_sweep(tmp_path / "e", read_plan(tmp_path / "e")))
     assert [p.title for p in found.panels] == ["rung at 2 epochs", "rung at 6 epochs"]
     assert [p.series[0].name for p in found.panels] == ["ce: -1.00 (n = 10)", "ce: 1.00 (n = 10)"]
 

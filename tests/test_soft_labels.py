@@ -465,10 +465,10 @@ def test_what_another_node_has_filled_is_not_computed(tmp_path: Path, monkeypatc
 
 
 def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tfkd_ray.run import trial
+    from tfkd_ray.run import epochs
 
-    monkeypatch.setattr(trial.ray, "put", lambda content: content)  # its object store
-    shelf = trial.Shelf(100)
+    monkeypatch.setattr(epochs.ray, "put", lambda content: content)  # its object store
+    shelf = epochs.Shelf(100)
     for name in ("a", "b", "c"):
         shelf.offer(name, name.encode() * 40)
         assert shelf.fetch(name) == [name.encode() * 40]

@@ -24,7 +24,7 @@ import ray
 from conftest import Run
 from test_search import run_sweep, space
 
-from tfkd_ray.run import searcher as search
+from tfkd_ray.run import studies
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.run.studies import drop_stale_locks, open_journal, open_storage, whole_url
 from tfkd_ray.run.tune import build_tuner, resume_tuner
@@ -106,7 +106,7 @@ def lock(journal: Path) -> Path:
 
 
 def test_a_lock_that_a_killed_driver_left_is_removed(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "LOCK_S", 0.2)
+    monkeypatch.setattr(studies, "LOCK_S", 0.2)
     rest = journal.with_name("study.journal.lock5ca2.rename")
     rest.symlink_to(journal)
     young, other = lock(journal), journal.with_name("another.journal.lock")
@@ -115,7 +115,7 @@ def test_a_lock_that_a_killed_driver_left_is_removed(journal: Path, monkeypatch:
     drop_stale_locks(journal)
     assert not young.is_symlink() and not rest.is_symlink() and other.exists()
     assert 0.2 <= time.monotonic() - start < 2
-    monkeypatch.setattr(search, "LOCK_S", 60)
+    monkeypatch.setattr(studies, "LOCK_S", 60)
     os.utime(lock(journal), (0, 0), follow_symlinks=False)  # of long ago: there is nothing to wait for
     drop_stale_locks(journal)
     drop_stale_locks(journal)
@@ -135,7 +135,7 @@ def test_a_lock_that_somebody_holds_is_waited_for_and_not_taken_away(journal: Pa
     with ThreadPoolExecutor(1) as pool:
         writer, start = pool.submit(write), time.monotonic()
         drop_stale_locks(journal)
-        assert 0.25 < time.monotonic() - start < search.LOCK_S
+        assert 0.25 < time.monotonic() - start < studies.LOCK_S
         writer.result()
 
 
@@ -190,7 +190,7 @@ def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
 def test_a_database_that_somebody_else_writes_to_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(search, "SQLITE_WAIT_S", 0.1)
+    monkeypatch.setattr(studies, "SQLITE_WAIT_S", 0.1)
     url = f"sqlite:///{tmp_path}/s.db"
     s = build_space({**space(num_samples=4).tree, "search": {"num_samples": 4, "storage": url, "study": "e"}})
     run_sweep(OptunaSearcher(s, tmp_path / "none"), kill_at=3)
