@@ -5,7 +5,7 @@
 # make test-docs  the commands, code and notebook of README and docs, as they stand there (8 minutes)
 # make test-faults  kills, signals, bad disks, ... (about 40 minutes)      make test-faults-short  3 minutes of them
 # make soak   half an hour of sweeps with random faults; fails if something grows (MINUTES=5: shorter)
-# make fuzz   5,000 files, commands and data as nobody would write them; CI takes 500 (TFKD_FUZZ_SEED=n: the same again)
+# make fuzz   5,000 files, commands and data as nobody would write them; `make test` takes 50 (TFKD_FUZZ_SEED=n: the same again)
 # make test-cluster  real clusters: by ssh, nodes that come and go, hosts cut off (some minutes; as root, with sshd, rsync, ip)
 # make test-cluster-short  4 minutes of them, on loopback, by anyone
 SHELL := /bin/bash

@@ -108,7 +108,7 @@ def test_a_job_ends_with_the_exit_code_that_tfkd_has_there(
 ) -> None:
     monkeypatch.setattr(Head, "ended", code)
     monkeypatch.setattr("tfkd_ray.launch.verbs.submit_command", lambda address, job, *more: ["touch", job])
-    monkeypatch.setattr("tfkd_ray.launch.commands.logs_command", lambda address, job: ["true"])
+    monkeypatch.setattr("tfkd_ray.launch.verbs.logs_command", lambda address, job: ["true"])
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == ends
     err = capfd.readouterr().err
     assert ("failed: what Ray says" in err) is bool(ends) and "Traceback" not in err
@@ -267,11 +267,12 @@ def test_what_a_job_is_sent_is_the_command_with_paths_of_the_cluster(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(SPACE)
     sent: list[list[str]] = []
-    monkeypatch.setattr("tfkd_ray.launch.verbs.check_ray_version", lambda address: None)
+    for module in ("verbs", "as_job"):
+        monkeypatch.setattr(f"tfkd_ray.launch.{module}.check_ray_version", lambda address: None)
     monkeypatch.setattr("tfkd_ray.launch.verbs._submit_job", lambda command, *more: sent.append(command))
     detach = [] if argv[0] == "doctor" else ["--detach"]
     monkeypatch.setattr("tfkd_ray.launch.verbs._state_of", lambda address, job: {"status": "SUCCEEDED"})
-    monkeypatch.setattr("tfkd_ray.launch.commands.logs_command", lambda address, job: ["true"])
+    monkeypatch.setattr("tfkd_ray.launch.verbs.logs_command", lambda address, job: ["true"])
     storage = [] if argv[1] == "/mnt/x/e" else ["--storage", "/mnt/x"]  # a comparison goes beside its sweep
     assert main([*argv, "--address", "http://127.0.0.1:9", *storage, *detach]) == 0
     ((*_, words),) = [" ".join(command).partition(" -- ") for command in sent]

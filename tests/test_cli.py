@@ -448,6 +448,7 @@ def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here:
 
 
 @pytest.mark.ray
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "search",
@@ -618,7 +619,7 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
     (here / "c").mkdir()
     (here / "c/confirm.yaml").touch()
     gone_on: list[Path] = []
-    monkeypatch.setattr("tfkd_ray.cli.compare.compare_arms", lambda directory, address: gone_on.append(directory) or 0)
+    monkeypatch.setattr("tfkd_ray.cli.sweep.compare_arms", lambda directory, address: gone_on.append(directory) or 0)
     code = main(["resume", "c", *given(option)])
     if option.dest == "retry_failed":  # it always does that
         assert code == 0 and gone_on

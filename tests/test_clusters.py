@@ -561,9 +561,9 @@ def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_whic
     fake(tools, "end", f": > {tools}/ended")
     (tools / "head.py").write_text(HEAD)
     head = [sys.executable, str(tools / "head.py")]
-    monkeypatch.setattr("tfkd_ray.launch.commands.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"])
+    monkeypatch.setattr("tfkd_ray.launch.verbs.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"])
     monkeypatch.setattr("tfkd_ray.launch.verbs.LEFT_S", 0)
-    monkeypatch.setattr("tfkd_ray.launch.commands.down_commands", lambda file: [[str(tools / "end")]])
+    monkeypatch.setattr("tfkd_ray.launch.verbs.down_commands", lambda file: [[str(tools / "end")]])
 
     assert main(["cluster", "status", f"{provider}-gpu"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
@@ -714,7 +714,7 @@ def test_a_host_that_does_not_answer_is_named_before_anything_starts(
     code: int, sentence: str,
 ) -> None:  # fmt: skip
     if "sleep" in script:
-        monkeypatch.setattr("tfkd_ray.launch.commands.SSH_S", 1)
+        monkeypatch.setattr("tfkd_ray.launch.verbs.SSH_S", 1)
     path = tmp_path / "mine.yaml"
     path.write_text(
         TEXTS["onprem.yaml"]

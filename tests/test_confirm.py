@@ -106,6 +106,8 @@ def test_a_failing_run_comes_back_once() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.fault
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_and_repeats_nothing(tmp_path: Path, ray_cluster: str, tfkd: Run) -> None:
     tree = {**TREE, "epochs": 40, "student": {"name": "mlp", "hidden": [64]}}
     (tmp_path / "arms.yaml").write_text(json.dumps(tree))

@@ -76,6 +76,7 @@ assert grown["RssFile:"] > 30 and grown["RssAnon:"] < 18, grown
 """
 
 
+@pytest.mark.slow
 def test_processes_share_the_memory_of_decoded_images(tmp_path: Path) -> None:
     """Megabytes of images of 4 kB, 36 of them among 40 stored: mapped from the file, also where it is new."""
     (tmp_path / "source").touch()

@@ -63,7 +63,7 @@ def knob(name: str, K: int = 10, **settings: Any) -> Knob:
 
 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
-@pytest.mark.parametrize("K", [2, 10, 100])
+@pytest.mark.parametrize("K", [2, 10])
 def test_the_gradient_is_that_of_the_loss(objective: Canonical, K: int) -> None:
     scaled = objective.model_copy(update={"loss_scale": 0.3})
     logits, labels, teacher = (torch.tensor(x.astype(x.dtype if x.ndim > 1 else int)) for x in _batch(K))
@@ -120,7 +120,7 @@ def test_the_released_settings_are_the_label_smoothings_of_the_fact_sheet(
     assert amount.residual < 1e-12
 
 
-@pytest.mark.parametrize("K", [2, 10, 100, 1000])
+@pytest.mark.parametrize("K", [2, 1000])
 @pytest.mark.parametrize("T", [1.0, 20.0])
 def test_tfkd_reg_code_is_what_it_says_it_is(K: int, T: float) -> None:
     code = TfkdRegCode(alpha=0.37, temperature=T, correct_prob=0.9, loss_scale=0.3)
@@ -129,7 +129,7 @@ def test_tfkd_reg_code_is_what_it_says_it_is(K: int, T: float) -> None:
     assert (amount.lsr.alpha, amount.lsr.loss_scale) == (pytest.approx(exact.alpha), pytest.approx(0.3))
 
 
-@pytest.mark.parametrize("K", [10, 100, 1000])
+@pytest.mark.parametrize("K", [10, 1000])
 @pytest.mark.parametrize("alpha, a", [(0.1, 0.99), (0.9, 0.9), (0.5, 0.5)])
 def test_tfkd_reg_at_temperature_1_is_label_smoothing(K: int, alpha: float, a: float) -> None:
     """The target is flat off the label: alpha * (1 - a) of its mass is spread over the other K - 1 classes."""
@@ -170,15 +170,14 @@ def test_no_other_label_smoothing_is_nearer() -> None:
 # --- settings
 
 
-@pytest.mark.parametrize("K", [10, 100, 1000])
 @pytest.mark.parametrize("name", IDS)
-def test_loss_scale_is_redundant_everywhere(name: str, K: int) -> None:
-    found = knob(name, K, loss_scale=SCALE)
+def test_loss_scale_is_redundant_everywhere(name: str) -> None:
+    found = knob(name, 10, loss_scale=SCALE)
     assert found.verdict == "redundant" and found.residual < 1e-12
     assert found.scalars == (pytest.approx(math.sqrt(0.05)), pytest.approx(1 / math.sqrt(0.05)))
 
 
-@pytest.mark.parametrize("K", [10, 100, 1000])
+@pytest.mark.parametrize("K", [10, 1000])
 @pytest.mark.parametrize("name", ["kd", "tfkd_self", "dkd", "dist", "kd_standardised"])
 def test_the_temperature_of_a_trained_teacher_is_live(name: str, K: int) -> None:
     assert knob(name, K, temperature={"low": 1, "high": 20, "log": True}).residual > 0.2

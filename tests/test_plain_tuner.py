@@ -227,6 +227,8 @@ else:
 """
 
 
+@pytest.mark.fault
+@pytest.mark.slow
 def test_restored_after_a_kill_each_trial_is_run_to_its_end_once(ray_cluster: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(RESTORED)
     (tmp_path / "begun").mkdir()

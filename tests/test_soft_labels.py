@@ -224,6 +224,7 @@ bank(Path(sys.argv[1])).logits({"epoch": 1}, N, K, compute)
 """
 
 
+@pytest.mark.fault
 def test_the_first_filler_is_killed_half_way(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FILLER, str(tmp_path)]
     root, started = Path(__file__).parent.parent, [0]
