@@ -43,7 +43,9 @@ def main() -> None:
         ours_ms += milliseconds(lambda: PAPER(images, view))
         theirs_ms += milliseconds(lambda: torch.stack([theirs(image) for image in pil]), 5)
     for name, times in (("batched, ours", ours_ms), ("per image, torchvision on PIL", theirs_ms)):
-        print(f"{name}: median {statistics.median(times):.2f} ms, {min(times):.2f} to {max(times):.2f}, n {len(times)}")
+        print(
+            f"{name}: median {statistics.median(times):.2f} ms, {min(times):.2f} to {max(times):.2f}, n {len(times)}"
+        )
     print(f"ratio of medians: {statistics.median(theirs_ms) / statistics.median(ours_ms):.1f}")
 
 

@@ -47,9 +47,16 @@ SHARED: dict[str, Any] = {
             "temperature": {"low": 1, "high": 20, "log": True},
             "alpha": {"low": 0.05, "high": 0.95},
         },
-        {"name": "kd", "temperature": {"low": 1, "high": 20, "log": True}, "alpha": {"low": 0.05, "high": 0.95}},
+        {
+            "name": "kd",
+            "temperature": {"low": 1, "high": 20, "log": True},
+            "alpha": {"low": 0.05, "high": 0.95},
+        },
     ],
-    "teacher": {"model": {"name": "cnn", "widths": [16, 32]}, "optim": {"lr": 0.1, "batch_size": 64}},
+    "teacher": {
+        "model": {"name": "cnn", "widths": [16, 32]},
+        "optim": {"lr": 0.1, "batch_size": 64},
+    },
     "optim": {
         "lr": {"low": 0.003, "high": 1, "log": True},
         "weight_decay": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -102,7 +109,10 @@ def make(name: str, trials: int, work: Path) -> Path:
             for seed in (0, 1, 2) if n // len(space.branches) % SEEDS_EVERY == 0 else (0,):
                 if (n, seed) not in done:
                     row = {"number": n, "seed": seed, "objective": proposal["objective"]["name"]}
-                    row |= {"parameters": about["parameters"], **_run({**proposal, "seed": seed}, work)}
+                    row |= {
+                        "parameters": about["parameters"],
+                        **_run({**proposal, "seed": seed}, work),
+                    }
                     file.write(json.dumps(row) + "\n")
                     file.flush()
     return pack(name, lines)
@@ -112,7 +122,9 @@ def _run(tree: dict[str, Any], work: Path) -> dict[str, Any]:
     from tfkd_ray.learn.config import TrainConfig
 
     config = validated(TrainConfig, tree)
-    teacher = find_or_train(config.model_copy(update={"seed": 0}), work) if config.needs_teacher else None
+    teacher = (
+        find_or_train(config.model_copy(update={"seed": 0}), work) if config.needs_teacher else None
+    )
     accuracy, started = [], time.perf_counter()
     with contextlib.suppress(Diverged):
         accuracy += [epoch.metrics["val_accuracy"] for epoch in train(config, teacher=teacher)]
@@ -132,7 +144,9 @@ def pack(name: str, lines: Path) -> Path:
     for i, row in enumerate(rows):
         curves[i, : len(row["accuracy"])] = row["accuracy"]
     names = sorted({p for row in rows for p in row["parameters"]})
-    parameters = np.array([[row["parameters"].get(p, np.nan) for p in names] for row in rows], np.float64)
+    parameters = np.array(
+        [[row["parameters"].get(p, np.nan) for p in names] for row in rows], np.float64
+    )
     about = {
         **{k: v for k, v in about_now([]).items() if k in ("created", "versions", "git_commit")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "space": SPACES[name],
@@ -152,7 +166,8 @@ def load(name: str) -> Table:
         about = json.loads(str(file["about"]))
         names = about["parameters"]
         parameters = [
-            {p: float(v) for p, v in zip(names, row, strict=True) if np.isfinite(v)} for row in file["parameters"]
+            {p: float(v) for p, v in zip(names, row, strict=True) if np.isfinite(v)}
+            for row in file["parameters"]
         ]
         space = build_space({**about["space"], "search": {}})
         return Table(space, about, file["objective"], parameters, file["seed"], file["curves"])
@@ -162,7 +177,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=list(SPACES))
     parser.add_argument("--trials", type=int, default=1600)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tfkd-curves", metavar="DIR")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "tfkd-curves", metavar="DIR"
+    )
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = make(args.name, args.trials, args.work)

@@ -33,7 +33,9 @@ def write_cifar100(root: Path) -> None:
     with tarfile.open(root / Cifar100.archive, "w:gz", compresslevel=1) as tar:
         for name, count in (("train", 50_000), ("test", 10_000)):
             pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-            raw = pickle.dumps({b"data": pixels, b"fine_labels": [i % 100 for i in range(count)]}, protocol=4)
+            raw = pickle.dumps(
+                {b"data": pixels, b"fine_labels": [i % 100 for i in range(count)]}, protocol=4
+            )
             member = tarfile.TarInfo(f"{Cifar100.folder}/{name}")
             member.size = len(raw)
             tar.addfile(member, io.BytesIO(raw))
@@ -46,7 +48,9 @@ def write_jpegs(root: Path, count: int = 400) -> None:
         for split in ("train", "val")[: 2 if i < 4 else 1]:
             folder = root / split / f"{i % 2}"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(small).resize((500, 400), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=92)
+            Image.fromarray(small).resize((500, 400), Image.Resampling.BICUBIC).save(
+                folder / f"{i}.jpg", quality=92
+            )
 
 
 def load(root: str) -> float:
@@ -74,7 +78,11 @@ def memory(root: str, batch_size: int) -> float:
     data = Cifar100(root=Path(root), check_md5=False, subset=round(12.5 * batch_size))
     whole = data.model_copy(update={"subset": None}).load()  # stays: a sweep holds the whole set
     config = TrainConfig(
-        objective=CrossEntropy(), data=data, student=MobileNetV2(), epochs=1, optim=OptimConfig(batch_size=batch_size)
+        objective=CrossEntropy(),
+        data=data,
+        student=MobileNetV2(),
+        epochs=1,
+        optim=OptimConfig(batch_size=batch_size),
     )
     list(train(config))
     assert len(whole[0])
@@ -85,7 +93,10 @@ def measured(what: str, repeats: int, *args: str, cache: Path) -> list[float]:
     """The values of so many new processes."""
     command = [sys.executable, __file__, "--one", what, *args]
     env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    runs = (subprocess.run(command, env=env, capture_output=True, text=True, check=True) for _ in range(repeats))
+    runs = (
+        subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        for _ in range(repeats)
+    )
     return [float(run.stdout) for run in runs]
 
 
@@ -98,16 +109,30 @@ def main(repeats: int) -> None:
 
         def show(text: str, values: list[float], unit: str) -> None:
             spread = f"{min(values):.3g} to {max(values):.3g}"
-            print(f"{text}: {statistics.median(values):.3g} {unit} ({spread}, n {len(values)})", flush=True)
+            print(
+                f"{text}: {statistics.median(values):.3g} {unit} ({spread}, n {len(values)})",
+                flush=True,
+            )
 
-        first = [measured("load", 1, str(root), cache=Path(folder) / f"cache{k}")[0] for k in range(repeats)]
+        first = [
+            measured("load", 1, str(root), cache=Path(folder) / f"cache{k}")[0]
+            for k in range(repeats)
+        ]
         show("CIFAR-100 archive, read for the first time", first, "s")
-        show("the same later", measured("load", repeats, str(root), cache=Path(folder) / "cache0"), "s")
+        show(
+            "the same later",
+            measured("load", repeats, str(root), cache=Path(folder) / "cache0"),
+            "s",
+        )
         for readers in ("1", "2"):
-            values = measured("decode", repeats, str(photos), readers, cache=Path(folder) / "cache0")
+            values = measured(
+                "decode", repeats, str(photos), readers, cache=Path(folder) / "cache0"
+            )
             show(f"crops of 224 with {readers} readers", values, "images/s")
         for batch in ("128", "32"):
-            values = measured("memory", min(repeats, 3), str(root), batch, cache=Path(folder) / "cache0")
+            values = measured(
+                "memory", min(repeats, 3), str(root), batch, cache=Path(folder) / "cache0"
+            )
             show(f"MobileNetV2, batch {batch}: peak memory of the process", values, "GiB")
 
 

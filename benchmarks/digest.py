@@ -45,12 +45,16 @@ def write_mnist(root: Path, *, gz: bool) -> None:
     rng = np.random.default_rng(0)
     root.mkdir()
     for split, count in (("train", 60_000), ("t10k", 10_000)):
-        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8) * (rng.random((count, 28, 28)) < 0.3)
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8) * (
+            rng.random((count, 28, 28)) < 0.3
+        )
         labels = np.arange(count, dtype=np.uint8) % 10
         for stem, array in (("images-idx3", pixels.astype(np.uint8)), ("labels-idx1", labels)):
             head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             raw = head + array.tobytes()
-            (root / f"{split}-{stem}-ubyte{'.gz' * gz}").write_bytes(gzip.compress(raw, 6) if gz else raw)
+            (root / f"{split}-{stem}-ubyte{'.gz' * gz}").write_bytes(
+                gzip.compress(raw, 6) if gz else raw
+            )
 
 
 def data_at(kind: str, root: Path) -> Dataset:
@@ -88,7 +92,9 @@ def main(repeats: int) -> None:
         write_cifar100(roots["cifar"])
         write_files(roots["folder"])
         runs: dict[tuple[str, str], list[list[float]]] = {}
-        for k in range(repeats):  # in turns, so that what else runs on the machine meets all of them
+        for k in range(
+            repeats
+        ):  # in turns, so that what else runs on the machine meets all of them
             for kind, root in roots.items():
                 for when in ("first", "later"):
                     found = measured(kind, root, Path(folder) / f"cache-{kind}{k}")

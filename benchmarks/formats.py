@@ -24,15 +24,26 @@ STUDENTS = (
     "mobilenet_v2,shufflenet_v2_x1_0"
 )
 K = 100
-WAYS = [(layout, bf16) for bf16 in (False, True) for layout in (torch.contiguous_format, torch.channels_last)]
+WAYS = [
+    (layout, bf16)
+    for bf16 in (False, True)
+    for layout in (torch.contiguous_format, torch.channels_last)
+]
 
 
 def steps(
-    config: TrainConfig, layout: torch.memory_format, bf16: bool, batch: int, *, compiled: bool = False
+    config: TrainConfig,
+    layout: torch.memory_format,
+    bf16: bool,
+    batch: int,
+    *,
+    compiled: bool = False,
 ) -> Iterator[float]:
     """Seconds of a step, each time it is asked."""
     student = config.student.build((3, 32, 32), K).to(memory_format=layout).train()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
+    )
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(0, K, (batch,))
     forward = torch.compile(student, dynamic=False) if compiled else student
     while True:
@@ -52,21 +63,37 @@ def name(layout: torch.memory_format, bf16: bool) -> str:
 
 def print_table(students: list[TrainConfig], batch: int, rounds: int) -> None:
     """The four ways of each student."""
-    print("| student | " + " | ".join(name(*way) for way in WAYS) + " | chosen |\n" + "|---" * (len(WAYS) + 2) + "|")
+    print(
+        "| student | "
+        + " | ".join(name(*way) for way in WAYS)
+        + " | chosen |\n"
+        + "|---" * (len(WAYS) + 2)
+        + "|"
+    )
     for config in students:
         _, seconds = turns([steps(config, *way, batch) for way in WAYS], rounds)
-        cells = [f"{1000 * statistics.median(seconds[0]):.0f} ms", *(over(s, seconds[0]) for s in seconds[1:])]
-        print(f"| `{config.student.name}` | " + " | ".join(cells) + f" | {name(*chosen(config))} |", flush=True)
+        cells = [
+            f"{1000 * statistics.median(seconds[0]):.0f} ms",
+            *(over(s, seconds[0]) for s in seconds[1:]),
+        ]
+        print(
+            f"| `{config.student.name}` | " + " | ".join(cells) + f" | {name(*chosen(config))} |",
+            flush=True,
+        )
 
 
 def print_compiled(students: list[TrainConfig], batch: int, rounds: int) -> None:
     """Each student as it is chosen, and that compiled."""
     print("| student | chosen | compiled | first step | won back after |\n" + "|---" * 5 + "|")
     for config in students:
-        ways = [steps(config, *chosen(config), batch, compiled=compiled) for compiled in (False, True)]
+        ways = [
+            steps(config, *chosen(config), batch, compiled=compiled) for compiled in (False, True)
+        ]
         (_, first), seconds = turns(ways, rounds)
         plain, compiled = (statistics.median(s) for s in seconds)
-        back = f"{(first - compiled) / (plain - compiled):.0f} steps" if compiled < plain else "never"
+        back = (
+            f"{(first - compiled) / (plain - compiled):.0f} steps" if compiled < plain else "never"
+        )
         cells = [f"{1000 * plain:.0f} ms", over(seconds[1], seconds[0]), f"{first:.1f} s", back]
         print(f"| `{config.student.name}` | " + " | ".join(cells) + " |", flush=True)
 
@@ -94,7 +121,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    trees = [{"objective": "ce", "student": student, "data": "cifar100"} for student in args.students.split(",")]
+    trees = [
+        {"objective": "ce", "student": student, "data": "cifar100"}
+        for student in args.students.split(",")
+    ]
     students = [validated(TrainConfig, tree) for tree in trees]
     (print_compiled if args.compile else print_table)(students, args.batch, args.rounds)
 

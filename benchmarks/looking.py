@@ -55,8 +55,12 @@ def write_events(experiment: Path, space: object) -> None:
             trial.last_result["failed"] = record.reason
         callback.on_trial_complete(0, [], trial)
         whole.append(time.perf_counter() - began)
-    print(f"a report to TensorBoard, median of {len(reports):,}: {1000 * statistics.median(reports):.2f} ms")
-    print(f"a trial in TensorBoard, all its reports included, median: {1000 * statistics.median(whole):.0f} ms")
+    print(
+        f"a report to TensorBoard, median of {len(reports):,}: {1000 * statistics.median(reports):.2f} ms"
+    )
+    print(
+        f"a trial in TensorBoard, all its reports included, median: {1000 * statistics.median(whole):.0f} ms"
+    )
     size = sum(p.stat().st_size for p in (experiment / "tb").rglob("*") if p.is_file())
     print(f"events: {size / 2**20:.0f} MiB")
 
@@ -72,17 +76,24 @@ def look_at_hparams(experiment: Path, trials: int) -> None:
         url = address(server, last, timeout_s=300)
     try:
         with sync_playwright() as playwright:
-            page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+            page = playwright.chromium.launch(
+                executable_path=chromium, args=["--no-sandbox"]
+            ).new_page()
             page.set_default_timeout(120_000)
             steps: dict[str, Callable[[], object]] = {
-                "HParams opened, until its table is drawn": lambda: (look(page, url, "hparams"), cells(page)),
+                "HParams opened, until its table is drawn": lambda: (
+                    look(page, url, "hparams"),
+                    cells(page),
+                ),
                 "HParams, only successful trials": lambda: (
                     tick(page, "Failure"),
                     page.wait_for_selector(f"text=/matching session groups: (?!{trials}$)/"),
                 ),
                 "HParams, parallel coordinates drawn": lambda: (
                     page.locator("text=Parallel coordinates view").click(),
-                    page.wait_for_selector("tf-hparams-parallel-coords-plot svg path", state="attached"),
+                    page.wait_for_selector(
+                        "tf-hparams-parallel-coords-plot svg path", state="attached"
+                    ),
                 ),
             }
             for what, step in steps.items():
@@ -97,7 +108,9 @@ def main(trials: int = 1000, epochs: int = 100) -> None:
     """Make the sweep and look at it in every way."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = Path(folder) / "large"
-        space = make_sweep(experiment, trials, epochs, search={"stopping": "none"})  # every trial in full
+        space = make_sweep(
+            experiment, trials, epochs, search={"stopping": "none"}
+        )  # every trial in full
         write_events(experiment, space)
         with timed("status"):
             status(experiment)

@@ -82,8 +82,12 @@ def main() -> None:
         spread = f"range {min(times):.4f} to {max(times):.4f}"
         print(f"repeat {repeat + 1}: median {medians[-1]:.4f} s, {spread}, n {len(times)}")
         cuts = [1000 * c for c in statistics.quantiles(reports, n=20)]
-        print(f"  a report: median {cuts[9]:.1f} ms (5 to 95 %: {cuts[0]:.1f} to {cuts[18]:.1f}), n {len(reports)}")
-    versions = f"python {platform.python_version()}, ray {ray.__version__}, torch {torch.__version__}"
+        print(
+            f"  a report: median {cuts[9]:.1f} ms (5 to 95 %: {cuts[0]:.1f} to {cuts[18]:.1f}), n {len(reports)}"
+        )
+    versions = (
+        f"python {platform.python_version()}, ray {ray.__version__}, torch {torch.__version__}"
+    )
     print(
         f"platform time per trial, {args.workers} worker(s): {statistics.median(medians):.4f} s "
         f"(repeats {min(medians):.4f} to {max(medians):.4f}); {versions}, {platform.machine()}"

@@ -35,7 +35,14 @@ from tfkd_ray.space.space import Space, build_space
 from tfkd_ray.store.experiment import write_experiment
 from tfkd_ray.store.storage import Directory
 
-RESULT = {"epoch": 1, "val_accuracy": 0.5, "val_nll": 1.0, "val_ece": 0.1, "train_loss": 1.0, "seconds": 0.0}
+RESULT = {
+    "epoch": 1,
+    "val_accuracy": 0.5,
+    "val_nll": 1.0,
+    "val_ece": 0.1,
+    "train_loss": 1.0,
+    "seconds": 0.0,
+}
 
 
 AT_ONCE = 1
@@ -74,16 +81,30 @@ def direct(trials: int, sampler: str, folder: Path) -> Clock:
     space = space_of(trials, sampler)
     experiment = folder / "e"
     write_experiment(experiment, space.tree, [])
-    searcher = OptunaSearcher(space, experiment / "study.journal", place=Directory(experiment.parent).wire())
+    searcher = OptunaSearcher(
+        space, experiment / "study.journal", place=Directory(experiment.parent).wire()
+    )
     stopping, budget, clock = StudyStopping(searcher), Budget(experiment, space, searcher), Clock()
     losses = Losses()
-    callbacks = [Announcer([TensorBoard(experiment / "tb", space), budget, losses, Recorder(losses, budget)]), clock]
+    callbacks = [
+        Announcer(
+            [TensorBoard(experiment / "tb", space), budget, losses, Recorder(losses, budget)]
+        ),
+        clock,
+    ]
     for callback in callbacks:
         callback.setup()
     for n in range(trials):
         config = searcher.suggest(f"id{n}")
-        about = {"trial_id": f"id{n}", "config": config, "last_result": {**RESULT, "done": True}, "status": "RUNNING"}
-        trial: Any = SimpleNamespace(**about, logdir=str(folder), experiment_tag="", evaluated_params={})
+        about = {
+            "trial_id": f"id{n}",
+            "config": config,
+            "last_result": {**RESULT, "done": True},
+            "status": "RUNNING",
+        }
+        trial: Any = SimpleNamespace(
+            **about, logdir=str(folder), experiment_tag="", evaluated_params={}
+        )
         for callback in callbacks:
             callback.on_trial_start(0, [], trial)
         stopping.on_trial_result(None, trial, trial.last_result)
@@ -127,7 +148,9 @@ def plain(trials: int, sampler: str, folder: Path) -> Clock:
     tune.Tuner(
         tune.with_resources(Nothing, {"cpu": 1}),
         param_space={"lr": tune.loguniform(0.01, 0.5), "weight_decay": tune.loguniform(1e-5, 1e-2)},
-        tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=AT_ONCE, reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            num_samples=trials, max_concurrent_trials=AT_ONCE, reuse_actors=True
+        ),
         run_config=tune.RunConfig(storage_path=str(folder), name="e", callbacks=[clock], verbose=0),
     ).fit()
     return clock
@@ -152,18 +175,29 @@ def main() -> None:
     AT_ONCE = args.at_once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.how != "direct":
-        ray.init(num_cpus=args.at_once, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            num_cpus=args.at_once,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with tempfile.TemporaryDirectory() as folder:
         run = {"direct": direct, "ray": through_ray, "plain": plain}[args.how]
         clock = run(args.trials, args.sampler, Path(folder))
-        files = {p.name: p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and p.name != "result.json"}
+        files = {
+            p.name: p.stat().st_size
+            for p in Path(folder).rglob("*")
+            if p.is_file() and p.name != "result.json"
+        }
     print(f"{args.how}, {args.sampler}, {args.trials:,} trials, {args.at_once} at a time")
     print("| trials | driver CPU, ms a trial | wall, ms a trial |\n|---|---|---|")
     print("\n".join(rows(clock, args.trials)))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     gc.collect()
-    print(f"memory of the driver at most {after:.0f} MiB, {after - before:.0f} more than before the first trial")
+    print(
+        f"memory of the driver at most {after:.0f} MiB, {after - before:.0f} more than before the first trial"
+    )
     large = sorted(files.items(), key=lambda f: -f[1])[:3]
     print("largest files: " + ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in large))
 

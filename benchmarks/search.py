@@ -95,7 +95,9 @@ class Unsafe(World):
         """Validation accuracy after every epoch."""
         end = super().curve(objective, parameters)
         if self._how == "of other runs":
-            early = self._of[objective].drawn(np.random.default_rng(zlib.crc32(repr(parameters).encode())))
+            early = self._of[objective].drawn(
+                np.random.default_rng(zlib.crc32(repr(parameters).encode()))
+            )
         elif self._how == "reversed":
             early = 1 - end
         else:  # "late bloomers": what is best at the end begins 20 points behind, by its first setting of its own
@@ -107,7 +109,11 @@ class Unsafe(World):
 def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Of each objective its runs of seed 0: (name, places, curves)."""
     for branch in table.space.branches:
-        mine = [i for i in range(len(table.seed)) if table.objective[i] == branch.objective and table.seed[i] == 0]
+        mine = [
+            i
+            for i in range(len(table.seed))
+            if table.objective[i] == branch.objective and table.seed[i] == 0
+        ]
         x = np.array([places(branch.parameters, table.parameters[i]) for i in mine])
         yield branch.objective, x, table.curves[mine]
 
@@ -116,7 +122,10 @@ def places(parameters: Sequence[Parameter], values: dict[str, Any]) -> list[floa
     """Where values lie in their ranges, each on its own scale: 0 to 1."""
 
     def place(p: Parameter) -> float:
-        seen = [next(iter(p.domain.told(p.name, v).values())) for v in (values[p.name], *p.domain.probes)]
+        seen = [
+            next(iter(p.domain.told(p.name, v).values()))
+            for v in (values[p.name], *p.domain.probes)
+        ]
         if p.domain.log or p.domain.log_complement:
             seen = [math.log(v) for v in seen]
         return (seen[0] - min(seen[1:])) / (max(seen[1:]) - min(seen[1:]))
@@ -130,31 +139,55 @@ def surrogate(table: Table) -> Iterator[str]:
 
     def row(name: str, guess: np.ndarray, truth: np.ndarray) -> str:
         columns = [(guess[:, e - 1], truth[:, e - 1]) for e in epochs]
-        errors = [f"{100 * np.median(abs(a - b)):.2f} ({spearmanr(a, b).statistic:.2f})" for a, b in columns]
+        errors = [
+            f"{100 * np.median(abs(a - b)):.2f} ({spearmanr(a, b).statistic:.2f})"
+            for a, b in columns
+        ]
         return f"| {name} | " + " | ".join(errors) + " |"
 
-    yield "| median absolute error, points (rank correlation) | " + " | ".join(f"epoch {e}" for e in epochs) + " |"
+    yield (
+        "| median absolute error, points (rank correlation) | "
+        + " | ".join(f"epoch {e}" for e in epochs)
+        + " |"
+    )
     yield "|---" * (len(epochs) + 1) + "|"
-    found: dict[str, list[np.ndarray]] = {"measured": [], "the nearest run": [], "the forest": [], "matched": []}
+    found: dict[str, list[np.ndarray]] = {
+        "measured": [],
+        "the nearest run": [],
+        "the forest": [],
+        "matched": [],
+    }
     lines = []
     for name, x, curves in runs(table):
         y = np.nan_to_num(curves, nan=0.1)
         for fit, held in KFold(FOLDS, shuffle=True, random_state=1).split(x):
             answer = Surrogate(x[fit], curves[fit])
             found["measured"].append(y[held])
-            found["the nearest run"].append(y[fit][((x[held][:, None] - x[fit][None]) ** 2).sum(axis=2).argmin(axis=1)])
+            found["the nearest run"].append(
+                y[fit][((x[held][:, None] - x[fit][None]) ** 2).sum(axis=2).argmin(axis=1)]
+            )
             found["the forest"].append(answer.forest.predict(x[held]))
-            found["matched"].append(np.nan_to_num(np.array([answer(at) for at in x[held]]), nan=0.1))
-        ranks = ", ".join(f"{e}: {spearmanr(y[:, e - 1], y[:, -1]).statistic:.2f}" for e in epochs[:-1])
+            found["matched"].append(
+                np.nan_to_num(np.array([answer(at) for at in x[held]]), nan=0.1)
+            )
+        ranks = ", ".join(
+            f"{e}: {spearmanr(y[:, e - 1], y[:, -1]).statistic:.2f}" for e in epochs[:-1]
+        )
         lost = f"{np.isnan(curves[:, -1]).sum()} diverged"
-        lines.append(f"{name}: {len(y)} runs, {lost}, best {y[:, -1].max():.4f}, rank correlation with the end {ranks}")
+        lines.append(
+            f"{name}: {len(y)} runs, {lost}, best {y[:, -1].max():.4f}, rank correlation with the end {ranks}"
+        )
     truth, *guesses = (np.concatenate(parts) for parts in found.values())
-    yield from (row(name, guess, truth) for name, guess in zip(list(found)[1:], guesses, strict=True))
+    yield from (
+        row(name, guess, truth) for name, guess in zip(list(found)[1:], guesses, strict=True)
+    )
     again = [
         (i, j) for i in range(len(table.seed) - 2) for j in (i + 1, i + 2)
         if not table.seed[i] and table.seed[j] and table.parameters[i] == table.parameters[j]
     ]  # fmt: skip
-    first, other = (np.nan_to_num(table.curves[[pair[k] for pair in again]], nan=0.1) for k in (0, 1))
+    first, other = (
+        np.nan_to_num(table.curves[[pair[k] for pair in again]], nan=0.1) for k in (0, 1)
+    )
     yield row(f"the same run with another seed (n {len(again)})", other, first)
     yield from lines
 
@@ -184,7 +217,10 @@ def replay(
                 open_ = False
                 break
             assert isinstance(proposal, dict)
-            about = {"objective": proposal["objective"]["name"], "parameters": proposal["trial"]["parameters"]}
+            about = {
+                "objective": proposal["objective"]["name"],
+                "parameters": proposal["trial"]["parameters"],
+            }
             live[f"id{asked}"] = (about, world.curve(**about), 0)
             asked += 1
         for trial_id, (about, curve, before) in list(live.items()):
@@ -196,7 +232,10 @@ def replay(
                 result = {"failed": "Diverged", "done": True}
                 stop = True
             else:
-                stop = stopping.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result) == TrialScheduler.STOP
+                stop = (
+                    stopping.on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
+                    == TrialScheduler.STOP
+                )
                 searcher.on_trial_result(trial_id, result)
             if stop or epoch == space.epochs:
                 searcher.on_trial_complete(trial_id, result)
@@ -204,8 +243,21 @@ def replay(
                 full = epoch == space.epochs and not stop
                 if ended is not None:
                     status = "done" if full else "stopped"
-                    metrics = [{"epoch": k + 1, space.search.metric: float(v)} for k, v in enumerate(curve[:epoch])]
-                    ended.append(Record(Path(), len(ended), "", status=status, config={}, metrics=metrics, **about))
+                    metrics = [
+                        {"epoch": k + 1, space.search.metric: float(v)}
+                        for k, v in enumerate(curve[:epoch])
+                    ]
+                    ended.append(
+                        Record(
+                            Path(),
+                            len(ended),
+                            "",
+                            status=status,
+                            config={},
+                            metrics=metrics,
+                            **about,
+                        )
+                    )
                 if full:
                     yield spent, value
                     if value >= goal:
@@ -223,7 +275,13 @@ def search_of(table: Table, pair: str, seed: int, **more: Any) -> Space:
             more["sampler"] = {"name": sampler, **more.get("sampler", {}), key: json.loads(value)}
         else:
             more[key] = json.loads(value)
-    search = {"num_samples": 5 * TRIALS, "seed": seed, "sampler": sampler, "stopping": stopping, **more}
+    search = {
+        "num_samples": 5 * TRIALS,
+        "seed": seed,
+        "sampler": sampler,
+        "stopping": stopping,
+        **more,
+    }
     return build_space({**table.about["space"], "search": search})
 
 
@@ -233,10 +291,14 @@ def goal_of(table: Table, world: World, repeat: int) -> float:
     return max(value for _, value in replay(space, world, most=TRIALS * world.epochs))
 
 
-def spent_until(table: Table, world: World, pair: str, repeat: int, goal: float, at_once: int = 1) -> float:
+def spent_until(
+    table: Table, world: World, pair: str, repeat: int, goal: float, at_once: int = 1
+) -> float:
     """Epochs that a search spends until it is as good, in those of the random search; infinite if never."""
     whole = TRIALS * world.epochs
-    for spent, value in replay(search_of(table, pair, repeat), world, most=2 * whole, goal=goal, at_once=at_once):
+    for spent, value in replay(
+        search_of(table, pair, repeat), world, most=2 * whole, goal=goal, at_once=at_once
+    ):
         if value >= goal:
             return spent / whole
     return math.inf
@@ -246,7 +308,10 @@ def warnings(table: Table, repeats: int, trials: int) -> Iterator[str]:
     """Of sweeps with the defaults: how many objectives are warned of, where early stopping was safe and where not."""
     yield f"| {repeats} sweeps of {trials} trials | objectives with 8 full-length trials | warned of | share |"
     yield "|---|---|---|---|"
-    misleading = {f"before the end {how}": Unsafe(table, how) for how in ("of other runs", "reversed", "late bloomers")}
+    misleading = {
+        f"before the end {how}": Unsafe(table, how)
+        for how in ("of other runs", "reversed", "late bloomers")
+    }
     for name, world in {"as measured": World(table), **misleading}.items():
         judged = warned = 0
         for repeat in range(repeats):
@@ -267,7 +332,11 @@ def _in_memory() -> None:
 
 def quartile(values: list[float], k: int) -> str:
     """The k-th quartile of values of which some are infinite."""
-    found = sorted(values)[max(0, math.ceil(len(values) * k / 4) - 1)] if k != 2 else statistics.median(values)
+    found = (
+        sorted(values)[max(0, math.ceil(len(values) * k / 4) - 1)]
+        if k != 2
+        else statistics.median(values)
+    )
     return "> 2" if math.isinf(found) else f"{found:.2f}"
 
 
@@ -279,7 +348,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="trials at a time")
     parser.add_argument("--surrogate", action="store_true")
     parser.add_argument("--warnings", action="store_true")
-    parser.add_argument("--trials", type=int, default=240, help="with --warnings: trials of a sweep")
+    parser.add_argument(
+        "--trials", type=int, default=240, help="with --warnings: trials of a sweep"
+    )
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     _in_memory()
@@ -292,18 +363,31 @@ def main() -> None:
         return
     world = World(table)
     goals = [goal_of(table, world, repeat) for repeat in range(args.repeats)]
-    print(f"{args.table}: best of a random search {min(goals):.4f} to {max(goals):.4f}, {args.repeats} repeats")
-    print("| sampler | stopping | epochs to match, of the random search's: median | quartiles | matched | s a replay |")
+    print(
+        f"{args.table}: best of a random search {min(goals):.4f} to {max(goals):.4f}, {args.repeats} repeats"
+    )
+    print(
+        "| sampler | stopping | epochs to match, of the random search's: median | quartiles | matched | s a replay |"
+    )
     print("|---|---|---|---|---|---|")
     found: dict[str, list[float]] = {}
     for pair in args.pairs.split(","):
         began = time.perf_counter()
-        found[pair] = [spent_until(table, world, pair, r, goal, args.at_once) for r, goal in enumerate(goals)]
+        found[pair] = [
+            spent_until(table, world, pair, r, goal, args.at_once) for r, goal in enumerate(goals)
+        ]
         sampler, _, rest = pair.partition(":")
         matched = sum(math.isfinite(v) for v in found[pair])
         spread = f"{quartile(found[pair], 1)} to {quartile(found[pair], 3)}"
         seconds = (time.perf_counter() - began) / args.repeats
-        row = [sampler, rest, quartile(found[pair], 2), spread, f"{matched} of {args.repeats}", f"{seconds:.1f}"]
+        row = [
+            sampler,
+            rest,
+            quartile(found[pair], 2),
+            spread,
+            f"{matched} of {args.repeats}",
+            f"{seconds:.1f}",
+        ]
         print("| " + " | ".join(row) + " |", flush=True)
     if args.figure:
         draw(found, args.figure, f"{args.table}: {args.repeats} repeats")
@@ -316,14 +400,26 @@ def draw(found: dict[str, list[float]], path: Path, title: str) -> None:
     figure = Figure((7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     styles = {"none": ":", "median": "-.", "hyperband": "--", "halving": "-"}
-    colours = {"tpe": "#0072B2", "random": "#555555", "qmc": "#E69F00", "gp": "#009E73", "cmaes": "#CC79A7"}
+    colours = {
+        "tpe": "#0072B2",
+        "random": "#555555",
+        "qmc": "#E69F00",
+        "gp": "#009E73",
+        "cmaes": "#CC79A7",
+    }
     for pair, values in found.items():
         sampler, stopping = pair.split(":")[:2]
         x = [0, *sorted(v for v in values if math.isfinite(v))]
         y = [100 * k / len(values) for k in range(len(x))]
-        style = {"color": colours[sampler], "linestyle": styles[stopping], "label": pair.replace(":", ", ")}
+        style = {
+            "color": colours[sampler],
+            "linestyle": styles[stopping],
+            "label": pair.replace(":", ", "),
+        }
         axes.step([*x, 2], [*y, y[-1]], where="post", **style)
-    axes.set(xlabel="epochs spent, of those of a random search of 64 full-length trials", xlim=(0, 2))
+    axes.set(
+        xlabel="epochs spent, of those of a random search of 64 full-length trials", xlim=(0, 2)
+    )
     axes.set(ylabel="repeats that match its best, %", ylim=(0, 100), title=title)
     axes.axvline(0.25, color="#AAAAAA", linewidth=0.8)
     axes.legend(fontsize=7, ncols=2)

@@ -95,7 +95,9 @@ class Clock(tune.Callback):  # type: ignore[misc]
         if len(self.running) == self.slots and not self.full:
             self.full = time.monotonic() - self.begun
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
         self.epochs.append(time.monotonic() - self.begun)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -112,8 +114,15 @@ def memory_mb() -> float:
 
 def space_of(trials: int, epochs: int) -> Space:
     search = {"num_samples": trials, "sampler": "random", "stopping": "none", "warm_start": False}
-    tree = {"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": epochs, "gpus_per_worker": 1}
-    return build_space({**tree, "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}, "search": search})
+    tree = {
+        "student": {"name": "mlp", "hidden": [8]},
+        "objective": "ce",
+        "epochs": epochs,
+        "gpus_per_worker": 1,
+    }
+    return build_space(
+        {**tree, "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}, "search": search}
+    )
 
 
 def main() -> None:
@@ -124,26 +133,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="trials for each slot")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    none = {"prestart_worker_first_driver": False}  # or Ray starts a process for each CPU that is claimed
+    none = {
+        "prestart_worker_first_driver": False
+    }  # or Ray starts a process for each CPU that is claimed
     ray.init(address="local", num_cpus=args.slots, num_gpus=args.slots, include_dashboard=False, log_to_driver=False,
              logging_level="ERROR", object_store_memory=150 * 2**20, _system_config=none)  # fmt: skip
     hosts = itertools.cycle([Host.remote(args.epoch_s, args.epochs) for _ in range(HOSTS)])
     keys = itertools.count()
     new = Method(lambda: StandIn(next(keys), next(hosts)))
-    PlacementGroupAcquiredResources.annotate_remote_entities = lambda self, entities: [new for _ in entities]
+    PlacementGroupAcquiredResources.annotate_remote_entities = lambda self, entities: [
+        new for _ in entities
+    ]
     kill = ray.kill
-    ray.kill = lambda actor, **options: None if isinstance(actor, StandIn) else kill(actor, **options)
+    ray.kill = lambda actor, **options: (
+        None if isinstance(actor, StandIn) else kill(actor, **options)
+    )
     clock = Clock()
     clock.slots = args.slots
     before, cpu = memory_mb(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         trials = args.slots * args.rounds
-        tuner = ours.build_tuner(space_of(trials, args.epochs), name="e", storage=folder, callbacks=[clock])
+        tuner = ours.build_tuner(
+            space_of(trials, args.epochs), name="e", storage=folder, callbacks=[clock]
+        )
         clock.begun = time.monotonic()
         tuner.fit()
     wall, cpu = time.monotonic() - clock.begun, time.process_time() - cpu
     done = len(clock.epochs)
-    print(f"{args.slots} slots, {trials} trials of {args.epochs} epochs of {args.epoch_s:g} s: {wall:.0f} s")
+    print(
+        f"{args.slots} slots, {trials} trials of {args.epochs} epochs of {args.epoch_s:g} s: {wall:.0f} s"
+    )
     print(f"all slots in use after {clock.full:.1f} s; {done} results; driver {cpu:.0f} s of CPU, "
           f"{1000 * cpu / done:.1f} ms a result, memory {before:.0f} to {memory_mb():.0f} MB")  # fmt: skip
     print("| to second | slots in use | driver's CPU | driver's memory |\n|---|---|---|---|")
@@ -151,7 +170,9 @@ def main() -> None:
     for now, used, held, _ in clock.windows:
         busy = sum(max(0.0, min(now, end) - max(last, end - args.epoch_s)) for end in clock.epochs)
         share = busy / ((now - last) * args.slots)
-        print(f"| {now:.0f} | {share:.0%} | {(used - last_cpu) / (now - last):.0%} | {held:.0f} MB |")
+        print(
+            f"| {now:.0f} | {share:.0%} | {(used - last_cpu) / (now - last):.0%} | {held:.0f} MB |"
+        )
         last, last_cpu = now, used
     ray.shutdown()
 

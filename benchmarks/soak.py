@@ -81,9 +81,24 @@ def _kill(pid: int) -> None:
 
 
 def space(**changes: Any) -> dict[str, Any]:
-    search = {"num_samples": TRIALS, "warm_start": False, "seed": changes.pop("seed", 0), **changes.pop("search", {})}
-    tree = {"student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 9, "checkpoint_every_s": 0}
-    return {**tree, "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}, **changes, "search": search}
+    search = {
+        "num_samples": TRIALS,
+        "warm_start": False,
+        "seed": changes.pop("seed", 0),
+        **changes.pop("search", {}),
+    }
+    tree = {
+        "student": {"name": "mlp", "hidden": [8]},
+        "objective": "ce",
+        "epochs": 9,
+        "checkpoint_every_s": 0,
+    }
+    return {
+        **tree,
+        "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+        **changes,
+        "search": search,
+    }
 
 
 def undisturbed(storage: Path, dice: random.Random) -> None:
@@ -103,7 +118,9 @@ def killed_trials(storage: Path, dice: random.Random) -> None:
 
 def failing_trials(storage: Path, dice: random.Random) -> None:
     rates = {"choices": [0.1, 0.01, 1e20]}
-    build_tuner(space(optim={"lr": rates}, search={"sampler": "random"}), name="e", storage=storage).fit()
+    build_tuner(
+        space(optim={"lr": rates}, search={"sampler": "random"}), name="e", storage=storage
+    ).fit()
 
 
 def budget(storage: Path, dice: random.Random) -> None:
@@ -114,8 +131,20 @@ def budget(storage: Path, dice: random.Random) -> None:
 
 def killed_driver(storage: Path, dice: random.Random) -> None:
     (storage / "space.yaml").write_text(dump_yaml(space(epochs=81)))
-    command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e", "--storage", "."]
-    with subprocess.Popen(command, cwd=storage, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as driver:
+    command = [
+        sys.executable,
+        "-m",
+        "tfkd_ray",
+        "tune",
+        "space.yaml",
+        "--name",
+        "e",
+        "--storage",
+        ".",
+    ]
+    with subprocess.Popen(
+        command, cwd=storage, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as driver:
         while driver.poll() is None and not list(storage.glob("e/trials/*/metrics.jsonl")):
             time.sleep(0.05)
         time.sleep(dice.uniform(0, 2))
@@ -158,8 +187,13 @@ def sample(before: set[str], files: Counter[str]) -> dict[str, float]:
             found["driver's open files" if process == driver else "Ray's open files"] += opened
             if process != driver:
                 found["Ray's memory (MB)"] += process.memory_full_info().uss // 2**20
-            status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
-            found["shared memory (MB)"] += int(status.get("RssShmem", "0").split()[0]) // 1024  # one that ends has none
+            status = dict(
+                line.split(":", 1)
+                for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            )
+            found["shared memory (MB)"] += (
+                int(status.get("RssShmem", "0").split()[0]) // 1024
+            )  # one that ends has none
     found["files in /dev/shm"] = len({p.name for p in Path("/dev/shm").iterdir()} - before)
     return {name: float(found[name]) for name in ALLOWED}
 
@@ -177,7 +211,9 @@ def quiet(cpus: int) -> None:
     """Wait until trials and groups are gone; end if they stay."""
     until = time.monotonic() + 60
     left: list[str] = []
-    while ray.available_resources().get("CPU") != cpus or (left := [t for t in titles() if t.startswith(OURS)]):
+    while ray.available_resources().get("CPU") != cpus or (
+        left := [t for t in titles() if t.startswith(OURS)]
+    ):
         if time.monotonic() > until:
             raise SystemExit(f"soak: after a minute something of a sweep is left: {left}")
         time.sleep(0.2)
@@ -193,12 +229,16 @@ def judge(samples: list[dict[str, float]]) -> bool:
         first, last = statistics.median(values[:third]), statistics.median(values[-third:])
         grew = last - first > max(share * first, amount)
         good = good and not grew
-        print(f"{name:<24} {first:>12.0f} {last:>12.0f} {max(values):>8.0f}{'   GREW' if grew else ''}")
+        print(
+            f"{name:<24} {first:>12.0f} {last:>12.0f} {max(values):>8.0f}{'   GREW' if grew else ''}"
+        )
     return good
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Sweeps with random faults in a loop; fails if something grows.")
+    parser = argparse.ArgumentParser(
+        description="Sweeps with random faults in a loop; fails if something grows."
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     args = parser.parse_args()
@@ -215,7 +255,9 @@ def main() -> int:
     )  # fmt: skip
     for noisy in ("ray", "ray.tune", "ray.train"):  # it tells of every fault
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for the drivers that are killed
+    os.environ["RAY_ADDRESS"] = (
+        ray.get_runtime_context().gcs_address
+    )  # for the drivers that are killed
     start = time.monotonic()
     pending: list[Callable[[Path, random.Random], None]] = []
     while (passed := time.monotonic() - start) < 60 * args.minutes:
@@ -236,13 +278,18 @@ def main() -> int:
         print(f"{passed:6.0f} s  {fault.__name__:<15} {list(found.values())}", flush=True)
         if ran.total() > len(FAULTS):  # what Ray keeps of the first of each kind is no growth
             samples.append(found)
-    print(f"\n{ran.total()} sweeps of {TRIALS} trials: {', '.join(f'{n} {name}' for name, n in ran.most_common())}")
+    print(
+        f"\n{ran.total()} sweeps of {TRIALS} trials: {', '.join(f'{n} {name}' for name, n in ran.most_common())}"
+    )
     if len(samples) < 6:
         print("soak: too short to say anything; give it more --minutes")
         return 1
     good = judge(samples)
     grown = {name: opened[-1][name] - opened[len(FAULTS)][name] for name in opened[-1]}
-    print("open files, last less first: " + ", ".join(f"{name} {n:+}" for name, n in grown.items() if n))
+    print(
+        "open files, last less first: "
+        + ", ".join(f"{name} {n:+}" for name, n in grown.items() if n)
+    )
     ray.shutdown()
     print("\nsoak: " + ("nothing grows" if good else "something grows"))
     return 0 if good else 1

@@ -87,7 +87,12 @@ def transforms(data: Cifar100) -> Any:
     from torchvision import transforms as tv  # type: ignore[import-untyped]
 
     mean, std = ([value / 255 for value in values] for values in (data.mean, data.std))
-    steps = [tv.RandomCrop(32, padding=4), tv.RandomHorizontalFlip(), tv.RandomRotation(15), tv.ToTensor()]
+    steps = [
+        tv.RandomCrop(32, padding=4),
+        tv.RandomHorizontalFlip(),
+        tv.RandomRotation(15),
+        tv.ToTensor(),
+    ]
     return tv.Compose([*steps, tv.Normalize(mean, std)])
 
 
@@ -95,8 +100,13 @@ class Case:
     """One student, and one teacher or none."""
 
     def __init__(self, data: Cifar100, student: str, teacher: str | None, steps: int) -> None:
-        self.data, self.steps = data.model_copy(update={"subset": steps * BATCH, "val_fraction": 0.0}), steps
-        objective: dict[str, Any] = {"name": "kd", "alpha": ALPHA, "temperature": T} if teacher else {"name": "ce"}
+        self.data, self.steps = (
+            data.model_copy(update={"subset": steps * BATCH, "val_fraction": 0.0}),
+            steps,
+        )
+        objective: dict[str, Any] = (
+            {"name": "kd", "alpha": ALPHA, "temperature": T} if teacher else {"name": "ce"}
+        )
         self.tree = {
             "data": self.data.model_dump(mode="json"),
             "student": student,
@@ -118,7 +128,11 @@ class Case:
 
     def teacher(self) -> nn.Module | None:
         run = self.config().teacher_run()
-        return run.student.build((3, 32, 32), K).to(device()).eval().requires_grad_(False) if run else None
+        return (
+            run.student.build((3, 32, 32), K).to(device()).eval().requires_grad_(False)
+            if run
+            else None
+        )
 
 
 def ours(case: Case, rounds: int, folder: Path, **changes: Any) -> Round:
@@ -144,7 +158,9 @@ def usual(case: Case, processes: int = 0) -> Round:
     student, teacher = case.student().train(), case.teacher()
     pictures = Pictures(case.data, transforms(case.data))
     keep = {"num_workers": processes, "persistent_workers": processes > 0}
-    batches = endless(torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, drop_last=True, **keep))
+    batches = endless(
+        torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, drop_last=True, **keep)
+    )
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     while True:
         start, count = now(), 0
@@ -156,7 +172,9 @@ def usual(case: Case, processes: int = 0) -> Round:
             if teacher is not None:
                 with torch.no_grad():
                     soft = teacher(images)
-                kd = F.kl_div(F.log_softmax(logits / T, 1), F.softmax(soft / T, 1), reduction="batchmean")
+                kd = F.kl_div(
+                    F.log_softmax(logits / T, 1), F.softmax(soft / T, 1), reduction="batchmean"
+                )
                 loss = (1 - ALPHA) * loss + ALPHA * T * T * kd
             optimizer.zero_grad()
             loss.backward()
@@ -172,7 +190,9 @@ def timms(case: Case) -> Round:
     from timm.task import LogitDistillationTask
 
     student, teacher = case.student().train(), case.teacher()
-    mean, std = (tuple(value / 255 for value in values) for values in (case.data.mean, case.data.std))
+    mean, std = (
+        tuple(value / 255 for value in values) for values in (case.data.mean, case.data.std)
+    )
     loader = timm.data.create_loader(
         Pictures(case.data, None),  # type: ignore[arg-type]
         (3, 32, 32), BATCH, is_training=True, color_jitter=0.0, train_crop_mode="rkrc", mean=mean, std=std,
@@ -180,21 +200,32 @@ def timms(case: Case) -> Round:
     )  # fmt: skip
     loader.dataset.transform = transforms(case.data)  # the same images as the others
     batches = endless(loader)
-    optimizer = timm.optim.create_optimizer_v2(student, "momentum", lr=0.05, weight_decay=5e-4, momentum=0.9)
+    optimizer = timm.optim.create_optimizer_v2(
+        student, "momentum", lr=0.05, weight_decay=5e-4, momentum=0.9
+    )
     task: Any = None
     if teacher is not None:
         for network in (student, teacher):
             about = {"pretrained_cfg": {"mean": mean, "std": std}, "num_classes": K, "in_chans": 3}
             network.__dict__.update(about)  # of timm's own networks
         task = LogitDistillationTask(
-            student, teacher, task_loss_weight=1 - ALPHA, distill_loss_weight=ALPHA, temperature=T, verbose=False
+            student,
+            teacher,
+            task_loss_weight=1 - ALPHA,
+            distill_loss_weight=ALPHA,
+            temperature=T,
+            verbose=False,
         ).train()
     while True:
         start, count = now(), 0
         for _ in range(case.steps):
             images, labels = (t.to(device(), non_blocking=True) for t in next(batches))
             count += len(images)
-            loss = task(images, labels)["loss"] if task is not None else F.cross_entropy(student(images), labels)
+            loss = (
+                task(images, labels)["loss"]
+                if task is not None
+                else F.cross_entropy(student(images), labels)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -211,7 +242,12 @@ def torchdistills(case: Case) -> Round:
     sampler = {"class_or_func": torch.utils.data.RandomSampler}
     loader = {"dataset_id": "train", "sampler": sampler, "kwargs": {"batch_size": BATCH}}
     optimizer = {"key": "SGD", "kwargs": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}}
-    common = {"num_epochs": 1, "train_data_loader": loader, "val_data_loader": loader, "optimizer": optimizer}
+    common = {
+        "num_epochs": 1,
+        "train_data_loader": loader,
+        "val_data_loader": loader,
+        "optimizer": optimizer,
+    }
     datasets = {"train": Pictures(case.data, transforms(case.data))}
     network = {"requires_grad": True, "forward_proc": "forward_batch_only"}
     output = {"student_module_path": ".", "student_module_io": "output"}
@@ -222,11 +258,18 @@ def torchdistills(case: Case) -> Round:
         networks = {"teacher": {**network, "requires_grad": False}, "student": network}
     else:
         given = {"is_from_teacher": False, "module_path": ".", "io": "output"}
-        wrapper = {"key": "SimpleLossWrapper", "kwargs": {"input": given, "target": {"uses_label": True}}}
+        wrapper = {
+            "key": "SimpleLossWrapper",
+            "kwargs": {"input": given, "target": {"uses_label": True}},
+        }
         plain = {"key": "CrossEntropyLoss", "kwargs": {}}
         term = {"criterion": plain, "criterion_wrapper": wrapper, "weight": 1.0}
         networks = {"model": network}
-    config = {**common, **networks, "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"loss": term}}}}
+    config = {
+        **common,
+        **networks,
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"loss": term}}},
+    }
     if teacher is not None:
         box = get_distillation_box(teacher, student, datasets, config, device(), None, False, 1)
     else:
@@ -246,8 +289,13 @@ def bare(case: Case, precision: str) -> Round:
     """The arithmetic alone."""
     network = case.config().student
     student = case.student().to(memory_format=network.memory_format).train()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
-    images, labels = torch.randn(BATCH, 3, 32, 32, device=device()), torch.randint(0, K, (BATCH,), device=device())
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True
+    )
+    images, labels = (
+        torch.randn(BATCH, 3, 32, 32, device=device()),
+        torch.randint(0, K, (BATCH,), device=device()),
+    )
     while True:
         start = now()
         for _ in range(case.steps):
@@ -309,7 +357,9 @@ def operations(loop: Round) -> tuple[Counter[str], float]:
         start = now()
         next(loop)
         seconds = now() - start  # without what the profiler does at its end
-    return Counter({e.key: e.self_cpu_time_total / 1000 for e in profile.key_averages()}), 1000 * seconds
+    return Counter(
+        {e.key: e.self_cpu_time_total / 1000 for e in profile.key_averages()}
+    ), 1000 * seconds
 
 
 def print_profile(case: Case, folder: Path) -> None:
@@ -317,9 +367,16 @@ def print_profile(case: Case, folder: Path) -> None:
     (mine, whole), (least, all_of_it) = (
         operations(loop) for loop in (ours(case, 4, folder), bare(case, case.config().precision))
     )
-    share = len(case.data.load()[0]) / (case.steps * BATCH)  # ours takes all images, bare whole batches
-    least, all_of_it = Counter({name: spent * share for name, spent in least.items()}), all_of_it * share  # type: ignore[misc]
-    print(f"  ours {whole:.1f} ms a round, with validation of nothing; bare {all_of_it:.1f} ms; more in ours:")
+    share = len(case.data.load()[0]) / (
+        case.steps * BATCH
+    )  # ours takes all images, bare whole batches
+    least, all_of_it = (
+        Counter({name: spent * share for name, spent in least.items()}),
+        all_of_it * share,
+    )  # type: ignore[misc]
+    print(
+        f"  ours {whole:.1f} ms a round, with validation of nothing; bare {all_of_it:.1f} ms; more in ours:"
+    )
     more = Counter({name: spent - least[name] for name, spent in mine.items()})
     for name, spent in more.most_common(8):
         print(f"    {name:45} {spent:7.2f} ms ({spent / all_of_it:.1%} of bare)")

@@ -76,7 +76,9 @@ def space(trials: int, epochs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] = tune.report) -> None:
+def usual_loop(
+    config: dict[str, Any], report: Callable[[dict[str, Any]], Any] = tune.report
+) -> None:
     """A training loop as most scripts have it; runs in a trial, in a worker of a TorchTrainer, or in this process."""
     import torch.nn.functional as F
     from PIL import Image
@@ -108,14 +110,18 @@ def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] =
     student: torch.nn.Module = run.student.build(run.data.shape, run.data.num_classes)
     trained = run.teacher_run()
     teacher = load_teacher(trained, Path(config["storage"])) if trained else None
-    loader = torch.utils.data.DataLoader(Pictures(train_set, varied), run.optim.batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(
+        Pictures(train_set, varied), run.optim.batch_size, shuffle=True
+    )
     judged = torch.utils.data.DataLoader(Pictures(val_set, to_tensor), 256)
     if config["way"] == "nested":
         from ray import train
         from ray.train.torch import prepare_data_loader, prepare_model
 
         student, loader, report = prepare_model(student), prepare_data_loader(loader), train.report
-    optimizer = torch.optim.SGD(student.parameters(), lr=run.optim.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=run.optim.lr, momentum=0.9, weight_decay=5e-4
+    )
     steps = run.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * (step + 0.5) / steps)) / 2
@@ -141,8 +147,12 @@ def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] =
                     soft = virtual.scatter(1, labels.unsqueeze(1), objective.correct_prob).log()
             passed("teacher")
             logits, t = student(images), objective.temperature
-            kd = F.kl_div(F.log_softmax(logits / t, 1), F.softmax(soft / t, 1), reduction="batchmean")
-            loss = (1 - objective.alpha) * F.cross_entropy(logits, labels) + objective.alpha * t * t * kd
+            kd = F.kl_div(
+                F.log_softmax(logits / t, 1), F.softmax(soft / t, 1), reduction="batchmean"
+            )
+            loss = (1 - objective.alpha) * F.cross_entropy(
+                logits, labels
+            ) + objective.alpha * t * t * kd
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -151,7 +161,9 @@ def usual_loop(config: dict[str, Any], report: Callable[[dict[str, Any]], Any] =
             passed("student")
         student.eval()
         with torch.no_grad():
-            right = sum(int((student(images).argmax(1) == labels).sum()) for images, labels in judged)
+            right = sum(
+                int((student(images).argmax(1) == labels).sum()) for images, labels in judged
+            )
         passed("validation")
         report({"val_accuracy": right / len(val_set), "point": config["point"], **spent})
 
@@ -190,7 +202,9 @@ def with_ray(config: dict[str, Any], storage: Path) -> Trees:
         param_space=config,
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(search, 1),
-            scheduler=ASHAScheduler(metric="val_accuracy", mode="max", max_t=epochs, grace_period=epochs),
+            scheduler=ASHAScheduler(
+                metric="val_accuracy", mode="max", max_t=epochs, grace_period=epochs
+            ),
             num_samples=len(points),
         ),
         run_config=tune.RunConfig(name=f"e{time.time_ns()}", storage_path=str(storage), verbose=0),
@@ -211,7 +225,9 @@ def with_optuna(config: dict[str, Any]) -> Trees:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.GridSampler({"point": points}, seed=0)
-    optuna.create_study(direction="maximize", sampler=sampler).optimize(objective, n_trials=len(points))
+    optuna.create_study(direction="maximize", sampler=sampler).optimize(
+        objective, n_trials=len(points)
+    )
     return found
 
 
@@ -239,16 +255,23 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--ways", default="ours,optuna,plain,nested", help="ours among them; compiled, too")
+    parser.add_argument(
+        "--ways", default="ours,optuna,plain,nested", help="ours among them; compiled, too"
+    )
     args = parser.parse_args()
     wall: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
     last: dict[str, Trees] = {}
     with tempfile.TemporaryDirectory() as name:
         storage = Path(name)
-        os.environ |= {"XDG_CACHE_HOME": name, "TORCHINDUCTOR_CACHE_DIR": f"{name}/compiled"}  # of trials, too
+        os.environ |= {
+            "XDG_CACHE_HOME": name,
+            "TORCHINDUCTOR_CACHE_DIR": f"{name}/compiled",
+        }  # of trials, too
         connect(workers=2)  # with the dashboard, which nested trainers need to be cleaned up
-        tuner = build_tuner(space(args.trials, 1), name="points", storage=storage)  # warm-up, and what the points are
+        tuner = build_tuner(
+            space(args.trials, 1), name="points", storage=storage
+        )  # warm-up, and what the points are
         tuner.fit()
         points = [{**r.config, "epochs": args.epochs} for r in read_records(storage / "points")]
         for point in points:
@@ -257,7 +280,9 @@ def main() -> None:
         if "compiled" in args.ways.split(
             ","
         ):  # its teacher is another, as compiled numbers are not the same to the last digit
-            runs = [validated(TrainConfig, point | {"compile": "on"}).teacher_run() for point in points]
+            runs = [
+                validated(TrainConfig, point | {"compile": "on"}).teacher_run() for point in points
+            ]
             train_teachers([run for run in runs if run], Directory(storage))
         for _ in range(args.repeats):
             for way in args.ways.split(","):
@@ -279,7 +304,9 @@ def main() -> None:
                     f"{way:8} {wall[way][-1]:7.1f} s, processors {processor[way][-1]:7.1f} s, best {best:.4f}",
                     flush=True,
                 )
-    print(f"{args.trials} trials of {args.epochs} epochs, ray {ray.__version__}, torch {torch.__version__}")
+    print(
+        f"{args.trials} trials of {args.epochs} epochs, ray {ray.__version__}, torch {torch.__version__}"
+    )
     for way, seconds in wall.items():
         ratios = [s / o for s, o in zip(seconds, wall["ours"], strict=True)]
         print(
@@ -287,14 +314,19 @@ def main() -> None:
             f"{statistics.median(ratios):.1f} times ours ({min(ratios):.1f} to {max(ratios):.1f}), "
             f"processors {statistics.median(processor[way]):.1f} s, best {max(accuracies(last[way])):.4f}"
         )
-        differences = [b - a for a, b in zip(accuracies(last["ours"]), accuracies(last[way]), strict=True)]
+        differences = [
+            b - a for a, b in zip(accuracies(last["ours"]), accuracies(last[way]), strict=True)
+        ]
         if way != "ours":
             mean = statistics.mean(differences)
             half = 2.07 * statistics.stdev(differences) / len(differences) ** 0.5
             print(
                 f"        accuracy over ours, by points: {mean:+.4f} (95 %: {mean - half:+.4f} to {mean + half:+.4f})"
             )
-        parts = {part: sum(f[part] for f in last[way]) for part in (["epochs"] if "epochs" in last[way][0] else PARTS)}
+        parts = {
+            part: sum(f[part] for f in last[way])
+            for part in (["epochs"] if "epochs" in last[way][0] else PARTS)
+        }
         parts["beside"] = seconds[-1] - sum(parts.values())
         print("        of the last: " + ", ".join(f"{part} {s:.1f} s" for part, s in parts.items()))
 

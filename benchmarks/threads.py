@@ -45,8 +45,12 @@ def main() -> None:
         for student in args.students.split(","):
             ratios = []
             for _ in range(args.repeats):
-                side_by_side = sum(pool.starmap(images_per_s, [(student, 1, args.epochs)] * cores, chunksize=1))
-                ratios.append(side_by_side / pool.apply(images_per_s, (student, cores, args.epochs)))
+                side_by_side = sum(
+                    pool.starmap(images_per_s, [(student, 1, args.epochs)] * cores, chunksize=1)
+                )
+                ratios.append(
+                    side_by_side / pool.apply(images_per_s, (student, cores, args.epochs))
+                )
             print(
                 f"{student:12} {cores} trials with a thread each over 1 trial with {cores}: "
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n {args.repeats})",

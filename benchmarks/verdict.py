@@ -61,7 +61,12 @@ class World:
         return of(optimize.root(off, [np.log(self.accuracy / (1 - self.accuracy)), -1.0]).x)
 
     def accuracies(
-        self, rng: np.random.Generator, simulations: int, seeds: int, gains: Array, own_images: float = 0.0
+        self,
+        rng: np.random.Generator,
+        simulations: int,
+        seeds: int,
+        gains: Array,
+        own_images: float = 0.0,
     ) -> tuple[Array, Array]:
         """Measured [S, arms, seeds] and expected over seeds on that test set [S, arms].
 
@@ -78,7 +83,9 @@ class World:
         likes = rng.standard_normal(gains.shape) * own_images / self.images**0.5
         level = (gains + likes)[..., None]
         chance = p + (level + common + own)[..., None] * weight
-        measured = rng.binomial(counts[:, None, None, :], np.clip(chance, 0, 1)).sum(axis=-1) / self.images
+        measured = (
+            rng.binomial(counts[:, None, None, :], np.clip(chance, 0, 1)).sum(axis=-1) / self.images
+        )
         return measured, ((p + level * weight) * counts[:, None, :]).sum(axis=-1) / self.images
 
 
@@ -106,7 +113,9 @@ class Rates:
     """That hold the lead on all images there are."""
     intervals: int = 0
 
-    def add(self, measured: Array, expected: Array, gains: Array, image_se: float, count: slice) -> None:
+    def add(
+        self, measured: Array, expected: Array, gains: Array, image_se: float, count: slice
+    ) -> None:
         """Count the verdicts of measured [S, k + m, n]; `count`: the candidates whose verdicts are counted."""
         leads = leads_of(_between(measured))
         decision = decide(leads, ACCURACY.margin)
@@ -120,8 +129,15 @@ class Rates:
         self.better += int(better.sum())
         self.not_better += int(not_better.sum())
         self.judged += better.size
-        for truth, name in ((_between(expected), "covered"), (_between(np.atleast_2d(gains)), "covered_all")):
-            setattr(self, name, getattr(self, name) + int(((leads.low <= truth) & (truth <= leads.high)).sum()))
+        for truth, name in (
+            (_between(expected), "covered"),
+            (_between(np.atleast_2d(gains)), "covered_all"),
+        ):
+            setattr(
+                self,
+                name,
+                getattr(self, name) + int(((leads.low <= truth) & (truth <= leads.high)).sum()),
+            )
         self.intervals += leads.low.size
 
     @property
@@ -183,7 +199,9 @@ def simulate(
     return rates
 
 
-def sweep(rng: np.random.Generator, simulations: int, trials: int, trials_sd: float) -> tuple[Array, Array]:
+def sweep(
+    rng: np.random.Generator, simulations: int, trials: int, trials_sd: float
+) -> tuple[Array, Array]:
     """The best candidates of so many trials: validation accuracy and true gain, each [S, k]."""
     true = rng.standard_normal((simulations, trials)) * trials_sd
     runs = [
@@ -201,7 +219,9 @@ def bootstrap_coverage(simulations: int, n: int, seed: int = 0) -> float:
     hits = 0
     for start in range(0, simulations, CHUNK):
         x = rng.standard_normal((min(CHUNK, simulations - start), n))
-        ci = stats.bootstrap((x,), np.mean, axis=-1, n_resamples=999, batch=50, method="percentile", rng=rng)
+        ci = stats.bootstrap(
+            (x,), np.mean, axis=-1, n_resamples=999, batch=50, method="percentile", rng=rng
+        )
         hits += int(((ci.confidence_interval.low <= 0) & (ci.confidence_interval.high >= 0)).sum())
     return hits / simulations
 
@@ -238,7 +258,9 @@ def head(title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--simulations", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -248,9 +270,13 @@ def main() -> None:
     false = {
         "all six arms the same": simulate(sims, seed=args.seed),
         "all six the same, 360 images at 97 %": simulate(sims, world=SMALL, seed=args.seed + 1),
-        "all the same, candidates the best 3 of 64 on validation": simulate(sims, trials=64, seed=args.seed + 2),
+        "all the same, candidates the best 3 of 64 on validation": simulate(
+            sims, trials=64, seed=args.seed + 2
+        ),
         "one baseline (least favourable)": simulate(sims, ONE_BASELINE, seed=args.seed + 3),
-        "one baseline, 360 images at 97 %": simulate(sims, ONE_BASELINE, world=SMALL, seed=args.seed + 4),
+        "one baseline, 360 images at 97 %": simulate(
+            sims, ONE_BASELINE, world=SMALL, seed=args.seed + 4
+        ),
         "one baseline, candidates the best 3 of 64 on validation": simulate(
             sims, ONE_BASELINE, trials=64, seed=args.seed + 5
         ),
@@ -261,8 +287,13 @@ def main() -> None:
     head("false 'better' in an experiment (family-wise)")
     for title, rates in false.items():
         row(title, [percent(rates[n].family_wise, sims) for n in SEEDS])
-    seen = np.concatenate([sweep(np.random.default_rng(i), CHUNK, 64, 0.0)[0] for i in range(2)]) - LARGE.accuracy
-    print(f"\nThe best 3 of 64 equal configurations look {100 * seen.mean():.2f} points better than they are.")
+    seen = (
+        np.concatenate([sweep(np.random.default_rng(i), CHUNK, 64, 0.0)[0] for i in range(2)])
+        - LARGE.accuracy
+    )
+    print(
+        f"\nThe best 3 of 64 equal configurations look {100 * seen.mean():.2f} points better than they are."
+    )
 
     head("coverage of the 95 % t intervals over seeds, on the test set")
     spread = simulate(sims, trials=64, trials_sd=0.002, seed=args.seed + 7)
@@ -274,13 +305,20 @@ def main() -> None:
         rates = simulate(sims, ONE_BASELINE, own_images=own, seed=args.seed + 8)
         title = f"sd {own} in probability"
         row(f"{title}: family-wise 'better'", [percent(rates[n].family_wise, sims) for n in SEEDS])
-        row(f"{title}: those without a note", [percent(rates[n].any_clear / sims, sims) for n in SEEDS])
+        row(
+            f"{title}: those without a note",
+            [percent(rates[n].any_clear / sims, sims) for n in SEEDS],
+        )
         covered = [f"{100 * rates[n].covered_all / rates[n].intervals:.2f}" for n in SEEDS]
         row(f"{title}: coverage of the lead on all images", covered)
 
-    head("a candidate truly better than three equal baselines by: better / not better / cannot tell")
+    head(
+        "a candidate truly better than three equal baselines by: better / not better / cannot tell"
+    )
     for gain in (-1.0, -0.5, 0.0, 0.2, 0.5, 1.0, 2.0):
-        rates = simulate(sims, points([gain, 0, 0], [0, 0, 0]), count=slice(0, 1), seed=args.seed + 9)
+        rates = simulate(
+            sims, points([gain, 0, 0], [0, 0, 0]), count=slice(0, 1), seed=args.seed + 9
+        )
         row(f"{gain} points", [verdicts(rates[n]) for n in SEEDS])
 
     head("what we do not use")

@@ -23,7 +23,9 @@ from tfkd_ray.store.storage import Directory
 
 def images_per_s(group: WorkerGroup, config: TrainConfig, folder: Path) -> float:
     """Median over the epochs of a run on a group."""
-    assignment = Assignment(folder.name, config.epochs, directory=folder, storage=Directory(folder.parent))
+    assignment = Assignment(
+        folder.name, config.epochs, directory=folder, storage=Directory(folder.parent)
+    )
     epochs = list(group.epochs(config.model_dump(mode="json"), assignment))
     return statistics.median(epoch["images_per_s"] for epoch in epochs[1:])
 
@@ -54,7 +56,9 @@ def main() -> None:
         for repeat in range(args.repeats):
             for workers, config in configs.items():
                 group = WorkerGroup(config, Path(name) / "groups")
-                found[workers].append(images_per_s(group, config, Path(name) / f"{workers}-{repeat}"))
+                found[workers].append(
+                    images_per_s(group, config, Path(name) / f"{workers}-{repeat}")
+                )
                 group.close()
                 print(f"{workers} workers: {found[workers][-1]:.1f} images/s", flush=True)
     shares = [100 * two / (2 * one) for one, two in zip(found[1], found[2], strict=True)]

@@ -17,7 +17,11 @@ FIELDS["input"] = TeacherConfig.model_fields["input"]
 PARTS: dict[str, list[type[Settings]]] = {
     "Settings": [
         TrainConfig,
-        *(m for f in ("teacher", "input", "optim", "augment", "schedule") for m in members(FIELDS[f])),
+        *(
+            m
+            for f in ("teacher", "input", "optim", "augment", "schedule")
+            for m in members(FIELDS[f])
+        ),
     ],
     "Search": [SearchConfig, *members(FIELDS["sampler"]), *members(FIELDS["stopping"])],
     "Objectives": members(FIELDS["objective"]),
@@ -25,8 +29,18 @@ PARTS: dict[str, list[type[Settings]]] = {
     "Networks": members(FIELDS["student"]),
 }
 HEAD = "| setting | default | may be | what it is |\n|---|---|---|---|\n"
-WORDS = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "settings"}
-BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+WORDS = {
+    "integer": "whole number",
+    "string": "text",
+    "boolean": "true or false",
+    "object": "settings",
+}
+BOUNDS = {
+    "minimum": "from",
+    "exclusiveMinimum": "above",
+    "maximum": "to",
+    "exclusiveMaximum": "below",
+}
 
 
 def kind(schema: dict[str, Any]) -> str:
@@ -40,7 +54,9 @@ def kind(schema: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"list: {kind(schema.get('items') or schema['prefixItems'][0])}"
     word = WORDS.get(schema.get("type", ""), schema.get("type", "text"))
-    return " ".join([word, *(f"{word} {schema[key]:g}" for key, word in BOUNDS.items() if key in schema)])
+    return " ".join(
+        [word, *(f"{word} {schema[key]:g}" for key, word in BOUNDS.items() if key in schema)]
+    )
 
 
 def plain(value: Any) -> str:
@@ -52,27 +68,45 @@ def table(model: type[Settings]) -> str:
     """Markdown: every setting of a class, its default, what it may be, and what it is."""
     rows, schema = [], model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
-        given = "required" if field.is_required() else json.dumps(field.default, default=plain).strip('"')
+        given = (
+            "required"
+            if field.is_required()
+            else json.dumps(field.default, default=plain).strip('"')
+        )
         what = " ".join((field.description or "").replace("|", "\\|").split())
-        rows += [f"| `{name}` | {given} | {kind(schema[name])} | {what} |"] if name != "name" else []
+        rows += (
+            [f"| `{name}` | {given} | {kind(schema[name])} | {what} |"] if name != "name" else []
+        )
     return HEAD + "\n".join(rows) if rows else "No settings."
 
 
 def about(thing: Any) -> str:
     """How it is called, without the modules of its types, and its docstring; arguments as a list."""
-    text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])|Posix(?=Path)| -> None$", "", str(inspect.signature(thing)))
+    text = re.sub(
+        r"\b(?:[a-z_]+\.)+(?=[A-Z])|Posix(?=Path)| -> None$", "", str(inspect.signature(thing))
+    )
     text = re.sub(r", (?=\*,|\w+: )", ",\n    ", text)
-    doc = re.sub(r"(?m)^    (\w+): ", r"* `\1`: ", inspect.getdoc(thing) or "").replace("Args:\n", "")
+    doc = re.sub(r"(?m)^    (\w+): ", r"* `\1`: ", inspect.getdoc(thing) or "").replace(
+        "Args:\n", ""
+    )
     return f"```python\n{thing.__name__}{text}\n```\n\n{doc}\n"
 
 
 def pages() -> dict[Path, str]:
     """The text that each generated page should have."""
-    lines = ["# API reference\n\nWritten from the code by `python docs/api.py`. None is `null` in a file.\n"]
-    lines += [f"## {name}\n\n{about(getattr(tfkd_ray, name))}" for name in tfkd_ray.__all__ if name != "TrainConfig"]
+    lines = [
+        "# API reference\n\nWritten from the code by `python docs/api.py`. None is `null` in a file.\n"
+    ]
+    lines += [
+        f"## {name}\n\n{about(getattr(tfkd_ray, name))}"
+        for name in tfkd_ray.__all__
+        if name != "TrainConfig"
+    ]
     for part, models in PARTS.items():
         lines += [f"## {part}\n"]
-        lines += [f"### {tag(m) or m.__name__}\n\n{inspect.getdoc(m)}\n\n{table(m)}\n" for m in models]
+        lines += [
+            f"### {tag(m) or m.__name__}\n\n{inspect.getdoc(m)}\n\n{table(m)}\n" for m in models
+        ]
     known = {m.__name__: table(m) for models in PARTS.values() for m in models}
     block = r"(?s)(<!-- (\w+) -->\n).*?(?=\n\n)"
     space = re.sub(block, lambda m: m[1] + known[m[2]], (DOCS / "space.md").read_text())

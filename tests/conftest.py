@@ -12,7 +12,9 @@ import pytest
 import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves trials while the other half of the tests runs
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # Ray's 15 starves trials while the other half of the tests runs
 os.environ.setdefault("COLUMNS", "100")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tfkd-cache-")  # decoded data sets
 # of test_remote.py's own server; here, so that the processes of the session's Ray have them
@@ -22,7 +24,9 @@ os.environ |= {
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it to what runs behind `&`
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as a shell leaves it to what runs behind `&`
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
@@ -75,9 +79,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """pytest-xdist 3.8 with pytest 9.2 ignores groups without a word: each process would start a Ray of its own."""
     if getattr(session.config.option, "loadgroup", False):
-        apart = [item.nodeid for item in session.items if item.get_closest_marker("ray") and "@ray" not in item.nodeid]
+        apart = [
+            item.nodeid
+            for item in session.items
+            if item.get_closest_marker("ray") and "@ray" not in item.nodeid
+        ]
         if apart:
-            raise pytest.UsageError(f"{len(apart)} tests would not share one Ray, among them {apart[0]}")
+            raise pytest.UsageError(
+                f"{len(apart)} tests would not share one Ray, among them {apart[0]}"
+            )
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -87,7 +97,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def tfkd(tmp_path: Path) -> Run:
     """Run `tfkd ARGS` in an empty directory, as a person does."""
 
-    def run(*args: str, cwd: Path = tmp_path, timeout: float = 110, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *args: str, cwd: Path = tmp_path, timeout: float = 110, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "tfkd_ray", *args],
             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout,

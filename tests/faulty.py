@@ -41,7 +41,9 @@ class Faulty(nn.Linear):
             if self.seen > self.images:
                 logits = logits * self.fail()
                 return (
-                    logits.masked_fill(torch.eye(logits.shape[1])[0] > 0, -torch.inf) if self.fault == "inf" else logits
+                    logits.masked_fill(torch.eye(logits.shape[1])[0] > 0, -torch.inf)
+                    if self.fault == "inf"
+                    else logits
                 )
         return logits
 
@@ -70,14 +72,20 @@ class Faulty(nn.Linear):
 
             def once(sums: Tensor) -> Any:
                 tfkd_ray.learn.loop.metrics_from = whole
-                return {**whole(sums), "val_nll": 1.0, "val_ece": lambda: 0} if self.fault == "unpicklable" else {}
+                return (
+                    {**whole(sums), "val_nll": 1.0, "val_ece": lambda: 0}
+                    if self.fault == "unpicklable"
+                    else {}
+                )
 
             if whole.__name__ != "once":
                 tfkd_ray.learn.loop.metrics_from = once
         return 1.0
 
 
-def network(shape: tuple[int, int, int], num_classes: int, fault: str, images: int = 2400) -> nn.Module:
+def network(
+    shape: tuple[int, int, int], num_classes: int, fault: str, images: int = 2400
+) -> nn.Module:
     """A network with a fault; an epoch of digits has 1,151 images."""
     channels, height, width = shape
     return Faulty(channels * height * width, num_classes, fault, images)

@@ -11,7 +11,9 @@ from typing import Any
 TOUCHES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
 
 
-def run(words: Sequence[str], here: Path, below: Path, point: int, after: Path | None = None) -> None:
+def run(
+    words: Sequence[str], here: Path, below: Path, point: int, after: Path | None = None
+) -> None:
     """Run in `here`; what it says goes to the file `said` there.
 
     Args:
@@ -29,8 +31,14 @@ def run(words: Sequence[str], here: Path, below: Path, point: int, after: Path |
             return
         if event == "open" and not (given[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        paths = [str(Path(os.fsdecode(p)).absolute()) for p in given[:2] if isinstance(p, str | bytes | os.PathLike)]
-        if not any(p.startswith(f"{below}/") for p in paths) or (after is not None and not after.exists()):
+        paths = [
+            str(Path(os.fsdecode(p)).absolute())
+            for p in given[:2]
+            if isinstance(p, str | bytes | os.PathLike)
+        ]
+        if not any(p.startswith(f"{below}/") for p in paths) or (
+            after is not None and not after.exists()
+        ):
             return
         left -= 1
         if left == 0:

@@ -22,7 +22,12 @@ from tfkd_ray.store.experiment import read_records
 def main() -> None:
     storage, space = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.environ.pop("RAY_ADDRESS", None)
-    head = {"num_cpus": 0, "resources": {DRIVER: 1000}, "include_dashboard": True, "dashboard_port": free_port()}
+    head = {
+        "num_cpus": 0,
+        "resources": {DRIVER: 1000},
+        "include_dashboard": True,
+        "dashboard_port": free_port(),
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     bad = cluster.add_node(num_cpus=1)
     for _ in range(space["workers"]):

@@ -32,7 +32,9 @@ from tfkd_ray.run.tune import build_tuner
 class Nodes(tune.Callback):  # type: ignore[misc]
     """Adds a node, kills another, and notes on which node each epoch was told."""
 
-    def __init__(self, cluster: Cluster, doomed: Any, workers: int, place: Path, *, drain: bool) -> None:
+    def __init__(
+        self, cluster: Cluster, doomed: Any, workers: int, place: Path, *, drain: bool
+    ) -> None:
         self.place, self.drain, self.at = place, drain, 0.0
         self.again_s: float | None = None
         self.cluster, self.doomed, self.workers, self.added = cluster, doomed, workers, ""
@@ -57,7 +59,9 @@ class Nodes(tune.Callback):  # type: ignore[misc]
             self.added = node_id(self.cluster.add_node(num_cpus=1))
             self.names[self.added] = "added"
         used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
-        here = not result.get("done") and (self.workers > 1 or where == "doomed")  # one that ends leaves its place
+        here = not result.get("done") and (
+            self.workers > 1 or where == "doomed"
+        )  # one that ends leaves its place
         if self.doomed and used and epoch >= 2 and here:
             self.at = time.monotonic()
             if self.drain:
@@ -74,7 +78,9 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         """Node that a trial's process is on."""
         actor = trial.temporary_state.ray_actor
         if actor not in self.places:
-            self.places[actor] = ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
+            self.places[actor] = ray.get(
+                actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+            )
         return self.places[actor]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -95,7 +101,9 @@ def preempt(address: str, node: str) -> None:
     """Announce that a node is taken away in 5 s."""
     words = ["--address", address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     words += ["--reason-message", "spot", "--deadline-remaining-seconds", "5"]
-    subprocess.run([Path(sys.executable).parent / "ray", "drain-node", *words], check=True, capture_output=True)
+    subprocess.run(
+        [Path(sys.executable).parent / "ray", "drain-node", *words], check=True, capture_output=True
+    )
 
 
 def free_port() -> int:
@@ -109,7 +117,11 @@ def main() -> None:
     storage, space = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.environ.pop("RAY_ADDRESS", None)
     workers = space.get("workers", 1)
-    head = {"num_cpus": 1 if workers == 1 else 0, "resources": {DRIVER: 1000}, "include_dashboard": workers > 1}
+    head = {
+        "num_cpus": 1 if workers == 1 else 0,
+        "resources": {DRIVER: 1000},
+        "include_dashboard": workers > 1,
+    }
     head["dashboard_port"] = free_port()
     cluster = Cluster(initialize_head=True, head_node_args=head)
     doomed = cluster.add_node(num_cpus=1)

@@ -44,7 +44,12 @@ class Places(tune.Callback):  # type: ignore[misc]
 def main() -> None:
     storage, spaces = Path(sys.argv[1]), json.loads(sys.argv[2])
     os.environ.pop("RAY_ADDRESS", None)
-    head = {"num_cpus": 2, "resources": {DRIVER: 1000}, "include_dashboard": True, "dashboard_port": free_port()}
+    head = {
+        "num_cpus": 2,
+        "resources": {DRIVER: 1000},
+        "include_dashboard": True,
+        "dashboard_port": free_port(),
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")

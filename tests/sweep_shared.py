@@ -30,7 +30,11 @@ class OnCpu(StudentTrial):
         super()._begin({**config, "gpus_per_worker": 0, "accelerator_type": None})
         epochs, notes = self._epochs, Path(config["trial"]["storage"]) / "notes"
         context = ray.get_runtime_context()
-        note = {"node": context.get_node_id(), "gpus": context.get_accelerator_ids()["GPU"], "from": time.time()}
+        note = {
+            "node": context.get_node_id(),
+            "gpus": context.get_accelerator_ids()["GPU"],
+            "from": time.time(),
+        }
         path = notes / f"{config['trial']['number']}.json"
         path.write_text(json.dumps(note))
 
@@ -55,15 +59,28 @@ def main() -> None:
     os.environ.pop("RAY_ADDRESS", None)
     (storage / "notes").mkdir(parents=True)
     kind = "accelerator_type:"
-    head = {"num_cpus": 8, "num_gpus": 1, "resources": {DRIVER: 1000, f"{kind}T4": 1}, "include_dashboard": False}
+    head = {
+        "num_cpus": 8,
+        "num_gpus": 1,
+        "resources": {DRIVER: 1000, f"{kind}T4": 1},
+        "include_dashboard": False,
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=8, num_gpus=1, resources={f"{kind}A100": 1})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
-    names = {n["NodeID"]: r.removeprefix(kind) for n in ray.nodes() for r in n["Resources"] if r.startswith(kind)}
+    names = {
+        n["NodeID"]: r.removeprefix(kind)
+        for n in ray.nodes()
+        for r in n["Resources"]
+        if r.startswith(kind)
+    }
     ours.StudentTrial = OnCpu
     results = ours.build_tuner(space, name="e", storage=storage).fit()
     notes = [json.loads(path.read_text()) for path in sorted((storage / "notes").iterdir())]
-    report = {"errors": results.num_errors, "notes": [{**note, "node": names[note["node"]]} for note in notes]}
+    report = {
+        "errors": results.num_errors,
+        "notes": [{**note, "node": names[note["node"]]} for note in notes],
+    }
     print("REPORT " + json.dumps(report), flush=True)
     ray.shutdown()
     cluster.shutdown()

@@ -22,7 +22,10 @@ from ray import tune
 from tfkd_ray.run.connect import DRIVER
 from tfkd_ray.run.tune import build_tuner
 
-TITLES = {"worker": ("ray::RayTrainWorker",), "trial": ("ray::StudentTrial", "ray::ResourceTrainable")}
+TITLES = {
+    "worker": ("ray::RayTrainWorker",),
+    "trial": ("ray::StudentTrial", "ray::ResourceTrainable"),
+}
 ALL = TITLES["worker"] + TITLES["trial"]
 
 
@@ -52,7 +55,10 @@ class Watch(tune.Callback):  # type: ignore[misc]
             elif what == "tmp":
                 _clean(Path(ray._private.worker._global_node.get_session_dir_path()))
             elif what == "trial":
-                os.kill(ray.get(trial.temporary_state.ray_actor.get_current_ip_pid.remote())[1], signal.SIGKILL)
+                os.kill(
+                    ray.get(trial.temporary_state.ray_actor.get_current_ip_pid.remote())[1],
+                    signal.SIGKILL,
+                )
             else:
                 os.kill(ray_processes(TITLES["worker"])[0].pid, signal.SIGKILL)
 
@@ -89,7 +95,9 @@ def sweep(storage: str, cpus: int, space: dict[str, Any], kill: list[list[Any]])
     watch = Watch(kill)
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
     ended = time.time()
-    while (ray.available_resources().get("CPU") != cpus or ray_processes(ALL)) and time.time() - ended < 30:
+    while (
+        ray.available_resources().get("CPU") != cpus or ray_processes(ALL)
+    ) and time.time() - ended < 30:
         time.sleep(0.2)
     return {
         "events": watch.events,

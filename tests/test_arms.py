@@ -35,7 +35,12 @@ TREE: dict[str, Any] = {
     "arms": [
         {"name": "ce", "objective": "ce", "published": 97.0},
         {"name": "self", "objective": "tfkd_self", "baseline": "ce", "optim": {"lr": 0.1}},
-        {"name": "kd", "objective": "kd", "teacher": {"model": "cnn", "stop_epoch": 1}, "epochs": 4},
+        {
+            "name": "kd",
+            "objective": "kd",
+            "teacher": {"model": "cnn", "stop_epoch": 1},
+            "epochs": 4,
+        },
     ],
 }
 
@@ -46,7 +51,11 @@ def with_arm(**arm: Any) -> dict[str, Any]:
 
 def test_an_arms_own_settings_go_before_the_shared_ones() -> None:
     ce, self_, kd = build_arms(TREE).arms
-    assert (ce.config.optim.lr, self_.config.optim.lr, self_.config.optim.batch_size) == (0.2, 0.1, 64)
+    assert (ce.config.optim.lr, self_.config.optim.lr, self_.config.optim.batch_size) == (
+        0.2,
+        0.1,
+        64,
+    )
     assert (ce.config.epochs, kd.config.epochs) == (3, 4)
     assert ce.published == 97.0 and self_.baseline == "ce" and kd.config.student.name == "mlp"
 
@@ -94,7 +103,9 @@ def test_runs_share_seeds_and_train_on_validation_too() -> None:
 
 
 @pytest.mark.parametrize("per_seed, teachers", [(False, 3), (True, 4)])
-def test_a_self_teacher_is_trained_for_each_seed_and_another_only_if_asked(per_seed: bool, teachers: int) -> None:
+def test_a_self_teacher_is_trained_for_each_seed_and_another_only_if_asked(
+    per_seed: bool, teachers: int
+) -> None:
     runs = runs_of(build_arms(TREE), [5, 6], teacher_per_seed=per_seed)
     made = [t for r in runs if (t := r.config.teacher_run())]
     assert len({t.fingerprint() for t in made}) == teachers
@@ -108,7 +119,9 @@ def test_a_self_teacher_is_trained_for_each_seed_and_another_only_if_asked(per_s
 
 
 def test_a_teacher_judged_by_accuracy_needs_validation() -> None:
-    arms = build_arms(with_arm(name="x", objective="kd", teacher={"model": "cnn", "stop_accuracy": 0.5}))
+    arms = build_arms(
+        with_arm(name="x", objective="kd", teacher={"model": "cnn", "stop_accuracy": 0.5})
+    )
     with pytest.raises(ConfigError, match=r"arms.x.teacher.stop_accuracy: needs validation"):
         runs_of(arms, [1])
 
@@ -168,7 +181,15 @@ def sweep(tmp_path: Path) -> Path:
             config = branch.config(parameters).model_dump(mode="json")
             name = f"t{number:04}-{branch.objective}"
             write_record(
-                Record(tmp_path / "s/trials" / name, number, name, branch.objective, "done", parameters, config)
+                Record(
+                    tmp_path / "s/trials" / name,
+                    number,
+                    name,
+                    branch.objective,
+                    "done",
+                    parameters,
+                    config,
+                )
             )
             (tmp_path / "s/trials" / name / "metrics.jsonl").write_text(
                 json.dumps({"epoch": 2, "val_accuracy": value}) + "\n"
@@ -189,7 +210,10 @@ def test_the_arms_of_a_sweep_are_its_best_and_what_they_must_beat(sweep: Path) -
     ]
     assert compared.searched == 9 and compared.experiment == "s" and not untuned(sweep)
     scaled, published = (compared.named(n).config for n in ("ce-scaled", "tfkd_reg-published"))
-    assert scaled.objective.loss_scale == pytest.approx(0.49) and scaled.optim.lr == published.optim.lr == 0.105
+    assert (
+        scaled.objective.loss_scale == pytest.approx(0.49)
+        and scaled.optim.lr == published.optim.lr == 0.105
+    )
     assert [a.name for a in arms_of(sweep, top_k=1).arms][0:2] == ["t0001-tfkd_reg", "t0004-ce"]
 
 
@@ -209,12 +233,17 @@ def test_a_sweep_with_nothing_to_confirm_is_refused(sweep: Path) -> None:
     with pytest.raises(ConfigError, match="only baselines were searched"):
         arms_of(sweep)
     shutil.rmtree(sweep / "trials")
-    with pytest.raises(ConfigError, match="no trial of full length, so there is nothing to confirm"):
+    with pytest.raises(
+        ConfigError, match="no trial of full length, so there is nothing to confirm"
+    ):
         arms_of(sweep)
 
 
 def test_baselines_can_be_chosen(sweep: Path) -> None:
-    assert [a.name for a in arms_of(sweep, top_k=1, rivals=rivals_of("lsr")).arms] == ["t0001-tfkd_reg", "t0006-lsr"]
+    assert [a.name for a in arms_of(sweep, top_k=1, rivals=rivals_of("lsr")).arms] == [
+        "t0001-tfkd_reg",
+        "t0006-lsr",
+    ]
     with pytest.raises(ConfigError, match="no such baseline 'lrs'; did you mean 'lsr'"):
         rivals_of("ce,lrs")
     with pytest.raises(ConfigError, match="name a baseline to beat"):

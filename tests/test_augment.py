@@ -17,12 +17,20 @@ PAPER = Augment(crop_padding=4, flip=True, rotation_degrees=15)
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.randint(1, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        1, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize(
     "augment",
-    [Augment(crop_padding=4), Augment(flip=True), Augment(rotation_degrees=15), Augment(rotation_degrees=180), PAPER],
+    [
+        Augment(crop_padding=4),
+        Augment(flip=True),
+        Augment(rotation_degrees=15),
+        Augment(rotation_degrees=180),
+        PAPER,
+    ],
     ids=["crop", "flip", "rotation", "rotation 180", "paper"],
 )
 def test_it_is_torchvisions_crop_flip_and_rotation(images: torch.Tensor, augment: Augment) -> None:
@@ -35,14 +43,18 @@ def test_it_is_torchvisions_crop_flip_and_rotation(images: torch.Tensor, augment
         if augment.rotation_degrees:
             one = tv.rotate(one, math.degrees(float(view.angle[k])), InterpolationMode.NEAREST)
         unlike = (ours[k] != one).any(dim=0).float().mean()
-        assert unlike <= (0.01 if augment.rotation_degrees else 0)  # pixels that fall between two, rounded either way
+        assert unlike <= (
+            0.01 if augment.rotation_degrees else 0
+        )  # pixels that fall between two, rounded either way
     assert ours.dtype == torch.uint8 and ours.shape == images.shape
 
 
 def test_a_view_depends_on_seed_epoch_and_image_alone(images: torch.Tensor) -> None:
     view = PAPER.view(0, 1, 1000)
     assert all(a.equal(b) for a, b in zip(view, PAPER.view(0, 1, 1000), strict=True))
-    assert not view.angle.equal(PAPER.view(0, 2, 1000).angle) and not view.angle.equal(PAPER.view(1, 1, 1000).angle)
+    assert not view.angle.equal(PAPER.view(0, 2, 1000).angle) and not view.angle.equal(
+        PAPER.view(1, 1, 1000).angle
+    )
     some = torch.tensor([5, 3])
     assert PAPER(images[some], view.of(some)).equal(PAPER(images, view.of(torch.arange(64)))[some])
 
@@ -65,9 +77,13 @@ def test_float_images_are_seen_alike(images: torch.Tensor) -> None:
 
 
 def test_training_sees_other_views_in_other_epochs_and_resumes_to_the_bit() -> None:
-    config = TrainConfig(objective=CrossEntropy(), epochs=3, augment=Augment(crop_padding=1, rotation_degrees=10))
+    config = TrainConfig(
+        objective=CrossEntropy(), epochs=3, augment=Augment(crop_padding=1, rotation_degrees=10)
+    )
     whole = [e.metrics["train_loss"] for e in train(config)]
-    plain = [e.metrics["train_loss"] for e in train(config.model_copy(update={"augment": Augment()}))]
+    plain = [
+        e.metrics["train_loss"] for e in train(config.model_copy(update={"augment": Augment()}))
+    ]
     assert whole[0] != plain[0]
     run = train(config)
     state = next(run).state()

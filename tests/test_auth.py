@@ -33,7 +33,9 @@ def test_a_token_is_made_once_and_for_its_owner_alone(home: Path) -> None:
     assert len(made) == 64 and int(made, 16) and token() == made
     assert mode(file) == 0o600 and mode(file.parent) == 0o700
     own_token()
-    assert file.read_text() == made and [path.name for path in file.parent.iterdir()] == ["auth_token"]
+    assert file.read_text() == made and [path.name for path in file.parent.iterdir()] == [
+        "auth_token"
+    ]
 
 
 def test_a_token_that_others_could_read_is_kept_and_closed(home: Path) -> None:
@@ -68,7 +70,9 @@ def test_many_at_once_have_one_token(home: Path) -> None:
     assert len(seen) == 16 and len(set(seen)) == 1 and seen[0]
 
 
-@pytest.mark.parametrize("name, value", [("RAY_AUTH_TOKEN", "x"), ("RAY_AUTH_TOKEN_PATH", "/nowhere/token")])
+@pytest.mark.parametrize(
+    "name, value", [("RAY_AUTH_TOKEN", "x"), ("RAY_AUTH_TOKEN_PATH", "/nowhere/token")]
+)
 def test_a_token_that_is_named_elsewhere_is_not_made(
     home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
@@ -79,5 +83,7 @@ def test_a_token_that_is_named_elsewhere_is_not_made(
 
 def test_a_place_where_no_token_can_be_kept_is_said(home: Path) -> None:
     (home / ".ray").write_text("a file")
-    with pytest.raises(ConfigError, match=r"auth_token: Ray's token cannot be kept there: .*; set RAY_AUTH_TOKEN"):
+    with pytest.raises(
+        ConfigError, match=r"auth_token: Ray's token cannot be kept there: .*; set RAY_AUTH_TOKEN"
+    ):
         own_token()

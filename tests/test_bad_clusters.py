@@ -29,7 +29,14 @@ class Head(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/api/version":
-            body = json.dumps({"ray_version": ray.__version__, "version": "4", "ray_commit": "", "session_name": ""})
+            body = json.dumps(
+                {
+                    "ray_version": ray.__version__,
+                    "version": "4",
+                    "ray_commit": "",
+                    "session_name": "",
+                }
+            )
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -41,7 +48,8 @@ class Head(BaseHTTPRequestHandler):
                 "entrypoint": "x",
             }
             jobs = [
-                {**state, "submission_id": path.name, "driver_exit_code": self.ended} for path in Path().glob("tune-*")
+                {**state, "submission_id": path.name, "driver_exit_code": self.ended}
+                for path in Path().glob("tune-*")
             ]
             self.send_response(200)
             self.end_headers()
@@ -97,17 +105,26 @@ def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
     began = time.monotonic()
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == 1
     assert time.monotonic() - began < 30
-    assert "the job did not begin" in (said := capfd.readouterr().err) and "did not end within 6 s" in said
+    assert (
+        "the job did not begin" in (said := capfd.readouterr().err)
+        and "did not end within 6 s" in said
+    )
 
 
 @pytest.mark.parametrize(
     "code, ends", [(0, 0), (1, 1), (2, 2), (3, 1), (7, 7), (-9, 1), (None, 1)], ids=lambda n: f"{n}"
 )
 def test_a_job_ends_with_the_exit_code_that_tfkd_has_there(
-    head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: int | None, ends: int
+    head: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int | None,
+    ends: int,
 ) -> None:
     monkeypatch.setattr(Head, "ended", code)
-    monkeypatch.setattr("tfkd_ray.launch.verbs.submit_command", lambda address, job, *more: ["touch", job])
+    monkeypatch.setattr(
+        "tfkd_ray.launch.verbs.submit_command", lambda address, job, *more: ["touch", job]
+    )
     monkeypatch.setattr("tfkd_ray.launch.verbs.logs_command", lambda address, job: ["true"])
     assert main(["tune", "mine.yaml", "--address", head, "--storage", "/mnt/x"]) == ends
     err = capfd.readouterr().err
@@ -122,7 +139,12 @@ def test_a_command_that_takes_too_long_is_ended() -> None:
 
 
 PROVIDERS = {
-    "aws": ({"boto3.py": "boto3"}, "boto3.py", "class Session:\n    def get_credentials(self): {}\n", "aws configure"),
+    "aws": (
+        {"boto3.py": "boto3"},
+        "boto3.py",
+        "class Session:\n    def get_credentials(self): {}\n",
+        "aws configure",
+    ),
     "gcp": (
         {
             "googleapiclient.py": "google-api-python-client",
@@ -151,7 +173,9 @@ PROVIDERS = {
 
 
 @pytest.fixture
-def rented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], dict[str, Path]]:
+def rented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], dict[str, Path]]:
     """Put stand-ins of a provider's packages where they are found, with an answer about credentials; (name, path)."""
 
     def put(provider: str, answer: str) -> dict[str, Path]:
@@ -174,15 +198,26 @@ def rented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 
 
 def refusing(provider: str) -> str:
-    return {"aws": "return None", "gcp": "raise ValueError('none')", "azure": "raise SystemExit(1)"}[provider]
+    return {
+        "aws": "return None",
+        "gcp": "raise ValueError('none')",
+        "azure": "raise SystemExit(1)",
+    }[provider]
 
 
 @pytest.mark.parametrize(
     "provider, package",
-    [(provider, package) for provider, (names, *_) in PROVIDERS.items() for package in names.values()],
+    [
+        (provider, package)
+        for provider, (names, *_) in PROVIDERS.items()
+        for package in names.values()
+    ],
 )
 def test_a_missing_package_of_a_provider_is_named_and_not_taken_for_missing_credentials(
-    rented: Callable[[str, str], dict[str, Path]], capsys: pytest.CaptureFixture[str], provider: str, package: str
+    rented: Callable[[str, str], dict[str, Path]],
+    capsys: pytest.CaptureFixture[str],
+    provider: str,
+    package: str,
 ) -> None:
     path = rented(provider, refusing(provider))[package]
     if path.suffix:
@@ -201,7 +236,9 @@ def test_without_a_providers_credentials_nothing_is_started(
 ) -> None:
     rented(provider, refusing(provider))
     assert main(["cluster", "up", f"{provider}-gpu"]) == 2
-    assert f"no credentials for {provider} here; {PROVIDERS[provider][-1]}" in capsys.readouterr().err
+    assert (
+        f"no credentials for {provider} here; {PROVIDERS[provider][-1]}" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -215,7 +252,10 @@ def test_a_provider_that_does_not_answer_is_given_up(
     assert main(["cluster", "up", f"{provider}-gpu"]) == 1
     assert time.monotonic() - began < 20
     err = capsys.readouterr().err
-    assert f"{provider} did not say within 2 s, so nothing was started" in err and "Traceback" not in err
+    assert (
+        f"{provider} did not say within 2 s, so nothing was started" in err
+        and "Traceback" not in err
+    )
 
 
 def test_a_kubectl_that_does_not_answer_is_given_up(
@@ -242,7 +282,11 @@ def test_a_kubectl_that_does_not_answer_is_given_up(
     ],
 )  # fmt: skip
 def test_what_runs_as_a_job_is_checked_before_it_is_sent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], sentence: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(SPACE)
@@ -269,11 +313,17 @@ def test_what_a_job_is_sent_is_the_command_with_paths_of_the_cluster(
     sent: list[list[str]] = []
     for module in ("verbs", "as_job"):
         monkeypatch.setattr(f"tfkd_ray.launch.{module}.check_ray_version", lambda address: None)
-    monkeypatch.setattr("tfkd_ray.launch.verbs._submit_job", lambda command, *more: sent.append(command))
+    monkeypatch.setattr(
+        "tfkd_ray.launch.verbs._submit_job", lambda command, *more: sent.append(command)
+    )
     detach = [] if argv[0] == "doctor" else ["--detach"]
-    monkeypatch.setattr("tfkd_ray.launch.verbs._state_of", lambda address, job: {"status": "SUCCEEDED"})
+    monkeypatch.setattr(
+        "tfkd_ray.launch.verbs._state_of", lambda address, job: {"status": "SUCCEEDED"}
+    )
     monkeypatch.setattr("tfkd_ray.launch.verbs.logs_command", lambda address, job: ["true"])
-    storage = [] if argv[1] == "/mnt/x/e" else ["--storage", "/mnt/x"]  # a comparison goes beside its sweep
+    storage = (
+        [] if argv[1] == "/mnt/x/e" else ["--storage", "/mnt/x"]
+    )  # a comparison goes beside its sweep
     assert main([*argv, "--address", "http://127.0.0.1:9", *storage, *detach]) == 0
     ((*_, words),) = [" ".join(command).partition(" -- ") for command in sent]
     assert words == f"python {JOBS[argv]}"
@@ -289,4 +339,7 @@ def test_what_an_autoscaler_waits_for_is_read_from_rays_own_status() -> None:
         "starting: gpu4, 2 launching",
         "waits: {'CPU': 1.0, 'GPU': 1.0} * 1 (PACK): 3+ pending placement groups",
     ]
-    assert waiting_lines("Pending:\n (no pending nodes)\nPending Demands:\n (no resource demands)\n") == []
+    assert (
+        waiting_lines("Pending:\n (no pending nodes)\nPending Demands:\n (no resource demands)\n")
+        == []
+    )

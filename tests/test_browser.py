@@ -33,10 +33,17 @@ ARTIFACTS = Path(__file__).parent.parent / "test-artifacts"
 EPOCHS = 9
 SPACE = {
     "objective": [
-        {"name": "tfkd_reg", "alpha": {"low": 0.1, "high": 0.9}, "temperature": {"low": 2, "high": 40, "log": True}},
+        {
+            "name": "tfkd_reg",
+            "alpha": {"low": 0.1, "high": 0.9},
+            "temperature": {"low": 2, "high": 40, "log": True},
+        },
         {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
     ],
-    "optim": {"lr": {"low": 0.01, "high": 1.0, "log": True}, "weight_decay": {"low": 1e-5, "high": 1e-3, "log": True}},
+    "optim": {
+        "lr": {"low": 0.01, "high": 1.0, "log": True},
+        "weight_decay": {"low": 1e-5, "high": 1e-3, "log": True},
+    },
     "epochs": EPOCHS,
     "search": {"baselines": False, "num_samples": 8},
 }
@@ -55,14 +62,20 @@ def make_sweep(experiment: Path) -> dict[str, float]:
     for number in range(8):
         branch = space.branches[number % 2]
         parameters = {
-            p.name: float(np.exp(g.uniform(np.log(p.domain.low), np.log(p.domain.high)))) for p in branch.parameters
+            p.name: float(np.exp(g.uniform(np.log(p.domain.low), np.log(p.domain.high))))
+            for p in branch.parameters
         }
         name, end = f"t{number:04d}-{branch.objective}", ENDS.get(number, "done")
         about = {"number": number, "name": name, "parameters": parameters, "epochs": EPOCHS,
                  "directory": str(experiment / "trials" / name)}  # fmt: skip
-        trial = FakeTrial(name, {**branch.config(parameters).model_dump(mode="json"), "trial": about})
+        trial = FakeTrial(
+            name, {**branch.config(parameters).model_dump(mode="json"), "trial": about}
+        )
         callback.on_trial_start(0, [], trial)
-        peak, last = g.uniform(0.8, 0.95), {"done": EPOCHS, "stopped": 3, "failed": 2, "running": 5}[end]
+        peak, last = (
+            g.uniform(0.8, 0.95),
+            {"done": EPOCHS, "stopped": 3, "failed": 2, "running": 5}[end],
+        )
         for epoch in range(1, last + 1):
             accuracy = float(peak * (1 - np.exp(-epoch / 2)))
             trial.last_result = {
@@ -82,7 +95,11 @@ def make_sweep(experiment: Path) -> dict[str, float]:
 def make_comparison(directory: Path) -> None:
     """A judged comparison of three arms with four seeds, its logits made up."""
     arms = [{"name": name, "objective": name} for name in ("ce", "lsr", "tfkd_reg")]
-    new_comparison(build_arms({"title": "Three arms", "arms": arms, "student": "mlp"}), range(1001, 1005), directory)
+    new_comparison(
+        build_arms({"title": "Three arms", "arms": arms, "student": "mlp"}),
+        range(1001, 1005),
+        directory,
+    )
     callback = TensorBoard(directory / "tb")
     g, labels = np.random.default_rng(0), np.arange(500) % 10
     for number, run in enumerate(read_comparison(directory).runs):
@@ -95,17 +112,32 @@ def make_comparison(directory: Path) -> None:
         trial.last_result = {"epoch": 1, "train_loss": 0.5}
         callback.on_trial_result(0, [], trial, trial.last_result)
         callback.on_trial_complete(0, [], trial)
-        write_record(Record(folder, number, run.name, config["objective"]["name"], "done", parameters, config))
+        write_record(
+            Record(
+                folder, number, run.name, config["objective"]["name"], "done", parameters, config
+            )
+        )
         right = g.random(500) < (0.94 if run.arm == "tfkd_reg" else 0.88) - 0.01 * labels
         logits = g.uniform(1, 8, (500, 1)) * np.eye(10)[np.where(right, labels, (labels + 1) % 10)]
-        arrays = {"logits": torch.tensor(logits, dtype=torch.float32), "labels": torch.tensor(labels)}
+        arrays = {
+            "logits": torch.tensor(logits, dtype=torch.float32),
+            "labels": torch.tensor(labels),
+        }
         save_weights(folder / LOGITS, arrays, {"run": run.name})
     outcome(directory)
 
 
 def serve(*experiments: Path) -> subprocess.Popen[str]:
     """`tfkd tensorboard` on these."""
-    command = [sys.executable, "-m", "tfkd_ray", "tensorboard", *map(str, experiments), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tfkd_ray",
+        "tensorboard",
+        *map(str, experiments),
+        "--port",
+        "0",
+    ]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -126,8 +158,14 @@ def address(server: subprocess.Popen[str], run: str, timeout_s: float = 30) -> s
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "these tests look at TensorBoard in a real browser, and there is none: apt-get install chromium"
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+    assert chromium, (
+        "these tests look at TensorBoard in a real browser, and there is none: apt-get install chromium"
+    )
     ARTIFACTS.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
@@ -146,7 +184,11 @@ def boards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     values = make_sweep(sweep)
     make_comparison(comparison)
     one, both = serve(sweep), serve(sweep, comparison)
-    yield {"sweep": address(one, "t0007-lsr"), "both": address(both, "arms/tfkd_reg"), "values": values}
+    yield {
+        "sweep": address(one, "t0007-lsr"),
+        "both": address(both, "arms/tfkd_reg"),
+        "values": values,
+    }
     for server in (one, both):
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=20)
@@ -168,10 +210,17 @@ def cells(page: Any) -> list[str]:
 pytestmark = pytest.mark.browser
 
 
-def test_hparams_shows_every_searched_parameter_and_the_value(browser: Any, boards: dict[str, Any]) -> None:
+def test_hparams_shows_every_searched_parameter_and_the_value(
+    browser: Any, boards: dict[str, Any]
+) -> None:
     look(browser, boards["sweep"], "hparams")
     found = cells(browser)
-    assert found[:8] == ["Trial ID", "Show Metrics", *sorted(COLUMNS)[:5], "val_accuracy"]  # five are ticked at first
+    assert found[:8] == [
+        "Trial ID",
+        "Show Metrics",
+        *sorted(COLUMNS)[:5],
+        "val_accuracy",
+    ]  # five are ticked at first
     for name, value in boards["values"].items():
         row = found[found.index(f"{name} (small sweep)") :]
         assert float(row[7]) == pytest.approx(value, abs=1e-5), row[:8]
@@ -181,7 +230,9 @@ def test_hparams_shows_every_searched_parameter_and_the_value(browser: Any, boar
     assert {*COLUMNS} <= set(cells(browser))
 
 
-def test_hparams_tells_failed_and_running_trials_from_others(browser: Any, boards: dict[str, Any]) -> None:
+def test_hparams_tells_failed_and_running_trials_from_others(
+    browser: Any, boards: dict[str, Any]
+) -> None:
     look(browser, boards["sweep"], "hparams")
     cells(browser)
     for status, only in (("Failure", "t0005-lsr"), ("Unknown", "t0006-tfkd_reg")):
@@ -212,10 +263,14 @@ def test_parallel_coordinates_draws_the_trials_that_have_every_ticked_column(
     browser.screenshot(path=ARTIFACTS / "hparams-parallel.png")
     assert browser.locator(lines).count() == 8
     browser.locator("text=Scatter plot matrix view").click()
-    browser.locator("tf-hparams-scatter-plot-matrix-plot svg circle").first.wait_for(state="attached")
+    browser.locator("tf-hparams-scatter-plot-matrix-plot svg circle").first.wait_for(
+        state="attached"
+    )
 
 
-def test_time_series_lists_readable_runs_and_filters_them(browser: Any, boards: dict[str, Any]) -> None:
+def test_time_series_lists_readable_runs_and_filters_them(
+    browser: Any, boards: dict[str, Any]
+) -> None:
     look(browser, boards["sweep"], "timeseries")
     runs = browser.locator("runs-data-table tb-data-table-content-row")
     runs.filter(has_text="t0007-lsr").wait_for()
@@ -225,10 +280,14 @@ def test_time_series_lists_readable_runs_and_filters_them(browser: Any, boards: 
     browser.locator("card-view svg path, card-view canvas").first.wait_for(state="attached")
     browser.locator("text=hp/value").first.wait_for()
     browser.screenshot(path=ARTIFACTS / "time-series.png")
-    assert [name.strip() for name in runs.all_inner_texts()] == [n for n in boards["values"] if "tfkd_reg" in n]
+    assert [name.strip() for name in runs.all_inner_texts()] == [
+        n for n in boards["values"] if "tfkd_reg" in n
+    ]
 
 
-def test_custom_scalars_have_a_chart_for_each_objective(browser: Any, boards: dict[str, Any]) -> None:
+def test_custom_scalars_have_a_chart_for_each_objective(
+    browser: Any, boards: dict[str, Any]
+) -> None:
     look(browser, boards["sweep"], "custom_scalars")
     cards = browser.locator("tf-custom-scalar-multi-line-chart-card")
     cards.nth(3).locator("text=Matches").wait_for()
@@ -238,7 +297,9 @@ def test_custom_scalars_have_a_chart_for_each_objective(browser: Any, boards: di
     assert cards.filter(has_text="parts of the loss").filter(has_text="Matches (16)").count() == 1
 
 
-def test_text_says_how_a_trial_differs_and_how_to_run_it_again(browser: Any, boards: dict[str, Any]) -> None:
+def test_text_says_how_a_trial_differs_and_how_to_run_it_again(
+    browser: Any, boards: dict[str, Any]
+) -> None:
     look(browser, boards["sweep"], "text")
     browser.locator("tf-markdown-view:has-text('tfkd tune browser.yaml') table").first.wait_for()
     change = browser.locator("tf-markdown-view:has-text('plain training')").first
@@ -247,11 +308,15 @@ def test_text_says_how_a_trial_differs_and_how_to_run_it_again(browser: Any, boa
     assert "objective.temperature" in change.locator("table").inner_text()
     browser.locator("tf-text-dashboard input").first.fill("t0005")  # runs
     browser.locator("tf-markdown-view:has-text('after 2 of 9 epochs: failed')").first.wait_for()
-    again = browser.locator("tf-markdown-view:has-text('tfkd train t0005-lsr.yaml') pre").first.inner_text()
+    again = browser.locator(
+        "tf-markdown-view:has-text('tfkd train t0005-lsr.yaml') pre"
+    ).first.inner_text()
     assert "name: lsr" in again
 
 
-def test_images_show_the_virtual_teacher_beside_label_smoothing(browser: Any, boards: dict[str, Any]) -> None:
+def test_images_show_the_virtual_teacher_beside_label_smoothing(
+    browser: Any, boards: dict[str, Any]
+) -> None:
     look(browser, boards["sweep"], "images")
     wait_for_images(browser, 6)
     browser.screenshot(path=ARTIFACTS / "images-sweep.png")
@@ -309,7 +374,9 @@ def test_the_report_fits_a_phone_and_a_desk(browser: Any, tmp_path: Path) -> Non
         browser.goto((tmp_path / "report.html").as_uri())
         browser.locator("html[data-drawn]").wait_for()
         browser.screenshot(path=ARTIFACTS / f"report-{name}.png")
-        assert browser.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+        assert (
+            browser.evaluate("document.documentElement.scrollWidth") <= width
+        )  # nothing to scroll sideways
         wide = "[...document.querySelectorAll('.plot .main-svg')].map(p => p.getBoundingClientRect().right)"
         assert max(browser.evaluate(wide)) <= width
     browser.set_viewport_size(desk)
@@ -320,7 +387,12 @@ def test_optuna_dashboard_shows_the_studies_of_a_sweep(browser: Any, tmp_path: P
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("optuna-dashboard"), tmp_path / "study.journal", "--port", str(port)]
+    command = [
+        Path(sys.executable).with_name("optuna-dashboard"),
+        tmp_path / "study.journal",
+        "--port",
+        str(port),
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             until = time.monotonic() + 60

@@ -55,7 +55,9 @@ def budget(experiment: Path, s: Space, said: list[str] | None = None) -> tuple[B
     write_experiment(experiment, s.tree, ["tfkd"])
     clock = Clock()
     searcher = OptunaSearcher(s, experiment / "study.journal")
-    return Budget(experiment, s, searcher, on_budget=None if said is None else said.append, clock=clock), clock
+    return Budget(
+        experiment, s, searcher, on_budget=None if said is None else said.append, clock=clock
+    ), clock
 
 
 @functools.cache
@@ -103,9 +105,13 @@ def test_hours_count_epochs_and_what_a_running_trial_has_held_since(tmp_path: Pa
     assert b.spent()["cpu_hours"] == before["cpu_hours"] and not b.stop_all()
 
 
-def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is_in(tmp_path: Path) -> None:
+def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is_in(
+    tmp_path: Path,
+) -> None:
     said: list[str] = []
-    b, clock = budget(tmp_path / "e", build_space({**tree(gpu_hours=0.5), "gpus_per_worker": 1}), said)
+    b, clock = budget(
+        tmp_path / "e", build_space({**tree(gpu_hours=0.5), "gpus_per_worker": 1}), said
+    )
     running = [Trial(tmp_path / "e", n) for n in (0, 1)]
     b.on_begin()
     for trial in running:
@@ -123,11 +129,15 @@ def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is
         tell(b, "result", trial, result={"epoch": 7, "seconds": 150.0})
         tell(b, "complete", trial)
     clock.now += 900
-    assert b.spent()["gpu_hours"] == pytest.approx(0.5 + 2 * 150 / 3600) and b.spent()["cpu_hours"] > 0
+    assert (
+        b.spent()["gpu_hours"] == pytest.approx(0.5 + 2 * 150 / 3600) and b.spent()["cpu_hours"] > 0
+    )
     assert b.stop_all() and len(said) == 1
     b.on_close([])
     again, _ = budget(tmp_path / "e", build_space({**tree(gpu_hours=0.5), "gpus_per_worker": 1}))
-    assert again.spent()["gpu_hours"] == pytest.approx(b.spent()["gpu_hours"], abs=1e-5)  # it is kept
+    assert again.spent()["gpu_hours"] == pytest.approx(
+        b.spent()["gpu_hours"], abs=1e-5
+    )  # it is kept
 
 
 def test_failed_trials_are_counted_once_each(tmp_path: Path) -> None:
@@ -154,7 +164,9 @@ def test_what_was_spent_is_read_from_plain_files(tmp_path: Path) -> None:
     for n, status in enumerate(["done", "failed", "interrupted"]):
         folder = tmp_path / "trials" / f"t{n:04d}-ce"
         write_record(Record(folder, n, folder.name, "ce", status, {}, {}))
-        (folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 900}\n{"epoch": 2, "seconds": 300}\n{"epo')
+        (folder / "metrics.jsonl").write_text(
+            '{"epoch": 1, "seconds": 900}\n{"epoch": 2, "seconds": 300}\n{"epo'
+        )
     assert spent_so_far(tmp_path, workers={"gpus": 2, "cpus": 0.5}) == {
         "time_budget_s": 0, "gpu_hours": 2.0, "cpu_hours": 0.5, "max_failed_trials": 1,
     }  # fmt: skip
@@ -166,7 +178,10 @@ def test_what_was_spent_is_read_from_plain_files(tmp_path: Path) -> None:
 def test_the_first_budget_that_is_reached_is_named() -> None:
     spent = {"time_budget_s": 5, "gpu_hours": 1.0, "cpu_hours": 3.0, "max_failed_trials": 0}
     assert over_budget({"time_budget_s": 6, "max_failed_trials": 1}, spent) is None
-    assert over_budget({"gpu_hours": 2, "cpu_hours": 3}, spent) == "search.cpu_hours: 3 of 3 h are reached"
+    assert (
+        over_budget({"gpu_hours": 2, "cpu_hours": 3}, spent)
+        == "search.cpu_hours: 3 of 3 h are reached"
+    )
 
 
 # --- in a sweep
@@ -191,13 +206,17 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_new_one_and_the_total_is_exa
     said: list[str] = []
     reports: list[int] = []
     run = {**tree(cpu_hours=1e-9, num_samples=3), "epochs": 40}
-    build_tuner(run, name="e", storage=tmp_path, callbacks=[Slow(reports)], on_budget=said.append).fit()
+    build_tuner(
+        run, name="e", storage=tmp_path, callbacks=[Slow(reports)], on_budget=said.append
+    ).fit()
     assert len(said) == 1 and said[0].startswith("search.cpu_hours: ") and len(reports) <= 1
     records = read_records(tmp_path / "e")
     assert [(r.status, r.reason) for r in records] == [("interrupted", said[0])]
     assert len(records[0].metrics) <= 1
     before = (tmp_path / "e" / "experiment.yaml").read_text()
-    with pytest.raises(ConfigError, match=r"search.cpu_hours: .* are reached; to go on, give a new one"):
+    with pytest.raises(
+        ConfigError, match=r"search.cpu_hours: .* are reached; to go on, give a new one"
+    ):
         resume_tuner(tmp_path / "e")
     for wrong in (0, -1.5):
         with pytest.raises(ConfigError, match=rf"cpu_hours: a budget is above 0, got {wrong}"):
@@ -209,7 +228,9 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_new_one_and_the_total_is_exa
     grid = resume_tuner(tmp_path / "e", cpu_hours=10, on_budget=said.append).fit()
     assert len(grid) == 3 and len(said) == 1
     records = read_records(tmp_path / "e")
-    assert [(r.number, r.status, len(r.metrics)) for r in records] == [(n, "done", 40) for n in range(3)]
+    assert [(r.number, r.status, len(r.metrics)) for r in records] == [
+        (n, "done", 40) for n in range(3)
+    ]
     total = read_experiment(tmp_path / "e")["space"]["search"]["cpu_hours"]
     assert 10 < total < 10.01  # from then on
     assert json.loads((tmp_path / "e" / "spent.json").read_text())["seconds"] > 0
@@ -244,7 +265,9 @@ def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_
         told.append("the end")
         end(self, budget)
 
-    def heard(self: Progress, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+    def heard(
+        self: Progress, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
         told.append(trial.config["trial"]["name"])
         on_trial_result(self, iteration, trials, trial, result, **info)
 
@@ -252,8 +275,14 @@ def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_
     monkeypatch.setattr(Progress, "on_trial_result", heard)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "e.yaml").write_text(FILE)
-    diverge = ["optim.lr={choices: [1e20, 2e20]}", "search.num_samples=4"] if name == "max_failed_trials" else []
-    assert main(["tune", "e.yaml", "--name", "e", "--storage", ".", option, most, *diverge]) == (1 if diverge else 0)
+    diverge = (
+        ["optim.lr={choices: [1e20, 2e20]}", "search.num_samples=4"]
+        if name == "max_failed_trials"
+        else []
+    )
+    assert main(["tune", "e.yaml", "--name", "e", "--storage", ".", option, most, *diverge]) == (
+        1 if diverge else 0
+    )
     out, err = capsys.readouterr()
     said = rf"search\.{name}: [0-9.]+ of {most} (s|h|failed trials) are reached"
     assert re.search(rf"^ending: {said}$", err, re.M), err
@@ -274,20 +303,31 @@ def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_
         assert main(["resume", "e", *changes]) == 1
         again = read_records(tmp_path / "e")
         assert [(r.number, r.status) for r in again] == [(n, "failed") for n in range(4)]
-        study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(tmp_path / "e" / "study.journal"))
-        attempts = [t.user_attrs["number"] for t in study.trials if t.user_attrs.get("attempt") == 2]
+        study = optuna.load_study(
+            study_name="tfkd/ce", storage=open_journal(tmp_path / "e" / "study.journal")
+        )
+        attempts = [
+            t.user_attrs["number"] for t in study.trials if t.user_attrs.get("attempt") == 2
+        ]
         assert attempts == [r.number for r in records if r.status == "failed"]
 
 
-def test_gpu_hours_where_trials_use_no_gpu_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_hours_where_trials_use_no_gpu_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "e.yaml").write_text(FILE)
-    assert main(["tune", str(tmp_path / "e.yaml"), "--storage", str(tmp_path), "--gpu-hours", "1"]) == 2
+    assert (
+        main(["tune", str(tmp_path / "e.yaml"), "--storage", str(tmp_path), "--gpu-hours", "1"])
+        == 2
+    )
     assert "gpu_hours: trials here use no GPU, so it would never end" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["e.yaml"]
 
 
 @pytest.mark.ray
-def test_failed_trials_end_a_sweep_and_run_again_when_they_are_asked_to(ray_cluster: str, tmp_path: Path) -> None:
+def test_failed_trials_end_a_sweep_and_run_again_when_they_are_asked_to(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     said: list[str] = []
     run = tree(num_samples=5, max_failed_trials=2, warm_start=False, sampler="random", seed=2)
     run["optim"] = {"lr": {"choices": [1e20, 0.1]}}
@@ -296,7 +336,9 @@ def test_failed_trials_end_a_sweep_and_run_again_when_they_are_asked_to(ray_clus
     assert said == ["search.max_failed_trials: 2 of 2 failed trials are reached"]
     failed = [r.number for r in records if r.status == "failed"]
     assert len(failed) == 2 and len(records) < 5
-    with pytest.raises(ConfigError, match=r"search.max_failed_trials: 2 of 2 failed trials are reached"):
+    with pytest.raises(
+        ConfigError, match=r"search.max_failed_trials: 2 of 2 failed trials are reached"
+    ):
         resume_tuner(tmp_path / "e")
     folder = next(r.folder for r in records if r.number == failed[0])
     (folder / "error.txt").write_text("of the first attempt")
@@ -307,7 +349,11 @@ def test_failed_trials_end_a_sweep_and_run_again_when_they_are_asked_to(ray_clus
     assert "of the first attempt" not in (folder / "error.txt").read_text()  # it failed anew
     storage = open_journal(tmp_path / "e" / "study.journal")
     study = optuna.load_study(study_name="tfkd/ce", storage=storage)
-    attempts = [(t.user_attrs["number"], t.user_attrs["attempt"]) for t in study.trials if "attempt" in t.user_attrs]
+    attempts = [
+        (t.user_attrs["number"], t.user_attrs["attempt"])
+        for t in study.trials
+        if "attempt" in t.user_attrs
+    ]
     assert attempts == [(n, 2) for n in failed]
 
 
@@ -317,30 +363,43 @@ def test_a_sweep_goes_on_in_a_wider_space(ray_cluster: str, tmp_path: Path) -> N
     before = [(r.name, r.metrics) for r in read_records(tmp_path / "e")]
     wider = {
         **tree(num_samples=6),
-        "optim": {"lr": {"low": 0.001, "high": 0.5, "log": True}, "nesterov": {"choices": [False, True]}},
+        "optim": {
+            "lr": {"low": 0.001, "high": 0.5, "log": True},
+            "nesterov": {"choices": [False, True]},
+        },
     }
     with pytest.raises(ConfigError) as error:
         resume_tuner(tmp_path / "e", space={**wider, "epochs": 4})
-    assert "an experiment goes on in its own space, or in one that holds all of it" in str(error.value)
+    assert "an experiment goes on in its own space, or in one that holds all of it" in str(
+        error.value
+    )
     assert "epochs: was 3, and is 4 now" in str(error.value)
     assert len(resume_tuner(tmp_path / "e", space=wider).fit()) == 2
     after = read_records(tmp_path / "e")
     assert [(r.name, r.metrics) for r in after][:4] == before
     assert "optim.nesterov" in after[5].parameters
-    assert len(resume_tuner(tmp_path / "e", add_trials=1).fit()) == 1  # and from then on it is the experiment's
+    assert (
+        len(resume_tuner(tmp_path / "e", add_trials=1).fit()) == 1
+    )  # and from then on it is the experiment's
     assert [r.number for r in read_records(tmp_path / "e")] == list(range(7))
 
 
 @pytest.mark.ray
-def test_a_sweep_begins_with_what_an_earlier_one_has_found(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_sweep_begins_with_what_an_earlier_one_has_found(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     build_tuner(tree(), name="old", storage=tmp_path).fit()
     with pytest.raises(ConfigError, match=r"none lies in this space: epochs: 3 there, 2 here"):
         build_tuner({**tree(), "epochs": 2}, name="e", storage=tmp_path, priors=[tmp_path / "old"])
     assert not (tmp_path / "e").exists()
     build_tuner(tree(num_samples=2), name="e", storage=tmp_path, priors=[tmp_path / "old"]).fit()
     assert [r.number for r in read_records(tmp_path / "e")] == [0, 1]
-    study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(tmp_path / "e" / "study.journal"))
-    assert [t.user_attrs.get("prior") for t in study.trials] == [f"old/t000{n}-ce" for n in range(4)] + [None] * 2
+    study = optuna.load_study(
+        study_name="tfkd/ce", storage=open_journal(tmp_path / "e" / "study.journal")
+    )
+    assert [t.user_attrs.get("prior") for t in study.trials] == [
+        f"old/t000{n}-ce" for n in range(4)
+    ] + [None] * 2
     assert len(resume_tuner(tmp_path / "e", add_trials=1, priors=[tmp_path / "old"]).fit()) == 1
     assert len(study.trials) == 7
 
@@ -349,20 +408,29 @@ def test_a_sweep_begins_with_what_an_earlier_one_has_found(ray_cluster: str, tmp
 def test_rays_asha_is_a_stopping_rule_by_name_and_several_metrics_make_a_front(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    run = {**tree(num_samples=6, stopping={"name": "asha", "min_epochs": 1}, max_concurrent=2), "epochs": 6}
+    run = {
+        **tree(num_samples=6, stopping={"name": "asha", "min_epochs": 1}, max_concurrent=2),
+        "epochs": 6,
+    }
     build_tuner(run, name="a", storage=tmp_path).fit()
     found = {(r.status, len(r.metrics)) for r in read_records(tmp_path / "a")}
     assert ("done", 6) in found and any(status == "stopped" and n in (1, 3) for status, n in found)
     build_tuner(tree(metric=["val_accuracy", "val_ece"]), name="b", storage=tmp_path).fit()
-    study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(tmp_path / "b" / "study.journal"))
+    study = optuna.load_study(
+        study_name="tfkd/ce", storage=open_journal(tmp_path / "b" / "study.journal")
+    )
     assert all(len(t.values) == 2 for t in study.trials) and study.best_trials
 
 
 @pytest.mark.ray
-def test_trials_whose_study_was_lost_are_not_numbered_anew(ray_cluster: str, tmp_path: Path) -> None:
+def test_trials_whose_study_was_lost_are_not_numbered_anew(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     build_tuner(tree(num_samples=2), name="e", storage=tmp_path).fit()
     (tmp_path / "e" / "study.journal").unlink()
-    with pytest.raises(ConfigError, match=r"study.journal does not hold t0000-ce, t0001-ce, whose files are there"):
+    with pytest.raises(
+        ConfigError, match=r"study.journal does not hold t0000-ce, t0001-ce, whose files are there"
+    ):
         resume_tuner(tmp_path / "e", add_trials=1)
     assert all(len(read_metrics(r.folder)) == 3 for r in read_records(tmp_path / "e"))
     assert space().search.num_samples == 16

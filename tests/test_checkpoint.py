@@ -26,7 +26,11 @@ STATE = {"model": {"w": torch.arange(3.0)}, "epoch": 2, "history": [{"epoch": 1.
 def test_a_state_reads_back(tmp_path: Path) -> None:
     save_state(tmp_path, STATE)
     state = load_state(tmp_path)
-    assert state is not None and state["model"]["w"].equal(STATE["model"]["w"]) and state["history"] == [{"epoch": 1.0}]  # type: ignore[index]
+    assert (
+        state is not None
+        and state["model"]["w"].equal(STATE["model"]["w"])
+        and state["history"] == [{"epoch": 1.0}]
+    )  # type: ignore[index]
 
 
 def test_no_state_is_none(tmp_path: Path) -> None:
@@ -45,7 +49,9 @@ def test_a_damaged_state_is_said_and_the_one_before_is_used(tmp_path: Path, dama
     save_state(tmp_path, {"epoch": 2})
     content = bytearray((tmp_path / LAST).read_bytes())
     content[200] ^= 1
-    (tmp_path / LAST).write_bytes({"cut": content[:300], "flipped": content, "emptied": b""}[damage])
+    (tmp_path / LAST).write_bytes(
+        {"cut": content[:300], "flipped": content, "emptied": b""}[damage]
+    )
     with pytest.warns(UserWarning, match="damaged"):
         assert load_state(tmp_path) == {"epoch": 1}
 
@@ -83,14 +89,20 @@ def test_a_kill_between_any_two_moves_leaves_a_whole_state(
     found = load_state(tmp_path, said.append)
     assert found is not None
     before = 2 if last_is == "whole" else 1
-    assert found["epoch"] == (before if FRESH not in made else 2 if last_is == "whole" and BEFORE not in made else 3)
+    assert found["epoch"] == (
+        before if FRESH not in made else 2 if last_is == "whole" and BEFORE not in made else 3
+    )
     save_state(tmp_path, {"epoch": 4})  # and it goes on from there
     assert load_state(tmp_path) == {"epoch": 4} and not (tmp_path / FRESH).exists()
 
 
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_writing_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_whole(tmp_path / "f", b"old")
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -122,7 +134,9 @@ def test_weights_read_back_and_damage_is_noticed(tmp_path: Path) -> None:
         load_weights(path, digest)
 
 
-def test_where_there_is_no_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_no_room_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is left on a disk is left to those who need less: the sweep's own records."""
     write_whole(tmp_path / "f", b"old")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 97, 3))  # type: ignore[attr-defined]

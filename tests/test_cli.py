@@ -45,7 +45,12 @@ def noted(tfkd: Run, tmp_path: Path, *words: str) -> None:
     """Assert that a verb prints the note on a network that ends in softmax, and ends well."""
     (tmp_path / "soft.py").write_text(SOFT)
     shared = {"student": "soft:network", "epochs": 1, "data": {"name": "digits", "subset": 200}}
-    space = {**shared, "objective": "ce", "optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 1}}
+    space = {
+        **shared,
+        "objective": "ce",
+        "optim": {"lr": {"low": 0.01, "high": 0.1}},
+        "search": {"num_samples": 1},
+    }
     (tmp_path / "space.yaml").write_text(dump_yaml(space))
     (tmp_path / "run.yaml").write_text(dump_yaml({**shared, "objective": "ce"}))
     arms = [{"name": name, "objective": name} for name in ("ce", "lsr")]
@@ -53,7 +58,10 @@ def noted(tfkd: Run, tmp_path: Path, *words: str) -> None:
     done = tfkd(*words)
     assert done.returncode == 0, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
-    assert re.search("note: (arm ce: )?model soft:network: gives probabilities .* it seems to end in softmax", said)
+    assert re.search(
+        "note: (arm ce: )?model soft:network: gives probabilities .* it seems to end in softmax",
+        said,
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +72,9 @@ def test_a_note_on_a_network_is_printed(words: tuple[str, ...], tfkd: Run, tmp_p
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("words", [("tune", "space.yaml"), ("confirm", "arms.yaml", "--seeds", "2")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [("tune", "space.yaml"), ("confirm", "arms.yaml", "--seeds", "2")], ids=" ".join
+)
 def test_a_note_on_a_network_is_printed_before_trials_run(
     words: tuple[str, ...], ray_cluster: str, tfkd: Run, tmp_path: Path
 ) -> None:
@@ -136,7 +146,10 @@ def test_a_directory_is_no_file(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["check", "mine.yaml", "--x"], "unrecognized arguments: --x"),
         (["trials", "mine.yaml", "more"], "unrecognized arguments: more"),
         (["tune", "mine.yaml", "--name", "a/b"], "--name a/b: a plain name without slashes"),
-        (["tune", "mine.yaml", "data={name: mnist, root: /nowhere}"], "data mnist: not found: train-images-idx3-ubyte"),
+        (
+            ["tune", "mine.yaml", "data={name: mnist, root: /nowhere}"],
+            "data mnist: not found: train-images-idx3-ubyte",
+        ),
         (
             ["train", "mine.yaml", "optim.lr=1", "data={name: cifar10, root: /nowhere}"],
             "data cifar10: not found: cifar-10-python.tar.gz",
@@ -161,13 +174,17 @@ def test_a_wrong_command_gets_one_message_and_exit_code_2(
     assert {p.name for p in here.iterdir()} == {"mine.yaml"}
 
 
-def test_check_says_what_is_searched_fixed_and_conditional(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_what_is_searched_fixed_and_conditional(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", "digits_tfkd", "search.num_samples=40"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "40 trials, 10 for each of 4 objectives, 54 epochs each" in out
     assert "stopped by halving after [6, 18] epochs" in out
-    assert re.search(r"objective tfkd_reg:\n(.*\n)*  objective.tfkd_reg.temperature +1.5 to 20 \(log\)", out)
+    assert re.search(
+        r"objective tfkd_reg:\n(.*\n)*  objective.tfkd_reg.temperature +1.5 to 20 \(log\)", out
+    )
     assert re.search(r"searched for every objective:\n  optim.lr +0.01 to 0.5 \(log\)", out)
     assert "teacher, once before the trials: training cnn with ce for 54 epochs" in out
     assert re.search(r"fixed:\n(.*\n)*  optim.batch_size +64", out) and "optim.momentum" not in out
@@ -207,7 +224,9 @@ def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
     assert set(found["best"][0]) == {"trial", "objective", "values", "parameters", "config"}
     for trial in (here / "e" / "trials").iterdir():
         (trial / "metrics.jsonl").write_text('{"epoch": 18, "val_accuracy": 0.5}\n')
-    assert "no trial of full length has a value of val_accuracy and of val_ece" in refused(capsys, "best", "e")
+    assert "no trial of full length has a value of val_accuracy and of val_ece" in refused(
+        capsys, "best", "e"
+    )
 
 
 def test_teachers_that_differ_in_their_seeds_are_announced_once(
@@ -231,7 +250,9 @@ def test_teachers_that_differ_in_their_seeds_are_announced_once(
     ]
 
 
-def test_check_notes_that_nothing_is_searched(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_notes_that_nothing_is_searched(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", "mine.yaml", "optim.lr=0.1"]) == 0
     out = capsys.readouterr().out
     assert "note: nothing is searched: all 2 trials are one and the same run" in out
@@ -242,17 +263,27 @@ def test_check_notes_that_nothing_is_searched(here: Path, capsys: pytest.Capture
 def test_train_trains_saves_and_goes_on(tfkd: Run, here: Path) -> None:
     command = ["train", "mine.yaml", "optim.lr=0.1", "--out", "out"]
     first = tfkd(*command, cwd=here)
-    assert first.returncode == 0 and "val_accuracy 0." in first.stdout and "epoch 3: train_loss" in first.stderr
-    assert {"config.yaml", "metrics.jsonl", "student.safetensors"} <= {p.name for p in (here / "out").iterdir()}
+    assert (
+        first.returncode == 0
+        and "val_accuracy 0." in first.stdout
+        and "epoch 3: train_loss" in first.stderr
+    )
+    assert {"config.yaml", "metrics.jsonl", "student.safetensors"} <= {
+        p.name for p in (here / "out").iterdir()
+    }
     again = tfkd(*command, cwd=here)
     assert again.returncode == 0 and again.stdout == first.stdout
 
 
-def test_train_refuses_the_directory_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_refuses_the_directory_of_another_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "mine.yaml", "optim.lr=0.1", "--out", "out"]) == 0
     before = {p.name: p.read_bytes() for p in (here / "out").iterdir()}
     capsys.readouterr()
-    assert "holds another run" in refused(capsys, "train", "mine.yaml", "optim.lr=0.2", "--out", "out")
+    assert "holds another run" in refused(
+        capsys, "train", "mine.yaml", "optim.lr=0.2", "--out", "out"
+    )
     assert {p.name: p.read_bytes() for p in (here / "out").iterdir()} == before
 
 
@@ -272,13 +303,20 @@ def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) ->
     told = len((here / "out" / "metrics.jsonl").read_text().splitlines())
     assert 20 <= told < 300
     again = tfkd(*command[:4], "epochs=300", "--out", "out", cwd=here)
-    assert again.returncode == 0 and len((here / "out" / "metrics.jsonl").read_text().splitlines()) == 300
+    assert (
+        again.returncode == 0
+        and len((here / "out" / "metrics.jsonl").read_text().splitlines()) == 300
+    )
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_fails_with_a_sentence(tfkd: Run, here: Path) -> None:
     run = tfkd("train", "mine.yaml", "optim.lr=1e20", cwd=here)
-    assert run.returncode == 1 and "failed: train_loss is" in run.stderr and "Traceback" not in run.stderr
+    assert (
+        run.returncode == 1
+        and "failed: train_loss is" in run.stderr
+        and "Traceback" not in run.stderr
+    )
 
 
 @pytest.mark.slow
@@ -307,7 +345,9 @@ def test_an_experiment_name_that_exists_and_too_many_workers_are_refused(
 
 def test_a_path_in_a_command_that_is_shown_is_one_word_of_it(tmp_path: Path) -> None:
     path = tmp_path / "st {x} %d" / "a 'b' $c"
-    assert shlex.split(shell_word(path)) == [str(path)] and shell_word(tmp_path / "plain") == str(tmp_path / "plain")
+    assert shlex.split(shell_word(path)) == [str(path)] and shell_word(tmp_path / "plain") == str(
+        tmp_path / "plain"
+    )
 
 
 @pytest.mark.ray
@@ -373,7 +413,9 @@ LONG = ["epochs=200", "search.num_samples=2", "search.stopping=none"]
 
 
 @pytest.mark.ray
-def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(ray_cluster: str, tfkd: Run, here: Path) -> None:
+def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
+    ray_cluster: str, tfkd: Run, here: Path
+) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "c", *LONG, cwd=here)
     terminal.read_until(r"t0000 [1-9]\d*/200")  # the live table shows it running
     terminal.press_ctrl_c()
@@ -386,8 +428,12 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(ray_cluster: str, tfk
     resumed = tfkd("resume", "tfkd_results/c", cwd=here)
     assert resumed.returncode == 0, resumed.stderr
     after = read_records(here / "tfkd_results" / "c")
-    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 200) for n in range(2)]
-    for record in stopped:  # it went on, and did not begin again: the epochs before are the same to the microsecond
+    assert [(r.number, r.status, len(r.metrics)) for r in after] == [
+        (n, "done", 200) for n in range(2)
+    ]
+    for record in (
+        stopped
+    ):  # it went on, and did not begin again: the epochs before are the same to the microsecond
         again = next(r for r in after if r.number == record.number)
         assert again.metrics[: len(record.metrics)] == record.metrics
 
@@ -430,15 +476,24 @@ def outcome(experiment: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.ray
 def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here: Path) -> None:
     """One trial at a time: the resumed sweep ends as an undisturbed one, bit by bit."""
-    settings = ["epochs=60", "checkpoint_every_s=0", "search.num_samples=4", "search.max_concurrent=1"]
+    settings = [
+        "epochs=60",
+        "checkpoint_every_s=0",
+        "search.num_samples=4",
+        "search.max_concurrent=1",
+    ]
     build_tuner(load_space("mine.yaml", settings), name="whole", storage="tfkd_results").fit()
     command = [sys.executable, "-m", "tfkd_ray", "tune", "mine.yaml", "--name", "killed", *settings]
-    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as driver:
+    with subprocess.Popen(
+        command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as driver:
         assert driver.stderr is not None
         for line in driver.stderr:
             if line.startswith("t0001-ce: started"):
                 break
-        while not any(r.number == 1 and r.metrics for r in read_records(here / "tfkd_results" / "killed")):
+        while not any(
+            r.number == 1 and r.metrics for r in read_records(here / "tfkd_results" / "killed")
+        ):
             time.sleep(0.01)
         driver.send_signal(signal.SIGKILL)
     assert any(r.status == "running" for r in read_records(here / "tfkd_results" / "killed"))
@@ -462,24 +517,45 @@ def test_a_driver_killed_with_9_loses_nothing_of_what_else_there_is(
     ray_cluster: str, here: Path, search: dict[str, Any]
 ) -> None:
     lsr = {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}}
-    tree: dict[str, Any] = {**parse_yaml(SPACE, "space"), "objective": lsr, "epochs": 45, "checkpoint_every_s": 0}
+    tree: dict[str, Any] = {
+        **parse_yaml(SPACE, "space"),
+        "objective": lsr,
+        "epochs": 45,
+        "checkpoint_every_s": 0,
+    }
     prior = []
     if "storage" in search:
         build_tuner(
-            {**tree, "search": {"num_samples": 2, "warm_start": False, "seed": 9}}, name="old", storage=here
+            {**tree, "search": {"num_samples": 2, "warm_start": False, "seed": 9}},
+            name="old",
+            storage=here,
         ).fit()
         prior = [here / "old"]
 
     def written(name: str) -> str:
-        storage = {"storage": search["storage"].replace("HERE", str(here)).replace("NAME", name)} if prior else {}
+        storage = (
+            {"storage": search["storage"].replace("HERE", str(here)).replace("NAME", name)}
+            if prior
+            else {}
+        )
         more = {"max_concurrent": 1, "sampler": {"name": "tpe", "startup": 3}}
-        (here / f"{name}.yaml").write_text(dump_yaml({**tree, "search": {**search, **storage, **more}}))
+        (here / f"{name}.yaml").write_text(
+            dump_yaml({**tree, "search": {**search, **storage, **more}})
+        )
         return f"{name}.yaml"
 
     build_tuner(written("whole"), name="whole", storage=here, priors=prior).fit()
-    options = ["--name", "killed", "--storage", ".", *(word for p in prior for word in ("--prior", str(p)))]
+    options = [
+        "--name",
+        "killed",
+        "--storage",
+        ".",
+        *(word for p in prior for word in ("--prior", str(p))),
+    ]
     command = [sys.executable, "-m", "tfkd_ray", "tune", written("killed"), *options]
-    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as driver:
+    with subprocess.Popen(
+        command, cwd=here, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as driver:
         assert driver.stderr is not None
         said = ""
         for line in driver.stderr:
@@ -488,12 +564,19 @@ def test_a_driver_killed_with_9_loses_nothing_of_what_else_there_is(
                 time.sleep(0.15)
                 break
         driver.send_signal(signal.SIGKILL)
-    before = {r.name: r.metrics for r in read_records(here / "killed") if r.status in ("done", "stopped")}
+    before = {
+        r.name: r.metrics for r in read_records(here / "killed") if r.status in ("done", "stopped")
+    }
     assert 3 <= len(before) < search["num_samples"], said
     resume_tuner(here / "killed").fit()
-    assert outcome(here / "killed") == outcome(here / "whole") and len(outcome(here / "whole")) == search["num_samples"]
+    assert (
+        outcome(here / "killed") == outcome(here / "whole")
+        and len(outcome(here / "whole")) == search["num_samples"]
+    )
     after = {r.name: r.metrics for r in read_records(here / "killed")}
-    assert all(after[name] == metrics for name, metrics in before.items())  # with its seconds: nothing ran again
+    assert all(
+        after[name] == metrics for name, metrics in before.items()
+    )  # with its seconds: nothing ran again
     first = [r.parameters["objective.lsr.alpha"] for r in read_records(here / "whole")[:2]]
     assert first[:1] == [0.1] and (first[1] == 0.2 or search["num_samples"] < 8)
 
@@ -505,11 +588,16 @@ def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider
     """The front in `tune`, `best` and the report; then `tfkd resume --space`."""
     search = "search: {num_samples: 4, stopping: none, metric: [val_accuracy, parameters]}"
     student = "student: {choices: [{name: mlp, hidden: [4]}, {name: mlp, hidden: [32]}]}"
-    text = SPACE.replace("student: {name: mlp, hidden: [8]}", student).replace("search: {num_samples: 2}", search)
+    text = SPACE.replace("student: {name: mlp, hidden: [8]}", student).replace(
+        "search: {num_samples: 2}", search
+    )
     (here / "mine.yaml").write_text(text)
     assert main(["tune", "mine.yaml", "--name", "front"]) == 0
     records = read_records(here / "tfkd_results" / "front")
-    assert {r.last["parameters"] for r in records} == {64 * 4 + 4 + 4 * 10 + 10, 64 * 32 + 32 + 32 * 10 + 10}
+    assert {r.last["parameters"] for r in records} == {
+        64 * 4 + 4 + 4 * 10 + 10,
+        64 * 32 + 32 + 32 * 10 + 10,
+    }
     front = [r.name for r in pareto(records, ["val_accuracy", "parameters"])]
     out = capsys.readouterr().out
     assert 2 <= len(front) < 4
@@ -518,17 +606,24 @@ def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider
     assert main(["best", "tfkd_results/front"]) == 0
     best = capsys.readouterr().out
     assert re.findall(r"^# (t\S+) +0\.\d+ +\d+$", best, re.M) == front
-    assert main(["report", "tfkd_results/front"]) == 0 and capsys.readouterr().out == "report.html\n"
+    assert (
+        main(["report", "tfkd_results/front"]) == 0 and capsys.readouterr().out == "report.html\n"
+    )
     page = (here / "report.html").read_text()
     assert (
-        "Validation accuracy against parameters of the student" in page and f"the front is: {', '.join(front)}" in page
+        "Validation accuracy against parameters of the student" in page
+        and f"the front is: {', '.join(front)}" in page
     )
     (here / "wider.yaml").write_text(
         text.replace("low: 0.01", "low: 0.001").replace("num_samples: 4", "num_samples: 5")
     )
     (here / "other.yaml").write_text(text.replace("epochs: 3", "epochs: 4"))
-    assert "epochs: was 3, and is 4 now" in refused(capsys, "resume", "tfkd_results/front", "--space", "other.yaml")
-    assert "no such file" in refused(capsys, "resume", "tfkd_results/front", "--space", "missing.yaml")
+    assert "epochs: was 3, and is 4 now" in refused(
+        capsys, "resume", "tfkd_results/front", "--space", "other.yaml"
+    )
+    assert "no such file" in refused(
+        capsys, "resume", "tfkd_results/front", "--space", "missing.yaml"
+    )
     assert main(["resume", "tfkd_results/front", "--space", "wider.yaml", "--add-trials", "1"]) == 0
     assert "6 trials, " in capsys.readouterr().out
     after = read_records(here / "tfkd_results" / "front")
@@ -540,37 +635,61 @@ def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider
 
 @pytest.mark.slow
 def test_the_wheel_brings_the_search_spaces(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(next(tmp_path.glob("*.whl"))), str(site)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "zipfile", "-e", str(next(tmp_path.glob("*.whl"))), str(site)],
+        check=True,
+    )
     assert (site / "tfkd_ray" / "py.typed").exists()
     env = {**os.environ, "PYTHONPATH": str(site)}
     code = "import tfkd_ray; assert 'site/tfkd_ray' in tfkd_ray.__file__; from tfkd_ray.cli.main import main; main(['check', 'digits_tfkd'])"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0 and "24 trials" in run.stdout, run.stderr
 
 
 # --- arms, teachers, explain, readers
 
 
-def test_check_warns_of_a_setting_that_does_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_warns_of_a_setting_that_does_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "dead.yaml").write_text(
         "data: {name: cifar100, root: /nowhere}\nstudent: resnet18\nepochs: 9\n"
         "objective: {name: tfkd_reg, temperature: {low: 30, high: 40}, alpha: 0.01}\n"
     )
     assert main(["check", "dead.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "warning: objective.tfkd_reg.temperature: dead: over its range the logit gradient moves by" in out
+    assert (
+        "warning: objective.tfkd_reg.temperature: dead: over its range the logit gradient moves by"
+        in out
+    )
     assert "note: on this machine data cifar100: not found" in out
 
 
-def test_check_and_explain_read_arms_files_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_explain_read_arms_files_too(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", "paper/table_9"]) == 0
     assert "24 arms: mv2, shv2, r18" in capsys.readouterr().out
     assert main(["explain", "paper/table_9"]) == 0
     out = capsys.readouterr().out
-    assert "equals lsr alpha 0.1596 with loss_scale 0.0595 (to 0.00 %)" in out and max(map(len, out.splitlines())) <= 80
+    assert (
+        "equals lsr alpha 0.1596 with loss_scale 0.0595 (to 0.00 %)" in out
+        and max(map(len, out.splitlines())) <= 80
+    )
     assert main(["explain", "digits_tfkd"]) == 0
     assert "correct_prob     0.9 to 0.999 (log in 1 - x)" in capsys.readouterr().out
 
@@ -601,7 +720,9 @@ def test_check_and_explain_read_arms_files_too(here: Path, capsys: pytest.Captur
         (["check", "mine.yaml", "student=timm:resnet1818"], "did you mean 'resnet18'"),
     ],
 )  # fmt: skip
-def test_more_wrong_commands(here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+def test_more_wrong_commands(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
     err = " ".join(refused(capsys, *argv).split())
     assert message in err, err
     assert {p.name for p in here.iterdir()} == {"mine.yaml"}
@@ -611,21 +732,31 @@ RESUME = next(sub for words, sub in verbs(_parser()) if words == ("resume",))
 
 
 @pytest.mark.parametrize(
-    "option", [a for a in RESUME._actions if a.option_strings and a.dest not in (*PLACES, "help")], ids=lambda a: a.dest
+    "option",
+    [a for a in RESUME._actions if a.option_strings and a.dest not in (*PLACES, "help")],
+    ids=lambda a: a.dest,
 )
 def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: argparse.Action
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: argparse.Action,
 ) -> None:
     (here / "c").mkdir()
     (here / "c/confirm.yaml").touch()
     gone_on: list[Path] = []
-    monkeypatch.setattr("tfkd_ray.cli.sweep.compare_arms", lambda directory, address: gone_on.append(directory) or 0)
+    monkeypatch.setattr(
+        "tfkd_ray.cli.sweep.compare_arms", lambda directory, address: gone_on.append(directory) or 0
+    )
     code = main(["resume", "c", *given(option)])
     if option.dest == "retry_failed":  # it always does that
         assert code == 0 and gone_on
     else:
         assert code == 2 and not gone_on
-        assert f"{option.option_strings[-1]}: is for sweeps; a comparison has its arms" in capsys.readouterr().err
+        assert (
+            f"{option.option_strings[-1]}: is for sweeps; a comparison has its arms"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.ray
@@ -638,7 +769,9 @@ def test_teachers_are_trained_listed_and_shown(ray_cluster: str, tfkd: Run, tmp_
     assert made.returncode == 0, made.stderr
     assert made.stderr.count("teacher: training mlp with ce for 2 epochs, stopped after") == 2
     folders = made.stdout.split()
-    assert len(folders) == 2 and all((tmp_path / f / "student.safetensors").exists() for f in folders)
+    assert len(folders) == 2 and all(
+        (tmp_path / f / "student.safetensors").exists() for f in folders
+    )
     listed = tfkd("teacher", "list").stdout.splitlines()
     assert [line.split()[1:3] for line in sorted(listed[1:], key=lambda x: x.split()[2])] == [
         ["digits", "1"],
@@ -650,7 +783,9 @@ def test_teachers_are_trained_listed_and_shown(ray_cluster: str, tfkd: Run, tmp_
 
 
 @pytest.mark.ray
-def test_what_a_sweep_left_is_read_reported_and_exported(ray_cluster: str, tfkd: Run, here: Path) -> None:
+def test_what_a_sweep_left_is_read_reported_and_exported(
+    ray_cluster: str, tfkd: Run, here: Path
+) -> None:
     assert tfkd("tune", "mine.yaml", "--name", "ä b", cwd=here).returncode == 0
     place = "tfkd_results/ä b"
     for argv, shown in (
@@ -668,9 +803,13 @@ def test_what_a_sweep_left_is_read_reported_and_exported(ray_cluster: str, tfkd:
 
 
 @pytest.mark.parametrize(
-    "argv", [("check", "digits_tfkd"), ("ls",), ("status", "x"), ("tune", "digits_tfkd")], ids=" ".join
+    "argv",
+    [("check", "digits_tfkd"), ("ls",), ("status", "x"), ("tune", "digits_tfkd")],
+    ids=" ".join,
 )
-def test_a_working_directory_that_is_gone_is_a_sentence(tmp_path: Path, argv: tuple[str, ...]) -> None:
+def test_a_working_directory_that_is_gone_is_a_sentence(
+    tmp_path: Path, argv: tuple[str, ...]
+) -> None:
     (tmp_path / "gone").mkdir()
     command = [sys.executable, "-m", "tfkd_ray", *argv]
     gone = ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh", *command]

@@ -79,14 +79,18 @@ def test_words_that_are_no_verb_are_answered(capfd: pytest.CaptureFixture[str]) 
     for _ in range(COUNT * 60 // 500):
         verb = rng.choice(VERBS)
         at = rng.randrange(len(verb))
-        word = rng.choice([verb[:at] + verb[at + 1 :], verb.upper(), verb[::-1], verb + "s", *WORDS])
+        word = rng.choice(
+            [verb[:at] + verb[at + 1 :], verb.upper(), verb[::-1], verb + "s", *WORDS]
+        )
         argv = [word, *(rng.choice(WORDS) for _ in range(rng.randrange(3)))]
         if word in VERBS or {"--help", "-h"} & set(argv):
             continue
         with pytest.raises(SystemExit) as end:
             main(argv)
         out, err = capfd.readouterr()
-        assert end.value.code == 2 and out == "" and "Traceback" not in err and "usage: tfkd" in err, argv
+        assert (
+            end.value.code == 2 and out == "" and "Traceback" not in err and "usage: tfkd" in err
+        ), argv
 
 
 @pytest.mark.slow
@@ -117,7 +121,15 @@ def test_any_words_after_a_verb_of_clusters_are_answered(
         is_answered(argv, capfd)
 
 
-READING = [["--help"], ["tune", "--help"], ["check", "digits_tfkd"], ["ls"], ["status", "nowhere"], ["nothing"], []]
+READING = [
+    ["--help"],
+    ["tune", "--help"],
+    ["check", "digits_tfkd"],
+    ["ls"],
+    ["status", "nowhere"],
+    ["nothing"],
+    [],
+]
 
 
 @pytest.mark.slow
@@ -126,7 +138,9 @@ READING = [["--help"], ["tune", "--help"], ["check", "digits_tfkd"], ["ls"], ["s
     [{"COLUMNS": "20"}, {"COLUMNS": "0"}, {"COLUMNS": "wide"}, {"NO_COLOR": "1", "TERM": "dumb"}, {"HOME": "/proc/nowhere"}, {"HOME": None, "XDG_CACHE_HOME": None}, {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}],
     ids=["narrow", "no width", "no number of columns", "no color", "HOME cannot be written", "no HOME", "ASCII"],
 )  # fmt: skip
-def test_commands_do_not_depend_on_their_surroundings(surroundings: dict[str, str | None], tmp_path: Path) -> None:
+def test_commands_do_not_depend_on_their_surroundings(
+    surroundings: dict[str, str | None], tmp_path: Path
+) -> None:
     env = {**os.environ, **{k: v for k, v in surroundings.items() if v is not None}}
     for name in [k for k, v in surroundings.items() if v is None]:
         env.pop(name, None)
@@ -145,14 +159,20 @@ def test_a_reader_who_leaves_is_no_failure(argv: list[str], tmp_path: Path) -> N
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as pipe:
-        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, cwd=tmp_path, timeout=60)
+        done = subprocess.run(
+            command, stdout=pipe, stderr=subprocess.PIPE, cwd=tmp_path, timeout=60
+        )
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr, done.stderr.decode()
-    shut = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, cwd=tmp_path, timeout=60)
+    shut = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, cwd=tmp_path, timeout=60
+    )
     assert b"Traceback" not in shut.stderr, shut.stderr.decode()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [b"\xff\xfe.yaml", b"\xc3\x28", "größe 試.yaml".encode(), b"a\nb.yaml", b"-\xff"])
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe.yaml", b"\xc3\x28", "größe 試.yaml".encode(), b"a\nb.yaml", b"-\xff"]
+)
 @pytest.mark.parametrize("verb", ["check", "report"])
 def test_a_path_in_any_encoding_is_answered(verb: str, name: bytes, tmp_path: Path) -> None:
     """Names of files are bytes; there is a file of this name, a directory, or nothing."""
@@ -161,7 +181,9 @@ def test_a_path_in_any_encoding_is_answered(verb: str, name: bytes, tmp_path: Pa
         if make is not None:
             make(os.fsencode(tmp_path) + b"/" + name)
         done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=60)
-        assert done.returncode == 2 and b"Traceback" not in done.stderr and done.stderr.strip(), done.stderr
+        assert done.returncode == 2 and b"Traceback" not in done.stderr and done.stderr.strip(), (
+            done.stderr
+        )
 
 
 @pytest.mark.slow
@@ -170,7 +192,10 @@ def test_closed_standard_streams_are_no_failure(shut: str, tmp_path: Path) -> No
     for argv, code in ((["check", "digits_tfkd"], 0), (["status", "nowhere"], 2)):
         command = [sys.executable, "-m", "tfkd_ray", *argv]
         done = subprocess.run(
-            ["sh", "-c", f'"$@" {shut}', "sh", *command], capture_output=True, cwd=tmp_path, timeout=60
+            ["sh", "-c", f'"$@" {shut}', "sh", *command],
+            capture_output=True,
+            cwd=tmp_path,
+            timeout=60,
         )
         assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr.decode()
 
@@ -182,8 +207,15 @@ TRAINED = "student: {name: mlp, hidden: [8]}\nobjective: ce\nepochs: 1\n"
 
 def as_modes_say() -> None:
     """Root, too, may then write only where a file's mode lets it."""
-    bounding_set_drop, may_ignore_modes = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE; the next program has what is left
-    if os.getuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(bounding_set_drop, may_ignore_modes, 0, 0, 0) != 0:
+    bounding_set_drop, may_ignore_modes = (
+        24,
+        1,
+    )  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE; the next program has what is left
+    if (
+        os.getuid() == 0
+        and ctypes.CDLL(None, use_errno=True).prctl(bounding_set_drop, may_ignore_modes, 0, 0, 0)
+        != 0
+    ):
         os._exit(99)
 
 
@@ -261,9 +293,16 @@ def test_no_color_is_respected_on_a_terminal(tmp_path: Path) -> None:
     view = [sys.executable, "-c", LIVE_VIEW, str(Path(__file__).parent)]
     for name in ("coloured", "plain"):
         (tmp_path / name).mkdir()
-    assert COLOUR.search(on_a_terminal(view, tmp_path / "coloured")), "a failure is red, or this test shows nothing"
+    assert COLOUR.search(on_a_terminal(view, tmp_path / "coloured")), (
+        "a failure is red, or this test shows nothing"
+    )
     assert not COLOUR.search(on_a_terminal(view, tmp_path / "plain", NO_COLOR="1"))
-    for argv in (["--help"], ["check", "digits_tfkd"], ["status", "-f", str(RELEASE / "sweep")], ["nothing"]):
+    for argv in (
+        ["--help"],
+        ["check", "digits_tfkd"],
+        ["status", "-f", str(RELEASE / "sweep")],
+        ["nothing"],
+    ):
         text = on_a_terminal([sys.executable, "-m", "tfkd_ray", *argv], tmp_path, NO_COLOR="1")
         assert text.strip() and not COLOUR.search(text), argv
 

@@ -51,7 +51,10 @@ def end(place: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                if f"{place}/".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                if (
+                    f"{place}/".encode() in path.read_bytes()
+                    and int(path.parent.name) != os.getpid()
+                ):
                     os.kill(int(path.parent.name), number)
         time.sleep(1)
 
@@ -70,7 +73,13 @@ def place() -> Iterator[Path]:
 
 def reported(script: str, place: Path, what: Any, *more: str) -> Any:
     """What a script beside this one reports of its sweep on a cluster of its own."""
-    words = [sys.executable, str(Path(__file__).parent / script), str(place / "s"), json.dumps(what), *more]
+    words = [
+        sys.executable,
+        str(Path(__file__).parent / script),
+        str(place / "s"),
+        json.dumps(what),
+        *more,
+    ]
     env = {**os.environ, "TMPDIR": str(place), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}
     run = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
     lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
@@ -88,18 +97,24 @@ def sweep_on_nodes(place: Path, space: dict[str, Any], *more: str) -> dict[str, 
 def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
     """Every trial has its epochs once each, bit by bit those of a run that nothing happened to."""
     records = read_records(experiment)
-    assert [r.status for r in records] == ["done"] * trials, [(r.name, r.status, r.reason) for r in records]
+    assert [r.status for r in records] == ["done"] * trials, [
+        (r.name, r.status, r.reason) for r in records
+    ]
     weights: dict[float, set[bytes]] = {}
     for record in records:
         lr = record.config["optim"]["lr"]
         alone = [e.metrics for e in train(build_space({**record.config, "workers": 1}).single())]
         told = [(m["epoch"], m["train_loss"], m["val_accuracy"]) for m in record.metrics]
         if record.config["workers"] == 1:
-            assert told == [(m["epoch"], m["train_loss"], m["val_accuracy"]) for m in alone], record.name
+            assert told == [(m["epoch"], m["train_loss"], m["val_accuracy"]) for m in alone], (
+                record.name
+            )
         else:
             assert [epoch for epoch, *_ in told] == [m["epoch"] for m in alone]
         tensors = sorted(load_file(record.folder / "student.safetensors").items())
-        weights.setdefault(lr, set()).add(b"".join(tensor.numpy().tobytes() for _, tensor in tensors))
+        weights.setdefault(lr, set()).add(
+            b"".join(tensor.numpy().tobytes() for _, tensor in tensors)
+        )
     assert all(len(found) == 1 for found in weights.values()), "weights of equal trials differ"
 
 
@@ -107,26 +122,42 @@ def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
 def test_a_sweep_goes_on_after_its_machine_was_switched_off(place: Path) -> None:
     """Driver, Ray and trials are killed at the same instant and Ray's folder is gone, as after a reboot; three times."""
     search = {"sampler": {"name": "tpe", "startup": 3}, "num_samples": 8, "max_concurrent": 1}
-    space = {**SPACE, "epochs": 90, "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}}, "search": search}
+    space = {
+        **SPACE,
+        "epochs": 90,
+        "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
+        "search": search,
+    }
     (place / "space.yaml").write_text(dump_yaml(space))
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"TMPDIR": str(place)}
     experiment = place / "tfkd_results/cut"
 
     def driver(*argv: str) -> subprocess.Popen[bytes]:
         with (place / "said").open("ab") as said:
-            return subprocess.Popen([BIN / "tfkd", *argv], cwd=place, env=env, stdout=said, stderr=said)
+            return subprocess.Popen(
+                [BIN / "tfkd", *argv], cwd=place, env=env, stdout=said, stderr=said
+            )
 
     def lines() -> int:
-        return sum(path.read_bytes().count(b"\n") for path in experiment.glob("trials/*/metrics.jsonl"))
+        return sum(
+            path.read_bytes().count(b"\n") for path in experiment.glob("trials/*/metrics.jsonl")
+        )
 
-    assert driver("tune", "space.yaml", "--name", "whole").wait(120) == 0, (place / "said").read_text()
+    assert driver("tune", "space.yaml", "--name", "whole").wait(120) == 0, (
+        place / "said"
+    ).read_text()
     running = driver("tune", "space.yaml", "--name", "cut")
     for cut in range(3):
         before, until = lines(), time.monotonic() + 60
         while lines() < before + 30:
-            assert running.poll() is None and time.monotonic() < until, (place / "said").read_text()[-2000:]
+            assert running.poll() is None and time.monotonic() < until, (
+                place / "said"
+            ).read_text()[-2000:]
             time.sleep(0.02)
-        for process in [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]:
+        for process in [
+            psutil.Process(running.pid),
+            *psutil.Process(running.pid).children(recursive=True),
+        ]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         running.wait()
@@ -134,28 +165,42 @@ def test_a_sweep_goes_on_after_its_machine_was_switched_off(place: Path) -> None
         assert any(r.status == "running" for r in read_records(experiment)), cut
         running = driver("resume", str(experiment))
     assert running.wait(120) == 0, (place / "said").read_text()[-2000:]
-    assert outcome(experiment) == outcome(place / "tfkd_results/whole") and len(outcome(experiment)) == 8
+    assert (
+        outcome(experiment) == outcome(place / "tfkd_results/whole")
+        and len(outcome(experiment)) == 8
+    )
     assert_no_orphans(experiment)
 
 
 @pytest.mark.slow
-def test_a_node_that_is_added_is_used_and_the_trials_of_one_that_dies_go_on_elsewhere(place: Path) -> None:
+def test_a_node_that_is_added_is_used_and_the_trials_of_one_that_dies_go_on_elsewhere(
+    place: Path,
+) -> None:
     (place / "slow").touch()  # trials are slow, so that all nodes have one, until one node is dead
     network = {"name": "own", "path": "tests.slow:network", "args": {"file": str(place / "slow")}}
-    space = {**SPACE, "student": network, "epochs": 60, "search": {**SPACE["search"], "num_samples": 8}}
+    space = {
+        **SPACE,
+        "student": network,
+        "epochs": 60,
+        "search": {**SPACE["search"], "num_samples": 8},
+    }
     report = sweep_on_nodes(place, space)
     killed = next(i for i, (*_, where) in enumerate(report["epochs"]) if where == "killed")
     number, at, _ = report["epochs"][killed]
     assert number in report["lost"] and report["nodes"] == 3
     assert {where for *_, where in report["epochs"][:killed]} == {"first", "doomed", "added"}
     later = [(epoch, where) for n, epoch, where in report["epochs"][killed + 1 :] if n == number]
-    assert later[0][0] in (at, at + 1) and {where for _, where in later} <= {"first", "added"}, "from its checkpoint"
+    assert later[0][0] in (at, at + 1) and {where for _, where in later} <= {"first", "added"}, (
+        "from its checkpoint"
+    )
     assert report["failed"] == 0, "a lost node is not the trial's failure"
     assert_same_as_never_lost(place / "s/e", 8)
 
 
 @pytest.mark.slow
-def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_added(place: Path) -> None:
+def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_added(
+    place: Path,
+) -> None:
     space = {**SPACE, "workers": 2, "search": {**SPACE["search"], "num_samples": 4}}
     report = sweep_on_nodes(place, space)
     killed = next(i for i, (*_, where) in enumerate(report["epochs"]) if where == "killed")
@@ -167,7 +212,9 @@ def test_a_trial_of_two_workers_that_loses_a_node_goes_on_with_the_one_that_was_
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_trial_whose_node_is_preempted_goes_on_elsewhere_within_a_minute(place: Path, workers: int) -> None:
+def test_a_trial_whose_node_is_preempted_goes_on_elsewhere_within_a_minute(
+    place: Path, workers: int
+) -> None:
     space = {
         **SPACE,
         "epochs": 400,
@@ -176,7 +223,11 @@ def test_a_trial_whose_node_is_preempted_goes_on_elsewhere_within_a_minute(place
     }
     if workers == 1:
         (place / "slow").touch()
-        network = {"name": "own", "path": "tests.slow:network", "args": {"file": str(place / "slow")}}
+        network = {
+            "name": "own",
+            "path": "tests.slow:network",
+            "args": {"file": str(place / "slow")},
+        }
         space = {**space, "student": network, "epochs": 60}
     report = sweep_on_nodes(place, space, "drain")
     assert report["lost"] and report["failed"] == 0 and report["nodes"] == 3
@@ -185,8 +236,14 @@ def test_a_trial_whose_node_is_preempted_goes_on_elsewhere_within_a_minute(place
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(place: Path, workers: int) -> None:
-    network = {"name": "own", "path": "tests.broken:network", "args": {"file": str(place / "broken")}}
+def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(
+    place: Path, workers: int
+) -> None:
+    network = {
+        "name": "own",
+        "path": "tests.broken:network",
+        "args": {"file": str(place / "broken")},
+    }
     search = {**SPACE["search"], "num_samples": 8 if workers == 1 else 2}
     space = {**SPACE, "student": network, "epochs": 3, "workers": workers, "search": search}
     report = reported("sweep_beside_broken.py", place, space)
@@ -201,10 +258,14 @@ def test_a_node_whose_gpu_is_broken_gets_no_more_trials_and_burns_none(place: Pa
     assert len(report["notes"]) == (sum(report["lost"]) == 3), report
 
 
-def test_workers_of_a_trial_are_packed_on_a_node_or_spread_over_all_as_placement_says(place: Path) -> None:
+def test_workers_of_a_trial_are_packed_on_a_node_or_spread_over_all_as_placement_says(
+    place: Path,
+) -> None:
     space = {**SPACE, "epochs": 2, "workers": 2, "search": {**SPACE["search"], "num_samples": 1}}
     spread, packed = reported(
-        "sweep_placed.py", place, [{**space, "placement": placement} for placement in ("spread", "pack")]
+        "sweep_placed.py",
+        place,
+        [{**space, "placement": placement} for placement in ("spread", "pack")],
     )
     assert spread == {"errors": 0, "seen": [{"strategy": "SPREAD", "nodes": 2}]}
     assert packed == {"errors": 0, "seen": [{"strategy": "PACK", "nodes": 1}]}
@@ -216,9 +277,16 @@ PORTS = {"port": 6490, "dashboard-port": 8390, "ray-client-server-port": 6491}
 DASHBOARD = "http://127.0.0.1:8390"
 
 
-def ray_start(place: Path, name: str, *words: str, inside: tuple[str, ...] = (), **env: str) -> None:
+def ray_start(
+    place: Path, name: str, *words: str, inside: tuple[str, ...] = (), **env: str
+) -> None:
     """A node of its own; its processes have `place` in their command lines."""
-    given = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "token"), **env}
+    given = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(place / "token"),
+        **env,
+    }
     given.pop("RAY_ADDRESS", None)
     given["PATH"] = f"{BIN}{os.pathsep}{given['PATH']}"  # jobs take the node's own python
     command = [*inside, str(BIN / "ray"), "start", *words, "--num-cpus=1", "--object-store-memory=150000000",
@@ -255,7 +323,9 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
         env = {"RAY_AUTH_TOKEN_PATH": str(place / token), "RAY_ADDRESS": ""}
         began = time.monotonic()
         done = tfkd(*words, cwd=place / "work", timeout=150, **env)
-        assert (place / "token").read_text() not in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert (
+            place / "token"
+        ).read_text() not in done.stdout + done.stderr and "Traceback" not in done.stderr
         return done, time.monotonic() - began
 
     refusals = {
@@ -266,12 +336,25 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
     }
 
     def refused(token: str, address: str) -> tuple[subprocess.CompletedProcess[str], float]:
-        return run("tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token)
+        return run(
+            "tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token
+        )
 
-    asked = {key: refused(*key) for key in refusals if key[1] == http}  # alone: theirs is a matter of seconds
+    asked = {
+        key: refused(*key) for key in refusals if key[1] == http
+    }  # alone: theirs is a matter of seconds
     with ThreadPoolExecutor() as pool:  # the others wait for Ray, mostly
         waiting = {key: pool.submit(refused, *key) for key in refusals if key[1] == gcs}
-        swept, _ = run("tune", "space.yaml", "--address", gcs, "--storage", str(place / "s"), "--name", "direct")
+        swept, _ = run(
+            "tune",
+            "space.yaml",
+            "--address",
+            gcs,
+            "--storage",
+            str(place / "s"),
+            "--name",
+            "direct",
+        )
     asked |= {key: one.result() for key, one in waiting.items()}
     assert swept.returncode == 0, swept.stderr
     assert_same_as_never_lost(place / "s/direct", 2)
@@ -280,7 +363,9 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
         assert answer.returncode == 2 and sentence in answer.stderr, (key, answer.stderr)
         assert took < seconds, (key, took)
 
-    sent, _ = run("tune", "space.yaml", "--address", http, "--storage", str(place / "s"), "--name", "job")
+    sent, _ = run(
+        "tune", "space.yaml", "--address", http, "--storage", str(place / "s"), "--name", "job"
+    )
     assert sent.returncode == 0, sent.stderr
     assert_same_as_never_lost(place / "s/job", 2)
     assert {path.name for path in (place / "s").iterdir()} == {"direct", "job"}
@@ -292,7 +377,10 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
 
     (job,) = (job for job in told() if job["submission_id"])
     assert job["status"] == "SUCCEEDED" and "--name job" in job["entrypoint"]
-    said = [asked_of(place, f"/api/jobs/{more}") for more in ("", job["submission_id"], f"{job['submission_id']}/logs")]
+    said = [
+        asked_of(place, f"/api/jobs/{more}")
+        for more in ("", job["submission_id"], f"{job['submission_id']}/logs")
+    ]
     assert "trials" in said[-1] and (place / "token").read_text() not in "".join(said)
 
     # this machine is a node of it: `auto` finds it where `ray start` has noted it
@@ -317,7 +405,9 @@ except ConfigError as error:
 """
 
 
-def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_unless_it_insists(place: Path) -> None:
+def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_unless_it_insists(
+    place: Path,
+) -> None:
     (place / "token").write_text(secrets.token_hex(32))
     ports = [f"--{name}={port}" for name, port in PORTS.items()]
     ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *ports, "--dashboard-agent-listen-port=6492",
@@ -330,7 +420,9 @@ def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_
 
     def program(storage: str, **env: str) -> str:
         words = [sys.executable, "-c", SWEEP, str(place / "space.yaml"), str(place / storage)]
-        return subprocess.run(words, env={**given, **env}, capture_output=True, text=True, timeout=100).stdout
+        return subprocess.run(
+            words, env={**given, **env}, capture_output=True, text=True, timeout=100
+        ).stdout
 
     assert "runs without authentication" in program("none", RAY_AUTH_MODE="token")
     assert not (place / "none").exists(), "no teacher was trained"
@@ -341,7 +433,9 @@ def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_
 def asked_of(place: Path, path: str) -> str:
     """What the dashboard of the started head answers."""
     key = {"Authorization": f"Bearer {(place / 'token').read_text()}"}
-    with urllib.request.urlopen(urllib.request.Request(DASHBOARD + path, headers=key), timeout=20) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(DASHBOARD + path, headers=key), timeout=20
+    ) as answer:
         return str(answer.read().decode())
 
 
@@ -358,9 +452,21 @@ def hears_a_hangup() -> None:
 
 
 @contextlib.contextmanager
-def begun_by_a_person(place: Path, *words: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def begun_by_a_person(
+    place: Path, *words: str, **env: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """(process, file with what it says) of `tfkd tune` as in a terminal, whose signals all its processes get."""
-    command = [sys.executable, "-m", "tfkd_ray", "tune", *words, "--address", DASHBOARD, "--storage", str(place / "s")]
+    command = [
+        sys.executable,
+        "-m",
+        "tfkd_ray",
+        "tune",
+        *words,
+        "--address",
+        DASHBOARD,
+        "--storage",
+        str(place / "s"),
+    ]
     given = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(place / "token"), "RAY_ADDRESS": "", **env}
     path = place / f"{words[-1]}.said"
     with path.open("w") as said:
@@ -381,7 +487,9 @@ def test_a_job_goes_on_when_the_one_who_follows_it_interrupts_or_hangs_up(starte
     codes, said = {}, {}
     with contextlib.ExitStack() as clients:
         for name, number in numbers.items():
-            client, path = clients.enter_context(begun_by_a_person(place, "slow.yaml", "--name", name))
+            client, path = clients.enter_context(
+                begun_by_a_person(place, "slow.yaml", "--name", name)
+            )
             folder = place / f"s/{name}/trials/t0000-ce"
             while not read_metrics(folder):  # ends by this file's limit
                 assert client.poll() is None, path.read_text()
@@ -390,10 +498,18 @@ def test_a_job_goes_on_when_the_one_who_follows_it_interrupts_or_hangs_up(starte
             codes[name] = client.wait(timeout=30)
             said[name] = path.read_text()
     assert codes == {"interrupted": 130, "hung-up": -signal.SIGHUP}
-    assert said["interrupted"].endswith("not followed any more; the job goes on\n"), said["interrupted"]
-    jobs = {job["submission_id"]: job["status"] for job in json.loads(asked_of(place, "/api/jobs/"))}
+    assert said["interrupted"].endswith("not followed any more; the job goes on\n"), said[
+        "interrupted"
+    ]
+    jobs = {
+        job["submission_id"]: job["status"] for job in json.loads(asked_of(place, "/api/jobs/"))
+    }
     for text in said.values():  # how to follow it again, said before anything else
-        (job,) = (job for job in jobs if job and f"ray job logs --address {DASHBOARD} --follow {job}\n" in text)
+        (job,) = (
+            job
+            for job in jobs
+            if job and f"ray job logs --address {DASHBOARD} --follow {job}\n" in text
+        )
         assert jobs[job] == "RUNNING" and "Traceback" not in text
     (place / "slow").unlink()
     for name in numbers:
@@ -406,10 +522,15 @@ def slowly(place: Path) -> dict[str, Any]:
     """The space with a network that is slow until `place/slow` is removed; its module is beside the space file."""
     shutil.copy(Path(__file__).parent / "slow.py", place / "work/slow.py")
     (place / "slow").touch()
-    return {**SPACE, "student": {"name": "own", "path": "slow:network", "args": {"file": str(place / "slow")}}}
+    return {
+        **SPACE,
+        "student": {"name": "own", "path": "slow:network", "args": {"file": str(place / "slow")}},
+    }
 
 
-def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_a_minute(place: Path) -> None:
+def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_a_minute(
+    place: Path,
+) -> None:
     (place / "token").write_text(secrets.token_hex(32))
     for name in ("work", "tmp"):
         (place / name).mkdir()
@@ -420,13 +541,22 @@ def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_
     doomed = [p for p in psutil.process_iter(["cmdline"]) if f"{place}/h/" in (line := " ".join(p.info["cmdline"] or []))
               and ("gcs_server" in line or "dashboard.py" in line)]  # fmt: skip
     assert len(doomed) == 2, doomed
-    with begun_by_a_person(place, "space.yaml", "--name", "sent", TMPDIR=str(place / "tmp")) as (client, path):
+    with begun_by_a_person(place, "space.yaml", "--name", "sent", TMPDIR=str(place / "tmp")) as (
+        client,
+        path,
+    ):
 
         def on_its_way() -> bool:
             """Ray has packed the folder, and has a connection to the head."""
-            packed = sum(path.stat().st_size for path in (place / "tmp").rglob("*.zip")) > 89_000_000
+            packed = (
+                sum(path.stat().st_size for path in (place / "tmp").rglob("*.zip")) > 89_000_000
+            )
             assert client.poll() is None, path.read_text()
-            sends = [p for p in psutil.Process(client.pid).children(recursive=True) if p.net_connections()]
+            sends = [
+                p
+                for p in psutil.Process(client.pid).children(recursive=True)
+                if p.net_connections()
+            ]
             return packed and bool(sends)
 
         until(on_its_way, "nothing is sent")
@@ -449,14 +579,22 @@ def test_nodes_with_disks_of_their_own_run_a_sweep_on_a_bucket(place: Path, tfkd
     store = {"AWS_ENDPOINT_URL": server.url}
 
     def told(*words: str, cache: str, **env: str) -> str:
-        given = {**store, "XDG_CACHE_HOME": str(place / cache), "RAY_AUTH_TOKEN_PATH": str(place / "token"), **env}
+        given = {
+            **store,
+            "XDG_CACHE_HOME": str(place / cache),
+            "RAY_AUTH_TOKEN_PATH": str(place / "token"),
+            **env,
+        }
         done = tfkd(*words, cwd=place / "work", timeout=120, RAY_ADDRESS="", **given)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def mirrors(node: str, file: str) -> dict[str, Path]:
         """Files of trials on a node's own disk."""
-        return {path.parent.name: path for path in (place / node).glob(f"tfkd_ray/store/storage/*/e/trials/t*/{file}")}
+        return {
+            path.parent.name: path
+            for path in (place / node).glob(f"tfkd_ray/store/storage/*/e/trials/t*/{file}")
+        }
 
     try:
         server.client().create_bucket(Bucket="bucket")
@@ -466,9 +604,21 @@ def test_nodes_with_disks_of_their_own_run_a_sweep_on_a_bucket(place: Path, tfkd
         ray_start(place, "w", "--address=127.0.0.1:6490", "--node-ip-address=127.0.0.1",
                   "--dashboard-agent-listen-port=6493", XDG_CACHE_HOME=str(place / "disk-2"), **store)  # fmt: skip
         with ThreadPoolExecutor() as pool:
-            words = ("tune", "space.yaml", "--address", "127.0.0.1:6490", "--storage", "s3://bucket/lab", "--name", "e")
+            words = (
+                "tune",
+                "space.yaml",
+                "--address",
+                "127.0.0.1:6490",
+                "--storage",
+                "s3://bucket/lab",
+                "--name",
+                "e",
+            )
             sweep = pool.submit(told, *words, cache="driver")
-            until(lambda: sweep.done() or all(mirrors(f"disk-{n}", "last.ckpt") for n in (1, 2)), "both nodes have one")
+            until(
+                lambda: sweep.done() or all(mirrors(f"disk-{n}", "last.ckpt") for n in (1, 2)),
+                "both nodes have one",
+            )
             (place / "slow").unlink()
             sweep.result()
         here, there = (mirrors(f"disk-{n}", "student.safetensors") for n in (1, 2))
@@ -537,26 +687,52 @@ def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: P
     (place / "other").mkdir()  # where the third host sees a directory of its own
     inside = {name: ("ip", "netns", "exec", name) for name in HOSTS}
     own = ("bash", "-c", f'mount -t tmpfs none {place}/other && exec "$@"', "--")
-    soon = {"RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3"}  # Ray's: 10 s, five times
+    soon = {
+        "RAY_health_check_timeout_ms": "2000",
+        "RAY_health_check_failure_threshold": "3",
+    }  # Ray's: 10 s, five times
     ray_start(place, "h", "--head", f"--node-ip-address={head}", "--port=6379", '--resources={"tfkd_driver": 1000}',
               inside=inside["tn1"], **soon)  # fmt: skip
     for name, more in (("tn2", ()), ("tn3", own)):
-        ray_start(place, name, f"--address={head}:6379", f"--node-ip-address={HOSTS[name]}", inside=inside[name] + more)
+        ray_start(
+            place,
+            name,
+            f"--address={head}:6379",
+            f"--node-ip-address={HOSTS[name]}",
+            inside=inside[name] + more,
+        )
     env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(place / "token")}
     env.pop("RAY_ADDRESS", None)
 
     def started_on_the_head(verb: str, *words: str, storage: str) -> subprocess.Popen[str]:
-        command = [*inside["tn1"], sys.executable, "-m", "tfkd_ray", verb, *words, "--address", f"{head}:6379"]
+        command = [
+            *inside["tn1"],
+            sys.executable,
+            "-m",
+            "tfkd_ray",
+            verb,
+            *words,
+            "--address",
+            f"{head}:6379",
+        ]
         command += ["--storage", str(place / storage)]
-        return subprocess.Popen(command, env=env, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=env, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     looked = started_on_the_head("doctor", storage="other")
     said = " ".join(looked.communicate(timeout=60)[0].split())
     assert looked.returncode == 1 and "ok nodes: 3 of 3 ran a task" in said, said
-    assert f"problem storage: {HOSTS['tn3']}" in said and "must be one directory for all nodes" in said, said
+    assert (
+        f"problem storage: {HOSTS['tn3']}" in said and "must be one directory for all nodes" in said
+    ), said
     refused = started_on_the_head("tune", "space.yaml", storage="other")
     _, said = refused.communicate(timeout=60)
-    assert refused.returncode == 2 and HOSTS["tn3"] in said and "must be one directory for all nodes" in said, said
+    assert (
+        refused.returncode == 2
+        and HOSTS["tn3"] in said
+        and "must be one directory for all nodes" in said
+    ), said
     assert not list((place / "other").iterdir())
 
     driver = started_on_the_head("tune", "space.yaml", "--name", "e", storage="s")
@@ -571,7 +747,11 @@ def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: P
     finally:
         driver.kill()
     assert driver.returncode == 0, said
-    lost = [line.split(":")[0] for line in said.splitlines() if "its process was lost; it goes on" in line]
+    lost = [
+        line.split(":")[0]
+        for line in said.splitlines()
+        if "its process was lost; it goes on" in line
+    ]
     assert len(lost) == 1 and lost[0] in running, said
     assert_same_as_never_lost(place / "s/e", 6)
 
@@ -595,7 +775,9 @@ SCALED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_sweep_waits_for_the_nodes_that_an_autoscaler_starts_and_says_so(place: Path, tfkd: Run) -> None:
+def test_a_sweep_waits_for_the_nodes_that_an_autoscaler_starts_and_says_so(
+    place: Path, tfkd: Run
+) -> None:
     """Ray's autoscaler, with its provider whose nodes are raylets of this machine."""
     (place / "token").write_text(secrets.token_hex(32))
     (place / "scaled.json").write_text(json.dumps(SCALED))
@@ -609,12 +791,26 @@ def test_a_sweep_waits_for_the_nodes_that_an_autoscaler_starts_and_says_so(place
         (place / f"{name}.yaml").write_text(json.dumps({**space, "resources": {name: 1}}))
 
     def tune(name: str) -> subprocess.CompletedProcess[str]:
-        words = ["tune", f"{name}.yaml", "--address", "127.0.0.1:6490", "--storage", str(place / "s"), "--name", name]
-        return tfkd(*words, cwd=place, timeout=120, RAY_AUTH_TOKEN_PATH=str(place / "token"), RAY_ADDRESS="")
+        words = [
+            "tune",
+            f"{name}.yaml",
+            "--address",
+            "127.0.0.1:6490",
+            "--storage",
+            str(place / "s"),
+            "--name",
+            name,
+        ]
+        return tfkd(
+            *words, cwd=place, timeout=120, RAY_AUTH_TOKEN_PATH=str(place / "token"), RAY_ADDRESS=""
+        )
 
     refused = tune("tape")
     assert refused.returncode == 2, refused.stderr
-    assert "resources.tape: no node has it" in refused.stderr and "no autoscaler starts nodes for it" in refused.stderr
+    assert (
+        "resources.tape: no node has it" in refused.stderr
+        and "no autoscaler starts nodes for it" in refused.stderr
+    )
     swept = tune("fast_disk")
     assert swept.returncode == 0, swept.stderr
     assert "waiting for nodes: " in swept.stderr and "disks" in swept.stderr, swept.stderr

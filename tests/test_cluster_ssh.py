@@ -61,7 +61,9 @@ def on_loopback(place: Path) -> str:
         "6380": "6391", "6381": "6392", "10001": "6393", "52365": "6394", "52366": "6395", "52367": "6396",
         "52368": "6397", "20000": "26000", "24999": "26499",
     }  # fmt: skip
-    head = re.sub(r"setup_commands:\n.*?\n\n", f'setup_commands: [": {PINNED}"]\n\n', head, flags=re.S)
+    head = re.sub(
+        r"setup_commands:\n.*?\n\n", f'setup_commands: [": {PINNED}"]\n\n', head, flags=re.S
+    )
     for old, new in changes.items():
         assert old in head, old
         head = head.replace(old, new)
@@ -95,7 +97,9 @@ def cluster() -> Iterator[Cluster]:
         f"ListenAddress {HEAD}:22\nListenAddress {WORKER}:22\nHostKey {place}/host\nAuthorizedKeysFile {place}/key.pub\n"
         f"StrictModes no\nPidFile none\nUsePAM no\nPasswordAuthentication no\nSetEnv HOME={place}/home\n"
     )
-    (place / "home/.profile").write_text(f"export PATH={place}/bin:{BIN}:/usr/sbin:/usr/bin:/sbin:/bin\n")
+    (place / "home/.profile").write_text(
+        f"export PATH={place}/bin:{BIN}:/usr/sbin:/usr/bin:/sbin:/bin\n"
+    )
     # `ray stop` ends the head's processes alone; ssh looks for keys in the home of /etc/passwd
     (place / "bin/ray").write_text(
         f'#!/bin/bash\n[ "$1" = stop ] || exec {BIN}/ray "$@"\nfor p in $(pgrep -f {place}/h/session); do kill $p; done\n'
@@ -115,7 +119,9 @@ def cluster() -> Iterator[Cluster]:
     try:
         until = time.monotonic() + 10
         while subprocess.run(["ss", "-ltnH", f"src {HEAD}:22"], capture_output=True).stdout == b"":
-            assert time.monotonic() < until and sshd.poll() is None, (place / "sshd.log").read_text()
+            assert time.monotonic() < until and sshd.poll() is None, (
+                place / "sshd.log"
+            ).read_text()
             time.sleep(0.1)
         yield Cluster(place, {"RAY_AUTH_TOKEN_PATH": str(place / "token")})
     finally:
@@ -160,11 +166,17 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
 
     up = page("cluster up")
     assert up.returncode == 0, up.stderr
-    assert "  its dashboard:   ray dashboard --port 8299 --remote-port 8299 mine.yaml\n" in up.stderr, up.stderr
-    modes = {oct(path.stat().st_mode)[-3:] for path in (place / "token", place / "home/.ray/auth_token")}
+    assert (
+        "  its dashboard:   ray dashboard --port 8299 --remote-port 8299 mine.yaml\n" in up.stderr
+    ), up.stderr
+    modes = {
+        oct(path.stat().st_mode)[-3:] for path in (place / "token", place / "home/.ray/auth_token")
+    }
     assert modes == {"600"}
     again = page("cluster up")  # a running cluster is left alone
-    assert again.returncode == 0 and "Ray runtime started" not in again.stdout + again.stderr, again.stderr
+    assert again.returncode == 0 and "Ray runtime started" not in again.stdout + again.stderr, (
+        again.stderr
+    )
     until = time.monotonic() + 60
     while "2 nodes" not in (status := page("cluster status")).stdout:
         assert time.monotonic() < until, status.stdout + status.stderr
@@ -172,9 +184,18 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
 
     # a token that is not the cluster's, and none, each with its own sentence
     (place / "wrong").write_text("0" * 64)
-    for path, sentence in (("wrong", "refuses the token that is here"), ("none", "wants a token, and there is none")):
-        refused = run("cluster", "submit", "mine.yaml", "--", "true", RAY_AUTH_TOKEN_PATH=str(place / path))
-        assert refused.returncode == 2 and sentence in refused.stderr and "Traceback" not in refused.stderr
+    for path, sentence in (
+        ("wrong", "refuses the token that is here"),
+        ("none", "wants a token, and there is none"),
+    ):
+        refused = run(
+            "cluster", "submit", "mine.yaml", "--", "true", RAY_AUTH_TOKEN_PATH=str(place / path)
+        )
+        assert (
+            refused.returncode == 2
+            and sentence in refused.stderr
+            and "Traceback" not in refused.stderr
+        )
 
     # a sweep as a job, not waited for; followed later; the results are on the shared directory
     sent = page("tune")
@@ -189,10 +210,14 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
     assert resumed.returncode == 0 and "3 trials" in resumed.stderr, resumed.stderr
     assert len(read_records(experiment)) == 3
     reported = run("report", str(experiment), "-o", "page.html")
-    assert reported.returncode == 0 and (place / "work/page.html").stat().st_size > 10_000, reported.stderr
+    assert reported.returncode == 0 and (place / "work/page.html").stat().st_size > 10_000, (
+        reported.stderr
+    )
     looked = run("doctor", "--cluster", "mine.yaml")
     said = " ".join((looked.stdout + looked.stderr).split())
-    assert looked.returncode == 0 and "ok nodes: 2 of 2 ran a task" in said and "ok storage: " in said, said
+    assert (
+        looked.returncode == 0 and "ok nodes: 2 of 2 ran a task" in said and "ok storage: " in said
+    ), said
 
     # the token is in no file of the experiment, and was not said
     token = (place / "token").read_text()
@@ -207,10 +232,14 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
     assert ".env\n" not in failed.stderr and "plain-name\n" not in failed.stderr, failed.stderr
 
     down = page("cluster down")
-    assert down.returncode == 0 and "is down: nothing of it runs" in down.stdout, down.stdout + down.stderr
+    assert down.returncode == 0 and "is down: nothing of it runs" in down.stdout, (
+        down.stdout + down.stderr
+    )
 
 
-def test_a_cluster_on_this_machine_starts_runs_a_job_and_ends_without_touching_others(tfkd: Run) -> None:
+def test_a_cluster_on_this_machine_starts_runs_a_job_and_ends_without_touching_others(
+    tfkd: Run,
+) -> None:
     place = Path(tempfile.mkdtemp(prefix="tc"))
     text = (ROOT / "clusters/local.yaml").read_text()
     ports = "--ray-client-server-port=6491 --dashboard-agent-listen-port=6492 --min-worker-port=28000 --max-worker-port=28499"
@@ -223,7 +252,9 @@ def test_a_cluster_on_this_machine_starts_runs_a_job_and_ends_without_touching_o
     (place / "token").write_text("t" * 64)
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return tfkd("cluster", *words, cwd=place, timeout=100, RAY_AUTH_TOKEN_PATH=str(place / "token"))
+        return tfkd(
+            "cluster", *words, cwd=place, timeout=100, RAY_AUTH_TOKEN_PATH=str(place / "token")
+        )
 
     bystander = subprocess.Popen(["bash", "-c", "sleep 200", f"{place}/other/session"])
     try:
@@ -237,6 +268,10 @@ def test_a_cluster_on_this_machine_starts_runs_a_job_and_ends_without_touching_o
         bystander.kill()
         bystander.wait()
     assert down.returncode == 0 and "is down" in down.stdout and ended is None, down.stderr
-    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if f"{place}/t/session".encode() in p.read_bytes()]
+    left = [
+        p
+        for p in Path("/proc").glob("[0-9]*/cmdline")
+        if f"{place}/t/session".encode() in p.read_bytes()
+    ]
     assert not left
     shutil.rmtree(place, ignore_errors=True)

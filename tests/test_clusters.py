@@ -70,8 +70,14 @@ def test_no_shipped_file_opens_a_port_to_the_world(name: str) -> None:
     assert not re.search(r"NodePort|LoadBalancer|enableIngress|hostNetwork", text)
     hosts = re.findall(r"dashboard-host[:=]\s*([\w.:]+)", text)
     assert hosts, "named in every file"
-    if name == "kuberay-job.yaml":  # its operator asks the dashboard; a NetworkPolicy keeps all others out
-        assert hosts == ["0.0.0.0"] and "kind: NetworkPolicy" in text and "policyTypes: [Ingress]" in text
+    if (
+        name == "kuberay-job.yaml"
+    ):  # its operator asks the dashboard; a NetworkPolicy keeps all others out
+        assert (
+            hosts == ["0.0.0.0"]
+            and "kind: NetworkPolicy" in text
+            and "policyTypes: [Ingress]" in text
+        )
     else:
         assert set(hosts) == {"127.0.0.1"}
     if name == "aws-gpu.yaml":
@@ -86,7 +92,9 @@ def test_no_shipped_file_opens_a_port_to_the_world(name: str) -> None:
 def test_every_shipped_file_pins_what_was_tested_and_gives_the_head_its_resource(name: str) -> None:
     text = TEXTS[name]
     tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
-    for package, version in re.findall(r"\b(torch|torchvision|optuna|ray)(?:\[[^\]]*\])?==([\w.]+)", text):
+    for package, version in re.findall(
+        r"\b(torch|torchvision|optuna|ray)(?:\[[^\]]*\])?==([\w.]+)", text
+    ):
         assert version == tested[package], package
     for version in re.findall(r"rayproject/ray:([\d.]+)|rayVersion: ([\d.]+)|-ray([\d.]+)-", text):
         assert "".join(version) == tested["ray"]
@@ -95,10 +103,14 @@ def test_every_shipped_file_pins_what_was_tested_and_gives_the_head_its_resource
 
 
 @pytest.mark.parametrize("name", ["aws-gpu.yaml", "gcp-gpu.yaml", "azure-gpu.yaml"])
-def test_rented_workers_are_spot_from_zero_and_end_when_idle_while_the_head_is_not(name: str) -> None:
+def test_rented_workers_are_spot_from_zero_and_end_when_idle_while_the_head_is_not(
+    name: str,
+) -> None:
     file = load_cluster(ROOT / "clusters" / name)
     types = file.tree["available_node_types"]
-    spot = {n: bool(re.search(r"'spot'|'Spot'|'preemptible': True", str(t))) for n, t in types.items()}
+    spot = {
+        n: bool(re.search(r"'spot'|'Spot'|'preemptible': True", str(t))) for n, t in types.items()
+    }
     assert spot == {"head": False, "gpu1": True, "gpu4": True}
     assert file.tree["idle_timeout_minutes"] <= 10
     nodes = node_types(file)
@@ -109,9 +121,14 @@ def test_the_files_come_with_the_package() -> None:
     assert '"clusters" = "tfkd_ray/clusters"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_a_shipped_file_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_file_is_found_by_its_name_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_cluster("aws-gpu").name == "tfkd-aws" and load_cluster("clusters/slurm.sh").name == "tfkd"
+    assert (
+        load_cluster("aws-gpu").name == "tfkd-aws"
+        and load_cluster("clusters/slurm.sh").name == "tfkd"
+    )
     assert load_cluster("slurm").kind == "slurm"
 
 
@@ -240,7 +257,9 @@ def test_a_pod_has_as_many_cpus_as_kuberay_tells_ray(tmp_path: Path, cpu: str, h
 
 
 def test_a_comment_after_the_dashes_begins_no_second_document(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("--- # of ours\n" + TEXTS["aws-gpu.yaml"] + "\n--- # and no more\n")
+    (tmp_path / "mine.yaml").write_text(
+        "--- # of ours\n" + TEXTS["aws-gpu.yaml"] + "\n--- # and no more\n"
+    )
     assert load_cluster(tmp_path / "mine.yaml").tree == load_cluster("aws-gpu").tree
 
 
@@ -269,13 +288,21 @@ def test_each_rule_has_its_own_sentence(
 NO_CLUSTER = {
     "missing": ("x.yaml", None, "no such file"),
     "empty": ("x.yaml", "", "is empty; begin with one from clusters/"),
-    "a search space": ("x.yaml", "objective: ce\n", "is a search space or an arms file, not a cluster file"),
+    "a search space": (
+        "x.yaml",
+        "objective: ce\n",
+        "is a search space or an arms file, not a cluster file",
+    ),
     "something else": ("x.yaml", "a: 1\n", "not a cluster file: it has neither 'provider:'"),
     "provider as a word": ("x.yaml", "provider: aws\n", "provider: needs settings below it"),
     "a tab": ("x.yaml", "provider:\n\ttype: aws\n", "a tab, and YAML indents with spaces only"),
     "a script": ("x.sh", "echo\n", "not a Slurm script"),
     "another kind": ("x.json", "{}", "a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm)"),
-    "the second document": ("x.yaml", "a: 1\n---\nb: 1\nb: 2\n", "line 4, column 1: not YAML: key 'b' is given twice"),
+    "the second document": (
+        "x.yaml",
+        "a: 1\n---\nb: 1\nb: 2\n",
+        "line 4, column 1: not YAML: key 'b' is given twice",
+    ),
 }
 
 
@@ -307,9 +334,16 @@ def test_what_is_no_cluster_file_is_said_with_exit_code_2(
         ("slurm.sh", {"workers": 9, "gpus_per_worker": 1}, "room for 8 of them"),
     ],
 )  # fmt: skip
-def test_a_trial_that_can_never_fit_is_refused(name: str, shape: dict[str, Any], sentence: str | None) -> None:
+def test_a_trial_that_can_never_fit_is_refused(
+    name: str, shape: dict[str, Any], sentence: str | None
+) -> None:
     space = build_space(
-        {"objective": "ce", "student": {"name": "mlp", "hidden": [8]}, "optim": {"batch_size": 360}, **shape}
+        {
+            "objective": "ce",
+            "student": {"name": "mlp", "hidden": [8]},
+            "optim": {"batch_size": 360},
+            **shape,
+        }
     )
     file = load_cluster(ROOT / "clusters" / name)
     if sentence is None:
@@ -330,7 +364,9 @@ def test_a_trial_that_can_never_fit_is_refused(name: str, shape: dict[str, Any],
         ('{CPU: 8, GPU: 1, "accelerator_type:L4": 1}', "T4", False),
     ],
 )
-def test_each_type_of_node_has_its_own_kind_of_gpu(tmp_path: Path, resources: str, kind: str, fits: bool) -> None:
+def test_each_type_of_node_has_its_own_kind_of_gpu(
+    tmp_path: Path, resources: str, kind: str, fits: bool
+) -> None:
     """And room is counted on those of the kind alone."""
     text = TEXTS["aws-gpu.yaml"].replace('{CPU: 8, GPU: 1, "accelerator_type:A10G": 1}', resources)
     (tmp_path / "mine.yaml").write_text(text)
@@ -353,7 +389,9 @@ def test_each_type_of_node_has_its_own_kind_of_gpu(tmp_path: Path, resources: st
 
 def test_a_kind_of_gpu_that_pods_are_said_to_have_is_found(tmp_path: Path) -> None:
     said = 'rayStartParams: {resources: \'"{\\"accelerator_type:L4\\": 1}"\'}'
-    (tmp_path / "mine.yaml").write_text(TEXTS["kuberay-cluster.yaml"].replace("rayStartParams: {}", said))
+    (tmp_path / "mine.yaml").write_text(
+        TEXTS["kuberay-cluster.yaml"].replace("rayStartParams: {}", said)
+    )
     trial = {"objective": "ce", "student": "mlp", "gpus_per_worker": 1, "accelerator_type": "L4"}
     lines = check(load_cluster(tmp_path / "mine.yaml"), build_space(trial).example)
     assert "  gpu: 0 to 8 nodes, each with 8 CPU, 1 GPU, L4" in lines
@@ -368,14 +406,20 @@ LEFT = {
 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_must_be_changed_is_named_by_check_and_refused_by_up(
-    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    tools: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     assert main(["cluster", "check", name]) == 0
     assert capsys.readouterr().out.endswith(f"\nto change before `tfkd cluster up`: {LEFT[name]}\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("a-token")
-    monkeypatch.setattr("tfkd_ray.launch.verbs._ASKED", {name.partition("-")[0]: ({}, ["true"], "")})
+    monkeypatch.setattr(
+        "tfkd_ray.launch.verbs._ASKED", {name.partition("-")[0]: ({}, ["true"], "")}
+    )
     for program in ("az", "true"):
         fake(tools, program, "")
     assert main(["cluster", "up", name]) == 2
@@ -383,7 +427,10 @@ def test_what_must_be_changed_is_named_by_check_and_refused_by_up(
     text = TEXTS[f"{name}.yaml"]
     for word in LEFT[name].split(", "):
         text = text.replace(
-            word, word.replace("0123456789abcdef0", "0feed").replace("0000-", "1111-").replace("my", "our")
+            word,
+            word.replace("0123456789abcdef0", "0feed")
+            .replace("0000-", "1111-")
+            .replace("my", "our"),
         )
     (tmp_path / "mine.yaml").write_text(text)
     assert main(["cluster", "check", str(tmp_path / "mine.yaml")]) == 0
@@ -391,8 +438,12 @@ def test_what_must_be_changed_is_named_by_check_and_refused_by_up(
 
 
 @pytest.mark.parametrize("pin, code", [("ray==2.60.0", 0), ("ray==2.59.0", 1)])
-def test_slurms_script_looks_for_the_versions_that_it_names(tmp_path: Path, pin: str, code: int) -> None:
-    ((_, program, pins),) = re.findall(r"(python -c) '(.*?)' \\\n  (.*)", TEXTS["slurm.sh"], re.S)[:1]
+def test_slurms_script_looks_for_the_versions_that_it_names(
+    tmp_path: Path, pin: str, code: int
+) -> None:
+    ((_, program, pins),) = re.findall(r"(python -c) '(.*?)' \\\n  (.*)", TEXTS["slurm.sh"], re.S)[
+        :1
+    ]
     words = [pin, *(word for word in pins.splitlines()[0].split() if "ray==2" not in word)]
     run = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     assert run.returncode == code, run.stderr
@@ -408,7 +459,9 @@ def test_commands_are_printed_without_any_tool(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: Path, verb: str
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    code = main(["cluster", verb, str(path), "--print", *(["--", "tfkd", "ls"] if verb == "submit" else [])])
+    code = main(
+        ["cluster", verb, str(path), "--print", *(["--", "tfkd", "ls"] if verb == "submit" else [])]
+    )
     out, err = capsys.readouterr()
     if (verb, path.name) == ("up", "slurm.sh"):
         assert code == 2 and "lives as long as its job" in err
@@ -431,7 +484,9 @@ def test_commands_are_printed_without_any_tool(
         assert "tfkd ls" in out and (kind == "slurm" or "--working-dir FOLDER " in out)
 
 
-def test_the_lists_of_nodes_are_asked_of_whoever_rents_them_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lists_of_nodes_are_asked_of_whoever_rents_them_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for name, program in (
         ("aws-gpu", "aws ec2"),
         ("gcp-gpu", "gcloud compute"),
@@ -458,7 +513,9 @@ def fake(folder: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_missing_kubectl_and_missing_credentials_are_said(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_kubectl_and_missing_credentials_are_said(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["cluster", "up", "kuberay-cluster"]) == 2
     assert "kubectl is not installed, or not on PATH" in capsys.readouterr().err
     fake(tools, "kubectl", "exit 1")
@@ -468,15 +525,23 @@ def test_a_missing_kubectl_and_missing_credentials_are_said(tools: Path, capsys:
     assert "sbatch is not installed" in capsys.readouterr().err
 
 
-def test_a_failing_step_is_shown_and_the_next_is_not_run(tools: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fake(tools, "kubectl", '[ "$1" != apply ] || { echo "no matches for kind RayCluster" >&2; exit 4; }')
+def test_a_failing_step_is_shown_and_the_next_is_not_run(
+    tools: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake(
+        tools,
+        "kubectl",
+        '[ "$1" != apply ] || { echo "no matches for kind RayCluster" >&2; exit 4; }',
+    )
     assert main(["cluster", "up", "kuberay-cluster"]) == 1
     err = capfd.readouterr().err
     assert "no matches for kind RayCluster" in err and "step 1 of 2 failed (exit code 4)" in err
     assert "wait" not in (tools / "called").read_text()
 
 
-STAYS = "  /mnt/tfkd/results stays: its file system, volume or bucket costs money until you delete it\n"
+STAYS = (
+    "  /mnt/tfkd/results stays: its file system, volume or bucket costs money until you delete it\n"
+)
 
 
 def test_down_is_down_only_when_nothing_is_left(
@@ -485,7 +550,10 @@ def test_down_is_down_only_when_nothing_is_left(
     monkeypatch.setattr("tfkd_ray.launch.verbs.LEFT_S", 0)
     fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Running"')
     assert main(["cluster", "down", "kuberay-cluster"]) == 1
-    assert "these are still there, and may cost money" in (err := capsys.readouterr().err) and "tfkd-head-x" in err
+    assert (
+        "these are still there, and may cost money" in (err := capsys.readouterr().err)
+        and "tfkd-head-x" in err
+    )
     fake(tools, "kubectl", "")
     assert main(["cluster", "down", "kuberay-cluster"]) == 0
     assert main(["cluster", "status", "kuberay-cluster"]) == 0
@@ -540,7 +608,11 @@ RENTED = {
         "Name=tag:ray-cluster-name,Values=tfkd-aws",
         "i-0a1 m6i.xlarge running None\\ni-0b2 g5.2xlarge running spot",
     ),
-    "gcp": ("gcloud", "labels.ray-cluster-name=tfkd-gcp", "ray-head n2-standard-4 RUNNING\\nray-gpu1 g2 RUNNING True"),
+    "gcp": (
+        "gcloud",
+        "labels.ray-cluster-name=tfkd-gcp",
+        "ray-head n2-standard-4 RUNNING\\nray-gpu1 g2 RUNNING True",
+    ),
     "azure": (
         "az",
         """[?tags."ray-cluster-name"=='tfkd-azure'].""",
@@ -561,7 +633,9 @@ def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_whic
     fake(tools, "end", f": > {tools}/ended")
     (tools / "head.py").write_text(HEAD)
     head = [sys.executable, str(tools / "head.py")]
-    monkeypatch.setattr("tfkd_ray.launch.verbs.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"])
+    monkeypatch.setattr(
+        "tfkd_ray.launch.verbs.tunnel_command", lambda file, port, pod: [*head, f"{port}:8265"]
+    )
     monkeypatch.setattr("tfkd_ray.launch.verbs.LEFT_S", 0)
     monkeypatch.setattr("tfkd_ray.launch.verbs.down_commands", lambda file: [[str(tools / "end")]])
 
@@ -581,20 +655,28 @@ def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_whic
     fake(tools, "end", "")  # `ray down` that has ended nothing
     assert main(["cluster", "down", f"{provider}-gpu"]) == 1
     err = capsys.readouterr().err
-    assert "these are still there, and may cost money" in err and all(machine in err for machine in listed)
+    assert "these are still there, and may cost money" in err and all(
+        machine in err for machine in listed
+    )
 
 
-def test_what_is_not_rented_is_not_said_to_cost_money(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_rented_is_not_said_to_cost_money(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake(tools, "pgrep", "exit 1")
     assert main(["cluster", "status", "local"]) == 0
     assert capsys.readouterr().out == "tfkd-local is down: nothing of it runs\n"
 
 
-def test_a_list_that_its_provider_refuses_is_no_empty_list(tools: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_list_that_its_provider_refuses_is_no_empty_list(
+    tools: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     fake(tools, "aws", "echo 'An error occurred (ExpiredToken)' >&2; exit 254")
     assert main(["cluster", "status", "aws-gpu"]) == 1
     out, err = capfd.readouterr()
-    assert out == "" and "listing its nodes failed (exit code 254)" in err and "(ExpiredToken)" in err
+    assert (
+        out == "" and "listing its nodes failed (exit code 254)" in err and "(ExpiredToken)" in err
+    )
 
 
 def test_a_list_that_takes_too_long_is_given_up(
@@ -604,28 +686,54 @@ def test_a_list_that_takes_too_long_is_given_up(
     fake(tools, "aws", "/bin/sleep 60")
     began = time.monotonic()
     assert main(["cluster", "status", "aws-gpu"]) == 1
-    assert time.monotonic() - began < 10 and "listing its nodes did not end within 0.5 s" in capsys.readouterr().err
+    assert (
+        time.monotonic() - began < 10
+        and "listing its nodes did not end within 0.5 s" in capsys.readouterr().err
+    )
 
 
-def test_a_rayjob_without_a_head_is_not_waited_for(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname").replace("echo pod/", ": "))
+def test_a_rayjob_without_a_head_is_not_waited_for(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(
+        tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname").replace("echo pod/", ": ")
+    )
     assert main(["cluster", "status", "kuberay-job"]) == 1
     out, err = capsys.readouterr()
-    assert "gpu-y" in out and "tfkd-sweep has no head that runs" in err and "kubectl describe rayjob/tfkd-sweep" in err
+    assert (
+        "gpu-y" in out
+        and "tfkd-sweep has no head that runs" in err
+        and "kubectl describe rayjob/tfkd-sweep" in err
+    )
     fake(tools, "kubectl", "")
     assert main(["cluster", "status", "kuberay-job"]) == 0
-    assert capsys.readouterr().out == f"tfkd-sweep is down: nothing of it runs, no node costs money\n{STAYS}"
+    assert (
+        capsys.readouterr().out
+        == f"tfkd-sweep is down: nothing of it runs, no node costs money\n{STAYS}"
+    )
 
 
 @pytest.mark.parametrize("name, kind", [("tfkd-sweep", "rayjob"), ("tfkd", "raycluster")])
-def test_down_deletes_the_network_policy_when_the_pods_are_gone(tools: Path, name: str, kind: str) -> None:
-    fake(tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname") if kind == "rayjob" else "")
-    assert main(["cluster", "down", {"rayjob": "kuberay-job", "raycluster": "kuberay-cluster"}[kind]]) == 0
+def test_down_deletes_the_network_policy_when_the_pods_are_gone(
+    tools: Path, name: str, kind: str
+) -> None:
+    fake(
+        tools, "kubectl", KUBECTL.replace("dirname", "/usr/bin/dirname") if kind == "rayjob" else ""
+    )
+    assert (
+        main(["cluster", "down", {"rayjob": "kuberay-job", "raycluster": "kuberay-cluster"}[kind]])
+        == 0
+    )
     *_, pods, last = (tools / "called").read_text().splitlines()
-    assert "get pods" in pods and last == f"kubectl delete --ignore-not-found --timeout=60s networkpolicy/{name}"
+    assert (
+        "get pods" in pods
+        and last == f"kubectl delete --ignore-not-found --timeout=60s networkpolicy/{name}"
+    )
 
 
-def test_down_leaves_the_network_policy_where_pods_are_left(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_down_leaves_the_network_policy_where_pods_are_left(
+    tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tfkd_ray.launch.verbs.LEFT_S", 0)
     fake(tools, "kubectl", '[ "$1" != get ] || echo "tfkd-head-x 1/1 Terminating"')
     assert main(["cluster", "down", "kuberay-cluster"]) == 1
@@ -642,12 +750,24 @@ def test_what_is_printed_is_what_runs(capsys: pytest.CaptureFixture[str]) -> Non
     assert comment == (
         "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
     )
-    *_, submit, comment, script = printed("submit", "aws-gpu", "--detach", "--print", "--", "sh", "-c", "ls; true")
-    assert submit.endswith(" -- bash tfkd_job.sh") and script == "#   in it tfkd_job.sh: exec sh -c 'ls; true'"
+    *_, submit, comment, script = printed(
+        "submit", "aws-gpu", "--detach", "--print", "--", "sh", "-c", "ls; true"
+    )
+    assert (
+        submit.endswith(" -- bash tfkd_job.sh")
+        and script == "#   in it tfkd_job.sh: exec sh -c 'ls; true'"
+    )
     clusters, pods = printed("status", "kuberay-job", "--print")
-    assert clusters.startswith("kubectl get rayclusters") and pods.endswith(" ray.io/cluster=RAYCLUSTER")
+    assert clusters.startswith("kubectl get rayclusters") and pods.endswith(
+        " ray.io/cluster=RAYCLUSTER"
+    )
     down = printed("down", "kuberay-job", "--print")
-    assert [line.split()[1] for line in down] == ["get", "delete", "get", "delete"] and "networkpolicy/" in down[-1]
+    assert [line.split()[1] for line in down] == [
+        "get",
+        "delete",
+        "get",
+        "delete",
+    ] and "networkpolicy/" in down[-1]
     end, _ = printed("down", "local", "--print")
     assert end.count("pkill") == 2 and end.count("[/]tmp/tfkd-local/session") == 2
 
@@ -660,12 +780,18 @@ def test_what_down_prints_for_this_machine_ends_the_processes_of_the_cluster_alo
     path = Path(place) / "mine.yaml"
     path.write_text(TEXTS["local.yaml"].replace("/tmp/tfkd-local", f"{place}/t"))
     sleeper = "exec -a {}/session_1/x sleep 60"
-    ours = [subprocess.Popen(["bash", "-c", trap + sleeper.format(f"{place}/t")]) for trap in ("", "trap '' TERM; ")]
+    ours = [
+        subprocess.Popen(["bash", "-c", trap + sleeper.format(f"{place}/t")])
+        for trap in ("", "trap '' TERM; ")
+    ]
     other = subprocess.Popen(["bash", "-c", sleeper.format(f"{place}/other")])
     try:
         assert main(["cluster", "down", str(path), "--print"]) == 0
         subprocess.run(capsys.readouterr().out.splitlines()[0], shell=True, timeout=20)
-        assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL] and other.poll() is None
+        assert [process.wait(5) for process in ours] == [
+            -signal.SIGTERM,
+            -signal.SIGKILL,
+        ] and other.poll() is None
     finally:
         for process in (*ours, other):
             process.kill()
@@ -673,7 +799,9 @@ def test_what_down_prints_for_this_machine_ends_the_processes_of_the_cluster_alo
         shutil.rmtree(place)
 
 
-def test_a_key_that_others_may_read_is_refused(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_that_others_may_read_is_refused(
+    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     key = tmp_path / "key"
     path = tmp_path / "mine.yaml"
     path.write_text(
@@ -687,7 +815,10 @@ def test_a_key_that_others_may_read_is_refused(tools: Path, tmp_path: Path, caps
     key.write_text("x")
     key.chmod(0o644)
     assert main(["cluster", "up", str(path)]) == 2
-    assert f"may be read by others (mode 644), and ssh refuses such a key; chmod 600 {key}" in capsys.readouterr().err
+    assert (
+        f"may be read by others (mode 644), and ssh refuses such a key; chmod 600 {key}"
+        in capsys.readouterr().err
+    )
     (tmp_path / "token").write_text("another")
     assert main(["cluster", "up", str(path)]) == 2
     assert "is to be the nodes' token, and is not the one used here" in capsys.readouterr().err
@@ -765,7 +896,9 @@ def test_slurm_runs_the_command_under_symmetric_run(
 # --- jobs
 
 
-def test_a_job_gets_code_and_no_data_keys_or_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_gets_code_and_no_data_keys_or_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
     here, there = tmp_path / "here", tmp_path / "there"
     kept = {"mine.yaml", "my_nets.py", "sub/more.py", "setup.sh", ".rayignore"}
@@ -789,7 +922,10 @@ def test_a_job_gets_code_and_no_data_keys_or_results(tmp_path: Path, monkeypatch
     assert {"tfkd_ray/cli/main.py", "tfkd_ray/kuberay-schema.json"} <= found and not [
         p for p in found if p.endswith(".pyc")
     ]
-    assert stage(here, there, tmp_path / "elsewhere.yaml") == "elsewhere.yaml" and (there / "elsewhere.yaml").exists()
+    assert (
+        stage(here, there, tmp_path / "elsewhere.yaml") == "elsewhere.yaml"
+        and (there / "elsewhere.yaml").exists()
+    )
 
 
 def test_a_large_working_directory_is_refused_with_its_largest_files(tmp_path: Path) -> None:
@@ -797,7 +933,8 @@ def test_a_large_working_directory_is_refused_with_its_largest_files(tmp_path: P
     with (tmp_path / "here/film.mp4").open("wb") as file:
         file.truncate(150 * 10**6)
     with pytest.raises(
-        ConfigError, match=r"150 MB are more than 100: film.mp4 \(150 MB\); name what is not code in .rayignore"
+        ConfigError,
+        match=r"150 MB are more than 100: film.mp4 \(150 MB\); name what is not code in .rayignore",
     ):
         stage(tmp_path / "here", tmp_path / "there")
 
@@ -837,7 +974,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "token, sentence",
     [
-        (None, "wants a token, and there is none here; copy the head's ~/.ray/auth_token here (mode 600)"),
+        (
+            None,
+            "wants a token, and there is none here; copy the head's ~/.ray/auth_token here (mode 600)",
+        ),
         ("wrong", "refuses the token that is here: it is another cluster's"),
         ("right", "Ray 2.59.1 runs on the cluster at http://127.0.0.1:"),
     ],
@@ -851,7 +991,9 @@ def test_a_job_that_the_cluster_would_refuse_is_told_why(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_does_not_answer_is_given_up_in_time(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as silent:  # takes the connection, and says nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -865,11 +1007,19 @@ def test_a_head_that_does_not_answer_is_given_up_in_time(here: Path, capsys: pyt
 @pytest.mark.parametrize("kind", ["", "http://"])
 @pytest.mark.parametrize("verb", ["tune", "doctor", "confirm"])
 def test_where_nobody_listens_it_is_a_failure_however_the_head_is_named(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, kind: str
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    kind: str,
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    words = {"tune": ["mine.yaml"], "doctor": [], "confirm": ["digits_arms", "--preset", "smoke"]}[verb]
-    assert main([verb, *words, "--address", f"{kind}127.0.0.1:9", "--storage", str(here / "s")]) == 1
+    words = {"tune": ["mine.yaml"], "doctor": [], "confirm": ["digits_arms", "--preset", "smoke"]}[
+        verb
+    ]
+    assert (
+        main([verb, *words, "--address", f"{kind}127.0.0.1:9", "--storage", str(here / "s")]) == 1
+    )
     err = capsys.readouterr().err
     assert f"no Ray head answers at {kind}127.0.0.1:9 within 10 s" in err and "Traceback" not in err
 
@@ -890,16 +1040,24 @@ def test_where_nobody_listens_it_is_a_failure_however_the_head_is_named(
     ],
 )  # fmt: skip
 def test_where_a_sweep_runs_is_checked_before_anything_is_sent(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], sentence: str
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    sentence: str,
 ) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # in this process, another test may have connected
+    monkeypatch.setattr(
+        "ray.is_initialized", lambda: False
+    )  # in this process, another test may have connected
     assert main(["tune", "mine.yaml", *argv]) == 2
     err = capsys.readouterr().err
     assert sentence in err and "Traceback" not in err
     assert {p.name for p in here.iterdir()} == {"mine.yaml"}
 
 
-def verbs(parser: argparse.ArgumentParser, *before: str) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+def verbs(
+    parser: argparse.ArgumentParser, *before: str
+) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
     """Every verb of a parser, those of its verbs included."""
     subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     for action in subs:
@@ -927,13 +1085,17 @@ def given(action: argparse.Action, *, joined: bool = False) -> list[str]:
     return [f"{option}={value}"] if joined else [option, value]
 
 
-PLACED = {words: sub for words, sub in verbs(_parser()) if any(a.dest == "cluster" for a in sub._actions)}
+PLACED = {
+    words: sub for words, sub in verbs(_parser()) if any(a.dest == "cluster" for a in sub._actions)
+}
 FILES = {"tune": "file", "resume": "space", "confirm": "file", "train": "file", "doctor": "space"}
 
 
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("verb", PLACED, ids="-".join)
-def test_a_job_gets_every_option_of_its_verb_but_those_that_place_it(verb: tuple[str, ...], joined: bool) -> None:
+def test_a_job_gets_every_option_of_its_verb_but_those_that_place_it(
+    verb: tuple[str, ...], joined: bool
+) -> None:
     actions = [a for a in PLACED[verb]._actions if a.dest != "help"]
     options = [a for a in actions if a.option_strings and a.dest not in PLACES]
     positional = [word for a in actions if not a.option_strings for word in given(a)]
@@ -969,17 +1131,28 @@ def test_what_a_resume_is_asked_for_reaches_the_cluster(
     here: Path, tools: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake(tools, "sbatch", "")
-    asked = ["--space", "mine.yaml", "--study-storage", "sqlite:////x/y.db", "--time-budget", "1234567.5"]
+    asked = [
+        "--space",
+        "mine.yaml",
+        "--study-storage",
+        "sqlite:////x/y.db",
+        "--time-budget",
+        "1234567.5",
+    ]
     assert main(["resume", "/mnt/e", "--cluster", "slurm", *asked, "--retry-failed"]) == 0
     called = (tools / "called").read_text()
-    assert "tfkd resume /mnt/e --space" in called and "mine.yaml --study-storage sqlite:////x/y.db" in called
+    assert (
+        "tfkd resume /mnt/e --space" in called
+        and "mine.yaml --study-storage sqlite:////x/y.db" in called
+    )
     assert "--time-budget 1234567.5 --retry-failed\n" in called
     for verb in (["resume", "/mnt/e", "--study-storage"], ["tune", "mine.yaml", "--study-storage"]):
         assert main([*verb, "postgresql://me:pw@db/x", "--cluster", "slurm"]) == 2
         assert "a job's command is shown on the dashboard" in capfd.readouterr().err
     assert main(["tune", "mine.yaml", "--prior", "old", "--cluster", "slurm"]) == 2
-    assert "--prior: an absolute path that the cluster sees, or a URL, got old" in capfd.readouterr().err.replace(
-        "\n  ", " "
+    assert (
+        "--prior: an absolute path that the cluster sees, or a URL, got old"
+        in capfd.readouterr().err.replace("\n  ", " ")
     )
 
 
@@ -997,8 +1170,16 @@ def test_a_job_from_a_machine_with_other_versions_is_refused(
 @pytest.mark.parametrize(
     "token, reason, sentence",
     [
-        ("x", "Can't find a `node_ip_address.json` file", "this machine is no node of it: submit a job instead"),
-        ("x", "Version mismatch: the cluster has Ray 2.59", "cannot join the Ray cluster at a:1: Version mismatch"),
+        (
+            "x",
+            "Can't find a `node_ip_address.json` file",
+            "this machine is no node of it: submit a job instead",
+        ),
+        (
+            "x",
+            "Version mismatch: the cluster has Ray 2.59",
+            "cannot join the Ray cluster at a:1: Version mismatch",
+        ),
     ],
 )
 def test_why_a_cluster_could_not_be_joined(

@@ -31,7 +31,9 @@ from tfkd_ray.settings.schema import validated
 def test_the_papers_step_schedule() -> None:
     step = Step(warmup_epochs=1)
     factors = {e: step.factor(e, 200) for e in (0.5, 1, 59.9, 60, 120, 160, 199)}
-    assert factors == pytest.approx({0.5: 0.5, 1: 1, 59.9: 1, 60: 0.2, 120: 0.04, 160: 0.008, 199: 0.008})
+    assert factors == pytest.approx(
+        {0.5: 0.5, 1: 1, 59.9: 1, 60: 0.2, 120: 0.04, 160: 0.008, 199: 0.008}
+    )
 
 
 @pytest.mark.parametrize("epochs", [3, 27, 200])
@@ -56,25 +58,38 @@ def test_cosine_is_smooth_where_warm_up_ends() -> None:
 def test_the_fingerprint_names_what_makes_the_numbers() -> None:
     base = TrainConfig(objective=CrossEntropy())
     changed = base.model_copy(update={"seed": 1}).fingerprint()
-    moved = base.model_copy(update={"workers": 2, "cpus_per_worker": 3, "checkpoint_every_s": 0.0}).fingerprint()
+    moved = base.model_copy(
+        update={"workers": 2, "cpus_per_worker": 3, "checkpoint_every_s": 0.0}
+    ).fingerprint()
     assert moved == base.fingerprint() != changed
-    here, there = (base.model_copy(update={"data": Mnist(root=Path(root))}) for root in ("/a", "/b"))
+    here, there = (
+        base.model_copy(update={"data": Mnist(root=Path(root))}) for root in ("/a", "/b")
+    )
     assert here.fingerprint() == there.fingerprint() != base.fingerprint()
     assert base.fingerprint(1) != base.fingerprint(2)
     assert set(TrainConfig.model_fields) > RUN_ONLY
 
 
 def test_a_self_teacher_is_the_student_under_the_teachers_recipe() -> None:
-    config = TrainConfig(objective=TfkdSelf(), student=Cnn(), teacher=TeacherConfig(epochs=3), seed=7)
+    config = TrainConfig(
+        objective=TfkdSelf(), student=Cnn(), teacher=TeacherConfig(epochs=3), seed=7
+    )
     run = config.teacher_run()
     assert run is not None
-    assert (run.student, run.epochs, run.seed, run.objective) == (Cnn(), 3, 1_000_000, CrossEntropy())
+    assert (run.student, run.epochs, run.seed, run.objective) == (
+        Cnn(),
+        3,
+        1_000_000,
+        CrossEntropy(),
+    )
     assert run.teacher_run() is None
 
 
 def test_every_trial_of_a_sweep_has_the_same_teacher_whatever_its_own_hyperparameters() -> None:
     a = TrainConfig(objective=KnowledgeDistillation(alpha=0.1), teacher=TeacherConfig(model=Mlp()))
-    b = TrainConfig(objective=KnowledgeDistillation(alpha=0.9), teacher=TeacherConfig(model=Mlp()), seed=3)
+    b = TrainConfig(
+        objective=KnowledgeDistillation(alpha=0.9), teacher=TeacherConfig(model=Mlp()), seed=3
+    )
     assert a.teacher_run() == b.teacher_run()
 
 
@@ -84,13 +99,33 @@ def test_every_trial_of_a_sweep_has_the_same_teacher_whatever_its_own_hyperparam
 def test_a_recipe_fills_what_a_configuration_does_not_say() -> None:
     paper = TrainConfig(objective="ce", data="cifar100")  # type: ignore[arg-type]
     assert (paper.epochs, paper.schedule.name, paper.optim.nesterov) == (200, "step", False)
-    assert (paper.augment.crop_padding, paper.augment.flip, paper.augment.rotation_degrees) == (4, True, 15.0)
-    own = validated(
-        TrainConfig, {"objective": "ce", "data": "cifar100", "epochs": 30, "optim": {"lr": 0.3}, "schedule": "cosine"}
+    assert (paper.augment.crop_padding, paper.augment.flip, paper.augment.rotation_degrees) == (
+        4,
+        True,
+        15.0,
     )
-    assert (own.epochs, own.optim.lr, own.optim.weight_decay, own.schedule.name) == (30, 0.3, 5e-4, "cosine")
+    own = validated(
+        TrainConfig,
+        {
+            "objective": "ce",
+            "data": "cifar100",
+            "epochs": 30,
+            "optim": {"lr": 0.3},
+            "schedule": "cosine",
+        },
+    )
+    assert (own.epochs, own.optim.lr, own.optim.weight_decay, own.schedule.name) == (
+        30,
+        0.3,
+        5e-4,
+        "cosine",
+    )
     modern = validated(TrainConfig, {"objective": "ce", "data": "cifar100", "recipe": "modern"})
-    assert modern.optim.nesterov and modern.schedule.name == "cosine" and not modern.augment.rotation_degrees
+    assert (
+        modern.optim.nesterov
+        and modern.schedule.name == "cosine"
+        and not modern.augment.rotation_degrees
+    )
     assert validated(TrainConfig, {"objective": "ce"}).epochs == 27  # digits have none of their own
 
 
@@ -102,7 +137,9 @@ def test_a_recipe_fills_what_a_configuration_does_not_say() -> None:
         ("imagenet", 90, 0.2, (30, 60, 80), 0.1),
     ],
 )
-def test_the_papers_recipes(data: str, epochs: int, lr: float, milestones: tuple[int, ...], gamma: float) -> None:
+def test_the_papers_recipes(
+    data: str, epochs: int, lr: float, milestones: tuple[int, ...], gamma: float
+) -> None:
     config = validated(TrainConfig, {"objective": "ce", "data": data, "student": "resnet18"})
     assert (config.epochs, config.optim.lr) == (epochs, lr) and isinstance(config.schedule, Step)
     assert [round(m * epochs) for m in config.schedule.milestones] == list(
@@ -115,9 +152,21 @@ def test_the_papers_recipes(data: str, epochs: int, lr: float, milestones: tuple
 def test_a_teacher_follows_the_recipe_unless_it_says_otherwise() -> None:
     tree = {"objective": "tfkd_self", "data": "cifar100", "optim": {"lr": 0.4}}
     run = validated(TrainConfig, tree).teacher_run()
-    assert run is not None and run.schedule.name == "step" and run.optim.lr == 0.1 and run.epochs == 200
-    run = validated(TrainConfig, {**tree, "teacher": {"schedule": "cosine", "epochs": 9}}).teacher_run()
-    assert run is not None and run.schedule.name == "cosine" and run.epochs == 9 and run.optim.lr == 0.1
+    assert (
+        run is not None
+        and run.schedule.name == "step"
+        and run.optim.lr == 0.1
+        and run.epochs == 200
+    )
+    run = validated(
+        TrainConfig, {**tree, "teacher": {"schedule": "cosine", "epochs": 9}}
+    ).teacher_run()
+    assert (
+        run is not None
+        and run.schedule.name == "cosine"
+        and run.epochs == 9
+        and run.optim.lr == 0.1
+    )
 
 
 def test_a_resolved_configuration_reads_back_as_itself_and_has_the_same_name() -> None:
@@ -136,24 +185,55 @@ STORED: list[tuple[dict[str, Any], str]] = [
     ({"objective": {"name": "tfkd_reg", "alpha": 0.3}}, "345e216369c30c3e"),
     ({"objective": "tfkd_self", "data": "cifar100"}, "7e227c978a776186"),
     ({"objective": "tfkd_self", "data": "cifar100", "student": "resnet18"}, "c591ad9eb360d999"),
-    ({"objective": "ce", "data": "cifar10", "recipe": "modern", "student": "mobilenet_v2"}, "362fae3058f9e83f"),
-    ({"objective": "kd", "teacher": {"model": "cnn"}, "data": "mnist"}, "7987e9acf5fad039"),
-    ({"objective": "kd", "teacher": {"model": "cnn", "stop_epoch": 2}, "data": "fashion_mnist"}, "625864349413d002"),
-    ({"objective": "kd", "teacher": {"model": "resnet18", "labels": "bank"}, "data": "kmnist"}, "be1a2786338ab86c"),
-    ({"objective": "kd", "teacher": {"model": "cnn", "weights": "/w.safetensors"}}, "db8bb34d115ae443"),
     (
-        {"objective": "kd", "teacher": {"model": {"name": "cnn", "widths": [8]}, "weights": "/w.pt"}, "seed": 4},
+        {"objective": "ce", "data": "cifar10", "recipe": "modern", "student": "mobilenet_v2"},
+        "362fae3058f9e83f",
+    ),
+    ({"objective": "kd", "teacher": {"model": "cnn"}, "data": "mnist"}, "7987e9acf5fad039"),
+    (
+        {"objective": "kd", "teacher": {"model": "cnn", "stop_epoch": 2}, "data": "fashion_mnist"},
+        "625864349413d002",
+    ),
+    (
+        {"objective": "kd", "teacher": {"model": "resnet18", "labels": "bank"}, "data": "kmnist"},
+        "be1a2786338ab86c",
+    ),
+    (
+        {"objective": "kd", "teacher": {"model": "cnn", "weights": "/w.safetensors"}},
+        "db8bb34d115ae443",
+    ),
+    (
+        {
+            "objective": "kd",
+            "teacher": {"model": {"name": "cnn", "widths": [8]}, "weights": "/w.pt"},
+            "seed": 4,
+        },
         "9ec513754fe3d04d",
     ),
-    ({"objective": "kd_standardised", "teacher": {"model": "cnn", "stop_accuracy": 0.5}}, "e0d7e956db868fc1"),
-    ({"objective": "dist", "teacher": {"model": "mlp", "objective": "lsr"}, "student": "cnn"}, "a6ed3b6598c59429"),
+    (
+        {"objective": "kd_standardised", "teacher": {"model": "cnn", "stop_accuracy": 0.5}},
+        "e0d7e956db868fc1",
+    ),
+    (
+        {"objective": "dist", "teacher": {"model": "mlp", "objective": "lsr"}, "student": "cnn"},
+        "a6ed3b6598c59429",
+    ),
     ({"objective": "ce", "init": "trained"}, "e03fa879a1aa04cc"),
     ({"objective": "ce", "data": {"name": "emnist", "variant": "letters"}}, "4a772a8f5802f777"),
-    ({"objective": "ce", "data": {"name": "image_folder", "root": "/images", "num_classes": 3}}, "2038bc2a6e7b06d8"),
-    ({"objective": "ce", "data": "imagenet", "student": "resnet50"}, "e372028fb2f0745e"),
-    ({"objective": "ce", "data": "tiny_imagenet", "recipe": "paper", "student": "densenet121"}, "2b1168eb89ff631e"),
     (
-        {"objective": "ce", "data": {"name": "own", "path": "m:f", "shape": [3, 8, 8], "num_classes": 4}},
+        {"objective": "ce", "data": {"name": "image_folder", "root": "/images", "num_classes": 3}},
+        "2038bc2a6e7b06d8",
+    ),
+    ({"objective": "ce", "data": "imagenet", "student": "resnet50"}, "e372028fb2f0745e"),
+    (
+        {"objective": "ce", "data": "tiny_imagenet", "recipe": "paper", "student": "densenet121"},
+        "2b1168eb89ff631e",
+    ),
+    (
+        {
+            "objective": "ce",
+            "data": {"name": "own", "path": "m:f", "shape": [3, 8, 8], "num_classes": 4},
+        },
         "e3c632e8ab5a730d",
     ),
     (
@@ -178,7 +258,12 @@ def test_what_is_stored_keeps_its_name(tree: dict[str, Any], name: str) -> None:
 
 def test_a_setting_that_came_later_counts_once_it_is_set() -> None:
     data = Digits()
-    assert data.content() == {"name": "digits", "val_fraction": 0.2, "subset": None, "split_seed": 0}
+    assert data.content() == {
+        "name": "digits",
+        "val_fraction": 0.2,
+        "subset": None,
+        "split_seed": 0,
+    }
     assert data.model_copy(update={"digest": "0" * 32}).content()["digest"] == "0" * 32
     shown = {"mean": [1.0], "std": [2.0]}
     taken = {"objective": "kd", "teacher": {"model": "cnn", "weights": "/w.pt"}}
@@ -192,8 +277,16 @@ def test_a_setting_that_came_later_counts_once_it_is_set() -> None:
 def test_the_fingerprint_follows_the_teacher_and_not_the_place() -> None:
     tree = {"objective": "kd", "teacher": {"model": "cnn"}, "data": "mnist"}
     base = validated(TrainConfig, tree).fingerprint()
-    assert validated(TrainConfig, {**tree, "teacher": {"model": "cnn", "seed": 1}}).fingerprint() != base
-    assert validated(TrainConfig, {**tree, "data": {"name": "mnist", "root": "/elsewhere"}}).fingerprint() == base
+    assert (
+        validated(TrainConfig, {**tree, "teacher": {"model": "cnn", "seed": 1}}).fingerprint()
+        != base
+    )
+    assert (
+        validated(
+            TrainConfig, {**tree, "data": {"name": "mnist", "root": "/elsewhere"}}
+        ).fingerprint()
+        == base
+    )
     assert (
         validated(TrainConfig, {**tree, "objective": "ce"}).fingerprint()
         == validated(TrainConfig, {"objective": "ce", "data": "mnist"}).fingerprint()
@@ -229,7 +322,9 @@ def test_the_precision_is_decided_when_the_configuration_is_read(
     tiny, large = decided(student="mlp"), decided(student="resnet18")
     assert (tiny.precision, tiny.compile) == ("fp32", "off")
     assert large.precision == ("bf16" if hardware else "fp32")
-    assert decided(student="shufflenet_v2_x1_0").precision == "fp32"  # slower in bf16: benchmarks/RESULTS.md
+    assert (
+        decided(student="shufflenet_v2_x1_0").precision == "fp32"
+    )  # slower in bf16: benchmarks/RESULTS.md
     taught = large.teacher_run()
     assert taught is not None and taught.precision == large.precision
     asked = decided(student="resnet18", precision="bf16" if not hardware else "fp32")
@@ -238,7 +333,9 @@ def test_the_precision_is_decided_when_the_configuration_is_read(
 
 
 @pytest.mark.parametrize("has", ["amx_bf16", "avx512_bf16"])
-def test_avx512_without_amx_is_no_reason_for_bf16(has: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avx512_without_amx_is_no_reason_for_bf16(
+    has: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ResNet-18 took 1.4 times as long there: benchmarks/RESULTS.md."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
     decided = validated(TrainConfig, {"objective": "ce", "student": "resnet18"})

@@ -55,9 +55,14 @@ def compare(directory: Path, tree: dict[str, Any], seeds: list[int]) -> dict[str
 
 
 @pytest.mark.ray
-def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(tmp_path: Path, ray_cluster: str) -> None:
+def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(
+    tmp_path: Path, ray_cluster: str
+) -> None:
     result = compare(tmp_path / "c", TREE, [1, 2])
-    assert [(a["name"], [r["seed"] for r in a["runs"]]) for a in result["arms"]] == [("ce", [1, 2]), ("self", [1, 2])]
+    assert [(a["name"], [r["seed"] for r in a["runs"]]) for a in result["arms"]] == [
+        ("ce", [1, 2]),
+        ("self", [1, 2]),
+    ]
     assert json.loads((tmp_path / "c/confirm.json").read_text()) == result
     assert [o["experiment"] for o in result["opened"]] == ["c"] and result["test"] == "digits"
     # the numbers are those of the loop, and of the test split
@@ -69,7 +74,9 @@ def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(tmp_path: 
     net = run.config.student.build((1, 8, 8), 10).eval()
     net.load_state_dict(last.state()["model"])
     logits = net((test.images.float() - Digits.mean[0]) / Digits.std[0])
-    assert result["arms"][0]["runs"][0]["accuracy"] == pytest.approx((logits.argmax(1) == test.labels).double().mean())
+    assert result["arms"][0]["runs"][0]["accuracy"] == pytest.approx(
+        (logits.argmax(1) == test.labels).double().mean()
+    )
     # a second time: nothing is run, nothing is opened
     assert judge_on_test(tmp_path / "c") == result and read_comparison(tmp_path / "c").is_trained
     lines = outcome_table(result)
@@ -84,9 +91,9 @@ def test_a_run_that_fails_is_tried_twice_and_reported(tmp_path: Path, ray_cluste
     bad = {"name": "bad", "objective": "ce", "optim": {"lr": 1e9}}
     result = compare(tmp_path / "c", {**TREE, "arms": [TREE["arms"][0], bad]}, [1, 2])
     good, failed = result["arms"]
-    assert [r["status"] for r in good["runs"]] == ["done"] * 2 and [r["status"] for r in failed["runs"]] == [
-        "failed"
-    ] * 2
+    assert [r["status"] for r in good["runs"]] == ["done"] * 2 and [
+        r["status"] for r in failed["runs"]
+    ] == ["failed"] * 2
     assert "Diverged" in failed["runs"][0]["reason"]
     assert any(line.startswith("bad, seed 1: failed: Diverged") for line in outcome_table(result))
     assert any(line.startswith("bad ") and " none " in line for line in outcome_table(result))
@@ -108,11 +115,25 @@ def test_a_failing_run_comes_back_once() -> None:
 @pytest.mark.ray
 @pytest.mark.fault
 @pytest.mark.slow
-def test_a_killed_comparison_goes_on_and_repeats_nothing(tmp_path: Path, ray_cluster: str, tfkd: Run) -> None:
+def test_a_killed_comparison_goes_on_and_repeats_nothing(
+    tmp_path: Path, ray_cluster: str, tfkd: Run
+) -> None:
     tree = {**TREE, "epochs": 40, "student": {"name": "mlp", "hidden": [64]}}
     (tmp_path / "arms.yaml").write_text(json.dumps(tree))
-    command = [sys.executable, "-m", "tfkd_ray", "confirm", "arms.yaml", "--seeds", "2", "--name", "c"]
-    driver = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "tfkd_ray",
+        "confirm",
+        "arms.yaml",
+        "--seeds",
+        "2",
+        "--name",
+        "c",
+    ]
+    driver = subprocess.Popen(
+        command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL
+    )
     folder = tmp_path / "tfkd_results/c"
     until = time.monotonic() + 60
     while not any(r.status == "done" for r in (read_records(folder) if folder.exists() else [])):
@@ -129,10 +150,18 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(tmp_path: Path, ray_clu
     again = tfkd("resume", "tfkd_results/c")
     assert again.returncode == 0, again.stderr
     assert done and not any(f"{name}: started" in again.stderr for name in done)
-    assert all((folder / "trials" / n / "student.safetensors").stat().st_mtime_ns == t for n, t in done.items())
+    assert all(
+        (folder / "trials" / n / "student.safetensors").stat().st_mtime_ns == t
+        for n, t in done.items()
+    )
     result = json.loads((folder / "confirm.json").read_text())
     assert [len(a["runs"]) for a in result["arms"]] == [2, 2]
-    assert {r.name for r in read_records(folder)} == {"ce-s1001", "self-s1001", "ce-s1002", "self-s1002"}
+    assert {r.name for r in read_records(folder)} == {
+        "ce-s1001",
+        "self-s1001",
+        "ce-s1002",
+        "self-s1002",
+    }
     run = read_comparison(folder).runs[0]
     *_, last = train(run.config)
     assert read_records(folder)[0].last["train_loss"] == last.metrics["train_loss"]
@@ -147,12 +176,19 @@ def test_a_comparison_without_a_trained_run_is_refused(tmp_path: Path) -> None:
 
 def of_photographs(tmp_path: Path) -> dict[str, Any]:
     """Arms of photographs in a folder, with a test split of two classes."""
-    data = {"name": "image_folder", "root": str(write_folder(tmp_path / "photos")), "num_classes": 2, "image_size": 16}
+    data = {
+        "name": "image_folder",
+        "root": str(write_folder(tmp_path / "photos")),
+        "num_classes": 2,
+        "image_size": 16,
+    }
     return {**TREE, "data": data}
 
 
 @pytest.mark.parametrize("broken", ["no image", "no class"])
-def test_a_broken_test_split_is_told_before_anything_trains(broken: str, tmp_path: Path, tfkd: Run) -> None:
+def test_a_broken_test_split_is_told_before_anything_trains(
+    broken: str, tmp_path: Path, tfkd: Run
+) -> None:
     tree, split = of_photographs(tmp_path), tmp_path / "photos/val/class 1"
     (tmp_path / "arms.yaml").write_text(json.dumps(tree))
     for path in split.iterdir():
@@ -178,7 +214,9 @@ def test_a_test_split_that_cannot_be_read_was_not_opened(tmp_path: Path) -> None
     path.write_bytes(content[: len(content) // 2])  # its header is whole
     with pytest.raises(ConfigError, match=r"002\.jpg: cannot be read as an image"):
         judge_on_test(directory)
-    assert not (directory.parent / "test_openings.jsonl").exists() and not (folder / LOGITS).exists()
+    assert (
+        not (directory.parent / "test_openings.jsonl").exists() and not (folder / LOGITS).exists()
+    )
     path.write_bytes(content)
     assert len(judge_on_test(directory)["opened"]) == 1 and (folder / LOGITS).exists()
 
@@ -187,10 +225,17 @@ def test_a_test_split_that_cannot_be_read_was_not_opened(tmp_path: Path) -> None
 def test_a_comparison_whose_runs_all_failed_does_not_say_that_it_opens_the_test_split(
     tmp_path: Path, ray_cluster: str, tfkd: Run
 ) -> None:
-    tree = {**TREE, "arms": [{"name": "ce", "objective": "ce"}, {"name": "lsr", "objective": "lsr"}]}
-    (tmp_path / "arms.yaml").write_text(json.dumps({**tree, "optim": {"lr": 1e9}, "student": "mlp"}))
+    tree = {
+        **TREE,
+        "arms": [{"name": "ce", "objective": "ce"}, {"name": "lsr", "objective": "lsr"}],
+    }
+    (tmp_path / "arms.yaml").write_text(
+        json.dumps({**tree, "optim": {"lr": 1e9}, "student": "mlp"})
+    )
     run = tfkd("confirm", "arms.yaml", "--seeds", "2", "--name", "c")
-    assert run.returncode != 0 and "none of its 4 runs was trained to the end" in run.stderr, run.stderr
+    assert run.returncode != 0 and "none of its 4 runs was trained to the end" in run.stderr, (
+        run.stderr
+    )
     assert "opening the test split" not in run.stderr
     assert not (tmp_path / "tfkd_results/test_openings.jsonl").exists()
 
@@ -212,23 +257,33 @@ def test_the_test_split_cannot_be_opened_from_inside_a_trial_or_a_teacher(
     try:
         tuner = build_tuner(space, name="e", storage=tmp_path)
     except TeacherFailed as error:
-        assert objective == "tfkd_self" and "PermissionError: the test split cannot be opened by a sweep" in str(error)
+        assert (
+            objective == "tfkd_self"
+            and "PermissionError: the test split cannot be opened by a sweep" in str(error)
+        )
     if tuner is not None:
         tuner.fit()
         (record,) = read_records(tmp_path / "e")
         assert record.status == "failed"
-        assert str(record.reason).startswith("PermissionError: the test split cannot be opened by a sweep")
+        assert str(record.reason).startswith(
+            "PermissionError: the test split cannot be opened by a sweep"
+        )
 
 
 @pytest.mark.ray
-def test_a_table_of_the_paper_runs_scaled_down_on_official_files(tmp_path: Path, ray_cluster: str, tfkd: Run) -> None:
+def test_a_table_of_the_paper_runs_scaled_down_on_official_files(
+    tmp_path: Path, ray_cluster: str, tfkd: Run
+) -> None:
     write_cifar(tmp_path, Cifar10, pickled(Cifar10), archive=True)
     run = tfkd(
         "confirm", "paper/table_2", "--preset", "smoke", "--seeds", "2", "--name", "t",
         f"data.root={tmp_path}", "data.check_md5=false",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert "PRESET smoke: scaled down to see it run; not comparable with what is published" in run.stdout
+    assert (
+        "PRESET smoke: scaled down to see it run; not comparable with what is published"
+        in run.stdout
+    )
     assert max(map(len, run.stdout.splitlines())) <= 80
     result = json.loads((tmp_path / "tfkd_results/t/confirm.json").read_text())
     assert result["preset"] == "smoke" and len(result["arms"]) > 15
@@ -253,7 +308,10 @@ def test_a_sweep_is_confirmed_against_baselines_that_are_tuned_first(
     assert tfkd("tune", "space.yaml", "--name", "s").returncode == 0
     run = tfkd("confirm", "tfkd_results/s", "--seeds", "2", "--name", "c", "--fail-if-not-better")
     assert run.returncode == 7, run.stderr
-    assert "baselines: ce and lsr had fewer trials than the winner's objective; tuning them first" in run.stderr
+    assert (
+        "baselines: ce and lsr had fewer trials than the winner's objective; tuning them first"
+        in run.stderr
+    )
     baselines = read_records(tmp_path / "tfkd_results/s-baselines")
     assert sorted(r.objective for r in baselines) == ["ce", "ce", "lsr", "lsr"]
     result = json.loads((tmp_path / "tfkd_results/c/confirm.json").read_text())
@@ -277,7 +335,9 @@ def outcome_of(
         value = values[run.arm][run.seed - 1]
         folder, config = tmp_path / name / "trials" / run.name, run.config.model_dump(mode="json")
         status, why = ("done", None) if value is not None else ("failed", reason)
-        write_record(Record(folder, number, run.name, config["objective"]["name"], status, {}, config, why))
+        write_record(
+            Record(folder, number, run.name, config["objective"]["name"], status, {}, config, why)
+        )
         if value is not None:
             logits = torch.zeros(1000, 10)
             logits[torch.arange(1000), (torch.arange(1000) >= round(1000 * value)).long()] = 5.0
@@ -302,8 +362,12 @@ def test_equal_runs_have_no_interval_in_the_table(tmp_path: Path) -> None:
 
 
 def test_nothing_is_better_where_a_baseline_has_no_two_runs(tmp_path: Path) -> None:
-    (found,) = outcome_of(tmp_path, {"ce": FAIR, "lsr": [0.9, None, None, None, None], "reg": GOOD})["verdicts"]
-    assert found["verdict"] == "cannot tell" and "baseline lsr has 1 of its runs" in found["sentence"]
+    (found,) = outcome_of(
+        tmp_path, {"ce": FAIR, "lsr": [0.9, None, None, None, None], "reg": GOOD}
+    )["verdicts"]
+    assert (
+        found["verdict"] == "cannot tell" and "baseline lsr has 1 of its runs" in found["sentence"]
+    )
 
 
 def test_nothing_is_better_where_a_baseline_diverged(tmp_path: Path) -> None:
@@ -317,19 +381,26 @@ def test_a_candidate_that_diverges_is_judged_by_it(tmp_path: Path) -> None:
     (found,) = outcome_of(tmp_path, values, reason="Diverged: train_loss is nan")["verdicts"]
     assert found["verdict"] != "better"
     (lost,) = outcome_of(tmp_path, values, name="d", reason="its process was lost")["verdicts"]
-    assert lost["verdict"] == "better" and any("no value at seed 5" in note for note in lost["notes"])
-
-
-def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_path: Path) -> None:
-    line = json.dumps({"test": "digits", "when": "2026-01-01T00:00:00+0000", "experiment": "c", "id": "another"})
-    (tmp_path / "test_openings.jsonl").write_text(line + "\n" + line[:20])
-    result = outcome_of(tmp_path, {"ce": FAIR, "reg": GOOD})
-    assert any(
-        "was opened 1 times before in this storage, first on 2026-01-01 by c" in note for note in result["notes"]
+    assert lost["verdict"] == "better" and any(
+        "no value at seed 5" in note for note in lost["notes"]
     )
 
 
-def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_path: Path) -> None:
+    line = json.dumps(
+        {"test": "digits", "when": "2026-01-01T00:00:00+0000", "experiment": "c", "id": "another"}
+    )
+    (tmp_path / "test_openings.jsonl").write_text(line + "\n" + line[:20])
+    result = outcome_of(tmp_path, {"ce": FAIR, "reg": GOOD})
+    assert any(
+        "was opened 1 times before in this storage, first on 2026-01-01 by c" in note
+        for note in result["notes"]
+    )
+
+
+def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(
+    tmp_path: Path,
+) -> None:
     compared = build_arms(TREE)
     new_comparison(compared, [1, 2], tmp_path / "c")
     made, digest = read_comparison(tmp_path / "c"), digest_of(Digits().load_test())
@@ -340,11 +411,19 @@ def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(tm
     assert len(openings(tmp_path, Digits())) == 1
     _note_opening(tmp_path / "c", made, digest, 5)
     (tmp_path / "c" / "confirm.json").write_text("{}")
-    with pytest.raises(ConfigError, match="the test split of digits has changed since this comparison opened it"):
+    with pytest.raises(
+        ConfigError, match="the test split of digits has changed since this comparison opened it"
+    ):
         _note_opening(tmp_path / "c", made, "0" * 32, 5)
     assert len(openings(tmp_path, Digits())) == 2
     _note_opening(tmp_path / "c", made, digest, 5)
-    elsewhere = {"test": "a copy elsewhere", "when": "2026-01-01", "experiment": "d", "id": "d", "digest": digest}
+    elsewhere = {
+        "test": "a copy elsewhere",
+        "when": "2026-01-01",
+        "experiment": "d",
+        "id": "d",
+        "digest": digest,
+    }
     with (tmp_path / "test_openings.jsonl").open("a") as file:
         file.write(json.dumps(elsewhere) + "\n")
     assert len(openings(tmp_path, Digits())) == 4, "the same images under another name"

@@ -29,13 +29,20 @@ except ConfigError as error:
 
 def connected(address: str, **env: str) -> str:
     """What a Python program says that imports Ray first, and joins the cluster that RAY_ADDRESS names."""
-    given = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {"RAY_ADDRESS": address, **env}
-    run = subprocess.run([sys.executable, "-c", CONNECT], env=given, capture_output=True, text=True, timeout=110)
+    given = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {
+        "RAY_ADDRESS": address,
+        **env,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", CONNECT], env=given, capture_output=True, text=True, timeout=110
+    )
     return run.stdout or run.stderr
 
 
 @pytest.mark.ray
-def test_a_program_that_imported_ray_first_joins_a_cluster_with_the_token_that_it_wants(ray_cluster: str) -> None:
+def test_a_program_that_imported_ray_first_joins_a_cluster_with_the_token_that_it_wants(
+    ray_cluster: str,
+) -> None:
     assert "joined and answered" in connected(ray_cluster)
 
 
@@ -44,8 +51,14 @@ def test_a_program_that_imported_ray_first_joins_a_cluster_with_the_token_that_i
     ("env", "sentence"),
     [
         ({"RAY_AUTH_TOKEN": "x" * 64}, "it answers, so the token here"),
-        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "it wants a token, and there is no token here (/nowhere/token)"),
-        ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled here says to send none; unset RAY_AUTH_MODE"),
+        (
+            {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"},
+            "it wants a token, and there is no token here (/nowhere/token)",
+        ),
+        (
+            {"RAY_AUTH_MODE": "disabled"},
+            "RAY_AUTH_MODE=disabled here says to send none; unset RAY_AUTH_MODE",
+        ),
     ],
     ids=["another's", "none", "disabled"],
 )
@@ -56,23 +69,30 @@ def test_a_token_that_a_cluster_does_not_take_is_said_at_once(
     assert said.startswith("refused:") and sentence in said, said
 
 
-def test_a_ray_that_does_not_start_in_time_is_a_sentence(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_does_not_start_in_time_is_a_sentence(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def slow(**options: object) -> None:
         raise Exception("The current node timed out during startup.\nDid not find socket name")
 
     monkeypatch.setattr("tfkd_ray.run.connect.ray.init", slow)
     monkeypatch.setenv("RAY_ADDRESS", "")
     with pytest.raises(
-        Unreachable, match=r"Ray did not start on this machine: The current node timed out .* try again"
+        Unreachable,
+        match=r"Ray did not start on this machine: The current node timed out .* try again",
     ):
         connect()
 
 
 @pytest.mark.parametrize("package", ["torch", "pydantic"])
-def test_a_python_that_lacks_a_package_says_which_python_and_which_package(package: str, tmp_path: Path) -> None:
+def test_a_python_that_lacks_a_package_says_which_python_and_which_package(
+    package: str, tmp_path: Path
+) -> None:
     """As the `python` of a head that runs a job, outside of the environment where tfkd is."""
     code = f"import sys; sys.modules[{package!r}] = None; from tfkd_ray.cli.main import main; sys.exit(main(['tune', 'digits_tfkd']))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110
+    )
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
     assert f"tfkd tune: {sys.executable} has no '{package}', which tfkd needs" in run.stderr
 
@@ -103,15 +123,20 @@ def test_auto_with_an_address_that_an_ended_cluster_has_left_is_said_within_seco
     monkeypatch.setenv("RAY_ADDRESS", "auto" if by == "RAY_ADDRESS" else "")
     began = time.monotonic()
     with pytest.raises(
-        Unreachable, match=r"no Ray head answers at 127.*ray_current_cluster, which a cluster that has "
+        Unreachable,
+        match=r"no Ray head answers at 127.*ray_current_cluster, which a cluster that has ",
     ):
         connect("auto" if by == "--address" else None)
     assert time.monotonic() - began < 15
 
 
-def test_auto_where_no_ray_runs_is_said(no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_where_no_ray_runs_is_said(
+    no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with pytest.raises(Unreachable, match="no Ray cluster runs on this machine; start one with `ray start --head`"):
+    with pytest.raises(
+        Unreachable, match="no Ray cluster runs on this machine; start one with `ray start --head`"
+    ):
         _found_here()
 
 
@@ -133,8 +158,12 @@ def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
         web.shutdown()
 
 
-def test_a_port_where_something_else_listens_is_said_within_seconds(no_ray: None, stranger: str) -> None:
+def test_a_port_where_something_else_listens_is_said_within_seconds(
+    no_ray: None, stranger: str
+) -> None:
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=f"what listens at {stranger} does not answer as a Ray head does"):
+    with pytest.raises(
+        ConfigError, match=f"what listens at {stranger} does not answer as a Ray head does"
+    ):
         connect(stranger)
     assert time.monotonic() - began < 15

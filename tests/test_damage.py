@@ -73,7 +73,18 @@ def harmed(content: bytes, rng: random.Random, suffix: str) -> bytes:
         return content[:at] + content[at : at + 90] * rng.choice([2, 40]) + content[at + 90 :]
     if way == 4:
         return rng.choice(
-            [b"", b"\n", b"null\n", b"[]\n", b"{}\n", b"7\n", b'"x"\n', b"\xff\xfe\n", b"[" * 10**5, b"1" * 5000]
+            [
+                b"",
+                b"\n",
+                b"null\n",
+                b"[]\n",
+                b"{}\n",
+                b"7\n",
+                b'"x"\n',
+                b"\xff\xfe\n",
+                b"[" * 10**5,
+                b"1" * 5000,
+            ]
         )
     read: Any = parse_yaml if suffix == ".yaml" else lambda text, source: json.loads(text)
     try:  # what it says is changed, and it is written well
@@ -83,7 +94,9 @@ def harmed(content: bytes, rng: random.Random, suffix: str) -> bytes:
         for _ in range(rng.randrange(1, 4)):
             rng.choice(TREE)(tree, rng)
         lines[number] = (
-            dump_yaml(tree) if suffix == ".yaml" else json.dumps(tree, indent=None if suffix == ".jsonl" else 1)
+            dump_yaml(tree)
+            if suffix == ".yaml"
+            else json.dumps(tree, indent=None if suffix == ".jsonl" else 1)
         )
         return "\n".join([*lines, ""]).encode(errors="surrogatepass")
     except Exception:  # it is not text, or what is left of it cannot be written
@@ -113,22 +126,36 @@ def reads(storage: Path, out: Path) -> Iterator[tuple[str, Any]]:
     yield "export, choosing", lambda: choose(sweep)
     yield "export, choosing an arm", lambda: choose(compared)
     yield "confirm, its arms", lambda: arms.arms_of(sweep)
-    yield "confirm, its baselines", lambda: arms.baseline_space(sweep, arms.untuned(sweep) or {"ce": 1})
+    yield (
+        "confirm, its baselines",
+        lambda: arms.baseline_space(sweep, arms.untuned(sweep) or {"ce": 1}),
+    )
     (out.parent / "tb").mkdir(exist_ok=True)
-    yield "tensorboard, several", lambda: side_by_side(out.parent / "tb", {"a": sweep, "b": compared})
+    yield (
+        "tensorboard, several",
+        lambda: side_by_side(out.parent / "tb", {"a": sweep, "b": compared}),
+    )
     yield "resume, before Ray", lambda: resume_tuner(sweep, add_trials=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(5))
 def test_a_damaged_file_is_a_sentence_or_is_borne(
-    part: int, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    part: int,
+    storage: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def reached(*args: Any) -> None:
         raise Reached
 
     monkeypatch.setattr(tfkd_ray.run.tune, "prepare", reached)
-    files = sorted(p for p in storage.rglob("*") if p.is_file() and not p.is_symlink() and ".lock" not in p.name)
+    files = sorted(
+        p
+        for p in storage.rglob("*")
+        if p.is_file() and not p.is_symlink() and ".lock" not in p.name
+    )
     refused = 0
     for number in range(COUNT // 25):
         seed = f"{SEED}/{part}/{number}"
@@ -145,13 +172,18 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
                     code = read()
                 except ConfigError as error:
                     code = 2
-                    assert error.source or str(storage) in str(error) or ":" in str(error), str(error)
+                    assert error.source or str(storage) in str(error) or ":" in str(error), str(
+                        error
+                    )
                 except Reached:
                     code = 0
                 out, err = capsys.readouterr()
                 assert "Traceback" not in out + err
                 assert not isinstance(code, int) or code in (0, 2) or (code == 1 and err)
-                assert time.process_time() - cpu < SLOWEST_S and time.monotonic() - start < 10 * SLOWEST_S
+                assert (
+                    time.process_time() - cpu < SLOWEST_S
+                    and time.monotonic() - start < 10 * SLOWEST_S
+                )
                 refused += code == 2
         except BaseException as error:
             error.add_note(
@@ -228,7 +260,9 @@ def claims(folder: Path, what: str) -> None:
         for stem, magic, shape in (("images-idx3", 0x803, (28, 28)), ("labels-idx1", 0x801, ())):
             head = struct.pack(f">{2 + len(shape)}I", magic, 60000, *shape)
             for split in ("train", "t10k"):
-                with gzip.open(folder / f"{split}-{stem}-ubyte.gz", "wb", 1) as file:  # 300 MB that are 1 MB here
+                with gzip.open(
+                    folder / f"{split}-{stem}-ubyte.gz", "wb", 1
+                ) as file:  # 300 MB that are 1 MB here
                     file.write(head)
                     for _ in range(300):
                         file.write(bytes(2**20))
@@ -239,7 +273,9 @@ def claims(folder: Path, what: str) -> None:
                 b"\x80\x02}(U\x04dataT" + struct.pack("<i", 2**31 - 1) + b"xx"
             )
     elif what == "weights":
-        head = json.dumps({"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
+        head = json.dumps(
+            {"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
+        ).encode()
         (folder / "w.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(40))
     else:
         (folder / "w.pt").write_bytes(b"PK\x03\x04" + bytes(100))
@@ -247,7 +283,20 @@ def claims(folder: Path, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "what", ["metrics", "last", "trial", "spent", "yaml", "journal", "idx", "cifar", "tiny", "weights", "pt"]
+    "what",
+    [
+        "metrics",
+        "last",
+        "trial",
+        "spent",
+        "yaml",
+        "journal",
+        "idx",
+        "cifar",
+        "tiny",
+        "weights",
+        "pt",
+    ],
 )
 def test_memory_follows_what_is_there_and_not_what_is_claimed(what: str, tmp_path: Path) -> None:
     folder = tmp_path
@@ -259,7 +308,9 @@ def test_memory_follows_what_is_there_and_not_what_is_claimed(what: str, tmp_pat
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2, done.stderr[-2000:]
-    assert len(done.stdout) > 20 and "MemoryError" not in done.stdout and time.monotonic() - start < 60
+    assert (
+        len(done.stdout) > 20 and "MemoryError" not in done.stdout and time.monotonic() - start < 60
+    )
 
 
 # --- readers of data and run states, with any byte changed ---------------------------------------------------------
@@ -270,7 +321,9 @@ def changed(whole: bytes, data: st.DataObject) -> bytes:
     content = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content)))
-        content[at : at + data.draw(st.sampled_from([0, 1, 4, 500]))] = data.draw(st.binary(max_size=12))
+        content[at : at + data.draw(st.sampled_from([0, 1, 4, 500]))] = data.draw(
+            st.binary(max_size=12)
+        )
     return bytes(content)
 
 
@@ -287,7 +340,11 @@ def test_any_bytes_in_an_idx_file_are_images_or_a_sentence(
     path.write_bytes(changed(path.read_bytes(), data))
     try:
         images, labels = Mnist(root=folder)._official("train")
-        assert images.shape[1:] == (1, 28, 28) and len(images) == len(labels) and int(labels.max()) < 10
+        assert (
+            images.shape[1:] == (1, 28, 28)
+            and len(images) == len(labels)
+            and int(labels.max()) < 10
+        )
     except ConfigError as error:
         assert path.name in str(error), str(error)
 
@@ -302,7 +359,9 @@ def test_any_bytes_in_a_batch_of_cifar_are_images_or_a_sentence(
     batch = pickled(Cifar100)["test"]
     head, tail = batch[:700], batch[-900:]  # what is not pixels
     part = (
-        changed(head, data) + batch[700:-900] + tail if data.draw(st.booleans()) else batch[:-900] + changed(tail, data)
+        changed(head, data) + batch[700:-900] + tail
+        if data.draw(st.booleans())
+        else batch[:-900] + changed(tail, data)
     )
     try:
         images, _ = write_cifar(folder, Cifar100, {"test": part}, archive=False)._official("test")
@@ -336,7 +395,9 @@ def test_any_bytes_in_a_run_state_or_in_weights_are_noticed(
         return
     try:
         weights = load_outside(str(folder / kind), Mlp(hidden=(8,)), (1, 8, 8), 10)
-        assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in network.state_dict().items()}
+        assert {k: v.shape for k, v in weights.items()} == {
+            k: v.shape for k, v in network.state_dict().items()
+        }
     except ConfigError as error:
         assert kind in str(error), str(error)
 
@@ -381,12 +442,18 @@ def test_any_bytes_in_a_journal_are_a_study_or_a_sentence_and_nothing_is_lost(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("study") / "study.journal"
-    path.write_bytes(found := data.draw(st.one_of(st.binary(max_size=200), st.just(changed(JOURNAL, data)), LINES)))
+    path.write_bytes(
+        found := data.draw(
+            st.one_of(st.binary(max_size=200), st.just(changed(JOURNAL, data)), LINES)
+        )
+    )
     try:
         studies = open_journal(path).get_all_studies()
         assert all(study.study_name for study in studies)
         left = path.read_bytes()
-        assert found.startswith(left) and b"\n" not in found[len(left) :], "more was cut off than a half-written line"
+        assert found.startswith(left) and b"\n" not in found[len(left) :], (
+            "more was cut off than a half-written line"
+        )
     except ConfigError as error:
         assert str(path) in str(error) and "this is no line of Optuna's journal" in str(error)
         assert path.read_bytes() == found, "what is refused is left as it is"
@@ -424,28 +491,43 @@ def damaged(path: Path, data: st.DataObject) -> Iterator[None]:
 
 
 in_place = contextlib.contextmanager(damaged)
-TINY = ["wnids.txt", "val/val_annotations.txt", "val/images/val_3.JPEG", "train/n00000005/images/n00000005_0.JPEG"]
+TINY = [
+    "wnids.txt",
+    "val/val_annotations.txt",
+    "val/images/val_3.JPEG",
+    "train/n00000005/images/n00000005_0.JPEG",
+]
 
 
 @pytest.mark.slow
 @often
 @given(data=st.data())
 @pytest.mark.parametrize("name", TINY, ids=["classes", "annotations", "test image", "train image"])
-def test_any_bytes_in_tiny_imagenet_are_images_or_a_sentence(name: str, data: st.DataObject, tiny: Path) -> None:
+def test_any_bytes_in_tiny_imagenet_are_images_or_a_sentence(
+    name: str, data: st.DataObject, tiny: Path
+) -> None:
     split = "train" if name.startswith("train") else "test"
     with pytest.MonkeyPatch.context() as patch, in_place(tiny / name, data):
         patch.setenv("XDG_CACHE_HOME", str(tiny / "wnids.txt"))  # nothing is kept
         try:
             images, labels = TinyImagenet(root=tiny)._official(split)
-            assert images.shape[1:] == (3, 64, 64) and len(images) == len(labels) and int(labels.max()) < 200
+            assert (
+                images.shape[1:] == (3, 64, 64)
+                and len(images) == len(labels)
+                and int(labels.max()) < 200
+            )
         except ConfigError as error:
-            assert str(error).startswith("data tiny_imagenet: ") and str(tiny) in str(error), str(error)
+            assert str(error).startswith("data tiny_imagenet: ") and str(tiny) in str(error), str(
+                error
+            )
 
 
 @pytest.mark.slow
 @often
 @given(data=st.data())
-def test_any_bytes_in_an_image_of_a_folder_are_an_image_or_a_sentence(data: st.DataObject, folders: Path) -> None:
+def test_any_bytes_in_an_image_of_a_folder_are_an_image_or_a_sentence(
+    data: st.DataObject, folders: Path
+) -> None:
     path = data.draw(st.sampled_from(sorted(folders.glob("*/*/*.*"))))
     with in_place(path, data):
         try:
@@ -454,4 +536,6 @@ def test_any_bytes_in_an_image_of_a_folder_are_an_image_or_a_sentence(data: st.D
             for batch in found.read([torch.arange(len(found))]):
                 assert batch.shape[1:] == (3, 16, 16)
         except ConfigError as error:
-            assert str(error).startswith("data image_folder: ") and str(path.parent) in str(error), str(error)
+            assert str(error).startswith("data image_folder: ") and str(path.parent) in str(
+                error
+            ), str(error)

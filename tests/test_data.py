@@ -105,7 +105,9 @@ def test_the_splits_are_disjoint_complete_and_stratified() -> None:
     train, val = Digits(val_fraction=0.2).load()
     assert len(train) == 1151 and len(val) == 287
     assert not set(train.positions.tolist()) & set(val.positions.tolist())
-    assert sorted([*train.positions.tolist(), *val.positions.tolist()]) == list(range(train.official_size))
+    assert sorted([*train.positions.tolist(), *val.positions.tolist()]) == list(
+        range(train.official_size)
+    )
     shares = val.labels.bincount() / (train.labels.bincount() + val.labels.bincount())
     assert (shares - 0.2).abs().max() < 0.01
 
@@ -121,10 +123,15 @@ def test_a_subset_takes_the_same_part_of_every_class_and_splits_within_it() -> N
     assert len(positions.unique()) == len(positions) == pytest.approx(300, abs=10)
     labels = Digits()._official("train")[1]
     for part in (train_set, val_set):
-        assert part.labels.equal(labels[part.positions]) and part.official_size == len(labels) == 1438
+        assert (
+            part.labels.equal(labels[part.positions]) and part.official_size == len(labels) == 1438
+        )
     shares = labels[positions].bincount() / labels.bincount()
     assert shares.max() - shares.min() < 0.02
-    assert Digits(subset=300, split_seed=1).load()[0].positions.tolist() != train_set.positions.tolist()
+    assert (
+        Digits(subset=300, split_seed=1).load()[0].positions.tolist()
+        != train_set.positions.tolist()
+    )
     assert len(Digits(subset=5000, val_fraction=0).load()[0]) == 1438
 
 
@@ -143,7 +150,10 @@ def test_a_rare_class_is_never_emptied() -> None:
 
 def test_addresses_are_stable_and_apart() -> None:
     assert address(0, "order", 3) == address(0, "order", 3) == 2723741169552378311
-    assert len({address(s, name, e) for s in range(3) for name in ("order", "init") for e in range(3)}) == 18
+    assert (
+        len({address(s, name, e) for s in range(3) for name in ("order", "init") for e in range(3)})
+        == 18
+    )
     a, b = (torch.rand(3, generator=generator(0, "x", k)) for k in (1, 1))
     assert a.equal(b)
 
@@ -151,7 +161,10 @@ def test_addresses_are_stable_and_apart() -> None:
 def test_a_sealed_process_cannot_open_the_test_split() -> None:
     code = "from tfkd_ray.learn.data import *; seal_test_split(); Digits().load(); Digits().load_test()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 1 and "PermissionError: the test split cannot be opened by a sweep" in run.stderr
+    assert (
+        run.returncode == 1
+        and "PermissionError: the test split cannot be opened by a sweep" in run.stderr
+    )
 
 
 # --- IDX -------------------------------------------------------------------------------------------------------
@@ -178,7 +191,9 @@ def write_idx(folder: Path, *, gz: bool = False) -> None:
             ("labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10),
         ):
             raw = idx(array)
-            (folder / f"{split}-{stem}{'.gz' * gz}").write_bytes(gzip.compress(raw, 1) if gz else raw)
+            (folder / f"{split}-{stem}{'.gz' * gz}").write_bytes(
+                gzip.compress(raw, 1) if gz else raw
+            )
 
 
 @pytest.mark.parametrize("gz", [False, True], ids=["raw", "gz"])
@@ -190,9 +205,13 @@ def test_idx_files_are_read_to_the_pixel(tmp_path: Path, kind: type[IdxDataset],
     for split, n in (("train", 40), ("test", 20)):
         images, labels = data._official(split)  # type: ignore[arg-type]
         assert images.dtype == torch.uint8 and images.shape == (n, *kind.shape)
-        assert (images.numpy()[:, 0] == pixels(n, 28, 28)).all() and labels.tolist() == [i % 10 for i in range(n)]
+        assert (images.numpy()[:, 0] == pixels(n, 28, 28)).all() and labels.tolist() == [
+            i % 10 for i in range(n)
+        ]
     train, val = data.load()
-    assert val.labels.bincount().tolist() == [1] * 10 and train.labels.bincount().tolist() == [3] * 10
+    assert (
+        val.labels.bincount().tolist() == [1] * 10 and train.labels.bincount().tolist() == [3] * 10
+    )
     assert len(data.load_test()) == 20
 
 
@@ -233,12 +252,16 @@ def test_a_wrong_idx_file_gets_a_sentence(
     assert error.value.problems == [f"data mnist: {path}: {sentence.replace('SUFFIX', '.gz' * gz)}"]
 
 
-@pytest.mark.parametrize("spoil", [cut(300), lambda _: b"no gzip", lambda raw: raw[:50] + bytes(50) + raw[100:]])
+@pytest.mark.parametrize(
+    "spoil", [cut(300), lambda _: b"no gzip", lambda raw: raw[:50] + bytes(50) + raw[100:]]
+)
 def test_a_broken_gzip_gets_a_sentence(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     write_idx(tmp_path, gz=True)
     path = tmp_path / f"{IMAGES}.gz"
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ConfigError, match=r"images-idx3-ubyte.gz: cannot be read: .*; get it again"):
+    with pytest.raises(
+        ConfigError, match=r"images-idx3-ubyte.gz: cannot be read: .*; get it again"
+    ):
         Mnist(root=tmp_path).load()
 
 
@@ -251,7 +274,9 @@ def test_missing_files_say_where_they_were_looked_for_and_how_to_get_them(
         with pytest.raises(ConfigError) as error:
             look()
         text = str(error.value)
-        assert text.startswith(f"data {data.name}: not found: ") and f"(looked in {tmp_path}" in text
+        assert (
+            text.startswith(f"data {data.name}: not found: ") and f"(looked in {tmp_path}" in text
+        )
         assert kind.origin in text and text.endswith(", or set data.root")
 
 
@@ -259,7 +284,9 @@ def test_every_missing_file_is_named_at_once(tmp_path: Path) -> None:
     write_idx(tmp_path)
     (tmp_path / IMAGES).unlink()
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(ConfigError, match=f"not found: {IMAGES}, t10k-labels-idx1-ubyte, raw or with .gz"):
+    with pytest.raises(
+        ConfigError, match=f"not found: {IMAGES}, t10k-labels-idx1-ubyte, raw or with .gz"
+    ):
         Mnist(root=tmp_path).check()
 
 
@@ -281,25 +308,40 @@ def test_the_real_fashion_mnist() -> None:
 def write_emnist(folder: Path, variant: str, labels: np.ndarray[Any, Any], n: int = 130) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        for stem, array in (("images-idx3-ubyte", pixels(n, 28, 28)), ("labels-idx1-ubyte", labels)):
+        for stem, array in (
+            ("images-idx3-ubyte", pixels(n, 28, 28)),
+            ("labels-idx1-ubyte", labels),
+        ):
             raw = gzip.compress(idx(array.astype(np.uint8)), 1)
             (folder / f"emnist-{variant}-{split}-{stem}.gz").write_bytes(raw)
 
 
 @pytest.mark.parametrize(
     "variant, classes",
-    [("balanced", 47), ("byclass", 62), ("bymerge", 47), ("digits", 10), ("letters", 26), ("mnist", 10)],
+    [
+        ("balanced", 47),
+        ("byclass", 62),
+        ("bymerge", 47),
+        ("digits", 10),
+        ("letters", 26),
+        ("mnist", 10),
+    ],
 )
-def test_emnist_is_upright_and_its_labels_count_from_0(tmp_path: Path, variant: str, classes: int) -> None:
+def test_emnist_is_upright_and_its_labels_count_from_0(
+    tmp_path: Path, variant: str, classes: int
+) -> None:
     labels = np.arange(130) % classes
     write_emnist(tmp_path / "gzip", variant, labels + (variant == "letters"))
     data = validated(
-        TrainConfig, {"objective": "ce", "data": {"name": "emnist", "root": str(tmp_path), "variant": variant}}
+        TrainConfig,
+        {"objective": "ce", "data": {"name": "emnist", "root": str(tmp_path), "variant": variant}},
     ).data
     assert isinstance(data, Emnist) and data.num_classes == classes
     data.check()
     images, found = data._official("train")
-    assert (images[:, 0].numpy() == pixels(130, 28, 28).transpose(0, 2, 1)).all() and found.tolist() == labels.tolist()
+    assert (
+        images[:, 0].numpy() == pixels(130, 28, 28).transpose(0, 2, 1)
+    ).all() and found.tolist() == labels.tolist()
     assert len(data.load_test()) == 130
 
 
@@ -307,7 +349,9 @@ def test_emnists_mean_and_std_are_measured_once_whatever_the_split(tmp_path: Pat
     write_emnist(tmp_path, "digits", np.arange(130) % 10)
     data = Emnist(root=tmp_path, variant="digits")
     (mean,), (std,) = data.statistics()
-    assert mean == pytest.approx(pixels(130, 28, 28).mean()) and std == pytest.approx(pixels(130, 28, 28).std())
+    assert mean == pytest.approx(pixels(130, 28, 28).mean()) and std == pytest.approx(
+        pixels(130, 28, 28).std()
+    )
     assert data.statistics() == Emnist(root=tmp_path, variant="digits", val_fraction=0).statistics()
     for path in tmp_path.iterdir():
         path.unlink()
@@ -333,10 +377,13 @@ def test_a_wrong_label_of_emnist_is_named_as_it_stands_in_the_file(
 def test_another_variant_of_emnist_is_another_file(tmp_path: Path) -> None:
     write_emnist(tmp_path, "digits", np.arange(130) % 10)
     with pytest.raises(
-        ConfigError, match=r"data emnist: not found: emnist-mnist-train-images-idx3-ubyte, .*gzip.zip, or set"
+        ConfigError,
+        match=r"data emnist: not found: emnist-mnist-train-images-idx3-ubyte, .*gzip.zip, or set",
     ):
         Emnist(root=tmp_path, variant="mnist").check()
-    with pytest.raises(ConfigError, match=r"variant: no such name 'digit'; did you mean 'digits'\?"):
+    with pytest.raises(
+        ConfigError, match=r"variant: no such name 'digit'; did you mean 'digits'\?"
+    ):
         validated(TrainConfig, {"objective": "ce", "data": {"name": "emnist", "variant": "digit"}})
 
 
@@ -357,7 +404,9 @@ def batches(kind: type[CifarDataset]) -> dict[str, dict[bytes, Any]]:
     }
 
 
-def write_cifar(root: Path, kind: type[CifarDataset], files: dict[str, bytes], *, archive: bool) -> CifarDataset:
+def write_cifar(
+    root: Path, kind: type[CifarDataset], files: dict[str, bytes], *, archive: bool
+) -> CifarDataset:
     if archive:
         with tarfile.open(root / kind.archive, "w:gz", compresslevel=1) as tar:
             for name, raw in files.items():
@@ -377,7 +426,9 @@ def pickled(kind: type[CifarDataset], protocol: int = 2) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("archive", [True, False], ids=["tar.gz", "folder"])
 @pytest.mark.parametrize("kind", [Cifar10, Cifar100])
-def test_cifar_is_read_to_the_pixel(tmp_path: Path, kind: type[CifarDataset], archive: bool) -> None:
+def test_cifar_is_read_to_the_pixel(
+    tmp_path: Path, kind: type[CifarDataset], archive: bool
+) -> None:
     data = write_cifar(tmp_path, kind, pickled(kind), archive=archive)
     before = sorted(tmp_path.rglob("*"))
     data.check()
@@ -385,14 +436,18 @@ def test_cifar_is_read_to_the_pixel(tmp_path: Path, kind: type[CifarDataset], ar
         images, labels = data._official(split)  # type: ignore[arg-type]
         theirs = [batches(kind)[name] for name in kind.batches[split]]  # type: ignore[index]
         assert images.dtype == torch.uint8 and labels.dtype == torch.int64
-        assert (images.numpy() == np.concatenate([b[b"data"] for b in theirs]).reshape(-1, 3, 32, 32)).all()
+        assert (
+            images.numpy() == np.concatenate([b[b"data"] for b in theirs]).reshape(-1, 3, 32, 32)
+        ).all()
         assert labels.tolist() == [label for b in theirs for label in b[kind.labels_key]]
     assert sorted(tmp_path.rglob("*")) == before, "nothing is extracted"
 
 
 def test_the_cifar_splits_are_stratified(tmp_path: Path) -> None:
     train, val = write_cifar(tmp_path, Cifar10, pickled(Cifar10), archive=False).load()
-    assert val.labels.bincount().tolist() == [4] * 10 and train.labels.bincount().tolist() == [16] * 10
+    assert (
+        val.labels.bincount().tolist() == [4] * 10 and train.labels.bincount().tolist() == [16] * 10
+    )
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL))
@@ -409,10 +464,15 @@ def test_a_pickle_by_python_2_and_old_numpy_is_read(tmp_path: Path) -> None:
     stream = (
         b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
         b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
-        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T" + struct.pack("<I", 3072) + raw + b"tb"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        + struct.pack("<I", 3072)
+        + raw
+        + b"tb"
         b"U\x0bfine_labels]K\x07au."
     )
-    images, labels = write_cifar(tmp_path, Cifar100, {"test": stream}, archive=False)._official("test")
+    images, labels = write_cifar(tmp_path, Cifar100, {"test": stream}, archive=False)._official(
+        "test"
+    )
     assert images.numpy().tobytes() == raw and labels.tolist() == [7]
 
 
@@ -431,7 +491,9 @@ def test_a_poisoned_pickle_is_refused_and_runs_nothing(tmp_path: Path, archive: 
     trap = tmp_path / "trap"
     poisoned = pickle.dumps(batches(Cifar100)["test"] | {b"x": Bomb(trap)}, 2)
     data = write_cifar(tmp_path, Cifar100, {"test": poisoned}, archive=archive)
-    with pytest.raises(ConfigError, match=r"/test: not a pickle of arrays.*: it asks for .*could run code"):
+    with pytest.raises(
+        ConfigError, match=r"/test: not a pickle of arrays.*: it asks for .*could run code"
+    ):
         data.load_test()
     assert not trap.exists()
     pickle.loads(poisoned)
@@ -444,7 +506,10 @@ def test_a_poisoned_pickle_is_refused_and_runs_nothing(tmp_path: Path, archive: 
 )  # fmt: skip
 def test_a_pickle_may_name_nothing_but_arrays(tmp_path: Path, name: bytes) -> None:
     data = write_cifar(tmp_path, Cifar100, {"test": b"c" + name + b"\n(S'1'\ntR."}, archive=False)
-    with pytest.raises(ConfigError, match=f"it asks for {name.decode().replace(chr(10), '.')}, which could run code"):
+    with pytest.raises(
+        ConfigError,
+        match=f"it asks for {name.decode().replace(chr(10), '.')}, which could run code",
+    ):
         data.load_test()
 
 
@@ -462,7 +527,9 @@ def test_a_pickle_may_name_nothing_but_arrays(tmp_path: Path, name: bytes) -> No
         ({b"fine_labels": [-1] * 40}, "label -1 at 0 is outside 0..99"),
     ],
 )  # fmt: skip
-def test_a_wrong_batch_gets_a_sentence(tmp_path: Path, change: dict[bytes, Any], sentence: str) -> None:
+def test_a_wrong_batch_gets_a_sentence(
+    tmp_path: Path, change: dict[bytes, Any], sentence: str
+) -> None:
     files = {"test": pickle.dumps(batches(Cifar100)["test"] | change, 2)}
     with pytest.raises(ConfigError) as error:
         write_cifar(tmp_path, Cifar100, files, archive=False).load_test()
@@ -470,21 +537,31 @@ def test_a_wrong_batch_gets_a_sentence(tmp_path: Path, change: dict[bytes, Any],
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"text", pickle.dumps([1]), pickle.dumps({b"data": 1}), pickled(Cifar100)["test"][:-99]]
+    "raw",
+    [b"", b"text", pickle.dumps([1]), pickle.dumps({b"data": 1}), pickled(Cifar100)["test"][:-99]],
 )
 def test_a_file_that_is_no_batch_gets_a_sentence(tmp_path: Path, raw: bytes) -> None:
-    with pytest.raises(ConfigError, match=r"/test: (not a pickle of arrays|needs the keys b'data' and b'fine_labels')"):
+    with pytest.raises(
+        ConfigError,
+        match=r"/test: (not a pickle of arrays|needs the keys b'data' and b'fine_labels')",
+    ):
         write_cifar(tmp_path, Cifar100, {"test": raw}, archive=False).load_test()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
 @pytest.mark.parametrize("target", ["/etc/passwd", "meta", "nowhere"])
-def test_an_archive_with_something_else_for_a_file_gets_a_sentence(tmp_path: Path, kind: bytes, target: str) -> None:
+def test_an_archive_with_something_else_for_a_file_gets_a_sentence(
+    tmp_path: Path, kind: bytes, target: str
+) -> None:
     with tarfile.open(tmp_path / Cifar100.archive, "w:gz") as tar:
         member = tarfile.TarInfo(f"{Cifar100.folder}/test")
         member.type, member.linkname = kind, target
         tar.addfile(member)
-    with pytest.raises(ConfigError, match=r"cifar-100-python.tar.gz: cifar-100-python/test is no file .*; "):
+    with pytest.raises(
+        ConfigError, match=r"cifar-100-python.tar.gz: cifar-100-python/test is no file .*; "
+    ):
         Cifar100(root=tmp_path, check_md5=False)._official("test")
 
 
@@ -498,11 +575,15 @@ def test_an_archive_with_another_md5_is_refused_unless_told_otherwise(tmp_path: 
     assert error.value.problems == [f"data cifar10: {path}: {expected}, or set check_md5: false"]
 
 
-@pytest.mark.parametrize("archive, prefix", [(True, "cifar-10-batches-py/"), (False, "")], ids=["tar.gz", "folder"])
+@pytest.mark.parametrize(
+    "archive, prefix", [(True, "cifar-10-batches-py/"), (False, "")], ids=["tar.gz", "folder"]
+)
 def test_a_missing_batch_is_named(tmp_path: Path, archive: bool, prefix: str) -> None:
     files = pickled(Cifar10)
     del files["data_batch_2"], files["data_batch_5"]
-    with pytest.raises(ConfigError, match=f": lacks {prefix}data_batch_2, {prefix}data_batch_5; get https"):
+    with pytest.raises(
+        ConfigError, match=f": lacks {prefix}data_batch_2, {prefix}data_batch_5; get https"
+    ):
         write_cifar(tmp_path, Cifar10, files, archive=archive).load()
 
 
@@ -512,11 +593,15 @@ def test_a_broken_archive_gets_a_sentence(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"text", b"", whole[:100] + bytes(100) + whole[200:]):
         path.write_bytes(broken)
-        with pytest.raises(ConfigError, match=r"cifar-100-python.tar.gz: (cannot be read: .*|lacks .*); get https"):
+        with pytest.raises(
+            ConfigError, match=r"cifar-100-python.tar.gz: (cannot be read: .*|lacks .*); get https"
+        ):
             data.load_test()
 
 
-def test_an_archive_is_unpacked_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_is_unpacked_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_cifar(tmp_path, Cifar100, pickled(Cifar100), archive=True)
     images, labels = data._official("train")
     path = tmp_path / Cifar100.archive
@@ -526,7 +611,9 @@ def test_an_archive_is_unpacked_once(tmp_path: Path, cache: Path, monkeypatch: p
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     again = data._official("train")
     assert images.equal(again[0]) and labels.equal(again[1]), "from the cache"
-    with pytest.raises(ConfigError, match="its md5 is"):  # what was read unchecked is not taken for checked
+    with pytest.raises(
+        ConfigError, match="its md5 is"
+    ):  # what was read unchecked is not taken for checked
         Cifar100(root=tmp_path).load()
     os.utime(path)
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -540,7 +627,9 @@ WNIDS = [f"n{k:08}" for k in range(200)]
 
 @functools.cache
 def jpeg(seed: int, side: int = 64, mode: str = "RGB") -> bytes:
-    image = Image.fromarray(pixels(seed + 1, 4, 4, 3)[seed]).resize((side, side), Image.Resampling.BICUBIC)
+    image = Image.fromarray(pixels(seed + 1, 4, 4, 3)[seed]).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     image.convert(mode).save(raw := io.BytesIO(), "JPEG")
     return raw.getvalue()
 
@@ -553,7 +642,9 @@ def write_tiny(root: Path) -> Path:
         folder = root / "train" / wnid / "images"
         folder.mkdir(parents=True)
         for i in range(2):
-            (folder / f"{wnid}_{i}.JPEG").write_bytes(jpeg(k % 9 + i, mode="L" if k == 0 and i else "RGB"))
+            (folder / f"{wnid}_{i}.JPEG").write_bytes(
+                jpeg(k % 9 + i, mode="L" if k == 0 and i else "RGB")
+            )
     (root / "val/images").mkdir(parents=True)
     for i in range(9):
         (root / f"val/images/val_{i}.JPEG").write_bytes(jpeg(i))
@@ -574,11 +665,20 @@ def test_tiny_imagenet_is_read_to_the_pixel(tmp_path: Path, below: str) -> None:
     images, labels = data._official("train")
     assert images.shape == (400, 3, 64, 64) and images.dtype == torch.uint8
     assert labels.tolist() == [k for k in range(200) for _ in range(2)]
-    assert (images[1].numpy() == decoded(jpeg(1, mode="L"))).all() and images[1, 0].equal(images[1, 2])
-    assert all((images[2 * k + i].numpy() == decoded(jpeg(k % 9 + i))).all() for k in range(1, 200) for i in range(2))
+    assert (images[1].numpy() == decoded(jpeg(1, mode="L"))).all() and images[1, 0].equal(
+        images[1, 2]
+    )
+    assert all(
+        (images[2 * k + i].numpy() == decoded(jpeg(k % 9 + i))).all()
+        for k in range(1, 200)
+        for i in range(2)
+    )
     test = data.load_test()
     assert test.labels.tolist() == [20 * i for i in range(9)]
-    assert all((next(test.read([torch.tensor([i])]))[0].numpy() == decoded(jpeg(i))).all() for i in range(9))
+    assert all(
+        (next(test.read([torch.tensor([i])]))[0].numpy() == decoded(jpeg(i))).all()
+        for i in range(9)
+    )
 
 
 def test_decoded_images_are_kept_until_a_file_changes(
@@ -595,7 +695,9 @@ def test_decoded_images_are_kept_until_a_file_changes(
     assert images.equal(again[0]) and labels.equal(again[1]), "from the cache"
     path.write_bytes(jpeg(3))
     changed, _ = data._official("train")
-    assert not images.equal(changed) and list(cache.iterdir()) == [kept], "one file, of what is there now"
+    assert not images.equal(changed) and list(cache.iterdir()) == [kept], (
+        "one file, of what is there now"
+    )
     half = kept.read_bytes()[:1000]
     kept.unlink()  # it is mapped
     kept.write_bytes(half)
@@ -610,7 +712,9 @@ def test_labels_of_decoded_images_follow_their_lists(tmp_path: Path, cache: Path
     data = TinyImagenet(root=write_tiny(tmp_path / "tiny"))
     assert data.load_test().labels.tolist() == [20 * i for i in range(9)]
     path = tmp_path / "tiny/val/val_annotations.txt"
-    path.write_text(path.read_text().replace(f"val_3.JPEG\t{WNIDS[60]}", f"val_3.JPEG\t{WNIDS[61]}"))
+    path.write_text(
+        path.read_text().replace(f"val_3.JPEG\t{WNIDS[60]}", f"val_3.JPEG\t{WNIDS[61]}")
+    )
     assert data.load_test().labels[3] == 61, "of the same image files"
     path = tmp_path / "tiny/wnids.txt"
     path.write_text(path.read_text().replace(WNIDS[199], "n99999999"))
@@ -632,16 +736,23 @@ def test_wrong_files_of_tiny_imagenet_get_a_sentence(tmp_path: Path, cache: Path
     assert not cache.exists(), "nothing is kept of what is wrong"
     path.unlink()
     (path.parent / "n00000005_1.JPEG").unlink()
-    with pytest.raises(ConfigError, match=r"/n00000005/images: there is no image .*; get and unpack http"):
+    with pytest.raises(
+        ConfigError, match=r"/n00000005/images: there is no image .*; get and unpack http"
+    ):
         data.load()
     notes = tmp_path / "val/val_annotations.txt"
     for line, sentence in (
-        ("val_0.JPEG\tn77", "line 1: needs an image and a class of wnids.txt, got 'val_0.JPEG.tn77'"),
+        (
+            "val_0.JPEG\tn77",
+            "line 1: needs an image and a class of wnids.txt, got 'val_0.JPEG.tn77'",
+        ),
         ("val_99.JPEG\tn00000000\t0", "line 1: val_99.JPEG is not in val/images"),
         ("", "is empty"),
     ):
         notes.write_text(line)
-        with pytest.raises(ConfigError, match=f"val_annotations.txt: {sentence.replace('.tn77', '..?tn77')}"):
+        with pytest.raises(
+            ConfigError, match=f"val_annotations.txt: {sentence.replace('.tn77', '..?tn77')}"
+        ):
             data.load_test()
     (tmp_path / "wnids.txt").write_text("n00000000")
     with pytest.raises(ConfigError, match=r"wnids.txt: names 1 classes, not 200"):
@@ -656,8 +767,14 @@ def test_wrong_files_of_tiny_imagenet_get_a_sentence(tmp_path: Path, cache: Path
 
 def test_tiny_imagenet_has_the_papers_recipe() -> None:
     config = validated(TrainConfig, {"objective": "ce", "student": "cnn", "data": "tiny_imagenet"})
-    assert config.schedule.gamma == 0.1 and config.epochs == 200 and config.optim.weight_decay == 5e-4  # type: ignore[union-attr]
-    assert config.augment.rotation_degrees == 20 and config.augment.flip and not config.augment.crop_padding
+    assert (
+        config.schedule.gamma == 0.1 and config.epochs == 200 and config.optim.weight_decay == 5e-4
+    )  # type: ignore[union-attr]
+    assert (
+        config.augment.rotation_degrees == 20
+        and config.augment.flip
+        and not config.augment.crop_padding
+    )
 
 
 # --- one's own -------------------------------------------------------------------------------------------------
@@ -784,7 +901,9 @@ def test_an_import_path_leads_to_any_object(mine: str) -> None:
 
 
 def test_ones_own_constant_channel_cannot_be_normalised(mine: str) -> None:
-    with pytest.raises(ConfigError, match="data own: channel 0 has one value in all images; leave it out"):
+    with pytest.raises(
+        ConfigError, match="data own: channel 0 has one value in all images; leave it out"
+    ):
         own(f"{mine}:sized", shape=[1, 8, 6]).statistics()
 
 
@@ -798,7 +917,9 @@ def test_ones_own_constant_channel_cannot_be_normalised(mine: str) -> None:
         ({"args": {"f": object()}}, "args.f"),
     ],
 )  # fmt: skip
-def test_wrong_settings_of_ones_own_data_get_a_sentence(settings: dict[str, Any], sentence: str) -> None:
+def test_wrong_settings_of_ones_own_data_get_a_sentence(
+    settings: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=r"^data\.own") as error:
         own("os:getcwd", **settings)
     assert sentence in str(error.value)
@@ -818,7 +939,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
     monkeypatch.setenv("no_proxy", "*")
     folder = tmp_path / "served"
     folder.mkdir()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as found:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
+    ) as found:
         thread = threading.Thread(target=found.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{found.server_port}", folder
@@ -837,7 +960,9 @@ def zipped(folder: Path, path: Path) -> None:
 
 
 @pytest.fixture
-def served(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], FileDataset]:
+def served(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], FileDataset]:
     """Makes a data set whose official files are on that server, and whose root is not there yet."""
     url, folder = server
     root = tmp_path / "new/root"
@@ -845,11 +970,15 @@ def served(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     def make(name: str) -> FileDataset:
         data: FileDataset
         if name in ("mnist", "fashion_mnist", "kmnist"):
-            data = {"mnist": Mnist, "fashion_mnist": FashionMnist, "kmnist": Kmnist}[name](root=root)
+            data = {"mnist": Mnist, "fashion_mnist": FashionMnist, "kmnist": Kmnist}[name](
+                root=root
+            )
             write_idx(folder, gz=True)
             stems = [*data._files("train"), *data._files("test")]  # type: ignore[attr-defined]
             monkeypatch.setattr(type(data), "url", url)
-            monkeypatch.setattr(type(data), "md5s", tuple(md5(folder / f"{stem}.gz") for stem in stems))
+            monkeypatch.setattr(
+                type(data), "md5s", tuple(md5(folder / f"{stem}.gz") for stem in stems)
+            )
         elif name == "emnist":
             data = Emnist(root=root, variant="mnist")
             write_emnist(tmp_path / "gzip", "mnist", np.arange(130) % 10)
@@ -884,7 +1013,9 @@ def test_a_data_set_is_downloaded_once(
     data.check()
     data.load_test()
     left = [
-        path.name for path in data.root.rglob("*") if path.suffix in (".part", ".zip") or path.name.startswith("tmp")
+        path.name
+        for path in data.root.rglob("*")
+        if path.suffix in (".part", ".zip") or path.name.startswith("tmp")
     ]
     assert not left
     for path in server[1].iterdir():
@@ -909,13 +1040,17 @@ def test_nothing_is_kept_of_a_download_of_another_md5(
 
 @pytest.mark.parametrize("name", DOWNLOADED)
 def test_a_download_that_fails_says_so_and_leaves_nothing(
-    served: Callable[[str], FileDataset], server: tuple[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+    served: Callable[[str], FileDataset],
+    server: tuple[str, Path],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = served(name)
     for path in server[1].iterdir():
         path.unlink()
     with pytest.raises(
-        ConfigError, match=rf"^data {name}: http\S* cannot be fetched to /.*: HTTP Error 404.*; .*, or set data.root"
+        ConfigError,
+        match=rf"^data {name}: http\S* cannot be fetched to /.*: HTTP Error 404.*; .*, or set data.root",
     ):
         data.download()
     assert not list(data.root.iterdir())
@@ -925,10 +1060,14 @@ def test_a_download_that_fails_says_so_and_leaves_nothing(
     assert not list(data.root.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_named(served: Callable[[str], FileDataset], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_named(
+    served: Callable[[str], FileDataset], tmp_path: Path
+) -> None:
     data = served("mnist")
     (tmp_path / "new").write_text("a file")
-    with pytest.raises(ConfigError, match=r"cannot be fetched to /.*Not a directory.*, or set data.root"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be fetched to /.*Not a directory.*, or set data.root"
+    ):
         data.download()
 
 
@@ -945,19 +1084,26 @@ def test_only_files_that_are_missing_are_downloaded(
     data.check()
 
 
-def test_a_folder_that_is_not_complete_is_not_overwritten(served: Callable[[str], FileDataset]) -> None:
+def test_a_folder_that_is_not_complete_is_not_overwritten(
+    served: Callable[[str], FileDataset],
+) -> None:
     data = served("tiny_imagenet")
     (data.root / "tiny-imagenet-200").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="tiny-imagenet-200: is there, but not complete; take it away"):
+    with pytest.raises(
+        ConfigError, match="tiny-imagenet-200: is there, but not complete; take it away"
+    ):
         data.download()
 
 
 def test_what_is_not_for_download_says_how_to_get_it() -> None:
     with pytest.raises(
-        ConfigError, match=r"^data digits: not for download; it comes with scikit-learn: pip install scikit-learn$"
+        ConfigError,
+        match=r"^data digits: not for download; it comes with scikit-learn: pip install scikit-learn$",
     ):
         Digits().download()
-    with pytest.raises(ConfigError, match=r"^data own: not for download; the function at data.path makes it"):
+    with pytest.raises(
+        ConfigError, match=r"^data own: not for download; the function at data.path makes it"
+    ):
         own("os:getcwd").download()
 
 
@@ -976,7 +1122,9 @@ def test_root_is_kept_as_a_path_that_holds_in_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = validated(TrainConfig, {"objective": "ce", "data": {"name": "mnist", "root": "here"}}).data
+    data = validated(
+        TrainConfig, {"objective": "ce", "data": {"name": "mnist", "root": "here"}}
+    ).data
     assert isinstance(data, Mnist) and data.root == tmp_path / "here"
     assert data.model_dump(mode="json")["root"] == str(tmp_path / "here")
     assert Mnist().root == Path("~/datasets/mnist"), "each machine has a home of its own"
@@ -987,6 +1135,9 @@ def test_root_is_kept_as_a_path_that_holds_in_any_working_directory(
 
 def test_a_data_set_with_one_image_a_class_cannot_be_held_out(tmp_path: Path) -> None:
     data = write_cifar(tmp_path, Cifar100, pickled(Cifar100), archive=True)
-    with pytest.raises(ConfigError, match=r"val_fraction: no class has two images, so none can be held out; got 0.2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"val_fraction: no class has two images, so none can be held out; got 0.2",
+    ):
         data.load()
     assert data.model_copy(update={"val_fraction": 0.0}).load()[1] is None

@@ -43,7 +43,9 @@ from tfkd_ray.store.experiment import read_experiment, read_records
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """A cache of each test's own, and nothing loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     forget_loaded()
@@ -57,17 +59,37 @@ def images(n: int = 64) -> ImageSet:
 
 
 def changed(found: ImageSet, **parts: Any) -> ImageSet:
-    return ImageSet(parts.get("stored", found.stored), parts.get("labels", found.labels), found.positions, len(found))
+    return ImageSet(
+        parts.get("stored", found.stored),
+        parts.get("labels", found.labels),
+        found.positions,
+        len(found),
+    )
 
 
 def test_every_byte_and_every_label_counts() -> None:
     whole = images()
     digests = {digest_of(whole)}
-    for place in (0, 7, 8, 1023, 8191, 8192, 49151, 49152, 64 * 784 - 1):  # 49152 bytes are whole blocks
+    for place in (
+        0,
+        7,
+        8,
+        1023,
+        8191,
+        8192,
+        49151,
+        49152,
+        64 * 784 - 1,
+    ):  # 49152 bytes are whole blocks
         stored = whole.stored.clone()
         stored.view(-1)[place] ^= 128
         digests.add(digest_of(changed(whole, stored=stored)))
-    for first, second in ((7, 15), (8191, 7), (11, 19), (3, 4)):  # two at once, of which sums might see nothing
+    for first, second in (
+        (7, 15),
+        (8191, 7),
+        (11, 19),
+        (3, 4),
+    ):  # two at once, of which sums might see nothing
         stored = whole.stored.clone()
         stored.view(-1)[[first, second]] ^= 128
         digests.add(digest_of(changed(whole, stored=stored)))
@@ -83,7 +105,9 @@ def test_every_byte_and_every_label_counts() -> None:
     [(9000, (1, 8, 8)), (9000, (1, 28, 28)), (6000, (1, 1, 509)), (1500, (3, 32, 32)), (40, (3, 160, 160)), (9, (1, 1, 1))],
     ids=str,
 )  # fmt: skip
-def test_an_image_that_changes_in_any_way_or_changes_places_counts(n: int, shape: tuple[int, int, int]) -> None:
+def test_an_image_that_changes_in_any_way_or_changes_places_counts(
+    n: int, shape: tuple[int, int, int]
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (n, *shape), dtype=np.uint8)
     pixels[[3, n // 2, n - 1]] = 0  # of which a sum sees nothing
     one, size = torch.zeros(n, dtype=torch.int64), pixels[0].size
@@ -102,7 +126,9 @@ def test_an_image_that_changes_in_any_way_or_changes_places_counts(n: int, shape
     cases["moved"] = np.roll(pixels, 1, axis=0)
     cases["one pixel of all"] = marked = pixels.copy()
     marked.reshape(n, -1)[:, 7 % size] ^= 128
-    found = {digest_of(ImageSet(torch.from_numpy(p), one, torch.arange(n), n)) for p in cases.values()}
+    found = {
+        digest_of(ImageSet(torch.from_numpy(p), one, torch.arange(n), n)) for p in cases.values()
+    }
     same = {p.tobytes() for p in cases.values()}
     assert len(found) == len(same) > 5
 
@@ -116,7 +142,13 @@ def test_the_digest_is_pinned_since_it_names_teachers() -> None:
 
 def test_it_is_of_the_whole_train_set_whatever_part_of_it_is_used() -> None:
     assert (
-        len({Digits(**s).pinned().digest for s in ({}, {"subset": 100}, {"split_seed": 3}, {"val_fraction": 0})}) == 1
+        len(
+            {
+                Digits(**s).pinned().digest
+                for s in ({}, {"subset": 100}, {"split_seed": 3}, {"val_fraction": 0})
+            }
+        )
+        == 1
     )
 
 
@@ -133,12 +165,22 @@ def idx_at(root: Path, *, gz: bool = False, spoil: bool = False) -> Mnist:
     return Mnist(root=root)
 
 
-def test_two_roots_of_the_same_content_are_one_data_set_and_of_other_content_two(tmp_path: Path) -> None:
-    a, b, c = idx_at(tmp_path / "a"), idx_at(tmp_path / "b", gz=True), idx_at(tmp_path / "c", spoil=True)
+def test_two_roots_of_the_same_content_are_one_data_set_and_of_other_content_two(
+    tmp_path: Path,
+) -> None:
+    a, b, c = (
+        idx_at(tmp_path / "a"),
+        idx_at(tmp_path / "b", gz=True),
+        idx_at(tmp_path / "c", spoil=True),
+    )
     os.utime(tmp_path / "b/train-images-idx3-ubyte.gz", (1, 1))
 
     def name(data: FileDataset) -> str:
-        tree = {"objective": "kd", "teacher": {"model": "cnn"}, "data": data.model_dump(mode="json")}
+        tree = {
+            "objective": "kd",
+            "teacher": {"model": "cnn"},
+            "data": data.model_dump(mode="json"),
+        }
         run = validated(TrainConfig, tree).teacher_run()
         assert run is not None
         return teacher_name(run)
@@ -180,7 +222,9 @@ def folder_at(root: Path, classes: str = "ab", n: int = 6) -> ImageFolder:
         for k, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for i in range(n):
-                pixels = np.random.default_rng(10 * k + i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(10 * k + i).integers(
+                    0, 256, (12, 12, 3), dtype=np.uint8
+                )
                 Image.fromarray(pixels).save(root / split / name / f"{i}-{k}.png")
     return ImageFolder(root=root, num_classes=len(classes), image_size=8)
 
@@ -235,7 +279,14 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
 def taught(data: dict[str, Any], **settings: Any) -> dict[str, Any]:
     small = {"name": "mlp", "hidden": [8]}
     teacher = {"model": {"name": "mlp", "hidden": [16]}, "epochs": 2, "labels": "bank"}
-    return {"objective": "kd", "teacher": teacher, "student": small, "data": data, "epochs": 2, **settings}
+    return {
+        "objective": "kd",
+        "teacher": teacher,
+        "student": small,
+        "data": data,
+        "epochs": 2,
+        **settings,
+    }
 
 
 def turn(how: str) -> None:
@@ -254,14 +305,20 @@ def test_a_function_that_returns_other_images_gets_another_teacher_and_other_sof
     assert len(list((tmp_path / "teachers").iterdir())) == 2
     turn("as it was")
     again = find_or_train(config, tmp_path)
-    assert again is not None and again._of == first._of and len(list((tmp_path / "teachers").iterdir())) == 2
+    assert (
+        again is not None
+        and again._of == first._of
+        and len(list((tmp_path / "teachers").iterdir())) == 2
+    )
 
 
 def test_a_function_that_returns_other_images_at_each_call_is_refused(mine: dict[str, Any]) -> None:
     turn("random")
     data = validated(TrainConfig, taught(mine)).data
     assert isinstance(data, OwnData)
-    with pytest.raises(ConfigError, match="returns other images or labels at each call; seed what is random in it"):
+    with pytest.raises(
+        ConfigError, match="returns other images or labels at each call; seed what is random in it"
+    ):
         data.pinned()
     turn("as it was")
     was = data.pinned()
@@ -279,13 +336,19 @@ def test_an_own_set_that_draws_from_the_global_random_numbers_is_the_same_in_eve
         np.random.seed(other)  # noqa: NPY002
         random.seed(other)
         torch.manual_seed(other)
-        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]  # noqa: NPY002
+        before = (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
+            torch.get_rng_state().tolist(),
+        )
         data = validated(TrainConfig, taught(mine)).data.pinned()
         test = data.load_test()
         after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]  # noqa: NPY002
         assert after == before, "and they are put back"
         found.append((data.digest, digest_of(test)))
-    assert found[0] == found[1] == found[2] and found[0][0] != found[0][1], "the test split is another draw"
+    assert found[0] == found[1] == found[2] and found[0][0] != found[0][1], (
+        "the test split is another draw"
+    )
 
 
 def test_a_process_takes_the_digest_of_a_set_once_whatever_it_trains_on_it(
@@ -310,11 +373,15 @@ def test_a_node_with_other_data_refuses_with_its_name(mine: dict[str, Any]) -> N
     config = validated(TrainConfig, taught(mine)).pinned()
     check_data_here(config)
     turn("turned")
-    with pytest.raises(ConfigError, match=r"node .*: data own: the train images or labels here are others"):
+    with pytest.raises(
+        ConfigError, match=r"node .*: data own: the train images or labels here are others"
+    ):
         check_data_here(config)
 
 
-def test_a_teacher_of_before_digests_is_found_by_its_name_and_not_taken_for_new_data(tmp_path: Path) -> None:
+def test_a_teacher_of_before_digests_is_found_by_its_name_and_not_taken_for_new_data(
+    tmp_path: Path,
+) -> None:
     run = validated(TrainConfig, taught({"name": "digits"})).teacher_run()
     assert run is not None
     about = train_teacher(run, tmp_path)
@@ -324,7 +391,9 @@ def test_a_teacher_of_before_digests_is_found_by_its_name_and_not_taken_for_new_
     load_teacher(run, tmp_path)
 
 
-def test_a_run_goes_on_only_with_the_data_that_it_began_with(mine: dict[str, Any], tfkd: Run, tmp_path: Path) -> None:
+def test_a_run_goes_on_only_with_the_data_that_it_began_with(
+    mine: dict[str, Any], tfkd: Run, tmp_path: Path
+) -> None:
     (tmp_path / "run.yaml").write_text(dump_yaml(taught(mine)))
     command = ["train", "run.yaml", "--out", "out", "--storage", "."]
     done = tfkd(*command)
@@ -339,15 +408,27 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(mine: dict[str, Any
 
 
 @pytest.mark.ray
-def test_an_experiment_records_the_digest_and_goes_on_with_these_data_only(tmp_path: Path, ray_cluster: str) -> None:
+def test_an_experiment_records_the_digest_and_goes_on_with_these_data_only(
+    tmp_path: Path, ray_cluster: str
+) -> None:
     data = idx_at(tmp_path / "data")
     path = tmp_path / "data/train-images-idx3-ubyte"
-    search = {"num_samples": 2, "stopping": "none", "baselines": False, "sampler": "random", "warm_start": False}
-    space = taught(data.model_dump(mode="json"), optim={"lr": {"low": 0.01, "high": 0.1}}, search=search)
+    search = {
+        "num_samples": 2,
+        "stopping": "none",
+        "baselines": False,
+        "sampler": "random",
+        "warm_start": False,
+    }
+    space = taught(
+        data.model_dump(mode="json"), optim={"lr": {"low": 0.01, "high": 0.1}}, search=search
+    )
     build_tuner(space, name="a", storage=tmp_path).fit()
     digest = read_experiment(tmp_path / "a")["space"]["data"]["digest"]
     assert digest == data.pinned().digest
-    assert {r.config["data"]["digest"] for r in read_records(tmp_path / "a") if r.status == "done"} == {digest}
+    assert {
+        r.config["data"]["digest"] for r in read_records(tmp_path / "a") if r.status == "done"
+    } == {digest}
     raw, forget = path.read_bytes(), forget_loaded
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     forget()
@@ -355,7 +436,9 @@ def test_an_experiment_records_the_digest_and_goes_on_with_these_data_only(tmp_p
         resume_tuner(tmp_path / "a", add_trials=1)
     said: list[str] = []
     other = build_tuner(space, name="b", storage=tmp_path, on_note=said.append)
-    assert len(said) == 1 and "teacher and soft labels are made anew" in said[0] and digest in said[0], other
+    assert (
+        len(said) == 1 and "teacher and soft labels are made anew" in said[0] and digest in said[0]
+    ), other
     path.write_bytes(raw)
     forget()
     wider = {**space, "optim": {"lr": {"low": 0.01, "high": 0.2}}}

@@ -50,7 +50,11 @@ def test_the_reference_has_every_public_name_and_names_no_place_on_this_machine(
 
 def test_every_fault_of_the_page_has_a_test_that_is_there() -> None:
     rows = [line for line in (DOCS / "faults.md").read_text().splitlines() if line.startswith("| ")]
-    named = [re.findall(r"`(test_\w+\.py)::(\w+)`", row) for row in rows if not row.startswith("| fault ")]
+    named = [
+        re.findall(r"`(test_\w+\.py)::(\w+)`", row)
+        for row in rows
+        if not row.startswith("| fault ")
+    ]
     assert len(named) > 200 and all(named)
     for file, name in {pair for pairs in named for pair in pairs}:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
@@ -65,7 +69,9 @@ def test_the_spaces_of_the_page_are_valid_and_search_something_or_name_a_recipe(
     assert space.parameters or "recipe" in text
 
 
-MISTAKES = re.findall(r"^\| `(.+?)` \| ((?:[a-z_]+\.)*[a-z_]+: .+) \|$", (DOCS / "space.md").read_text(), re.M)
+MISTAKES = re.findall(
+    r"^\| `(.+?)` \| ((?:[a-z_]+\.)*[a-z_]+: .+) \|$", (DOCS / "space.md").read_text(), re.M
+)
 
 
 def test_there_are_mistakes_in_the_table() -> None:
@@ -74,7 +80,9 @@ def test_there_are_mistakes_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("text, sentence", MISTAKES, ids=[text[:40] for text, _ in MISTAKES])
-def test_a_common_mistake_is_answered_with_the_very_sentence_of_the_page(text: str, sentence: str) -> None:
+def test_a_common_mistake_is_answered_with_the_very_sentence_of_the_page(
+    text: str, sentence: str
+) -> None:
     tree = {"objective": "ce", **parse_yaml(text, "space.md")}
     with pytest.raises(ConfigError) as error:
         build_space(tree)
@@ -102,7 +110,9 @@ def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: 
         if program == "tfkd":
             run = tfkd(*words, cwd=tmp_path)
         else:
-            run = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            run = subprocess.run(
+                [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
+            )
         assert run.returncode == 0, f"{command}: {run.stderr}"
         printed += run.stdout.splitlines()
     for line in lines:  # and prints what is shown, but for the last digits
@@ -119,19 +129,28 @@ def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tune
     (code,) = blocks("search.md", "python")
     two = [line for line in code.splitlines() if "searcher" in line]
     assert len(two) == 2
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110
+    )
     assert run.returncode == 0, run.stderr
     assert re.search(r"^8 trials, best 0\.9\d+$", run.stdout, re.M), run.stdout
-    study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(tmp_path / "study.journal"))
+    study = optuna.load_study(
+        study_name="tfkd/ce", storage=open_journal(tmp_path / "study.journal")
+    )
     assert [t.user_attrs["number"] for t in study.trials] == list(range(8))
     ends = {state: [t for t in study.trials if t.state == state] for state in TrialState}
     assert all(ends[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     assert not ends[TrialState.RUNNING] and not ends[TrialState.WAITING]
     for trial in ends[TrialState.COMPLETE]:
-        assert sorted(trial.intermediate_values) == list(range(1, 10)) and trial.value == trial.intermediate_values[9]
+        assert (
+            sorted(trial.intermediate_values) == list(range(1, 10))
+            and trial.value == trial.intermediate_values[9]
+        )
     for trial in ends[TrialState.PRUNED]:  # stopped at a rung, with every value that it had told
         assert len(trial.intermediate_values) in (1, 3)
-        assert sorted(trial.intermediate_values) == list(range(1, len(trial.intermediate_values) + 1))
+        assert sorted(trial.intermediate_values) == list(
+            range(1, len(trial.intermediate_values) + 1)
+        )
     for trial in ends[TrialState.FAIL]:
         assert trial.user_attrs["reason"].startswith("ArithmeticError: diverged in epoch 1")
 
@@ -140,7 +159,12 @@ def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tune
 
 
 def test_the_page_names_every_key_that_programs_read(tmp_path: Path) -> None:
-    section = (DOCS / "compare.md").read_text().partition("## For other programs")[2].partition("\n## ")[0]
+    section = (
+        (DOCS / "compare.md")
+        .read_text()
+        .partition("## For other programs")[2]
+        .partition("\n## ")[0]
+    )
     make_sweep(tmp_path / "sweep", 8)
     found = status(tmp_path / "sweep")
     table, _, rest = section.partition("\n`best`: ")
@@ -149,10 +173,14 @@ def test_the_page_names_every_key_that_programs_read(tmp_path: Path) -> None:
     assert {*found["trials"], *found["best"], *found["epochs"], *found["failures"]} <= set(
         re.findall(r"`(\w+)`", table)
     )
-    assert set(ls(tmp_path)[0]) <= set(re.findall(r"`(\w+)`", rest.partition("`ls`: ")[2].partition("`trials`: ")[0]))
+    assert set(ls(tmp_path)[0]) <= set(
+        re.findall(r"`(\w+)`", rest.partition("`ls`: ")[2].partition("`trials`: ")[0])
+    )
     best, plan = best_of(tmp_path / "sweep")
     front = front_of([best], plan, 8)
-    assert {*front, *front["best"][0]} <= set(re.findall(r"`(\w+)`", rest.partition("`ls`: ")[0])) | {"best"}
+    assert {*front, *front["best"][0]} <= set(
+        re.findall(r"`(\w+)`", rest.partition("`ls`: ")[0])
+    ) | {"best"}
 
 
 # --- links
@@ -180,7 +208,9 @@ def test_no_page_names_a_place_that_only_we_have() -> None:
 
 def test_the_notebook_is_kept_without_output() -> None:
     cells = json.loads((ROOT / "examples/tune_digits.ipynb").read_text())["cells"]
-    assert all(not c["outputs"] and c["execution_count"] is None for c in cells if c["cell_type"] == "code")
+    assert all(
+        not c["outputs"] and c["execution_count"] is None for c in cells if c["cell_type"] == "code"
+    )
 
 
 @pytest.mark.ray
@@ -196,10 +226,17 @@ def test_the_notebook_runs_from_space_to_report(ray_cluster: str, tmp_path: Path
     )
     client.execute()
     shown = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
-    texts = [str(o.get("text") or o["data"]["text/plain"]) for o in shown if o.output_type != "error"]
+    texts = [
+        str(o.get("text") or o["data"]["text/plain"]) for o in shown if o.output_type != "error"
+    ]
     follows = [t for t in texts if "of 8 trials" in t]
     assert len(follows) == 1 and "8 of 8 trials" in follows[0]  # one output, kept up to date
     assert any("8 trials, 0 errors; best: val_accuracy 0." in t for t in texts)
-    assert "iframe" in shown[-1]["data"]["text/html"] and (tmp_path / "report.html").stat().st_size > 10**5
+    assert (
+        "iframe" in shown[-1]["data"]["text/html"]
+        and (tmp_path / "report.html").stat().st_size > 10**5
+    )
     said = [line for o in shown if o.get("name") == "stderr" for line in o["text"].splitlines()]
-    assert not [line for line in said if "ipywidgets" not in line and "tqdm" not in line]  # which are not needed
+    assert not [
+        line for line in said if "ipywidgets" not in line and "tqdm" not in line
+    ]  # which are not needed

@@ -33,7 +33,11 @@ def test_ray_with_and_without_its_default_extra(monkeypatch: pytest.MonkeyPatch)
     needs = ["colorful; extra == 'default'", "no-such-package; extra == 'default'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: needs)
     found = one(doctor.check_installed())
-    assert found.level == "problem" and "no-such-package" in found.text and "pip install 'ray[default" in found.text
+    assert (
+        found.level == "problem"
+        and "no-such-package" in found.text
+        and "pip install 'ray[default" in found.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,12 @@ def test_ray_with_and_without_its_default_extra(monkeypatch: pytest.MonkeyPatch)
     ],
 )  # fmt: skip
 def test_the_token_is_on_and_private(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], mode: int | None, level: str, text: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    env: dict[str, str],
+    mode: int | None,
+    level: str,
+    text: str,
 ) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -63,7 +72,11 @@ def test_the_token_is_on_and_private(
 def test_another_cluster_on_the_host_is_named() -> None:
     """A real process with a raylet's command line stands for it."""
     raylet = "import sys, time; print('up', flush=True); time.sleep(60)"
-    words = ["bash", "-c", f'exec -a raylet {sys.executable} -c "{raylet}" --gcs-address=127.9.9.9:6399']
+    words = [
+        "bash",
+        "-c",
+        f'exec -a raylet {sys.executable} -c "{raylet}" --gcs-address=127.9.9.9:6399',
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout is not None and other.stdout.readline() == b"up\n"
@@ -74,7 +87,9 @@ def test_another_cluster_on_the_host_is_named() -> None:
     assert "127.9.9.9:6399" not in one(doctor.check_others(None)).text
 
 
-def test_a_long_temporary_directory_is_measured_against_107_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_temporary_directory_is_measured_against_107_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for place, level in (("/tmp/ray", "ok"), ("/tmp/" + "x" * 60, "problem")):
         found = one(doctor.check_sockets({"n": len(place) + len(doctor.LONGEST_SOCKET)}))
         assert found.level == level and "107" in found.text
@@ -83,12 +98,18 @@ def test_a_long_temporary_directory_is_measured_against_107_bytes(monkeypatch: p
 
 def test_little_shared_memory_is_said_with_the_size_to_give() -> None:
     found = one(doctor.check_shared_memory({"a": (64 * 10**6, 2e9), "b": (20 * 10**9, 2e9)}))
-    assert found.level == "warning" and "a: /dev/shm has 0.064 GB" in found.text and "--shm-size=2.2g" in found.text
+    assert (
+        found.level == "warning"
+        and "a: /dev/shm has 0.064 GB" in found.text
+        and "--shm-size=2.2g" in found.text
+    )
     assert one(doctor.check_shared_memory({"b": (20 * 10**9, 2e9)})).level == "ok"
 
 
 def test_storage_of_this_machine_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
-    assert one(doctor.check_storage_here(Directory(tmp_path / "a/b"))).level == "ok" and not list(tmp_path.iterdir())
+    assert one(doctor.check_storage_here(Directory(tmp_path / "a/b"))).level == "ok" and not list(
+        tmp_path.iterdir()
+    )
     (tmp_path / "file").write_text("")
     found = one(doctor.check_storage_here(Directory(tmp_path / "file")))
     assert found.level == "problem" and "choose another place: --storage DIR" in found.text
@@ -98,7 +119,11 @@ def test_a_node_that_does_not_see_the_storage_or_answer_is_named(tmp_path: Path)
     good, dead = Node("good"), Node("dead", silent="does not answer within 30 s")
     bad = Node("10.0.0.9 (ab)", storage="cannot use it (No such file or directory)")
     found = one(doctor.check_storage(Directory(tmp_path), [good, bad]))
-    assert found.level == "problem" and "10.0.0.9 (ab) cannot use it" in found.text and "mount it there" in found.text
+    assert (
+        found.level == "problem"
+        and "10.0.0.9 (ab) cannot use it" in found.text
+        and "mount it there" in found.text
+    )
     assert one(doctor.check_storage(Directory(tmp_path), [good])).level == "ok"
     assert one(doctor.check_storage(None, [good])).level == "warning"
     assert one(doctor.check_nodes([good, dead])).text == "dead does not answer within 30 s"
@@ -111,8 +136,12 @@ def test_other_versions_on_a_node_are_named() -> None:
     assert one(doctor.check_versions([Node("a", here)])).level == "ok"
 
 
-@pytest.mark.parametrize("code, level", [(200, "problem"), (401, "ok"), (403, "ok"), (500, "warning")])
-def test_a_cluster_that_lets_anyone_in_is_found(monkeypatch: pytest.MonkeyPatch, code: int, level: str) -> None:
+@pytest.mark.parametrize(
+    "code, level", [(200, "problem"), (401, "ok"), (403, "ok"), (500, "warning")]
+)
+def test_a_cluster_that_lets_anyone_in_is_found(
+    monkeypatch: pytest.MonkeyPatch, code: int, level: str
+) -> None:
     class Head(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(code)
@@ -154,20 +183,30 @@ def test_without_a_cluster_this_machine_is_looked_at(
 
 
 @pytest.mark.ray
-def test_a_cluster_is_looked_at_and_a_leaked_group_is_removed(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
+def test_a_cluster_is_looked_at_and_a_leaked_group_is_removed(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
     leak = (
         "import ray\n"
         f"ray.init('{ray_cluster}', log_to_driver=False)\n"
         "g = ray.util.placement_group([{'CPU': 1}], lifetime='detached'); ray.get(g.ready())\n"
     )
-    subprocess.run([sys.executable, "-c", leak], env={**os.environ, "RAY_AUTH_MODE": "token"}, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", leak],
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        check=True,
+        timeout=60,
+    )
     (tmp_path / "mine.yaml").write_text(SPACE)
     (tmp_path / "large.yaml").write_text(SPACE + "workers: 4\ncpus_per_worker: 2\n")
 
     run = tfkd("doctor", "--space", "large.yaml", "--storage", "mine.yaml")
     said = " ".join(run.stdout.split())
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "problem groups: 1 of jobs that have ended hold 1 CPU; tfkd doctor --reap removes them" in said
+    assert (
+        "problem groups: 1 of jobs that have ended hold 1 CPU; tfkd doctor --reap removes them"
+        in said
+    )
     assert "problem trials: workers: a trial needs 4 x 2 CPU" in said
     assert "problem storage: " in said and "mine.yaml cannot be written to from here" in said
 

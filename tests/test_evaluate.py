@@ -18,7 +18,9 @@ from tfkd_ray.verdict.scores import accuracy, ece
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    return torch.randn(200, 10, generator=g, dtype=torch.float64) * 2, torch.randint(10, (200,), generator=g)
+    return torch.randn(200, 10, generator=g, dtype=torch.float64) * 2, torch.randint(
+        10, (200,), generator=g
+    )
 
 
 def test_metrics_are_their_definitions(batch: tuple[Tensor, Tensor]) -> None:
@@ -47,33 +49,48 @@ def test_perfect_confident_answers_are_calibrated() -> None:
     labels = torch.arange(10)
     metrics = metrics_from(metric_sums(torch.eye(10) * 100, labels))
     assert metrics["val_accuracy"] == metrics["val_top5"] == 1
-    assert metrics["val_ece"] == pytest.approx(0, abs=1e-9) and metrics["val_nll"] == pytest.approx(0, abs=1e-9)
+    assert metrics["val_ece"] == pytest.approx(0, abs=1e-9) and metrics["val_nll"] == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 def test_two_classes_have_all_of_their_five_guesses() -> None:
-    assert metrics_from(metric_sums(torch.randn(4, 2), torch.zeros(4, dtype=torch.long)))["val_top5"] == 1
+    assert (
+        metrics_from(metric_sums(torch.randn(4, 2), torch.zeros(4, dtype=torch.long)))["val_top5"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize("case", ["random", "equal logits", "on the edges", "certain"])
-def test_validation_tables_and_captions_say_the_same_calibration_error(case: str, tmp_path: Path) -> None:
+def test_validation_tables_and_captions_say_the_same_calibration_error(
+    case: str, tmp_path: Path
+) -> None:
     """On the edges: confidences of 6/15 and 9/15, which softmax gives with errors in the last digit."""
     g = torch.Generator().manual_seed(1)
     labels = torch.randint(10, (300,), generator=g)
     logits = {
         "random": torch.randn(300, 10, generator=g) * 3,
         "equal logits": torch.zeros(300, 10),
-        "on the edges": torch.tensor([[0.6, 0.4] + [0.0] * 8, [0.4, 0.3, 0.3] + [0.0] * 7]).log()[labels % 2],
+        "on the edges": torch.tensor([[0.6, 0.4] + [0.0] * 8, [0.4, 0.3, 0.3] + [0.0] * 7]).log()[
+            labels % 2
+        ],
         "certain": 1e3 * torch.eye(10)[labels],
     }[case].clamp(min=-1e6)
     found = metrics_from(metric_sums(logits, labels))
     runs = []
     for name, images in (("whole", slice(None)), ("first", slice(0, 100))):
-        save_file({"logits": logits[images].numpy(), "labels": labels[images].numpy()}, tmp_path / name)
+        save_file(
+            {"logits": logits[images].numpy(), "labels": labels[images].numpy()}, tmp_path / name
+        )
         runs.append(ece(logits[images].numpy(), labels[images].numpy()))
     assert found["val_ece"] == pytest.approx(runs[0], abs=1e-12)
-    assert found["val_accuracy"] == pytest.approx(accuracy(logits.numpy(), labels.numpy()), abs=1e-12)
+    assert found["val_accuracy"] == pytest.approx(
+        accuracy(logits.numpy(), labels.numpy()), abs=1e-12
+    )
     assert _judged_runs([tmp_path / "whole"])[2] == pytest.approx(runs[0], abs=1e-12)
-    assert _judged_runs([tmp_path / "whole", tmp_path / "first"])[2] == pytest.approx(sum(runs) / 2, abs=1e-12)
+    assert _judged_runs([tmp_path / "whole", tmp_path / "first"])[2] == pytest.approx(
+        sum(runs) / 2, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("k", range(1, BINS + 1))

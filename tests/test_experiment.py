@@ -23,7 +23,9 @@ from tfkd_ray.store.experiment import (
 def record(folder: Path, number: int, status: str = "done", accuracy: float = 0.5) -> Record:
     name = f"t{number:04d}-ce"
     metrics = [{"epoch": 1.0, "val_accuracy": accuracy, "val_nll": accuracy}]
-    return Record(folder / "trials" / name, number, name, "ce", status, {"optim.lr": 0.1}, {}, metrics=metrics)
+    return Record(
+        folder / "trials" / name, number, name, "ce", status, {"optim.lr": 0.1}, {}, metrics=metrics
+    )
 
 
 def test_an_experiment_says_what_it_was_made_with(tmp_path: Path) -> None:

@@ -49,7 +49,11 @@ DIGITS = next(p for p in SPACES if p.stem == "digits_tfkd")
 
 
 def space(objective: Any, **tree: Any) -> Space:
-    teacher = {"teacher": {"model": "mlp"}} if objective["name"] in ("kd", "dkd", "dist", "kd_standardised") else {}
+    teacher = (
+        {"teacher": {"model": "mlp"}}
+        if objective["name"] in ("kd", "dkd", "dist", "kd_standardised")
+        else {}
+    )
     return build_space({"objective": objective, "student": "mlp", **teacher, **tree})
 
 
@@ -66,11 +70,15 @@ def knob(name: str, K: int = 10, **settings: Any) -> Knob:
 @pytest.mark.parametrize("K", [2, 10])
 def test_the_gradient_is_that_of_the_loss(objective: Canonical, K: int) -> None:
     scaled = objective.model_copy(update={"loss_scale": 0.3})
-    logits, labels, teacher = (torch.tensor(x.astype(x.dtype if x.ndim > 1 else int)) for x in _batch(K))
+    logits, labels, teacher = (
+        torch.tensor(x.astype(x.dtype if x.ndim > 1 else int)) for x in _batch(K)
+    )
     for z, found in zip(logits, _gradients(K)(scaled), strict=True):
         z = z.clone().requires_grad_()
         scaled(z, labels, teacher).backward()
-        assert z.grad is not None and torch.allclose(torch.tensor(found), z.grad.flatten(), rtol=1e-9, atol=1e-15)
+        assert z.grad is not None and torch.allclose(
+            torch.tensor(found), z.grad.flatten(), rtol=1e-9, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("K", [2, 10, 200])  # 200: 163 images, whose numbers are no multiple of 16
@@ -80,7 +88,10 @@ def test_the_synthetic_batch_is_drawn_as_torch_draws_it(K: int) -> None:
     logits, labels, _ = _batch(K)
     B = len(labels)
     assert labels.tolist() == torch.randint(K, (B,), generator=g).tolist()
-    normal, bump = torch.randn(B, K, generator=g, dtype=torch.float64), torch.rand(B, generator=g, dtype=torch.float64)
+    normal, bump = (
+        torch.randn(B, K, generator=g, dtype=torch.float64),
+        torch.rand(B, generator=g, dtype=torch.float64),
+    )
     normal[torch.arange(B), torch.tensor(labels.astype(int))] += 4 * bump
     assert torch.allclose(torch.tensor(logits[0]), normal, rtol=1e-14, atol=1e-14)
 
@@ -115,8 +126,13 @@ def test_the_same_numbers_each_time_and_the_global_generator_is_left_alone() -> 
 def test_the_released_settings_are_the_label_smoothings_of_the_fact_sheet(
     model: str, alpha: float, T: float, m: float, eps: float, scale: float
 ) -> None:
-    amount = amounts_to(from_released("tfkd_reg", alpha=alpha, temperature=T, multiplier=m, num_classes=100), 100)
-    assert (amount.lsr.alpha, amount.lsr.loss_scale) == (pytest.approx(eps, abs=1e-4), pytest.approx(scale, rel=1e-9))
+    amount = amounts_to(
+        from_released("tfkd_reg", alpha=alpha, temperature=T, multiplier=m, num_classes=100), 100
+    )
+    assert (amount.lsr.alpha, amount.lsr.loss_scale) == (
+        pytest.approx(eps, abs=1e-4),
+        pytest.approx(scale, rel=1e-9),
+    )
     assert amount.residual < 1e-12
 
 
@@ -126,7 +142,10 @@ def test_tfkd_reg_code_is_what_it_says_it_is(K: int, T: float) -> None:
     code = TfkdRegCode(alpha=0.37, temperature=T, correct_prob=0.9, loss_scale=0.3)
     amount, exact = amounts_to(code, K), code.as_label_smoothing(K)
     assert amount.residual < 1e-12
-    assert (amount.lsr.alpha, amount.lsr.loss_scale) == (pytest.approx(exact.alpha), pytest.approx(0.3))
+    assert (amount.lsr.alpha, amount.lsr.loss_scale) == (
+        pytest.approx(exact.alpha),
+        pytest.approx(0.3),
+    )
 
 
 @pytest.mark.parametrize("K", [10, 1000])
@@ -164,7 +183,10 @@ def test_no_other_label_smoothing_is_nearer() -> None:
     assert best == pytest.approx(math.hypot(*amount.residuals)) and best > EXPLAIN_TOLERANCE
     for field in ("alpha", "loss_scale"):
         for factor in (0.99, 1.01):
-            assert off(amount.lsr.model_copy(update={field: factor * getattr(amount.lsr, field)})) > best
+            assert (
+                off(amount.lsr.model_copy(update={field: factor * getattr(amount.lsr, field)}))
+                > best
+            )
 
 
 # --- settings
@@ -267,10 +289,16 @@ def test_reports_of_shipped_spaces_fit_and_name_every_searched_setting(path: Pat
     lines = list(explained(shipped))
     assert max(map(len, lines)) <= 80
     for branch in shipped.branches:
-        start = next(i for i, line in enumerate(lines) if line.split(",")[0] == f"objective.{branch.objective}")
+        start = next(
+            i
+            for i, line in enumerate(lines)
+            if line.split(",")[0] == f"objective.{branch.objective}"
+        )
         part = lines[start : lines.index("", start)] if "" in lines[start:] else lines[start:]
         searched = [p.path[-1] for p in branch.parameters if p.path[0] == "objective"]
-        assert [line.split()[0] for line in part if line.endswith((" live", " redundant", " dead"))] == searched
+        assert [
+            line.split()[0] for line in part if line.endswith((" live", " redundant", " dead"))
+        ] == searched
 
 
 def test_no_setting_of_the_shipped_digits_space_is_wasted() -> None:
@@ -279,7 +307,11 @@ def test_no_setting_of_the_shipped_digits_space_is_wasted() -> None:
 
 def test_a_long_list_of_choices_is_cut_to_fit() -> None:
     scale = {"low": 1e-5, "high": 0.999999, "log": True}
-    tree = {"name": "kd_standardised", "temperature": {"choices": [k / 7 for k in range(7, 70)]}, "loss_scale": scale}
+    tree = {
+        "name": "kd_standardised",
+        "temperature": {"choices": [k / 7 for k in range(7, 70)]},
+        "loss_scale": scale,
+    }
     assert max(map(len, explained(space(tree)))) <= 80
 
 
@@ -293,7 +325,9 @@ def test_an_arm_says_what_it_amounts_to() -> None:
     ]
     kd = TrainConfig.model_validate({"objective": {"name": "tfkd_self", "temperature": 2}})
     lines = list(arm_line("self", kd))
-    assert "no label smoothing is within 2 %; the nearest, alpha " in lines[3] and "% at 10)" in " ".join(lines)
+    assert "no label smoothing is within 2 %; the nearest, alpha " in lines[
+        3
+    ] and "% at 10)" in " ".join(lines)
     assert list(arm_line("plain", TrainConfig.model_validate({"objective": "ce"})))[1:] == [
         "  loss_scale 1",
         "  weight of CE 1",

@@ -34,7 +34,11 @@ from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import Record, read_records, write_experiment, write_record
 from tfkd_ray.verdict.scores import score_of
 
-SMALL: dict[str, Any] = {"student": {"name": "mlp", "hidden": [8]}, "epochs": 2, "checkpoint_every_s": 100}
+SMALL: dict[str, Any] = {
+    "student": {"name": "mlp", "hidden": [8]},
+    "epochs": 2,
+    "checkpoint_every_s": 100,
+}
 CNN: dict[str, Any] = {"student": {"name": "cnn", "widths": [4, 8]}, "epochs": 2}
 
 
@@ -83,7 +87,11 @@ def noisy(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
 
 def trained(folder: Path, config: TrainConfig, storage: Path) -> list[dict[str, float]]:
     """Train as a trial does, without Ray."""
-    found = list(train_in(folder, config, teacher=find_or_train(config, storage), about={"trial": folder.name}))
+    found = list(
+        train_in(
+            folder, config, teacher=find_or_train(config, storage), about={"trial": folder.name}
+        )
+    )
     write_text(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in found))
     return found
 
@@ -103,7 +111,12 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = build_space({**SMALL, "objective": ["lsr", "tfkd_self"]}).tree
     write_experiment(place / "sweep", tree, ["/somewhere/bin/tfkd", "tune", "mine.yaml"])
     for number, (objective, status, lr) in enumerate(
-        [("lsr", "done", 0.01), ("tfkd_self", "done", 0.2), ("lsr", "stopped", 0.1), ("ce", "failed", 0.1)]
+        [
+            ("lsr", "done", 0.01),
+            ("tfkd_self", "done", 0.2),
+            ("lsr", "stopped", 0.1),
+            ("ce", "failed", 0.1),
+        ]
     ):
         name = f"t{number:04d}-{objective}"
         config = validated(TrainConfig, {**SMALL, "objective": objective, "optim": {"lr": lr}})
@@ -111,7 +124,11 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if status == "done":
             trained(folder, config, place)
         reason = "Diverged: train_loss is nan" if status == "failed" else None
-        write_record(Record(folder, number, name, objective, status, {}, config.model_dump(mode="json"), reason))
+        write_record(
+            Record(
+                folder, number, name, objective, status, {}, config.model_dump(mode="json"), reason
+            )
+        )
     arms = {
         **SMALL,
         "arms": [
@@ -127,7 +144,18 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if status == "done":
             trained(folder, run.config, place)
         told = {"arm": run.arm, "seed": run.seed}
-        write_record(Record(folder, number, run.name, run.arm, status, told, run.config.model_dump(mode="json"), "out"))
+        write_record(
+            Record(
+                folder,
+                number,
+                run.name,
+                run.arm,
+                status,
+                told,
+                run.config.model_dump(mode="json"),
+                "out",
+            )
+        )
     from tfkd_ray.run.confirm import judge_on_test
 
     judge_on_test(place / "arms")
@@ -152,10 +180,16 @@ def student(folder: Path) -> tuple[nn.Module, Dataset]:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_with_torch_alone_gives_the_students_logits(tmp_path: Path, storage: Path) -> None:
+def test_a_fresh_process_with_torch_alone_gives_the_students_logits(
+    tmp_path: Path, storage: Path
+) -> None:
     result = export(storage / "run", tmp_path / "out")
     assert result["files"] == ["README.md", "config.yaml", GRAPH, "student.safetensors", SUMS]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == set(result["files"]) == {*verify(tmp_path / "out"), SUMS}
+    assert (
+        {p.name for p in (tmp_path / "out").iterdir()}
+        == set(result["files"])
+        == {*verify(tmp_path / "out"), SUMS}
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     network, data = student(tmp_path / "out")
     images = data.load()[0].part(torch.arange(64)).images  # type: ignore[union-attr]
@@ -172,7 +206,9 @@ def test_a_fresh_process_with_torch_alone_gives_the_students_logits(tmp_path: Pa
         "    logits = student(wanted['images'][:size])\n"
         "    torch.testing.assert_close(logits, wanted['logits'][:size], rtol=1e-5, atol=1e-5)\n"
     )
-    ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
 
 
@@ -183,7 +219,10 @@ def test_onnx_gives_the_students_logits_at_every_batch_size(tmp_path: Path, stor
 
     result = export(storage / "run", tmp_path / "out", onnx=True)
     assert result["images"] == 256 and result["split"] == "validation" and not result["problems"]
-    assert {n: d["largest"] < 1e-5 < d["scale"] for n, d in result["differences"].items()} == {GRAPH: True, ONNX: True}
+    assert {n: d["largest"] < 1e-5 < d["scale"] for n, d in result["differences"].items()} == {
+        GRAPH: True,
+        ONNX: True,
+    }
     model = onnx.load(tmp_path / "out" / ONNX)
     onnx.checker.check_model(model)
     assert [o.version for o in model.opset_import if not o.domain] == [exporting.OPSET]
@@ -199,7 +238,9 @@ def test_onnx_gives_the_students_logits_at_every_batch_size(tmp_path: Path, stor
 
 def test_weights_and_configuration_are_those_of_the_run(tmp_path: Path, storage: Path) -> None:
     export(storage / "run", tmp_path / "out", licence="apache-2.0")
-    first, copy = (load_file(f / "student.safetensors") for f in (storage / "run", tmp_path / "out"))
+    first, copy = (
+        load_file(f / "student.safetensors") for f in (storage / "run", tmp_path / "out")
+    )
     assert first.keys() == copy.keys() and all(first[k].equal(copy[k]) for k in first)
     assert read_yaml(tmp_path / "out/config.yaml") == read_yaml(storage / "run/config.yaml")
     with safe_open(tmp_path / "out/student.safetensors", "pt") as file:
@@ -214,10 +255,16 @@ def test_weights_and_configuration_are_those_of_the_run(tmp_path: Path, storage:
 def test_no_place_on_this_machine_is_in_a_graph(tmp_path: Path, storage: Path, file: str) -> None:
     export(storage / "run", tmp_path / "out", onnx=True)
     content = (tmp_path / "out" / file).read_bytes()
-    assert not [p for p in (Path(torch.__file__).parent, Path(exporting.__file__).parent) if str(p).encode() in content]
+    assert not [
+        p
+        for p in (Path(torch.__file__).parent, Path(exporting.__file__).parent)
+        if str(p).encode() in content
+    ]
 
 
-def test_all_or_nothing_is_written(tmp_path: Path, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_or_nothing_is_written(
+    tmp_path: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
@@ -225,7 +272,9 @@ def test_all_or_nothing_is_written(tmp_path: Path, storage: Path, monkeypatch: p
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(torch.export, "save", stopped)
         export(storage / "run", tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not list(
+        (tmp_path / "out").iterdir()
+    )
     export(storage / "run", tmp_path / "out")
     assert verify(tmp_path / "out")
     umask = os.umask(0)
@@ -236,7 +285,12 @@ def test_all_or_nothing_is_written(tmp_path: Path, storage: Path, monkeypatch: p
 def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place_and_nothing_else(
     tmp_path: Path, storage: Path
 ) -> None:
-    names = {".out.0123abcd.part": False, ".out.ffffffff.part": True, ".other.0123abcd.part": True, ".out.part": True}
+    names = {
+        ".out.0123abcd.part": False,
+        ".out.ffffffff.part": True,
+        ".other.0123abcd.part": True,
+        ".out.part": True,
+    }
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "student.pt2").write_bytes(b"half")
@@ -246,7 +300,10 @@ def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place_and_
         export(storage / "run", tmp_path / "out")
     finally:
         os.close(handle)
-    assert {p.name for p in tmp_path.iterdir()} == {"out", *(name for name, stays in names.items() if stays)}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "out",
+        *(name for name, stays in names.items() if stays),
+    }
 
 
 # --- networks that are not ours --------------------------------------------------------------------------------
@@ -260,7 +317,11 @@ def test_an_own_network_with_a_dict_of_logits_is_exported(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_network_of_timm_is_exported(tmp_path: Path) -> None:
-    tree = {"student": {"name": "timm", "model": "test_resnet"}, "epochs": 1, "data": {"name": "digits", "subset": 300}}
+    tree = {
+        "student": {"name": "timm", "model": "test_resnet"},
+        "epochs": 1,
+        "data": {"name": "digits", "subset": 300},
+    }
     run_of(tmp_path / "run", tree)
     result = export(tmp_path / "run", tmp_path / "out", onnx=True)
     assert not result["problems"] and (result["split"], result["images"]) == (
@@ -276,14 +337,18 @@ def test_without_a_graph_the_weights_are_there_and_the_card_says_why(tmp_path: P
     assert result["files"] == ["README.md", "config.yaml", "student.safetensors", SUMS]
     assert set(result["problems"]) == {GRAPH, ONNX} and not result["differences"]
     card = (tmp_path / "out/README.md").read_text()
-    assert f"`{GRAPH}` is not here, as the network could not be exported to it: `torch.export: " in card
+    assert (
+        f"`{GRAPH}` is not here, as the network could not be exported to it: `torch.export: "
+        in card
+    )
     assert "torch.export.load" not in card and verify(tmp_path / "out")
 
 
 def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     run_of(tmp_path / "run", {"student": "test_export:noisy", "epochs": 1})
     with pytest.raises(
-        ExportFailed, match=r"student\.pt2: its logits differ from the student's by up to 0\.\d+ on 256"
+        ExportFailed,
+        match=r"student\.pt2: its logits differ from the student's by up to 0\.\d+ on 256",
     ):
         export(tmp_path / "run", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -298,26 +363,37 @@ def card_of(source: Path, out: Path, **which: Any) -> tuple[str, str]:
     return name, " ".join((out / "README.md").read_text().split())
 
 
-def test_of_a_sweep_the_best_trial_is_taken_and_the_card_says_of_how_many(tmp_path: Path, storage: Path) -> None:
+def test_of_a_sweep_the_best_trial_is_taken_and_the_card_says_of_how_many(
+    tmp_path: Path, storage: Path
+) -> None:
     name, card = card_of(storage / "sweep", tmp_path / "out")
     records = read_records(storage / "sweep")
     value = records[1].last["val_accuracy"]
     assert name == "sweep/t0001-tfkd_self" and value > records[0].last["val_accuracy"]
     assert (
-        f"The best of 4 trials of the sweep `sweep` on validation (2 of full length): val_accuracy {value:.4f}" in card
+        f"The best of 4 trials of the sweep `sweep` on validation (2 of full length): val_accuracy {value:.4f}"
+        in card
     )
     assert f"| val_accuracy | {value:.4f} |" in card
-    assert "tfkd tune mine.yaml" in card and "/somewhere" not in card and f"torch=={torch.__version__[:4]}" in card
+    assert (
+        "tfkd tune mine.yaml" in card
+        and "/somewhere" not in card
+        and f"torch=={torch.__version__[:4]}" in card
+    )
 
 
-def test_the_card_has_the_verdict_on_the_trials_configuration(tmp_path: Path, storage: Path) -> None:
+def test_the_card_has_the_verdict_on_the_trials_configuration(
+    tmp_path: Path, storage: Path
+) -> None:
     _, card = card_of(storage / "sweep", tmp_path / "out")
     (found,) = json.loads((storage / "arms/confirm.json").read_text())["verdicts"]
     mine = next(c for c in found["candidates"] if c["name"] == "self")
     assert f"**{mine['sentence']}.**" in card and "95 %" in mine["sentence"]
     low, high = (100 * mine["comparisons"][0][end] for end in ("low", "high"))
     assert f"| {low:z.2f} to {high:z.2f} |" in card
-    assert "These weights are not among those that were judged" in card and "Not confirmed" not in card
+    assert (
+        "These weights are not among those that were judged" in card and "Not confirmed" not in card
+    )
 
 
 def test_the_card_names_the_teacher_and_what_is_known_of_it(tmp_path: Path, storage: Path) -> None:
@@ -330,7 +406,9 @@ def test_the_card_names_the_teacher_and_what_is_known_of_it(tmp_path: Path, stor
 
 
 @pytest.mark.parametrize("loop", [LOOP_VERSION, 2])
-def test_the_card_describes_a_teacher_of_before_data_had_digests(tmp_path: Path, storage: Path, loop: int) -> None:
+def test_the_card_describes_a_teacher_of_before_data_had_digests(
+    tmp_path: Path, storage: Path, loop: int
+) -> None:
     place = tmp_path / "storage"
     for name in ("sweep", "teachers"):
         shutil.copytree(storage / name, place / name)
@@ -349,20 +427,31 @@ def test_the_card_describes_a_teacher_of_before_data_had_digests(tmp_path: Path,
 
 def test_another_trial_is_picked_by_hand_and_not_confirmed(tmp_path: Path, storage: Path) -> None:
     name, card = card_of(storage / "sweep/trials/t0000-lsr", tmp_path / "out")
-    assert name == "sweep/t0000-lsr" and "picked by hand" in card and "its best trial is `t0001-tfkd_self`" in card
+    assert (
+        name == "sweep/t0000-lsr"
+        and "picked by hand" in card
+        and "its best trial is `t0001-tfkd_self`" in card
+    )
     assert NOT_CONFIRMED in card
 
 
-def test_a_run_of_a_comparison_is_the_best_candidates_first_seed(tmp_path: Path, storage: Path) -> None:
+def test_a_run_of_a_comparison_is_the_best_candidates_first_seed(
+    tmp_path: Path, storage: Path
+) -> None:
     name, card = card_of(storage / "arms", tmp_path / "out")
     assert name == "arms/self-s1"
     assert (
         "of the 2 candidates of the comparison `arms` the first by verdict" in card
         and "Seed 1: the first that was trained to the end" in card
     )
-    assert "There is no value on validation: it was trained on, too." in card and "images of train:" in card
+    assert (
+        "There is no value on validation: it was trained on, too." in card
+        and "images of train:" in card
+    )
     result = json.loads((storage / "arms/confirm.json").read_text())
-    values = [run["accuracy"] for run in next(a for a in result["arms"] if a["name"] == "self")["runs"]]
+    values = [
+        run["accuracy"] for run in next(a for a in result["arms"] if a["name"] == "self")["runs"]
+    ]
     assert f"Test accuracy of this run: {100 * values[0]:.2f} %" in card
     assert f"the mean over all 3 seeds: {100 * sum(values) / 3:.2f} %" in card
 
@@ -376,7 +465,9 @@ def test_a_run_of_a_comparison_is_the_best_candidates_first_seed(tmp_path: Path,
         ({"b": "not better"}, "b"),
     ],
 )
-def test_a_better_arm_goes_first_and_else_the_mean_decides(words: dict[str, str], first: str) -> None:
+def test_a_better_arm_goes_first_and_else_the_mean_decides(
+    words: dict[str, str], first: str
+) -> None:
     means = {"base": 0.99, "a": 0.5, "b": 0.6}
     arms = [
         {"name": n, "role": "baseline" if n == "base" else "candidate", "runs": [{"accuracy": v}]}
@@ -389,7 +480,11 @@ def test_a_better_arm_goes_first_and_else_the_mean_decides(words: dict[str, str]
 def test_of_a_comparison_by_nll_the_least_mean_is_best_and_nan_never_is() -> None:
     means = {"base": 0.1, "a": float("nan"), "b": 0.9, "c": 0.6}
     arms = [
-        {"name": n, "role": "baseline" if n == "base" else "candidate", "runs": [{"accuracy": v, "nll": v}]}
+        {
+            "name": n,
+            "role": "baseline" if n == "base" else "candidate",
+            "runs": [{"accuracy": v, "nll": v}],
+        }
         for n, v in means.items()
     ]
     result: dict[str, Any] = {"arms": arms, "verdicts": []}
@@ -400,12 +495,23 @@ def test_of_a_comparison_by_nll_the_least_mean_is_best_and_nan_never_is() -> Non
 @pytest.mark.parametrize("by_folder", [False, True], ids=["--arm --seed", "the trial's folder"])
 def test_an_arm_and_a_seed_can_be_asked_for(tmp_path: Path, storage: Path, by_folder: bool) -> None:
     asked = {} if by_folder else {"arm": "ce", "seed": 2}
-    name, card = card_of(storage / "arms" / ("trials/ce-s2" if by_folder else ""), tmp_path / "out", **asked)
-    assert name == "arms/ce-s2" and "Seed 2: picked by hand" in card and "No verdict on `ce`: it is a baseline" in card
+    name, card = card_of(
+        storage / "arms" / ("trials/ce-s2" if by_folder else ""), tmp_path / "out", **asked
+    )
+    assert (
+        name == "arms/ce-s2"
+        and "Seed 2: picked by hand" in card
+        and "No verdict on `ce`: it is a baseline" in card
+    )
 
 
-def test_the_front_matter_names_a_licence_or_that_there_is_none(tmp_path: Path, storage: Path) -> None:
-    for licence, wanted in ((None, {"license": "other", "license_name": "none-given"}), ("mit", {"license": "mit"})):
+def test_the_front_matter_names_a_licence_or_that_there_is_none(
+    tmp_path: Path, storage: Path
+) -> None:
+    for licence, wanted in (
+        (None, {"license": "other", "license_name": "none-given"}),
+        ("mit", {"license": "mit"}),
+    ):
         out = tmp_path / str(licence)
         export(storage / "run", out, licence=licence)
         front = (out / "README.md").read_text().split("---\n")[1]
@@ -435,13 +541,19 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (lambda f: _flip(f / "student.safetensors"), r"student\.safetensors: changed: its SHA-256 is not the one"),
+        (
+            lambda f: _flip(f / "student.safetensors"),
+            r"student\.safetensors: changed: its SHA-256 is not the one",
+        ),
         (lambda f: _flip(f / GRAPH), r"student\.pt2: changed"),
         (lambda f: (f / "README.md").unlink(), r"README\.md: missing; SHA256SUMS lists it"),
         (lambda f: (f / "more.txt").touch(), r"more\.txt: not in SHA256SUMS"),
         (lambda f: (f / SUMS).unlink(), "not an exported student: there is no SHA256SUMS"),
         (lambda f: (f / SUMS).write_text(""), "lists no file"),
-        (lambda f: (f / SUMS).write_text("0" * 64 + "  ../secret\n"), "line 1 is not a checksum and a name"),
+        (
+            lambda f: (f / SUMS).write_text("0" * 64 + "  ../secret\n"),
+            "line 1 is not a checksum and a name",
+        ),
     ],
     ids=["weights", "graph", "missing", "added", "no sums", "empty sums", "a path"],
 )
@@ -454,7 +566,9 @@ def test_what_was_changed_is_found(tmp_path: Path, storage: Path, harm: Any, sen
 
 def test_sha256sum_reads_the_checksums(tmp_path: Path, storage: Path) -> None:
     export(storage / "run", tmp_path / "out")
-    checked = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=tmp_path / "out", capture_output=True)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", SUMS], cwd=tmp_path / "out", capture_output=True
+    )
     assert checked.returncode == 0
 
 
@@ -488,7 +602,9 @@ def _torn(storage: Path, place: Path) -> Path:
 def _misfit(storage: Path, place: Path) -> Path:
     shutil.copytree(storage / "run", place)
     tree = read_yaml(place / "config.yaml")
-    write_text(place / "config.yaml", dump_yaml({**tree, "student": {"name": "cnn", "widths": [4, 9]}}))
+    write_text(
+        place / "config.yaml", dump_yaml({**tree, "student": {"name": "cnn", "widths": [4, 9]}})
+    )
     return place
 
 
@@ -498,13 +614,33 @@ def _misfit(storage: Path, place: Path) -> Path:
         ("sweeep", {}, "no such folder"),
         ("run/config.yaml", {}, "is a file; name the folder it is in"),
         ("teachers", {}, "holds no student: an experiment has experiment.yaml"),
-        ("sweep", {"arm": "ce"}, "--arm: picks a run of a comparison, and there is no confirm.yaml here"),
+        (
+            "sweep",
+            {"arm": "ce"},
+            "--arm: picks a run of a comparison, and there is no confirm.yaml here",
+        ),
         ("run", {"seed": 1}, "--seed: picks a run of a comparison"),
-        ("sweep/trials/t0002-lsr", {}, "stopped; only a trial of full length has weights to export"),
-        ("sweep/trials/t0003-ce", {}, "failed: Diverged: train_loss is nan; only a trial of full length"),
+        (
+            "sweep/trials/t0002-lsr",
+            {},
+            "stopped; only a trial of full length has weights to export",
+        ),
+        (
+            "sweep/trials/t0003-ce",
+            {},
+            "failed: Diverged: train_loss is nan; only a trial of full length",
+        ),
         ("arms", {"arm": "sself"}, "--arm: no arm 'sself'; did you mean 'self'?"),
-        ("arms", {"arm": "ce", "seed": 9}, "--seed: ce with 9: no such seed; trained to the end: 1, 2, 3"),
-        ("arms", {"arm": "slow", "seed": 3}, "--seed: slow with 3: failed: out; trained to the end: 1, 2"),
+        (
+            "arms",
+            {"arm": "ce", "seed": 9},
+            "--seed: ce with 9: no such seed; trained to the end: 1, 2, 3",
+        ),
+        (
+            "arms",
+            {"arm": "slow", "seed": 3},
+            "--seed: slow with 3: failed: out; trained to the end: 1, 2",
+        ),
         ("run", {"licence": "my licence"}, "--licence: a short name such as apache-2.0"),
         (_unfinished, {}, "not finished: no student.safetensors in it, 2 of 2 epochs done"),
         (_unjudged, {}, "not finished: not judged yet, no confirm.json in it"),
@@ -548,11 +684,17 @@ def test_nothing_is_written_over(tmp_path: Path, storage: Path, there: str) -> N
         (out / "mine.txt").touch()
     else:
         out.touch()
-    with pytest.raises(ConfigError, match=f"is {'not empty' if there == 'folder' else 'a file'}; choose another"):
+    with pytest.raises(
+        ConfigError, match=f"is {'not empty' if there == 'folder' else 'a file'}; choose another"
+    ):
         export(storage / "run", out)
 
 
-def test_without_the_packages_onnx_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages_onnx_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"--onnx: onnxruntime not installed here: pip install 'tfkd_ray\[onnx\]'"):
+    with pytest.raises(
+        ConfigError, match=r"--onnx: onnxruntime not installed here: pip install 'tfkd_ray\[onnx\]'"
+    ):
         export(tmp_path / "nothing", tmp_path / "out", onnx=True)

@@ -91,7 +91,9 @@ def tuning(space: dict[str, Any], here: Path, *argv: str) -> Iterator[subprocess
 
 def outcome(experiment: Path) -> list[tuple[Any, ...]]:
     """All that a sweep's trials came to, but for the time that it took."""
-    return [(r.number, r.status, r.parameters, times_aside(r.metrics)) for r in read_records(experiment)]
+    return [
+        (r.number, r.status, r.parameters, times_aside(r.metrics)) for r in read_records(experiment)
+    ]
 
 
 def ended(experiment: Path) -> dict[str, Any]:
@@ -105,10 +107,19 @@ def assert_no_orphans(experiment: Path) -> None:
     names = [r.name for r in read_records(experiment)]
     assert sorted(p.name for p in (experiment / "trials").iterdir() if p.is_dir()) == names
     assert sorted(p.name for p in (experiment / "tb").iterdir() if p.is_dir()) == names
-    kept = {"trial.json", "metrics.jsonl", "result.json", "student.safetensors", "last.ckpt", "before.ckpt"}
+    kept = {
+        "trial.json",
+        "metrics.jsonl",
+        "result.json",
+        "student.safetensors",
+        "last.ckpt",
+        "before.ckpt",
+    }
     kept |= {"error.txt", "error.pkl"}  # Tune's, where a process was lost
     assert {p.name for name in names for p in (experiment / "trials" / name).iterdir()} <= kept
-    assert not [p.name for p in experiment.iterdir() if p.name.startswith((".", "study.journal.lock"))]
+    assert not [
+        p.name for p in experiment.iterdir() if p.name.startswith((".", "study.journal.lock"))
+    ]
 
 
 # --- the driver
@@ -146,9 +157,17 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
     ray_cluster: str, tmp_path: Path, moments: random.Random, place: str, at_once: int
 ) -> None:
     """One trial at a time: bit by bit, with stopping. Several: every point of a grid with its value."""
-    lr = {"choices": [0.02, 0.03, 0.05, 0.08, 0.1, 0.2, 0.3, 0.4]} if at_once > 1 else TREE["optim"]["lr"]
+    lr = (
+        {"choices": [0.02, 0.03, 0.05, 0.08, 0.1, 0.2, 0.3, 0.4]}
+        if at_once > 1
+        else TREE["optim"]["lr"]
+    )
     search = {"num_samples": 8, "max_concurrent": at_once}
-    search |= {"sampler": "grid"} if at_once > 1 else {"stopping": "halving", "sampler": {"name": "tpe", "startup": 3}}
+    search |= (
+        {"sampler": "grid"}
+        if at_once > 1
+        else {"stopping": "halving", "sampler": {"name": "tpe", "startup": 3}}
+    )
 
     def space(name: str) -> dict[str, Any]:
         url = {"storage": f"sqlite:///{tmp_path}/{name}.db"} if place == "SQLite" else {}
@@ -169,7 +188,10 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
             if moments.random() < 0.25:  # while it begins
                 driver.join(moments.uniform(0, 4))
             else:
-                wait(lambda seen=seen, d=driver: written(experiment) != seen or not d.is_alive(), "a trial")  # type: ignore[misc]
+                wait(
+                    lambda seen=seen, d=driver: written(experiment) != seen or not d.is_alive(),
+                    "a trial",
+                )  # type: ignore[misc]
                 driver.join(moments.uniform(0, 0.4))
         else:
             driver.join(150)
@@ -177,14 +199,20 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
         driver.kill()
         driver.join()
         now = ended(experiment)
-        assert all(now[name] == metrics for name, metrics in before.items())  # also the times: nothing ran again
+        assert all(
+            now[name] == metrics for name, metrics in before.items()
+        )  # also the times: nothing ran again
         before = now
         records = read_records(experiment) if experiment.exists() else []
         for record in [r for r in records if r.status not in ("done", "stopped")]:
             states = trained(record.folder)
-            assert states or len(record.metrics) < 10, record.name  # the first is saved while others are trained
+            assert states or len(record.metrics) < 10, (
+                record.name
+            )  # the first is saved while others are trained
             kept = saved.get(record.folder, [])
-            assert states[: len(kept)] == kept, record.name  # it went on from there, and trained nothing again
+            assert states[: len(kept)] == kept, (
+                record.name
+            )  # it went on from there, and trained nothing again
             saved[record.folder] = states
         if not alive:
             break
@@ -197,12 +225,16 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
         for record in read_records(experiment):
             if record.status == "done":
                 ours, theirs = (
-                    load_weights(e / "trials" / record.name / WEIGHTS) for e in (experiment, tmp_path / "whole")
+                    load_weights(e / "trials" / record.name / WEIGHTS)
+                    for e in (experiment, tmp_path / "whole")
                 )
                 assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
     else:
         values = [
-            sorted((r.parameters["optim.lr"], *times_aside(r.metrics)[-1].items()) for r in read_records(e))
+            sorted(
+                (r.parameters["optim.lr"], *times_aside(r.metrics)[-1].items())
+                for r in read_records(e)
+            )
             for e in (experiment, tmp_path / "whole")
         ]
         assert values[0] == values[1] and len(values[0]) == 8
@@ -217,8 +249,14 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(tree({"max_concurrent": 2, "num_samples": 2}, epochs=400), tmp_path) as driver:
-        wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
-        with pytest.raises(ConfigError, match=f"is being run by process {driver.pid} on {socket.gethostname()}; wait"):
+        wait(
+            lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2,
+            "two trials of 3 epochs",
+        )
+        with pytest.raises(
+            ConfigError,
+            match=f"is being run by process {driver.pid} on {socket.gethostname()}; wait",
+        ):
             resume_tuner(experiment)
         assert driver.poll() is None
     killed = {r.name: r for r in read_records(experiment)}
@@ -227,7 +265,9 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
     for (name, record), damage in zip(killed.items(), ("cut", "flipped"), strict=True):
         content = bytearray((record.folder / LAST).read_bytes())
         content[len(content) // 2] ^= 4
-        (record.folder / LAST).write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+        (record.folder / LAST).write_bytes(
+            content[: len(content) // 2] if damage == "cut" else content
+        )
         assert (record.folder / "before.ckpt").exists(), name
     states: dict[str, list[dict[str, float]]] = {}
     command = [sys.executable, "-m", "tfkd_ray", "resume", "tfkd_results/e"]
@@ -246,7 +286,9 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
         assert record.status == "done" and times_aside(record.metrics) == alone(record.config)
         said = f"{record.name}: {record.folder / LAST}: damaged (its checksum does not fit); going on without it"
         assert said in said_then.splitlines(), said_then
-        kept = len(killed[record.name].metrics) - 3  # it went on from the checkpoint before: the times tell
+        kept = (
+            len(killed[record.name].metrics) - 3
+        )  # it went on from the checkpoint before: the times tell
         assert kept > 0 and states[record.name][:kept] == killed[record.name].metrics[:kept]
     assert_no_orphans(experiment)
 
@@ -257,16 +299,25 @@ def test_a_journal_that_is_deleted_while_a_sweep_runs_ends_it_with_a_sentence_an
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(tree({"max_concurrent": 2, "num_samples": 4}, epochs=60), tmp_path) as driver:
-        wait(lambda: ended(experiment) and len(written_metrics(experiment)) > 2, "a trial has ended, two run")
+        wait(
+            lambda: ended(experiment) and len(written_metrics(experiment)) > 2,
+            "a trial has ended, two run",
+        )
         (experiment / "study.journal").unlink()
         assert driver.wait(60) == 1
     said = (tmp_path / "said").read_text()
-    assert "study.journal: was deleted while the sweep ran; what the search knows is in study.journal.saved" in said
+    assert (
+        "study.journal: was deleted while the sweep ran; what the search knows is in study.journal.saved"
+        in said
+    )
     assert "tfkd resume tfkd_results/e" in said and "Traceback" not in said
     before = ended(experiment)
     run = tfkd("resume", "tfkd_results/e")
     assert run.returncode == 0, run.stderr
-    assert "study.journal was lost while the sweep ran: going on with what the search saved then" in run.stderr
+    assert (
+        "study.journal was lost while the sweep ran: going on with what the search saved then"
+        in run.stderr
+    )
     assert all(ended(experiment)[name] == metrics for name, metrics in before.items())
     for record in read_records(experiment):
         assert record.status == "done" and times_aside(record.metrics) == alone(record.config)
@@ -280,7 +331,10 @@ def test_folders_of_trials_that_are_removed_while_a_sweep_runs_are_said_by_tune_
 ) -> None:
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(tree({"max_concurrent": 1, "num_samples": 3}, epochs=200), tmp_path) as driver:
-        wait(lambda: ended(experiment) and len(written_metrics(experiment)) > 1, "a trial has ended, one runs")
+        wait(
+            lambda: ended(experiment) and len(written_metrics(experiment)) > 1,
+            "a trial has ended, one runs",
+        )
         shutil.rmtree(experiment / "trials" / "t0000-ce")  # one that has ended
         shutil.rmtree(experiment / "trials" / "t0001-ce")  # one that runs
         code = driver.wait(100)
@@ -374,18 +428,26 @@ def test_trials_killed_at_10_random_moments_end_as_if_undisturbed(
     points = moments.sample([(n, epoch) for n in range(4) for epoch in range(1, 38)], most)
     plan = {point: moments.uniform(0, 0.05) for point in points}
     kill = Kill(plan, victim=any_worker) if victim == "worker" else Kill(plan)
-    space = tree({"num_samples": 5}, epochs=40, workers=workers, optim={"lr": 0.1, "batch_size": 64})
+    space = tree(
+        {"num_samples": 5}, epochs=40, workers=workers, optim={"lr": 0.1, "batch_size": 64}
+    )
     build_tuner(space, name="e", storage=tmp_path, callbacks=[kill]).fit()
     records = read_records(tmp_path / "e")
-    assert not kill.plan and most - 2 <= len(kill.lost) <= most  # two may fall on one process that ends already
+    assert (
+        not kill.plan and most - 2 <= len(kill.lost) <= most
+    )  # two may fall on one process that ends already
     assert [(r.status, len(r.metrics)) for r in records] == [("done", 40)] * 5
-    whole = alone(records[4].config) if workers == 1 else times_aside(records[4].metrics)  # nobody killed the last one
+    whole = (
+        alone(records[4].config) if workers == 1 else times_aside(records[4].metrics)
+    )  # nobody killed the last one
     assert all(times_aside(r.metrics) == whole for r in records)
     kill.assert_nothing_was_trained_again()
     assert_no_orphans(tmp_path / "e")
 
 
-def test_a_trial_that_gets_sigterm_saves_and_goes_on_from_there(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_trial_that_gets_sigterm_saves_and_goes_on_from_there(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     assert_sigterm_saves(tmp_path, workers=1)
 
 
@@ -400,15 +462,21 @@ def test_a_trial_of_two_workers_that_gets_sigterm_saves_and_goes_on_from_there(
 
 def assert_sigterm_saves(tmp_path: Path, workers: int, victim: str = "trial") -> None:
     plan = {(0, 10): 0.01}  # in the middle of an epoch
-    kill = Kill(plan, signal.SIGTERM, any_worker) if victim == "worker" else Kill(plan, signal.SIGTERM)
+    kill = (
+        Kill(plan, signal.SIGTERM, any_worker) if victim == "worker" else Kill(plan, signal.SIGTERM)
+    )
     saved: list[int] = []
 
     class Look(tune.Callback):  # type: ignore[misc]
-        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_recover(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             state = load_state(Path(trial.config["trial"]["directory"]))
             saved.append(state["epoch"] if state else 0)
 
-    space = tree({"num_samples": 2}, epochs=40, checkpoint_every_s=1000, workers=workers, optim={"lr": 0.1})
+    space = tree(
+        {"num_samples": 2}, epochs=40, checkpoint_every_s=1000, workers=workers, optim={"lr": 0.1}
+    )
     build_tuner(space, name="e", storage=tmp_path, callbacks=[kill, Look()]).fit()
     assert len(saved) == 1 and saved[0] >= 10  # nothing else would have saved anything
     [(sent, _)], [(lost, _)] = kill.sent, kill.lost
@@ -421,11 +489,16 @@ def assert_sigterm_saves(tmp_path: Path, workers: int, victim: str = "trial") ->
     kill.assert_nothing_was_trained_again()
 
 
-def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str, tmp_path: Path, tfkd: Run) -> None:
+def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(
+    ray_cluster: str, tmp_path: Path, tfkd: Run
+) -> None:
     space = tree({"max_concurrent": 2, "num_samples": 2}, epochs=400, checkpoint_every_s=1000)
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(space, tmp_path) as driver:
-        wait(lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2, "two trials of 3 epochs")
+        wait(
+            lambda: sum(len(m) > 3 for m in written_metrics(experiment)) == 2,
+            "two trials of 3 epochs",
+        )
         start = time.monotonic()
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(30) == 130 and time.monotonic() - start < 10
@@ -434,7 +507,11 @@ def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str
     records = read_records(experiment)
     for record in records:
         state = load_state(record.folder)
-        assert record.status == "interrupted" and state is not None and state["epoch"] >= len(record.metrics)
+        assert (
+            record.status == "interrupted"
+            and state is not None
+            and state["epoch"] >= len(record.metrics)
+        )
     assert tfkd("resume", "tfkd_results/e").returncode == 0
     for record, again in zip(records, read_records(experiment), strict=True):
         assert again.status == "done" and again.metrics[: len(record.metrics)] == record.metrics
@@ -444,7 +521,11 @@ def test_a_driver_that_gets_sigterm_saves_and_says_how_to_go_on(ray_cluster: str
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("number", "when"),
-    [(signal.SIGINT, "while Ray starts"), (signal.SIGINT, "while it runs"), (signal.SIGTERM, "while it runs")],
+    [
+        (signal.SIGINT, "while Ray starts"),
+        (signal.SIGINT, "while it runs"),
+        (signal.SIGTERM, "while it runs"),
+    ],
 )
 def test_a_second_and_third_signal_end_a_sweep_with_a_sentence_its_code_and_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
@@ -469,9 +550,17 @@ def test_a_second_and_third_signal_end_a_sweep_with_a_sentence_its_code_and_noth
         assert driver.wait(100) == 130
         said = (tmp_path / "said").read_text()
         assert "Traceback" not in said
-        ends = ("interrupted", "stopped at once") if when == "while it runs" else ("so there is nothing to resume",)
+        ends = (
+            ("interrupted", "stopped at once")
+            if when == "while it runs"
+            else ("so there is nothing to resume",)
+        )
         assert any(end in said for end in ends), said
-        wait(lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"], "all has ended", 20)
+        wait(
+            lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"],
+            "all has ended",
+            20,
+        )
 
 
 TERMINATED = """
@@ -498,7 +587,10 @@ def test_sigterm_while_ray_starts_ends_with_a_sentence_and_our_exit_code(tmp_pat
         [sys.executable, "-c", TERMINATED, "tune", "space.yaml", "--name", "e"],
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
-    assert done.returncode == 130 and "interrupted before a trial ran" in done.stderr, (done.returncode, done.stderr)
+    assert done.returncode == 130 and "interrupted before a trial ran" in done.stderr, (
+        done.returncode,
+        done.stderr,
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -514,9 +606,15 @@ def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_runni
         gcs.kill()
         assert driver.wait(58) == 1
         said = (tmp_path / "said").read_text()
-        assert "stopped: Ray's head at " in said and said.endswith("go on with:\n  tfkd resume tfkd_results/e\n"), said
+        assert "stopped: Ray's head at " in said and said.endswith(
+            "go on with:\n  tfkd resume tfkd_results/e\n"
+        ), said
         assert "Traceback" not in said
-        wait(lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"], "all has ended", 10)
+        wait(
+            lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"],
+            "all has ended",
+            10,
+        )
 
 
 # --- trials that fail
@@ -541,23 +639,42 @@ FAULTS = {
 def test_faults_of_every_kind_in_one_sweep_have_each_their_reason_and_a_good_checkpoint(
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
-    students = [{"name": "own", "path": "tests.faulty:network", "args": {"fault": fault}} for fault in FAULTS]
-    search = {"sampler": "grid", "num_samples": len(FAULTS), "max_concurrent": 2, "trial_timeout_s": 15}
-    space = tree({**search, "warm_start": False}, student={"choices": students}, epochs=5, optim={"lr": 0.1})
+    students = [
+        {"name": "own", "path": "tests.faulty:network", "args": {"fault": fault}}
+        for fault in FAULTS
+    ]
+    search = {
+        "sampler": "grid",
+        "num_samples": len(FAULTS),
+        "max_concurrent": 2,
+        "trial_timeout_s": 15,
+    }
+    space = tree(
+        {**search, "warm_start": False}, student={"choices": students}, epochs=5, optim={"lr": 0.1}
+    )
     (tmp_path / "space.yaml").write_text(dump_yaml(space))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     run = tfkd("tune", "space.yaml", "--name", "e", PYTHONPATH=path, timeout=200)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
-    records = {r.config["student"]["args"]["fault"]: r for r in read_records(tmp_path / "tfkd_results" / "e")}
+    records = {
+        r.config["student"]["args"]["fault"]: r
+        for r in read_records(tmp_path / "tfkd_results" / "e")
+    }
     assert records.keys() == FAULTS.keys()
     for fault, (status, reason) in FAULTS.items():
         record = records[fault]
         assert record.status == status, f"{fault}: {record.status} {record.reason}"
         assert re.match(reason or "None$", str(record.reason)), f"{fault}: {record.reason}"
-        assert f"{record.name}: {'done' if reason is None else f'failed: {record.reason}'}" in run.stderr, run.stderr
+        assert (
+            f"{record.name}: {'done' if reason is None else f'failed: {record.reason}'}"
+            in run.stderr
+        ), run.stderr
         assert len(record.metrics) == (5 if reason is None else 2), fault
         if reason is None:
-            assert all(bool(torch.isfinite(t).all()) for t in load_weights(record.folder / WEIGHTS).values())
+            assert all(
+                bool(torch.isfinite(t).all())
+                for t in load_weights(record.folder / WEIGHTS).values()
+            )
             continue
         state = load_state(record.folder)
         trained_well = 3 if fault in ("unpicklable", "no metric") else 2
@@ -569,12 +686,16 @@ def test_faults_of_every_kind_in_one_sweep_have_each_their_reason_and_a_good_che
     )
 
 
-def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_time(tmp_path: Path) -> None:
+def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_time(
+    tmp_path: Path,
+) -> None:
     now = [0.0]
     losses = Losses(10, lambda: now[0])
     tune = Announcer([losses])
     assignment = Assignment("t0", 9, directory=tmp_path / "not yet")
-    trial = SimpleNamespace(trial_id="a", max_failures=2, num_failures=0, config={SECTION: assignment.section()})
+    trial = SimpleNamespace(
+        trial_id="a", max_failures=2, num_failures=0, config={SECTION: assignment.section()}
+    )
     trial.temporary_state = SimpleNamespace(ray_actor=None)
     tune.on_trial_start(0, [], trial)
     trial.num_failures = 2  # lost twice before its first epoch
@@ -585,7 +706,9 @@ def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_ti
     tune.on_trial_result(0, [], trial, {"epoch": 1})  # told again after a restart
     trial.num_failures = 5
     tune.on_trial_result(0, [], trial, {"epoch": 1})
-    assert trial.max_failures == 4 and losses.reason(trial).startswith("its process was lost 3 times in epoch 2")
+    assert trial.max_failures == 4 and losses.reason(trial).startswith(
+        "its process was lost 3 times in epoch 2"
+    )
     ended: list[Any] = []
     trial.temporary_state.ray_actor = "actor"
     with pytest.MonkeyPatch.context() as patch:
@@ -596,7 +719,11 @@ def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_ti
         now[0] += 0.1
         tune.on_step_end(0, [])
         tune.on_step_end(0, [])
-    assert ended == ["actor"] and trial.max_failures == trial.num_failures and "hung" in losses.reason(trial)
+    assert (
+        ended == ["actor"]
+        and trial.max_failures == trial.num_failures
+        and "hung" in losses.reason(trial)
+    )
 
 
 @pytest.mark.slow
@@ -604,11 +731,23 @@ def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_ti
 def test_a_group_of_two_workers_that_hangs_is_ended_and_the_next_trial_starts_another(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    students = [{"name": "own", "path": "tests.faulty:network", "args": {"fault": fault}} for fault in ("hang", "none")]
+    students = [
+        {"name": "own", "path": "tests.faulty:network", "args": {"fault": fault}}
+        for fault in ("hang", "none")
+    ]
     search = {"sampler": "grid", "num_samples": 2, "trial_timeout_s": 40, "warm_start": False}
-    space = tree(search, student={"choices": students}, epochs=5, workers=2, optim={"lr": 0.1, "batch_size": 64})
+    space = tree(
+        search,
+        student={"choices": students},
+        epochs=5,
+        workers=2,
+        optim={"lr": 0.1, "batch_size": 64},
+    )
     build_tuner(space, name="e", storage=tmp_path).fit()
-    found = {r.config["student"]["args"]["fault"]: (r.status, len(r.metrics)) for r in read_records(tmp_path / "e")}
+    found = {
+        r.config["student"]["args"]["fault"]: (r.status, len(r.metrics))
+        for r in read_records(tmp_path / "e")
+    }
     assert found["none"] == ("done", 5) and found["hang"][0] == "failed" and found["hang"][1] >= 2
     wait(lambda: ray.available_resources().get("CPU") == 2, "the hung workers are gone", 30)
 
@@ -667,19 +806,31 @@ def test_a_bank_without_room_computes_what_it_cannot_keep(disk: Callable[[str], 
         for _ in range(2):
             assert bank.logits({"epoch": 1}, 40, 3, logits).tolist() == [[-1.0, 0.0, 1.0]] * 40
         assert len(asked) == (120 if full else 40)  # twice where it could not be kept
-        assert len(said) == int(full) and all("soft labels cannot be kept in" in text for text in said), said
+        assert len(said) == int(full) and all(
+            "soft labels cannot be kept in" in text for text in said
+        ), said
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("trouble", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", ["journal", pytest.param("SQLite", marks=pytest.mark.slow)])
 def test_a_sweep_on_a_bad_disk_stops_with_a_sentence_and_goes_on_when_it_is_mended(
-    ray_cluster: str, tmp_path: Path, tfkd: Run, disk: Callable[[str], Path], trouble: str, place: str
+    ray_cluster: str,
+    tmp_path: Path,
+    tfkd: Run,
+    disk: Callable[[str], Path],
+    trouble: str,
+    place: str,
 ) -> None:
     where = disk("tmpfs" if trouble == "full" else "ext4")
     url = {"storage": f"sqlite:///{where}/s.db"} if place == "SQLite" else {}
     teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}
-    space = tree({"max_concurrent": 2, **url}, epochs=60, objective={"name": "kd", "alpha": 0.5}, teacher=teacher)
+    space = tree(
+        {"max_concurrent": 2, **url},
+        epochs=60,
+        objective={"name": "kd", "alpha": 0.5},
+        teacher=teacher,
+    )
     space["search"]["split"] = False
     experiment = where / "r" / "e"
     with tuning(space, tmp_path, "--storage", str(where / "r")) as driver:
@@ -687,13 +838,19 @@ def test_a_sweep_on_a_bad_disk_stops_with_a_sentence_and_goes_on_when_it_is_mend
         if trouble == "full":
             fill(where)
         else:
-            device = Path(subprocess.check_output(["findmnt", "-n", "-o", "SOURCE", str(where)], text=True).strip())
+            device = Path(
+                subprocess.check_output(
+                    ["findmnt", "-n", "-o", "SOURCE", str(where)], text=True
+                ).strip()
+            )
             Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("a test")
         assert driver.wait(90) == 1
     said = (tmp_path / "said").read_text()
     stopped = [line for line in said.splitlines() if line.startswith("stopped: ")]
     words = (
-        "No space left on device|disk is full" if trouble == "full" else "Read-only file system|readonly|read-only|I/O"
+        "No space left on device|disk is full"
+        if trouble == "full"
+        else "Read-only file system|readonly|read-only|I/O"
     )
     assert len(stopped) == 1 and re.search(words, stopped[0]) and "Traceback" not in said, said
     assert said.endswith("tfkd resume disk/r/e\n")
@@ -703,18 +860,31 @@ def test_a_sweep_on_a_bad_disk_stops_with_a_sentence_and_goes_on_when_it_is_mend
     assert status.returncode == 0, status.stderr
     if trouble == "full":
         refused = tfkd("resume", str(experiment))
-        assert refused.returncode != 0 and "Traceback" not in refused.stderr and "No space" in refused.stderr
+        assert (
+            refused.returncode != 0
+            and "Traceback" not in refused.stderr
+            and "No space" in refused.stderr
+        )
         (where / "ballast").unlink()
     else:
         refused = tfkd("resume", str(experiment))
-        assert refused.returncode == 2 and "cannot be written to (Read-only file system)" in refused.stderr
-        wait(lambda: subprocess.run(["umount", str(where)], capture_output=True).returncode == 0, "nobody is there", 30)
+        assert (
+            refused.returncode == 2
+            and "cannot be written to (Read-only file system)" in refused.stderr
+        )
+        wait(
+            lambda: subprocess.run(["umount", str(where)], capture_output=True).returncode == 0,
+            "nobody is there",
+            30,
+        )
         subprocess.run(["fsck.ext4", "-p", str(tmp_path / "image")], capture_output=True)
         subprocess.run(["mount", "-o", "loop", str(tmp_path / "image"), str(where)], check=True)
     resumed = tfkd("resume", str(experiment))
     assert resumed.returncode == 0, resumed.stderr
     after = read_records(experiment)
-    assert [(r.number, r.status, len(r.metrics)) for r in after] == [(n, "done", 60) for n in range(3)]
+    assert [(r.number, r.status, len(r.metrics)) for r in after] == [
+        (n, "done", 60) for n in range(3)
+    ]
     for record in after:
         ours = next((r.metrics for r in before if r.number == record.number), [])
         assert times_aside(record.metrics[: len(ours)]) == times_aside(ours)
@@ -735,14 +905,22 @@ def test_a_clock_that_jumps_changes_neither_budgets_nor_speeds_nor_results(
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            shift[0] = {2: 5 * 3600.0, 3: -9 * 3600.0, 4: 24 * 3600.0}.get(result["epoch"], shift[0])
+            shift[0] = {2: 5 * 3600.0, 3: -9 * 3600.0, 4: 24 * 3600.0}.get(
+                result["epoch"], shift[0]
+            )
 
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
-    student = {"name": "own", "path": "tests.faulty:network", "args": {"fault": "clock"}}  # 1970, in the trial itself
+    student = {
+        "name": "own",
+        "path": "tests.faulty:network",
+        "args": {"fault": "clock"},
+    }  # 1970, in the trial itself
     budgets = {"time_budget_s": 600, "cpu_hours": 1, "trial_timeout_s": 300}
-    build_tuner(tree(budgets, student=student, epochs=5), name="e", storage=tmp_path, callbacks=[Jump()]).fit()
+    build_tuner(
+        tree(budgets, student=student, epochs=5), name="e", storage=tmp_path, callbacks=[Jump()]
+    ).fit()
     records = read_records(tmp_path / "e")
     assert [(r.status, len(r.metrics)) for r in records] == [("done", 5)] * 3
     assert all(0 < m["seconds"] < 60 and m["images_per_s"] > 0 for r in records for m in r.metrics)
@@ -756,7 +934,9 @@ def test_a_clock_that_jumps_changes_neither_budgets_nor_speeds_nor_results(
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_full_object_store_and_a_cleaned_tmp_end_no_sweep(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_full_object_store_and_a_cleaned_tmp_end_no_sweep(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     """On a cluster of its own: its store is filled three times over, all but sockets goes from Ray's folder, and then a
     process is killed, so that another one starts without those files."""
     teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}
@@ -766,7 +946,12 @@ def test_a_full_object_store_and_a_cleaned_tmp_end_no_sweep(ray_cluster: str, tm
     )  # fmt: skip
     report = sweep_elsewhere(tmp_path, 2, space, [[0, 2, "store"], [0, 4, "tmp"], [2, 3, "trial"]])
     assert [status for status, _ in report["trials"].values()] == ["done"] * 4, report
-    assert {event for _, event, _ in report["events"]} >= {"kill store", "kill tmp", "kill trial", "lost"}
+    assert {event for _, event, _ in report["events"]} >= {
+        "kill store",
+        "kill tmp",
+        "kill trial",
+        "lost",
+    }
     assert report["left"] == [] and report["free"] == 2, report
     teacherless = read_records(tmp_path / "e")
     assert all(len(r.metrics) == 20 for r in teacherless)

@@ -34,7 +34,9 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def write_folder(root: Path, *, classes: int = 2, train: int = 12, test: int = 3, side: int = 40) -> Path:
+def write_folder(
+    root: Path, *, classes: int = 2, train: int = 12, test: int = 3, side: int = 40
+) -> Path:
     """Images of varying sizes from `side`, one of them grey, one a PNG with transparency; the test split is `val`."""
     for split, n in (("train", train), ("val", test)):
         for k in range(classes):
@@ -68,7 +70,9 @@ def config(data: ImageFolder, **settings: object) -> TrainConfig:
 
 
 def numbers(epochs: list[Epoch]) -> list[dict[str, float]]:
-    return [{k: v for k, v in e.metrics.items() if k not in ("seconds", "images_per_s")} for e in epochs]
+    return [
+        {k: v for k, v in e.metrics.items() if k not in ("seconds", "images_per_s")} for e in epochs
+    ]
 
 
 def readers() -> list[threading.Thread]:
@@ -114,11 +118,15 @@ def test_files_of_both_splits_are_examined_before_a_comparison(data: ImageFolder
         f"data image_folder: {data.root}/train/class 0/000.jpg"
     ]
     (data.root / "train/class 0/000.jpg").unlink()
-    with pytest.raises(ConfigError, match=f"^data image_folder: {data.root}/val/class 1/000.jpg: cannot be read"):
+    with pytest.raises(
+        ConfigError, match=f"^data image_folder: {data.root}/val/class 1/000.jpg: cannot be read"
+    ):
         other.examine()
     for path in (data.root / "val/class 1").iterdir():
         path.unlink()
-    with pytest.raises(ConfigError, match=f"^data image_folder: {data.root}/val/class 1: no image in it"):
+    with pytest.raises(
+        ConfigError, match=f"^data image_folder: {data.root}/val/class 1: no image in it"
+    ):
         other.examine()
 
 
@@ -138,7 +146,10 @@ def test_splits_are_stratified_and_positions_are_by_class_and_name(data: ImageFo
     data.check()
     train_set, val_set = data.load()
     assert isinstance(train_set, FolderSet) and isinstance(val_set, FolderSet)
-    assert train_set.labels.bincount().tolist() == [9, 9] and val_set.labels.bincount().tolist() == [3, 3]
+    assert train_set.labels.bincount().tolist() == [
+        9,
+        9,
+    ] and val_set.labels.bincount().tolist() == [3, 3]
     everything = sorted(str(p.relative_to(data.root)) for p in data.root.glob("train/*/*"))
     assert train_set.official_size == 24
     for part in (train_set, val_set):
@@ -149,14 +160,20 @@ def test_splits_are_stratified_and_positions_are_by_class_and_name(data: ImageFo
     assert next(test.read([torch.tensor([0, 5])])).shape == (2, 3, 32, 32)
 
 
-def test_what_is_hidden_or_no_image_is_left_alone_and_folders_below_are_not(data: ImageFolder) -> None:
+def test_what_is_hidden_or_no_image_is_left_alone_and_folders_below_are_not(
+    data: ImageFolder,
+) -> None:
     (data.root / "train/.cache").mkdir()
     (data.root / "train/class 0/._001.jpg").write_bytes(b"of a Mac")
     (data.root / "train/class 0/notes.txt").write_text("no image")
     (data.root / "train/class 0/more").mkdir()
     photograph(0, 40, 40).save(data.root / "train/class 0/more/x.jpg")
     whole = data._whole("train")
-    assert isinstance(whole, FolderSet) and len(whole) == 25 and "train/class 0/more/x.jpg" in whole.files
+    assert (
+        isinstance(whole, FolderSet)
+        and len(whole) == 25
+        and "train/class 0/more/x.jpg" in whole.files
+    )
 
 
 def test_without_crops_the_centre_is_torchvisions(data: ImageFolder) -> None:
@@ -170,7 +187,9 @@ def test_without_crops_the_centre_is_torchvisions(data: ImageFolder) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same(tmp_path: Path, mode: str) -> None:
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same(
+    tmp_path: Path, mode: str
+) -> None:
     root = write_folder(tmp_path, train=2, test=1)
     photograph(7, 900, 700).convert(mode).save(root / "train/class 0/000.jpg", quality=95)
     images = loaded(ImageFolder(root=root, num_classes=2, image_size=32, val_fraction=0))
@@ -188,7 +207,9 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same(tmp_path:
 def one_image(path: Path, side: int = 32, crop: list[float] | None = None) -> np.ndarray:  # type: ignore[type-arg]
     """[3, S, S] of a file, as training or validation sees it."""
     crops = None if crop is None else torch.tensor([crop])
-    images = FolderSet("image_folder", path.parent, (path.name,), torch.zeros(1).long(), torch.zeros(1), 1, side, 1)
+    images = FolderSet(
+        "image_folder", path.parent, (path.name,), torch.zeros(1).long(), torch.zeros(1), 1, side, 1
+    )
     return next(images.read([torch.arange(1)], crops))[0].numpy()
 
 
@@ -201,12 +222,17 @@ def test_16_bits_are_read_as_their_upper_8(tmp_path: Path, suffix: str, factor: 
     wide.save(tmp_path / f"wide{suffix}", kinds.get(suffix))
     Image.fromarray(grey).save(tmp_path / "plain.png")
     for crop in (None, [0.3, 0.5, 0.2, 0.7]):
-        assert (one_image(tmp_path / f"wide{suffix}", crop=crop) == one_image(tmp_path / "plain.png", crop=crop)).all()
+        assert (
+            one_image(tmp_path / f"wide{suffix}", crop=crop)
+            == one_image(tmp_path / "plain.png", crop=crop)
+        ).all()
 
 
 def test_16_bits_of_which_0_is_white_are_turned_round(tmp_path: Path) -> None:
     grey = np.asarray(photograph(1, 40, 50).convert("L"))
-    Image.fromarray((255 - grey).astype(np.uint16) * np.uint16(257)).save(tmp_path / "a.tiff", tiffinfo={262: 0})
+    Image.fromarray((255 - grey).astype(np.uint16) * np.uint16(257)).save(
+        tmp_path / "a.tiff", tiffinfo={262: 0}
+    )
     Image.fromarray(grey).save(tmp_path / "plain.png")
     assert (one_image(tmp_path / "a.tiff") == one_image(tmp_path / "plain.png")).all()
 
@@ -216,7 +242,9 @@ def test_a_palettes_transparency_changes_no_colour_and_is_not_warned_of(tmp_path
     palette.save(tmp_path / "plain.png")
     palette.save(tmp_path / "a.png", transparency=bytes(range(256)))
     for crop in (None, [0.3, 0.5, 0.2, 0.7]):
-        assert (one_image(tmp_path / "a.png", crop=crop) == one_image(tmp_path / "plain.png", crop=crop)).all()
+        assert (
+            one_image(tmp_path / "a.png", crop=crop) == one_image(tmp_path / "plain.png", crop=crop)
+        ).all()
 
 
 def test_12_bits_of_a_tiff_are_read_as_their_upper_8(tmp_path: Path) -> None:
@@ -225,17 +253,35 @@ def test_12_bits_of_a_tiff_are_read_as_their_upper_8(tmp_path: Path) -> None:
             (278, 4, 32), (279, 4, 32 * 48)]  # fmt: skip
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     head = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(200, b"\0")
-    (tmp_path / "a.tiff").write_bytes(head + bytes([0xAB, 0xCA, 0xBC]) * (32 * 16))  # 0xABC everywhere
+    (tmp_path / "a.tiff").write_bytes(
+        head + bytes([0xAB, 0xCA, 0xBC]) * (32 * 16)
+    )  # 0xABC everywhere
     assert (one_image(tmp_path / "a.tiff") == 0xAB).all()
 
 
 @pytest.mark.parametrize(
     ("pixels", "name", "sentence"),
     [
-        (np.arange(1024, dtype=np.int32).reshape(32, 32), "a.tiff", "whole numbers of 32 bits \\(mode I\\)"),
-        (np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32), "a.tif", "floating-point numbers \\(mode F\\)"),
-        (np.arange(1024, dtype=np.uint16).reshape(32, 32) % 256, "a.png", "reach 255 of 65535 .*; if white is"),
-        (np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4, "a.png", "keep 16 of their levels; if white is"),
+        (
+            np.arange(1024, dtype=np.int32).reshape(32, 32),
+            "a.tiff",
+            "whole numbers of 32 bits \\(mode I\\)",
+        ),
+        (
+            np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32),
+            "a.tif",
+            "floating-point numbers \\(mode F\\)",
+        ),
+        (
+            np.arange(1024, dtype=np.uint16).reshape(32, 32) % 256,
+            "a.png",
+            "reach 255 of 65535 .*; if white is",
+        ),
+        (
+            np.arange(1024, dtype=np.uint16).reshape(32, 32) * 4,
+            "a.png",
+            "keep 16 of their levels; if white is",
+        ),
         (np.arange(1024, dtype=np.int16).reshape(32, 32), "a.tiff", "whole numbers of 32 bits"),
     ],
     ids=["int32", "float", "8 bits in 16", "12 bits in 16", "signed"],
@@ -250,7 +296,9 @@ def test_what_cannot_be_brought_to_8_bits_is_refused_by_name(
         Image.fromarray(pixels.view(np.uint16)).save(tmp_path / name, tiffinfo={339: 2})
     else:
         Image.fromarray(pixels).save(tmp_path / name)
-    with pytest.raises(ConfigError, match=f"^data image_folder: {tmp_path / name}: its .*{sentence}"):
+    with pytest.raises(
+        ConfigError, match=f"^data image_folder: {tmp_path / name}: its .*{sentence}"
+    ):
         one_image(tmp_path / name)
 
 
@@ -260,9 +308,13 @@ def test_dark_images_of_16_bits_that_lose_nothing_are_read(tmp_path: Path) -> No
         assert (one_image(tmp_path / "a.png") == level).all()
 
 
-@pytest.mark.parametrize("kind", ["a.jpg", "large.jpg", "a.png", "a.webp", "a.tiff", "grey.tiff", "16.tiff"])
+@pytest.mark.parametrize(
+    "kind", ["a.jpg", "large.jpg", "a.png", "a.webp", "a.tiff", "grey.tiff", "16.tiff"]
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_upright_as_their_exif_data_say(tmp_path: Path, kind: str, orientation: int) -> None:
+def test_photographs_are_turned_upright_as_their_exif_data_say(
+    tmp_path: Path, kind: str, orientation: int
+) -> None:
     width, height = (640, 400) if kind == "large.jpg" else (64, 40)
     upright, exif = photograph(3, width, height), Image.Exif()
     if kind == "grey.tiff":
@@ -275,13 +327,17 @@ def test_photographs_are_turned_upright_as_their_exif_data_say(tmp_path: Path, k
     turned.save(tmp_path / kind, exif=exif, quality=98)
     upright.save(tmp_path / f"upright-{kind}", quality=98)
     for crop in (None, [0.2, 0.3, 0.1, 0.8]):
-        found, wanted = (one_image(tmp_path / name, crop=crop).astype(int) for name in (kind, f"upright-{kind}"))
+        found, wanted = (
+            one_image(tmp_path / name, crop=crop).astype(int) for name in (kind, f"upright-{kind}")
+        )
         assert abs(found - wanted).mean() < 3, "a half pixel of a shrunk JPEG at most"
 
 
 @pytest.mark.filterwarnings("default:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"MM"])
-def test_damaged_exif_data_do_not_keep_an_image_from_being_read(tmp_path: Path, exif: bytes) -> None:
+def test_damaged_exif_data_do_not_keep_an_image_from_being_read(
+    tmp_path: Path, exif: bytes
+) -> None:
     photograph(3, 64, 40).save(tmp_path / "a.jpg", exif=exif)
     photograph(3, 64, 40).save(tmp_path / "b.jpg")
     assert (one_image(tmp_path / "a.jpg") == one_image(tmp_path / "b.jpg")).all()
@@ -294,9 +350,13 @@ def test_a_crop_is_torchvisions_resized_crop_of_its_box(data: ImageFolder) -> No
     for k, file in enumerate(images.files):
         with Image.open(data.root / file) as image:
             left, top, w, h = crop_box(crops[k].tolist(), *image.size)
-            theirs = tv.pil_to_tensor(tv.resized_crop(image.convert("RGB"), top, left, h, w, [32, 32]))
+            theirs = tv.pil_to_tensor(
+                tv.resized_crop(image.convert("RGB"), top, left, h, w, [32, 32])
+            )
         unlike = (read[k].float() - theirs.float()).abs()
-        assert unlike[:, 3:-3, 3:-3].max() <= 1, file  # at the rim ours also sees what lies just outside the box
+        assert unlike[:, 3:-3, 3:-3].max() <= 1, (
+            file
+        )  # at the rim ours also sees what lies just outside the box
         assert unlike.mean() < 3
 
 
@@ -309,22 +369,42 @@ def test_boxes_are_distributed_as_torchvisions(width: int, height: int) -> None:
     theirs = [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
     ours = [crop_box(c, width, height) for c in torch.rand(n, 4).tolist()]
     tables = (
-        np.array([(w * h / width / height, math.log(w / h), left, top) for left, top, w, h in ours]),
-        np.array([(w * h / width / height, math.log(w / h), left, top) for top, left, h, w in theirs]),
+        np.array(
+            [(w * h / width / height, math.log(w / h), left, top) for left, top, w, h in ours]
+        ),
+        np.array(
+            [(w * h / width / height, math.log(w / h), left, top) for top, left, h, w in theirs]
+        ),
     )
     for a, b in zip(tables[0].T, tables[1].T, strict=True):
         grid = np.sort(np.concatenate([a, b]))
-        gap = np.abs(np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")).max() / n
+        gap = (
+            np.abs(
+                np.searchsorted(np.sort(a), grid, "right")
+                - np.searchsorted(np.sort(b), grid, "right")
+            ).max()
+            / n
+        )
         assert gap < 1.95 * math.sqrt(2 / n)  # Kolmogorov and Smirnov, 1 in 1000
 
 
-@pytest.mark.parametrize("width, height", [(1, 1), (1, 5000), (5000, 1), (2, 3), (30, 1000), (224, 224), (999, 30)])
+@pytest.mark.parametrize(
+    "width, height", [(1, 1), (1, 5000), (5000, 1), (2, 3), (30, 1000), (224, 224), (999, 30)]
+)
 def test_a_box_lies_inside_whatever_the_numbers_and_the_image(width: int, height: int) -> None:
     last = 1 - 2.0**-24  # the largest that torch.rand gives
-    draws = [[a, b, c, d] for a in (0, last) for b in (0, 0.5, last) for c in (0, last) for d in (0, last)]
+    draws = [
+        [a, b, c, d]
+        for a in (0, last)
+        for b in (0, 0.5, last)
+        for c in (0, last)
+        for d in (0, last)
+    ]
     for crop in [*draws, *torch.rand(200, 4, generator=torch.Generator().manual_seed(0)).tolist()]:
         left, top, w, h = crop_box(crop, width, height)
-        assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
+        assert (
+            left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
+        )
         if min(width, height) > 100:
             assert 0.079 < w * h / width / height <= 1 and 0.74 < w / h < 1.35
 
@@ -405,12 +485,20 @@ def test_the_papers_recipe_is_the_default() -> None:
     tree = {"objective": "ce", "student": "cnn", "data": {"name": "imagenet", "root": "/nowhere"}}
     found = validated(TrainConfig, tree)
     assert isinstance(found.data, Imagenet) and found.data.num_classes == 1000
-    assert (found.epochs, found.optim.lr, found.optim.batch_size) == (90, 0.2, 512) and found.augment == VIEWS
+    assert (found.epochs, found.optim.lr, found.optim.batch_size) == (
+        90,
+        0.2,
+        512,
+    ) and found.augment == VIEWS
     assert [found.schedule.factor(epoch, 90) for epoch in (0.5, 30.5, 60.5, 80.5)] == pytest.approx(
         [1, 0.1, 0.01, 0.001]
     )
     modern = validated(TrainConfig, {**tree, "recipe": "modern"})
-    assert modern.optim.nesterov and modern.schedule.warmup_epochs == 5 and modern.schedule.name == "cosine"
+    assert (
+        modern.optim.nesterov
+        and modern.schedule.warmup_epochs == 5
+        and modern.schedule.name == "cosine"
+    )
 
 
 # --- what is wrong ---------------------------------------------------------------------------------------------
@@ -431,7 +519,8 @@ def test_a_file_that_is_no_image_is_named(data: ImageFolder, spoil: str) -> None
         path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"text", "empty": b""}[spoil])
     for crops in (None, torch.full((18, 4), 0.5)):
         with pytest.raises(
-            ConfigError, match=f"^data image_folder: {path}: cannot be read as an image: .*; replace it"
+            ConfigError,
+            match=f"^data image_folder: {path}: cannot be read as an image: .*; replace it",
         ):
             list(images.read(list(torch.arange(18).split(3)), crops))
         assert not readers()
@@ -456,24 +545,31 @@ def test_missing_folders_say_where_they_were_looked_for(data: ImageFolder) -> No
     (data.root / "train").rename(data.root / "test")
     with pytest.raises(ConfigError, match="not found: the folder train"):
         data.check()
-    with pytest.raises(ConfigError, match=r"data imagenet: not found: .*; register at https://image-net.org"):
+    with pytest.raises(
+        ConfigError, match=r"data imagenet: not found: .*; register at https://image-net.org"
+    ):
         Imagenet(root=data.root / "nowhere").check()
 
 
 def test_classes_must_be_as_many_as_declared_and_the_same_in_both_splits(data: ImageFolder) -> None:
     with pytest.raises(ConfigError) as error:
         data.model_copy(update={"num_classes": 5}).check()
-    assert error.value.problems == [f"data image_folder: {data.root}/train: 2 class folders, and num_classes is 5"]
+    assert error.value.problems == [
+        f"data image_folder: {data.root}/train: 2 class folders, and num_classes is 5"
+    ]
     (data.root / "val/class 1").rename(data.root / "val/klass 1")
     with pytest.raises(
-        ConfigError, match=r"/val: its class folders must be those of train: class 1 is in train, but not here .2 class"
+        ConfigError,
+        match=r"/val: its class folders must be those of train: class 1 is in train, but not here .2 class",
     ):
         data.check()
     (data.root / "val/klass 1").rename(data.root / "val/class 1")
     (data.root / "val/class 2").mkdir()
     with pytest.raises(ConfigError, match="class 2 is here, but not in train"):
         data.load_test()
-    with pytest.raises(ConfigError, match=r"data imagenet: .*/train: 2 class folders, and num_classes is 1000"):
+    with pytest.raises(
+        ConfigError, match=r"data imagenet: .*/train: 2 class folders, and num_classes is 1000"
+    ):
         Imagenet(root=data.root).check()
 
 
@@ -496,12 +592,17 @@ def test_a_class_without_images_is_named(data: ImageFolder) -> None:
 )  # fmt: skip
 def test_wrong_settings_get_a_sentence(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
-        validated(TrainConfig, {"objective": "ce", "data": {"name": "image_folder", "root": "/x", **settings}})
+        validated(
+            TrainConfig,
+            {"objective": "ce", "data": {"name": "image_folder", "root": "/x", **settings}},
+        )
     assert sentence in str(error.value)
 
 
 def test_a_folder_is_not_for_download(data: ImageFolder) -> None:
-    with pytest.raises(ConfigError, match="data image_folder: not for download; put images at root/train/CLASS/"):
+    with pytest.raises(
+        ConfigError, match="data image_folder: not for download; put images at root/train/CLASS/"
+    ):
         data.download()
     with pytest.raises(ConfigError, match="data imagenet: not for download; register at"):
         Imagenet().download()

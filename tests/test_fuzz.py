@@ -34,13 +34,17 @@ SLOWEST_S = 2.0
 often = settings(
     max_examples=max(1, COUNT * 60 // 500),
     deadline=None,
-    derandomize="TFKD_FUZZ_SEED" not in os.environ,  # else pytest's --hypothesis-seed, as `make fuzz` gives it
+    derandomize="TFKD_FUZZ_SEED"
+    not in os.environ,  # else pytest's --hypothesis-seed, as `make fuzz` gives it
     database=None,
     suppress_health_check=list(HealthCheck),
 )
 """For tests by hypothesis, here and in other files."""
 CLUSTERS = [p for p in sorted((ROOT / "clusters").glob("*.yaml")) if "\n---" not in p.read_text()]
-SCRIPTS = [ROOT / "clusters" / "slurm.sh", *sorted((ROOT / "clusters").glob("kuberay-*.yaml"))]  # changed as text
+SCRIPTS = [
+    ROOT / "clusters" / "slurm.sh",
+    *sorted((ROOT / "clusters").glob("kuberay-*.yaml")),
+]  # changed as text
 FILES = [p for p in SHIPPED + ARMS if len(p.read_text()) < 6000]
 SPACES = [p for p in FILES if p in SHIPPED]
 
@@ -56,7 +60,13 @@ ODD: list[Any] = [
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where something stands in a tree, the root left out."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     found = []
     for key, value in items:
         found += [(*path, key), *places(value, (*path, key))]
@@ -84,7 +94,9 @@ def renamed(tree: Any, rng: random.Random) -> None:
     above = holder(tree, path)
     if isinstance(above, dict):
         word = str(path[-1])
-        new = rng.choice([word[:-1], word + "s", word.upper(), word[::-1], "low", "choices", "name", ""])
+        new = rng.choice(
+            [word[:-1], word + "s", word.upper(), word[::-1], "low", "choices", "name", ""]
+        )
         above[new] = above.pop(path[-1])
 
 
@@ -105,7 +117,9 @@ def added(tree: Any, rng: random.Random) -> None:
     path = rng.choice(places(tree))
     above = holder(tree, path)
     if isinstance(above, dict):
-        above[rng.choice(["x", "seed", "search", "arms", "teacher", "epochs", "data", 7])] = rng.choice(ODD)
+        above[rng.choice(["x", "seed", "search", "arms", "teacher", "epochs", "data", 7])] = (
+            rng.choice(ODD)
+        )
 
 
 def numbered(tree: Any, rng: random.Random) -> None:
@@ -119,7 +133,15 @@ def numbered(tree: Any, rng: random.Random) -> None:
         )
 
 
-TREE: list[Callable[[Any, random.Random], None]] = [replaced, removed, renamed, moved, nested, added, numbered]
+TREE: list[Callable[[Any, random.Random], None]] = [
+    replaced,
+    removed,
+    renamed,
+    moved,
+    nested,
+    added,
+    numbered,
+]
 
 
 def torn(text: str, rng: random.Random) -> str:
@@ -137,7 +159,14 @@ def torn(text: str, rng: random.Random) -> str:
         lines[line] = " " * rng.randrange(9) + lines[line].strip()
     if way == 4:
         lines[line] = rng.choice(
-            ["a: &a [*a]", "x: !!python/object/apply:os.system ['true']", "<<: *x", "? [1]", "---", "..."]
+            [
+                "a: &a [*a]",
+                "x: !!python/object/apply:os.system ['true']",
+                "<<: *x",
+                "? [1]",
+                "---",
+                "...",
+            ]
         )
     if way == 5:
         return text.replace("\n", rng.choice(["\r\n", "\r", "\n\n", "\x85"]))
@@ -155,7 +184,9 @@ def mutated(rng: random.Random, files: list[Path] = FILES) -> str:
     """One of some files, changed in one to four places."""
     tree = parse_yaml(rng.choice(files).read_text(), "shipped")
     for _ in range(rng.randrange(5)):
-        with contextlib.suppress(IndexError, OverflowError):  # nothing is left of it, or a number is too large already
+        with contextlib.suppress(
+            IndexError, OverflowError
+        ):  # nothing is left of it, or a number is too large already
             rng.choice(TREE)(tree, rng)
     with contextlib.suppress(yaml.YAMLError, RecursionError):
         text = yaml.safe_dump(tree, allow_unicode=True)
@@ -197,7 +228,9 @@ def refused(path: Path, error: ConfigError) -> None:
     """Whether the file is named, and each problem is a sentence that begins with the field or the line it is about."""
     assert str(path) in str(error) or path.name in str(error), str(error)
     for problem in error.problems:
-        assert re.match(rf"{FIELD}: \S|line \d+(, column \d+)?: \S|{WHOLE}", problem), problem[:3000]
+        assert re.match(rf"{FIELD}: \S|line \d+(, column \d+)?: \S|{WHOLE}", problem), problem[
+            :3000
+        ]
         assert re.search(r"\S.*\S$", problem) and len(problem) < 1001, problem[:3000]
         assert "Traceback" not in problem and "pydantic" not in problem
 
@@ -238,7 +271,11 @@ def test_a_cluster_file_is_understood_or_refused_with_sentences(part: int, tmp_p
         seed = f"{SEED}/cluster/{part}/{number}"
         rng = random.Random(seed)
         whole = number % 4 == 0
-        text = torn((script := rng.choice(SCRIPTS)).read_text(), rng) if whole else mutated(rng, CLUSTERS)
+        text = (
+            torn((script := rng.choice(SCRIPTS)).read_text(), rng)
+            if whole
+            else mutated(rng, CLUSTERS)
+        )
         path = tmp_path / f"mutated{script.suffix if whole else '.yaml'}"
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
         start, cpu = time.monotonic(), time.process_time()
@@ -247,14 +284,21 @@ def test_a_cluster_file_is_understood_or_refused_with_sentences(part: int, tmp_p
         except BaseException as error:
             error.add_note(f"TFKD_FUZZ_SEED={SEED}, file {seed}:\n{path.read_bytes()[:4000]!r}")
             raise
-        assert time.process_time() - cpu < SLOWEST_S and time.monotonic() - start < 10 * SLOWEST_S, seed
+        assert (
+            time.process_time() - cpu < SLOWEST_S and time.monotonic() - start < 10 * SLOWEST_S
+        ), seed
     assert 0 < valid < COUNT // 2 // CLUSTER_PARTS
 
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever connects to Ray, or starts it, fails the test."""
-    for name in ("ray.init", "tfkd_ray.run.connect.connect", "tfkd_ray.run.tune.connect", "tfkd_ray.run.tune.prepare"):
+    for name in (
+        "ray.init",
+        "tfkd_ray.run.connect.connect",
+        "tfkd_ray.run.tune.connect",
+        "tfkd_ray.run.tune.prepare",
+    ):
         monkeypatch.setattr(name, started)
 
 
@@ -262,9 +306,15 @@ def started(*args: object, **kwargs: object) -> None:
     raise AssertionError("Ray was started")
 
 
-@pytest.mark.parametrize("verb, files", [("tune", SPACES), ("confirm", ARMS)], ids=["tune", "confirm"])
+@pytest.mark.parametrize(
+    "verb, files", [("tune", SPACES), ("confirm", ARMS)], ids=["tune", "confirm"]
+)
 def test_a_refused_file_ends_its_command_before_ray(
-    verb: str, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verb: str,
+    files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The commands themselves, with what no loader takes: code 2, the file's name, no traceback, nothing left."""
     monkeypatch.chdir(tmp_path)
@@ -272,12 +322,18 @@ def test_a_refused_file_ends_its_command_before_ray(
     for number in range(2000):
         seed = f"{SEED}/{verb}/{number}"
         path = tmp_path / "mutated.yaml"
-        path.write_text(mutated(random.Random(seed), files), encoding="utf-8", errors="surrogatepass")
+        path.write_text(
+            mutated(random.Random(seed), files), encoding="utf-8", errors="surrogatepass"
+        )
         if understood(path) is not None:
             continue
         code = main([verb, path.name])
         out, err = capsys.readouterr()
-        assert code == 2 and path.name in err and "Traceback" not in out + err, (seed, path.read_bytes()[:4000], err)
+        assert code == 2 and path.name in err and "Traceback" not in out + err, (
+            seed,
+            path.read_bytes()[:4000],
+            err,
+        )
         assert [p.name for p in tmp_path.iterdir()] == [path.name], seed
         if (done := done + 1) == COUNT // 10:
             return

@@ -29,13 +29,19 @@ def config(**changes: Any) -> TrainConfig:
 
 def taught(labels: str, **changes: Any) -> TrainConfig:
     teacher = {"model": {"name": "cnn", "widths": [32]}, "epochs": 2, "labels": labels}
-    return config(objective={"name": "kd", "alpha": 0.7, "temperature": 3}, teacher=teacher, **changes)
+    return config(
+        objective={"name": "kd", "alpha": 0.7, "temperature": 3}, teacher=teacher, **changes
+    )
 
 
-def test_the_bank_is_a_teacher_in_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bank_is_a_teacher_in_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in test_soft_labels.py; the tolerance is that of half-precision labels and of sums in any order."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    online, banked = (list(train(c, teacher=find_or_train(c, tmp_path))) for c in map(taught, ("online", "bank")))
+    online, banked = (
+        list(train(c, teacher=find_or_train(c, tmp_path))) for c in map(taught, ("online", "bank"))
+    )
     for a, b in zip(online, banked, strict=True):
         assert a.metrics["train_kd"] == pytest.approx(b.metrics["train_kd"], rel=5e-3)
         assert a.metrics["val_teacher_kl"] == pytest.approx(b.metrics["val_teacher_kl"], rel=5e-3)

@@ -32,17 +32,25 @@ SPACE: dict[str, Any] = {
     "epochs": 9,
     "workers": 2,
     "checkpoint_every_s": 0,
-    "optim": {"lr": {"choices": [0.1, 0.0005, 1e20]}, "batch_size": 64},  # the last one diverges at once
+    "optim": {
+        "lr": {"choices": [0.1, 0.0005, 1e20]},
+        "batch_size": 64,
+    },  # the last one diverges at once
     "search": {"sampler": "random"},
 }
 
 
-def sweep_elsewhere(tmp_path: Path, cpus: int, space: dict[str, Any], kill: list[list[Any]]) -> dict[str, Any]:
+def sweep_elsewhere(
+    tmp_path: Path, cpus: int, space: dict[str, Any], kill: list[list[Any]]
+) -> dict[str, Any]:
     """On a second cluster, beside the session's: two on one host must not disturb each other."""
     script = Path(__file__).parent / "sweep_under_fire.py"
     plan = json.dumps({"space": space, "kill": kill})
     run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(cpus), plan], capture_output=True, text=True, timeout=170
+        [sys.executable, str(script), str(tmp_path), str(cpus), plan],
+        capture_output=True,
+        text=True,
+        timeout=170,
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, run.stderr[-3000:]
@@ -57,7 +65,9 @@ def at(report: dict[str, Any], what: str, number: int | None = None) -> list[flo
 def gaps(report: dict[str, Any]) -> list[float]:
     """Seconds from the end of each trial to the first epoch of the next, where one trial runs at a time."""
     times, first = at(report, "end"), at(report, "first epoch")
-    return [min(t - end for t in first if t > end) for end in times[:-1] if any(t > end for t in first)]
+    return [
+        min(t - end for t in first if t > end) for end in times[:-1] if any(t > end for t in first)
+    ]
 
 
 def assert_all_is_free(report: dict[str, Any], cpus: int) -> None:
@@ -67,13 +77,22 @@ def assert_all_is_free(report: dict[str, Any], cpus: int) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(ray_cluster: str, tmp_path: Path) -> None:
-    report = sweep(str(tmp_path), 2, {**SPACE, "search": {"sampler": "random", "num_samples": 6, "seed": 6}}, [])
+def test_one_group_on_2_cpus_serves_stopped_and_failed_trials_without_a_pause(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    report = sweep(
+        str(tmp_path),
+        2,
+        {**SPACE, "search": {"sampler": "random", "num_samples": 6, "seed": 6}},
+        [],
+    )
     assert_all_is_free(report, 2)
     states = [report["trials"][str(n)][0] for n in range(6)]
     assert states == ["done", "failed", "stopped", "done", "stopped", "failed"], report["trials"]
     assert all(
-        "Diverged: train_loss is" in reason for status, reason in report["trials"].values() if status == "failed"
+        "Diverged: train_loss is" in reason
+        for status, reason in report["trials"].values()
+        if status == "failed"
     )
     assert max(gaps(report)) < 2, report["events"]
     one = build_space({**SPACE, "workers": 1, "optim": {"lr": 0.1, "batch_size": 64}}).single()
@@ -96,7 +115,9 @@ def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_gr
         return build_space({k: v for k, v in tree.items() if k != "search"}).single()
 
     def about(name: str) -> Assignment:
-        return Assignment(name, 1, directory=tmp_path / "trials" / name, storage=Directory(tmp_path))
+        return Assignment(
+            name, 1, directory=tmp_path / "trials" / name, storage=Directory(tmp_path)
+        )
 
     group = WorkerGroup(run(fails=True), tmp_path / "groups")
     try:
@@ -112,7 +133,9 @@ def test_a_trial_whose_workers_failed_at_different_places_of_a_step_leaves_no_gr
 @pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_two_groups_survive_a_killed_worker_and_a_killed_trial(ray_cluster: str, tmp_path: Path) -> None:
+def test_two_groups_survive_a_killed_worker_and_a_killed_trial(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     space = {**SPACE, "optim": {"lr": {"choices": [0.1, 0.05]}, "batch_size": 64}}
     space["search"] = {"sampler": "random", "num_samples": 8, "stopping": "none"}
     report = sweep_elsewhere(tmp_path, 4, space, [[2, 3, "worker"], [5, 4, "trial"]])
@@ -122,7 +145,9 @@ def test_two_groups_survive_a_killed_worker_and_a_killed_trial(ray_cluster: str,
     for killed in at(report, "kill worker") + at(report, "kill trial"):
         assert min(t - killed for t in at(report, "first epoch") if t > killed) < 30
     one = {}
-    for folder in (tmp_path / "e" / "trials").glob("t0*"):  # killed or not: the same numbers for the same configuration
+    for folder in (tmp_path / "e" / "trials").glob(
+        "t0*"
+    ):  # killed or not: the same numbers for the same configuration
         about = json.loads((folder / "trial.json").read_text())
         losses = [m["train_loss"] for m in read_metrics(folder)]
         assert len(losses) == 9
@@ -139,8 +164,15 @@ def test_image_files_at_224_stream_through_a_teacher_two_workers_a_kill_and_a_re
     root = write_folder(tmp_path / "photographs", classes=2, train=24, side=230)
     tree = {
         "data": {"name": "image_folder", "root": str(root), "num_classes": 2, "val_fraction": 0.25},
-        "student": {"name": "mlp", "hidden": [4]},  # no batch statistics: one worker and two compute the same
-        "teacher": {"model": {"name": "cnn", "widths": [4]}, "epochs": 2, "optim": {"batch_size": 8}},
+        "student": {
+            "name": "mlp",
+            "hidden": [4],
+        },  # no batch statistics: one worker and two compute the same
+        "teacher": {
+            "model": {"name": "cnn", "widths": [4]},
+            "epochs": 2,
+            "optim": {"batch_size": 8},
+        },
         "objective": {"name": "kd", "alpha": 0.5},
         "epochs": 6,
         "workers": 2,
@@ -152,9 +184,14 @@ def test_image_files_at_224_stream_through_a_teacher_two_workers_a_kill_and_a_re
     (tmp_path / "space.yaml").write_text(json.dumps(tree))
     command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e"]
     experiment, until = tmp_path / "tfkd_results/e", time.monotonic() + 80
-    with subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL) as driver:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=dict(os.environ), stderr=subprocess.DEVNULL
+    ) as driver:
         try:
-            while not any(len(r.metrics) >= 2 for r in (read_records(experiment) if experiment.exists() else [])):
+            while not any(
+                len(r.metrics) >= 2
+                for r in (read_records(experiment) if experiment.exists() else [])
+            ):
                 assert time.monotonic() < until and driver.poll() is None
                 time.sleep(0.05)
         finally:
@@ -162,7 +199,9 @@ def test_image_files_at_224_stream_through_a_teacher_two_workers_a_kill_and_a_re
     again = tfkd("resume", "tfkd_results/e")
     assert again.returncode == 0, again.stderr
     records = read_records(experiment)
-    assert [(r.status, [m["epoch"] for m in r.metrics]) for r in records] == [("done", [1, 2, 3, 4, 5, 6])] * 2
+    assert [(r.status, [m["epoch"] for m in r.metrics]) for r in records] == [
+        ("done", [1, 2, 3, 4, 5, 6])
+    ] * 2
     alone = validated(TrainConfig, {**records[0].config, "workers": 1})
     teacher = find_or_train(alone, tmp_path / "tfkd_results")
     for ours, theirs in zip(records[0].metrics, train(alone, teacher=teacher), strict=True):

@@ -35,17 +35,30 @@ pytestmark = [pytest.mark.fault]
 
 
 def killed_at(
-    point: int, words: list[str], here: Path, below: Path, after: Path | None = None, limit_s: float = 100
+    point: int,
+    words: list[str],
+    here: Path,
+    below: Path,
+    after: Path | None = None,
+    limit_s: float = 100,
 ) -> bool:
     """Run `tfkd WORDS`; whether it was killed, and did not come to its end before."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tfkd_ray.run.tune", "tfkd_ray.run.confirm", "tfkd_ray.show.export", "tfkd_ray.show.report"]
+        [
+            "tfkd_ray.run.tune",
+            "tfkd_ray.run.confirm",
+            "tfkd_ray.show.export",
+            "tfkd_ray.show.report",
+        ]
     )
     process = context.Process(target=killed.run, args=(words, here, below, point, after))
     process.start()
     process.join(limit_s)
-    assert process.exitcode in (0, -signal.SIGKILL), (process.exitcode, (here / "said").read_text()[-2000:])
+    assert process.exitcode in (0, -signal.SIGKILL), (
+        process.exitcode,
+        (here / "said").read_text()[-2000:],
+    )
     return process.exitcode != 0
 
 
@@ -80,23 +93,31 @@ def test_an_export_that_is_killed_at_any_file_leaves_nothing_or_all_and_the_next
     before, out = contents(sweep), tmp_path / "out" / "x"
     for point in range(1, 100):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        was_killed = killed_at(point, ["export", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out")
+        was_killed = killed_at(
+            point, ["export", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out"
+        )
         assert not out.exists() or verify(out), f"{point=}"
         assert contents(sweep) == before, f"{point=}"
         if not was_killed:
             break
         if point % 4 == 1 and not out.exists():
-            assert not killed_at(1000, ["export", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out")
+            assert not killed_at(
+                1000, ["export", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out"
+            )
             assert verify(out) and [p.name for p in out.parent.iterdir()] == ["x"], f"{point=}"
     assert point > 8 and verify(out) and sorted(p.name for p in out.parent.iterdir()) == ["x"]
 
 
-def test_a_report_that_is_killed_at_any_file_leaves_the_old_page_or_the_new_one(sweep: Path, tmp_path: Path) -> None:
+def test_a_report_that_is_killed_at_any_file_leaves_the_old_page_or_the_new_one(
+    sweep: Path, tmp_path: Path
+) -> None:
     before, out = contents(sweep), tmp_path / "out" / "r.html"
     out.parent.mkdir()
     for point in range(1, 100):
         out.write_text("the old page")
-        was_killed = killed_at(point, ["report", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out")
+        was_killed = killed_at(
+            point, ["report", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out"
+        )
         page = out.read_text()
         assert page == "the old page" or page.rstrip().endswith("</html>"), f"{point=}"
         assert contents(sweep) == before, f"{point=}"
@@ -110,7 +131,9 @@ def comparison(storage: Path) -> Path:
     directory = storage / "c"
     arms = [{"name": "ce", "objective": "ce"}, {"name": "ls", "objective": "lsr", "baseline": "ce"}]
     new_comparison(
-        build_arms({"title": "a try", "student": {"name": "mlp", "hidden": [8]}, "epochs": 1, "arms": arms}),
+        build_arms(
+            {"title": "a try", "student": {"name": "mlp", "hidden": [8]}, "epochs": 1, "arms": arms}
+        ),
         [1, 2],
         directory,
     )
@@ -121,7 +144,10 @@ def comparison(storage: Path) -> Path:
         config = run.config.model_dump(mode="json")
         objective = run.config.objective.name
         write_record(Record(folder, number, run.name, objective, "done", {}, config))
-        write_text(folder / "metrics.jsonl", json.dumps({"epoch": 1, "train_loss": 1.0, "val_accuracy": 0.5}) + "\n")
+        write_text(
+            folder / "metrics.jsonl",
+            json.dumps({"epoch": 1, "train_loss": 1.0, "val_accuracy": 0.5}) + "\n",
+        )
     return directory
 
 
@@ -137,7 +163,9 @@ def test_a_comparison_that_is_killed_at_any_file_while_it_opens_the_test_split_h
         directory, noted = here / "s" / "c", here / "s" / "test_openings.jsonl"
         was_killed = killed_at(point, ["resume", "s/c"], here, here / "s")
         logits = sorted(p.parent.name for p in directory.glob(f"trials/*/{LOGITS}"))
-        assert noted.exists() or not logits, f"{point=}: the test split was opened, and nobody can tell"
+        assert noted.exists() or not logits, (
+            f"{point=}: the test split was opened, and nobody can tell"
+        )
         if was_killed:
             assert not killed_at(1000, ["resume", "s/c"], here, here / "s")
         result = json.loads((directory / "confirm.json").read_text())
@@ -163,15 +191,21 @@ def test_a_sweep_that_is_killed_between_its_last_trial_and_its_summary_has_lost_
     weights = experiment / "trials" / "t0000-ce" / WEIGHTS
     for point in range(1, 100, 3):
         shutil.rmtree(experiment, ignore_errors=True)
-        was_killed = killed_at(point, ["tune", "space.yaml", "--name", "e"], tmp_path, experiment, weights)
+        was_killed = killed_at(
+            point, ["tune", "space.yaml", "--name", "e"], tmp_path, experiment, weights
+        )
         if not was_killed:
             break
         ended = [r.metrics for r in read_records(experiment) if r.status == "done"]
         run = tfkd("resume", "tfkd_results/e")
-        assert run.returncode == 0 and "1 trials, " in run.stdout and "best: t0000-ce" in run.stdout, run.stderr
+        assert (
+            run.returncode == 0 and "1 trials, " in run.stdout and "best: t0000-ce" in run.stdout
+        ), run.stderr
         records = read_records(experiment)
         assert [(r.status, len(r.metrics)) for r in records] == [("done", 2)], f"{point=}"
-        assert not ended or [r.metrics for r in records] == ended, f"{point=}: an ended trial ran again"
+        assert not ended or [r.metrics for r in records] == ended, (
+            f"{point=}: an ended trial ran again"
+        )
         assert_no_orphans(experiment)
     assert point > 6
 
@@ -204,7 +238,11 @@ def test_a_full_temporary_disk_harms_no_sweep_that_writes_elsewhere(
         (full / "ballast").write_bytes(bytes(2**16))
         run = tfkd("tune", "space.yaml", "--name", "e", TMPDIR=str(full), XDG_CACHE_HOME=str(full))
         assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
-        for words in (["status", "tfkd_results/e"], ["report", "tfkd_results/e"], ["export", "tfkd_results/e"]):
+        for words in (
+            ["status", "tfkd_results/e"],
+            ["report", "tfkd_results/e"],
+            ["export", "tfkd_results/e"],
+        ):
             done = tfkd(*words, TMPDIR=str(full), XDG_CACHE_HOME=str(full))
             assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert [r.status for r in read_records(tmp_path / "tfkd_results" / "e")] == ["done"]
@@ -213,12 +251,16 @@ def test_a_full_temporary_disk_harms_no_sweep_that_writes_elsewhere(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_five_sweeps_in_one_process_leave_no_files_threads_or_memory_behind(ray_cluster: str, tmp_path: Path) -> None:
+def test_five_sweeps_in_one_process_leave_no_files_threads_or_memory_behind(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     """The first two are warm-up: libraries open what they keep."""
     process, found = psutil.Process(), []
     for number in range(5):
         build_tuner(tree({"num_samples": 2}, epochs=3), name=f"e{number}", storage=tmp_path).fit()
         gc.collect()
-        found.append((process.num_fds(), threading.active_count(), process.memory_info().rss / 2**20))
+        found.append(
+            (process.num_fds(), threading.active_count(), process.memory_info().rss / 2**20)
+        )
     files, threads, memory = zip(*found, strict=True)
     assert files[4] <= files[1] and threads[4] <= threads[1] and memory[4] <= memory[1] + 20, found

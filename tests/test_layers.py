@@ -39,7 +39,9 @@ def imports(module: str) -> set[str]:
 def own(module: str) -> set[str]:
     """The modules of this package that a module imports, as `folder/module`."""
     names = {
-        name.removeprefix("tfkd_ray.").replace(".", "/") for name in imports(module) if name.startswith("tfkd_ray.")
+        name.removeprefix("tfkd_ray.").replace(".", "/")
+        for name in imports(module)
+        if name.startswith("tfkd_ray.")
     }
     return {name for name in names if name in MODULES}
 
@@ -78,7 +80,9 @@ def test_only_some_folders_know_torch_or_ray() -> None:
 def test_every_folder_says_what_lives_there() -> None:
     for folder in FOLDERS:
         said = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
-        assert said and "Begin with" in said and re.search(r"may import|knows neither", said), folder
+        assert said and "Begin with" in said and re.search(r"may import|knows neither", said), (
+            folder
+        )
 
 
 def test_no_name_means_two_things() -> None:
@@ -98,12 +102,19 @@ def defined(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found.add(node.target.id)
         elif isinstance(node, ast.Assign):
-            found |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            found |= {
+                name.id
+                for target in node.targets
+                for name in ast.walk(target)
+                if isinstance(name, ast.Name)
+            }
     return found
 
 
 def test_contributing_says_where_every_module_is_changed() -> None:
-    table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## The shape of the code")[0]
+    table = (
+        (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## The shape of the code")[0]
+    )
     assert [module for module in MODULES if f"`{module}.py`" not in table] == []
 
 
@@ -148,5 +159,7 @@ def test_looking_imports_neither_torch_nor_ray(command: list[str], tmp_path: Pat
         f"assert main({command!r}) == 0\n"
         "assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

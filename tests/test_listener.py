@@ -25,7 +25,9 @@ from tfkd_ray.store.experiment import read_metrics, read_record, write_experimen
 from tfkd_ray.store.storage import Directory, experiment_of
 
 EPOCHS = 9
-SPACE = build_space({"student": "mlp", "objective": "ce", "epochs": EPOCHS, "search": {"num_samples": 2}})
+SPACE = build_space(
+    {"student": "mlp", "objective": "ce", "epochs": EPOCHS, "search": {"num_samples": 2}}
+)
 
 
 class Heard(Listener):
@@ -57,12 +59,23 @@ def trial_of(experiment: Path, attempt: str) -> Any:
     storage, directory = Directory(experiment.parent), experiment / "trials" / "t0000-ce"
     assignment = Assignment("t0000-ce", EPOCHS, storage=storage, directory=directory)
     config = {**SPACE.example.model_dump(mode="json"), SECTION: assignment.section()}
-    about = {"status": "RUNNING", "last_result": {}, "max_failures": 2, "num_failures": 0, "evaluated_params": {}}
+    about = {
+        "status": "RUNNING",
+        "last_result": {},
+        "max_failures": 2,
+        "num_failures": 0,
+        "evaluated_params": {},
+    }
     return SimpleNamespace(trial_id=attempt, config=config, **about)
 
 
 def tell(announcer: Announcer, trial: Any, epoch: int, **more: Any) -> None:
-    values = {"epoch": epoch, "training_iteration": epoch + 3, "val_accuracy": epoch / 10, "seconds": 2.0}
+    values = {
+        "epoch": epoch,
+        "training_iteration": epoch + 3,
+        "val_accuracy": epoch / 10,
+        "seconds": 2.0,
+    }
     trial.last_result = {**values, "train_loss": 1.0, "done": False, **more}
     announcer.on_trial_result(0, [], trial, trial.last_result)
 
@@ -70,7 +83,10 @@ def tell(announcer: Announcer, trial: Any, epoch: int, **more: Any) -> None:
 def session(experiment: Path) -> tuple[Announcer, Heard, Budget, Progress]:
     """What a driver has, its view included, in the order of a sweep."""
     searcher = OptunaSearcher(SPACE, experiment / "study.journal")
-    budget, losses = Budget(experiment, SPACE, searcher, clock=lambda: 0.0), Losses(clock=lambda: 0.0)
+    budget, losses = (
+        Budget(experiment, SPACE, searcher, clock=lambda: 0.0),
+        Losses(clock=lambda: 0.0),
+    )
     heard, view = Heard(), Progress(experiment, Console(file=io.StringIO()))
     board = TensorBoard(experiment / "tb", SPACE)
     announcer = Announcer([board, budget, losses, Recorder(losses, budget), view, heard])
@@ -78,7 +94,9 @@ def session(experiment: Path) -> tuple[Announcer, Heard, Budget, Progress]:
     return announcer, heard, budget, view
 
 
-def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_retry(tmp_path: Path) -> None:
+def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_retry(
+    tmp_path: Path,
+) -> None:
     write_experiment(tmp_path, SPACE.tree, ["tfkd"])
     folder = tmp_path / "trials" / "t0000-ce"
     announcer, heard, budget, view = session(tmp_path)
@@ -90,7 +108,11 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     announcer.on_trial_start(0, [], trial)
     for epoch in (1, 2, 3):
         tell(announcer, trial, epoch)
-    assert heard.epochs == [1, 2, 3] and heard.results == [1, 2, 2, 1, 2, 3] and heard.started_at == [None, 2]
+    assert (
+        heard.epochs == [1, 2, 3]
+        and heard.results == [1, 2, 2, 1, 2, 3]
+        and heard.started_at == [None, 2]
+    )
     assert budget.spent()["cpu_hours"] == pytest.approx(3 * 2 / 3600)
     announcer.on_experiment_end([trial])
 
@@ -100,7 +122,9 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     for epoch in (1, 2, 3):
         tell(announcer, trial, epoch)
     assert heard.epochs == [] and heard.started_at == [3]
-    assert [(run.epoch, run.value, len(view._epochs)) for run in view._runs.values()] == [(3, 0.3, 1)]
+    assert [(run.epoch, run.value, len(view._epochs)) for run in view._runs.values()] == [
+        (3, 0.3, 1)
+    ]
     tell(announcer, trial, 4)
     trial.last_result = {"failed": "Diverged", "done": True, "training_iteration": 8}
     announcer.on_trial_result(0, [], trial, trial.last_result)
@@ -162,7 +186,10 @@ def test_an_event_goes_to_all_listeners_in_their_order_before_the_next(tmp_path:
 
 
 def test_the_order_is_as_it_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tfkd_ray.run.callbacks.Uploads", type("Uploads", (Listener,), {"__init__": lambda *_: None}))
+    monkeypatch.setattr(
+        "tfkd_ray.run.callbacks.Uploads",
+        type("Uploads", (Listener,), {"__init__": lambda *_: None}),
+    )
     write_experiment(tmp_path, SPACE.tree, ["tfkd"])
     lock, board, losses = Lock(*experiment_of(tmp_path)), TensorBoard(tmp_path / "tb"), Losses()
     budget = Budget(tmp_path, SPACE, OptunaSearcher(SPACE, tmp_path / "study.journal"))
@@ -182,11 +209,17 @@ def test_the_order_is_as_it_is_stated(tmp_path: Path, monkeypatch: pytest.Monkey
     lock.release()
 
 
-def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(tmp_path: Path) -> None:
+def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(
+    tmp_path: Path,
+) -> None:
     """Why they are told in that order."""
     write_experiment(tmp_path, SPACE.tree, ["tfkd"])
     out = io.StringIO()
-    lock, losses, view = Lock(*experiment_of(tmp_path)), Losses(), Progress(tmp_path, Console(file=out, width=200))
+    lock, losses, view = (
+        Lock(*experiment_of(tmp_path)),
+        Losses(),
+        Progress(tmp_path, Console(file=out, width=200)),
+    )
     trial = trial_of(tmp_path, "a")
     callbacks = in_order(lock, TensorBoard(tmp_path / "tb", SPACE), losses, [view])
     for callback in callbacks:
@@ -225,23 +258,33 @@ def test_the_section_that_an_earlier_release_has_saved_is_read_and_written_as_it
         7, Path("e/trials/t0007-ce"), ("val_nll",), ("n1",)
     )  # fmt: skip
     assert found.section() == {k: v for k, v in SAVED.items() if v is not None}
-    assert json.loads(json.dumps(found.section())) == found.section(), "plain: Ray keeps it, and users read it"
+    assert json.loads(json.dumps(found.section())) == found.section(), (
+        "plain: Ray keeps it, and users read it"
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.number = 8  # type: ignore[misc]
     plain = {k: SAVED[k] for k in ("number", "name", "parameters", "epochs")}
     assert Assignment.of({SECTION: plain}).section() == plain, "of a user's own trainable"
 
 
-@pytest.mark.parametrize("section", [None, 3, "name", {"name": "x"}, {k: SAVED[k] for k in ("number", "name")}])
+@pytest.mark.parametrize(
+    "section", [None, 3, "name", {"name": "x"}, {k: SAVED[k] for k in ("number", "name")}]
+)
 def test_what_no_searcher_of_ours_has_made_is_no_assignment(section: Any) -> None:
     assert Assignment.find({SECTION: section}) is None and Assignment.find({}) is None
-    with pytest.raises(ConfigError, match="trial: a trial needs number, name, epochs, parameters here, got"):
+    with pytest.raises(
+        ConfigError, match="trial: a trial needs number, name, epochs, parameters here, got"
+    ):
         Assignment.of({SECTION: section})
 
 
 def test_a_tensorboard_that_an_earlier_release_has_pickled_goes_on(tmp_path: Path) -> None:
     """Ray's `Tuner.restore` unpickles the callbacks of a run."""
-    state = {k: v for k, v in vars(TensorBoard(tmp_path / "tb", SPACE)).items() if k not in ("_listeners", "_told")}
+    state = {
+        k: v
+        for k, v in vars(TensorBoard(tmp_path / "tb", SPACE)).items()
+        if k not in ("_listeners", "_told")
+    }
     board = TensorBoard.__new__(TensorBoard)
     board.__setstate__(state)
     trial = trial_of(tmp_path, "a")

@@ -41,7 +41,9 @@ class FakeTrial:
         self.last_result = dict[str, Any]()
 
 
-def view(experiment: Path, *, terminal: bool = False, **search: Any) -> tuple[Progress, io.StringIO]:
+def view(
+    experiment: Path, *, terminal: bool = False, **search: Any
+) -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
     if not experiment.exists():
         space = build_space({**SPACE, "search": {**SPACE["search"], **search}})
@@ -58,11 +60,19 @@ def start(progress: Progress, name: str, **about: Any) -> FakeTrial:
 
 
 def tell(progress: Progress, trial: FakeTrial, epoch: int, value: float) -> None:
-    result = {"epoch": epoch, "val_accuracy": value, "train_loss": 1 - value, "seconds": 2.0, "images_per_s": 750.0}
+    result = {
+        "epoch": epoch,
+        "val_accuracy": value,
+        "train_loss": 1 - value,
+        "seconds": 2.0,
+        "images_per_s": 750.0,
+    }
     progress.on_trial_result(0, [], trial, result)
 
 
-def run(progress: Progress, name: str, epoch: int, value: float | None, failed: str | None = None) -> None:
+def run(
+    progress: Progress, name: str, epoch: int, value: float | None, failed: str | None = None
+) -> None:
     trial = start(progress, name)
     if value is not None:
         tell(progress, trial, epoch, value)
@@ -96,12 +106,16 @@ def test_piped_it_says_one_line_an_event(tmp_path: Path) -> None:
     ]
 
 
-def test_it_says_how_it_stands_to_the_second_and_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_how_it_stands_to_the_second_and_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock(monkeypatch)
     budgets = {"time_budget_s": 3600, "cpu_hours": 2, "max_failed_trials": 3}
     progress, _ = view(tmp_path / "sweep", num_samples=8, **budgets)
     spent = tmp_path / "sweep" / "spent.json"
-    assert not [line for line in progress.lines(80, 24) if "left" in line or "/min" in line]  # no data, no claim
+    assert not [
+        line for line in progress.lines(80, 24) if "left" in line or "/min" in line
+    ]  # no data, no claim
     first = start(progress, "t0000-ce")
     for epoch in range(1, EPOCHS + 1):
         clock.now += 2
@@ -158,7 +172,9 @@ def test_what_earlier_sessions_did_counts_and_a_retried_trial_counts_once(tmp_pa
 
 @pytest.mark.parametrize("width, height", [(20, 8), (80, 24), (200, 50)])
 @pytest.mark.parametrize("rungs", ["halving", "many"])
-def test_on_a_terminal_it_is_one_screen(tmp_path: Path, width: int, height: int, rungs: str) -> None:
+def test_on_a_terminal_it_is_one_screen(
+    tmp_path: Path, width: int, height: int, rungs: str
+) -> None:
     stopping = {"stopping": {"name": "median", "min_epochs": 1}} if rungs == "many" else {}
     make_sweep(tmp_path / "größe 試", 80, 100, search=stopping)
     progress, _ = view(tmp_path / "größe 試", terminal=True)
@@ -173,13 +189,18 @@ def test_on_a_terminal_it_is_one_screen(tmp_path: Path, width: int, height: int,
     shown = screen.getvalue().splitlines()
     assert len(shown) < height and max(map(len, shown)) <= width
     if width >= 80:
-        assert "failed: t0004-lsr: ValueError" in screen.getvalue() and "rung at epoch" in screen.getvalue()
+        assert (
+            "failed: t0004-lsr: ValueError" in screen.getvalue()
+            and "rung at epoch" in screen.getvalue()
+        )
         assert ("t0010 17/100 0.8000, t0011" in screen.getvalue()) == (width == 200)
         assert len(lines) <= 20
 
 
 def test_of_223_arms_those_that_run_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
-    arms = [{"name": f"arm-{n}", "objective": "ce", "optim": {"lr": (n + 1) / 300}} for n in range(223)]
+    arms = [
+        {"name": f"arm-{n}", "objective": "ce", "optim": {"lr": (n + 1) / 300}} for n in range(223)
+    ]
     compared = build_arms({"title": "Many", "arms": arms, "student": "mlp", "epochs": EPOCHS})
     new_comparison(compared, [1001, 1002], tmp_path / "c")
     progress, out = view(tmp_path / "c")
@@ -196,7 +217,11 @@ def test_of_223_arms_those_that_run_are_shown_and_the_rest_counted(tmp_path: Pat
     assert lines[0].startswith("c: 3 of 446 trials, 2 running")
     assert f"and {223 - len(rows)} more, of which 0 have begun" in lines
     assert next(line for line in lines if line.startswith("arm-222")).endswith("s1001 4/9")
-    assert "rung" not in "".join(lines) and "vs ce" not in "".join(lines) and "arm-0-s1001: done" in out.getvalue()
+    assert (
+        "rung" not in "".join(lines)
+        and "vs ce" not in "".join(lines)
+        and "arm-0-s1001: done" in out.getvalue()
+    )
 
 
 NOTEBOOK = """
@@ -211,7 +236,9 @@ grid = build_tuner(space, name="sweep", storage="here", callbacks=[Progress("her
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
-def test_in_a_notebook_it_is_one_output_of_the_cell_that_fits(ray_cluster: str, tmp_path: Path) -> None:
+def test_in_a_notebook_it_is_one_output_of_the_cell_that_fits(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     import nbclient
     import nbformat.v4
 
@@ -219,8 +246,12 @@ def test_in_a_notebook_it_is_one_output_of_the_cell_that_fits(ray_cluster: str, 
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(book, timeout=100, kernel_name="python3", resources=resources).execute()
     outputs = [o for o in book.cells[0].outputs if o.output_type == "display_data"]
-    ours = [o["data"] for o in outputs if o["data"].get("text/html")]  # Ray's reporter leaves an empty one
+    ours = [
+        o["data"] for o in outputs if o["data"].get("text/html")
+    ]  # Ray's reporter leaves an empty one
     assert len(ours) == 1, outputs
     assert ours[0]["text/plain"].startswith("sweep: 4 of 4 trials, 0 running")
     assert ours[0]["text/html"].startswith("<pre>sweep: 4 of 4 trials")
-    assert not [o for o in book.cells[0].outputs if o.output_type == "stream" and "started" in o["text"]]
+    assert not [
+        o for o in book.cells[0].outputs if o.output_type == "stream" and "started" in o["text"]
+    ]

@@ -39,11 +39,20 @@ from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, TfkdReg, Tfk
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.verdict.scores import scores
 
-TIMES = {"seconds", "images_per_s", "train_kd_ratio"}  # the ratio: of the first worker's part of a batch
+TIMES = {
+    "seconds",
+    "images_per_s",
+    "train_kd_ratio",
+}  # the ratio: of the first worker's part of a batch
 
 
 def config(**changes: Any) -> TrainConfig:
-    tree = {"objective": {"name": "ce"}, "student": {"name": "mlp", "hidden": [16]}, "epochs": 3, **changes}
+    tree = {
+        "objective": {"name": "ce"},
+        "student": {"name": "mlp", "hidden": [16]},
+        "epochs": 3,
+        **changes,
+    }
     return validated(TrainConfig, tree)
 
 
@@ -56,7 +65,11 @@ def numbers(epochs: list[Epoch] | list[dict[str, float]]) -> list[dict[str, floa
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two trees of tensors are equal, bit by bit."""
     return a.keys() == b.keys() and all(
-        same(v, b[k]) if isinstance(v, dict) else v.equal(b[k]) if isinstance(v, Tensor) else v == b[k]
+        same(v, b[k])
+        if isinstance(v, dict)
+        else v.equal(b[k])
+        if isinstance(v, Tensor)
+        else v == b[k]
         for k, v in a.items()
         if k != "history"
     )
@@ -103,13 +116,17 @@ def test_a_compiled_step_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_epoch_is_the_textbook_loop() -> None:
     """Against torch's own SGD, DataLoader-free but otherwise as everyone writes it."""
-    c = config(epochs=2, optim={"lr": 0.05, "weight_decay": 1e-3, "nesterov": True, "batch_size": 100})
+    c = config(
+        epochs=2, optim={"lr": 0.05, "weight_decay": 1e-3, "nesterov": True, "batch_size": 100}
+    )
     ours = list(train(c))[-1].state()["model"]
     from tfkd_ray.learn.images import address
 
     torch.manual_seed(address(0, "init"))
     net = Mlp(hidden=(16,)).build((1, 8, 8), 10)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True
+    )
     images, _ = Digits().load()
     for epoch in range(2):
         batches = epoch_order(images, 0, epoch).split(100)
@@ -134,7 +151,9 @@ def test_the_parts_of_the_loss_are_unweighted_and_add_up() -> None:
     objective = TfkdReg(alpha=0.3, temperature=5.0, loss_scale=0.5)
     for epoch in train(config(objective=objective.model_dump(), epochs=2)):
         m = epoch.metrics
-        assert m["train_loss"] == pytest.approx(0.5 * (0.7 * m["train_ce"] + 0.3 * 25 * m["train_kd"]), rel=1e-5)
+        assert m["train_loss"] == pytest.approx(
+            0.5 * (0.7 * m["train_ce"] + 0.3 * 25 * m["train_kd"]), rel=1e-5
+        )
 
 
 def test_plain_training_has_no_kd_part() -> None:
@@ -150,13 +169,17 @@ def test_the_student_is_in_train_mode_in_every_epoch(monkeypatch: pytest.MonkeyP
             return super().forward(x.flatten(1))
 
     monkeypatch.setattr(Mlp, "build", lambda self, shape, K: Spy(64, K))
-    list(train(config(optim={"batch_size": 2000})))  # one step an epoch, then one batch of validation
+    list(
+        train(config(optim={"batch_size": 2000}))
+    )  # one step an epoch, then one batch of validation
     assert modes == [True, False] * 3
 
 
 def test_the_learning_rate_follows_the_schedule() -> None:
     c = config(epochs=10, schedule=Step(warmup_epochs=0).model_dump(), optim={"lr": 0.1})
-    assert [round(e.metrics["lr"], 9) for e in train(c)] == [0.1] * 3 + [0.02] * 3 + [0.004] * 2 + [0.0008] * 2
+    assert [round(e.metrics["lr"], 9) for e in train(c)] == [0.1] * 3 + [0.02] * 3 + [0.004] * 2 + [
+        0.0008
+    ] * 2
 
 
 def test_one_epoch_of_one_step_trains() -> None:
@@ -179,7 +202,9 @@ def test_a_missing_teacher_is_said() -> None:
 
 
 def test_a_diverging_run_says_at_which_epoch() -> None:
-    with pytest.raises(Diverged, match=r"train_loss is (nan|inf) at epoch \d; a smaller optim.lr may help"):
+    with pytest.raises(
+        Diverged, match=r"train_loss is (nan|inf) at epoch \d; a smaller optim.lr may help"
+    ):
         list(train(config(optim={"lr": 1e20})))
 
 
@@ -204,8 +229,14 @@ def test_a_run_whose_loss_explodes_without_becoming_infinite_is_told_once(
 def test_a_head_that_starts_at_zero_learns_from_standardised_logits_and_relations() -> None:
     teacher = Mlp(hidden=(32,))
     made = teacher.build((1, 8, 8), 10)
-    made.load_state_dict(list(train(config(student=teacher.model_dump(), epochs=8)))[-1].state()["model"])
-    for objective, precision in (("kd_standardised", "fp32"), ("dist", "fp32"), ("kd_standardised", "bf16")):
+    made.load_state_dict(
+        list(train(config(student=teacher.model_dump(), epochs=8)))[-1].state()["model"]
+    )
+    for objective, precision in (
+        ("kd_standardised", "fp32"),
+        ("dist", "fp32"),
+        ("kd_standardised", "bf16"),
+    ):
         run = config(objective=objective, student=f"{__name__}:zero_head", precision=precision, epochs=6,
                      teacher={"model": teacher.model_dump()})  # fmt: skip
         last = list(train(run, teacher=made))[-1].metrics
@@ -235,7 +266,10 @@ def test_a_teacher_that_is_no_number_is_named_as_the_cause() -> None:
 
 
 def test_trials_differ_by_their_hyperparameters_and_nothing_else() -> None:
-    a, b = next(train(config())), next(train(config(objective=LabelSmoothing(alpha=0.0).model_dump())))
+    a, b = (
+        next(train(config())),
+        next(train(config(objective=LabelSmoothing(alpha=0.0).model_dump()))),
+    )
     assert a.metrics["train_ce"] == pytest.approx(b.metrics["train_ce"], rel=1e-6)
     assert next(train(config(seed=1))).metrics["train_ce"] != a.metrics["train_ce"]
 
@@ -251,9 +285,12 @@ def test_the_order_is_a_permutation_that_does_not_depend_on_what_else_is_in_the_
 
 
 @pytest.mark.parametrize(
-    "n, size, workers, sizes", [(10, 4, 1, [4, 4, 2]), (9, 4, 1, [4, 5]), (9, 4, 2, [4, 5]), (3, 4, 2, [3])]
+    "n, size, workers, sizes",
+    [(10, 4, 1, [4, 4, 2]), (9, 4, 1, [4, 5]), (9, 4, 2, [4, 5]), (3, 4, 2, [3])],
 )
-def test_a_last_batch_too_small_for_its_workers_is_joined(n: int, size: int, workers: int, sizes: list[int]) -> None:
+def test_a_last_batch_too_small_for_its_workers_is_joined(
+    n: int, size: int, workers: int, sizes: list[int]
+) -> None:
     assert [len(b) for b in split_batches(torch.arange(n), size, workers)] == sizes
 
 
@@ -261,8 +298,12 @@ def test_a_last_batch_too_small_for_its_workers_is_joined(n: int, size: int, wor
 
 RUNS = {
     "mlp with dropout": config(student={"name": "mlp", "hidden": [16], "dropout": 0.3}, epochs=4),
-    "cnn with batch statistics": config(student={"name": "cnn", "widths": [4]}, epochs=4, schedule="step"),
-    "tfkd_reg, nesterov": config(objective={"name": "tfkd_reg"}, optim={"nesterov": True, "batch_size": 50}, epochs=4),
+    "cnn with batch statistics": config(
+        student={"name": "cnn", "widths": [4]}, epochs=4, schedule="step"
+    ),
+    "tfkd_reg, nesterov": config(
+        objective={"name": "tfkd_reg"}, optim={"nesterov": True, "batch_size": 50}, epochs=4
+    ),
 }
 
 
@@ -337,12 +378,16 @@ def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert saved == [] and not (tmp_path / LAST).exists()
     may_write.set()
     assert numbers([*first, *run]) == numbers(list(train(c)))
-    assert saved[0] == 1 and saved[-1] == 6  # of what was true after epoch 1, though five more were trained
+    assert (
+        saved[0] == 1 and saved[-1] == 6
+    )  # of what was true after epoch 1, though five more were trained
     state = load_state(tmp_path)
     assert state is not None and state["epoch"] == 6
 
 
-def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two states have no room, of the third on there is some: training goes on, and a kill then costs what it always does."""
     room, tried = [False], list[float]()
 
@@ -381,7 +426,9 @@ def test_a_run_that_is_stopped_for_good_saves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_is_told_again_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_told_again_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = list(train_in(tmp_path, config()))
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: pytest.fail("trained again"))
     assert list(train_in(tmp_path, config())) == whole
@@ -391,7 +438,9 @@ def test_a_finished_run_is_told_again_without_training(tmp_path: Path, monkeypat
 
 
 def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     for epoch in train(validated(TrainConfig, tree), more_metrics=AT_ONCE):
         last = epoch
     if rank == 0:
@@ -426,16 +475,22 @@ def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> 
         assert set(AT_ONCE) <= set(b)
 
 
-def test_metrics_that_are_asked_for_are_those_of_the_last_weights_and_change_no_other_number() -> None:
+def test_metrics_that_are_asked_for_are_those_of_the_last_weights_and_change_no_other_number() -> (
+    None
+):
     c = config()
     asked = list(train(c, more_metrics=("val_accuracy", "parameters", *AT_ONCE)))
     _, val = c.data.load()
     assert val is not None
     student = c.build_student()
     student.load_state_dict(asked[-1].state()["model"])
-    logits, labels = (torch.cat(parts).numpy() for parts in zip(*predictions(student, val, c.data), strict=True))
+    logits, labels = (
+        torch.cat(parts).numpy() for parts in zip(*predictions(student, val, c.data), strict=True)
+    )
     expected = scores(logits, labels)
-    assert {k: asked[-1].metrics[k] for k in AT_ONCE} == {k: expected[k.removeprefix("val_")] for k in AT_ONCE}
+    assert {k: asked[-1].metrics[k] for k in AT_ONCE} == {
+        k: expected[k.removeprefix("val_")] for k in AT_ONCE
+    }
     rest = [{k: v for k, v in m.items() if k not in AT_ONCE} for m in numbers(asked)]
     assert rest == numbers(list(train(c)))
 
@@ -462,7 +517,11 @@ def test_two_workers_agree_with_one_on_an_own_network_and_look_for_missing_gradi
     path: str, args: dict[str, str], looks: str, tmp_path: Path
 ) -> None:
     student = {"name": "own", "path": path, "args": args}
-    c = config(student=student, optim=OptimConfig(batch_size=64).model_dump(), schedule=Constant().model_dump())
+    c = config(
+        student=student,
+        optim=OptimConfig(batch_size=64).model_dump(),
+        schedule=Constant().model_dump(),
+    )
     one = list(train(c, more_metrics=AT_ONCE))[-1].state()
     mp.spawn(_worker_that_tells, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
     assert [(tmp_path / f"looks{rank}").read_text() for rank in range(2)] == [looks] * 2
@@ -507,7 +566,9 @@ def test_a_crash_between_weights_and_state_repeats_the_last_epoch(
     whole = numbers(list(train(config())))
     run = train_in(tmp_path, config(checkpoint_every_s=0))
     seen = [next(run), next(run)]
-    monkeypatch.setattr("tfkd_ray.learn.loop.save_state", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(
+        "tfkd_ray.learn.loop.save_state", lambda *a: (_ for _ in ()).throw(OSError("killed"))
+    )
     with pytest.raises(OSError, match="killed"):
         next(run)
     monkeypatch.undo()
@@ -533,18 +594,26 @@ print(json.dumps([metrics[-1]["train_loss"], metrics[-1]["val_nll"], hits, misse
 
 @pytest.mark.slow
 @pytest.mark.tools
-def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alone(tmp_path: Path) -> None:
+def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alone(
+    tmp_path: Path,
+) -> None:
     """In processes of their own, as trials of a sweep that differ in their learning rate."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     found = []
     for how, lr in (("off", "0.1"), ("on", "0.1"), ("on", "0.05"), ("off", "0.05")):
         run = subprocess.run(
-            [sys.executable, "-c", COMPILED, how, lr], env=env, capture_output=True, text=True, timeout=110
+            [sys.executable, "-c", COMPILED, how, lr],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=110,
         )
         assert run.returncode == 0, run.stderr[-2000:]
         found.append(json.loads(run.stdout))
     plain, first, second, plain_too = found
-    assert first[:2] == pytest.approx(plain[:2], rel=1e-4) and second[:2] == pytest.approx(plain_too[:2], rel=1e-4)
+    assert first[:2] == pytest.approx(plain[:2], rel=1e-4) and second[:2] == pytest.approx(
+        plain_too[:2], rel=1e-4
+    )
     assert plain[2:] == [0, 0] and first[2] == 0 < first[3]
     assert second[2] == first[3] and second[3] == 0
 
@@ -556,7 +625,9 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> N
     torch.compiler.reset()
 
 
-def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """torch alone stops after 8 graphs of a process, without an error: four kinds of run with two batches each."""
     batches: list[int] = []
 
@@ -568,7 +639,8 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(monkeyp
     sizes = (63, 47, 41, 57, 71, 79)  # of 320 images, so that all last batches differ
     for size in (*sizes, 79, 63):
         runs = [
-            config(compile=how, data=Digits(subset=400), epochs=1, optim={"batch_size": size}) for how in ("on", "off")
+            config(compile=how, data=Digits(subset=400), epochs=1, optim={"batch_size": size})
+            for how in ("on", "off")
         ]
         compiled, plain = (next(train(c)).metrics["train_loss"] for c in runs)
         assert compiled == pytest.approx(plain, rel=1e-5)
@@ -576,7 +648,9 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(monkeyp
     assert len(batches) == 2 * 7
 
 
-@pytest.mark.parametrize("text, what", [("No C++ compiler\nand more", "No C++ compiler"), ("", "OSError")])
+@pytest.mark.parametrize(
+    "text, what", [("No C++ compiler\nand more", "No C++ compiler"), ("", "OSError")]
+)
 def test_what_cannot_be_compiled_is_told_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch, text: str, what: str
 ) -> None:
@@ -596,9 +670,16 @@ def test_what_cannot_be_compiled_is_told_with_the_way_out(
 def test_a_node_without_a_compiler_says_so(tmp_path: Path) -> None:
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
     run = subprocess.run(
-        [sys.executable, "-c", COMPILED, "on", "0.1"], env=env, capture_output=True, text=True, timeout=110
+        [sys.executable, "-c", COMPILED, "on", "0.1"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=110,
     )
-    assert "RuntimeError: compile: torch cannot compile mlp here: " in run.stderr and "no-such-compiler" in run.stderr
+    assert (
+        "RuntimeError: compile: torch cannot compile mlp here: " in run.stderr
+        and "no-such-compiler" in run.stderr
+    )
 
 
 # --- what is said of a teacher
@@ -606,7 +687,11 @@ def test_a_node_without_a_compiler_says_so(tmp_path: Path) -> None:
 
 def test_agreement_and_distance_to_the_teacher_are_those_of_their_definition() -> None:
     teacher = Mlp(hidden=(8,)).build((1, 8, 8), 10).eval()
-    c = config(objective={"name": "kd", "alpha": 0.5}, teacher={"model": {"name": "mlp", "hidden": [8]}}, epochs=2)
+    c = config(
+        objective={"name": "kd", "alpha": 0.5},
+        teacher={"model": {"name": "mlp", "hidden": [8]}},
+        epochs=2,
+    )
     for epoch in train(c, teacher=teacher):
         student = c.student.build((1, 8, 8), 10).eval()
         student.load_state_dict(epoch.state()["model"])
@@ -615,8 +700,12 @@ def test_agreement_and_distance_to_the_teacher_are_those_of_their_definition() -
         x = (val.images.float() - Digits.mean[0]) / Digits.std[0]
         with torch.no_grad():
             p, q = student(x).double().softmax(1), teacher(x).double().softmax(1)
-        assert epoch.metrics["val_agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).double().mean().item())
-        assert epoch.metrics["val_teacher_kl"] == pytest.approx((q * (q / p).log()).sum(1).mean().item(), rel=1e-4)
+        assert epoch.metrics["val_agreement"] == pytest.approx(
+            (p.argmax(1) == q.argmax(1)).double().mean().item()
+        )
+        assert epoch.metrics["val_teacher_kl"] == pytest.approx(
+            (q * (q / p).log()).sum(1).mean().item(), rel=1e-4
+        )
     assert "val_agreement" not in next(train(config())).metrics
 
 

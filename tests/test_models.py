@@ -54,7 +54,9 @@ from tfkd_ray.learn.teachers import load_teacher, train_teacher
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 
-ALL: list[type[Network]] = [n for n in typing.get_args(typing.get_args(Model)[0]) if n not in (Timm, OwnNetwork)]
+ALL: list[type[Network]] = [
+    n for n in typing.get_args(typing.get_args(Model)[0]) if n not in (Timm, OwnNetwork)
+]
 VGG = (Vgg16, Vgg19)
 LIGHT = [n for n in ALL if n not in (*VGG, ResNeXt101, AlexNet)]
 
@@ -73,20 +75,31 @@ def count(network: Network, shape: tuple[int, int, int], num_classes: int) -> in
     return sum(p.numel() for p in shapes_only(network, shape, num_classes).parameters())
 
 
-@pytest.mark.parametrize("network", [Mlp(), Mlp(hidden=()), Mlp(hidden=(8, 8), dropout=0.5), Cnn(), Cnn(widths=(4,))])
+@pytest.mark.parametrize(
+    "network", [Mlp(), Mlp(hidden=()), Mlp(hidden=(8, 8), dropout=0.5), Cnn(), Cnn(widths=(4,))]
+)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
 def test_networks_map_images_to_logits(network: Network, shape: tuple[int, int, int]) -> None:
     assert network.build(shape, 7)(torch.randn(2, *shape)).shape == (2, 7)
 
 
 SMALL, LARGE = (1, 28, 28), (3, 224, 224)  # a new stem and a new first convolution, and neither
-EACH = [(n, s) for n in ALL for s in ((1, 32, 32) if n in VGG else SMALL, LARGE)]  # VGG begins at 32x32
+EACH = [
+    (n, s) for n in ALL for s in ((1, 32, 32) if n in VGG else SMALL, LARGE)
+]  # VGG begins at 32x32
 
 
-@pytest.mark.parametrize("network, shape", EACH, ids=lambda v: name_of(v) if isinstance(v, type) else str(v))
-def test_every_network_takes_every_shape_of_image(network: type[Network], shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "network, shape", EACH, ids=lambda v: name_of(v) if isinstance(v, type) else str(v)
+)
+def test_every_network_takes_every_shape_of_image(
+    network: type[Network], shape: tuple[int, int, int]
+) -> None:
     with torch.no_grad():
-        assert shapes_only(network(), shape, 7)(torch.empty(2, *shape, device="meta")).shape == (2, 7)
+        assert shapes_only(network(), shape, 7)(torch.empty(2, *shape, device="meta")).shape == (
+            2,
+            7,
+        )
 
 
 @pytest.mark.parametrize("network", LIGHT, ids=name_of)
@@ -102,7 +115,10 @@ def test_a_training_step_reaches_every_parameter(network: type[Network]) -> None
 
 def test_parameters_are_counted_by_hand() -> None:
     assert count(Mlp(hidden=(64,)), (1, 8, 8), 10) == 64 * 64 + 64 + 64 * 10 + 10
-    assert count(Cnn(widths=(16, 32)), (1, 8, 8), 10) == 16 * 9 + 2 * 16 + 32 * 16 * 9 + 2 * 32 + 32 * 10 + 10
+    assert (
+        count(Cnn(widths=(16, 32)), (1, 8, 8), 10)
+        == 16 * 9 + 2 * 16 + 32 * 16 * 9 + 2 * 32 + 32 * 10 + 10
+    )
 
 
 # (network, parameters of the Tf-KD authors' at K = 100 and 32x32, ours less theirs); the docstrings say why
@@ -122,17 +138,25 @@ def test_parameters_are_counted_by_hand() -> None:
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_the_networks_of_the_paper_have_its_parameters(network: Network, theirs: int, more: int) -> None:
+def test_the_networks_of_the_paper_have_its_parameters(
+    network: Network, theirs: int, more: int
+) -> None:
     assert count(network, (3, 32, 32), 100) == theirs + more
 
 
 # at K = 200, as for Tiny-ImageNet
 @pytest.mark.parametrize(
     "network, theirs, more",
-    [(MobileNetV2(), 2_497_480, -17_408), (ShuffleNetV2(), 1_463_396, -4_792), (DenseNet121(), 7_151_048, 128)],
+    [
+        (MobileNetV2(), 2_497_480, -17_408),
+        (ShuffleNetV2(), 1_463_396, -4_792),
+        (DenseNet121(), 7_151_048, 128),
+    ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_more_classes_add_what_they_add_in_the_paper(network: Network, theirs: int, more: int) -> None:
+def test_more_classes_add_what_they_add_in_the_paper(
+    network: Network, theirs: int, more: int
+) -> None:
     assert count(network, (3, 64, 64), 200) == theirs + more
 
 
@@ -151,7 +175,9 @@ def test_vgg19_has_as_many_parameters_as_the_paper_rounds_to() -> None:
         (WideResNet(depth=16, width=2), 100, 703_284),
     ],
 )
-def test_parameters_are_those_of_the_literature(network: Network, num_classes: int, parameters: int) -> None:
+def test_parameters_are_those_of_the_literature(
+    network: Network, num_classes: int, parameters: int
+) -> None:
     assert count(network, (3, 32, 32), num_classes) == parameters
 
 
@@ -165,7 +191,9 @@ def test_parameters_are_those_of_the_literature(network: Network, num_classes: i
         (AlexNet, 61_100_840),
     ],
 )  # fmt: skip
-def test_large_images_keep_the_network_of_torchvision(network: type[Network], parameters: int) -> None:
+def test_large_images_keep_the_network_of_torchvision(
+    network: type[Network], parameters: int
+) -> None:
     assert count(network(), (3, 224, 224), 1000) == parameters
 
 
@@ -176,13 +204,17 @@ def test_large_images_keep_the_network_of_torchvision(network: type[Network], pa
         (DenseNet121, 32, 8), (WideResNet, 32, 32),
     ],
 )  # fmt: skip
-def test_small_images_are_not_halved_by_the_stem(network: type[Network], small: int, large: int) -> None:
+def test_small_images_are_not_halved_by_the_stem(
+    network: type[Network], small: int, large: int
+) -> None:
     """`small` and `large`: side of what the first 3x3 convolution after the stem gets from 32 pixels."""
 
     def side(size: int) -> int:
         seen: list[int] = []
         module = shapes_only(network(), (3, size, size), 7)
-        convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        convolutions = [
+            m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+        ]
         # GoogLeNet's stem has another 3x3
         first = [m for m in convolutions if m.in_channels != 3][1 if network is GoogLeNet else 0]
         first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
@@ -265,8 +297,14 @@ def refused(student: object) -> str:
         ("mlp", Mlp()),
         ("timm:resnet10t", Timm(model="resnet10t")),
         ("my.nets:small", OwnNetwork(path="my.nets:small")),
-        ({"name": "timm:resnet10t", "args": {"drop_rate": 0.1}}, Timm(model="resnet10t", args={"drop_rate": 0.1})),
-        ({"name": "my.nets:small", "args": {"width": 3}}, OwnNetwork(path="my.nets:small", args={"width": 3})),
+        (
+            {"name": "timm:resnet10t", "args": {"drop_rate": 0.1}},
+            Timm(model="resnet10t", args={"drop_rate": 0.1}),
+        ),
+        (
+            {"name": "my.nets:small", "args": {"width": 3}},
+            OwnNetwork(path="my.nets:small", args={"width": 3}),
+        ),
     ],
 )
 def test_a_name_stands_for_settings(short: object, network: Network) -> None:
@@ -283,7 +321,9 @@ def test_a_name_stands_for_settings(short: object, network: Network) -> None:
         ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 1}, False),
     ],
 )
-def test_timm_networks_keep_small_images_large(name: str, args: dict[str, Any], halves: bool) -> None:
+def test_timm_networks_keep_small_images_large(
+    name: str, args: dict[str, Any], halves: bool
+) -> None:
     images = torch.randn(2, 1, 32, 32)
     for stem in ("small", "timm"):
         network = Timm(model=name, args=args, stem=stem).build(images.shape[1:], 7)
@@ -310,19 +350,33 @@ def test_timm_networks_for_large_images_are_those_of_timm() -> None:
         ),
         ("nets", "student: no such name 'nets'; known: .*own, .*timm"),
         ("nowhere.nets:small", "student.path: nowhere.nets:small: there is no module 'nowhere'"),
-        ("torch.nn:Linaer", "student.path: torch.nn:Linaer: torch.nn has no 'Linaer'; did you mean 'Linear'?"),
+        (
+            "torch.nn:Linaer",
+            "student.path: torch.nn:Linaer: torch.nn has no 'Linaer'; did you mean 'Linear'?",
+        ),
         ("torch:__version__", "student.path: torch:__version__ is .*, not a function"),
-        ("torch.nn:Linear", "student.args: torch.nn:Linear is called with shape, num_classes and these: "),
-        ({"name": "own", "path": f"{__name__}:small", "args": {"widht": 3}}, "unexpected keyword argument 'widht'"),
+        (
+            "torch.nn:Linear",
+            "student.args: torch.nn:Linear is called with shape, num_classes and these: ",
+        ),
+        (
+            {"name": "own", "path": f"{__name__}:small", "args": {"widht": 3}},
+            "unexpected keyword argument 'widht'",
+        ),
     ],
 )
-def test_wrong_networks_from_elsewhere_are_refused_before_anything_runs(student: object, sentence: str) -> None:
+def test_wrong_networks_from_elsewhere_are_refused_before_anything_runs(
+    student: object, sentence: str
+) -> None:
     assert re.search(sentence, refused(student))
 
 
 def test_a_missing_timm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    assert refused("timm:resnet18") == "student.name: timm is not installed here: pip install 'tfkd_ray[timm]'"
+    assert (
+        refused("timm:resnet18")
+        == "student.name: timm is not installed here: pip install 'tfkd_ray[timm]'"
+    )
 
 
 class Logits(NamedTuple):
@@ -354,7 +408,9 @@ OUTPUTS: dict[str, Any] = {
 
 
 class Small(nn.Module):
-    def __init__(self, shape: tuple[int, int, int], num_classes: int, width: int, output: str) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], num_classes: int, width: int, output: str
+    ) -> None:
         super().__init__()
         self.output = output
         self.norm = nn.BatchNorm2d(shape[0])
@@ -369,7 +425,9 @@ class Small(nn.Module):
         return OUTPUTS[self.output](self.logits(x))
 
 
-def small(shape: tuple[int, int, int], num_classes: int, width: int = 4, output: str = "tensor") -> nn.Module:
+def small(
+    shape: tuple[int, int, int], num_classes: int, width: int = 4, output: str = "tensor"
+) -> nn.Module:
     return Small(shape, num_classes, width, output)
 
 
@@ -427,9 +485,9 @@ class Odd(nn.Module):
         if self.kind == "auxiliary" and self.training:
             return logits, self.other(x)
         if self.kind in ("softmax", "log_softmax", "sigmoid"):
-            return {"softmax": F.softmax, "log_softmax": F.log_softmax}.get(self.kind, lambda z, dim: z.sigmoid())(
-                logits, dim=1
-            )
+            return {"softmax": F.softmax, "log_softmax": F.log_softmax}.get(
+                self.kind, lambda z, dim: z.sigmoid()
+            )(logits, dim=1)
         if self.kind == "norm":
             logits = self.norm(logits)
         return logits.detach() if self.kind == "detached" else logits
@@ -485,9 +543,14 @@ class Deciding(nn.Module):
     ("kind", "may"),
     [("nothing", False)]
     + [(f"{whose} numbers", True) for whose in ("Python's", "numpy's", "torch's")]
-    + [(kind, True) for kind in ("values", "a count", "a buffer", "training", "random noise", "no such shape")],
+    + [
+        (kind, True)
+        for kind in ("values", "a count", "a buffer", "training", "random noise", "no such shape")
+    ],
 )
-def test_a_network_that_may_leave_a_parameter_out_in_some_step_is_known(kind: str, may: bool) -> None:
+def test_a_network_that_may_leave_a_parameter_out_in_some_step_is_known(
+    kind: str, may: bool
+) -> None:
     network, position = Deciding(kind), (random.getstate(), torch.get_rng_state().tolist())
     before = copy.deepcopy(network)
     assert may_lack_gradients(network, (1, 8, 8)) == may
@@ -502,7 +565,9 @@ def test_timms_stochastic_depth_leaves_no_parameter_without_a_gradient() -> None
 
 
 @pytest.mark.parametrize("kind", ["numpy", "random", "by chance"])
-def test_the_same_run_gives_the_same_numbers_whatever_its_network_draws_from(kind: str, tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_numbers_whatever_its_network_draws_from(
+    kind: str, tmp_path: Path
+) -> None:
     found = []
     for other in range(2):
         np.random.seed(other)
@@ -510,25 +575,37 @@ def test_the_same_run_gives_the_same_numbers_whatever_its_network_draws_from(kin
         before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
         epochs = train(run_of(kind))
         metrics = next(epochs).metrics
-        assert (random.getstate(), np.random.get_state()[1].tolist()) == before, "and they are put back"  # type: ignore[index]
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before, (
+            "and they are put back"
+        )  # type: ignore[index]
         found.append((metrics["train_loss"], next(epochs).metrics["val_nll"]))
     assert found[0] == found[1]
     assert next(train(run_of(kind, seed=1))).metrics["train_loss"] != found[0][0]
 
 
-def test_a_teacher_that_is_loaded_has_what_its_code_drew_when_it_was_trained(tmp_path: Path) -> None:
+def test_a_teacher_that_is_loaded_has_what_its_code_drew_when_it_was_trained(
+    tmp_path: Path,
+) -> None:
     """Of a network that keeps random numbers outside its state_dict."""
-    run = run_of("numpy", objective="tfkd_self", teacher={"epochs": 3, "labels": "bank"}).teacher_run()
+    run = run_of(
+        "numpy", objective="tfkd_self", teacher={"epochs": 3, "labels": "bank"}
+    ).teacher_run()
     assert run is not None
     accuracy = train_teacher(run, tmp_path)["metrics"]["val_accuracy"]
     np.random.seed(9)
     val_set = run.data.load()[1]
-    assert val_set is not None and evaluate(load_teacher(run, tmp_path), run.data, val_set)["val_accuracy"] == accuracy
+    assert (
+        val_set is not None
+        and evaluate(load_teacher(run, tmp_path), run.data, val_set)["val_accuracy"] == accuracy
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "sentence"),
-    [("frozen", "no parameter learns \\(all .* have requires_grad False\\)"), ("detached", "depend on no parameter")],
+    [
+        ("frozen", "no parameter learns \\(all .* have requires_grad False\\)"),
+        ("detached", "depend on no parameter"),
+    ],
 )
 def test_a_network_in_which_nothing_learns_is_refused(kind: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=f"model {__name__}:odd: .*{sentence}"):
@@ -538,15 +615,24 @@ def test_a_network_in_which_nothing_learns_is_refused(kind: str, sentence: str) 
             run_of(kind).try_networks()
 
 
-@pytest.mark.parametrize("student", [{"name": "own", "path": f"{__name__}:odd", "args": {"kind": "norm"}}, "cnn5"])
+@pytest.mark.parametrize(
+    "student", [{"name": "own", "path": f"{__name__}:odd", "args": {"kind": "norm"}}, "cnn5"]
+)
 def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(student: Any) -> None:
-    run = validated(TrainConfig, {"objective": "ce", "student": student, "epochs": 1, "optim": {"batch_size": 1}})
+    run = validated(
+        TrainConfig,
+        {"objective": "ce", "student": student, "epochs": 1, "optim": {"batch_size": 1}},
+    )
     for act in (run.try_networks, lambda: next(train(run))):
         with pytest.raises(
-            ConfigError, match=r"optim.batch_size: leaves a single image a worker .* BatchNorm of model"
+            ConfigError,
+            match=r"optim.batch_size: leaves a single image a worker .* BatchNorm of model",
         ):
             act()
-    two = validated(TrainConfig, {"objective": "ce", "student": student, "optim": {"batch_size": 3}, "workers": 2})
+    two = validated(
+        TrainConfig,
+        {"objective": "ce", "student": student, "optim": {"batch_size": 3}, "workers": 2},
+    )
     with pytest.raises(ConfigError, match="2 times workers"):
         two.try_networks()
 
@@ -554,7 +640,9 @@ def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(stud
 @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "sigmoid", "norm"])
 def test_a_network_that_ends_in_softmax_is_noted_when_it_is_tried(kind: str) -> None:
     notes = run_of(kind).try_networks()
-    assert len(notes) == (kind == "softmax") and all("it seems to end in softmax" in note for note in notes)
+    assert len(notes) == (kind == "softmax") and all(
+        "it seems to end in softmax" in note for note in notes
+    )
     teacher = {"model": {"name": "own", "path": f"{__name__}:odd", "args": {"kind": kind}}}
     run = validated(TrainConfig, {"objective": "kd", "teacher": teacher})
     assert run.try_networks() == notes
@@ -572,7 +660,9 @@ def test_trying_a_network_changes_neither_it_nor_the_random_numbers() -> None:
 
 
 def test_the_logits_are_alone_behind_data_parallel_workers_too(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         module = own("named tuple").build((1, 8, 8), 10)
         logits = DistributedDataParallel(module)(torch.randn(3, 1, 8, 8))
@@ -585,7 +675,11 @@ def test_the_logits_are_alone_behind_data_parallel_workers_too(tmp_path: Path) -
 @pytest.mark.parametrize(
     "path, args, sentence",
     [
-        ("small", {"output": "transposed"}, "gives [10, 2] for images [2, 1, 8, 8]; logits of 10 classes are [2, 10]"),
+        (
+            "small",
+            {"output": "transposed"},
+            "gives [10, 2] for images [2, 1, 8, 8]; logits of 10 classes are [2, 10]",
+        ),
         ("small", {"output": "features"}, "gives [2, 3] for images"),
         ("small", {"output": "map"}, "gives [2, 10, 1] for images"),
         ("small", {"output": "dict without"}, "gives dict without a tensor of them for images"),
@@ -595,20 +689,33 @@ def test_the_logits_are_alone_behind_data_parallel_workers_too(tmp_path: Path) -
             {"output": "not finite"},
             "gives logits that are not finite numbers for images [2, 1, 8, 8] of zeros",
         ),
-        ("small", {"output": "unheard-of"}, "KeyError when given images [2, 1, 8, 8]: 'unheard-of'"),
-        ("small", {"width": -1}, "RuntimeError when being built for images [1, 8, 8] and 10 classes: "),
+        (
+            "small",
+            {"output": "unheard-of"},
+            "KeyError when given images [2, 1, 8, 8]: 'unheard-of'",
+        ),
+        (
+            "small",
+            {"width": -1},
+            "RuntimeError when being built for images [1, 8, 8] and 10 classes: ",
+        ),
         ("broken", {}, "KeyError when being built for images [1, 8, 8] and 10 classes: 'width'"),
         ("no_module", {}, "gives str; a network is a torch.nn.Module"),
     ],
 )
-def test_a_network_that_does_not_work_is_named_when_it_is_built(path: str, args: Any, sentence: str) -> None:
+def test_a_network_that_does_not_work_is_named_when_it_is_built(
+    path: str, args: Any, sentence: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         OwnNetwork(path=f"{__name__}:{path}", args=args).build((1, 8, 8), 10)
     assert str(error.value).startswith(f"model {__name__}:{path}: {sentence}")
 
 
 def test_a_timm_network_for_other_images_is_refused_when_it_is_built() -> None:
-    with pytest.raises(ConfigError, match=r"model timm:test_vit2: AssertionError when given images \[2, 3, 32, 32\]: "):
+    with pytest.raises(
+        ConfigError,
+        match=r"model timm:test_vit2: AssertionError when given images \[2, 3, 32, 32\]: ",
+    ):
         Timm(model="test_vit2", args={"dynamic_img_size": False}).build((3, 32, 32), 10)
 
 
@@ -623,16 +730,25 @@ def test_a_network_of_your_own_learns_and_teaches() -> None:
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
-def test_the_gradient_of_cnn_s_pooling_has_the_order_of_what_is_pooled(order: torch.memory_format) -> None:
+@pytest.mark.parametrize(
+    "order", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"]
+)
+def test_the_gradient_of_cnn_s_pooling_has_the_order_of_what_is_pooled(
+    order: torch.memory_format,
+) -> None:
     """Else ReLU's backward pass takes 20 times as long; its numbers are torch's own."""
     x = torch.randn(4, 8, 6, 6).to(memory_format=order).requires_grad_()
     network = Cnn(widths=(8,)).build((3, 6, 6), 10)
     orders, gradients = [], []
-    for pool in (next(m for m in network if isinstance(m, torch.nn.AdaptiveAvgPool2d)), torch.nn.AdaptiveAvgPool2d(1)):
+    for pool in (
+        next(m for m in network if isinstance(m, torch.nn.AdaptiveAvgPool2d)),
+        torch.nn.AdaptiveAvgPool2d(1),
+    ):
         inner = x * 1
         out = pool(inner)
-        inner.register_hook(lambda g: orders.append(g.is_contiguous(memory_format=order)))  # after the pooling's own
+        inner.register_hook(
+            lambda g: orders.append(g.is_contiguous(memory_format=order))
+        )  # after the pooling's own
         out.pow(2).sum().backward()
         gradients.append(x.grad)
         x.grad = None

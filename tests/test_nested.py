@@ -20,7 +20,12 @@ from tfkd_ray.space.relate import not_superset, placed, warm_points
 from tfkd_ray.space.space import Space, build_space, load_space
 
 DROPOUT = {"low": 0.1, "high": 0.5}
-STUDENT = {"choices": [{"name": "mlp", "dropout": DROPOUT}, {"name": "cnn", "widths": {"choices": [[4], [8]]}}]}
+STUDENT = {
+    "choices": [
+        {"name": "mlp", "dropout": DROPOUT},
+        {"name": "cnn", "widths": {"choices": [[4], [8]]}},
+    ]
+}
 SCHEDULE = {"choices": ["step", {"name": "cosine", "warmup_epochs": {"low": 0, "high": 2}}]}
 
 
@@ -41,7 +46,11 @@ def test_what_an_item_has_is_asked_for_where_it_is_chosen(tmp_path: Path) -> Non
     configs = run_sweep(OptunaSearcher(s, tmp_path / "a"))
     seen = set()
     for config in configs:
-        values, student, schedule = config["trial"]["parameters"], config["student"], config["schedule"]
+        values, student, schedule = (
+            config["trial"]["parameters"],
+            config["student"],
+            config["schedule"],
+        )
         seen.add((student["name"], schedule["name"]))
         assert values["student"] == student["name"] and values["schedule"] == schedule["name"]
         assert ("student.mlp.dropout" in values) == (student["name"] == "mlp")
@@ -62,15 +71,27 @@ def test_it_reads_back_as_itself() -> None:
 
 
 def test_an_item_of_an_item_and_items_that_have_no_name(tmp_path: Path) -> None:
-    inner = {"choices": [{"name": "mlp"}, {"name": "mlp", "dropout": DROPOUT, "hidden": {"choices": [[8], [16]]}}]}
+    inner = {
+        "choices": [
+            {"name": "mlp"},
+            {"name": "mlp", "dropout": DROPOUT, "hidden": {"choices": [[8], [16]]}},
+        ]
+    }
     s = space(
-        student="mlp", schedule="step", augment={"choices": [{"flip": True}, {"crop_padding": {"low": 1, "high": 3}}]}
+        student="mlp",
+        schedule="step",
+        augment={"choices": [{"flip": True}, {"crop_padding": {"low": 1, "high": 3}}]},
     )
     assert [p.name for p in s.parameters] == ["augment", "augment.2.crop_padding", "optim.lr"]
     found = {c["augment"]["crop_padding"] for c in run_sweep(OptunaSearcher(s, tmp_path / "a"))}
     assert found == {0, 1, 2, 3}
     same = space(student=inner, schedule="step")
-    assert [p.name for p in same.parameters] == ["optim.lr", "student", "student.2.dropout", "student.2.hidden"]
+    assert [p.name for p in same.parameters] == [
+        "optim.lr",
+        "student",
+        "student.2.dropout",
+        "student.2.hidden",
+    ]
     configs = run_sweep(OptunaSearcher(same, tmp_path / "b"))
     assert {(c["student"]["dropout"] > 0, tuple(c["student"]["hidden"])) for c in configs} == {
         (False, (64,)), (True, (8,)), (True, (16,)),
@@ -85,11 +106,20 @@ def test_one_level_further_down(tmp_path: Path) -> None:
         ]
     }
     s = build_space(
-        {"student": "mlp", "objective": "kd", "epochs": 3, "teacher": teacher, "search": {"num_samples": 30}}
+        {
+            "student": "mlp",
+            "objective": "kd",
+            "epochs": 3,
+            "teacher": teacher,
+            "search": {"num_samples": 30},
+        }
     )
     names = [p.name for p in s.parameters]
     assert names == ["teacher", "teacher.2.model", "teacher.2.model.2.widths"]
-    made = {(run.epochs, json.dumps(run.student.model_dump(mode="json").get("widths"))) for run in s.teacher_runs()}
+    made = {
+        (run.epochs, json.dumps(run.student.model_dump(mode="json").get("widths")))
+        for run in s.teacher_runs()
+    }
     assert made == {(1, "null"), (3, "[16, 32]"), (3, "[4]"), (3, "[8]")}
     configs = run_sweep(OptunaSearcher(s, tmp_path / "a"))
     depth = {sum(n.startswith("teacher") for n in c["trial"]["parameters"]) for c in configs}
@@ -120,13 +150,26 @@ def test_what_is_wrong_is_a_sentence(tree: dict[str, Any], sentence: str) -> Non
 
 def test_an_override_finds_an_item_by_what_it_is_called(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    tree = {"objective": "ce", "student": STUDENT, "augment": {"choices": [{"flip": True}, {"crop_padding": 1}]}}
+    tree = {
+        "objective": "ce",
+        "student": STUDENT,
+        "augment": {"choices": [{"flip": True}, {"crop_padding": 1}]},
+    }
     file.write_text(dump_yaml(tree))
-    fixed = load_space(file, ["student.mlp.dropout=0.2", "augment.2.crop_padding={low: 1, high: 3}"])
-    assert [p.name for p in fixed.parameters] == ["augment", "augment.2.crop_padding", "student", "student.cnn.widths"]
+    fixed = load_space(
+        file, ["student.mlp.dropout=0.2", "augment.2.crop_padding={low: 1, high: 3}"]
+    )
+    assert [p.name for p in fixed.parameters] == [
+        "augment",
+        "augment.2.crop_padding",
+        "student",
+        "student.cnn.widths",
+    ]
     plain = load_space(file, ["student={choices: [mlp, cnn]}", "student.mlp.hidden=[8]"])
     assert plain.parameters[-1].domain.probes == [{"name": "mlp", "hidden": [8]}, "cnn"]
-    with pytest.raises(ConfigError, match=r"student.mpl: no such item of student; did you mean 'mlp'"):
+    with pytest.raises(
+        ConfigError, match=r"student.mpl: no such item of student; did you mean 'mlp'"
+    ):
         load_space(file, ["student.mpl.dropout=0.2"])
 
 
@@ -134,7 +177,9 @@ def test_an_override_finds_an_item_by_what_it_is_called(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", [True, False], ids=["a study each", "one study"])
 def test_a_killed_driver_changes_no_proposal(tmp_path: Path, name: str, split: bool) -> None:
     sampler = {"name": "tpe", "startup": 3} if name == "tpe" else "random"
-    s = space(objective=["ce", "lsr"], search={"sampler": sampler, "split": split, "num_samples": 20})
+    s = space(
+        objective=["ce", "lsr"], search={"sampler": sampler, "split": split, "num_samples": 20}
+    )
     whole = run_sweep(OptunaSearcher(s, tmp_path / "a"))
     before = run_sweep(OptunaSearcher(s, tmp_path / "b"), kill_at=13)
     assert before + run_sweep(OptunaSearcher(s, tmp_path / "b"))[1:] == whole and len(whole) == 20
@@ -160,7 +205,12 @@ def test_a_wider_space_holds_the_trials_of_a_narrower_one(tmp_path: Path) -> Non
     before = run_sweep(OptunaSearcher(narrow, journal), kill_at=20)
     wider = {"choices": ["resnet18", *reversed(STUDENT["choices"])]}
     wider = json.loads(json.dumps(wider).replace("0.5", "0.6"))
-    wide = space(student=wider, schedule=SCHEDULE, precision="fp32", search={"study": "tfkd@2", "num_samples": 30})
+    wide = space(
+        student=wider,
+        schedule=SCHEDULE,
+        precision="fp32",
+        search={"study": "tfkd@2", "num_samples": 30},
+    )
     assert not_superset(narrow, wide) == []
     new = OptunaSearcher(wide, journal)
     copy_trials(OptunaSearcher(narrow, journal), new)
@@ -169,10 +219,14 @@ def test_a_wider_space_holds_the_trials_of_a_narrower_one(tmp_path: Path) -> Non
     assert [c["trial"]["number"] for c in after] == list(range(20, 30))
     problems = not_superset(wide, narrow)
     assert any("student: was resnet18 | cnn | mlp" in p for p in problems)
-    assert any(p.startswith("student.mlp.dropout: was 0.1 to 0.6, and 0.1 to 0.5 does not hold") for p in problems)
+    assert any(
+        p.startswith("student.mlp.dropout: was 0.1 to 0.6, and 0.1 to 0.5 does not hold")
+        for p in problems
+    )
     fixed = {"choices": ["mlp", STUDENT["choices"][1]]}
-    assert "student.mlp.dropout: was searched (0.1 to 0.5), and is fixed now; leave it searched" in not_superset(
-        narrow, space(student=fixed, precision="fp32")
+    assert (
+        "student.mlp.dropout: was searched (0.1 to 0.5), and is fixed now; leave it searched"
+        in not_superset(narrow, space(student=fixed, precision="fp32"))
     )
     assert "student.mlp.dropout: was fixed at 0.0, which 0.1 to 0.5 does not hold" in not_superset(
         space(student=fixed, precision="fp32"), narrow
@@ -180,7 +234,11 @@ def test_a_wider_space_holds_the_trials_of_a_narrower_one(tmp_path: Path) -> Non
 
 
 def test_earlier_trials_find_their_place(tmp_path: Path) -> None:
-    old = space(student={"choices": ["mlp", {"name": "mlp", "dropout": 0.25}, {"name": "cnn", "widths": [8]}]})
+    old = space(
+        student={
+            "choices": ["mlp", {"name": "mlp", "dropout": 0.25}, {"name": "cnn", "widths": [8]}]
+        }
+    )
     earlier = finished(tmp_path / "old", old, [k / 24 for k in range(24)])
     s = space(search={"sampler": {"name": "tpe", "startup": 3}})
     priors = prior_trials(s, [earlier])
@@ -200,10 +258,16 @@ def test_earlier_trials_find_their_place(tmp_path: Path) -> None:
 
 def test_published_settings_take_the_middle_of_what_an_item_has(tmp_path: Path) -> None:
     s = space(
-        objective={"name": "tfkd_reg", "alpha": {"low": 0.01, "high": 0.99}, "temperature": {"low": 1, "high": 40}}
+        objective={
+            "name": "tfkd_reg",
+            "alpha": {"low": 0.01, "high": 0.99},
+            "temperature": {"low": 1, "high": 40},
+        }
     )
     points = warm_points(s)
-    assert points and all(p.values["student"] == "mlp" and p.values["student.mlp.dropout"] == 0.3 for p in points)
+    assert points and all(
+        p.values["student"] == "mlp" and p.values["student.mlp.dropout"] == 0.3 for p in points
+    )
     first = run_sweep(OptunaSearcher(s, tmp_path / "a"), most=1)[0]["trial"]["parameters"]
     assert first == points[0].values
 
@@ -211,7 +275,11 @@ def test_published_settings_take_the_middle_of_what_an_item_has(tmp_path: Path) 
 def test_importance_is_of_what_every_trial_has(tmp_path: Path) -> None:
     done = finished(tmp_path / "e", space(), [k / 24 for k in range(24)])
     for evaluator in ("pedanova", "fanova", "mdi"):
-        assert set(importance(done, evaluator=evaluator)["ce"]) == {"optim.lr", "schedule", "student"}
+        assert set(importance(done, evaluator=evaluator)["ce"]) == {
+            "optim.lr",
+            "schedule",
+            "student",
+        }
 
 
 def test_a_whole_sweep(tmp_path: Path, ray_cluster: str) -> None:

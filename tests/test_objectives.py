@@ -49,7 +49,12 @@ def softmax(row: list[float], T: float = 1.0) -> list[float]:
 
 
 def slow_loss(
-    logits: Tensor, labels: Tensor, targets: list[list[float]], alpha: float, T: float, factor: float
+    logits: Tensor,
+    labels: Tensor,
+    targets: list[list[float]],
+    alpha: float,
+    T: float,
+    factor: float,
 ) -> float:
     """(1 - alpha) CE + alpha * factor * KL(target || softmax(z / T)), means over the batch."""
     total = 0.0
@@ -75,15 +80,21 @@ def test_lsr_is_its_definition_less_a_constant(batch: Batch) -> None:
     slow = slow_loss(logits, labels, [[0.1] * 10] * 7, 0.3, 1.0, 1.0)
     assert LabelSmoothing(alpha=0.3)(logits, labels).item() == pytest.approx(slow, abs=1e-12)
     torchs = F.cross_entropy(logits, labels, label_smoothing=0.3) - 0.3 * math.log(10)
-    assert LabelSmoothing(alpha=0.3)(logits, labels).item() == pytest.approx(torchs.item(), abs=1e-12)
+    assert LabelSmoothing(alpha=0.3)(logits, labels).item() == pytest.approx(
+        torchs.item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("objective", [KnowledgeDistillation, TfkdSelf])
 @pytest.mark.parametrize("T", [1.0, 4.0, 20.0])
-def test_kd_is_its_definition(batch: Batch, objective: type[KnowledgeDistillation], T: float) -> None:
+def test_kd_is_its_definition(
+    batch: Batch, objective: type[KnowledgeDistillation], T: float
+) -> None:
     logits, labels, teacher = batch
     slow = slow_loss(logits, labels, [softmax(z, T) for z in teacher.tolist()], 0.7, T, T * T)
-    assert objective(alpha=0.7, temperature=T)(logits, labels, teacher).item() == pytest.approx(slow, abs=1e-10)
+    assert objective(alpha=0.7, temperature=T)(logits, labels, teacher).item() == pytest.approx(
+        slow, abs=1e-10
+    )
 
 
 @pytest.mark.parametrize("K", [2, 10, 100])
@@ -100,9 +111,13 @@ def test_tfkd_reg_is_equation_9_with_t_squared(K: int, T: float, a: float) -> No
 @pytest.mark.parametrize("T", [1.0, 20.0])
 def test_tfkd_reg_code_is_what_was_released(batch: Batch, T: float) -> None:
     logits, labels, _ = batch
-    targets = [softmax(row, T) for row in virtual(labels, 10, 0.99)]  # a temperature on probabilities
+    targets = [
+        softmax(row, T) for row in virtual(labels, 10, 0.99)
+    ]  # a temperature on probabilities
     slow = slow_loss(logits, labels, targets, 0.4, 1.0, 1.0)
-    assert TfkdRegCode(alpha=0.4, temperature=T)(logits, labels).item() == pytest.approx(slow, abs=1e-12)
+    assert TfkdRegCode(alpha=0.4, temperature=T)(logits, labels).item() == pytest.approx(
+        slow, abs=1e-12
+    )
 
 
 # --- limits and identities
@@ -118,14 +133,18 @@ IDS = [o.name for o in ALL]
 def test_alpha_0_is_plain_training(batch: Batch, objective: LabelSmoothing) -> None:
     logits, labels, teacher = batch
     zero = objective.model_copy(update={"alpha": 0.0})
-    assert zero(logits, labels, teacher).item() == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-12)
+    assert zero(logits, labels, teacher).item() == pytest.approx(
+        F.cross_entropy(logits, labels).item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
 def test_loss_scale_multiplies_the_whole_loss(batch: Batch, objective: CrossEntropy) -> None:
     logits, labels, teacher = batch
     scaled = objective.model_copy(update={"loss_scale": 0.25})
-    assert scaled(logits, labels, teacher).item() == pytest.approx(0.25 * objective(logits, labels, teacher).item())
+    assert scaled(logits, labels, teacher).item() == pytest.approx(
+        0.25 * objective(logits, labels, teacher).item()
+    )
 
 
 def test_kl_is_zero_when_student_equals_teacher(batch: Batch) -> None:
@@ -140,14 +159,19 @@ def test_flat_kl_is_finite_and_zero_on_its_own_target(gap: float) -> None:
     assert flat_kl(logits, labels, gap, 1.0).abs() < 1e-12
 
 
-@pytest.mark.parametrize("objective", [KnowledgeDistillation(alpha=1.0), TfkdSelf(alpha=1.0)], ids=["kd", "tfkd_self"])
+@pytest.mark.parametrize(
+    "objective", [KnowledgeDistillation(alpha=1.0), TfkdSelf(alpha=1.0)], ids=["kd", "tfkd_self"]
+)
 @pytest.mark.parametrize("m", [2, 5])
 def test_replicating_every_class_leaves_the_kd_term_unchanged(
     batch: Batch, objective: KnowledgeDistillation, m: int
 ) -> None:
     logits, labels, teacher = batch
     wide = [z.repeat_interleave(m, dim=1) for z in (logits, teacher)]
-    before, after = objective.terms(logits, labels, teacher), objective.terms(wide[0], labels * m, wide[1])
+    before, after = (
+        objective.terms(logits, labels, teacher),
+        objective.terms(wide[0], labels * m, wide[1]),
+    )
     assert before.kd is not None and after.kd is not None
     assert after.kd.item() == pytest.approx(before.kd.item(), abs=1e-12)
 
@@ -168,16 +192,22 @@ def test_a_uniform_virtual_teacher_is_label_smoothing(batch: Batch, a: float, T:
     logits, labels, _ = batch
     if T == 1.0:
         lsr = LabelSmoothing(alpha=0.3)(logits, labels)
-        assert TfkdReg(alpha=0.3, temperature=T, correct_prob=a)(logits, labels).item() == pytest.approx(lsr.item())
+        assert TfkdReg(alpha=0.3, temperature=T, correct_prob=a)(
+            logits, labels
+        ).item() == pytest.approx(lsr.item())
     kd = TfkdReg(alpha=0.3, temperature=T, correct_prob=a)(logits, labels)
-    uniform = KnowledgeDistillation(alpha=0.3, temperature=T)(logits, labels, torch.zeros_like(logits))
+    uniform = KnowledgeDistillation(alpha=0.3, temperature=T)(
+        logits, labels, torch.zeros_like(logits)
+    )
     assert kd.item() == pytest.approx(uniform.item(), abs=1e-10)
 
 
 @pytest.mark.parametrize("K", [10, 100, 1000])
 @pytest.mark.parametrize("T", [1.0, 6.0, 20.0, 40.0])
 @pytest.mark.parametrize("a", [0.5, 0.9, 0.99, 1.0])
-def test_tfkd_reg_code_is_scaled_label_smoothing_plus_a_constant(K: int, T: float, a: float) -> None:
+def test_tfkd_reg_code_is_scaled_label_smoothing_plus_a_constant(
+    K: int, T: float, a: float
+) -> None:
     code = TfkdRegCode(alpha=0.37, temperature=T, correct_prob=a, loss_scale=0.0595)
     lsr = code.as_label_smoothing(K)
     gaps, slopes = [], []
@@ -207,7 +237,9 @@ def test_the_released_label_smoothing_is_ours_with_a_larger_alpha(batch: Batch) 
 
 
 def released_kd(z: Tensor, y: Tensor, t: Tensor, alpha: float, T: float, m: float) -> Tensor:
-    kl = F.kl_div(F.log_softmax(z / T, 1), F.softmax(t / T, 1), reduction="none").mean()  # over B * K
+    kl = F.kl_div(
+        F.log_softmax(z / T, 1), F.softmax(t / T, 1), reduction="none"
+    ).mean()  # over B * K
     return (1 - alpha) * F.cross_entropy(z, y) + alpha * T * T * m * kl
 
 
@@ -218,12 +250,19 @@ def released_reg(z: Tensor, y: Tensor, alpha: float, T: float, m: float) -> Tens
     return (1 - alpha) * F.cross_entropy(z, y) + alpha * m * kl
 
 
-KD_SETTINGS = [("kd", 0.95, 20.0, 1), ("kd", 0.6, 20.0, 1), ("tfkd_self", 0.95, 6.0, 50), ("tfkd_self", 0.9, 20.0, 100)]
+KD_SETTINGS = [
+    ("kd", 0.95, 20.0, 1),
+    ("kd", 0.6, 20.0, 1),
+    ("tfkd_self", 0.95, 6.0, 50),
+    ("tfkd_self", 0.9, 20.0, 100),
+]
 REG_SETTINGS = [(0.1, 20.0, 100), (0.95, 40.0, 1), (0.95, 10.0, 1), (0.1, 40.0, 50)]
 
 
 @pytest.mark.parametrize("name, alpha, T, m", KD_SETTINGS)
-def test_converted_kd_settings_equal_the_release(name: str, alpha: float, T: float, m: float) -> None:
+def test_converted_kd_settings_equal_the_release(
+    name: str, alpha: float, T: float, m: float
+) -> None:
     z, y, t = make_batch(100)
     ours = from_released(name, alpha=alpha, temperature=T, multiplier=m, num_classes=100)  # type: ignore[arg-type]
     assert ours(z, y, t).item() == pytest.approx(released_kd(z, y, t, alpha, T, m).item(), rel=1e-6)
@@ -246,10 +285,15 @@ def test_the_converter_gives_the_table_of_effective_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"alpha": 1.5}, {"temperature": 0}, {"num_classes": 0}, {"multiplier": -1}], ids=lambda w: next(iter(w))
+    "wrong",
+    [{"alpha": 1.5}, {"temperature": 0}, {"num_classes": 0}, {"multiplier": -1}],
+    ids=lambda w: next(iter(w)),
 )
 def test_a_released_setting_out_of_range_is_refused(wrong: dict[str, float]) -> None:
-    (name, value), setting = next(iter(wrong.items())), {"alpha": 0.5, "temperature": 4, "num_classes": 10, **wrong}
+    (name, value), setting = (
+        next(iter(wrong.items())),
+        {"alpha": 0.5, "temperature": 4, "num_classes": 10, **wrong},
+    )
     with pytest.raises(ConfigError, match=f"{name}={value}"):
         from_released("kd", **setting)  # type: ignore[arg-type]
 
@@ -266,7 +310,9 @@ def test_dkd_is_its_definition(batch: Batch) -> None:
         others = [k for k in range(10) if k != c]
         for k in others:
             nontarget += q[k] / (1 - q[c]) * math.log((q[k] / (1 - q[c])) / (p[k] / (1 - p[c])))
-    slow = (1 - 0.3) * F.cross_entropy(logits, labels).item() + 0.3 * T * T * (2 * target + 5 * nontarget) / 7
+    slow = (1 - 0.3) * F.cross_entropy(logits, labels).item() + 0.3 * T * T * (
+        2 * target + 5 * nontarget
+    ) / 7
     objective = DecoupledKD(alpha=0.3, temperature=T, target_weight=2, nontarget_weight=5)
     assert objective(logits, labels, teacher).item() == pytest.approx(slow, rel=1e-10)
 
@@ -277,7 +323,9 @@ def test_dkd_with_the_weights_that_kd_implies_is_kd() -> None:
     rest = 1 - softmax(teacher[0].tolist(), 4.0)[int(labels[0])]
     dkd = DecoupledKD(alpha=0.5, temperature=4.0, target_weight=1, nontarget_weight=rest)
     kd = KnowledgeDistillation(alpha=0.5, temperature=4.0)
-    assert dkd(logits, labels, teacher).item() == pytest.approx(kd(logits, labels, teacher).item(), rel=1e-12)
+    assert dkd(logits, labels, teacher).item() == pytest.approx(
+        kd(logits, labels, teacher).item(), rel=1e-12
+    )
 
 
 def pearson(a: list[float], b: list[float]) -> float:
@@ -315,16 +363,27 @@ def test_standardised_kd_is_its_definition(batch: Batch) -> None:
     targets = [softmax(standardised(t), 2.0) for t in teacher.tolist()]
     kl = slow_loss(torch.tensor(soft, dtype=torch.float64), labels, targets, 1.0, 2.0, 4.0)
     slow = 0.1 * F.cross_entropy(logits, labels).item() + 0.9 * kl
-    assert StandardisedKD(alpha=0.9, temperature=2.0)(logits, labels, teacher).item() == pytest.approx(slow, rel=1e-10)
+    assert StandardisedKD(alpha=0.9, temperature=2.0)(
+        logits, labels, teacher
+    ).item() == pytest.approx(slow, rel=1e-10)
 
 
 def test_standardised_kd_does_not_see_the_scale_of_the_logits(batch: Batch) -> None:
     logits, labels, teacher = batch
-    a, b = StandardisedKD().terms(logits, labels, teacher), StandardisedKD().terms(logits, labels, 7 * teacher + 3)
-    assert a.kd is not None and b.kd is not None and a.kd.item() == pytest.approx(b.kd.item(), rel=1e-6)
+    a, b = (
+        StandardisedKD().terms(logits, labels, teacher),
+        StandardisedKD().terms(logits, labels, 7 * teacher + 3),
+    )
+    assert (
+        a.kd is not None
+        and b.kd is not None
+        and a.kd.item() == pytest.approx(b.kd.item(), rel=1e-6)
+    )
 
 
-@pytest.mark.parametrize("objective", [StandardisedKD(), Dist(), StandardisedKD(alpha=1), Dist(alpha=1)], ids=str)
+@pytest.mark.parametrize(
+    "objective", [StandardisedKD(), Dist(), StandardisedKD(alpha=1), Dist(alpha=1)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", [0.0, 3.3, -1e4])
 @pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-4])
@@ -350,17 +409,28 @@ def test_usual_students_do_not_meet_the_bound(batch: Batch) -> None:
     p, q = (0.5 * z / z.std(dim=1, keepdim=True) for z in (logits, teacher))
     a, b = (F.softmax(z, dim=1) for z in (p, q))
     rows, columns = (
-        (x - x.mean(dim=d, keepdim=True), y - y.mean(dim=d, keepdim=True)) for x, y, d in ((a, b, 1), (a, b, 0))
+        (x - x.mean(dim=d, keepdim=True), y - y.mean(dim=d, keepdim=True))
+        for x, y, d in ((a, b, 1), (a, b, 0))
     )
-    wanted = 2 - F.cosine_similarity(*rows, dim=1).mean() - F.cosine_similarity(*columns, dim=0).mean()
+    wanted = (
+        2 - F.cosine_similarity(*rows, dim=1).mean() - F.cosine_similarity(*columns, dim=0).mean()
+    )
     found = Dist().terms(p, labels, q).kd
     assert found is not None and found.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("objective", [KnowledgeDistillation, DecoupledKD, Dist, StandardisedKD, TfkdReg])
-def test_the_gradient_is_right_in_float32_up_to_the_highest_temperature(objective: type[KnowledgeDistillation]) -> None:
+@pytest.mark.parametrize(
+    "objective", [KnowledgeDistillation, DecoupledKD, Dist, StandardisedKD, TfkdReg]
+)
+def test_the_gradient_is_right_in_float32_up_to_the_highest_temperature(
+    objective: type[KnowledgeDistillation],
+) -> None:
     torch.manual_seed(0)
-    logits, teacher, labels = 3 * torch.randn(32, 1000), 5 * torch.randn(32, 1000), torch.randint(1000, (32,))
+    logits, teacher, labels = (
+        3 * torch.randn(32, 1000),
+        5 * torch.randn(32, 1000),
+        torch.randint(1000, (32,)),
+    )
     with pytest.raises(ConfigError, match="less than or equal to 10000"):
         objective(temperature=10001)
     highest = objective(alpha=1, temperature=1e4)
@@ -375,7 +445,9 @@ def test_the_gradient_is_right_in_float32_up_to_the_highest_temperature(objectiv
 
 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
-def test_no_gradient_reaches_the_teacher_and_the_loss_is_a_scalar(batch: Batch, objective: CrossEntropy) -> None:
+def test_no_gradient_reaches_the_teacher_and_the_loss_is_a_scalar(
+    batch: Batch, objective: CrossEntropy
+) -> None:
     logits, labels, teacher = batch
     z = logits.clone().requires_grad_()
     loss = objective(z, labels, teacher.detach())
@@ -386,7 +458,11 @@ def test_no_gradient_reaches_the_teacher_and_the_loss_is_a_scalar(batch: Batch, 
 @pytest.mark.parametrize("objective", ALL, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_logits_give_finite_losses(objective: CrossEntropy, dtype: torch.dtype) -> None:
-    logits = torch.tensor([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0], [60.0, 60.0, -60.0]]).to(dtype).requires_grad_()
+    logits = (
+        torch.tensor([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0], [60.0, 60.0, -60.0]])
+        .to(dtype)
+        .requires_grad_()
+    )
     loss = objective(logits, torch.tensor([1, 2, 0]), logits.detach().flip(1))
     loss.backward()
     assert loss.isfinite() and logits.grad is not None and logits.grad.isfinite().all()

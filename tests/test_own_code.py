@@ -50,9 +50,13 @@ def lay_out(folder: Path) -> Path:
 
 def python(code: str, *options: str, cwd: Path, **env: str) -> list[str]:
     """The lines that code prints, in a new process with a path of its own."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH", JOB_FOLDER)}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH", JOB_FOLDER)
+    }
     command = [sys.executable, *options, *(["-c", code] if code else [])]
-    run = subprocess.run(command, cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=100)
+    run = subprocess.run(
+        command, cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=100
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 
@@ -74,7 +78,9 @@ def test_workers_look_where_the_driver_does_before_the_library(
 ) -> None:
     code = "from tfkd_ray.settings.own_code import before_the_library as b; [print(p) for p in b()]"
     env = {"PYTHONPATH": str(tmp_path / path)} if path else {}
-    assert python(code, *options, cwd=tmp_path, **env) == [e.replace("HERE", str(tmp_path)) for e in expected]
+    assert python(code, *options, cwd=tmp_path, **env) == [
+        e.replace("HERE", str(tmp_path)) for e in expected
+    ]
 
 
 def test_a_process_enters_the_drivers_place_and_looks_there_last(tmp_path: Path) -> None:
@@ -84,24 +90,35 @@ def test_a_process_enters_the_drivers_place_and_looks_there_last(tmp_path: Path)
     place = {"directory": str(tmp_path / "a"), "path": [], "safe": True}
     assert python(enter.format(place), cwd=tmp_path / "b") == [str(tmp_path / "a")] * 2
     gone = {"directory": str(tmp_path / "gone"), "path": [str(tmp_path / "lib")], "safe": False}
-    assert python(enter.format(gone), cwd=tmp_path / "b") == [str(tmp_path / "b"), str(tmp_path / "lib")]
+    assert python(enter.format(gone), cwd=tmp_path / "b") == [
+        str(tmp_path / "b"),
+        str(tmp_path / "lib"),
+    ]
 
 
 # --- sweeps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
-def test_trials_and_teachers_run_where_the_sweep_was_started(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
+def test_trials_and_teachers_run_where_the_sweep_was_started(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
     work = lay_out(tmp_path / "w{name}%s{}")
     name = "e{name}%(x)s{0}"
     run = tfkd("tune", "space.yaml", "--name", name, cwd=work, PYTHONSAFEPATH="1", timeout=400)
     assert run.returncode == 0, run.stderr
     experiment = work / "tfkd_results" / name
-    assert [r.status for r in read_records(experiment)] == ["done", "done"], "a trial's actor is used again"
+    assert [r.status for r in read_records(experiment)] == ["done", "done"], (
+        "a trial's actor is used again"
+    )
     assert read_experiment(experiment)["directory"] == str(work)
     (tmp_path / "elsewhere").mkdir()
-    more = tfkd("resume", str(experiment), "--add-trials", "1", cwd=tmp_path / "elsewhere", timeout=400)
-    assert more.returncode == 0 and f"run in {work}, where the experiment was begun" in more.stderr, more.stderr
+    more = tfkd(
+        "resume", str(experiment), "--add-trials", "1", cwd=tmp_path / "elsewhere", timeout=400
+    )
+    assert (
+        more.returncode == 0 and f"run in {work}, where the experiment was begun" in more.stderr
+    ), more.stderr
     assert [r.status for r in read_records(experiment)] == ["done"] * 3
 
 
@@ -117,7 +134,12 @@ def test_a_broken_image_whose_name_is_no_utf8_fails_its_trials_with_the_reason(
     for path in (root / "train/class 0").glob("caf*"):
         path.write_bytes(b"no image")
     data = {"name": "image_folder", "root": str(root), "num_classes": 2, "image_size": 16}
-    space = {"data": data, "objective": "ce", "epochs": 1, "optim": {"lr": {"low": 0.01, "high": 0.1}}}
+    space = {
+        "data": data,
+        "objective": "ce",
+        "epochs": 1,
+        "optim": {"lr": {"low": 0.01, "high": 0.1}},
+    }
     search = {"num_samples": 1, "sampler": "random"}
     (tmp_path / "space.yaml").write_text(json.dumps({**space, "student": "mlp", "search": search}))
     run = tfkd("tune", "space.yaml", "--name", "e", PYTHONIOENCODING="utf-8")
@@ -131,18 +153,26 @@ def test_a_broken_image_whose_name_is_no_utf8_fails_its_trials_with_the_reason(
 
 
 @pytest.mark.ray
-def test_a_budget_that_ends_before_a_trial_has_begun_is_told_so(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
-    (tmp_path / "space.yaml").write_text("{objective: ce, epochs: 2, optim: {lr: {low: 0.01, high: 0.1}}}")
+def test_a_budget_that_ends_before_a_trial_has_begun_is_told_so(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "{objective: ce, epochs: 2, optim: {lr: {low: 0.01, high: 0.1}}}"
+    )
     run = tfkd("tune", "space.yaml", "--name", "e", "--time-budget", "0.001")
     assert "no trial had begun when the sweep ended" in run.stdout, run.stdout + run.stderr
     assert "ended early: search.time_budget_s: " in run.stdout
 
 
 @pytest.mark.ray
-def test_groups_run_where_the_sweep_was_started(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
+def test_groups_run_where_the_sweep_was_started(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
     work = lay_out(tmp_path / "work")
     words = ("objective=ce", "teacher=null", "workers=2", "search.num_samples=1")
-    run = tfkd("tune", "space.yaml", *words, "--name", "e", cwd=work, PYTHONSAFEPATH="1", timeout=400)
+    run = tfkd(
+        "tune", "space.yaml", *words, "--name", "e", cwd=work, PYTHONSAFEPATH="1", timeout=400
+    )
     assert run.returncode == 0, run.stderr
     assert [r.status for r in read_records(work / "tfkd_results/e")] == ["done"]
 
@@ -154,15 +184,26 @@ def test_a_job_has_the_working_directory_beside_the_package_not_before_it(tmp_pa
     work, folder = lay_out(tmp_path / "work"), tmp_path / "job"
     folder.mkdir()
     assert stage_apart(work, folder, work / "space.yaml") == "space.yaml"
-    assert {p.name for p in folder.iterdir()} == {"tfkd_ray", WORKING}, "all that Ray lets a job's processes import"
+    assert {p.name for p in folder.iterdir()} == {"tfkd_ray", WORKING}, (
+        "all that Ray lets a job's processes import"
+    )
     command = submit_command("http://x", "job", folder, ["python", "-m", "tfkd_ray"], WORKING)
     env = json.loads(command[command.index("--runtime-env-json") + 1])["env_vars"]
     assert env[JOB_FOLDER] == WORKING
     said = python(
-        "", "-m", "tfkd_ray", "check", "space.yaml", cwd=folder, PYTHONPATH=str(folder), **{JOB_FOLDER: WORKING}
+        "",
+        "-m",
+        "tfkd_ray",
+        "check",
+        "space.yaml",
+        cwd=folder,
+        PYTHONPATH=str(folder),
+        **{JOB_FOLDER: WORKING},
     )
     assert any("data" in line for line in said)
-    enter = "from tfkd_ray.settings import own_code; own_code.enter({}); import os; print(os.getcwd())"
+    enter = (
+        "from tfkd_ray.settings import own_code; own_code.enter({}); import os; print(os.getcwd())"
+    )
     place = {"directory": "/on/the/head", "path": [], "safe": True}
     there = python(enter.format(place), cwd=folder, PYTHONPATH=str(folder), **{JOB_FOLDER: WORKING})
     assert there == [str(folder / WORKING)], "each node has a copy of its own"

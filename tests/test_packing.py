@@ -48,7 +48,9 @@ print(json.dumps([(r.metrics.get("failed"), r.metrics["epoch"]) for r in results
 """
 
 
-TOO_LITTLE = "its share of a GPU (0.25) had too little memory in epoch 2, and its failures were spent"
+TOO_LITTLE = (
+    "its share of a GPU (0.25) had too little memory in epoch 2, and its failures were spent"
+)
 
 
 def swept(tmp_path: Path, stopping: str, max_failures: int) -> list[tuple[str | None, int]]:
@@ -77,7 +79,9 @@ def test_a_trial_without_enough_memory_gets_a_larger_share(tmp_path: Path, stopp
 @pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(220)
-def test_a_trial_without_enough_memory_ends_with_that_reason_where_its_failures_are_spent(tmp_path: Path) -> None:
+def test_a_trial_without_enough_memory_ends_with_that_reason_where_its_failures_are_spent(
+    tmp_path: Path,
+) -> None:
     swept(tmp_path, "halving", 0)
     records = read_records(tmp_path / "e")
     failed = [r.reason or "" for r in records if r.status == "failed"]
@@ -85,12 +89,16 @@ def test_a_trial_without_enough_memory_ends_with_that_reason_where_its_failures_
     assert not list(tmp_path.rglob("out_of_memory"))
 
 
-@pytest.mark.parametrize("status, share, failures", [(Trial.RUNNING, 0.25, 0), (Trial.PENDING, 0.5, 1)])
+@pytest.mark.parametrize(
+    "status, share, failures", [(Trial.RUNNING, 0.25, 0), (Trial.PENDING, 0.5, 1)]
+)
 def test_a_trial_that_ends_for_good_is_given_no_larger_share(
     status: str, share: float, failures: int, tmp_path: Path
 ) -> None:
     """Tune leaves a trial RUNNING whose failures are spent, and changes no resources of one."""
-    trial = Trial("x", stub=True, config={SECTION: Assignment("t0", 9, directory=tmp_path).section()})
+    trial = Trial(
+        "x", stub=True, config={SECTION: Assignment("t0", 9, directory=tmp_path).section()}
+    )
     trial.placement_group_factory = PlacementGroupFactory([{"CPU": 1, "GPU": 0.25}])
     trial.status, trial.max_failures = status, 0
     (tmp_path / "out_of_memory").write_text("0.25")
@@ -99,7 +107,10 @@ def test_a_trial_that_ends_for_good_is_given_no_larger_share(
         losses = Losses()
         losses.on_failed(trial)
         assert losses.reason(trial).startswith(TOO_LITTLE.replace("epoch 2", "epoch 1"))
-    assert trial.placement_group_factory.required_resources["GPU"] == share and trial.max_failures == failures
+    assert (
+        trial.placement_group_factory.required_resources["GPU"] == share
+        and trial.max_failures == failures
+    )
     assert not (tmp_path / "out_of_memory").exists()
 
 
@@ -108,7 +119,12 @@ def test_a_trial_that_ends_for_good_is_given_no_larger_share(
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            True,
+        ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (MemoryError("out of memory"), False),

@@ -82,9 +82,15 @@ class Arm(NamedTuple):
 def arms(path: Path) -> dict[str, Arm]:
     tree = read_yaml(path)
     shared = {k: v for k, v in tree.items() if k not in ABOUT}
-    named = [(a["name"], {**shared, **{k: v for k, v in a.items() if k not in OF_AN_ARM}}, a) for a in tree["arms"]]
+    named = [
+        (a["name"], {**shared, **{k: v for k, v in a.items() if k not in OF_AN_ARM}}, a)
+        for a in tree["arms"]
+    ]
     assert len({name for name, _, _ in named}) == len(named), "two arms have one name"
-    return {name: Arm(says, validated(TrainConfig, config, f"{path.name}: {name}")) for name, config, says in named}
+    return {
+        name: Arm(says, validated(TrainConfig, config, f"{path.name}: {name}"))
+        for name, config, says in named
+    }
 
 
 def arm(table: str, name: str) -> Arm:
@@ -102,7 +108,10 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_table_is_there() -> None:
     assert {p.stem for p in FILES} == PRINTED.keys()
     for number in range(1, 12):
-        assert f"Table {number}" in read_yaml(ROOT / "search_spaces" / "paper" / f"table_{number}.yaml")["source"]
+        assert (
+            f"Table {number}"
+            in read_yaml(ROOT / "search_spaces" / "paper" / f"table_{number}.yaml")["source"]
+        )
 
 
 @every_file
@@ -114,9 +123,12 @@ def test_arms_are_valid_and_have_names_that_folders_can_have(path: Path) -> None
         assert re.fullmatch(r"[a-z0-9_.-]+", name)
         assert one.config.recipe == "paper" and one.config.schedule.name == "step", name
         assert one.config.optim.lr == pytest.approx(
-            one.config.optim.batch_size * (0.1 / 256 if one.config.data.name == "imagenet" else 0.1 / 128)
+            one.config.optim.batch_size
+            * (0.1 / 256 if one.config.data.name == "imagenet" else 0.1 / 128)
         ), name
-    assert len({one.config.fingerprint() for one in found.values()}) == len(found), "two arms are the same"
+    assert len({one.config.fingerprint() for one in found.values()}) == len(found), (
+        "two arms are the same"
+    )
 
 
 @every_file
@@ -124,7 +136,9 @@ def test_released_settings_are_converted_exactly(path: Path) -> None:
     names = {"kd": "kd", "tfkd_self": "tfkd_self", "tfkd_reg_code": "tfkd_reg"}
     for name, one in arms(path).items():
         objective, released = one.config.objective, one.says.get("released")
-        if released is None:  # ImageNet's losses were not released; the paper's Tf-KD_reg is Eq. 9; a control is ours
+        if (
+            released is None
+        ):  # ImageNet's losses were not released; the paper's Tf-KD_reg is Eq. 9; a control is ours
             kinds = (CrossEntropy, LabelSmoothing, TfkdReg)
             assert one.config.data.name == "imagenet" or isinstance(objective, kinds), name
             assert "published" not in one.says or not isinstance(objective, LabelSmoothing), name
@@ -137,20 +151,28 @@ def test_released_settings_are_converted_exactly(path: Path) -> None:
         expected = from_released(kind, num_classes=K, **released)
         assert objective.name == expected.name
         for key in ("alpha", "temperature", "loss_scale"):
-            assert getattr(objective, key) == pytest.approx(getattr(expected, key), rel=1e-4), f"{name}: {key}"
+            assert getattr(objective, key) == pytest.approx(getattr(expected, key), rel=1e-4), (
+                f"{name}: {key}"
+            )
 
 
 @every_file
 def test_published_gains_are_the_printed_ones_but_for_known_errors(path: Path) -> None:
     found, printed = arms(path), gains(PRINTED[path.stem])
     plain = {name for name, one in found.items() if one.config.objective.name == "ce"}
-    assert {name for name, one in found.items() if "published" in one.says} - plain == printed.keys()
+    assert {
+        name for name, one in found.items() if "published" in one.says
+    } - plain == printed.keys()
     for name, gain in printed.items():
         says = found[name].says
         difference = says["published"] - found[says["baseline"]].says["published"]
         assert difference == pytest.approx(WRONG.get((path.stem, name), gain), abs=0.001), name
         assert (path.stem, name) not in WRONG or abs(difference - gain) > 0.01, name
-        assert ("published_std" in says) == ("published_n" in says) == (path.stem in ("table_1", "table_2", "table_4"))
+        assert (
+            ("published_std" in says)
+            == ("published_n" in says)
+            == (path.stem in ("table_1", "table_2", "table_4"))
+        )
 
 
 @every_file
@@ -180,8 +202,12 @@ def test_every_loss_that_weighs_cross_entropy_less_has_its_control(path: Path) -
         for name, one in found.items()
         if not isinstance(one.config.objective, CrossEntropy | LabelSmoothing)
     }
-    assert taught.keys() - controls.keys() == set(), [taught[k] for k in taught.keys() - controls.keys()]
-    assert controls.keys() - taught.keys() == set(), [controls[k] for k in controls.keys() - taught.keys()]
+    assert taught.keys() - controls.keys() == set(), [
+        taught[k] for k in taught.keys() - controls.keys()
+    ]
+    assert controls.keys() - taught.keys() == set(), [
+        controls[k] for k in controls.keys() - taught.keys()
+    ]
     for (_, weight), name in controls.items():
         assert "published" not in found[name].says and f"-ce-x{weight:g}" in name
 
@@ -191,15 +217,25 @@ def test_a_self_teacher_is_trained_as_the_plain_arm_is(path: Path) -> None:
     found = arms(path)
     for name, one in found.items():
         run = one.config.teacher_run()
-        if run is not None and (isinstance(one.config.objective, TfkdSelf) or one.config.init == "trained"):
+        if run is not None and (
+            isinstance(one.config.objective, TfkdSelf) or one.config.init == "trained"
+        ):
             plain = found[one.says["baseline"]].config
-            assert (run.student, run.optim, run.schedule) == (plain.student, plain.optim, plain.schedule), name
+            assert (run.student, run.optim, run.schedule) == (
+                plain.student,
+                plain.optim,
+                plain.schedule,
+            ), name
 
 
 def test_a_network_that_teaches_is_trained_as_its_plain_arm_is() -> None:
     for path in FILES:
         found = arms(path)
-        plain = {a.config.student: a.config for a in found.values() if a.config.objective == CrossEntropy()}
+        plain = {
+            a.config.student: a.config
+            for a in found.values()
+            if a.config.objective == CrossEntropy()
+        }
         for name, one in found.items():
             run = one.config.teacher_run()
             if run is not None and run.student in plain:
@@ -209,9 +245,15 @@ def test_a_network_that_teaches_is_trained_as_its_plain_arm_is() -> None:
 def test_poorly_trained_teachers_stop_within_a_full_schedule() -> None:
     for table in ("table_4", "table_4_tiny"):
         stops = {n: a.config.teacher.stop_epoch for n, a in arms(FILES[0].parent / f"{table}.yaml").items() if a.config.teacher}  # fmt: skip
-        assert all(stop == (1 if name.endswith("r18") else 50) for name, stop in stops.items()), stops
+        assert all(stop == (1 if name.endswith("r18") else 50) for name, stop in stops.items()), (
+            stops
+        )
         run = arm(table, "mv2-dekd-r50").config.teacher_run()
-        assert run is not None and (run.epochs, run.stop_epoch, run.optim.batch_size) == (200, 50, 64)
+        assert run is not None and (run.epochs, run.stop_epoch, run.optim.batch_size) == (
+            200,
+            50,
+            64,
+        )
 
 
 def test_published_numbers_of_an_arm_are_the_same_in_every_table_but_for_known_ones() -> None:
@@ -231,7 +273,9 @@ def test_published_numbers_of_an_arm_are_the_same_in_every_table_but_for_known_o
 
 def test_the_smoothing_of_the_released_tfkd_reg_is_an_arm_of_its_own() -> None:
     for network in ("mv2", "shv2"):
-        reg, lsr = (arm("table_9", f"{network}-{kind}").config.objective for kind in ("reg", "lsr-0.16"))
+        reg, lsr = (
+            arm("table_9", f"{network}-{kind}").config.objective for kind in ("reg", "lsr-0.16")
+        )
         expected = reg.as_label_smoothing(100)  # type: ignore[union-attr]
         assert lsr.alpha == pytest.approx(expected.alpha, rel=1e-4)  # type: ignore[union-attr]
         assert lsr.loss_scale == 1

@@ -44,13 +44,21 @@ URLS = {
 @pytest.mark.parametrize("password", ODD.values(), ids=ODD)
 def test_no_part_of_an_odd_password_is_shown(url: str, password: str) -> None:
     whole = url.replace("{}", password)
-    assert CANARY not in masked(whole) and masked(masked(whole)) == masked(whole) and "***" in masked(whole)
+    assert (
+        CANARY not in masked(whole)
+        and masked(masked(whole)) == masked(whole)
+        and "***" in masked(whole)
+    )
     assert CANARY not in masked(f"search={{storage: '{whole}', num_samples: 3}}")
 
 
 @pytest.mark.parametrize("password", ODD.values(), ids=ODD)
 def test_what_sqlalchemy_takes_for_the_password_is_masked(password: str) -> None:
-    for url in ("postgresql://me:{}@host:5432/db", "postgresql://a@b:{}@host/db?x=y@z", "mysql://:{}@host"):
+    for url in (
+        "postgresql://me:{}@host:5432/db",
+        "postgresql://a@b:{}@host/db?x=y@z",
+        "mysql://:{}@host",
+    ):
         theirs = make_url(url.replace("{}", password).replace(CANARY, "kanari", 1)).password
         assert theirs and str(theirs) not in masked(url.replace("{}", password))
 
@@ -77,12 +85,23 @@ def test_a_sentence_keeps_its_words() -> None:
 @pytest.mark.parametrize("password", ODD.values(), ids=ODD)
 def test_what_a_database_says_holds_no_password_in_any_spelling(password: str) -> None:
     url = f"postgresql://me:{password}@host/db"
-    for spelt in (password, quote(password), quote(password, safe=""), quote_plus(password), repr(password)):
+    for spelt in (
+        password,
+        quote(password),
+        quote(password, safe=""),
+        quote_plus(password),
+        repr(password),
+    ):
         assert CANARY not in without_secrets(f"cannot log in with {spelt}: no", [url])
-    assert CANARY not in without_secrets(f"no host {password.rpartition('@')[2]!r}", [url]) or "@" not in password
+    assert (
+        CANARY not in without_secrets(f"no host {password.rpartition('@')[2]!r}", [url])
+        or "@" not in password
+    )
 
 
-def test_a_password_with_an_at_is_refused_before_it_is_half_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_with_an_at_is_refused_before_it_is_half_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     url = "postgresql://me:kanari@kanari@host/db"
     with pytest.raises(ConfigError, match="write an @ in it as %40") as error:
         build_space({"objective": "ce", "search": {"storage": url}})
@@ -124,9 +143,17 @@ def test_no_error_message_and_no_pickle_holds_it(password: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "words", [["{}"], ["tune", "digits_tfkd", "--study-store={}"], ["status", "--{}"], ["tune", "--seeds", "{}"]]
+    "words",
+    [
+        ["{}"],
+        ["tune", "digits_tfkd", "--study-store={}"],
+        ["status", "--{}"],
+        ["tune", "--seeds", "{}"],
+    ],
 )
-def test_a_wrong_command_line_is_told_without_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_is_told_without_it(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     for password in ODD.values():
         given = [word.replace("{}", f"postgresql://me:{password}@host/db") for word in words]
         try:
@@ -138,7 +165,9 @@ def test_a_wrong_command_line_is_told_without_it(words: list[str], capsys: pytes
 
 
 @pytest.mark.parametrize("name", ["blank", "hash", "quote", "brace", "unicode", "encoded"])
-def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same(name: str, tmp_path: Path) -> None:
+def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same(
+    name: str, tmp_path: Path
+) -> None:
     """The process that begins anew is given the whole words, and shows them to nobody, its children included."""
     words = ["--study-storage", f"postgresql://me:{ODD[name]}@host/db", "a b"]
     code = (
@@ -147,13 +176,28 @@ def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same
         "subprocess.run(['env'], capture_output=True, text=True).stdout]))"
     )
     env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, check=True
+    )
     given, shown, argv, env_below = json.loads(done.stdout)
     assert given == words and CANARY not in shown + env_below + " ".join(argv) and "***" in shown
 
 
 @pytest.mark.parametrize(
-    "part", ["a", "://", "a://", "a://b:", "a://b:c", "?pass=", "&a", "a://u?pass=", "a://u?&pass=&", "@", "a://@"]
+    "part",
+    [
+        "a",
+        "://",
+        "a://",
+        "a://b:",
+        "a://b:c",
+        "?pass=",
+        "&a",
+        "a://u?pass=",
+        "a://u?&pass=&",
+        "@",
+        "a://@",
+    ],
 )
 def test_a_long_text_is_looked_through_once(part: str) -> None:
     """Time grows as the text does: each of these took a minute or would have, with a search from each letter on."""

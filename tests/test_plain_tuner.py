@@ -32,17 +32,31 @@ EPOCHS = 9
 
 
 def space(num_samples: int, **search: Any) -> Space:
-    tree = {"objective": "ce", "student": "mlp", "epochs": EPOCHS, "optim": {"lr": {"low": 0.1, "high": 0.9}}}
+    tree = {
+        "objective": "ce",
+        "student": "mlp",
+        "epochs": EPOCHS,
+        "optim": {"lr": {"low": 0.1, "high": 0.9}},
+    }
     return build_space({**tree, "search": {"num_samples": num_samples, "sampler": "qmc", **search}})
 
 
 def fit(
-    trainable: Callable[[dict[str, Any]], Any], searcher: Any, tmp_path: Path, *, scheduler: Any = None, **more: Any
+    trainable: Callable[[dict[str, Any]], Any],
+    searcher: Any,
+    tmp_path: Path,
+    *,
+    scheduler: Any = None,
+    **more: Any,
 ) -> tune.ResultGrid:
     run = more.pop("run", {})
-    how = tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True, **more)
+    how = tune.TuneConfig(
+        search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True, **more
+    )
     where = tune.RunConfig(name="plain", storage_path=str(tmp_path), verbose=0, **run)
-    return tune.Tuner(tune.with_resources(trainable, {"CPU": 1}), tune_config=how, run_config=where).fit()
+    return tune.Tuner(
+        tune.with_resources(trainable, {"CPU": 1}), tune_config=how, run_config=where
+    ).fit()
 
 
 def trials(searcher: OptunaSearcher) -> list[FrozenTrial]:
@@ -61,7 +75,9 @@ def states(searcher: OptunaSearcher) -> list[str]:
 KINDS = [np.float32, np.float16, np.float64, np.int64, np.array, lambda x: np.array(x, "float32")]
 
 
-def test_numbers_of_numpy_are_numbers_as_metric_and_as_epoch(ray_cluster: str, tmp_path: Path) -> None:
+def test_numbers_of_numpy_are_numbers_as_metric_and_as_epoch(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     kinds = KINDS
 
     def trainable(config: dict[str, Any]) -> None:
@@ -76,7 +92,9 @@ def test_numbers_of_numpy_are_numbers_as_metric_and_as_epoch(ray_cluster: str, t
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])
-def test_the_first_report_at_or_past_a_rung_counts(ray_cluster: str, tmp_path: Path, every: int) -> None:
+def test_the_first_report_at_or_past_a_rung_counts(
+    ray_cluster: str, tmp_path: Path, every: int
+) -> None:
     def trainable(config: dict[str, Any]) -> None:
         for epoch in range(every, EPOCHS + 1, every):
             tune.report({"epoch": epoch, "val_accuracy": 1 - config["trial"]["number"] / 10})
@@ -101,7 +119,12 @@ def test_epochs_may_be_counted_from_zero_or_not_at_all_and_a_trial_may_end_early
         scheduler = StudyStopping(searcher) if rule == "study" else None
         fit(trainable, searcher, tmp_path / f"at-{rule}", scheduler=scheduler)
         assert states(searcher) == ["COMPLETE"] * 4
-        assert [len(t.intermediate_values) for t in trials(searcher)] == [EPOCHS, EPOCHS, 5, EPOCHS + 3]
+        assert [len(t.intermediate_values) for t in trials(searcher)] == [
+            EPOCHS,
+            EPOCHS,
+            5,
+            EPOCHS + 3,
+        ]
 
 
 class Zero(tune.Trainable):  # type: ignore[misc]
@@ -126,10 +149,17 @@ class Zero(tune.Trainable):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("scheduler", [None, "asha", "study"])
-def test_a_class_that_counts_from_zero_is_complete(ray_cluster: str, tmp_path: Path, scheduler: str | None) -> None:
+def test_a_class_that_counts_from_zero_is_complete(
+    ray_cluster: str, tmp_path: Path, scheduler: str | None
+) -> None:
     searcher = OptunaSearcher(space(2, stopping="none"), tmp_path / "journal")
     asha = ASHAScheduler(metric="val_accuracy", mode="max", time_attr="epoch", max_t=EPOCHS)
-    fit(Zero, searcher, tmp_path, scheduler={"asha": asha, "study": StudyStopping(searcher)}.get(scheduler or ""))
+    fit(
+        Zero,
+        searcher,
+        tmp_path,
+        scheduler={"asha": asha, "study": StudyStopping(searcher)}.get(scheduler or ""),
+    )
     assert states(searcher) == ["COMPLETE", "COMPLETE"]
 
 
@@ -157,8 +187,12 @@ def test_an_exception_is_recorded_with_its_reason_whatever_the_scheduler(
     assert found == [("FAIL", "ArithmeticError: diverged"), lost, ("COMPLETE", None)]
 
 
-@pytest.mark.parametrize("stop", [{"epoch": 4}, {"val_accuracy": 0.4}, lambda trial_id, result: result["epoch"] == 4])
-def test_a_trial_that_the_users_own_rule_ends_is_complete(ray_cluster: str, tmp_path: Path, stop: Any) -> None:
+@pytest.mark.parametrize(
+    "stop", [{"epoch": 4}, {"val_accuracy": 0.4}, lambda trial_id, result: result["epoch"] == 4]
+)
+def test_a_trial_that_the_users_own_rule_ends_is_complete(
+    ray_cluster: str, tmp_path: Path, stop: Any
+) -> None:
     def trainable(config: dict[str, Any]) -> None:
         for epoch in range(1, EPOCHS + 1):
             tune.report({"epoch": epoch, "val_accuracy": epoch / 10})
@@ -168,9 +202,13 @@ def test_a_trial_that_the_users_own_rule_ends_is_complete(ray_cluster: str, tmp_
     assert [(t.state.name, t.value) for t in trials(searcher)] == [("COMPLETE", 0.4)] * 2
 
 
-def test_a_paused_trial_that_rays_hyperband_ends_is_pruned_and_not_failed(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_paused_trial_that_rays_hyperband_ends_is_pruned_and_not_failed(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     searcher = OptunaSearcher(space(4, stopping="none"), tmp_path / "journal")
-    band = HyperBandScheduler(metric="val_accuracy", mode="max", time_attr="training_iteration", max_t=EPOCHS)
+    band = HyperBandScheduler(
+        metric="val_accuracy", mode="max", time_attr="training_iteration", max_t=EPOCHS
+    )
     fit(Zero, searcher, tmp_path, scheduler=band)
     assert set(states(searcher)) <= {"COMPLETE", "PRUNED"}
 
@@ -179,7 +217,9 @@ def test_a_paused_trial_that_rays_hyperband_ends_is_pruned_and_not_failed(ray_cl
 
 
 @pytest.mark.parametrize("study", [True, False])
-@pytest.mark.parametrize("told", [{"metric": "val_nll", "mode": "min"}, {"metric": "val_accuracy", "mode": "min"}])
+@pytest.mark.parametrize(
+    "told", [{"metric": "val_nll", "mode": "min"}, {"metric": "val_accuracy", "mode": "min"}]
+)
 def test_another_metric_than_the_spaces_is_refused(
     ray_cluster: str, tmp_path: Path, study: bool, told: dict[str, str]
 ) -> None:
@@ -187,8 +227,16 @@ def test_another_metric_than_the_spaces_is_refused(
         tune.report({"epoch": EPOCHS, "val_accuracy": 0.5, "val_nll": 0.5})
 
     searcher = OptunaSearcher(space(1), tmp_path / "journal")
-    with pytest.raises(ConfigError, match=r"TuneConfig: .*, and the space is searched for val_accuracy \(max\)"):
-        fit(trainable, searcher, tmp_path, scheduler=StudyStopping(searcher) if study else None, **told)
+    with pytest.raises(
+        ConfigError, match=r"TuneConfig: .*, and the space is searched for val_accuracy \(max\)"
+    ):
+        fit(
+            trainable,
+            searcher,
+            tmp_path,
+            scheduler=StudyStopping(searcher) if study else None,
+            **told,
+        )
     fit(trainable, searcher, tmp_path, metric="val_accuracy", mode="max")
     assert states(searcher) == ["COMPLETE"]
 
@@ -229,27 +277,42 @@ else:
 
 @pytest.mark.fault
 @pytest.mark.slow
-def test_restored_after_a_kill_each_trial_is_run_to_its_end_once(ray_cluster: str, tmp_path: Path) -> None:
+def test_restored_after_a_kill_each_trial_is_run_to_its_end_once(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(RESTORED)
     (tmp_path / "begun").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    env = {**os.environ, "HERE": str(tmp_path / "begun"), "PAUSE": "0.5", "TUNE_GLOBAL_CHECKPOINT_S": "0.1"}
+    env = {
+        **os.environ,
+        "HERE": str(tmp_path / "begun"),
+        "PAUSE": "0.5",
+        "TUNE_GLOBAL_CHECKPOINT_S": "0.1",
+    }
     with (tmp_path / "said").open("w") as said:
-        driver = subprocess.Popen([sys.executable, "script.py", "begin"], cwd=tmp_path, env=env, stderr=said)
+        driver = subprocess.Popen(
+            [sys.executable, "script.py", "begin"], cwd=tmp_path, env=env, stderr=said
+        )
         until = time.monotonic() + 90
         while not snapshot_has_running_trials(tmp_path / "e"):
-            assert driver.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()
+            assert driver.poll() is None and time.monotonic() < until, (
+                tmp_path / "said"
+            ).read_text()
             time.sleep(0.1)
         driver.kill()
         driver.wait()
     begun = {p.name for p in (tmp_path / "begun").iterdir()}
     again = [sys.executable, "script.py", str(tmp_path / "e")]
-    run = subprocess.run(again, cwd=tmp_path, env={**env, "PAUSE": "0"}, capture_output=True, text=True, timeout=110)
+    run = subprocess.run(
+        again, cwd=tmp_path, env={**env, "PAUSE": "0"}, capture_output=True, text=True, timeout=110
+    )
     assert run.returncode == 0, run.stderr
     storage = open_journal(tmp_path / "study.journal")
     (name,) = optuna.study.get_all_study_names(storage)
     found = optuna.load_study(study_name=name, storage=storage).trials
-    assert [(t.user_attrs["number"], t.state) for t in found] == [(n, TrialState.COMPLETE) for n in range(5)]
+    assert [(t.user_attrs["number"], t.state) for t in found] == [
+        (n, TrialState.COMPLETE) for n in range(5)
+    ]
     new = {p.name for p in (tmp_path / "begun").iterdir()} - begun
     assert len(new) == 5 and {name.split("-")[0] for name in new} == set("01234")
 
@@ -258,7 +321,9 @@ def snapshot_has_running_trials(experiment: Path) -> bool:
     """Whether Ray's own snapshot knows two trials, both of which run."""
     try:
         states = [json.loads(p.read_text()) for p in experiment.glob("experiment_state-*.json")]
-        saved = [json.loads(p.read_text())["trials"] for p in experiment.glob("searcher-state-*.pkl")]
+        saved = [
+            json.loads(p.read_text())["trials"] for p in experiment.glob("searcher-state-*.pkl")
+        ]
         known = [len(state["trial_data"]) for state in states]
     except (ValueError, KeyError):
         return False
@@ -279,13 +344,24 @@ def formula(config: dict[str, Any]) -> None:
     tune.report({"epoch": EPOCHS, "val_accuracy": value(config) + 0.1 * index})
 
 
-def test_a_repeater_repeats_a_proposal_and_the_study_is_told_the_mean(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_repeater_repeats_a_proposal_and_the_study_is_told_the_mean(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     searcher = OptunaSearcher(space(2, stopping="none"), tmp_path / "journal")
     repeated = Repeater(searcher, repeat=3)
     callback = TensorBoard(tmp_path / "tb")
     how = tune.TuneConfig(search_alg=repeated, num_samples=6)
-    where = tune.RunConfig(name="plain", storage_path=str(tmp_path), verbose=0, callbacks=[callback])
-    assert len(tune.Tuner(tune.with_resources(formula, {"CPU": 1}), tune_config=how, run_config=where).fit()) == 6
+    where = tune.RunConfig(
+        name="plain", storage_path=str(tmp_path), verbose=0, callbacks=[callback]
+    )
+    assert (
+        len(
+            tune.Tuner(
+                tune.with_resources(formula, {"CPU": 1}), tune_config=how, run_config=where
+            ).fit()
+        )
+        == 6
+    )
     found = trials(searcher)
     assert [t.state.name for t in found] == ["COMPLETE"] * 2
     for t in found:  # of those that did not fail
@@ -294,13 +370,17 @@ def test_a_repeater_repeats_a_proposal_and_the_study_is_told_the_mean(ray_cluste
     assert len(runs) == 6 and {"t0000-ce", "t0001-ce"} <= set(runs)
 
 
-def test_points_are_evaluated_first_and_those_that_were_evaluated_are_known(ray_cluster: str, tmp_path: Path) -> None:
+def test_points_are_evaluated_first_and_those_that_were_evaluated_are_known(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     points = [{"optim.lr": 0.5}, {"optim.lr": 0.7, "objective": "ce"}]
     plain = space(3, stopping="none", sampler="random")
     searcher = OptunaSearcher(plain, tmp_path / "journal", points_to_evaluate=points)
     for _ in range(2):
         searcher.add_evaluated_point({"optim.lr": 0.2}, 0.7)
-    searcher.add_evaluated_point({"optim.lr": 0.3}, 0.2, pruned=True, intermediate_values=[0.1, 0.2])
+    searcher.add_evaluated_point(
+        {"optim.lr": 0.3}, 0.2, pruned=True, intermediate_values=[0.1, 0.2]
+    )
     searcher.add_evaluated_point({"optim.lr": 0.4}, None, error=True)
     grid = fit(formula, searcher, tmp_path, scheduler=StudyStopping(searcher))
     found = trials(searcher)
@@ -320,7 +400,9 @@ def test_points_are_evaluated_first_and_those_that_were_evaluated_are_known(ray_
         ({"objective": "kd"}, "objective: 'kd' is not among ce"),
     ],
 )
-def test_a_point_outside_of_the_space_is_refused(tmp_path: Path, point: dict[str, Any], sentence: str) -> None:
+def test_a_point_outside_of_the_space_is_refused(
+    tmp_path: Path, point: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         OptunaSearcher(space(2), tmp_path / "journal", points_to_evaluate=[point])
     assert sentence in str(error.value)
@@ -329,9 +411,15 @@ def test_a_point_outside_of_the_space_is_refused(tmp_path: Path, point: dict[str
     assert sentence in str(error.value)
 
 
-def test_more_points_than_trials_points_of_a_grid_and_points_without_a_value_are_refused(tmp_path: Path) -> None:
+def test_more_points_than_trials_points_of_a_grid_and_points_without_a_value_are_refused(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError, match="points_to_evaluate: 2 of ce, which gets 1 trials"):
-        OptunaSearcher(space(1), tmp_path / "journal", points_to_evaluate=[{"optim.lr": 0.2}, {"optim.lr": 0.3}])
+        OptunaSearcher(
+            space(1),
+            tmp_path / "journal",
+            points_to_evaluate=[{"optim.lr": 0.2}, {"optim.lr": 0.3}],
+        )
     grid = {"objective": "ce", "student": "mlp", "optim": {"lr": {"choices": [0.1, 0.2]}}}
     with pytest.raises(ConfigError, match="points_to_evaluate: a grid is every combination once"):
         OptunaSearcher(

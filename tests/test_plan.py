@@ -22,17 +22,32 @@ def test_a_plan_counts_trials_epochs_and_teachers() -> None:
     assert [(p.objective, p.trials, p.most) for p in found.parts] == [
         (o, 6, 324) for o in ("tfkd_reg", "tfkd_self", "lsr", "ce")
     ]
-    assert [epoch for epoch, _ in found.parts[0].reaching] == [6, 18, 54] and found.teacher_epochs == 54
+    assert [epoch for epoch, _ in found.parts[0].reaching] == [
+        6,
+        18,
+        54,
+    ] and found.teacher_epochs == 54
     assert found.seconds is None and any("--probe" in line for line in lines(found))
     uneven = plan(
-        build_space({"objective": ["ce", "lsr"], "epochs": 4, "search": {"num_samples": 7, "stopping": "none"}})
+        build_space(
+            {
+                "objective": ["ce", "lsr"],
+                "epochs": 4,
+                "search": {"num_samples": 7, "stopping": "none"},
+            }
+        )
     )
     assert [(p.trials, p.epochs, p.most) for p in uneven.parts] == [(4, 16, 16), (3, 12, 12)]
 
 
 def test_what_is_expected_is_what_halving_does_with_values_that_say_nothing() -> None:
     space = build_space(
-        {"objective": "ce", "epochs": 27, "optim": {"lr": {"low": 0.1, "high": 1}}, "search": {"num_samples": 30}}
+        {
+            "objective": "ce",
+            "epochs": 27,
+            "optim": {"lr": {"low": 0.1, "high": 1}},
+            "search": {"num_samples": 30},
+        }
     )
     (part,) = plan(space).parts
     rng, epochs = random.Random(0), []
@@ -49,7 +64,9 @@ def test_what_is_expected_is_what_halving_does_with_values_that_say_nothing() ->
     assert part.epochs == pytest.approx(sum(epochs) / len(epochs), rel=0.05)
 
 
-@pytest.mark.parametrize("network", [Mlp(hidden=(5, 3)), Mlp(hidden=()), Cnn(widths=(4, 6)), Cnn(widths=(3,))])
+@pytest.mark.parametrize(
+    "network", [Mlp(hidden=(5, 3)), Mlp(hidden=()), Cnn(widths=(4, 6)), Cnn(widths=(3,))]
+)
 def test_weights_that_are_counted_are_those_that_are_built(network: Mlp | Cnn) -> None:
     built = network.build((3, 8, 9), 7).state_dict().values()
     assert network.weights((3, 8, 9), 7) == sum(values.numel() for values in built)
@@ -92,21 +109,37 @@ def test_what_lies_on_the_device_is_images_and_soft_labels() -> None:
     tree = {"student": "mlp", "objective": "ce", "data": {"name": "digits", "subset": 200}}
     images = sum(len(part) for part in build_space(tree).example.data.load() if part)
     assert resident_bytes(build_space(tree).example) == images * 64
-    taught = {"objective": {"name": "kd", "alpha": 0.5}, "teacher": {"model": "resnet18", "labels": "bank"}}
+    taught = {
+        "objective": {"name": "kd", "alpha": 0.5},
+        "teacher": {"model": "resnet18", "labels": "bank"},
+    }
     assert resident_bytes(build_space(tree | taught).example) == images * (64 + 2 * 10)
 
 
-def test_trials_at_a_time_are_those_that_the_machine_has_cpus_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_at_a_time_are_those_that_the_machine_has_cpus_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
 
     def slots(**changes: Any) -> int:
         search = {"num_samples": 20, **changes.pop("search", {})}
-        return slots_here(build_space({"objective": "ce", "student": "mlp", "search": search, **changes}))
+        return slots_here(
+            build_space({"objective": "ce", "student": "mlp", "search": search, **changes})
+        )
 
-    assert slots() == 8 and slots(cpus_per_worker=3) == 2 and slots(workers=2) == 4 and slots(workers=16) == 1
+    assert (
+        slots() == 8
+        and slots(cpus_per_worker=3) == 2
+        and slots(workers=2) == 4
+        and slots(workers=16) == 1
+    )
     assert slots(search={"max_concurrent": 5}) == 5 and slots(search={"num_samples": 6}) == 6
-    assert slots(gpus_per_worker=1) == 2 and slots(gpus_per_worker=0.5) == 4 and slots(gpus_per_worker=0.1) == 8
+    assert (
+        slots(gpus_per_worker=1) == 2
+        and slots(gpus_per_worker=0.5) == 4
+        and slots(gpus_per_worker=0.1) == 8
+    )
 
 
 def test_hours_become_gpu_hours_and_money() -> None:
@@ -115,8 +148,12 @@ def test_hours_become_gpu_hours_and_money() -> None:
     found = plan(build_space({**tree, "search": {"num_samples": 9, "stopping": "none"}}))
     (part,) = found.parts
     assert (part.epochs, found.gpus, found.seconds) == (36, 2, None)
-    assert not [line for line in lines(found, gpu_hour_price=2) if "money" in line]  # hours are not known
-    known = dataclasses.replace(found, parts=(dataclasses.replace(part, epoch_s=200.0),), teacher_s=0.0)
+    assert not [
+        line for line in lines(found, gpu_hour_price=2) if "money" in line
+    ]  # hours are not known
+    known = dataclasses.replace(
+        found, parts=(dataclasses.replace(part, epoch_s=200.0),), teacher_s=0.0
+    )
     assert known.seconds == 7200
     for slots in (1, 4):
         text = list(lines(known, slots=slots, gpu_hour_price=2))
@@ -124,10 +161,16 @@ def test_hours_become_gpu_hours_and_money() -> None:
         each = "2 h 00 min" if slots == 1 else "30 min 00 s"
         assert f"training: 2 h 00 min with one trial at a time, {each} with {slots}" in text
     assert not [line for line in lines(known) if "money" in line]
-    assert not [line for line in lines(dataclasses.replace(known, gpus=0), gpu_hour_price=2) if "GPU" in line]
+    assert not [
+        line
+        for line in lines(dataclasses.replace(known, gpus=0), gpu_hour_price=2)
+        if "GPU" in line
+    ]
 
 
-def test_disk_is_that_of_trials_and_teachers_and_the_bank_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_is_that_of_trials_and_teachers_and_the_bank_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A multilayer perceptron 64-32-10 has 2,410 weights of 4 bytes; what a trial keeps are five of it."""
     size = 4 * (64 * 32 + 32 + 32 * 10 + 10)
     mlp = {"name": "mlp", "hidden": [32]}
@@ -158,7 +201,10 @@ def test_a_probe_proposes_how_many_trials_share_a_gpu() -> None:
 
 def test_the_packing_is_that_of_the_largest_trial() -> None:
     found = plan(build_space({"objective": ["ce", "lsr"], "student": "mlp"}))
-    parts = [dataclasses.replace(p, epoch_s=1.0, share=s) for p, s in zip(found.parts, (0.2, 0.3), strict=True)]
+    parts = [
+        dataclasses.replace(p, epoch_s=1.0, share=s)
+        for p, s in zip(found.parts, (0.2, 0.3), strict=True)
+    ]
     text = list(lines(dataclasses.replace(found, parts=tuple(parts), teacher_s=0.0)))
     assert "GPU memory: a trial takes 30% of one; 3 fit on it: gpus_per_worker=0.333" in text
 
@@ -166,7 +212,11 @@ def test_the_packing_is_that_of_the_largest_trial() -> None:
 def test_a_plan_of_a_thousand_million_trials_is_arithmetic() -> None:
     for stopping in ("halving", "hyperband", "median", "none"):
         started = time.monotonic()
-        found = plan(load_space("digits_tfkd", ["search.num_samples=1000000000", f"search.stopping={stopping}"]))
+        found = plan(
+            load_space(
+                "digits_tfkd", ["search.num_samples=1000000000", f"search.stopping={stopping}"]
+            )
+        )
         assert time.monotonic() - started < 5 and sum(p.trials for p in found.parts) == 10**9
         assert 0 < found.epochs <= sum(p.most for p in found.parts)
 

@@ -49,7 +49,10 @@ def verbs(parser: argparse.ArgumentParser | None = None) -> dict[str, argparse.A
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, sub in action.choices.items():
-                found |= {f"{name} {more}".strip(): leaf for more, leaf in (verbs(sub) or {"": sub}).items()}
+                found |= {
+                    f"{name} {more}".strip(): leaf
+                    for more, leaf in (verbs(sub) or {"": sub}).items()
+                }
     return found
 
 
@@ -91,7 +94,9 @@ def commands(verb: str, storage: Path, out: Path) -> Iterator[list[str]]:
             continue
         if action.option_strings and not is_of_files(action):
             continue
-        assert action.dest in known, f"say in `values` what {action.dest!r} of tfkd {verb} stands for"
+        assert action.dest in known, (
+            f"say in `values` what {action.dest!r} of tfkd {verb} stands for"
+        )
         given = known[action.dest]
         if not given:
             continue
@@ -133,7 +138,9 @@ Answer = Callable[[list[str]], str]
 
 
 @pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Answer]:
+def answer(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Answer]:
     """Run a verb up to where something starts: what it says; it must end soon, and with a sentence or a result."""
 
     def reached(*args: Any, **kwargs: Any) -> Any:
@@ -214,7 +221,10 @@ def garbage(path: Path, victim: Path) -> None:
 
 # what hangs and what shows another file in `make test`; others with the faults
 POISONS: list[Any] = [fifo, link]
-POISONS += [pytest.param(p, marks=pytest.mark.fault) for p in (device, directory, loop, unix_socket, garbage)]
+POISONS += [
+    pytest.param(p, marks=pytest.mark.fault)
+    for p in (device, directory, loop, unix_socket, garbage)
+]
 FILES = [
     "sweep/experiment.yaml", "sweep/driver.txt", "sweep/driver.json", "sweep/driver.lock", "sweep/spent.json",
     "sweep/study.journal", "sweep/confirm.yaml", "sweep/trials/t0000-kd", "sweep/trials",
@@ -293,7 +303,9 @@ def test_no_argument_that_names_a_file_hangs_a_verb(
     for i in there:
         answer([*argv[:i], str(path), *argv[i + 1 :]])
         assert victim.read_text() == f"{SECRET}\n", argv
-        assert poison is garbage or not path.is_file() or path.is_symlink(), f"{argv}: it was replaced"
+        assert poison is garbage or not path.is_file() or path.is_symlink(), (
+            f"{argv}: it was replaced"
+        )
 
 
 # --- what steers a terminal ------------------------------------------------------------------------------------
@@ -310,7 +322,18 @@ def poisoned_texts(tree: Any) -> Any:
     return f"{tree}{EVIL}" if isinstance(tree, str) else tree
 
 
-KEPT = ("config", "space", "name", "compared", "status", "student", "objective", "loop_version", "seeds", "test")
+KEPT = (
+    "config",
+    "space",
+    "name",
+    "compared",
+    "status",
+    "student",
+    "objective",
+    "loop_version",
+    "seeds",
+    "test",
+)
 
 
 @pytest.fixture
@@ -322,13 +345,18 @@ def evil(storage: Path) -> Path:
         if path.name == "trial.json":
             changes["parameters"] = {**about["parameters"], f"x.y{EVIL}": f"v{EVIL}"}
             changes["status"] = "failed" if about["number"] == 0 else about["status"]
-        path.write_text(json.dumps({**about, **(changes if path.name == "trial.json" else {"note": EVIL})}))
+        path.write_text(
+            json.dumps({**about, **(changes if path.name == "trial.json" else {"note": EVIL})})
+        )
         (path.parent / "error.txt").write_text(f"A trace of another\n{EVIL}\n")
         if "arms" in path.parts:
             continue
         metrics = path.with_name("metrics.jsonl")
         if metrics.exists():
-            lines = [json.dumps({**json.loads(one), f"val_{EVIL}": 1}) for one in metrics.read_text().splitlines()]
+            lines = [
+                json.dumps({**json.loads(one), f"val_{EVIL}": 1})
+                for one in metrics.read_text().splitlines()
+            ]
             metrics.write_text("\n".join([*lines, ""]))
     for path in (storage / "sweep/experiment.yaml", storage / "arms/confirm.yaml"):
         path.write_text(dump_yaml(poisoned_texts(read_yaml(path))))
@@ -345,16 +373,24 @@ def test_no_verb_steers_the_terminal(verb: str, evil: Path, tmp_path: Path, answ
     given += [[word.replace("/sweep", f"/odd{EVIL}") for word in argv] for argv in given]
     for argv in given:
         said = answer(argv).replace("A trace of another", "")
-        steering = {c for c in said if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\n", "\t"}
+        steering = {
+            c for c in said if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        } - {"\n", "\t"}
         assert not steering, argv
 
 
-@pytest.mark.parametrize("more", [[], ["-o", "csv"], ["-o", "json"], ["--columns", "trial,reason,number"]])
-def test_no_format_of_trials_steers_the_terminal(more: list[str], evil: Path, answer: Answer) -> None:
+@pytest.mark.parametrize(
+    "more", [[], ["-o", "csv"], ["-o", "json"], ["--columns", "trial,reason,number"]]
+)
+def test_no_format_of_trials_steers_the_terminal(
+    more: list[str], evil: Path, answer: Answer
+) -> None:
     said = answer(["trials", str(evil / "sweep"), *more])
     assert "\x1b" not in said and "\u202e" not in said and "\r" not in said and "\\u001b" in said
     if "json" in more:
-        assert any(EVIL in row["trial"] for row in json.loads(said)), "and a program reads what there was"
+        assert any(EVIL in row["trial"] for row in json.loads(said)), (
+            "and a program reads what there was"
+        )
 
 
 def test_a_trial_that_tells_of_others_stays_on_its_line(evil: Path, answer: Answer) -> None:
@@ -376,8 +412,12 @@ def test_yaml_that_is_shown_reads_back_as_what_it_was() -> None:
 # --- all experiments -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.getuid() == 0 and not hasattr(os, "seteuid"), reason="root may read everything")
-@pytest.mark.parametrize("what", ["driver.json", "folder of another", "loop", "folder for a file", "fifo"])
+@pytest.mark.skipif(
+    os.getuid() == 0 and not hasattr(os, "seteuid"), reason="root may read everything"
+)
+@pytest.mark.parametrize(
+    "what", ["driver.json", "folder of another", "loop", "folder for a file", "fifo"]
+)
 def test_one_bad_experiment_does_not_end_ls(what: str, storage: Path, answer: Answer) -> None:
     bad = storage / "bad"
     if what == "loop":
@@ -395,9 +435,11 @@ def test_one_bad_experiment_does_not_end_ls(what: str, storage: Path, answer: An
         os.mkfifo(bad / "experiment.yaml")
     elif what == "folder of another":
         bad.chmod(0)
-    reason = {"loop": "Too many levels", "folder of another": "Permission denied", "fifo": "is a named pipe"}.get(
-        what, ""
-    )
+    reason = {
+        "loop": "Too many levels",
+        "folder of another": "Permission denied",
+        "fifo": "is a named pipe",
+    }.get(what, "")
     opened_up = [p for p in (storage, *storage.parents) if p.stat().st_uid == 0]
     if what == "folder of another" and os.getuid() == 0:
         pytest.importorskip("resource")
@@ -406,7 +448,11 @@ def test_one_bad_experiment_does_not_end_ls(what: str, storage: Path, answer: An
         said = answer(["ls", "--storage", str(storage)])
     rows = {line.split()[0]: line for line in said.splitlines()[1:] if not line.startswith(" ")}
     assert set(rows) == {"arms", "bad", "sweep"}
-    assert "unreadable" in rows["bad"] and reason in said and "unreadable" not in rows["arms"] + rows["sweep"]
+    assert (
+        "unreadable" in rows["bad"]
+        and reason in said
+        and "unreadable" not in rows["arms"] + rows["sweep"]
+    )
 
 
 def as_nobody(storage: Path, above: list[Path]) -> str:
@@ -450,7 +496,11 @@ def test_a_trials_folder_that_is_a_link_is_not_counted_twice(storage: Path) -> N
     trials = storage / "sweep/trials"
     before = status(storage / "sweep")
     (trials / "t0098-kd").symlink_to("t0000-kd")
-    assert len(read_records(storage / "sweep")) == len(read_lasts(storage / "sweep")) == before["trials"]["started"]
+    assert (
+        len(read_records(storage / "sweep"))
+        == len(read_lasts(storage / "sweep"))
+        == before["trials"]["started"]
+    )
     assert status(storage / "sweep")["rows"] == before["rows"]
 
 
@@ -469,8 +519,12 @@ def test_a_file_is_written_under_a_name_that_nobody_can_guess(tmp_path: Path) ->
 # --- what -o may be --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["link to a file", "dangling link", "directory", "device", "socket"])
-def test_report_replaces_nothing_but_a_file(kind: str, storage: Path, tmp_path: Path, answer: Answer) -> None:
+@pytest.mark.parametrize(
+    "kind", ["link to a file", "dangling link", "directory", "device", "socket"]
+)
+def test_report_replaces_nothing_but_a_file(
+    kind: str, storage: Path, tmp_path: Path, answer: Answer
+) -> None:
     out, victim = tmp_path / "out.html", tmp_path / "victim"
     if kind == "device":
         out = Path("/dev/zero")
@@ -554,7 +608,9 @@ def left(what: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path,
     store = Store("s3://bucket/prefix")
     folder, mark = store.folder, Mark(place / "shared")
     (place / "trial").mkdir()
-    trial = Trial("x", stub=True, config={SECTION: Assignment("t0", 9, directory=place / "trial").section()})
+    trial = Trial(
+        "x", stub=True, config={SECTION: Assignment("t0", 9, directory=place / "trial").section()}
+    )
     if what in (".session", ".objects.json", "driver.json", "metrics.jsonl"):
         folder = store.mark() / "e"
     folder.mkdir(parents=True, exist_ok=True)
@@ -592,12 +648,18 @@ def test_what_processes_leave_for_one_another_is_read_as_a_file_or_not_at_all(
         path.symlink_to(tmp_path / "secret")
     else:
         path.write_bytes(b"\xff{")
-    before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("waits for who writes to a pipe"))
+    before = signal.signal(
+        signal.SIGALRM, lambda number, frame: pytest.fail("waits for who writes to a pipe")
+    )
     signal.alarm(LONGEST_S)
     try:
         found = read()
     except ConfigError as error:
-        assert path.name in str(error) and SECRET not in str(error) and what not in ("an answer", "the word")
+        assert (
+            path.name in str(error)
+            and SECRET not in str(error)
+            and what not in ("an answer", "the word")
+        )
         return
     finally:
         signal.alarm(0)

@@ -38,7 +38,11 @@ TREE: dict[str, Any] = {
             "temperature": {"low": 1.5, "high": 20, "log": True},
             "correct_prob": {"low": 0.9, "high": 0.999, "log_complement": True},
         },
-        {"name": "kd_standardised", "alpha": {"low": 0.05, "high": 0.95}, "temperature": {"low": 1.5, "high": 6}},
+        {
+            "name": "kd_standardised",
+            "alpha": {"low": 0.05, "high": 0.95},
+            "temperature": {"low": 1.5, "high": 6},
+        },
         {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
         "ce",
     ],
@@ -49,8 +53,14 @@ TREE: dict[str, Any] = {
 def make_sweep(experiment: Path, trials: int = 24, epochs: int = 18, **changes: Any) -> Space:
     """An experiment as a finished sweep leaves it, with made-up values: trials stop at the rungs, every 40th fails."""
     search = {"num_samples": trials, **changes.pop("search", {})}
-    space = build_space({**TREE, "epochs": epochs, "teacher": {"model": "mlp"}, "search": search, **changes})
-    write_experiment(experiment, space.tree, ["/somewhere/bin/tfkd", "tune", "mine.yaml", "--name", experiment.name])
+    space = build_space(
+        {**TREE, "epochs": epochs, "teacher": {"model": "mlp"}, "search": search, **changes}
+    )
+    write_experiment(
+        experiment,
+        space.tree,
+        ["/somewhere/bin/tfkd", "tune", "mine.yaml", "--name", experiment.name],
+    )
     (experiment / "driver.txt").write_text("process 999999 on nowhere\n")
     rungs, g = space.search.stopping.rungs(epochs), random.Random(0)
     lr = next(p for p in space.parameters if p.name == "optim.lr")
@@ -76,7 +86,10 @@ def make_sweep(experiment: Path, trials: int = 24, epochs: int = 18, **changes: 
                         "failed" if n % 40 == 39 else "done" if end == epochs else "stopped", values,
                         branch.config(values).model_dump(mode="json"), "Diverged: train_loss is nan" if n % 40 == 39 else None)  # fmt: skip
         write_record(record)
-        lines = [line(e, top * (1 - math.exp(-6 * e / epochs)) + g.gauss(0, 0.002)) for e in range(1, end + 1)]
+        lines = [
+            line(e, top * (1 - math.exp(-6 * e / epochs)) + g.gauss(0, 0.002))
+            for e in range(1, end + 1)
+        ]
         (record.folder / "metrics.jsonl").write_text("".join(lines))
         (record.folder / "result.json").symlink_to("metrics.jsonl")
         if record.status == "failed":
@@ -122,7 +135,9 @@ time.sleep(60)
 @pytest.fixture
 def driver(small: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the lock of `small`, as a driver does."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(small)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(small)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -154,7 +169,9 @@ def test_readers_import_neither_torch_nor_ray_nor_optuna_and_write_nothing(sweep
 def test_status_says_what_the_files_say(sweep: Path) -> None:
     records, found = read_records(sweep), status(sweep)
     json.dumps(found, allow_nan=False)
-    assert found["name"] == "größe 2 試" and found["state"] == "finished" and found["kind"] == "sweep"
+    assert (
+        found["name"] == "größe 2 試" and found["state"] == "finished" and found["kind"] == "sweep"
+    )
     for name in ("done", "stopped", "failed"):
         count = sum(r.status == name for r in records)
         assert found["trials"][name] == count == sum(row[name] for row in found["rows"].values())
@@ -194,12 +211,20 @@ def test_a_sweep_runs_while_its_driver_holds_the_lock_and_is_interrupted_once_th
     folder = change(small, 1, status="running")
     (folder / "metrics.jsonl").write_text(line(1, 0.5) + line(2, 0.6) + '{"epoch": 3, "val_ac')
     found = status(small)
-    assert found["state"] == "running" and found["trials"]["running"] == 1 and found["epochs"]["done"] > 2
+    assert (
+        found["state"] == "running"
+        and found["trials"]["running"] == 1
+        and found["epochs"]["done"] > 2
+    )
     assert found["rate"] is None or found["rate"] > 0
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     found = status(small)
-    assert found["state"] == "interrupted" and found["trials"]["running"] == 0 and found["trials"]["interrupted"] == 1
+    assert (
+        found["state"] == "interrupted"
+        and found["trials"]["running"] == 0
+        and found["trials"]["interrupted"] == 1
+    )
     assert any("tfkd resume" in line_ for line_ in status_lines(found))
     assert "interrupted" in trials_table(small, filter=["number=1"])
 
@@ -250,8 +275,8 @@ def test_the_time_left_is_what_ended_trials_took(small: Path) -> None:
     found = status(small)
     assert found["rate"] == pytest.approx(28 / 100, rel=0.1)
     left = (
-        12 - 4
-    ) + 12  # the running one comes as far as the mean of those beyond its epoch, the new one as far as all
+        (12 - 4) + 12
+    )  # the running one comes as far as the mean of those beyond its epoch, the new one as far as all
     assert found["left_s"] == pytest.approx(left / found["rate"], rel=1e-6)
 
 
@@ -262,7 +287,9 @@ def test_epochs_of_an_earlier_session_do_not_count_as_speed(small: Path) -> None
         for path in (folder / "metrics.jsonl", folder / "result.json"):
             os.utime(path, (now - 999, now - 999), follow_symlinks=False)
     folder = change(small, 1, status="running")
-    (folder / "metrics.jsonl").write_text("".join(line(e, 0.5) for e in range(1, 18)))  # 0.25 s each
+    (folder / "metrics.jsonl").write_text(
+        "".join(line(e, 0.5) for e in range(1, 18))
+    )  # 0.25 s each
     assert status(small)["rate"] == pytest.approx(4, rel=0.3)
 
 
@@ -284,7 +311,11 @@ def test_an_experiment_without_trials_is_no_error(tmp_path: Path) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
     for _ in range(2):
         found = status(tmp_path / "e")
-        assert found["best"] is None and found["trials"]["started"] == 0 and found["trials"]["planned"] == 4
+        assert (
+            found["best"] is None
+            and found["trials"]["started"] == 0
+            and found["trials"]["planned"] == 4
+        )
         assert any("no trial of full length" in line_ for line_ in status_lines(found))
         assert trials_table(tmp_path / "e", sort="val_accuracy", output="json") == "[]"
         if (tmp_path / "e" / "trials").exists():
@@ -318,7 +349,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("break_it, where, message", BROKEN.values(), ids=BROKEN)
-def test_what_cannot_be_read_is_one_sentence(small: Path, break_it: Any, where: str, message: str) -> None:
+def test_what_cannot_be_read_is_one_sentence(
+    small: Path, break_it: Any, where: str, message: str
+) -> None:
     break_it(small)
     for read in (status, trials_table):
         with pytest.raises(ConfigError, match=message):
@@ -378,7 +411,9 @@ def mixed(small: Path) -> Path:
         ("b=true", []), ("b=1", []), ('b="1"', [3]), ("b==1+1", [0]), ("a=True", [1]), ("objective=ce", [3]),
     ],
 )  # fmt: skip
-def test_null_true_one_and_their_texts_are_told_apart_by_filters(mixed: Path, text: str, numbers: list[int]) -> None:
+def test_null_true_one_and_their_texts_are_told_apart_by_filters(
+    mixed: Path, text: str, numbers: list[int]
+) -> None:
     rows = json.loads(trials_table(mixed, filter=[text], output="json"))
     assert [row["number"] for row in rows] == numbers
 
@@ -387,7 +422,13 @@ def test_null_true_one_and_their_texts_are_told_apart_in_tables(mixed: Path) -> 
     table = [line.split() for line in trials_table(mixed, columns="a,b").splitlines()[1:]]
     assert table == [["null", "=1+1"], ["true", '"null"'], ["1", '"true"'], ['"true"', '"1"']]
     rows = list(csv.reader(io.StringIO(trials_table(mixed, columns="a,b", output="csv"))))
-    assert rows == [["a", "b"], ["null", "'=1+1"], ["true", '"null"'], ["1", '"true"'], ['"true"', '"1"']]
+    assert rows == [
+        ["a", "b"],
+        ["null", "'=1+1"],
+        ["true", '"null"'],
+        ["1", '"true"'],
+        ['"true"', '"1"'],
+    ]
     assert "a=null b==1+1" in trials_table(mixed), "YAML's word, not Python's and no empty cell"
 
 
@@ -409,22 +450,29 @@ def test_null_true_one_and_their_texts_are_told_apart_in_tables(mixed: Path) -> 
 )
 def test_no_cell_of_csv_is_run_by_a_spreadsheet(small: Path, text: str) -> None:
     for record in read_records(small):
-        write_record(replace(record, status="failed", reason=text, parameters={text: text, "lr": -0.5}))
+        write_record(
+            replace(record, status="failed", reason=text, parameters={text: text, "lr": -0.5})
+        )
     header, *rows = csv.reader(io.StringIO(trials_table(small, output="csv"), newline=""))
     marked = f"'{legible(text)}"
     assert marked in header
     for row in rows:
         cells = dict(zip(header, row, strict=True))
         assert cells["reason"] == marked and cells["lr"] == "-0.5", "a number stays one"
-        assert not [c for name, c in cells.items() if name != "lr" and c.lstrip()[:1] in tuple("=+-@") and c]
+        assert not [
+            c for name, c in cells.items() if name != "lr" and c.lstrip()[:1] in tuple("=+-@") and c
+        ]
 
 
 def test_filters_are_anded(sweep: Path) -> None:
     rows = json.loads(
-        trials_table(sweep, filter=["objective=kd_standardised", "val_accuracy>0.9", "lr<0.2"], output="json")
+        trials_table(
+            sweep, filter=["objective=kd_standardised", "val_accuracy>0.9", "lr<0.2"], output="json"
+        )
     )
     assert rows and all(
-        r["objective"] == "kd_standardised" and r["val_accuracy"] > 0.9 and r["optim.lr"] < 0.2 for r in rows
+        r["objective"] == "kd_standardised" and r["val_accuracy"] > 0.9 and r["optim.lr"] < 0.2
+        for r in rows
     )
 
 
@@ -433,11 +481,19 @@ def test_sorting_puts_trials_without_the_field_last(sweep: Path) -> None:
         rows = json.loads(trials_table(sweep, sort=sort, columns="trial,alpha", output="json"))
         values = [row["alpha"] for row in rows]
         there = [v for v in values if v is not None]
-        assert len(values) == 48 and there == sorted(there, reverse=reverse) and values[len(there) :] == [None] * 12
+        assert (
+            len(values) == 48
+            and there == sorted(there, reverse=reverse)
+            and values[len(there) :] == [None] * 12
+        )
 
 
 def test_csv_json_and_table_say_the_same(sweep: Path) -> None:
-    options: dict[str, Any] = {"sort": "val_accuracy:desc", "columns": "trial,val_accuracy,optim.lr", "limit": 3}
+    options: dict[str, Any] = {
+        "sort": "val_accuracy:desc",
+        "columns": "trial,val_accuracy,optim.lr",
+        "limit": 3,
+    }
     rows = json.loads(trials_table(sweep, output="json", **options))
     lines = trials_table(sweep, output="csv", **options).splitlines()
     assert lines == [
@@ -490,7 +546,9 @@ def test_logs_are_the_epochs_and_how_it_ended(sweep: Path) -> None:
 
 
 @pytest.mark.slow
-def test_following_a_log_shows_whole_lines_until_the_trial_ends(small: Path, driver: subprocess.Popen[str]) -> None:
+def test_following_a_log_shows_whole_lines_until_the_trial_ends(
+    small: Path, driver: subprocess.Popen[str]
+) -> None:
     folder = change(small, 2, status="running")
     path = folder / "metrics.jsonl"
     path.write_text(line(1, 0.5) + line(2, 0.6)[:20])
@@ -514,7 +572,10 @@ def test_ls_lists_what_is_there_and_says_what_cannot_be_read(small: Path) -> Non
     (storage / "teachers").mkdir()
     found = {entry["name"]: entry for entry in ls(storage)}
     assert set(found) == {"small", "broken"}
-    assert found["small"]["state"] == "finished" and found["small"]["trials"] == found["small"]["ended"] == 4
+    assert (
+        found["small"]["state"] == "finished"
+        and found["small"]["trials"] == found["small"]["ended"] == 4
+    )
     assert found["broken"]["state"] == "unreadable" and "layout 7" in found["broken"]["why"]
     json.dumps(list(found.values()), allow_nan=False)
     assert all(readers.cell_len(line_) <= 80 for line_ in ls_lines(ls(storage)))
@@ -533,7 +594,11 @@ def test_a_comparison_of_arms_is_read_like_a_sweep(tmp_path: Path) -> None:
     write_record(Record(folder, 1, folder.name, "lsr", "done", {"arm": "smooth", "seed": 1001}, {}))
     (folder / "metrics.jsonl").write_text('{"epoch": 3, "train_loss": 0.5}\n')
     found = status(tmp_path / "c")
-    assert found["kind"] == "comparison" and found["metric"] is None and found["state"] == "interrupted"
+    assert (
+        found["kind"] == "comparison"
+        and found["metric"] is None
+        and found["state"] == "interrupted"
+    )
     assert found["trials"]["planned"] == 4 and found["epochs"] == {"done": 3, "planned": 12}
     assert found["rows"]["smooth"]["done"] == 1 and found["rows"]["plain"]["done"] == 0
     assert "smooth-s1001" in trials_table(tmp_path / "c") and status_lines(found)

@@ -38,7 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ray
 @pytest.mark.docs
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_readme_run_in_their_order(ray_cluster: str, tfkd: Run, place: Path) -> None:
+def test_the_commands_of_the_readme_run_in_their_order(
+    ray_cluster: str, tfkd: Run, place: Path
+) -> None:
     shown = [c for c in commands("tfkd ") if not c.startswith("tfkd tensorboard")]
     assert len(shown) == 15
     for command in shown:
@@ -54,13 +56,19 @@ def test_the_commands_of_the_readme_run_in_their_order(ray_cluster: str, tfkd: R
 def assert_tensorboard_answers(command: str, place: Path) -> None:
     """It serves the runs of the sweep, on loopback, within half a minute."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "tfkd_ray", *command.split()[1:], "--port", "16006"], cwd=place, stderr=subprocess.PIPE
+        [sys.executable, "-m", "tfkd_ray", *command.split()[1:], "--port", "16006"],
+        cwd=place,
+        stderr=subprocess.PIPE,
     )
     runs, until = "", time.monotonic() + 30
     try:
         while "t0000-tfkd_reg" not in runs and time.monotonic() < until and server.poll() is None:
             with contextlib.suppress(OSError):
-                runs = urllib.request.urlopen("http://127.0.0.1:16006/data/runs", timeout=5).read().decode()
+                runs = (
+                    urllib.request.urlopen("http://127.0.0.1:16006/data/runs", timeout=5)
+                    .read()
+                    .decode()
+                )
             time.sleep(0.1)
     finally:
         server.terminate()
@@ -72,8 +80,14 @@ def assert_tensorboard_answers(command: str, place: Path) -> None:
 @pytest.mark.docs
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
-def test_the_commands_of_the_docs_run(ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path) -> None:
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S) for line in block.splitlines()]
+def test_the_commands_of_the_docs_run(
+    ray_cluster: str, tfkd: Run, tmp_path: Path, page: Path
+) -> None:
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+        for line in block.splitlines()
+    ]
     for line in lines:
         command = line.split("  #")[0].strip().replace("--seeds 10", "--seeds 2")
         if command.startswith("tfkd ") and not command.startswith("tfkd tensorboard"):
@@ -87,7 +101,9 @@ def test_the_commands_of_the_docs_run(ray_cluster: str, tfkd: Run, tmp_path: Pat
 def test_the_python_of_the_readme_runs(ray_cluster: str, place: Path, k: int) -> None:
     code = blocks("python")
     assert len(code) == 3
-    run = subprocess.run([sys.executable, "-c", code[k]], cwd=place, capture_output=True, text=True, timeout=110)
+    run = subprocess.run(
+        [sys.executable, "-c", code[k]], cwd=place, capture_output=True, text=True, timeout=110
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout
 

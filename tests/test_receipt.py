@@ -30,9 +30,20 @@ def space(**tree: Any) -> Space:
     )  # fmt: skip
 
 
-def record(number: int, values: list[float], status: str = "done", objective: str = "ce", **parameters: Any) -> Record:
+def record(
+    number: int, values: list[float], status: str = "done", objective: str = "ce", **parameters: Any
+) -> Record:
     metrics = [{"epoch": k + 1, "val_accuracy": v, "seconds": 2.0} for k, v in enumerate(values)]
-    return Record(Path("x"), number, f"t{number:04d}-{objective}", objective, status, parameters, {}, metrics=metrics)
+    return Record(
+        Path("x"),
+        number,
+        f"t{number:04d}-{objective}",
+        objective,
+        status,
+        parameters,
+        {},
+        metrics=metrics,
+    )
 
 
 def test_a_receipt_adds_up_and_counts_hours_at_the_measured_speed() -> None:
@@ -42,8 +53,13 @@ def test_a_receipt_adds_up_and_counts_hours_at_the_measured_speed() -> None:
     assert found.expected == expected_epochs(space(), 20) and 20 < found.expected < 180
     for name, epochs in (("most", 180), ("used", 13), ("saved", 14), ("expected", found.expected)):
         assert found.hours[name] == pytest.approx(epochs * 2 * 6 / 3600)
-    assert receipt(space(gpus_per_worker=1, workers=2), records).hours["used"] == pytest.approx(13 * 2 * 2 / 3600)
-    assert receipt_rows(receipt(space(gpus_per_worker=1), records))[2] == ("used", "13 epochs, 0.0072 GPU-hours")
+    assert receipt(space(gpus_per_worker=1, workers=2), records).hours["used"] == pytest.approx(
+        13 * 2 * 2 / 3600
+    )
+    assert receipt_rows(receipt(space(gpus_per_worker=1), records))[2] == (
+        "used",
+        "13 epochs, 0.0072 GPU-hours",
+    )
     empty = receipt(space(), [])
     assert empty.used == 0 and set(empty.hours.values()) == {0.0}
 
@@ -62,7 +78,9 @@ def test_hyperband_is_planned_by_bracket() -> None:
             count += value >= sorted(came, reverse=True)[max(1, len(came) // 3) - 1]
         return count
 
-    third = [sizes[2] + passed(sizes[1], s) + passed(passed(sizes[0], s), s + 1000) for s in range(500)]
+    third = [
+        sizes[2] + passed(sizes[1], s) + passed(passed(sizes[0], s), s + 1000) for s in range(500)
+    ]
     assert came[9] == pytest.approx(sum(third) / 500, rel=0.05)
 
 
@@ -95,7 +113,9 @@ def test_early_stopping_that_was_not_safe_is_said_and_what_to_set(
             "stopping kd after 3 epochs may not have been safe: over the 12 trials of full length"
         )
         assert found[0].endswith("set search.stopping.min_epochs: 9, or stopping: none")
-        assert ("trials with high objective.kd.temperature rise after it" in found[0]) == (final(0, 1) == 0.5)
+        assert ("trials with high objective.kd.temperature rise after it" in found[0]) == (
+            final(0, 1) == 0.5
+        )
         assert max(map(len, receipt_lines(s, records))) <= 80
         assert fidelity_warnings(s, records[:7]) == []  # too few to tell
 
@@ -109,15 +129,25 @@ def test_a_correlation_over_survivors_is_corrected_for_their_selection() -> None
             early = rng.gauss(0, 1)
             records.append(record(k, [early] * 3 + [0.8 * early + 0.6 * rng.gauss(0, 1)] * 6))
         best = sorted(records, key=lambda r: -r.metrics[0]["val_accuracy"])[:15]
-        stopped = [record(r.number, [r.metrics[0]["val_accuracy"]] * 3, "stopped") for r in records if r not in best]
+        stopped = [
+            record(r.number, [r.metrics[0]["val_accuracy"]] * 3, "stopped")
+            for r in records
+            if r not in best
+        ]
         s = space(search={"stopping": {"name": "halving", "min_epochs": 3}})
         found.append(next(rank_correlations(s, best + stopped)))
         assert (found[-1].rung, found[-1].n, found[-1].judged) == (3, 15, 90)
     assert 0.3 < statistics.mean(f.rank for f in found) < 0.5
     assert 0.65 < statistics.mean(f.corrected for f in found) < 0.85
-    assert sum(f.most > 0.8 for f in found) >= 0.85 * len(found)  # 95 % of intervals, and their own spread
+    assert sum(f.most > 0.8 for f in found) >= 0.85 * len(
+        found
+    )  # 95 % of intervals, and their own spread
 
 
 def test_a_sweep_without_rungs_and_one_without_spread_get_no_warning() -> None:
     same = [record(k, [0.5] * 9) for k in range(10)]
-    assert fidelity_warnings(space(search={"stopping": "none"}), same) == fidelity_warnings(space(), same) == []
+    assert (
+        fidelity_warnings(space(search={"stopping": "none"}), same)
+        == fidelity_warnings(space(), same)
+        == []
+    )

@@ -43,7 +43,11 @@ def test_it_is_small_and_names_no_machine() -> None:
 
 def test_the_readers_read_it(storage: Path, tfkd: Run) -> None:
     found = status(storage / "sweep")
-    assert found["state"] == "finished" and found["trials"]["done"] == 6 and found["trials"]["stopped"] == 2
+    assert (
+        found["state"] == "finished"
+        and found["trials"]["done"] == 6
+        and found["trials"]["stopped"] == 2
+    )
     assert {name: row["done"] for name, row in found["rows"].items()} == ENDS
     assert found["best"]["value"] == max(
         r.last["val_accuracy"] for r in read_records(storage / "sweep") if r.status == "done"
@@ -52,7 +56,8 @@ def test_the_readers_read_it(storage: Path, tfkd: Run) -> None:
         done = tfkd(*argv, str(storage / "sweep"))
         assert done.returncode == 0 and done.stdout, done.stderr
     assert (
-        json.loads(tfkd("best", str(storage / "sweep"), "--json").stdout)["best"][0]["trial"] == found["best"]["trial"]
+        json.loads(tfkd("best", str(storage / "sweep"), "--json").stdout)["best"][0]["trial"]
+        == found["best"]["trial"]
     )
     (teacher,) = read_teachers(storage)
     assert teacher["name"] in tfkd("teacher", "list", "--storage", str(storage)).stdout
@@ -65,13 +70,19 @@ def test_tensorboard_reads_it(storage: Path) -> None:
         assert seen == [(m["epoch"], pytest.approx(m["val_accuracy"])) for m in record.metrics]
 
 
-def test_confirm_finds_its_arms_and_its_teacher(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_confirm_finds_its_arms_and_its_teacher(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compared = arms_of(storage / "sweep")
-    assert {arm.part for arm in compared.arms} == {"candidate", "baseline", "reference"} and untuned(
-        storage / "sweep"
-    ) == {}
+    assert {arm.part for arm in compared.arms} == {
+        "candidate",
+        "baseline",
+        "reference",
+    } and untuned(storage / "sweep") == {}
     (run,) = build_space(compared.named("t0000-kd").config.model_dump(mode="json")).teacher_runs()
-    (teacher,) = read_teachers(storage)  # of an earlier loop: trained anew, and otherwise of the same fingerprint
+    (teacher,) = read_teachers(
+        storage
+    )  # of an earlier loop: trained anew, and otherwise of the same fingerprint
     monkeypatch.setattr("tfkd_ray.learn.teachers.LOOP_VERSION", teacher["loop_version"])
     load_teacher(run, storage)  # its fingerprint and its checksum are what they were
     assert openings(storage, Digits()) == []
@@ -80,7 +91,9 @@ def test_confirm_finds_its_arms_and_its_teacher(storage: Path, monkeypatch: pyte
 def test_its_study_is_one_to_go_on_with_and_to_learn_from(storage: Path) -> None:
     space = build_space(read_experiment(storage / "sweep")["space"])
     searcher = OptunaSearcher(space, storage / "sweep/study.journal")
-    assert searcher.remaining() == 0 and searcher.known() == {r.number: r.name for r in read_records(storage / "sweep")}
+    assert searcher.remaining() == 0 and searcher.known() == {
+        r.number: r.name for r in read_records(storage / "sweep")
+    }
     assert len(prior_trials(space, [storage / "sweep"])) == 6
 
 
@@ -93,4 +106,7 @@ def test_trials_are_added_to_it(ray_cluster: str, storage: Path, tfkd: Run) -> N
     after = read_records(storage / "sweep")
     kept = [(r.number, r.parameters, r.metrics) for r in after[: len(before)]]
     assert kept == [(r.number, r.parameters, r.metrics) for r in before]
-    assert [r.number for r in after] == list(range(12)) and {r.status for r in after} <= {"done", "stopped"}
+    assert [r.number for r in after] == list(range(12)) and {r.status for r in after} <= {
+        "done",
+        "stopped",
+    }

@@ -80,7 +80,10 @@ class Server:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env={**os.environ, **self._env}, **quiet)
         for _ in range(300):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), timeout=1),
+            ):
                 return
             assert self.process.poll() is None, "the server has ended"
             time.sleep(0.1)
@@ -92,7 +95,9 @@ class Server:
 
     def reset(self) -> None:
         """Leave one bucket, which is empty."""
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST"), timeout=10)
+        urllib.request.urlopen(
+            urllib.request.Request(f"{self.url}/moto-api/reset", method="POST"), timeout=10
+        )
         self.client().create_bucket(Bucket="bucket")
 
     def client(self) -> Any:
@@ -107,12 +112,19 @@ class Server:
     def names(self) -> set[str]:
         """Of everything in the bucket, but the empty objects that stand for a folder after pyarrow has removed a file."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket="bucket")
-        return {o["Key"] for page in pages for o in page.get("Contents", ()) if not o["Key"].endswith("/")}
+        return {
+            o["Key"]
+            for page in pages
+            for o in page.get("Contents", ())
+            if not o["Key"].endswith("/")
+        }
 
     def objects(self) -> dict[str, bytes]:
         """The same with what is in it."""
         client = self.client()
-        return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in self.names()}
+        return {
+            key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in self.names()
+        }
 
 
 class Google(Server):
@@ -131,7 +143,11 @@ class Google(Server):
         self.asked("/wipe?keep-buckets=true")
 
     def put(self, name: str, content: bytes) -> None:
-        self.asked(f"/upload/storage/v1/b/bucket/o?uploadType=media&name={quote(name, safe='')}", "POST", content)
+        self.asked(
+            f"/upload/storage/v1/b/bucket/o?uploadType=media&name={quote(name, safe='')}",
+            "POST",
+            content,
+        )
 
     def remove(self, name: str) -> None:
         self.asked(f"/storage/v1/b/bucket/o/{quote(name, safe='')}", "DELETE")
@@ -141,7 +157,10 @@ class Google(Server):
         return {item["name"] for item in items if not item["name"].endswith("/")}
 
     def objects(self) -> dict[str, bytes]:
-        return {name: self.asked(f"/storage/v1/b/bucket/o/{quote(name, safe='')}?alt=media") for name in self.names()}
+        return {
+            name: self.asked(f"/storage/v1/b/bucket/o/{quote(name, safe='')}?alt=media")
+            for name in self.names()
+        }
 
 
 both = pytest.mark.parametrize("server", ["s3", "gs"], indirect=True)
@@ -179,20 +198,27 @@ URLS = [
     ("s3:///prefix", "a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got 's3:///prefix'"),
     ("http://host/bucket", "got 'http://host/bucket'"),
     ("s3://bucket/../other", "got 's3://bucket/../other'"),
-    ("s3://AKIAKEY:s3cret@bucket/prefix", "credentials come from the environment (set AWS_ACCESS_KEY_ID"),
+    (
+        "s3://AKIAKEY:s3cret@bucket/prefix",
+        "credentials come from the environment (set AWS_ACCESS_KEY_ID",
+    ),
     ("s3://bucket/p?secret_key=s3cret", "an endpoint from AWS_ENDPOINT_URL"),
     ("s3://[bucket/p", "Invalid IPv6 URL"),
 ]
 
 
 @pytest.mark.parametrize("url, sentence", URLS, ids=[url for url, _ in URLS])
-def test_a_url_that_names_no_storage_is_refused_without_repeating_a_secret(url: str, sentence: str) -> None:
+def test_a_url_that_names_no_storage_is_refused_without_repeating_a_secret(
+    url: str, sentence: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         remote.store_at(url)
     assert sentence in str(error.value) and "s3cret" not in str(error.value)
 
 
-def test_objects_whose_names_lead_out_of_the_mirror_are_left_alone(bucket: str, server: Server, tmp_path: Path) -> None:
+def test_objects_whose_names_lead_out_of_the_mirror_are_left_alone(
+    bucket: str, server: Server, tmp_path: Path
+) -> None:
     bad = ("../../evil", "a/../../evil", "./evil", ".session", "trials/.evil/x", "a//b")
     for name in ("experiment.yaml", *bad):
         server.put(f"lab/me/e/{name}", b"x")
@@ -212,7 +238,9 @@ def test_each_node_must_reach_the_store_and_needs_no_directory_that_others_see(
     monkeypatch.setattr(nodes, "visit", lambda place: asked.append(place) or answers)
     with pytest.raises(ConfigError, match=rf"10.0.0.9: {bucket}: does not answer"):
         nodes.check_shared(checked(bucket))
-    assert asked == [storage_at(bucket)] and nodes._look(None, None, "n", asked[0])["storage"] is None
+    assert (
+        asked == [storage_at(bucket)] and nodes._look(None, None, "n", asked[0])["storage"] is None
+    )
     lost = nodes._look(None, None, "n", storage_at("s3://nothing/x"))["storage"]
     assert lost is not None and "no such bucket" in lost
 
@@ -224,7 +252,9 @@ def test_the_doctor_looks_at_object_storage(bucket: str, tfkd: Run, tmp_path: Pa
     ]
     assert [one.level for one in found] == ["ok", "problem"] and "no such bucket" in found[1].text
     run = tfkd("doctor", "--storage", bucket, RAY_ADDRESS="")
-    assert f"{bucket} can be written to from here" in run.stdout and list(tmp_path.glob("s3*")) == []
+    assert (
+        f"{bucket} can be written to from here" in run.stdout and list(tmp_path.glob("s3*")) == []
+    )
 
 
 def test_a_url_is_one_store_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +265,10 @@ def test_a_url_is_one_store_however_it_is_written(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="an experiment's URL is STORAGE/NAME"):
         remote.experiment_at("s3://b")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:s3cret@host")
-    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL: http://HOST:PORT or https://HOST, without credentials$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"AWS_ENDPOINT_URL: http://HOST:PORT or https://HOST, without credentials$",
+    ):
         remote.store_at("s3://b")
 
 
@@ -276,7 +309,9 @@ def test_a_directory_is_the_same_on_every_node_and_nothing_is_fetched_sent_or_cl
 ) -> None:
     storage = checked(tmp_path)
     experiment = experiment_of(tmp_path / "e")
-    assert storage == Directory(tmp_path) == pickle.loads(pickle.dumps(storage)) == experiment.storage
+    assert (
+        storage == Directory(tmp_path) == pickle.loads(pickle.dumps(storage)) == experiment.storage
+    )
     assert (str(storage), experiment.folder) == (str(tmp_path), tmp_path / "e")
     storage.check_new("e")
     trial = tmp_path / "e/trials/t0"
@@ -320,13 +355,17 @@ def test_a_bucket_is_mirrored_on_each_node_by_the_value_that_reaches_it(
     trial.mkdir(parents=True)
     (trial / "error.txt").write_text("of an earlier attempt")
     there.begin_trial(trial)
-    assert [(path.name, path.read_text()) for path in trial.iterdir()] == [("last.ckpt", "3 epochs")]
+    assert [(path.name, path.read_text()) for path in trial.iterdir()] == [
+        ("last.ckpt", "3 epochs")
+    ]
     (trial / "last.ckpt").unlink()
     there.send(trial / "last.ckpt")
     assert "lab/me/e/trials/t0/last.ckpt" not in server.names()
 
 
-def test_a_user_may_name_a_mirror_by_its_folder_and_messages_name_it_as_it_was_given(bucket: str) -> None:
+def test_a_user_may_name_a_mirror_by_its_folder_and_messages_name_it_as_it_was_given(
+    bucket: str,
+) -> None:
     storage = checked(bucket)
     assert storage_at(storage.folder) == storage and checked(str(storage.folder)) == storage
     assert experiment_of(storage.folder / "e") == Experiment(storage, "e")
@@ -339,7 +378,9 @@ def test_a_user_may_name_a_mirror_by_its_folder_and_messages_name_it_as_it_was_g
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".x"])
-def test_a_name_that_is_none_is_refused_in_either_kind(bucket: str, tmp_path: Path, name: str) -> None:
+def test_a_name_that_is_none_is_refused_in_either_kind(
+    bucket: str, tmp_path: Path, name: str
+) -> None:
     for storage in (checked(bucket), checked(tmp_path)):
         with pytest.raises(ConfigError, match="name"):
             storage.check_new(name)
@@ -369,7 +410,10 @@ def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
     (trial / "last.ckpt").write_bytes(b"the trial's own")
     upload = remote.Upload(store, "e")
     assert upload.once() == 2 and upload.once() == 0
-    assert set(server.objects()) == {"lab/me/e/study.journal", "lab/me/e/trials/t0000-ce/trial.json"}
+    assert set(server.objects()) == {
+        "lab/me/e/study.journal",
+        "lab/me/e/trials/t0000-ce/trial.json",
+    }
     (trial / "metrics.jsonl").write_text("a\n")
     assert upload.once() == 1
     (trial / "metrics.jsonl").write_text("b\n")  # as long as before
@@ -419,7 +463,9 @@ def test_the_study_is_written_last_and_as_it_was_before_the_files_were_looked_at
 
     def write(self: remote.Store, name: str, content: bytes) -> None:
         written.append((name, content))
-        (e / "study.journal").write_text("trial 0 ended\ntrial 1 ended\n")  # while it is being uploaded
+        (e / "study.journal").write_text(
+            "trial 0 ended\ntrial 1 ended\n"
+        )  # while it is being uploaded
 
     monkeypatch.setattr(remote.Store, "write", write)
     upload = remote.Upload(store, "order")
@@ -449,7 +495,9 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
     fetched(bucket)
     with pytest.raises(ConfigError) as error:
         begun(bucket)
-    assert f"is being run by process {os.getpid()} on {socket.gethostname()}, heard of" in str(error.value)
+    assert f"is being run by process {os.getpid()} on {socket.gethostname()}, heard of" in str(
+        error.value
+    )
     assert f"{bucket}/e:" in str(error.value) and "try again in" in str(error.value)
     monkeypatch.setattr(remote, "STALE_S", 2.0)
     time.sleep(1.5)
@@ -459,7 +507,9 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
         begun(bucket)
     time.sleep(3)
     begun(bucket)
-    with pytest.raises(ConfigError, match=r"was taken over by process \d+ on .*uploads nothing more"):
+    with pytest.raises(
+        ConfigError, match=r"was taken over by process \d+ on .*uploads nothing more"
+    ):
         first.refresh()
     with pytest.raises(ConfigError, match="was taken over"):
         first.release()
@@ -467,7 +517,11 @@ def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_
 
 @both
 def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
-    bucket: str, server: Server, elsewhere: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str,
+    server: Server,
+    elsewhere: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     storage = storage_at(bucket)
     experiment = storage.folder / "e"
@@ -527,13 +581,21 @@ def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last
 def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(
     bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
-    for name in ("trials/t0/trial.json", "study.journal", "trials/t1/trial.json", "trials/t2/trial.json"):
+    for name in (
+        "trials/t0/trial.json",
+        "study.journal",
+        "trials/t1/trial.json",
+        "trials/t2/trial.json",
+    ):
         server.put(f"lab/me/e/{name}", b"{}")
         time.sleep(1.1)
     e = fetched(bucket)
     (e / "study.journal").write_text("opened, so newer than all")
     storage_at(bucket).drop_unknown("e", ["t1"])
-    assert sorted(p.name for p in (e / "trials").iterdir()) == ["t0", "t1"]  # t0 is lost from the study: said
+    assert sorted(p.name for p in (e / "trials").iterdir()) == [
+        "t0",
+        "t1",
+    ]  # t0 is lost from the study: said
 
 
 # --- what cannot be used
@@ -558,7 +620,10 @@ def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
         return str(error.value)
 
     checked(bucket).check_new("e")
-    assert sentence("s3://none/x") == "s3://none/x:\n  there is no such bucket; make it, or correct the URL"
+    assert (
+        sentence("s3://none/x")
+        == "s3://none/x:\n  there is no such bucket; make it, or correct the URL"
+    )
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert sentence() == (
         f"{bucket}:\n  does not answer; is the network up, and the endpoint right (http://127.0.0.1:1)?"
@@ -571,7 +636,9 @@ def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
 
 
 @both
-def test_a_storage_that_is_empty_can_be_begun_in_and_a_bucket_that_is_not_there_is_said(bucket: str) -> None:
+def test_a_storage_that_is_empty_can_be_begun_in_and_a_bucket_that_is_not_there_is_said(
+    bucket: str,
+) -> None:
     checked(bucket).check_new("e")
     url = bucket.replace("bucket", "nothing")
     with pytest.raises(ConfigError) as error:
@@ -590,11 +657,18 @@ def test_an_upload_whose_bucket_is_gone_is_an_error(bucket: str) -> None:
         remote.Upload(store, "e").once()
 
 
-POLICY = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "*"}]}
+POLICY = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "*"}],
+}
 
 
-def test_wrong_credentials_and_missing_rights_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    strict = Server(INITIAL_NO_AUTH_ACTION_COUNT="4")  # from the fifth request on, who asks must be allowed to
+def test_wrong_credentials_and_missing_rights_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strict = Server(
+        INITIAL_NO_AUTH_ACTION_COUNT="4"
+    )  # from the fifth request on, who asks must be allowed to
     try:
         strict.client().create_bucket(Bucket="bucket")
         iam = boto3.client("iam", endpoint_url=strict.url)
@@ -602,7 +676,9 @@ def test_wrong_credentials_and_missing_rights_are_told_apart(monkeypatch: pytest
         iam.put_user_policy(UserName="reader", PolicyName="list", PolicyDocument=json.dumps(POLICY))
         key = iam.create_access_key(UserName="reader")["AccessKey"]
         monkeypatch.setenv("AWS_ENDPOINT_URL", strict.url)
-        with pytest.raises(ConfigError, match=r"the credentials are not accepted; set AWS_ACCESS_KEY_ID and"):
+        with pytest.raises(
+            ConfigError, match=r"the credentials are not accepted; set AWS_ACCESS_KEY_ID and"
+        ):
             checked("s3://bucket/x")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-right-one")
@@ -610,7 +686,10 @@ def test_wrong_credentials_and_missing_rights_are_told_apart(monkeypatch: pytest
             checked("s3://bucket/x")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
         storage = checked("s3://bucket/x")  # it may list
-        with pytest.raises(ConfigError, match=r"not allowed with these credentials; ask for the right to list, read"):
+        with pytest.raises(
+            ConfigError,
+            match=r"not allowed with these credentials; ask for the right to list, read",
+        ):
             storage.check_new("e")
     finally:
         strict.stop()
@@ -620,7 +699,9 @@ def test_commands_say_it_with_the_url_and_end_with_2(bucket: str, tfkd: Run) -> 
     space = "digits_tfkd"
     assert "there is no such bucket" in refused(tfkd, "tune", space, "--storage", "s3://none/x")
     assert "there is nothing; tfkd ls" in refused(tfkd, "status", f"{bucket}/nothing")
-    assert "does not answer" in refused(tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert "does not answer" in refused(
+        tfkd, "best", f"{bucket}/e", AWS_ENDPOINT_URL="http://127.0.0.1:1"
+    )
     assert "name a directory" in refused(tfkd, "train", "x.yaml", "--storage", bucket)
 
 
@@ -634,7 +715,12 @@ TREE: dict[str, Any] = {
     "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}},
     "search": {"num_samples": 6, "stopping": "none"},
 }
-LONG = {**TREE, "objective": "ce", "epochs": 250, "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1}}
+LONG = {
+    **TREE,
+    "objective": "ce",
+    "epochs": 250,
+    "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1},
+}
 
 
 def outcome(experiment: Path) -> list[tuple[Any, ...]]:
@@ -665,7 +751,14 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
     assert len(grid) == 6 and grid.num_errors == 0 and notes == []
     objects = server.objects()
     names = {key.removeprefix("lab/me/") for key in objects}
-    trials = ["t0000-tfkd_self", "t0001-ce", "t0002-lsr", "t0003-tfkd_self", "t0004-ce", "t0005-lsr"]
+    trials = [
+        "t0000-tfkd_self",
+        "t0001-ce",
+        "t0002-lsr",
+        "t0003-tfkd_self",
+        "t0004-ce",
+        "t0005-lsr",
+    ]
     assert {n for n in names if n.startswith("e/trials/")} == {
         f"e/trials/{trial}/{file}"
         for trial in trials
@@ -674,15 +767,22 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
     rest = {n for n in names if not n.startswith(("e/trials/", "e/tb/", "teachers/"))}
     assert rest == {
         ".tfkd",
-        *(f"e/{n}" for n in ("experiment.yaml", "study.journal", "spent.json", "driver.json", "driver.txt")),
+        *(
+            f"e/{n}"
+            for n in ("experiment.yaml", "study.journal", "spent.json", "driver.json", "driver.txt")
+        ),
     }
     assert sorted(n.rpartition("/")[2] for n in names if n.startswith("teachers/")) == [
         "student.safetensors",
         "teacher.json",
     ]
     assert all(any(n.startswith(f"e/tb/{trial}/events") for n in names) for trial in trials)
-    assert [k for k, content in objects.items() if b"s3cret-of-s3" in content or b"tfkd-key" in content] == []
-    assert not list((remote.store_at(bucket).folder / "e").rglob("last.ckpt"))  # they were on the other node
+    assert [
+        k for k, content in objects.items() if b"s3cret-of-s3" in content or b"tfkd-key" in content
+    ] == []
+    assert not list(
+        (remote.store_at(bucket).folder / "e").rglob("last.ckpt")
+    )  # they were on the other node
 
     elsewhere("reader")
     mirror = remote.store_at(bucket).folder
@@ -690,14 +790,18 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
     capsys.readouterr()
     found = json.loads(run("status", url, "--json"))
     assert found["state"] == "finished" and found["trials"]["done"] == 6 and found["name"] == "e"
-    assert not [p for p in mirror.rglob("*") if p.suffix in (".ckpt", ".safetensors") or "tb" in p.parts]
+    assert not [
+        p for p in mirror.rglob("*") if p.suffix in (".ckpt", ".safetensors") or "tb" in p.parts
+    ]
     assert json.loads(run("best", url, "--json"))["best"][0]["trial"] == found["best"]["trial"]
     assert len(json.loads(run("trials", url, "-o", "json"))) == 6
     assert run("logs", url, "0").splitlines()[-1] == "done"
     [listed] = json.loads(run("ls", "--storage", bucket, "--json"))
     assert (listed["name"], listed["state"], listed["ended"]) == ("e", "finished", 6)
     assert "mlp-" in run("teacher", "list", "--storage", bucket)
-    assert run("report", url) == "report.html\n" and (tmp_path / "report.html").stat().st_size > 10_000
+    assert (
+        run("report", url) == "report.html\n" and (tmp_path / "report.html").stat().st_size > 10_000
+    )
     assert "e/" in run("export", url) and (tmp_path / "e-export" / "student.safetensors").exists()
     with pytest.raises(ConfigError, match=f"experiment 'e' exists already.*tfkd resume {url}"):
         build_tuner(TREE, name="e", storage=bucket)
@@ -708,9 +812,16 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
 
 
 def test_a_node_without_its_copy_of_the_data_is_named_with_the_way_out(tmp_path: Path) -> None:
-    tree = {**TREE, "objective": "ce", "data": {"name": "cifar10", "root": str(tmp_path)}, "optim": {}}
+    tree = {
+        **TREE,
+        "objective": "ce",
+        "data": {"name": "cifar10", "root": str(tmp_path)},
+        "optim": {},
+    }
     del tree["search"]
-    epochs = epochs_module.epochs_here(tree, Assignment("t", 6, directory=tmp_path / "t", storage=Directory(tmp_path)))
+    epochs = epochs_module.epochs_here(
+        tree, Assignment("t", 6, directory=tmp_path / "t", storage=Directory(tmp_path))
+    )
     with pytest.raises(ConfigError) as error:
         next(epochs)
     assert str(error.value).startswith(f"node {socket.gethostname()}: data cifar10: not found: ")
@@ -761,7 +872,9 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     elsewhere("node-1")  # whose own files are older
     assert list(epochs_module.epochs_here(run, told)) == again
     server.remove("lab/me/e/trials/t0/last.ckpt")
-    assert next(epochs_module.epochs_here(run, told)) not in again[:1]  # seconds differ: it begins anew
+    assert (
+        next(epochs_module.epochs_here(run, told)) not in again[:1]
+    )  # seconds differ: it begins anew
 
 
 @both
@@ -784,14 +897,20 @@ def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
     monkeypatch.setattr(remote.Store, "write", _refused)
     with pytest.raises(OSError, match=f"{bucket}: does not answer; is the network up"):
-        list(epochs_module.epochs_here(run_of(epochs=3), Assignment.of(about(storage_at(bucket), "f"))))
+        list(
+            epochs_module.epochs_here(
+                run_of(epochs=3), Assignment.of(about(storage_at(bucket), "f"))
+            )
+        )
 
 
 @both
 def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_third(
     bucket: str, server: Server, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfkd_ray.run.tune.seal_test_split", lambda: None)  # for good, in this process
+    monkeypatch.setattr(
+        "tfkd_ray.run.tune.seal_test_split", lambda: None
+    )  # for good, in this process
     config = TrainConfig.model_validate(run_of(objective="tfkd_self", teacher={"epochs": 4}))
     made_by, storage = config.teacher_run(), storage_at(bucket)
     assert made_by is not None
@@ -808,8 +927,14 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
         with pytest.raises(KeyboardInterrupt):
             _teacher_task(run, storage, own_code.here())
     elsewhere("reader")
-    kept = load_state(storage.bring(storage.folder / "teachers" / teacher_name(run) / "last.ckpt").parent)
-    assert kept is not None and kept["epoch"] in (1, 2, 3)  # an epoch is not saved while the one before is on its way
+    kept = load_state(
+        storage.bring(storage.folder / "teachers" / teacher_name(run) / "last.ckpt").parent
+    )
+    assert kept is not None and kept["epoch"] in (
+        1,
+        2,
+        3,
+    )  # an epoch is not saved while the one before is on its way
     elsewhere("node-2")
     real = teachers._trained
 
@@ -848,7 +973,9 @@ def test_a_comparison_in_a_bucket_is_judged_on_another_machine_and_the_opening_i
     assert again == found and len(found["opened"]) == 1
 
 
-def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for_nothing_else(bucket: str) -> None:
+def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for_nothing_else(
+    bucket: str,
+) -> None:
     code = (
         "import sys; from tfkd_ray.cli.main import main\n"
         f"assert main(['ls', '--storage', '{bucket}']) == 0 and main(['status', '{bucket}/e']) == 2\n"
@@ -892,7 +1019,10 @@ def test_a_driver_killed_with_9_loses_at_most_ten_seconds_with_its_disk_and_no_n
         until(lambda: "lab/me/e/trials/t0001-ce/trial.json" in server.names())
         elsewhere("second")
         assert main(["resume", url]) == 2
-        assert f"is being run by process {driver.pid} on {socket.gethostname()}, heard of" in capsys.readouterr().err
+        assert (
+            f"is being run by process {driver.pid} on {socket.gethostname()}, heard of"
+            in capsys.readouterr().err
+        )
         assert main(["status", url, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["state"] == "running"
     finally:
@@ -917,7 +1047,17 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
 ) -> None:
     build_tuner(LONG, name="whole", storage=tmp_path).fit()
     (tmp_path / "long.yaml").write_text(dump_yaml(LONG))
-    command = [sys.executable, "-m", "tfkd_ray", "tune", "long.yaml", "--storage", bucket, "--name", "e"]
+    command = [
+        sys.executable,
+        "-m",
+        "tfkd_ray",
+        "tune",
+        "long.yaml",
+        "--storage",
+        bucket,
+        "--name",
+        "e",
+    ]
     with (tmp_path / "said").open("w") as said:
         sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=said)
         try:
@@ -934,7 +1074,11 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
             sweep.kill()
             sweep.wait()
     text = (tmp_path / "said").read_text()
-    assert text.count("does not answer") == 1 and "the sweep goes on" in text and "answers again" in text, text
+    assert (
+        text.count("does not answer") == 1
+        and "the sweep goes on" in text
+        and "answers again" in text
+    ), text
     elsewhere("reader")
     assert outcome(to_continue(f"{bucket}/e").folder) == outcome(tmp_path / "whole")
     weights = [key for key in server.objects() if key.endswith("student.safetensors")]
@@ -964,7 +1108,9 @@ def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_la
 
 
 def _refused(self: remote.Store, name: str, content: bytes) -> None:
-    raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7, Could not connect to server")
+    raise OSError(
+        "AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7, Could not connect to server"
+    )
 
 
 @pytest.mark.slow
@@ -973,7 +1119,12 @@ def test_of_a_group_the_first_worker_uploads_and_all_fetch(
     ray_cluster: str, bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
     elsewhere("driver")
-    tree = {**TREE, "objective": "kd", "teacher": {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}, "workers": 2}
+    tree = {
+        **TREE,
+        "objective": "kd",
+        "teacher": {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2},
+        "workers": 2,
+    }
     tree["search"] = {"num_samples": 2, "stopping": "none", "split": False}
     grid = build_tuner(tree, name="e", storage=bucket).fit()
     assert grid.num_errors == 0

@@ -33,9 +33,17 @@ def test_a_table_is_small_and_holds_whole_curves(replays: Any) -> None:
     assert (ROOT / "benchmarks" / "curves-digits.npz").stat().st_size < 2e6
     table = replays.table
     assert table.curves.shape == (len(table.seed), table.space.epochs) and len(table.seed) > 1000
-    assert set(table.seed) == {0, 1, 2} and np.nanmin(table.curves) >= 0 and np.nanmax(table.curves) <= 1
+    assert (
+        set(table.seed) == {0, 1, 2}
+        and np.nanmin(table.curves) >= 0
+        and np.nanmax(table.curves) <= 1
+    )
     for branch in table.space.branches:
-        some = [p for p, o in zip(table.parameters, table.objective, strict=True) if o == branch.objective]
+        some = [
+            p
+            for p, o in zip(table.parameters, table.objective, strict=True)
+            if o == branch.objective
+        ]
         assert all(set(p) == {q.name for q in branch.parameters} for p in some) and len(some) > 200
         assert all(q.domain.contains(p[q.name]) for p in some for q in branch.parameters)
 
@@ -43,7 +51,10 @@ def test_a_table_is_small_and_holds_whole_curves(replays: Any) -> None:
 def test_a_measured_run_is_answered_by_one_much_like_it(replays: Any) -> None:
     table = replays.table
     errors = [
-        abs(replays.world.curve(str(table.objective[i]), table.parameters[i])[-1] - table.curves[i, -1])
+        abs(
+            replays.world.curve(str(table.objective[i]), table.parameters[i])[-1]
+            - table.curves[i, -1]
+        )
         for i in range(0, len(table.seed), 7)
         if table.seed[i] == 0
     ]
@@ -60,7 +71,9 @@ def test_a_replay_spends_what_it_says_and_stops_where_a_sweep_would(replays: Any
 
 
 @pytest.mark.slow
-def test_the_default_matches_a_random_search_of_64_trials_in_a_quarter_of_its_epochs(replays: Any) -> None:
+def test_the_default_matches_a_random_search_of_64_trials_in_a_quarter_of_its_epochs(
+    replays: Any,
+) -> None:
     default = f"{SearchConfig().sampler}:{SearchConfig().stopping.name}"
     table, world = replays.table, replays.world
     goals = [replays.goal_of(table, world, r) for r in range(10)]

@@ -55,17 +55,25 @@ def make_comparison(directory: Path, **about: Any) -> Path:
     arms = [{"name": "plain", "objective": "ce"}, {"name": "smooth", "objective": "lsr"},
             {"name": "reg", "objective": "tfkd_reg"}]  # fmt: skip
     new_comparison(
-        build_arms({"title": "Three arms", "arms": arms, "student": "mlp", **about}), range(1001, 1006), directory
+        build_arms({"title": "Three arms", "arms": arms, "student": "mlp", **about}),
+        range(1001, 1006),
+        directory,
     )
     g, labels = np.random.default_rng(0), np.arange(500) % 10
     for number, run in enumerate(read_comparison(directory).runs):
         folder = directory / "trials" / run.name
         objective = run.config.objective.name
-        write_record(Record(folder, number, run.name, objective, "done", {"arm": run.arm, "seed": run.seed}, {}))
+        write_record(
+            Record(
+                folder, number, run.name, objective, "done", {"arm": run.arm, "seed": run.seed}, {}
+            )
+        )
         right = g.random(500) < (0.94 if run.arm == "reg" else 0.88)
         logits = 5.0 * np.eye(10)[np.where(right, labels, (labels + 1) % 10)]
         save_weights(
-            folder / LOGITS, {"logits": torch.tensor(logits), "labels": torch.tensor(labels)}, {"run": run.name}
+            folder / LOGITS,
+            {"logits": torch.tensor(logits), "labels": torch.tensor(labels)},
+            {"run": run.name},
         )
     outcome(directory)
     return directory
@@ -73,13 +81,23 @@ def make_comparison(directory: Path, **about: Any) -> Path:
 
 def without_plotly(out: Path) -> str:
     """A report without the one script that is not ours."""
-    return "".join(part for part in re.split(r"(?s)(<script>.*?</script>)", out.read_text()) if len(part) < 4_000_000)
+    return "".join(
+        part
+        for part in re.split(r"(?s)(<script>.*?</script>)", out.read_text())
+        if len(part) < 4_000_000
+    )
 
 
 def in_browser(out: Path) -> str:
     """The page as headless Chromium has it after its scripts ran."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "this test looks at a report in a real browser, and there is none: apt-get install chromium"
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+    assert chromium, (
+        "this test looks at a report in a real browser, and there is none: apt-get install chromium"
+    )
     command = [chromium, "--headless", "--no-sandbox", "--disable-quic", "--disable-background-networking",
                f"--user-data-dir={out.parent / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", out.as_uri()]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
@@ -89,7 +107,9 @@ def in_browser(out: Path) -> str:
 
 
 def test_the_page_reads_nothing_from_elsewhere(page: str) -> None:
-    assert not re.findall(r"""(?i)(?:src|href)\s*=\s*["']?(?!#)[^"'>\s]+|@import|url\(|<link|<iframe|<object""", page)
+    assert not re.findall(
+        r"""(?i)(?:src|href)\s*=\s*["']?(?!#)[^"'>\s]+|@import|url\(|<link|<iframe|<object""", page
+    )
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
     assert policy and policy[1].startswith("default-src 'none'") and "http" not in policy[1]
     assert "unsafe-inline" not in policy[1].partition("script-src")[2]
@@ -104,7 +124,9 @@ def test_what_is_not_confirmed_is_called_so_first(page: str) -> None:
 def test_every_figure_has_a_title_a_sentence_and_labelled_axes_with_units(page: str) -> None:
     captions = re.findall(r"<figcaption><h3>(.+?)</h3><p>(.+?)</p>", page)
     assert len(captions) == 7 and all(text.endswith(".") for _, text in captions)
-    for tree in map(json.loads, re.findall(r'<script type="application/json">(.+?)</script>', page)):
+    for tree in map(
+        json.loads, re.findall(r'<script type="application/json">(.+?)</script>', page)
+    ):
         assert tree["layout"]["xaxis"]["title"]["text"] and tree["data"]
         assert tree["layout"]["yaxis"]["title"]["text"] or tree["layout"]["yaxis"]["ticktext"]
 
@@ -113,9 +135,15 @@ def test_the_receipt_adds_up(sweep: Path, page: str) -> None:
     records = read_records(sweep)
     planned, used = 160 * 18, sum(len(r.metrics) for r in records)
     saved = sum(18 - len(r.metrics) for r in records if r.status == "stopped")
-    for what, epochs in (("planned, none stopped", planned), ("used", used), ("saved by early stopping", saved)):
+    for what, epochs in (
+        ("planned, none stopped", planned),
+        ("used", used),
+        ("saved by early stopping", saved),
+    ):
         assert re.search(rf">{what}</td><td[^>]*>{epochs:,} epochs, \S+ CPU-hours", page), what
-    assert planned == used + saved + sum(18 - len(r.metrics) for r in records if r.status == "failed")
+    assert planned == used + saved + sum(
+        18 - len(r.metrics) for r in records if r.status == "failed"
+    )
 
 
 def test_importance_finds_the_setting_that_was_made_to_matter(sweep: Path) -> None:
@@ -134,8 +162,14 @@ def test_of_few_trials_nothing_is_concluded(tmp_path: Path) -> None:
 
 
 def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
-    objective = {"name": "kd", "temperature": {"choices": [2.0, 4.0, 8.0]}, "alpha": {"low": 0.1, "high": 0.9}}
-    make_sweep(tmp_path / "e", 12, objective=[objective], search={"baselines": False, "stopping": "none"})
+    objective = {
+        "name": "kd",
+        "temperature": {"choices": [2.0, 4.0, 8.0]},
+        "alpha": {"low": 0.1, "high": 0.9},
+    }
+    make_sweep(
+        tmp_path / "e", 12, objective=[objective], search={"baselines": False, "stopping": "none"}
+    )
     report(tmp_path / "e", tmp_path / "r.html")
     assert "Temperature against alpha" in without_plotly(tmp_path / "r.html")
 
@@ -143,7 +177,11 @@ def test_there_is_no_contour_between_choices(tmp_path: Path) -> None:
 def test_an_axis_shows_a_range_on_its_own_scale() -> None:
     from tfkd_ray.space.space import Parameter
 
-    scales = {"x": Range(1, 20), "y": Range(1, 20, log=True), "z": Range(0.9, 0.999, log_complement=True)}
+    scales = {
+        "x": Range(1, 20),
+        "y": Range(1, 20, log=True),
+        "z": Range(0.9, 0.999, log_complement=True),
+    }
     shown = {}
     for name, domain in scales.items():
         p = Parameter(name, (name,), domain)
@@ -171,7 +209,8 @@ def test_a_winner_that_is_label_smoothing_is_called_so(tmp_path: Path) -> None:
     make_sweep(tmp_path / "e", 16, objective=[code, "ce"])
     report(tmp_path / "e", tmp_path / "r.html")
     assert re.search(
-        r"this equals label smoothing alpha 0\.\d+ times \S+ within \S+ of its", without_plotly(tmp_path / "r.html")
+        r"this equals label smoothing alpha 0\.\d+ times \S+ within \S+ of its",
+        without_plotly(tmp_path / "r.html"),
     )
 
 
@@ -182,7 +221,11 @@ def test_what_files_say_is_shown_and_never_run(tmp_path: Path) -> None:
     change(tmp_path / "e", 3, status="done", name=EVIL)
     report(tmp_path / "e", tmp_path / "r.html")
     text = without_plotly(tmp_path / "r.html")
-    assert "<img" not in text and text.count("<script>") == 1 and "&lt;/script&gt;&lt;script&gt;" in text
+    assert (
+        "<img" not in text
+        and text.count("<script>") == 1
+        and "&lt;/script&gt;&lt;script&gt;" in text
+    )
 
 
 ODD: dict[str, dict[str, Any]] = {
@@ -196,7 +239,9 @@ ODD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
 @pytest.mark.slow
 def test_every_kind_of_sweep_has_a_report(tmp_path: Path, changes: dict[str, Any]) -> None:
-    make_sweep(tmp_path / "e", 24, **changes) if "optim" not in changes else plain(tmp_path / "e", changes)
+    make_sweep(tmp_path / "e", 24, **changes) if "optim" not in changes else plain(
+        tmp_path / "e", changes
+    )
     report(tmp_path / "e", tmp_path / "r.html", figures=tmp_path / "figures")
     assert "Not confirmed yet" in without_plotly(tmp_path / "r.html")
 
@@ -211,7 +256,9 @@ def plain(experiment: Path, changes: dict[str, Any]) -> None:
     for n, branch in enumerate(space.branches):
         name = f"t{n:04d}-{branch.objective}"
         config = branch.config({}).model_dump(mode="json")
-        write_record(Record(experiment / "trials" / name, n, name, branch.objective, "done", {}, config))
+        write_record(
+            Record(experiment / "trials" / name, n, name, branch.objective, "done", {}, config)
+        )
         (experiment / "trials" / name / "metrics.jsonl").write_text(line(1, 0.5) + line(2, 0.6))
 
 
@@ -219,7 +266,12 @@ def plain(experiment: Path, changes: dict[str, Any]) -> None:
 def test_an_experiment_with_nothing_to_judge_has_a_report(tmp_path: Path, left: str) -> None:
     make_sweep(tmp_path / "e", 4)
     for number in range(4):
-        folder = change(tmp_path / "e", number, status="failed" if left == "failures" else "running", reason=None)
+        folder = change(
+            tmp_path / "e",
+            number,
+            status="failed" if left == "failures" else "running",
+            reason=None,
+        )
         if left == "nothing":
             shutil.rmtree(folder)
         elif left == "failures":
@@ -240,7 +292,9 @@ def test_wrong_input_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"no such directory"):
         report(sweep.parent / "gone", tmp_path / "r.html")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--figures: SVG files are drawn by matplotlib, which is not installed"):
+    with pytest.raises(
+        ConfigError, match=r"--figures: SVG files are drawn by matplotlib, which is not installed"
+    ):
         report(sweep, tmp_path / "r.html", figures=tmp_path / "figures")
     assert not list(tmp_path.iterdir())
 
@@ -248,12 +302,17 @@ def test_wrong_input_is_refused_before_anything_is_written(
 # --- comparisons
 
 
-def test_a_confirmed_sweep_begins_with_the_verdict(sweep: Path, comparison: Path, tmp_path: Path) -> None:
+def test_a_confirmed_sweep_begins_with_the_verdict(
+    sweep: Path, comparison: Path, tmp_path: Path
+) -> None:
     report(sweep, tmp_path / "r.html", comparisons=[comparison])
     text = without_plotly(tmp_path / "r.html")
     sentence = json.loads((comparison / "confirm.json").read_text())["verdicts"][0]["sentence"]
     assert sentence.startswith("reg is better than every baseline")
-    assert text.index(sentence) < text.index("<h2>Best configurations") and "Not confirmed yet" not in text
+    assert (
+        text.index(sentence) < text.index("<h2>Best configurations")
+        and "Not confirmed yet" not in text
+    )
     assert 'class="box yes"' in text and "arms: Candidates against baselines" in text
 
 
@@ -273,7 +332,10 @@ def test_a_comparison_that_is_not_judged_says_so(comparison: Path, tmp_path: Pat
     (tmp_path / "c" / "confirm.json").unlink()
     report(tmp_path / "c", tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
-    assert "Not judged yet" in text and "15 of 15 runs are trained, and the test split is still shut" in text
+    assert (
+        "Not judged yet" in text
+        and "15 of 15 runs are trained, and the test split is still shut" in text
+    )
     (tmp_path / "c" / "confirm.json").write_text('{"title": ')
     with pytest.raises(ConfigError, match=r"confirm.json:\n.*changed by hand, or cut"):
         report(tmp_path / "c", tmp_path / "r.html")
@@ -292,7 +354,9 @@ def test_figures_are_also_written_as_svg(sweep: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-def test_a_browser_draws_every_plot_and_runs_nothing_else(sweep: Path, comparison: Path, tmp_path: Path) -> None:
+def test_a_browser_draws_every_plot_and_runs_nothing_else(
+    sweep: Path, comparison: Path, tmp_path: Path
+) -> None:
     shutil.copytree(sweep, tmp_path / "e", symlinks=True)
     change(tmp_path / "e", 0, status="failed", reason=EVIL)
     change(tmp_path / "e", 5, status="done", name=EVIL)
@@ -301,7 +365,8 @@ def test_a_browser_draws_every_plot_and_runs_nothing_else(sweep: Path, compariso
     plots = dom.count('<script type="application/json">')
     assert plots > 15 and f'data-drawn="{plots}"' in dom
     assert (
-        len(re.findall(r'<div class="plot[^"]*js-plotly-plot', dom)) == plots and dom.count('class="main-svg"') >= plots
+        len(re.findall(r'<div class="plot[^"]*js-plotly-plot', dom)) == plots
+        and dom.count('class="main-svg"') >= plots
     )
     assert "<title>e</title>" in dom and "<title>pwned" not in dom
 

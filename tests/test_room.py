@@ -29,16 +29,28 @@ def config(**settings: Any) -> TrainConfig:
 
 
 def test_a_worker_asks_for_cpus_gpus_their_kind_and_custom_resources() -> None:
-    asked = config(cpus_per_worker=2, gpus_per_worker=1, accelerator_type="H100", resources={"fast_disk": 0.5})
-    assert asked.worker_resources == {"CPU": 2, "GPU": 1, "fast_disk": 0.5, "accelerator_type:H100": 0.001}
+    asked = config(
+        cpus_per_worker=2, gpus_per_worker=1, accelerator_type="H100", resources={"fast_disk": 0.5}
+    )
+    assert asked.worker_resources == {
+        "CPU": 2,
+        "GPU": 1,
+        "fast_disk": 0.5,
+        "accelerator_type:H100": 0.001,
+    }
     assert config().worker_resources == {"CPU": 1}
-    assert asked.fingerprint() == config(gpus_per_worker=1).fingerprint(), "where it runs makes no numbers"
+    assert asked.fingerprint() == config(gpus_per_worker=1).fingerprint(), (
+        "where it runs makes no numbers"
+    )
 
 
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"accelerator_type": "H100"}, "accelerator_type: H100 is a kind of GPU; set gpus_per_worker, too"),
+        (
+            {"accelerator_type": "H100"},
+            "accelerator_type: H100 is a kind of GPU; set gpus_per_worker, too",
+        ),
         ({"resources": {"GPU": 1}}, "resources.GPU: is Ray's own; custom ones only"),
         ({"resources": {"disk": 0}}, "resources.disk: Input should be greater than 0"),
         ({"placement": "packed"}, "placement: "),
@@ -53,7 +65,9 @@ def test_what_cannot_be_asked_for_is_said(settings: dict[str, Any], sentence: st
 def test_a_custom_resource_must_be_in_the_cluster_file_and_a_kind_of_gpu_is_left_to_ray() -> None:
     file = load_cluster(ROOT / "clusters/aws-gpu.yaml")
     check(file, config(gpus_per_worker=1, accelerator_type="A10G"))
-    with pytest.raises(ConfigError, match="a trial needs 1 x 1 CPU and 1 fast_disk, each on one node"):
+    with pytest.raises(
+        ConfigError, match="a trial needs 1 x 1 CPU and 1 fast_disk, each on one node"
+    ):
         check(file, config(resources={"fast_disk": 1}))
 
 
@@ -66,7 +80,10 @@ def test_what_no_node_has_is_refused_at_once_with_what_there_is(ray_cluster: str
     said = str(error.value)
     assert "accelerator_type: no node has H100; they have none" in said
     assert "resources.fast_disk: no node has it; they have none (ray start --resources=...)" in said
-    assert "a trial needs 1 x 1 CPU and 1 GPU and 1 fast_disk and a GPU of kind H100, each on one node" in said
+    assert (
+        "a trial needs 1 x 1 CPU and 1 GPU and 1 fast_disk and a GPU of kind H100, each on one node"
+        in said
+    )
     assert check_room(config()) == 2
 
 
@@ -75,17 +92,37 @@ def test_what_no_node_has_is_refused_at_once_with_what_there_is(ray_cluster: str
 @pytest.mark.timeout(200)
 def test_four_trials_share_the_gpu_of_the_kind_they_ask_for_and_no_more_than_four() -> None:
     space = {**TREE, "epochs": 1, "gpus_per_worker": 0.25, "accelerator_type": "A100"}
-    space |= {"optim": {"lr": {"low": 0.01, "high": 0.1}}, "search": {"num_samples": 6, "stopping": "none"}}
-    with tempfile.TemporaryDirectory(prefix="tr") as place:  # a short path: Ray's sockets are below it
-        command = [sys.executable, str(Path(__file__).parent / "sweep_shared.py"), f"{place}/s", json.dumps(space)]
-        done = subprocess.run(command, env={**os.environ, "TMPDIR": place}, capture_output=True, text=True, timeout=180)
+    space |= {
+        "optim": {"lr": {"low": 0.01, "high": 0.1}},
+        "search": {"num_samples": 6, "stopping": "none"},
+    }
+    with tempfile.TemporaryDirectory(
+        prefix="tr"
+    ) as place:  # a short path: Ray's sockets are below it
+        command = [
+            sys.executable,
+            str(Path(__file__).parent / "sweep_shared.py"),
+            f"{place}/s",
+            json.dumps(space),
+        ]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "TMPDIR": place},
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, done.stderr[-3000:]
     report = json.loads(lines[0][7:])
     notes = report["notes"]
     assert report["errors"] == 0 and len(notes) == 6
-    assert {note["node"] for note in notes} == {"A100"} and all(note["gpus"] == ["0"] for note in notes), notes
-    at_once = [sum(other["from"] <= note["from"] < other["to"] for other in notes) for note in notes]
+    assert {note["node"] for note in notes} == {"A100"} and all(
+        note["gpus"] == ["0"] for note in notes
+    ), notes
+    at_once = [
+        sum(other["from"] <= note["from"] < other["to"] for other in notes) for note in notes
+    ]
     assert max(at_once) == 4, notes
 
 
@@ -96,7 +133,13 @@ PACED: dict[str, Any] = {
     "epochs": 6,
     "checkpoint_every_s": 0,
     "optim": {"lr": {"choices": [0.1, 0.05]}},
-    "search": {"num_samples": 2, "stopping": "none", "max_concurrent": 1, "max_failures": 1, "max_failed_trials": 1},
+    "search": {
+        "num_samples": 2,
+        "stopping": "none",
+        "max_concurrent": 1,
+        "max_failures": 1,
+        "max_failed_trials": 1,
+    },
 }
 
 
@@ -120,7 +163,11 @@ def test_a_trial_that_is_lost_at_the_same_epoch_again_and_again_has_failed_itsel
     ray_cluster: str, tmp_path: Path
 ) -> None:
     network = {"name": "own", "path": "tests.deadly:network", "args": {"after": 5}}
-    tree = {**PACED, "student": network, "search": {"num_samples": 1, "stopping": "none", "max_failures": 2}}
+    tree = {
+        **PACED,
+        "student": network,
+        "search": {"num_samples": 1, "stopping": "none", "max_failures": 2},
+    }
     report = sweep(str(tmp_path), 2, tree, [])
     (record,) = read_records(tmp_path / "e")
     assert report["trials"]["0"][0] == "failed" and record.lost == 2

@@ -27,12 +27,18 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
     return st.floats(low, high, allow_subnormal=False)
 
 
-def fixed_or_searched(low: float, high: float, *, complement: bool = False) -> st.SearchStrategy[Any]:
+def fixed_or_searched(
+    low: float, high: float, *, complement: bool = False
+) -> st.SearchStrategy[Any]:
     """A value, a range of one of the kinds there are, or choices."""
     two = st.lists(numbers(low, high), min_size=2, max_size=2, unique=True).map(sorted)
     kinds = [{}, {"log": True}, *([{"log_complement": True}] if complement else [])]
-    ranges = st.builds(lambda ends, kind: {"low": ends[0], "high": ends[1], **kind}, two, st.sampled_from(kinds))
-    choices = st.lists(numbers(low, high), min_size=1, max_size=4, unique=True).map(lambda values: {"choices": values})
+    ranges = st.builds(
+        lambda ends, kind: {"low": ends[0], "high": ends[1], **kind}, two, st.sampled_from(kinds)
+    )
+    choices = st.lists(numbers(low, high), min_size=1, max_size=4, unique=True).map(
+        lambda values: {"choices": values}
+    )
     return numbers(low, high) | ranges | choices
 
 
@@ -59,12 +65,16 @@ optims = st.fixed_dictionaries(
         "batch_size": st.integers(1, 512) | st.lists(st.integers(1, 512), min_size=1, max_size=3, unique=True).map(lambda v: {"choices": v}),
     },
 )  # fmt: skip
-schedules = st.sampled_from(["cosine", "constant", {"name": "step", "milestones": [0.5], "gamma": 0.1}])
+schedules = st.sampled_from(
+    ["cosine", "constant", {"name": "step", "milestones": [0.5], "gamma": 0.1}]
+)
 shared = st.fixed_dictionaries(
     {"student": students},
     optional={"epochs": counts, "optim": optims, "schedule": schedules, "seed": st.integers(0, 2**31), "checkpoint_every_s": numbers(0, 100)},
 )  # fmt: skip
-samplers = st.sampled_from(["tpe", "random", "gp", "qmc", {"name": "tpe", "startup": 4, "multivariate": False}])
+samplers = st.sampled_from(
+    ["tpe", "random", "gp", "qmc", {"name": "tpe", "startup": 4, "multivariate": False}]
+)
 searches = st.fixed_dictionaries(
     {"num_samples": st.integers(8, 400), "stopping": st.sampled_from(["none", "halving"])},
     optional={
@@ -98,11 +108,19 @@ def arms_files(draw: st.DrawFn) -> Tree:
     names = st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,20}", fullmatch=True)
     chosen = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     arms = []
-    for number, name in enumerate(chosen):  # alike in nothing: two arms of one configuration are refused
+    for number, name in enumerate(
+        chosen
+    ):  # alike in nothing: two arms of one configuration are refused
         objective = draw(
-            st.sampled_from([{"name": "ce"}, {"name": "lsr", "alpha": draw(numbers(0.01, 0.9))}, "tfkd_reg"])
+            st.sampled_from(
+                [{"name": "ce"}, {"name": "lsr", "alpha": draw(numbers(0.01, 0.9))}, "tfkd_reg"]
+            )
         )
-        arm: Tree = {"name": name, "objective": objective, "optim": {"lr": (number + 1) * draw(numbers(0.001, 0.0019))}}
+        arm: Tree = {
+            "name": name,
+            "objective": objective,
+            "optim": {"lr": (number + 1) * draw(numbers(0.001, 0.0019))},
+        }
         published = draw(st.none() | numbers(0, 100))
         arms.append(arm | ({"published": published} if published is not None else {}))
     about = draw(
@@ -140,7 +158,9 @@ def test_a_space_reads_back_from_what_its_experiment_keeps(
 
 @often
 @given(tree=arms_files())
-def test_arms_read_back_from_what_their_comparison_keeps(tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_arms_read_back_from_what_their_comparison_keeps(
+    tree: Tree, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("arms")
     compared = load_arms(written(folder, "arms.yaml", tree))
     assert Arms.model_validate(compared.model_dump(mode="json")) == compared
@@ -173,9 +193,13 @@ def test_a_cluster_file_reads_back(
     tree["provider"]["worker_ips"] = [f"10.0.0.{host}" for host in hosts]
     (line,) = tree["head_start_ray_commands"]
     tree["head_start_ray_commands"] = [
-        line.replace("6379", str(ports[0])).replace("--dashboard-port=8265", f"--dashboard-port={ports[1]}")
+        line.replace("6379", str(ports[0])).replace(
+            "--dashboard-port=8265", f"--dashboard-port={ports[1]}"
+        )
     ]
-    tree["worker_start_ray_commands"] = [tree["worker_start_ray_commands"][0].replace("6379", str(ports[0]))]
+    tree["worker_start_ray_commands"] = [
+        tree["worker_start_ray_commands"][0].replace("6379", str(ports[0]))
+    ]
     path = written(tmp_path_factory.mktemp("cluster"), "mine.yaml", tree)
     file = load_cluster(path)
     assert (
@@ -187,12 +211,23 @@ def test_a_cluster_file_reads_back(
     assert check(file)
 
 
-seldom = settings(often, max_examples=max(1, COUNT * 12 // 500))  # a cluster file takes a quarter of a second to check
-RENTED = [p for p in sorted((ROOT / "clusters").glob("*-gpu.yaml")) if "\nprovider:" in p.read_text()]
+seldom = settings(
+    often, max_examples=max(1, COUNT * 12 // 500)
+)  # a cluster file takes a quarter of a second to check
+RENTED = [
+    p for p in sorted((ROOT / "clusters").glob("*-gpu.yaml")) if "\nprovider:" in p.read_text()
+]
 
 
 @seldom
-@given(path=st.sampled_from(RENTED), name=words, user=words, folder=words, most=st.integers(2, 500), data=st.data())
+@given(
+    path=st.sampled_from(RENTED),
+    name=words,
+    user=words,
+    folder=words,
+    most=st.integers(2, 500),
+    data=st.data(),
+)
 def test_a_cluster_file_of_rented_nodes_reads_back(
     path: Path,
     name: str,
@@ -215,7 +250,11 @@ def test_a_cluster_file_of_rented_nodes_reads_back(
         if kind != tree["head_node_type"]:
             high = data.draw(st.integers(1, most))
             least = data.draw(st.integers(0, high if high < most // 4 else 0))
-            nodes |= {"min_workers": least, "max_workers": high, "resources": {"CPU": data.draw(counts), "GPU": 1}}
+            nodes |= {
+                "min_workers": least,
+                "max_workers": high,
+                "resources": {"CPU": data.draw(counts), "GPU": 1},
+            }
     file = load_cluster(written(tmp_path_factory.mktemp("cluster"), "mine.yaml", tree))
     assert (file.tree, file.name, file.storage) == (tree, name, f"/mnt/tfkd/{folder}")
     found = {node.name: (node.least, node.most) for node in node_types(file) or []}
@@ -233,7 +272,12 @@ KUBERAY = sorted((ROOT / "clusters").glob("kuberay-*.yaml"))
 @seldom
 @given(path=st.sampled_from(KUBERAY), name=words, folder=words, claim=words, data=st.data())
 def test_a_file_of_kuberay_reads_back(
-    path: Path, name: str, folder: str, claim: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    path: Path,
+    name: str,
+    folder: str,
+    claim: str,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     shipped = load_cluster(path)
     tree = copy.deepcopy(shipped.tree)
@@ -241,7 +285,9 @@ def test_a_file_of_kuberay_reads_back(
     inside = tree["spec"].get("rayClusterSpec", tree["spec"])
     wanted = {}
     for group in inside["workerGroupSpecs"]:
-        low, replicas, high = sorted(data.draw(st.lists(st.integers(0, 99), min_size=3, max_size=3)))
+        low, replicas, high = sorted(
+            data.draw(st.lists(st.integers(0, 99), min_size=3, max_size=3))
+        )
         group |= {"minReplicas": low, "replicas": replicas, "maxReplicas": high}
         wanted[group["groupName"]] = (low, high)
     for group in (inside["headGroupSpec"], *inside["workerGroupSpecs"]):
@@ -249,7 +295,13 @@ def test_a_file_of_kuberay_reads_back(
             if volume["name"] == "results":
                 volume["persistentVolumeClaim"] = {"claimName": claim}
     made = tmp_path_factory.mktemp("cluster") / "mine.yaml"
-    made.write_text("---\n".join(dump_yaml(document) for document in (*shipped.others, tree)), encoding="utf-8")
+    made.write_text(
+        "---\n".join(dump_yaml(document) for document in (*shipped.others, tree)), encoding="utf-8"
+    )
     file = load_cluster(made)
-    assert (file.tree, file.others, file.storage) == (tree, shipped.others, f"/mnt/tfkd/{folder}") and check(file)
+    assert (file.tree, file.others, file.storage) == (
+        tree,
+        shipped.others,
+        f"/mnt/tfkd/{folder}",
+    ) and check(file)
     assert {n.name: (n.least, n.most) for n in node_types(file) or [] if n.name != "head"} == wanted

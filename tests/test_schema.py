@@ -118,7 +118,10 @@ def test_a_misspelt_file_name_is_guessed(tmp_path: Path) -> None:
 def test_dumped_trees_read_back_the_same() -> None:
     tree = {"b": [1, 1e-5, 0.1, None, True, "on", "1e-4", ""], "a": {"x": (1, 2), "name": "n"}}
     text = dump_yaml(tree)
-    assert parse_yaml(text, "f") == {"b": [1, 1e-5, 0.1, None, True, "on", "1e-4", ""], "a": {"x": [1, 2], "name": "n"}}
+    assert parse_yaml(text, "f") == {
+        "b": [1, 1e-5, 0.1, None, True, "on", "1e-4", ""],
+        "a": {"x": [1, 2], "name": "n"},
+    }
     assert text.index("name") < text.index("x:")
 
 
@@ -146,7 +149,9 @@ def test_dumped_trees_read_back_the_same() -> None:
         ({"objective": "ce", "workers": 2, "gpus_per_worker": 0.5}, "gpus_per_worker: 2 workers need whole GPUs"),
     ],
 )  # fmt: skip
-def test_every_problem_is_a_sentence_with_field_rule_value_and_way_out(tree: dict[str, object], sentence: str) -> None:
+def test_every_problem_is_a_sentence_with_field_rule_value_and_way_out(
+    tree: dict[str, object], sentence: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         validated(TrainConfig, tree, "mine.yaml")
     assert any(problem.startswith(sentence) for problem in error.value.problems), str(error.value)
@@ -155,7 +160,10 @@ def test_every_problem_is_a_sentence_with_field_rule_value_and_way_out(tree: dic
 
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        validated(TrainConfig, {"objective": {"name": "lsr", "alpha": 2, "x": 1}, "epochs": 0, "optim": {"lr": -1}})
+        validated(
+            TrainConfig,
+            {"objective": {"name": "lsr", "alpha": 2, "x": 1}, "epochs": 0, "optim": {"lr": -1}},
+        )
     assert len(error.value.problems) == 4
 
 
@@ -165,8 +173,12 @@ def test_settings_are_found_through_unions() -> None:
     assert "model" in settings_at(TrainConfig, ("teacher",))
 
 
-@pytest.mark.parametrize("given", ["digits_tfkd", "digits_tfkd.yaml", "search_spaces/digits_tfkd.yaml"])
-def test_shipped_files_are_found_from_anywhere(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "given", ["digits_tfkd", "digits_tfkd.yaml", "search_spaces/digits_tfkd.yaml"]
+)
+def test_shipped_files_are_found_from_anywhere(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_file(given, "search_spaces").is_file()
     assert not find_file("mine.yaml", "search_spaces").exists()

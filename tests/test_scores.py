@@ -68,7 +68,11 @@ def test_metrics_of_logits_are_their_definitions(answers: tuple[Array, NDArray[n
         total = sum(math.exp(z) for z in row)
         p = [math.exp(z) / total for z in row]
         order = sorted(range(10), key=lambda k: -p[k])
-        first, fifth, loss = first + (order[0] == c), fifth + (c in order[:5]), loss - math.log(p[c])
+        first, fifth, loss = (
+            first + (order[0] == c),
+            fifth + (c in order[:5]),
+            loss - math.log(p[c]),
+        )
         squares += sum((p[k] - (k == c)) ** 2 for k in range(10))
         sure.append((max(p), float(order[0] == c)))
     wide = [[s for s in sure if i / BINS < s[0] <= (i + 1) / BINS] for i in range(BINS)]
@@ -89,9 +93,13 @@ def test_metrics_of_logits_are_their_definitions(answers: tuple[Array, NDArray[n
 
 def test_they_are_the_ones_of_evaluate(answers: tuple[Array, NDArray[np.int64]]) -> None:
     logits, labels = answers
-    theirs = evaluate.metrics_from(evaluate.metric_sums(torch.from_numpy(logits), torch.from_numpy(labels)))
+    theirs = evaluate.metrics_from(
+        evaluate.metric_sums(torch.from_numpy(logits), torch.from_numpy(labels))
+    )
     ours = scores(logits, labels)
-    assert {f"val_{name}": ours[name] for name in ("accuracy", "top5", "nll", "ece")} == pytest.approx(theirs)
+    assert {
+        f"val_{name}": ours[name] for name in ("accuracy", "top5", "nll", "ece")
+    } == pytest.approx(theirs)
 
 
 def test_huge_logits_are_no_overflow() -> None:
@@ -103,20 +111,27 @@ def test_huge_logits_are_no_overflow() -> None:
         "ece_equal_mass",
     }
     assert set(scores(logits, labels).values()) == {0, 1}
-    assert nll(logits, (labels + 1) % 3) == pytest.approx(1e4) and brier(logits, (labels + 1) % 3) == pytest.approx(2)
+    assert nll(logits, (labels + 1) % 3) == pytest.approx(1e4) and brier(
+        logits, (labels + 1) % 3
+    ) == pytest.approx(2)
     assert ece(logits, (labels + 1) % 3) == 1
 
 
 def test_equal_logits_are_the_first_class_and_calibrated_by_chance() -> None:
     logits, labels = np.zeros((10, 10)), np.arange(10)
     assert (accuracy(logits, labels), top_k(logits, labels)) == (0.1, 0.5)
-    assert nll(logits, labels) == pytest.approx(math.log(10)) and brier(logits, labels) == pytest.approx(0.9)
+    assert nll(logits, labels) == pytest.approx(math.log(10)) and brier(
+        logits, labels
+    ) == pytest.approx(0.9)
     assert ece(logits, labels) == ece_equal_mass(logits, labels) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_order_of_images_does_not_matter() -> None:
     rng = np.random.default_rng(0)
-    logits, labels = rng.integers(0, 3, (100, 4)).astype(float), rng.integers(0, 4, 100)  # many equal confidences
+    logits, labels = (
+        rng.integers(0, 3, (100, 4)).astype(float),
+        rng.integers(0, 4, 100),
+    )  # many equal confidences
     turn = rng.permutation(100)
     assert scores(logits[turn], labels[turn]) == pytest.approx(scores(logits, labels))
 
@@ -133,7 +148,11 @@ def test_a_shift_of_all_logits_changes_nothing_and_a_sharper_answer_is_less_cali
 def test_fewer_images_than_bins_have_a_calibration_error() -> None:
     logits, labels = np.array([[0.0, 3.0], [1.0, 0.0]]), np.array([1, 1])
     p = 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-1))
-    assert ece_equal_mass(logits, labels) == pytest.approx((1 - p[0] + p[1]) / 2) == ece(logits, labels)
+    assert (
+        ece_equal_mass(logits, labels)
+        == pytest.approx((1 - p[0] + p[1]) / 2)
+        == ece(logits, labels)
+    )
 
 
 # --- against scikit-learn, also with classes that have no images
@@ -146,15 +165,21 @@ def probabilities(logits: Array) -> Array:
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
 @pytest.mark.parametrize("digits", [17, 1, 0], ids=["no ties", "ties", "many ties"])
-def test_auroc_f1_and_balanced_accuracy_are_those_of_scikit_learn(classes: int, digits: int) -> None:
+def test_auroc_f1_and_balanced_accuracy_are_those_of_scikit_learn(
+    classes: int, digits: int
+) -> None:
     rng = np.random.default_rng(classes)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, 300) ** 2 % classes])
     logits = np.round(rng.standard_normal((len(labels), classes)) + np.eye(classes)[labels], digits)
     p, answers = probabilities(logits), logits.argmax(axis=1)
-    theirs = sklearn.roc_auc_score(labels, p[:, 1] if classes == 2 else p, multi_class="ovr", average="macro")
+    theirs = sklearn.roc_auc_score(
+        labels, p[:, 1] if classes == 2 else p, multi_class="ovr", average="macro"
+    )
     assert auroc(logits, labels) == pytest.approx(theirs, abs=1e-3 if digits < 17 else 1e-12)
     assert auroc(np.log(p), labels) == pytest.approx(theirs, abs=1e-3 if digits < 17 else 1e-12)
-    assert macro_f1(logits, labels) == pytest.approx(sklearn.f1_score(labels, answers, average="macro"), abs=1e-12)
+    assert macro_f1(logits, labels) == pytest.approx(
+        sklearn.f1_score(labels, answers, average="macro"), abs=1e-12
+    )
     assert balanced_accuracy(logits, labels) == pytest.approx(
         sklearn.balanced_accuracy_score(labels, answers), abs=1e-12
     )
@@ -168,7 +193,9 @@ def test_a_class_without_images_is_left_out() -> None:
     assert set(answers) == {0, 1, 2, 3}
     areas = [sklearn.roc_auc_score(labels == k, probabilities(logits)[:, k]) for k in (0, 2, 3)]
     assert auroc(logits, labels) == pytest.approx(np.mean(areas), abs=1e-12)
-    assert macro_f1(logits, labels) == pytest.approx(sklearn.f1_score(labels, answers, average="macro"), abs=1e-12)
+    assert macro_f1(logits, labels) == pytest.approx(
+        sklearn.f1_score(labels, answers, average="macro"), abs=1e-12
+    )
     recalls = sklearn.recall_score(labels, answers, average=None, labels=[0, 2, 3])
     assert balanced_accuracy(logits, labels) == pytest.approx(np.mean(recalls), abs=1e-12)
 
@@ -187,9 +214,14 @@ def test_an_area_is_a_half_by_guessing_and_one_where_classes_are_apart() -> None
 
 
 def test_every_metric_that_can_be_chosen_has_a_whole_row() -> None:
-    assert {"val_accuracy", "val_nll", "val_ece", "val_auroc", "val_macro_f1", "val_balanced_accuracy"} == set(
-        SELECTABLE
-    )
+    assert {
+        "val_accuracy",
+        "val_nll",
+        "val_ece",
+        "val_auroc",
+        "val_macro_f1",
+        "val_balanced_accuracy",
+    } == set(SELECTABLE)
     logits, labels = np.eye(4) + 0.1, np.arange(4)
     for key in SELECTABLE:
         row = SCORES[key]
@@ -200,7 +232,9 @@ def test_every_metric_that_can_be_chosen_has_a_whole_row() -> None:
         assert better == (row.direction == "max"), key
 
 
-def test_validation_has_all_others_from_the_logits_of_all_images(answers: tuple[Array, NDArray[np.int64]]) -> None:
+def test_validation_has_all_others_from_the_logits_of_all_images(
+    answers: tuple[Array, NDArray[np.int64]],
+) -> None:
     logits, labels = answers
     rows = evaluate.asked_beside([key for key in SELECTABLE if key != "val_nll"])
     assert [row.key for row in rows] == ["val_auroc", "val_macro_f1", "val_balanced_accuracy"]
@@ -208,7 +242,9 @@ def test_validation_has_all_others_from_the_logits_of_all_images(answers: tuple[
     found = evaluate.metrics_at_once(rows, batches, torch.from_numpy(labels), 10, rank=0, workers=1)
     expected = scores(logits.astype(np.float32), labels)
     assert found == {row.key: expected[row.name] for row in rows}
-    with pytest.raises(ValueError, match="no such metric 'val_auc'; known: val_accuracy, val_top5, val_nll"):
+    with pytest.raises(
+        ValueError, match="no such metric 'val_auc'; known: val_accuracy, val_top5, val_nll"
+    ):
         evaluate.asked_beside(["val_auc"])
 
 
@@ -240,23 +276,37 @@ def test_search_readers_live_view_report_and_arms_name_the_same_best_trial(
         lines[-1] |= {metric: math.nan} if number % 5 == 0 else {}
         (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     records = read_records(experiment)
-    values = {r.name: r.last[metric] for r in records if r.status == "done" and not math.isnan(r.last[metric])}
+    values = {
+        r.name: r.last[metric]
+        for r in records
+        if r.status == "done" and not math.isnan(r.last[metric])
+    }
     pick = max if SCORES[metric].direction == "max" else min
     winner = pick(values, key=values.__getitem__)
     found = best(records, metric)
     assert found is not None and found.name == winner
-    assert status(experiment)["best"]["trial"] == winner and status(experiment)["mode"] == SCORES[metric].direction
+    assert (
+        status(experiment)["best"]["trial"] == winner
+        and status(experiment)["mode"] == SCORES[metric].direction
+    )
     sweep = read_sweep(experiment, read_plan(experiment))
     assert sweep.ranked(sweep.full)[0].name == winner and len(sweep.full) == len(values)
     view = Progress(experiment, Console(file=io.StringIO()))
     view.setup()
     leader = view._best_of(list(view._runs.values()))
     assert leader is not None and leader.name == winner
-    assert max(map(len, view.lines(80, 24))) <= 80 and max(map(len, status_lines(status(experiment)))) <= 80
+    assert (
+        max(map(len, view.lines(80, 24))) <= 80
+        and max(map(len, status_lines(status(experiment)))) <= 80
+    )
     baselines = {"ce", "lsr"}
-    others = {r.name: values[r.name] for r in records if r.name in values and r.objective not in baselines}
+    others = {
+        r.name: values[r.name] for r in records if r.name in values and r.objective not in baselines
+    }
     compared = arms_of(experiment, top_k=1)
-    assert compared.arms[0].name == pick(others, key=others.__getitem__) and compared.metric == metric
+    assert (
+        compared.arms[0].name == pick(others, key=others.__getitem__) and compared.metric == metric
+    )
     for verb in ("best", "status", "trials"):
         assert main([verb, str(experiment)]) == 0
         assert metric in capsys.readouterr().out
@@ -267,7 +317,9 @@ def test_an_unknown_metric_in_a_file_is_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "s" / "experiment.yaml"
     path.write_text(path.read_text().replace("metric: val_accuracy", "metric: val_auc"))
     for read in (selection_metric, read_plan):
-        with pytest.raises(ConfigError, match="no such metric 'val_auc'; known: val_accuracy, val_top5"):
+        with pytest.raises(
+            ConfigError, match="no such metric 'val_auc'; known: val_accuracy, val_top5"
+        ):
             read(tmp_path / "s")
 
 
@@ -295,14 +347,22 @@ def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_pat
     result = json.loads((directory / "confirm.json").read_text())
     (found,) = result["verdicts"]
     row = SCORES[metric]
-    assert found["metric"] == {"name": row.name, "larger_is_better": True, "percent": True, "margin": row.margin}
+    assert found["metric"] == {
+        "name": row.name,
+        "larger_is_better": True,
+        "percent": True,
+        "margin": row.margin,
+    }
     assert found["verdict"] == "better" and all(
         0.8 < run[row.name] < 1 for arm in result["arms"] for run in arm["runs"]
     )
     lines = outcome_table(result)
     assert max(map(len, lines)) <= 80
     heads = [line.split()[3:] for line in lines if line.startswith("means on test")]
-    assert heads == [["top-5", "NLL", "ECE", "ECE", "mass", "Brier", "AUROC"], ["macro", "F1", "balanced"]]
+    assert heads == [
+        ["top-5", "NLL", "ECE", "ECE", "mass", "Brier", "AUROC"],
+        ["macro", "F1", "balanced"],
+    ]
     assert _best_arm(result, row) == "reg"
     values = [run[row.name] for run in result["arms"][2]["runs"]]
     texts = _arm_selection(result, row, directory, "reg", 1001, by_hand=(False, False))
@@ -310,7 +370,9 @@ def test_a_comparison_is_judged_reported_and_exported_by_it(metric: str, tmp_pat
     assert texts[1].startswith(expected)
     (page,) = report(directory, tmp_path / "report.html")
     assert f"lead in {row.name}, points" in page.read_text()
-    assert f"test {row.label}".encode() in b"".join(p.read_bytes() for p in (directory / "tb").glob("events.*"))
+    assert f"test {row.label}".encode() in b"".join(
+        p.read_bytes() for p in (directory / "tb").glob("events.*")
+    )
 
 
 def test_a_trial_records_what_it_is_judged_by(tmp_path: Path) -> None:
@@ -325,7 +387,9 @@ def test_a_trial_records_what_it_is_judged_by(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_a_sweep_of_two_workers_is_searched_for_auroc_and_balanced_accuracy(tmp_path: Path, ray_cluster: str) -> None:
+def test_a_sweep_of_two_workers_is_searched_for_auroc_and_balanced_accuracy(
+    tmp_path: Path, ray_cluster: str
+) -> None:
     tree = {
         "student": {"name": "mlp", "hidden": [8]}, "objective": "ce", "epochs": 2, "workers": 2,
         "optim": {"lr": {"choices": [0.1, 0.001]}, "batch_size": 64},
@@ -339,6 +403,12 @@ def test_a_sweep_of_two_workers_is_searched_for_auroc_and_balanced_accuracy(tmp_
     alone = list(train(one, more_metrics=["val_auroc", "val_balanced_accuracy"]))
     for ours, theirs in zip(winner.metrics, alone, strict=True):
         assert ours["val_auroc"] == pytest.approx(theirs.metrics["val_auroc"], abs=1e-3)
-        assert ours["val_balanced_accuracy"] == pytest.approx(theirs.metrics["val_balanced_accuracy"], abs=0.01)
-    events = b"".join(path.read_bytes() for path in (tmp_path / "e/tb" / winner.name).glob("events.*"))
-    assert b"val/auroc" in events and b"val/balanced_acc" in events and b"val/macro_f1" not in events
+        assert ours["val_balanced_accuracy"] == pytest.approx(
+            theirs.metrics["val_balanced_accuracy"], abs=0.01
+        )
+    events = b"".join(
+        path.read_bytes() for path in (tmp_path / "e/tb" / winner.name).glob("events.*")
+    )
+    assert (
+        b"val/auroc" in events and b"val/balanced_acc" in events and b"val/macro_f1" not in events
+    )

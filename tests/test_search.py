@@ -20,7 +20,13 @@ from scipy.stats import qmc
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.run import tune
 from tfkd_ray.run.priors import prior_trials
-from tfkd_ray.run.searcher import OptunaSearcher, Rungs, StudyStopping, copy_trials, take_saved_journal
+from tfkd_ray.run.searcher import (
+    OptunaSearcher,
+    Rungs,
+    StudyStopping,
+    copy_trials,
+    take_saved_journal,
+)
 from tfkd_ray.run.studies import open_journal, save_journal
 from tfkd_ray.run.tune import disk_trouble
 from tfkd_ray.settings.errors import ConfigError
@@ -29,7 +35,13 @@ from tfkd_ray.show.importance import importance
 from tfkd_ray.show.status import status, status_lines
 from tfkd_ray.space.relate import not_superset, warm_points
 from tfkd_ray.space.space import Space, build_space
-from tfkd_ray.store.experiment import Record, gone_trials, read_experiment, write_experiment, write_record
+from tfkd_ray.store.experiment import (
+    Record,
+    gone_trials,
+    read_experiment,
+    write_experiment,
+    write_record,
+)
 from tfkd_ray.store.storage import Storage
 
 EPOCHS = 9
@@ -53,7 +65,9 @@ def value(config: dict[str, Any], epoch: int) -> float:
     return float(1 - abs(lr - 0.1) - 1 / (epoch + 1))
 
 
-def run_trial(searcher: OptunaSearcher, trial_id: str, config: dict[str, Any], upto: int = EPOCHS) -> dict[str, Any]:
+def run_trial(
+    searcher: OptunaSearcher, trial_id: str, config: dict[str, Any], upto: int = EPOCHS
+) -> dict[str, Any]:
     """Epochs until the study says stop; what Tune would call, in Tune's order. Returns the last result."""
     result: dict[str, Any] = {}
     for epoch in range(1, min(upto, config["trial"]["epochs"]) + 1):
@@ -64,7 +78,9 @@ def run_trial(searcher: OptunaSearcher, trial_id: str, config: dict[str, Any], u
     return result
 
 
-def run_sweep(searcher: OptunaSearcher, kill_at: int | None = None, most: int = 1000) -> list[dict[str, Any]]:
+def run_sweep(
+    searcher: OptunaSearcher, kill_at: int | None = None, most: int = 1000
+) -> list[dict[str, Any]]:
     """One trial at a time; with `kill_at`, the driver dies in the middle of that trial."""
     configs = []
     for k in range(most):
@@ -88,7 +104,9 @@ def trials(journal: Path) -> list[FrozenTrial]:
         for s in optuna.study.get_all_study_names(storage)
         for t in optuna.load_study(study_name=s, storage=storage).trials
     ]
-    return sorted((t for t in found if "number" in t.user_attrs), key=lambda t: t.user_attrs["number"])
+    return sorted(
+        (t for t in found if "number" in t.user_attrs), key=lambda t: t.user_attrs["number"]
+    )
 
 
 @pytest.fixture
@@ -100,9 +118,17 @@ def test_a_proposal_is_a_whole_configuration_with_its_number_and_name(journal: P
     config = OptunaSearcher(space(), journal, folder=Path("/x")).suggest("a")
     assert isinstance(config, dict)
     about = config["trial"]
-    assert (about["number"], about["name"], about["directory"], about["epochs"]) == (0, "t0000-ce", "/x/t0000-ce", 9)
+    assert (about["number"], about["name"], about["directory"], about["epochs"]) == (
+        0,
+        "t0000-ce",
+        "/x/t0000-ce",
+        9,
+    )
     assert about["parameters"] == {"optim.lr": config["optim"]["lr"]}
-    assert config["objective"] == {"name": "ce", "loss_scale": 1.0} and config["optim"]["momentum"] == 0.9
+    assert (
+        config["objective"] == {"name": "ce", "loss_scale": 1.0}
+        and config["optim"]["momentum"] == 0.9
+    )
 
 
 def test_objectives_get_equally_many_trials_and_the_total_is_exact(journal: Path) -> None:
@@ -116,7 +142,9 @@ def test_states_are_true(journal: Path) -> None:
     ends: list[Callable[[str, dict[str, Any]], None]] = [
         lambda i, c: searcher.on_trial_complete(i, run_trial(searcher, i, c)),
         lambda i, c: searcher.on_trial_complete(i, run_trial(searcher, i, c, upto=3)),
-        lambda i, c: searcher.on_trial_complete(i, {"failed": "ArithmeticError: nan at epoch 2", "done": True}),
+        lambda i, c: searcher.on_trial_complete(
+            i, {"failed": "ArithmeticError: nan at epoch 2", "done": True}
+        ),
         lambda i, c: searcher.on_trial_complete(i, None, error=True),
         lambda i, c: searcher.on_trial_complete(i, {"epoch": 9, "val_accuracy": float("nan")}),
         lambda i, c: searcher.on_trial_complete(i, {"epoch": 9}),
@@ -125,9 +153,15 @@ def test_states_are_true(journal: Path) -> None:
         config = searcher.suggest(f"id{k}")
         assert isinstance(config, dict)
         end(f"id{k}", config)
-        searcher.on_trial_complete(f"id{k}", {"epoch": 9, "val_accuracy": 0.1})  # telling it twice changes nothing
+        searcher.on_trial_complete(
+            f"id{k}", {"epoch": 9, "val_accuracy": 0.1}
+        )  # telling it twice changes nothing
     found = trials(journal)
-    assert [t.state for t in found] == [TrialState.COMPLETE, TrialState.PRUNED, *[TrialState.FAIL] * 4]
+    assert [t.state for t in found] == [
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        *[TrialState.FAIL] * 4,
+    ]
     assert found[0].value == value({"optim": {"lr": found[0].params["optim.lr"]}}, 9)
     assert sorted(found[1].intermediate_values) == [1, 2, 3]
     assert [t.user_attrs.get("reason") for t in found[2:]] == [
@@ -158,7 +192,9 @@ def test_halving_stops_the_worse_two_thirds_of_its_own_objective(journal: Path) 
 
 
 @pytest.mark.parametrize("metric, best", [("val_accuracy", max), ("val_nll", min)])
-def test_the_metric_decides_which_way_is_better(journal: Path, metric: str, best: Callable[..., float]) -> None:
+def test_the_metric_decides_which_way_is_better(
+    journal: Path, metric: str, best: Callable[..., float]
+) -> None:
     searcher = OptunaSearcher(space(metric=metric, stopping="none"), journal, study="s")
     for k in range(4):
         searcher.suggest(f"id{k}")
@@ -177,7 +213,9 @@ def test_the_sequence_of_proposals_is_a_function_of_the_study(tmp_path: Path) ->
         before = run_sweep(OptunaSearcher(space(), journal), kill_at=kill_at)
         after = run_sweep(OptunaSearcher(space(), journal))
         assert before + after[1:] == whole
-        assert after[0] == before[-1]  # the unfinished trial is handed out again: same number, same parameters
+        assert (
+            after[0] == before[-1]
+        )  # the unfinished trial is handed out again: same number, same parameters
         assert [t.state for t in trials(journal)] == [t.state for t in trials(tmp_path / "a")]
 
 
@@ -187,12 +225,16 @@ def test_an_unfinished_trial_keeps_its_values_and_is_not_judged_twice(journal: P
     config = searcher.suggest("again")
     assert isinstance(config, dict) and config["trial"]["number"] == 7
     for epoch in (1, 2):
-        assert not searcher.report("again", {"epoch": epoch, "val_accuracy": -99.0})  # known: said again after a resume
+        assert not searcher.report(
+            "again", {"epoch": epoch, "val_accuracy": -99.0}
+        )  # known: said again after a resume
     values = trials(journal)[7].intermediate_values
     assert values == {e: pytest.approx(value(config, e)) for e in (1, 2)}
 
 
-def test_a_trial_that_ends_while_it_is_paused_is_pruned_if_it_has_told_an_epoch(journal: Path) -> None:
+def test_a_trial_that_ends_while_it_is_paused_is_pruned_if_it_has_told_an_epoch(
+    journal: Path,
+) -> None:
     """Of one that is paused, as Ray's HyperBand does, Tune tells no last result."""
     searcher = OptunaSearcher(space(stopping="none"), journal)
     for trial_id, epochs in (("a", 2), ("b", 0)):
@@ -202,7 +244,10 @@ def test_a_trial_that_ends_while_it_is_paused_is_pruned_if_it_has_told_an_epoch(
         searcher.on_trial_complete(trial_id)
     told, untold = trials(journal)
     assert told.state == TrialState.PRUNED and list(told.intermediate_values) == [1, 2]
-    assert (untold.state, untold.user_attrs["reason"]) == (TrialState.FAIL, "ended without a result")
+    assert (untold.state, untold.user_attrs["reason"]) == (
+        TrialState.FAIL,
+        "ended without a result",
+    )
 
 
 def test_a_driver_that_dies_before_it_acts_on_a_rung_judges_again(journal: Path) -> None:
@@ -214,7 +259,11 @@ def test_a_driver_that_dies_before_it_acts_on_a_rung_judges_again(journal: Path)
     again = OptunaSearcher(space(), journal)
     configs = [again.suggest(f"new{k}") for k in range(3)]
     assert [c["trial"]["number"] for c in configs if isinstance(c, dict)] == [0, 1, 2]
-    assert [again.report(f"new{k}", {"epoch": 1, "val_accuracy": 0.5}) for k in range(3)] == [False, False, True]
+    assert [again.report(f"new{k}", {"epoch": 1, "val_accuracy": 0.5}) for k in range(3)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_driver_that_dies_while_asking_asks_again_for_the_same(tmp_path: Path) -> None:
@@ -223,7 +272,9 @@ def test_a_driver_that_dies_while_asking_asks_again_for_the_same(tmp_path: Path)
     run_sweep(OptunaSearcher(space(), journal), kill_at=6)
     lines = journal.read_bytes().splitlines(keepends=True)
     numbered = [i for i, line in enumerate(lines) if b'"number"' in line]
-    for cut in range(numbered[4] - 1, numbered[5]):  # every line between two proposals, and half a line
+    for cut in range(
+        numbered[4] - 1, numbered[5]
+    ):  # every line between two proposals, and half a line
         journal.write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
         after = run_sweep(OptunaSearcher(space(), journal))
         assert after == whole[after[0]["trial"]["number"] :]
@@ -241,8 +292,14 @@ LOST: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deleted": (lambda j: j.unlink(), "was deleted"),
     "cut": (lambda j: os.truncate(j, 100), "was cut, or replaced by an older one,"),
     "emptied": (lambda j: j.write_bytes(b""), "was cut, or replaced by an older one,"),
-    "an older copy": (lambda j: j.write_bytes(j.read_bytes()[:-400]), "was cut, or replaced by an older one,"),
-    "another's": (lambda j: j.write_bytes(b"#" + j.read_bytes() * 2), "was replaced by another one"),
+    "an older copy": (
+        lambda j: j.write_bytes(j.read_bytes()[:-400]),
+        "was cut, or replaced by an older one,",
+    ),
+    "another's": (
+        lambda j: j.write_bytes(b"#" + j.read_bytes() * 2),
+        "was replaced by another one",
+    ),
     "a folder": (lambda j: (j.unlink(), j.mkdir()), "was replaced by what is no file"),
     "a FIFO": (lambda j: (j.unlink(), os.mkfifo(j)), "was replaced by what is no file"),
     "a link to nothing": (lambda j: (j.unlink(), j.symlink_to("nothing")), "was deleted"),
@@ -260,17 +317,26 @@ def test_a_journal_that_is_lost_while_a_search_runs_is_noticed_and_goes_on_from_
         **lr,
         "student": "mlp",
         "epochs": 9,
-        "search": {"num_samples": 8, "stopping": "none", "sampler": {"name": sampler, "startup": 3}},
+        "search": {
+            "num_samples": 8,
+            "stopping": "none",
+            "sampler": {"name": sampler, "startup": 3},
+        },
     }
     whole = run_sweep(OptunaSearcher(build_space(tree), tmp_path / "whole.journal"))
     journal = tmp_path / "study.journal"
     searcher = OptunaSearcher(build_space(tree), journal)
     begun = run_sweep(searcher, kill_at=4)
     harm(journal)
-    sentence = r"was .* while the sweep ran; what the search knows is in study.journal.saved, and resuming"
+    sentence = (
+        r"was .* while the sweep ran; what the search knows is in study.journal.saved, and resuming"
+    )
     with pytest.raises(OSError, match=sentence) as raised:
         run_trial(searcher, "id4", begun[-1])
-    assert what in str(raised.value) and disk_trouble(raised.value) == f"{journal}: {raised.value.strerror}"
+    assert (
+        what in str(raised.value)
+        and disk_trouble(raised.value) == f"{journal}: {raised.value.strerror}"
+    )
     assert not [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")]
     stands = os.path.lexists(journal)
     assert take_saved_journal(journal) and not take_saved_journal(journal)
@@ -299,13 +365,17 @@ def test_a_journal_that_is_deleted_at_the_moment_of_its_use_is_noticed_at_once(
         return found
 
     monkeypatch.setattr(JournalFileBackend, use, harmed)
-    with pytest.raises(OSError, match=r"was (deleted|cut.*) while the sweep ran; what the search knows is in"):
+    with pytest.raises(
+        OSError, match=r"was (deleted|cut.*) while the sweep ran; what the search knows is in"
+    ):
         searcher.suggest("id2")
     monkeypatch.undo()
     assert take_saved_journal(journal) and len(trials(journal)) == 2
 
 
-def test_a_journal_to_which_others_append_or_that_is_put_back_as_it_was_is_not_lost(journal: Path) -> None:
+def test_a_journal_to_which_others_append_or_that_is_put_back_as_it_was_is_not_lost(
+    journal: Path,
+) -> None:
     searcher, dashboard = (OptunaSearcher(space(num_samples=6), journal) for _ in "ab")
     run_sweep(searcher, most=2)
     dashboard.studies()[0].set_user_attr("note", "seen")
@@ -321,11 +391,15 @@ def test_a_journal_whose_folder_is_gone_is_a_sentence(tmp_path: Path) -> None:
     run_sweep(searcher, most=2)
     shutil.rmtree(tmp_path / "e")
     (tmp_path / "e").write_text("")
-    with pytest.raises(OSError, match=r"what the search knows could not be saved beside it \(its directory is gone"):
+    with pytest.raises(
+        OSError, match=r"what the search knows could not be saved beside it \(its directory is gone"
+    ):
         searcher.suggest("id2")
 
 
-def test_a_trial_whose_folder_is_gone_is_told_by_status_in_any_study_also_one_that_was_saved(tmp_path: Path) -> None:
+def test_a_trial_whose_folder_is_gone_is_told_by_status_in_any_study_also_one_that_was_saved(
+    tmp_path: Path,
+) -> None:
     tree = space(num_samples=6).tree
     write_experiment(tmp_path, tree, [])
     searcher = OptunaSearcher(space(num_samples=6), tmp_path / "study.journal")
@@ -334,7 +408,17 @@ def test_a_trial_whose_folder_is_gone_is_told_by_status_in_any_study_also_one_th
     for config in configs:
         about = config["trial"]
         place = tmp_path / "trials" / about["name"]
-        write_record(Record(place, about["number"], about["name"], config["objective"]["name"], "running", {}, config))
+        write_record(
+            Record(
+                place,
+                about["number"],
+                about["name"],
+                config["objective"]["name"],
+                "running",
+                {},
+                config,
+            )
+        )
     assert isinstance(pending, dict) and gone_trials(tmp_path) == [] == status(tmp_path)["gone"]
     for k in (0, 4):
         shutil.rmtree(tmp_path / "trials" / configs[k]["trial"]["name"])
@@ -352,7 +436,10 @@ def test_a_searcher_is_pickled_without_anything_live(journal: Path, tmp_path: Pa
     again = pickle.loads(pickle.dumps(searcher))
     assert again.remaining() == 16
     searcher.save(str(tmp_path / "state"))
-    assert json.loads((tmp_path / "state").read_text()) == {"journal": str(journal), "trials": {"a": 0}}
+    assert json.loads((tmp_path / "state").read_text()) == {
+        "journal": str(journal),
+        "trials": {"a": 0},
+    }
     again.restore(str(tmp_path / "state"))
     config = again.suggest("b")
     assert isinstance(config, dict) and config["trial"]["number"] == 1  # Tune itself goes on with a
@@ -369,14 +456,24 @@ def test_the_scheduler_asks_the_study(journal: Path) -> None:
     for k, accuracy in enumerate([0.9, 0.9, 0.1, 0.95]):
         Trial.trial_id = f"id{k}"
         searcher.suggest(Trial.trial_id)
-        decisions.append(scheduler.on_trial_result(None, Trial(), {"epoch": 1, "val_accuracy": accuracy}))  # type: ignore[arg-type]
-    assert decisions == [TrialScheduler.CONTINUE, TrialScheduler.CONTINUE, TrialScheduler.STOP, TrialScheduler.CONTINUE]
+        decisions.append(
+            scheduler.on_trial_result(None, Trial(), {"epoch": 1, "val_accuracy": accuracy})
+        )  # type: ignore[arg-type]
+    assert decisions == [
+        TrialScheduler.CONTINUE,
+        TrialScheduler.CONTINUE,
+        TrialScheduler.STOP,
+        TrialScheduler.CONTINUE,
+    ]
 
 
 # --- samplers and stopping rules by name
 
 
-NUMBERS = {"lr": {"low": 0.01, "high": 1, "log": True}, "weight_decay": {"low": 1e-5, "high": 1e-2, "log": True}}
+NUMBERS = {
+    "lr": {"low": 0.01, "high": 1, "log": True},
+    "weight_decay": {"low": 1e-5, "high": 1e-2, "log": True},
+}
 
 
 def plain(sampler: Any, **search: Any) -> Space:
@@ -397,14 +494,21 @@ SAMPLERS = [*MODELS, {"name": "qmc"}, {"name": "qmc", "kind": "halton"}, {"name"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: "-".join(map(str, s.values())))
-def test_a_killed_driver_changes_no_proposal_of_any_sampler(tmp_path: Path, sampler: dict[str, Any]) -> None:
+def test_a_killed_driver_changes_no_proposal_of_any_sampler(
+    tmp_path: Path, sampler: dict[str, Any]
+) -> None:
     whole = run_sweep(OptunaSearcher(plain(sampler), tmp_path / "a"))
     before = run_sweep(OptunaSearcher(plain(sampler), tmp_path / "b"), kill_at=7)
-    assert before + run_sweep(OptunaSearcher(plain(sampler), tmp_path / "b"))[1:] == whole and len(whole) == 9
+    assert (
+        before + run_sweep(OptunaSearcher(plain(sampler), tmp_path / "b"))[1:] == whole
+        and len(whole) == 9
+    )
 
 
 @pytest.mark.parametrize(
-    "sampler", [s for s in SAMPLERS if s["name"] != "cmaes"], ids=lambda s: "-".join(map(str, s.values()))
+    "sampler",
+    [s for s in SAMPLERS if s["name"] != "cmaes"],
+    ids=lambda s: "-".join(map(str, s.values())),
 )
 @pytest.mark.slow
 def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler_but_cmaes(
@@ -423,9 +527,15 @@ def test_a_proposal_that_a_crash_cut_off_is_made_again_by_any_sampler_but_cmaes(
 
 @pytest.mark.parametrize("sampler", MODELS, ids=lambda s: s["name"])
 @pytest.mark.slow
-def test_a_model_finds_what_a_random_search_does_not(tmp_path: Path, sampler: dict[str, Any]) -> None:
+def test_a_model_finds_what_a_random_search_does_not(
+    tmp_path: Path, sampler: dict[str, Any]
+) -> None:
     def late(sampler: Any) -> float:
-        configs = run_sweep(OptunaSearcher(plain(sampler, num_samples=30, warm_start=False), tmp_path / str(sampler)))
+        configs = run_sweep(
+            OptunaSearcher(
+                plain(sampler, num_samples=30, warm_start=False), tmp_path / str(sampler)
+            )
+        )
         return float(np.mean([abs(np.log(c["optim"]["lr"] / 0.1)) for c in configs[18:]]))
 
     assert late(sampler) < 0.7 * late("random")
@@ -433,9 +543,13 @@ def test_a_model_finds_what_a_random_search_does_not(tmp_path: Path, sampler: di
 
 def test_quasi_random_points_cover_the_space_more_evenly_than_random_ones(tmp_path: Path) -> None:
     def discrepancy(sampler: str) -> float:
-        searcher = OptunaSearcher(plain(sampler, num_samples=64, warm_start=False), tmp_path / sampler)
+        searcher = OptunaSearcher(
+            plain(sampler, num_samples=64, warm_start=False), tmp_path / sampler
+        )
         optim = [c["optim"] for k in range(64) if isinstance(c := searcher.suggest(f"id{k}"), dict)]
-        points = [[np.log10(o["lr"]) / 2 + 1, np.log10(o["weight_decay"]) / 3 + 5 / 3] for o in optim]
+        points = [
+            [np.log10(o["lr"]) / 2 + 1, np.log10(o["weight_decay"]) / 3 + 5 / 3] for o in optim
+        ]
         return float(qmc.discrepancy(np.clip(points, 0, 1)))
 
     assert discrepancy("qmc") < 0.5 * discrepancy("random")
@@ -447,30 +561,44 @@ def grid(**search: Any) -> Space:
             "student": "mlp",
             "epochs": EPOCHS,
             "objective": ["ce", {"name": "lsr", "alpha": {"choices": [0.1, 0.2]}}],
-            "optim": {"lr": {"low": 0.1, "high": 0.3, "step": 0.1}, "nesterov": {"choices": [True, False]}},
+            "optim": {
+                "lr": {"low": 0.1, "high": 0.3, "step": 0.1},
+                "nesterov": {"choices": [True, False]},
+            },
             "search": {"sampler": "grid", **search},
         }
     )
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp"])
-def test_a_model_begins_with_quasi_random_points_also_after_a_kill(tmp_path: Path, name: str) -> None:
+def test_a_model_begins_with_quasi_random_points_also_after_a_kill(
+    tmp_path: Path, name: str
+) -> None:
     more = {"warm_start": False, "num_samples": 8}
     even = run_sweep(OptunaSearcher(space(sampler="qmc", **more), tmp_path / "even"))
     s = space(sampler={"name": name, "startup": 3}, **more)
     before = run_sweep(OptunaSearcher(s, tmp_path / name), kill_at=4)
     found = before + run_sweep(OptunaSearcher(s, tmp_path / name))[1:]
     assert found[:6] == even[:6] and found[6:] != even[6:]  # three of each objective
-    together = run_sweep(OptunaSearcher(space(sampler="tpe", split=False, **more), tmp_path / "together"))
+    together = run_sweep(
+        OptunaSearcher(space(sampler="tpe", split=False, **more), tmp_path / "together")
+    )
     assert [c["optim"] for c in together[:3]] != [c["optim"] for c in even[:3]]
 
 
 def test_a_grid_is_every_combination_once_also_after_a_kill(tmp_path: Path) -> None:
     def point(c: dict[str, Any]) -> tuple[Any, ...]:
-        return (c["objective"]["name"], c["objective"].get("alpha"), round(c["optim"]["lr"], 9), c["optim"]["nesterov"])
+        return (
+            c["objective"]["name"],
+            c["objective"].get("alpha"),
+            round(c["optim"]["lr"], 9),
+            c["optim"]["nesterov"],
+        )
 
     whole = run_sweep(OptunaSearcher(grid(), tmp_path / "a"))
-    assert len(whole) == grid().search.num_samples == 6 + 12 and len({point(c) for c in whole}) == 18
+    assert (
+        len(whole) == grid().search.num_samples == 6 + 12 and len({point(c) for c in whole}) == 18
+    )
     assert [c["objective"]["name"] for c in whole] == ["ce", "lsr"] * 6 + ["lsr"] * 6
     for kill_at in (2, 14):
         journal = tmp_path / f"b{kill_at}"
@@ -478,7 +606,9 @@ def test_a_grid_is_every_combination_once_also_after_a_kill(tmp_path: Path) -> N
         assert before + run_sweep(OptunaSearcher(grid(), journal))[1:] == whole
 
 
-@pytest.mark.parametrize("stopping", ["hyperband", "median", {"name": "halving", "factor": 2}, "asha"])
+@pytest.mark.parametrize(
+    "stopping", ["hyperband", "median", {"name": "halving", "factor": 2}, "asha"]
+)
 def test_a_killed_driver_changes_no_judgment(tmp_path: Path, stopping: Any) -> None:
     search = {"stopping": stopping, "num_samples": 28}
     whole = run_sweep(OptunaSearcher(space(**search), tmp_path / "a"))
@@ -500,7 +630,9 @@ def test_hyperband_judges_a_trial_among_those_of_its_own_bracket(journal: Path) 
 
 
 def test_median_stops_only_once_it_has_enough_to_compare_with(journal: Path) -> None:
-    run_sweep(OptunaSearcher(space(stopping={"name": "median", "startup": 4}, num_samples=40), journal))
+    run_sweep(
+        OptunaSearcher(space(stopping={"name": "median", "startup": 4}, num_samples=40), journal)
+    )
     for objective in ("ce", "lsr"):
         states = [t.state for t in trials(journal) if t.user_attrs["name"].endswith(objective)]
         assert states[:4] == [TrialState.COMPLETE] * 4 and TrialState.PRUNED in states
@@ -524,8 +656,14 @@ def test_a_published_setting_reaches_every_kind_of_parameter(journal: Path) -> N
     s = build_space(
         {
             "student": "mlp",
-            "objective": {"name": "tfkd_reg", "correct_prob": {"low": 0.9, "high": 0.995, "log_complement": True}},
-            "optim": {"batch_size": {"low": 64, "high": 256, "log": True}, "momentum": {"choices": [0.0, 0.9]}},
+            "objective": {
+                "name": "tfkd_reg",
+                "correct_prob": {"low": 0.9, "high": 0.995, "log_complement": True},
+            },
+            "optim": {
+                "batch_size": {"low": 64, "high": 256, "log": True},
+                "momentum": {"choices": [0.0, 0.9]},
+            },
             "schedule": {"choices": ["step", {"name": "cosine", "final": 0.1}]},
             "search": {"num_samples": 8},
         }
@@ -533,7 +671,11 @@ def test_a_published_setting_reaches_every_kind_of_parameter(journal: Path) -> N
     first = OptunaSearcher(s, journal).suggest("a")
     assert isinstance(first, dict)
     assert first["objective"]["correct_prob"] == pytest.approx(0.99, abs=1e-12)
-    assert (first["optim"]["batch_size"], first["optim"]["momentum"], first["schedule"]["name"]) == (128, 0.9, "step")
+    assert (
+        first["optim"]["batch_size"],
+        first["optim"]["momentum"],
+        first["schedule"]["name"],
+    ) == (128, 0.9, "step")
 
 
 # --- several metrics
@@ -551,10 +693,15 @@ def test_several_metrics_are_told_together_and_the_study_has_a_front(journal: Pa
         if k == 2:
             ends[k]["val_ece"] = float("nan")
         assert not searcher.report(f"id{k}", {**ends[k], "epoch": 1})
-        searcher.on_trial_complete(f"id{k}", ends[k] if k != 4 else {"epoch": 2, "val_accuracy": 1.0, "val_ece": 0.1})
+        searcher.on_trial_complete(
+            f"id{k}", ends[k] if k != 4 else {"epoch": 2, "val_accuracy": 1.0, "val_ece": 0.1}
+        )
     found = trials(journal)
     assert found[2].state == TrialState.FAIL and found[2].user_attrs["reason"] == "val_ece is nan"
-    assert found[4].state == TrialState.PRUNED and found[0].values == [ends[0]["val_accuracy"], ends[0]["val_ece"]]
+    assert found[4].state == TrialState.PRUNED and found[0].values == [
+        ends[0]["val_accuracy"],
+        ends[0]["val_ece"],
+    ]
     for study in searcher.studies():
         assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"] and study.best_trials
 
@@ -572,7 +719,9 @@ def test_several_metrics_and_a_kill(tmp_path: Path, sampler: Any) -> None:
                 configs.append(config)
                 if k < upto - 1 or upto == 20:
                     v = value(config, 9)
-                    searcher.on_trial_complete(f"id{k}", {"epoch": 3, "val_accuracy": v, "val_nll": v})
+                    searcher.on_trial_complete(
+                        f"id{k}", {"epoch": 3, "val_accuracy": v, "val_nll": v}
+                    )
         return configs
 
     whole = run(tmp_path / "a", 20)
@@ -583,7 +732,9 @@ def test_several_metrics_and_a_kill(tmp_path: Path, sampler: Any) -> None:
 # --- failed trials, once more
 
 
-def test_failed_trials_run_again_with_their_numbers_and_parameters_and_the_total_is_exact(journal: Path) -> None:
+def test_failed_trials_run_again_with_their_numbers_and_parameters_and_the_total_is_exact(
+    journal: Path,
+) -> None:
     searcher = OptunaSearcher(space(), journal)
     configs = {}
     for k in range(16):
@@ -602,7 +753,9 @@ def test_failed_trials_run_again_with_their_numbers_and_parameters_and_the_total
     for n in (3, 7):
         config = again.suggest(f"again{n}")
         assert config == configs[n]
-        assert not again.report(f"again{n}", {"epoch": 1, "val_accuracy": 0.0})  # known from the first attempt
+        assert not again.report(
+            f"again{n}", {"epoch": 1, "val_accuracy": 0.0}
+        )  # known from the first attempt
         again.on_trial_complete(f"again{n}", {"epoch": 9, "val_accuracy": 0.9})
     assert again.suggest("x") == Searcher.FINISHED
     last = OptunaSearcher(space(), journal)
@@ -613,7 +766,9 @@ def test_failed_trials_run_again_with_their_numbers_and_parameters_and_the_total
         if t.user_attrs["number"] in (3, 7)
     ]
     assert attempts == [
-        (n, *rest) for n in (3, 7) for rest in (("FAIL", None, {1: 0.99}), ("COMPLETE", 2, {1: 0.99, 9: 0.9}))
+        (n, *rest)
+        for n in (3, 7)
+        for rest in (("FAIL", None, {1: 0.99}), ("COMPLETE", 2, {1: 0.99, 9: 0.9}))
     ]
 
 
@@ -630,7 +785,10 @@ def test_a_trial_that_was_tried_again_counts_once_at_a_rung(journal: Path) -> No
     came = [t.intermediate_values[1] for t in study.trials if 1 in t.intermediate_values]
     assert sorted(came) == [0.8, 0.9, 0.9]
     rungs = Rungs([[1, 3]], 2)
-    values = {0.9: False, 0.8: True}  # of two trials, the better goes on; counted thrice, 0.8 would still be behind
+    values = {
+        0.9: False,
+        0.8: True,
+    }  # of two trials, the better goes on; counted thrice, 0.8 would still be behind
     for trial in study.get_trials(deepcopy=False):
         if 1 in trial.intermediate_values:
             assert rungs.prune(study, trial) == values[trial.intermediate_values[1]]
@@ -659,7 +817,13 @@ def finished(folder: Path, s: Space, values: list[float], *, status: str = "done
         path = folder / "trials" / about["name"]
         write_record(
             Record(
-                path, about["number"], about["name"], config["objective"]["name"], status, about["parameters"], config
+                path,
+                about["number"],
+                about["name"],
+                config["objective"]["name"],
+                status,
+                about["parameters"],
+                config,
             )
         )
         (path / "metrics.jsonl").write_text(
@@ -676,12 +840,17 @@ def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_
     tmp_path: Path, split: bool
 ) -> None:
     earlier = finished(
-        tmp_path / "old", space(sampler="random", warm_start=False, num_samples=20), [k / 20 for k in range(20)]
+        tmp_path / "old",
+        space(sampler="random", warm_start=False, num_samples=20),
+        [k / 20 for k in range(20)],
     )
     cold = run_sweep(OptunaSearcher(space(split=split), tmp_path / "a"))
     journal = tmp_path / "b"
     searcher = OptunaSearcher(space(split=split), journal, priors=[earlier])
-    warm = run_sweep(searcher, kill_at=9) + run_sweep(OptunaSearcher(space(split=split), journal, priors=[earlier]))[1:]
+    warm = (
+        run_sweep(searcher, kill_at=9)
+        + run_sweep(OptunaSearcher(space(split=split), journal, priors=[earlier]))[1:]
+    )
     assert [c["trial"]["number"] for c in warm] == list(range(16)) and warm != cold
     assert warm == run_sweep(OptunaSearcher(space(split=split), tmp_path / "c", priors=[earlier]))
     storage = open_journal(journal)
@@ -693,9 +862,14 @@ def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_
     priors = [t for t in found if "prior" in t.user_attrs]
     assert len(priors) == 20 and len(found) == 36  # each once, though told twice
     assert split or [t.params["objective"] for t in priors] == ["ce", "lsr"] * 10
-    assert all(("objective.lsr.alpha" in t.params) == ("-lsr" in t.user_attrs["prior"]) for t in priors)
     assert all(
-        t.state == TrialState.COMPLETE and not t.intermediate_values and "number" not in t.user_attrs for t in priors
+        ("objective.lsr.alpha" in t.params) == ("-lsr" in t.user_attrs["prior"]) for t in priors
+    )
+    assert all(
+        t.state == TrialState.COMPLETE
+        and not t.intermediate_values
+        and "number" not in t.user_attrs
+        for t in priors
     )
     assert {t.user_attrs["prior"] for t in priors} == {
         f"old/t{n:04d}-{'ce' if n % 2 == 0 else 'lsr'}" for n in range(20)
@@ -710,7 +884,9 @@ def test_a_rung_is_made_of_this_experiments_trials_alone(tmp_path: Path, split: 
     earlier = finished(tmp_path / "old", space(sampler="random"), [0.99] * 16)
     searcher = OptunaSearcher(space(split=split), tmp_path / "a", priors=[earlier])
     searcher.suggest("a")
-    assert not searcher.report("a", {"epoch": 1, "val_accuracy": 0.1})  # it is the best that has come here
+    assert not searcher.report(
+        "a", {"epoch": 1, "val_accuracy": 0.1}
+    )  # it is the best that has come here
 
 
 def test_a_median_is_made_of_this_experiments_trials_alone(tmp_path: Path) -> None:
@@ -718,14 +894,18 @@ def test_a_median_is_made_of_this_experiments_trials_alone(tmp_path: Path) -> No
     stopping = {"name": "median", "startup": 3}
     searcher = OptunaSearcher(space(stopping=stopping), tmp_path / "a", priors=[earlier])
     stopped = []
-    for k, accuracy in enumerate([0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.1, 0.1]):  # each objective in turn
+    for k, accuracy in enumerate(
+        [0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.1, 0.1]
+    ):  # each objective in turn
         searcher.suggest(f"id{k}")
         stopped.append(searcher.report(f"id{k}", {"epoch": 1, "val_accuracy": accuracy}))
         searcher.on_trial_complete(f"id{k}", {"epoch": 9, "val_accuracy": accuracy})
     assert stopped == [False] * 6 + [True] * 2
 
 
-LARGER = {"optim": {"lr": {"low": 0.001, "high": 2, "log": True}, "momentum": {"choices": [0.0, 0.9]}}}
+LARGER = {
+    "optim": {"lr": {"low": 0.001, "high": 2, "log": True}, "momentum": {"choices": [0.0, 0.9]}}
+}
 SMALLER = {"optim": {"lr": 0.1}}
 
 
@@ -774,16 +954,24 @@ def test_an_experiment_without_overlap_is_refused_and_says_why(
     earlier = finished(tmp_path / "old", old, [0.1, 0.2])
     with pytest.raises(ConfigError) as error:
         prior_trials(space(split=split), [earlier])
-    assert f"priors: of 2 full-length trials of {earlier} none lies in this space: {sentence}" in str(error.value)
+    assert (
+        f"priors: of 2 full-length trials of {earlier} none lies in this space: {sentence}"
+        in str(error.value)
+    )
 
 
 def test_what_makes_no_sense_as_an_earlier_experiment_is_refused(tmp_path: Path) -> None:
     stopped = finished(tmp_path / "old", space(), [0.5], status="stopped")
-    with pytest.raises(ConfigError, match=r"of 0 full-length trials of .* it has no full-length trial"):
+    with pytest.raises(
+        ConfigError, match=r"of 0 full-length trials of .* it has no full-length trial"
+    ):
         prior_trials(space(), [stopped])
     with pytest.raises(ConfigError, match="not an experiment"):
         prior_trials(space(), [tmp_path])
-    with pytest.raises(ConfigError, match="earlier results would change nothing for the sampler random; use tpe or gp"):
+    with pytest.raises(
+        ConfigError,
+        match="earlier results would change nothing for the sampler random; use tpe or gp",
+    ):
         prior_trials(space(sampler="random"), [stopped])
     assert prior_trials(space(sampler="random"), []) == []
 
@@ -797,7 +985,10 @@ def test_an_experiment_goes_on_in_a_wider_space_with_all_its_trials(tmp_path: Pa
     before = run_sweep(old, kill_at=9)
     tree = {
         **space().tree,
-        "optim": {"lr": {"low": 0.001, "high": 1, "log": True}, "momentum": {"choices": [0.9, 0.0]}},
+        "optim": {
+            "lr": {"low": 0.001, "high": 1, "log": True},
+            "momentum": {"choices": [0.9, 0.0]},
+        },
     }
     tree["objective"] = [*tree["objective"], "tfkd_reg"]
     tree["search"] = {**tree["search"], "num_samples": 30, "study": "tfkd@2"}
@@ -807,15 +998,23 @@ def test_an_experiment_goes_on_in_a_wider_space_with_all_its_trials(tmp_path: Pa
         new = OptunaSearcher(wide, journal)
         copy_trials(OptunaSearcher(space(), journal), new)
     assert sorted(new.known()) == list(range(10)) and new.remaining() == 21
-    was, copied = ({t.user_attrs["number"]: t for study in s.studies() for t in study.trials} for s in (old, new))
+    was, copied = (
+        {t.user_attrs["number"]: t for study in s.studies() for t in study.trials}
+        for s in (old, new)
+    )
     assert all(t.params["optim.momentum"] == 0.9 for t in copied.values())
     for n, trial in was.items():
-        assert (copied[n].state, copied[n].intermediate_values) == (trial.state, trial.intermediate_values)
+        assert (copied[n].state, copied[n].intermediate_values) == (
+            trial.state,
+            trial.intermediate_values,
+        )
         assert copied[n].params.items() >= trial.params.items()
     after = run_sweep(new)
     assert after[0]["optim"]["lr"] == before[-1]["optim"]["lr"] and after[0]["trial"]["number"] == 9
     assert [c["trial"]["number"] for c in after] == list(range(9, 30))
-    count = [sum(name.endswith(o) for name in new.known().values()) for o in ("ce", "lsr", "tfkd_reg")]
+    count = [
+        sum(name.endswith(o) for name in new.known().values()) for o in ("ce", "lsr", "tfkd_reg")
+    ]
     assert count == [10, 10, 10]  # the objective that is new catches up
 
 
@@ -844,14 +1043,20 @@ def test_an_experiment_file_that_was_changed_by_hand_is_noticed(
         tune.resume_tuner(experiment, add_trials=4)
     path = experiment / "experiment.yaml"
     tree = read_experiment(experiment)
-    edited = {**tree["space"], **change, "optim": {**tree["space"]["optim"], **change.get("optim", {})}}
+    edited = {
+        **tree["space"],
+        **change,
+        "optim": {**tree["space"]["optim"], **change.get("optim", {})},
+    }
     path.write_text(dump_yaml({**tree, "space": edited}))
     written = path.read_text()
     with pytest.raises(ConfigError) as error:
         tune.resume_tuner(experiment, add_trials=4)
     assert sentence in str(error.value) and str(path) in str(error.value)
     assert path.read_text() == written
-    path.write_text(dump_yaml({**tree, "space": {**tree["space"], "cpus_per_worker": 2, "gpus_per_worker": 1}}))
+    path.write_text(
+        dump_yaml({**tree, "space": {**tree["space"], "cpus_per_worker": 2, "gpus_per_worker": 1}})
+    )
     with pytest.raises(RuntimeError, match="is fine"):  # where trials run is anybody's to change
         tune.resume_tuner(experiment)
 
@@ -872,18 +1077,26 @@ def test_what_auto_became_is_in_the_experiment_and_is_what_a_resume_elsewhere_us
     experiment = finished(tmp_path / "e", build_space(tree), [0.1, 0.2])
     about = read_experiment(experiment)["space"]
     assert (about["precision"], about["compile"]) == ("bf16" if here else "fp32", "off")
-    monkeypatch.setattr("tfkd_ray.learn.config._multiplies_bf16", lambda gpu: not here)  # another machine
+    monkeypatch.setattr(
+        "tfkd_ray.learn.config._multiplies_bf16", lambda gpu: not here
+    )  # another machine
     with pytest.raises(RuntimeError, match="is fine"):
         tune.resume_tuner(experiment, add_trials=2)
     (config,) = resumed
     assert (config.precision, config.compile) == (about["precision"], "off")
 
 
-@pytest.mark.parametrize("note", [7, "[1]", "{", '{"objective": 3}', "[" * 100_000], ids=lambda note: str(note)[:9])
-def test_a_damaged_note_of_the_space_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Any) -> None:
+@pytest.mark.parametrize(
+    "note", [7, "[1]", "{", '{"objective": 3}', "[" * 100_000], ids=lambda note: str(note)[:9]
+)
+def test_a_damaged_note_of_the_space_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Any
+) -> None:
     monkeypatch.setattr(tune, "prepare", reached)
     experiment = finished(tmp_path / "e", space(), [0.1, 0.2])
-    study = optuna.load_study(study_name="tfkd/ce", storage=open_journal(experiment / "study.journal"))
+    study = optuna.load_study(
+        study_name="tfkd/ce", storage=open_journal(experiment / "study.journal")
+    )
     study.set_user_attr("space", note)
     with pytest.raises(ConfigError) as error:
         tune.resume_tuner(experiment, add_trials=1)
@@ -894,7 +1107,9 @@ def test_an_experiment_of_a_release_that_noted_no_space_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "prepare", reached)
-    shutil.copytree(Path(__file__).parent / "data/experiment-0.1.0", tmp_path / "old", symlinks=True)
+    shutil.copytree(
+        Path(__file__).parent / "data/experiment-0.1.0", tmp_path / "old", symlinks=True
+    )
     s = build_space(read_experiment(tmp_path / "old/sweep")["space"])
     assert OptunaSearcher(s, tmp_path / "old/sweep/study.journal").recorded() == []
     with pytest.raises(RuntimeError, match="is fine"):
@@ -905,7 +1120,9 @@ def test_an_experiment_of_a_release_that_noted_no_space_goes_on(
 
 
 @pytest.mark.parametrize("evaluator", ["pedanova", "fanova", "mdi"])
-def test_importance_is_told_for_each_objective_over_its_full_length_trials(tmp_path: Path, evaluator: str) -> None:
+def test_importance_is_told_for_each_objective_over_its_full_length_trials(
+    tmp_path: Path, evaluator: str
+) -> None:
     s = space(sampler="random", stopping="none", num_samples=40, warm_start=False)
     s = build_space({**s.tree, "objective": ["ce", "lsr"], "optim": NUMBERS})
     experiment = tmp_path / "e"
@@ -921,7 +1138,15 @@ def test_importance_is_told_for_each_objective_over_its_full_length_trials(tmp_p
         path = experiment / "trials" / about["name"]
         stopped = k % 10 == 0
         write_record(
-            Record(path, k, about["name"], name, "stopped" if stopped else "done", about["parameters"], config)
+            Record(
+                path,
+                k,
+                about["name"],
+                name,
+                "stopped" if stopped else "done",
+                about["parameters"],
+                config,
+            )
         )
         (path / "metrics.jsonl").write_text(
             json.dumps({"epoch": 9, "val_accuracy": -1e6 if stopped else accuracy}) + "\n"

@@ -58,7 +58,12 @@ PICKLES = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 def calls() -> list[tuple[str, str, ast.Call]]:
     """(module, what is called as it is written, the call) of the whole package."""
-    nodes = [(module, node) for module, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    nodes = [
+        (module, node)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
     return [(module, ast.unparse(node.func), node) for module, node in nodes]
 
 
@@ -104,17 +109,31 @@ def test_a_new_torch_is_not(version: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_yaml_is_read_by_the_safe_loader_alone() -> None:
-    loads = [(module, name, call) for module, name, call in calls() if re.fullmatch(r"yaml\.(\w+_)?load(_all)?", name)]
-    assert [(module, keywords(call).get("Loader")) for module, _, call in loads if module != "clusterfile"] == [
-        ("settings/yaml", "_Loader")
+    loads = [
+        (module, name, call)
+        for module, name, call in calls()
+        if re.fullmatch(r"yaml\.(\w+_)?load(_all)?", name)
     ]
+    assert [
+        (module, keywords(call).get("Loader"))
+        for module, _, call in loads
+        if module != "clusterfile"
+    ] == [("settings/yaml", "_Loader")]
     assert all(keywords(call).get("Loader") == "_Loader" for _, _, call in loads)
     assert [base.__name__ for base in tfkd_ray.settings.yaml._Loader.__bases__] == ["SafeLoader"]
 
 
 def test_nothing_is_unpickled_and_no_text_is_run() -> None:
-    used = {ast.unparse(n) for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    assert {name for name in used if re.match(r"_?pickle\.", name)} == {"pickle.Unpickler", "pickle.UnpicklingError"}
+    used = {
+        ast.unparse(n)
+        for tree in TREES.values()
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute)
+    }
+    assert {name for name in used if re.match(r"_?pickle\.", name)} == {
+        "pickle.Unpickler",
+        "pickle.UnpicklingError",
+    }
     bases = [
         ast.unparse(b)
         for tree in TREES.values()
@@ -128,10 +147,14 @@ def test_nothing_is_unpickled_and_no_text_is_run() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & PICKLES, module
-            assert not (isinstance(node, ast.ImportFrom) and node.module in ("pickle", "os", "subprocess")), module
+            assert not (
+                isinstance(node, ast.ImportFrom) and node.module in ("pickle", "os", "subprocess")
+            ), module
     for module, name, call in calls():
         assert name not in RUN_CODE and name not in ("os.system", "os.popen"), module
-        assert keywords(call).get("shell") in (None, "False") and "allow_pickle" not in keywords(call), module
+        assert keywords(call).get("shell") in (None, "False") and "allow_pickle" not in keywords(
+            call
+        ), module
     assert {m for m, name, _ in calls() if name == "importlib.import_module"} == {
         "__init__",
         "learn/own",
@@ -160,16 +183,22 @@ NO_ADVISORY = {  # that we know of, so they have the bound that our use of them 
     "optuna", "statsmodels", "safetensors", "packaging", "rich", "timm", "torchdistill", "matplotlib", "onnxscript", "onnxruntime",
 }  # fmt: skip
 LISTED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {extra: lines for extra, lines in LISTED["optional-dependencies"].items() if extra != "dev"}
+EXTRAS = {
+    extra: lines for extra, lines in LISTED["optional-dependencies"].items() if extra != "dev"
+}
 REQUIRED = [
-    Requirement(line) for line in [*LISTED["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
+    Requirement(line)
+    for line in [*LISTED["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
 ]
 
 
 def test_every_dependency_has_a_bound_or_is_named_as_one_without_advisories() -> None:
     """`dev` is left out: what only developers install meets no input from elsewhere."""
     names = {r.name for r in REQUIRED}
-    assert names == FREE_OF_ADVISORIES.keys() | NO_ADVISORY and not FREE_OF_ADVISORIES.keys() & NO_ADVISORY
+    assert (
+        names == FREE_OF_ADVISORIES.keys() | NO_ADVISORY
+        and not FREE_OF_ADVISORIES.keys() & NO_ADVISORY
+    )
 
 
 @pytest.mark.parametrize("name", FREE_OF_ADVISORIES)
@@ -223,14 +252,25 @@ def poisoned(tmp_path: Path) -> tuple[Path, Path]:
                      "search_gen_state-2026-01-01_00-00-00.pkl", "callbacks-state.pkl", "tuner_params.pkl"):  # fmt: skip
             (trials / name).write_bytes(raw)
         state = {
-            "trial_data": [[json.dumps({"stub": {"_type": "CLOUDPICKLE_FALLBACK", "value": text}}), text]],
+            "trial_data": [
+                [json.dumps({"stub": {"_type": "CLOUDPICKLE_FALLBACK", "value": text}}), text]
+            ],
             "runner_data": {},
             "stats": {},
         }
-        for name in ("experiment_state-2026-01-01_00-00-00.json", "search_gen_state-2026-01-01_00-00-00.json"):
+        for name in (
+            "experiment_state-2026-01-01_00-00-00.json",
+            "search_gen_state-2026-01-01_00-00-00.json",
+        ):
             (trials / name).write_text(json.dumps(state))
         for folder in [p for p in trials.iterdir() if p.is_dir()]:
-            for name in ("params.pkl", "checkpoint.pkl", ".tune_metadata", "error.pkl", "checkpoint_000000/data.pkl"):
+            for name in (
+                "params.pkl",
+                "checkpoint.pkl",
+                ".tune_metadata",
+                "error.pkl",
+                "checkpoint_000000/data.pkl",
+            ):
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(raw)
             for name in ("student.pt", "student.pth", "model.bin"):
@@ -242,8 +282,15 @@ def poisoned(tmp_path: Path) -> tuple[Path, Path]:
     for folder in (storage / "teachers").iterdir():
         (folder / "student.pt").write_bytes(torch_bytes(bomb))
         save_state(folder, {"epoch": bomb})
-    with (storage / "sweep/study.journal").open("a") as journal:  # where Optuna's CMA-ES keeps its own
-        line = {"op_code": 3, "worker_id": "x", "study_id": 0, "system_attr": {"cma:optimizer:0": raw.hex()}}
+    with (storage / "sweep/study.journal").open(
+        "a"
+    ) as journal:  # where Optuna's CMA-ES keeps its own
+        line = {
+            "op_code": 3,
+            "worker_id": "x",
+            "study_id": 0,
+            "system_attr": {"cma:optimizer:0": raw.hex()},
+        }
         journal.write(json.dumps(line) + "\n")
     pickle.loads(raw)
     assert boom.exists(), "the bomb is a real one"
@@ -253,7 +300,10 @@ def poisoned(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 def test_reading_a_poisoned_experiment_runs_nothing(
-    poisoned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    poisoned: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     storage, boom = poisoned
 
@@ -278,7 +328,9 @@ def test_a_yaml_file_that_asks_for_code_is_refused(
     storage, boom = poisoned
     folder = storage / ("sweep" if name == "experiment.yaml" else "arms")
     with (folder / name).open("a") as file:
-        file.write(f"x: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{boom}']]\n")
+        file.write(
+            f"x: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{boom}']]\n"
+        )
     for verb in ("status", "trials", "report", "best"):
         assert main([verb, str(folder)]) == 2
         assert "not YAML: could not determine a constructor" in capsys.readouterr().err
@@ -290,10 +342,14 @@ def test_a_yaml_file_that_asks_for_code_is_refused(
 def test_a_resume_reads_none_of_rays_pickles(ray_cluster: str, poisoned: tuple[Path, Path]) -> None:
     storage, boom = poisoned
     resume_tuner(storage / "sweep", add_trials=1).fit()
-    assert [r.number for r in read_records(storage / "sweep")] == list(range(9)) and not boom.exists()
+    assert [r.number for r in read_records(storage / "sweep")] == list(
+        range(9)
+    ) and not boom.exists()
 
 
-def test_cmaes_goes_on_only_with_a_study_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cmaes_goes_on_only_with_a_study_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its state is a pickle in the study: the one place where going on with an experiment would run what is in it."""
     shutil.copytree(RELEASE, tmp_path / "storage", symlinks=True)
     sweep = tmp_path / "storage/sweep"
@@ -302,10 +358,13 @@ def test_cmaes_goes_on_only_with_a_study_of_ones_own(tmp_path: Path, monkeypatch
     (sweep / "experiment.yaml").write_text(dump_yaml(about))
     monkeypatch.setattr("os.getuid", lambda: 4321)
     with pytest.raises(
-        ConfigError, match=r"study.journal is another user's \(0\), and cmaes keeps its state .* which runs as code"
+        ConfigError,
+        match=r"study.journal is another user's \(0\), and cmaes keeps its state .* which runs as code",
     ):
         resume_tuner(sweep, add_trials=1)
-    assert "pickle.loads" in Path(optuna.samplers._cmaes.__file__).read_text()  # else the rule can go
+    assert (
+        "pickle.loads" in Path(optuna.samplers._cmaes.__file__).read_text()
+    )  # else the rule can go
 
 
 OWN = """
@@ -330,7 +389,9 @@ def test_reading_imports_no_model_of_ones_own_and_training_does(tmp_path: Path, 
     for argv in (["status"], ["best"], ["trials"], ["logs"], ["report"]):
         done = tfkd(*argv, "storage/sweep", *(["0"] if argv == ["logs"] else []))
         assert done.returncode == 0 and not boom.exists(), (argv, done.stderr)
-    assert tfkd("export", "storage/sweep/trials/t0002-ce").returncode == 2 and boom.exists()  # its weights are an MLP's
+    assert (
+        tfkd("export", "storage/sweep/trials/t0002-ce").returncode == 2 and boom.exists()
+    )  # its weights are an MLP's
 
 
 # --- secrets -----------------------------------------------------------------------------------------------------
@@ -355,7 +416,9 @@ search: {num_samples: 4, baselines: false, stopping: none}
 def places_of(words: dict[str, str], folders: list[Path]) -> list[tuple[str, Path]]:
     """(whose secret, file) wherever a canary has got to."""
     found = []
-    for path in (p for folder in folders for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
+    for path in (
+        p for folder in folders for p in folder.rglob("*") if p.is_file() and not p.is_symlink()
+    ):
         with contextlib.suppress(FileNotFoundError):  # Ray is still ending
             content = path.read_bytes()
             found += [(name, path) for name, word in words.items() if word.encode() in content]
@@ -365,7 +428,11 @@ def places_of(words: dict[str, str], folders: list[Path]) -> list[tuple[str, Pat
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_no_secret_is_written_anywhere(postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_no_secret_is_written_anywhere(
+    postgres: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A sweep with a Ray of its own, its storage given with its password on the command line; then all that reads it."""
     canaries = CANARIES | {"the storage's password": "s3cret-word"}
     temp = Path(tempfile.mkdtemp(prefix="tfkd-"))  # Ray's, whose logs are looked through, too
@@ -378,7 +445,12 @@ def test_no_secret_is_written_anywhere(postgres: str, tmp_path: Path, monkeypatc
     def run(*words: str) -> None:
         command = [sys.executable, "-m", "tfkd_ray", *words]
         with subprocess.Popen(
-            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -395,9 +467,13 @@ def test_no_secret_is_written_anywhere(postgres: str, tmp_path: Path, monkeypatc
         run("ls")
         side_by_side(tmp_path, {"both": tmp_path / "tfkd_results/e"})
         assert (
-            read_experiment(tmp_path / "tfkd_results/e")["space"]["search"]["storage"] == masked(postgres) != postgres
+            read_experiment(tmp_path / "tfkd_results/e")["space"]["search"]["storage"]
+            == masked(postgres)
+            != postgres
         )
-        assert seen and [words for words in seen if "s3cret-word" in words] == [], "Ray lists a driver's command"
+        assert seen and [words for words in seen if "s3cret-word" in words] == [], (
+            "Ray lists a driver's command"
+        )
         assert [line for line in said for word in canaries.values() if word in line] == []
         assert places_of(canaries, [tmp_path]) == []
         assert places_of(canaries, [temp]) == []
@@ -415,12 +491,16 @@ def test_a_jobs_metadata_and_files_hold_no_secret(
     (home / ".aws").mkdir(parents=True)
     for name in (".env", ".aws/credentials", "notes.txt", "token.txt"):
         (home / name).write_text(
-            {"notes.txt": "mine", "token.txt": CANARIES["RAY_AUTH_TOKEN"]}.get(name, CANARIES["AWS_SECRET_ACCESS_KEY"])
+            {"notes.txt": "mine", "token.txt": CANARIES["RAY_AUTH_TOKEN"]}.get(
+                name, CANARIES["AWS_SECRET_ACCESS_KEY"]
+            )
         )
     staged.mkdir()
     stage(home, staged)
     assert (staged / "notes.txt").exists() and places_of(CANARIES, [staged]) == []
-    command = submit_command("http://127.0.0.1:8265", "job", staged, ["python", "-m", "tfkd_ray", "tune"])
+    command = submit_command(
+        "http://127.0.0.1:8265", "job", staged, ["python", "-m", "tfkd_ray", "tune"]
+    )
     assert not [word for word in CANARIES.values() if any(word in part for part in command)]
     monkeypatch.chdir(home)
     (home / "small.yaml").write_text(SMALL)
@@ -444,8 +524,15 @@ TWO_WORKERS = {
 
 def allowed() -> dict[str, str]:
     """Where each kind of process may listen: the table of docs/clusters.md."""
-    table = (ROOT / "docs/clusters.md").read_text().partition("| process | listens on |")[2].partition("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    table = (
+        (ROOT / "docs/clusters.md")
+        .read_text()
+        .partition("| process | listens on |")[2]
+        .partition("\n\n")[0]
+    )
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
     return {row[0].strip("`"): row[1] for row in rows}
 
 
@@ -484,8 +571,22 @@ def test_no_port_is_open_that_is_not_named(tmp_path: Path) -> None:
     """A sweep of trials with two workers on a Ray of its own, with its dashboard, and TensorBoard."""
     plan = json.dumps({"space": TWO_WORKERS, "kill": []})
     shutil.copytree(RELEASE, tmp_path / "storage", symlinks=True)
-    board = [sys.executable, "-m", "tfkd_ray", "tensorboard", str(tmp_path / "storage/sweep"), "--port", "0"]
-    driver = [sys.executable, str(ROOT / "tests/sweep_under_fire.py"), str(tmp_path / "own"), "2", plan]
+    board = [
+        sys.executable,
+        "-m",
+        "tfkd_ray",
+        "tensorboard",
+        str(tmp_path / "storage/sweep"),
+        "--port",
+        "0",
+    ]
+    driver = [
+        sys.executable,
+        str(ROOT / "tests/sweep_under_fire.py"),
+        str(tmp_path / "own"),
+        "2",
+        plan,
+    ]
     seen: set[tuple[str, str, int]] = set()
     with (
         subprocess.Popen(board, stderr=subprocess.PIPE) as shown,
@@ -517,7 +618,12 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 def served_at(call: ast.Call, name: str) -> str | None:
     """The host that a call binds to or serves at, as it is written; None if it does neither."""
     last, given = name.rpartition(".")[2], keywords(call)
-    server = last.endswith(("Server", "HTTPServer")) or last in ("create_server", "start_server", "run_server", "serve")
+    server = last.endswith(("Server", "HTTPServer")) or last in (
+        "create_server",
+        "start_server",
+        "run_server",
+        "serve",
+    )
     if last in ("bind", "bind_tcp") and call.args and isinstance(call.args[0], ast.Tuple):
         return ast.unparse(call.args[0].elts[0])
     if last == "bind" and call.args and isinstance(call.args[0], ast.Name | ast.Attribute):
@@ -525,7 +631,9 @@ def served_at(call: ast.Call, name: str) -> str | None:
     if server:
         first = call.args[0] if call.args else None
         return given.get("host") or ast.unparse(
-            first.elts[0] if isinstance(first, ast.Tuple) and first.elts else first or ast.Constant("")
+            first.elts[0]
+            if isinstance(first, ast.Tuple) and first.elts
+            else first or ast.Constant("")
         )
     return None
 
@@ -537,13 +645,21 @@ def test_our_own_code_binds_to_loopback_alone() -> None:
     assert {module for module, _ in hosts} == {"cli/show", "launch/verbs"}, hosts
     assert all(host.strip("'") in LOOPBACK for _, host in hosts), hosts
     for module, tree in TREES.items():
-        words = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        words = [
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        ]
         for word in ("0.0.0.0", "::", "[::]"):
             assert word not in words, module
         lists = [n.elts for n in ast.walk(tree) if isinstance(n, ast.List | ast.Tuple)]
         for elements in lists:
             for option, host in itertools.pairwise(elements):
-                if isinstance(option, ast.Constant) and option.value in ("--host", "--bind_all", "--dashboard-host"):
+                if isinstance(option, ast.Constant) and option.value in (
+                    "--host",
+                    "--bind_all",
+                    "--dashboard-host",
+                ):
                     assert ast.unparse(host).strip("'") in LOOPBACK, (module, ast.unparse(host))
         for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
             for option in ("host", "dashboard_host", "bind_all"):
@@ -553,7 +669,8 @@ def test_our_own_code_binds_to_loopback_alone() -> None:
 
 def _starts_a_server(call: ast.Call) -> bool:
     return (
-        ast.unparse(call.func) in ("ray.init", "board.configure") or served_at(call, ast.unparse(call.func)) is not None
+        ast.unparse(call.func) in ("ray.init", "board.configure")
+        or served_at(call, ast.unparse(call.func)) is not None
     )
 
 
@@ -572,9 +689,18 @@ def test_what_binds_is_seen(code: str, host: str | None) -> None:
 
 
 def test_the_table_of_ports_is_read_as_it_is_meant() -> None:
-    assert {"gcs_server", "raylet", "worker", "driver", "dashboard.py", "tfkd_ray"} <= allowed().keys()
+    assert {
+        "gcs_server",
+        "raylet",
+        "worker",
+        "driver",
+        "dashboard.py",
+        "tfkd_ray",
+    } <= allowed().keys()
     assert (
-        may("raylet", "::", 6380) and may("dashboard.py", "127.0.0.1", 8265) and may("dashboard.py", "0.0.0.0", 44227)
+        may("raylet", "::", 6380)
+        and may("dashboard.py", "127.0.0.1", 8265)
+        and may("dashboard.py", "0.0.0.0", 44227)
     )
     assert not may("dashboard.py", "0.0.0.0", 8265) and not may("tfkd_ray", "0.0.0.0", 6006)
     assert not may("sshd", "127.0.0.1", 22) and not may("", "127.0.0.1", 1)

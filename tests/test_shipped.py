@@ -34,7 +34,11 @@ def scaled_down(path: Path, place: Path) -> Space:
     elif name == "tiny_imagenet":
         data |= {"root": str(write_tiny(place))}
     elif name == "imagenet":  # a thousand classes are too many files
-        data |= {"name": "image_folder", "num_classes": 2, "root": str(write_folder(place, train=4, side=232))}
+        data |= {
+            "name": "image_folder",
+            "num_classes": 2,
+            "root": str(write_folder(place, train=4, side=232)),
+        }
     elif name == "fashion_mnist":
         write_idx(place, gz=True)
         data |= {"root": str(place)}
@@ -45,10 +49,14 @@ def scaled_down(path: Path, place: Path) -> Space:
     tree["optim"] = {**tree["optim"], "batch_size": 64}
     if "teacher" in tree:
         teacher = {k: v for k, v in tree["teacher"].items() if k not in KNOBS}
-        searched = [k for k in KNOBS if isinstance(tree["teacher"].get(k), dict)]  # how well a teacher is trained
+        searched = [
+            k for k in KNOBS if isinstance(tree["teacher"].get(k), dict)
+        ]  # how well a teacher is trained
         teacher |= {"epochs": 2, **{k: {"choices": [1, 2]} for k in searched}} if searched else {}
         if "model" in teacher:
-            teacher["model"] = {"choices": [{"name": "cnn", "widths": [3]}, {"name": "cnn", "widths": [4]}]}
+            teacher["model"] = {
+                "choices": [{"name": "cnn", "widths": [3]}, {"name": "cnn", "widths": [4]}]
+            }
         tree["teacher"] = teacher | {"optim": {"batch_size": 64}}
     return build_space(tree, path)
 
@@ -56,7 +64,9 @@ def scaled_down(path: Path, place: Path) -> Space:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_space_trains(path: Path, tmp_path: Path) -> None:
     shipped = load_space(path)
-    space = scaled_down(path, tmp_path / "data" if "tiny" in path.stem or "imagenet" in path.stem else tmp_path)
+    space = scaled_down(
+        path, tmp_path / "data" if "tiny" in path.stem or "imagenet" in path.stem else tmp_path
+    )
     assert [b.objective for b in space.branches] == [b.objective for b in shipped.branches]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for group in space.groups:
@@ -70,9 +80,15 @@ def test_a_teacher_of_every_quality_that_is_searched_is_trained_and_teaches(tmp_
     (path,) = (p for p in SHIPPED if p.stem == "cifar100_defective_kd")
     shipped = load_space(path)
     (knob,) = (p for p in shipped.parameters if p.path[0] == "teacher")
-    assert knob.name == "teacher.stop_epoch" and len(shipped.teacher_runs()) == len(knob.domain.probes) == 4
+    assert (
+        knob.name == "teacher.stop_epoch"
+        and len(shipped.teacher_runs()) == len(knob.domain.probes) == 4
+    )
     space = scaled_down(path, tmp_path)
-    assert sorted((run.stop_epoch, run.epochs) for run in space.teacher_runs()) == [(1, 2)] * 2 + [(2, 2)] * 2
+    assert (
+        sorted((run.stop_epoch, run.epochs) for run in space.teacher_runs())
+        == [(1, 2)] * 2 + [(2, 2)] * 2
+    )
     (taught,) = (b for b in space.branches if b.objective == "kd")
     values = {p.name: p.domain.probes[0] for p in taught.parameters}
     losses = set()
@@ -81,12 +97,17 @@ def test_a_teacher_of_every_quality_that_is_searched_is_trained_and_teaches(tmp_
         (epoch,) = train(config, teacher=find_or_train(config, tmp_path / "storage"))
         losses.add(epoch.metrics["train_kd"])
     assert len(losses) == 2
-    trained = [json.loads(p.read_text()) for p in (tmp_path / "storage" / "teachers").glob("*/teacher.json")]
+    trained = [
+        json.loads(p.read_text())
+        for p in (tmp_path / "storage" / "teachers").glob("*/teacher.json")
+    ]
     assert sorted(about["metrics"]["epoch"] for about in trained) == [1, 2]
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in SHIPPED if "imagenet_" in p.stem and "tiny" not in p.stem], ids=lambda p: p.stem
+    "path",
+    [p for p in SHIPPED if "imagenet_" in p.stem and "tiny" not in p.stem],
+    ids=lambda p: p.stem,
 )
 def test_a_trial_on_imagenet_takes_eight_gpus_one_for_each_worker(path: Path) -> None:
     space = load_space(path)

@@ -67,7 +67,9 @@ def test_three_epochs_from_the_bank_are_those_of_a_teacher_in_every_step(
 ) -> None:
     """Crop, flip and rotation. Logits: half precision keeps 11 bits, of numbers below 32 that is 2 ** -7 at worst."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    online, banked = (list(train(c, teacher=find_or_train(c, tmp_path))) for c in map(config, ("online", "bank")))
+    online, banked = (
+        list(train(c, teacher=find_or_train(c, tmp_path))) for c in map(config, ("online", "bank"))
+    )
     assert len(files(tmp_path / "tfkd_ray" / "soft_labels")) == 4  # three epochs and validation
     for a, b in zip(online, banked, strict=True):
         assert a.metrics["train_kd"] == pytest.approx(b.metrics["train_kd"], rel=1e-3)
@@ -77,11 +79,15 @@ def test_three_epochs_from_the_bank_are_those_of_a_teacher_in_every_step(
     assert any(not ours[k].equal(v) for k, v in theirs.items())  # it is not the same code
 
 
-def test_the_logits_of_a_view_are_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logits_of_a_view_are_the_teachers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: list[Tensor] = []
     whole = Bank.logits
 
-    def kept(self: Bank, view: dict[str, Any], count: int, num_classes: int, compute: Any) -> Tensor:
+    def kept(
+        self: Bank, view: dict[str, Any], count: int, num_classes: int, compute: Any
+    ) -> Tensor:
         online = compute(self.network(), torch.arange(count))
         logits = whole(self, view, count, num_classes, compute)
         found.append((logits.float() - (online - online.mean(dim=1, keepdim=True))).abs().max())
@@ -98,7 +104,9 @@ def test_a_second_trial_asks_no_teacher(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = config("bank")
     list(train(first, teacher=find_or_train(first, tmp_path)))
-    other = config("bank", objective={"name": "kd", "alpha": 0.2, "temperature": 9}, optim={"lr": 0.02})
+    other = config(
+        "bank", objective={"name": "kd", "alpha": 0.2, "temperature": 9}, optim={"lr": 0.02}
+    )
     teacher = bank_of(other, tmp_path)
     assert teacher is not None
 
@@ -118,7 +126,9 @@ def test_a_second_trial_asks_no_teacher(tmp_path: Path, monkeypatch: pytest.Monk
 def test_tiny_teachers_and_huge_views_are_left_online() -> None:
     assert not config("auto").banked and config("bank").banked
     assert config("auto", teacher={"model": "resnet18"}).banked
-    assert not validated(TrainConfig, {"objective": "ce", "init": "trained", "student": "resnet18"}).banked
+    assert not validated(
+        TrainConfig, {"objective": "ce", "init": "trained", "student": "resnet18"}
+    ).banked
     assert config("bank").fingerprint() != config("online").fingerprint()
     assert fits(50_000, 100) and not fits(1_281_167, 1000)
 
@@ -157,7 +167,9 @@ def test_large_logits_are_kept_in_a_form_that_holds_them(
 
 
 @pytest.mark.parametrize("bad", ["inf", "-inf", "nan"])
-def test_logits_that_are_no_numbers_are_refused_when_a_view_is_filled(tmp_path: Path, bad: str) -> None:
+def test_logits_that_are_no_numbers_are_refused_when_a_view_is_filled(
+    tmp_path: Path, bad: str
+) -> None:
     with pytest.raises(ConfigError, match="the teacher gives logits that are not finite numbers"):
         bank(tmp_path).logits({}, N, K, lambda network, index: LOGITS[index] + float(bad))
 
@@ -272,7 +284,9 @@ def test_labels_of_another_teacher_or_other_images_are_an_error(
     one.unlink(), two.unlink()  # they may be mapped
     one.write_bytes(content[1]), two.write_bytes(content[0])
     for about, view in (mine, theirs):
-        with pytest.raises(ValueError, match=rf"soft labels of another {what}; delete it, and it is made again"):
+        with pytest.raises(
+            ValueError, match=rf"soft labels of another {what}; delete it, and it is made again"
+        ):
             Bank(nn.Identity, about, tmp_path).logits(view, N, K, counted)
     assert counted.asked.tolist() == [2] * N
 
@@ -292,17 +306,26 @@ def scaled(shape: tuple[int, int, int], num_classes: int, scale: float) -> nn.Mo
     return network
 
 
-def test_two_teachers_with_the_same_weights_share_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_teachers_with_the_same_weights_share_no_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     save_weights(tmp_path / "w.safetensors", scaled((1, 8, 8), 10, 1.0).state_dict(), {})
     found: dict[str, list[float]] = {"bank": [], "online": []}
     for labels, kd in found.items():
         for scale in (1.0, 5.0):
-            model = {"name": "own", "path": "tests.test_soft_labels:scaled", "args": {"scale": scale}}
+            model = {
+                "name": "own",
+                "path": "tests.test_soft_labels:scaled",
+                "args": {"scale": scale},
+            }
             teacher = {"model": model, "weights": str(tmp_path / "w.safetensors"), "labels": labels}
             c = config(labels, teacher=teacher, epochs=1)
             kd.append(next(train(c, teacher=find_or_train(c, tmp_path))).metrics["train_kd"])
-    assert found["bank"] == pytest.approx(found["online"], rel=2e-3) and found["bank"][1] > 2 * found["bank"][0]
+    assert (
+        found["bank"] == pytest.approx(found["online"], rel=2e-3)
+        and found["bank"][1] > 2 * found["bank"][0]
+    )
 
 
 def test_a_view_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
@@ -315,7 +338,12 @@ def test_a_view_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
     def own() -> int:
         """Bytes of this process that are in no file."""
         text = Path("/proc/self/smaps_rollup").read_text()
-        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Anonymous:"))) * 1024
+        return (
+            int(
+                next(line.split()[1] for line in text.splitlines() if line.startswith("Anonymous:"))
+            )
+            * 1024
+        )
 
     Bank(nn.Identity, {}, tmp_path).logits({}, count, classes, compute)
     before = own()
@@ -345,7 +373,9 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path, harm: str) -> None:
     assert again.equal(first) and counted.asked.tolist() == [1] * N
 
 
-def test_it_stays_below_its_limit_and_drops_the_longest_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_stays_below_its_limit_and_drops_the_longest_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bank(tmp_path).logits({"epoch": 0}, N, K, Counted())
     (path,) = files(tmp_path)
     size = path.stat().st_size
@@ -363,7 +393,9 @@ def test_it_stays_below_its_limit_and_drops_the_longest_unused(tmp_path: Path, m
     assert counted.asked.sum() == 0
 
 
-def test_where_nothing_can_be_written_everyone_is_for_himself_and_that_is_said_once(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_everyone_is_for_himself_and_that_is_said_once(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").touch()
     counted, said = Counted(), list[str]()
     for _ in range(2):
@@ -372,7 +404,9 @@ def test_where_nothing_can_be_written_everyone_is_for_himself_and_that_is_said_o
         logits = mine.logits({"epoch": 1}, N, K, counted)
         assert logits.shape == (N, K)
     assert counted.asked.tolist() == [2] * N
-    assert len(said) == 1 and said[0].startswith(f"soft labels cannot be kept in {tmp_path}/file/below: ")
+    assert len(said) == 1 and said[0].startswith(
+        f"soft labels cannot be kept in {tmp_path}/file/below: "
+    )
 
 
 class Usage:
@@ -391,7 +425,10 @@ def test_where_there_is_no_room_the_teacher_is_asked_and_that_is_said_once(
         mine.say = said.append
         assert mine.logits({"epoch": epoch}, N, K, counted).equal(kept)  # the same numbers
     assert counted.asked.tolist() == [3] * N and not (tmp_path / "b").exists()
-    assert len(said) == 1 and "0 MB are free, and a view needs 0; each trial asks the teacher itself" in said[0]
+    assert (
+        len(said) == 1
+        and "0 MB are free, and a view needs 0; each trial asks the teacher itself" in said[0]
+    )
     Usage.free = 4 * N * K
     for _ in range(2):
         assert bank(tmp_path / "b").logits({"epoch": 1}, N, K, counted).equal(kept)
@@ -407,7 +444,9 @@ def test_a_disk_that_fills_up_while_a_view_is_written_fails_no_trial(
     """A trial of the loop, which passes the sentence on; its numbers are those with a bank."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
     c = config("bank", epochs=2)
-    with_bank = [times_aside(m) for m in train_in(tmp_path / "t1", c, teacher=find_or_train(c, tmp_path))]
+    with_bank = [
+        times_aside(m) for m in train_in(tmp_path / "t1", c, teacher=find_or_train(c, tmp_path))
+    ]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
     write = Path.write_bytes
 
@@ -419,7 +458,9 @@ def test_a_disk_that_fills_up_while_a_view_is_written_fails_no_trial(
     monkeypatch.setattr(Path, "write_bytes", full)
     said: list[str] = []
     teacher = find_or_train(c, tmp_path)
-    assert [times_aside(m) for m in train_in(tmp_path / "t2", c, teacher=teacher, say=said.append)] == with_bank
+    assert [
+        times_aside(m) for m in train_in(tmp_path / "t2", c, teacher=teacher, say=said.append)
+    ] == with_bank
     assert len(said) == 1 and "soft_labels: No space left on device; each trial asks" in said[0]
     assert not files(tmp_path / "full" / "tfkd_ray" / "soft_labels")
 
@@ -428,7 +469,9 @@ def times_aside(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if k not in ("seconds", "images_per_s")}
 
 
-def test_what_another_node_has_filled_is_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_node_has_filled_is_not_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Shelf(dict[str, bytes]):
         def fetch(self, name: str) -> bytes | None:
             return self.get(name)
@@ -438,7 +481,8 @@ def test_what_another_node_has_filled_is_not_computed(tmp_path: Path, monkeypatc
 
     shelf, counted = Shelf(), Counted()
     found = [
-        Bank(nn.Identity, {}, tmp_path / node, shelf).logits({"epoch": 1}, N, K, counted) for node in ("one", "two")
+        Bank(nn.Identity, {}, tmp_path / node, shelf).logits({"epoch": 1}, N, K, counted)
+        for node in ("one", "two")
     ]
     assert found[0].equal(found[1]) and counted.asked.tolist() == [1] * N and len(shelf) == 1
     assert CHUNKS < N
@@ -455,17 +499,25 @@ def test_what_another_node_has_filled_is_not_computed(tmp_path: Path, monkeypatc
     said: list[str] = []
     small = Bank(nn.Identity, {}, tmp_path / "three", shelf)
     small.say = said.append
-    assert small.logits({"epoch": 1}, N, K, counted).equal(found[0]) and counted.asked.tolist() == [3] * N
+    assert (
+        small.logits({"epoch": 1}, N, K, counted).equal(found[0])
+        and counted.asked.tolist() == [3] * N
+    )
     assert not (tmp_path / "three").exists()
     assert len(said) == 1 and "TFKD_BANK_GB allows 0 MB, and a view needs 0" in said[0]
-    assert small.logits({"epoch": 4}, N, K, counted).equal(found[0]) and counted.asked.tolist() == [4] * N
+    assert (
+        small.logits({"epoch": 4}, N, K, counted).equal(found[0])
+        and counted.asked.tolist() == [4] * N
+    )
     assert not files(tmp_path / "three")
 
 
 # --- between nodes
 
 
-def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from tfkd_ray.run import epochs
 
     monkeypatch.setattr(epochs.ray, "put", lambda content: content)  # its object store
@@ -473,7 +525,12 @@ def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(monkeypatch: pytes
     for name in ("a", "b", "c"):
         shelf.offer(name, name.encode() * 40)
         assert shelf.fetch(name) == [name.encode() * 40]
-    assert [shelf.fetch(name) != [] for name in ("a", "b", "c", "none")] == [False, True, True, False]
+    assert [shelf.fetch(name) != [] for name in ("a", "b", "c", "none")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
     shelf.offer("d", b"d" * 90)  # two have to go for it
     assert [shelf.fetch(name) != [] for name in ("b", "c", "d")] == [False, False, True]
     assert sum(size for _, size in shelf._views.values()) <= 100
@@ -493,7 +550,9 @@ def fill(experiment: Path, folder: Path, asked: bool) -> float:
 
 
 @pytest.mark.ray
-def test_a_view_reaches_other_nodes_and_outlives_the_trial_that_filled_it(tmp_path: Path, ray_cluster: str) -> None:
+def test_a_view_reaches_other_nodes_and_outlives_the_trial_that_filled_it(
+    tmp_path: Path, ray_cluster: str
+) -> None:
     import ray
     from ray import cloudpickle
 

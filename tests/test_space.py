@@ -48,7 +48,12 @@ def test_shipped_spaces_are_valid_and_read_back_the_same(path: Path) -> None:
 
 
 def test_a_range_proposes_values_within_it_and_of_its_kind() -> None:
-    s = space(optim={"lr": {"low": 1e-3, "high": 1, "log": True}, "batch_size": {"low": 16, "high": 64, "step": 16}})
+    s = space(
+        optim={
+            "lr": {"low": 1e-3, "high": 1, "log": True},
+            "batch_size": {"low": 16, "high": 64, "step": 16},
+        }
+    )
     configs = [config for _, config in propose(s, 50)]
     assert all(1e-3 <= c.optim.lr <= 1 for c in configs)
     assert {c.optim.batch_size for c in configs} == {16, 32, 48, 64}
@@ -56,7 +61,12 @@ def test_a_range_proposes_values_within_it_and_of_its_kind() -> None:
 
 
 def test_log_complement_is_log_uniform_in_1_minus_x() -> None:
-    s = space(objective={"name": "tfkd_reg", "correct_prob": {"low": 0.9, "high": 0.999, "log_complement": True}})
+    s = space(
+        objective={
+            "name": "tfkd_reg",
+            "correct_prob": {"low": 0.9, "high": 0.999, "log_complement": True},
+        }
+    )
     values = [c.objective.correct_prob for _, c in propose(s, 60)]  # type: ignore[union-attr]
     assert min(values) >= 0.9 and max(values) <= 0.999
     assert sum(v > 0.99 for v in values) == pytest.approx(30, abs=12)
@@ -78,18 +88,26 @@ def test_objectives_are_conditional_and_split_equally() -> None:
         set(),
         {"objective.lsr.alpha"},
     ]
-    alone = space(objective=["kd", "tfkd_reg"], teacher={"model": "mlp"}, search={"baselines": False})
+    alone = space(
+        objective=["kd", "tfkd_reg"], teacher={"model": "mlp"}, search={"baselines": False}
+    )
     assert [g.name for g in alone.groups] == ["kd", "tfkd_reg"]
 
 
 def test_without_a_split_the_sampler_chooses_the_objective() -> None:
-    s = space(objective=["ce", {"name": "lsr", "alpha": {"low": 0.1, "high": 0.2}}], search={"split": False})
+    s = space(
+        objective=["ce", {"name": "lsr", "alpha": {"low": 0.1, "high": 0.2}}],
+        search={"split": False},
+    )
     assert len(s.groups) == 1
     assert {config.objective.name for _, config in propose(s, 20)} == {"ce", "lsr"}
 
 
 def test_choices_may_be_whole_settings() -> None:
-    s = space(student={"choices": ["mlp", {"widths": [4], "name": "cnn"}]}, schedule={"choices": ["step", "cosine"]})
+    s = space(
+        student={"choices": ["mlp", {"widths": [4], "name": "cnn"}]},
+        schedule={"choices": ["step", "cosine"]},
+    )
     assert {c.student.name for _, c in propose(s, 20)} == {"mlp", "cnn"}
     again = build_space(parse_yaml(dump_yaml(s.tree), "again"))
     study = optuna.create_study()  # what was proposed before is known after reading back
@@ -98,14 +116,21 @@ def test_choices_may_be_whole_settings() -> None:
 
 
 def test_kd_and_a_self_teacher_go_together() -> None:
-    s = space(objective=["kd", "tfkd_self"], teacher={"model": "cnn", "epochs": 3}, search={"baselines": False})
+    s = space(
+        objective=["kd", "tfkd_self"],
+        teacher={"model": "cnn", "epochs": 3},
+        search={"baselines": False},
+    )
     assert sorted(run.student.name for run in s.teacher_runs()) == ["cnn", "mlp"]
     again = build_space(parse_yaml(dump_yaml(s.tree), "again"))
     assert again.tree == s.tree and again.teacher_runs() == s.teacher_runs()
 
 
 def test_every_teacher_that_may_be_needed_is_known_before() -> None:
-    s = space(objective="kd", teacher={"model": {"choices": ["mlp", "cnn"]}, "epochs": {"choices": [1, 5]}})
+    s = space(
+        objective="kd",
+        teacher={"model": {"choices": ["mlp", "cnn"]}, "epochs": {"choices": [1, 5]}},
+    )
     assert sorted((run.student.name, run.epochs) for run in s.teacher_runs()) == [
         ("cnn", 1), ("cnn", 5), ("mlp", 1), ("mlp", 5),
     ]  # fmt: skip
@@ -187,7 +212,10 @@ def test_all_problems_of_a_space_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         space(
             optim={"lr": {"low": 2, "high": 1}, "momentum": 2},
-            objective=[{"name": "kd", "temprature": 1}, {"name": "lsr", "alpha": {"low": 0, "high": 3}}],
+            objective=[
+                {"name": "kd", "temprature": 1},
+                {"name": "lsr", "alpha": {"low": 0, "high": 3}},
+            ],
             search={"num_samples": 0},
         )
     text = str(error.value)
@@ -204,7 +232,11 @@ OVERRIDES = [
     ("student.widths=[8]", lambda s: s.tree["student"]["widths"], [8]),
     ("search.num_samples=8", lambda s: s.search.num_samples, 8),
     ("teacher.epochs={choices: [1, 2]}", lambda s: len(s.teacher_runs()), 2),
-    ("schedule.final=0.1", lambda s: s.tree["schedule"], {"name": "cosine", "warmup_epochs": 1.0, "final": 0.1}),
+    (
+        "schedule.final=0.1",
+        lambda s: s.tree["schedule"],
+        {"name": "cosine", "warmup_epochs": 1.0, "final": 0.1},
+    ),
 ]
 
 
@@ -221,9 +253,15 @@ def test_overrides_go_through_the_same_tree(text: str, read: Any, value: Any) ->
         ("optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
         ("epochs.x=1", "epochs: is 54, with nothing below it"),
         ("objective.kd.alpha=1", "objective.kd: not among the file's objectives"),
-        ("objective.tfkd_reg.alpha.high=2", "objective.tfkd_reg.alpha: Input should be less than or equal to 1, got 2"),
+        (
+            "objective.tfkd_reg.alpha.high=2",
+            "objective.tfkd_reg.alpha: Input should be less than or equal to 1, got 2",
+        ),
         ("optim.lr=[", "not YAML"),
-        ("objective.tfkd_reg.alpha=1.5", "objective.tfkd_reg.alpha: Input should be less than or equal to 1, got 1.5"),
+        (
+            "objective.tfkd_reg.alpha=1.5",
+            "objective.tfkd_reg.alpha: Input should be less than or equal to 1, got 1.5",
+        ),
     ],
 )
 def test_a_wrong_override_gets_a_sentence(text: str, sentence: str) -> None:
@@ -251,10 +289,17 @@ def test_rungs_are_at_a_ninth_and_a_third() -> None:
 
 def test_a_rung_that_would_save_next_to_nothing_is_left_out() -> None:
     for epochs in range(1, 400):
-        for stopping in (Halving(), Halving(factor=2), Halving(factor=4, min_epochs=3), Hyperband()):
+        for stopping in (
+            Halving(),
+            Halving(factor=2),
+            Halving(factor=4, min_epochs=3),
+            Hyperband(),
+        ):
             rungs = stopping.rungs(epochs)
             assert all(epochs - rung >= epochs / 9 for rung in rungs)
-            assert epochs < 9 or len(rungs) >= 2 or stopping.min_epochs  # and no more is left out than that
+            assert (
+                epochs < 9 or len(rungs) >= 2 or stopping.min_epochs
+            )  # and no more is left out than that
     assert Halving().rungs(100) == [11, 33] and Halving().rungs(200) == [22, 66]  # not 99, not 198
 
 
@@ -267,7 +312,22 @@ def test_ranges_and_choices_say_what_they_are() -> None:
 def test_mutated_trees_are_refused_with_sentences_and_never_crash() -> None:
     """A first fuzz: replace random values of a shipped space by odd ones."""
     rng = random.Random(0)
-    odd = [None, [], {}, "", "x", -1, 0, 1e400, [None], {"low": 1}, {"choices": [[]]}, True, {"name": 3}, [["ce"]]]
+    odd = [
+        None,
+        [],
+        {},
+        "",
+        "x",
+        -1,
+        0,
+        1e400,
+        [None],
+        {"low": 1},
+        {"choices": [[]]},
+        True,
+        {"name": 3},
+        [["ce"]],
+    ]
     for _ in range(300):
         tree = parse_yaml(DIGITS.read_text(), "f")
         where: Any = tree
@@ -313,7 +373,10 @@ def allowed(sampler: str, probe: dict[str, Any]) -> bool:
 
 def pairs() -> str:
     """The table of docs/search.md, from the code."""
-    lines = [f"| sampler | {' | '.join(PROBES)} | earlier experiments |", "|---" * (len(PROBES) + 2) + "|"]
+    lines = [
+        f"| sampler | {' | '.join(PROBES)} | earlier experiments |",
+        "|---" * (len(PROBES) + 2) + "|",
+    ]
     for kind in members(SearchConfig.model_fields["sampler"]):
         cells = ["yes" if allowed(str(tag(kind)), probe) else "no" for probe in PROBES.values()]
         lines.append(f"| `{tag(kind)}` | {' | '.join(cells)} | {'yes' if kind.priors else 'no'} |")  # type: ignore[attr-defined]
@@ -369,7 +432,9 @@ def test_a_wrong_search_gets_a_sentence(tree: dict[str, Any], sentence: str) -> 
 
 def test_a_sampler_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tfkd_ray.space.space.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"cmaes needs the package cmaes, which is not here: pip install cmaes"):
+    with pytest.raises(
+        ConfigError, match=r"cmaes needs the package cmaes, which is not here: pip install cmaes"
+    ):
         space(optim=ONE_LR, search={"sampler": "cmaes", "stopping": "none"})
 
 
@@ -401,8 +466,15 @@ def test_median_judges_after_every_ninth() -> None:
 def test_a_search_begins_with_the_published_settings_that_lie_in_the_space() -> None:
     s = space(
         objective=[
-            {"name": "kd", "alpha": {"low": 0.5, "high": 0.99}, "temperature": {"low": 1, "high": 30, "log": True}},
-            {"name": "tfkd_reg", "correct_prob": {"low": 0.95, "high": 0.999, "log_complement": True}},
+            {
+                "name": "kd",
+                "alpha": {"low": 0.5, "high": 0.99},
+                "temperature": {"low": 1, "high": 30, "log": True},
+            },
+            {
+                "name": "tfkd_reg",
+                "correct_prob": {"low": 0.95, "high": 0.999, "log_complement": True},
+            },
             {
                 "name": "tfkd_self",
                 "loss_scale": {"low": 0.01, "high": 1, "log": True},
@@ -411,7 +483,10 @@ def test_a_search_begins_with_the_published_settings_that_lie_in_the_space() -> 
             },
         ],
         teacher={"model": "cnn"},
-        optim={"lr": {"low": 0.01, "high": 0.4, "log": True}, "weight_decay": {"low": 1e-3, "high": 1e-1, "log": True}},
+        optim={
+            "lr": {"low": 0.01, "high": 0.4, "log": True},
+            "weight_decay": {"low": 1e-3, "high": 1e-1, "log": True},
+        },
         search={"num_samples": 100, "baselines": False},
     )
     points = warm_points(s)
@@ -419,7 +494,9 @@ def test_a_search_begins_with_the_published_settings_that_lie_in_the_space() -> 
         ("kd", 0.9), ("kd", 0.9), ("kd", 0.95), ("kd", 0.5), ("tfkd_reg", None), ("tfkd_self", None),
     ]  # fmt: skip
     assert points[0].origin == "CRD and mdistiller"
-    assert points[0].values["optim.lr"] == 0.1  # the paper's; its weight decay is outside, so the middle
+    assert (
+        points[0].values["optim.lr"] == 0.1
+    )  # the paper's; its weight decay is outside, so the middle
     assert points[0].values["optim.weight_decay"] == pytest.approx(1e-2)
     assert points[4].values["objective.tfkd_reg.correct_prob"] == 0.99
     assert points[5].values["objective.tfkd_self.loss_scale"] == 0.525
@@ -433,9 +510,14 @@ def test_published_settings_are_at_most_a_quarter_and_can_be_left_out() -> None:
     for samples, count in ((40, 6), (16, 4), (8, 2), (3, 0)):
         s = space(objective=kd, teacher={"model": "mlp"}, search={"num_samples": samples})
         assert len(warm_points(s)) == count
-    assert warm_points(space(objective=kd, teacher={"model": "mlp"}, search={"warm_start": False})) == []
+    assert (
+        warm_points(space(objective=kd, teacher={"model": "mlp"}, search={"warm_start": False}))
+        == []
+    )
     assert warm_points(space(optim={"lr": {"choices": [1, 2]}}, search={"sampler": "grid"})) == []
-    both = space(objective=[kd, "ce"], teacher={"model": "mlp"}, search={"split": False, "baselines": False})
+    both = space(
+        objective=[kd, "ce"], teacher={"model": "mlp"}, search={"split": False, "baselines": False}
+    )
     assert [p.objective for p in warm_points(both)] == ["kd", "ce", "kd", "kd", "kd", "kd"]
 
 
@@ -455,9 +537,16 @@ def test_the_middle_of_a_range_is_on_its_scale_and_in_it() -> None:
         (Range(1, 4, whole=True), 2),
         (Choices(("a", "b", "c")), "b"),
     ]:
-        assert domain.middle == pytest.approx(middle) if not isinstance(middle, str) else domain.middle == middle
+        assert (
+            domain.middle == pytest.approx(middle)
+            if not isinstance(middle, str)
+            else domain.middle == middle
+        )
         assert domain.contains(domain.middle)
-    assert Range(0, 0.9, step=0.3).points == pytest.approx([0, 0.3, 0.6, 0.9]) and Range(0, 1).points is None
+    assert (
+        Range(0, 0.9, step=0.3).points == pytest.approx([0, 0.3, 0.6, 0.9])
+        and Range(0, 1).points is None
+    )
     assert not Range(0, 0.9, step=0.3).contains(0.4) and not Range(0, 1).contains(True)
 
 
@@ -476,7 +565,12 @@ def own(args: dict[str, Any], **more: Any) -> Space:
     return build_space({"objective": {"name": "ce"}, "student": student, "epochs": 9, **more})
 
 
-SCALES = [Range(1, 20), Range(1, 20, log=True), Range(0.9, 0.999, log_complement=True), Range(1, 21, step=5)]
+SCALES = [
+    Range(1, 20),
+    Range(1, 20, log=True),
+    Range(0.9, 0.999, log_complement=True),
+    Range(1, 21, step=5),
+]
 
 
 @pytest.mark.parametrize("domain", SCALES, ids=str)
@@ -514,13 +608,20 @@ def test_a_range_is_counted_by_arithmetic(given: dict[str, Any], size: int) -> N
     if size > 100_000:
         with pytest.raises(ConfigError, match=f"a grid of {3 * size} trials is more than 100000"):
             own({"x": given, "y": {"choices": [1, 2, 3]}}, search={"sampler": "grid"})
-        with pytest.raises(ConfigError, match=f"gp cannot propose one of {size} values of student.args.x"):
+        with pytest.raises(
+            ConfigError, match=f"gp cannot propose one of {size} values of student.args.x"
+        ):
             own({"x": given}, search={"sampler": "gp"})
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
-def test_what_is_proposed_of_a_huge_range_is_inside_and_is_what_the_study_keeps(sampler: str, tmp_path: Path) -> None:
-    s = own({"x": {"low": 1, "high": 2**62 + 1, "step": 2}}, search={"sampler": sampler, "num_samples": 8})
+def test_what_is_proposed_of_a_huge_range_is_inside_and_is_what_the_study_keeps(
+    sampler: str, tmp_path: Path
+) -> None:
+    s = own(
+        {"x": {"low": 1, "high": 2**62 + 1, "step": 2}},
+        search={"sampler": sampler, "num_samples": 8},
+    )
     searcher = OptunaSearcher(s, tmp_path / "journal")
     (p,) = s.parameters
     for k in range(8):
@@ -540,11 +641,21 @@ def test_teachers_are_those_of_what_they_depend_on() -> None:
     students = {"choices": ["mlp", {"name": "mlp", "hidden": [8]}]}
     s = build_space({"objective": "tfkd_self", "student": students, "optim": optim, "epochs": 9})
     assert len(s.teacher_runs()) == 2
-    taught = {"objective": "kd", "student": students, "teacher": {"model": "mlp"}, "optim": optim, "epochs": 9}
+    taught = {
+        "objective": "kd",
+        "student": students,
+        "teacher": {"model": "mlp"},
+        "optim": optim,
+        "epochs": 9,
+    }
     assert len(build_space(taught).teacher_runs()) == 1
     endless = {"choices": list(range(1, 1002))}
-    with pytest.raises(ConfigError, match="teacher: for kd there are 1001 to train before the sweep"):
-        build_space({"objective": "kd", "teacher": {"model": "mlp", "epochs": endless}, "epochs": 9})
+    with pytest.raises(
+        ConfigError, match="teacher: for kd there are 1001 to train before the sweep"
+    ):
+        build_space(
+            {"objective": "kd", "teacher": {"model": "mlp", "epochs": endless}, "epochs": 9}
+        )
 
 
 def test_a_long_list_of_choices_is_compared_once() -> None:
@@ -565,21 +676,38 @@ def test_a_long_list_of_choices_is_compared_once() -> None:
 def test_a_range_ends_where_its_steps_end(given: dict[str, Any], high: float) -> None:
     s = own({"x": given})
     (p,) = s.parameters
-    assert isinstance(p.domain, Range) and p.domain.high == high and p.domain.points[-1] == pytest.approx(high)  # type: ignore[index]
+    assert (
+        isinstance(p.domain, Range)
+        and p.domain.high == high
+        and p.domain.points[-1] == pytest.approx(high)
+    )  # type: ignore[index]
     assert any("end at" in note for note in s.notes) == (high != given["high"])
-    assert s.tree["student"]["args"]["x"]["high"] == high and build_space(s.tree).parameters == s.parameters
-    p.domain.suggest(optuna.create_study().ask(), p.name)  # without a warning of Optuna's, which is an error here
+    assert (
+        s.tree["student"]["args"]["x"]["high"] == high
+        and build_space(s.tree).parameters == s.parameters
+    )
+    p.domain.suggest(
+        optuna.create_study().ask(), p.name
+    )  # without a warning of Optuna's, which is an error here
 
 
 def test_ends_that_are_whole_numbers_do_not_round_the_steps_between_them() -> None:
     s = space(objective={"name": "lsr", "alpha": {"low": 0, "high": 1, "step": 0.3}})
-    assert {round(config.objective.alpha, 6) for _, config in propose(s, 40)} == {0.0, 0.3, 0.6, 0.9}  # type: ignore[union-attr]
+    assert {round(config.objective.alpha, 6) for _, config in propose(s, 40)} == {
+        0.0,
+        0.3,
+        0.6,
+        0.9,
+    }  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     "given, sentence",
     [
-        ({"low": 0.1, "high": 0.9, "step": 2}, "step: 2 is larger than the range, 0.1 to 0.9, and only 0.1 would be"),
+        (
+            {"low": 0.1, "high": 0.9, "step": 2},
+            "step: 2 is larger than the range, 0.1 to 0.9, and only 0.1 would be",
+        ),
         ({"low": 1, "high": 3, "step": 3}, "step: 3 is larger than the range, 1 to 3"),
         ({"low": 0.0, "high": 1e9, "step": 1e-9}, "step: 1e-09 is lost in a float beside 1e.09"),
     ],
@@ -601,9 +729,18 @@ def test_a_step_that_does_nothing_is_refused(given: dict[str, Any], sentence: st
     ],
 )
 def test_two_settings_of_one_name_are_refused(args: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="two settings are searched under this name, as a key has a dot in it"):
+    with pytest.raises(
+        ConfigError, match="two settings are searched under this name, as a key has a dot in it"
+    ):
         own(args)
-    assert len(own({"a.b": {"low": 0.0, "high": 1.0}, "a": {"c": {"low": 5.0, "high": 9.0}}}).parameters) == 2
+    assert (
+        len(
+            own(
+                {"a.b": {"low": 0.0, "high": 1.0}, "a": {"c": {"low": 5.0, "high": 9.0}}}
+            ).parameters
+        )
+        == 2
+    )
 
 
 def test_arguments_of_ones_own_may_be_called_low_high_and_choices() -> None:
@@ -615,7 +752,9 @@ def test_arguments_of_ones_own_may_be_called_low_high_and_choices() -> None:
     items = [{"name": "own", "path": NET, "args": {"low": 1, "high": {"low": 2, "high": 9}}}, "mlp"]
     nested = build_space({"objective": "ce", "student": {"choices": items}, "epochs": 9})
     assert [p.name for p in nested.parameters] == ["student", "student.own.args.high"]
-    assert build_space({"objective": "ce", "resources": {"low": 1, "high": 2}}).example.resources == {
+    assert build_space(
+        {"objective": "ce", "resources": {"low": 1, "high": 2}}
+    ).example.resources == {
         "low": 1,
         "high": 2,
     }
@@ -624,7 +763,10 @@ def test_arguments_of_ones_own_may_be_called_low_high_and_choices() -> None:
 def test_few_points_are_noted_with_what_runs_each_once() -> None:
     three = {"optim": {"lr": {"choices": [0.1, 0.2, 0.3]}}, "objective": "ce", "epochs": 9}
     (note,) = build_space({**three, "search": {"num_samples": 4}}).notes
-    assert "only 3 different trials of ce: of 4 that are proposed, some are likely to repeat others" in note
+    assert (
+        "only 3 different trials of ce: of 4 that are proposed, some are likely to repeat others"
+        in note
+    )
     assert "search.sampler: grid" in note
     build_space({**three, "search": {"sampler": "grid"}})
     assert build_space({**three, "search": {"num_samples": 1, "warm_start": False}}).notes == ()
@@ -640,7 +782,9 @@ def test_a_space_of_anything_else_is_a_sentence(tree: Any) -> None:
         build_space(tree)
 
 
-@pytest.mark.parametrize("given", [(None,), (3,), ("digits_tfkd", "optim.lr=1"), ("digits_tfkd", [3])])
+@pytest.mark.parametrize(
+    "given", [(None,), (3,), ("digits_tfkd", "optim.lr=1"), ("digits_tfkd", [3])]
+)
 def test_a_file_named_by_anything_else_is_a_sentence(given: Any) -> None:
     with pytest.raises(ConfigError):
         load_space(*given)
@@ -683,14 +827,20 @@ def test_a_front_is_what_no_other_trial_beats() -> None:
 
 def test_a_list_of_metrics_leads_with_its_first_and_reads_back() -> None:
     s = space(optim=ONE_LR, search={"metric": ["val_ece", "val_accuracy"], "stopping": "none"})
-    assert s.search.metric == "val_ece" and s.search.mode == "min" and s.search.metrics == ("val_ece", "val_accuracy")
+    assert (
+        s.search.metric == "val_ece"
+        and s.search.mode == "min"
+        and s.search.metrics == ("val_ece", "val_accuracy")
+    )
     assert build_space(parse_yaml(dump_yaml(s.tree), "again")).search == s.search
 
 
 # --- other spaces
 
 
-WIDE: dict[str, Any] = {"optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}, "momentum": {"choices": [0.0, 0.9]}}}
+WIDE: dict[str, Any] = {
+    "optim": {"lr": {"low": 0.01, "high": 0.5, "log": True}, "momentum": {"choices": [0.0, 0.9]}}
+}
 
 
 @pytest.mark.parametrize(
@@ -714,9 +864,13 @@ WIDE: dict[str, Any] = {"optim": {"lr": {"low": 0.01, "high": 0.5, "log": True},
         ({"seed": 1}, "seed: was 0, and is 1 now"),
     ],
 )  # fmt: skip
-def test_a_wider_space_holds_every_trial_of_a_narrower_one(change: dict[str, Any], sentence: str | None) -> None:
+def test_a_wider_space_holds_every_trial_of_a_narrower_one(
+    change: dict[str, Any], sentence: str | None
+) -> None:
     problems = not_superset(space(**WIDE), space(**{**WIDE, **change}))
-    assert (problems == []) if sentence is None else any(p.startswith(sentence) for p in problems), problems
+    assert (
+        (problems == []) if sentence is None else any(p.startswith(sentence) for p in problems)
+    ), problems
 
 
 @pytest.mark.parametrize(
@@ -724,8 +878,14 @@ def test_a_wider_space_holds_every_trial_of_a_narrower_one(change: dict[str, Any
     [
         ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me:se/cr:et@host:5432/db?x=1", "postgresql://me:***@host:5432/db?x=1"),
-        ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=***&x=1"),
-        ("search.storage=postgresql://a@b:secret@host/db", "search.storage=postgresql://a@b:***@host/db"),
+        (
+            "postgresql://host/db?user=me&password=secret&x=1",
+            "postgresql://host/db?user=me&password=***&x=1",
+        ),
+        (
+            "search.storage=postgresql://a@b:secret@host/db",
+            "search.storage=postgresql://a@b:***@host/db",
+        ),
         ("postgresql://me@host:5432/db", "postgresql://me@host:5432/db"),
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),
     ],
@@ -737,23 +897,37 @@ def test_no_password_is_shown(url: str, shown: str) -> None:
 def test_the_password_of_a_storage_is_in_no_tree_and_in_no_repr() -> None:
     s = space(search={"storage": "postgresql://me:secret@host/db"})
     assert s.search.storage == "postgresql://me:secret@host/db"
-    assert "secret" not in repr(s) + dump_yaml(s.tree) and s.tree["search"]["storage"] == "postgresql://me:***@host/db"
+    assert (
+        "secret" not in repr(s) + dump_yaml(s.tree)
+        and s.tree["search"]["storage"] == "postgresql://me:***@host/db"
+    )
     with pytest.raises(ConfigError) as error:
         load_space(
             "digits_tfkd",
-            ["search.storage.x=postgresql://me:secret@host/db", "search.storage={postgresql://me:secret@host/db"],
+            [
+                "search.storage.x=postgresql://me:secret@host/db",
+                "search.storage={postgresql://me:secret@host/db",
+            ],
         )
     assert "secret" not in str(error.value)
 
 
-def test_a_sqlite_file_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_sqlite_file_is_found_from_anywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert space(search={"storage": "sqlite:///s.db"}).search.storage == f"sqlite:///{tmp_path}/s.db"
+    assert (
+        space(search={"storage": "sqlite:///s.db"}).search.storage == f"sqlite:///{tmp_path}/s.db"
+    )
 
 
 @pytest.mark.parametrize(
     "students, precision",
-    [(("mlp", "resnet18"), "bf16"), (("resnet18", "mlp"), "bf16"), (("mlp", "shufflenet_v2_x1_0"), "fp32")],
+    [
+        (("mlp", "resnet18"), "bf16"),
+        (("resnet18", "mlp"), "bf16"),
+        (("mlp", "shufflenet_v2_x1_0"), "fp32"),
+    ],
 )
 def test_one_precision_for_a_sweep_that_searches_the_student(
     monkeypatch: pytest.MonkeyPatch, students: tuple[str, ...], precision: str
@@ -761,10 +935,19 @@ def test_one_precision_for_a_sweep_that_searches_the_student(
     """bf16 where one of them gains by it: ResNet-18 more than twice, and the smallest lose a fifth of next to nothing."""
     monkeypatch.setattr("tfkd_ray.learn.config._multiplies_bf16", lambda gpu: True)
     space = build_space({"objective": ["ce", "lsr"], "student": {"choices": list(students)}})
-    found = {branch.config({"student": student}).precision for branch in space.branches for student in students}
+    found = {
+        branch.config({"student": student}).precision
+        for branch in space.branches
+        for student in students
+    }
     assert found == {precision} and space.tree["precision"] == precision
-    many = {"choices": [k / 100 for k in range(1, 20)]}  # more combinations of them than are looked at
-    objective = ["ce", {"name": "tfkd_reg", "alpha": many, "temperature": {"choices": list(range(2, 20))}}]
+    many = {
+        "choices": [k / 100 for k in range(1, 20)]
+    }  # more combinations of them than are looked at
+    objective = [
+        "ce",
+        {"name": "tfkd_reg", "alpha": many, "temperature": {"choices": list(range(2, 20))}},
+    ]
     space = build_space({"objective": objective, "student": {"choices": list(students)}})
     assert {branch.example.precision for branch in space.branches} == {precision}
     with pytest.raises(ConfigError, match="precision: one value for the whole sweep"):
@@ -774,4 +957,6 @@ def test_one_precision_for_a_sweep_that_searches_the_student(
 def test_items_of_the_same_name_are_told_apart_by_their_settings() -> None:
     items = ["mlp", {"name": "cnn", "widths": [8]}, {"name": "cnn", "widths": [16]}]
     space = build_space({"objective": "ce", "epochs": 2, "student": {"choices": items}})
-    assert [p.name for p in space.parameters] == ["student"] and len(space.parameters[0].domain.probes) == 3
+    assert [p.name for p in space.parameters] == ["student"] and len(
+        space.parameters[0].domain.probes
+    ) == 3

@@ -55,7 +55,9 @@ def journal(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_line_that_a_crash_left_half_written_is_cut_off_wherever_it_was_cut(journal: Path) -> None:
+def test_a_line_that_a_crash_left_half_written_is_cut_off_wherever_it_was_cut(
+    journal: Path,
+) -> None:
     content = journal.read_bytes()
     start = content[:-1].rfind(b"\n") + 1
     for upto in range(start + 1, len(content)):
@@ -88,11 +90,14 @@ def broken(content: bytes, how: str) -> tuple[bytes, int]:
         "another file's text", "zeros at the end",
     ],
 )  # fmt: skip
-def test_anything_worse_is_reported_with_the_byte_and_nothing_is_changed(journal: Path, how: str) -> None:
+def test_anything_worse_is_reported_with_the_byte_and_nothing_is_changed(
+    journal: Path, how: str
+) -> None:
     content, byte = broken(journal.read_bytes(), how)
     journal.write_bytes(content)
     with pytest.raises(
-        ConfigError, match=rf"byte {byte}: this is no line of Optuna's journal: b'.*nothing was changed"
+        ConfigError,
+        match=rf"byte {byte}: this is no line of Optuna's journal: b'.*nothing was changed",
     ):
         OptunaSearcher(space(), journal).suggest("a")
     assert journal.read_bytes() == content
@@ -105,7 +110,9 @@ def lock(journal: Path) -> Path:
     return path
 
 
-def test_a_lock_that_a_killed_driver_left_is_removed(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_a_killed_driver_left_is_removed(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(studies, "LOCK_S", 0.2)
     rest = journal.with_name("study.journal.lock5ca2.rename")
     rest.symlink_to(journal)
@@ -116,7 +123,9 @@ def test_a_lock_that_a_killed_driver_left_is_removed(journal: Path, monkeypatch:
     assert not young.is_symlink() and not rest.is_symlink() and other.exists()
     assert 0.2 <= time.monotonic() - start < 2
     monkeypatch.setattr(studies, "LOCK_S", 60)
-    os.utime(lock(journal), (0, 0), follow_symlinks=False)  # of long ago: there is nothing to wait for
+    os.utime(
+        lock(journal), (0, 0), follow_symlinks=False
+    )  # of long ago: there is nothing to wait for
     drop_stale_locks(journal)
     drop_stale_locks(journal)
     assert not young.is_symlink() and OptunaSearcher(space(num_samples=6), journal).remaining() == 2
@@ -142,10 +151,14 @@ def test_a_lock_that_somebody_holds_is_waited_for_and_not_taken_away(journal: Pa
 # --- SQLite
 
 
-def test_a_sweep_in_sqlite_proposes_what_one_in_a_journal_does_also_after_a_kill(tmp_path: Path) -> None:
+def test_a_sweep_in_sqlite_proposes_what_one_in_a_journal_does_also_after_a_kill(
+    tmp_path: Path,
+) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     whole = run_sweep(OptunaSearcher(space(num_samples=8), tmp_path / "a"))
-    before = run_sweep(OptunaSearcher(space(num_samples=8, storage=url), tmp_path / "none"), kill_at=5)
+    before = run_sweep(
+        OptunaSearcher(space(num_samples=8, storage=url), tmp_path / "none"), kill_at=5
+    )
     after = run_sweep(OptunaSearcher(space(num_samples=8, storage=url), tmp_path / "none"))
     assert before + after[1:] == whole and not (tmp_path / "none").exists()
     assert OptunaSearcher(space(num_samples=8), tmp_path / "none", storage=url).remaining() == 0
@@ -175,7 +188,8 @@ def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     hidden, whole = "postgresql://me:***@host/db", "postgresql://me:secret@host/db"
     assert whole_url(whole) == whole
     with pytest.raises(
-        ConfigError, match=r"the password of postgresql://me:\*\*\*@host/db is not kept; set TFKD_STORAGE"
+        ConfigError,
+        match=r"the password of postgresql://me:\*\*\*@host/db is not kept; set TFKD_STORAGE",
     ):
         whole_url(hidden)
     monkeypatch.setenv("TFKD_STORAGE", whole)
@@ -192,7 +206,9 @@ def test_a_database_that_somebody_else_writes_to_is_a_sentence(
 ) -> None:
     monkeypatch.setattr(studies, "SQLITE_WAIT_S", 0.1)
     url = f"sqlite:///{tmp_path}/s.db"
-    s = build_space({**space(num_samples=4).tree, "search": {"num_samples": 4, "storage": url, "study": "e"}})
+    s = build_space(
+        {**space(num_samples=4).tree, "search": {"num_samples": 4, "storage": url, "study": "e"}}
+    )
     run_sweep(OptunaSearcher(s, tmp_path / "none"), kill_at=3)
     (tmp_path / "e").mkdir()
     write_experiment(tmp_path / "e", s.tree, ["tfkd"])
@@ -209,11 +225,15 @@ def test_a_database_that_somebody_else_writes_to_is_a_sentence(
 
 
 @pytest.mark.ray
-def test_an_experiment_in_sqlite_resumes_and_keeps_its_name_to_itself(ray_cluster: str, tmp_path: Path) -> None:
+def test_an_experiment_in_sqlite_resumes_and_keeps_its_name_to_itself(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     build_tuner(tree(storage=url), name="e", storage=tmp_path / "x").fit()
     experiment = tmp_path / "x" / "e"
-    assert not (experiment / "study.journal").exists() and optuna.get_all_study_names(open_storage(url)) == ["e/ce"]
+    assert not (experiment / "study.journal").exists() and optuna.get_all_study_names(
+        open_storage(url)
+    ) == ["e/ce"]
     assert read_experiment(experiment)["space"]["search"]["study"] == "e"
     with pytest.raises(ConfigError, match=r"has studies called 'e' already; choose another --name"):
         build_tuner(tree(storage=url), name="e", storage=tmp_path / "y")
@@ -223,9 +243,20 @@ def test_an_experiment_in_sqlite_resumes_and_keeps_its_name_to_itself(ray_cluste
     assert [r.number for r in read_records(tmp_path / "x" / "moved")] == [0, 1, 2, 3]
     moved = tmp_path / "other.db"
     shutil.copy(tmp_path / "s.db", moved)
-    assert len(resume_tuner(tmp_path / "x" / "moved", add_trials=1, study_storage=f"sqlite:///{moved}").fit()) == 1
-    with pytest.raises(ConfigError, match=r"does not hold t0000-ce, t0001-ce, .* whose files are there"):
-        resume_tuner(tmp_path / "x" / "moved", add_trials=1, study_storage=f"sqlite:///{tmp_path}/empty.db")
+    assert (
+        len(
+            resume_tuner(
+                tmp_path / "x" / "moved", add_trials=1, study_storage=f"sqlite:///{moved}"
+            ).fit()
+        )
+        == 1
+    )
+    with pytest.raises(
+        ConfigError, match=r"does not hold t0000-ce, t0001-ce, .* whose files are there"
+    ):
+        resume_tuner(
+            tmp_path / "x" / "moved", add_trials=1, study_storage=f"sqlite:///{tmp_path}/empty.db"
+        )
 
 
 # --- PostgreSQL
@@ -240,7 +271,9 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[str]:
     if BIN is None or shutil.which("runuser") is None or os.geteuid() != 0:
         pytest.fail("needs root, and: apt-get install postgresql")
     user = pwd.getpwnam("postgres")
-    folder = Path(tempfile.mkdtemp(prefix="tfkd-pg-"))  # pytest's own is closed to the user postgres
+    folder = Path(
+        tempfile.mkdtemp(prefix="tfkd-pg-")
+    )  # pytest's own is closed to the user postgres
     os.chown(folder, user.pw_uid, user.pw_gid)
     secret = folder / "password"
     secret.write_text(f"{unquote(password)}\n")
@@ -264,7 +297,9 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[str]:
     url = f"postgresql://tfkd:{password}@127.0.0.1:{port}/postgres"
     try:
         for _ in range(100):
-            ready = subprocess.run([f"{BIN}/pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True)
+            ready = subprocess.run(
+                [f"{BIN}/pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True
+            )
             if ready.returncode == 0:
                 break
             time.sleep(0.1)
@@ -286,7 +321,9 @@ def test_a_sweep_in_postgresql_resumes_and_writes_its_password_nowhere(
     wrong = postgres.replace("s3cret-word", "an0ther")
     with pytest.raises(ConfigError) as error:
         build_tuner(tree(storage=wrong), name="e", storage=tmp_path)
-    assert "password authentication failed" in str(error.value) and "an0ther" not in str(error.value)
+    assert "password authentication failed" in str(error.value) and "an0ther" not in str(
+        error.value
+    )
     assert list(tmp_path.iterdir()) == []
     grid = build_tuner(tree(storage=postgres), name="e", storage=tmp_path).fit()
     assert len(grid) == 3 and grid.num_errors == 0
@@ -294,12 +331,19 @@ def test_a_sweep_in_postgresql_resumes_and_writes_its_password_nowhere(
         resume_tuner(tmp_path / "e", add_trials=1)
     monkeypatch.setenv("TFKD_STORAGE", postgres)
     assert len(resume_tuner(tmp_path / "e", add_trials=1).fit()) == 1
-    assert [(r.number, r.status) for r in read_records(tmp_path / "e")] == [(n, "done") for n in range(4)]
+    assert [(r.number, r.status) for r in read_records(tmp_path / "e")] == [
+        (n, "done") for n in range(4)
+    ]
     files = [p for p in (tmp_path / "e").rglob("*") if p.is_file()]
     assert any(p.suffix == ".pkl" for p in files)
     assert [p for p in files if b"s3cret-word" in p.read_bytes()] == []
-    whole = run_sweep(OptunaSearcher(space(num_samples=8), tmp_path / "a"))  # and proposes what a journal does
-    searchers = [OptunaSearcher(space(num_samples=8), tmp_path / "none", storage=postgres, study="k") for _ in "ab"]
+    whole = run_sweep(
+        OptunaSearcher(space(num_samples=8), tmp_path / "a")
+    )  # and proposes what a journal does
+    searchers = [
+        OptunaSearcher(space(num_samples=8), tmp_path / "none", storage=postgres, study="k")
+        for _ in "ab"
+    ]
     before, after = run_sweep(searchers[0], kill_at=5), run_sweep(searchers[1])
     assert before + after[1:] == whole
     for searcher in searchers:
@@ -333,7 +377,10 @@ def test_no_file_no_page_and_no_output_of_a_sweep_holds_a_part_of_an_odd_passwor
         (["resume", "tfkd_results/e", "--add-trials", "1"], 2, {}),
         (["resume", "tfkd_results/e", "--add-trials", "1", "--study-storage", postgres], 0, {}),
         (["resume", "tfkd_results/e", "--add-trials", "1"], 2, {"TFKD_STORAGE": wrong}),
-        *((([verb, "tfkd_results/e"], 0, {"TFKD_STORAGE": postgres})) for verb in ("status", "trials", "best")),
+        *(
+            (([verb, "tfkd_results/e"], 0, {"TFKD_STORAGE": postgres}))
+            for verb in ("status", "trials", "best")
+        ),
         (["ls"], 0, {"TFKD_STORAGE": postgres}),
         (["report", "tfkd_results/e", "-o", "page.html"], 0, {"TFKD_STORAGE": postgres}),
     ):
@@ -344,7 +391,9 @@ def test_no_file_no_page_and_no_output_of_a_sweep_holds_a_part_of_an_odd_passwor
     written = [p for p in tmp_path.rglob("*") if p.is_file() and p.parent.name != "given"]
     logs = [p for p in session_folder().rglob("*") if p.is_file() and p.stat().st_mtime >= begun]
     kinds = {"page.html", "tuner.pkl", "experiment.yaml", "driver.txt"}
-    assert kinds <= {p.name for p in written} and any("tfevents" in p.name for p in written) and logs
+    assert (
+        kinds <= {p.name for p in written} and any("tfevents" in p.name for p in written) and logs
+    )
     assert [p for p in (*written, *logs) if CANARY.encode() in p.read_bytes()] == []
 
 
@@ -357,7 +406,9 @@ def session_folder() -> Path:
 
 
 @pytest.mark.slow
-def test_the_dashboard_opens_the_journal_while_a_search_goes_on_and_does_not_disturb_it(tmp_path: Path) -> None:
+def test_the_dashboard_opens_the_journal_while_a_search_goes_on_and_does_not_disturb_it(
+    tmp_path: Path,
+) -> None:
     whole = run_sweep(OptunaSearcher(space(), tmp_path / "a"))
     journal = tmp_path / "study.journal"
     searcher = OptunaSearcher(space(), journal)

@@ -28,7 +28,9 @@ from tfkd_ray.store.storage import Directory
 RUN = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=2)
 
 
-def test_a_teacher_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_is_trained_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[float] = []
     about = train_teacher(RUN, tmp_path, lambda m: seen.append(m["epoch"]))
     assert seen == [1.0, 2.0] and about["metrics"]["val_accuracy"] > 0.3
@@ -42,7 +44,9 @@ def test_a_teacher_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_loaded_teacher_is_the_trained_one(tmp_path: Path) -> None:
-    config = TrainConfig(objective=TfkdSelf(), student=Mlp(hidden=(8,)), teacher=TeacherConfig(epochs=2))
+    config = TrainConfig(
+        objective=TfkdSelf(), student=Mlp(hidden=(8,)), teacher=TeacherConfig(epochs=2)
+    )
     teacher = find_or_train(config, tmp_path)
     assert teacher is not None and not teacher.network().training
     again = find_or_train(config, tmp_path)
@@ -52,9 +56,12 @@ def test_the_loaded_teacher_is_the_trained_one(tmp_path: Path) -> None:
     assert find_or_train(RUN, tmp_path) is None
 
 
-def test_the_name_changes_with_everything_that_makes_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_changes_with_everything_that_makes_the_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = {
-        teacher_name(RUN.model_copy(update=u)) for u in ({}, {"seed": 1}, {"epochs": 3}, {"student": Mlp(hidden=(9,))})
+        teacher_name(RUN.model_copy(update=u))
+        for u in ({}, {"seed": 1}, {"epochs": 3}, {"student": Mlp(hidden=(9,))})
     }
     monkeypatch.setattr(teachers, "LOOP_VERSION", 99)
     assert len(names | {teacher_name(RUN)}) == 5
@@ -111,15 +118,21 @@ def test_a_stopped_teacher_is_the_full_run_cut_short(tmp_path: Path) -> None:
 
 
 def test_a_teacher_can_be_stopped_at_an_accuracy(tmp_path: Path) -> None:
-    run = TeacherRun(objective=CrossEntropy(), student=Mlp(hidden=(32,)), epochs=20, stop_accuracy=0.6)
+    run = TeacherRun(
+        objective=CrossEntropy(), student=Mlp(hidden=(32,)), epochs=20, stop_accuracy=0.6
+    )
     metrics = train_teacher(run, tmp_path)["metrics"]
     assert 0.6 <= metrics["val_accuracy"] < 0.95 and metrics["epoch"] < 20
-    with pytest.raises(ConfigError, match=r"teacher.stop_accuracy: 0.99 was not reached in 1 epochs, only 0\.\d+"):
+    with pytest.raises(
+        ConfigError, match=r"teacher.stop_accuracy: 0.99 was not reached in 1 epochs, only 0\.\d+"
+    ):
         train_teacher(run.model_copy(update={"epochs": 1, "stop_accuracy": 0.99}), tmp_path)
 
 
 def test_double_training_starts_from_the_trained_student(tmp_path: Path) -> None:
-    config = TrainConfig(objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=3, init="trained")
+    config = TrainConfig(
+        objective=CrossEntropy(), student=Mlp(hidden=(8,)), epochs=3, init="trained"
+    )
     first = find_or_train(config, tmp_path)
     assert first is not None
     again = list(train(config, teacher=first))
@@ -158,12 +171,20 @@ def test_a_doubtful_teacher_is_told_by_what_trains_a_sweeps_teachers_each_time(
     network = Mlp(hidden=(32,)).build((1, 8, 8), 10)
     torch.save({name: value * 0 for name, value in network.state_dict().items()}, tmp_path / "w.pt")
     teacher = {"model": {"name": "mlp", "hidden": [32]}, "weights": str(tmp_path / "w.pt")}
-    run = validated(TrainConfig, {"objective": "kd", "student": "mlp", "teacher": teacher}).pinned().teacher_run()
+    run = (
+        validated(TrainConfig, {"objective": "kd", "student": "mlp", "teacher": teacher})
+        .pinned()
+        .teacher_run()
+    )
     assert run is not None
     for _ in range(2):
         said: list[str] = []
         train_teachers([run], Directory(tmp_path), on_note=said.append)
-        assert len(said) == 1 and said[0].startswith("WARNING: teacher ") and not capfd.readouterr().err
+        assert (
+            len(said) == 1
+            and said[0].startswith("WARNING: teacher ")
+            and not capfd.readouterr().err
+        )
     train_teachers([run], Directory(tmp_path))
     assert said[0] in capfd.readouterr().err
 
@@ -184,11 +205,16 @@ def test_a_teacher_no_better_than_guessing_is_told_before_students_train_and_eac
     torch.save(weights, tmp_path / "w.pt")
     teacher = {"model": network.model_dump(), "weights": str(tmp_path / "w.pt")}
     run = validated(TrainConfig, {"objective": "kd", "student": "mlp", "teacher": teacher})
-    cause = {"order": "its classes are in another order .* it would be right on 9", "constant": "the class 7: it is"}
+    cause = {
+        "order": "its classes are in another order .* it would be right on 9",
+        "constant": "the class 7: it is",
+    }
     for _ in range(2):
         find_or_train(run, tmp_path)
         told = capfd.readouterr().err
         if fault == "none":
             assert not told
         elif fault in cause:
-            assert re.search(f"WARNING: teacher .* of validation, where guessing is on 1.*{cause[fault]}", told), told
+            assert re.search(
+                f"WARNING: teacher .* of validation, where guessing is on 1.*{cause[fault]}", told
+            ), told

@@ -57,12 +57,22 @@ def space() -> Space:
 
 def trial(tmp_path: Path, number: int, objective: str, **parameters: Any) -> FakeTrial:
     name = f"t{number:04d}-{objective}"
-    about = {"number": number, "name": name, "epochs": 9, "parameters": parameters, "directory": str(tmp_path / name)}
+    about = {
+        "number": number,
+        "name": name,
+        "epochs": 9,
+        "parameters": parameters,
+        "directory": str(tmp_path / name),
+    }
     return FakeTrial(name, {"trial": about, "objective": {"name": objective}})
 
 
 def run(
-    callback: TensorBoard, t: FakeTrial, accuracies: list[float], failed: str | None = None, first: int = 1
+    callback: TensorBoard,
+    t: FakeTrial,
+    accuracies: list[float],
+    failed: str | None = None,
+    first: int = 1,
 ) -> None:
     callback.on_trial_start(0, [], t)
     for epoch, accuracy in enumerate(accuracies, start=first):
@@ -88,7 +98,9 @@ def test_runs_have_readable_names_and_few_stable_tags(tmp_path: Path, space: Spa
     callback.setup()
     run(
         callback,
-        trial(tmp_path, 7, "lsr", **{"optim.lr": 0.2, "objective.lsr.alpha": 0.3, "student": "mlp"}),
+        trial(
+            tmp_path, 7, "lsr", **{"optim.lr": 0.2, "objective.lsr.alpha": 0.3, "student": "mlp"}
+        ),
         [0.5, 0.6],
     )
     events = read(tmp_path)
@@ -108,7 +120,10 @@ def test_every_searched_parameter_is_a_typed_column(tmp_path: Path, space: Space
     experiment = plugin_data_pb2.HParamsPluginData.FromString(data).experiment
     columns = {h.name: h for h in experiment.hparam_infos}
     assert set(columns) == {"objective", "lr", "lsr.alpha", "student"}
-    assert (columns["lr"].domain_interval.min_value, columns["lr"].domain_interval.max_value) == (0.1, 1.0)
+    assert (columns["lr"].domain_interval.min_value, columns["lr"].domain_interval.max_value) == (
+        0.1,
+        1.0,
+    )
     assert [v.string_value for v in columns["objective"].domain_discrete.values] == ["ce", "lsr"]
     assert all(h.differs for h in columns.values())
     assert next(m.name.tag for m in experiment.metric_infos) == "hp/value"
@@ -123,14 +138,20 @@ def test_every_searched_parameter_is_a_typed_column(tmp_path: Path, space: Space
         ([1, 2.5], "DATA_TYPE_FLOAT64"), (["a", "b"], "DATA_TYPE_STRING"),
     ],
 )  # fmt: skip
-def test_a_trials_values_are_among_those_its_column_declares(tmp_path: Path, choices: list[Any], kind: str) -> None:
+def test_a_trials_values_are_among_those_its_column_declares(
+    tmp_path: Path, choices: list[Any], kind: str
+) -> None:
     """Else a filter of HParams hides the run."""
     column, kinds = _column("x", Choices(tuple(choices))), {"x": _kind(choices)}
     assert api_pb2.DataType.Name(column.type) == kind
     declared = [v.SerializeToString() for v in column.domain_discrete.values]
     assert len(set(declared)) == len(choices), "each is another value"
     for value, same in zip(choices, declared, strict=True):
-        content = _session_start({"x": value}, "g", {"x": "x"}, kinds).value[0].metadata.plugin_data.content
+        content = (
+            _session_start({"x": value}, "g", {"x": "x"}, kinds)
+            .value[0]
+            .metadata.plugin_data.content
+        )
         told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams["x"]
         assert told.SerializeToString() == same
 
@@ -151,21 +172,36 @@ def test_a_sweeps_callback_tells_values_as_its_columns_do(tmp_path: Path) -> Non
         ).session_start_info.hparams[column.name].string_value
         for name in ("t0000-kd", "t0001-kd")
     ]  # fmt: skip
-    assert [v.string_value for v in column.domain_discrete.values] == ["null", "5"] and told == ["5", "null"]
+    assert [v.string_value for v in column.domain_discrete.values] == ["null", "5"] and told == [
+        "5",
+        "null",
+    ]
 
 
-@pytest.mark.parametrize("failed, status", [(None, "STATUS_SUCCESS"), ("ArithmeticError: nan", "STATUS_FAILURE")])
+@pytest.mark.parametrize(
+    "failed, status", [(None, "STATUS_SUCCESS"), ("ArithmeticError: nan", "STATUS_FAILURE")]
+)
 def test_a_trial_says_its_values_at_once_and_its_true_status_at_the_end(
     tmp_path: Path, space: Space, failed: str | None, status: str
 ) -> None:
     callback = TensorBoard(tmp_path, space)
     t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2, "student": "mlp"})
     callback.on_trial_start(0, [], t)
-    data = read(tmp_path).SummaryMetadata("t0000-ce", metadata.SESSION_START_INFO_TAG).plugin_data.content
+    data = (
+        read(tmp_path)
+        .SummaryMetadata("t0000-ce", metadata.SESSION_START_INFO_TAG)
+        .plugin_data.content
+    )
     start = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info
-    assert start.hparams["lr"].number_value == 0.2 and start.hparams["objective"].string_value == "ce"
+    assert (
+        start.hparams["lr"].number_value == 0.2 and start.hparams["objective"].string_value == "ce"
+    )
     run(callback, t, [0.5], failed)
-    data = read(tmp_path).SummaryMetadata("t0000-ce", metadata.SESSION_END_INFO_TAG).plugin_data.content
+    data = (
+        read(tmp_path)
+        .SummaryMetadata("t0000-ce", metadata.SESSION_END_INFO_TAG)
+        .plugin_data.content
+    )
     assert plugin_data_pb2.HParamsPluginData.FromString(data).session_end_info.status == getattr(
         __import__("tensorboard.plugins.hparams.api_pb2", fromlist=["x"]), status
     )
@@ -175,10 +211,17 @@ def test_a_resumed_trial_writes_no_epoch_twice(tmp_path: Path, space: Space) -> 
     t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2})
     run(TensorBoard(tmp_path / "tb", space), t, [0.1, 0.2, 0.3])
     (tmp_path / "t0000-ce").mkdir()
-    (tmp_path / "t0000-ce" / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')  # the third was lost
+    (tmp_path / "t0000-ce" / "metrics.jsonl").write_text(
+        '{"epoch": 1}\n{"epoch": 2}\n'
+    )  # the third was lost
     run(TensorBoard(tmp_path / "tb", space), t, [0.1, 0.2, 0.35, 0.4])
     scalars = read(tmp_path / "tb").Scalars("t0000-ce", "val/acc")
-    assert [(s.step, round(s.value, 6)) for s in scalars] == [(1, 0.1), (2, 0.2), (3, 0.35), (4, 0.4)]
+    assert [(s.step, round(s.value, 6)) for s in scalars] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.35),
+        (4, 0.4),
+    ]
 
 
 def test_short_names_are_short_only_where_that_is_clear(space: Space) -> None:
@@ -188,15 +231,25 @@ def test_short_names_are_short_only_where_that_is_clear(space: Space) -> None:
 
 
 def test_a_trial_fills_the_columns_that_the_experiment_names(tmp_path: Path) -> None:
-    tree = {"objective": "kd", "teacher": {"optim": {"lr": {"choices": [0.1, 0.2]}}, "model": "mlp"}}
+    tree = {
+        "objective": "kd",
+        "teacher": {"optim": {"lr": {"choices": [0.1, 0.2]}}, "model": "mlp"},
+    }
     both = build_space({**tree, "optim": {"lr": {"low": 0.1, "high": 1.0}}})
     callback = TensorBoard(tmp_path, both)
     callback.setup()
-    callback.on_trial_start(0, [], trial(tmp_path, 0, "kd", **{"optim.lr": 0.3, "teacher.optim.lr": 0.2}))
+    callback.on_trial_start(
+        0, [], trial(tmp_path, 0, "kd", **{"optim.lr": 0.3, "teacher.optim.lr": 0.2})
+    )
     events = read(tmp_path)
     data = [
-        plugin_data_pb2.HParamsPluginData.FromString(events.SummaryMetadata(run, tag).plugin_data.content)
-        for run, tag in ((".", metadata.EXPERIMENT_TAG), ("t0000-kd", metadata.SESSION_START_INFO_TAG))
+        plugin_data_pb2.HParamsPluginData.FromString(
+            events.SummaryMetadata(run, tag).plugin_data.content
+        )
+        for run, tag in (
+            (".", metadata.EXPERIMENT_TAG),
+            ("t0000-kd", metadata.SESSION_START_INFO_TAG),
+        )
     ]
     columns = {h.name for h in data[0].experiment.hparam_infos}
     assert set(data[1].session_start_info.hparams) - {"objective"} == columns == {"lr", "optim.lr"}
@@ -208,7 +261,9 @@ def content(events: EventMultiplexer, run: str, tag: str) -> bytes:
     return bytes(event.tensor_proto.string_val[0])
 
 
-def test_a_trial_that_fails_and_is_tried_again_has_the_status_of_its_last_try(tmp_path: Path, space: Space) -> None:
+def test_a_trial_that_fails_and_is_tried_again_has_the_status_of_its_last_try(
+    tmp_path: Path, space: Space
+) -> None:
     t = trial(tmp_path, 0, "ce", **{"optim.lr": 0.2})
     t.config["trial"]["epochs"] = 2
     callback = TensorBoard(tmp_path / "tb", space)
@@ -238,7 +293,9 @@ def test_how_a_trial_ended_is_told_in_words_and_epochs(
     assert events.Scalars("t0000-ce", "hp/epochs")[0].value == last
 
 
-def test_the_root_says_what_is_searched_and_has_a_chart_for_each_objective(tmp_path: Path, space: Space) -> None:
+def test_the_root_says_what_is_searched_and_has_a_chart_for_each_objective(
+    tmp_path: Path, space: Space
+) -> None:
     write_experiment(tmp_path, space.tree, ["tfkd", "tune", "my space.yaml"])
     callback = TensorBoard(tmp_path / "tb", space)
     callback.setup()
@@ -248,11 +305,16 @@ def test_the_root_says_what_is_searched_and_has_a_chart_for_each_objective(tmp_p
     assert "| objective.lsr.alpha | lsr.alpha | 0.1 to 0.4 | lsr |" in text
     assert "| student | student | mlp or cnn | ce, lsr |" in text.replace("  ", " ")
     layout = layout_pb2.Layout.FromString(content(events, ".", "custom_scalars__config__"))
-    assert [c.multiline.tag[0] for c in layout.category[0].chart] == ["^objective/ce$", "^objective/lsr$"]
+    assert [c.multiline.tag[0] for c in layout.category[0].chart] == [
+        "^objective/ce$",
+        "^objective/lsr$",
+    ]
     assert not any("teacher" in c.title for category in layout.category for c in category.chart)
 
 
-def test_a_trial_says_how_it_differs_and_its_configuration_reads_back(tmp_path: Path, space: Space) -> None:
+def test_a_trial_says_how_it_differs_and_its_configuration_reads_back(
+    tmp_path: Path, space: Space
+) -> None:
     callback = TensorBoard(tmp_path, space)
     values = {"optim.lr": 0.2, "student": "mlp", "objective.lsr.alpha": 0.3}
     config = space.branches[1].config(values).model_dump(mode="json")
@@ -261,7 +323,11 @@ def test_a_trial_says_how_it_differs_and_its_configuration_reads_back(tmp_path: 
     callback.on_trial_start(0, [], t)
     events = read(tmp_path)
     change = content(events, "t0001-lsr", "trial/change").decode().splitlines()
-    assert {"| objective.name | ce | lsr |", "| objective.alpha |  | 0.3 |", "| optim.lr | 0.1 | 0.2 |"} <= {*change}
+    assert {
+        "| objective.name | ce | lsr |",
+        "| objective.alpha |  | 0.3 |",
+        "| optim.lr | 0.1 | 0.2 |",
+    } <= {*change}
     again = content(events, "t0001-lsr", "trial/config").decode()
     assert "`tfkd train t0001-lsr.yaml`" in again
     assert parse_yaml(again.split("```yaml\n")[1].removesuffix("```"), Path("x.yaml")) == config
@@ -271,7 +337,9 @@ def test_a_trial_says_how_it_differs_and_its_configuration_reads_back(tmp_path: 
 @pytest.mark.parametrize(
     "objective", [TfkdReg(temperature=3), TfkdRegCode(temperature=3)], ids=lambda o: o.name
 )  # fmt: skip
-def test_the_target_in_the_figure_is_where_the_soft_part_is_zero(objective: Canonical, K: int) -> None:
+def test_the_target_in_the_figure_is_where_the_soft_part_is_zero(
+    objective: Canonical, K: int
+) -> None:
     label = label_probability(objective, K)
     assert label is not None
     target = torch.full((1, K), (1 - label) / (K - 1), dtype=torch.float64)
@@ -285,7 +353,9 @@ def test_the_target_of_label_smoothing_is_torchs() -> None:
     logits = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
     torch.nn.functional.cross_entropy(logits, torch.tensor([0]), label_smoothing=0.3).backward()
     assert logits.grad is not None
-    assert label_probability(LabelSmoothing(alpha=0.3), 5) == pytest.approx(1 / 5 - logits.grad[0, 0].item())
+    assert label_probability(LabelSmoothing(alpha=0.3), 5) == pytest.approx(
+        1 / 5 - logits.grad[0, 0].item()
+    )
 
 
 def test_figures_are_small_images(tmp_path: Path, space: Space) -> None:
@@ -316,9 +386,15 @@ def test_a_report_costs_less_than_two_milliseconds(tmp_path: Path, space: Space)
 # --- tfkd tensorboard
 
 
-def test_several_experiments_stand_side_by_side_with_the_columns_of_all(tmp_path: Path, space: Space) -> None:
+def test_several_experiments_stand_side_by_side_with_the_columns_of_all(
+    tmp_path: Path, space: Space
+) -> None:
     other = build_space(
-        {"objective": "kd", "teacher": {"model": "mlp"}, "optim": {"lr": {"low": 0.01, "high": 0.1, "log": True}}}
+        {
+            "objective": "kd",
+            "teacher": {"model": "mlp"},
+            "optim": {"lr": {"low": 0.01, "high": 0.1, "log": True}},
+        }
     )
     experiments = {"a b": tmp_path / "a b", "ü": tmp_path / "ü"}
     for (name, folder), its in zip(experiments.items(), (space, other), strict=True):
@@ -335,7 +411,10 @@ def test_several_experiments_stand_side_by_side_with_the_columns_of_all(tmp_path
     events = read(board)
     assert set(events.Runs()) == {".", "a b/t0000-ce", "ü/t0000-kd", "ü/t0001-kd"}
     data = events.SummaryMetadata(".", metadata.EXPERIMENT_TAG).plugin_data.content
-    columns = {h.name: h for h in plugin_data_pb2.HParamsPluginData.FromString(data).experiment.hparam_infos}
+    columns = {
+        h.name: h
+        for h in plugin_data_pb2.HParamsPluginData.FromString(data).experiment.hparam_infos
+    }
     assert set(columns) == {"objective", "lr", "lsr.alpha", "student"}
     assert not columns["lr"].HasField("domain_interval")  # two ranges
     groups = {
@@ -354,7 +433,9 @@ def test_the_five_steps_fit_a_terminal() -> None:
     assert [line[0] for line in _HOW_TO_COMPARE.splitlines() if line[1:3] == ". "] == list("12345")
 
 
-def test_a_port_that_is_taken_is_named_with_the_next_free_one(tmp_path: Path, space: Space, tfkd: Run) -> None:
+def test_a_port_that_is_taken_is_named_with_the_next_free_one(
+    tmp_path: Path, space: Space, tfkd: Run
+) -> None:
     write_experiment(tmp_path / "e", space.tree, ["tfkd"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -397,7 +478,10 @@ def test_it_works_in_any_tuner_with_any_trainable(ray_cluster: str, tmp_path: Pa
         trainable,
         param_space={"lr": tune.grid_search([0.1, 0.2]), "objective": "mse", "layers": [3, 4]},
         run_config=tune.RunConfig(
-            name="own", storage_path=str(tmp_path), verbose=0, callbacks=[TensorBoard(tmp_path / "tb", metric="loss")]
+            name="own",
+            storage_path=str(tmp_path),
+            verbose=0,
+            callbacks=[TensorBoard(tmp_path / "tb", metric="loss")],
         ),
     )
     assert tuner.fit().num_errors == 1
@@ -405,12 +489,18 @@ def test_it_works_in_any_tuner_with_any_trainable(ray_cluster: str, tmp_path: Pa
     found = {}
     for name in events.Runs():
         start, end = (
-            plugin_data_pb2.HParamsPluginData.FromString(events.SummaryMetadata(name, tag).plugin_data.content)
+            plugin_data_pb2.HParamsPluginData.FromString(
+                events.SummaryMetadata(name, tag).plugin_data.content
+            )
             for tag in (metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG)
         )
         scalars = events.Scalars(name, "hp/value")
         lr = start.session_start_info.hparams["lr"].number_value
-        found[lr] = ([s.step for s in scalars], round(scalars[-1].value, 6), end.session_end_info.status)
+        found[lr] = (
+            [s.step for s in scalars],
+            round(scalars[-1].value, 6),
+            end.session_end_info.status,
+        )
     assert found == {0.1: ([1, 2], 0.05, 1), 0.2: ([1, 2], 0.1, 2)}
 
 
@@ -428,7 +518,9 @@ def test_a_users_own_key_that_is_called_trial_is_theirs(tmp_path: Path, key: Any
     assert [s.value for s in read(tmp_path).Scalars("mine", "val/acc")] == pytest.approx([0.5, 0.6])
 
 
-def test_step_zero_and_metrics_of_ones_own_are_written_and_what_is_rays_is_not(tmp_path: Path) -> None:
+def test_step_zero_and_metrics_of_ones_own_are_written_and_what_is_rays_is_not(
+    tmp_path: Path,
+) -> None:
     callback, t = TensorBoard(tmp_path, metric="loss"), PlainTrial("mine", {"lr": np.float32(0.5)})
     t.evaluated_params = {"lr": np.float32(0.5)}
     callback.on_trial_start(0, [], t)
@@ -441,13 +533,30 @@ def test_step_zero_and_metrics_of_ones_own_are_written_and_what_is_rays_is_not(t
         "iterations_since_restore": 1,
     }
     for epoch in range(3):
-        told = {"loss": np.float32(1.5), "deep": {"er": np.array(2.0)}, "words": "x", "lr": np.int64(4)}
-        callback.on_trial_result(0, [], t, {**rays, **told, "epoch": np.int64(epoch), "training_iteration": epoch + 1})
+        told = {
+            "loss": np.float32(1.5),
+            "deep": {"er": np.array(2.0)},
+            "words": "x",
+            "lr": np.int64(4),
+        }
+        callback.on_trial_result(
+            0, [], t, {**rays, **told, "epoch": np.int64(epoch), "training_iteration": epoch + 1}
+        )
     callback.on_trial_complete(0, [], t)
     events = read(tmp_path)
-    assert set(events.Runs()["mine"]["scalars"]) == {"loss", "deep/er", "opt/lr", "hp/value", "hp/epochs"}
+    assert set(events.Runs()["mine"]["scalars"]) == {
+        "loss",
+        "deep/er",
+        "opt/lr",
+        "hp/value",
+        "hp/epochs",
+    }
     for tag, value in {"loss": 1.5, "deep/er": 2.0, "opt/lr": 4.0, "hp/value": 1.5}.items():
-        assert [(s.step, s.value) for s in events.Scalars("mine", tag)] == [(0, value), (1, value), (2, value)]
+        assert [(s.step, s.value) for s in events.Scalars("mine", tag)] == [
+            (0, value),
+            (1, value),
+            (2, value),
+        ]
     about = events.SummaryMetadata("mine", metadata.SESSION_START_INFO_TAG).plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(about).session_start_info
     assert start.hparams["lr"].number_value == 0.5
@@ -460,7 +569,9 @@ def test_a_result_before_its_start_is_kept_and_a_plain_trial_goes_on_where_its_r
     callback, t = TensorBoard(tmp_path, metric="loss"), PlainTrial("mine", {})
     for step in (1, 2, 3):
         callback.on_trial_result(0, [], t, {"loss": step, "training_iteration": step})
-    callback.on_trial_start(0, [], t)  # its process was lost; it goes on from a checkpoint, or begins anew
+    callback.on_trial_start(
+        0, [], t
+    )  # its process was lost; it goes on from a checkpoint, or begins anew
     for step in range(again, 5):
         callback.on_trial_result(0, [], t, {"loss": 10 * step, "training_iteration": step})
     callback.on_trial_complete(0, [], t)

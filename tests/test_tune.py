@@ -92,7 +92,9 @@ def alone(config: dict[str, Any]) -> list[dict[str, float]]:
     return times_aside([e.metrics for e in train(TrainConfig.model_validate(config))])
 
 
-def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     mine = Watch()
     grid = build_tuner(
         {**TREE, "objective": ["tfkd_self", "ce"], "search": {"num_samples": 6, "stopping": "none"}},
@@ -102,7 +104,11 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: st
     assert len(mine.ends) == 6  # the user's callback was called, too
     best = grid.get_best_result()
     assert best.metrics is not None and best.metrics["epoch"] == 3
-    assert best.config is not None and best.config["student"] == {"name": "mlp", "hidden": [8], "dropout": 0.0}
+    assert best.config is not None and best.config["student"] == {
+        "name": "mlp",
+        "hidden": [8],
+        "dropout": 0.0,
+    }
     assert best.metrics_dataframe is not None and list(best.metrics_dataframe["epoch"]) == [1, 2, 3]
     experiment = tmp_path / "e"
     assert {p.name for p in experiment.iterdir()} == {
@@ -115,13 +121,20 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(ray_cluster: st
     for record in records:
         assert record.status == "done" and len(record.metrics) == 3
         files = {p.name for p in record.folder.iterdir()}
-        assert files == {"trial.json", "metrics.jsonl", "result.json", "student.safetensors"}  # no run state any more
+        assert files == {
+            "trial.json",
+            "metrics.jsonl",
+            "result.json",
+            "student.safetensors",
+        }  # no run state any more
         assert list((experiment / "tb" / record.name).glob("events.*"))
         if record.objective != "tfkd_self":  # a trial is `train(config)`, bit by bit
             assert times_aside(record.metrics) == alone(record.config)
     assert len(list((tmp_path / "teachers").iterdir())) == 1
     about = read_experiment(experiment)  # what is on disk is the space that was run
-    assert build_space(about["space"]).tree == about["space"] and len(about["space"]["objective"]) == 3
+    assert (
+        build_space(about["space"]).tree == about["space"] and len(about["space"]["objective"]) == 3
+    )
 
 
 def test_one_process_trains_one_trial_after_the_other(ray_cluster: str, tmp_path: Path) -> None:
@@ -133,7 +146,9 @@ def test_one_process_trains_one_trial_after_the_other(ray_cluster: str, tmp_path
     assert len(grid) == 7 and len({result.metrics["pid"] for result in grid if result.metrics}) == 1
 
 
-def test_teachers_among_which_a_sweep_chooses_are_trained_before_it_each_once(ray_cluster: str, tmp_path: Path) -> None:
+def test_teachers_among_which_a_sweep_chooses_are_trained_before_it_each_once(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     def learned(k: int) -> dict[str, Any]:
         return {"name": "mlp", "hidden": [k]}
 
@@ -144,7 +159,11 @@ def test_teachers_among_which_a_sweep_chooses_are_trained_before_it_each_once(ra
         "search": {"num_samples": 6, "stopping": "none"},
     }
     tree |= {"teacher": {"model": {"choices": [learned(4), learned(5), learned(6)]}, "epochs": 1}}
-    there = next(run for run in build_space(tree).teacher_runs() if run.student.model_dump()["hidden"] == (5,))
+    there = next(
+        run
+        for run in build_space(tree).teacher_runs()
+        if run.student.model_dump()["hidden"] == (5,)
+    )
     train_teacher(there, tmp_path)
     told: list[tuple[int, bool]] = []
     watch = Watch()
@@ -165,7 +184,9 @@ def test_teachers_among_which_a_sweep_chooses_are_trained_before_it_each_once(ra
     assert len(told) == 4 and {p: p.stat().st_mtime_ns for p in written} == written
 
 
-def test_after_a_failed_or_a_stopped_trial_the_next_starts_at_once(ray_cluster: str, tmp_path: Path) -> None:
+def test_after_a_failed_or_a_stopped_trial_the_next_starts_at_once(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     watch = Watch()
     tree = {**TREE, "optim": {"lr": {"choices": [0.1, 0.0005, 1e20]}}}
     tree["search"] = {"num_samples": 6, "sampler": "random", "max_concurrent": 1, "seed": 6}
@@ -181,9 +202,15 @@ def test_after_a_failed_or_a_stopped_trial_the_next_starts_at_once(ray_cluster: 
     assert max(start - end for end, start in zip(watch.ends, watch.starts[1:], strict=False)) < 2
 
 
-def test_a_killed_trial_goes_on_from_its_checkpoint_bit_by_bit(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_killed_trial_goes_on_from_its_checkpoint_bit_by_bit(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     watch = Watch(kill=(1, 2))
-    tree = {**TREE, "epochs": 5, "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1}}
+    tree = {
+        **TREE,
+        "epochs": 5,
+        "search": {"num_samples": 3, "stopping": "none", "max_concurrent": 1},
+    }
     grid = build_tuner(tree, name="e", storage=tmp_path, callbacks=[watch]).fit()
     assert watch.lost == 1 and watch.kill is None and grid.num_errors == 0
     assert min(t - watch.killed_at for t in watch.starts if t > watch.killed_at) < 30
@@ -194,7 +221,10 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_bit_by_bit(ray_cluster: str,
 
 
 def test_a_trial_that_is_lost_too_often_fails_alone(ray_cluster: str, tmp_path: Path) -> None:
-    tree = {**TREE, "search": {"num_samples": 2, "stopping": "none", "max_concurrent": 1, "max_failures": 0}}
+    tree = {
+        **TREE,
+        "search": {"num_samples": 2, "stopping": "none", "max_concurrent": 1, "max_failures": 0},
+    }
     grid = build_tuner(tree, name="e", storage=tmp_path, callbacks=[Watch(kill=(0, 1))]).fit()
     assert grid.num_errors == 1
     assert [r.status for r in read_records(tmp_path / "e")] == ["failed", "done"]
@@ -210,15 +240,25 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
     grid = tuner.fit()
     assert (tmp_path / "mine" / "experiment.yaml").exists() and len(mine.ends) == 3
     best = grid.get_best_result().metrics
-    assert best is not None and best["val_nll"] == min(r.metrics["val_nll"] for r in grid if r.metrics)
-    assert read_experiment(tmp_path / "mine")["space"]["search"]["metric"] == "val_nll"  # it was searched for, too
+    assert best is not None and best["val_nll"] == min(
+        r.metrics["val_nll"] for r in grid if r.metrics
+    )
+    assert (
+        read_experiment(tmp_path / "mine")["space"]["search"]["metric"] == "val_nll"
+    )  # it was searched for, too
     storage = open_journal(tmp_path / "mine" / "study.journal")
     (study,) = optuna.study.get_all_study_summaries(storage=storage)
     assert study.direction == optuna.study.StudyDirection.MINIMIZE
     asha = ASHAScheduler(metric="val_accuracy", mode="max")
     for wrong, message in [
-        ({"tune_config": tune.TuneConfig(search_alg=object())}, "tune_config.search_alg: build_tuner brings its own"),
-        ({"tune_config": tune.TuneConfig(num_samples=9)}, "tune_config.num_samples: the space says how many"),
+        (
+            {"tune_config": tune.TuneConfig(search_alg=object())},
+            "tune_config.search_alg: build_tuner brings its own",
+        ),
+        (
+            {"tune_config": tune.TuneConfig(num_samples=9)},
+            "tune_config.num_samples: the space says how many",
+        ),
         (
             {"run_config": tune.RunConfig(checkpoint_config=tune.CheckpointConfig(num_to_keep=1))},
             "run_config.checkpoint",
@@ -231,23 +271,50 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
             {"tune_config": tune.TuneConfig(metric="val_nll", mode="max")},
             "tune_config.mode: val_nll is better the lower",
         ),
-        ({"tune_config": tune.TuneConfig(mode="min")}, "tune_config.mode: val_accuracy is better the higher it is"),
-        ({"tune_config": tune.TuneConfig(metric="val_nll", scheduler=asha)}, "tune_config.metric: the scheduler has a"),
+        (
+            {"tune_config": tune.TuneConfig(mode="min")},
+            "tune_config.mode: val_accuracy is better the higher it is",
+        ),
+        (
+            {"tune_config": tune.TuneConfig(metric="val_nll", scheduler=asha)},
+            "tune_config.metric: the scheduler has a",
+        ),
         (
             {"tune_config": tune.TuneConfig(max_concurrent_trials=-1)},
             "max_concurrent_trials: 0 (no limit) or more, got",
         ),
-        ({"tune_config": tune.TuneConfig(time_budget_s=0)}, "search.time_budget_s: Input should be greater than 0"),
-        ({"tune_config": tune.TuneConfig(trial_name_creator=str)}, "tune_config.trial_name_creator: trials have names"),
-        ({"tune_config": tune.TuneConfig(trial_dirname_creator=str)}, "tune_config.trial_dirname_creator: trials have"),
-        ({"tune_config": tune.TuneConfig(chdir_to_trial_dir=False)}, "tune_config.chdir_to_trial_dir: Ray has given"),
+        (
+            {"tune_config": tune.TuneConfig(time_budget_s=0)},
+            "search.time_budget_s: Input should be greater than 0",
+        ),
+        (
+            {"tune_config": tune.TuneConfig(trial_name_creator=str)},
+            "tune_config.trial_name_creator: trials have names",
+        ),
+        (
+            {"tune_config": tune.TuneConfig(trial_dirname_creator=str)},
+            "tune_config.trial_dirname_creator: trials have",
+        ),
+        (
+            {"tune_config": tune.TuneConfig(chdir_to_trial_dir=False)},
+            "tune_config.chdir_to_trial_dir: Ray has given",
+        ),
         (
             {"run_config": tune.RunConfig(failure_config=tune.FailureConfig(fail_fast=True))},
             "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials",
         ),
-        ({"run_config": tune.RunConfig(storage_filesystem=LocalFileSystem())}, "run_config.storage_filesystem: an exp"),
-        ({"run_config": tune.RunConfig(name="y")}, "name: 'x', and run_config.name is 'y'; give one of them"),
-        ({"run_config": tune.RunConfig(storage_path="/z")}, "and run_config.storage_path is /z; give one of them"),
+        (
+            {"run_config": tune.RunConfig(storage_filesystem=LocalFileSystem())},
+            "run_config.storage_filesystem: an exp",
+        ),
+        (
+            {"run_config": tune.RunConfig(name="y")},
+            "name: 'x', and run_config.name is 'y'; give one of them",
+        ),
+        (
+            {"run_config": tune.RunConfig(storage_path="/z")},
+            "and run_config.storage_path is /z; give one of them",
+        ),
         (
             {"storage": "ftp://host/x"},
             "storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got 'ftp://host/x'",
@@ -259,10 +326,31 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
 
 
 def test_every_setting_of_rays_configs_is_obeyed_or_refused() -> None:
-    obeyed = {"metric", "mode", "scheduler", "max_concurrent_trials", "time_budget_s", "reuse_actors"}
-    refused = {"search_alg", "num_samples", "trial_name_creator", "trial_dirname_creator", "chdir_to_trial_dir"}
+    obeyed = {
+        "metric",
+        "mode",
+        "scheduler",
+        "max_concurrent_trials",
+        "time_budget_s",
+        "reuse_actors",
+    }
+    refused = {
+        "search_alg",
+        "num_samples",
+        "trial_name_creator",
+        "trial_dirname_creator",
+        "chdir_to_trial_dir",
+    }
     assert {f.name for f in dataclasses.fields(tune.TuneConfig)} == obeyed | refused
-    obeyed = {"name", "storage_path", "failure_config", "sync_config", "verbose", "stop", "callbacks"}
+    obeyed = {
+        "name",
+        "storage_path",
+        "failure_config",
+        "sync_config",
+        "verbose",
+        "stop",
+        "callbacks",
+    }
     refused = {"storage_filesystem", "checkpoint_config", "local_dir"}  # the last by Ray itself
     assert {f.name for f in dataclasses.fields(tune.RunConfig)} == obeyed | refused | {
         "progress_reporter",
@@ -279,7 +367,9 @@ def test_every_setting_of_rays_configs_is_obeyed_or_refused() -> None:
         assert (search.metric, search.time_budget_s) == found
 
 
-def test_trials_that_the_users_own_stop_ends_are_of_full_length(ray_cluster: str, tmp_path: Path) -> None:
+def test_trials_that_the_users_own_stop_ends_are_of_full_length(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     """And what else of a `RunConfig` is Ray's to do is done."""
 
     class Reporter(tune.CLIReporter):  # type: ignore[misc]
@@ -290,14 +380,18 @@ def test_trials_that_the_users_own_stop_ends_are_of_full_length(ray_cluster: str
 
     reporter = Reporter()
     run = tune.RunConfig(stop={"epoch": 2}, progress_reporter=reporter)
-    asha = ASHAScheduler(metric="val_accuracy", mode="max", time_attr="epoch", max_t=3, grace_period=3)
+    asha = ASHAScheduler(
+        metric="val_accuracy", mode="max", time_attr="epoch", max_t=3, grace_period=3
+    )
     for name, more in (("study", {}), ("asha", {"tune_config": tune.TuneConfig(scheduler=asha)})):
         build_tuner(TREE, name=name, storage=tmp_path, run_config=run, **more).fit()
         records = read_records(tmp_path / name)
         assert [(r.status, len(r.metrics)) for r in records] == [("done", 2)] * 3
         storage = open_journal(tmp_path / name / "study.journal")
         (study,) = optuna.study.get_all_study_names(storage)
-        assert {t.state.name for t in optuna.load_study(study_name=study, storage=storage).trials} == {"COMPLETE"}
+        assert {
+            t.state.name for t in optuna.load_study(study_name=study, storage=storage).trials
+        } == {"COMPLETE"}
     assert reporter.told
 
 
@@ -316,12 +410,21 @@ def test_two_drivers_that_begin_in_the_same_second_stage_their_files_apart(
 
 
 def test_rays_asha_is_selectable_as_its_docs_show(ray_cluster: str, tmp_path: Path) -> None:
-    asha = ASHAScheduler(metric="val_accuracy", mode="max", time_attr="epoch", max_t=3, grace_period=1)
-    grid = build_tuner(TREE, name="e", storage=tmp_path, tune_config=tune.TuneConfig(scheduler=asha)).fit()
-    assert len(grid) == 3 and {r.status for r in read_records(tmp_path / "e")} <= {"done", "stopped"}
+    asha = ASHAScheduler(
+        metric="val_accuracy", mode="max", time_attr="epoch", max_t=3, grace_period=1
+    )
+    grid = build_tuner(
+        TREE, name="e", storage=tmp_path, tune_config=tune.TuneConfig(scheduler=asha)
+    ).fit()
+    assert len(grid) == 3 and {r.status for r in read_records(tmp_path / "e")} <= {
+        "done",
+        "stopped",
+    }
 
 
-def test_a_teacher_that_cannot_be_trained_is_said_and_uses_up_no_name(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_be_trained_is_said_and_uses_up_no_name(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     tree = {**TREE, "objective": "tfkd_self", "teacher": {"optim": {"lr": 1e20}}}
     with pytest.raises(TeacherFailed, match=r"teacher mlp-\w+: Diverged: train_loss is"):
         build_tuner(tree, name="e", storage=tmp_path)
@@ -344,16 +447,24 @@ def test_trials_are_added_to_a_finished_sweep(ray_cluster: str, tmp_path: Path) 
 
 def test_an_experiment_is_not_written_over(ray_cluster: str, tmp_path: Path) -> None:
     (tmp_path / "e").mkdir()
-    with pytest.raises(ConfigError, match=r"experiment 'e' exists already; choose another name, or go on with it"):
+    with pytest.raises(
+        ConfigError, match=r"experiment 'e' exists already; choose another name, or go on with it"
+    ):
         build_tuner(TREE, name="e", storage=tmp_path)
 
 
-def test_a_command_that_is_shown_can_be_typed_whatever_the_name(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_command_that_is_shown_can_be_typed_whatever_the_name(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     (tmp_path / "a 'b' $c").mkdir()
     with pytest.raises(ConfigError) as refused:
         build_tuner(TREE, name="a 'b' $c", storage=tmp_path)
     (problem,) = refused.value.problems
-    assert shlex.split(problem.partition("go on with it: ")[2]) == ["tfkd", "resume", str(tmp_path / "a 'b' $c")]
+    assert shlex.split(problem.partition("go on with it: ")[2]) == [
+        "tfkd",
+        "resume",
+        str(tmp_path / "a 'b' $c"),
+    ]
 
 
 def test_a_second_driver_is_refused(ray_cluster: str, tmp_path: Path) -> None:
@@ -367,10 +478,14 @@ def test_a_second_driver_is_refused(ray_cluster: str, tmp_path: Path) -> None:
 
 
 def test_more_workers_than_cpus_are_refused_at_once(ray_cluster: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a trial needs 3 x 1 CPU, each on one node, and the cluster has room for 2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a trial needs 3 x 1 CPU, each on one node, and the cluster has room for 2",
+    ):
         build_tuner({**TREE, "workers": 3}, name="e", storage=tmp_path)
     with pytest.raises(
-        ConfigError, match=r"a trial needs 1 x 1 CPU and 1 GPU, each on one node, and the cluster has room for 0"
+        ConfigError,
+        match=r"a trial needs 1 x 1 CPU and 1 GPU, each on one node, and the cluster has room for 0",
     ):
         build_tuner({**TREE, "gpus_per_worker": 1}, name="e", storage=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -389,9 +504,13 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None
 TWO = TrainConfig(objective=CrossEntropy(), workers=2)
 
 
-def test_a_cluster_without_the_driver_resource_is_refused(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_without_the_driver_resource_is_refused(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nodes(monkeypatch, {"CPU": 2.0})
-    with pytest.raises(ConfigError, match="need the resource 'tfkd_driver' on the cluster, and it has none"):
+    with pytest.raises(
+        ConfigError, match="need the resource 'tfkd_driver' on the cluster, and it has none"
+    ):
         check_room(TWO)
     assert check_room(TWO.model_copy(update={"workers": 1})) == 2
 
@@ -402,7 +521,9 @@ def test_room_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         check_room(TWO.model_copy(update={"cpus_per_worker": 2})) == 1
     )  # one worker a node: three, so one trial of two
-    with pytest.raises(ConfigError, match=r"needs 1 x 4 CPU, each on one node, and the cluster has room for 0"):
+    with pytest.raises(
+        ConfigError, match=r"needs 1 x 4 CPU, each on one node, and the cluster has room for 0"
+    ):
         check_room(TWO.model_copy(update={"workers": 1, "cpus_per_worker": 4}))
 
 
@@ -414,7 +535,9 @@ def test_a_cluster_whose_state_api_is_silent_is_refused_for_several_workers(
 
     assert check_room(TWO) == 1
     monkeypatch.setattr("ray.util.state.list_nodes", silent)
-    with pytest.raises(ConfigError, match="need Ray's State API, and this cluster's does not answer"):
+    with pytest.raises(
+        ConfigError, match="need Ray's State API, and this cluster's does not answer"
+    ):
         check_room(TWO)
 
 
@@ -428,11 +551,15 @@ def test_a_ray_without_its_default_extra_is_refused(monkeypatch: pytest.MonkeyPa
         return real(name)
 
     monkeypatch.setattr(cluster.importlib.metadata, "version", version)
-    with pytest.raises(ConfigError, match=r"aiohttp missing\).*pip install 'ray\[default,train,tune\]'"):
+    with pytest.raises(
+        ConfigError, match=r"aiohttp missing\).*pip install 'ray\[default,train,tune\]'"
+    ):
         check_ray()
 
 
-def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tmp_path: Path) -> None:
+def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(
+    tmp_path: Path,
+) -> None:
     trial = SimpleNamespace(
         trial_id="a", status="TERMINATED", last_result={"epoch": 1, "done": True},
         config={"trial": {"directory": str(tmp_path), "number": 0, "name": "t0", "epochs": 9, "parameters": {}},
@@ -453,17 +580,27 @@ def test_what_a_stopped_trial_saves_late_is_removed_with_the_end_of_the_sweep(tm
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_a_lock_that_cannot_be_taken_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_taken_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "driver.lock").mkdir()
-    with pytest.raises(ConfigError, match=r"driver.lock cannot be locked \(Is a directory\).* remove driver.lock"):
+    with pytest.raises(
+        ConfigError, match=r"driver.lock cannot be locked \(Is a directory\).* remove driver.lock"
+    ):
         Lock(*experiment_of(tmp_path))
     (tmp_path / "driver.lock").rmdir()
     for error, why in (
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied"),
         (OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)), "No locks available"),
-        (NotImplementedError("FileSystem does not appear to support flock"), "does not appear to support flock"),
+        (
+            NotImplementedError("FileSystem does not appear to support flock"),
+            "does not appear to support flock",
+        ),
     ):
-        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"cannot be locked \(.*{why}"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ConfigError, match=rf"cannot be locked \(.*{why}"),
+        ):
             patch.setattr("filelock.FileLock._acquire", Mock(side_effect=error))
             Lock(*experiment_of(tmp_path))
     lock = Lock(*experiment_of(tmp_path))  # and none was left behind
@@ -488,11 +625,17 @@ def test_what_is_removed_of_a_trial_that_runs_is_said_and_written_again(tmp_path
     shutil.rmtree(folder)
     tell(2)
     tell(3)
-    assert said == ["t0: its folder was removed while it ran; made again, with all epochs that it has told"]
-    assert [m["epoch"] for m in read_record(folder).metrics] == [1, 2, 3] and read_record(folder).status == "running"
+    assert said == [
+        "t0: its folder was removed while it ran; made again, with all epochs that it has told"
+    ]
+    assert [m["epoch"] for m in read_record(folder).metrics] == [1, 2, 3] and read_record(
+        folder
+    ).status == "running"
     (folder / "metrics.jsonl").unlink()
     recorder.on_trial_start(0, [], trial)  # its process was lost
-    assert said[1:] == ["t0: metrics.jsonl was removed while it ran; made again, with all epochs that it has told"]
+    assert said[1:] == [
+        "t0: metrics.jsonl was removed while it ran; made again, with all epochs that it has told"
+    ]
     assert [m["epoch"] for m in read_record(folder).metrics] == [1, 2, 3]
     shutil.rmtree(folder)
     recorder.on_experiment_end([trial])
@@ -500,19 +643,28 @@ def test_what_is_removed_of_a_trial_that_runs_is_said_and_written_again(tmp_path
     shutil.rmtree(folder)
     tell(4, done=True)
     recorder.on_trial_complete(0, [], trial)
-    assert len(read_record(folder).metrics) == 4 and (folder / "result.json").read_text().count("epoch") == 4
+    assert (
+        len(read_record(folder).metrics) == 4
+        and (folder / "result.json").read_text().count("epoch") == 4
+    )
 
 
 # --- a GPU that is broken
 
 
 BROKEN = {
-    "illegal access": torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ..."),
+    "illegal access": torch.AcceleratorError(
+        "CUDA error: an illegal memory access was encountered\nCompile with ..."
+    ),
     "assert": torch.AcceleratorError("CUDA error: device-side assert triggered"),
     "launch": RuntimeError("CUDA error: unspecified launch failure"),
     "ECC": RuntimeError("CUDA error: uncorrectable ECC error encountered"),
-    "NCCL": RuntimeError("NCCL error: remote process exited or there was a network error, ncclRemoteError"),
-    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    "NCCL": RuntimeError(
+        "NCCL error: remote process exited or there was a network error, ncclRemoteError"
+    ),
+    "cuBLAS": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"
+    ),
     "no GPU": RuntimeError("gpus_per_worker is 1, and torch sees no GPU here"),
 }
 SOUND = {
@@ -542,23 +694,36 @@ def test_a_gpu_that_breaks_ends_the_process_and_the_sweep_before_it_burns_the_pr
     space = {**TREE, "student": student, "epochs": 1, "search": search}
     with pytest.raises(NoNodeLeft) as ended:
         build_tuner(space, name="e", storage=tmp_path).fit()
-    assert "3 trials in a row were lost there: AcceleratorError: CUDA error: an illegal" in str(ended.value)
+    assert "3 trials in a row were lost there: AcceleratorError: CUDA error: an illegal" in str(
+        ended.value
+    )
     (record,) = read_records(tmp_path / "e")  # the other proposals were not burnt
-    assert record.status == "failed" and "lost 3 times in epoch 1 (AcceleratorError: CUDA error" in str(record.reason)
+    assert (
+        record.status == "failed"
+        and "lost 3 times in epoch 1 (AcceleratorError: CUDA error" in str(record.reason)
+    )
     file.unlink()
     resume_tuner(tmp_path / "e", retry_failed=True).fit()
     assert [r.status for r in read_records(tmp_path / "e")] == ["done"] * 5
 
 
-def test_a_gpu_that_breaks_in_a_later_epoch_costs_one_process_and_no_trial(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_gpu_that_breaks_in_a_later_epoch_costs_one_process_and_no_trial(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     file = tmp_path / "broken"
     file.write_text("everywhere")
 
     class Mended(tune.Callback):  # type: ignore[misc]
-        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_recover(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             file.unlink(missing_ok=True)
 
-    student = {"name": "own", "path": "tests.broken:network", "args": {"file": str(file), "after": 12}}
+    student = {
+        "name": "own",
+        "path": "tests.broken:network",
+        "args": {"file": str(file), "after": 12},
+    }
     search = {**TREE["search"], "num_samples": 2, "max_concurrent": 1}
     space = {**TREE, "student": student, "search": search}
     build_tuner(space, name="e", storage=tmp_path, callbacks=[Mended()]).fit()

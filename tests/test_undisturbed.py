@@ -64,7 +64,9 @@ def shown(experiment: Path) -> int:
     return board.returncode
 
 
-def read_on(number: int, experiment: Path, out: Path, ended: Any, over: Any, counts: Any, wholes: Any) -> None:
+def read_on(
+    number: int, experiment: Path, out: Path, ended: Any, over: Any, counts: Any, wholes: Any
+) -> None:
     """Reader `number` of ten: one verb, again and again. Only while the sweep runs may there be nothing to read yet."""
     os.nice(10)
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
@@ -82,15 +84,32 @@ def outcome(experiment: Path) -> list[Any]:
     """What a sweep found, without times."""
     timed = ("seconds", "images_per_s")
     return [
-        (r.name, r.status, r.parameters, [{k: v for k, v in m.items() if k not in timed} for m in r.metrics])
+        (
+            r.name,
+            r.status,
+            r.parameters,
+            [{k: v for k, v in m.items() if k not in timed} for m in r.metrics],
+        )
         for r in read_records(experiment)
     ]
 
 
 def sweep(folder: Path, name: str) -> subprocess.Popen[str]:
     (folder / "small.yaml").write_text(TREE)
-    command = [sys.executable, "-m", "tfkd_ray", "tune", "small.yaml", "--name", name, "--storage", "results"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "tfkd_ray",
+        "tune",
+        "small.yaml",
+        "--name",
+        name,
+        "--storage",
+        "results",
+    ]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.fault
@@ -107,7 +126,9 @@ def test_ten_readers_disturb_nothing(ray_cluster: str, tmp_path: Path) -> None:
         ended, over = spawn.Event(), spawn.Event()
         counts, wholes = spawn.Array("i", 10), spawn.Array("i", 10)
         readers = [
-            spawn.Process(target=read_on, args=(n, experiment, tmp_path, ended, over, counts, wholes))
+            spawn.Process(
+                target=read_on, args=(n, experiment, tmp_path, ended, over, counts, wholes)
+            )
             for n in range(10)
         ]
         for reader in readers:

@@ -72,7 +72,11 @@ def test_a_comparison_is_scipys_paired_t_test(n: int) -> None:
 def test_a_summary_is_the_t_interval_of_the_mean() -> None:
     s = summary(CE)
     low, high = stats.t.interval(0.95, 4, np.mean(CE.values), stats.sem(CE.values))
-    assert (s.n, s.mean, s.sd) == (5, pytest.approx(0.751), pytest.approx(np.std(CE.values, ddof=1)))
+    assert (s.n, s.mean, s.sd) == (
+        5,
+        pytest.approx(0.751),
+        pytest.approx(np.std(CE.values, ddof=1)),
+    )
     assert (s.low, s.high) == pytest.approx((low, high))
 
 
@@ -92,7 +96,11 @@ def test_many_experiments_at_once_are_each_alone() -> None:
 def test_swapped_arms_have_the_mirrored_lead() -> None:
     one, other = paired(CE, UNSURE), paired(UNSURE, CE)
     assert (one.lead, one.low, one.high) == pytest.approx((-other.lead, -other.high, -other.low))
-    assert (one.p, one.effect, one.needed) == (other.p, pytest.approx(-(other.effect or 0)), other.needed)
+    assert (one.p, one.effect, one.needed) == (
+        other.p,
+        pytest.approx(-(other.effect or 0)),
+        other.needed,
+    )
 
 
 def test_a_metric_of_which_less_is_better_has_the_same_verdict_negated() -> None:
@@ -113,12 +121,16 @@ def test_hedges_correction_is_the_gamma_ratio_near_its_usual_approximation() -> 
     assert c.effect == pytest.approx(c.lead / c.sd * hedges(4))
 
 
-@pytest.mark.parametrize(("n", "alpha"), [(2, 0.05), (3, 0.05), (3, 0.05 / 3), (5, 0.05 / 3), (10, 0.05)])
+@pytest.mark.parametrize(
+    ("n", "alpha"), [(2, 0.05), (3, 0.05), (3, 0.05 / 3), (5, 0.05 / 3), (10, 0.05)]
+)
 def test_the_smallest_lead_seen_is_seen_with_probability_four_fifths(n: int, alpha: float) -> None:
     effect = smallest_seen(n, alpha)
     x = np.random.default_rng(0).standard_normal((40_000, n)) + effect
     test = stats.ttest_1samp(x, 0, axis=1)
-    assert np.mean((test.pvalue <= alpha) & (test.statistic > 0)) == pytest.approx(0.8, abs=4 * 0.002)
+    assert np.mean((test.pvalue <= alpha) & (test.statistic > 0)) == pytest.approx(
+        0.8, abs=4 * 0.002
+    )
     assert seeds_needed(effect, alpha) == n
 
 
@@ -126,7 +138,9 @@ def test_seeds_needed_follow_the_normal_approximation_and_have_an_end() -> None:
     # paper_facts: 15.7 (sd / delta)^2 an arm is 7.85 (sd of the difference / delta)^2 pairs, and a few for the t
     assert [seeds_needed(d) for d in (1, 0.5, 0.2, 0.1)] == [10, 34, 199, 787]
     assert seeds_needed(-0.5) == 34 and seeds_needed(1000) == 2
-    assert seeds_needed(0.001) is None and seeds_needed(0.0) is None and seeds_needed(0.03) is not None
+    assert (
+        seeds_needed(0.001) is None and seeds_needed(0.0) is None and seeds_needed(0.03) is not None
+    )
 
 
 def test_holm_by_hand() -> None:
@@ -137,7 +151,9 @@ def test_holm_by_hand() -> None:
 
 
 def test_holm_is_statsmodels() -> None:
-    p = np.random.default_rng(0).random((4, 5)) ** 3  # few: each call of theirs collects all garbage
+    p = (
+        np.random.default_rng(0).random((4, 5)) ** 3
+    )  # few: each call of theirs collects all garbage
     p[0, :2] = p[0, 2]
     for row, got in zip(p, holm(p), strict=True):
         assert got == pytest.approx(multipletests(row, method="holm")[1])
@@ -160,8 +176,12 @@ def test_the_image_bootstrap_is_about_the_standard_error_of_the_images() -> None
 def test_the_image_bootstrap_takes_all_seeds_of_an_image_together() -> None:
     right = np.random.default_rng(0).random((1, 500)) < 0.7
     other = np.random.default_rng(1).random((1, 500)) < 0.7
-    once = paired(with_images("a", right.repeat(2, axis=0)), with_images("b", other.repeat(2, axis=0))).images
-    ten = paired(with_images("a", right.repeat(10, axis=0)), with_images("b", other.repeat(10, axis=0))).images
+    once = paired(
+        with_images("a", right.repeat(2, axis=0)), with_images("b", other.repeat(2, axis=0))
+    ).images
+    ten = paired(
+        with_images("a", right.repeat(10, axis=0)), with_images("b", other.repeat(10, axis=0))
+    ).images
     assert once == pytest.approx(ten), "ten copies of a run know no more about the images than two"
 
 
@@ -184,7 +204,10 @@ def test_the_three_verdicts_and_their_sentences() -> None:
         "kd is better than every baseline: its lead over lsr, the closest call, is 1.74 points (95 % 1.63 to 1.85; "
         "p < 0.001 after Holm over 3 candidates; n = 5)"
     )
-    assert worse == "reg is not better than lsr: it is worse, by 1.22 points (95 % 1.12 to 1.32; n = 5)"
+    assert (
+        worse
+        == "reg is not better than lsr: it is worse, by 1.22 points (95 % 1.12 to 1.32; n = 5)"
+    )
     assert unsure == (
         "cannot tell at n = 5 whether self is better than lsr: its lead is 0.02 points (95 % -0.66 to 0.70; p 1.00 "
         "after Holm over 3 candidates); one of 1.25 would have been seen with probability 0.8, and about 7,777 seeds would show one of 0.02"
@@ -202,7 +225,11 @@ def test_a_candidate_must_beat_every_baseline() -> None:
 
 def test_a_baseline_that_is_significantly_better_does_not_make_a_better() -> None:
     v = judge([CE], [CLEAR])
-    assert v.candidates[0].comparisons[0].p < 0.001 and v.candidates[0].p == 1.0 and v.verdict == "not better"
+    assert (
+        v.candidates[0].comparisons[0].p < 0.001
+        and v.candidates[0].p == 1.0
+        and v.verdict == "not better"
+    )
 
 
 def test_holm_counts_the_candidates() -> None:
@@ -234,7 +261,9 @@ def test_not_better_begins_where_a_lead_of_the_margin_is_ruled_out() -> None:
 def test_the_margin_never_makes_or_unmakes_a_better(margin: float) -> None:
     words = [
         c.verdict == "better"
-        for c in judge([CLEAR, WORSE, UNSURE], [CE, LSR], replace(ACCURACY, margin=margin)).candidates
+        for c in judge(
+            [CLEAR, WORSE, UNSURE], [CE, LSR], replace(ACCURACY, margin=margin)
+        ).candidates
     ]
     assert words == [True, False, False]
 
@@ -251,14 +280,23 @@ def test_identical_arms_are_not_better_and_said_to_be_identical(n: int, margin: 
     v = judge([arm("code", *values)], [arm("lsr", *values)], replace(ACCURACY, margin=margin))
     c = v.candidates[0].comparisons[0]
     assert v.sentence == f"code is not better than lsr: identical in every seed (n = {n})"
-    assert (c.p, c.low, c.high, c.effect, c.needed, c.smallest_seen) == (1.0, 0.0, 0.0, None, None, None)
+    assert (c.p, c.low, c.high, c.effect, c.needed, c.smallest_seen) == (
+        1.0,
+        0.0,
+        0.0,
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(("n", "gain", "word"), [
     (3, 0.01, "cannot tell"), (5, 0.01, "cannot tell"), (6, 0.01, "better"), (5, -0.01, "cannot tell"),
     (6, -0.01, "not better"), (6, 0.001, "better"), (2, -0.01, "cannot tell"),
 ])  # fmt: skip
-def test_the_same_lead_in_every_seed_is_judged_by_the_sign_test(n: int, gain: float, word: str) -> None:
+def test_the_same_lead_in_every_seed_is_judged_by_the_sign_test(
+    n: int, gain: float, word: str
+) -> None:
     base = np.random.default_rng(0).normal(0.8, 0.01, n)
     v = judge([arm("a", *(base + gain))], [arm("b", *base)])
     c = v.candidates[0].comparisons[0]
@@ -278,13 +316,20 @@ def test_float32_rounding_is_no_spread() -> None:
 def test_two_seeds_are_judged_and_said() -> None:
     v = judge([arm("a", 0.80, 0.81)], [arm("b", 0.79, 0.79)])
     assert v.verdict == "cannot tell" and v.candidates[0].comparisons[0].effect is None
-    assert v.notes == ("n = 2: the spread comes from one difference, so only very large leads can be told from luck",)
+    assert v.notes == (
+        "n = 2: the spread comes from one difference, so only very large leads can be told from luck",
+    )
 
 
 def test_arms_are_compared_on_their_common_seeds_and_that_is_said() -> None:
-    a, b = arm("a", 0.80, 0.81, 0.83, seeds=(4, 1, 7)), arm("b", 0.5, 0.70, 0.72, 0.71, seeds=(2, 7, 1, 4))
+    a, b = (
+        arm("a", 0.80, 0.81, 0.83, seeds=(4, 1, 7)),
+        arm("b", 0.5, 0.70, 0.72, 0.71, seeds=(2, 7, 1, 4)),
+    )
     c = paired(a, b)
-    assert c.seeds == (4, 1, 7) and c.lead == pytest.approx(np.mean([0.80 - 0.71, 0.81 - 0.72, 0.83 - 0.70]))
+    assert c.seeds == (4, 1, 7) and c.lead == pytest.approx(
+        np.mean([0.80 - 0.71, 0.81 - 0.72, 0.83 - 0.70])
+    )
     v = judge([a], [b])
     assert v.notes[0] == "a has no value at seed 2: compared on the seeds that both arms have"
     assert "n = 3" in v.sentence
@@ -294,7 +339,11 @@ def test_the_order_of_seeds_and_arms_does_not_matter() -> None:
     turned = JudgedArm(UNSURE.name, UNSURE.seeds[::-1], UNSURE.values[::-1])
     one = judge([CLEAR, UNSURE], [CE, LSR]).candidates[1]
     other = judge([turned, CLEAR], [LSR, CE]).candidates[0]
-    assert (one.verdict, one.against, one.sentence) == (other.verdict, other.against, other.sentence)
+    assert (one.verdict, one.against, one.sentence) == (
+        other.verdict,
+        other.against,
+        other.sentence,
+    )
     assert one.p == pytest.approx(other.p)
 
 
@@ -302,13 +351,17 @@ def test_a_better_that_other_test_images_may_not_show_has_a_note() -> None:
     rng = np.random.default_rng(0)
     base = rng.random((5, 400)) < 0.5
     more = base.copy()
-    for i, row in enumerate(more):  # 3 or 4 images more in every seed, of some that were gained and some lost
+    for i, row in enumerate(
+        more
+    ):  # 3 or 4 images more in every seed, of some that were gained and some lost
         row[:80] = True
         row[40 : 76 + i % 2] = False
     base[:, :40], base[:, 40:80] = False, True
     v = judge([with_images("a", more)], [with_images("b", base)])
     assert v.verdict == "better"
-    assert len(v.notes) == 1 and v.notes[0].endswith("holds on this test set and may not on another of its size")
+    assert len(v.notes) == 1 and v.notes[0].endswith(
+        "holds on this test set and may not on another of its size"
+    )
 
 
 @pytest.mark.parametrize(("candidates", "baselines", "sentences"), [
@@ -340,10 +393,15 @@ def test_values_must_be_the_means_of_their_images() -> None:
 def test_the_overall_sentence_names_all() -> None:
     little = np.array([0, 1e-3, 0, 0, 1e-3])
     twin = arm("kd2", *(CLEAR.values + little))
-    assert judge([CLEAR, twin], [CE, LSR]).sentence == "kd and kd2 are each better than every baseline"
+    assert (
+        judge([CLEAR, twin], [CE, LSR]).sentence == "kd and kd2 are each better than every baseline"
+    )
     v = judge([WORSE, UNSURE], [CE, LSR])
     assert v.verdict == "cannot tell"
-    assert v.sentence == "no candidate is shown to be better than ce and lsr (not better: reg; cannot tell: self)"
+    assert (
+        v.sentence
+        == "no candidate is shown to be better than ce and lsr (not better: reg; cannot tell: self)"
+    )
     assert judge([WORSE, arm("reg2", *(WORSE.values - little))], [CE]).verdict == "not better"
     alone = judge([UNSURE], [CE])
     assert alone.sentence == alone.candidates[0].sentence
@@ -353,17 +411,27 @@ def test_json_is_plain_and_whole() -> None:
     tree = judge([CLEAR, UNSURE], [CE, LSR], searched=64).to_json()
     assert json.loads(json.dumps(tree, allow_nan=False)) == tree
     assert (tree["alpha"], tree["searched"], tree["metric"]["name"]) == (0.05, 64, "accuracy")
-    assert tree["candidates"][0]["comparisons"][1]["over"] == "lsr" and tree["arms"][0]["name"] == "kd"
+    assert (
+        tree["candidates"][0]["comparisons"][1]["over"] == "lsr" and tree["arms"][0]["name"] == "kd"
+    )
 
 
 @pytest.mark.parametrize("metric", [ACCURACY, NLL], ids=["accuracy", "nll"])
 def test_the_table_fits_80_columns_and_holds_the_numbers(metric: JudgedMetric) -> None:
     long = arm("tfkd_reg_code with a very long name indeed t0007", *UNSURE.values)
-    v = judge([CLEAR, WORSE, long], [CE, LSR, arm("lsr scaled", *(LSR.values - 1e-3))], metric, searched=64)
+    v = judge(
+        [CLEAR, WORSE, long],
+        [CE, LSR, arm("lsr scaled", *(LSR.values - 1e-3))],
+        metric,
+        searched=64,
+    )
     lines = verdict_table(v)
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    assert metric.interval(v.arms[0].low, v.arms[0].high) in text and "best of 64 configurations" in text
+    assert (
+        metric.interval(v.arms[0].low, v.arms[0].high) in text
+        and "best of 64 configurations" in text
+    )
     assert " ".join(text.split()).endswith(f"verdict: {v.sentence}.")
 
 
@@ -393,7 +461,9 @@ def test_simulated_runs_vary_as_the_benchmark_says(simulation: dict[str, Any]) -
     measured, expected = world.accuracies(np.random.default_rng(0), 500, 10, simulation["SAME"])
     assert measured.mean() == pytest.approx(0.77, abs=0.001)
     assert measured.std(axis=2, ddof=1).mean() == pytest.approx(0.0032, abs=0.0002)
-    assert (measured[:, 0] - measured[:, 1]).std(axis=1, ddof=1).mean() == pytest.approx(0.0037, abs=0.0002)
+    assert (measured[:, 0] - measured[:, 1]).std(axis=1, ddof=1).mean() == pytest.approx(
+        0.0037, abs=0.0002
+    )
     assert np.abs(measured.mean(axis=2) - expected).max() < 0.006
 
 
@@ -413,9 +483,9 @@ def test_a_false_better_is_rare_and_intervals_cover(simulation: dict[str, Any], 
         assert r.family_wise <= at_most(0.025, r.simulations), f"{n=} {r.family_wise=}"
         # the intervals of an experiment hang together: counted as its candidates
         tolerance = 4 * math.sqrt(0.95 * 0.05 / r.simulations)
-        assert 0.95 - tolerance <= r.coverage <= (0.95 + tolerance if case != "360 images" else 1), (
-            f"{n=} {r.coverage=}"
-        )
+        assert (
+            0.95 - tolerance <= r.coverage <= (0.95 + tolerance if case != "360 images" else 1)
+        ), f"{n=} {r.coverage=}"
 
 
 def test_a_true_gain_is_found_when_there_are_enough_seeds(simulation: dict[str, Any]) -> None:
@@ -452,4 +522,6 @@ def test_candidates_that_cannot_be_judged_count_in_holm() -> None:
 def test_where_nothing_can_be_judged_the_reason_is_said() -> None:
     found = undecided(["baseline lsr has 1 of its runs"])
     assert found.to_json()["verdict"] == "cannot tell"
-    assert verdict_table(found, arms=False)[-1].startswith("verdict: cannot tell: baseline lsr has 1 of its runs")
+    assert verdict_table(found, arms=False)[-1].startswith(
+        "verdict: cannot tell: baseline lsr has 1 of its runs"
+    )

@@ -42,7 +42,13 @@ def saved() -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def refused(weights: Path | str, network: Network = CNN, shape: Any = SHAPE, num_classes: int = K, **more: Any) -> str:
+def refused(
+    weights: Path | str,
+    network: Network = CNN,
+    shape: Any = SHAPE,
+    num_classes: int = K,
+    **more: Any,
+) -> str:
     with pytest.raises(ConfigError) as error:
         load_outside(str(weights), network, shape, num_classes, **more)
     start = f"teacher.weights: {weights}: "
@@ -54,27 +60,52 @@ SAVE: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "w.safetensors": save_file,
     "w.pt": torch.save,
     "old.pth": lambda w, path: torch.save(w, path, _use_new_zipfile_serialization=False),
-    "state_dict.pth": lambda w, path: torch.save({"epoch": 3, "state_dict": w, "optim_dict": {}}, path),
+    "state_dict.pth": lambda w, path: torch.save(
+        {"epoch": 3, "state_dict": w, "optim_dict": {}}, path
+    ),
     "model.pth": lambda w, path: torch.save({"model": w, "best": 0.5}, path),
     "parallel.pt": lambda w, path: torch.save({f"module.{k}": v for k, v in w.items()}, path),
-    "both.pt": lambda w, path: torch.save({"state_dict": {f"module.{k}": v for k, v in w.items()}}, path),
-    "without-counts.pt": lambda w, path: torch.save({k: v for k, v in w.items() if "num_batches" not in k}, path),
-    "net.pt": lambda w, path: torch.save({"net": w, "acc": 91.2, "epoch": 3, "optimizer": {"state": {}}}, path),
-    "model_state_dict.pt": lambda w, path: torch.save({"model_state_dict": w, "loss": torch.ones(())}, path),
+    "both.pt": lambda w, path: torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in w.items()}}, path
+    ),
+    "without-counts.pt": lambda w, path: torch.save(
+        {k: v for k, v in w.items() if "num_batches" not in k}, path
+    ),
+    "net.pt": lambda w, path: torch.save(
+        {"net": w, "acc": 91.2, "epoch": 3, "optimizer": {"state": {}}}, path
+    ),
+    "model_state_dict.pt": lambda w, path: torch.save(
+        {"model_state_dict": w, "loss": torch.ones(())}, path
+    ),
     "ema_state_dict.pt": lambda w, path: torch.save({"epoch": 1, "ema_state_dict": w}, path),
     "model_ema.pth": lambda w, path: torch.save({"model_ema": w, "args": {"lr": 0.1}}, path),
     "any-name.pth": lambda w, path: torch.save({"the_net": w, "step": 1}, path),
     "both-nested.pth": lambda w, path: torch.save({"checkpoint": {"model": w}}, path),
     "raw-and-ema.pth": lambda w, path: torch.save(
-        {"model_ema": {k: v + 1 for k, v in w.items()}, "model": w, "optimizer": {"param_groups": []}}, path
+        {
+            "model_ema": {k: v + 1 for k, v in w.items()},
+            "model": w,
+            "optimizer": {"param_groups": []},
+        },
+        path,
     ),
     "compiled.pt": lambda w, path: torch.save({f"_orig_mod.{k}": v for k, v in w.items()}, path),
-    "compiled-inside.pt": lambda w, path: torch.save({k.replace(".", "._orig_mod.", 1): v for k, v in w.items()}, path),
-    "compiled-parallel.pt": lambda w, path: torch.save({f"module._orig_mod.{k}": v for k, v in w.items()}, path),
-    "lightning.ckpt": lambda w, path: torch.save({"state_dict": {f"model.{k}": v for k, v in w.items()}}, path),
+    "compiled-inside.pt": lambda w, path: torch.save(
+        {k.replace(".", "._orig_mod.", 1): v for k, v in w.items()}, path
+    ),
+    "compiled-parallel.pt": lambda w, path: torch.save(
+        {f"module._orig_mod.{k}": v for k, v in w.items()}, path
+    ),
+    "lightning.ckpt": lambda w, path: torch.save(
+        {"state_dict": {f"model.{k}": v for k, v in w.items()}}, path
+    ),
     "backbone.pth": lambda w, path: torch.save({f"backbone.{k}": v for k, v in w.items()}, path),
     "distilled.pth": lambda w, path: torch.save(
-        {**{f"module.student.{k}": v for k, v in w.items()}, "module.teacher.fc.weight": torch.ones(3, 3)}, path
+        {
+            **{f"module.student.{k}": v for k, v in w.items()},
+            "module.teacher.fc.weight": torch.ones(3, 3),
+        },
+        path,
     ),
     "averaged.pt": lambda w, path: torch.save(
         {"n_averaged": torch.tensor(5), **{f"module.{k}": v for k, v in w.items()}}, path
@@ -89,7 +120,9 @@ SAVE: dict[str, Callable[[dict[str, Any], Path], None]] = {
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_weights_in_a_file_are_the_ones_that_were_saved(name: str, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+def test_weights_in_a_file_are_the_ones_that_were_saved(
+    name: str, tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
     SAVE[name](saved, tmp_path / name)
     before = torch.random.get_rng_state()
     found = load_outside(str(tmp_path / name), CNN, SHAPE, K)
@@ -97,7 +130,9 @@ def test_weights_in_a_file_are_the_ones_that_were_saved(name: str, tmp_path: Pat
     assert found.keys() == saved.keys()
     for key in saved:
         assert found[key].dtype == saved[key].dtype
-        assert found[key].equal(saved[key]) or (name == "without-counts.pt" and key.endswith("num_batches_tracked"))
+        assert found[key].equal(saved[key]) or (
+            name == "without-counts.pt" and key.endswith("num_batches_tracked")
+        )
     CNN.build(SHAPE, K).load_state_dict(found)
 
 
@@ -110,10 +145,14 @@ class _Touch:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(zipped: bool, tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    zipped: bool, tmp_path: Path
+) -> None:
     path, mark = tmp_path / "w.pt", tmp_path / "it ran"
     torch.save({"a": torch.ones(1), "b": _Touch(mark)}, path, _use_new_zipfile_serialization=zipped)
-    assert refused(path).startswith("asks for posix.mkdir, and loading that could run code; nothing was run. Save the")
+    assert refused(path).startswith(
+        "asks for posix.mkdir, and loading that could run code; nothing was run. Save the"
+    )
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists()  # it would have
@@ -126,7 +165,9 @@ def test_a_whole_pickled_network_is_refused_with_the_way_out(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "old.pth"])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_called_damaged(name: str, kept: float, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+def test_a_truncated_file_is_called_damaged(
+    name: str, kept: float, tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
     path = tmp_path / name
     SAVE[name](saved, path)
     content = path.read_bytes()
@@ -134,7 +175,9 @@ def test_a_truncated_file_is_called_damaged(name: str, kept: float, tmp_path: Pa
     assert refused(path).startswith("damaged, or not ")
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG\r\n", b"hello world", b"\x80\x02.", b"<html>", bytes(range(256))])
+@pytest.mark.parametrize(
+    "content", [b"\x89PNG\r\n", b"hello world", b"\x80\x02.", b"<html>", bytes(range(256))]
+)
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_another_file_is_no_weights(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
@@ -153,7 +196,10 @@ def test_files_that_are_not_there_are_said(tmp_path: Path) -> None:
     [
         ([torch.ones(2)], "holds no state_dict (tensors by name), but a list"),
         ({}, "holds no state_dict (tensors by name), but a dict"),
-        ({"epoch": 3, "optim": {}}, "holds no state_dict (tensors by name), but a dict with epoch, optim"),
+        (
+            {"epoch": 3, "optim": {}},
+            "holds no state_dict (tensors by name), but a dict with epoch, optim",
+        ),
         ({1: torch.ones(2)}, "holds no state_dict (tensors by name), but a dict with 1"),
         (torch.ones(2), "holds no state_dict (tensors by name), but a Tensor"),
     ],
@@ -165,7 +211,9 @@ def test_what_is_no_state_dict_is_said(content: object, sentence: str, tmp_path:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+def test_weights_that_are_no_numbers_are_refused(
+    value: float, tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
     broken = {k: v.clone() for k, v in saved.items()}
     broken["1.running_var"][2] = value
     save_file(broken, tmp_path / "w.safetensors")
@@ -183,7 +231,9 @@ def test_another_number_of_classes_is_said_so(network: Network, tmp_path: Path) 
     )
 
 
-def test_weights_of_another_network_are_refused_with_what_differs(tmp_path: Path, saved: dict[str, Tensor]) -> None:
+def test_weights_of_another_network_are_refused_with_what_differs(
+    tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
     path = tmp_path / "w.pt"
     torch.save(saved, path)
     assert refused(path, Mlp(hidden=())) == (
@@ -204,10 +254,17 @@ def test_weights_of_another_network_are_refused_with_what_differs(tmp_path: Path
     assert refused(path) == "1.running_var is torch.int64, not torch.float32"
 
 
-def test_a_file_with_two_networks_that_fit_is_refused(tmp_path: Path, saved: dict[str, Tensor]) -> None:
+def test_a_file_with_two_networks_that_fit_is_refused(
+    tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
     path = tmp_path / "w.pt"
-    torch.save({f"{part}.{k}": v for part in ("student", "teacher") for k, v in saved.items()}, path)
-    assert refused(path) == "holds 2 networks that fit ('student....', 'teacher....'); save the one alone"
+    torch.save(
+        {f"{part}.{k}": v for part in ("student", "teacher") for k, v in saved.items()}, path
+    )
+    assert (
+        refused(path)
+        == "holds 2 networks that fit ('student....', 'teacher....'); save the one alone"
+    )
     torch.save({"a": saved, "b": saved}, path)
     assert refused(path) == "holds 2 networks that fit ('a: ...', 'b: ...'); save the one alone"
 
@@ -216,7 +273,9 @@ def test_a_wrapped_network_that_does_not_fit_is_named_by_its_first_keys(
     tmp_path: Path, saved: dict[str, Tensor]
 ) -> None:
     path = tmp_path / "w.pt"
-    torch.save({"net": {f"encoder.{k}": v for k, v in CNN.build(SHAPE, 7).state_dict().items()}}, path)
+    torch.save(
+        {"net": {f"encoder.{k}": v for k, v in CNN.build(SHAPE, 7).state_dict().items()}}, path
+    )
     assert refused(path).startswith("the file's teacher has 7 classes (")
     torch.save({f"layer{k}": v for k, v in saved.items()}, path)
     assert refused(path).endswith(
@@ -232,24 +291,38 @@ def test_large_image_weights_for_small_images_name_the_first_convolution(tmp_pat
 
 
 def test_a_teacher_of_ours_is_for_the_data_it_was_trained_on(tmp_path: Path) -> None:
-    run = TrainConfig(objective="ce", student=CNN, epochs=1, teacher={"model": CNN, "epochs": 1}, init="trained")  # type: ignore[arg-type]
+    run = TrainConfig(
+        objective="ce", student=CNN, epochs=1, teacher={"model": CNN, "epochs": 1}, init="trained"
+    )  # type: ignore[arg-type]
     teacher = run.teacher_run()
     assert teacher is not None
     train_teacher(teacher, tmp_path)
     path = teacher_folder(teacher, tmp_path) / "student.safetensors"
     other_split = Digits(split_seed=7, val_fraction=0)
-    assert load_outside(str(path), CNN, SHAPE, K, other_split).keys() == CNN.build(SHAPE, K).state_dict().keys()
-    assert refused(path, data=Cifar10()) == "was trained on digits, and the data here is cifar10; train one on it"
+    assert (
+        load_outside(str(path), CNN, SHAPE, K, other_split).keys()
+        == CNN.build(SHAPE, K).state_dict().keys()
+    )
+    assert (
+        refused(path, data=Cifar10())
+        == "was trained on digits, and the data here is cifar10; train one on it"
+    )
     own = OwnData(path="a.b:c", shape=SHAPE, num_classes=K)
     assert "the data here is own (path a.b:c, num_classes 10, args {})" in refused(path, data=own)
 
 
-@pytest.mark.parametrize("about", ["", "[]", '{"config": 1}', '{"config": {"data": "x"}}', '{"name": "theirs"}'])
-def test_somebody_elses_teacher_json_says_nothing(about: str, tmp_path: Path, saved: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    "about", ["", "[]", '{"config": 1}', '{"config": {"data": "x"}}', '{"name": "theirs"}']
+)
+def test_somebody_elses_teacher_json_says_nothing(
+    about: str, tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
     (tmp_path / "teacher.json").write_text(about)
     torch.save(saved, tmp_path / "w.pt")
     load_outside(str(tmp_path / "w.pt"), CNN, SHAPE, K, Cifar100())
-    (tmp_path / "teacher.json").write_text(json.dumps({"config": {"data": {"name": "mnist", "root": "x"}}}))
+    (tmp_path / "teacher.json").write_text(
+        json.dumps({"config": {"data": {"name": "mnist", "root": "x"}}})
+    )
     assert "was trained on mnist" in refused(tmp_path / "w.pt", data=Cifar100())
 
 
@@ -319,10 +392,18 @@ def test_without_a_network_the_place_for_the_file_is_said(hub: Path) -> None:
 # --- how its images were prepared ------------------------------------------------------------------------------
 
 
-def taken(storage: Path, model: Any, file: Path, data: dict[str, Any], **teacher: Any) -> tuple[TrainConfig, nn.Module]:
+def taken(
+    storage: Path, model: Any, file: Path, data: dict[str, Any], **teacher: Any
+) -> tuple[TrainConfig, nn.Module]:
     """(a student's configuration, the teacher that it has from a file)."""
-    tree = {"objective": "kd", "teacher": {"model": model, "weights": str(file), **teacher}, "data": data}
-    config = validated(TrainConfig, {**tree, "student": {"name": "mlp", "hidden": [4]}, "precision": "fp32"})
+    tree = {
+        "objective": "kd",
+        "teacher": {"model": model, "weights": str(file), **teacher},
+        "data": data,
+    }
+    config = validated(
+        TrainConfig, {**tree, "student": {"name": "mlp", "hidden": [4]}, "precision": "fp32"}
+    )
     bank = find_or_train(config, storage)
     assert bank is not None
     return config, bank.network()
@@ -331,32 +412,50 @@ def taken(storage: Path, model: Any, file: Path, data: dict[str, Any], **teacher
 INPUT = {"mean": [4.0], "std": [8.0], "size": 16}
 
 
-def test_weights_from_elsewhere_see_images_as_they_were_trained_with(tmp_path: Path, saved: dict[str, Tensor]) -> None:
+def test_weights_from_elsewhere_see_images_as_they_were_trained_with(
+    tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
     save_file(saved, tmp_path / "w.safetensors")
     data = {"name": "digits"}
-    config, network = taken(tmp_path, CNN.model_dump(), tmp_path / "w.safetensors", data, input=INPUT)
+    config, network = taken(
+        tmp_path, CNN.model_dump(), tmp_path / "w.safetensors", data, input=INPUT
+    )
     plain = CNN.build(SHAPE, K).eval()
     plain.load_state_dict(saved)
     images = config.data.load()[0].part(torch.arange(9)).images.float()  # type: ignore[union-attr]
     large = nn.functional.interpolate((images - 4) / 8, (16, 16), mode="bilinear", antialias=True)
     mean, std = Digits.mean[0], Digits.std[0]
     assert torch.allclose(network((images - mean) / std), plain(large), atol=1e-4)
-    assert not torch.allclose(network((images - mean) / std), plain((images - mean) / std), atol=1e-2)
+    assert not torch.allclose(
+        network((images - mean) / std), plain((images - mean) / std), atol=1e-2
+    )
     assert network.state_dict().keys() == saved.keys()
     run = config.teacher_run()
     assert run is not None and describe(run, tmp_path)["input"] == INPUT
     _, usual = taken(tmp_path, CNN.model_dump(), tmp_path / "w.safetensors", data)
-    assert usual((images - mean) / std).equal(plain((images - mean) / std)), "of another file nothing is known"
+    assert usual((images - mean) / std).equal(plain((images - mean) / std)), (
+        "of another file nothing is known"
+    )
     other = config.model_copy(update={"teacher": config.teacher.model_copy(update={"input": None})})  # type: ignore[union-attr]
     banks = bank_of(config, tmp_path), bank_of(other, tmp_path)
     assert banks[0] is not None and banks[1] is not None and banks[0]._of != banks[1]._of
 
 
 def test_what_torchvision_and_timm_trained_with_is_known() -> None:
-    data = {"name": "image_folder", "root": "/images", "num_classes": 1000, "mean": [9, 9, 9], "std": [9, 9, 9]}
+    data = {
+        "name": "image_folder",
+        "root": "/images",
+        "num_classes": 1000,
+        "mean": [9, 9, 9],
+        "std": [9, 9, 9],
+    }
 
     def shown(model: Any, weights: str, **more: Any) -> Any:
-        tree = {"objective": "kd", "teacher": {"model": model, "weights": weights}, "data": {**data, **more}}
+        tree = {
+            "objective": "kd",
+            "teacher": {"model": model, "weights": weights},
+            "data": {**data, **more},
+        }
         run = validated(TrainConfig, tree).teacher_run()
         assert run is not None
         return run.shown
@@ -367,7 +466,9 @@ def test_what_torchvision_and_timm_trained_with_is_known() -> None:
     assert shown("resnet18", "/w.pt") is None
     vit = shown("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", "/w.pt", image_size=96)
     assert vit.mean == (127.5,) * 3 and vit.std == (127.5,) * 3 and vit.size == 224
-    assert shown({"name": "timm", "model": "resnet18"}, "/w.pt", image_size=32) is None, "with another stem"
+    assert shown({"name": "timm", "model": "resnet18"}, "/w.pt", image_size=32) is None, (
+        "with another stem"
+    )
 
 
 def test_a_file_of_ours_sees_images_as_its_own_data_had_them(tmp_path: Path) -> None:
@@ -381,9 +482,15 @@ def test_a_file_of_ours_sees_images_as_its_own_data_had_them(tmp_path: Path) -> 
         run = validated(TeacherRun, {"objective": "ce", "student": CNN, "data": first, "epochs": 1})
         train_teacher(run, tmp_path)
         file = teacher_folder(run, tmp_path) / "student.safetensors"
-        config, _ = taken(tmp_path / "b", CNN.model_dump(), file, {**first, "mean": [30], "std": [40]})
+        config, _ = taken(
+            tmp_path / "b", CNN.model_dump(), file, {**first, "mean": [30], "std": [40]}
+        )
         made = config.teacher_run()
-        assert made is not None and describe(made, tmp_path / "b")["input"] == {"mean": [10], "std": [20], "size": None}
+        assert made is not None and describe(made, tmp_path / "b")["input"] == {
+            "mean": [10],
+            "std": [20],
+            "size": None,
+        }
 
 
 @pytest.mark.parametrize(

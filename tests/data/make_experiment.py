@@ -31,16 +31,34 @@ def main(storage: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "small.yaml").write_text(SPACE)
         run = "import sys; sys.argv[0] = 'tfkd'; from tfkd_ray.cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", run, "tune", "small.yaml", "--name", "sweep", "--storage", "made"]
+        command = [
+            sys.executable,
+            "-c",
+            run,
+            "tune",
+            "small.yaml",
+            "--name",
+            "sweep",
+            "--storage",
+            "made",
+        ]
         subprocess.run(command, cwd=folder, check=True)
         made = Path(folder) / "made"
-        for path in [*made.rglob("*.lock"), *made.rglob("driver.txt"), *made.glob("sweep/trials/*")]:
+        for path in [
+            *made.rglob("*.lock"),
+            *made.rglob("driver.txt"),
+            *made.glob("sweep/trials/*"),
+        ]:
             if path.is_file():
                 path.unlink()
         for path in made.rglob("events.out.tfevents*"):
             path.rename(path.with_name(path.name.replace(socket.gethostname(), "host")))
         here = (folder.encode(), str(Path(__file__).parent.parent.parent).encode())
-        named = [p for p in made.rglob("*") if p.is_file() and any(word in p.read_bytes() for word in here)]
+        named = [
+            p
+            for p in made.rglob("*")
+            if p.is_file() and any(word in p.read_bytes() for word in here)
+        ]
         assert not named, named
         shutil.copytree(made, storage, symlinks=True)
 

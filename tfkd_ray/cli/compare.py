@@ -41,9 +41,14 @@ def confirm_verb(args: argparse.Namespace) -> int:
         message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
         raise ConfigError(message, f"--seeds {args.seeds}")
     if is_arms(args):
-        usual = {"--top-k": args.top_k == DEFAULT_TOP_K, "--baselines": args.baselines == DEFAULT_BASELINES}
+        usual = {
+            "--top-k": args.top_k == DEFAULT_TOP_K,
+            "--baselines": args.baselines == DEFAULT_BASELINES,
+        }
         problems = [
-            f"{option}: is for sweeps; an arms file says what is compared" for option, ok in usual.items() if not ok
+            f"{option}: is for sweeps; an arms file says what is compared"
+            for option, ok in usual.items()
+            if not ok
         ]
     else:
         usual = {
@@ -78,14 +83,20 @@ def confirm_verb(args: argparse.Namespace) -> int:
 
     prepare(compared.example, storage)
     taken = read_experiment(given)["space"]["seed"] if compared.experiment else None
-    seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + args.seeds + 1) if seed != taken][: args.seeds]
+    seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + args.seeds + 1) if seed != taken][
+        : args.seeds
+    ]
     options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
     storage.check_new(name)  # tuning baselines takes a while
-    new_comparison(compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options)
+    new_comparison(
+        compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options
+    )
     return compare_arms(Experiment(storage, name), args.address)
 
 
-def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: argparse.Namespace) -> Path | None:
+def _tuned_baselines(
+    sweep: "Experiment", rivals: Sequence[str], args: argparse.Namespace
+) -> Path | None:
     """Tune the baselines that a sweep did not tune as hard as its winner; the sweep that did, or None if none lacks."""
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.arms import baseline_space, untuned
@@ -111,15 +122,23 @@ def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: argparse.
         from tfkd_ray.run.tune import build_tuner
 
         def build(shown: Any) -> Any:
-            return build_tuner(space, name=name, storage=storage, callbacks=[shown], on_note=shown.note)
+            return build_tuner(
+                space, name=name, storage=storage, callbacks=[shown], on_note=shown.note
+            )
 
         fit_tuner(progress_view(tuned), build, tuned)
     ended = [r.objective for r in read_records(tuned) if r.status in ("done", "stopped", "failed")]
-    if short := {name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n}:
+    if short := {
+        name: n - ended.count(name) for name, n in lacking.items() if ended.count(name) < n
+    }:
         missing = ", ".join(f"{n} trials of {name}" for name, n in short.items())
-        more = sum(short.values()) - (read_experiment(tuned)["space"]["search"]["num_samples"] - len(ended))
+        more = sum(short.values()) - (
+            read_experiment(tuned)["space"]["search"]["num_samples"] - len(ended)
+        )
         extra = f" --add-trials {more}" if more > 0 else ""
-        raise ConfigError(f"lacks {missing}; tune them first: tfkd resume {shell_word(tuned)}{extra}", tuned)
+        raise ConfigError(
+            f"lacks {missing}; tune them first: tfkd resume {shell_word(tuned)}{extra}", tuned
+        )
     return tuned
 
 
@@ -151,7 +170,11 @@ def compare_arms(comparison: "Experiment", address: str | None) -> int:
     print(f"\nwritten to {short_path(directory)}/confirm.json")
     if compared.strict and not all(found["verdict"] == "better" for found in result["verdicts"]):
         return NOT_BETTER
-    return OK if all(run["status"] == "done" for arm in result["arms"] for run in arm["runs"]) else FAILED
+    return (
+        OK
+        if all(run["status"] == "done" for arm in result["arms"] for run in arm["runs"])
+        else FAILED
+    )
 
 
 def _fit_arms(compared: "Comparison", comparison: "Experiment") -> bool | None:
@@ -163,6 +186,8 @@ def _fit_arms(compared: "Comparison", comparison: "Experiment") -> bool | None:
     told = teacher_lines(teachers, comparison.storage.folder)
     return fit_tuner(
         progress,
-        lambda shown: comparison_tuner(comparison, callbacks=[shown], on_teacher=told, on_note=shown.note),
+        lambda shown: comparison_tuner(
+            comparison, callbacks=[shown], on_teacher=told, on_note=shown.note
+        ),
         comparison.folder,
     )

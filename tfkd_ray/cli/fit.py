@@ -20,7 +20,11 @@ def join_ray(address: str | None, workers: int) -> None:
     """Connect to Ray, quietly."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
-    say_error("starting Ray" if not (address or os.environ.get("RAY_ADDRESS")) else "joining the Ray cluster")
+    say_error(
+        "starting Ray"
+        if not (address or os.environ.get("RAY_ADDRESS"))
+        else "joining the Ray cluster"
+    )
     import logging
 
     from tfkd_ray.run.connect import ctrl_c_waits
@@ -43,7 +47,9 @@ def teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
         say_error(f"teacher: {how_made(run)}")
 
 
-def teacher_lines(runs: Iterable["TeacherRun"], storage: Path) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
+def teacher_lines(
+    runs: Iterable["TeacherRun"], storage: Path
+) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
     """The same for many teachers: those that are made alike, but for the seed, are announced once."""
     from tfkd_ray.learn.teachers import is_trained
 
@@ -97,7 +103,9 @@ def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> b
         if trouble is None:
             raise
         progress.stop()
-        say_error(f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {shell_word(experiment)}")
+        say_error(
+            f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {shell_word(experiment)}"
+        )
         return None
     finally:
         threading.excepthook = threading.__excepthook__

@@ -38,7 +38,14 @@ from tfkd_ray.cli.show import (
     trials_verb,
 )
 from tfkd_ray.cli.sweep import resume_verb, tune_verb
-from tfkd_ray.cli.terminal import DEFAULT_BASELINES, DEFAULT_STORAGE, DEFAULT_TOP_K, let_end, place_or_url, say_error
+from tfkd_ray.cli.terminal import (
+    DEFAULT_BASELINES,
+    DEFAULT_STORAGE,
+    DEFAULT_TOP_K,
+    let_end,
+    place_or_url,
+    say_error,
+)
 from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
 from tfkd_ray.space.search_config import BUDGET_OPTIONS
@@ -50,9 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of names that are no UTF-8, or not of the terminal's
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # of names that are no UTF-8, or not of the terminal's
     enter_job()
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    ):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, at any moment
     argv, command = _command_of(_given_words() if argv is None else list(argv))
     try:
@@ -77,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED if isinstance(error, Unreachable) else WRONG_INPUT
     except KeyboardInterrupt:
         let_end()
-        nothing = " before a trial ran, so there is nothing to resume" if args.verb == "tune" else ""
+        nothing = (
+            " before a trial ran, so there is nothing to resume" if args.verb == "tune" else ""
+        )
         say_error(f"tfkd {args.verb}: interrupted{nothing}")
         return INTERRUPTED
     except ModuleNotFoundError as error:
@@ -89,12 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfkd_ray.settings.files import DISK_ERRORS
 
         if _directory_is_gone():
-            say_error(f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there")
+            say_error(
+                f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there"
+            )
             return FAILED
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         name = str(error.filename or "the disk")
-        say_error(f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}")
+        say_error(
+            f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}"
+        )
         return FAILED
 
 
@@ -169,17 +187,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tfkd {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
 
     def file_and_overrides(sub: argparse.ArgumentParser, what: str) -> None:
         sub.add_argument("file", help=f"{what}, or the name of one that ships with tfkd")
-        sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+        sub.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key.path=value",
+            help="settings that replace the file's",
+        )
 
     def download(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--download", action="store_true", help="fetch the data set first, if it is not there")
+        sub.add_argument(
+            "--download", action="store_true", help="fetch the data set first, if it is not there"
+        )
 
     def storage(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--storage", type=place_or_url, default=DEFAULT_STORAGE, metavar="DIR",
@@ -197,31 +224,66 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-samples", type=_count, metavar="N", help="trials, over all objectives")
     sub.add_argument("--prior", type=place_or_url, action="append", default=[], metavar="DIR",
                      help="learn from an earlier experiment's trials, where they lie in this space")  # fmt: skip
-    sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study (default: a journal in the experiment)")
+    sub.add_argument(
+        "--study-storage",
+        metavar="URL",
+        help="of Optuna's study (default: a journal in the experiment)",
+    )
 
-    sub = verb("resume", resume_verb, "Go on with a sweep that was interrupted, or add trials to it.")
+    sub = verb(
+        "resume", resume_verb, "Go on with a sweep that was interrupted, or add trials to it."
+    )
     sub.add_argument("experiment", type=place_or_url, help="its directory, or URL")
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
-    sub.add_argument("--space", metavar="FILE", help="go on in a wider space, which holds every trial of this one")
     sub.add_argument(
-        "--retry-failed", action="store_true", help="run the failed trials again (a comparison's always do)"
+        "--space",
+        metavar="FILE",
+        help="go on in a wider space, which holds every trial of this one",
+    )
+    sub.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="run the failed trials again (a comparison's always do)",
     )
     _budgets(sub)
-    sub.add_argument("--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE")
+    sub.add_argument(
+        "--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE"
+    )
     _elsewhere(sub)
 
-    sub = verb("check", check_verb, "Check a search-space or arms file and say what it does; starts nothing.")
+    sub = verb(
+        "check",
+        check_verb,
+        "Check a search-space or arms file and say what it does; starts nothing.",
+    )
     file_and_overrides(sub, "a search-space or arms file")
-    sub.add_argument("--all", action="store_true", help="list every fixed setting, also those that are as usual")
+    sub.add_argument(
+        "--all", action="store_true", help="list every fixed setting, also those that are as usual"
+    )
 
-    sub = verb("plan", plan_verb, "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.")
+    sub = verb(
+        "plan",
+        plan_verb,
+        "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.",
+    )
     file_and_overrides(sub, "a search-space file")
-    sub.add_argument("--probe", action="store_true", help="train a few steps of each objective here, for the hours")
-    sub.add_argument("--slots", type=_count, metavar="N", help="trials at a time (default: those of this machine)")
+    sub.add_argument(
+        "--probe",
+        action="store_true",
+        help="train a few steps of each objective here, for the hours",
+    )
+    sub.add_argument(
+        "--slots",
+        type=_count,
+        metavar="N",
+        help="trials at a time (default: those of this machine)",
+    )
     sub.add_argument("--gpu-hour-price", type=float, metavar="X", help="of one GPU")
 
     sub = verb(
-        "explain", explain_verb, "Say what each objective of a file amounts to, and which searched settings matter."
+        "explain",
+        explain_verb,
+        "Say what each objective of a file amounts to, and which searched settings matter.",
     )
     file_and_overrides(sub, "a search space, an arms file or a configuration")
 
@@ -229,17 +291,30 @@ def _parser() -> argparse.ArgumentParser:
     file_and_overrides(sub, "a configuration file")
     download(sub)
     storage(sub)
-    sub.add_argument("--out", type=Path, metavar="DIR", help="where the student goes; the same DIR again goes on there")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the student goes; the same DIR again goes on there",
+    )
 
     sub = verb("confirm", confirm_verb, "Does it help? Train the best of a sweep, or the arms of a file, over several "
                "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
     file_and_overrides(sub, "a sweep's directory or URL, or an arms file")
     sub.add_argument(
-        "--top-k", type=_count, default=DEFAULT_TOP_K, metavar="K", help="of a sweep: its K best (default: 3)"
+        "--top-k",
+        type=_count,
+        default=DEFAULT_TOP_K,
+        metavar="K",
+        help="of a sweep: its K best (default: 3)",
     )
     sub.add_argument("--baselines", default=DEFAULT_BASELINES, metavar="LIST",
                      help="of a sweep: what its best must beat (default: ce,lsr,scaled,published)")  # fmt: skip
-    sub.add_argument("--fail-if-not-better", action="store_true", help="end with exit code 7 unless an arm is better")
+    sub.add_argument(
+        "--fail-if-not-better",
+        action="store_true",
+        help="end with exit code 7 unless an arm is better",
+    )
     download(sub)
     storage(sub)
     sub.add_argument(
@@ -251,18 +326,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--preset", choices=["smoke"], help="smoke: scaled down, to see it run")
     sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
-    sub.add_argument("--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd")
+    sub.add_argument(
+        "--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd"
+    )
     sub.add_argument("--name", help="of the comparison (default: the file's name and the time)")
     _elsewhere(sub)
 
-    sub = verb("export", export_verb, "Write a student as a folder to give away: weights, graphs, model card.")
+    sub = verb(
+        "export",
+        export_verb,
+        "Write a student as a folder to give away: weights, graphs, model card.",
+    )
     sub.add_argument(
-        "source", type=place_or_url, help="a sweep, a trial's folder, what tfkd train made, or a comparison"
+        "source",
+        type=place_or_url,
+        help="a sweep, a trial's folder, what tfkd train made, or a comparison",
     )
     sub.add_argument("--arm", help="of a comparison (default: the first by verdict, then by mean)")
-    sub.add_argument("--seed", type=_count, help="of a comparison (default: the first that was trained to the end)")
-    sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="a new directory (default: ./NAME-export)")
-    sub.add_argument("--onnx", action="store_true", help="also as ONNX (pip install 'tfkd_ray[onnx]')")
+    sub.add_argument(
+        "--seed",
+        type=_count,
+        help="of a comparison (default: the first that was trained to the end)",
+    )
+    sub.add_argument(
+        "-o", "--out", type=Path, metavar="DIR", help="a new directory (default: ./NAME-export)"
+    )
+    sub.add_argument(
+        "--onnx", action="store_true", help="also as ONNX (pip install 'tfkd_ray[onnx]')"
+    )
     sub.add_argument("--licence", metavar="NAME", help="of the weights, e.g. apache-2.0")
 
     sub = verb("teacher", teacher_verb, "Train, list or show teachers.")
@@ -295,7 +386,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("trials", trials_verb, "List the trials of an experiment.")
     experiment(sub)
-    sub.add_argument("--sort", default="number", metavar="FIELD[:desc]", help="by a metric or a parameter")
+    sub.add_argument(
+        "--sort", default="number", metavar="FIELD[:desc]", help="by a metric or a parameter"
+    )
     sub.add_argument("--filter", action="append", default=[], metavar="EXPR",
                      help="such as status=done, objective=kd, val_accuracy>0.9; several must all hold")  # fmt: skip
     sub.add_argument("--columns", metavar="A,B", help="which, in this order")
@@ -317,21 +410,32 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("report", report_verb, "Write an experiment, or a comparison, as one HTML page.")
     experiment(sub)
     sub.add_argument(
-        "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default: report.html)"
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="(default: report.html)",
     )
     sub.add_argument("--figures", type=Path, metavar="DIR", help="the figures as SVG, too")
     sub.add_argument("--confirm", type=place_or_url, action="append", metavar="DIR",
                      help="a comparison to report with it (default: all of this sweep's)")  # fmt: skip
 
     sub = verb(
-        "tensorboard", tensorboard_verb, "Compare the trials of experiments in TensorBoard, on this machine only."
+        "tensorboard",
+        tensorboard_verb,
+        "Compare the trials of experiments in TensorBoard, on this machine only.",
     )
     sub.add_argument("experiments", type=place_or_url, nargs="+", metavar="EXPERIMENT",
                      help="directories, or URLs, shown side by side")  # fmt: skip
-    sub.add_argument("--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)")
+    sub.add_argument(
+        "--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)"
+    )
 
     sub = verb(
-        "doctor", doctor_verb, "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes."
+        "doctor",
+        doctor_verb,
+        "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes.",
     )
     sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
                      "RAY_ADDRESS, or this machine alone)")  # fmt: skip
@@ -344,9 +448,13 @@ def _parser() -> argparse.ArgumentParser:
         "(default: what the cluster file says; on this machine ./tfkd_results)",
     )
     sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
-    sub.add_argument("--reap", action="store_true", help="remove placement groups of jobs that have ended")
+    sub.add_argument(
+        "--reap", action="store_true", help="remove placement groups of jobs that have ended"
+    )
 
-    _cluster_parser(verb("cluster", _cluster, "Check, start, watch and end clusters; see docs/clusters.md."))
+    _cluster_parser(
+        verb("cluster", _cluster, "Check, start, watch and end clusters; see docs/clusters.md.")
+    )
     return parser
 
 
@@ -354,12 +462,16 @@ def _elsewhere(sub: argparse.ArgumentParser) -> None:
     """Options that say where a sweep runs."""
     sub.add_argument("--address", help="of a Ray cluster to run on: auto, HOST:PORT, or http://HOST:PORT, where it "
                      "runs as a job (default: RAY_ADDRESS, or start one here)")  # fmt: skip
-    sub.add_argument("--cluster", metavar="FILE", help="of a cluster that is up, to run on as a job")
+    sub.add_argument(
+        "--cluster", metavar="FILE", help="of a cluster that is up, to run on as a job"
+    )
     sub.add_argument("--detach", action="store_true", help="do not follow the job")
 
 
 def _cluster_parser(sub: argparse.ArgumentParser) -> None:
-    actions = sub.add_subparsers(dest="do", required=True, metavar="check|up|status|submit|logs|down")
+    actions = sub.add_subparsers(
+        dest="do", required=True, metavar="check|up|status|submit|logs|down"
+    )
     for do, text in (
         ("check", "Say what is wrong with a cluster file; starts nothing."),
         ("up", "Start the cluster; if it is up, leave it as it is."),
@@ -371,9 +483,13 @@ def _cluster_parser(sub: argparse.ArgumentParser) -> None:
         action = actions.add_parser(do, help=text, description=text)
         action.add_argument("file", help="a cluster file, or the name of one that ships with tfkd")
         if do == "check":
-            action.add_argument("--space", metavar="FILE", help="a search space whose trials must find room on it")
+            action.add_argument(
+                "--space", metavar="FILE", help="a search space whose trials must find room on it"
+            )
             continue
-        action.add_argument("--print", action="store_true", help="print the commands instead of running them")
+        action.add_argument(
+            "--print", action="store_true", help="print the commands instead of running them"
+        )
         if do == "submit":
             action.add_argument("--detach", action="store_true", help="do not follow it")
             action.usage = "%(prog)s [--print] [--detach] FILE -- COMMAND"

@@ -51,7 +51,10 @@ def check_verb(args: argparse.Namespace) -> int:
 
     if is_arms_file(args.file):
         if args.all:
-            raise ConfigError("--all: is for search spaces; an arms file has a configuration for each arm", args.file)
+            raise ConfigError(
+                "--all: is for search spaces; an arms file has a configuration for each arm",
+                args.file,
+            )
         compared = load_arms(args.file, args.overrides)
         example = compared.example
         listed = f"{len(compared.arms)} arms: {', '.join(arm.name for arm in compared.arms)}"
@@ -106,7 +109,11 @@ def _describe(space: "Space") -> Iterator[str]:
     search, epochs = space.search, space.epochs
     rungs = search.stopping.rungs(epochs)
     share = search.num_samples // len(space.branches)
-    per = f"{share} for each of {len(space.branches)} objectives" if search.split and len(space.branches) > 1 else ""
+    per = (
+        f"{share} for each of {len(space.branches)} objectives"
+        if search.split and len(space.branches) > 1
+        else ""
+    )
     yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
     yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
         f" after {rungs} epochs" if rungs else ""
@@ -114,7 +121,9 @@ def _describe(space: "Space") -> Iterator[str]:
     yield f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
     yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
     for point in warm_points(space):
-        yield from textwrap.wrap(f"tried first: {point.objective}: {point.origin}", 80, subsequent_indent="  ")
+        yield from textwrap.wrap(
+            f"tried first: {point.objective}: {point.origin}", 80, subsequent_indent="  "
+        )
     if shared:
         yield "searched for every objective:"
         yield from (f"  {p.name:<34} {p.domain}" for p in shared)
@@ -127,7 +136,9 @@ def _describe(space: "Space") -> Iterator[str]:
 
 def print_notes(space: "Space") -> Iterator[str]:
     for note in space.notes:
-        yield from textwrap.wrap(f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False)
+        yield from textwrap.wrap(
+            f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False
+        )
 
 
 def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
@@ -145,7 +156,11 @@ def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
     for path, value in _leaves(space.tree, searched):
         if path[0] in ("search", "objective", "teacher") or path in searched:
             continue
-        differs = path[1] in own if path[0] == "data" else path[0] == "student" or usual.get(path) != value
+        differs = (
+            path[1] in own
+            if path[0] == "data"
+            else path[0] == "student" or usual.get(path) != value
+        )
         count += not differs
         if differs or whole:
             yield f"  {'.'.join(path):<34} {in_yaml(value)}"
@@ -174,7 +189,9 @@ def export_verb(args: argparse.Namespace) -> int:
     source = _to_export(args.source)
     out = args.out or Path(f"{source.absolute().name}-export")
     try:
-        made = export(source, out, arm=args.arm, seed=args.seed, onnx=args.onnx, licence=args.licence)
+        made = export(
+            source, out, arm=args.arm, seed=args.seed, onnx=args.onnx, licence=args.licence
+        )
     except ExportFailed as error:
         say_error(f"tfkd export: {error}")
         return FAILED
@@ -225,7 +242,10 @@ def best_verb(args: argparse.Namespace) -> int:
 
         front = pareto(records, plan.metrics)
         if not front:
-            raise ConfigError(f"no trial of full length has a value of {' and of '.join(plan.metrics)}", experiment)
+            raise ConfigError(
+                f"no trial of full length has a value of {' and of '.join(plan.metrics)}",
+                experiment,
+            )
     found = front_of(front, plan, len(records))
     if args.json:
         print(json.dumps(found, indent=1))
@@ -265,7 +285,9 @@ def status_verb(args: argparse.Namespace) -> int:
                 text = json.dumps(found, indent=1) if args.json else "\n".join(status_lines(found))
                 if text != shown:
                     if args.follow and sys.stdout.isatty() and sys.__stdout__ is not None:
-                        print("\x1b[H\x1b[2J", end="", file=sys.__stdout__)  # which text may not say
+                        print(
+                            "\x1b[H\x1b[2J", end="", file=sys.__stdout__
+                        )  # which text may not say
                     print(text, flush=True)
                 shown = text
     except KeyboardInterrupt:
@@ -308,7 +330,9 @@ def report_verb(args: argparse.Namespace) -> int:
     sweep = experiment_of(args.experiment)
     sweep.storage.fetch_comparisons()
     experiment = absolute(sweep.folder)
-    found = [experiment_of(place).folder for place in args.confirm or ()] or comparisons_of(experiment)
+    found = [experiment_of(place).folder for place in args.confirm or ()] or comparisons_of(
+        experiment
+    )
     for path in report(experiment, args.out, figures=args.figures, comparisons=found):
         print(path)
     return OK
@@ -341,7 +365,9 @@ def tensorboard_verb(args: argparse.Namespace) -> int:
     # of two with the same name, the later ones get numbers
     experiments: dict[str, Path] = {}
     for path in dict.fromkeys(path.resolve() for path in given):
-        experiments[path.name if path.name not in experiments else f"{path.name}-{len(experiments) + 1}"] = path
+        experiments[
+            path.name if path.name not in experiments else f"{path.name}-{len(experiments) + 1}"
+        ] = path
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         contextlib.suppress(KeyboardInterrupt),
@@ -390,4 +416,6 @@ def _check_port(port: int) -> None:
         raise ConfigError(f"ports end at 65535, got {port}", "--port")
     if why := problem(port):
         free = next((p for p in range(max(port, 1023) + 1, 65536) if not problem(p)), 0)
-        raise ConfigError(f"{port} cannot be used ({why}); the next free one: --port {free}", "--port")
+        raise ConfigError(
+            f"{port} cannot be used ({why}); the next free one: --port {free}", "--port"
+        )

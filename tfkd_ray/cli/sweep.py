@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 from tfkd_ray.cli.compare import compare_arms
 from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_line, told_of_interrupt
 from tfkd_ray.cli.show import print_notes
-from tfkd_ray.cli.terminal import have_data, let_end, load_file, new_name, say_error, shell_word, short_path
+from tfkd_ray.cli.terminal import (
+    have_data,
+    let_end,
+    load_file,
+    new_name,
+    say_error,
+    shell_word,
+    short_path,
+)
 from tfkd_ray.settings.errors import FAILED, OK
 from tfkd_ray.space.search_config import BUDGET_OPTIONS, BUDGETS
 
@@ -26,8 +34,12 @@ from tfkd_ray.space.search_config import BUDGET_OPTIONS, BUDGETS
 
 def tune_verb(args: argparse.Namespace) -> int:
     options = {"num_samples": args.num_samples, **{name: getattr(args, name) for name in BUDGETS}}
-    args.overrides += [f"search.{name}={value}" for name, value in options.items() if value is not None]
-    args.overrides += [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
+    args.overrides += [
+        f"search.{name}={value}" for name, value in options.items() if value is not None
+    ]
+    args.overrides += (
+        [f"search.storage={json.dumps(args.study_storage)}"] if args.study_storage else []
+    )
     space = load_file(args)
     from tfkd_ray.launch.as_job import tune_as_job
     from tfkd_ray.space.search_config import ENVIRONMENT
@@ -84,7 +96,8 @@ def resume_verb(args: argparse.Namespace) -> int:
         }
         if wrong := [option for option, value in given.items() if value is not None]:
             problems = [
-                f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs" for option in wrong
+                f"{option}: is for sweeps; a comparison has its arms and a fixed number of runs"
+                for option in wrong
             ]
             raise ConfigError(problems, experiment)
         return compare_arms(found, args.address)
@@ -96,7 +109,9 @@ def resume_verb(args: argparse.Namespace) -> int:
     wider = load_space(args.space) if args.space else None
     if wider is not None:
         samples = wider.search.num_samples + args.add_trials
-        space = dataclasses.replace(wider, search=wider.search.model_copy(update={"num_samples": samples}))
+        space = dataclasses.replace(
+            wider, search=wider.search.model_copy(update={"num_samples": samples})
+        )
     join_ray(args.address, space.example.workers)
     from tfkd_ray.run.tune import resume_tuner
 
@@ -132,8 +147,14 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
         let_end()
         return told_of_interrupt(experiment)
     if progress.ended_by:
-        (more,) = (f"{option} {unit}" for option, name, unit, _ in BUDGET_OPTIONS if f".{name}: " in progress.ended_by)
-        print(f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {shell_word(experiment)} {more}")
+        (more,) = (
+            f"{option} {unit}"
+            for option, name, unit, _ in BUDGET_OPTIONS
+            if f".{name}: " in progress.ended_by
+        )
+        print(
+            f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {shell_word(experiment)} {more}"
+        )
     return code if ended else told_of_interrupt(experiment)
 
 
@@ -146,25 +167,37 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
 
     metric = space.search.metric
     records = read_records(experiment)
-    count = {s: sum(r.status == s for r in records) for s in ("done", "stopped", "failed", "interrupted", "running")}
+    count = {
+        s: sum(r.status == s for r in records)
+        for s in ("done", "stopped", "failed", "interrupted", "running")
+    }
     winner, seconds = best(records, metric), spent(experiment)["seconds"]
     print(
         f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
-        f"{count['failed']} failed" + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
+        f"{count['failed']} failed"
+        + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
     )
     if lost := sum(r.lost for r in records):
         print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
     if gone := gone_trials(experiment):
         print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
     for record in [r for r in records if r.status == "failed"][:3]:
-        print(f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {short_path(record.folder)}")
+        print(
+            f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {short_path(record.folder)}"
+        )
     if winner is None:
-        begun = "no trial of full length yet" if records else "no trial had begun when the sweep ended"
+        begun = (
+            "no trial of full length yet" if records else "no trial had begun when the sweep ended"
+        )
         print(f"{begun}, so there is no best one")
         return FAILED if count["failed"] and not count["interrupted"] else OK
     print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
     for key, value in winner.parameters.items():
-        print(f"  {key:<34} {value:.6g}" if isinstance(value, float) else f"  {key:<34} {in_yaml(value)}")
+        print(
+            f"  {key:<34} {value:.6g}"
+            if isinstance(value, float)
+            else f"  {key:<34} {in_yaml(value)}"
+        )
     for name in ("ce", "lsr"):
         rival = best([r for r in records if r.objective == name], metric)
         if rival is not None and rival is not winner:
@@ -175,7 +208,9 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     if space.search.more_metrics:
         print(f"\nnone is better in all of {', '.join(space.search.metrics)} than:")
         for r in pareto(records, space.search.metrics):
-            print(f"  {r.name:<24} " + ", ".join(f"{m} {r.last[m]:.6g}" for m in space.search.metrics))
+            print(
+                f"  {r.name:<24} " + ", ".join(f"{m} {r.last[m]:.6g}" for m in space.search.metrics)
+            )
     print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
     print("trials the luckiest is always ahead of its true value.")

@@ -29,7 +29,9 @@ def let_end() -> None:
 
 def leave() -> NoReturn:
     """End at once, and all processes that we have started, such as those of a Ray of our own."""
-    if end := getattr(sys.modules.get("tfkd_ray.run.connect"), "end_children", None):  # no import amid another
+    if end := getattr(
+        sys.modules.get("tfkd_ray.run.connect"), "end_children", None
+    ):  # no import amid another
         end()
     os._exit(INTERRUPTED)
 
@@ -115,5 +117,7 @@ def same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
         there = validated(TrainConfig, read_yaml(path), path)
         config = config.with_digest(there.data.digest)
         if there.fingerprint() != config.fingerprint():
-            raise ConfigError("holds another run (see its config.yaml); choose another directory: --out DIR", out)
+            raise ConfigError(
+                "holds another run (see its config.yaml); choose another directory: --out DIR", out
+            )
     return config.pinned()

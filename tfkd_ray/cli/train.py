@@ -30,7 +30,9 @@ def teacher_verb(args: argparse.Namespace) -> int:
         for name, about in found.items():
             accuracy = about["metrics"].get("val_accuracy")
             shown = "" if accuracy is None else f"{accuracy:.4f}"
-            print(f"{name:<36} {about['config']['data']['name']:<14} {_epochs_of(about):>6} {shown:>12}")
+            print(
+                f"{name:<36} {about['config']['data']['name']:<14} {_epochs_of(about):>6} {shown:>12}"
+            )
         return OK
     if args.name not in found:
         hint = did_you_mean(args.name, found) if found else "there is none"
@@ -86,11 +88,15 @@ def train_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.settings.errors import ConfigError
 
     if isinstance(args.storage, str):
-        raise ConfigError("one run is made on this machine's disk: name a directory, or leave it out", "--storage")
+        raise ConfigError(
+            "one run is made on this machine's disk: name a directory, or leave it out", "--storage"
+        )
     space = load_file(args)
     config = space.single()
     out = (
-        (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().absolute()
+        (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        .expanduser()
+        .absolute()
     )
     from tfkd_ray.settings.files import check_writable
 
@@ -109,13 +115,22 @@ def train_verb(args: argparse.Namespace) -> int:
     try:
         epochs = _epochs(config, out, args.storage.expanduser().absolute())
         for metrics in epochs:
-            shown = {k: metrics[k] for k in ("train_loss", "val_accuracy", "val_nll", "lr") if k in metrics}
-            say_error(f"epoch {metrics['epoch']:.0f}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            shown = {
+                k: metrics[k]
+                for k in ("train_loss", "val_accuracy", "val_nll", "lr")
+                if k in metrics
+            }
+            say_error(
+                f"epoch {metrics['epoch']:.0f}: "
+                + ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
+            )
             if not pressed:
                 signal.signal(signal.SIGINT, after_the_epoch)
             elif metrics["epoch"] < config.epochs:
                 epochs.close()
-                say_error(f"interrupted; the same command with --out {short_path(out)} goes on where it was")
+                say_error(
+                    f"interrupted; the same command with --out {short_path(out)} goes on where it was"
+                )
                 return INTERRUPTED
     except (ArithmeticError, RuntimeError) as error:
         say_error(f"tfkd train: failed: {error}")

@@ -33,7 +33,9 @@ from tfkd_ray.store.storage import is_url, storage_at
 def check_options(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other, and addresses of no kind we know; in a job, other versions."""
     if args.cluster and args.address:
-        raise ConfigError("--cluster and --address: one of them says where the sweep runs; give one")
+        raise ConfigError(
+            "--cluster and --address: one of them says where the sweep runs; give one"
+        )
     if args.detach and not is_job(args):
         raise ConfigError(
             "--detach: needs --cluster FILE or --address http://...: what runs here ends with this command"
@@ -41,11 +43,15 @@ def check_options(args: argparse.Namespace) -> None:
     address = args.address or ""
     if "://" in address and not is_job(args):
         got = masked(address)
-        raise ConfigError(f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {got!r}")
+        raise ConfigError(
+            f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {got!r}"
+        )
     check_submitted_from()
 
 
-def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path | None = None, shape: Any = None) -> int:
+def sweep_as_job(
+    words: Sequence[str], args: argparse.Namespace, *, file: Path | None = None, shape: Any = None
+) -> int:
     """Run `tfkd WORDS` as a job; the word SENT stands for a file that is sent along."""
     try:
         if args.cluster is None:
@@ -55,7 +61,10 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
         cluster = load_cluster(args.cluster)
         check(cluster, shape)
         if cluster.kind == "slurm":
-            run(slurm_submit(cluster, ["tfkd", *(str(file) if w == SENT else w for w in words)]), what="submitting")
+            run(
+                slurm_submit(cluster, ["tfkd", *(str(file) if w == SENT else w for w in words)]),
+                what="submitting",
+            )
             return OK
         with reached(cluster) as address:
             return _send(args.cluster, address, words, file, args.detach)
@@ -67,8 +76,15 @@ def sweep_as_job(words: Sequence[str], args: argparse.Namespace, *, file: Path |
 def _send(where: str, address: str, words: Sequence[str], file: Path | None, detach: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="tfkd-job-") as folder:
         sent = stage_apart(Path.cwd(), Path(folder), file)
-        command = ["python", "-m", "tfkd_ray", *(str(sent) if word == SENT else word for word in words)]
-        return run_job(where, address, Path(folder), command, name=words[0], detach=detach, working=WORKING)
+        command = [
+            "python",
+            "-m",
+            "tfkd_ray",
+            *(str(sent) if word == SENT else word for word in words),
+        ]
+        return run_job(
+            where, address, Path(folder), command, name=words[0], detach=detach, working=WORKING
+        )
 
 
 def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
@@ -81,7 +97,10 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     name = args.name if args.name is not None else f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
     storage = _storage_of(args)
-    words = [*job_words(args, sent="file", storage=storage), *([] if args.name is not None else ["--name", name])]
+    words = [
+        *job_words(args, sent="file", storage=storage),
+        *([] if args.name is not None else ["--name", name]),
+    ]
     say(
         f"experiment: {storage or '$TFKD_RESULTS'}/{name}, on the cluster; tfkd status, report and resume take "
         + ("that URL" if "://" in (storage or "") else "that path where it is mounted")
@@ -130,8 +149,15 @@ def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
     check_options(args)
     if not is_job(args):
         return None
-    words = job_words(args, sent="space", storage=_storage_of(args) if args.cluster or args.storage else None)
-    return sweep_as_job(words, args, file=find_file(args.space, "search_spaces") if args.space else None, shape=shape)
+    words = job_words(
+        args, sent="space", storage=_storage_of(args) if args.cluster or args.storage else None
+    )
+    return sweep_as_job(
+        words,
+        args,
+        file=find_file(args.space, "search_spaces") if args.space else None,
+        shape=shape,
+    )
 
 
 def _storage_of(args: argparse.Namespace) -> str | None:
@@ -140,7 +166,9 @@ def _storage_of(args: argparse.Namespace) -> str | None:
         if isinstance(args.storage, str):
             return str(storage_at(args.storage))
         if not args.storage.is_absolute():
-            raise ConfigError(f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}")
+            raise ConfigError(
+                f"--storage: an absolute path that all nodes of the cluster see, got {args.storage}"
+            )
         return str(args.storage)
     if args.cluster is None:
         raise ConfigError(
@@ -151,4 +179,8 @@ def _storage_of(args: argparse.Namespace) -> str | None:
         return None
     check(file)
     assert file.storage is not None, f"{args.cluster=}"
-    return str(Path(file.storage).expanduser()) if file.here and not is_url(file.storage) else file.storage
+    return (
+        str(Path(file.storage).expanduser())
+        if file.here and not is_url(file.storage)
+        else file.storage
+    )

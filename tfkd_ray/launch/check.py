@@ -66,7 +66,11 @@ def placeholders(file: ClusterFile) -> list[str]:
 def _kind_in_words(file: ClusterFile) -> str:
     if file.here:
         return "this machine, as a cluster of Ray's"
-    words = {"local": "machines of your own, by ssh", "kuberay": "Kubernetes, by KubeRay", "slurm": "a Slurm job"}
+    words = {
+        "local": "machines of your own, by ssh",
+        "kuberay": "Kubernetes, by KubeRay",
+        "slurm": "a Slurm job",
+    }
     return words.get(file.provider, f"Ray's own cluster launcher on {file.provider}")
 
 
@@ -82,12 +86,17 @@ def _storage(file: ClusterFile) -> Iterator[str]:
         try:
             storage_at(file.storage)
         except ConfigError as error:
-            yield from (f"{field}: {problem.removeprefix('storage: ')}" for problem in error.problems)
+            yield from (
+                f"{field}: {problem.removeprefix('storage: ')}" for problem in error.problems
+            )
         return
     if file.here:
         return
     if file.kind == "slurm":
-        if re.match(r"/(tmp|dev/shm|var/tmp|local)(/|$)", file.storage) or "$TMPDIR" in file.storage:
+        if (
+            re.match(r"/(tmp|dev/shm|var/tmp|local)(/|$)", file.storage)
+            or "$TMPDIR" in file.storage
+        ):
             yield _local_to_a_node(field, file.storage)
     elif NODE_LOCAL.match(file.storage):
         yield _local_to_a_node(field, file.storage)
@@ -107,7 +116,10 @@ def node_types(file: ClusterFile) -> list[NodeType] | None:
         return [pod_kinds(place, group) for place, group in pod_groups(file)]
     if file.kind == "slurm":
         nodes = sbatch_lines(file, "nodes") or 1
-        has = {"CPU": sbatch_lines(file, "cpus-per-task"), "GPU": sbatch_lines(file, "gpus-per-node")}
+        has = {
+            "CPU": sbatch_lines(file, "cpus-per-task"),
+            "GPU": sbatch_lines(file, "gpus-per-node"),
+        }
         return [NodeType("node", nodes, nodes, {k: float(v) for k, v in has.items() if v})]
     types = file.tree.get("available_node_types")
     if not types or not all(t.get("resources") for t in types.values()):
@@ -135,10 +147,20 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
     need = {kind: amount for kind, amount in shape.worker_resources.items()
             if kind in ("CPU", "GPU") or (file.kind == "ray" and not kind.startswith(KIND))}  # fmt: skip
     most = file.tree.get("max_workers", 2) if file.kind == "ray" else None
-    fits = {n.name: int(min((n.resources.get(k, 0) // v for k, v in need.items()), default=1)) for n in nodes}
+    fits = {
+        n.name: int(min((n.resources.get(k, 0) // v for k, v in need.items()), default=1))
+        for n in nodes
+    }
     wanted = f"{KIND}{shape.accelerator_type}"
     if shape.accelerator_type and not any(may_have(file, node, wanted) for node in nodes):
-        kinds = sorted({kind.removeprefix(KIND) for n in nodes for kind in n.resources if kind.startswith(KIND)})
+        kinds = sorted(
+            {
+                kind.removeprefix(KIND)
+                for n in nodes
+                for kind in n.resources
+                if kind.startswith(KIND)
+            }
+        )
         said = ", ".join(kinds) or "none"
         place = "rayStartParams.resources" if file.kind == "kuberay" else "resources"
         yield (

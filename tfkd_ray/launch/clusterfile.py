@@ -55,7 +55,11 @@ class ClusterFile:
     def here(self) -> bool:
         """Whether the cluster is this machine alone, which needs no ssh."""
         provider = self.tree.get("provider") or {}
-        return self.provider == "local" and provider.get("head_ip") in LOOPBACK and not provider.get("worker_ips")
+        return (
+            self.provider == "local"
+            and provider.get("head_ip") in LOOPBACK
+            and not provider.get("worker_ips")
+        )
 
     @property
     def storage(self) -> str | None:
@@ -93,7 +97,9 @@ class ClusterFile:
     def cluster(self) -> dict[str, Any]:
         """KubeRay's: what is said about the cluster itself."""
         spec = self.tree["spec"]
-        found: dict[str, Any] = spec.get("rayClusterSpec") or {} if self.tree["kind"] == "RayJob" else spec
+        found: dict[str, Any] = (
+            spec.get("rayClusterSpec") or {} if self.tree["kind"] == "RayJob" else spec
+        )
         return found
 
 
@@ -111,10 +117,15 @@ def load_cluster(path: str | Path) -> ClusterFile:
     if found.is_file() and found.suffix == ".sh":
         text = found.read_text(encoding="utf-8", errors="replace")
         if not re.search(r"^#SBATCH\s", text, re.M):
-            raise ConfigError("not a Slurm script: there is no line that begins with #SBATCH", found)
+            raise ConfigError(
+                "not a Slurm script: there is no line that begins with #SBATCH", found
+            )
         return ClusterFile(found, "slurm", {}, text)
     if found.is_file() and found.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm), got {found.suffix!r}", found)
+        raise ConfigError(
+            f"a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm), got {found.suffix!r}",
+            found,
+        )
     text = text_of(found)
     if not text.strip():
         raise ConfigError("is empty; begin with one from clusters/", found)
@@ -123,13 +134,21 @@ def load_cluster(path: str | Path) -> ClusterFile:
         raise ConfigError("every document in it must be settings (key: value)", found)
     if "provider" in documents[0] and len(documents) == 1:
         if not isinstance(documents[0]["provider"], dict):
-            raise ConfigError(f"provider: needs settings below it (type: aws), got {documents[0]['provider']!r}", found)
+            raise ConfigError(
+                f"provider: needs settings below it (type: aws), got {documents[0]['provider']!r}",
+                found,
+            )
         return ClusterFile(found, "ray", documents[0], text)
     ours = [d for d in documents if d.get("kind") in ("RayCluster", "RayJob")]
     if len(ours) == 1 and "apiVersion" in ours[0]:
-        return ClusterFile(found, "kuberay", ours[0], text, tuple(d for d in documents if d is not ours[0]))
+        return ClusterFile(
+            found, "kuberay", ours[0], text, tuple(d for d in documents if d is not ours[0])
+        )
     if "objective" in documents[0] or "arms" in documents[0]:
-        raise ConfigError("is a search space or an arms file, not a cluster file; see the files in clusters/", found)
+        raise ConfigError(
+            "is a search space or an arms file, not a cluster file; see the files in clusters/",
+            found,
+        )
     raise ConfigError(
         "not a cluster file: it has neither 'provider:' (Ray's own) nor one document of kind RayCluster or RayJob "
         "(KubeRay's); begin with one from clusters/",
@@ -144,7 +163,9 @@ def schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
     """What a JSON schema finds, a sentence each."""
     from jsonschema import Draft7Validator
 
-    for error in sorted(Draft7Validator(schema).iter_errors(tree), key=lambda e: list(map(str, e.absolute_path))):
+    for error in sorted(
+        Draft7Validator(schema).iter_errors(tree), key=lambda e: list(map(str, e.absolute_path))
+    ):
         path = dotted(error.absolute_path)
         value = error.instance
         if error.validator == "additionalProperties" and isinstance(value, dict):
@@ -181,7 +202,9 @@ _UNITS = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9
 
 def quantity(value: Any) -> float | None:
     """A Kubernetes quantity (4, "4", "7500m", "1k", "2e3") as a number; None if it is none."""
-    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE]|[KMGTPE]i)?|[eE]([-+]?[0-9]{1,2}))", str(value))
+    found = re.fullmatch(
+        r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE]|[KMGTPE]i)?|[eE]([-+]?[0-9]{1,2}))", str(value)
+    )
     if found is None or isinstance(value, bool):
         return None
     return float(found[1]) * (10.0 ** int(found[3]) if found[3] else _UNITS[found[2] or ""])

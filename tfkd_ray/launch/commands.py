@@ -24,10 +24,16 @@ def up_commands(file: ClusterFile) -> list[Command]:
         return [["ray", "up", "--yes", "--no-config-cache", path]]
     if file.kind == "slurm":
         raise ConfigError(
-            "a Slurm cluster lives as long as its job; start both: tfkd cluster submit FILE -- tfkd tune SPACE", path
+            "a Slurm cluster lives as long as its job; start both: tfkd cluster submit FILE -- tfkd tune SPACE",
+            path,
         )
-    wait = kube(file, "wait", "--for=condition=HeadPodReady", "--timeout=900s", f"raycluster/{file.name}")
-    return [kube(file, "apply", "--filename", path), *([wait] if file.tree["kind"] == "RayCluster" else [])]
+    wait = kube(
+        file, "wait", "--for=condition=HeadPodReady", "--timeout=900s", f"raycluster/{file.name}"
+    )
+    return [
+        kube(file, "apply", "--filename", path),
+        *([wait] if file.tree["kind"] == "RayCluster" else []),
+    ]
 
 
 def down_commands(file: ClusterFile) -> list[Command]:
@@ -40,13 +46,24 @@ def down_commands(file: ClusterFile) -> list[Command]:
         return [["ray", "down", "--yes", str(file.path)]]
     if file.kind == "slurm":
         return [["scancel", "--me", "--name", file.name]]
-    return [kube(file, "delete", "--ignore-not-found", "--timeout=300s", f"{file.tree['kind'].lower()}/{file.name}")]
+    return [
+        kube(
+            file,
+            "delete",
+            "--ignore-not-found",
+            "--timeout=300s",
+            f"{file.tree['kind'].lower()}/{file.name}",
+        )
+    ]
 
 
 def tidy_commands(file: ClusterFile) -> list[Command]:
     """What removes the rest of what the file made, once its nodes are gone: a NetworkPolicy guards them until then."""
     names = [d["metadata"]["name"] for d in file.others if d.get("kind") == "NetworkPolicy"]
-    return [kube(file, "delete", "--ignore-not-found", "--timeout=60s", f"networkpolicy/{name}") for name in names]
+    return [
+        kube(file, "delete", "--ignore-not-found", "--timeout=60s", f"networkpolicy/{name}")
+        for name in names
+    ]
 
 
 def rayclusters_command(file: ClusterFile) -> Command:
@@ -59,7 +76,9 @@ def head_command(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> 
     """What names the head's pod of a RayJob, HEAD in other commands."""
     selector = f"ray.io/node-type=head,{_selector(file, clusters)}"
     running = "status.phase=Running"
-    return kube(file, "get", "pods", "--output", "name", "--selector", selector, "--field-selector", running)
+    return kube(
+        file, "get", "pods", "--output", "name", "--selector", selector, "--field-selector", running
+    )
 
 
 def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> list[Command]:
@@ -89,10 +108,30 @@ def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -
         return [["az", "vm", "list", "--resource-group", provider["resource_group"], "--show-details",
                  "--query", query, "--output", "tsv"]]  # fmt: skip
     if file.kind == "slurm":
-        return [["squeue", "--me", "--noheader", "--name", file.name, "--format", "%i %T %D nodes %R %L left"]]
+        return [
+            [
+                "squeue",
+                "--me",
+                "--noheader",
+                "--name",
+                file.name,
+                "--format",
+                "%i %T %D nodes %R %L left",
+            ]
+        ]
     if is_rayjob(file) and not clusters:
         return []
-    return [kube(file, "get", "pods", "--no-headers", "--ignore-not-found", "--selector", _selector(file, clusters))]
+    return [
+        kube(
+            file,
+            "get",
+            "pods",
+            "--no-headers",
+            "--ignore-not-found",
+            "--selector",
+            _selector(file, clusters),
+        )
+    ]
 
 
 def is_rayjob(file: ClusterFile) -> bool:
@@ -102,7 +141,11 @@ def is_rayjob(file: ClusterFile) -> bool:
 def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
     """Of the pods of a cluster; KubeRay labels them with the cluster's name, and not with the RayJob's."""
     names = clusters if is_rayjob(file) else [file.name]
-    return f"ray.io/cluster={names[0]}" if len(names) == 1 else f"ray.io/cluster in ({','.join(names)})"
+    return (
+        f"ray.io/cluster={names[0]}"
+        if len(names) == 1
+        else f"ray.io/cluster in ({','.join(names)})"
+    )
 
 
 def kube(file: ClusterFile, *words: str) -> Command:
@@ -114,15 +157,22 @@ def kube(file: ClusterFile, *words: str) -> Command:
 def hosts(file: ClusterFile) -> list[str]:
     """Addresses of the machines of a cluster of one's own, as they are reached from here, the head's first."""
     provider = file.tree["provider"]
-    return [provider.get("external_head_ip") or provider["head_ip"], *(provider["worker_ips"] or [])]
+    return [
+        provider.get("external_head_ip") or provider["head_ip"],
+        *(provider["worker_ips"] or []),
+    ]
 
 
 def ssh(file: ClusterFile, host: str, command: str) -> Command:
     """A command on a node, by the file's user, key and proxy."""
     auth = file.tree.get("auth") or {}
-    key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
+    key = (
+        ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
+    )
     options = ["BatchMode=yes", f"ConnectTimeout={SSH_S}", "LogLevel=ERROR"]
-    options += [f"ProxyCommand={auth['ssh_proxy_command']}"] if auth.get("ssh_proxy_command") else []
+    options += (
+        [f"ProxyCommand={auth['ssh_proxy_command']}"] if auth.get("ssh_proxy_command") else []
+    )
     options += ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"]  # as `ray up` does
     user = f"{auth['ssh_user']}@" if "ssh_user" in auth else ""
     return ["ssh", *key, *(word for o in options for word in ("-o", o)), f"{user}{host}", command]
@@ -144,7 +194,15 @@ def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Comm
     if file.here:
         return None
     if file.kind == "ray":
-        return ["ray", "dashboard", "--port", str(port), "--remote-port", str(file.dashboard_port), str(file.path)]
+        return [
+            "ray",
+            "dashboard",
+            "--port",
+            str(port),
+            "--remote-port",
+            str(file.dashboard_port),
+            str(file.path),
+        ]
     target = head if is_rayjob(file) else f"service/{file.name}-head-svc"
     return kube(file, "port-forward", "--address", "127.0.0.1", target, f"{port}:8265")
 

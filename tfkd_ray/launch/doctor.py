@@ -55,7 +55,11 @@ class Found:
 
 
 def doctor(
-    storage: Storage | None, shape: TrainConfig | None, *, reap: bool = False, connected: bool = True
+    storage: Storage | None,
+    shape: TrainConfig | None,
+    *,
+    reap: bool = False,
+    connected: bool = True,
 ) -> list[Found]:
     """All that is found, in the order of the checks.
 
@@ -68,7 +72,9 @@ def doctor(
     return list(examine(storage, shape, reap=reap, connected=connected))
 
 
-def examine(storage: Storage | None, shape: TrainConfig | None, *, reap: bool, connected: bool) -> Iterator[Found]:
+def examine(
+    storage: Storage | None, shape: TrainConfig | None, *, reap: bool, connected: bool
+) -> Iterator[Found]:
     """One check after the other."""
     yield from check_installed()
     yield from check_token()
@@ -98,7 +104,9 @@ def check_installed() -> Iterator[Found]:
     """Ray with its `default` extra."""
     try:
         check_ray()
-        yield Found("ok", "ray", f"Ray {importlib.metadata.version('ray')} with its 'default' extra")
+        yield Found(
+            "ok", "ray", f"Ray {importlib.metadata.version('ray')} with its 'default' extra"
+        )
     except ConfigError as error:
         yield Found("problem", "ray", str(error))
 
@@ -106,7 +114,11 @@ def check_installed() -> Iterator[Found]:
 def check_token() -> Iterator[Found]:
     """Token mode on, and the token for its owner alone."""
     if (mode := os.environ.get("RAY_AUTH_MODE", "token")) != "token":
-        yield Found("problem", "token", f"RAY_AUTH_MODE={mode}: whoever reaches the cluster runs code on it; unset it")
+        yield Found(
+            "problem",
+            "token",
+            f"RAY_AUTH_MODE={mode}: whoever reaches the cluster runs code on it; unset it",
+        )
         return
     path = token_file()
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -115,7 +127,9 @@ def check_token() -> Iterator[Found]:
         yield Found("warning", "token", f"none yet ({path}); a cluster started by tfkd makes one, to join another's "
                     "copy its own there, mode 600")  # fmt: skip
     elif (bits := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-        yield Found("problem", "token", f"{path} may be read by others (mode {bits:o}); chmod 600 {path}")
+        yield Found(
+            "problem", "token", f"{path} may be read by others (mode {bits:o}); chmod 600 {path}"
+        )
     else:
         yield Found("ok", "token", f"{path}, mode {bits:o}")
 
@@ -150,13 +164,19 @@ def check_shared_memory(sizes: dict[str, tuple[int, float]]) -> Iterator[Found]:
                     f"{_gb(needed)}: it takes slow files instead; in a container: --shm-size={_gb(needed * 1.1, 'g')}, "
                     "or a smaller store: --object-store-memory")  # fmt: skip
     if not small:
-        yield Found("ok", "memory", f"/dev/shm has {_gb(min((s for s, _ in sizes.values()), default=0))} or more")
+        yield Found(
+            "ok",
+            "memory",
+            f"/dev/shm has {_gb(min((s for s, _ in sizes.values()), default=0))} or more",
+        )
 
 
 def check_storage_here(storage: Storage | None) -> Iterator[Found]:
     """This machine can write where experiments go."""
     if storage is not None:
-        yield _no_storage(storage) or Found("ok", "storage", f"{storage} can be written to from here")
+        yield _no_storage(storage) or Found(
+            "ok", "storage", f"{storage} can be written to from here"
+        )
 
 
 def _no_storage(storage: Storage) -> Found | None:
@@ -191,27 +211,42 @@ def check_nodes(nodes: Sequence[Node]) -> Iterator[Found]:
 def check_versions(nodes: Iterable[Node]) -> Iterator[Found]:
     """The same Ray, Python and torch on all nodes, and here."""
     kinds = defaultdict[str, list[str]](list)
-    for name, versions in [("here", versions_of_node()), *((node.name, node.versions) for node in nodes)]:
+    for name, versions in [
+        ("here", versions_of_node()),
+        *((node.name, node.versions) for node in nodes),
+    ]:
         kinds[", ".join(f"{what} {version}" for what, version in versions.items())].append(name)
     if len(kinds) == 1:
         yield Found("ok", "versions", f"{next(iter(kinds))} on all")
         return
     listed = "; ".join(f"{text} on {', '.join(places)}" for text, places in kinds.items())
-    yield Found("problem", "versions", f"they differ, and so would numbers: {listed}; install the same on all nodes")
+    yield Found(
+        "problem",
+        "versions",
+        f"they differ, and so would numbers: {listed}; install the same on all nodes",
+    )
 
 
 def check_asked() -> Iterator[Found]:
     """The cluster wants its token."""
     address = dashboard()
     if not address:
-        yield Found("warning", "access", "no dashboard, so it is not known whether the cluster wants a token")
+        yield Found(
+            "warning",
+            "access",
+            "no dashboard, so it is not known whether the cluster wants a token",
+        )
         return
     try:
         request = urllib.request.Request(f"http://{address}/api/version")
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).close()
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=10
+        ).close()
     except urllib.error.HTTPError as error:
         refused = error.code in (401, 403)
-        yield Found("ok", "access", "refused without the token") if refused else _unclear(str(error))
+        yield (
+            Found("ok", "access", "refused without the token") if refused else _unclear(str(error))
+        )
     except OSError as error:
         yield _unclear(str(getattr(error, "reason", None) or error))
     else:
@@ -220,7 +255,9 @@ def check_asked() -> Iterator[Found]:
 
 
 def _unclear(reason: str) -> Found:
-    return Found("warning", "access", f"whether the cluster wants a token is not known from here ({reason})")
+    return Found(
+        "warning", "access", f"whether the cluster wants a token is not known from here ({reason})"
+    )
 
 
 def check_storage(storage: Storage | None, nodes: Sequence[Node]) -> Iterator[Found]:
@@ -262,11 +299,17 @@ def check_groups(*, reap: bool) -> Iterator[Found]:
     for bundle in (bundle for group in groups for bundle in group.bundles):
         for kind, amount in bundle.items():
             held[kind] += amount
-    listed = " and ".join(f"{amount:g} {kind}" for kind, amount in sorted(held.items())) or "nothing"
+    listed = (
+        " and ".join(f"{amount:g} {kind}" for kind, amount in sorted(held.items())) or "nothing"
+    )
     if reap:
         for group in groups:
             remove_group(group.id)
-        yield Found("ok", "groups", f"removed {len(groups)} of jobs that have ended; {listed} are free again")
+        yield Found(
+            "ok",
+            "groups",
+            f"removed {len(groups)} of jobs that have ended; {listed} are free again",
+        )
     else:
         yield Found("problem", "groups", f"{len(groups)} of jobs that have ended hold {listed}; tfkd doctor --reap "
                     "removes them")  # fmt: skip

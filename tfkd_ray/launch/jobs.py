@@ -54,7 +54,9 @@ def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:
     size = sum(path.lstat().st_size for path in files)
     if size > LIMIT_MB * 10**6:
         largest = sorted(files, key=lambda path: -path.lstat().st_size)[:3]
-        shown = ", ".join(f"{p.relative_to(folder)} ({p.lstat().st_size / 10**6:.0f} MB)" for p in largest)
+        shown = ", ".join(
+            f"{p.relative_to(folder)} ({p.lstat().st_size / 10**6:.0f} MB)" for p in largest
+        )
         raise ConfigError(
             f"a job gets a copy of the working directory, and {size / 10**6:.0f} MB are more than {LIMIT_MB}: {shown}; "
             "name what is not code in .rayignore, or start from the folder of your search space",
@@ -130,7 +132,11 @@ def submit_command(
     address: str, job: str, folder: Path, entrypoint: Sequence[str], working: str | None = None
 ) -> list[str]:
     """`ray job submit` for a staged folder, which returns when the job is accepted; `working` as of `stage_apart`."""
-    versions = {} if os.environ.get(SUBMITTED_FROM) == "any" else {SUBMITTED_FROM: json.dumps(versions_here())}
+    versions = (
+        {}
+        if os.environ.get(SUBMITTED_FROM) == "any"
+        else {SUBMITTED_FROM: json.dumps(versions_here())}
+    )
     env = {"env_vars": {**versions, **({JOB_FOLDER: working} if working else {})}}
     return ["ray", "job", "submit", "--address", address, "--submission-id", job, "--working-dir", str(folder),
             "--runtime-env-json", json.dumps(env), "--no-wait", "--", *entrypoint]  # fmt: skip
@@ -146,12 +152,16 @@ def ask(address: str, path: str, timeout: float = JOBS_TIMEOUT_S) -> Any:
     if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=timeout
+        ) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise ConfigError(_token_problem(address, key)) from None
-        raise Unreachable(f"{address} answers, but not as a Ray head does: {error.code} {error.reason}") from None
+        raise Unreachable(
+            f"{address} answers, but not as a Ray head does: {error.code} {error.reason}"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise Unreachable(
@@ -168,7 +178,10 @@ def _token_problem(address: str, key: str | None) -> str:
 
 def check_ray_version(address: str) -> None:
     """Raise where the cluster's Ray is not this machine's, or does not answer."""
-    there, here = str(ask(address, "/api/version").get("ray_version")), importlib.metadata.version("ray")
+    there, here = (
+        str(ask(address, "/api/version").get("ray_version")),
+        importlib.metadata.version("ray"),
+    )
     if there != here:
         raise ConfigError(
             f"Ray {there} runs on the cluster at {address}, and {here} is installed here; make them equal: "
@@ -190,7 +203,10 @@ SUBMITTED_FROM = "TFKD_SUBMITTED_FROM"
 
 def versions_here() -> dict[str, str]:
     """Versions that must be equal on a laptop and its cluster, for results to be."""
-    found = {name: importlib.metadata.version(name).partition("+")[0] for name in ("ray", "torch", "optuna")}
+    found = {
+        name: importlib.metadata.version(name).partition("+")[0]
+        for name in ("ray", "torch", "optuna")
+    }
     return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
 
 

@@ -39,16 +39,27 @@ def volume_problems(file: ClusterFile, field: str) -> Iterator[str]:
 
 def pod_kinds(place: str, group: dict[str, Any]) -> NodeType:
     container = group["template"]["spec"]["containers"][0]
-    limits = {**container.get("resources", {}).get("requests", {}), **container.get("resources", {}).get("limits", {})}
+    limits = {
+        **container.get("resources", {}).get("requests", {}),
+        **container.get("resources", {}).get("limits", {}),
+    }
     started = group.get("rayStartParams") or {}
-    cpus = started.get("num-cpus", math.ceil(quantity(limits.get("cpu", 0)) or 0))  # as KubeRay rounds
+    cpus = started.get(
+        "num-cpus", math.ceil(quantity(limits.get("cpu", 0)) or 0)
+    )  # as KubeRay rounds
     gpus = started.get("num-gpus", next((v for k, v in limits.items() if k.endswith("/gpu")), 0))
     kinds = re.findall(r"(accelerator_type:[\w-]+)", str(started.get("resources", "")))
     has = {"CPU": quantity(cpus) or 0.0, "GPU": quantity(gpus) or 0.0, **dict.fromkeys(kinds, 1.0)}
     head = place.endswith("headGroupSpec")
     hosts = group.get("numOfHosts", 1)
-    least, most = (1, 1) if head else (group.get("minReplicas", 0) * hosts, group.get("maxReplicas", 2**31 - 1) * hosts)
-    return NodeType("head" if head else group["groupName"], least, most, {k: v for k, v in has.items() if v})
+    least, most = (
+        (1, 1)
+        if head
+        else (group.get("minReplicas", 0) * hosts, group.get("maxReplicas", 2**31 - 1) * hosts)
+    )
+    return NodeType(
+        "head" if head else group["groupName"], least, most, {k: v for k, v in has.items() if v}
+    )
 
 
 # --- KubeRay ---------------------------------------------------------------------------------------------------
@@ -88,7 +99,9 @@ def KUBERAY_RULES(file: ClusterFile) -> Iterator[str]:
         )
     groups = pod_groups(file)
     at = groups[0][0].removesuffix(".headGroupSpec")
-    mode = (file.cluster.get("authOptions") or {}).get("mode", "token" if "authOptions" in file.cluster else None)
+    mode = (file.cluster.get("authOptions") or {}).get(
+        "mode", "token" if "authOptions" in file.cluster else None
+    )
     if mode != "token":
         yield f"{at}.authOptions.mode: must be token, got {mode!r}; without it, whoever reaches a pod runs code on it"
     if re.search(r"name:\s*[\"']?RAY_AUTH_TOKEN[\"']?\s*,\s*value:", file.text):

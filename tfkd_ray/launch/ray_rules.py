@@ -39,8 +39,15 @@ NODE_LOCAL = re.compile(r"^(?!/)|^/(tmp|var|dev|run|root|home|opt|local|scratch|
 def mount_problems(file: ClusterFile, field: str) -> Iterator[str]:
     """On rented machines nothing is shared unless this file mounts it, on all of them."""
     assert file.storage is not None, f"{file.path=}"
-    setup = [*(file.tree.get("initialization_commands") or []), *(file.tree.get("setup_commands") or [])]
-    targets = [m[1].rstrip("/") for line in setup for m in re.finditer(r"\bmount\b[^;&|]*\s(/\S+)", str(line))]
+    setup = [
+        *(file.tree.get("initialization_commands") or []),
+        *(file.tree.get("setup_commands") or []),
+    ]
+    targets = [
+        m[1].rstrip("/")
+        for line in setup
+        for m in re.finditer(r"\bmount\b[^;&|]*\s(/\S+)", str(line))
+    ]
     mounted = [t for t in targets if f"{file.storage}/".startswith(f"{t}/")]
     if not mounted:
         there = ", ".join(targets) or "nothing"
@@ -93,11 +100,19 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
         found.append(f"provider.worker_ips: must be a list of addresses, got {hosts!r}")
     if name == "local":
         if "coordinator_address" in provider:
-            found.append("provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips")
+            found.append(
+                "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"
+            )
         else:
-            found += [f"provider.{k}: required, and not given" for k in ("head_ip", "worker_ips") if k not in provider]
+            found += [
+                f"provider.{k}: required, and not given"
+                for k in ("head_ip", "worker_ips")
+                if k not in provider
+            ]
         if "available_node_types" in file.tree:
-            found.append("available_node_types: not for provider local, where head_ip and worker_ips are the nodes")
+            found.append(
+                "available_node_types: not for provider local, where head_ip and worker_ips are the nodes"
+            )
     elif name in PROVIDERS:
         for key in ("available_node_types", "head_node_type"):
             if key not in file.tree:
@@ -105,7 +120,9 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
         types = file.tree.get("available_node_types")
         head = file.tree.get("head_node_type")
         if isinstance(types, dict) and head is not None and head not in list(types):
-            found.append(f"head_node_type: no such node type {head!r}; {did_you_mean(str(head), types)}")
+            found.append(
+                f"head_node_type: no such node type {head!r}; {did_you_mean(str(head), types)}"
+            )
     yield from found
     if not found:
         yield from _ray_validation(file.tree)
@@ -145,7 +162,9 @@ def _node_problems(file: ClusterFile) -> Iterator[str]:
     if (
         types
         and most > 0
-        and not any(n.get("max_workers", most) for t, n in types.items() if t != file.tree["head_node_type"])
+        and not any(
+            n.get("max_workers", most) for t, n in types.items() if t != file.tree["head_node_type"]
+        )
     ):
         yield "available_node_types: no node type but the head's may start; give one a max_workers above 0"
     hosts = file.tree["provider"].get("worker_ips") or []
@@ -163,7 +182,11 @@ def _node_problems(file: ClusterFile) -> Iterator[str]:
 def _starts(file: ClusterFile) -> Iterator[str]:
     """How Ray is started: with a token, its dashboard on loopback, the driver's resource on the head."""
     for field in ["head_start_ray_commands", *([] if file.here else ["worker_start_ray_commands"])]:
-        lines = [str(line) for line in file.tree.get(field) or [] if re.search(r"\bray start\b", str(line))]
+        lines = [
+            str(line)
+            for line in file.tree.get(field) or []
+            if re.search(r"\bray start\b", str(line))
+        ]
         if not lines:
             yield f"{field}: required, with a `ray start`; Ray's own starts without a token, and may open the dashboard"
             continue
@@ -176,7 +199,10 @@ def _starts(file: ClusterFile) -> Iterator[str]:
                     f"{field}: --dashboard-host={host} lets others than this node run code on it; use 127.0.0.1, and "
                     f"reach it by: ray dashboard {file.path}"
                 )
-    for field, commands in (("head_start_ray_commands", file.head), ("worker_start_ray_commands", file.workers)):
+    for field, commands in (
+        ("head_start_ray_commands", file.head),
+        ("worker_start_ray_commands", file.workers),
+    ):
         place = option(commands, "temp-dir")
         if place is not None and len(place) > 40:
             yield f"{field}: --temp-dir={place} is too long for the names of Ray's sockets; use at most 40 characters"
@@ -190,7 +216,9 @@ def _starts(file: ClusterFile) -> Iterator[str]:
     types = file.tree.get("available_node_types") or {}
     resources = types.get(file.tree.get("head_node_type"), {}).get("resources") or {}
     given = re.search(r"--resources[=\s]+(['\"])(.*?)\1(?=\s|;|$)", file.head, re.M)
-    if not resources.get(DRIVER) and (given is None or not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", given[2])):
+    if not resources.get(DRIVER) and (
+        given is None or not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", given[2])
+    ):
         yield (
             f"head_start_ray_commands: the head lacks the resource '{DRIVER}', which trials of several workers need; "
             f"add to its `ray start`: --resources='{{\"{DRIVER}\": 1000}}'"
@@ -232,13 +260,22 @@ def _versions(file: ClusterFile) -> Iterator[str]:
     if file.here:
         return
     docker = file.tree.get("docker") or {}
-    shared = [*(file.tree.get("initialization_commands") or []), *(file.tree.get("setup_commands") or [])]
+    shared = [
+        *(file.tree.get("initialization_commands") or []),
+        *(file.tree.get("setup_commands") or []),
+    ]
     types = file.tree.get("available_node_types") or {}
     image = docker.get("image", "")
     more = [line for t in types.values() for line in t.get("worker_setup_commands") or []]
-    own = [t["docker"]["worker_image"] for t in types.values() if "worker_image" in t.get("docker", {})]
+    own = [
+        t["docker"]["worker_image"] for t in types.values() if "worker_image" in t.get("docker", {})
+    ]
     roles = {
-        "head": [docker.get("head_image", image), *shared, *(file.tree.get("head_setup_commands") or [])],
+        "head": [
+            docker.get("head_image", image),
+            *shared,
+            *(file.tree.get("head_setup_commands") or []),
+        ],
         "workers": [
             docker.get("worker_image", image),
             *own,
@@ -264,7 +301,9 @@ def _versions(file: ClusterFile) -> Iterator[str]:
     for text in {str(line) for texts in roles.values() for line in texts}:
         if found_tag := re.fullmatch(r"[\w./-]+(?::(latest|nightly)[\w.-]*)?", text.strip()):
             yield f"docker: the image {text!r} is {found_tag[1] or 'without a tag'}: it changes by itself; name one"
-        if loose := re.search(r"pip install[^;&|]*?\s['\"]?(ray(?:\[[^\]]*\])?|torch)['\"]?(\s|$)", text):
+        if loose := re.search(
+            r"pip install[^;&|]*?\s['\"]?(ray(?:\[[^\]]*\])?|torch)['\"]?(\s|$)", text
+        ):
             yield f"setup_commands: {loose[1]} without a version; pin it: {loose[1]}==VERSION"
 
 

@@ -53,7 +53,15 @@ from tfkd_ray.launch.jobs import (
     submit_command,
 )
 from tfkd_ray.run.auth import own_token, token, token_file
-from tfkd_ray.settings.errors import FAILED, INTERRUPTED, NOT_BETTER, OK, WRONG_INPUT, ConfigError, Unreachable
+from tfkd_ray.settings.errors import (
+    FAILED,
+    INTERRUPTED,
+    NOT_BETTER,
+    OK,
+    WRONG_INPUT,
+    ConfigError,
+    Unreachable,
+)
 
 TUNNEL_S = 60
 """How long a tunnel to a head may take to stand."""
@@ -100,9 +108,13 @@ def cluster(args: argparse.Namespace) -> int:
             print(_folder_in_words(_verb_words(args)))
         return OK
     try:
-        code: int = {"up": _up, "status": _status_lines, "submit": _submit, "logs": _cluster_logs, "down": _down}[
-            args.do
-        ](file, args)
+        code: int = {
+            "up": _up,
+            "status": _status_lines,
+            "submit": _submit,
+            "logs": _cluster_logs,
+            "down": _down,
+        }[args.do](file, args)
     except StepFailed as error:
         say(f"tfkd cluster {args.do}: {error}")
         return error.ends
@@ -140,7 +152,11 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
         return [kube(file, "logs", "--follow", f"job/{file.name}")]
     address = f"http://127.0.0.1:{file.dashboard_port}"
     tunnel = tunnel_command(file, file.dashboard_port)
-    before = [*asked, *([head_command(file)] if asked else []), *([] if tunnel is None else [[*tunnel, "&"]])]
+    before = [
+        *asked,
+        *([head_command(file)] if asked else []),
+        *([] if tunnel is None else [[*tunnel, "&"]]),
+    ]
     if args.do == "logs":
         return [*before, logs_command(address, args.job or "JOB")]
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +168,11 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
 def _folder_in_words(words: Sequence[str]) -> str:
     """What FOLDER is, as a comment of the shell."""
     text = "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
-    return text if shlex.join(words) == " ".join(words) else f"{text};\n#   in it tfkd_job.sh: exec {shlex.join(words)}"
+    return (
+        text
+        if shlex.join(words) == " ".join(words)
+        else f"{text};\n#   in it tfkd_job.sh: exec {shlex.join(words)}"
+    )
 
 
 def _shown(command: Command) -> str:
@@ -227,7 +247,9 @@ def _end(process: subprocess.Popen[str], number: signal.Signals, *, group: bool)
 def _found(command: Command) -> Command:
     """The command with its program's path; a ConfigError if it is not installed."""
     name = command[0]
-    beside = Path(sys.executable).parent / name  # ray's commands are in this environment, on PATH or not
+    beside = (
+        Path(sys.executable).parent / name
+    )  # ray's commands are in this environment, on PATH or not
     path = str(beside) if name == "ray" and beside.exists() else shutil.which(name)
     if path is None:
         raise ConfigError(
@@ -240,7 +262,9 @@ def _found(command: Command) -> Command:
 def _env() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}
-    settings |= {"RAY_AUTH_MODE": "token"} if token() is not None else {}  # without one, Ray would not even ask
+    settings |= (
+        {"RAY_AUTH_MODE": "token"} if token() is not None else {}
+    )  # without one, Ray would not even ask
     return {**os.environ, **settings, "PATH": path}
 
 
@@ -294,7 +318,11 @@ def _rayclusters(file: ClusterFile) -> list[str]:
 def _head_pod(file: ClusterFile) -> str:
     clusters = _rayclusters(file)
     command = head_command(file, clusters)
-    pods = run(command, what="looking for its head", quiet=True, limit_s=LIST_S).split() if clusters else []
+    pods = (
+        run(command, what="looking for its head", quiet=True, limit_s=LIST_S).split()
+        if clusters
+        else []
+    )
     if not pods:
         raise Unreachable(
             f"{file.name} has no head that runs: it has not begun yet, or has ended; "
@@ -341,7 +369,9 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
         say(f"  a sweep on it:   tfkd tune SPACE --cluster {file.path}")
         if tunnel := tunnel_command(file, file.dashboard_port):
             say(f"  its dashboard:   {_shown(tunnel)}")
-    say(f"  what runs:       tfkd cluster status {file.path}\n  end it:          tfkd cluster down {file.path}")
+    say(
+        f"  what runs:       tfkd cluster status {file.path}\n  end it:          tfkd cluster down {file.path}"
+    )
     return OK
 
 
@@ -352,7 +382,10 @@ def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
             run(command, what=what, limit_s=limit_s)
             return
         except StepFailed as error:
-            if attempt == 3 or "'>' not supported between instances of 'NoneType' and 'int'" not in error.said:
+            if (
+                attempt == 3
+                or "'>' not supported between instances of 'NoneType' and 'int'" not in error.said
+            ):
                 raise
             say("(that is a mistake of Ray's, not of the cluster file; again)")
 
@@ -407,7 +440,11 @@ def _check_hosts(file: ClusterFile) -> None:
         return None
 
     with ThreadPoolExecutor(16) as pool:
-        found = {host: error for host, error in zip(hosts(file), pool.map(asked, hosts(file)), strict=True) if error}
+        found = {
+            host: error
+            for host, error in zip(hosts(file), pool.map(asked, hosts(file)), strict=True)
+            if error
+        }
     refused = [host for host, error in found.items() if "Permission denied" in error.said]
     if refused and len(refused) == len(found):
         raise ConfigError(
@@ -416,7 +453,10 @@ def _check_hosts(file: ClusterFile) -> None:
             file.path,
         )
     if found:
-        lines = [f"  {h}: {(error.said.strip().splitlines() or ['it says nothing'])[-1]}" for h, error in found.items()]
+        lines = [
+            f"  {h}: {(error.said.strip().splitlines() or ['it says nothing'])[-1]}"
+            for h, error in found.items()
+        ]
         raise StepFailed(
             f"{file.path}: no answer by ssh within {SSH_S} s from {', '.join(found)}, so nothing was started; are they "
             "up, and do provider.head_ip and worker_ips name them?\n" + "\n".join(lines)
@@ -426,7 +466,11 @@ def _check_hosts(file: ClusterFile) -> None:
 _ASKED = {
     "aws": (
         {"boto3": "boto3"},
-        [sys.executable, "-c", "import boto3, sys; sys.exit(boto3.Session().get_credentials() is None)"],
+        [
+            sys.executable,
+            "-c",
+            "import boto3, sys; sys.exit(boto3.Session().get_credentials() is None)",
+        ],
         "aws configure",
     ),
     "gcp": (
@@ -465,13 +509,16 @@ def _check_credentials(file: ClusterFile) -> None:
             )
     if file.provider in _ASKED:
         modules, question, login = _ASKED[file.provider]
-        absent = _provider_asked([sys.executable, "-c", _IMPORTED, *modules], "Python").stdout.split()
+        absent = _provider_asked(
+            [sys.executable, "-c", _IMPORTED, *modules], "Python"
+        ).stdout.split()
         packages = [modules[module] for module in absent]
         if file.provider == "azure" and not shutil.which("az"):
             absent, packages = [*absent, "az"], [*packages, "azure-cli"]
         if absent:
             raise ConfigError(
-                f"provider {file.provider} needs {', '.join(absent)} here; pip install {' '.join(packages)}", file.path
+                f"provider {file.provider} needs {', '.join(absent)} here; pip install {' '.join(packages)}",
+                file.path,
             )
         if _provider_asked(_found(question), file.provider).returncode:
             raise ConfigError(f"no credentials for {file.provider} here; {login}", file.path)
@@ -515,7 +562,9 @@ def _down(file: ClusterFile, args: argparse.Namespace) -> int:
         left = _nodes_up(file, clusters)
     if left:
         listed = "\n  ".join(left)
-        raise StepFailed(f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}")
+        raise StepFailed(
+            f"{LEFT_S} s later these are still there, and may cost money; end them by hand:\n  {listed}"
+        )
     for command in tidy_commands(file):
         _step(command, what="down", limit_s=DOWN_S)
     print(f"{file.name} is down: nothing of it runs{_what_stays(file)}")
@@ -566,7 +615,11 @@ def _status_lines(file: ClusterFile, args: argparse.Namespace) -> int:
         free = ", no node costs money" if file.provider in _PRICED else ""
         print(f"{file.name} is down: nothing of it runs{free}{_what_stays(file)}")
         return OK
-    what = "costs money until `tfkd cluster down`" if file.provider in _PRICED else "runs until `tfkd cluster down`"
+    what = (
+        "costs money until `tfkd cluster down`"
+        if file.provider in _PRICED
+        else "runs until `tfkd cluster down`"
+    )
     print(f"{file.name}: {len(nodes)} node{'s' if len(nodes) > 1 else ''}; each {what}")
     print("\n".join(f"  {line}" for line in nodes))
     if file.kind == "slurm":
@@ -613,7 +666,11 @@ def run_job(
 ) -> int:
     """Submit a staged folder as a job and, unless detached, follow it; its exit code."""
     job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    follow = _shown(logs_command(address, job)) if str(where).startswith("http") else f"tfkd cluster logs {where} {job}"
+    follow = (
+        _shown(logs_command(address, job))
+        if str(where).startswith("http")
+        else f"tfkd cluster logs {where} {job}"
+    )
     command = submit_command(address, job, folder, as_entrypoint(words, folder), working)
     say(f"submitting job {job}; follow it again, from here or elsewhere:\n  {follow}")
     sent = False
@@ -625,17 +682,29 @@ def run_job(
         with contextlib.suppress(StepFailed):  # of a job that failed, too; its state is asked below
             run(logs_command(address, job), what="following the job")
     except KeyboardInterrupt:
-        say("not followed any more; the job goes on" if sent else "interrupted while it was sent: it may run, or not")
+        say(
+            "not followed any more; the job goes on"
+            if sent
+            else "interrupted while it was sent: it may run, or not"
+        )
         return INTERRUPTED
     until = time.monotonic() + JOB_END_S
     while (state := _state_of(address, job)) and state["status"] in ("PENDING", "RUNNING"):
         if time.monotonic() > until:
-            raise StepFailed(f"job {job} runs, and is not followed any more; follow it again:\n  {follow}")
+            raise StepFailed(
+                f"job {job} runs, and is not followed any more; follow it again:\n  {follow}"
+            )
         time.sleep(0.5)
     if state is None or state["status"] != "SUCCEEDED":
-        told = "is not known there any more" if state is None else f"{state['status'].lower()}: {state.get('message')}"
+        told = (
+            "is not known there any more"
+            if state is None
+            else f"{state['status'].lower()}: {state.get('message')}"
+        )
         code = (state or {}).get("driver_exit_code")  # of tfkd there, which has said why, above
-        raise StepFailed(f"job {job}: {told}".strip(), ends=code if code in (WRONG_INPUT, NOT_BETTER) else FAILED)
+        raise StepFailed(
+            f"job {job}: {told}".strip(), ends=code if code in (WRONG_INPUT, NOT_BETTER) else FAILED
+        )
     return OK
 
 
@@ -666,7 +735,9 @@ def _cluster_logs(file: ClusterFile, args: argparse.Namespace) -> int:
     with reached(file) as address:
         known = [job["submission_id"] for job in jobs_at(address)]
         if not known:
-            raise ConfigError("no job has been submitted to it; tfkd tune SPACE --cluster FILE", file.path)
+            raise ConfigError(
+                "no job has been submitted to it; tfkd tune SPACE --cluster FILE", file.path
+            )
         if args.job and args.job not in known:
             raise ConfigError(f"no job {args.job!r}; there are {', '.join(known)}", file.path)
         run(logs_command(address, args.job or known[0]), what="following")
@@ -687,7 +758,9 @@ SENT = "\0"
 """Stands for the file that is sent along in the words of a job; no command line can hold it."""
 
 
-def job_words(args: argparse.Namespace, *, sent: str | None = None, storage: str | None = None) -> list[str]:
+def job_words(
+    args: argparse.Namespace, *, sent: str | None = None, storage: str | None = None
+) -> list[str]:
     """The command line as it was given, less what says where it runs.
 
     Args:
@@ -723,7 +796,9 @@ def _without_secrets(words: list[str]) -> list[str]:
 
     here = os.environ.get(ENVIRONMENT)
     for word in words:
-        if masked(word) != word or (here is not None and masked(here) != here and masked(here) in word):
+        if masked(word) != word or (
+            here is not None and masked(here) != here and masked(here) in word
+        ):
             raise ConfigError(
                 "--study-storage (search.storage): a job's command is shown on the dashboard, its password too; set "
                 f"{ENVIRONMENT} on the cluster instead, and not here, and write *** for the password"
@@ -735,7 +810,9 @@ def check_places(places: Sequence[Path | str], what: str) -> None:
     """Refuse places that only this machine's working directory knows."""
     for place in places:
         if isinstance(place, Path) and not place.is_absolute():
-            raise ConfigError(f"an absolute path that the cluster sees, or a URL, got {place}", what)
+            raise ConfigError(
+                f"an absolute path that the cluster sees, or a URL, got {place}", what
+            )
 
 
 def is_arms(args: argparse.Namespace) -> bool:

@@ -75,10 +75,15 @@ class Augment(Settings):
 
         g = generator(seed, "augment", epoch)
         offsets = torch.randint(0, 2 * self.crop_padding + 1, (2, official_size), generator=g)
-        coins, turns = torch.rand(official_size, generator=g), torch.rand(official_size, generator=g)
+        coins, turns = (
+            torch.rand(official_size, generator=g),
+            torch.rand(official_size, generator=g),
+        )
         reach = math.radians(self.rotation_degrees)
         crop = torch.rand(official_size, 4 if self.resized_crop else 0, generator=g)
-        return View(offsets[0], offsets[1], (coins < 0.5) & self.flip, (2 * turns - 1) * reach, crop)
+        return View(
+            offsets[0], offsets[1], (coins < 0.5) & self.flip, (2 * turns - 1) * reach, crop
+        )
 
     def __call__(self, images: Tensor, view: View) -> Tensor:
         """Images [B, C, H, W] as they are seen, of the same type; `view` is of these B images."""
@@ -101,7 +106,10 @@ class Augment(Settings):
         if self.flip:
             x = torch.where(view.flipped.view(B, 1, 1), W - 1 - x, x)
         if self.crop_padding:
-            x, y = x + view.left.view(B, 1, 1) - self.crop_padding, y + view.top.view(B, 1, 1) - self.crop_padding
+            x, y = (
+                x + view.left.view(B, 1, 1) - self.crop_padding,
+                y + view.top.view(B, 1, 1) - self.crop_padding,
+            )
             within = (x >= 0) & (x < W) & (y >= 0) & (y < H)
             inside = within if inside is None else inside & within
         index = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).view(B, 1, H * W).expand(B, C, H * W)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 from tfkd_ray.settings.files import cached_file, state_of, whole_file
 
 
-def cached(name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Tensor]"]) -> "tuple[Tensor, Tensor]":
+def cached(
+    name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Tensor]"]
+) -> "tuple[Tensor, Tensor]":
     """(images, labels) that `make` makes of some files; if it has before, mapped from a file in ~/.cache/tfkd_ray/.
 
     One file for each name and first path; made anew where a path, size or time differs. No cache where none can be

@@ -50,7 +50,9 @@ def save_state(directory: Path, state: State) -> None:
     last, fresh = directory / LAST, directory / FRESH
     write_whole(fresh, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     if last.exists():
-        last.replace(directory / BEFORE)  # damaged or not: until the next line, `fresh` is what there is
+        last.replace(
+            directory / BEFORE
+        )  # damaged or not: until the next line, `fresh` is what there is
     fresh.replace(last)
 
 
@@ -59,7 +61,11 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
 
     A damaged file is passed over, and `say` called with a sentence; without one it is a warning.
     """
-    for name in (LAST, FRESH, BEFORE):  # the second is newer than the third, and whole, wherever it is
+    for name in (
+        LAST,
+        FRESH,
+        BEFORE,
+    ):  # the second is newer than the third, and whole, wherever it is
         path = directory / name
         try:
             with opened(path, follow=False) as file:
@@ -81,7 +87,9 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
 def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     """Write a module's state_dict as safetensors with `about` in its header; returns the file's SHA-256."""
     # cloned: tied parameters share memory, which the format refuses
-    content = safetensors_bytes({k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, dict(about))
+    content = safetensors_bytes(
+        {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, dict(about)
+    )
     write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
 
@@ -91,6 +99,8 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     with opened(path) as file:
         content = file.read()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder and it is made again")
+        raise ValueError(
+            f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder and it is made again"
+        )
     weights: dict[str, Tensor] = parse_safetensors(content)
     return weights

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tfkd_ray.learn.augment import Augment
 from tfkd_ray.learn.data import Data, Digits
@@ -114,7 +121,9 @@ class Step(Schedule):
         return self.gamma ** sum(fraction >= m for m in self.milestones)
 
 
-AnySchedule = Annotated[Cosine | Step | Constant, Field(discriminator="name"), BeforeValidator(name_alone)]
+AnySchedule = Annotated[
+    Cosine | Step | Constant, Field(discriminator="name"), BeforeValidator(name_alone)
+]
 
 
 def _absolute_weights(weights: str) -> str:
@@ -141,9 +150,9 @@ class TeacherConfig(Settings):
 
     model: Model | None = None
     """Its network. None: the student's own, which is what makes `tfkd_self`."""
-    objective: Annotated[CrossEntropy | LabelSmoothing, Field(discriminator="name"), BeforeValidator(name_alone)] = (
-        CrossEntropy()
-    )
+    objective: Annotated[
+        CrossEntropy | LabelSmoothing, Field(discriminator="name"), BeforeValidator(name_alone)
+    ] = CrossEntropy()
     epochs: Count | None = None
     """None: as many as the student's."""
     optim: OptimConfig = OptimConfig()
@@ -221,7 +230,9 @@ class TrainConfig(Settings):
         recipe = _recipe(tree.get("data"), tree.get("recipe"))
         result = filled(tree, recipe)
         if isinstance(tree.get("teacher"), Mapping):
-            result["teacher"] = filled(tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE})
+            result["teacher"] = filled(
+                tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE}
+            )
         return result
 
     @field_validator("precision")
@@ -231,7 +242,9 @@ class TrainConfig(Settings):
         if value != "auto" or not known:
             return value
         student, on_gpu = info.data["student"], info.data["gpus_per_worker"] > 0
-        gains = student.operations(info.data["data"].shape) >= TINY_NETWORK and (student.fast_in_bf16 or on_gpu)
+        gains = student.operations(info.data["data"].shape) >= TINY_NETWORK and (
+            student.fast_in_bf16 or on_gpu
+        )
         return "bf16" if gains and _multiplies_bf16(on_gpu) else "fp32"
 
     @field_validator("compile")
@@ -247,27 +260,44 @@ class TrainConfig(Settings):
         except ValueError as error:
             problems.append(str(error))
         if self.augment.resized_crop and not self.data.streams:
-            problems.append(f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory")
+            problems.append(
+                f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
+            )
         model = self.teacher.model if self.teacher else None
         sizes = self._teacher_shape()
-        for path, network, shape in (("student", self.student, self.data.shape), ("teacher.model", model, sizes)):
+        for path, network, shape in (
+            ("student", self.student, self.data.shape),
+            ("teacher.model", model, sizes),
+        ):
             try:
                 if network is not None:
                     network.check(shape)
             except ValueError as error:
                 problems.append(f"{path}.{error}")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
-            problems.append(f"gpus_per_worker: above 1 it must be a whole number, got {self.gpus_per_worker:g}")
+            problems.append(
+                f"gpus_per_worker: above 1 it must be a whole number, got {self.gpus_per_worker:g}"
+            )
         if self.accelerator_type and not self.gpus_per_worker:
-            problems.append(f"accelerator_type: {self.accelerator_type} is a kind of GPU; set gpus_per_worker, too")
+            problems.append(
+                f"accelerator_type: {self.accelerator_type} is a kind of GPU; set gpus_per_worker, too"
+            )
         if own := sorted(set(RAYS_OWN) & set(self.resources)):
-            problems.append(f"resources.{own[0]}: is Ray's own; custom ones only (cpus_per_worker, gpus_per_worker)")
+            problems.append(
+                f"resources.{own[0]}: is Ray's own; custom ones only (cpus_per_worker, gpus_per_worker)"
+            )
         if self.workers > 1 and 0 < self.gpus_per_worker < 1:
-            problems.append(f"gpus_per_worker: {self.workers} workers need whole GPUs, got {self.gpus_per_worker:g}")
+            problems.append(
+                f"gpus_per_worker: {self.workers} workers need whole GPUs, got {self.gpus_per_worker:g}"
+            )
         if self.batch_norm == "sync" and self.gpus_per_worker == 0:
-            problems.append("batch_norm: sync needs GPUs (torch's SyncBatchNorm has no CPU form); set gpus_per_worker")
+            problems.append(
+                "batch_norm: sync needs GPUs (torch's SyncBatchNorm has no CPU form); set gpus_per_worker"
+            )
         if self.workers > self.optim.batch_size:
-            problems.append(f"optim.batch_size: {self.workers} workers cannot share {self.optim.batch_size} images")
+            problems.append(
+                f"optim.batch_size: {self.workers} workers cannot share {self.optim.batch_size} images"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -321,7 +351,9 @@ class TrainConfig(Settings):
         if run is None:
             return False
         labels = self.teacher.labels if self.teacher else "auto"
-        return labels == "bank" or (labels == "auto" and run.student.operations(self.data.shape) >= TINY_NETWORK)
+        return labels == "bank" or (
+            labels == "auto" and run.student.operations(self.data.shape) >= TINY_NETWORK
+        )
 
     def teacher_run(self) -> TeacherRun | None:
         """The training run that makes this run's teacher; None where it needs none."""
@@ -390,7 +422,9 @@ class TrainConfig(Settings):
     def _teacher_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the teacher is given."""
         teacher = self.teacher or TeacherConfig()
-        shown = known_input(teacher.weights, teacher.model or self.student, teacher.input, self.data)
+        shown = known_input(
+            teacher.weights, teacher.model or self.student, teacher.input, self.data
+        )
         return resized(self.data.shape, shown)
 
     def pinned(self) -> Self:
@@ -409,10 +443,16 @@ class TrainConfig(Settings):
 
     def fingerprint(self, *more: Any) -> str:
         """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
-        tree = {name: value for name, value in self.content().items() if name not in {*RUN_ONLY, "recipe", "teacher"}}
+        tree = {
+            name: value
+            for name, value in self.content().items()
+            if name not in {*RUN_ONLY, "recipe", "teacher"}
+        }
         tree["data"] = self.data.identity()
         teacher = self.teacher_run()
-        text = json.dumps([tree, teacher and teacher.fingerprint(), self.banked, *more], sort_keys=True)
+        text = json.dumps(
+            [tree, teacher and teacher.fingerprint(), self.banked, *more], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -435,7 +475,11 @@ class TeacherRun(TrainConfig):
         """As of any run; of weights from elsewhere, by their name, the network and the data."""
         if self.weights is None:
             return super().fingerprint(*more)
-        tree = {"weights": self.weights, "student": self.student.content(), "data": self.data.identity()}
+        tree = {
+            "weights": self.weights,
+            "student": self.student.content(),
+            "data": self.data.identity(),
+        }
         if (shown := self.shown) is not None:
             tree["input"] = shown.content()
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
@@ -470,8 +514,18 @@ TEACHER_RECIPE = {"optim", "schedule"}
 def _recipe(data: Any, name: Any) -> dict[str, Any]:
     """The settings of a data set's recipe; nothing where the data set itself is wrong, which is said elsewhere."""
     given = name_alone(data if data is not None else Digits())
-    word = given.get("name") if isinstance(given, dict) else given.name if isinstance(given, Dataset) else None
-    kinds = [m for m in members(TrainConfig.model_fields["data"]) if tag(m) == word and issubclass(m, Dataset)]
+    word = (
+        given.get("name")
+        if isinstance(given, dict)
+        else given.name
+        if isinstance(given, Dataset)
+        else None
+    )
+    kinds = [
+        m
+        for m in members(TrainConfig.model_fields["data"])
+        if tag(m) == word and issubclass(m, Dataset)
+    ]
     if not kinds:
         return {}
     recipes = kinds[0].recipes
@@ -488,7 +542,9 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
         if key not in result:
             result[key] = default
         elif (
-            isinstance(given, dict) and isinstance(default, dict) and given.get("name", "") in ("", default.get("name"))
+            isinstance(given, dict)
+            and isinstance(default, dict)
+            and given.get("name", "") in ("", default.get("name"))
         ):
             result[key] = filled(given, default)
     return result

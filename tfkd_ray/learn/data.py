@@ -111,7 +111,9 @@ class OwnData(Dataset):
             raise ValueError("mean and std: give both, or neither and they are measured")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.shape[0]:
-                raise ValueError(f"{name}: {len(values)} values for {self.shape[0]} channels, see shape")
+                raise ValueError(
+                    f"{name}: {len(values)} values for {self.shape[0]} channels, see shape"
+                )
         return self
 
     def check(self) -> None:
@@ -136,7 +138,9 @@ class OwnData(Dataset):
         import torch
 
         function = self._function()
-        with seeded(0, "data", split):  # of the global generators; what draws from one of its own seeds it itself
+        with seeded(
+            0, "data", split
+        ):  # of the global generators; what draws from one of its own seeds it itself
             found = function(split, **self.args)
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise self._returned(split, f"must return (images, labels), got {_brief(found)}")
@@ -145,7 +149,9 @@ class OwnData(Dataset):
             expected = "a uint8 tensor or array [N, C, H, W]"
             raise self._returned(split, f"images must be {expected}, got {_brief(found[0])}")
         if images.shape[1:] != self.shape:
-            got, declared = (" x ".join(map(str, sides)) for sides in (images.shape[1:], self.shape))
+            got, declared = (
+                " x ".join(map(str, sides)) for sides in (images.shape[1:], self.shape)
+            )
             raise self._returned(split, f"images are {got}, and data.shape says {declared}")
         whole = labels is not None and not (
             labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
@@ -167,7 +173,9 @@ class OwnData(Dataset):
     def _check_same_again(self, found: OfficialSets) -> None:
         if digest_of(self._whole("train")) != found.digest:
             problem = "returns other images or labels at each call"
-            raise self._returned("train", f"{problem}; seed what is random in it, so that all trials see the same")
+            raise self._returned(
+                "train", f"{problem}; seed what is random in it, so that all trials see the same"
+            )
 
     def _returned(self, split: Split, problem: str) -> ConfigError:
         return ConfigError(f"data own: {self.path}, called for {split!r}: {problem}")
@@ -192,7 +200,11 @@ def _brief(value: Any) -> str:
 
     if isinstance(value, Tensor | np.ndarray):
         return f"{type(value).__name__} of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list | dict) else repr(value)[:60]
+    return (
+        f"{type(value).__name__} of {len(value)}"
+        if isinstance(value, tuple | list | dict)
+        else repr(value)[:60]
+    )
 
 
 Data = Annotated[
@@ -220,7 +232,9 @@ def forget_loaded() -> None:
 def _digits_file() -> Path:
     # found without importing scikit-learn, whose import takes 2 s in every new trial process
     spec = importlib.util.find_spec("sklearn")
-    path = Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else None
+    path = (
+        Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else None
+    )
     if path is None or not path.is_file():
         raise ConfigError(f"data digits: not found (looked for {path}); {Digits.origin}")
     return path

@@ -30,18 +30,38 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
-MODERN: dict[str, Any] = {"optim": {"nesterov": True}, "schedule": {"name": "cosine", "warmup_epochs": 1.0}}
+MODERN: dict[str, Any] = {
+    "optim": {"nesterov": True},
+    "schedule": {"name": "cosine", "warmup_epochs": 1.0},
+}
 """A recipe that does better than the paper's on every network we know figures of."""
 PAPER_RECIPE: dict[str, Any] = {
     "epochs": 200,
-    "optim": {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": False, "batch_size": 128},
+    "optim": {
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "momentum": 0.9,
+        "nesterov": False,
+        "batch_size": 128,
+    },
     "schedule": {"name": "step", "milestones": [0.3, 0.6, 0.8], "gamma": 0.2, "warmup_epochs": 1.0},
 }
 """The Tf-KD paper's recipe for CIFAR, without its augmentation."""
 IMAGENET: dict[str, Any] = {
     "epochs": 90,
-    "optim": {"lr": 0.2, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": False, "batch_size": 512},
-    "schedule": {"name": "step", "milestones": [30 / 90, 60 / 90, 80 / 90], "gamma": 0.1, "warmup_epochs": 0.0},
+    "optim": {
+        "lr": 0.2,
+        "weight_decay": 1e-4,
+        "momentum": 0.9,
+        "nesterov": False,
+        "batch_size": 512,
+    },
+    "schedule": {
+        "name": "step",
+        "milestones": [30 / 90, 60 / 90, 80 / 90],
+        "gamma": 0.1,
+        "warmup_epochs": 0.0,
+    },
     "augment": {"resized_crop": True, "flip": True},
 }
 """The Tf-KD paper's recipe for ImageNet."""
@@ -59,7 +79,9 @@ def seal_test_split() -> None:
 class Dataset(Settings):
     """What every data set has: its facts, and how validation is cut from train."""
 
-    if TYPE_CHECKING:  # facts: class attributes where they are the same for all, settings or properties elsewhere
+    if (
+        TYPE_CHECKING
+    ):  # facts: class attributes where they are the same for all, settings or properties elsewhere
 
         @property
         def num_classes(self) -> int: ...
@@ -206,7 +228,9 @@ class FileDataset(Dataset):
 
     def _missing(self, what: str, looked: list[Path]) -> ConfigError:
         places = ", ".join(map(str, looked))
-        return ConfigError(f"data {self.name}: not found: {what} (looked in {places}); {self.origin}, or set data.root")
+        return ConfigError(
+            f"data {self.name}: not found: {what} (looked in {places}); {self.origin}, or set data.root"
+        )
 
     def _checked_labels(self, path: Path, labels: Tensor, first: int = 0) -> Tensor:
         """Labels from 0; in the file they count from `first`."""
@@ -228,7 +252,8 @@ class FileDataset(Dataset):
                     file.write(piece)
                 if digest.hexdigest() != md5:
                     problem = (
-                        f"{url} has the md5 {digest.hexdigest()}, and the official file's is {md5}; it is not kept"
+                        f"{url} has the md5 {digest.hexdigest()}, and the official file's is {md5}; "
+                        "it is not kept"
                     )
                     raise ConfigError(f"data {self.name}: {problem}; try again, or {self.origin}")
         except (OSError, http.client.HTTPException) as error:
@@ -239,11 +264,17 @@ class FileDataset(Dataset):
         """Download a zip, and put the folder that it holds into `root`, whole or not at all."""
         root = self.root.expanduser()
         if (root / folder).exists():
-            raise self._wrong(root / folder, "is there, but not complete; take it away, and it is downloaded again")
+            raise self._wrong(
+                root / folder,
+                "is there, but not complete; take it away, and it is downloaded again",
+            )
         archive = root / f"{folder}.zip"
         self._fetch(url, md5, archive)
         try:
-            with tempfile.TemporaryDirectory(dir=root) as unpacked, zipfile.ZipFile(archive) as file:
+            with (
+                tempfile.TemporaryDirectory(dir=root) as unpacked,
+                zipfile.ZipFile(archive) as file,
+            ):
                 file.extractall(unpacked)
                 (Path(unpacked) / folder).rename(root / folder)
         finally:
@@ -305,7 +336,9 @@ def load_official(data: Dataset) -> OfficialSets:
     before = _state(data)  # before it is read: what is written meanwhile is read again
     whole = data._whole("train")
     train, val = split(whole.labels, data)
-    return OfficialSets(whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data))
+    return OfficialSets(
+        whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data)
+    )
 
 
 def _state(data: Dataset) -> str | None:
@@ -340,7 +373,9 @@ def digest_of(images: Images) -> str:
     return found.hexdigest()[:32]
 
 
-def _summed(content: np.ndarray[Any, np.dtype[np.uint8]], each: int) -> Iterator[np.ndarray[Any, Any]]:
+def _summed(
+    content: np.ndarray[Any, np.dtype[np.uint8]], each: int
+) -> Iterator[np.ndarray[Any, Any]]:
     """The content in about 1/64 of its bytes, for a hash 8 times as fast as SHA-256, and no protection against forgery.
 
     Blocks of rows of words, of each of which the columns are added up. No sum has two words of one image, so a change
@@ -369,12 +404,16 @@ def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
     for part in data.load():
         assert part is None or isinstance(part, ImageSet), f"{data.name} streams, and says no mean"
         for images in () if part is None else part.read(torch.arange(len(part)).split(4096)):
-            counts += torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(channels)])
+            counts += torch.stack(
+                [images[:, c].flatten().bincount(minlength=256) for c in range(channels)]
+            )
     levels, shares = torch.arange(256.0).double(), counts.double() / counts.sum(1, keepdim=True)
     mean = shares @ levels
     std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt()
     if not std.all():
-        raise ConfigError(f"data {data.name}: channel {int(std.argmin())} has one value in all images; leave it out")
+        raise ConfigError(
+            f"data {data.name}: channel {int(std.argmin())} has one value in all images; leave it out"
+        )
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
@@ -400,4 +439,8 @@ def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
 def label_problem(labels: Tensor, first: int, num_classes: int) -> str | None:
     last = first + num_classes - 1
     outside = ((labels < first) | (labels > last)).nonzero()[:, 0]
-    return f"label {int(labels[outside[0]])} at {int(outside[0])} is outside {first}..{last}" if len(outside) else None
+    return (
+        f"label {int(labels[outside[0]])} at {int(outside[0])} is outside {first}..{last}"
+        if len(outside)
+        else None
+    )

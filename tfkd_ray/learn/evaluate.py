@@ -22,7 +22,13 @@ EVAL_PIXELS = 2**18
 
 
 def predictions(
-    network: nn.Module, images: Images, data: Dataset, *, rank: int = 0, workers: int = 1, bf16: bool = False
+    network: nn.Module,
+    images: Images,
+    data: Dataset,
+    *,
+    rank: int = 0,
+    workers: int = 1,
+    bf16: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(logits [B, K], labels [B]), batch by batch, of a worker's share of the images, on the device of their labels.
 
@@ -41,7 +47,9 @@ def predictions(
 
 def evaluate(network: nn.Module, data: Dataset, images: Images) -> dict[str, float]:
     """Metrics of a network on a set of images; see `metrics_from`."""
-    return metrics_from(sum((metric_sums(*batch) for batch in predictions(network, images, data)), torch.zeros(1)))
+    return metrics_from(
+        sum((metric_sums(*batch) for batch in predictions(network, images, data)), torch.zeros(1))
+    )
 
 
 def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
@@ -58,13 +66,17 @@ def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -
     table = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
     table.index_add_(1, bins, torch.stack([torch.ones_like(first), confidence, first]))
     nll = -log_p.gather(1, labels[:, None]).sum()
-    heads = torch.stack([nll.new_tensor(float(len(labels))), first.sum(), top.any(dim=1).double().sum(), nll])
+    heads = torch.stack(
+        [nll.new_tensor(float(len(labels))), first.sum(), top.any(dim=1).double().sum(), nll]
+    )
     sums = torch.cat([heads, table.flatten()])
     if teacher is None:
         return sums
     log_q = torch.log_softmax(teacher.double(), dim=1)
     same = (logits.argmax(dim=1) == teacher.argmax(dim=1)).double().sum()
-    return torch.cat([sums, torch.stack([same, F.kl_div(log_p, log_q, reduction="sum", log_target=True)])])
+    return torch.cat(
+        [sums, torch.stack([same, F.kl_div(log_p, log_q, reduction="sum", log_target=True)])]
+    )
 
 
 def metrics_from(sums: Tensor) -> dict[str, float]:
@@ -75,8 +87,14 @@ def metrics_from(sums: Tensor) -> dict[str, float]:
     given: `val_agreement`, the fraction of images where both guess the same, and `val_teacher_kl`, in nats an image.
     """
     count, first, fifth, nll, *rest = sums.tolist()
-    confidence, correct, of_teacher = rest[BINS : 2 * BINS], rest[2 * BINS : 3 * BINS], rest[3 * BINS :]
-    beside = dict(zip(("val_agreement", "val_teacher_kl"), (v / count for v in of_teacher), strict=False))
+    confidence, correct, of_teacher = (
+        rest[BINS : 2 * BINS],
+        rest[2 * BINS : 3 * BINS],
+        rest[3 * BINS :],
+    )
+    beside = dict(
+        zip(("val_agreement", "val_teacher_kl"), (v / count for v in of_teacher), strict=False)
+    )
     return {
         "val_accuracy": first / count,
         "val_top5": fifth / count,
@@ -93,7 +111,13 @@ def asked_beside(metrics: Sequence[str]) -> list[Score]:
 
 
 def metrics_at_once(
-    rows: Sequence[Score], batches: Sequence[Tensor], labels: Tensor, num_classes: int, *, rank: int, workers: int
+    rows: Sequence[Score],
+    batches: Sequence[Tensor],
+    labels: Tensor,
+    num_classes: int,
+    *,
+    rank: int,
+    workers: int,
 ) -> dict[str, float]:
     """Metrics that are no sums over batches, the same on every worker, which all must call it.
 

@@ -86,7 +86,9 @@ class TinyImagenet(FileDataset):
     def _wnids(self, folder: Path) -> list[str]:
         classes = sorted(self._text(folder / "wnids.txt").split())
         if len(set(classes)) != self.num_classes:
-            raise self._wrong(folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}")
+            raise self._wrong(
+                folder / "wnids.txt", f"names {len(set(classes))} classes, not {self.num_classes}"
+            )
         if odd := [wnid for wnid in classes if not re.fullmatch(r"[\w.-]{1,100}", wnid)]:
             raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
         return classes
@@ -96,12 +98,22 @@ class TinyImagenet(FileDataset):
 
         folder = self._folder()
         classes = self._wnids(folder)
-        files = self._train_files(folder, classes) if split == "train" else self._val_files(folder, classes)
-        lists = [folder / "wnids.txt", *([folder / "val/val_annotations.txt"] if split == "test" else [])]
+        files = (
+            self._train_files(folder, classes)
+            if split == "train"
+            else self._val_files(folder, classes)
+        )
+        lists = [
+            folder / "wnids.txt",
+            *([folder / "val/val_annotations.txt"] if split == "test" else []),
+        ]
         return cached(
             f"{self.name}-{split}",
             [*(path for path, _ in files), *lists],
-            lambda: (self._images([path for path, _ in files]), torch.tensor([k for _, k in files])),
+            lambda: (
+                self._images([path for path, _ in files]),
+                torch.tensor([k for _, k in files]),
+            ),
         )
 
     def _sources(self, split: Split) -> list[Path]:
@@ -127,7 +139,10 @@ class TinyImagenet(FileDataset):
         return found
 
     def _val_files(self, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-        path, number = folder / "val/val_annotations.txt", {wnid: k for k, wnid in enumerate(classes)}
+        path, number = (
+            folder / "val/val_annotations.txt",
+            {wnid: k for k, wnid in enumerate(classes)},
+        )
         try:
             there = {entry.name for entry in os.scandir(folder / "val/images")}
         except OSError as error:
@@ -137,9 +152,13 @@ class TinyImagenet(FileDataset):
             name, _, rest = line.partition("\t")
             wnid = rest.partition("\t")[0]
             if wnid not in number:
-                raise self._wrong(path, f"line {n}: needs an image and a class of wnids.txt, got {line[:200]!r}")
+                raise self._wrong(
+                    path, f"line {n}: needs an image and a class of wnids.txt, got {line[:200]!r}"
+                )
             if name not in there:
-                raise self._wrong(path, f"line {n}: {name[:200]} is not in val/images; {self.origin}")
+                raise self._wrong(
+                    path, f"line {n}: {name[:200]} is not in val/images; {self.origin}"
+                )
             found.append((folder / "val/images" / name, number[wnid]))
         if not found:
             raise self._wrong(path, f"is empty; {self.origin}")
@@ -169,7 +188,9 @@ class TinyImagenet(FileDataset):
             for k, path in enumerate(paths[start : start + 100], start):
                 pixels = decoded(self.name, path, rgb)
                 if pixels.shape != self.shape:
-                    raise self._wrong(path, f"is {pixels.shape[2]}x{pixels.shape[1]}, and all images are 64x64")
+                    raise self._wrong(
+                        path, f"is {pixels.shape[2]}x{pixels.shape[1]}, and all images are 64x64"
+                    )
                 images.numpy()[k] = pixels
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -230,15 +251,24 @@ class FolderDataset(FileDataset):
     def _classes(self, split: Split) -> list[str]:
         """Names of the class folders, sorted."""
         folder = self._folder(split)
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        classes = sorted(
+            p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
+        )
         if split == "train":
             if len(classes) != self.num_classes:
-                raise self._wrong(folder, f"{len(classes)} class folders, and num_classes is {self.num_classes}")
+                raise self._wrong(
+                    folder, f"{len(classes)} class folders, and num_classes is {self.num_classes}"
+                )
             return classes
         if differing := sorted(set(classes) ^ set(train := self._classes("train"))):
-            where = "here, but not in train" if differing[0] in classes else "in train, but not here"
+            where = (
+                "here, but not in train" if differing[0] in classes else "in train, but not here"
+            )
             count = f"{len(classes)} class folders here, {len(train)} in train"
-            raise self._wrong(folder, f"its class folders must be those of train: {differing[0]} is {where} ({count})")
+            raise self._wrong(
+                folder,
+                f"its class folders must be those of train: {differing[0]} is {where} ({count})",
+            )
         return classes
 
     def _examine(self) -> None:
@@ -259,16 +289,29 @@ class FolderDataset(FileDataset):
             labels += [k] * len(found)
         root, positions = self.root.expanduser(), torch.arange(len(files))
         return FolderSet(
-            self.name, root, tuple(files), torch.tensor(labels), positions, len(files), self.image_size, self.readers
+            self.name,
+            root,
+            tuple(files),
+            torch.tensor(labels),
+            positions,
+            len(files),
+            self.image_size,
+            self.readers,
         )
 
 
 def _image_files(folder: Path) -> Iterator[str]:
     """Image files below a folder, relative to it, in any order; links are followed, but not to what they lie in."""
-    above: dict[str, set[tuple[int, int]]] = {str(folder): {wnids_in_order(p) for p in folder.resolve().parents}}
+    above: dict[str, set[tuple[int, int]]] = {
+        str(folder): {wnids_in_order(p) for p in folder.resolve().parents}
+    }
     for place, folders, names in os.walk(folder, followlinks=True):
         passed = above.pop(place) | {wnids_in_order(Path(place))}
-        folders[:] = [f for f in folders if not f.startswith(".") and wnids_in_order(Path(place, f)) not in passed]
+        folders[:] = [
+            f
+            for f in folders
+            if not f.startswith(".") and wnids_in_order(Path(place, f)) not in passed
+        ]
         above |= {f"{place}/{name}": passed for name in folders}
         below = place[len(str(folder)) + 1 :]
         for name in names:
@@ -279,7 +322,9 @@ def _image_files(folder: Path) -> Iterator[str]:
 class ImageFolder(FolderDataset):
     """Image files of your own."""
 
-    places: ClassVar[set[str]] = {"readers"}  # here the folder is what tells one data set from another
+    places: ClassVar[set[str]] = {
+        "readers"
+    }  # here the folder is what tells one data set from another
     known_by_digest: ClassVar[set[str]] = {"root"}
     origin: ClassVar[str] = "put images at root/train/CLASS/ and root/val/CLASS/"
 

@@ -73,8 +73,16 @@ def random_position() -> tuple[Any, ...]:
     import torch
 
     _, keys, *rest = np.random.get_state()  # noqa: NPY002
-    torchs = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
-    return random.getstate(), np.asarray(keys).tobytes(), *rest, [state.numpy().tobytes() for state in torchs]
+    torchs = [
+        torch.get_rng_state(),
+        *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()),
+    ]
+    return (
+        random.getstate(),
+        np.asarray(keys).tobytes(),
+        *rest,
+        [state.numpy().tobytes() for state in torchs],
+    )
 
 
 @contextlib.contextmanager
@@ -117,14 +125,18 @@ class ImageSet:
     def part(self, index: Tensor) -> ImageSet:
         """Some of the images."""
         rows = index if self.rows is None else self.rows[index]
-        return ImageSet(self.stored, self.labels[index], self.positions[index], self.official_size, rows)
+        return ImageSet(
+            self.stored, self.labels[index], self.positions[index], self.official_size, rows
+        )
 
     def on(self, device: torch.device) -> ImageSet:
         """The set, its images included, on a device."""
         if device.type == "cpu":
             return self
         images = self.images.to(device)
-        return ImageSet(images, self.labels.to(device), self.positions.to(device), self.official_size)
+        return ImageSet(
+            images, self.labels.to(device), self.positions.to(device), self.official_size
+        )
 
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
         """The images of each batch of indices, uint8 [B, C, H, W]; these are whole already, and `crops` unused."""
@@ -157,7 +169,9 @@ class FolderSet:
     def part(self, index: Tensor) -> FolderSet:
         """Some of the images."""
         files = tuple(self.files[i] for i in index.tolist())
-        return replace(self, files=files, labels=self.labels[index], positions=self.positions[index])
+        return replace(
+            self, files=files, labels=self.labels[index], positions=self.positions[index]
+        )
 
     def on(self, device: torch.device) -> FolderSet:
         """The set with its labels and positions on a device; images are read on the CPU."""
@@ -171,7 +185,9 @@ class FolderSet:
                 S, and the centre cut out.
         """
         crops = crops if crops is not None and crops.shape[1] else None
-        plans = [batch.cpu() for batch in batches]  # now: later, each would wait for what the device has to do
+        plans = [
+            batch.cpu() for batch in batches
+        ]  # now: later, each would wait for what the device has to do
         ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
         pool = ThreadPoolExecutor(self.readers, "tfkd-reader")
         try:
@@ -184,21 +200,31 @@ class FolderSet:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _start(self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None) -> tuple[Tensor, list[Future[None]]]:
+    def _start(
+        self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None
+    ) -> tuple[Tensor, list[Future[None]]]:
         """(the batch, of which nothing is there yet; what fills it)."""
         import torch
 
-        images = torch.empty(len(plan), 3, self.side, self.side, dtype=torch.uint8, pin_memory=self.labels.is_cuda)
-        numbers: list[list[float] | None] = [None] * len(plan) if crops is None else crops[plan].tolist()
+        images = torch.empty(
+            len(plan), 3, self.side, self.side, dtype=torch.uint8, pin_memory=self.labels.is_cuda
+        )
+        numbers: list[list[float] | None] = (
+            [None] * len(plan) if crops is None else crops[plan].tolist()
+        )
         pixels, indices = images.numpy(), plan.tolist()
         return images, [
             pool.submit(self._decode, i, crop, pixels[k])
             for k, (i, crop) in enumerate(zip(indices, numbers, strict=True))
         ]
 
-    def _decode(self, index: int, crop: list[float] | None, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def _decode(
+        self, index: int, crop: list[float] | None, out: np.ndarray[Any, np.dtype[np.uint8]]
+    ) -> None:
         def view(image: Image.Image) -> Image.Image:
-            return _centre(image, self.side) if crop is None else _cut_to_size(image, crop, self.side)
+            return (
+                _centre(image, self.side) if crop is None else _cut_to_size(image, crop, self.side)
+            )
 
         out[:] = decoded(self.name, self.folder / self.files[index], view)
 
@@ -209,7 +235,9 @@ def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
     return images
 
 
-def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decoded(
+    name: str, path: Path, view: Callable[[Image.Image], Image.Image]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8 [3, H, W] of an image file, as `view` shows it in RGB; `name` is the data set's, for errors."""
     try:
         with opened(path) as file, Image.open(file) as image:
@@ -235,10 +263,18 @@ def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None
                 wide, high = image.size
         except Exception as error:  # as in `decoded`
             return f"cannot be read as an image: {error}; replace it, or take it away"
-        return f"is {wide}x{high}, and all images are {size[1]}x{size[0]}" if size and size != (high, wide) else None
+        return (
+            f"is {wide}x{high}, and all images are {size[1]}x{size[0]}"
+            if size and size != (high, wide)
+            else None
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [(path, problem) for path, problem in zip(paths, pool.map(problem_of, paths), strict=True) if problem]
+        found = [
+            (path, problem)
+            for path, problem in zip(paths, pool.map(problem_of, paths), strict=True)
+            if problem
+        ]
     problems = [f"data {name}: {path}: {problem}" for path, problem in found[:10]]
     if len(found) > 10:
         problems.append(f"data {name}: {len(found) - 10} more files")
@@ -258,7 +294,9 @@ def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, 
     """
     wide = math.log(width / height)
     shapes = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)  # log(w / h)
-    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(1e-9)  # areas that fit: from 8 % to this much more
+    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(
+        1e-9
+    )  # areas that fit: from 8 % to this much more
     drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
     shape = float(np.interp(crop[1] * drawn[-1], drawn, shapes))
     most = math.exp(-abs(shape - wide))
@@ -336,7 +374,9 @@ class _NotEightBits(ValueError):
 def rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, 8 bits a channel, upright."""
     turn, image = _turn(image), _eight_bits(image)
-    image.info.pop("transparency", None)  # it makes no colour another, and Pillow warns of a palette's
+    image.info.pop(
+        "transparency", None
+    )  # it makes no colour another, and Pillow warns of a palette's
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
@@ -355,7 +395,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))[0]  # of a TIFF: BitsPerSample, 12 or 16
-    if tags.get(262) == 0:  # PhotometricInterpretation: 0 is white, which Pillow minds at 8 bits only
+    if (
+        tags.get(262) == 0
+    ):  # PhotometricInterpretation: 0 is white, which Pillow minds at 8 bits only
         values = 65535 - values
     levels = (values >> (bits - 8)).astype(np.uint8)
     if values.max() < 4096 and bits == 16 and len(np.unique(values)) > len(np.unique(levels)):

@@ -26,9 +26,21 @@ from torch.nn.parallel import DistributedDataParallel
 from tfkd_ray.learn.augment import View
 from tfkd_ray.learn.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.evaluate import asked_beside, metric_sums, metrics_at_once, metrics_from, predictions
+from tfkd_ray.learn.evaluate import (
+    asked_beside,
+    metric_sums,
+    metrics_at_once,
+    metrics_from,
+    predictions,
+)
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
-from tfkd_ray.learn.models import OwnNetwork, Timm, check_learns, check_lone_image, may_lack_gradients
+from tfkd_ray.learn.models import (
+    OwnNetwork,
+    Timm,
+    check_learns,
+    check_lone_image,
+    may_lack_gradients,
+)
 from tfkd_ray.learn.objectives import Canonical, Terms
 from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.settings.errors import ConfigError, check_kind
@@ -81,11 +93,19 @@ def train(
     # 1. Where it runs
     workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if config.gpus_per_worker and not torch.cuda.is_available():
-        raise RuntimeError(f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here")
-    device = torch.device("cuda", torch.cuda.current_device()) if config.gpus_per_worker else torch.device("cpu")
+        raise RuntimeError(
+            f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here"
+        )
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if config.gpus_per_worker
+        else torch.device("cpu")
+    )
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
-    put_back: Callable[[], None] | None = None  # numpy's and Python's random numbers, which code not ours may draw
+    put_back: Callable[[], None] | None = (
+        None  # numpy's and Python's random numbers, which code not ours may draw
+    )
     told = False
     tf32_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
@@ -94,7 +114,9 @@ def train(
         # 2. Data, resident on the device
         train_set, val_set = config.data.load()
         train_set, val_set = train_set.on(device), val_set and val_set.on(device)
-        mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in config.data.statistics())
+        mean, std = (
+            torch.tensor(x, device=device).view(1, -1, 1, 1) for x in config.data.statistics()
+        )
 
         def pixels(images: Tensor) -> Tensor:
             return (images.float() - mean) / std
@@ -112,7 +134,9 @@ def train(
         classes = config.data.num_classes
         student = config.build_student()
         check_learns(config.student.called, student)
-        smallest = min(map(len, split_batches(torch.arange(len(train_set)), config.optim.batch_size, workers)))
+        smallest = min(
+            map(len, split_batches(torch.arange(len(train_set)), config.optim.batch_size, workers))
+        )
         if smallest < 2 * workers and config.batch_norm != "sync":
             check_lone_image(config.student.called, student, config.data.shape)
         student = student.to(device).to(memory_format=config.student.memory_format)
@@ -120,23 +144,36 @@ def train(
         if config.batch_norm == "sync" and workers > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if config.needs_teacher and teacher is None:
-            raise ValueError(f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)")
+            raise ValueError(
+                f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)"
+            )
         if config.init == "trained" and teacher is not None:
-            student.load_state_dict((teacher.network() if isinstance(teacher, Bank) else teacher).state_dict())
+            student.load_state_dict(
+                (teacher.network() if isinstance(teacher, Bank) else teacher).state_dict()
+            )
         made = config.teacher_run() if config.objective.needs_teacher else None
-        elsewhere = any(isinstance(run.student, OwnNetwork | Timm) for run in (config, made) if run is not None)
+        elsewhere = any(
+            isinstance(run.student, OwnNetwork | Timm) for run in (config, made) if run is not None
+        )
 
         def placed(network: nn.Module) -> nn.Module:
             """The teacher where it can be asked."""
             assert made is not None
-            return network.to(device).to(memory_format=made.student.memory_format).eval().requires_grad_(False)
+            return (
+                network.to(device)
+                .to(memory_format=made.student.memory_format)
+                .eval()
+                .requires_grad_(False)
+            )
 
         bank = None
         if made is None:
             teacher = None
         elif isinstance(teacher, Bank):
             small = fits(len(train_set), classes)
-            bank, teacher = (teacher, None) if config.banked and small else (None, placed(teacher.network()))
+            bank, teacher = (
+                (teacher, None) if config.banked and small else (None, placed(teacher.network()))
+            )
         elif teacher is not None:
             teacher = placed(teacher)
         optim = config.optim
@@ -148,7 +185,9 @@ def train(
             nesterov=optim.nesterov,
             fused=True,
         )
-        if optim.momentum:  # torch's fused SGD fails where a parameter has its first gradient after the others
+        if (
+            optim.momentum
+        ):  # torch's fused SGD fails where a parameter has its first gradient after the others
             for parameter in student.parameters():
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -165,7 +204,12 @@ def train(
 
         def snapshot() -> State:
             parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
-            return {**_copy_to_cpu(parts), "run": run, "epoch": len(history), "history": list(history)}
+            return {
+                **_copy_to_cpu(parts),
+                "run": run,
+                "epoch": len(history),
+                "history": list(history),
+            }
 
         teacher_val: Tensor | None = None
 
@@ -179,7 +223,9 @@ def train(
         def ask_on_val(network: nn.Module, index: Tensor) -> Tensor:
             """The teacher's logits [n, K] of validation images."""
             assert val_set is not None
-            found = predictions(placed(network), val_set.part(index.to(device)), config.data, bf16=bf16)
+            found = predictions(
+                placed(network), val_set.part(index.to(device)), config.data, bf16=bf16
+            )
             return torch.cat([soft for soft, _ in found])
 
         # 5. Epochs
@@ -189,22 +235,30 @@ def train(
             start = time.perf_counter()
             order = epoch_order(train_set, config.seed, epoch).to(device)
             batches = split_batches(order, optim.batch_size, workers)
-            view = config.augment.view(config.seed, epoch, train_set.official_size).of(train_set.positions.cpu())
+            view = config.augment.view(config.seed, epoch, train_set.official_size).of(
+                train_set.positions.cpu()
+            )
             shares = [batch.tensor_split(workers)[rank] for batch in batches]
             soft_labels = None
             if bank is not None:
                 key = config.augment.key(config.seed, epoch)
-                soft_labels = bank.logits(key, len(train_set), classes, functools.partial(ask_on_train, view)).to(
-                    device
-                )
-            sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, CE and KD, each times images
+                soft_labels = bank.logits(
+                    key, len(train_set), classes, functools.partial(ask_on_train, view)
+                ).to(device)
+            sums = torch.zeros(
+                3, dtype=torch.float64, device=device
+            )  # loss, CE and KD, each times images
 
             # 6. Steps
             put_back = random_states() if elsewhere else None
             seed_step = seed_all if elsewhere else torch.manual_seed
             model.train()
-            for step, (batch, mine, images) in enumerate(zip(batches, shares, seen(shares, view), strict=True)):
-                lr = optim.lr * config.schedule.factor(epoch + (step + 0.5) / len(batches), config.epochs)
+            for step, (batch, mine, images) in enumerate(
+                zip(batches, shares, seen(shares, view), strict=True)
+            ):
+                lr = optim.lr * config.schedule.factor(
+                    epoch + (step + 0.5) / len(batches), config.epochs
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
@@ -229,7 +283,9 @@ def train(
                 # workers average their gradients: weigh each by its images, for the mean over the whole batch
                 (loss * (len(mine) * workers / len(batch))).backward()
                 optimizer.step()
-                parts = torch.stack([loss, terms.ce, loss.new_zeros(()) if terms.kd is None else terms.kd])
+                parts = torch.stack(
+                    [loss, terms.ce, loss.new_zeros(()) if terms.kd is None else terms.kd]
+                )
                 sums += parts.detach() * len(mine)
             train_seconds = time.perf_counter() - start
 
@@ -241,12 +297,23 @@ def train(
             if val_set is not None:
                 if made is not None and teacher_val is None:  # the same in every epoch
                     if bank is not None:
-                        teacher_val = bank.logits({"split": "val"}, len(val_set), classes, ask_on_val)[rank::workers]
+                        teacher_val = bank.logits(
+                            {"split": "val"}, len(val_set), classes, ask_on_val
+                        )[rank::workers]
                     elif teacher is not None:
                         teacher_val = ask_on_val(teacher, torch.arange(len(val_set))[rank::workers])
-                judged, at = predictions(student, val_set, config.data, rank=rank, workers=workers, bf16=bf16), 0
+                judged, at = (
+                    predictions(
+                        student, val_set, config.data, rank=rank, workers=workers, bf16=bf16
+                    ),
+                    0,
+                )
                 for guess, labels in judged:
-                    soft = None if teacher_val is None else teacher_val[at : (at := at + len(guess))].to(device)
+                    soft = (
+                        None
+                        if teacher_val is None
+                        else teacher_val[at : (at := at + len(guess))].to(device)
+                    )
                     val_sums = val_sums + metric_sums(guess, labels, soft)
                     if others:
                         val_logits.append(guess)
@@ -269,7 +336,9 @@ def train(
                     raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; {advice}")
             if val_set is not None and others:
                 labels = val_set.labels
-                metrics |= metrics_at_once(others, val_logits, labels, classes, rank=rank, workers=workers)
+                metrics |= metrics_at_once(
+                    others, val_logits, labels, classes, rank=rank, workers=workers
+                )
             if not told and rank == 0 and (sentence := exploded(metrics, classes)):
                 told = True
                 (say or _to_standard_error)(sentence)
@@ -318,7 +387,11 @@ def train_in(
         remove_partial(directory)
     if isinstance(teacher, Bank):
         teacher.say = say
-    saved_at, saved_epoch, every = time.monotonic(), state["epoch"] if state else 0, config.checkpoint_every_s
+    saved_at, saved_epoch, every = (
+        time.monotonic(),
+        state["epoch"] if state else 0,
+        config.checkpoint_every_s,
+    )
     troubled = False
     pending: Future[None] | None = None
     last: Epoch | None = None
@@ -340,7 +413,9 @@ def train_in(
         error = job.exception()
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             if say and not troubled:
-                say(f"no checkpoint: {error}; training goes on, and the next one is tried in {every:g} s")
+                say(
+                    f"no checkpoint: {error}; training goes on, and the next one is tried in {every:g} s"
+                )
             troubled = True
         elif error is not None:
             raise error
@@ -350,12 +425,19 @@ def train_in(
             for last in run:
                 if writes and config.is_last(last.metrics):
                     final = last.state()
-                    save_weights(directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})})
-                    writer.submit(save, final, final=True).result()  # last: it says that all is there
+                    save_weights(
+                        directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})}
+                    )
+                    writer.submit(
+                        save, final, final=True
+                    ).result()  # last: it says that all is there
                 elif writes and time.monotonic() - saved_at >= every and not writing(pending):
                     if pending is not None:
                         tell(pending)
-                    pending, saved_at = writer.submit(save, last.state(), final=False), time.monotonic()
+                    pending, saved_at = (
+                        writer.submit(save, last.state(), final=False),
+                        time.monotonic(),
+                    )
                 yield last.metrics
         except GeneratorExit:
             if pending is not None:
@@ -391,7 +473,8 @@ def _unused(student: nn.Module, config: TrainConfig) -> bool:
     if not isinstance(config.student, OwnNetwork | Timm):
         return False
     found = torch.tensor(
-        float(may_lack_gradients(student, config.data.shape)), device=next(student.parameters()).device
+        float(may_lack_gradients(student, config.data.shape)),
+        device=next(student.parameters()).device,
     )
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
@@ -443,7 +526,10 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Te
         try:
             return network(batch)  # type: ignore[no-any-return]
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            what = next(iter(f"{error.inner_exception}".strip().splitlines()), type(error.inner_exception).__name__)
+            what = next(
+                iter(f"{error.inner_exception}".strip().splitlines()),
+                type(error.inner_exception).__name__,
+            )
             raise RuntimeError(
                 f"compile: torch cannot compile {config.student.name} here: {what}; if it is for want of g++ or "
                 "Python's headers, install them on every node; or set compile=off"
@@ -456,7 +542,10 @@ def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor
     """Norm of the soft part's gradient by the logits over that of CE's, both weighted; 0 where one has no weight."""
     if terms.kd is None or not objective.kd_weight * objective.ce_weight:
         return torch.zeros(())
-    ce, kd = (torch.autograd.grad(part, logits, retain_graph=True)[0].norm() for part in (terms.ce, terms.kd))
+    ce, kd = (
+        torch.autograd.grad(part, logits, retain_graph=True)[0].norm()
+        for part in (terms.ce, terms.kd)
+    )
     ratio: Tensor = objective.kd_weight * kd / (objective.ce_weight * ce)
     return ratio
 
@@ -503,6 +592,10 @@ def _copy_to_cpu(tree: State) -> State:
 
 def _moved(tree: State, device: torch.device) -> State:
     return {
-        k: v.to(device) if isinstance(v, Tensor) else _moved(v, device) if isinstance(v, dict) else v
+        k: v.to(device)
+        if isinstance(v, Tensor)
+        else _moved(v, device)
+        if isinstance(v, dict)
+        else v
         for k, v in tree.items()
     }

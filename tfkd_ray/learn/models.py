@@ -122,16 +122,22 @@ class Cnn(Network):
     def check(self, shape: tuple[int, int, int]) -> None:
         _, height, width = shape
         if min(height, width) < 2 ** (len(self.widths) - 1):
-            raise ValueError(f"widths: {len(self.widths)} stages halve a {height}x{width} image to nothing")
+            raise ValueError(
+                f"widths: {len(self.widths)} stages halve a {height}x{width} image to nothing"
+            )
 
     def operations(self, shape: tuple[int, int, int]) -> float:
         channels = (shape[0], *self.widths)
         pixels = [(shape[1] >> stage) * (shape[2] >> stage) for stage in range(len(self.widths))]
-        return 2.0 * sum(9 * a * b * n for (a, b), n in zip(itertools.pairwise(channels), pixels, strict=True))
+        return 2.0 * sum(
+            9 * a * b * n for (a, b), n in zip(itertools.pairwise(channels), pixels, strict=True)
+        )
 
     def weights(self, shape: tuple[int, int, int], num_classes: int) -> int:
         channels = (shape[0], *self.widths)
-        stages = sum(9 * a * b + 4 * b + 1 for a, b in itertools.pairwise(channels))  # BatchNorm: 4 a channel, a count
+        stages = sum(
+            9 * a * b + 4 * b + 1 for a, b in itertools.pairwise(channels)
+        )  # BatchNorm: 4 a channel, a count
         return stages + (channels[-1] + 1) * num_classes
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -144,7 +150,11 @@ class Cnn(Network):
         layers: list[nn.Module] = []
         for stage, out in enumerate(self.widths):
             layers += [nn.MaxPool2d(2)] if stage else []
-            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             channels = out
         return nn.Sequential(*layers, MeanOfMap(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
@@ -167,10 +177,21 @@ class Cnn5(Network):
         channels, height, width = shape
         layers: list[nn.Module] = []
         for out in (32, 64, 128):
-            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [
+                nn.Conv2d(channels, out, 3, padding=1),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
             channels = out
         features = channels * (height // 8) * (width // 8)
-        layers += [nn.Flatten(), nn.Linear(features, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.5)]
+        layers += [
+            nn.Flatten(),
+            nn.Linear(features, 128),
+            nn.BatchNorm1d(128),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+        ]
         return nn.Sequential(*layers, nn.Linear(128, num_classes))
 
 
@@ -194,7 +215,9 @@ class AlexNetSmall(Network):
         layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), pool()]
         for channels, out in ((192, 384), (384, 256), (256, 256)):
             layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU()]
-        return nn.Sequential(*layers, pool(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes))
+        return nn.Sequential(
+            *layers, pool(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes)
+        )
 
 
 # --- Wide residual networks ------------------------------------------------------------------------------------
@@ -279,7 +302,9 @@ class TorchvisionNetwork(Network):
         """torchvision's own network, for 3 channels and large images."""
         from torchvision.models import get_model  # type: ignore[import-untyped]
 
-        network: nn.Module = get_model(self.name, weights=None, num_classes=num_classes, **self.options)
+        network: nn.Module = get_model(
+            self.name, weights=None, num_classes=num_classes, **self.options
+        )
         return network
 
     def shrink(self, network: nn.Module) -> None:
@@ -293,7 +318,9 @@ class TorchvisionNetwork(Network):
 def _at_least(smallest: int, name: str, shape: tuple[int, int, int]) -> None:
     _, height, width = shape
     if min(height, width) < smallest:
-        raise ValueError(f"name: {name} needs images of {smallest}x{smallest} or more, these are {height}x{width}")
+        raise ValueError(
+            f"name: {name} needs images of {smallest}x{smallest} or more, these are {height}x{width}"
+        )
 
 
 def _replace_first_convolution(network: nn.Module, channels: int, small: bool) -> None:
@@ -301,7 +328,9 @@ def _replace_first_convolution(network: nn.Module, channels: int, small: bool) -
     from torch import nn
 
     path, old = next((path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d))
-    kernel, stride, padding = (3, 1, 1) if small else (old.kernel_size[0], old.stride[0], old.padding[0])
+    kernel, stride, padding = (
+        (3, 1, 1) if small else (old.kernel_size[0], old.stride[0], old.padding[0])
+    )
     assert isinstance(padding, int), f"{padding=}"
     new = nn.Conv2d(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
@@ -468,10 +497,16 @@ class Timm(Network):
         try:
             import timm
         except ModuleNotFoundError:
-            raise ValueError("name: timm is not installed here: pip install 'tfkd_ray[timm]'") from None
+            raise ValueError(
+                "name: timm is not installed here: pip install 'tfkd_ray[timm]'"
+            ) from None
         if not timm.is_model(self.model):
             near = difflib.get_close_matches(self.model.partition(".")[0], timm.list_models(), n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() names them all"
+            hint = (
+                f"did you mean {' or '.join(map(repr, near))}?"
+                if near
+                else "timm.list_models() names them all"
+            )
             raise ValueError(f"model: timm {timm.__version__} has no model {self.model!r}; {hint}")
         for key in {"pretrained", "checkpoint_path", "num_classes", "in_chans"} & self.args.keys():
             raise ValueError(
@@ -489,10 +524,14 @@ class Timm(Network):
             return None
         import timm
 
-        about = timm.get_pretrained_cfg(self.model) or timm.get_pretrained_cfg(self.model.partition(".")[0])
+        about = timm.get_pretrained_cfg(self.model) or timm.get_pretrained_cfg(
+            self.model.partition(".")[0]
+        )
         if about is None or len(about.mean) != shape[0]:
             return None
-        mean, std = (tuple(255 * float(value) for value in values) for values in (about.mean, about.std))
+        mean, std = (
+            tuple(255 * float(value) for value in values) for values in (about.mean, about.std)
+        )
         return mean, std, int(about.input_size[-1])
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -503,7 +542,12 @@ class Timm(Network):
         def make() -> Any:
             import timm
 
-            given = {"pretrained": False, "num_classes": num_classes, "in_chans": shape[0], **self.args}
+            given = {
+                "pretrained": False,
+                "num_classes": num_classes,
+                "in_chans": shape[0],
+                **self.args,
+            }
             network = timm.create_model(self.model, **given)
             first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
             if self.stem == "timm" or min(shape[1:]) > SMALL_IMAGE or first is None:
@@ -549,18 +593,24 @@ class OwnNetwork(Network):
         try:
             inspect.signature(function).bind(shape=shape, num_classes=2, **self.args)
         except TypeError as error:
-            raise ValueError(f"args: {self.path} is called with shape, num_classes and these: {error}") from None
+            raise ValueError(
+                f"args: {self.path} is called with shape, num_classes and these: {error}"
+            ) from None
         except ValueError:  # written in C, without a signature
             pass
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         self.check(shape)
         function = imported(self.path, "path")
-        make = functools.partial(own_code.at_home(function), shape=shape, num_classes=num_classes, **self.args)
+        make = functools.partial(
+            own_code.at_home(function), shape=shape, num_classes=num_classes, **self.args
+        )
         return _tried(f"model {self.path}", make, shape, num_classes)
 
 
-def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def _tried(
+    what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_classes: int
+) -> nn.Module:
     """The module that `make` gives, which returns logits and nothing else; tried on two empty images.
 
     The trial runs in eval mode and takes nothing from the random numbers. Whatever goes wrong is a ConfigError.
@@ -573,14 +623,18 @@ def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_
         doing = f"being built for images {list(shape)} and {num_classes} classes"
         network = make()
         if not isinstance(network, nn.Module):
-            raise ConfigError(f"{what}: gives {type(network).__name__}; a network is a torch.nn.Module")
+            raise ConfigError(
+                f"{what}: gives {type(network).__name__}; a network is a torch.nn.Module"
+            )
         doing = f"given images {images}"
         network.register_forward_hook(functools.partial(_only_logits, what, num_classes))
         training = network.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = network.eval()(torch.zeros(images))
         if not logits.is_meta and not logits.isfinite().all():
-            raise ConfigError(f"{what}: gives logits that are not finite numbers for images {images} of zeros")
+            raise ConfigError(
+                f"{what}: gives logits that are not finite numbers for images {images} of zeros"
+            )
         return network.train(training)
     except ConfigError:
         raise
@@ -588,7 +642,9 @@ def _tried(what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_
         raise ConfigError(f"{what}: {type(error).__name__} when {doing}: {error}") from error
 
 
-def _only_logits(what: str, num_classes: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
+def _only_logits(
+    what: str, num_classes: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Any
+) -> Tensor:
     """A forward hook: the logits in what a module returns."""
     from torch import Tensor
 
@@ -600,7 +656,11 @@ def _only_logits(what: str, num_classes: int, module: nn.Module, inputs: tuple[T
         logits = getattr(output, "logits", getattr(output, "out", first))
     wanted = [inputs[0].shape[0], num_classes]
     if not isinstance(logits, Tensor) or list(logits.shape) != wanted:
-        got = list(logits.shape) if isinstance(logits, Tensor) else f"{type(output).__name__} without a tensor of them"
+        got = (
+            list(logits.shape)
+            if isinstance(logits, Tensor)
+            else f"{type(output).__name__} without a tensor of them"
+        )
         raise ConfigError(
             f"{what}: gives {got} for images {list(inputs[0].shape)}; logits of {num_classes} classes are {wanted}"
         )
@@ -627,7 +687,9 @@ def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int])
     first = next(network.parameters())
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(network).train()(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
+            copy.deepcopy(network).train()(
+                torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
+            )
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             raise ConfigError(
@@ -656,10 +718,15 @@ def may_lack_gradients(network: nn.Module, shape: tuple[int, int, int]) -> bool:
     try:
         tried = copy.deepcopy(network).train()
         for module in tried.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in _KEEP_GRADIENTS:
+            if (
+                isinstance(module, nn.modules.dropout._DropoutNd)
+                or type(module).__name__ in _KEEP_GRADIENTS
+            ):
                 module.eval()
         first = next(tried.parameters())
-        images = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+        images = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0)).to(
+            first.device, first.dtype
+        )
         kept = _kept_by(tried)
         with seeded(0, "gradients"), ValuesUsed() as values:  # type: ignore[no-untyped-call]
             position = random_position()
@@ -679,7 +746,13 @@ def _kept_by(network: nn.Module) -> list[Any]:
 
     found = list[Any]()
     for module in network.modules():
-        found.append({name: value for name, value in vars(module).items() if isinstance(value, float | int | str)})
+        found.append(
+            {
+                name: value
+                for name, value in vars(module).items()
+                if isinstance(value, float | int | str)
+            }
+        )
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             found += [buffer.tolist() for buffer in module.buffers(recurse=False)]
     return found

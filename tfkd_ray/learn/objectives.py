@@ -70,7 +70,9 @@ class Canonical(Settings):
         """CE and KL of one batch, unweighted (means over the batch, nats)."""
         return Terms(_cross_entropy(logits, labels), None)
 
-    def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float] | None:
+    def soft_target(
+        self, labels: NumpyArray, teacher: NumpyArray
+    ) -> tuple[NumpyArray, float] | None:
         """(q, T), where the gradient of `Terms.kd` by an image's logits z is (softmax(z / T) - q) / (T * B).
 
         None where it is not of that form, or the objective does not say; `tfkd explain` then asks torch. Without torch.
@@ -194,7 +196,9 @@ class DecoupledKD(_Distillation):
         other = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
         log_p, log_p_else, among_p = _decoupled(logits / self.temperature, labels, other)
         log_q, log_q_else, among_q = _decoupled(teacher / self.temperature, labels, other)
-        target = (log_q.exp() * (log_q - log_p) + log_q_else.exp() * (log_q_else - log_p_else)).mean()
+        target = (
+            log_q.exp() * (log_q - log_p) + log_q_else.exp() * (log_q_else - log_p_else)
+        ).mean()
         nontarget = F.kl_div(among_p, among_q, reduction="batchmean", log_target=True)
         return Terms(ce, self.target_weight * target + self.nontarget_weight * nontarget)
 
@@ -309,7 +313,9 @@ class TfkdRegCode(Canonical):
             )
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
-        return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0))
+        return Terms(
+            _cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0)
+        )
 
     def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), 1.0
@@ -354,7 +360,11 @@ def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, T
     """log p(label) [B], log(1 - p(label)) [B], log-softmax among the other classes [B, K - 1]; `other` masks them."""
     rest = logits[other].view(len(labels), -1)
     norm, rest_norm = logits.logsumexp(dim=1), rest.logsumexp(dim=1)
-    return logits.gather(1, labels[:, None])[:, 0] - norm, rest_norm - norm, rest - rest_norm[:, None]
+    return (
+        logits.gather(1, labels[:, None])[:, 0] - norm,
+        rest_norm - norm,
+        rest - rest_norm[:, None],
+    )
 
 
 LEAST = 0.1
@@ -469,7 +479,10 @@ class Published(NamedTuple):
 
 PUBLISHED: tuple[Published, ...] = (
     Published(CrossEntropy(), "the paper's baseline"),
-    Published(CrossEntropy(loss_scale=0.05), "control for the paper's MobileNetV2 and ShuffleNetV2: CE's weight there"),
+    Published(
+        CrossEntropy(loss_scale=0.05),
+        "control for the paper's MobileNetV2 and ShuffleNetV2: CE's weight there",
+    ),
     Published(CrossEntropy(loss_scale=0.4), "control for the paper's Re-KD: CE's weight there"),
     Published(LabelSmoothing(alpha=0.1), "Szegedy et al. 2016, and the paper's baseline"),
     Published(LabelSmoothing(alpha=0.2), "twice the usual label smoothing"),
@@ -478,26 +491,47 @@ PUBLISHED: tuple[Published, ...] = (
         KnowledgeDistillation(alpha=0.1597, temperature=20, loss_scale=0.0595),
         "the paper's code, MobileNetV2 and ShuffleNetV2",
     ),
-    Published(KnowledgeDistillation(alpha=0.0148, temperature=20, loss_scale=0.406), "the paper's code, Re-KD"),
+    Published(
+        KnowledgeDistillation(alpha=0.0148, temperature=20, loss_scale=0.406),
+        "the paper's code, Re-KD",
+    ),
     Published(KnowledgeDistillation(alpha=0.9, temperature=20), "Nasty Teacher (Ma et al. 2021)"),
-    Published(KnowledgeDistillation(alpha=0.95, temperature=20), "the paper's alpha and T, read as batchmean with T^2"),
+    Published(
+        KnowledgeDistillation(alpha=0.95, temperature=20),
+        "the paper's alpha and T, read as batchmean with T^2",
+    ),
     Published(KnowledgeDistillation(alpha=0.1, temperature=20), "the paper's ImageNet setting"),
     Published(KnowledgeDistillation(alpha=0.1, temperature=1), "torchdistill, ImageNet"),
     Published(KnowledgeDistillation(alpha=0.5, temperature=3), "equal weights, as DLB has them"),
     Published(
-        StandardisedKD(alpha=0.989, temperature=2, loss_scale=9.1), "Sun et al. 2024: weights .1 for CE and 9, rounded"
+        StandardisedKD(alpha=0.989, temperature=2, loss_scale=9.1),
+        "Sun et al. 2024: weights .1 for CE and 9, rounded",
     ),
-    Published(TfkdSelf(alpha=0.9048, temperature=6, loss_scale=0.525), "the paper's code, ResNet-18"),
-    Published(TfkdSelf(alpha=0.8182, temperature=20, loss_scale=0.55), "the paper's code, DenseNet-121"),
+    Published(
+        TfkdSelf(alpha=0.9048, temperature=6, loss_scale=0.525), "the paper's code, ResNet-18"
+    ),
+    Published(
+        TfkdSelf(alpha=0.8182, temperature=20, loss_scale=0.55), "the paper's code, DenseNet-121"
+    ),
     Published(TfkdSelf(alpha=0.25, temperature=20, loss_scale=0.8), "the paper's code, GoogLeNet"),
     Published(TfkdSelf(alpha=0.9, temperature=20), "the paper's code, ResNeXt-29"),
     Published(
-        TfkdSelf(alpha=0.1597, temperature=20, loss_scale=0.0595), "the paper's code, MobileNetV2 and ShuffleNetV2"
+        TfkdSelf(alpha=0.1597, temperature=20, loss_scale=0.0595),
+        "the paper's code, MobileNetV2 and ShuffleNetV2",
     ),
-    Published(TfkdReg(alpha=0.1, temperature=20, correct_prob=0.99), "Eq. 9 with T^2, the paper's ImageNet setting"),
-    Published(TfkdReg(alpha=0.5, temperature=20, correct_prob=0.9), "Eq. 9 with T^2, a softer virtual teacher"),
+    Published(
+        TfkdReg(alpha=0.1, temperature=20, correct_prob=0.99),
+        "Eq. 9 with T^2, the paper's ImageNet setting",
+    ),
+    Published(
+        TfkdReg(alpha=0.5, temperature=20, correct_prob=0.9),
+        "Eq. 9 with T^2, a softer virtual teacher",
+    ),
     Published(TfkdRegCode(alpha=0.1), "the paper's code, ResNet-18"),
-    Published(TfkdRegCode(alpha=0.1597, loss_scale=0.0595), "the paper's code, MobileNetV2 and ShuffleNetV2"),
+    Published(
+        TfkdRegCode(alpha=0.1597, loss_scale=0.0595),
+        "the paper's code, MobileNetV2 and ShuffleNetV2",
+    ),
     Published(TfkdRegCode(alpha=0.0526, loss_scale=0.95), "the paper's code, GoogLeNet"),
     Published(TfkdRegCode(alpha=0.5), "the paper's code, ResNeXt-29"),
 )

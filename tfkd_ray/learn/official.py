@@ -59,14 +59,21 @@ class IdxDataset(FileDataset):
         return {"train": 60_000, "test": 10_000}[split]
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
-        (images_path, labels_path), most = self._paths(*self._files(split)), self._official_size(split)
+        (images_path, labels_path), most = (
+            self._paths(*self._files(split)),
+            self._official_size(split),
+        )
         images = self._array(images_path, 0x803, self.shape[1:], most)
-        return images.reshape(-1, *self.shape), self._labels(labels_path, most, images_path, len(images))
+        return images.reshape(-1, *self.shape), self._labels(
+            labels_path, most, images_path, len(images)
+        )
 
     def _examine(self) -> None:
         for split in SPLITS:
             (images, labels), most = self._paths(*self._files(split)), self._official_size(split)
-            count = len(self._bytes(images, 0x803, self.shape[1:], most)) // math.prod(self.shape[1:])
+            count = len(self._bytes(images, 0x803, self.shape[1:], most)) // math.prod(
+                self.shape[1:]
+            )
             self._labels(labels, most, images, count)
 
     def _labels(self, path: Path, most: int, images: Path, count: int) -> Tensor:
@@ -83,7 +90,12 @@ class IdxDataset(FileDataset):
         return [root, *(root / folder for folder in self.folders)]
 
     def _found(self, stem: str) -> list[Path]:
-        return [p for folder in self._folders() for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()]
+        return [
+            p
+            for folder in self._folders()
+            for p in (folder / stem, folder / f"{stem}.gz")
+            if p.is_file()
+        ]
 
     def _paths(self, *stems: str) -> list[Path]:
         found = [self._found(stem) for stem in stems]
@@ -97,7 +109,9 @@ class IdxDataset(FileDataset):
         import torch
 
         raw = self._bytes(path, magic, item, most)
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=8 + 4 * len(item)).reshape(-1, *item))
+        return torch.from_numpy(
+            np.frombuffer(raw, np.uint8, offset=8 + 4 * len(item)).reshape(-1, *item)
+        )
 
     def _bytes(self, path: Path, magic: int, item: tuple[int, ...], most: int) -> bytearray:
         """A file's bytes, its header with them; whole, and of the kind that is expected."""
@@ -108,19 +122,29 @@ class IdxDataset(FileDataset):
         except (OSError, EOFError, zlib.error) as error:
             raise self._wrong(path, f"cannot be read: {error}; get it again") from None
         if len(raw) < head:
-            raise self._wrong(path, f"truncated: its header takes {head} bytes, and there are {len(raw)}")
+            raise self._wrong(
+                path, f"truncated: its header takes {head} bytes, and there are {len(raw)}"
+            )
         found, count, *size = np.frombuffer(raw, ">u4", head // 4).tolist()
         if found != magic:
-            raise self._wrong(path, f"not this kind of IDX file: it starts with {found:#010x}, not {magic:#010x}")
+            raise self._wrong(
+                path, f"not this kind of IDX file: it starts with {found:#010x}, not {magic:#010x}"
+            )
         if size != list(item):
             expected, got = ("x".join(map(str, sides)) for sides in (item, size))
-            raise self._wrong(path, f"its images are {got}, and those of {self.name} are {expected}")
+            raise self._wrong(
+                path, f"its images are {got}, and those of {self.name} are {expected}"
+            )
         if not 0 < count <= most:
-            raise self._wrong(path, f"its header says {count} items, and the official file has {most}")
+            raise self._wrong(
+                path, f"its header says {count} items, and the official file has {most}"
+            )
         if len(raw) != head + count * each:
             state = "truncated" if len(raw) < head + count * each else "too long"
             there = f"{'at least ' * (state == 'too long')}{len(raw) - head}"
-            raise self._wrong(path, f"{state}: {count} items take {count * each} bytes, and there are {there}")
+            raise self._wrong(
+                path, f"{state}: {count} items take {count * each} bytes, and there are {there}"
+            )
         return raw
 
 
@@ -251,7 +275,10 @@ class CifarDataset(FileDataset):
     batches: ClassVar[dict[Split, tuple[str, ...]]]
     labels_key: ClassVar[bytes]
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {**PAPER_RECIPE, "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15.0}},
+        "paper": {
+            **PAPER_RECIPE,
+            "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15.0},
+        },
         "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 4, "flip": True}},
     }
 
@@ -272,7 +299,9 @@ class CifarDataset(FileDataset):
         if source.is_dir():
             return self._joined(source, names, self._from_folder(source, names))
         kept = f"{self.name}-{split}" + "-md5" * self.check_md5
-        return cached(kept, [source], lambda: self._joined(source, names, self._from_archive(source, names)))
+        return cached(
+            kept, [source], lambda: self._joined(source, names, self._from_archive(source, names))
+        )
 
     def _sources(self, split: Split) -> list[Path]:
         source = self._source()
@@ -282,11 +311,15 @@ class CifarDataset(FileDataset):
         source, names = self._source(), [name for split in SPLITS for name in self.batches[split]]
         (self._from_folder if source.is_dir() else self._from_archive)(source, tuple(names))
 
-    def _joined(self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]) -> tuple[Tensor, Tensor]:
+    def _joined(
+        self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]
+    ) -> tuple[Tensor, Tensor]:
         import torch
 
         parts = [self._batch(source / name, raw[name]) for name in names]
-        return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+        return torch.cat([images for images, _ in parts]), torch.cat(
+            [labels for _, labels in parts]
+        )
 
     def _source(self) -> Path:
         root = self.root.expanduser()
@@ -309,9 +342,13 @@ class CifarDataset(FileDataset):
     def _from_archive(self, path: Path, names: tuple[str, ...]) -> dict[str, bytearray]:
         if self.check_md5:
             with opened(path) as file:
-                md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+                md5 = hashlib.file_digest(
+                    file, lambda: hashlib.md5(usedforsecurity=False)
+                ).hexdigest()
             if md5 != self.md5:
-                problem = f"its md5 is {md5}, and the official archive's is {self.md5}; {self.origin}"
+                problem = (
+                    f"its md5 is {md5}, and the official archive's is {self.md5}; {self.origin}"
+                )
                 raise self._wrong(path, f"{problem}, or set check_md5: false")
         wanted = {f"{self.folder}/{name}": name for name in names}
         found = {}
@@ -322,7 +359,8 @@ class CifarDataset(FileDataset):
                         continue
                     if not member.isreg():
                         raise self._wrong(
-                            path, f"{member.name} is no file in it, but a link or the like; {self.origin}"
+                            path,
+                            f"{member.name} is no file in it, but a link or the like; {self.origin}",
                         )
                     if content := archive.extractfile(member):
                         found[wanted[member.name]] = read_at_most(content, MOST_IDX_BYTES)
@@ -338,7 +376,9 @@ class CifarDataset(FileDataset):
         import torch
 
         if len(raw) >= MOST_IDX_BYTES:
-            raise self._wrong(path, f"larger than any batch of CIFAR: {MOST_IDX_BYTES} bytes or more")
+            raise self._wrong(
+                path, f"larger than any batch of CIFAR: {MOST_IDX_BYTES} bytes or more"
+            )
         try:
             batch = ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
         except Exception as error:  # a pickle that is not one can end in any exception
@@ -351,7 +391,9 @@ class CifarDataset(FileDataset):
         except (AttributeError, TypeError, ValueError):
             expected = f"an array of uint8, {math.prod(self.shape)} for each image"
             raise self._wrong(path, f"{b'data'!r} must be {expected}") from None
-        if not isinstance(labels, list) or not all(type(k) is int and abs(k) < 2**31 for k in labels):
+        if not isinstance(labels, list) or not all(
+            type(k) is int and abs(k) < 2**31 for k in labels
+        ):
             raise self._wrong(path, f"{self.labels_key!r} must be a list of whole numbers")
         if not len(images) == len(labels) > 0:
             raise self._wrong(path, f"{len(labels)} labels for {len(images)} images")
@@ -383,8 +425,16 @@ class Cifar100(CifarDataset):
     """60,000 photographs in 100 classes, the "fine" ones; the data of the Tf-KD paper. (Krizhevsky 2009.)"""
 
     num_classes: ClassVar[int] = 100
-    mean: ClassVar[tuple[float, ...]] = (0.5070751592371323 * 255, 0.48654887335491514 * 255, 0.4409178433670343 * 255)
-    std: ClassVar[tuple[float, ...]] = (0.2673342858792401 * 255, 0.2564384629170883 * 255, 0.27615047132568404 * 255)
+    mean: ClassVar[tuple[float, ...]] = (
+        0.5070751592371323 * 255,
+        0.48654887335491514 * 255,
+        0.4409178433670343 * 255,
+    )
+    std: ClassVar[tuple[float, ...]] = (
+        0.2673342858792401 * 255,
+        0.2564384629170883 * 255,
+        0.27615047132568404 * 255,
+    )
     archive: ClassVar[str] = "cifar-100-python.tar.gz"
     md5: ClassVar[str] = "eb9058c3a382ffc7106e4002c42a8d85"
     folder: ClassVar[str] = "cifar-100-python"

@@ -51,9 +51,15 @@ def imported(path: str, what: str) -> Any:
         with seeded(0, "import", module_name):
             module = own_code.at_home(lambda: importlib.import_module(module_name))()
     except (Exception, SystemExit) as error:  # whatever somebody's module does
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name
+            and f"{module_name}.".startswith(f"{error.name}.")
+        ):
             looked = f"looked in {own_code.here()['directory']} and wherever Python does"
-            raise ConfigError(f"{what}: {path}: there is no module {error.name!r} ({looked})") from None
+            raise ConfigError(
+                f"{what}: {path}: there is no module {error.name!r} ({looked})"
+            ) from None
         problem = f"importing {module_name} ends in {type(error).__name__}: {error}"
         raise ConfigError(f"{what}: {path}: {problem}") from error
     if not hasattr(module, name):

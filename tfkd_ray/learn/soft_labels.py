@@ -80,7 +80,11 @@ class Bank:
         return self._network
 
     def logits(
-        self, view: dict[str, Any], count: int, num_classes: int, compute: Callable[[nn.Module, Tensor], Tensor]
+        self,
+        view: dict[str, Any],
+        count: int,
+        num_classes: int,
+        compute: Callable[[nn.Module, Tensor], Tensor],
     ) -> Tensor:
         """The teacher's logits of a view, less their row means: float16 or float32 [N, K] on the CPU, not to write to.
 
@@ -89,12 +93,19 @@ class Bank:
             count: N.
             compute: gives the logits [n, K] of the images at some indices, int64 [n].
         """
-        about = {"of": json.dumps(self._of, sort_keys=True), "view": json.dumps(view, sort_keys=True)}
+        about = {
+            "of": json.dumps(self._of, sort_keys=True),
+            "view": json.dumps(view, sort_keys=True),
+        }
         about["shape"] = json.dumps([count, num_classes])
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
         path = self._folder / f"{name}.safetensors"
         found = _read(path, about)
-        if found is None and self._elsewhere is not None and (content := self._elsewhere.fetch(name)):
+        if (
+            found is None
+            and self._elsewhere is not None
+            and (content := self._elsewhere.fetch(name))
+        ):
             if self._has_room(len(content)):
                 self._write(path, content)
             found = _read(path, about)
@@ -105,17 +116,28 @@ class Bank:
         return found
 
     def _filled(
-        self, path: Path, about: dict[str, str], count: int, compute: Callable[[nn.Module, Tensor], Tensor]
+        self,
+        path: Path,
+        about: dict[str, str],
+        count: int,
+        compute: Callable[[nn.Module, Tensor], Tensor],
     ) -> Tensor:
         """The logits of a view, computed together with whoever wants them at the same time."""
         parts: dict[int, Tensor] = {}
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
-        if not self._has_room(4 * count * int(json.loads(about["shape"])[1])):  # the view, and once more its parts
-            return _together([_centred(compute(self.network(), chunk)) for chunk in chunks.values()])
+        if not self._has_room(
+            4 * count * int(json.loads(about["shape"])[1])
+        ):  # the view, and once more its parts
+            return _together(
+                [_centred(compute(self.network(), chunk)) for chunk in chunks.values()]
+            )
         for wait in (False, True):  # first what nobody is at, then what somebody was at
             for k in chunks.keys() - parts.keys():
                 part, mine = path.with_suffix(f".{k}"), about | {"part": str(k)}
-                with contextlib.suppress(Timeout), _locked_file(self._folder / f"lock-{k}", wait=wait):
+                with (
+                    contextlib.suppress(Timeout),
+                    _locked_file(self._folder / f"lock-{k}", wait=wait),
+                ):
                     done = _read(part, mine)
                     if done is None and (whole := _read(path, about)) is not None:
                         return whole  # the others have finished, and removed the parts
@@ -140,7 +162,9 @@ class Bank:
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes more may be kept, for which the longest unused make way; where not, it is said."""
         if size > limit():
-            self._cannot_keep(f"TFKD_BANK_GB allows {limit() / 1e6:.0f} MB, and a view needs {size / 1e6:.0f}")
+            self._cannot_keep(
+                f"TFKD_BANK_GB allows {limit() / 1e6:.0f} MB, and a view needs {size / 1e6:.0f}"
+            )
             return False
         _make_room(self._folder, size)
         if (free := free_bytes(self._folder)) < size:
@@ -235,7 +259,9 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
     checksum = said.pop("sha256", None)
     if said != about:
         wrong = sorted(_different(said, about))
-        raise ValueError(f"{path}: soft labels of another {' and '.join(wrong)}; delete it, and it is made again")
+        raise ValueError(
+            f"{path}: soft labels of another {' and '.join(wrong)}; delete it, and it is made again"
+        )
     if _checksum(logits) != checksum:
         warnings.warn(f"{path}: damaged (its checksum does not fit); computed again", stacklevel=2)
         return None
@@ -256,7 +282,11 @@ def _different(said: dict[str, str], about: dict[str, str]) -> Iterator[str]:
 
 def _make_room(folder: Path, size: int) -> None:
     """Remove files, the longest unused first, until so many bytes more are within the limit."""
-    files = [(facts.st_mtime, facts.st_size, file) for file in folder.glob("[0-9a-f]*") if (facts := _facts(file))]
+    files = [
+        (facts.st_mtime, facts.st_size, file)
+        for file in folder.glob("[0-9a-f]*")
+        if (facts := _facts(file))
+    ]
     room = limit() - size - sum(size for _, size, _ in files)
     for _, size, file in sorted(files):
         if room >= 0:

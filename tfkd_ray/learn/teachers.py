@@ -34,7 +34,9 @@ def teacher_name(config: TeacherRun) -> str:
 
     Where it does not say which data, by their digest, it is of those that are here.
     """
-    with contextlib.suppress(ConfigError):  # where there are none, its name is the one of before data had digests
+    with contextlib.suppress(
+        ConfigError
+    ):  # where there are none, its name is the one of before data had digests
         config = config.pinned()
     return _plain_name(config)
 
@@ -68,7 +70,9 @@ def train_teacher(
     with FileLock(folder / ".lock"):
         if not is_trained(config, storage):
             taken = config.weights is not None
-            metrics = _taken(config, folder) if taken else _trained(config, folder, on_epoch, on_saved)
+            metrics = (
+                _taken(config, folder) if taken else _trained(config, folder, on_epoch, on_saved)
+            )
             about = {
                 "name": teacher_name(config),
                 "loop_version": LOOP_VERSION,
@@ -105,7 +109,9 @@ def of_other_data(config: TeacherRun, storage: Path) -> str | None:
     for about in read_teachers(storage):
         was = about["config"]["data"].get("digest")
         like = config.data.model_copy(update={"digest": was})
-        if was not in (None, here) and about["name"] == teacher_name(config.model_copy(update={"data": like})):
+        if was not in (None, here) and about["name"] == teacher_name(
+            config.model_copy(update={"data": like})
+        ):
             return (
                 f"data {config.data.name}: its images or labels are others than when teacher {about['name']} was made "
                 f"(digest {here}, then {was}): teacher and soft labels are made anew"
@@ -180,7 +186,9 @@ def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str |
     )
 
 
-def tell_doubts(runs: Iterable[TeacherRun], storage: Path, say: Callable[[str], None] | None = None) -> None:
+def tell_doubts(
+    runs: Iterable[TeacherRun], storage: Path, say: Callable[[str], None] | None = None
+) -> None:
     """Say which trained teachers are no better than guessing. None: to standard error."""
     for run in runs:
         if is_trained(run, storage) and (doubt := describe(run, storage).get("doubt")):
@@ -201,7 +209,9 @@ def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
 def _teacher_place(config: TeacherRun, storage: Path) -> Path:
     """Its folder, or that of one that was trained before data had digests."""
     folder, before = teacher_folder(config, storage), storage / "teachers" / _plain_name(config)
-    return before if not is_trained(config, storage) and (before / "teacher.json").exists() else folder
+    return (
+        before if not is_trained(config, storage) and (before / "teacher.json").exists() else folder
+    )
 
 
 def is_here(config: TeacherRun, storage: Path) -> bool:
@@ -214,7 +224,10 @@ def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
     if is_here(config, storage):
         return describe(config, storage)
     for about in read_teachers(storage):
-        if about["name"] == f"{config.student.name}-{config.fingerprint(about.get('loop_version', 1))}":
+        if (
+            about["name"]
+            == f"{config.student.name}-{config.fingerprint(about.get('loop_version', 1))}"
+        ):
             return about
     return None
 
@@ -268,7 +281,9 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
     return Bank(lambda: load_teacher(run, storage), of, elsewhere=elsewhere)
 
 
-def find_or_train(config: TrainConfig, storage: Path | str, say: Callable[[str], None] | None = None) -> Bank | None:
+def find_or_train(
+    config: TrainConfig, storage: Path | str, say: Callable[[str], None] | None = None
+) -> Bank | None:
     """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none.
 
     The teacher is one for the data that are here, named by their digest; see `TrainConfig.pinned`.

@@ -28,7 +28,15 @@ from tfkd_ray.store.experiment import read_teacher
 Weights = dict[str, Tensor]
 """A state_dict, on the CPU."""
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema")
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "ema_state_dict",
+    "state_dict_ema",
+    "model_ema",
+)
 """Keys under which training scripts keep the state_dict in their checkpoints; of several that fit, the first."""
 WRAPPED = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
 """Names that torch.compile and other wrappers put among a network's own."""
@@ -37,7 +45,11 @@ OLD_DENSENET = r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"
 
 
 def load_outside(
-    weights: str, model: Network, shape: tuple[int, int, int], num_classes: int, data: Dataset | None = None
+    weights: str,
+    model: Network,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    data: Dataset | None = None,
 ) -> Weights:
     """A state_dict that fits `model.build(shape, num_classes)`.
 
@@ -54,15 +66,24 @@ def load_outside(
         kept = _read_weights(path)
         with torch.random.fork_rng(devices=[]):
             wanted: Weights = model.build(shape, num_classes).state_dict()
-        found = _of_network(kept, wanted, lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes)))
+        found = _of_network(
+            kept,
+            wanted,
+            lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes)),
+        )
         if problems := list(_misfits(found, wanted, model.name, num_classes)):
             raise ConfigError(problems)
         for key, value in found.items():
             if not value.isfinite().all():
                 raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
     except ConfigError as error:
-        raise ConfigError(f"teacher.weights: {weights}: {problem}" for problem in error.problems) from None
-    return {key: found[key].to(value.dtype, copy=True) if key in found else value for key, value in wanted.items()}
+        raise ConfigError(
+            f"teacher.weights: {weights}: {problem}" for problem in error.problems
+        ) from None
+    return {
+        key: found[key].to(value.dtype, copy=True) if key in found else value
+        for key, value in wanted.items()
+    }
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -71,8 +92,12 @@ def load_outside(
 def _read_weights(path: Path) -> dict[str, Weights]:
     """The state_dicts in a file, by the keys that they are under, those of `WRAPPERS` first."""
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
-        raise ConfigError(f"is a directory; name a file in it: {', '.join(inside) or 'it holds no weights'}")
+        inside = sorted(
+            p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth")
+        )
+        raise ConfigError(
+            f"is a directory; name a file in it: {', '.join(inside) or 'it holds no weights'}"
+        )
     try:
         opened(path).close()
     except FileNotFoundError:
@@ -82,8 +107,14 @@ def _read_weights(path: Path) -> dict[str, Weights]:
     tree = _parsed(path)
     found = dict(_state_dicts(tree))
     if not found:
-        keys = f" with {', '.join(str(key) for key in list(tree)[:3])}" if isinstance(tree, Mapping) and tree else ""
-        raise ConfigError(f"holds no state_dict (tensors by name), but a {type(tree).__name__}{keys}")
+        keys = (
+            f" with {', '.join(str(key) for key in list(tree)[:3])}"
+            if isinstance(tree, Mapping) and tree
+            else ""
+        )
+        raise ConfigError(
+            f"holds no state_dict (tensors by name), but a {type(tree).__name__}{keys}"
+        )
     return found
 
 
@@ -94,7 +125,10 @@ def _state_dicts(tree: Any, under: tuple[str, ...] = ()) -> Iterator[tuple[str, 
     pairs = list(tree.items())
     if pairs and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
         named = {re.sub(WRAPPED, "", key).removeprefix("."): value for key, value in pairs}
-        yield ".".join(under), {re.sub(OLD_DENSENET, r"\1\2", key): value for key, value in named.items()}
+        yield (
+            ".".join(under),
+            {re.sub(OLD_DENSENET, r"\1\2", key): value for key, value in named.items()},
+        )
         return
     known = [key for key in WRAPPERS if key in tree]
     for key in (*known, *(key for key in tree if key not in known)):
@@ -105,7 +139,9 @@ MOST_WRAPPERS = 3
 """Levels of a checkpoint that are looked through for state_dicts."""
 
 
-def _of_network(kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weights], bool]) -> Weights:
+def _of_network(
+    kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weights], bool]
+) -> Weights:
     """The tensors of one network among those that a file keeps, without the prefix that a wrapper gave them.
 
     That network is the one that fits, or else the one with the most names in common, of which it is said what differs.
@@ -119,7 +155,9 @@ def _of_network(kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weigh
     known = first[0].rpartition(".")[2] in WRAPPERS
     rivals = [place for place in fitting if place[0] == first[0] or not known]
     if len(rivals) > 1:
-        names = ", ".join(repr(f"{under}{': ' if under else ''}{prefix}...") for under, prefix in rivals)
+        names = ", ".join(
+            repr(f"{under}{': ' if under else ''}{prefix}...") for under, prefix in rivals
+        )
         raise ConfigError(f"holds {len(rivals)} networks that fit ({names}); save the one alone")
     return parts[first]
 
@@ -135,7 +173,9 @@ def _prefixes(tensors: Weights, wanted: Weights) -> list[str]:
 
 
 def _without_prefix(prefix: str, tensors: Weights) -> Weights:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
 def _parsed(path: Path) -> Any:
@@ -185,12 +225,18 @@ def _check_same_data(path: Path, data: Dataset | None) -> None:
         return  # of that name, but not ours
     here = _content_text(data.model_dump(mode="json"))
     if trained_on != here:
-        raise ConfigError(f"was trained on {_said(trained_on)}, and the data here is {_said(here)}; train one on it")
+        raise ConfigError(
+            f"was trained on {_said(trained_on)}, and the data here is {_said(here)}; train one on it"
+        )
 
 
 def _content_text(data: dict[str, Any]) -> dict[str, Any]:
     """The settings of a data set that say which images and classes it has, not where they are or how they are split."""
-    return {key: value for key, value in data.items() if key in ("name", "variant", "path", "args", "num_classes")}
+    return {
+        key: value
+        for key, value in data.items()
+        if key in ("name", "variant", "path", "args", "num_classes")
+    }
 
 
 def _said(content: dict[str, Any]) -> str:
@@ -264,7 +310,9 @@ def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> It
     """One sentence for each way in which the weights are not those of the network."""
     shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     # torch fills these in, too: files of before 2018 lack them
-    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    missing = [
+        key for key in wanted if key not in found and not key.endswith("num_batches_tracked")
+    ]
     more = [key for key in found if key not in wanted]
     classes = {found[key].shape[:1] for key in shapes}
     layers = {key.rpartition(".")[0] for key in shapes}
@@ -297,16 +345,22 @@ def _first_few(items: list[str]) -> str:
 # --- torchvision -----------------------------------------------------------------------------------------------
 
 
-def _torchvision_file(name: str, model: Network, shape: tuple[int, int, int], num_classes: int) -> Path:
+def _torchvision_file(
+    name: str, model: Network, shape: tuple[int, int, int], num_classes: int
+) -> Path:
     """The file of torchvision's weights in torch's own cache, downloaded if it is not there."""
     from torchvision.models import get_model_weights, list_models  # type: ignore[import-untyped]
 
     if not isinstance(model, TorchvisionNetwork) or model.name not in list_models():
         raise ConfigError(f"torchvision has no {model.name}; name a file")
     if model.name == "googlenet":
-        raise ConfigError("googlenet's expect images of another mean and spread than we give; take another network")
+        raise ConfigError(
+            "googlenet's expect images of another mean and spread than we give; take another network"
+        )
     if num_classes != 1000:
-        raise ConfigError(f"torchvision's teachers have the 1000 classes of ImageNet and the data has {num_classes}")
+        raise ConfigError(
+            f"torchvision's teachers have the 1000 classes of ImageNet and the data has {num_classes}"
+        )
     if min(shape[1:]) <= SMALL_IMAGE or shape[0] != 3:
         raise ConfigError(
             f"torchvision's are for images of 3 channels above {SMALL_IMAGE} pixels; these are {list(shape)}, and "
@@ -314,13 +368,17 @@ def _torchvision_file(name: str, model: Network, shape: tuple[int, int, int], nu
         )
     sets = get_model_weights(model.name)
     if name and name not in sets.__members__:
-        raise ConfigError(f"{model.name} has no weights {name!r}; {did_you_mean(name, sets.__members__)}")
+        raise ConfigError(
+            f"{model.name} has no weights {name!r}; {did_you_mean(name, sets.__members__)}"
+        )
     url: str = (sets[name] if name else sets.DEFAULT).url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+            torch.hub.download_url_to_file(
+                url, str(path), path.stem.rpartition("-")[2], progress=False
+            )
         except (OSError, RuntimeError) as error:  # no network, or not the file that was asked for
             raise ConfigError(f"cannot be downloaded ({error}); put {url} at {path}") from None
     return path

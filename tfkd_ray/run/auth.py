@@ -10,7 +10,9 @@ from tfkd_ray.settings.errors import ConfigError
 
 def token_file() -> Path:
     """Where the token is, or would be."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
+    return Path(
+        os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    ).expanduser()
 
 
 def token() -> str | None:
@@ -23,7 +25,9 @@ def token() -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not text"
-        raise ConfigError(f"{token_file()}: Ray's token cannot be read: {reason}; set RAY_AUTH_TOKEN") from None
+        raise ConfigError(
+            f"{token_file()}: Ray's token cannot be read: {reason}; set RAY_AUTH_TOKEN"
+        ) from None
 
 
 def own_token() -> None:
@@ -37,7 +41,9 @@ def own_token() -> None:
             _make(path)
         path.chmod(0o600)  # one that Ray made is readable for all
     except OSError as error:
-        raise ConfigError(f"{path}: Ray's token cannot be kept there: {error.strerror}; set RAY_AUTH_TOKEN") from None
+        raise ConfigError(
+            f"{path}: Ray's token cannot be kept there: {error.strerror}; set RAY_AUTH_TOKEN"
+        ) from None
 
 
 def _make(path: Path) -> None:

@@ -17,7 +17,15 @@ from ray import tune
 
 from tfkd_ray.learn.checkpoint import BEFORE, LAST
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.run.connect import BROKEN_GPU, found_broken, room_for, short_share, shun, started_here, starting
+from tfkd_ray.run.connect import (
+    BROKEN_GPU,
+    found_broken,
+    room_for,
+    short_share,
+    shun,
+    started_here,
+    starting,
+)
 from tfkd_ray.run.epochs import Shelf, shelf_name
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.settings.errors import ConfigError
@@ -76,23 +84,31 @@ class Recorder(Listener):
         """Write a trial's lines, and make its folder if it is not there."""
         folder = self._folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in self._lines[trial.trial_id]))
+        write_text(
+            folder / "metrics.jsonl", "".join(line + "\n" for line in self._lines[trial.trial_id])
+        )
         if not (folder / "result.json").exists():
             (folder / "result.json").symlink_to("metrics.jsonl")
 
     def _make_again(self, trial: Any) -> bool:
         """Make what is gone of a trial that runs, and say so; whether anything was."""
         folder = self._folder(trial)
-        gone = [name for name in ("metrics.jsonl", "result.json") if not os.path.lexists(folder / name)]
+        gone = [
+            name for name in ("metrics.jsonl", "result.json") if not os.path.lexists(folder / name)
+        ]
         if not gone or trial.trial_id not in self._lines:
             return False
         self._make(trial)
         what = f"{gone[0]} was" if len(gone) == 1 else "its folder was"
-        self._note(f"{folder.name}: {what} removed while it ran; made again, with all epochs that it has told")
+        self._note(
+            f"{folder.name}: {what} removed while it ran; made again, with all epochs that it has told"
+        )
         return True
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
-        line = json.dumps({k: v for k, v in metrics.items() if k in _METRICS or k.startswith("val_")})
+        line = json.dumps(
+            {k: v for k, v in metrics.items() if k in _METRICS or k.startswith("val_")}
+        )
         again = self._make_again(trial)
         append_line(self._folder(trial) / "metrics.jsonl", line)
         self._lines.setdefault(trial.trial_id, []).append(line)
@@ -100,7 +116,9 @@ class Recorder(Listener):
             self._write(trial, "running")
 
     def on_result(self, trial: Any, result: dict[str, Any]) -> None:
-        if result.get("done"):  # before the study is told: a crash between repeats the end, and never loses it
+        if result.get(
+            "done"
+        ):  # before the study is told: a crash between repeats the end, and never loses it
             self._end(trial, result)
 
     def on_end(self, trial: Any) -> None:
@@ -125,7 +143,11 @@ class Recorder(Listener):
         for folder in self._over:  # one that was stopped may have been at its last save then
             _drop_states(folder)
         for trial in trials:
-            if trial.trial_id in self._begun and trial.status not in ("ERROR",) and not _ended(trial):
+            if (
+                trial.trial_id in self._begun
+                and trial.status not in ("ERROR",)
+                and not _ended(trial)
+            ):
                 self._write(trial, "interrupted", self._budget and self._budget.reason)
 
     def _folder(self, trial: Any) -> Path:
@@ -158,7 +180,17 @@ def _drop_states(folder: Path) -> None:
 
 
 _METRICS = {
-    *("epoch", "train_loss", "train_ce", "train_kd", "train_kd_ratio", "lr", "parameters", "seconds", "images_per_s")
+    *(
+        "epoch",
+        "train_loss",
+        "train_ce",
+        "train_kd",
+        "train_kd_ratio",
+        "lr",
+        "parameters",
+        "seconds",
+        "images_per_s",
+    )
 }
 
 
@@ -195,7 +227,12 @@ class Losses(Listener):
         config: TrainConfig | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
-        self._timeout_s, self._clock, self._config, self._note = timeout_s, clock, config, on_note or _to_stderr
+        self._timeout_s, self._clock, self._config, self._note = (
+            timeout_s,
+            clock,
+            config,
+            on_note or _to_stderr,
+        )
         self._began: dict[str, float] = {}
         self._broken: dict[str, list[str]] = {}
         self._why: dict[str, str] = {}
@@ -230,7 +267,9 @@ class Losses(Listener):
     def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
         if trial.trial_id not in self._all:
             folder = Assignment.of(trial.config).folder
-            self._all[trial.trial_id] = read_record(folder).lost if (folder / "trial.json").exists() else 0
+            self._all[trial.trial_id] = (
+                read_record(folder).lost if (folder / "trial.json").exists() else 0
+            )
         self._epoch[trial.trial_id] = int(last.get("epoch", 0))
         self._again.setdefault(trial.trial_id, trial.max_failures)
         self._began[trial.trial_id] = self._clock()
@@ -319,7 +358,12 @@ def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, fl
     """
     records = read_records(experiment)
     counted = read_spent(experiment)
-    hours = max(sum(m.get("seconds", 0.0) for r in records for m in r.metrics), counted["trial_seconds"]) / 3600
+    hours = (
+        max(
+            sum(m.get("seconds", 0.0) for r in records for m in r.metrics), counted["trial_seconds"]
+        )
+        / 3600
+    )
     return {
         "time_budget_s": counted["seconds"],
         "gpu_hours": hours * workers["gpus"],
@@ -339,7 +383,10 @@ def over_budget(budgets: Mapping[str, float], spent: Mapping[str, float]) -> str
 
 def workers_of(tree: Mapping[str, Any]) -> dict[str, float]:
     """What a trial holds, from the tree of a space."""
-    return {"gpus": tree["workers"] * tree["gpus_per_worker"], "cpus": tree["workers"] * tree["cpus_per_worker"]}
+    return {
+        "gpus": tree["workers"] * tree["gpus_per_worker"],
+        "cpus": tree["workers"] * tree["cpus_per_worker"],
+    }
 
 
 def failed_numbers(experiment: Path) -> set[int]:
@@ -442,7 +489,10 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     def _write(self) -> None:
         before = self._before["cpu_hours"] / self._workers["cpus"] * 3600
-        counted = {"seconds": self.spent()["time_budget_s"], "trial_seconds": before + self._held(self._clock())}
+        counted = {
+            "seconds": self.spent()["time_budget_s"],
+            "trial_seconds": before + self._held(self._clock()),
+        }
         text = json.dumps({name: round(value, 3) for name, value in counted.items()})
         write_text(self._experiment / "spent.json", text + "\n")
 
@@ -530,7 +580,9 @@ class Uploads(Listener):
             return False
         except OSError as error:
             if self._trouble is None:
-                self._note(f"{self._url}: {self._store.trouble(error)}; the sweep goes on, and uploads when it can")
+                self._note(
+                    f"{self._url}: {self._store.trouble(error)}; the sweep goes on, and uploads when it can"
+                )
             self._trouble = self._store.trouble(error)
             return False
         if self._trouble is not None:
@@ -561,8 +613,13 @@ class Lock(Listener):
         except Timeout:
             driver = driver_of(self._experiment)
             who = f"process {driver[0]} on {driver[1]}" if driver else "another process"
-            raise ConfigError(f"is being run by {who}; wait for it, or stop it first", self._experiment) from None
-        except (OSError, NotImplementedError) as error:  # the second where a file system has no locks
+            raise ConfigError(
+                f"is being run by {who}; wait for it, or stop it first", self._experiment
+            ) from None
+        except (
+            OSError,
+            NotImplementedError,
+        ) as error:  # the second where a file system has no locks
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             why = getattr(error, "strerror", None) or error
@@ -576,7 +633,9 @@ class Lock(Listener):
         except BaseException:
             self._lock.release()
             raise
-        write_text(self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n")
+        write_text(
+            self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n"
+        )
 
     def on_close(self, trials: Sequence[Any]) -> None:
         self.release()

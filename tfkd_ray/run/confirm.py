@@ -78,7 +78,9 @@ class ListSearcher(Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         proposal = self._running.pop(trial_id, None)
         failed = error or bool((result or {}).get("failed"))
         if proposal is None or not failed:
@@ -157,7 +159,9 @@ def comparison_tuner(
     return assemble(
         config,
         directory,
-        tune.TuneConfig(search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1),
+        tune.TuneConfig(
+            search_alg=ListSearcher(proposals), scheduler=SharingFifo(), num_samples=-1
+        ),
         tune.RunConfig(),
         in_order(lock, TensorBoard(directory / "tb"), losses, callbacks, on_note=on_note),
         max_failures=2,
@@ -180,7 +184,9 @@ def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
 # --- the test split --------------------------------------------------------------------------------------------
 
 
-def judge_on_test(comparison: Experiment | Path, on_run: Callable[[str], None] | None = None) -> dict[str, Any]:
+def judge_on_test(
+    comparison: Experiment | Path, on_run: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Open the test split, once, and judge every trained run on it; returns what confirm.json then says.
 
     Its logits stay with each run. That the split was opened is written down beside the experiments, with what for.
@@ -201,7 +207,9 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
     done = [run for run in runs if run.name in records and records[run.name].status == "done"]
     if not done:
         where = trials_folder(directory)
-        raise ConfigError(f"none of its {len(runs)} runs was trained to the end; see {where}", directory)
+        raise ConfigError(
+            f"none of its {len(runs)} runs was trained to the end; see {where}", directory
+        )
     data = done[0].config.data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test: Images | None = None
@@ -219,7 +227,9 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
             on_run(run.name)
         network = run.config.build_student()
         network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
-        logits, labels = _logits(network.to(device).to(memory_format=run.config.student.memory_format), data, test)
+        logits, labels = _logits(
+            network.to(device).to(memory_format=run.config.student.memory_format), data, test
+        )
         found = {"logits": logits, "labels": labels}
         teacher = run.config.teacher_run() if run.config.objective.needs_teacher else None
         if teacher is not None:
@@ -237,13 +247,24 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
 
 def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
     """(logits [N, K], labels [N])."""
-    logits, labels = (torch.cat(parts) for parts in zip(*predictions(network, images, data), strict=True))
+    logits, labels = (
+        torch.cat(parts) for parts in zip(*predictions(network, images, data), strict=True)
+    )
     return logits, labels
 
 
 def split_id(data: Dataset) -> str:
     """Which test split that is: the data set's name, and whatever else decides about its test images."""
-    other = {"val_fraction", "split_seed", "subset", "check_md5", "image_size", "mean", "std", "digest"}
+    other = {
+        "val_fraction",
+        "split_seed",
+        "subset",
+        "check_md5",
+        "image_size",
+        "mean",
+        "std",
+        "digest",
+    }
     tree = data.model_dump(mode="json", exclude=data.places | other)
     return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
 
@@ -253,7 +274,11 @@ def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int)
 
     One line for as many trained runs: where the judging was killed, it goes on, and nothing was opened again.
     """
-    ours = [opened for opened in openings(directory.parent, compared.data) if opened.get("id") == compared.id]
+    ours = [
+        opened
+        for opened in openings(directory.parent, compared.data)
+        if opened.get("id") == compared.id
+    ]
     for opened in ours:
         if opened.get("digest", digest) != digest:
             raise ConfigError(
@@ -262,7 +287,9 @@ def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int)
                 "comparison",
                 directory,
             )
-    if not (directory / "confirm.json").exists() and any(opened.get("runs") == runs for opened in ours):
+    if not (directory / "confirm.json").exists() and any(
+        opened.get("runs") == runs for opened in ours
+    ):
         return
     line = {
         "test": split_id(compared.data),
@@ -299,11 +326,14 @@ def outcome(directory: Path) -> dict[str, Any]:
     arms, arrays, diverged = [], {}, set[str]()
     for arm in compared.arms.arms:
         runs = [run for run in compared.runs if run.arm == arm.name]
-        found, right = zip(*(_run_outcome(directory, run, records.get(run.name)) for run in runs), strict=True)
+        found, right = zip(
+            *(_run_outcome(directory, run, records.get(run.name)) for run in runs), strict=True
+        )
         arms.append(
             {
                 **arm.model_dump(
-                    mode="json", include={"name", "published", "published_std", "published_n", "baseline"}
+                    mode="json",
+                    include={"name", "published", "published_std", "published_n", "baseline"},
                 ),
                 "role": arm.part,
                 "student": arm.config.student.name,
@@ -324,12 +354,18 @@ def outcome(directory: Path) -> dict[str, Any]:
         "arms": arms,
         "notes": list(_notes_of(directory, compared)),
         "verdicts": [
-            {"student": student, "text": verdict.verdict_table(judged, arms=False), **judged.to_json()}
+            {
+                "student": student,
+                "text": verdict.verdict_table(judged, arms=False),
+                **judged.to_json(),
+            }
             for student, judged in _verdicts(compared.arms, arrays, diverged)
         ],
     }
     write_text(directory / "confirm.json", json.dumps(result, indent=1) + "\n")
-    write_comparison(directory / "tb", {name: _growth(directory, arm) for name, arm in arrays.items()})
+    write_comparison(
+        directory / "tb", {name: _growth(directory, arm) for name, arm in arrays.items()}
+    )
     return result
 
 
@@ -340,12 +376,21 @@ def _growth(directory: Path, arm: verdict.JudgedArm) -> dict[str, Sequence[Any]]
         for n in range(2, len(arm.seeds) + 1)
     ]
     curves = {kind: [getattr(part, kind) for part in parts] for kind in ("mean", "low", "high")}
-    runs = {f"{arm.name}-s{seed}": float(value) for seed, value in zip(arm.seeds, arm.values, strict=True)}
-    runs = {name: value for name, value in runs.items() if (trials_folder(directory) / name / LOGITS).exists()}
+    runs = {
+        f"{arm.name}-s{seed}": float(value)
+        for seed, value in zip(arm.seeds, arm.values, strict=True)
+    }
+    runs = {
+        name: value
+        for name, value in runs.items()
+        if (trials_folder(directory) / name / LOGITS).exists()
+    }
     return {"runs": list(runs), "values": list(runs.values()), **curves}
 
 
-def _run_outcome(directory: Path, run: Run, record: Record | None) -> tuple[dict[str, Any], NDArray[np.bool_] | None]:
+def _run_outcome(
+    directory: Path, run: Run, record: Record | None
+) -> tuple[dict[str, Any], NDArray[np.bool_] | None]:
     """(what is said of a run, which test images it got right [N])."""
     path = trials_folder(directory) / run.name / LOGITS
     found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
@@ -376,7 +421,9 @@ def _judged_arm(
         values = {run.seed: result[row.name] for run, result in pairs if row.name in result}
         values |= dict.fromkeys(diverged, row.guess(runs[0].config.data.num_classes))
         return verdict.JudgedArm(name, tuple(values), np.array(list(values.values())))
-    judged = {run.seed: images for run, images in zip(runs, right, strict=True) if images is not None}
+    judged = {
+        run.seed: images for run, images in zip(runs, right, strict=True) if images is not None
+    }
     if not judged:
         return verdict.JudgedArm(name, (), np.zeros(0))
     images = np.array(list(judged.values()))
@@ -400,19 +447,28 @@ def _verdicts(
 
     for key in dict.fromkeys(group(arm) for arm in arms.arms):
         mine = [arm for arm in arms.arms if group(arm) == key]
-        candidates, baselines = ([arrays[a.name] for a in mine if a.part == p] for p in ("candidate", "baseline"))
+        candidates, baselines = (
+            [arrays[a.name] for a in mine if a.part == p] for p in ("candidate", "baseline")
+        )
         if not candidates or not baselines:
             continue
         names = ", ".join(dict.fromkeys(arm.config.student.name for arm in mine))
         metric = verdict.metric_of(arms.metric)
-        reasons = [f"baseline {b.name} has {len(b.seeds)} of its runs" for b in baselines if len(b.seeds) < 2]
+        reasons = [
+            f"baseline {b.name} has {len(b.seeds)} of its runs"
+            for b in baselines
+            if len(b.seeds) < 2
+        ]
         reasons += [f"baseline {b.name} diverged" for b in baselines if b.name in diverged]
         able = [c for c in candidates if len(c.seeds) > 1]
         reasons += [] if able else ["no candidate has two runs"]
         if not reasons:
             try:
                 lost = len(candidates) - len(able)
-                yield names, verdict.judge(able, baselines, metric, searched=arms.searched, lost=lost)
+                yield (
+                    names,
+                    verdict.judge(able, baselines, metric, searched=arms.searched, lost=lost),
+                )
                 continue
             except ConfigError as error:  # seeds that are not in common
                 reasons = error.problems
@@ -431,7 +487,11 @@ def _notes_of(directory: Path, compared: Comparison) -> Iterator[str]:
             f"{before[0]['when'][:10]} by {before[0]['experiment']}: what was chosen since may have been chosen by it"
         )
     for arm in compared.arms.arms:
-        made = {t.fingerprint(): t for r in compared.runs if r.arm == arm.name and (t := r.config.teacher_run())}
+        made = {
+            t.fingerprint(): t
+            for r in compared.runs
+            if r.arm == arm.name and (t := r.config.teacher_run())
+        }
         if any(t.weights for t in made.values()):
             yield f"{arm.name}: its teacher is from elsewhere; training data unknown"
         elif len(made) == 1:
@@ -460,7 +520,9 @@ def outcome_table(result: dict[str, Any]) -> list[str]:
     """The outcome as lines of at most 80 columns; accuracies in per cent."""
     lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
     if result["preset"]:
-        lines.append(f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published")
+        lines.append(
+            f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published"
+        )
     printed = any(arm["published"] is not None for arm in result["arms"])
     lines += textwrap.wrap(result["note"], 80) if result["note"] else []
     lines += ["", f"{'arm':<23} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>18}"]
@@ -481,7 +543,9 @@ def outcome_table(result: dict[str, Any]) -> list[str]:
     for arm in result["arms"]:
         for run in arm["runs"]:
             if run["status"] != "done":
-                lines.append(f"{arm['name']}, seed {run['seed']}: {run['status']}: {run.get('reason', '')}")
+                lines.append(
+                    f"{arm['name']}, seed {run['seed']}: {run['status']}: {run.get('reason', '')}"
+                )
     lines += _other_metrics(result)
     for found in result["verdicts"]:
         lines += ["", f"--- student {found['student']}", *found["text"]]

@@ -41,7 +41,9 @@ def check_ray() -> None:
     missing = []
     for text in importlib.metadata.requires("ray") or []:
         requirement = Requirement(text)
-        needed = requirement.marker is not None and requirement.marker.evaluate({"extra": "default"})
+        needed = requirement.marker is not None and requirement.marker.evaluate(
+            {"extra": "default"}
+        )
         if needed and not requirement.marker.evaluate({"extra": ""}):  # type: ignore[union-attr]
             try:
                 importlib.metadata.version(requirement.name)
@@ -68,14 +70,23 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS") or None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
     quiet["job_config"] = _PathAsHere()
     if address is None:
         own_token()
         _set_token_mode("token")
         try:
             with ctrl_c_waits(), safe_path(), _own_sigterm():
-                ray.init(address="local", resources={DRIVER: 1000}, include_dashboard=workers > 1, **quiet)
+                ray.init(
+                    address="local",
+                    resources={DRIVER: 1000},
+                    include_dashboard=workers > 1,
+                    **quiet,
+                )
         except Exception as error:  # a bare one where a node is not up within 30 s
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Unreachable(
@@ -91,7 +102,9 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
         with _own_sigterm():
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(_cannot_join(address, str(error).strip() or type(error).__name__)) from None
+        raise ConfigError(
+            _cannot_join(address, str(error).strip() or type(error).__name__)
+        ) from None
     return False
 
 
@@ -143,7 +156,9 @@ def give_larger_share(trial: Any) -> None:
     Args:
         trial: Ray Tune's, which has ended with an error and is not pending again yet.
     """
-    if trial.status == Trial.RUNNING:  # `max_failures` is spent, so that Tune starts it no more; told by `Losses`
+    if (
+        trial.status == Trial.RUNNING
+    ):  # `max_failures` is spent, so that Tune starts it no more; told by `Losses`
         return
     share = short_share(trial)
     if share is not None:
@@ -196,7 +211,9 @@ def shunning(request: PlacementGroupFactory, more: str | None = None) -> Placeme
     """The same request, but on none of the nodes that are shunned, nor on one `more` while others are there."""
     there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     avoid = _shunned | ({more} if more is not None and there - _shunned - {more} else set())
-    return PlacementGroupFactory(request.bundles, request.strategy, **label_selectors(avoid, len(request.bundles)))
+    return PlacementGroupFactory(
+        request.bundles, request.strategy, **label_selectors(avoid, len(request.bundles))
+    )
 
 
 def found_broken(trial: Any) -> dict[str, str] | None:
@@ -222,7 +239,9 @@ def send_elsewhere(trial: Any) -> None:
     if goes_on and (broken is not None or _shunned):
         avoid = sorted(_shunned | ({broken["node"]} if broken else set()))
         trial.config[SECTION] = replace(Assignment.of(trial.config), avoid=tuple(avoid)).section()
-        trial.update_resources(shunning(trial.placement_group_factory, broken["node"] if broken else None))
+        trial.update_resources(
+            shunning(trial.placement_group_factory, broken["node"] if broken else None)
+        )
 
 
 _started: list[str] = []
@@ -238,7 +257,9 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         got = masked(address)
-        raise ConfigError(f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {got!r}")
+        raise ConfigError(
+            f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {got!r}"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
@@ -404,7 +425,9 @@ def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
                 if time.monotonic() - answered > HEAD_GONE_S and not over.is_set():
                     if ours:
                         end_children()
-                    when_gone(f"Ray's head at {address} is gone (its GCS has not answered for {HEAD_GONE_S} s)")
+                    when_gone(
+                        f"Ray's head at {address} is gone (its GCS has not answered for {HEAD_GONE_S} s)"
+                    )
                     return
 
     thread = threading.Thread(target=watch, name="head", daemon=True)
@@ -420,7 +443,8 @@ def _cannot_join(address: str, reason: str) -> str:
     first = f"cannot join the Ray cluster at {address}: {reason.splitlines()[0]}"
     if "raylet" in reason or "node_ip_address" in reason or "local node" in reason:
         return (
-            f"{first}; this machine is no node of it: submit a job instead, with --address http://... or --cluster FILE"
+            f"{first}; this machine is no node of it: submit a job instead, "
+            "with --address http://... or --cluster FILE"
         )
     return first
 
@@ -439,7 +463,11 @@ def _state_api_answers() -> bool:
 
 def _amount(kind: str, amount: float) -> str:
     """An amount of a resource, for a person."""
-    return f"a GPU of kind {kind.removeprefix(KIND)}" if kind.startswith(KIND) else f"{amount:g} {kind}"
+    return (
+        f"a GPU of kind {kind.removeprefix(KIND)}"
+        if kind.startswith(KIND)
+        else f"{amount:g} {kind}"
+    )
 
 
 def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]:
@@ -455,7 +483,11 @@ def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]
 
 
 def _nodes_alive() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in _shunned]
+    return [
+        node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in _shunned
+    ]
 
 
 def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:
@@ -464,7 +496,9 @@ def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:
 
 def room_for(config: TrainConfig) -> int:
     """How many trials of this shape the nodes that are there have room for at once."""
-    return sum(_workers_on(node, config.worker_resources) for node in _nodes_alive()) // config.workers
+    return (
+        sum(_workers_on(node, config.worker_resources) for node in _nodes_alive()) // config.workers
+    )
 
 
 def check_room(config: TrainConfig) -> int:
@@ -476,7 +510,9 @@ def check_room(config: TrainConfig) -> int:
         problems += list(_absent(config, nodes))
         shape = " and ".join(_amount(kind, amount) for kind, amount in need.items())
         kinds = [kind for kind in need if not kind.startswith(KIND)]
-        there = " and ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in kinds)
+        there = " and ".join(
+            f"{sum(node.get(kind, 0) for node in nodes):g} {kind}" for kind in kinds
+        )
         problems.append(
             f"workers: a trial needs {config.workers} x {shape}, each on one node, and the cluster has room "
             f"for {room} of them ({len(nodes)} nodes, {there}); use fewer or smaller workers, or a larger cluster"
@@ -503,7 +539,9 @@ def grows_for(config: TrainConfig, trials: int) -> bool:
         node.ray_node_type_name for node in _cluster_status().cluster_resource_state.node_states
     ):
         return False  # nobody has started its nodes by their types
-    group = placement_group([config.worker_resources] * config.workers * trials, strategy=config.placement.upper())
+    group = placement_group(
+        [config.worker_resources] * config.workers * trials, strategy=config.placement.upper()
+    )
     try:
         begun = None
         until = time.monotonic() + AUTOSCALER_S
@@ -543,7 +581,10 @@ def starting() -> list[str]:
     if not ray.is_initialized() or started_here():
         return []
     state = _cluster_status().autoscaling_state
-    found = [f"{request.count} {request.ray_node_type_name} asked for" for request in state.pending_instance_requests]
+    found = [
+        f"{request.count} {request.ray_node_type_name} asked for"
+        for request in state.pending_instance_requests
+    ]
     kinds = Counter(node.ray_node_type_name for node in state.pending_instances)
     found += [f"{count} {name} starting" for name, count in kinds.items()]
     found += [f"{r.count} {r.ray_node_type_name} refused ({r.reason or 'no reason given'})"
@@ -592,14 +633,22 @@ def leaked_groups() -> list[LeakedGroup] | None:
     from ray.util.state import list_jobs, list_placement_groups
     from ray.util.state.exception import RayStateApiException
 
-    options = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": CONNECT_TIMEOUT_S}
+    options = {
+        "address": ray.get_runtime_context().gcs_address,
+        "limit": 10_000,
+        "timeout": CONNECT_TIMEOUT_S,
+    }
     try:
-        running = {job.job_id for job in list_jobs(**options) if job.status in ("PENDING", "RUNNING")}
+        running = {
+            job.job_id for job in list_jobs(**options) if job.status in ("PENDING", "RUNNING")
+        }
         groups = list_placement_groups(detail=True, **options)
     except (RayStateApiException, ConnectionError, ValueError):
         return None
     return [
-        LeakedGroup(g.placement_group_id, tuple(b.get("unit_resources", {}) for b in g.bundles or []))
+        LeakedGroup(
+            g.placement_group_id, tuple(b.get("unit_resources", {}) for b in g.bundles or [])
+        )
         for g in groups
         if g.state != "REMOVED" and g.creator_job_id not in running
     ]
@@ -617,7 +666,9 @@ def caller_argument(function: str, name: str) -> Any:
     """
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith("ray.tune."):
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith(
+            "ray.tune."
+        ):
             return frame.f_locals.get(name)
         frame = frame.f_back
     return None
@@ -628,7 +679,9 @@ def ctrl_c_waits() -> Iterator[None]:
     """Let Ctrl-C, and SIGTERM where it is as Ctrl-C, take effect afterwards: a Ray that is half started crashes and
     leaves processes behind, and an import may swallow it."""
     pressed: list[int] = []
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    numbers = [
+        number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))
+    ]
     if threading.current_thread() is not threading.main_thread() or not numbers:
         yield
         return

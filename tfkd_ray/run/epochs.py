@@ -40,10 +40,14 @@ def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
     """Raise where an epoch's metrics are no numbers, or lack one by which the trial is judged."""
     for name, value in metrics.items():
         if not isinstance(value, int | float):
-            raise TypeError(f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, and no number")
+            raise TypeError(
+                f"{name} is {value!r:.80} at epoch {metrics['epoch']:.0f}, and no number"
+            )
     missing = [name for name in assignment.metrics if name not in metrics]
     if missing:
-        raise LookupError(f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it")
+        raise LookupError(
+            f"{' and '.join(missing)} missing at epoch {metrics['epoch']:.0f}; the search needs it"
+        )
 
 
 def epochs_here(
@@ -120,7 +124,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether a GPU's memory is what an error came of: torch's allocator says so, or CUDA and its libraries."""
     while error is not None:
         text = reason_of(error)
-        if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA error: out of memory|_ALLOC_FAILED", text):
+        if isinstance(error, torch.OutOfMemoryError) or re.search(
+            "CUDA error: out of memory|_ALLOC_FAILED", text
+        ):
             return True
         error = error.__cause__
     return False
@@ -140,7 +146,9 @@ _BROKEN = re.compile(
 def is_of_broken_gpu(error: BaseException | None) -> bool:
     """Whether an error, or one that it came of, leaves this process without a GPU that works."""
     while error is not None:
-        known = isinstance(error, RuntimeError | OSError)  # torch's are, torch.AcceleratorError among them
+        known = isinstance(
+            error, RuntimeError | OSError
+        )  # torch's are, torch.AcceleratorError among them
         if known and not is_out_of_memory(error) and _BROKEN.search(reason_of(error)):
             return True
         error = error.__cause__ or error.__context__
@@ -192,7 +200,10 @@ class Shelf:
         """Keep a view's file, unless it alone is above the limit."""
         if len(content) > self._limit:
             return
-        while self._views and sum(size for _, size in self._views.values()) + len(content) > self._limit:
+        while (
+            self._views
+            and sum(size for _, size in self._views.values()) + len(content) > self._limit
+        ):
             del self._views[next(iter(self._views))]
         self._views[name] = (ray.put(content), len(content))
 

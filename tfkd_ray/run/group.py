@@ -70,7 +70,9 @@ class WorkerGroup:
         say: called with what the workers have to say beside their metrics.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, say: Callable[[str], None] | None = None
+    ) -> None:
         self._config, self._folder, self._say = config, folder, say or unheard
         self._runs = 0
         self._desk: Any = None
@@ -120,10 +122,18 @@ class WorkerGroup:
         # Ray's cleaner of placement groups inherits this; without it, it gives up where two clusters share a host
         env = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         env |= {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
-        env.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker is noticed
-        env.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # a node may have to be started first
-        desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env})
-        self._desk = desk.remote(self._config.model_dump(mode="json"), str(self._folder), own_code.here(), avoid)
+        env.setdefault(
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
+        )  # how soon a lost worker is noticed
+        env.setdefault(
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800"
+        )  # a node may have to be started first
+        desk = ray.remote(_Desk).options(
+            num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env}
+        )
+        self._desk = desk.remote(
+            self._config.model_dump(mode="json"), str(self._folder), own_code.here(), avoid
+        )
 
     def _alive(self) -> bool:
         try:
@@ -162,7 +172,9 @@ class _Desk:
     The trial owns it, so it ends with the trial's process, however that ends; controller and workers end with it.
     """
 
-    def __init__(self, config: dict[str, Any], storage: str, home: own_code.Place, avoid: Sequence[str]) -> None:
+    def __init__(
+        self, config: dict[str, Any], storage: str, home: own_code.Place, avoid: Sequence[str]
+    ) -> None:
         own_code.enter(home)
         self._home, self._avoid = home, avoid
         self._commands: queue.Queue[tuple[Any, ...]] = queue.Queue()
@@ -170,7 +182,9 @@ class _Desk:
         self._trouble: str | None = None
         self._starts: set[str] = set()
         self._desk = ray.get_runtime_context().current_actor
-        self._thread = threading.Thread(target=self._fit, args=(validated(TrainConfig, config), storage), daemon=True)
+        self._thread = threading.Thread(
+            target=self._fit, args=(validated(TrainConfig, config), storage), daemon=True
+        )
         self._thread.start()
 
     def _fit(self, config: TrainConfig, storage: str) -> None:
@@ -183,20 +197,25 @@ class _Desk:
                 _worker,
                 train_loop_config={"desk": self._desk, "notice": _Notice(), "home": self._home},
                 torch_config=TorchConfig(
-                    backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+                    backend="nccl" if config.gpus_per_worker else "gloo",
+                    timeout_s=COLLECTIVE_TIMEOUT_S,
                 ),
                 scaling_config=ScalingConfig(
                     num_workers=config.workers,
                     use_gpu=config.gpus_per_worker > 0,
                     resources_per_worker=config.worker_resources,
                     placement_strategy=config.placement.upper(),
-                    label_selector=label_selectors(self._avoid, 1).get("bundle_label_selector", [None])[0],
+                    label_selector=label_selectors(self._avoid, 1).get(
+                        "bundle_label_selector", [None]
+                    )[0],
                 ),
                 run_config=RunConfig(
                     name=name,
                     storage_path=storage,
                     # Ray would start the workers of a preempted node again, for ever; the trial goes on elsewhere
-                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=2),
+                    failure_config=FailureConfig(
+                        max_failures=0, max_preemption_failures=0, controller_failure_limit=2
+                    ),
                 ),
             ).fit()
             self._trouble = "it has ended"
@@ -223,7 +242,9 @@ class _Desk:
         """The workers are there. A second time, Ray has started others: those do not know of the trial that runs."""
         self._starts.add(start)
         if len(self._starts) > 1:
-            self._trouble = self._trouble or "its workers were lost, and others started in their place"
+            self._trouble = (
+                self._trouble or "its workers were lost, and others started in their place"
+            )
 
     def give_up(self, reason: str, last: tuple[int, str, Any] | None = None) -> None:
         """The group ends, and no trial begins on it; `last` is a result of the trial that ran."""
@@ -285,7 +306,9 @@ def _worker(given: dict[str, Any]) -> None:
     seal_test_split()
     own_code.enter(given["home"])
     desk, notice, first = given["desk"], given["notice"], dist.get_rank() == 0
-    control = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # also where gradients go by nccl
+    control = dist.new_group(
+        backend="gloo", timeout=COMMAND_TIMEOUT
+    )  # also where gradients go by nccl
     assert isinstance(control, dist.ProcessGroup)
     if first:
         ray.get(desk.started.remote(uuid.uuid4().hex))
@@ -338,7 +361,9 @@ def _worker(given: dict[str, Any]) -> None:
                 elif what == "stop":
                     stop_epochs(epochs)
         except (Exception, SystemExit) as error:
-            own = not (is_of_storage(error) or _is_of_communication(error) or is_of_broken_gpu(error))
+            own = not (
+                is_of_storage(error) or _is_of_communication(error) or is_of_broken_gpu(error)
+            )
             if is_of_broken_gpu(error):
                 note_broken(assignment, reason_of(error))
             keeps, mine = agreed(control, in_step or isinstance(error, Diverged), own)
@@ -357,4 +382,8 @@ def _worker(given: dict[str, Any]) -> None:
 
 def _is_of_communication(error: BaseException) -> bool:
     """Whether an error says that another worker is gone, and nothing of the trial itself."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
+    return (
+        isinstance(error, dist.DistError)
+        or "gloo" in str(error).lower()
+        or "nccl" in str(error).lower()
+    )

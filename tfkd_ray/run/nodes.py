@@ -76,12 +76,20 @@ def visit(storage: Storage | None) -> list[Node]:
         sockets = (about.get("RayletSocketName", ""), about.get("ObjectStoreSocketName", ""))
         longest = max(len(name.removeprefix("unix:").encode()) for name in sockets)
         memory = float(about["Resources"].get("object_store_memory", 0))
-        node = Node(f"{about['NodeManagerAddress']} ({about['NodeID'][:8]})", object_store=memory, socket=longest)
+        node = Node(
+            f"{about['NodeManagerAddress']} ({about['NodeID'][:8]})",
+            object_store=memory,
+            socket=longest,
+        )
         pinned = NodeAffinitySchedulingStrategy(about["NodeID"], soft=False)
         task = ray.remote(_look).options(num_cpus=0, scheduling_strategy=pinned, max_retries=0)
         nodes.append(node)
-        tasks[task.remote(mark and str(mark.folder), mark and mark.word, about["NodeID"], mirror)] = node
-    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_S) if tasks else ([], [])
+        tasks[
+            task.remote(mark and str(mark.folder), mark and mark.word, about["NodeID"], mirror)
+        ] = node
+    done, late = (
+        ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_S) if tasks else ([], [])
+    )
     for task in late:
         tasks[task].silent = f"does not answer within {NODE_S} s; is its Ray alive?"
         ray.cancel(task, force=True)
@@ -96,7 +104,9 @@ def _fill(node: Node, task: Any, mark: Mark | None) -> None:
     try:
         found = ray.get(task)
     except ray.exceptions.RayError as error:
-        node.silent = f"cannot run a task: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+        node.silent = (
+            f"cannot run a task: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+        )
         return
     node.versions, node.shm, node.storage = found["versions"], found["shm"], found["storage"]
     if mark is not None and node.storage is None and not mark.answered(found["node"]):

@@ -38,7 +38,9 @@ def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]
         return []
     sampler, metrics = space.search.sampler, space.search.metrics
     if not sampler.priors:
-        raise ConfigError(f"priors: earlier results would change nothing for the sampler {sampler}; use tpe or gp")
+        raise ConfigError(
+            f"priors: earlier results would change nothing for the sampler {sampler}; use tpe or gp"
+        )
     found: list[Prior] = []
     problems = []
     for experiment in (Path(e) for e in experiments):
@@ -53,8 +55,12 @@ def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]
             else:
                 differences.update(prior)
         if len(found) == before:
-            why = "; ".join(d for d, _ in differences.most_common(5)) or "it has no full-length trial"
-            problems.append(f"priors: of {len(full)} full-length trials of {experiment} none lies in this space: {why}")
+            why = (
+                "; ".join(d for d, _ in differences.most_common(5)) or "it has no full-length trial"
+            )
+            problems.append(
+                f"priors: of {len(full)} full-length trials of {experiment} none lies in this space: {why}"
+            )
     if problems:
         raise ConfigError(problems)
     return found

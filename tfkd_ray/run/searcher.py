@@ -140,7 +140,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     # --- what Tune calls
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: Any, **spec: Any
+    ) -> bool:
         """Refuse a metric, or a direction, that is not the space's; called where a Tuner has a `param_space`."""
         self.check_metric(metric, mode)
         return False  # the space is given, and Tune refuses another
@@ -149,7 +151,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Raise where a `tune.TuneConfig` wants another metric than the space, which the search goes by."""
         search = self.space.search
         given = [
-            (n, told) for n, told in (("metric", metric), ("mode", mode)) if told not in (None, getattr(search, n))
+            (n, told)
+            for n, told in (("metric", metric), ("mode", mode))
+            if told not in (None, getattr(search, n))
         ]
         if given:
             told = ", ".join(f"{name}={value!r}" for name, value in given)
@@ -178,7 +182,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             study.sampler = self._sampler(n, g, k)
             trial, reported = study.ask(), set[int]()
             if isinstance(self.space.search.stopping, Hyperband):
-                trial.set_user_attr("bracket", self.space.search.stopping.bracket(self.space.epochs, k))
+                trial.set_user_attr(
+                    "bracket", self.space.search.stopping.bracket(self.space.epochs, k)
+                )
         else:
             trial = self._again(study, number)
             reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
@@ -205,7 +211,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if trial_id in self._live:
             self._live[trial_id].told = result.get("training_iteration")
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Tell the study how the trial ended; telling it twice changes nothing."""
         live = self._live.pop(trial_id, None)
         if live is None:
@@ -213,7 +221,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         study, trial = live.study, live.trial
         result = result or {}
         failed = str(result.get("failed") or "")
-        if error and not is_number(result.get(self.space.search.metric)):  # a `Repeater` has one of the other repeats
+        if error and not is_number(
+            result.get(self.space.search.metric)
+        ):  # a `Repeater` has one of the other repeats
             failed = self._errors.pop(trial_id, "") or _raised() or "its process was lost"
         if result and not failed:
             self._put(live, result)
@@ -221,7 +231,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("reason", failed or "ended without a result")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         elif result and self._is_whole(live, result):
-            bad = [f"{m} is {result.get(m)}" for m in self.space.search.metrics if not is_number(result.get(m))]
+            bad = [
+                f"{m} is {result.get(m)}"
+                for m in self.space.search.metrics
+                if not is_number(result.get(m))
+            ]
             if not bad:
                 values = [float(result[m]) for m in self.space.search.metrics]
                 study.tell(trial.number, values, skip_if_finished=True)
@@ -235,15 +249,22 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Whether a trial that ended is of full length, by its epochs or by its own or the user's decision."""
         if not {"epoch", "training_iteration", "done"} & set(result):
             return True  # what a `Repeater` tells: the mean of trials that have ended
-        told = live.told is not None and live.told == result.get("training_iteration")  # it ended after it was told
+        told = live.told is not None and live.told == result.get(
+            "training_iteration"
+        )  # it ended after it was told
         by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
-        epoch, last = live.epochs.of(result), self.space.epochs - (1 if 0 in live.reported else 0)  # some count from 0
+        epoch, last = (
+            live.epochs.of(result),
+            self.space.epochs - (1 if 0 in live.reported else 0),
+        )  # some count from 0
         return by_itself or bool(result.get(FULL_LENGTH)) or (epoch is not None and epoch >= last)
 
     def save(self, checkpoint_path: str) -> None:
         """Note which of Tune's trials is which of the study; all else that matters is in the study."""
         numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
-        Path(checkpoint_path).write_text(json.dumps({"journal": str(self.journal), "trials": numbers}))
+        Path(checkpoint_path).write_text(
+            json.dumps({"journal": str(self.journal), "trials": numbers})
+        )
 
     def restore(self, checkpoint_path: str) -> None:
         """Go on from the study, with the trials that Tune goes on with."""
@@ -330,7 +351,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
         for prior in priors:
             study = studies[prior.group]
-            if all(t.user_attrs.get("prior") != prior.origin for t in study.get_trials(deepcopy=False)):
+            if all(
+                t.user_attrs.get("prior") != prior.origin for t in study.get_trials(deepcopy=False)
+            ):
                 study.add_trial(
                     optuna.trial.create_trial(
                         values=prior.values,
@@ -366,11 +389,20 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if error:
             state = TrialState.FAIL
         whole = state == TrialState.COMPLETE
-        if whole and (len(told) != len(self.space.search.metrics) or not all(is_number(v) for v in told)):
-            raise ConfigError(f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}")
+        if whole and (
+            len(told) != len(self.space.search.metrics) or not all(is_number(v) for v in told)
+        ):
+            raise ConfigError(
+                f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}"
+            )
         if pruned and not error and not on_the_way and is_number(value):
             on_the_way = {1: float(value)}
-        about = {"parameters": params, "values": told if whole else [], "on_the_way": on_the_way, "state": state.name}
+        about = {
+            "parameters": params,
+            "values": told if whole else [],
+            "on_the_way": on_the_way,
+            "state": state.name,
+        }
         origin = f"evaluated: {json.dumps(about, sort_keys=True, default=str)}"
         study = self._open()[self.space.groups.index(group)]
         if any(t.user_attrs.get("prior") == origin for t in study.get_trials(deepcopy=False)):
@@ -398,11 +430,19 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def known(self) -> dict[int, str]:
         """The names of the trials that the studies hold, by number."""
         trials = [t for study in self._open() for t in study.get_trials(deepcopy=False)]
-        return {t.user_attrs["number"]: str(t.user_attrs.get("name")) for t in trials if "number" in t.user_attrs}
+        return {
+            t.user_attrs["number"]: str(t.user_attrs.get("name"))
+            for t in trials
+            if "number" in t.user_attrs
+        }
 
     def recorded(self) -> list[dict[str, Any]]:
         """The trees of the spaces for which the studies were made; mostly one. Release 0.1.0 noted none."""
-        noted = {str(tree) for study in self._open() if (tree := study.user_attrs.get("space")) is not None}
+        noted = {
+            str(tree)
+            for study in self._open()
+            if (tree := study.user_attrs.get("space")) is not None
+        }
         trees = []
         for text in sorted(noted):
             with damaged(self.journal):
@@ -436,7 +476,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """The studies, made or continued; what is unfinished in them is queued."""
         if self._studies is None:
             self._forget()
-            self._storage = open_journal(self.journal) if self.storage is None else open_storage(self.storage)
+            self._storage = (
+                open_journal(self.journal) if self.storage is None else open_storage(self.storage)
+            )
             with contextlib.nullcontext() if self.storage is None else database(self.storage):
                 studies = self._make_studies()
             self._studies = studies
@@ -472,10 +514,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             for trial in study.get_trials(deepcopy=False):
                 n = trial.user_attrs.get("number")
                 if n is not None:
-                    latest[n], self._group_of[n] = trial, g  # a later attempt stands for an earlier one
+                    latest[n], self._group_of[n] = (
+                        trial,
+                        g,
+                    )  # a later attempt stands for an earlier one
                 elif trial.state == TrialState.RUNNING:
                     study.tell(trial.number, state=TrialState.FAIL)
-        self._started = {n: trial.number for n, trial in latest.items() if not trial.state.is_finished()}
+        self._started = {
+            n: trial.number for n, trial in latest.items() if not trial.state.is_finished()
+        }
         self._next = max(latest, default=-1) + 1
         self._todo = sorted({*self._started, *(n for n in range(self._next) if n not in latest)})
         self._counts = collections.Counter(self._group_of.values())
@@ -494,9 +541,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def _deal(self, n: int) -> tuple[int, int]:
         """(group of trial n, how many of the group came before it): the group that has the fewest so far."""
         newest = len(self._group_of) == n  # nothing is missing before it
-        counts = self._counts if newest else collections.Counter(g for m, g in self._group_of.items() if m < n)
+        counts = (
+            self._counts
+            if newest
+            else collections.Counter(g for m, g in self._group_of.items() if m < n)
+        )
         groups = self.space.groups
-        sizes = [g.grid_size if isinstance(self.space.search.sampler, Grid) else None for g in groups]
+        sizes = [
+            g.grid_size if isinstance(self.space.search.sampler, Grid) else None for g in groups
+        ]
         room = [g for g, size in enumerate(sizes) if size is None or counts[g] < size]
         g = min(room, key=lambda g: (counts[g], g))
         k = counts[g]
@@ -506,9 +559,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _again(self, study: optuna.Study, number: int) -> optuna.Trial:
         """A handle on a trial of an earlier session: asked for its parameters, it returns what it was given then."""
-        study.sampler = optuna.samplers.RandomSampler(seed=0)  # has nothing to say: all parameters are there
+        study.sampler = optuna.samplers.RandomSampler(
+            seed=0
+        )  # has nothing to say: all parameters are there
         study_id = self._storage.get_study_id_from_name(study.study_name)
-        return optuna.Trial(study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
+        return optuna.Trial(
+            study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        )
 
     def _sampler(self, n: int, g: int, k: int) -> optuna.samplers.BaseSampler:
         """What proposes trial n, the k-th of its group."""
@@ -523,7 +580,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         given = self._warm[g][k] if k < len(self._warm[g]) else None
         share = search.num_samples // len(self.space.groups)
         startup = getattr(settings, "startup", None) or min(STARTUP, max(3, share // 2))
-        if given is None and (isinstance(settings, Qmc | Grid) or self._begins_evenly(g, k < startup)):
+        if given is None and (
+            isinstance(settings, Qmc | Grid) or self._begins_evenly(g, k < startup)
+        ):
             given = self._point(g, k)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -539,7 +598,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                     n_ei_candidates=settings.candidates,
                 )
             if isinstance(settings, Gp):
-                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+                return optuna.samplers.GPSampler(
+                    seed=seed, n_startup_trials=startup, warn_independent_sampling=False
+                )
             if isinstance(settings, CmaEs):
                 return optuna.samplers.CmaEsSampler(
                     seed=seed,
@@ -605,7 +666,18 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
 
 _ALIVE = {
-    *("_studies", "_storage", "_live", "_errors", "_todo", "_started", "_group_of", "_counts", "_next", "_warm"),
+    *(
+        "_studies",
+        "_storage",
+        "_live",
+        "_errors",
+        "_todo",
+        "_started",
+        "_group_of",
+        "_counts",
+        "_next",
+        "_warm",
+    ),
     *("_points", "_dealt", "_asked"),
 }
 
@@ -613,7 +685,9 @@ _ALIVE = {
 def _raised() -> str | None:
     """The exception that fails the trial of which Tune is telling, where it raised one itself."""
     error = caller_argument("_process_trial_failure", "exception")
-    return f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else None
+    return (
+        f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else None
+    )
 
 
 class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
@@ -639,10 +713,17 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
         if rung is None or self._first(trial, rung) != trial.last_step:
             return False
         values: dict[Any, float] = {}
-        for t in study.get_trials(deepcopy=False):  # of a trial that was tried again, the last attempt
-            if t.user_attrs.get("bracket", 0) == bracket and (step := self._first(t, rung)) is not None:
+        for t in study.get_trials(
+            deepcopy=False
+        ):  # of a trial that was tried again, the last attempt
+            if (
+                t.user_attrs.get("bracket", 0) == bracket
+                and (step := self._first(t, rung)) is not None
+            ):
                 values[t.user_attrs.get("number", (t.number,))] = t.intermediate_values[step]
-        came = sorted(values.values(), reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE)
+        came = sorted(
+            values.values(), reverse=study.direction == optuna.study.StudyDirection.MAXIMIZE
+        )
         last_good = came[max(1, len(came) // self._factor) - 1]
         return came.index(trial.intermediate_values[trial.last_step]) > came.index(last_good)
 
@@ -650,7 +731,9 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
         """The first epoch that a trial has reported at a rung or past it, before the next one."""
         after = [r for r in self._brackets[trial.user_attrs.get("bracket", 0)] if r > rung]
         upto = min(after, default=math.inf)
-        return min((step for step in trial.intermediate_values if rung <= step < upto), default=None)
+        return min(
+            (step for step in trial.intermediate_values if rung <= step < upto), default=None
+        )
 
 
 class StudyStopping(FIFOScheduler):  # type: ignore[misc]
@@ -672,18 +755,30 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
         """As FIFOScheduler, which looks through all trials there ever were, each time."""
-        waiting = [t for t in tune_controller.get_live_trials() if t.status in (TuneTrial.PENDING, TuneTrial.PAUSED)]
-        return min(waiting, key=lambda t: (t.status == TuneTrial.PAUSED, Assignment.of(t.config).number), default=None)
+        waiting = [
+            t
+            for t in tune_controller.get_live_trials()
+            if t.status in (TuneTrial.PENDING, TuneTrial.PAUSED)
+        ]
+        return min(
+            waiting,
+            key=lambda t: (t.status == TuneTrial.PAUSED, Assignment.of(t.config).number),
+            default=None,
+        )
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Tell the searcher, which hears of an error only that there was one, what it was."""
         if trial.pickled_error_file is not None:  # by Tune, a moment ago
-            self.searcher.note_error(trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+            self.searcher.note_error(
+                trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+            )
         if Assignment.of(trial.config).directory is not None:  # not of a user's own trainable
             give_larger_share(trial)
             send_elsewhere(trial)
 
-    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
         """STOP at a rung where the trial is not among the best 1 / factor of its group."""
         stop = self.searcher.report(trial.trial_id, result)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
@@ -716,7 +811,9 @@ def point_in(
         return place[0], config.objective.name, place[1]
     objective, names = given.pop("objective", None), {p.name for p in space.parameters}
     if unknown := [name for name in given if name not in names]:
-        raise ConfigError(f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown)
+        raise ConfigError(
+            f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown
+        )
     problems = []
     for group in space.groups:
         for branch in group.branches:
@@ -727,19 +824,32 @@ def point_in(
                 lacking = [p.name for p in asked if whole and p.name not in given]
                 left = set(given) - {p.name for p in asked}
                 if not (wrong or lacking or left):
-                    return group, branch.objective, {p.name: given[p.name] for p in asked if p.name in given}
-                problems += [f"{p.name}: {filled[p.name]!r}, and the space has {p.domain}" for p in wrong]
+                    return (
+                        group,
+                        branch.objective,
+                        {p.name: given[p.name] for p in asked if p.name in given},
+                    )
+                problems += [
+                    f"{p.name}: {filled[p.name]!r}, and the space has {p.domain}" for p in wrong
+                ]
                 problems += [f"{name} is searched, and is not said" for name in lacking]
-                problems += [f"{name}: objective {branch.objective} has no such parameter then" for name in left]
+                problems += [
+                    f"{name}: objective {branch.objective} has no such parameter then"
+                    for name in left
+                ]
     known = ", ".join(b.objective for b in space.branches)
     problems = problems or [f"objective: {objective!r} is not among {known}"]
     raise ConfigError(f"a point: {problem}" for problem in dict.fromkeys(problems))
 
 
-def given_points(space: Space, points: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def given_points(
+    space: Space, points: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
     """Points by the name of their group, as its sampler is asked for them."""
     if points and isinstance(space.search.sampler, Grid):
-        raise ConfigError("points_to_evaluate: a grid is every combination once; leave them out, or choose a sampler")
+        raise ConfigError(
+            "points_to_evaluate: a grid is every combination once; leave them out, or choose a sampler"
+        )
     found: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         group, objective, values = point_in(space, point)

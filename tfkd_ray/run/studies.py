@@ -180,7 +180,11 @@ def drop_stale_locks(journal: Path) -> None:
     """Remove what a process that was killed has left of Optuna's lock; one that is held now is waited for."""
     began = time.monotonic()
     seen = _locks(journal)
-    while seen and time.monotonic() - began < LOCK_S and min(made for made, _ in seen) > time.time() - 60:
+    while (
+        seen
+        and time.monotonic() - began < LOCK_S
+        and min(made for made, _ in seen) > time.time() - 60
+    ):
         time.sleep(0.02)
         seen &= _locks(journal)
     for _, path in seen:
@@ -214,7 +218,11 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
                 self.start, self.end, self.line = self.end, self.end + len(line), line
                 try:
                     log = parse_json(line)
-                    if not line.endswith(b"\n") or not isinstance(log, dict) or not isinstance(log.get("op_code"), int):
+                    if (
+                        not line.endswith(b"\n")
+                        or not isinstance(log, dict)
+                        or not isinstance(log.get("op_code"), int)
+                    ):
                         raise ValueError("no operation")
                 except ValueError:
                     raise _corrupt(self._path, self.start, line) from None
@@ -231,8 +239,12 @@ SQLITE_WAIT_S = 20.0
 def open_storage(url: str) -> BaseStorage:
     """Optuna's storage behind a URL, or a ConfigError if it cannot be reached."""
     kind = whole_url(url).partition(":")[0]
-    wait = {"sqlite": {"timeout": SQLITE_WAIT_S}}.get(kind.partition("+")[0], {"connect_timeout": 10})
-    template = whole_url(url).replace("{", "{{").replace("}", "}}")  # Optuna fills its version into braces
+    wait = {"sqlite": {"timeout": SQLITE_WAIT_S}}.get(
+        kind.partition("+")[0], {"connect_timeout": 10}
+    )
+    template = (
+        whole_url(url).replace("{", "{{").replace("}", "}}")
+    )  # Optuna fills its version into braces
     with database(url):
         return RDBStorage(template, engine_kwargs={"connect_args": wait})
 
@@ -247,17 +259,31 @@ def database(url: str) -> Iterator[None]:
         yield
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None) or kind
-        package = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}.get(missing)
+        package = {
+            "psycopg": "'psycopg[binary]'",
+            "psycopg2": "psycopg2-binary",
+            "MySQLdb": "mysqlclient",
+        }.get(missing)
         package = package or missing
         raise ConfigError(
             f"search.storage: {shown} needs the package {package}, which is not here: pip install {package}"
         ) from None
     except ArgumentError:
-        raise ConfigError(f"search.storage: {shown} is no URL of a database that SQLAlchemy knows") from None
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError, TypeError) as error:
+        raise ConfigError(
+            f"search.storage: {shown} is no URL of a database that SQLAlchemy knows"
+        ) from None
+    except (
+        SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        RuntimeError,
+        OSError,
+        TypeError,
+    ) as error:
         cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
-        raise ConfigError(f"search.storage: {shown} cannot be used: {without_secrets(reason, [whole])}") from None
+        raise ConfigError(
+            f"search.storage: {shown} cannot be used: {without_secrets(reason, [whole])}"
+        ) from None
 
 
 def close_storage(storage: BaseStorage) -> None:
@@ -273,11 +299,15 @@ def whole_url(url: str) -> str:
         return url
     given = os.environ.get(ENVIRONMENT)
     if given is None:
-        raise ConfigError(f"search.storage: the password of {url} is not kept; set {ENVIRONMENT} to the whole URL")
+        raise ConfigError(
+            f"search.storage: the password of {url} is not kept; set {ENVIRONMENT} to the whole URL"
+        )
     if "@" in after_password(given):
         raise ConfigError(f"search.storage: {ENVIRONMENT}: {FIRST_AT}")
     if masked(given) != url:
-        raise ConfigError(f"search.storage: {ENVIRONMENT} is {masked(given)}, and the experiment's storage is {url}")
+        raise ConfigError(
+            f"search.storage: {ENVIRONMENT} is {masked(given)}, and the experiment's storage is {url}"
+        )
     return given
 
 
@@ -286,4 +316,6 @@ def without_password(space: Space) -> Space:
     url = space.search.storage
     if url is None or masked(url) == url:
         return space
-    return dataclasses.replace(space, search=space.search.model_copy(update={"storage": masked(url)}))
+    return dataclasses.replace(
+        space, search=space.search.model_copy(update={"storage": masked(url)})
+    )

@@ -98,7 +98,9 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             self._epochs = epochs_here(run, self._assignment, self._notes.append)
         else:
             folder = self._assignment.folder.parent.parent / "groups"
-            self._group = self._group or WorkerGroup(validated(TrainConfig, run), folder, self._notes.append)
+            self._group = self._group or WorkerGroup(
+                validated(TrainConfig, run), folder, self._notes.append
+            )
             self._epochs = self._group.epochs(run, self._assignment)
 
     def step(self) -> dict[str, Any]:
@@ -116,7 +118,13 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         epoch = int(metrics["epoch"])
         note = {"note": "; ".join(self._notes)} if self._notes else {}
         self._notes.clear()
-        return {**metrics, **note, "epoch": epoch, "done": epoch == self._assignment.epochs, "node": this_node()}
+        return {
+            **metrics,
+            **note,
+            "epoch": epoch,
+            "done": epoch == self._assignment.epochs,
+            "node": this_node(),
+        }
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, TrialFailed):

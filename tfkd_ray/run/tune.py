@@ -127,8 +127,12 @@ def build_tuner(
     _check_ray_configs(tune_config, run_config)
     space, tune_config = _overridden(space, tune_config)
     if run_config.name and name and run_config.name != name:
-        raise ConfigError(f"name: {name!r}, and run_config.name is {run_config.name!r}; give one of them")
-    if run_config.storage_path != tune.RunConfig().storage_path:  # Ray's default is no wish of the user's
+        raise ConfigError(
+            f"name: {name!r}, and run_config.name is {run_config.name!r}; give one of them"
+        )
+    if (
+        run_config.storage_path != tune.RunConfig().storage_path
+    ):  # Ray's default is no wish of the user's
         if str(storage) not in (str(STORAGE), str(run_config.storage_path)):
             raise ConfigError(
                 f"storage: {storage}, and run_config.storage_path is {run_config.storage_path}; give one of them"
@@ -150,11 +154,15 @@ def build_tuner(
     train_teachers(space.teacher_runs(), storage, on_teacher, on_note=on_note)
     experiment.mkdir(parents=True, exist_ok=True)
     lock = Lock(storage, name)
-    (experiment / "study.journal").unlink(missing_ok=True)  # of a driver that was killed while it made this
+    (experiment / "study.journal").unlink(
+        missing_ok=True
+    )  # of a driver that was killed while it made this
     searcher = _searcher(space, experiment, storage, url, priors=priors)
     searcher.remaining()  # makes the studies, with the priors in them
     write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
-    return _tuner(space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note)
+    return _tuner(
+        space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note
+    )
 
 
 def resume_tuner(
@@ -213,7 +221,9 @@ def resume_tuner(
         old = build_space(about["space"], experiment / "experiment.yaml")
         say = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
         if take_saved_journal(experiment / "study.journal"):
-            say("study.journal was lost while the sweep ran: going on with what the search saved then")
+            say(
+                "study.journal was lost while the sweep ran: going on with what the search saved then"
+            )
         if gone := gone_trials(experiment):
             say(gone_sentence(gone))
         _check_own_study(old, experiment / "study.journal")
@@ -227,11 +237,17 @@ def resume_tuner(
         new = old if space is None else _widened(old, _as_space(space)[0], add_trials, experiment)
         earlier = prior_trials(new, priors)
         spent = spent_so_far(experiment, workers=workers_of(old.tree))
-        spent["max_failed_trials"] = 0 if retry_failed else len(failed_numbers(experiment) - searcher.waiting())
-        new = _with_search(new, **{name: more + spent[name] for name, more in budgets.items() if more is not None})
+        spent["max_failed_trials"] = (
+            0 if retry_failed else len(failed_numbers(experiment) - searcher.waiting())
+        )
+        new = _with_search(
+            new, **{name: more + spent[name] for name, more in budgets.items() if more is not None}
+        )
         over = over_budget(new.search.budgets, spent)
         if over:
-            raise ConfigError(f"{over}; to go on, give a new one, which counts from now on", experiment)
+            raise ConfigError(
+                f"{over}; to go on, give a new one, which counts from now on", experiment
+            )
         prepare(new.example, storage)
         if new.search.study != old.search.study:
             wider = _searcher(new, experiment, storage, url)
@@ -240,7 +256,12 @@ def resume_tuner(
         searcher.add_priors(earlier)
         if retry_failed:
             searcher.retry_failed()
-        if add_trials or study_storage or space is not None or any(more is not None for more in budgets.values()):
+        if (
+            add_trials
+            or study_storage
+            or space is not None
+            or any(more is not None for more in budgets.values())
+        ):
             about["space"] = new.tree
             write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
         train_teachers(new.teacher_runs(), storage, on_teacher, on_note=on_note)
@@ -256,10 +277,14 @@ def _with_search(space: Space, **settings: Any) -> Space:
         search = validated(SearchConfig, {**space.search.model_dump(mode="json"), **settings})
     except ConfigError as error:
         raise ConfigError(f"search.{p}" for p in error.problems) from None
-    return dataclasses.replace(space, search=search, tree={**space.tree, "search": search.model_dump(mode="json")})
+    return dataclasses.replace(
+        space, search=search, tree={**space.tree, "search": search.model_dump(mode="json")}
+    )
 
 
-def _searcher(space: Space, experiment: Path, storage: Storage, url: str | None, **more: Any) -> OptunaSearcher:
+def _searcher(
+    space: Space, experiment: Path, storage: Storage, url: str | None, **more: Any
+) -> OptunaSearcher:
     journal = experiment / "study.journal"
     if url is None:
         drop_stale_locks(journal)  # of a dead driver: the experiment is ours
@@ -276,17 +301,27 @@ def _check_free(url: str, study: str, *, begun: bool) -> None:
     storage = open_storage(url)
     found = optuna.study.get_all_study_summaries(storage=storage)
     names = [s.study_name for s in found if s.study_name.startswith(f"{study}/")]
-    taken = [name for name in names if not begun or any(s.n_trials for s in found if s.study_name == name)]
+    taken = [
+        name
+        for name in names
+        if not begun or any(s.n_trials for s in found if s.study_name == name)
+    ]
     for name in names if not taken else ():
         optuna.delete_study(study_name=name, storage=storage)
     close_storage(storage)
     if taken:
-        raise ConfigError(f"search.study: {masked(url)} has studies called {study!r} already; choose another --name")
+        raise ConfigError(
+            f"search.study: {masked(url)} has studies called {study!r} already; choose another --name"
+        )
 
 
 def _check_own_study(space: Space, journal: Path) -> None:
     """Refuse cmaes where the journal is somebody else's: Optuna keeps that sampler's state in it as a pickle."""
-    if space.search.sampler.name == "cmaes" and journal.exists() and journal.stat().st_uid != os.getuid():
+    if (
+        space.search.sampler.name == "cmaes"
+        and journal.exists()
+        and journal.stat().st_uid != os.getuid()
+    ):
         message = (
             f"study.journal is another user's ({journal.stat().st_uid}), and cmaes keeps its state in it as a pickle, "
             "which runs as code; if you trust whoever wrote it, copy the experiment, and go on with the copy"
@@ -301,7 +336,9 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
         missing, more = not_superset(was, space), not_superset(space, was)
         how = "widened by hand; put back what it was, and go on with: tfkd resume --space FILE"
         if missing:
-            how = "changed by hand, and does not hold the trials that are there; put back what it was"
+            how = (
+                "changed by hand, and does not hold the trials that are there; put back what it was"
+            )
         if missing or more:
             file = searcher.journal.with_name("experiment.yaml")
             raise ConfigError([f"its space was {how}", *(missing or more)], file)
@@ -315,7 +352,8 @@ def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
         where = "study.journal" if searcher.storage is None else masked(searcher.storage)
         names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         message = (
-            f"{where} does not hold {names}, whose files are there; put back a copy of it, or remove their folders"
+            f"{where} does not hold {names}, whose files are there; "
+            "put back a copy of it, or remove their folders"
         )
         raise ConfigError(message, experiment)
 
@@ -329,13 +367,19 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
         message = "an experiment goes on in its own space, or in one that holds all of it"
         raise ConfigError([message, *problems], experiment)
     if new.search.storage not in (None, old.search.storage):
-        raise ConfigError("search.storage: an experiment's studies stay where they are; leave it out", experiment)
-    alike = {b.objective: b.parameters for b in old.branches} == {b.objective: b.parameters for b in new.branches}
+        raise ConfigError(
+            "search.storage: an experiment's studies stay where they are; leave it out", experiment
+        )
+    alike = {b.objective: b.parameters for b in old.branches} == {
+        b.objective: b.parameters for b in new.branches
+    }
     name, _, count = (old.search.study or "tfkd").partition("@")
     study = old.search.study if alike else f"{name}@{int(count or 1) + 1}"
     samples = new.search.num_samples + add_trials
     budgets = old.search.budgets | new.search.budgets
-    return _with_search(new, storage=old.search.storage, study=study, num_samples=samples, **budgets)
+    return _with_search(
+        new, storage=old.search.storage, study=study, num_samples=samples, **budgets
+    )
 
 
 def prepare(config: TrainConfig, storage: Storage) -> None:
@@ -378,7 +422,9 @@ def train_teachers(
     runs, folder = list(runs), storage.folder
     for run in runs:
         teachers.fetch_teacher(run, storage, weights=False)
-        if not teachers.is_trained(run, folder) and (changed := teachers.of_other_data(run, folder)):
+        if not teachers.is_trained(run, folder) and (
+            changed := teachers.of_other_data(run, folder)
+        ):
             note(changed)
         if run.weights is not None:
             if not teachers.is_trained(run, folder):
@@ -401,7 +447,9 @@ def train_teachers(
             teachers.fetch_teacher(run, storage, weights=False)
             on_teacher(run, about)
         except ray.exceptions.RayTaskError as error:
-            reason = readable(f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}")
+            reason = readable(
+                f"teacher {teachers.teacher_name(run)}: {type(error.cause).__name__}: {error.cause}"
+            )
             if on_failure is not None:
                 on_failure(run, reason)
             elif isinstance(error.cause, ConfigError):
@@ -440,20 +488,33 @@ def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig)
             "of your own"
         )
     if tune_config.num_samples != usual.num_samples:
-        problems.append("tune_config.num_samples: the space says how many trials; set search.num_samples there")
+        problems.append(
+            "tune_config.num_samples: the space says how many trials; set search.num_samples there"
+        )
     if (tune_config.max_concurrent_trials or 0) < 0:
         problems.append(
             f"tune_config.max_concurrent_trials: 0 (no limit) or more, got {tune_config.max_concurrent_trials}"
         )
     for name in ("trial_name_creator", "trial_dirname_creator"):
         if getattr(tune_config, name) is not None:
-            problems.append(f"tune_config.{name}: trials have names by which all else here finds them; leave it out")
+            problems.append(
+                f"tune_config.{name}: trials have names by which all else here finds them; leave it out"
+            )
     if tune_config.chdir_to_trial_dir != usual.chdir_to_trial_dir:
-        problems.append("tune_config.chdir_to_trial_dir: Ray has given it up; set RAY_CHDIR_TO_TRIAL_DIR")
-    if tune_config.metric is not None and getattr(tune_config.scheduler, "metric", None) is not None:
-        problems.append("tune_config.metric: the scheduler has a metric of its own; give one of them")
+        problems.append(
+            "tune_config.chdir_to_trial_dir: Ray has given it up; set RAY_CHDIR_TO_TRIAL_DIR"
+        )
+    if (
+        tune_config.metric is not None
+        and getattr(tune_config.scheduler, "metric", None) is not None
+    ):
+        problems.append(
+            "tune_config.metric: the scheduler has a metric of its own; give one of them"
+        )
     if run_config.checkpoint_config not in (None, tune.CheckpointConfig()):
-        problems.append("run_config.checkpoint_config: trials keep their own checkpoints; see checkpoint_every_s")
+        problems.append(
+            "run_config.checkpoint_config: trials keep their own checkpoints; see checkpoint_every_s"
+        )
     if run_config.failure_config is not None and run_config.failure_config.fail_fast:
         problems.append(
             "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials "
@@ -480,12 +541,18 @@ def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune
         try:
             space = _with_search(space, metric=metric)
         except ConfigError as error:
-            raise ConfigError(f"tune_config.{problem.removeprefix('search.')}" for problem in error.problems) from None
+            raise ConfigError(
+                f"tune_config.{problem.removeprefix('search.')}" for problem in error.problems
+            ) from None
     if mode is not None and mode != space.search.mode:
         better = {"max": "the higher", "min": "the lower"}[space.search.mode]
-        raise ConfigError(f"tune_config.mode: {space.search.metric} is better {better} it is; leave {mode!r} out")
+        raise ConfigError(
+            f"tune_config.mode: {space.search.metric} is better {better} it is; leave {mode!r} out"
+        )
     if seconds is not None:
-        space = _with_search(space, time_budget_s=getattr(seconds, "total_seconds", lambda: seconds)())
+        space = _with_search(
+            space, time_budget_s=getattr(seconds, "total_seconds", lambda: seconds)()
+        )
         tune_config = dataclasses.replace(tune_config, time_budget_s=None)
     return space, tune_config
 
@@ -502,7 +569,9 @@ def _tuner(
     on_note: Callable[[str], None] | None,
 ) -> tune.Tuner:
     trials = searcher.remaining()
-    told = getattr(tune_config.scheduler, "metric", None) is not None  # Tune refuses to be told twice
+    told = (
+        getattr(tune_config.scheduler, "metric", None) is not None
+    )  # Tune refuses to be told twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
     losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
     tune_config = dataclasses.replace(
@@ -532,7 +601,9 @@ def _tuner(
     stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
         stoppers.append(budget)
-    run_config = dataclasses.replace(run_config, stop=CombinedStopper(*stoppers) if stoppers else None)
+    run_config = dataclasses.replace(
+        run_config, stop=CombinedStopper(*stoppers) if stoppers else None
+    )
     return assemble(
         space.example,
         experiment,
@@ -548,7 +619,9 @@ def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
     stopping, epochs = space.search.stopping, space.epochs
     if isinstance(stopping, Asha):
         first = [*stopping.rungs(epochs), epochs][0]
-        return SharingAsha(time_attr="epoch", max_t=epochs, grace_period=first, reduction_factor=stopping.factor)
+        return SharingAsha(
+            time_attr="epoch", max_t=epochs, grace_period=first, reduction_factor=stopping.factor
+        )
     return StudyStopping(searcher)
 
 
@@ -617,14 +690,22 @@ def assemble(
     experiment = experiment.absolute()
     keep_keys_at_home()
     shun_nobody()
-    at_once, searcher, room = tune_config.max_concurrent_trials, tune_config.search_alg, max(1, room_for(config))
+    at_once, searcher, room = (
+        tune_config.max_concurrent_trials,
+        tune_config.search_alg,
+        max(1, room_for(config)),
+    )
     more = MANY_TRIALS if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
     # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room // 8, more))
-    if config.workers > 1 or room >= MANY_TRIALS or more:  # else Tune would ask for more trials than there is room for
+    if (
+        config.workers > 1 or room >= MANY_TRIALS or more
+    ):  # else Tune would ask for more trials than there is room for
         searcher, at_once = Room(searcher, config, at_once or sys.maxsize, more), None
     return tune.Tuner(
-        tune.with_resources(StudentTrial, lambda proposal: resources_of(config)),  # asked for each trial
+        tune.with_resources(
+            StudentTrial, lambda proposal: resources_of(config)
+        ),  # asked for each trial
         tune_config=dataclasses.replace(
             tune_config,
             search_alg=searcher,

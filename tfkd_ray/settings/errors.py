@@ -18,7 +18,11 @@ class ConfigError(Exception):
         found = [problems] if isinstance(problems, str) else list(problems)
         self.problems = [_shortened(masked_words(problem)) for problem in dict.fromkeys(found)]
         self.source = None if source is None else readable(masked_words(str(source)))
-        lines = self.problems if source is None else [f"{self.source}:", *(f"  {p}" for p in self.problems)]
+        lines = (
+            self.problems
+            if source is None
+            else [f"{self.source}:", *(f"  {p}" for p in self.problems)]
+        )
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -43,7 +47,11 @@ class Unreachable(ConfigError):
 def _shortened(problem: str) -> str:
     """A sentence without the middle of what it quotes, where that is long."""
     problem = readable(problem)
-    return problem if len(problem) <= LONGEST else f"{problem[: LONGEST * 2 // 3]} ... {problem[-LONGEST // 4 :]}"
+    return (
+        problem
+        if len(problem) <= LONGEST
+        else f"{problem[: LONGEST * 2 // 3]} ... {problem[-LONGEST // 4 :]}"
+    )
 
 
 LONGEST = 1000
@@ -62,4 +70,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def dotted(path: Iterable[object]) -> str:
     """The names of a field and of those above it, joined by dots; one that is empty or has blanks in it is quoted."""
     names = [name if len(name) <= 80 else f"{name[:60]}..." for name in map(str, path)]
-    return ".".join(name if re.fullmatch(r"\S+", name) and name.isprintable() else repr(name) for name in names)
+    return ".".join(
+        name if re.fullmatch(r"\S+", name) and name.isprintable() else repr(name) for name in names
+    )

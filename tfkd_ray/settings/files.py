@@ -54,7 +54,16 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENODEV,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+    ),
     errno.EFBIG,
 }
 """What the system says of a disk that is full, read-only or gone, or of a file that may not grow: no fault of who
@@ -69,7 +78,9 @@ def free_bytes(folder: Path) -> float:
 
 def cached_file(name: str, first: Path) -> Path:
     """Where `cached` keeps what it made of files, the first of them."""
-    return cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.safetensors"
+    return (
+        cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.safetensors"
+    )
 
 
 def state_of(paths: Iterable[Path]) -> str:
@@ -161,7 +172,9 @@ def opened(path: Path, *, follow: bool = True) -> io.BufferedReader:
         return path.open("rb")
     if kind := kind_of(path, follow=follow):
         raise OSError(errno.EINVAL, f"is {kind}, and only regular files are read", str(path))
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    handle = os.open(
+        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    )
     if not stat.S_ISREG(os.fstat(handle).st_mode):  # it was put there since
         os.close(handle)
         raise OSError(errno.EINVAL, "is no file, and only regular files are read", str(path))
@@ -221,12 +234,18 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in for one of the four names that a pickled array needs; any other is an error."""
-        multiarray = module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
+        multiarray = (
+            module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
+        )
         if multiarray or (module == "numpy" and name in ("ndarray", "dtype")):
             return _Pickled
         if (module, name) == ("_codecs", "encode"):
-            return functools.partial(_encode)  # a new one each time: a pickle may set attributes of what it gets
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code; nothing was run")
+            return functools.partial(
+                _encode
+            )  # a new one each time: a pickle may set attributes of what it gets
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which could run code; nothing was run"
+        )
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -250,12 +269,18 @@ class _Pickled:
         import numpy as np
 
         _, (count, columns), dtype, fortran, raw = self.state
-        if not isinstance(dtype, _Pickled) or dtype.args[:1] not in (("u1",), (b"u1",)) or not isinstance(raw, bytes):
+        if (
+            not isinstance(dtype, _Pickled)
+            or dtype.args[:1] not in (("u1",), (b"u1",))
+            or not isinstance(raw, bytes)
+        ):
             raise TypeError("not uint8")
         if columns != width:
             raise ValueError(f"{columns} columns, not {width}")
         # bytearray: torch wants memory that it may write to
-        return np.frombuffer(bytearray(raw), np.uint8).reshape((count, width), order="F" if fortran else "C")
+        return np.frombuffer(bytearray(raw), np.uint8).reshape(
+            (count, width), order="F" if fortran else "C"
+        )
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -70,8 +70,15 @@ def is_needed(tree: Any) -> bool:
 def here() -> Place:
     """The place of this process."""
     rest = sys.path[len(before_the_library()) :]
-    pythons = [*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages()]
-    own = [str(Path(p).absolute()) for p in rest if not any(Path(p).is_relative_to(folder) for folder in pythons)]
+    pythons = [
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+        site.getusersitepackages(),
+    ]
+    own = [
+        str(Path(p).absolute())
+        for p in rest
+        if not any(Path(p).is_relative_to(folder) for folder in pythons)
+    ]
     path = [p for p in own if not p.endswith(_ZIP)]
     return {"directory": str(_home or Path.cwd()), "path": path, "safe": SAFE_PATH in os.environ}
 
@@ -116,7 +123,12 @@ def before_the_library() -> list[str]:
 def working_directory_last() -> None:
     """Undo what `python -m` does: it looks for modules in the working directory first, whatever lies there."""
     first = Path(sys.path[0] or ".")
-    if not sys.flags.safe_path and first.is_dir() and first.samefile(Path()) and not first.samefile(PACKAGE.parent):
+    if (
+        not sys.flags.safe_path
+        and first.is_dir()
+        and first.samefile(Path())
+        and not first.samefile(PACKAGE.parent)
+    ):
         sys.path.append(sys.path.pop(0))
 
 

@@ -9,15 +9,20 @@ from collections.abc import Iterable
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 HIDDEN = "***"
-FIRST_AT = "its password ends at the first @; write an @ in it as %40, and / ? # % as %2F %3F %23 %25"
+FIRST_AT = (
+    "its password ends at the first @; write an @ in it as %40, and / ? # % as %2F %3F %23 %25"
+)
 _START = re.compile(r"[A-Za-z][\w+.-]*://")
-_SCHEME = re.compile(r"(?<=[\w+.-])://")  # its end alone: the whole, searched in a long word, takes quadratic time
+_SCHEME = re.compile(
+    r"(?<=[\w+.-])://"
+)  # its end alone: the whole, searched in a long word, takes quadratic time
 _USER = re.compile(r"[^:/]*:")
 _PORT = re.compile(r"\d*(?![^/?#\s'\"\]}),;.])")
 _KEY = re.compile(r"[?&;]([^?&;=\s]+)=")
 _NEXT_KEY = re.compile(r"[&;][^?&;=\s]+=")
 _SECRET = re.compile(
-    r"pass(?!file)|pwd|secret|token|credential|signature|odbc_connect|^sig$|^key$|(api|access|account)[_-]?key", re.I
+    r"pass(?!file)|pwd|secret|token|credential|signature|odbc_connect|^sig$|^key$|(api|access|account)[_-]?key",
+    re.I,
 )
 
 
@@ -87,7 +92,13 @@ def without_secrets(text: str, urls: Iterable[str]) -> str:
 def _spellings(url: str) -> set[str]:
     """A URL's passwords as they may be written; of one with an @ in it, also the parts that a parser may see."""
     found = {url[begin:end] for begin, end in spans(url)}
-    parts = {part for secret in found if "@" in secret for part in re.split(r"[@/?&#:]", secret) if len(part) > 2}
+    parts = {
+        part
+        for secret in found
+        if "@" in secret
+        for part in re.split(r"[@/?&#:]", secret)
+        if len(part) > 2
+    }
     found |= parts
     plain = found | {unquote(s) for s in found} | {unquote_plus(s) for s in found}
     coded = {write(s) for s in plain for write in (quote, quote_plus, lambda s: quote(s, safe=""))}

@@ -22,7 +22,11 @@ class Settings(BaseModel):
     """Base of all configuration: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
     later: ClassVar[frozenset[str]] = frozenset()
@@ -38,8 +42,12 @@ class Settings(BaseModel):
                 del tree[name]
             elif isinstance(value, Settings):
                 tree[name] = value.content()
-            elif isinstance(value, tuple | list) and any(isinstance(item, Settings) for item in value):
-                tree[name] = [item.content() if isinstance(item, Settings) else item for item in value]
+            elif isinstance(value, tuple | list) and any(
+                isinstance(item, Settings) for item in value
+            ):
+                tree[name] = [
+                    item.content() if isinstance(item, Settings) else item for item in value
+                ]
         return tree
 
     def __init__(self, /, **settings: Any) -> None:
@@ -74,7 +82,11 @@ def validated(model: type[_S], tree: Any, source: str | Path | None = None) -> _
 
 def problems_of(error: ValidationError, model: type[Settings]) -> list[str]:
     """One sentence for each problem pydantic found, led by the dotted path of the field."""
-    return [line for e in error.errors(include_url=False) for line in _sentence(dict(e), model).splitlines()]
+    return [
+        line
+        for e in error.errors(include_url=False)
+        for line in _sentence(dict(e), model).splitlines()
+    ]
 
 
 def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
@@ -110,14 +122,23 @@ def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
         if isinstance(part, int):  # a place in a list
             continue
         inside = [f for m in found for name, f in m.model_fields.items() if name == part]
-        found = [m for f in inside for m in members(f)] if inside else [m for m in found if tag(m) == part]
+        found = (
+            [m for f in inside for m in members(f)]
+            if inside
+            else [m for m in found if tag(m) == part]
+        )
     return {name for m in found for name in m.model_fields}
 
 
 def members(field: FieldInfo) -> list[type[Settings]]:
     """The Settings classes that may stand in a field, or in its list: one, the members of a union, or none."""
     found = list(leaves(field.annotation))
-    found += [t for a in found if typing.get_origin(a) in (tuple, list) for t in leaves(typing.get_args(a)[0])]
+    found += [
+        t
+        for a in found
+        if typing.get_origin(a) in (tuple, list)
+        for t in leaves(typing.get_args(a)[0])
+    ]
     return [t for t in found if isinstance(t, type) and issubclass(t, Settings)]
 
 

@@ -32,7 +32,8 @@ class _Loader(yaml.SafeLoader):
         self._composed += 1
         if self._composed > MAX_NODES:  # before the rest of the file is read
             message = f"more than {MAX_NODES} values"
-            raise yaml.constructor.ConstructorError(None, None, message, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            place = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, message, place)
         return super().compose_node(parent, index)
 
     def compose_document(self) -> yaml.Node | None:
@@ -44,9 +45,17 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep=deep)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # a value that its type does not have
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ):  # a value that its type does not have
             kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(None, None, f"this is no {kind}", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this is no {kind}", node.start_mark
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own: set[str] = set()
@@ -55,14 +64,20 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} must be text", key_node.start_mark
+                )
             if key in own:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             own.add(key)
         self.flatten_mapping(node)  # `<<` brings keys, which the mapping's own replace
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            mapping[self.construct_object(key_node, deep=True)] = self.construct_object(value_node, deep=True)
+            mapping[self.construct_object(key_node, deep=True)] = self.construct_object(
+                value_node, deep=True
+            )
         return mapping
 
 
@@ -78,7 +93,9 @@ _SCALARS = [
     ("merge", r"<<", "<"),
 ]
 for _kind, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^$"), [""])
 
 
@@ -97,7 +114,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
     """Values below a node, aliases expanded; refuses files that would explode or that contain themselves."""
     if id(node) in open_nodes:
-        raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
+        raise yaml.constructor.ConstructorError(
+            None, None, "an alias contains itself", node.start_mark
+        )
     if id(node) not in sizes:
         open_nodes.add(id(node))
         below: list[yaml.Node] = []
@@ -123,7 +142,11 @@ class _OthersLoader(_Loader):
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
-        tagged = event.tag is not None and event.tag.startswith("tag:yaml.org,2002:") and not event.tag.endswith(":str")
+        tagged = (
+            event.tag is not None
+            and event.tag.startswith("tag:yaml.org,2002:")
+            and not event.tag.endswith(":str")
+        )
         if (tagged or (event.style is None and event.tag is None)) and _is_ambiguous(node):
             where = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
             self.differing.append(
@@ -149,7 +172,9 @@ def _is_ambiguous(node: yaml.ScalarNode) -> bool:
             found.append(tag)
             continue
         try:
-            found.append(repr(reader.construct_object(yaml.ScalarNode(tag, node.value, node.start_mark))))
+            found.append(
+                repr(reader.construct_object(yaml.ScalarNode(tag, node.value, node.start_mark)))
+            )
         except (ValueError, yaml.YAMLError):  # 2026-99-99, `=`
             return True
     return found[0] != found[1]
@@ -192,7 +217,9 @@ def _parsed_yaml(text: str, source: str | Path, load: Callable[[str], Any]) -> A
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
         line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
         if "\t" in line:
-            raise ConfigError(f"{where}: a tab, and YAML indents with spaces only; replace it", source) from None
+            raise ConfigError(
+                f"{where}: a tab, and YAML indents with spaces only; replace it", source
+            ) from None
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{where}: not YAML: {reason}", source) from None
     except yaml.reader.ReaderError as error:
@@ -240,7 +267,9 @@ def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
     """YAML text that `parse_yaml` reads back as the same tree; a `name` comes first."""
-    return yaml.dump(_name_first(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(
+        _name_first(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
 
 
 def _name_first(tree: Any) -> Any:
@@ -286,16 +315,30 @@ def in_yaml(value: Any) -> str:
 @functools.lru_cache(10_000)
 def _is_plain(text: str) -> bool:
     """Whether text is read as text without quotes."""
-    if not text or text != text.strip() or legible(text) != text or "\n" in text or text[0] in "\"'[{":
+    if (
+        not text
+        or text != text.strip()
+        or legible(text) != text
+        or "\n" in text
+        or text[0] in "\"'[{"
+    ):
         return False
-    resolvers = (*_Loader.yaml_implicit_resolvers.get(text[0], ()), *_Loader.yaml_implicit_resolvers.get("", ()))
+    resolvers = (
+        *_Loader.yaml_implicit_resolvers.get(text[0], ()),
+        *_Loader.yaml_implicit_resolvers.get("", ()),
+    )
     return not any(pattern.match(text) for _, pattern in resolvers)
 
 
 def find_file(path: str | Path, folder: str, *, suffix: str = ".yaml") -> Path:
     """`path` itself, or the file of that name that ships with the package in `folder` (also without its suffix)."""
     given = Path(path)
-    if given.is_absolute() or "\0" in str(path) or given.exists() or given.suffix not in ("", suffix):
+    if (
+        given.is_absolute()
+        or "\0" in str(path)
+        or given.exists()
+        or given.suffix not in ("", suffix)
+    ):
         return given
     inside = given.relative_to(folder) if given.is_relative_to(folder) else given
     package = Path(__file__).parent.parent

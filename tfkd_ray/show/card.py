@@ -38,11 +38,16 @@ def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
     }
 
 
-def card_text(chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str | None) -> Iterator[str]:
+def card_text(
+    chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str | None
+) -> Iterator[str]:
     config = chosen.config
     data, objective = config.data, config.objective.name
     given = {"license": licence} if licence else {"license": "other", "license_name": "none-given"}
-    about = {"pipeline_tag": "image-classification", "tags": ["knowledge-distillation", "tfkd_ray", objective]}
+    about = {
+        "pipeline_tag": "image-classification",
+        "tags": ["knowledge-distillation", "tfkd_ray", objective],
+    }
     yield "---"
     yield dump_yaml({**given, "library_name": "pytorch", **about}).rstrip()
     yield "---"
@@ -62,13 +67,20 @@ def card_text(chosen: Chosen, result: dict[str, Any], notes: list[str], licence:
     tree = config.model_dump(mode="json")
     yield "```yaml"
     yield dump_yaml(
-        {k: tree[k] for k in ("objective", "epochs", "optim", "schedule", "augment", "init", "seed")}
+        {
+            k: tree[k]
+            for k in ("objective", "epochs", "optim", "schedule", "augment", "init", "seed")
+        }
     ).rstrip()
     yield "```"
     yield "\n## Teacher\n"
     yield from _teacher_section(chosen)
     yield "\n## Licence\n"
-    yield f"{licence}." if licence else "None given: ask whoever trained it. `tfkd export --licence NAME` names one."
+    yield (
+        f"{licence}."
+        if licence
+        else "None given: ask whoever trained it. `tfkd export --licence NAME` names one."
+    )
     yield "The data have terms of their own."
     yield from _again_section(chosen)
 
@@ -112,7 +124,9 @@ def _teacher_section(chosen: Chosen) -> Iterator[str]:
     try:
         about = known_of(run, chosen.storage)
     except ValueError as error:
-        raise ConfigError(f"damaged: {error}", chosen.storage / "teachers" / teacher_name(run)) from None
+        raise ConfigError(
+            f"damaged: {error}", chosen.storage / "teachers" / teacher_name(run)
+        ) from None
     if about is None:
         yield f"`{teacher_name(run)}` (fingerprint `{run.fingerprint(LOOP_VERSION)}`)."
         yield "Its files are not beside this student's, so no more is known of it here."
@@ -135,7 +149,9 @@ def _again_section(chosen: Chosen) -> Iterator[str]:
     versions = made.get("versions") or {}
     yield "\n## Train it again\n"
     if versions:
-        pins = " ".join(f"{name}=={version}" for name, version in versions.items() if name != "python")
+        pins = " ".join(
+            f"{name}=={version}" for name, version in versions.items() if name != "python"
+        )
         yield f"```sh\n# Python {versions.get('python')}\npip install {pins}\ntfkd train config.yaml\n```\n"
     else:
         yield "```sh\ntfkd train config.yaml\n```\n"

@@ -63,7 +63,9 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     """The student that `source` stands for, see `export`; a ConfigError where there is none."""
     if not source.is_dir():
         what = (
-            "is a file; name the folder it is in" if source.exists() else f"no such folder (looked from {Path.cwd()})"
+            "is a file; name the folder it is in"
+            if source.exists()
+            else f"no such folder (looked from {Path.cwd()})"
         )
         raise ConfigError(what, source)
     if (source / "confirm.yaml").is_file():
@@ -72,7 +74,8 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
     if arm is not None or seed is not None:
         given = "--arm" if arm is not None else "--seed"
         raise ConfigError(
-            f"{given}: picks a run of a comparison, and there is no confirm.yaml here; leave it out", source
+            f"{given}: picks a run of a comparison, and there is no confirm.yaml here; leave it out",
+            source,
         )
     if (source / "experiment.yaml").is_file():
         records = read_records(source)
@@ -88,7 +91,9 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         record, above = read_record(source), source.parent.parent
         if (above / "confirm.yaml").is_file():
             with damaged(above / "confirm.json"):
-                return _of_comparison(above, record.parameters.get("arm"), record.parameters.get("seed"))
+                return _of_comparison(
+                    above, record.parameters.get("arm"), record.parameters.get("seed")
+                )
         return _chosen_of_trial(record, above)
     if (source / "config.yaml").is_file():
         return _of_run(source)
@@ -104,7 +109,9 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
     path = record.folder / "trial.json"
     if record.status != "done":
         reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
-        raise ConfigError(f"{record.status}{reason}; only a trial of full length has weights to export", path)
+        raise ConfigError(
+            f"{record.status}{reason}; only a trial of full length has weights to export", path
+        )
     config = validated(TrainConfig, record.config, path)
     metric = selection_metric(experiment)
     records = read_records(experiment)
@@ -118,7 +125,9 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
             "many trials the luckiest is always ahead of its true value."
         )
     else:
-        ahead = f"; its best trial is `{winner.name}` with {winner.last[metric]:.4f}" if winner else ""
+        ahead = (
+            f"; its best trial is `{winner.name}` with {winner.last[metric]:.4f}" if winner else ""
+        )
         text = (
             f"Trial `{record.name}` of the sweep `{experiment.name}` ({len(records)} trials), picked by hand: {value} "
             f"on validation after its last epoch{ahead}."
@@ -175,16 +184,24 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     done = [s for s, run in runs.items() if run["status"] == "done"]
     if name is None or not done:
         raise ConfigError(
-            f"{name or 'no arm'}: no run was trained to the end; see {trials_folder(directory)}", directory
+            f"{name or 'no arm'}: no run was trained to the end; see {trials_folder(directory)}",
+            directory,
         )
     if seed is not None and seed not in done:
-        why = f"{runs[seed]['status']}: {runs[seed].get('reason', '')}" if seed in runs else "no such seed"
-        raise ConfigError(f"--seed: {name} with {seed}: {why}; trained to the end: {listed(done)}", directory)
+        why = (
+            f"{runs[seed]['status']}: {runs[seed].get('reason', '')}"
+            if seed in runs
+            else "no such seed"
+        )
+        raise ConfigError(
+            f"--seed: {name} with {seed}: {why}; trained to the end: {listed(done)}", directory
+        )
     wanted = (name, done[0] if seed is None else seed)
     run = next((r for r in compared.runs_on_data if (r.arm, r.seed) == wanted), None)
     if run is None:
         raise ConfigError(
-            f"confirm.json has a run of {wanted[0]} with seed {wanted[1]}, confirm.yaml has none", directory
+            f"confirm.json has a run of {wanted[0]} with seed {wanted[1]}, confirm.yaml has none",
+            directory,
         )
     folder = trials_folder(directory) / run.name
     about = read_yaml(directory / "confirm.yaml")
@@ -205,7 +222,9 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
 def _outcome(directory: Path) -> dict[str, Any] | None:
     """What confirm.json says; None where there is none."""
     with damaged(path := directory / "confirm.json"):
-        found: dict[str, Any] | None = parse_json(read_text(path)) if os.path.lexists(path) else None
+        found: dict[str, Any] | None = (
+            parse_json(read_text(path)) if os.path.lexists(path) else None
+        )
     return found
 
 
@@ -221,7 +240,10 @@ def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
     """
     words = {c["name"]: c["verdict"] for found in result["verdicts"] for c in found["candidates"]}
     judged = [arm for arm in result["arms"] if _chosen_values(arm, metric)]
-    best_first = ranked(judged, metric.key, lambda arm: statistics.fmean(_chosen_values(arm, metric))) or judged
+    best_first = (
+        ranked(judged, metric.key, lambda arm: statistics.fmean(_chosen_values(arm, metric)))
+        or judged
+    )
 
     def place(arm: dict[str, Any]) -> tuple[bool, bool]:
         return arm["role"] == "candidate", words.get(arm["name"]) == "better"
@@ -230,7 +252,13 @@ def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
 
 
 def _arm_selection(
-    result: dict[str, Any], metric: Score, directory: Path, name: str, seed: int, *, by_hand: tuple[bool, bool]
+    result: dict[str, Any],
+    metric: Score,
+    directory: Path,
+    name: str,
+    seed: int,
+    *,
+    by_hand: tuple[bool, bool],
 ) -> list[str]:
     arms = {arm["name"]: arm for arm in result["arms"]}
     candidates = sum(arm["role"] == "candidate" for arm in result["arms"])
@@ -245,7 +273,9 @@ def _arm_selection(
         )
         if candidates > 1:
             chosen += "; that is a choice by the test split, and flatters the mean a little"
-    which = "picked by hand" if by_hand[1] else "the first that was trained to the end, not the best"
+    which = (
+        "picked by hand" if by_hand[1] else "the first that was trained to the end, not the best"
+    )
     values = _chosen_values(arms[name], metric)
     own = next(run for run in arms[name]["runs"] if run["seed"] == seed)
     texts = [f"{chosen}. Seed {seed}: {which}. Trained on {result['trained_on']}."]
@@ -277,7 +307,10 @@ def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
         try:
             compared, result = read_comparison(directory), _outcome(directory)
         except ConfigError as error:
-            unread += ["", f"The comparison `{directory.name}` could not be read: {error.problems[0]}"]
+            unread += [
+                "",
+                f"The comparison `{directory.name}` could not be read: {error.problems[0]}",
+            ]
             continue
         for arm in compared.arms.arms:
             if result is not None and _recipe_print(arm.config) == wanted:
@@ -303,16 +336,25 @@ def _verdict_text(result: dict[str, Any], directory: Path, arm: str) -> list[str
     where = f"Comparison `{directory.name}`, test split of {result['test']}, trained on {result['trained_on']}"
     lines = [f"{where}; first opened on {opened}."]
     if result["preset"]:
-        lines.append(f"Preset {result['preset']}: scaled down to see it run; its numbers say nothing about full runs.")
-    judged = [(found, c) for found in result["verdicts"] for c in found["candidates"] if c["name"] == arm]
+        lines.append(
+            f"Preset {result['preset']}: scaled down to see it run; its numbers say nothing about full runs."
+        )
+    judged = [
+        (found, c) for found in result["verdicts"] for c in found["candidates"] if c["name"] == arm
+    ]
     if not judged:
         role = next(a["role"] for a in result["arms"] if a["name"] == arm)
-        lines += ["", f"No verdict on `{arm}`: it is a {role} there, or had too few seeds to be judged."]
+        lines += [
+            "",
+            f"No verdict on `{arm}`: it is a {role} there, or had too few seeds to be judged.",
+        ]
         lines += [f"Of the others: {found['sentence']}." for found in result["verdicts"]]
     for found, candidate in judged:
         metric = JudgedMetric(**found["metric"])
         lines += ["", f"**{candidate['sentence']}.**", ""]
-        lines += [f"| lead in {metric.name} over | lead | 95 % over seeds | 95 % over test images | n | p |"]
+        lines += [
+            f"| lead in {metric.name} over | lead | 95 % over seeds | 95 % over test images | n | p |"
+        ]
         lines += ["|---|---:|---:|---:|---:|---:|"]
         for c in candidate["comparisons"]:
             images = "-" if c["images"] is None else _interval(metric, *c["images"])
@@ -321,10 +363,18 @@ def _verdict_text(result: dict[str, Any], directory: Path, arm: str) -> list[str
                 f"{images} | {len(c['seeds'])} | {'< 0.001' if c['p'] < 0.001 else format(c['p'], '.3f')} |"
             )
         if found["searched"]:
-            lines += ["", f"The candidates are the best of {found['searched']:,} configurations, on validation."]
+            lines += [
+                "",
+                f"The candidates are the best of {found['searched']:,} configurations, on validation.",
+            ]
         lines += [line for note in found["notes"] for line in ("", f"Note: {note}.")]
     others = tuple(f"{a['name']}: " for a in result["arms"] if a["name"] != arm)
-    return lines + [line for note in result["notes"] if not note.startswith(others) for line in ("", f"Note: {note}.")]
+    return lines + [
+        line
+        for note in result["notes"]
+        if not note.startswith(others)
+        for line in ("", f"Note: {note}.")
+    ]
 
 
 def _interval(metric: JudgedMetric, low: float | None, high: float | None) -> str:

@@ -120,7 +120,9 @@ def verify(folder: Path) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"not an exported student: there is no {SUMS} in it", folder)
     listed, problems = dict[str, str](), list[str]()
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+    ):
         match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
         if match is None:
             problems.append(f"{SUMS}: line {number} is not a checksum and a name: {line[:80]!r}")
@@ -132,7 +134,9 @@ def verify(folder: Path) -> list[str]:
         elif _sha256_of(folder / name) != expected:
             problems.append(f"{name}: changed: its SHA-256 is not the one in {SUMS}; get it again")
     there = {p.name for p in folder.iterdir()} - {SUMS}
-    problems += [f"{name}: not in {SUMS}: it was added later" for name in sorted(there - set(listed))]
+    problems += [
+        f"{name}: not in {SUMS}: it was added later" for name in sorted(there - set(listed))
+    ]
     problems += [] if listed else [f"{SUMS}: lists no file"]
     if problems:
         raise ConfigError(problems, folder)
@@ -148,11 +152,19 @@ def _check_export(out: Path, onnx: bool, licence: str | None) -> None:
         what = "is not empty" if kind == "a directory" else f"is {kind or 'a file'}"
         raise ConfigError(f"{what}; choose another directory: -o DIR", out)
     check_writable(out.parent, "-o DIR")
-    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if onnx and importlib.util.find_spec(p) is None]
+    missing = [
+        p
+        for p in ("onnx", "onnxscript", "onnxruntime")
+        if onnx and importlib.util.find_spec(p) is None
+    ]
     if missing:
-        raise ConfigError(f"--onnx: {', '.join(missing)} not installed here: pip install 'tfkd_ray[onnx]'")
+        raise ConfigError(
+            f"--onnx: {', '.join(missing)} not installed here: pip install 'tfkd_ray[onnx]'"
+        )
     if licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
-        raise ConfigError(f"--licence: a short name such as apache-2.0, mit or cc-by-4.0, got {licence!r}")
+        raise ConfigError(
+            f"--licence: a short name such as apache-2.0, mit or cc-by-4.0, got {licence!r}"
+        )
 
 
 # --- weights and graphs ----------------------------------------------------------------------------------------
@@ -173,7 +185,9 @@ def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
         raise ConfigError(f"damaged: {error}; train it again", path) from None
     except RuntimeError as error:  # what load_state_dict says
         problem = " ".join(str(error).split())
-        raise ConfigError(f"its weights do not fit its configuration: {problem[:300]}", path) from None
+        raise ConfigError(
+            f"its weights do not fit its configuration: {problem[:300]}", path
+        ) from None
     run = config.fingerprint(LOOP_VERSION)
     notes = []
     if header.get("run") != run:
@@ -190,7 +204,11 @@ def _images(data: Dataset) -> tuple[str, list[Tensor]]:
     split, images = "train", train
     if val is not None and len(val) >= min(IMAGES, len(train)):
         split, images = "validation", val
-    index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images)), dtype=torch.float64).round().long()
+    index = (
+        torch.linspace(0, len(images) - 1, min(IMAGES, len(images)), dtype=torch.float64)
+        .round()
+        .long()
+    )
     batch = max(1, EVAL_PIXELS // math.prod(data.shape[1:]))
     shares = [share for share in (index[:1], index[1:8], *index[8:].split(batch)) if len(share)]
     return split, list(images.read(shares))
@@ -222,7 +240,9 @@ def _graphs(
     with torch.no_grad():
         expected = torch.cat([graph(images) for images in batches])
     found, problems = dict[str, Difference](), dict[str, str]()
-    forms: dict[str, Callable[[Path, ExportedProgram, Sequence[Tensor]], list[Tensor]]] = {GRAPH: _pt2}
+    forms: dict[str, Callable[[Path, ExportedProgram, Sequence[Tensor]], list[Tensor]]] = {
+        GRAPH: _pt2
+    }
     forms |= {ONNX: _onnx} if onnx else {}
     try:
         program = _program(graph, data.shape)
@@ -231,14 +251,19 @@ def _graphs(
     for name, write in forms.items():
         try:
             logits = torch.cat(write(folder / name, program, batches))
-        except Exception as error:  # an operation without a form in this format can end in any exception
+        except (
+            Exception
+        ) as error:  # an operation without a form in this format can end in any exception
             (folder / name).unlink(missing_ok=True)
             problems[name] = _export_reason(error)
             continue
         found[name] = difference = Difference(
-            float((logits.double() - expected.double()).abs().max()), float(expected.double().abs().max())
+            float((logits.double() - expected.double()).abs().max()),
+            float(expected.double().abs().max()),
         )
-        if not difference.largest <= EXPORT_TOLERANCE * difference.scale:  # also where either is not a number
+        if (
+            not difference.largest <= EXPORT_TOLERANCE * difference.scale
+        ):  # also where either is not a number
             raise ExportFailed(
                 f"{name}: its logits differ from the student's by up to {difference.largest:.2g} on {len(expected)} "
                 f"images, where {EXPORT_TOLERANCE:g} of their scale ({difference.scale:.3g}) is allowed; "
@@ -283,7 +308,9 @@ def _onnx(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> li
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(session.run(None, {"images": images.numpy()})[0]) for images in batches]
+    return [
+        torch.from_numpy(session.run(None, {"images": images.numpy()})[0]) for images in batches
+    ]
 
 
 def _export_reason(error: Exception) -> str:

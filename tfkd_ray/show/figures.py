@@ -67,7 +67,9 @@ class Sweep:
         return Axis(f"{row.title}, {row.unit}")
 
     def hover(self, record: Record) -> str:
-        settings = ", ".join(f"{short_name(k)} {number_text(v)}" for k, v in record.parameters.items())
+        settings = ", ".join(
+            f"{short_name(k)} {number_text(v)}" for k, v in record.parameters.items()
+        )
         return f"{record.name}: {trial_value(self, record)}<br>{escaped(settings)}"
 
 
@@ -93,7 +95,11 @@ def parallel(sweep: Sweep) -> Figure:
         "Parallel coordinates",
         "Each line is one trial: it crosses every upright axis at the trial's setting, and the last one at its value "
         f"({sweep.axis().label}); dark lines are the best. Trials stopped early are grey and have no value.",
-        [_parallel_panel(sweep, objective, low, high) for objective in sweep.plan.rows if _searched(sweep, objective)],
+        [
+            _parallel_panel(sweep, objective, low, high)
+            for objective in sweep.plan.rows
+            if _searched(sweep, objective)
+        ],
         wide=True,
     )
 
@@ -106,7 +112,9 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
 
     def line(record: Record) -> list[float | None]:
         """Heights of one trial on the axes, in [0, 1]."""
-        heights: list[float | None] = [_axis_place(p, record.parameters.get(p.name)) for p in searched]
+        heights: list[float | None] = [
+            _axis_place(p, record.parameters.get(p.name)) for p in searched
+        ]
         value = (sweep.value(record.last) - low) / (high - low) if high > low else 0.5
         return [*heights, value if record in full else None]
 
@@ -121,7 +129,9 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     series.append(Series("text", [float(i) for i in range(last + 1)] * 2, [-0.1] * (last + 1) + [1.1] * (last + 1),
                          text=[e[0] for e in ends] + [e[1] for e in ends]))  # fmt: skip
     names = [
-        short_name(p.name).replace("weight_decay", "weight<br>decay").replace("correct_prob", "correct<br>prob")
+        short_name(p.name)
+        .replace("weight_decay", "weight<br>decay")
+        .replace("correct_prob", "correct<br>prob")
         for p in searched
     ]
     ticks = (
@@ -137,7 +147,9 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     )
 
 
-def _lines(name: str, records: Sequence[Record], line: Any, sweep: Sweep, colour: str, width: float) -> Series:
+def _lines(
+    name: str, records: Sequence[Record], line: Any, sweep: Sweep, colour: str, width: float
+) -> Series:
     """One broken line for many trials."""
     x: list[float | None] = []
     y: list[float | None] = []
@@ -181,7 +193,11 @@ def _slice(sweep: Sweep, p: Parameter, objectives: Sequence[str], title: str) ->
 def contours(sweep: Sweep) -> Figure:
     panels, few = [], []
     for objective in sweep.plan.rows:
-        searched = {p.name.rpartition(".")[2]: p for p in _searched(sweep, objective) if p.path[0] == "objective"}
+        searched = {
+            p.name.rpartition(".")[2]: p
+            for p in _searched(sweep, objective)
+            if p.path[0] == "objective"
+        }
         t, alpha = searched.get("temperature"), searched.get("alpha")
         if t is None or alpha is None or not all(isinstance(p.domain, Range) for p in (t, alpha)):
             continue  # choices have nothing between them
@@ -198,11 +214,15 @@ def contours(sweep: Sweep) -> Figure:
     return Figure("contour", "Temperature against alpha", _but_few(sentence, panels, few), panels)
 
 
-def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full: Sequence[Record]) -> Panel | None:
+def _contour(
+    sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full: Sequence[Record]
+) -> Panel | None:
     from scipy.interpolate import griddata
     from scipy.spatial import QhullError
 
-    points = np.array([[_axis_place(p, r.parameters[p.name]) for p in (t, alpha)] for r in full], dtype=float)
+    points = np.array(
+        [[_axis_place(p, r.parameters[p.name]) for p in (t, alpha)] for r in full], dtype=float
+    )
     values = [sweep.value(r.last) for r in full]
     grid = np.linspace(0, 1, 25)
     try:
@@ -214,24 +234,33 @@ def _contour(sweep: Sweep, objective: str, t: Parameter, alpha: Parameter, full:
     dots = Series("points", [_at(t, r.parameters[t.name]) for r in full],
                   [_at(alpha, r.parameters[alpha.name]) for r in full],
                   text=[sweep.hover(r) for r in full])  # fmt: skip
-    return Panel(objective, _axis(t), _axis(alpha), [dots], surface=(x, y, cells, sweep.axis().label))
+    return Panel(
+        objective, _axis(t), _axis(alpha), [dots], surface=(x, y, cells, sweep.axis().label)
+    )
 
 
 def importance_section(sweep: Sweep) -> Figure:
     panels, few, cut = [], [], False
     for objective in sweep.plan.rows:
         full = sweep.of(objective, sweep.full)
-        searched = [p for p in _searched(sweep, objective) if p.within is None]  # what every trial has
+        searched = [
+            p for p in _searched(sweep, objective) if p.within is None
+        ]  # what every trial has
         if len(searched) < 2:
             continue
         if len(full) < MIN_TRIALS:
             few.append(f"{objective} ({len(full)})")
             continue
         cut |= len(full) > MAX_FOREST
-        shares = sorted(_shares(sweep, searched, _evenly(full, MAX_FOREST)).items(), key=lambda item: item[1])
+        shares = sorted(
+            _shares(sweep, searched, _evenly(full, MAX_FOREST)).items(), key=lambda item: item[1]
+        )
         ticks = tuple((float(i), short_name(name)) for i, (name, _) in enumerate(shares))
         bars = Series(
-            "bars", [100 * share for _, share in shares], [i for i, _ in ticks], colour=sweep.colour(objective)
+            "bars",
+            [100 * share for _, share in shares],
+            [i for i, _ in ticks],
+            colour=sweep.colour(objective),
         )
         height = 130 + 26 * len(shares)
         panels.append(Panel(f"{objective}, {len(full)} trials", Axis("share of the spread, %", span=(0.0, 100.0)),
@@ -244,20 +273,30 @@ def importance_section(sweep: Sweep) -> Figure:
     return Figure("importance", "Importance", _but_few(sentence, panels, few), panels)
 
 
-def _shares(sweep: Sweep, searched: Sequence[Parameter], records: Sequence[Record]) -> dict[str, float]:
+def _shares(
+    sweep: Sweep, searched: Sequence[Parameter], records: Sequence[Record]
+) -> dict[str, float]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize" if sweep.plan.mode == "max" else "minimize")
     flat = {p.name: optuna.distributions.FloatDistribution(0.0, 1.0) for p in searched}
     for record in records:
-        params = {p.name: min(1.0, max(0.0, _axis_place(p, record.parameters[p.name]) or 0.0)) for p in searched}
-        trial = optuna.trial.create_trial(params=params, distributions=flat, value=record.last[sweep.metric])
+        params = {
+            p.name: min(1.0, max(0.0, _axis_place(p, record.parameters[p.name]) or 0.0))
+            for p in searched
+        }
+        trial = optuna.trial.create_trial(
+            params=params, distributions=flat, value=record.last[sweep.metric]
+        )
         study.add_trial(trial)
     if len({record.last[sweep.metric] for record in records}) == 1:  # nothing to explain
         return dict.fromkeys(flat, 0.0)
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=0)
-    return {k: float(v) for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()}
+    return {
+        k: float(v)
+        for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()
+    }
 
 
 def curves(sweep: Sweep) -> Figure:
@@ -271,7 +310,11 @@ def curves(sweep: Sweep) -> Figure:
         keep = full[:10]
         drawn = keep + _evenly([r for r in mine if r not in keep], share - len(keep))
         cut |= len(drawn) < len(mine)
-        best, whole, rest = full[:1], [r for r in drawn if r in full[1:]], [r for r in drawn if r not in full]
+        best, whole, rest = (
+            full[:1],
+            [r for r in drawn if r in full[1:]],
+            [r for r in drawn if r not in full],
+        )
         series = [
             _epochs_axis("not of full length", rest, sweep, PALE, 0.8),
             _epochs_axis("full length", whole, sweep, sweep.colour(objective), 1.0),
@@ -280,7 +323,10 @@ def curves(sweep: Sweep) -> Figure:
         if not mine:
             continue
         rules = [(float(rung), f"{rung}") for rung in rungs]
-        x, y = Axis("epoch", span=(0.0, float(sweep.space.epochs))), replace(sweep.axis(), span=_zoom(sweep))
+        x, y = (
+            Axis("epoch", span=(0.0, float(sweep.space.epochs))),
+            replace(sweep.axis(), span=_zoom(sweep)),
+        )
         panels.append(Panel(objective, x, y, [s for s in series if s.x], rules))
     name = score_of(sweep.metric).title
     sentence = f"Each line is a trial: its {name} after every epoch."
@@ -300,7 +346,9 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
     return with_margin([min(early[len(early) // 10], ends[len(ends) // 4]), ends[-1]])
 
 
-def _epochs_axis(name: str, records: Sequence[Record], sweep: Sweep, colour: str, width: float) -> Series:
+def _epochs_axis(
+    name: str, records: Sequence[Record], sweep: Sweep, colour: str, width: float
+) -> Series:
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str] = []
@@ -318,17 +366,36 @@ def pareto_section(sweep: Sweep) -> Figure:
     front = pareto(sweep.full, searched) if len(searched) > 1 else []
     panels = []
     for other in others:
-        some = [r for r in sweep.full if all(math.isfinite(r.last.get(m, math.nan)) for m in (first, other))]
+        some = [
+            r
+            for r in sweep.full
+            if all(math.isfinite(r.last.get(m, math.nan)) for m in (first, other))
+        ]
         if not some:
             continue
         series = []
         for objective in sweep.plan.rows:
             mine = sweep.of(objective, some)
             x, y = ([sweep.value(r.last, m) for r in mine] for m in (other, first))
-            series.append(Series("points", x, y, objective, sweep.colour(objective), [sweep.hover(r) for r in mine]))
-        x, y = ([sweep.value(r.last, m) for r in pareto(some, (first, other))] for m in (other, first))
+            series.append(
+                Series(
+                    "points",
+                    x,
+                    y,
+                    objective,
+                    sweep.colour(objective),
+                    [sweep.hover(r) for r in mine],
+                )
+            )
+        x, y = (
+            [sweep.value(r.last, m) for r in pareto(some, (first, other))] for m in (other, first)
+        )
         series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
-        panels.append(Panel("all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]))
+        panels.append(
+            Panel(
+                "all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]
+            )
+        )
     names = [score_of(m).title for m in (first, *others)]
     many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front])}."
     return Figure(
@@ -341,7 +408,10 @@ def pareto_section(sweep: Sweep) -> Figure:
 
 
 def fidelity(sweep: Sweep) -> Figure:
-    ranks = {(found.objective, found.rung): found for found in rank_correlations(sweep.space, sweep.records)}
+    ranks = {
+        (found.objective, found.rung): found
+        for found in rank_correlations(sweep.space, sweep.records)
+    }
     panels: list[Panel] = []
     few = sorted({f"{o} ({len(sweep.of(o, sweep.full))})" for o in sweep.plan.rows
                   if len(sweep.of(o, sweep.full)) < MIN_TRIALS})  # fmt: skip
@@ -359,11 +429,22 @@ def fidelity(sweep: Sweep) -> Figure:
                 corrected = f", {found.corrected:.2f}" if found.judged > found.n else ""
                 told = f"{found.rank:.2f}{corrected} (n = {found.n})"
             name = f"{objective}: {told}"
-            series.append(Series("points", x, y, name, sweep.colour(objective), [sweep.hover(p[2]) for p in pairs]))
+            series.append(
+                Series(
+                    "points",
+                    x,
+                    y,
+                    name,
+                    sweep.colour(objective),
+                    [sweep.hover(p[2]) for p in pairs],
+                )
+            )
         if series:
             axis = replace(sweep.axis(), label=f"{sweep.axis().label}, after {rung} epochs")
             panels.append(Panel(f"rung at {rung} epochs", axis, sweep.axis(), series))
-    warnings = [f" Warning: {warning}." for warning in fidelity_warnings(sweep.space, sweep.records)]
+    warnings = [
+        f" Warning: {warning}." for warning in fidelity_warnings(sweep.space, sweep.records)
+    ]
     sentence = (
         "The value at a rung against the final one, over trials of full length; the legend has Spearman's rank "
         "correlation (1: the rung ranks trials as the end does). Trials that a rung stopped have no final value, and "
@@ -372,7 +453,9 @@ def fidelity(sweep: Sweep) -> Figure:
     )
     if not sweep.space.search.stopping.rungs(sweep.space.epochs):
         return Figure(
-            "fidelity", "Do the rungs rank right?", "This sweep has no rungs: every trial runs its full length."
+            "fidelity",
+            "Do the rungs rank right?",
+            "This sweep has no rungs: every trial runs its full length.",
         )
     return Figure("fidelity", "Do the rungs rank right?", _but_few(sentence, panels, few), panels)
 
@@ -385,7 +468,11 @@ def _but_few(sentence: str, panels: Sequence[Panel], few: Sequence[str]) -> str:
     """The sentence, and which objectives have too few trials for it."""
     if not panels and not few:
         return "Nothing that is searched here can be shown in this way."
-    lacking = f"Fewer than {MIN_TRIALS} trials of full length, too few to tell: {', '.join(few)}." if few else ""
+    lacking = (
+        f"Fewer than {MIN_TRIALS} trials of full length, too few to tell: {', '.join(few)}."
+        if few
+        else ""
+    )
     return f"{sentence} {lacking}".strip() if panels else lacking
 
 
@@ -425,7 +512,9 @@ def _axis(p: Parameter) -> Axis:
         return Axis(name, span=with_margin([low, high]))
     margin = (high / low) ** 0.05
     span = (low / margin, high * margin)
-    return Axis(f"{domain.label(name)} (log scale)", log=True, ticks=_log_ticks(low, high), span=span)
+    return Axis(
+        f"{domain.label(name)} (log scale)", log=True, ticks=_log_ticks(low, high), span=span
+    )
 
 
 def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
@@ -462,7 +551,13 @@ def short_name(name: str) -> str:
 
 
 def number_text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
 
 
 def trial_value(sweep: Sweep, record: Record) -> str:

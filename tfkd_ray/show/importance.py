@@ -18,7 +18,9 @@ ENOUGH = 4
 """Fewest full-length trials of an objective from which importance is told."""
 
 
-def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[str, dict[str, float]]:
+def importance(
+    experiment: Path | str, *, evaluator: str = "pedanova"
+) -> dict[str, dict[str, float]]:
     """How much of the metric each searched setting explains: {objective: {parameter: share}}, shares that sum to 1.
 
     Over the full-length trials of each objective apart; an objective with fewer than 4 of them, or with nothing
@@ -26,11 +28,15 @@ def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[s
     `evaluator` is one of Optuna's: pedanova, fanova, mdi.
     """
     if evaluator not in EVALUATORS:
-        raise ConfigError(f"evaluator: no such evaluator {evaluator!r}; known: {', '.join(EVALUATORS)}")
+        raise ConfigError(
+            f"evaluator: no such evaluator {evaluator!r}; known: {', '.join(EVALUATORS)}"
+        )
     experiment = Path(experiment)
     space = build_space(read_experiment(experiment)["space"], experiment / "experiment.yaml")
     metric = space.search.metric
-    records = [r for r in read_records(experiment) if r.status == "done" and is_number(r.last.get(metric))]
+    records = [
+        r for r in read_records(experiment) if r.status == "done" and is_number(r.last.get(metric))
+    ]
     found: dict[str, dict[str, float]] = {}
     for branch in space.branches:
         mine = [r for r in records if r.objective == branch.objective]
@@ -42,14 +48,22 @@ def importance(experiment: Path | str, *, evaluator: str = "pedanova") -> dict[s
         group = BranchGroup(branch.objective, (branch,))
         for r in mine:
             params, distributions = as_asked(group, branch.objective, r.parameters)
-            study.add_trial(optuna.trial.create_trial(value=r.last[metric], params=params, distributions=distributions))
+            study.add_trial(
+                optuna.trial.create_trial(
+                    value=r.last[metric], params=params, distributions=distributions
+                )
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            everywhere = set.intersection(*(set(t.params) for t in study.get_trials(deepcopy=False)))
+            everywhere = set.intersection(
+                *(set(t.params) for t in study.get_trials(deepcopy=False))
+            )
             shares = optuna.importance.get_param_importances(
                 study, evaluator=_evaluator(evaluator), params=sorted(everywhere)
             )
-        found[branch.objective] = {name.removeprefix("1 - "): float(share) for name, share in shares.items()}
+        found[branch.objective] = {
+            name.removeprefix("1 - "): float(share) for name, share in shares.items()
+        }
     return found
 
 

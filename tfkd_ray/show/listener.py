@@ -75,7 +75,11 @@ class Epochs:
     def new(self, result: Mapping[str, Any]) -> int | None:
         """Return the result's epoch if it is told for the first time. A failure is of no epoch."""
         epoch = self.of(result)
-        if result.get("failed") or epoch is None or (self._number is not None and epoch <= self._number):
+        if (
+            result.get("failed")
+            or epoch is None
+            or (self._number is not None and epoch <= self._number)
+        ):
             return None
         self._number, self.last = epoch, result
         return epoch

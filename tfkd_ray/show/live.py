@@ -24,7 +24,15 @@ from tfkd_ray.settings.files import legible
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.listener import OwnCallback
-from tfkd_ray.show.status import ExperimentPlan, duration, epochs_left, fitted, padded, read_plan, spent
+from tfkd_ray.show.status import (
+    ExperimentPlan,
+    duration,
+    epochs_left,
+    fitted,
+    padded,
+    read_plan,
+    spent,
+)
 from tfkd_ray.space.search_config import SearchConfig
 from tfkd_ray.store.assignment import Assignment
 from tfkd_ray.store.experiment import FULL_LENGTH, read_record, read_records
@@ -94,7 +102,9 @@ class Progress(OwnCallback):
         self._plan: ExperimentPlan = read_plan(self._experiment)
         self._metric = self._plan.metric or "train_loss"
         search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
-        self._search = validated(SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)})
+        self._search = validated(
+            SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)}
+        )
         self._start = time.time()
         for record in read_records(self._experiment):  # what earlier sessions did
             if record.status in ("done", "stopped", "failed"):
@@ -158,7 +168,9 @@ class Progress(OwnCallback):
         self._end(trial, (trial.last_result or {}).get("failed"))
 
     def on_failed(self, trial: Any) -> None:
-        self._end(trial, read_record(Assignment.of(trial.config).folder).reason or "its process was lost")
+        self._end(
+            trial, read_record(Assignment.of(trial.config).folder).reason or "its process was lost"
+        )
 
     def on_lost(self, trial: Any) -> None:
         name = Assignment.of(trial.config).name
@@ -209,7 +221,9 @@ class Progress(OwnCallback):
 
     def _draw(self, *, force: bool = False) -> None:
         now = time.monotonic()
-        if (self._live is None and self._cell is None) or (not force and now - self._drawn < REFRESH_S):
+        if (self._live is None and self._cell is None) or (
+            not force and now - self._drawn < REFRESH_S
+        ):
             return
         self._drawn = now
         if self._live is not None:
@@ -222,7 +236,10 @@ class Progress(OwnCallback):
             return "red" if line.startswith("failed:") else ""
 
         first, *rest = lines
-        return Group(Text(first, style="bold", no_wrap=True), *(Text(t, style=style(t), no_wrap=True) for t in rest))
+        return Group(
+            Text(first, style="bold", no_wrap=True),
+            *(Text(t, style=style(t), no_wrap=True) for t in rest),
+        )
 
     def lines(self, width: int, height: int) -> list[str]:
         """The current state, as lines that leave at least one of the screen's free."""
@@ -232,7 +249,9 @@ class Progress(OwnCallback):
         used = spent(self._experiment, count["running"], since=self._start)
         title = f"{over:,} of {self._plan.trials:,} trials, {count['running']} running, {duration(used['seconds'])}"
         title += self._left(runs, used)
-        lines = [f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"]
+        lines = [
+            f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"
+        ]
         lines += self._joined([*self._speed(runs), *self._budgets(used, count["failed"])], width)
         below = [*self._best_lines(runs, width), *self._rungs(runs, width)]
         below += [f"waiting for nodes: {self._waiting}"] if self._waiting else []
@@ -254,8 +273,14 @@ class Progress(OwnCallback):
     def _speed(self, runs: Sequence[_Run]) -> Iterator[str]:
         if rate := self._rate():
             per_minute = 60 * rate
-            yield f"{per_minute:,.0f} epochs/min" if per_minute >= 10 else f"{per_minute:.2g} epochs/min"
-        images = sum(run.images_per_s for run in runs if run.status == "running" and run.images_per_s > 0)
+            yield (
+                f"{per_minute:,.0f} epochs/min"
+                if per_minute >= 10
+                else f"{per_minute:.2g} epochs/min"
+            )
+        images = sum(
+            run.images_per_s for run in runs if run.status == "running" and run.images_per_s > 0
+        )
         if images:
             yield f"{images:,.0f} images/s"
 
@@ -298,9 +323,16 @@ class Progress(OwnCallback):
         if winner is None:
             return []
         short = {name.rpartition(".")[2]: value for name, value in winner.parameters.items()}
-        values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {in_yaml(v)}" for k, v in short.items())
-        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (f": {values}" if values else "")
-        return textwrap.wrap(text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ...")
+        values = ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {in_yaml(v)}"
+            for k, v in short.items()
+        )
+        text = f"best: {winner.name}, {self._metric} {winner.value:.4f}" + (
+            f": {values}" if values else ""
+        )
+        return textwrap.wrap(
+            text, max(8, width), subsequent_indent="  ", max_lines=2, placeholder=" ..."
+        )
 
     def _rungs(self, runs: Sequence[_Run], width: int) -> list[str]:
         """How many trials came to each rung, and how many were stopped there; neighbours share a column if need be."""
@@ -334,7 +366,9 @@ class Progress(OwnCallback):
         ce = self._best_of(by_row.get("ce", []))
         versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1
         head = fitted(f"best {self._metric}", 17) if self._plan.metric else f"least {self._metric}"
-        cells = f"{'full':>6} {'stopped':>7} {'failed':>6}  {head:>{len(head)}}" + (f" {'vs ce':>8}" if versus else "")
+        cells = f"{'full':>6} {'stopped':>7} {'failed':>6}  {head:>{len(head)}}" + (
+            f" {'vs ce':>8}" if versus else ""
+        )
         lines = [f"{'':<{column}} {cells}  running"]
         for row in shown:
             count, best = Counter(run.status for run in by_row[row]), self._best_of(by_row[row])
@@ -352,7 +386,11 @@ class Progress(OwnCallback):
         """The running ones of a row, as many as there is room for."""
         texts = []
         for run in (run for run in runs if run.status == "running"):
-            name = run.name.split("-")[0] if self._plan.kind == "sweep" else run.name.removeprefix(f"{run.row}-")
+            name = (
+                run.name.split("-")[0]
+                if self._plan.kind == "sweep"
+                else run.name.removeprefix(f"{run.row}-")
+            )
             value = f" {run.value:.4f}" if width >= 60 and math.isfinite(run.value) else ""
             texts.append(f"{name} {run.epoch}/{run.epochs}{value}")
         for shown in range(len(texts), 0, -1):

@@ -58,7 +58,9 @@ class Panel:
     series: Sequence[Series]
     rules: Sequence[tuple[float, str]] = ()
     """Vertical dashed lines: position and label."""
-    surface: tuple[Sequence[float], Sequence[float], Sequence[Sequence[float | None]], str] | None = None
+    surface: (
+        tuple[Sequence[float], Sequence[float], Sequence[Sequence[float | None]], str] | None
+    ) = None
     """Filled contours: x, y, z by row, and what z is."""
     height: int = 320
     """In pixels."""
@@ -157,11 +159,17 @@ def page_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     from plotly.offline import get_plotlyjs
 
     scripts = (
-        [get_plotlyjs(), SCRIPT] if any(isinstance(p, Figure) and p.panels for s in sections for p in s.parts) else []
+        [get_plotlyjs(), SCRIPT]
+        if any(isinstance(p, Figure) and p.panels for s in sections for p in s.parts)
+        else []
     )
     hashes = " ".join(map(_hash, scripts)) or "'none'"
-    policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {hashes}"
-    links = " ".join(f'<a href="#s{i}">{escaped(section.title)}</a>' for i, section in enumerate(sections))
+    policy = (
+        f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {hashes}"
+    )
+    links = " ".join(
+        f'<a href="#s{i}">{escaped(section.title)}</a>' for i, section in enumerate(sections)
+    )
     body = "".join(
         f'<section id="s{i}"><h2>{escaped(section.title)}</h2>{"".join(map(_part, section.parts))}</section>\n'
         for i, section in enumerate(sections)
@@ -191,7 +199,9 @@ def _part(part: str | Figure) -> str:
         for panel in part.panels
     )
     kind = "panels one" if len(part.panels) == 1 else "panels wider" if part.wide else "panels"
-    figcaption = f"<figcaption><h3>{escaped(part.title)}</h3><p>{escaped(part.sentence)}</p></figcaption>"
+    figcaption = (
+        f"<figcaption><h3>{escaped(part.title)}</h3><p>{escaped(part.sentence)}</p></figcaption>"
+    )
     return f'<figure>{figcaption}<div class="{kind}">{panels}</div></figure>\n'
 
 
@@ -204,7 +214,11 @@ def box_html(kind: str, word: str, text: str, more: Sequence[str] = (), context:
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = f"<thead><tr>{''.join(f'<th>{escaped(h)}</th>' for h in head)}</tr></thead>" if any(head) else ""
+    top = (
+        f"<thead><tr>{''.join(f'<th>{escaped(h)}</th>' for h in head)}</tr></thead>"
+        if any(head)
+        else ""
+    )
     body = "".join(f"<tr>{''.join(map(_cell_html, row))}</tr>\n" for row in rows)
     return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>\n'
 
@@ -217,7 +231,9 @@ def _cell_html(text: str) -> str:
 
 def _inert_json(tree: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    return json.dumps(_finite(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(
+        _finite(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False
+    ).replace("<", "\\u003c")
 
 
 def _finite(tree: Any) -> Any:
@@ -240,13 +256,26 @@ def _plotly(panel: Panel) -> dict[str, Any]:
                      "colorbar": {"title": {"text": escaped(label), "side": "right"}, "thickness": 12},
                      "contours": {"coloring": "heatmap"}, "line": {"width": 0.5}, "connectgaps": False})  # fmt: skip
     for s in panel.series:
-        trace: dict[str, Any] = {"x": s.x, "y": s.y, "name": escaped(s.name), "showlegend": bool(s.name)}
+        trace: dict[str, Any] = {
+            "x": s.x,
+            "y": s.y,
+            "name": escaped(s.name),
+            "showlegend": bool(s.name),
+        }
         if s.kind == "bars":
-            trace |= {"type": "bar", "orientation": "h", "marker": {"color": s.colour}, "hoverinfo": "x"}
+            trace |= {
+                "type": "bar",
+                "orientation": "h",
+                "marker": {"color": s.colour},
+                "hoverinfo": "x",
+            }
         else:
             mode = {"points": "markers", "lines": "lines", "text": "text"}[s.kind]
             trace |= {"type": "scatter", "mode": mode, "opacity": s.opacity, "connectgaps": False}
-            trace |= {"line": {"color": s.colour, "width": s.width}, "marker": {"color": s.colour, "size": 7}}
+            trace |= {
+                "line": {"color": s.colour, "width": s.width},
+                "marker": {"color": s.colour, "size": 7},
+            }
             trace |= {"textfont": {"size": 10, "color": "#555"}} if s.kind == "text" else {}
             trace |= {"text" if s.kind == "text" else "hovertext": list(s.text)} if s.text else {}
             trace["hoverinfo"] = "skip" if s.kind == "text" else "text" if s.text else "x+y"
@@ -265,7 +294,14 @@ def _plotly(panel: Panel) -> dict[str, Any]:
         "paper_bgcolor": "#fff",
         "hovermode": "closest",
         "showlegend": named,
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
+        "legend": {
+            "orientation": "h",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0,
+            "font": {"size": 11},
+        },
         "shapes": rules,
         "annotations": notes,
         "xaxis": _plotly_axis(panel.x),
@@ -304,7 +340,9 @@ def draw_svg(figure: Figure, folder: Path) -> Path:
     columns = min(2 if figure.wide or len(figure.panels) in (2, 4) else 3, len(figure.panels))
     rows = math.ceil(len(figure.panels) / columns)
     height = max(panel.height for panel in figure.panels) / 90
-    with rc_context({"svg.hashsalt": "tfkd", "font.size": 8, "svg.fonttype": "none", "axes.spines.top": False}):
+    with rc_context(
+        {"svg.hashsalt": "tfkd", "font.size": 8, "svg.fonttype": "none", "axes.spines.top": False}
+    ):
         canvas = Canvas(figsize=(4.2 * columns, height * rows + 0.6), layout="constrained")
         canvas.suptitle(figure.title, parse_math=False)
         for number, panel in enumerate(figure.panels):
@@ -332,14 +370,22 @@ def _draw_panel(axes: Any, canvas: Any, panel: Panel) -> None:
             axes.barh(y, x, color=s.colour)
         elif s.kind == "text":
             for left, height, text in zip(x, y, s.text, strict=True):
-                axes.text(left, height, text, ha="center", va="center", fontsize=6, parse_math=False)
+                axes.text(
+                    left, height, text, ha="center", va="center", fontsize=6, parse_math=False
+                )
         elif s.kind == "points":
-            axes.plot(x, y, "o", color=s.colour, alpha=s.opacity, markersize=3.5, label=s.name or None)
+            axes.plot(
+                x, y, "o", color=s.colour, alpha=s.opacity, markersize=3.5, label=s.name or None
+            )
         else:
-            axes.plot(x, y, color=s.colour, linewidth=0.6 * s.width, alpha=s.opacity, label=s.name or None)
+            axes.plot(
+                x, y, color=s.colour, linewidth=0.6 * s.width, alpha=s.opacity, label=s.name or None
+            )
     for at, label in panel.rules:
         axes.axvline(at, color="#999999", linewidth=0.8, linestyle="--", zorder=0)
-        axes.text(at, 1, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=6)
+        axes.text(
+            at, 1, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=6
+        )
     for name, axis in (("x", panel.x), ("y", panel.y)):
         getattr(axes, f"set_{name}label")(axis.label, parse_math=False)
         if axis.ticks:
@@ -349,4 +395,6 @@ def _draw_panel(axes: Any, canvas: Any, panel: Panel) -> None:
         if axis.span is not None:
             getattr(axes, f"set_{name}lim")(axis.span)
     if any(s.name for s in panel.series):
-        axes.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+        axes.legend(
+            fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
+        )

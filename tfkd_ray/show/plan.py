@@ -77,26 +77,36 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
     for branch, trials in zip(space.branches, shares(space).values(), strict=True):
         config = branch.example
         seconds = _epoch_seconds(config) if probe else None
-        memory = _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
+        memory = (
+            _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
+        )
         come, epochs = reaching(space, trials), expected_epochs(space, trials)
-        parts.append(Part(branch.objective, trials, come, epochs, trials * space.epochs, seconds, memory))
+        parts.append(
+            Part(branch.objective, trials, come, epochs, trials * space.epochs, seconds, memory)
+        )
     runs = [run for run in space.teacher_runs() if run.weights is None]
     teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
     banked = any(branch.example.banked for branch in space.branches)
     teacher_s = None
     if probe:
         teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs)
-        teacher_s += sum(_view_seconds(run) * space.epochs for run in space.teacher_runs() if banked)
+        teacher_s += sum(
+            _view_seconds(run) * space.epochs for run in space.teacher_runs() if banked
+        )
     config = space.example
     # of a trial weights once, and two run states of weights and momentum; of a teacher its weights
-    disk = _weights(config) * 5 * space.search.num_samples + sum(_weights(run) for run in space.teacher_runs())
+    disk = _weights(config) * 5 * space.search.num_samples + sum(
+        _weights(run) for run in space.teacher_runs()
+    )
     bank = 0
     if banked:
         from tfkd_ray.learn.soft_labels import limit
 
         bank = int(limit())
     gpus = config.workers * config.gpus_per_worker
-    return SweepPlan(tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank)
+    return SweepPlan(
+        tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank
+    )
 
 
 def slots_here(space: Space) -> int:
@@ -120,7 +130,9 @@ def _weights(config: TrainConfig) -> int:
     return 4 * size
 
 
-def lines(found: SweepPlan, *, slots: int = 1, gpu_hour_price: float | None = None) -> Iterator[str]:
+def lines(
+    found: SweepPlan, *, slots: int = 1, gpu_hour_price: float | None = None
+) -> Iterator[str]:
     """A plan as lines of at most 80 columns.
 
     Args:
@@ -150,9 +162,14 @@ def lines(found: SweepPlan, *, slots: int = 1, gpu_hour_price: float | None = No
     hours = found.seconds / 3600
     yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
     if found.gpus:
-        money = "" if gpu_hour_price is None else f", {hours * found.gpus * gpu_hour_price:,.2f} in money"
+        money = (
+            ""
+            if gpu_hour_price is None
+            else f", {hours * found.gpus * gpu_hour_price:,.2f} in money"
+        )
         yield from textwrap.wrap(
-            f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine", 80
+            f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine",
+            80,
         )
 
 
@@ -165,7 +182,9 @@ def _epoch_seconds(config: TrainConfig) -> float:
     from tfkd_ray.learn.loop import train
     from tfkd_ray.learn.weights import untrained
 
-    data = config.data.model_copy(update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0})
+    data = config.data.model_copy(
+        update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0}
+    )
     changes: dict[str, Any] = {
         "data": data,
         "epochs": 2,
@@ -180,7 +199,9 @@ def _epoch_seconds(config: TrainConfig) -> float:
     teacher = untrained(run) if run else None
     *_, last = train(short, teacher=teacher)
     train_set, val_set = config.data.load()
-    images = len(train_set) + (len(val_set) if val_set is not None else 0) / 3  # judging is about a third of training
+    images = (
+        len(train_set) + (len(val_set) if val_set is not None else 0) / 3
+    )  # judging is about a third of training
     return images / last.metrics["images_per_s"] / config.workers
 
 
@@ -191,14 +212,25 @@ def _view_seconds(run: TeacherRun) -> float:
     from tfkd_ray.learn.evaluate import predictions
     from tfkd_ray.learn.weights import untrained
 
-    device = torch.device("cuda", torch.cuda.current_device()) if run.gpus_per_worker else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if run.gpus_per_worker
+        else torch.device("cpu")
+    )
     train_set, _ = run.data.load()
-    some = train_set.part(torch.arange(min(len(train_set), run.optim.batch_size * PROBE_STEPS))).on(device)
+    some = train_set.part(torch.arange(min(len(train_set), run.optim.batch_size * PROBE_STEPS))).on(
+        device
+    )
     network = untrained(run).to(device)
     network = network.to(memory_format=run.student.memory_format)
     for images in (some.part(torch.arange(1, device=device)), some):  # the first warms up
         start = time.perf_counter()
-        torch.cat([guess.cpu() for guess, _ in predictions(network, images, run.data, bf16=run.precision == "bf16")])
+        torch.cat(
+            [
+                guess.cpu()
+                for guess, _ in predictions(network, images, run.data, bf16=run.precision == "bf16")
+            ]
+        )
     return (time.perf_counter() - start) / len(some) * len(train_set)
 
 

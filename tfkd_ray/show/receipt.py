@@ -33,7 +33,9 @@ Z = 1.645
 def shares(space: Space) -> dict[str, int]:
     """Trials of each objective, were they dealt out equally."""
     trials, n = space.search.num_samples, len(space.branches)
-    return {branch.objective: trials // n + (k < trials % n) for k, branch in enumerate(space.branches)}
+    return {
+        branch.objective: trials // n + (k < trials % n) for k, branch in enumerate(space.branches)
+    }
 
 
 def reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
@@ -89,7 +91,8 @@ def expected_epochs(space: Space, trials: int) -> float:
     """Epochs that trials of one objective are expected to take in all."""
     come = reaching(space, trials)
     return sum(
-        count * (epoch - before) for (epoch, count), before in zip(come, (0, *(e for e, _ in come)), strict=False)
+        count * (epoch - before)
+        for (epoch, count), before in zip(come, (0, *(e for e, _ in come)), strict=False)
     )
 
 
@@ -128,7 +131,11 @@ def receipt(space: Space, records: Sequence[Record]) -> Receipt:
     mean = seconds.total() / took.total() if took.total() else 0.0
 
     def hours(epochs: Mapping[str, float]) -> float:
-        return float(held / 3600 * sum(e * (seconds[o] / took[o] if took[o] else mean) for o, e in epochs.items()))
+        return float(
+            held
+            / 3600
+            * sum(e * (seconds[o] / took[o] if took[o] else mean) for o, e in epochs.items())
+        )
 
     return Receipt(
         sum(most.values()), sum(expected.values()), took.total(), saved.total(), "GPU-hours" if gpus else "CPU-hours",
@@ -179,16 +186,25 @@ def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[Ranki
     """For each objective and rung, where there are enough trials of full length and they differ."""
     from scipy.stats import spearmanr
 
-    for branch, rung in itertools.product(space.branches, space.search.stopping.rungs(space.epochs)):
+    for branch, rung in itertools.product(
+        space.branches, space.search.stopping.rungs(space.epochs)
+    ):
         pairs = _pairs(space, records, branch.objective, rung)
         at_rung, at_end = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
         if len(pairs) < MIN_TRIALS or len(set(at_rung)) == 1 or len(set(at_end)) == 1:
             continue
-        judged = [v for r in records if r.objective == branch.objective for v in [_value_at(space, r, rung)]]
+        judged = [
+            v
+            for r in records
+            if r.objective == branch.objective
+            for v in [_value_at(space, r, rung)]
+        ]
         judged = [v for v in judged if math.isfinite(v)]
         score = dict(zip(judged, _normal_scores(judged), strict=True))
         seen = [score[v] for v in at_rung]
-        z = math.atanh(max(-0.999, min(0.999, statistics.correlation(seen, _normal_scores(at_end)))))
+        z = math.atanh(
+            max(-0.999, min(0.999, statistics.correlation(seen, _normal_scores(at_end))))
+        )
         ratio = statistics.pstdev(score[v] for v in judged) / statistics.pstdev(seen)
         corrected, most = (
             x * ratio / math.sqrt(1 - x * x + x * x * ratio * ratio)
@@ -207,10 +223,15 @@ def _normal_scores(values: Sequence[float]) -> list[float]:
 
 def _value_at(space: Space, record: Record, epoch: int) -> float:
     """The metric of a trial after an epoch; NaN if it did not come to it."""
-    return next((m.get(space.search.metric, math.nan) for m in record.metrics if m.get("epoch") == epoch), math.nan)
+    return next(
+        (m.get(space.search.metric, math.nan) for m in record.metrics if m.get("epoch") == epoch),
+        math.nan,
+    )
 
 
-def _pairs(space: Space, records: Sequence[Record], objective: str, rung: int) -> list[tuple[Record, float, float]]:
+def _pairs(
+    space: Space, records: Sequence[Record], objective: str, rung: int
+) -> list[tuple[Record, float, float]]:
     """The full-length trials of an objective, with their values at a rung and at the end."""
     found = [
         (r, _value_at(space, r, rung), r.last.get(space.search.metric, math.nan))
@@ -234,7 +255,9 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
         if at.objective not in found and (at.most < LOW or (at.corrected < LOW and bloomers)):
             later = [r for r in rungs if r > at.rung]
             instead = (
-                f"set search.stopping.min_epochs: {later[0]}, or stopping: none" if later else "set stopping: none"
+                f"set search.stopping.min_epochs: {later[0]}, or stopping: none"
+                if later
+                else "set stopping: none"
             )
             found[at.objective] = (
                 f"stopping {at.objective} after {at.rung} epochs may not have been safe: over the {at.n} trials of "
@@ -253,7 +276,11 @@ def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung
     rises = rankdata([sign * p[2] for p in pairs]) - rankdata([sign * p[1] for p in pairs])
     strongest: tuple[float, str] = (0.05, "")
     searched = [
-        p for b in space.branches if b.objective == objective for p in b.parameters if isinstance(p.domain, Range)
+        p
+        for b in space.branches
+        if b.objective == objective
+        for p in b.parameters
+        if isinstance(p.domain, Range)
     ]
     for p in searched:
         having = [k for k, pair in enumerate(pairs) if p.name in pair[0].parameters]

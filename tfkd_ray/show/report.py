@@ -43,7 +43,18 @@ from tfkd_ray.show.figures import (
     trial_value,
     with_margin,
 )
-from tfkd_ray.show.page import Axis, Figure, Panel, Section, Series, box_html, draw_svg, escaped, page_html, table_html
+from tfkd_ray.show.page import (
+    Axis,
+    Figure,
+    Panel,
+    Section,
+    Series,
+    box_html,
+    draw_svg,
+    escaped,
+    page_html,
+    table_html,
+)
 from tfkd_ray.show.receipt import (
     receipt,
     receipt_rows,
@@ -67,7 +78,9 @@ MAX_FAILURES = 50
 
 
 @only_reading()
-def report(experiment: Path, out: Path, *, figures: Path | None = None, comparisons: Sequence[Path] = ()) -> list[Path]:
+def report(
+    experiment: Path, out: Path, *, figures: Path | None = None, comparisons: Sequence[Path] = ()
+) -> list[Path]:
     """Write a report on a sweep or on a comparison of arms; returns the files written, the page first.
 
     Args:
@@ -93,8 +106,15 @@ def report(experiment: Path, out: Path, *, figures: Path | None = None, comparis
     else:
         sections = list(_sweep_sections(experiment, plan, comparisons))
     name = str(plan.about.get("compared", {}).get("title") or experiment.absolute().name)
-    written = [out] if write_output(out, page_html(name, _subtitle(experiment, plan), sections)) else []
-    drawn = [part for section in sections for part in section.parts if isinstance(part, Figure) and part.panels]
+    written = (
+        [out] if write_output(out, page_html(name, _subtitle(experiment, plan), sections)) else []
+    )
+    drawn = [
+        part
+        for section in sections
+        for part in section.parts
+        if isinstance(part, Figure) and part.panels
+    ]
     return [*written, *(draw_svg(figure, figures) for figure in drawn if figures is not None)]
 
 
@@ -113,12 +133,16 @@ def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
     return f"{name}{what}, {s['state']}; {ran}{': ' + counts if counts else ''}; begun {made}"
 
 
-def _sweep_sections(experiment: Path, plan: ExperimentPlan, comparisons: Sequence[Path]) -> Iterator[Section]:
+def _sweep_sections(
+    experiment: Path, plan: ExperimentPlan, comparisons: Sequence[Path]
+) -> Iterator[Section]:
     sweep = read_sweep(experiment, plan)
     yield _verdict_section(sweep, experiment, comparisons)
     yield Section("Best configurations", [_best_table(sweep)])
     if sweep.records:
-        yield Section("How settings and values go together", [parallel(sweep), slices(sweep), contours(sweep)])
+        yield Section(
+            "How settings and values go together", [parallel(sweep), slices(sweep), contours(sweep)]
+        )
         yield Section("Which settings matter", [importance_section(sweep)])
         yield Section("Training", [curves(sweep), pareto_section(sweep), fidelity(sweep)])
     yield Section("Receipt", [_receipt(sweep)])
@@ -159,10 +183,14 @@ def _not_a_verdict(sweep: Sweep) -> str:
 
 def _best_table(sweep: Sweep) -> str:
     rows = []
-    winners = sweep.ranked([f[0] for o in sweep.plan.rows if (f := sweep.ranked(sweep.of(o, sweep.full)))])
+    winners = sweep.ranked(
+        [f[0] for o in sweep.plan.rows if (f := sweep.ranked(sweep.of(o, sweep.full)))]
+    )
     for record in winners:
         gap = sweep.value(record.last) - sweep.value(winners[0].last)
-        settings = "\n".join(f"{short_name(k)} = {number_text(v)}" for k, v in record.parameters.items())
+        settings = "\n".join(
+            f"{short_name(k)} = {number_text(v)}" for k, v in record.parameters.items()
+        )
         part = " (baseline)" if record.objective in ("ce", "lsr") else ""
         n = len(sweep.of(record.objective, sweep.records))
         rows.append(
@@ -173,7 +201,15 @@ def _best_table(sweep: Sweep) -> str:
     text = f"<p>No trial of full length yet: {escaped(', '.join(none))}.</p>" if none else ""
     if not rows:
         return text or "<p>None.</p>"
-    head = ["objective", "trial", sweep.axis().label, "from the best", "trials", "searched settings", "its loss"]
+    head = [
+        "objective",
+        "trial",
+        sweep.axis().label,
+        "from the best",
+        "trials",
+        "searched settings",
+        "its loss",
+    ]
     start = (
         "<p>The best trial of each objective, by its value after the last epoch; trials that were stopped early cannot "
         "be best.</p>"
@@ -214,7 +250,10 @@ def _failures(sweep: Sweep) -> str:
     reasons: dict[str, list[str]] = {}
     for record in failed:
         reasons.setdefault((record.reason or "no reason is known").strip(), []).append(record.name)
-    rows = [[str(len(names)), why, some_of(names)] for why, names in sorted(reasons.items(), key=lambda i: -len(i[1]))]
+    rows = [
+        [str(len(names)), why, some_of(names)]
+        for why, names in sorted(reasons.items(), key=lambda i: -len(i[1]))
+    ]
     more = len(rows) - MAX_FAILURES
     text = f"<p>and {more} other reasons</p>" if more > 0 else ""
     return table_html(["trials", "reason", "which"], rows[:MAX_FAILURES]) + text
@@ -224,17 +263,26 @@ def _reproduce(plan: ExperimentPlan, experiment: Path) -> Iterator[str]:
     about = plan.about
     argv = [str(word) for word in about.get("command") or []]
     command = shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else "not known"
-    versions = ", ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in (about.get("versions") or {}).items()
+    )
     seeds = about.get("seeds")
     rows = [
         ["command", command],
         ["versions", versions],
         ["git commit", str(about.get("git_commit") or "none: it was not run in a repository")],
-        ["seeds", ", ".join(f"{k} {v}" for k, v in seeds.items()) if isinstance(seeds, dict) else str(seeds)],
+        [
+            "seeds",
+            ", ".join(f"{k} {v}" for k, v in seeds.items())
+            if isinstance(seeds, dict)
+            else str(seeds),
+        ],
     ]
     if plan.kind == "sweep":
         where = shlex.quote(experiment.absolute().name)
-        rows.append(["the best trial again", f"tfkd best {where} > best.yaml && tfkd train best.yaml"])
+        rows.append(
+            ["the best trial again", f"tfkd best {where} > best.yaml && tfkd train best.yaml"]
+        )
     yield table_html(["", ""], rows)
     tree = about.get("space") or about.get("compared") or {}
     yield f"<details><summary>Everything as it was understood</summary><pre>{escaped(dump_yaml(tree))}</pre></details>"
@@ -254,11 +302,19 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
     if not inside:
         yield Section("Verdict", _verdict_boxes(directory))
     if judged is not None:
-        notes = [*judged["notes"], *(note for found in judged["verdicts"] for note in found["notes"])]
+        notes = [
+            *judged["notes"],
+            *(note for found in judged["verdicts"] for note in found["notes"]),
+        ]
         listed = "".join(f"<li>{escaped(note)}</li>" for note in notes)
-        yield Section("Arms", [_arms_table(judged), *_arm_figures(judged), f"<ul>{listed}</ul>" if notes else ""])
+        yield Section(
+            "Arms",
+            [_arms_table(judged), *_arm_figures(judged), f"<ul>{listed}</ul>" if notes else ""],
+        )
         if judged["verdicts"]:
-            yield Section("Candidates against baselines", [*_lead_figures(judged), _leads_table(judged)])
+            yield Section(
+                "Candidates against baselines", [*_lead_figures(judged), _leads_table(judged)]
+            )
     failed = [r for r in read_lasts(directory) if r.status == "failed"]
     rows = [[r.name, (r.reason or "no reason is known").strip()] for r in failed]
     yield Section("Failures", [table_html(["run", "reason"], rows) if rows else "<p>None.</p>"])
@@ -273,10 +329,20 @@ def _read_judged(directory: Path) -> dict[str, Any] | None:
         return None
     with damaged(path):
         judged: dict[str, Any] = parse_json(read_text(path))
-        missing = {"title", "arms", "verdicts", "notes", "test", "trained_on", "opened", "preset"} - judged.keys()
+        missing = {
+            "title",
+            "arms",
+            "verdicts",
+            "notes",
+            "test",
+            "trained_on",
+            "opened",
+            "preset",
+        } - judged.keys()
     if missing:
         raise ConfigError(
-            f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {shlex.quote(str(directory))}", path
+            f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {shlex.quote(str(directory))}",
+            path,
         )
     return judged
 
@@ -286,16 +352,28 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
     if judged is None:
         s = status(directory)["trials"]
         text = f"{s['done']} of {s['planned']} runs are trained, and the test split is still shut."
-        return [box_html("open", "Not judged yet", f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}")]
+        return [
+            box_html(
+                "open",
+                "Not judged yet",
+                f"{text} Go on with: tfkd resume {shlex.quote(directory.name)}",
+            )
+        ]
     boxes: list[str | Figure] = []
     where = f"test split of {judged['test']}, trained on {judged['trained_on']}"
     if judged["preset"]:
         where += f"; preset {judged['preset']}: scaled down to see it run, comparable with nothing published"
     for found in judged["verdicts"]:
         kind = {"better": "yes", "not better": "no"}.get(found["verdict"], "open")
-        searched = f"; the best of {found['searched']:,} configurations, on validation" if found["searched"] else ""
+        searched = (
+            f"; the best of {found['searched']:,} configurations, on validation"
+            if found["searched"]
+            else ""
+        )
         text = f"{found['sentence']}."
-        context = f"{judged['title'] or directory.name}; student {found['student']}; {where}{searched}"
+        context = (
+            f"{judged['title'] or directory.name}; student {found['student']}; {where}{searched}"
+        )
         more = [c["sentence"] for c in found["candidates"] if c["sentence"] != found["sentence"]]
         boxes.append(box_html(kind, str(found["verdict"]).capitalize(), text, more, context))
     if not judged["verdicts"]:
@@ -314,7 +392,16 @@ def _arms_table(judged: dict[str, Any]) -> str:
         if printed:
             row += ["" if arm["published"] is None else f"{arm['published']:.2f}"]
         rows.append(row)
-    head = ["arm", "role", "student", "objective", "runs", "test accuracy, %", "sd", "95 % over seeds"]
+    head = [
+        "arm",
+        "role",
+        "student",
+        "objective",
+        "runs",
+        "test accuracy, %",
+        "sd",
+        "95 % over seeds",
+    ]
     return table_html(head + (["published, %"] if printed else []), rows)
 
 
@@ -322,9 +409,17 @@ def _over_seeds(arm: dict[str, Any]) -> tuple[int, float, float, float, float]:
     """(runs, mean, sd, low and high end of the 95 % interval of the mean) of test accuracy in per cent."""
     from tfkd_ray.verdict import verdict
 
-    values = np.array([100 * run["accuracy"] for run in arm["runs"] if "accuracy" in run], dtype=float)
+    values = np.array(
+        [100 * run["accuracy"] for run in arm["runs"] if "accuracy" in run], dtype=float
+    )
     if len(values) < 2:
-        return len(values), float(values.mean()) if len(values) else math.nan, math.nan, math.nan, math.nan
+        return (
+            len(values),
+            float(values.mean()) if len(values) else math.nan,
+            math.nan,
+            math.nan,
+            math.nan,
+        )
     s = verdict.summary(verdict.JudgedArm(arm["name"], tuple(range(len(values))), values))
     return s.n, s.mean, s.sd, s.low, s.high
 
@@ -336,7 +431,9 @@ def _interval_text(low: float | None, high: float | None) -> str:
 
 def _settings(objective: dict[str, Any]) -> str:
     rest = ", ".join(
-        f"{k} {number_text(v)}" for k, v in objective.items() if k != "name" and (k, v) != ("loss_scale", 1.0)
+        f"{k} {number_text(v)}"
+        for k, v in objective.items()
+        if k != "name" and (k, v) != ("loss_scale", 1.0)
     )
     return f"{objective['name']}: {rest}" if rest else str(objective["name"])
 
@@ -344,7 +441,11 @@ def _settings(objective: dict[str, Any]) -> str:
 def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
     panels = []
     for student in dict.fromkeys(arm["student"] for arm in judged["arms"]):
-        arms = [a for a in judged["arms"] if a["student"] == student and any("accuracy" in run for run in a["runs"])]
+        arms = [
+            a
+            for a in judged["arms"]
+            if a["student"] == student and any("accuracy" in run for run in a["runs"])
+        ]
         if not arms:
             continue
         dots, means = Series("points", [], [], "a seed", "#7A9CC6", opacity=0.6), {"x": [], "y": []}  # type: ignore[var-annotated]
@@ -355,7 +456,10 @@ def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
             runs = [run for run in arm["runs"] if "accuracy" in run]
             x += [100 * run["accuracy"] for run in runs]
             y += [float(row)] * len(runs)
-            text += [f"{escaped(arm['name'])}, seed {run['seed']}: {100 * run['accuracy']:.2f} %" for run in runs]
+            text += [
+                f"{escaped(arm['name'])}, seed {run['seed']}: {100 * run['accuracy']:.2f} %"
+                for run in runs
+            ]
             _, mean, _, low, high = _over_seeds(arm)
             means["x"].append(mean)
             means["y"].append(float(row))
@@ -368,7 +472,15 @@ def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
         rows = Axis("", ticks=ticks, span=(-0.6, len(arms) - 0.4))
         title, height = f"student {student}", 150 + 26 * len(arms)
         all_x = [*x, *(v for v in spread_x if v is not None)]
-        panels.append(Panel(title, Axis("test accuracy, %", span=with_margin(all_x)), rows, series, height=height))
+        panels.append(
+            Panel(
+                title,
+                Axis("test accuracy, %", span=with_margin(all_x)),
+                rows,
+                series,
+                height=height,
+            )
+        )
     if panels:
         sentence = (
             "Each pale point is one run with its own seed; the dark point is the mean, and the bar its 95 % interval "
@@ -388,16 +500,35 @@ def _lead_figures(judged: dict[str, Any]) -> Iterator[Figure]:
             if p["low"] is not None and p["high"] is not None:
                 spread_x += [scale * p["low"], scale * p["high"], None]
                 spread_y += [float(row), float(row), None]
-        all_x = [0.0, *(x for x in spread_x if x is not None), *(scale * p["lead"] for _, p in pairs)]
+        all_x = [
+            0.0,
+            *(x for x in spread_x if x is not None),
+            *(scale * p["lead"] for _, p in pairs),
+        ]
         ticks = tuple((float(i), f"{name} over {p['over']}") for i, (name, p) in enumerate(pairs))
-        points = Series("points", [scale * p["lead"] for _, p in pairs], [i for i, _ in ticks], "mean lead", COLOURS[0])
+        points = Series(
+            "points",
+            [scale * p["lead"] for _, p in pairs],
+            [i for i, _ in ticks],
+            "mean lead",
+            COLOURS[0],
+        )
         margin = found["metric"]["margin"]
         unit = "points" if found["metric"]["percent"] else "own unit"
         x = Axis(f"lead in {found['metric']['name']}, {unit}", span=with_margin(all_x))
         y = Axis("", ticks=ticks, span=(-0.6, len(pairs) - 0.4))
         bars = Series("lines", spread_x, spread_y, "95 % over seeds", COLOURS[0], width=3)
         rules = [(0.0, ""), (scale * margin, f"{scale * margin:g}")]
-        panels.append(Panel(f"student {found['student']}", x, y, [bars, points], rules, height=150 + 24 * len(pairs)))
+        panels.append(
+            Panel(
+                f"student {found['student']}",
+                x,
+                y,
+                [bars, points],
+                rules,
+                height=150 + 24 * len(pairs),
+            )
+        )
     if panels:
         sentence = (
             "How much better a candidate is than a baseline, seed by seed, with the 95 % interval of the mean; right "

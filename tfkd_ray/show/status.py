@@ -100,11 +100,17 @@ class ExperimentPlan:
         if self.kind == "sweep":
             return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
         seeds = self.trials // max(1, len(self.rows))
-        return [epochs for row, epochs in self.rows.items() for _ in range(seeds - begun.get(row, 0))]
+        return [
+            epochs for row, epochs in self.rows.items() for _ in range(seeds - begun.get(row, 0))
+        ]
 
     def row(self, record: Record) -> str:
         """The row that a trial belongs to."""
-        return str(record.parameters.get("arm", record.objective)) if self.kind == "comparison" else record.objective
+        return (
+            str(record.parameters.get("arm", record.objective))
+            if self.kind == "comparison"
+            else record.objective
+        )
 
 
 def read_plan(experiment: Path) -> ExperimentPlan:
@@ -114,10 +120,19 @@ def read_plan(experiment: Path) -> ExperimentPlan:
         if os.path.lexists(path):
             about = read_yaml(path, follow=False)
             if about.get("layout") != VERSION:
-                raise ConfigError(f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path)
-            arms = {str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]}
+                raise ConfigError(
+                    f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path
+                )
+            arms = {
+                str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]
+            }
             return ExperimentPlan(
-                "comparison", str(about["created"]), arms, len(arms) * len(about["seeds"]), None, about
+                "comparison",
+                str(about["created"]),
+                arms,
+                len(arms) * len(about["seeds"]),
+                None,
+                about,
             )
         path = experiment / "experiment.yaml"
         if not os.path.lexists(path):
@@ -127,14 +142,20 @@ def read_plan(experiment: Path) -> ExperimentPlan:
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
         rows = {str(objective["name"]): int(space["epochs"]) for objective in given}
         metric = scores.score_of(str(search["metric"])).key
-        return ExperimentPlan("sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about)
+        return ExperimentPlan(
+            "sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"was changed by hand, or cut: {_filter_words(error)}", path) from None
 
 
 def _no_experiment(directory: Path) -> str:
     if not directory.is_dir():
-        near = [p.name for p in directory.parent.iterdir() if p.is_dir()] if directory.parent.is_dir() else []
+        near = (
+            [p.name for p in directory.parent.iterdir() if p.is_dir()]
+            if directory.parent.is_dir()
+            else []
+        )
         return "no such directory" + (f"; {did_you_mean(directory.name, near)}" if near else "")
     inside = [p.name for p, why in _experiments_in(directory) if not why]
     if inside:
@@ -256,7 +277,10 @@ def _alive(process: int) -> bool:
 def _last_change(experiment: Path) -> float:
     """When a file that a running sweep writes changed last, in seconds since 1970."""
     files = [experiment / "driver.txt", experiment / "study.journal", experiment / "confirm.json"]
-    return max((_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in trial_folders(experiment))]), default=0.0)
+    return max(
+        (_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in trial_folders(experiment))]),
+        default=0.0,
+    )
 
 
 def _changed(path: Path) -> float:
@@ -313,13 +337,21 @@ def status(experiment: Path) -> dict[str, Any]:
         "state": "finished" if finished else "running" if alive else "interrupted",
         "metric": plan.metric,
         "mode": plan.mode if plan.metric else None,
-        "trials": {"planned": plan.trials, "started": len(records), **{s: counts[s] for s in STATUSES}},
+        "trials": {
+            "planned": plan.trials,
+            "started": len(records),
+            **{s: counts[s] for s in STATUSES},
+        },
         "rows": rows,
         "best": _best_trials(records, plan),
-        "baselines": {name: rows[name]["best"] for name in BASELINES if name in rows and plan.kind == "sweep"},
+        "baselines": {
+            name: rows[name]["best"] for name in BASELINES if name in rows and plan.kind == "sweep"
+        },
         "verdict": verdict or [],
         "epochs": {"done": done_epochs, "planned": plan.epochs},
-        "elapsed_s": _elapsed(plan.created, _last_change(experiment) if finished or not alive else now),
+        "elapsed_s": _elapsed(
+            plan.created, _last_change(experiment) if finished or not alive else now
+        ),
         "ran_s": _ran(experiment, alive=alive) if plan.kind == "sweep" else None,
         "rate": rate,
         "left_s": _left(plan, records, rate),
@@ -342,7 +374,9 @@ def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
     """The best trial of full length of a sweep, and what was planned; a ConfigError if there is none."""
     plan = read_plan(experiment)
     if plan.metric is None:
-        raise ConfigError("a comparison of arms has no best trial; its verdict is in confirm.json", experiment)
+        raise ConfigError(
+            "a comparison of arms has no best trial; its verdict is in confirm.json", experiment
+        )
     records = read_lasts(experiment)
     winner = best(records, plan.metric)
     if winner is None:
@@ -418,7 +452,12 @@ def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, A
         return None
     winner, value = judged[0], judged[0].last[plan.metric]
     shared = sum(r.last[plan.metric] == value for r in judged)
-    return {"trial": winner.name, "objective": winner.objective, "value": value, "shared_by": shared}
+    return {
+        "trial": winner.name,
+        "objective": winner.objective,
+        "value": value,
+        "shared_by": shared,
+    }
 
 
 def _verdict_of(experiment: Path) -> list[str] | None:
@@ -429,7 +468,9 @@ def _verdict_of(experiment: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"was changed by hand, or cut: {_filter_words(error)}", experiment / "confirm.json") from None
+        raise ConfigError(
+            f"was changed by hand, or cut: {_filter_words(error)}", experiment / "confirm.json"
+        ) from None
 
 
 def _elapsed(created: str, until: float) -> float | None:
@@ -439,7 +480,9 @@ def _elapsed(created: str, until: float) -> float | None:
 
 
 def _ran(experiment: Path, *, alive: bool) -> float:
-    return spent(experiment, since=_changed(experiment / "driver.txt") if alive else math.inf)["seconds"]
+    return spent(experiment, since=_changed(experiment / "driver.txt") if alive else math.inf)[
+        "seconds"
+    ]
 
 
 def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | None:
@@ -448,7 +491,9 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
     active = [r for r in records if r.last and _changed(r.folder / "metrics.jsonl") >= start]
     if not active:
         return None
-    began = {r.name: _changed(r.folder / "result.json") for r in active}  # a link, made when the trial first starts
+    began = {
+        r.name: _changed(r.folder / "result.json") for r in active
+    }  # a link, made when the trial first starts
     since = max(start, min(began.values()))
     epochs = 0
     for record in active:
@@ -496,7 +541,9 @@ def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> fl
         return total + share * max(0, full - epoch)
 
     lengths = Counter((0, full) for full in new)
-    lengths.update((epoch, full) for epoch, full, status in begun if status in ("running", "interrupted"))
+    lengths.update(
+        (epoch, full) for epoch, full, status in begun if status in ("running", "interrupted")
+    )
     return sum(n * rest(*where) for where, n in lengths.items())
 
 
@@ -509,7 +556,10 @@ def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dic
     """
     counted = read_spent(experiment)
     more = max(0.0, time.time() - max(_changed(experiment / "spent.json"), since))
-    return {"seconds": counted["seconds"] + more, "trial_seconds": counted["trial_seconds"] + running * more}
+    return {
+        "seconds": counted["seconds"] + more,
+        "trial_seconds": counted["trial_seconds"] + running * more,
+    }
 
 
 def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str]:
@@ -520,12 +570,16 @@ def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str
     tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
     lines = [fitted(found["name"], max(8, width - len(tail))) + tail, ""]
     if found["preset"]:
-        lines.insert(1, f"PRESET {found['preset']}: scaled down, not comparable with what is published")
+        lines.insert(
+            1, f"PRESET {found['preset']}: scaled down, not comparable with what is published"
+        )
     heading = f"best {metric}" if metric else ""
     lines.append(f"{'':<24} {'running':>7} {'full':>6} {'stopped':>7} {'failed':>6}  {heading}")
     for name, row in found["rows"].items():
         shown = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
-        running = row["running"] + row["interrupted"] if found["state"] != "running" else row["running"]
+        running = (
+            row["running"] + row["interrupted"] if found["state"] != "running" else row["running"]
+        )
         lines.append(
             f"{padded(name, 24)} {running:>7} {row['done']:>6} {row['stopped']:>7} {row['failed']:>6}  {shown}"
         )
@@ -632,17 +686,23 @@ def ls(storage: Path) -> list[dict[str, Any]]:
     read state `unreadable` and why.
     """
     if not storage.is_dir():
-        raise ConfigError("no such directory; name where the experiments are: --storage DIR", storage)
+        raise ConfigError(
+            "no such directory; name where the experiments are: --storage DIR", storage
+        )
     found = []
     for experiment, why in _experiments_in(storage):
-        entry: dict[str, Any] = dict.fromkeys(("kind", "preset", "created", "trials", "ended", "best", "metric", "why"))
+        entry: dict[str, Any] = dict.fromkeys(
+            ("kind", "preset", "created", "trials", "ended", "best", "metric", "why")
+        )
         try:
             if why:
                 raise ConfigError(why)
             with damaged(experiment):
                 s = status(experiment)
             ended = sum(s["trials"][k] for k in ("done", "stopped", "failed"))
-            entry |= {key: s[key] for key in ("kind", "preset", "created", "state", "best", "metric")}
+            entry |= {
+                key: s[key] for key in ("kind", "preset", "created", "state", "best", "metric")
+            }
             entry |= {"trials": s["trials"]["planned"], "ended": ended}
         except (ConfigError, OSError) as error:
             words = error.problems if isinstance(error, ConfigError) else [str(error)]
@@ -682,7 +742,9 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = TERMINAL_WIDTH) -> li
         best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
         best = best or (arms if entry["kind"] == "comparison" else "")
-        lines.append(f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}")
+        lines.append(
+            f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}"
+        )
         if entry["why"]:  # whole, on lines of its own
             why = on_one_line(entry["why"])
             lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")

@@ -71,13 +71,17 @@ class TensorBoard(OwnCallback):
         metric: what `hp/value` is.
     """
 
-    def __init__(self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy") -> None:
+    def __init__(
+        self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy"
+    ) -> None:
         super().__init__()
         self._folder, self._space, self._metric = Path(folder), space, metric
         self._columns = short_names(space.parameters) if space is not None else {}
         self._kinds = _kinds(space.parameters) if space is not None else {}
         searched = space.search.metrics if space is not None else ()
-        self._tags = {key: tag for key, tag in TAGS.items() if key != "parameters" or key in searched}
+        self._tags = {
+            key: tag for key, tag in TAGS.items() if key != "parameters" or key in searched
+        }
         self._writers: dict[str, tuple[EventFileWriter, int]] = {}
         self._void: set[str] = set()
         self._owners: dict[str, str] = {}
@@ -90,7 +94,13 @@ class TensorBoard(OwnCallback):
         writer = EventFileWriter(str(self._folder), filename_suffix=".space")
         _add(writer, 0, _experiment(_hparam_columns(self._space), _metrics(self._space)))
         _add(writer, 0, _layout(_charts([self._space])))
-        _add(writer, 0, _text_summary("experiment", _about_experiment(self._space, self._columns, self._folder.parent)))
+        _add(
+            writer,
+            0,
+            _text_summary(
+                "experiment", _about_experiment(self._space, self._columns, self._folder.parent)
+            ),
+        )
         writer.close()
 
     def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
@@ -98,7 +108,9 @@ class TensorBoard(OwnCallback):
         assignment = Assignment.find(trial.config)
         seen = int(last["epoch"]) if last else -1
         name = str(trial) if assignment is None else assignment.name
-        if self._owners.setdefault(name, trial.trial_id) != trial.trial_id:  # a `Repeater` repeats it
+        if (
+            self._owners.setdefault(name, trial.trial_id) != trial.trial_id
+        ):  # a `Repeater` repeats it
             name = f"{name}-{trial.trial_id}"
         folder = self._folder / name
         is_new = not list(folder.glob("events.*"))
@@ -132,11 +144,21 @@ class TensorBoard(OwnCallback):
         if trial.trial_id in self._void:
             self._void.remove(trial.trial_id)
             _void_from(writer, max(epoch, 1))
-        told = {key: number for key, value in metrics.items() if (number := as_number(value)) is not None}
+        told = {
+            key: number
+            for key, value in metrics.items()
+            if (number := as_number(value)) is not None
+        }
         values = {tag: told[key] for key, tag in self._tags.items() if key in told}
         assignment = Assignment.find(trial.config)
-        if assignment is None or assignment.directory is None:  # a trainable of the user's own, with metrics of its own
-            own = {key: as_number(value) for key, value in flatten_dict(dict(metrics)).items() if self._is_own(key)}
+        if (
+            assignment is None or assignment.directory is None
+        ):  # a trainable of the user's own, with metrics of its own
+            own = {
+                key: as_number(value)
+                for key, value in flatten_dict(dict(metrics)).items()
+                if self._is_own(key)
+            }
             values |= {key: number for key, number in own.items() if number is not None}
         if self._metric in told:
             values[VALUE] = told[self._metric]
@@ -171,7 +193,9 @@ class TensorBoard(OwnCallback):
             end = EventFileWriter(writer.get_logdir(), filename_suffix=".end")
             _add(end, epoch, _session_end(bool(failed)))
             _add(end, epoch, _scalar(EPOCHS, epoch))
-            _add(end, epoch, _text_summary("trial/outcome", f"after {epoch} of {full} epochs: {how}"))
+            _add(
+                end, epoch, _text_summary("trial/outcome", f"after {epoch} of {full} epochs: {how}")
+            )
             end.close()
         self._close(trial)
 
@@ -182,7 +206,12 @@ class TensorBoard(OwnCallback):
 
     def _is_own(self, key: str) -> bool:
         """Whether a result's key, flattened, is a metric of the user's, and neither Ray's nor one that has a tag."""
-        return key not in _RAYS_OWN and key not in self._tags and key != "epoch" and not key.startswith("config/")
+        return (
+            key not in _RAYS_OWN
+            and key not in self._tags
+            and key != "epoch"
+            and not key.startswith("config/")
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_writers": {}, "_void": set(), "_owners": {}}
@@ -216,10 +245,16 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
         arms: by arm's name: `runs` their names, `values` their metric on test, and for each number of seeds from 2 on
             `mean`, `low` and `high`.
     """
-    for old in (*folder.glob("events.*"), *folder.glob("*/events.*.test"), *folder.glob("arms/*/events.*")):
+    for old in (
+        *folder.glob("events.*"),
+        *folder.glob("*/events.*.test"),
+        *folder.glob("arms/*/events.*"),
+    ):
         old.unlink()
     whole = read_comparison(folder.parent).arms
-    label = f"test {score_of(whole.metric).label}" + (f" (preset {whole.preset}: scaled down)" if whole.preset else "")
+    label = f"test {score_of(whole.metric).label}" + (
+        f" (preset {whole.preset}: scaled down)" if whole.preset else ""
+    )
     root = EventFileWriter(str(folder))
     _add(root, 0, _experiment(_ARM_COLUMNS, {VALUE: label}))
     _add(root, 0, _layout([_MARGINS]))
@@ -230,17 +265,25 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
     for name, arm in arms.items():
         if arm["runs"]:
             # logits [N, K] and labels [N] of each run; see confirm.py
-            files = [trials_folder(folder.parent) / str(run) / "test.safetensors" for run in arm["runs"]]
+            files = [
+                trials_folder(folder.parent) / str(run) / "test.safetensors" for run in arm["runs"]
+            ]
             per_class[name], bins, ece = _judged_runs(files)
             figures[name] = _reliability(bins, ece)
     for name, arm in arms.items():
         writer = EventFileWriter(str(folder / "arms" / name))
-        _add_targets(writer, compared[name].config.objective, compared[name].config.data.num_classes)
+        _add_targets(
+            writer, compared[name].config.objective, compared[name].config.data.num_classes
+        )
         if name in figures:
             _add(writer, 0, _image("test/reliability", figures[name]))
         plain = _plain_value(compared[name], compared.values())
         if name in per_class and plain in per_class:
-            _add(writer, 0, _image("test/per_class", _per_class(per_class[name] - per_class[plain], plain)))
+            _add(
+                writer,
+                0,
+                _image("test/per_class", _per_class(per_class[name] - per_class[plain], plain)),
+            )
         for kind in ("mean", "low", "high"):
             for seeds, value in enumerate(arm[kind], start=2):
                 _add(writer, seeds, _scalar(f"test_acc/{kind}", value))
@@ -277,7 +320,9 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
             spaces.append(space)
         for column in found:
             if columns.setdefault(column.name, column) != column:  # another range
-                columns[column.name] = api_pb2.HParamInfo(name=column.name, type=column.type, differs=True)
+                columns[column.name] = api_pb2.HParamInfo(
+                    name=column.name, type=column.type, differs=True
+                )
     root = EventFileWriter(str(folder))
     _add(root, 0, _experiment(columns.values(), metrics))
     _add(root, 0, _layout([*(_charts(spaces) if spaces else []), *margins]))
@@ -297,12 +342,18 @@ def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path
     ]
     if (experiment / "experiment.yaml").is_file():
         about = read_experiment(experiment)
-        lines += ["", f"Git commit {about['git_commit'] or 'unknown'}, begun {about['created']}:", ""]
+        lines += [
+            "",
+            f"Git commit {about['git_commit'] or 'unknown'}, begun {about['created']}:",
+            "",
+        ]
         lines += [f"    {shlex.join(about['command'])}"]
     lines += ["", "| searched | column | range | objectives |", "|---|---|---|---|"]
     for p in space.parameters:
         where = ", ".join(b.objective for b in space.branches if p in b.parameters)
-        lines.append(f"| {p.name} | {columns[p.name]} | {str(p.domain).replace('|', 'or')} | {where} |")
+        lines.append(
+            f"| {p.name} | {columns[p.name]} | {str(p.domain).replace('|', 'or')} | {where} |"
+        )
     return "\n".join(lines)
 
 
@@ -315,7 +366,11 @@ def _plain_training(config: Mapping[str, Any]) -> TrainConfig:
 def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
     """What a configuration has that plain training has not, in Markdown."""
     theirs, ours = (dict(_hparam_leaves(tree)) for tree in (plain.model_dump(mode="json"), config))
-    paths = [p for p in dict.fromkeys([*ours, *theirs]) if p not in RUN_ONLY and ours.get(p) != theirs.get(p)]
+    paths = [
+        p
+        for p in dict.fromkeys([*ours, *theirs])
+        if p not in RUN_ONLY and ours.get(p) != theirs.get(p)
+    ]
 
     def cell(tree: Mapping[str, Any], path: str) -> str:
         if path not in tree:
@@ -376,16 +431,32 @@ def _add_targets(writer: EventFileWriter, tree: Any, num_classes: int) -> None:
     left_out = f" ({num_classes - shown} not shown)" if shown < num_classes else ""
     caption = f"label {label:.3f}, others {mine[1]:.2g}{left_out}"
     labels = ["label", *[""] * (shown - 1)]
-    figure = _bars(what, mine, (0, 1), labels, f"{caption}; grey: label smoothing {usual.alpha:g}", beside=beside)
+    figure = _bars(
+        what,
+        mine,
+        (0, 1),
+        labels,
+        f"{caption}; grey: label smoothing {usual.alpha:g}",
+        beside=beside,
+    )
     _add(writer, 0, _image("trial/soft_targets", figure))
 
 
 def _reliability(bins: Any, ece: float) -> Image.Image:
     """Accuracy by confidence; `bins` [3, bins] sums images, confidences and right ones."""
     count, confidence, right = bins
-    accuracy, sure = (np.divide(x, count, out=np.zeros(BINS), where=count > 0) for x in (right, confidence))
+    accuracy, sure = (
+        np.divide(x, count, out=np.zeros(BINS), where=count > 0) for x in (right, confidence)
+    )
     labels = [f"{(i + 1) / BINS:.1f}" if i % 3 == 2 else "" for i in range(BINS)]
-    return _bars("accuracy by confidence", accuracy, (0, 1), labels, f"grey: calibrated; ECE {ece:.4f}", beside=sure)
+    return _bars(
+        "accuracy by confidence",
+        accuracy,
+        (0, 1),
+        labels,
+        f"grey: calibrated; ECE {ece:.4f}",
+        beside=sure,
+    )
 
 
 def _per_class(change: Any, plain: str) -> Image.Image:
@@ -394,7 +465,13 @@ def _per_class(change: Any, plain: str) -> Image.Image:
     labels = [str(k) if len(change) <= _MOST else "" for k in order]
     high = max(1.0, float(abs(100 * change).max()))
     caption = f"by class; {(change > 0).sum()} up, {(change < 0).sum()} down, mean {100 * change.mean():+.2f}"
-    return _bars(f"test accuracy minus that of {plain}, points", 100 * change[order], (-high, high), labels, caption)
+    return _bars(
+        f"test accuracy minus that of {plain}, points",
+        100 * change[order],
+        (-high, high),
+        labels,
+        caption,
+    )
 
 
 def _judged_runs(files: Sequence[Path]) -> tuple[Any, Any, float]:
@@ -416,15 +493,30 @@ def _plain_value(arm: Arm, arms: Any) -> str | None:
     """The arm that this one's classes are compared with: the one it names, or plain training of the same student."""
     if arm.baseline or arm.config.objective.name == "ce":
         return arm.baseline
-    same = [a for a in arms if a.config.objective.name == "ce" and a.config.student == arm.config.student]
+    same = [
+        a
+        for a in arms
+        if a.config.objective.name == "ce" and a.config.student == arm.config.student
+    ]
     return same[0].name if same else None
 
 
 def _bars(
-    title: str, values: Any, ends: tuple[float, float], labels: Sequence[str], caption: str, beside: Any = None
+    title: str,
+    values: Any,
+    ends: tuple[float, float],
+    labels: Sequence[str],
+    caption: str,
+    beside: Any = None,
 ) -> Image.Image:
     """A bar chart; `beside` has the heights of a second bar, grey, beside each."""
-    width, height, left, top, bottom = 360, 250, 46, 30, 48  # about what TensorBoard shows; it scales roughly
+    width, height, left, top, bottom = (
+        360,
+        250,
+        46,
+        30,
+        48,
+    )  # about what TensorBoard shows; it scales roughly
     image = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     low, high = ends
@@ -442,7 +534,12 @@ def _bars(
     step = (width - left - 8) / len(values)
     for i, value in enumerate(values):
         x = left + i * step
-        bar(x + 0.1 * step, 0.8 * step if beside is None else 0.4 * step, value, _BLUE if value >= 0 else _RED)
+        bar(
+            x + 0.1 * step,
+            0.8 * step if beside is None else 0.4 * step,
+            value,
+            _BLUE if value >= 0 else _RED,
+        )
         if beside is not None:
             bar(x + 0.5 * step, 0.4 * step, beside[i], _GREY)
         draw.text((x + step / 2, height - bottom + 6), labels[i], "black", font, anchor="mt")
@@ -455,7 +552,9 @@ def _bars(
 
 
 def _chart(title: str, *tags: str) -> layout_pb2.Chart:
-    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]))
+    return layout_pb2.Chart(
+        title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags])
+    )
 
 
 def _charts(spaces: Sequence[Space]) -> list[layout_pb2.Category]:
@@ -466,8 +565,13 @@ def _charts(spaces: Sequence[Space]) -> list[layout_pb2.Category]:
         _chart("gradient of the soft part, relative to CE's", "kd/grad_ratio"),
     ]
     if any(b.example.needs_teacher for b in branches):
-        parts += [_chart("agreement with the teacher", "kd/agreement"), _chart("KL to the teacher", "kd/kl")]
-    values = [_chart(name, f"objective/{name}") for name in dict.fromkeys(b.objective for b in branches)]
+        parts += [
+            _chart("agreement with the teacher", "kd/agreement"),
+            _chart("KL to the teacher", "kd/kl"),
+        ]
+    values = [
+        _chart(name, f"objective/{name}") for name in dict.fromkeys(b.objective for b in branches)
+    ]
     return [
         layout_pb2.Category(title="value by objective", chart=values),
         layout_pb2.Category(title="CE and KD", chart=parts),
@@ -497,16 +601,26 @@ def _layout(categories: Sequence[layout_pb2.Category]) -> summary_pb2.Summary:
     # TensorBoard's own function for it needs TensorFlow
     plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name=custom_scalar_metadata.PLUGIN_NAME)
     content = layout_pb2.Layout(category=categories).SerializeToString()
-    return _size_of(custom_scalar_metadata.CONFIG_SUMMARY_TAG, summary_pb2.SummaryMetadata(plugin_data=plugin), content)
+    return _size_of(
+        custom_scalar_metadata.CONFIG_SUMMARY_TAG,
+        summary_pb2.SummaryMetadata(plugin_data=plugin),
+        content,
+    )
 
 
 def _text_summary(tag: str, markdown: str) -> summary_pb2.Summary:
-    return _size_of(tag, text_metadata.create_summary_metadata("", ""), markdown.encode(errors="backslashreplace"))
+    return _size_of(
+        tag,
+        text_metadata.create_summary_metadata("", ""),
+        markdown.encode(errors="backslashreplace"),
+    )
 
 
 def _size_of(tag: str, about: summary_pb2.SummaryMetadata, content: bytes) -> summary_pb2.Summary:
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[content])
-    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=tensor)])
+    return summary_pb2.Summary(
+        value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=tensor)]
+    )
 
 
 def _image(tag: str, image: Image.Image) -> summary_pb2.Summary:
@@ -525,7 +639,10 @@ def _scalar(tag: str, value: float) -> summary_pb2.Summary:
 def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
     """Column names: optim.lr is lr, objective.kd.alpha is kd.alpha, and the whole path where that is not unique."""
     tails = {p.name: p.name.split(".", 1)[-1] for p in parameters}
-    return {name: tail if list(tails.values()).count(tail) == 1 else name for name, tail in tails.items()}
+    return {
+        name: tail if list(tails.values()).count(tail) == 1 else name
+        for name, tail in tails.items()
+    }
 
 
 def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
@@ -533,15 +650,28 @@ def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
     return {p.name: _kind(p.domain.values) for p in parameters if isinstance(p.domain, Choices)}
 
 
-def _experiment(columns: Iterable[api_pb2.HParamInfo], metrics: Mapping[str, str]) -> summary_pb2.Summary:
-    infos = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=t), display_name=name) for t, name in metrics.items()]
-    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=infos, time_created_secs=time.time())
-    return _hparam_summary(metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=experiment))
+def _experiment(
+    columns: Iterable[api_pb2.HParamInfo], metrics: Mapping[str, str]
+) -> summary_pb2.Summary:
+    infos = [
+        api_pb2.MetricInfo(name=api_pb2.MetricName(tag=t), display_name=name)
+        for t, name in metrics.items()
+    ]
+    experiment = api_pb2.Experiment(
+        hparam_infos=columns, metric_infos=infos, time_created_secs=time.time()
+    )
+    return _hparam_summary(
+        metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=experiment)
+    )
 
 
 def _metrics(space: Space) -> dict[str, str]:
     """HParams' metrics of a sweep, by tag: at most 5."""
-    more = {TAGS[m]: m for m in (*space.search.metrics, "val_nll", "val_ece") if m != space.search.metric}
+    more = {
+        TAGS[m]: m
+        for m in (*space.search.metrics, "val_nll", "val_ece")
+        if m != space.search.metric
+    }
     return {VALUE: space.search.metric, **more, EPOCHS: "epochs"}
 
 
@@ -589,7 +719,10 @@ def _hparam(value: Any, kind: str) -> Any:
 
 
 def _session_start(
-    values: Mapping[str, Any], name: str, columns: Mapping[str, str], kinds: Mapping[str, str] | None = None
+    values: Mapping[str, Any],
+    name: str,
+    columns: Mapping[str, str],
+    kinds: Mapping[str, str] | None = None,
 ) -> summary_pb2.Summary:
     """What HParams is told of a trial.
 
@@ -603,13 +736,17 @@ def _session_start(
             value = value.item()
         kind = (kinds or {}).get(key) or _kind([value])
         setattr(info.hparams[short], kind, _hparam(value, kind))
-    return _hparam_summary(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))
+    return _hparam_summary(
+        metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info)
+    )
 
 
 def _session_end(failed: bool) -> summary_pb2.Summary:
     status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
     info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
-    return _hparam_summary(metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=info))
+    return _hparam_summary(
+        metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=info)
+    )
 
 
 def _hparam_summary(tag: str, data: plugin_data_pb2.HParamsPluginData) -> summary_pb2.Summary:
@@ -619,7 +756,9 @@ def _hparam_summary(tag: str, data: plugin_data_pb2.HParamsPluginData) -> summar
             plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString()
         )
     )
-    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
+    return summary_pb2.Summary(
+        value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)]
+    )
 
 
 def _add(writer: EventFileWriter, step: int, summary: summary_pb2.Summary) -> None:

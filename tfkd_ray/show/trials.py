@@ -33,7 +33,14 @@ from tfkd_ray.show.status import (
     read_plan,
     record_of,
 )
-from tfkd_ray.store.experiment import MOST_JSON_BYTES, STATUSES, Record, damaged, read_metrics, trial_folders
+from tfkd_ray.store.experiment import (
+    MOST_JSON_BYTES,
+    STATUSES,
+    Record,
+    damaged,
+    read_metrics,
+    trial_folders,
+)
 
 FIRST = ("trial", "number", "objective", "status", "epoch")
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -70,8 +77,14 @@ def trials_table(
     """
     plan = read_plan(experiment)
     rows = [_row(record) for record in read_lasts(experiment)]
-    fields = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row if key != "reason"), "reason"]))
-    known = set(fields) | {key.rpartition(".")[2] for key in fields} | ({plan.metric} if plan.metric else set())
+    fields = list(
+        dict.fromkeys([*FIRST, *(key for row in rows for key in row if key != "reason"), "reason"])
+    )
+    known = (
+        set(fields)
+        | {key.rpartition(".")[2] for key in fields}
+        | ({plan.metric} if plan.metric else set())
+    )
     problems: list[str] = []
     tests = [_test(text, known, rows, plan, problems) for text in filter]
     key, _, order = sort.partition(":")
@@ -83,14 +96,21 @@ def trials_table(
             if name not in known and rows:
                 problems.append(f"{option}: no such field {name!r}; {did_you_mean(name, known)}")
     if output not in ("table", "json", "csv"):
-        problems.append(f"--output: no such format {output!r}; {did_you_mean(output, ('table', 'json', 'csv'))}")
+        problems.append(
+            f"--output: no such format {output!r}; {did_you_mean(output, ('table', 'json', 'csv'))}"
+        )
     if limit is not None and limit < 1:
         problems.append(f"--limit: at least 1, got {limit}")
     if problems:
         raise ConfigError(problems)
-    found = _sorted([row for row in rows if all(test(row) for test in tests if test)], key, order == "desc")[:limit]
+    found = _sorted(
+        [row for row in rows if all(test(row) for test in tests if test)], key, order == "desc"
+    )[:limit]
     if output == "json":
-        shown = [{c: _plain(_value(row, c)) for c in chosen or dict.fromkeys([*row, "reason"])} for row in found]
+        shown = [
+            {c: _plain(_value(row, c)) for c in chosen or dict.fromkeys([*row, "reason"])}
+            for row in found
+        ]
         return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False)
     if output == "csv":
         text = io.StringIO()
@@ -102,7 +122,9 @@ def trials_table(
 
 
 def _row(record: Record) -> Row:
-    ends = {name.rpartition(".")[2] for name in record.parameters}  # `lr` is what was searched, not the last epoch's
+    ends = {
+        name.rpartition(".")[2] for name in record.parameters
+    }  # `lr` is what was searched, not the last epoch's
     return {
         "trial": record.name,
         "number": record.number,
@@ -126,14 +148,19 @@ def _test(
     """Whether a row passes a filter; what is wrong with the filter goes to `problems`."""
     parts = re.fullmatch(r"\s*([^\s=!<>]+)\s*(<=|>=|!=|=|<|>)\s*(\S.*?)\s*", text)
     if parts is None:
-        problems.append(f"--filter {text!r}: needs FIELD, one of = != < <= > >=, and a value: 'val_accuracy>0.9'")
+        problems.append(
+            f"--filter {text!r}: needs FIELD, one of = != < <= > >=, and a value: 'val_accuracy>0.9'"
+        )
         return None
     field, operator, value = parts[1], parts[2], parts[3]
     if rows and field not in known:
         problems.append(f"--filter {text!r}: no such field {field!r}; {did_you_mean(field, known)}")
         return None
     wanted = value if field in TEXTS else as_written(value)
-    options = {"status": STATUSES, "objective": tuple({**plan.rows, **{r["objective"]: 0 for r in rows}})}.get(field)
+    options = {
+        "status": STATUSES,
+        "objective": tuple({**plan.rows, **{r["objective"]: 0 for r in rows}}),
+    }.get(field)
     if options and plan.kind == "sweep" and value not in options:
         problems.append(f"--filter {text!r}: no such {field}; {did_you_mean(value, options)}")
         return None
@@ -166,7 +193,9 @@ def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
         number = number_in(value)
         return (True, 0.0, in_yaml(value)) if number is None else (False, number, "")
 
-    return sorted(filter(usable, rows), key=key, reverse=descending) + [r for r in rows if not usable(r)]
+    return sorted(filter(usable, rows), key=key, reverse=descending) + [
+        r for r in rows if not usable(r)
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -194,7 +223,9 @@ def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
         reason = first_line(row["reason"]) if row.get("reason") else parameters
         trial = on_one_line(row["trial"])
-        lines.append(f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {on_one_line(reason)}")
+        lines.append(
+            f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {on_one_line(reason)}"
+        )
     return "\n".join(lines)
 
 
@@ -202,14 +233,17 @@ def _columns(rows: Sequence[Row], columns: Sequence[str]) -> str:
     cells = [list(columns), *([_cell(row, c) for c in columns] for row in rows)]
     widths = [max(cell_len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
-        "  ".join(set_cell_size(text, w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells
+        "  ".join(set_cell_size(text, w) for text, w in zip(line, widths, strict=True)).rstrip()
+        for line in cells
     )
 
 
 # --- one trial's log -------------------------------------------------------------------------------------------
 
 
-def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5) -> Iterator[str]:
+def logs(
+    experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5
+) -> Iterator[str]:
     """What a trial wrote, line by line: its epochs, and how it ended, with the traceback if it failed.
 
     Args:
@@ -222,7 +256,11 @@ def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float =
 
 
 def _folder_of(experiment: Path, trial: str) -> Path:
-    folders = {folder.name: folder for folder in trial_folders(experiment) if (folder / "trial.json").is_file()}
+    folders = {
+        folder.name: folder
+        for folder in trial_folders(experiment)
+        if (folder / "trial.json").is_file()
+    }
     if trial in folders:
         return folders[trial]
     wanted = f"t{int(trial):04d}-" if trial.isdecimal() else trial
@@ -230,16 +268,22 @@ def _folder_of(experiment: Path, trial: str) -> Path:
     if len(near) == 1:
         return near[0]
     if near:
-        raise ConfigError(f"{trial!r} is the beginning of {len(near)} trials: {near[0].name}, {near[1].name}, ...")
+        raise ConfigError(
+            f"{trial!r} is the beginning of {len(near)} trials: {near[0].name}, {near[1].name}, ..."
+        )
     raise ConfigError(
-        f"no trial {trial!r}; " + (did_you_mean(trial, list(folders)) if folders else "none has begun"), experiment
+        f"no trial {trial!r}; "
+        + (did_you_mean(trial, list(folders)) if folders else "none has begun"),
+        experiment,
     )
 
 
 def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> Iterator[str]:
     shown = 0
     while True:
-        record = record_of(folder)  # first: what is written before it says that it ended is then read
+        record = record_of(
+            folder
+        )  # first: what is written before it says that it ended is then read
         alive = is_running(experiment)
         metrics = read_metrics(folder)
         total = record.config.get("epochs", "?") if record else "?"

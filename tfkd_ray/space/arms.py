@@ -75,7 +75,9 @@ class Arm(Settings):
     @property
     def part(self) -> str:
         """Its role, given or implied."""
-        return self.role or ("baseline" if self.config.objective.name in ("ce", "lsr") else "candidate")
+        return self.role or (
+            "baseline" if self.config.objective.name in ("ce", "lsr") else "candidate"
+        )
 
 
 class Arms(Settings):
@@ -124,7 +126,9 @@ def is_arms_file(path: Path | str) -> bool:
     return "arms" in read_yaml(find_file(path, "search_spaces"))
 
 
-def load_arms(path: Path | str, overrides: Sequence[str] = (), *, preset: str | None = None) -> Arms:
+def load_arms(
+    path: Path | str, overrides: Sequence[str] = (), *, preset: str | None = None
+) -> Arms:
     """Read and check an arms file; every problem in it is in one ConfigError.
 
     Args:
@@ -147,7 +151,9 @@ def build_arms(
     shared = {k: v for k, v in tree.items() if k not in Arms.model_fields}
     given = tree.get("arms")
     if not isinstance(given, list) or not given:
-        raise ConfigError("arms: needs a list of at least one arm, each with a name and an objective", source)
+        raise ConfigError(
+            "arms: needs a list of at least one arm, each with a name and an objective", source
+        )
     arms: list[dict[str, Any]] = []
     problems: list[str] = []
     for number, arm in enumerate(given):
@@ -161,7 +167,9 @@ def build_arms(
         raise ConfigError(problems, source)
     about = {k: tree[k] for k in ("title", "source", "note", "searched", "metric") if k in tree}
     if overrides:
-        about["note"] = f"{about.get('note', '')} Changed from the file: {' '.join(overrides)}.".strip()
+        about["note"] = (
+            f"{about.get('note', '')} Changed from the file: {' '.join(overrides)}.".strip()
+        )
     compared = validated(Arms, {**about, "arms": arms, "preset": preset}, source)
     problems = list(_arm_problems(compared))
     if problems:
@@ -229,7 +237,10 @@ def runs_of(
             changes: dict[str, Any] = {"seed": seed}
             if not hold_out:
                 changes["data"] = config.data.model_copy(update={"val_fraction": 0.0})
-            own_teacher = config.teacher is not None and config.teacher.model not in (None, config.student)
+            own_teacher = config.teacher is not None and config.teacher.model not in (
+                None,
+                config.student,
+            )
             if config.needs_teacher and (teacher_per_seed or not own_teacher):
                 run = config.teacher_run()
                 assert run is not None, f"{config=}"
@@ -256,10 +267,14 @@ def rivals_of(text: str) -> list[str]:
     """Some of RIVALS, from a list with commas."""
     words = text.split(",")
     if wrong := [word for word in words if word not in RIVALS]:
-        raise ConfigError([f"no such baseline {word!r}; {did_you_mean(word, RIVALS)}" for word in wrong], "--baselines")
+        raise ConfigError(
+            [f"no such baseline {word!r}; {did_you_mean(word, RIVALS)}" for word in wrong],
+            "--baselines",
+        )
     if not {*words} - {"published"}:
         raise ConfigError(
-            "the published setting is only shown; name a baseline to beat: ce, lsr or scaled", "--baselines"
+            "the published setting is only shown; name a baseline to beat: ce, lsr or scaled",
+            "--baselines",
         )
     return words
 
@@ -318,19 +333,27 @@ def arms_of(
         there = [experiment] if baselines is None else [experiment, baselines]
         found = [record for where in there for record in _full(where) if record.objective == name]
         if not found:
-            raise ConfigError(f"no full-length trial of the baseline {name}; tune it first", experiment)
+            raise ConfigError(
+                f"no full-length trial of the baseline {name}; tune it first", experiment
+            )
         rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     objective = validated(TrainConfig, first.config).objective
     weight = objective.loss_scale * objective.ce_weight
     if weight > 0 and "scaled" in rivals:
         teacher = first.config["teacher"] if first.config.get("init") == "trained" else None
-        scaled = {**first.config, "objective": {"name": "ce", "loss_scale": weight}, "teacher": teacher}
+        scaled = {
+            **first.config,
+            "objective": {"name": "ce", "loss_scale": weight},
+            "teacher": teacher,
+        }
         arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
     setting = next((p.objective for p in PUBLISHED if p.objective.name == first.objective), None)  # type: ignore[attr-defined]
     if setting is not None and "published" in rivals:
         published = {**first.config, "objective": setting.model_dump(mode="json")}
-        arms.append({"name": f"{first.objective}-published", "config": published, "role": "reference"})
+        arms.append(
+            {"name": f"{first.objective}-published", "config": published, "role": "reference"}
+        )
     distinct: dict[str, dict[str, Any]] = {}
     for arm in arms:
         whole = validated(Arms, {"arms": [arm]})
@@ -361,7 +384,9 @@ def _candidates(experiment: Path, top_k: int) -> list[Record]:
         raise ConfigError("no trial of full length, so there is nothing to confirm", experiment)
     others = [r for r in records if r.objective not in BASELINES]
     if not others:
-        raise ConfigError("only baselines were searched (ce, lsr), so there is nothing to confirm", experiment)
+        raise ConfigError(
+            "only baselines were searched (ce, lsr), so there is nothing to confirm", experiment
+        )
     domains = {p.name: p.domain for p in build_space(about["space"]).parameters}
     chosen: list[Record] = []
     for record in others:

@@ -323,7 +323,9 @@ def _gradients(num_classes: int) -> Callable[[Canonical], ExplainArray]:
     return gradient
 
 
-def _by_torch(objective: Canonical, logits: ExplainArray, labels: ExplainArray, teacher: ExplainArray) -> ExplainArray:
+def _by_torch(
+    objective: Canonical, logits: ExplainArray, labels: ExplainArray, teacher: ExplainArray
+) -> ExplainArray:
     """The gradient [S, N] of `Terms.kd`, of any objective."""
     import torch
 
@@ -349,7 +351,9 @@ def _moved_from(gradient: ExplainArray, reference: ExplainArray) -> tuple[float,
 
 def _size(gradient: ExplainArray) -> ExplainArray:
     """Length at each logit scale, [S, 1]."""
-    found: ExplainArray = np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), TINY_PROBABILITY)
+    found: ExplainArray = np.maximum(
+        np.linalg.norm(gradient, axis=1, keepdims=True), TINY_PROBABILITY
+    )
     return found
 
 
@@ -383,7 +387,9 @@ def _middle(branch: Branch) -> Canonical:
     return branch.config(values).objective
 
 
-def _moved_to(objective: Canonical, parameters: Sequence[Parameter], places: Sequence[float]) -> Canonical:
+def _moved_to(
+    objective: Canonical, parameters: Sequence[Parameter], places: Sequence[float]
+) -> Canonical:
     """The objective with the values of parameters at these places of their ranges."""
     values = {}
     for p, place in zip(parameters, places, strict=True):
@@ -410,10 +416,16 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
     objective = amounts[0].objective
     settings = [
         f"{label} {_span([getattr(a.objective, field) for a in amounts])}"
-        for label, field in (("alpha", "alpha"), ("T", "temperature"), ("correct_prob", "correct_prob"))
+        for label, field in (
+            ("alpha", "alpha"),
+            ("T", "temperature"),
+            ("correct_prob", "correct_prob"),
+        )
         if field in type(objective).model_fields
     ]
-    yield f"loss_scale {_span([a.objective.loss_scale for a in amounts])}" + "".join(f", {text}" for text in settings)
+    yield f"loss_scale {_span([a.objective.loss_scale for a in amounts])}" + "".join(
+        f", {text}" for text in settings
+    )
     soft = f", of the soft part {_span([a.soft_weight for a in amounts])}" if settings else ""
     yield f"weight of CE {_span([a.ce_weight for a in amounts])}{soft}"
     if isinstance(objective, CrossEntropy | LabelSmoothing):

@@ -27,7 +27,9 @@ Rule = Callable[[Item], Iterator[str]]
 class Suggests(Protocol):
     """The part of `optuna.Trial` that a space needs."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None, log: bool
+    ) -> float: ...
     def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
@@ -106,7 +108,9 @@ class Range:
         if self.whole:
             return self._suggest_whole(trial, name)
         if self.step and self.high - self.low > MANY * self.step:
-            return self._on_step(trial.suggest_float(name, self.low, self.high, step=None, log=False))
+            return self._on_step(
+                trial.suggest_float(name, self.low, self.high, step=None, log=False)
+            )
         low, high = self.span
         label, log = self.label(name), self.logarithmic
         return self.shown(trial.suggest_float(label, low, high, step=self.step, log=log))
@@ -196,7 +200,11 @@ class Range:
         return {"low": low, "high": high, **{key: value for key, value in scale.items() if value}}
 
     def __str__(self) -> str:
-        ends = f"{int(self.low)} to {int(self.high)}" if self.whole else f"{self.low:g} to {self.high:g}"
+        ends = (
+            f"{int(self.low)} to {int(self.high)}"
+            if self.whole
+            else f"{self.low:g} to {self.high:g}"
+        )
         if self.log:
             return f"{ends} (log)"
         if self.log_complement:

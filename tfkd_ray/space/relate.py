@@ -29,7 +29,9 @@ def branch_of(group: BranchGroup, objective: str) -> Any:
     return next(b for b in group.branches if b.objective == objective)
 
 
-def as_asked(group: BranchGroup, objective: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def as_asked(
+    group: BranchGroup, objective: str, values: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, distributions) of a trial of a study with these values."""
     import optuna  # here: what only reads a space does without
 
@@ -120,7 +122,9 @@ def not_superset(old: Space, new: Space) -> list[str]:
     if old.search.split != new.search.split:
         problems.append("search.split: cannot change while a sweep goes on")
     if old.search.metrics != new.search.metrics:
-        problems.append(f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it")
+        problems.append(
+            f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it"
+        )
     for was in old.branches:
         if was.objective in branches:
             for rule in SAME_BRANCH_RULES:
@@ -252,7 +256,9 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
     for p in branch.asked(values):
         value = value_at(tree, p.path)
         fits = p.domain.contains(value)
-        if isinstance(p.domain, Choices):  # in a file, a choice may be a name or a part of its settings
+        if isinstance(
+            p.domain, Choices
+        ):  # in a file, a choice may be a name or a part of its settings
             same = [c for c in p.domain.values if _is_item(branch, values, p, c, tree)]
             fits = bool(same)
             value = same[0] if same else value

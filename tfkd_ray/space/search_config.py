@@ -207,13 +207,17 @@ def _storage_url(url: str | None) -> str | None:
     if url is None:
         return None
     if not re.match(r"[a-z][a-z0-9+_]*://", url):
-        raise ValueError("a URL: sqlite:///FILE, or postgresql://USER@HOST/DATABASE; null keeps a journal file")
+        raise ValueError(
+            "a URL: sqlite:///FILE, or postgresql://USER@HOST/DATABASE; null keeps a journal file"
+        )
     if "@" in after_password(url):
         raise ValueError(FIRST_AT)
     kind, _, rest = url.partition(":///")
     if url.startswith("sqlite") and rest in ("", ":memory:"):
         raise ValueError("a database in memory ends with the process; name a file: sqlite:///FILE")
-    if kind.startswith("sqlite") and rest and not rest.startswith("/"):  # whoever resumes may stand elsewhere
+    if (
+        kind.startswith("sqlite") and rest and not rest.startswith("/")
+    ):  # whoever resumes may stand elsewhere
         return f"{kind}:///{Path(rest).absolute()}"
     return url
 
@@ -230,7 +234,9 @@ class SearchConfig(Settings):
     sampler: Annotated[Sampler, Field(discriminator="name"), BeforeValidator(name_alone)] = Tpe()
     warm_start: bool = True
     """Try published settings first, as far as they lie in the space; at most a quarter of an objective's trials."""
-    stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = Halving()
+    stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = (
+        Halving()
+    )
     metric: Selectable = "val_accuracy"
     """A trial's value: this metric after its last epoch, on validation. NLL and ECE are minimised, the others are
     maximised. A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first

@@ -38,7 +38,15 @@ from tfkd_ray.space.ranges import (
     name_of,
     range_meant,
 )
-from tfkd_ray.space.search_config import Gp, Grid, Halving, Hyperband, Median, NoStopping, SearchConfig
+from tfkd_ray.space.search_config import (
+    Gp,
+    Grid,
+    Halving,
+    Hyperband,
+    Median,
+    NoStopping,
+    SearchConfig,
+)
 
 Within = tuple[str, Any]
 """An item of choices: (name of the parameter, its value)."""
@@ -48,7 +56,9 @@ MAX_GRID = 100_000
 MAX_RUNGS = 10_000
 MAX_STEPS = 1_000_000
 OBJECTIVES = members(TrainConfig.model_fields["objective"])
-TAUGHT = {str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher} - {"tfkd_self"}
+TAUGHT = {str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher} - {
+    "tfkd_self"
+}
 """Objectives whose teacher has a network of its own."""
 
 
@@ -226,7 +236,9 @@ class Space:
         problems = []
         if len(self.branches) > 1:
             names = ", ".join(b.objective for b in self.branches)
-            problems.append(f"objective: is a choice of {names}, and one run needs one; fix it: objective={names[:2]}")
+            problems.append(
+                f"objective: is a choice of {names}, and one run needs one; fix it: objective={names[:2]}"
+            )
         for p in self.parameters:
             if p.within is None:
                 first = p.domain.probes[0]
@@ -257,9 +269,13 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
         overrides: `key.path=value` each, in YAML, as on the command line.
     """
     if not isinstance(path, str | Path):
-        raise ConfigError(f"path: the name of a file, got {path!r}; build_space makes a space of a tree")
+        raise ConfigError(
+            f"path: the name of a file, got {path!r}; build_space makes a space of a tree"
+        )
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides or ()):
-        raise ConfigError(f"overrides: a list of texts, ['optim.lr=0.1'], got {masked(repr(overrides))}")
+        raise ConfigError(
+            f"overrides: a list of texts, ['optim.lr=0.1'], got {masked(repr(overrides))}"
+        )
     path = find_file(path, "search_spaces")
     tree = read_yaml(path)
     problems: list[str] = []
@@ -267,7 +283,9 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
         try:
             override(tree, text)
         except ConfigError as error:
-            problems += [f"{p.replace(text, masked(text))} (in {masked(text)!r})" for p in error.problems]
+            problems += [
+                f"{p.replace(text, masked(text))} (in {masked(text)!r})" for p in error.problems
+            ]
     if problems:
         raise ConfigError(problems, "command line")
     return build_space(tree, path)
@@ -317,7 +335,9 @@ def _read_search(given: Any) -> tuple[SearchConfig, list[str]]:
         return SearchConfig(), problems + [f"search.{p}" for p in error.problems]
 
 
-def _read_branches(tree: Tree, search: SearchConfig, notes: list[str]) -> tuple[list[Branch], list[str]]:
+def _read_branches(
+    tree: Tree, search: SearchConfig, notes: list[str]
+) -> tuple[list[Branch], list[str]]:
     """(the branches that are right, what is wrong with the others); takes `objective` out of the tree."""
     branches, problems = [], []
     try:
@@ -483,7 +503,9 @@ def _sampler_chooses_items(space: Space) -> Iterator[str]:
 
 def _grid_is_run_once(space: Space) -> Iterator[str]:
     """A grid can be counted, is small enough, and has as many points as there are trials."""
-    if not isinstance(space.search.sampler, Grid) or any(group.conditional for group in space.groups):
+    if not isinstance(space.search.sampler, Grid) or any(
+        group.conditional for group in space.groups
+    ):
         return
     given, size = space.search.num_samples, _grid_size(space)
     endless = [p for p in space.parameters if p.domain.size is None]
@@ -649,12 +671,16 @@ def with_digest(space: Space, digest: str | None) -> Space:
         return space
     data = {**space.tree["data"], "digest": digest}
     found = build_space({**space.tree, "data": data})
-    return dataclasses.replace(found, notes=space.notes, search=space.search)  # a tree has no password
+    return dataclasses.replace(
+        found, notes=space.notes, search=space.search
+    )  # a tree has no password
 
 
 def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]:
     if given is None:
-        raise ConfigError("objective: required, and not given; for example: objective: [ce, lsr, tfkd_reg]")
+        raise ConfigError(
+            "objective: required, and not given; for example: objective: [ce, lsr, tfkd_reg]"
+        )
     if not isinstance(given, list):
         return [given]
     if not given:
@@ -662,7 +688,9 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
     names = [name_of(o) for o in given]
     twice = {n for n in names if n is not None and names.count(n) > 1}
     if twice:
-        raise ConfigError(f"objective: {', '.join(sorted(twice))} is listed twice; widen one range instead")
+        raise ConfigError(
+            f"objective: {', '.join(sorted(twice))} is listed twice; widen one range instead"
+        )
     added: list[Any] = []
     if search.baselines and len(given) > 1:
         if "ce" not in names:
@@ -699,7 +727,9 @@ class _Ranges:
         self.problems: list[str] = []
         self._objective, self._notes = objective, notes
 
-    def taken_from(self, value: Any, path: Path_ = (), name: Path_ = (), within: Within | None = None) -> Any:
+    def taken_from(
+        self, value: Any, path: Path_ = (), name: Path_ = (), within: Within | None = None
+    ) -> Any:
         """The tree without its ranges; a faulty one leaves the default, so that the rest can be checked, too.
 
         Args:
@@ -735,7 +765,9 @@ class _Ranges:
         self.found.append(parameter)
         domain = parameter.domain
         if isinstance(domain, Choices) and domain.written:
-            for item, bare, label in zip(domain.written, domain.values, labels_of(domain.values), strict=True):
+            for item, bare, label in zip(
+                domain.written, domain.values, labels_of(domain.values), strict=True
+            ):
                 self.taken_from(item, parameter.path, (*called, label), (parameter.name, bare))
 
 
@@ -951,7 +983,9 @@ def _settings_in(here: Any, path: Sequence[str]) -> Any:
         here = here["choices"]
         labels = labels_of(here)  # what `check` calls the items
         if part not in labels:
-            raise ConfigError(f"{dotted(path)}: no such item of {dotted(above)}; {did_you_mean(part, labels)}")
+            raise ConfigError(
+                f"{dotted(path)}: no such item of {dotted(above)}; {did_you_mean(part, labels)}"
+            )
         at = labels.index(part)
     below = here.get(at) if isinstance(here, dict) else here[at]
     if below is None:
@@ -971,6 +1005,8 @@ def _one_objective(tree: Tree, path: list[str]) -> tuple[Tree, list[str]]:
     names = [name_of(o) for o in settings]
     if path[1] not in names:
         known = [str(n) for n in names if n]
-        raise ConfigError(f"objective.{path[1]}: not among the file's objectives; {did_you_mean(path[1], known)}")
+        raise ConfigError(
+            f"objective.{path[1]}: not among the file's objectives; {did_you_mean(path[1], known)}"
+        )
     tree["objective"] = settings if isinstance(given, list) else settings[0]
     return settings[names.index(path[1])], path[2:]

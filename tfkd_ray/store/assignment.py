@@ -59,9 +59,13 @@ class Assignment:
         if (directory := section.get("directory")) is not None:
             told["directory"] = Path(directory)
             place = section.get("storage", "")
-            if told["directory"].is_relative_to(place):  # on this node the storage may have another folder
+            if told["directory"].is_relative_to(
+                place
+            ):  # on this node the storage may have another folder
                 told["directory"] = told["directory"].relative_to(place)
-        more = {name: value for name, value in section.items() if name not in (*_KNOWN, *_OF_BUCKETS)}
+        more = {
+            name: value for name, value in section.items() if name not in (*_KNOWN, *_OF_BUCKETS)
+        }
         return cls(**told, more=more)
 
     @classmethod
@@ -82,7 +86,10 @@ class Assignment:
             section[name] = list(section[name]) or None
         section["directory"] = None if self.directory is None else str(self.folder)
         section |= {} if self.storage is None else self.storage.wire()
-        return {**self.more, **{name: value for name, value in section.items() if value is not None}}
+        return {
+            **self.more,
+            **{name: value for name, value in section.items() if value is not None},
+        }
 
     @property
     def folder(self) -> Path:

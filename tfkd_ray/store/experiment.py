@@ -95,7 +95,11 @@ class Record:
 
 def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str]) -> None:
     """Write experiment.yaml: everything needed to say what was run, and to run it again."""
-    seeds = {"trials": tree["seed"], "proposals": tree["search"]["seed"], "split": tree["data"]["split_seed"]}
+    seeds = {
+        "trials": tree["seed"],
+        "proposals": tree["search"]["seed"],
+        "split": tree["data"]["split_seed"],
+    }
     write_text(
         experiment / "experiment.yaml",
         dump_yaml({**about_now(argv, tree), "seeds": seeds, "space": dict(tree)}),
@@ -126,11 +130,16 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
     about = read_yaml(experiment / "experiment.yaml", follow=False)
     if about.get("layout") != VERSION:
         message = (
-            f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; use the release that wrote it"
+            f"layout {about.get('layout')!r}, and this release reads layout {VERSION}; "
+            "use the release that wrote it"
         )
         raise ConfigError(message, experiment / "experiment.yaml")
-    if not isinstance(about.get("space"), dict) or not isinstance(about["space"].get("search"), dict):
-        raise ConfigError("has no 'space:' with a 'search:' in it; it was changed by hand, or cut", experiment)
+    if not isinstance(about.get("space"), dict) or not isinstance(
+        about["space"].get("search"), dict
+    ):
+        raise ConfigError(
+            "has no 'space:' with a 'search:' in it; it was changed by hand, or cut", experiment
+        )
     return about
 
 
@@ -143,7 +152,11 @@ def selection_metric(experiment: Path) -> str:
 
 def read_records(experiment: Path) -> list[Record]:
     """All trials, by number; a line that is only half there yet is left out."""
-    return [read_record(folder) for folder in trial_folders(experiment) if (folder / "trial.json").exists()]
+    return [
+        read_record(folder)
+        for folder in trial_folders(experiment)
+        if (folder / "trial.json").exists()
+    ]
 
 
 def trial_folders(experiment: Path) -> list[Path]:
@@ -153,7 +166,9 @@ def trial_folders(experiment: Path) -> list[Path]:
         raise ConfigError(f"is a link to {above.readlink()}; put there the folder itself", above)
     try:
         with os.scandir(above) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+            return sorted(
+                Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)
+            )
     except FileNotFoundError:  # no trial has begun
         return []
     except OSError as error:
@@ -176,7 +191,9 @@ def gone_trials(experiment: Path) -> list[str]:
             noted = line.startswith(_NOTE) and b'"user_attr":{"name":' in line
             if not (noted or line.startswith((_CREATED, _STATE, _EPOCH))):
                 continue
-            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # said when the journal is opened
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, IndexError
+            ):  # said when the journal is opened
                 about = parse_json(line)
                 if line.startswith(_CREATED):
                     given = about.get("user_attrs") or {}
@@ -188,7 +205,9 @@ def gone_trials(experiment: Path) -> list[str]:
                 elif line.startswith(_EPOCH) or about["state"] in _ENDED:
                     told.add(about["trial_id"])
     known = {names[k] for k in told if k < len(names)} - {None}
-    return sorted(str(n) for n in known if not (trials_folder(experiment) / str(n) / "trial.json").is_file())
+    return sorted(
+        str(n) for n in known if not (trials_folder(experiment) / str(n) / "trial.json").is_file()
+    )
 
 
 _ENDED = (1, 2, 3)
@@ -225,7 +244,9 @@ def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
     except OSError as error:
         if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in DISK_ERRORS:
             raise
-        raise ConfigError(f"cannot be read: {error.strerror}; move its folder away to see the others", path) from None
+        raise ConfigError(
+            f"cannot be read: {error.strerror}; move its folder away to see the others", path
+        ) from None
     return record
 
 
@@ -258,12 +279,16 @@ def as_metrics(line: str | bytes) -> dict[str, float]:
 
 def _is_json_number(value: Any) -> bool:
     """Also nan and infinity, which a trial that diverges reports."""
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    )
 
 
 def read_teachers(storage: Path) -> list[dict[str, Any]]:
     """What teacher.json says of every finished teacher under a storage directory, by name."""
-    return [read_teacher(path.parent) for path in sorted((storage / "teachers").glob("*/teacher.json"))]
+    return [
+        read_teacher(path.parent) for path in sorted((storage / "teachers").glob("*/teacher.json"))
+    ]
 
 
 def read_teacher(folder: Path) -> dict[str, Any]:
@@ -329,7 +354,11 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
 
     A line before it that a full disk has cut stays a line of its own.
     """
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    handle = os.open(
+        path,
+        os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK,
+        0o666,
+    )
     with os.fdopen(handle, "wb") as file:
         size = os.fstat(handle).st_size
         cut = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
@@ -349,7 +378,9 @@ def check_no_links(experiment: Path) -> None:
         for path in (Path(where) / name for name in (*folders, *names)):
             kind = kind_of(path, follow=False)
             ours = path.name.startswith("study.journal.lock") or (
-                path.name == "result.json" and path.is_symlink() and str(path.readlink()) == "metrics.jsonl"
+                path.name == "result.json"
+                and path.is_symlink()
+                and str(path.readlink()) == "metrics.jsonl"
             )
             if kind not in (None, "a directory") and not ours:
                 found.append(f"{path.relative_to(experiment)}: is {kind}")
@@ -384,7 +415,11 @@ def write_output(path: Path, text: str) -> bool:
         return True
     try:
         # a pipe without a reader is an error, not a wait
-        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW) if number is None else os.dup(number)
+        handle = (
+            os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            if number is None
+            else os.dup(number)
+        )
     except OSError as error:
         why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
         raise ConfigError(f"cannot be written to: {why}", path) from None
@@ -399,7 +434,9 @@ def check_new(experiment: Path) -> None:
     """Raise where an experiment of this name is there already, or cannot be made there."""
     check_name(experiment.name)
     if experiment.is_symlink():
-        raise ConfigError(f"is a link to {experiment.readlink()}; choose another name: --name NAME", experiment)
+        raise ConfigError(
+            f"is a link to {experiment.readlink()}; choose another name: --name NAME", experiment
+        )
     if experiment.exists() and not is_begun(experiment):
         message = f"experiment {experiment.name!r} exists already; choose another name, or go on with it: tfkd resume"
         raise ConfigError(f"{message} {shlex.quote(str(experiment))}", experiment.parent)
@@ -414,7 +451,9 @@ def check_name(name: str) -> None:
     """Raise where an experiment cannot have a name."""
     given = f"--name {legible(name)!r}" if not name.isprintable() else f"--name {name}"
     if name.casefold() in RESERVED:
-        raise ConfigError(f"{given}: is what all experiments of a storage directory share; choose another name")
+        raise ConfigError(
+            f"{given}: is what all experiments of a storage directory share; choose another name"
+        )
     if (
         not name
         or name.startswith((".", "-"))
@@ -425,7 +464,9 @@ def check_name(name: str) -> None:
         rule = "a plain name without slashes, control characters, blanks at its ends, or '.' or '-' at its beginning"
         raise ConfigError(f"{given}: {rule}; choose the place with --storage")
     if name.endswith(PART) or len(name.encode(errors="replace")) > LONGEST_NAME:
-        raise ConfigError(f"{given}: at most {LONGEST_NAME} bytes, and not '{PART}' at its end; choose another name")
+        raise ConfigError(
+            f"{given}: at most {LONGEST_NAME} bytes, and not '{PART}' at its end; choose another name"
+        )
 
 
 LONGEST_NAME = 200
@@ -477,15 +518,22 @@ def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
     full = [(values(r), r) for r in records if r.status == "done"]
     full = [(v, r) for v, r in full if all(math.isfinite(x) for x in v)]
     front = [
-        (v, r) for v, r in full if not any(w != v and all(b >= a for a, b in zip(v, w, strict=True)) for w, _ in full)
+        (v, r)
+        for v, r in full
+        if not any(w != v and all(b >= a for a, b in zip(v, w, strict=True)) for w, _ in full)
     ]
-    return [r for _, r in sorted(front, key=lambda entry: (tuple(-x for x in entry[0]), entry[1].number))]
+    return [
+        r
+        for _, r in sorted(front, key=lambda entry: (tuple(-x for x in entry[0]), entry[1].number))
+    ]
 
 
 def _git_commit() -> str | None:
     """Commit of the repository in the current directory, with '+' where files differ from it; None outside of one."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
         changes = subprocess.run(
             ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
         )

@@ -52,7 +52,14 @@ UPLOAD_END_S = 60.0
 AT_ONCE = 16
 """Requests in flight."""
 
-OF_TRIALS = ("last.ckpt", "last.ckpt.new", "before.ckpt", "student.safetensors", "error.txt", "out_of_memory")
+OF_TRIALS = (
+    "last.ckpt",
+    "last.ckpt.new",
+    "before.ckpt",
+    "student.safetensors",
+    "error.txt",
+    "out_of_memory",
+)
 """Files in a trial's folder that its own process writes, on whichever node."""
 DRIVER_FILE = "driver.json"
 _INDEX, _SESSION, _MARK = ".objects.json", ".session", ".store.json"
@@ -118,15 +125,23 @@ class Store:
 
         found = self._listed(below, recursive=True)
         root = len(self._path("")) + 1
-        files = {i.path[root:]: Object(i.size, i.mtime.timestamp()) for i in found if i.type == FileType.File}
+        files = {
+            i.path[root:]: Object(i.size, i.mtime.timestamp())
+            for i in found
+            if i.type == FileType.File
+        }
         # what others named like a way out of the mirror, or like what is kept in it, is none of ours
-        return {name: about for name, about in files.items() if not re.search(r"(^|/)(\.|/|$)|\0", name)}
+        return {
+            name: about for name, about in files.items() if not re.search(r"(^|/)(\.|/|$)|\0", name)
+        }
 
     def names(self) -> list[str]:
         """Experiments, and whatever else lies directly below."""
         from pyarrow.fs import FileType
 
-        return sorted(i.base_name for i in self._listed("", recursive=False) if i.type == FileType.Directory)
+        return sorted(
+            i.base_name for i in self._listed("", recursive=False) if i.type == FileType.Directory
+        )
 
     def _listed(self, below: str, *, recursive: bool) -> list[Any]:
         """What pyarrow says of all below a name; nothing where there is nothing."""
@@ -160,7 +175,9 @@ class Store:
 
     def now(self) -> float:
         """The store's clock, and that it can be written to."""
-        self.write(".tfkd", b"Written by tfkd to see whether it may. Experiments are beside this.\n")
+        self.write(
+            ".tfkd", b"Written by tfkd to see whether it may. Experiments are beside this.\n"
+        )
         found = self.info(".tfkd")
         return found.time if found else time.time()
 
@@ -174,7 +191,9 @@ class Store:
     def mark(self) -> Path:
         """Make the mirror, so that `store_of` knows it; returns its folder."""
         if not (self.folder / _MARK).exists():
-            write_text(self.folder / _MARK, json.dumps({"url": self.url, "endpoint": self.endpoint}))
+            write_text(
+                self.folder / _MARK, json.dumps({"url": self.url, "endpoint": self.endpoint})
+            )
         return self.folder
 
     def trouble(self, error: Exception) -> str:
@@ -186,7 +205,11 @@ class Store:
         for pattern, sentence in _KNOWN_FILES:
             if re.search(pattern, text):
                 return sentence.format(**where)
-        return without_secrets(text.splitlines()[0], getproxies().values()) if text else type(error).__name__
+        return (
+            without_secrets(text.splitlines()[0], getproxies().values())
+            if text
+            else type(error).__name__
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.url, self.endpoint)  # no connection, and no credentials of one
@@ -211,7 +234,11 @@ class Store:
         # small objects in one request each; what does not answer is given up within 10 s
         strategy = fs.AwsStandardS3RetryStrategy(max_attempts=2)
         return fs.S3FileSystem(
-            connect_timeout=2, request_timeout=4, retry_strategy=strategy, allow_delayed_open=True, **other
+            connect_timeout=2,
+            request_timeout=4,
+            retry_strategy=strategy,
+            allow_delayed_open=True,
+            **other,
         )
 
 
@@ -223,20 +250,36 @@ def store_at(url: str) -> Store:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise ConfigError(f"storage: {error}: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from None
-    if "@" in parts.netloc or parts.query or parts.fragment:  # which may hold a secret, so it is not repeated
+        raise ConfigError(
+            f"storage: {error}: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+        ) from None
+    if (
+        "@" in parts.netloc or parts.query or parts.fragment
+    ):  # which may hold a secret, so it is not repeated
         raise ConfigError(
             f"storage: {parts.scheme}://BUCKET/PREFIX, and nothing more: credentials come from the environment "
             f"({_HELP.get(parts.scheme, 'see docs/storage.md')}), an endpoint from AWS_ENDPOINT_URL, a region from "
             "AWS_REGION"
         )
     words = [word for word in parts.path.split("/") if word]
-    if parts.scheme not in _HELP or not re.fullmatch(r"[A-Za-z0-9._-]+", parts.netloc) or {".", ".."} & set(words):
-        raise ConfigError(f"storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got {masked(url)!r}")
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if parts.scheme == "s3" else ("STORAGE_EMULATOR_HOST",)
+    if (
+        parts.scheme not in _HELP
+        or not re.fullmatch(r"[A-Za-z0-9._-]+", parts.netloc)
+        or {".", ".."} & set(words)
+    ):
+        raise ConfigError(
+            f"storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got {masked(url)!r}"
+        )
+    names = (
+        ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+        if parts.scheme == "s3"
+        else ("STORAGE_EMULATOR_HOST",)
+    )
     endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "").rstrip("/")
     if endpoint and not re.fullmatch(r"https?://[^/@?#]+", endpoint):
-        raise ConfigError(f"{' or '.join(names)}: http://HOST:PORT or https://HOST, without credentials")
+        raise ConfigError(
+            f"{' or '.join(names)}: http://HOST:PORT or https://HOST, without credentials"
+        )
     return Store(f"{parts.scheme}://{'/'.join([parts.netloc, *words])}", endpoint)
 
 
@@ -245,7 +288,9 @@ def experiment_at(url: str) -> tuple[Store, str]:
     whole = store_at(url)
     above, _, name = whole.url.rpartition("/")
     if above.endswith("/"):  # there is a bucket and nothing more
-        raise ConfigError(f"an experiment's URL is STORAGE/NAME, such as {whole.url}/digits-1, got {url}")
+        raise ConfigError(
+            f"an experiment's URL is STORAGE/NAME, such as {whole.url}/digits-1, got {url}"
+        )
     return Store(above, whole.endpoint), name
 
 
@@ -282,7 +327,9 @@ def fetch(store: Store, below: str, want: Want) -> None:
     objects = store.objects(below)
     mine = _is_ours(store, below, objects)
     if mine:
-        missing = {n for n in objects if not (store.folder / n).exists()} - {f"{below}/{DRIVER_FILE}"}
+        missing = {n for n in objects if not (store.folder / n).exists()} - {
+            f"{below}/{DRIVER_FILE}"
+        }
         objects = {n: o for n, o in objects.items() if _of_trial(n) or n in missing}
     index = _read_index(folder)
     newest = max((o.time for o in objects.values()), default=0.0)
@@ -290,7 +337,12 @@ def fetch(store: Store, below: str, want: Want) -> None:
     def current(name: str, there: Object) -> bool:
         # times are whole seconds: what was written just now may be written again within the same one
         path, known = store.folder / name, index.get(name)
-        return known is not None and known[:2] == list(there) and there.time < newest - 2 and _stat(path) == known[2:]
+        return (
+            known is not None
+            and known[:2] == list(there)
+            and there.time < newest - 2
+            and _stat(path) == known[2:]
+        )
 
     def get(name: str) -> None:
         content = store.read(name)
@@ -365,7 +417,12 @@ class Claim:
     """
 
     def __init__(self, store: Store, name: str) -> None:
-        self.store, self.name, self.folder, self.url = store, name, store.folder / name, f"{store.url}/{name}"
+        self.store, self.name, self.folder, self.url = (
+            store,
+            name,
+            store.folder / name,
+            f"{store.url}/{name}",
+        )
         self.session = uuid.uuid4().hex
 
     def take(self) -> None:
@@ -381,7 +438,10 @@ class Claim:
                         f"wait for it, or stop it first; if it is gone, try again in {STALE_S - age + 1:.0f} s",
                         self.url,
                     )
-            if other is not None and other["session"] not in (_session(self.folder), self._fetched()):
+            if other is not None and other["session"] not in (
+                _session(self.folder),
+                self._fetched(),
+            ):
                 raise ConfigError("was run by another driver meanwhile; try again", self.url)
             write_text(self.folder / _SESSION, self.session)
             (self.folder / DRIVER_FILE).unlink(missing_ok=True)
@@ -424,7 +484,12 @@ class Claim:
         return None if content is None else dict(json.loads(content))
 
     def _write(self, *, ended: bool) -> None:
-        about = {"session": self.session, "process": os.getpid(), "host": socket.gethostname(), "ended": ended}
+        about = {
+            "session": self.session,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "ended": ended,
+        }
         self.store.write(f"{self.name}/{DRIVER_FILE}", json.dumps(about).encode())
 
 
@@ -445,7 +510,11 @@ class Upload:
         study = f"{self._name}/study.journal"
         before = _stat(self._store.folder / study)
         journal = _content(self._store.folder / study) if before else b""
-        found = {p.relative_to(self._store.folder).as_posix(): p for p in _files_in(self._experiment) if self._ours(p)}
+        found = {
+            p.relative_to(self._store.folder).as_posix(): p
+            for p in _files_in(self._experiment)
+            if self._ours(p)
+        }
         stats = {name: _stat(path) for name, path in found.items()} | {study: before}
         changed = {name for name, stat in stats.items() if stat and stat != index.get(name, [])[2:]}
         gone = self._seen - set(found)
@@ -456,7 +525,11 @@ class Upload:
             except FileNotFoundError:  # removed meanwhile
                 return
             self._store.write(name, content)
-            index[name] = [None, None, *(stats[name] or ())]  # what was written since is uploaded the next time
+            index[name] = [
+                None,
+                None,
+                *(stats[name] or ()),
+            ]  # what was written since is uploaded the next time
 
         def remove(name: str) -> None:
             self._store.remove(name)
@@ -490,7 +563,11 @@ def drop_unknown(experiment: Path, known: Iterable[str]) -> None:
     written = {n: about[1] for n, about in index.items() if about[1] is not None}
     for folder in (experiment / "trials").glob("*"):
         when = written.get(f"{name}/trials/{folder.name}/trial.json")
-        if folder.name not in names and when is not None and when >= written.get(f"{name}/study.journal", math.inf):
+        if (
+            folder.name not in names
+            and when is not None
+            and when >= written.get(f"{name}/study.journal", math.inf)
+        ):
             shutil.rmtree(folder)
 
 
@@ -530,7 +607,9 @@ def _files_in(folder: Path) -> list[Path]:
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(where) / n for n in names if not n.startswith(".") and not n.endswith(".part")]
+        found += [
+            Path(where) / n for n in names if not n.startswith(".") and not n.endswith(".part")
+        ]
     return [path for path in sorted(found) if path.is_file() and not path.is_symlink()]
 
 

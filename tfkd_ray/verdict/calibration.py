@@ -48,4 +48,6 @@ def calibration_error(count: float, confidence: Iterable[float], right: Iterable
         confidence: of each bin, summed over its images: M numbers.
         right: right answers in each bin: M numbers.
     """
-    return float(sum(abs(sure - hits) for sure, hits in zip(confidence, right, strict=True)) / count)
+    return float(
+        sum(abs(sure - hits) for sure, hits in zip(confidence, right, strict=True)) / count
+    )

@@ -30,7 +30,9 @@ def _log_p(logits: "Logits") -> "NDArray[np.float64]":
     import numpy as np
     from scipy import special
 
-    return np.asarray(special.log_softmax(np.asarray(logits, dtype=np.float64), axis=1), dtype=np.float64)
+    return np.asarray(
+        special.log_softmax(np.asarray(logits, dtype=np.float64), axis=1), dtype=np.float64
+    )
 
 
 def accuracy(logits: "Logits", labels: "Labels") -> float:

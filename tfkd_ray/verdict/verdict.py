@@ -107,7 +107,9 @@ class JudgedArm:
         assert self.values.shape == (n,), f"{self.name}: {self.values.shape=} {n=}"
         assert len(set(self.seeds)) == n, f"{self.name}: {self.seeds=}"
         if self.images is not None:
-            assert self.images.ndim == 2 and len(self.images) == n, f"{self.name}: {self.images.shape=} {n=}"
+            assert self.images.ndim == 2 and len(self.images) == n, (
+                f"{self.name}: {self.images.shape=} {n=}"
+            )
             off = np.abs(self.images.mean(axis=1) - self.values).max(initial=0)
             assert not off > 1e-5, f"{self.name}: values are not the means over images, {off=}"
 
@@ -182,7 +184,9 @@ def decide(leads: Leads, margin: float, lost: int = 0) -> Decision:
     ruled_out = (leads.high < margin) | (leads.high <= 0)
     not_better = ~better & ruled_out.any(axis=-1)
     closest = np.lexsort((-leads.mean, p_each), axis=-1)[..., -1]
-    return Decision(better, not_better, p, p_holm, np.where(not_better, leads.high.argmin(axis=-1), closest))
+    return Decision(
+        better, not_better, p, p_holm, np.where(not_better, leads.high.argmin(axis=-1), closest)
+    )
 
 
 def holm(p: Array) -> Array:
@@ -191,7 +195,9 @@ def holm(p: Array) -> Array:
     order = p.argsort(axis=-1)
     steps = np.take_along_axis(p, order, axis=-1) * np.arange(k, 0, -1)
     adjusted = np.empty_like(steps)
-    np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0), axis=-1)
+    np.put_along_axis(
+        adjusted, order, np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0), axis=-1
+    )
     return adjusted
 
 
@@ -239,7 +245,9 @@ class Summary:
 def summary(arm: JudgedArm) -> Summary:
     """Mean, standard deviation (ddof 1) and 95 % t interval of the mean; n >= 2."""
     s = leads_of(arm.values)
-    return Summary(arm.name, len(arm.seeds), float(s.mean), float(s.sd), float(s.low), float(s.high))
+    return Summary(
+        arm.name, len(arm.seeds), float(s.mean), float(s.sd), float(s.low), float(s.high)
+    )
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,12 @@ class Paired:
 
 
 def paired(
-    a: JudgedArm, b: JudgedArm, metric: JudgedMetric = ACCURACY, *, candidates: int = 1, seed: int = 0
+    a: JudgedArm,
+    b: JudgedArm,
+    metric: JudgedMetric = ACCURACY,
+    *,
+    candidates: int = 1,
+    seed: int = 0,
 ) -> Paired:
     """The lead of `a` over `b`, on the seeds that both have.
 
@@ -287,9 +300,16 @@ def paired(
     lead, sd, n, alpha = float(stat.mean), float(stat.sd), len(seeds), ALPHA / candidates
     images = None
     if a.images is not None and b.images is not None:
-        assert a.images.shape[1] == b.images.shape[1], f"{a.name}, {b.name}: {a.images.shape=} {b.images.shape=}"
+        assert a.images.shape[1] == b.images.shape[1], (
+            f"{a.name}, {b.name}: {a.images.shape=} {b.images.shape=}"
+        )
         images = image_interval(
-            sign * (a.images[rows_a].mean(axis=0, dtype=float) - b.images[rows_b].mean(axis=0, dtype=float)), seed
+            sign
+            * (
+                a.images[rows_a].mean(axis=0, dtype=float)
+                - b.images[rows_b].mean(axis=0, dtype=float)
+            ),
+            seed,
         )
     return Paired(
         over=b.name,
@@ -392,19 +412,36 @@ def judge(
     k = len(candidates) + lost
     rows = [[paired(a, b, metric, candidates=k) for b in baselines] for a in candidates]
     verdict_table = {
-        f: np.array([[getattr(c, f) for c in row] for row in rows]) for f in ("sd", "low", "high", "p", "constant")
+        f: np.array([[getattr(c, f) for c in row] for row in rows])
+        for f in ("sd", "low", "high", "p", "constant")
     }
     decision = decide(
-        Leads(mean=np.array([[c.lead for c in row] for row in rows]), **verdict_table), metric.margin, lost
+        Leads(mean=np.array([[c.lead for c in row] for row in rows]), **verdict_table),
+        metric.margin,
+        lost,
     )
     judged = []
     for i, (arm, row) in enumerate(zip(candidates, rows, strict=True)):
-        word: Word = "better" if decision.better[i] else "not better" if decision.not_better[i] else "cannot tell"
+        word: Word = (
+            "better"
+            if decision.better[i]
+            else "not better"
+            if decision.not_better[i]
+            else "cannot tell"
+        )
         named, p_holm = row[decision.against[i]], float(decision.p_holm[i])
         sentence = _verdict_sentence(arm.name, word, named, p_holm, k, metric)
-        judged.append(Judged(arm.name, word, sentence, named.over, float(decision.p[i]), p_holm, tuple(row)))
+        judged.append(
+            Judged(arm.name, word, sentence, named.over, float(decision.p[i]), p_holm, tuple(row))
+        )
     words = {j.verdict for j in judged}
-    overall: Word = "better" if "better" in words else "not better" if words == {"not better"} else "cannot tell"
+    overall: Word = (
+        "better"
+        if "better" in words
+        else "not better"
+        if words == {"not better"}
+        else "cannot tell"
+    )
     return Verdict(
         verdict=overall,
         sentence=_overall(judged, baselines),
@@ -416,17 +453,27 @@ def judge(
     )
 
 
-def undecided(reasons: Sequence[str], metric: JudgedMetric = ACCURACY, *, searched: int | None = None) -> Verdict:
+def undecided(
+    reasons: Sequence[str], metric: JudgedMetric = ACCURACY, *, searched: int | None = None
+) -> Verdict:
     """The verdict where nothing can be judged."""
-    return Verdict("cannot tell", f"cannot tell: {'; '.join(reasons)}", metric, searched, (), (), ())
+    return Verdict(
+        "cannot tell", f"cannot tell: {'; '.join(reasons)}", metric, searched, (), (), ()
+    )
 
 
-def _problems(candidates: Sequence[JudgedArm], baselines: Sequence[JudgedArm], metric: JudgedMetric) -> list[str]:
+def _problems(
+    candidates: Sequence[JudgedArm], baselines: Sequence[JudgedArm], metric: JudgedMetric
+) -> list[str]:
     arms = [*candidates, *baselines]
     names = [arm.name for arm in arms]
     found = [f"{what}: none; a verdict needs one or more" for what, group in
              (("candidates", candidates), ("baselines", baselines)) if not group]  # fmt: skip
-    found += [f"{name}: two arms have this name; give each its own" for name in names if names.count(name) > 1]
+    found += [
+        f"{name}: two arms have this name; give each its own"
+        for name in names
+        if names.count(name) > 1
+    ]
     for arm in arms:
         bad = [s for s, v in zip(arm.seeds, arm.values, strict=True) if not np.isfinite(v)]
         if bad:
@@ -455,7 +502,9 @@ def _p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p {p:.3f}" if p < 0.0995 else f"p {p:.2f}"
 
 
-def _verdict_sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, metric: JudgedMetric) -> str:
+def _verdict_sentence(
+    name: str, word: Word, c: Paired, p_holm: float, k: int, metric: JudgedMetric
+) -> str:
     n, unit = len(c.seeds), metric.unit
     corrected = f"{_p(p_holm)} after Holm over {k} candidates" if k > 1 else _p(p_holm)
     lead, interval = metric.show(c.lead) + unit, f"95 % {metric.interval(c.low, c.high)}"
@@ -471,7 +520,11 @@ def _verdict_sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, m
             return f"{start}identical in every seed (n = {n})"
         if c.high <= 0:
             worse = metric.show(-c.lead) + unit
-            spread = "the same in every seed" if c.constant else f"95 % {metric.interval(-c.high, -c.low)}"
+            spread = (
+                "the same in every seed"
+                if c.constant
+                else f"95 % {metric.interval(-c.high, -c.low)}"
+            )
             return f"{start}it is worse, by {worse} ({spread}; n = {n})"
         spread = "the same in every seed" if c.constant else interval
         return (
@@ -487,7 +540,8 @@ def _verdict_sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, m
         )
     assert c.smallest_seen is not None
     start += (
-        f"({interval}; {corrected}); one of {metric.show(c.smallest_seen)} would have been seen with probability 0.8"
+        f"({interval}; {corrected}); one of {metric.show(c.smallest_seen)} would have been seen "
+        "with probability 0.8"
     )
     if c.lead <= 0:
         return start
@@ -496,8 +550,15 @@ def _verdict_sentence(name: str, word: Word, c: Paired, p_holm: float, k: int, m
 
 
 def _overall(judged: Sequence[Judged], baselines: Sequence[JudgedArm]) -> str:
-    groups = {word: [j for j in judged if j.verdict == word] for word in ("better", "not better", "cannot tell")}
-    rest = [f"{w}: {_list([j.name for j in groups[w]])}" for w in ("not better", "cannot tell") if groups[w]]
+    groups = {
+        word: [j for j in judged if j.verdict == word]
+        for word in ("better", "not better", "cannot tell")
+    }
+    rest = [
+        f"{w}: {_list([j.name for j in groups[w]])}"
+        for w in ("not better", "cannot tell")
+        if groups[w]
+    ]
     if len(judged) == 1:
         return judged[0].sentence
     if not groups["better"]:
@@ -509,14 +570,20 @@ def _overall(judged: Sequence[Judged], baselines: Sequence[JudgedArm]) -> str:
     return start + (f"; {'; '.join(rest)}" if rest else "")
 
 
-def _verdict_notes(judged: Sequence[Judged], arms: Sequence[JudgedArm], metric: JudgedMetric) -> list[str]:
+def _verdict_notes(
+    judged: Sequence[Judged], arms: Sequence[JudgedArm], metric: JudgedMetric
+) -> list[str]:
     notes = []
     wanted = sorted({s for arm in arms for s in arm.seeds})
     for arm in arms:
         if lacking := [s for s in wanted if s not in arm.seeds]:
-            notes.append(f"{arm.name} has no value at seed {_list(lacking)}: compared on the seeds that both arms have")
+            notes.append(
+                f"{arm.name} has no value at seed {_list(lacking)}: compared on the seeds that both arms have"
+            )
     if any(len(c.seeds) == 2 for j in judged for c in j.comparisons):
-        notes.append("n = 2: the spread comes from one difference, so only very large leads can be told from luck")
+        notes.append(
+            "n = 2: the spread comes from one difference, so only very large leads can be told from luck"
+        )
     for j in judged:
         for c in j.comparisons:
             if c.constant and abs(c.lead) > ROUNDING:
@@ -526,7 +593,9 @@ def _verdict_notes(judged: Sequence[Judged], arms: Sequence[JudgedArm], metric: 
         c = next(c for c in j.comparisons if c.over == j.against)
         if j.verdict == "better" and c.high < metric.margin:
             worth = metric.show(metric.margin) + metric.unit
-            notes.append(f"{j.name} over {c.over}: the lead is there, but below {worth}, the smallest worth having")
+            notes.append(
+                f"{j.name} over {c.over}: the lead is there, but below {worth}, the smallest worth having"
+            )
         for c in j.comparisons:
             if j.verdict == "better" and c.images is not None and c.images[0] <= 0:
                 notes.append(
@@ -540,14 +609,21 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
     """The verdict as lines of at most 80 columns; without `arms` only the comparisons and what is said of them."""
     metric = verdict.metric
     unit = "points" if metric.percent else "own unit"
-    lines = [f"{_cut(f'{metric.name}, {unit}', 30):<30} {'n':>4} {'mean ± sd':>20} {'95 % over seeds':>23}"]
+    lines = [
+        f"{_cut(f'{metric.name}, {unit}', 30):<30} {'n':>4} {'mean ± sd':>20} {'95 % over seeds':>23}"
+    ]
     for s in verdict.arms:
         spread = f"{metric.show(s.mean)} ± {metric.show(s.sd)}"
-        lines.append(f"{_cut(s.name, 30):<30} {s.n:>4} {spread:>20} {metric.interval(s.low, s.high):>23}")
+        lines.append(
+            f"{_cut(s.name, 30):<30} {s.n:>4} {spread:>20} {metric.interval(s.low, s.high):>23}"
+        )
     lines = lines if arms else []
     for j in verdict.candidates:
         head = f"lead of {_cut(j.name, 17)}"
-        lines += ["", f"{head:<25} {'lead':>7} {'95 % over seeds':>18} {'over images':>18} {'p':>5}"]
+        lines += [
+            "",
+            f"{head:<25} {'lead':>7} {'95 % over seeds':>18} {'over images':>18} {'p':>5}",
+        ]
         for c in j.comparisons:
             images = "-" if c.images is None else metric.interval(*c.images)
             p = "<.001" if c.p < 0.001 else f"{c.p:.3f}"
@@ -557,10 +633,14 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
             effect = "-" if c.effect is None else f"{c.effect:z.2f}"
             seen = "-" if c.smallest_seen is None else metric.show(c.smallest_seen)
             needed = f"{c.needed:,}" if c.needed else "-"
-            lines.append(f"    n {len(c.seeds)}, effect size {effect}, smallest seen {seen}, seeds needed {needed}")
+            lines.append(
+                f"    n {len(c.seeds)}, effect size {effect}, smallest seen {seen}, seeds needed {needed}"
+            )
     lines.append("")
     if verdict.searched is not None:
-        lines.append(f"Candidates are the best of {verdict.searched:,} configurations, on validation.")
+        lines.append(
+            f"Candidates are the best of {verdict.searched:,} configurations, on validation."
+        )
     for text in (*(j.sentence for j in verdict.candidates), *(f"note: {n}" for n in verdict.notes)):
         lines += _wrapped(text)
     return [*lines, "", *_wrapped(f"verdict: {verdict.sentence}")]
@@ -568,7 +648,9 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
 
 def _wrapped(text: str) -> list[str]:
     """Lines of at most 80 columns, with no break inside '95 %' or 'n = 5'."""
-    kept = re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?== )|(?<= n =) (?=\d)", "\N{NO-BREAK SPACE}", text + ".")
+    kept = re.sub(
+        r"(?<=\d) (?=%)|(?<=\bn) (?== )|(?<= n =) (?=\d)", "\N{NO-BREAK SPACE}", text + "."
+    )
     lines = textwrap.wrap(kept, 80, subsequent_indent="  ", break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
