@@ -10,9 +10,9 @@ from tfkd_ray.store.storage import is_url, storage_at
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.launch.clusterfile import ClusterFile, NodeType
-from tfkd_ray.launch.kuberay_rules import KUBERAY_RULES, pod_groups, pod_kinds, volume_problems
-from tfkd_ray.launch.ray_rules import NODE_LOCAL, RAY_RULES, mount_problems
-from tfkd_ray.launch.slurm_rules import SLURM_RULES, sbatch_lines
+from tfkd_ray.launch.kuberay_rules import kuberay_problems, pod_groups, pod_kinds, volume_problems
+from tfkd_ray.launch.ray_rules import NODE_LOCAL, mount_problems, ray_problems
+from tfkd_ray.launch.slurm_rules import sbatch_lines, slurm_problems
 from tfkd_ray.learn.config import DRIVER
 
 
@@ -23,7 +23,7 @@ def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
         file: what `load_cluster` read.
         shape: a trial, which the cluster must have room for.
     """
-    rules = {"ray": RAY_RULES, "kuberay": KUBERAY_RULES, "slurm": SLURM_RULES}[file.kind]
+    rules = {"ray": ray_problems, "kuberay": kuberay_problems, "slurm": slurm_problems}[file.kind]
     problems = list(rules(file)) or [*_storage(file), *_room(file, shape)]
     if problems:
         raise ConfigError(problems, file.path)

@@ -84,7 +84,7 @@ def pod_groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def KUBERAY_RULES(file: ClusterFile) -> Iterator[str]:
+def kuberay_problems(file: ClusterFile) -> Iterator[str]:
     found = list(schema_problems(file.tree, _kuberay_schema()))
     yield from found
     if found:

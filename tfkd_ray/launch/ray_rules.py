@@ -64,7 +64,7 @@ def mount_problems(file: ClusterFile, field: str) -> Iterator[str]:
 # --- Ray's own files -------------------------------------------------------------------------------------------
 
 
-def RAY_RULES(file: ClusterFile) -> Iterator[str]:
+def ray_problems(file: ClusterFile) -> Iterator[str]:
     found = list(_ray_schema(file))
     yield from found
     if found:  # what follows takes the file's shape for granted

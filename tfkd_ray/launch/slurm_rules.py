@@ -15,7 +15,7 @@ def sbatch_lines(file: ClusterFile, name: str) -> int | None:
 # --- Slurm -----------------------------------------------------------------------------------------------------
 
 
-def SLURM_RULES(file: ClusterFile) -> Iterator[str]:
+def slurm_problems(file: ClusterFile) -> Iterator[str]:
     text = "\n".join(line for line in file.text.splitlines() if not line.startswith("# "))
     start = re.search(r"\bray (symmetric-run|start)\b", text)
     if start is None:
