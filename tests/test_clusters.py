@@ -919,7 +919,7 @@ def test_a_job_gets_code_and_no_data_keys_or_results(
     assert stage(here, there, here / "sub/more.py") == "sub/more.py"
     found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
     assert {p for p in found if not p.startswith("tfkd_ray/")} == kept
-    assert {"tfkd_ray/cli/main.py", "tfkd_ray/kuberay-schema.json"} <= found and not [
+    assert {"tfkd_ray/cli/main.py", "tfkd_ray/launch/kuberay-schema.json"} <= found and not [
         p for p in found if p.endswith(".pyc")
     ]
     assert (

@@ -15,7 +15,7 @@ from conftest import Run
 from PIL import Image
 from test_data import pickled, write_cifar, write_idx
 
-from tfkd_ray.learn import data as data_module
+from tfkd_ray.learn import dataset
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.data import Digits, OwnData, forget_loaded
 from tfkd_ray.learn.dataset import FileDataset, digest_of
@@ -199,7 +199,7 @@ def test_a_digest_is_taken_once_on_a_node_and_again_when_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(data_module, "digest_of", lambda found: taken.append(1) or digest_of(found))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(dataset, "digest_of", lambda found: taken.append(1) or digest_of(found))  # type: ignore[func-returns-value]
     data = idx_at(tmp_path)
     first = data.pinned()
     forget_loaded()
@@ -363,7 +363,7 @@ def test_a_process_takes_the_digest_of_a_set_once_whatever_it_trains_on_it(
         taken.append(found)
         return digest_of(found)
 
-    monkeypatch.setattr(data_module, "digest_of", counted)
+    monkeypatch.setattr(dataset, "digest_of", counted)
     for k in range(5):
         check_data_here(pinned.model_copy(update={"seed": k}))
     assert len(taken) == 1

@@ -39,6 +39,7 @@ from tfkd_ray.cli.show import (
 )
 from tfkd_ray.cli.sweep import resume_verb, tune_verb
 from tfkd_ray.cli.terminal import (
+    BUDGET_OPTIONS,
     DEFAULT_BASELINES,
     DEFAULT_STORAGE,
     DEFAULT_TOP_K,
@@ -48,7 +49,6 @@ from tfkd_ray.cli.terminal import (
 )
 from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
-from tfkd_ray.space.search_config import BUDGET_OPTIONS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,8 @@ from tfkd_ray.cli.compare import compare_arms
 from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_line, told_of_interrupt
 from tfkd_ray.cli.show import print_notes
 from tfkd_ray.cli.terminal import (
+    BUDGET_OPTIONS,
+    BUDGETS,
     have_data,
     let_end,
     load_file,
@@ -27,7 +29,6 @@ from tfkd_ray.cli.terminal import (
     short_path,
 )
 from tfkd_ray.settings.errors import FAILED, OK
-from tfkd_ray.space.search_config import BUDGET_OPTIONS, BUDGETS
 
 # --- tune and resume -------------------------------------------------------------------------------------------
 

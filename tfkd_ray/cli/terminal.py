@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from tfkd_ray.store.storage import Storage
 from tfkd_ray.settings.errors import INTERRUPTED
 
+BUDGET_OPTIONS = (
+    ("--time-budget", "time_budget_s", "SECONDS", "seconds"),
+    ("--gpu-hours", "gpu_hours", "HOURS", "GPU-hours of its trials"),
+    ("--cpu-hours", "cpu_hours", "HOURS", "CPU-hours of its trials"),
+    ("--max-failures", "max_failed_trials", "N", "failed trials"),
+)
+BUDGETS = tuple(name for _, name, _, _ in BUDGET_OPTIONS)
+"""Names of the budgets in `search`; each option sets one."""
 DEFAULT_STORAGE = Path("tfkd_results")
 DEFAULT_TOP_K = 3
 DEFAULT_BASELINES = "ce,lsr,scaled,published"

@@ -13,14 +13,6 @@ from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.settings.schema import Settings, name_alone, tag
 from tfkd_ray.verdict.scores import Selectable, SelectableBeside, score_of
 
-BUDGET_OPTIONS = (
-    ("--time-budget", "time_budget_s", "SECONDS", "seconds"),
-    ("--gpu-hours", "gpu_hours", "HOURS", "GPU-hours of its trials"),
-    ("--cpu-hours", "cpu_hours", "HOURS", "CPU-hours of its trials"),
-    ("--max-failures", "max_failed_trials", "N", "failed trials"),
-)
-BUDGETS = tuple(name for _, name, _, _ in BUDGET_OPTIONS)
-
 
 class _Sampler(Settings):
     """A sampler of Optuna's; what it cannot do stands here, and the rules in space.py make sentences of it."""
