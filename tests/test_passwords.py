@@ -171,7 +171,7 @@ def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same
     """The process that begins anew is given the whole words, and shows them to nobody, its children included."""
     words = ["--study-storage", f"postgresql://me:{ODD[name]}@host/db", "a b"]
     code = (
-        "import json, os, subprocess, sys; from pathlib import Path; from tfkd_ray.cli.main import _words; words = _words(); "
+        "import json, os, subprocess, sys; from pathlib import Path; from tfkd_ray.cli.main import _given_words; words = _given_words(); "
         "print(json.dumps([words, Path('/proc/self/cmdline').read_text(), sys.argv, "
         "subprocess.run(['env'], capture_output=True, text=True).stdout]))"
     )

@@ -125,8 +125,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from tfkd_ray.run.callbacks import Lock
-from tfkd_ray.store.storage import opened
-lock = Lock(*opened(Path(sys.argv[1])))
+from tfkd_ray.store.storage import experiment_of
+lock = Lock(*experiment_of(Path(sys.argv[1])))
 print("held", flush=True)
 time.sleep(60)
 """
