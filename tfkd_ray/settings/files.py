@@ -38,7 +38,7 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def check_room_for(folder: Path, size: int) -> None:
-    """Raise the system's OSError if a folder, existing or not, has no room for `size` more bytes."""
+    """Raise the system's OSError if a folder, existing or not, lacks room for `size` more bytes."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
     with tempfile.TemporaryFile(dir=there) as file:
         for _ in range(0, size, 2**20):

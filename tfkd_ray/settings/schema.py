@@ -154,7 +154,7 @@ def members(field: FieldInfo) -> list[type[Settings]]:
 
 
 def tag(model: type[Settings]) -> str | None:
-    """Return the value of a Settings class's `name: Literal[...]`, which selects it from a union."""
+    """Return a Settings class's `name: Literal[...]`, by which a union selects it."""
     field = model.model_fields.get("name")
     args = typing.get_args(field.annotation) if field else ()
     return args[0] if len(args) == 1 else None

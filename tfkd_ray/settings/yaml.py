@@ -1,4 +1,4 @@
-"""YAML as this package reads and writes it: YAML 1.2 scalars, size limits and errors with a line."""
+"""YAML as this package reads and writes it: YAML 1.2 scalars, size limits, errors with a line."""
 
 import functools
 import json
