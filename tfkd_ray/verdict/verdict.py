@@ -310,8 +310,8 @@ def paired(
     """Return the lead of `a` over `b`, on the seeds that both have.
 
     Args:
-        candidates: number of judged candidates; power is at the level of Holm's first step, 5 % over
-            this.
+        candidates: number of judged candidates; power is at the level of Holm's first step,
+            5 % over this.
         seed: seed of the bootstrap.
     """
     seeds = tuple(s for s in a.seeds if s in b.seeds)
