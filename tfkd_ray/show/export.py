@@ -1,13 +1,14 @@
 """The export of a chosen student: weights, configuration, graphs that run without tfkd_ray, a card.
 
-    README.md            model card: content, choice, the verdict or its absence, how to reproduce it
+    README.md            model card: content, choice, verdict or its absence, how to reproduce it
     student.safetensors  weights; the header names the run
     config.yaml          the resolved configuration: `tfkd train config.yaml` trains it again
     student.pt2          torch.export: uint8 images in, logits out, any batch size; loads with torch alone
     student.onnx         the same for ONNX, where asked for
     SHA256SUMS           checksums of all of these, in the format of sha256sum; see `verify`
 
-To add a format: a function like `_pt2` and its line in `_graphs`. Exporting never opens the test split.
+To add a format: a function like `_pt2` and its line in `_graphs`. Exporting never opens the test
+split.
 
 Shapes: images [B, C, H, W] uint8 in, logits [B, K] out.
 """
@@ -74,7 +75,8 @@ def export(
     """Write a student's folder atomically.
 
     Args:
-        source: an experiment (its best full-length trial), a trial's folder, what `tfkd train` made, or a comparison.
+        source: an experiment (its best full-length trial), a trial's folder, what `tfkd train`
+            made, or a comparison.
         arm: arm of a comparison. None: the candidate that is better than every baseline; of
             several, or if none is, the one with the best mean on the test split.
         seed: seed of a comparison. None: the first that was trained to the end.
@@ -82,9 +84,9 @@ def export(
             card says that there is none.
 
     Returns:
-        `name`, `folder`, `files`, `split` and `images` (number in the comparison), `differences` (by file:
-        `largest` of logits, and the student's `scale`), `problems` (by file: why a graph could not be made) and
-        `confirmed` (whether a verdict is in the card).
+        `name`, `folder`, `files`, `split` and `images` (number in the comparison), `differences`
+        (by file: `largest` of logits, and the student's `scale`), `problems` (by file: why a graph
+        could not be made) and `confirmed` (whether a verdict is in the card).
     """
     source, out = source.expanduser().absolute(), out.expanduser().absolute()
     _check_export(out, onnx, licence)

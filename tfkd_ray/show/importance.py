@@ -21,11 +21,12 @@ ENOUGH = 4
 def importance(
     experiment: Path | str, *, evaluator: str = "pedanova"
 ) -> dict[str, dict[str, float]]:
-    """Return the share of the metric that each searched setting explains, by objective and parameter.
+    """Return the share of the metric that each setting explains, by objective and parameter.
 
-    Shares of an objective sum to 1 and are computed from its full-length trials. An objective with fewer
-    than 4 of these, or with nothing searched, has none; nor has a setting that only some trials have.
-    Of several metrics the first counts. `evaluator` is one of Optuna's: pedanova, fanova, mdi.
+    Shares of an objective sum to 1 and are computed from its full-length trials. An objective with
+    fewer than 4 of these, or with nothing searched, has none; nor has a setting that only some
+    trials have. Of several metrics the first counts. `evaluator` is one of Optuna's: pedanova,
+    fanova, mdi.
     """
     if evaluator not in EVALUATORS:
         raise ConfigError(

@@ -1,9 +1,9 @@
 """The one layer between Ray Tune's callbacks and the parts of a sweep that follow its epochs.
 
 Tune calls its callbacks for every result, and a trial reports some epochs again: when it was lost,
-resumed or restored, it continues from its last checkpoint. `Announcer` is the one Tune callback that
-decides which epochs are new. It passes each to its `Listener`s once, in the order of its list, which
-`callbacks.in_order` defines.
+resumed or restored, it continues from its last checkpoint. `Announcer` is the one Tune callback
+that decides which epochs are new. It passes each to its `Listener`s once, in the order of its list,
+which `callbacks.in_order` defines.
 
 To react to a sweep in a new way: a `Listener` in callbacks.py, and its place in `in_order`.
 """
@@ -31,7 +31,8 @@ class Listener:
         """Called when a process takes a trial, for the first time or again.
 
         Args:
-            last: metrics of the last epoch reported, in this session or an earlier one; empty if none.
+            last: metrics of the last epoch reported, in this session or an earlier one; empty if
+                none.
         """
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
@@ -143,7 +144,7 @@ class Announcer(tune.Callback):  # type: ignore[misc]
             listener.on_close(trials)
 
     def _started(self, trial: Any) -> Epochs:
-        """Find the last epoch reported of a trial that starts: in this session, or in metrics.jsonl.
+        """Find a starting trial's last reported epoch, of this session or in metrics.jsonl.
 
         A user's own trainable has no such file: its first result shows where it continues.
         """

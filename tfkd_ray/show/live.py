@@ -1,8 +1,8 @@
 """The view of a running sweep: one screen that refreshes in place on a terminal, one updating output in a notebook, one
 line an event when piped.
 
-The plan is read from the experiment. The view goes to standard error; `tfkd tune` prints its results
-to standard output at the end. To show one thing more: a line in `Progress.lines`.
+The plan is read from the experiment. The view goes to standard error; `tfkd tune` prints its
+results to standard output at the end. To show one thing more: a line in `Progress.lines`.
 """
 
 import html

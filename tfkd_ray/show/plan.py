@@ -74,7 +74,8 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
     """Plan a sweep.
 
     Args:
-        probe: train some steps of each objective here to measure the seconds of an epoch; needs the data.
+        probe: train some steps of each objective here to measure the seconds of an epoch; needs the
+            data.
     """
     parts = []
     for branch, trials in zip(space.branches, shares(space).values(), strict=True):
@@ -183,8 +184,8 @@ def lines(
 def _epoch_seconds(config: TrainConfig) -> float:
     """Measure the seconds of an epoch from a few steps on a part of the data.
 
-    A teacher that runs in every step is replaced by an untrained one. If its soft labels are cached, the
-    step is one of plain training, and `_view_seconds` measures the labels.
+    A teacher that runs in every step is replaced by an untrained one. If its soft labels are
+    cached, the step is one of plain training, and `_view_seconds` measures the labels.
     """
     from tfkd_ray.learn.loop import train
     from tfkd_ray.learn.weights import untrained

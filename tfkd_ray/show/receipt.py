@@ -1,8 +1,8 @@
 """Planned and actual cost of a sweep, and whether its rungs separated good trials from bad. No Ray.
 
-The number of trials that pass a rung is an expectation: trial i is judged among the i that reached the
-rung so far, and with equal chances it is among the best i / `factor` of them, or the best. If later
-proposals are better, more of them pass.
+The number of trials that pass a rung is an expectation: trial i is judged among the i that reached
+the rung so far, and with equal chances it is among the best i / `factor` of them, or the best. If
+later proposals are better, more of them pass.
 """
 
 import itertools
@@ -181,10 +181,10 @@ class Ranking(NamedTuple):
     rank: float
     """Spearman's rank correlation of the two values, over the trials of full length."""
     corrected: float
-    """The correlation of normal scores over all trials judged at the rung, estimated from the survivors.
+    """Correlation of normal scores over all trials judged at the rung, estimated from survivors.
 
-    Survivors of a rung differ less there than all trials that reached it, which lowers the correlation.
-    This is Thorndike's correction (1949, case 2) for the ratio of the two spreads."""
+    Survivors of a rung differ less there than all trials that reached it, which lowers the
+    correlation. This is Thorndike's correction (1949, case 2) for the ratio of the two spreads."""
     most: float
     """Upper end of its one-sided 95 % interval (Fisher's z)."""
 
@@ -253,10 +253,10 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
 
     It names the objective's first rung that did not rank trials well.
 
-    The rule, for 8 or more full-length trials of the objective: the correlation of the value at the rung
-    with the final one, corrected for the selection there, is below 0.3 with 95 % confidence; or it is
-    below 0.3, and a setting correlates with a rise in rank after the rung. benchmarks/RESULTS.md has
-    measurements of how often that is right.
+    The rule, for 8 or more full-length trials of the objective: the correlation of the value at the
+    rung with the final one, corrected for the selection there, is below 0.3 with 95 % confidence;
+    or it is below 0.3, and a setting correlates with a rise in rank after the rung.
+    benchmarks/RESULTS.md has measurements of how often that is right.
     """
     found: dict[str, str] = {}
     rungs = space.search.stopping.rungs(space.epochs)

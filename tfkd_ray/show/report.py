@@ -1,9 +1,9 @@
 """One HTML file about an experiment that opens from disk, on paper and on a phone; `--figures` writes the plots as SVG.
 
-A report is a list of `Section`s, each of HTML and `Figure`s. A figure is data alone; plotly.js (from
-the plotly package, once, in the page) and matplotlib both draw it. To add a figure: a function that
-returns one, and its place in `_sweep_sections`. A Content-Security-Policy forbids the page all
-network access and foreign scripts; everything read from files is escaped.
+A report is a list of `Section`s, each of HTML and `Figure`s. A figure is data alone; plotly.js
+(from the plotly package, once, in the page) and matplotlib both draw it. To add a figure: a
+function that returns one, and its place in `_sweep_sections`. A Content-Security-Policy forbids the
+page all network access and foreign scripts; everything read from files is escaped.
 """
 
 import importlib.util
@@ -81,7 +81,7 @@ MAX_FAILURES = 50
 def report(
     experiment: Path, out: Path, *, figures: Path | None = None, comparisons: Sequence[Path] = ()
 ) -> list[Path]:
-    """Write a report on a sweep or on a comparison of arms; return the files written, the page first.
+    """Write a report on a sweep or a comparison of arms; return its files, the page first.
 
     Args:
         experiment: its directory.

@@ -1,8 +1,9 @@
 """Experiments as they are now, for `tfkd status`, `best`, `trials`, `logs` and `ls`. No torch, no Ray, no Optuna.
 
-A reader may be another process, user or machine than the sweep, so nothing here writes or locks. Only
-the last line of each metrics.jsonl is read, so 1,000 trials take a fraction of a second. An experiment is a sweep (experiment.yaml) or a
-comparison of arms (confirm.yaml). To show one thing more: a key in `status`, a line in `status_lines`.
+A reader may be another process, user or machine than the sweep, so nothing here writes or locks.
+Only the last line of each metrics.jsonl is read, so 1,000 trials take a fraction of a second. An
+experiment is a sweep (experiment.yaml) or a comparison of arms (confirm.yaml). To show one thing
+more: a key in `status`, a line in `status_lines`.
 """
 
 import bisect
@@ -231,8 +232,8 @@ def last_line(path: Path) -> dict[str, float]:
 def is_running(experiment: Path) -> bool:
     """Return whether a driver runs the experiment now, without touching its lock.
 
-    On this host: if the process in driver.txt has driver.lock open (or is alive, if that is not visible).
-    On another host: if a file of the experiment changed within `QUIET_S`.
+    On this host: if the process in driver.txt has driver.lock open (or is alive, if that is not
+    visible). On another host: if a file of the experiment changed within `QUIET_S`.
     """
     driver = driver_of(experiment)
     if driver is None:
@@ -300,7 +301,7 @@ def _changed(path: Path) -> float:
 
 
 def status(experiment: Path) -> dict[str, Any]:
-    """Return the status of an experiment as JSON types (`tfkd status --json`). Keys are only ever added:
+    """Return an experiment's status as JSON types (`tfkd status --json`). Keys are only ever added:
 
     name, kind (sweep, comparison), preset, created
     state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
@@ -398,8 +399,9 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> dict
 
     metrics   metrics by which trials are judged; the first one leads
     trials    number of trials begun
-    best      trial, objective, values by metric, parameters, config: of the best trial; with several metrics, of each
-              trial that no other beats in all of them, the best in the first metric first
+    best      trial, objective, values by metric, parameters, config: of the best trial; with
+              several metrics, of each trial that no other beats in all of them, the best in the
+              first metric first
     """
     return {
         "metrics": plan.metrics,
@@ -531,8 +533,8 @@ def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -
 def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> float:
     """Estimate the epochs still to train; the share stopped at each epoch stays as it was so far.
 
-    (The estimator of Kaplan and Meier: a running trial counts for the epochs that it has finished.) Until
-    the first trial is stopped, all are assumed to run their full length.
+    (The estimator of Kaplan and Meier: a running trial counts for the epochs that it has finished.)
+    Until the first trial is stopped, all are assumed to run their full length.
 
     Args:
         begun: (epoch, full length, status) of each trial.
@@ -560,7 +562,7 @@ def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> fl
 
 
 def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dict[str, float]:
-    """Return what budgets count: `seconds` of a sweep's drivers, and `trial_seconds` of all its trials.
+    """Return what budgets count: `seconds` of a sweep's drivers, `trial_seconds` of its trials.
 
     Args:
         running: number of trials that run now.
@@ -700,8 +702,9 @@ def inert(text: str) -> str:
 def ls(storage: Path) -> list[dict[str, Any]]:
     """Return the experiments in a storage directory, oldest first (`tfkd ls --json`).
 
-    Keys: name, kind, created, state, planned and ended trials, best and metric (null in a comparison and
-    before a trial is of full length). One that cannot be read has the state `unreadable` and the reason.
+    Keys: name, kind, created, state, planned and ended trials, best and metric (null in a
+    comparison and before a trial is of full length). One that cannot be read has the state
+    `unreadable` and the reason.
     """
     if not storage.is_dir():
         raise ConfigError(

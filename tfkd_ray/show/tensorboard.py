@@ -1,10 +1,10 @@
 """TensorBoard events of a sweep: a Tune callback, usable in any `ray.tune.Tuner`.
 
-Each trial has one events file in `<folder>/<trial name>/`, with one step an epoch and few, stable tags.
-HParams: one experiment summary at the root makes every searched parameter a column. Each trial writes
-its values when it starts. It writes its status when it ends, in a separate file, because TensorBoard
-keeps the first status that it reads; until then it shows `Unknown`. The writer is TensorBoard's own,
-not TensorFlow's.
+Each trial has one events file in `<folder>/<trial name>/`, with one step an epoch and few, stable
+tags. HParams: one experiment summary at the root makes every searched parameter a column. Each
+trial writes its values when it starts. It writes its status when it ends, in a separate file,
+because TensorBoard keeps the first status that it reads; until then it shows `Unknown`. The writer
+is TensorBoard's own, not TensorFlow's.
 
 Shapes: N = images, K = classes.
 """
@@ -239,15 +239,16 @@ _RAYS_OWN = {
 
 
 def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
-    """Write a finished comparison: test accuracies as HParams' values, a margin chart of the arms, figures.
+    """Write a finished comparison: test accuracies for HParams, a margin chart of arms, figures.
 
-    The chart, under Custom Scalars, shows mean and 95 % interval of each run `arms/NAME` after 2, 3, ... n seeds. Each
-    has a reliability diagram, and the change of every class against plain training.
+    The chart, under Custom Scalars, shows mean and 95 % interval of each run `arms/NAME` after 2,
+    3, ... n seeds. Each has a reliability diagram, and the change of every class against plain
+    training.
 
     Args:
         folder: `tb` of the comparison's directory, where the runs' events are.
-        arms: by arm's name: `runs` their names, `values` their metric on test, and for each number of seeds from 2 on
-            `mean`, `low` and `high`.
+        arms: by arm's name: `runs` their names, `values` their metric on test, and for each number
+            of seeds from 2 on `mean`, `low` and `high`.
     """
     for old in (
         *folder.glob("events.*"),
@@ -300,7 +301,7 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
 
 @only_reading()
 def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
-    """Fill a folder that shows several experiments or comparisons: links to their runs, and one summary.
+    """Fill a folder that shows several experiments: links to their runs, and one summary.
 
     TensorBoard takes the columns of HParams from one summary only. Further calls link new runs.
     """
@@ -406,7 +407,7 @@ _MOST = 20
 
 
 def label_probability(objective: Canonical, num_classes: int) -> float | None:
-    """Return the label's probability in a target that is not learnt; the other classes share the rest.
+    """Return the label's probability in a target that is not learnt; the others share the rest.
 
     None if the target is the label alone, or comes from a trained teacher.
     """
