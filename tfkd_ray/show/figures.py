@@ -520,7 +520,11 @@ def _axis(p: Parameter) -> Axis:
 def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
     """Return a few round numbers in a range, for a log scale."""
     decades = math.log10(high / low)
-    steps = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)
+    steps: tuple[int, ...] = (1,)
+    if decades < 1.6:
+        steps = (1, 2, 5)
+    elif decades < 2.6:
+        steps = (1, 3)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**k for k in powers for step in steps]
     return tuple((t, f"{t:g}") for t in ticks if low / 1.001 <= t <= high * 1.001)
@@ -551,13 +555,11 @@ def short_name(name: str) -> str:
 
 
 def number_text(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 def trial_value(sweep: Sweep, record: Record) -> str:

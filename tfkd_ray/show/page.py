@@ -198,7 +198,11 @@ def _part(part: str | Figure) -> str:
         f'<script type="application/json">{_inert_json(_plotly(panel))}</script></div>'
         for panel in part.panels
     )
-    kind = "panels one" if len(part.panels) == 1 else "panels wider" if part.wide else "panels"
+    kind = "panels"
+    if len(part.panels) == 1:
+        kind = "panels one"
+    elif part.wide:
+        kind = "panels wider"
     figcaption = (
         f"<figcaption><h3>{escaped(part.title)}</h3><p>{escaped(part.sentence)}</p></figcaption>"
     )
@@ -277,8 +281,13 @@ def _plotly(panel: Panel) -> dict[str, Any]:
                 "marker": {"color": s.colour, "size": 7},
             }
             trace |= {"textfont": {"size": 10, "color": "#555"}} if s.kind == "text" else {}
-            trace |= {"text" if s.kind == "text" else "hovertext": list(s.text)} if s.text else {}
-            trace["hoverinfo"] = "skip" if s.kind == "text" else "text" if s.text else "x+y"
+            if s.text:
+                trace["text" if s.kind == "text" else "hovertext"] = list(s.text)
+            trace["hoverinfo"] = "x+y"
+            if s.kind == "text":
+                trace["hoverinfo"] = "skip"
+            elif s.text:
+                trace["hoverinfo"] = "text"
         data.append(trace)
     rules = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x, "layer": "below",
               "line": {"color": "#999", "width": 1, "dash": "dash"}} for x, _ in panel.rules]  # fmt: skip

@@ -337,12 +337,17 @@ def status(experiment: Path) -> dict[str, Any]:
     }
     failed = [r for r in records if r.status == "failed"]
     failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
+    state = "interrupted"
+    if finished:
+        state = "finished"
+    elif alive:
+        state = "running"
     return {
         "name": _shown_name(experiment),
         "preset": plan.about.get("compared", {}).get("preset"),
         "kind": plan.kind,
         "created": plan.created,
-        "state": "finished" if finished else "running" if alive else "interrupted",
+        "state": state,
         "metric": plan.metric,
         "mode": plan.mode if plan.metric else None,
         "trials": {
