@@ -1,4 +1,4 @@
-"""What the verbs that train share: join Ray, run a Tuner, handle Ctrl-C and disk errors."""
+"""Shared parts of the verbs that train: join Ray, run a Tuner, handle Ctrl-C and disk errors."""
 
 import contextlib
 import os

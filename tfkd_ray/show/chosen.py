@@ -48,7 +48,7 @@ class Chosen:
     metrics: dict[str, float]
     """Metrics of its last epoch."""
     selection: list[str]
-    """How it was chosen, in paragraphs."""
+    """Paragraphs on the choice."""
     verdict: list[str]
     """Verdicts of comparisons on it: the lines of the card's section."""
     made: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ _OF_BUCKETS = ("store", "endpoint")
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a searcher of this package assigns to a trial, beside its training configuration."""
+    """Values that this package's searchers assign to a trial, beside its training configuration."""
 
     name: str
     """For example t0007-tfkd_reg."""
@@ -41,7 +41,7 @@ class Assignment:
     """The trial's files: below the storage's folder, or an absolute path. None: a user's own
     trainable."""
     home: Place | None = None
-    """Where to find the user's own modules."""
+    """Place of the user's own modules."""
     avoid: tuple[str, ...] = ()
     """Ids of the nodes on which the trial must not run."""
     more: Mapping[str, Any] = field(default_factory=dict)

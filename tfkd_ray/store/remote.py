@@ -1,4 +1,4 @@
-"""How buckets hold experiments: `s3://BUCKET/PREFIX` and `gs://BUCKET/PREFIX`, behind `storage.Mirror`.
+"""Experiments in buckets: `s3://BUCKET/PREFIX` and `gs://BUCKET/PREFIX`, behind `storage.Mirror`.
 
 Buckets cannot append to objects. So every node has a mirror on its own disk, below
 ~/.cache/tfkd_ray/storage/, and all other code works on the mirror's paths. Each object has one

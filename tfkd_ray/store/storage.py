@@ -1,4 +1,4 @@
-"""Where experiments and teachers go: a directory, or a bucket that each node mirrors on its own disk.
+"""The place of experiments: a directory, or a bucket that each node mirrors on its own disk.
 
 `storage_at`, `checked` and `experiment_of` turn a user's text into a `Storage`, once, at the edge:
 the command line, `build_tuner`, `resume_tuner`, `confirm`. Everything below receives that value and
