@@ -126,9 +126,7 @@ def _directory_is_gone() -> bool:
 
 
 def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
-    """Report that this Python lacks a package; it may be that of a cluster's head, which runs
-    jobs.
-    """
+    """Report that this Python, perhaps the one of a cluster's head, lacks a package."""
     say_error(
         f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there "
         "(on a cluster: in the environment that Ray was started from, whose `python` runs jobs)"

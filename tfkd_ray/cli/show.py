@@ -142,9 +142,7 @@ def print_notes(space: "Space") -> Iterator[str]:
 
 
 def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
-    """Yield the fixed settings: networks and all that differ from recipe or default; `whole`:
-    all.
-    """
+    """Yield fixed settings: networks, and those unlike recipe and defaults; `whole`: all."""
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.settings.yaml import in_yaml
 

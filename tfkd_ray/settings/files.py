@@ -77,9 +77,7 @@ DISK_ERRORS = {
 
 
 def free_bytes(folder: Path) -> float:
-    """Return the bytes free for a folder, existing or not; infinite if the file system does not
-    say.
-    """
+    """Return the bytes free for a folder, existing or not; infinite if they are unknown."""
     disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
     return disk.free if disk.total else math.inf
 
@@ -101,9 +99,7 @@ def state_of(paths: Iterable[Path]) -> str:
 
 
 def remembered(state: str, make: Callable[[], str]) -> str:
-    """Return the digest cached on this node for a `state` (see `state_of`); else call `make` and
-    cache it.
-    """
+    """Return the digest that this node has cached for a `state_of`; else `make` it and cache it."""
     path = cache_folder() / "digests" / state
     with contextlib.suppress(OSError, UnicodeDecodeError):
         with opened(path) as file:
@@ -117,9 +113,7 @@ def remembered(state: str, make: Callable[[], str]) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of this node's cache, ~/.cache/tfkd_ray. Its files can always be made
-    again.
-    """
+    """Return the folder of this node's cache, ~/.cache/tfkd_ray, whose files can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfkd_ray"
 
 
@@ -202,9 +196,7 @@ def opened(path: Path, *, follow: bool = True) -> io.BufferedReader:
 
 
 def descriptor_of(path: Path) -> int | None:
-    """Return the descriptor that a path such as /dev/stdout or /dev/fd/63 names; None for other
-    paths.
-    """
+    """Return the descriptor that a path such as /dev/stdout or /dev/fd/63 names, else None."""
     names = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
     match = re.fullmatch(r"(?:/dev/fd|/proc/self/fd)/(\d{1,6})", str(path))
     return int(match[1]) if match else names.get(str(path))
@@ -229,9 +221,7 @@ def _legible(c: str) -> str:
 
 
 class Legible:
-    """A stream that escapes its text with `legible`. Every verb writes to standard output through
-    it.
-    """
+    """Stream that escapes its text by `legible`, such as every verb's standard output."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -260,9 +250,7 @@ class ArraysOnly(pickle.Unpickler):
     """Unpickler for numpy arrays, text and numbers. It calls nothing that the pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in for one of the four names that a pickled array needs; raise for any
-        other.
-        """
+        """Return a stand-in for the four names that a pickled array needs; raise for others."""
         multiarray = (
             module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
         )

@@ -35,9 +35,7 @@ class Settings(BaseModel):
     neutral, so that older results keep their names."""
 
     def content(self) -> dict[str, Any]:
-        """Return these settings as JSON for fingerprints, without `later` settings at their
-        default.
-        """
+        """Return the settings as JSON for fingerprints, without `later` ones at their default."""
         tree = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -85,9 +83,7 @@ def validated(model: type[_S], tree: Any, source: str | Path | None = None) -> _
 
 
 def problems_of(error: ValidationError, model: type[Settings]) -> list[str]:
-    """Return one sentence for each problem that pydantic found; it begins with the field's dotted
-    path.
-    """
+    """Return a sentence for each problem that pydantic found, led by the field's dotted path."""
     return [
         line
         for e in error.errors(include_url=False)
@@ -140,9 +136,7 @@ def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
 
 
 def members(field: FieldInfo) -> list[type[Settings]]:
-    """Return the Settings classes of a field or its list items: one, the members of a union, or
-    none.
-    """
+    """Return the Settings classes of a field or its items: one, a union's members, or none."""
     found = list(leaves(field.annotation))
     found += [
         t

@@ -170,9 +170,7 @@ _GO = re.compile(r"[yYnN]|0o[0-7_]+|[-+]?0[xXbBoO][0-9a-fA-F_]+")
 
 
 def _is_ambiguous(node: yaml.ScalarNode) -> bool:
-    """Return whether Ray's launcher (YAML 1.1) or Go reads a plain scalar differently from YAML
-    1.2.
-    """
+    """Return whether Ray's launcher (YAML 1.1) or Go reads a scalar differently from YAML 1.2."""
     if _GO.fullmatch(node.value):
         return True
     found: list[str] = []
@@ -267,9 +265,7 @@ def text_of(path: Path, *, follow: bool = True) -> str:
 
 
 def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """Read the mapping in a YAML file, or in a link's target if `follow`; any problem raises a
-    ConfigError.
-    """
+    """Read the mapping in a YAML file, or in a link's target if `follow`; else a ConfigError."""
     tree = parse_yaml(text_of(path, follow=follow), path)
     if tree is None:
         raise ConfigError("is empty; it needs at least an 'objective:'", path)
@@ -306,9 +302,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Write text; quote it if it needs escapes on a terminal, so that the escaped text means
-        the same.
-        """
+        """Write text; quote it if a terminal needs escapes, so that they mean the same."""
         style = None if legible(data) == data else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
@@ -317,9 +311,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def in_yaml(value: Any) -> str:
-    """Return a value on one line, as in a YAML file: null, true, 1; texts "true" and "1" are
-    quoted.
-    """
+    """Return a value as one line of YAML: null, true, 1; the texts "true" and "1" have quotes."""
     if isinstance(value, str):
         return value if _is_plain(value) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):

@@ -563,9 +563,7 @@ def number_text(value: Any) -> str:
 
 
 def trial_value(sweep: Sweep, record: Record) -> str:
-    """Return a trial's value with its unit; if it is not of full length, the last one with its
-    epoch.
-    """
+    """Return a trial's value with its unit; below full length, the last one with its epoch."""
     value = sweep.value(record.last)
     if not math.isfinite(value):
         return "no value"

@@ -75,9 +75,7 @@ class Epochs:
         return int(epoch) if epoch is not None and math.isfinite(epoch) else None
 
     def new(self, result: Mapping[str, Any]) -> int | None:
-        """Return the result's epoch if it is reported for the first time. A failure has no
-        epoch.
-        """
+        """Return the result's epoch, if it is new; a failure has none."""
         epoch = self.of(result)
         if (
             result.get("failed")

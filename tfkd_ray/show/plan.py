@@ -62,9 +62,7 @@ class SweepPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of training, teachers included, one trial at a time; None if it was not
-        probed.
-        """
+        """Seconds of training, teachers included, one trial at a time; None without a probe."""
         if self.teacher_s is None or any(part.epoch_s is None for part in self.parts):
             return None
         return self.teacher_s + sum(part.epochs * (part.epoch_s or 0) for part in self.parts)

@@ -297,9 +297,7 @@ def _comparison_sections(directory: Path, *, inside: bool = False) -> list[Secti
 
 
 def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Section]:
-    """Return the sections about a comparison; `inside` a sweep's report the verdict stands
-    elsewhere.
-    """
+    """Return a comparison's sections; `inside` a sweep's report, without the verdict."""
     plan, judged = read_plan(directory), _read_judged(directory)
     if not inside:
         yield Section("Verdict", _verdict_boxes(directory))

@@ -99,9 +99,7 @@ class ExperimentPlan:
         return round(self.trials * statistics.fmean(self.rows.values()))
 
     def not_begun(self, begun: Mapping[str, int]) -> list[int]:
-        """Return the full lengths of the trials that have not begun, given the number begun by
-        row.
-        """
+        """Return the full lengths of the trials still to begin; `begun` counts the others."""
         if self.kind == "sweep":
             return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
         seeds = self.trials // max(1, len(self.rows))
@@ -384,9 +382,7 @@ def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, 
 
 
 def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
-    """Return the best full-length trial of a sweep, and the plan; raise a ConfigError if there is
-    none.
-    """
+    """Return a sweep's best full-length trial, and the plan; a ConfigError if it has none."""
     plan = read_plan(experiment)
     if plan.metric is None:
         raise ConfigError(
@@ -693,9 +689,7 @@ def csv_cell(row: Row, field: str) -> str:
 
 
 def inert(text: str) -> str:
-    """Return text that a spreadsheet does not run: a formula gets an apostrophe, its mark of
-    text.
-    """
+    """Return text that a spreadsheet does not run: formulas get an apostrophe in front."""
     first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width
     runs = first in {"=", "+", "-", "@", "|", "%"} or text[:1] in ("\t", "\r", "\n")
     return legible(f"'{text}" if runs else text)  # `legible` escapes \r, which would end the row

@@ -207,9 +207,7 @@ class TensorBoard(OwnCallback):
             writer.close()
 
     def _is_own(self, key: str) -> bool:
-        """Return whether a flattened key of a result is a user's metric, not Ray's and without a
-        tag.
-        """
+        """Return whether a result's flattened key is a metric of the user's own."""
         return (
             key not in _RAYS_OWN
             and key not in self._tags
@@ -422,9 +420,7 @@ def label_probability(objective: Canonical, num_classes: int) -> float | None:
 
 
 def _add_targets(writer: EventFileWriter, tree: Any, num_classes: int) -> None:
-    """Write a figure of an objective's soft targets beside usual label smoothing, as the paper has
-    it.
-    """
+    """Write a figure, as in the paper, of soft targets beside those of usual label smoothing."""
     objective, usual = TypeAdapter(Objective).validate_python(tree), LabelSmoothing()
     label, theirs = (label_probability(o, num_classes) for o in (objective, usual))
     if label is None or theirs is None:
@@ -500,9 +496,7 @@ def _judged_runs(files: Sequence[Path]) -> tuple[Any, Any, float]:
 
 
 def _plain_value(arm: Arm, arms: Any) -> str | None:
-    """Return the arm to compare classes with: the named one, or plain training of the same
-    student.
-    """
+    """Return the arm to compare classes with: the named one, or plain training."""
     if arm.baseline or arm.config.objective.name == "ce":
         return arm.baseline
     same = [
@@ -649,9 +643,7 @@ def _scalar(tag: str, value: float) -> summary_pb2.Summary:
 
 
 def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
-    """Return column names: optim.lr is lr, objective.kd.alpha is kd.alpha; the whole path if not
-    unique.
-    """
+    """Return each parameter's column name: lr for optim.lr, or the whole path if not unique."""
     tails = {p.name: p.name.split(".", 1)[-1] for p in parameters}
     return {
         name: tail if list(tails.values()).count(tail) == 1 else name
@@ -717,9 +709,7 @@ _TYPES = {
 
 
 def _kind(values: Iterable[Any]) -> str:
-    """Return the HParams type of a column with these values; values of several types become
-    text.
-    """
+    """Return the HParams type of a column with these values; mixed types become text."""
     found = set()
     for value in values:
         if isinstance(value, bool):

@@ -38,8 +38,7 @@ class Assignment:
     storage: Storage | None = None
     """Folder for teachers and experiments. None: a user's own searcher did not set it."""
     directory: Path | None = None
-    """The trial's files: below the storage's folder, or an absolute path. None: a user's own
-    trainable."""
+    """Folder of its files: below the storage's, or absolute. None: a user's own trainable."""
     home: Place | None = None
     """Place of the user's own modules."""
     avoid: tuple[str, ...] = ()
@@ -49,9 +48,7 @@ class Assignment:
 
     @classmethod
     def find(cls, config: Mapping[str, Any]) -> "Assignment | None":
-        """Return the assignment in a trial's configuration; None if another searcher proposed the
-        trial.
-        """
+        """Return the assignment in a trial's configuration; None if it has no such section."""
         section = config.get(SECTION)
         if not isinstance(section, Mapping) or not set(_REQUIRED) <= set(section):
             return None
@@ -102,9 +99,7 @@ class Assignment:
 
     @property
     def place(self) -> tuple[Storage, Path]:
-        """Return (storage, trial directory) on this node. Without a storage there are no
-        teachers.
-        """
+        """Return (storage, trial directory) here. Without a storage there are no teachers."""
         return self.storage or Directory(self.folder), self.folder
 
 

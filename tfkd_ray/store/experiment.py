@@ -164,9 +164,7 @@ def read_records(experiment: Path) -> list[Record]:
 
 
 def trial_folders(experiment: Path) -> list[Path]:
-    """Return the folders of all trials, by name. Links are left out: their trial counts at its real
-    place.
-    """
+    """Return the folders of all trials, by name, without links: their trials count elsewhere."""
     above = trials_folder(experiment)
     if above.is_symlink():
         raise ConfigError(f"is a link to {above.readlink()}; put there the folder itself", above)
@@ -285,9 +283,7 @@ def as_metrics(line: str | bytes) -> dict[str, float]:
 
 
 def _is_json_number(value: Any) -> bool:
-    """Return whether a value is a JSON number, NaN and infinity included: diverging trials report
-    them.
-    """
+    """Return whether a value is a JSON number, or NaN or infinity as diverging trials report."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     )
@@ -315,9 +311,7 @@ def read_teacher(folder: Path) -> dict[str, Any]:
 
 
 def read_spent(experiment: Path) -> dict[str, float]:
-    """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 if it does not
-    exist.
-    """
+    """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it."""
     path = experiment / "spent.json"
     if not path.exists():
         return {"seconds": 0.0, "trial_seconds": 0.0}
@@ -550,9 +544,7 @@ def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the repository here, with '+' if files differ from it; None outside of
-    one.
-    """
+    """Return the commit of the repository here, or None; with '+' if files differ from it."""
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True

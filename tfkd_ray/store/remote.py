@@ -121,9 +121,7 @@ class Store:
         return cache_folder() / "storage" / f"{readable}-{digest}"
 
     def objects(self, below: str = "") -> dict[str, Object]:
-        """Return all objects below a name, by name; empty if there are none. Trouble is an
-        OSError.
-        """
+        """Return all objects below a name, by name. Raises an OSError, as all methods do."""
         from pyarrow.fs import FileType
 
         found = self._listed(below, recursive=True)
@@ -249,9 +247,7 @@ class Store:
 
 
 def store_at(url: str) -> Store:
-    """Return the store that a URL names, without network access; raise a ConfigError if it names
-    none.
-    """
+    """Return the store that a URL names, or raise a ConfigError; needs no network."""
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -437,9 +433,7 @@ class Claim:
         self.session = uuid.uuid4().hex
 
     def take(self) -> None:
-        """Claim the experiment; a ConfigError names process and host of the driver that holds
-        it.
-        """
+        """Claim the experiment; a ConfigError names the driver that holds it, and its host."""
         with said(self.store):
             now = self.store.now()
             written, other = self.store.info(f"{self.name}/{DRIVER_FILE}"), self._read()

@@ -83,9 +83,7 @@ class Storage:
         """
 
     def fetch_experiments(self) -> None:
-        """Bring all experiments and comparisons up to date here, as far as reading commands
-        need.
-        """
+        """Bring all experiments and comparisons up to date here, for reading commands."""
 
     def fetch_comparisons(self) -> None:
         """Bring comparisons and teachers up to date on this node, for reports and model cards."""
@@ -120,9 +118,7 @@ class Storage:
 
     @contextlib.contextmanager
     def up_to_date(self, name: str, *beside: Path) -> Iterator[None]:
-        """Work on an experiment, its weights and teachers here; upload it and `beside` at the
-        end.
-        """
+        """Work here on an experiment, its weights and teachers; then upload it and `beside`."""
         yield
 
     def drop_unknown(self, name: str, known: Iterable[str]) -> None:

@@ -37,8 +37,11 @@ def confidence_of(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def binned(logits: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
-    """Return count, confidence and right answers of each bin, float64 [3, M]; logits [N, K], labels
-    [N].
+    """Return each bin's count, confidence and right answers, float64 [3, M].
+
+    Args:
+        logits: [N, K].
+        labels: [N].
     """
     confidence = confidence_of(logits)
     bins = bin_of(confidence).astype(int)

@@ -41,9 +41,7 @@ def accuracy(logits: "Logits", labels: "Labels") -> float:
 
 
 def top_k(logits: "Logits", labels: "Labels", k: int = 5) -> float:
-    """Return the share of labels among the k largest logits, in [0, 1]; of equal ones the first
-    count.
-    """
+    """Return the share of labels among the k largest logits; of equal logits the first count."""
     import numpy as np
 
     first = np.argsort(-np.asarray(logits, dtype=np.float64), axis=1, kind="stable")[:, :k]
@@ -141,9 +139,7 @@ def macro_f1(logits: "Logits", labels: "Labels") -> float:
 
 
 def balanced_accuracy(logits: "Logits", labels: "Labels") -> float:
-    """Return the share of right answers in each class, mean over the classes that have images, in
-    [0, 1].
-    """
+    """Return the mean share of right answers over the classes that have images, in [0, 1]."""
     right, _, there = _by_class(logits, labels)
     return float((right[there > 0] / there[there > 0]).mean())
 
@@ -271,8 +267,6 @@ def sign(metric: str) -> int:
 
 
 def ranked(things: Iterable[Thing], metric: str, value: Callable[[Thing], float]) -> list[Thing]:
-    """Return the items with a finite value, best first; of equals the first one first. NaN is never
-    best.
-    """
+    """Return the items with a finite value, best first; of equals the first one first."""
     better = sign(metric)
     return sorted((t for t in things if math.isfinite(value(t))), key=lambda t: -better * value(t))

@@ -225,9 +225,7 @@ def _power(effect: float, n: float, alpha: float) -> float:
 
 
 def smallest_seen(n: int, alpha: float = ALPHA) -> float:
-    """Return the lead, in standard deviations of the differences, that n seeds show with
-    `POWER`.
-    """
+    """Return the lead that n seeds show with `POWER`, in standard deviations of differences."""
     return float(optimize.brentq(lambda effect: _power(effect, n, alpha) - POWER, 1e-6, 1e4))
 
 
@@ -349,9 +347,7 @@ def paired(
 
 
 def hedges(df: int) -> float:
-    """Return Hedges' (1981) exact correction of a standardised difference, `df` >= 2 degrees of
-    freedom.
-    """
+    """Return Hedges' (1981) exact correction of a standardised difference, for `df` >= 2."""
     return float(np.exp(special.gammaln(df / 2) - special.gammaln((df - 1) / 2)) / np.sqrt(df / 2))
 
 
