@@ -1,4 +1,4 @@
-"""TODO cli.compare."""
+"""The verb `confirm`: train arms over seeds, then judge them on the test split."""
 
 import argparse
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def confirm_verb(args: argparse.Namespace) -> int:
     if given.is_dir():
         if told := remember(read_experiment(given).get("directory")):
             say_error(told)
-        storage = sweep.storage  # where its teachers are
+        storage = sweep.storage  # which has its teachers
         name = new_name(args, storage, f"{sweep.name}-confirm")
         rivals = rivals_of(args.baselines)
         tuned = _tuned_baselines(sweep, rivals, args)
@@ -87,7 +87,7 @@ def confirm_verb(args: argparse.Namespace) -> int:
         : args.seeds
     ]
     options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
-    storage.check_new(name)  # tuning baselines takes a while
+    storage.check_new(name)  # before tuning baselines, which takes a while
     new_comparison(
         compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options
     )
@@ -97,7 +97,10 @@ def confirm_verb(args: argparse.Namespace) -> int:
 def _tuned_baselines(
     sweep: "Experiment", rivals: Sequence[str], args: argparse.Namespace
 ) -> Path | None:
-    """Tune the baselines that a sweep did not tune as hard as its winner; the sweep that did, or None if none lacks."""
+    """Tune the baselines that got fewer trials than the winner's objective; return that sweep.
+
+    None if no baseline needs it.
+    """
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.arms import baseline_space, untuned
     from tfkd_ray.store.experiment import read_experiment, read_records
@@ -143,7 +146,7 @@ def _tuned_baselines(
 
 
 def compare_arms(comparison: "Experiment", address: str | None) -> int:
-    """Run what a comparison still lacks, then open the test split and print the table."""
+    """Run the missing runs of a comparison, then open the test split and print the table."""
     from tfkd_ray.space.arms import read_comparison
 
     directory = comparison.folder
@@ -178,7 +181,7 @@ def compare_arms(comparison: "Experiment", address: str | None) -> int:
 
 
 def _fit_arms(compared: "Comparison", comparison: "Experiment") -> bool | None:
-    """Train the runs that a comparison lacks; see `_fit`."""
+    """Train the missing runs of a comparison; see `_fit`."""
     from tfkd_ray.run.confirm import comparison_tuner
 
     progress = progress_view(comparison.folder)

@@ -1,4 +1,4 @@
-"""TODO cli.fit."""
+"""Shared parts of the verbs that train: join Ray, run a Tuner, handle Ctrl-C and disk errors."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from tfkd_ray.settings.errors import FAILED, INTERRUPTED
 
 
 def join_ray(address: str | None, workers: int) -> None:
-    """Connect to Ray, quietly."""
+    """Connect to Ray without its log output."""
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
     say_error(
@@ -30,11 +30,11 @@ def join_ray(address: str | None, workers: int) -> None:
     from tfkd_ray.run.connect import ctrl_c_waits
 
     with ctrl_c_waits():
-        import tfkd_ray.run.tune  # noqa: F401  # all that a sweep needs: seconds
+        import tfkd_ray.run.tune  # noqa: F401  # everything that a sweep imports: takes seconds
         from tfkd_ray.run.connect import connect
 
         connect(address, workers=workers)
-    for noisy in ("ray", "ray.tune", "ray.train"):  # our table says it
+    for noisy in ("ray", "ray.tune", "ray.train"):  # our table reports it
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
@@ -50,7 +50,7 @@ def teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
 def teacher_lines(
     runs: Iterable["TeacherRun"], storage: Path
 ) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
-    """The same for many teachers: those that are made alike, but for the seed, are announced once."""
+    """Return a `teacher_line` for many teachers; those that differ by seed alone are one line."""
     from tfkd_ray.learn.teachers import is_trained
 
     missing = {run.fingerprint(): how_made(run) for run in runs if not is_trained(run, storage)}
@@ -72,7 +72,10 @@ def progress_view(experiment: Path) -> Any:
 
 
 def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
-    """Build a Tuner and run it: whether it came to its end; None, and a sentence, if something was in its way."""
+    """Build a Tuner and run it; return whether it ran to its end.
+
+    None if something prevented it, after an error message.
+    """
     from tfkd_ray.run.connect import head_watched
     from tfkd_ray.run.tune import TeacherFailed, disk_trouble, no_node_left
 
@@ -83,7 +86,7 @@ def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> b
         return None
 
     def heard(args: threading.ExceptHookArgs) -> None:
-        """What a thread that writes says of the disk is told again by who waits for it."""
+        """Skip disk errors of writer threads: the main thread raises them again."""
         if disk_trouble(args.exc_value) is None:
             threading.__excepthook__(args)
 
@@ -92,7 +95,7 @@ def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> b
         say_error(
             f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {shell_word(experiment)}"
         )
-        os._exit(FAILED)  # whatever waits for Ray would wait until Ray ends this process
+        os._exit(FAILED)  # threads that wait for Ray would wait until Ray kills this process
 
     threading.excepthook = heard
     try:
@@ -115,8 +118,11 @@ def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> b
 
 @contextlib.contextmanager
 def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
-    """Ctrl-C or SIGTERM once: Tune ends, trials save; the list is then not empty. Twice: out at once."""
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours passes it on
+    """Handle Ctrl-C and SIGTERM: the first ends Tune and trials save, the second exits at once.
+
+    Yields a list that is not empty once interrupted.
+    """
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # our handler passes it on
     interrupted: list[bool] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -126,7 +132,7 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
             leave()
         interrupted.append(True)
         progress.note("stopping: trials save their state (Ctrl-C again: at once)")
-        signal.raise_signal(signal.SIGUSR1)  # which Tune takes as the wish to end
+        signal.raise_signal(signal.SIGUSR1)  # Tune's signal to end
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -52,20 +52,20 @@ from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; return its exit code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(
                 errors="backslashreplace"
-            )  # of names that are no UTF-8, or not of the terminal's
+            )  # in names that are not UTF-8, or not in the terminal's encoding
     enter_job()
     if (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     ):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, at any moment
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # same as Ctrl-C, at any moment
     argv, command = _command_of(_given_words() if argv is None else list(argv))
     try:
         from tfkd_ray.settings.files import Legible
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except ModuleNotFoundError as error:
         return _not_installed(args.verb, error)
-    except BrokenPipeError:  # the reader of our output left: not our failure
+    except BrokenPipeError:  # the reader of our output closed it: no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except OSError as error:
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _directory_is_gone() -> bool:
-    """Whether the working directory was deleted; `Path().exists()` may still say that it is there."""
+    """Return whether the working directory was deleted; `Path().exists()` may still be true."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def _directory_is_gone() -> bool:
 
 
 def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
-    """Say that this Python lacks a package, as that of a cluster's head may, which runs jobs."""
+    """Report that this Python, perhaps the one of a cluster's head, lacks a package."""
     say_error(
         f"tfkd {verb}: {sys.executable} has no {error.name!r}, which tfkd needs; install tfkd there "
         "(on a cluster: in the environment that Ray was started from, whose `python` runs jobs)"
@@ -135,10 +135,11 @@ def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
 
 
 def _parsed_args(argv: list[str]) -> argparse.Namespace:
-    """The arguments; for jobs, which forward them, also as the `words` that they are and with a way to parse others."""
+    """Parse the arguments; also keep them as `words`, with a parser, for jobs that forward them."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    # argparse takes positional arguments in one run only; overrides may stand between and after options
+    # argparse takes all positional arguments in one place; overrides may stand between and after
+    # options
     if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -148,13 +149,13 @@ def _parsed_args(argv: list[str]) -> argparse.Namespace:
 
 
 _WORDS = "TFKD_WORDS"
-"""Variable in which a process that begins anew is given its words, with the passwords in them."""
+"""Environment variable with the words, passwords included, of a process that was re-executed."""
 
 
 def _given_words() -> list[str]:
-    """The words of the command line. Where one holds a password, begin anew without it, the words in the environment.
+    """Return the words of the command line; re-execute with passwords moved to the environment.
 
-    Ray lists the command of a driver, and `ps` any.
+    Ray lists a driver's command line, and `ps` shows everyone's.
     """
     given = os.environ.pop(_WORDS, None)
     if given is not None:
@@ -167,14 +168,14 @@ def _given_words() -> list[str]:
 
 
 def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments, and the command that follows `--` in `tfkd cluster submit FILE -- COMMAND`."""
+    """Split off the command after `--` in `tfkd cluster submit FILE -- COMMAND`."""
     cut = argv.index("--") if argv[:2] == ["cluster", "submit"] and "--" in argv else len(argv)
     return argv[:cut], argv[cut + 1 :]
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line, without the passwords in it."""
+        """Report an error of the command line, with passwords masked."""
         super().error(masked(message))
 
 
@@ -459,7 +460,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _elsewhere(sub: argparse.ArgumentParser) -> None:
-    """Options that say where a sweep runs."""
+    """Add the options that say where a sweep runs."""
     sub.add_argument("--address", help="of a Ray cluster to run on: auto, HOST:PORT, or http://HOST:PORT, where it "
                      "runs as a job (default: RAY_ADDRESS, or start one here)")  # fmt: skip
     sub.add_argument(
@@ -504,7 +505,7 @@ def _cluster(args: argparse.Namespace) -> int:
 
 
 def _budgets(sub: argparse.ArgumentParser) -> None:
-    """Options that end a sweep; each goes by the name of its setting in `search`."""
+    """Add the options that end a sweep, each named after its setting in `search`."""
     for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
                          help=f"end the sweep, to be resumed, after so many {text}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""TODO cli.show."""
+"""The verbs that only look: doctor, check, plan, explain, status, trials, report, export, ..."""
 
 import argparse
 import contextlib
@@ -70,7 +70,7 @@ def check_verb(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     try:
         example.data.check()
-    except ConfigError as error:  # a file may be checked where its data are not
+    except ConfigError as error:  # a file may be checked on a machine without its data
         print(f"note: on this machine {error}")
     return OK
 
@@ -102,7 +102,7 @@ def explain_verb(args: argparse.Namespace) -> int:
 
 
 def _describe(space: "Space") -> Iterator[str]:
-    """What is searched, conditional and fixed, line by line."""
+    """Yield what is searched, for all objectives and for each, line by line."""
     from tfkd_ray.space.relate import warm_points
 
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
@@ -142,7 +142,7 @@ def print_notes(space: "Space") -> Iterator[str]:
 
 
 def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
-    """What is fixed: the networks, and what differs from the recipe and the defaults; or everything."""
+    """Yield fixed settings: networks, and those unlike recipe and defaults; `whole`: all."""
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.settings.yaml import in_yaml
 
@@ -172,7 +172,7 @@ def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
 def _leaves(
     tree: Any, whole: Collection[tuple[str, ...]] = (), path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of what has nothing below it; what stands at a path of `whole` is one."""
+    """Yield (path, value) of every leaf; a path of `whole` counts as one."""
     if isinstance(tree, dict) and path not in whole:
         for key, value in tree.items():
             yield from _leaves(value, whole, (*path, key))
@@ -207,7 +207,10 @@ def export_verb(args: argparse.Namespace) -> int:
 
 
 def _to_export(place: "Path | str") -> Path:
-    """What is exported, on this machine: of a sweep's URL the best trial's weights, else all below the URL."""
+    """Return what to export, on this machine.
+
+    Of a sweep's URL that is the best trial's weights, else everything below the URL.
+    """
     if isinstance(place, Path):
         return place
     from tfkd_ray.show.status import best_of
@@ -287,7 +290,7 @@ def status_verb(args: argparse.Namespace) -> int:
                     if args.follow and sys.stdout.isatty() and sys.__stdout__ is not None:
                         print(
                             "\x1b[H\x1b[2J", end="", file=sys.__stdout__
-                        )  # which text may not say
+                        )  # past `Legible`, which would escape it
                     print(text, flush=True)
                 shown = text
     except KeyboardInterrupt:
@@ -362,7 +365,7 @@ def tensorboard_verb(args: argparse.Namespace) -> int:
         if not (experiment / "confirm.yaml").is_file():
             read_experiment(experiment)
     _check_port(args.port)
-    # of two with the same name, the later ones get numbers
+    # later ones of the same name get a number
     experiments: dict[str, Path] = {}
     for path in dict.fromkeys(path.resolve() for path in given):
         experiments[
@@ -385,10 +388,10 @@ def tensorboard_verb(args: argparse.Namespace) -> int:
         link()
         board = program.TensorBoard()
         logdir = folder if several else str(next(iter(experiments.values())) / "tb")
-        # of a run's files, all are read; no epoch is left out
+        # read all files of a run, and drop no epoch
         board.configure(argv=["tensorboard", "--logdir", logdir, "--host", "127.0.0.1", "--port", str(args.port),
                               "--reload_multifile", "true", "--samples_per_plugin", "scalars=5000"])  # fmt: skip
-        with contextlib.redirect_stderr(io.StringIO()):  # its advice on its flags
+        with contextlib.redirect_stderr(io.StringIO()):  # TensorBoard's advice on its flags
             url = board.launch()
         say_error(f"TensorBoard: {url} (Ctrl-C ends it)\n{_HOW_TO_COMPARE}")
         while True:
@@ -398,7 +401,7 @@ def tensorboard_verb(args: argparse.Namespace) -> int:
 
 
 def _check_port(port: int) -> None:
-    """Raise a ConfigError that names the next free port, if this one cannot be used."""
+    """Raise a ConfigError that names the next free port if this one cannot be used."""
     import socket
 
     from tfkd_ray.settings.errors import ConfigError

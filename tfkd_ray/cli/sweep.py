@@ -1,4 +1,4 @@
-"""TODO cli.sweep."""
+"""The verbs `tune` and `resume`."""
 
 import argparse
 import dataclasses
@@ -48,7 +48,7 @@ def tune_verb(args: argparse.Namespace) -> int:
     if (code := tune_as_job(args, space)) is not None:
         return code
     if (url := space.search.storage) and masked(url) != url:
-        os.environ[ENVIRONMENT] = url  # from where what is written without its password takes it
+        os.environ[ENVIRONMENT] = url  # files omit the password
     from tfkd_ray.store.storage import checked, experiment_of
 
     storage = checked(args.storage)
@@ -135,7 +135,7 @@ def resume_verb(args: argparse.Namespace) -> int:
 
 
 def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
-    """Run a Tuner under our table and our Ctrl-C, then print what came out."""
+    """Run a Tuner with our table and Ctrl-C handling, then print the results."""
     progress = progress_view(experiment)
     try:
         ended = fit_tuner(progress, build, experiment)
@@ -160,7 +160,7 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
 
 
 def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
-    """Print what came out: the best trial beside the best of the baselines, and, of a whole sweep, what to do next."""
+    """Print the best trial beside the best baseline; after a full sweep also the next step."""
     from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.show.receipt import receipt_lines
     from tfkd_ray.show.status import spent

@@ -1,4 +1,4 @@
-"""TODO cli.terminal."""
+"""Messages, names and paths as the terminal shows them, and ending on Ctrl-C."""
 
 import argparse
 import contextlib
@@ -30,16 +30,19 @@ DEFAULT_BASELINES = "ce,lsr,scaled,published"
 
 
 def let_end() -> None:
-    """What comes of Ctrl-C or SIGTERM is under way, and takes a moment (Ray ends its processes); another: at once."""
+    """Exit at once on the next Ctrl-C or SIGTERM, as the first one is still being handled.
+
+    Ray takes a moment to end its processes.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: leave())
 
 
 def leave() -> NoReturn:
-    """End at once, and all processes that we have started, such as those of a Ray of our own."""
+    """Exit at once and kill all processes that we have started, such as those of our own Ray."""
     if end := getattr(
         sys.modules.get("tfkd_ray.run.connect"), "end_children", None
-    ):  # no import amid another
+    ):  # do not import in the middle of another import
         end()
     os._exit(INTERRUPTED)
 
@@ -51,13 +54,16 @@ def say_error(text: str) -> None:
 
 
 def _as_given(text: str) -> str:
-    """The text with URLs in place of their mirrors; imports nothing, as errors are said this way, too."""
+    """Return the text with URLs in place of their mirrors.
+
+    It imports nothing, as error messages pass through it.
+    """
     storage = sys.modules.get("tfkd_ray.store.storage")
     return storage.as_given(text) if storage is not None else text
 
 
 def place_or_url(text: str) -> "Path | str":
-    """A directory, or a URL as it is."""
+    """Return a directory as a Path, or a URL unchanged."""
     return text if "://" in text else Path(text)
 
 
@@ -68,7 +74,7 @@ def load_file(args: argparse.Namespace) -> "Space":
 
 
 def have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
-    """Raise a ConfigError if the data are not here; with --download, fetch them first."""
+    """Raise a ConfigError if the data are missing; with --download, download them first."""
     from tfkd_ray.settings.errors import ConfigError
 
     if args.download:
@@ -81,7 +87,7 @@ def have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
 
 
 def new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
-    """Name of a new experiment: `--name`, or the stem and the time."""
+    """Return the name of a new experiment: `--name`, or the stem and the time."""
     from tfkd_ray.store.experiment import check_name
 
     name: str = args.name if args.name is not None else f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -91,7 +97,7 @@ def new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
 
 
 def how_made(run: "TeacherRun") -> str:
-    """How a teacher is made."""
+    """Return a phrase on how a teacher is made."""
     if run.weights is not None:
         return f"taking {run.student.name} from {run.weights}"
     stop = f", stopped after {run.stop_epoch}" if run.stop_epoch else ""
@@ -100,12 +106,12 @@ def how_made(run: "TeacherRun") -> str:
 
 
 def shell_word(path: Path) -> str:
-    """A path as one word of a command that is typed here."""
+    """Return a path as one quoted word of a shell command in this directory."""
     return shlex.quote(short_path(path))
 
 
 def short_path(path: Path) -> str:
-    """A path as one would name it here."""
+    """Return a path as short as it can be named from here."""
     if (url := _as_given(str(path))) != str(path):
         return url
     with contextlib.suppress(ValueError):
@@ -114,7 +120,10 @@ def short_path(path: Path) -> str:
 
 
 def same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
-    """The run with the digest of its data; a ConfigError where a directory holds another run, or one on other data."""
+    """Return the run with the digest of its data.
+
+    Raises a ConfigError if the directory holds another run, or one on other data.
+    """
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.settings.schema import validated

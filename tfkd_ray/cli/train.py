@@ -1,4 +1,4 @@
-"""TODO cli.train."""
+"""The verbs `train` and `teacher`, which train one network."""
 
 import argparse
 import signal
@@ -108,7 +108,10 @@ def train_verb(args: argparse.Namespace) -> int:
     pressed: list[int] = []
 
     def after_the_epoch(number: int, frame: Any) -> None:
-        """Ctrl-C once: at the end of the epoch, where the state can be saved. Twice: at once."""
+        """Stop at the end of the epoch on the first Ctrl-C, at once on the second.
+
+        The state can only be saved at the end of an epoch.
+        """
         pressed.append(number)
         signal.signal(number, signal.default_int_handler)
 
@@ -143,7 +146,10 @@ def train_verb(args: argparse.Namespace) -> int:
 
 
 def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
-    """The epochs of one run, each also a line of metrics.jsonl: here, or on Ray Train if it has several workers."""
+    """Yield the epochs of one run and append each to metrics.jsonl.
+
+    It trains in this process, or on Ray Train with several workers.
+    """
     import json
 
     from tfkd_ray.learn.teachers import find_or_train

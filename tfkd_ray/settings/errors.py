@@ -1,4 +1,4 @@
-"""TODO settings.errors."""
+"""Errors that a person can mend, their sentences and the exit codes of the command line."""
 
 import difflib
 import re
@@ -30,22 +30,22 @@ class ConfigError(Exception):
 
 
 def readable(text: str) -> str:
-    """The text, with escapes for what UTF-8 has no bytes for: parts of a file's name that is no UTF-8."""
+    """Return the text with escapes for bytes that are not UTF-8, which a file's name may have."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def check_kind(value: object, kind: type, name: str) -> None:
-    """Refuse an argument of a public function that is of another kind."""
+    """Raise a ConfigError if an argument of a public function is of the wrong kind."""
     if not isinstance(value, kind):
         raise ConfigError(f"{name}: needs a {kind.__name__}, got a {type(value).__name__}")
 
 
 class Unreachable(ConfigError):
-    """What was named does not answer: it may be named wrongly, or be down, so that a command has failed."""
+    """Raised when a named host or service does not answer (wrong name, or down); exit code 1."""
 
 
 def _shortened(problem: str) -> str:
-    """A sentence without the middle of what it quotes, where that is long."""
+    """Return the sentence; a long one without its middle."""
     problem = readable(problem)
     return (
         problem
@@ -55,11 +55,15 @@ def _shortened(problem: str) -> str:
 
 
 LONGEST = 1000
-"""Characters of a problem; who has quoted a whole file wants to read the rule, not the file."""
+"""Most characters of a problem. Longer ones are elided in the middle: they often quote a whole
+file."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that ends a sentence: the nearest known word, one that `word` begins before others; or all of them."""
+    """Return a hint that ends a sentence: the nearest known word, or else all of them.
+
+    Words that begin with `word` come before other near ones.
+    """
     options = sorted(known)
     near = difflib.get_close_matches(word, options, n=3, cutoff=0.6)
     if not near:
@@ -68,7 +72,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def dotted(path: Iterable[object]) -> str:
-    """The names of a field and of those above it, joined by dots; one that is empty or has blanks in it is quoted."""
+    """Return the names of a field and its parents, joined by dots.
+
+    A name that is empty or has blanks in it is quoted.
+    """
     names = [name if len(name) <= 80 else f"{name[:60]}..." for name in map(str, path)]
     return ".".join(
         name if re.fullmatch(r"\S+", name) and name.isprintable() else repr(name) for name in names

@@ -1,6 +1,7 @@
-"""Files: opened only if they are files, written whole or not at all; text as a terminal may get it.
+"""Files: only regular files are opened, writes are atomic, and text is made safe for terminals.
 
-Those from elsewhere are read without running them, and kept decoded where that takes long.
+Untrusted files are read without running anything in them. Decoded copies are cached where decoding
+takes long.
 """
 
 import contextlib
@@ -29,12 +30,15 @@ from tfkd_ray.settings.errors import ConfigError
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a text file so that a reader sees the old one or the new one; `durable`: also after a power cut."""
+    """Write a text file atomically: a reader sees the old content or the new.
+
+    `durable`: this also holds after a power cut.
+    """
     write_bytes(path, text.encode(errors="backslashreplace"), durable=durable)
 
 
 def check_room_for(folder: Path, size: int) -> None:
-    """Raise the system's own OSError where `size` more bytes cannot be written to a folder, there already or not."""
+    """Raise the system's OSError if a folder, existing or not, lacks room for `size` more bytes."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
     with tempfile.TemporaryFile(dir=there) as file:
         for _ in range(0, size, 2**20):
@@ -43,7 +47,10 @@ def check_room_for(folder: Path, size: int) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raise where a folder, or the nearest above it that is there, cannot be written to; `option` names the way out."""
+    """Raise if a folder, or its nearest existing parent, is not writable.
+
+    `option` names the option that the error suggests.
+    """
     there = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -66,25 +73,24 @@ DISK_ERRORS = {
     ),
     errno.EFBIG,
 }
-"""What the system says of a disk that is full, read-only or gone, or of a file that may not grow: no fault of who
-wants to write."""
+"""errno values of a full, read-only or lost disk, and of a file size limit."""
 
 
 def free_bytes(folder: Path) -> float:
-    """Bytes that may be written to a folder, there already or not; infinite where its file system does not say."""
+    """Return the bytes free for a folder, existing or not; infinite if they are unknown."""
     disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
     return disk.free if disk.total else math.inf
 
 
 def cached_file(name: str, first: Path) -> Path:
-    """Where `cached` keeps what it made of files, the first of them."""
+    """Return the path where `cached` keeps its result, by the first of the files."""
     return (
         cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.safetensors"
     )
 
 
 def state_of(paths: Iterable[Path]) -> str:
-    """A key that changes when one of the files does: of their paths, sizes and times."""
+    """Return a key that changes when one of the files does: a hash of paths, sizes and times."""
     found = hashlib.sha256()
     for path in paths:
         facts = path.stat()
@@ -93,7 +99,7 @@ def state_of(paths: Iterable[Path]) -> str:
 
 
 def remembered(state: str, make: Callable[[], str]) -> str:
-    """The digest that `make` takes of files in a state (`state_of`), which this node remembers from then on."""
+    """Return the digest that this node has cached for a `state_of`; else `make` it and cache it."""
     path = cache_folder() / "digests" / state
     with contextlib.suppress(OSError, UnicodeDecodeError):
         with opened(path) as file:
@@ -107,15 +113,16 @@ def remembered(state: str, make: Callable[[], str]) -> str:
 
 
 def cache_folder() -> Path:
-    """Where this node keeps what can be made again: ~/.cache/tfkd_ray."""
+    """Return the folder of this node's cache, ~/.cache/tfkd_ray, whose files can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfkd_ray"
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A new, empty file to write to: it becomes `path` if all goes well, and nothing if not.
+    """Yield a new, empty file to write to. It replaces `path` on success and is removed on failure.
 
-    All files are written so. Nobody can guess its name, and a link at `path` is replaced, never followed.
+    All files are written in this way. The temporary name cannot be guessed. A link at `path` is
+    replaced, never followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(8)}{PART}")
@@ -128,11 +135,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 PART = ".part"
-"""Ends the name of a file that is being written; one that stays is of a writer that was killed."""
+"""Suffix of a file that is being written. One that remains belongs to a writer that was killed."""
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Write a file so that a reader sees the old one or the new one; `durable`: also after a power cut."""
+    """Write a file atomically: a reader sees the old content or the new.
+
+    `durable`: this also holds after a power cut.
+    """
     with whole_file(path) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
@@ -140,7 +150,7 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-# --- what is read ----------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -153,7 +163,10 @@ _KINDS = {
 
 
 def kind_of(path: Path, *, follow: bool = True) -> str | None:
-    """What stands at a path in the place of a file: a named pipe, a directory, ...; None for a file, or for nothing."""
+    """Return the kind of a path that is no regular file ('a directory', ...).
+
+    None for a regular file, or if the path does not exist.
+    """
     try:
         return _KINDS.get(stat.S_IFMT(path.stat(follow_symlinks=follow).st_mode))
     except (FileNotFoundError, NotADirectoryError):
@@ -161,12 +174,13 @@ def kind_of(path: Path, *, follow: bool = True) -> str | None:
 
 
 def opened(path: Path, *, follow: bool = True) -> io.BufferedReader:
-    """A file, open for reading; an OSError where it is none, as reading a pipe or a device may never end.
+    """Open a regular file for reading; raise an OSError for anything else, as a pipe may block.
 
-    What a shell hands over as a file, such as /dev/stdin or /dev/fd/63, is opened whatever it is.
+    Paths by which a shell passes input, such as /dev/stdin or /dev/fd/63, are always opened.
 
     Args:
-        follow: whether `path` may be a link. An experiment has none: what is planted there shows no other file.
+        follow: whether `path` may be a link. Experiments contain none, so a planted link
+            cannot expose another file.
     """
     if descriptor_of(path) is not None:
         return path.open("rb")
@@ -175,26 +189,26 @@ def opened(path: Path, *, follow: bool = True) -> io.BufferedReader:
     handle = os.open(
         path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     )
-    if not stat.S_ISREG(os.fstat(handle).st_mode):  # it was put there since
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # replaced since `kind_of` looked
         os.close(handle)
         raise OSError(errno.EINVAL, "is no file, and only regular files are read", str(path))
     return os.fdopen(handle, "rb")
 
 
 def descriptor_of(path: Path) -> int | None:
-    """The number of an open file that a path such as /dev/stdout or /dev/fd/63 names; None for any other path."""
+    """Return the descriptor that a path such as /dev/stdout or /dev/fd/63 names, else None."""
     names = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
     match = re.fullmatch(r"(?:/dev/fd|/proc/self/fd)/(\d{1,6})", str(path))
     return int(match[1]) if match else names.get(str(path))
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------
+# --- showing ---------------------------------------------------------------------------------------------------------
 
 
 def legible(text: str) -> str:
-    """Text without what steers a terminal, or turns the order of letters: such characters as \\u001b, as JSON has them.
+    """Escape, as JSON does (\\u001b), characters that control a terminal or reverse text.
 
-    Line breaks and tabs stay.
+    Line breaks and tabs are kept.
     """
     return text if text.isprintable() else "".join(map(_legible, text))
 
@@ -207,13 +221,13 @@ def _legible(c: str) -> str:
 
 
 class Legible:
-    """A stream that gets legible text: what all verbs write to standard output passes through here."""
+    """Stream that escapes its text by `legible`, such as every verb's standard output."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write text; see `legible`."""
+        """Write escaped text; see `legible`."""
         self.stream.write(legible(text))
         return len(text)
 
@@ -222,7 +236,10 @@ class Legible:
 
 
 def read_at_most(file: IO[bytes] | gzip.GzipFile, most: int) -> bytearray:
-    """The file's first `most` bytes, or all; piecewise, so that memory follows what is there, not what is claimed."""
+    """Read the first `most` bytes of a file, or all of it.
+
+    It reads in pieces, so that memory grows with the content and not with the size that is claimed.
+    """
     found = bytearray()
     while piece := file.read(min(2**20, most - len(found))):
         found += piece
@@ -230,10 +247,10 @@ def read_at_most(file: IO[bytes] | gzip.GzipFile, most: int) -> bytearray:
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Reads a pickle of numpy arrays, text and numbers without calling anything that the pickle names."""
+    """Unpickler for numpy arrays, text and numbers. It calls nothing that the pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for one of the four names that a pickled array needs; any other is an error."""
+        """Return a stand-in for the four names that a pickled array needs; raise for others."""
         multiarray = (
             module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
         )
@@ -242,7 +259,7 @@ class ArraysOnly(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return functools.partial(
                 _encode
-            )  # a new one each time: a pickle may set attributes of what it gets
+            )  # a new class each time: a pickle may set attributes of the class that it gets
         raise pickle.UnpicklingError(
             f"it asks for {module}.{name}, which could run code; nothing was run"
         )
@@ -255,7 +272,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _Pickled:
-    """What a pickle says about an array or a dtype, inert: numpy sees none of it but the bytes."""
+    """State of a pickled array or dtype, without behaviour: numpy gets its bytes alone."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -265,7 +282,7 @@ class _Pickled:
         self.state = state
 
     def uint8(self, width: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        """The array, if it is one of uint8 [N, width]; else a TypeError or ValueError."""
+        """Return the array if it is uint8 [N, width]; raise a TypeError or ValueError if not."""
         import numpy as np
 
         _, (count, columns), dtype, fortran, raw = self.state
@@ -277,21 +294,21 @@ class _Pickled:
             raise TypeError("not uint8")
         if columns != width:
             raise ValueError(f"{columns} columns, not {width}")
-        # bytearray: torch wants memory that it may write to
+        # bytearray: torch needs writable memory
         return np.frombuffer(bytearray(raw), np.uint8).reshape(
             (count, width), order="F" if fortran else "C"
         )
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    """Write a file atomically: after a crash it has the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if free_bytes(path.parent) < len(content):  # what is left is for those who need less
+    if free_bytes(path.parent) < len(content):  # leave the last bytes to smaller files
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     write_bytes(path, content, durable=True)
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what processes that were killed while they wrote have left; nobody may be writing there."""
+    """Remove the partial files of writers that were killed. No writer may be active there."""
     for partial in directory.glob(f".*{PART}"):
         partial.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Code of a person's own: found last, and run where `tfkd` was started, in every process of a sweep. No Ray, no torch.
+"""A user's own code: found last, and run where `tfkd` was started, in every process of a sweep.
 
-A process that trains gets the driver's `Place`: its working directory, where relative paths begin, and the folders that
-only the driver looks into for modules. In a job, each node has a copy of that directory, beside that of this package.
+It needs neither Ray nor torch. A training process gets the driver's `Place`: its working directory,
+to which paths are relative, and the module folders that only the driver has. In a job, each node
+has a copy of that directory beside the copy of this package.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 JOB_FOLDER = "TFKD_JOB_FOLDER"
-"""Environment variable: in a job, the copy of the working directory, below the folder that holds this package."""
+"""Environment variable: in a job, the name of the working directory's copy, beside this package."""
 
 SAFE_PATH = "PYTHONSAFEPATH"
 
@@ -27,19 +28,22 @@ _T = TypeVar("_T")
 
 
 class Place(TypedDict):
-    """Where a driver was started, and what it finds modules in after the standard library."""
+    """The driver's working directory, and its module folders after the standard library."""
 
     directory: str
     path: list[str]
     safe: bool
-    """Whether Python there is to leave a script's own folder out (PYTHONSAFEPATH)."""
+    """True if Python in that process must leave out a script's own folder (PYTHONSAFEPATH)."""
 
 
 _home: Path | None = None
 
 
 def remember(directory: str | None) -> str | None:
-    """Have code of one's own run where an experiment was begun, if that is elsewhere and still there; says so."""
+    """Run the user's own code in the directory where an experiment began.
+
+    Returns a note for the user; None if that directory is the current one or no longer exists.
+    """
     global _home
     if directory is None or JOB_FOLDER in os.environ or not (there := Path(directory)).is_dir():
         return None
@@ -50,7 +54,7 @@ def remember(directory: str | None) -> str | None:
 
 
 def at_home(function: Callable[..., _T]) -> Callable[..., _T]:
-    """A function of one's own that runs in the directory that is remembered, if one is."""
+    """Wrap a user's own function so that it runs in the remembered directory, if there is one."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> _T:
@@ -61,14 +65,14 @@ def at_home(function: Callable[..., _T]) -> Callable[..., _T]:
 
 
 def is_needed(tree: Any) -> bool:
-    """Whether a configuration's tree names code of one's own."""
+    """Return whether a configuration tree names the user's own code."""
     if isinstance(tree, Mapping):
         return tree.get("name") == "own" or any(map(is_needed, tree.values()))
     return isinstance(tree, list | tuple) and any(map(is_needed, tree))
 
 
 def here() -> Place:
-    """The place of this process."""
+    """Return the place of this process."""
     rest = sys.path[len(before_the_library()) :]
     pythons = [
         *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -84,7 +88,7 @@ def here() -> Place:
 
 
 def enter(place: Place) -> None:
-    """Let this process work in a driver's place; where a node has no such directory, it stays where it is."""
+    """Move this process to a driver's place; it keeps its directory if the node lacks that one."""
     directory, path = _copy_of_job() or Path(place["directory"]), list(place["path"])
     if directory.is_dir():
         os.chdir(directory)
@@ -96,7 +100,10 @@ def enter(place: Place) -> None:
 
 @contextlib.contextmanager
 def safe_path() -> Iterator[None]:
-    """Within it, processes that are started do not look for modules where they are started: Ray's dashboard would."""
+    """Start processes, within this context, that do not search their working directory for modules.
+
+    Ray's dashboard would.
+    """
     before = os.environ.get(SAFE_PATH)
     os.environ[SAFE_PATH] = "1"
     try:
@@ -108,20 +115,20 @@ def safe_path() -> Iterator[None]:
 
 
 def enter_job() -> None:
-    """In a job's driver: begin in the copy of the directory that it was submitted from."""
+    """Change to the copy of the directory that a job was submitted from, in the job's driver."""
     if (copy := _copy_of_job()) is not None:
         os.chdir(copy)
 
 
 def before_the_library() -> list[str]:
-    """The folders that this process looks into before the standard library: the script's own, and PYTHONPATH."""
+    """Return the folders searched before the standard library: the script's own, and PYTHONPATH."""
     library = sysconfig.get_path("stdlib")
     found = itertools.takewhile(lambda p: p != library and not p.endswith(_ZIP), sys.path)
     return [str(Path(p).absolute()) for p in found]
 
 
 def working_directory_last() -> None:
-    """Undo what `python -m` does: it looks for modules in the working directory first, whatever lies there."""
+    """Undo an effect of `python -m`: it searches the working directory for modules first."""
     first = Path(sys.path[0] or ".")
     if (
         not sys.flags.safe_path
@@ -138,4 +145,4 @@ def _copy_of_job() -> Path | None:
 
 
 _ZIP = f"{os.sep}python{sys.version_info.major}{sys.version_info.minor}.zip"
-"""End of the place where Python looks for its library first."""
+"""End of the first path on which Python looks for its standard library."""

@@ -1,7 +1,7 @@
-"""Passwords in URLs: which part of a URL is one, and a URL or a sentence without it.
+"""Passwords in URLs: find them, and mask them in a URL or a sentence.
 
-A password is what SQLAlchemy's parser takes for it, and what whoever wrote an odd one without percent-encoding may have
-meant: all up to the last @. In a query it is the value of every key that is called like one.
+A password is the part that SQLAlchemy's parser reads as one. As users forget to percent-encode odd
+passwords, it extends to the last @. In a query it is the value of every key with a telling name.
 """
 
 import re
@@ -15,7 +15,7 @@ FIRST_AT = (
 _START = re.compile(r"[A-Za-z][\w+.-]*://")
 _SCHEME = re.compile(
     r"(?<=[\w+.-])://"
-)  # its end alone: the whole, searched in a long word, takes quadratic time
+)  # the scheme's end alone: matching all of it takes quadratic time in a long word
 _USER = re.compile(r"[^:/]*:")
 _PORT = re.compile(r"\d*(?![^/?#\s'\"\]}),;.])")
 _KEY = re.compile(r"[?&;]([^?&;=\s]+)=")
@@ -27,7 +27,10 @@ _SECRET = re.compile(
 
 
 def spans(url: str) -> list[tuple[int, int]]:
-    """(begin, end) of each password in a URL, or in a word that holds one (`search.storage=URL`), in order."""
+    """Return (begin, end) of each password in a URL, in order.
+
+    A word may hold the URL: `search.storage=URL`.
+    """
     found = []
     starts = [m.end() for m in _SCHEME.finditer(url)]
     last = url.rfind("@")
@@ -55,7 +58,10 @@ def spans(url: str) -> list[tuple[int, int]]:
 
 
 def after_password(url: str) -> str:
-    """Host and database of a URL with a password, as SQLAlchemy reads it: an @ in them was meant as a part of it."""
+    """Return host and database as SQLAlchemy reads them from a URL with a password.
+
+    An @ in them was meant as a part of the password.
+    """
     start = _START.match(url)
     user = _USER.match(url, start.end()) if start else None
     if user is None or url.startswith(f"{HIDDEN}@", user.end()):
@@ -64,7 +70,7 @@ def after_password(url: str) -> str:
 
 
 def masked(url: str) -> str:
-    """A URL, or a word that holds one, with *** for every password."""
+    """Return a URL, or a word that holds one, with *** for every password."""
     for begin, end in reversed(spans(url)):
         if end > begin:
             url = url[:begin] + HIDDEN + url[end:]
@@ -72,25 +78,35 @@ def masked(url: str) -> str:
 
 
 def masked_words(text: str) -> str:
-    """A sentence, with *** for the passwords of the URLs among its words."""
+    """Return a sentence with *** for the passwords of the URLs in it."""
     return re.sub(r"[^\s'\"]+", lambda found: _masked_word(found[0]), text)
 
 
 def _masked_word(word: str) -> str:
-    """A word, masked if it is a URL that names a user or asks something: a port that a comma follows is no password."""
+    """Return a word, masked if it is a URL that names a user or has a query.
+
+    A port that a comma follows is no password.
+    """
     _, scheme, rest = word.partition("://")
     return masked(word) if scheme and ("@" in rest or "?" in rest) else word
 
 
 def without_secrets(text: str, urls: Iterable[str]) -> str:
-    """What somebody else says (a database, a driver), without the passwords of these URLs in any spelling."""
+    """Return a message of another program (a database, a driver) without the passwords of these
+    URLs.
+
+    All spellings of a password are removed.
+    """
     for secret in sorted({form for url in urls for form in _spellings(url)}, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return masked_words(text)
 
 
 def _spellings(url: str) -> set[str]:
-    """A URL's passwords as they may be written; of one with an @ in it, also the parts that a parser may see."""
+    """Return the possible spellings of a URL's passwords.
+
+    A password with an @ in it may be split by a parser; its parts are included.
+    """
     found = {url[begin:end] for begin, end in spans(url)}
     parts = {
         part

@@ -1,7 +1,8 @@
-"""Settings, YAML and the sentences that say what is wrong with them.
+"""Settings, and sentences for the errors that pydantic finds in them.
 
-Every configuration object of the package is a `Settings`: frozen, no unknown keys, its default, range and unit
-beside the field. Whatever a person can get wrong ends as a `ConfigError`, which names file, field, rule and value.
+Every configuration object of the package is a `Settings`: frozen, without unknown keys, with
+default, range and unit beside each field. Every mistake raises a `ConfigError` that names file,
+field, rule and value.
 """
 
 import re
@@ -30,11 +31,11 @@ class Settings(BaseModel):
     )
 
     later: ClassVar[frozenset[str]] = frozenset()
-    """Settings that a later release added: a fingerprint leaves them out while they have their default, which must be
-    neutral, so that what was made before them keeps its name."""
+    """Settings that a later release added. A fingerprint omits them at their default, which must be
+    neutral, so that older results keep their names."""
 
     def content(self) -> dict[str, Any]:
-        """These settings as JSON, for fingerprints: without what is `later` and at its default."""
+        """Return the settings as JSON for fingerprints, without `later` ones at their default."""
         tree = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -51,18 +52,19 @@ class Settings(BaseModel):
         return tree
 
     def __init__(self, /, **settings: Any) -> None:
-        """Settings by name; what is wrong with them is a ConfigError."""
+        """Create settings from keyword arguments; wrong ones raise a ConfigError."""
         try:
             super().__init__(**settings)
         except ValidationError as error:
             raise ConfigError(problems_of(error, type(self))) from None
 
-    # pydantic's own word for "as usual": settings below others are then validated with them, every problem at once
+    # makes pydantic validate nested settings with their parent, so that all problems are reported
+    # at once
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 def name_alone(value: Any) -> Any:
-    """Let `student: mlp` stand for `student: {name: mlp}`."""
+    """Return `{name: mlp}` for `mlp`, so that `student: mlp` works."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -73,7 +75,7 @@ _S = TypeVar("_S", bound="Settings")
 
 
 def validated(model: type[_S], tree: Any, source: str | Path | None = None) -> _S:
-    """`tree` as a `model`, or a ConfigError with one sentence for each problem."""
+    """Return `tree` as a `model`, or raise a ConfigError with one sentence for each problem."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -81,7 +83,7 @@ def validated(model: type[_S], tree: Any, source: str | Path | None = None) -> _
 
 
 def problems_of(error: ValidationError, model: type[Settings]) -> list[str]:
-    """One sentence for each problem pydantic found, led by the dotted path of the field."""
+    """Return a sentence for each problem that pydantic found, led by the field's dotted path."""
     return [
         line
         for e in error.errors(include_url=False)
@@ -116,10 +118,13 @@ def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
 
 
 def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
-    """Names of the settings at a path of pydantic's (which names the member of a union by its tag)."""
+    """Return the names of the settings at a location of pydantic's.
+
+    The location names a member of a union by its tag.
+    """
     found: list[type[Settings]] = [model]
     for part in loc:
-        if isinstance(part, int):  # a place in a list
+        if isinstance(part, int):  # an index in a list
             continue
         inside = [f for m in found for name, f in m.model_fields.items() if name == part]
         found = (
@@ -131,7 +136,7 @@ def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
 
 
 def members(field: FieldInfo) -> list[type[Settings]]:
-    """The Settings classes that may stand in a field, or in its list: one, the members of a union, or none."""
+    """Return the Settings classes of a field or its items: one, a union's members, or none."""
     found = list(leaves(field.annotation))
     found += [
         t
@@ -143,14 +148,14 @@ def members(field: FieldInfo) -> list[type[Settings]]:
 
 
 def tag(model: type[Settings]) -> str | None:
-    """The value of a Settings class's `name: Literal[...]`, which picks it from a union."""
+    """Return a Settings class's `name: Literal[...]`, by which a union selects it."""
     field = model.model_fields.get("name")
     args = typing.get_args(field.annotation) if field else ()
     return args[0] if len(args) == 1 else None
 
 
 def leaves(annotation: Any) -> Iterator[Any]:
-    """The types that may stand at an annotation: the members of its unions."""
+    """Return the types of an annotation: the members of its unions."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType, typing.Annotated):
         args = typing.get_args(annotation)

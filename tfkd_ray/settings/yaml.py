@@ -1,4 +1,4 @@
-"""TODO settings.yaml."""
+"""YAML as this package reads and writes it: YAML 1.2 scalars, size limits, errors with a line."""
 
 import functools
 import json
@@ -13,16 +13,19 @@ from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import legible, opened
 
 MOST_YAML_BYTES = 2**20
-"""Of a YAML file; a hundred times what the largest of ours has. Reading it takes seconds at most."""
+"""Most bytes of a YAML file, a hundred times our largest. Parsing them takes seconds."""
 MAX_NODES = 100_000
-"""Most values a YAML file may hold once its aliases are expanded."""
+"""Most values of a YAML file, aliases expanded."""
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2 (1e-4 is a number, `on` and `1:30` are text) and no duplicate keys."""
+    """Loader of safe YAML with the scalars of YAML 1.2 and no duplicate keys.
+
+    So 1e-4 is a number, `on` and `1:30` are text.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -30,7 +33,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._composed += 1
-        if self._composed > MAX_NODES:  # before the rest of the file is read
+        if self._composed > MAX_NODES:  # stop before the rest of the file is read
             message = f"more than {MAX_NODES} values"
             place = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, message, place)
@@ -51,7 +54,7 @@ class _Loader(yaml.SafeLoader):
             TypeError,
             AttributeError,
             OverflowError,
-        ):  # a value that its type does not have
+        ):  # the tag does not fit the value
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
                 None, None, f"this is no {kind}", node.start_mark
@@ -72,7 +75,7 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
             own.add(key)
-        self.flatten_mapping(node)  # `<<` brings keys, which the mapping's own replace
+        self.flatten_mapping(node)  # `<<` adds keys; the mapping's own override them
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             mapping[self.construct_object(key_node, deep=True)] = self.construct_object(
@@ -112,7 +115,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
-    """Values below a node, aliases expanded; refuses files that would explode or that contain themselves."""
+    """Return the number of values below a node, aliases expanded.
+
+    Raises for files that would explode or that contain themselves.
+    """
     if id(node) in open_nodes:
         raise yaml.constructor.ConstructorError(
             None, None, "an alias contains itself", node.start_mark
@@ -133,7 +139,10 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int])
 
 
 class _OthersLoader(_Loader):
-    """The same for files that somebody else reads too: notes what YAML 1.1, or Go's mix of both, reads otherwise."""
+    """Loader for files that other programs read, too.
+
+    It collects scalars that YAML 1.1, or Go's mix of 1.1 and 1.2, reads differently.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -157,11 +166,11 @@ class _OthersLoader(_Loader):
 
 
 _GO = re.compile(r"[yYnN]|0o[0-7_]+|[-+]?0[xXbBoO][0-9a-fA-F_]+")
-"""What Go's YAML, which kubectl uses, takes for a truth value or a number, and YAML 1.1 or 1.2 for text."""
+"""Scalars that are a boolean or a number for Go's YAML (kubectl), and text for YAML 1.1 or 1.2."""
 
 
 def _is_ambiguous(node: yaml.ScalarNode) -> bool:
-    """Whether YAML 1.1, as Ray's launcher reads it, or Go's reads a plain scalar otherwise than YAML 1.2."""
+    """Return whether Ray's launcher (YAML 1.1) or Go reads a scalar differently from YAML 1.2."""
     if _GO.fullmatch(node.value):
         return True
     found: list[str] = []
@@ -175,15 +184,15 @@ def _is_ambiguous(node: yaml.ScalarNode) -> bool:
             found.append(
                 repr(reader.construct_object(yaml.ScalarNode(tag, node.value, node.start_mark)))
             )
-        except (ValueError, yaml.YAMLError):  # 2026-99-99, `=`
+        except (ValueError, yaml.YAMLError):  # for example 2026-99-99 or `=`
             return True
     return found[0] != found[1]
 
 
 def parse_documents(text: str, source: str | Path) -> list[Any]:
-    """The values of a file's YAML documents, empty ones left out, where Ray or Kubernetes is who will read it.
+    """Return the non-empty YAML documents of a file that Ray or Kubernetes will read.
 
-    Scalars that they may read otherwise than YAML 1.2 are a ConfigError, all of them at once.
+    Scalars that they may read differently from YAML 1.2 are listed in one ConfigError.
     """
     loader = _OthersLoader("")
 
@@ -202,12 +211,12 @@ def parse_documents(text: str, source: str | Path) -> list[Any]:
 
 
 def parse_yaml(text: str, source: str | Path) -> Any:
-    """The value of a YAML document, or a ConfigError with line, column and rule."""
+    """Return the value of a YAML document; raise a ConfigError with line, column and rule."""
     return _parsed_yaml(text, source, lambda text: yaml.load(text, Loader=_Loader))
 
 
 def _parsed_yaml(text: str, source: str | Path, load: Callable[[str], Any]) -> Any:
-    """What `load` makes of a text; whatever is wrong with it is a ConfigError."""
+    """Return the result of `load`; any problem with the text raises a ConfigError."""
     if len(text) > MOST_YAML_BYTES:
         raise ConfigError(f"larger than any such file: more than {MOST_YAML_BYTES} bytes", source)
     try:
@@ -231,7 +240,7 @@ def _parsed_yaml(text: str, source: str | Path, load: Callable[[str], Any]) -> A
 
 
 def text_of(path: Path, *, follow: bool = True) -> str:
-    """The text of a YAML file, or of what a link names if `follow`; whatever can go wrong is a ConfigError."""
+    """Read a YAML file, or the target of a link if `follow`; any problem raises a ConfigError."""
     if "\0" in str(path):
         raise ConfigError("no file has such a name: there is a zero byte in it", repr(str(path)))
     if path.is_dir():
@@ -256,7 +265,7 @@ def text_of(path: Path, *, follow: bool = True) -> str:
 
 
 def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """The mapping in a YAML file, or in what a link names if `follow`; whatever can go wrong is a ConfigError."""
+    """Read the mapping in a YAML file, or in a link's target if `follow`; else a ConfigError."""
     tree = parse_yaml(text_of(path, follow=follow), path)
     if tree is None:
         raise ConfigError("is empty; it needs at least an 'objective:'", path)
@@ -266,7 +275,7 @@ def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """YAML text that `parse_yaml` reads back as the same tree; a `name` comes first."""
+    """Return YAML text that `parse_yaml` reads back as the same tree; `name` comes first."""
     return yaml.dump(
         _name_first(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
     )
@@ -279,7 +288,7 @@ def _name_first(tree: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """No aliases, and quotes around text that a reader of YAML 1.1 or of 1.2 would take for something else."""
+    """Dumper without aliases. It quotes text that YAML 1.1 or 1.2 would read as another type."""
 
     yaml_implicit_resolvers = {
         first: [
@@ -293,7 +302,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Text; with quotes where a terminal may not get it as it is, and what is shown instead means the same."""
+        """Write text; quote it if a terminal needs escapes, so that they mean the same."""
         style = None if legible(data) == data else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
@@ -302,7 +311,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def in_yaml(value: Any) -> str:
-    """A value on one line, as a YAML file has it: null, true, 1, and "true", "1" for the texts."""
+    """Return a value as one line of YAML: null, true, 1; the texts "true" and "1" have quotes."""
     if isinstance(value, str):
         return value if _is_plain(value) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):
@@ -314,7 +323,7 @@ def in_yaml(value: Any) -> str:
 
 @functools.lru_cache(10_000)
 def _is_plain(text: str) -> bool:
-    """Whether text is read as text without quotes."""
+    """Return whether text is read as text without quotes."""
     if (
         not text
         or text != text.strip()
@@ -331,7 +340,10 @@ def _is_plain(text: str) -> bool:
 
 
 def find_file(path: str | Path, folder: str, *, suffix: str = ".yaml") -> Path:
-    """`path` itself, or the file of that name that ships with the package in `folder` (also without its suffix)."""
+    """Return `path` if it exists, else the file of that name that the package has in `folder`.
+
+    The name may lack its suffix.
+    """
     given = Path(path)
     if (
         given.is_absolute()

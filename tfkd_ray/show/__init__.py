@@ -1,5 +1,5 @@
-"""What is said about experiments: status, tables, reports, plans, exports, TensorBoard and the live view.
+"""Views of experiments: status, tables, reports, plans, exports, TensorBoard and the live view.
 
-It may import the folders below it, reads what runs wrote, and changes nothing of it. Only `listener` and `tensorboard`
-know Ray: they are Tune callbacks. Begin with `status.status`.
+It may import the folders below it. It reads the files of runs and never changes them. Only
+`listener` and `tensorboard` know Ray: they are Tune callbacks. Begin with `status.status`.
 """

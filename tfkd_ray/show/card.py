@@ -1,4 +1,4 @@
-"""TODO show.card."""
+"""The model card of an exported student, and the header of its weights."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ from tfkd_ray.show.chosen import GRAPH, ONNX, OPSET, Chosen, listed
 
 
 def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
-    """What the weights say about themselves."""
+    """Return the header that the weights file carries."""
     data = chosen.config.data
     mean, std = data.statistics()
     return {
@@ -86,7 +86,7 @@ def card_text(
 
 
 def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
-    """Input, output, files."""
+    """Write how to use the files: input, output, examples."""
     data = config.data
     channels, height, width = data.shape
     mean, std = data.statistics()
@@ -144,7 +144,7 @@ def _teacher_section(chosen: Chosen) -> Iterator[str]:
 
 
 def _again_section(chosen: Chosen) -> Iterator[str]:
-    """How to reproduce it."""
+    """Write how to reproduce the student."""
     made, config = chosen.made, chosen.config
     versions = made.get("versions") or {}
     yield "\n## Train it again\n"

@@ -1,4 +1,4 @@
-"""TODO show.chosen."""
+"""The student to export: found in a sweep, a trial, a run or a comparison, with its verdicts."""
 
 import os
 import shlex
@@ -31,7 +31,7 @@ from tfkd_ray.verdict.scores import Score, ranked, score_of
 from tfkd_ray.verdict.verdict import JudgedMetric
 
 OPSET = 20
-"""Of ONNX: the one that ONNX 1.15 brought, and torch's default."""
+"""Version of ONNX operators: that of ONNX 1.15, and torch's default."""
 GRAPH, ONNX, SUMS = "student.pt2", "student.onnx", "SHA256SUMS"
 
 
@@ -41,26 +41,26 @@ class Chosen:
 
     name: str
     folder: Path
-    """Holds its weights."""
+    """The directory of its weights."""
     storage: Path
-    """Holds `teachers/`, and comparisons."""
+    """The directory of `teachers/`, and of comparisons."""
     config: TrainConfig
     metrics: dict[str, float]
-    """Of its last epoch."""
+    """Metrics of its last epoch."""
     selection: list[str]
-    """How it was chosen: paragraphs."""
+    """Paragraphs on the choice."""
     verdict: list[str]
-    """What a comparison says: the lines of the card's section."""
+    """Verdicts of comparisons on it: the lines of the card's section."""
     made: dict[str, Any] = field(default_factory=dict)
-    """Command, versions, git commit, seeds, as they were written down when it was trained; empty where they were not.
-    """
+    """Command, versions, git commit and seeds, as recorded when it was trained; empty if they were
+    not."""
 
 
 # --- which student ---------------------------------------------------------------------------------------------
 
 
 def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Chosen:
-    """The student that `source` stands for, see `export`; a ConfigError where there is none."""
+    """Return the student that `source` names (see `export`); a ConfigError if there is none."""
     if not source.is_dir():
         what = (
             "is a file; name the folder it is in"
@@ -105,7 +105,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
 
 
 def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
-    """A trial of a sweep."""
+    """Return a trial of a sweep."""
     path = record.folder / "trial.json"
     if record.status != "done":
         reason = f": {record.reason.splitlines()[0]}" if record.reason else ""
@@ -146,7 +146,7 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
 
 
 def _of_run(folder: Path) -> Chosen:
-    """What `tfkd train` made."""
+    """Return a run of `tfkd train`."""
     config = validated(TrainConfig, read_yaml(folder / "config.yaml"), folder / "config.yaml")
     metrics = read_metrics(folder)
     if not (folder / WEIGHTS).is_file():
@@ -168,7 +168,7 @@ def _of_run(folder: Path) -> Chosen:
 
 
 def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen:
-    """A run of a comparison."""
+    """Return a run of a comparison."""
     compared, result = read_comparison(directory), _outcome(directory)
     if result is None:
         raise ConfigError(
@@ -220,7 +220,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
 
 
 def _outcome(directory: Path) -> dict[str, Any] | None:
-    """What confirm.json says; None where there is none."""
+    """Read confirm.json; None if it does not exist."""
     with damaged(path := directory / "confirm.json"):
         found: dict[str, Any] | None = (
             parse_json(read_text(path)) if os.path.lexists(path) else None
@@ -229,14 +229,16 @@ def _outcome(directory: Path) -> dict[str, Any] | None:
 
 
 def _chosen_values(arm: dict[str, Any], metric: Score) -> list[float]:
-    """On the test split, by seed, as the comparison measured them."""
+    """Return the values on the test split by seed, as the comparison measured them."""
     return [run[metric.name] for run in arm["runs"] if metric.name in run]
 
 
 def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
-    """The candidate that is better than every baseline, and of several, or where none is, the one with the best mean.
+    """Return the best arm of a comparison.
 
-    'Cannot tell' goes before nothing: an arm with few seeds and a poor mean gets it easily. Without candidates any arm.
+    That is the candidate that is better than every baseline. Of several, or if none is, the one
+    with the best mean on the test split wins; 'cannot tell' is no advantage, as an arm with few
+    seeds and a poor mean gets it easily. Without candidates any arm counts.
     """
     words = {c["name"]: c["verdict"] for found in result["verdicts"] for c in found["candidates"]}
     judged = [arm for arm in result["arms"] if _chosen_values(arm, metric)]
@@ -300,7 +302,7 @@ MADE = ("created", "command", "versions", "git_commit", "seeds")
 
 
 def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
-    """What the comparisons beside an experiment say about a configuration."""
+    """Return the verdicts of the comparisons beside an experiment on a configuration."""
     lines, unread, wanted = list[str](), list[str](), _recipe_print(config)
     for path in sorted(storage.glob("*/confirm.json")):
         directory = path.parent
@@ -324,14 +326,14 @@ def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
 
 
 def _recipe_print(config: TrainConfig) -> str:
-    """Fingerprint of a configuration whatever its seeds, and whether validation is held out."""
+    """Return a configuration's fingerprint without seeds, and whether validation is held out."""
     teacher = config.teacher and config.teacher.model_copy(update={"seed": 0})
     data = config.data.model_copy(update={"val_fraction": 0.0})
     return config.model_copy(update={"seed": 0, "data": data, "teacher": teacher}).fingerprint()
 
 
 def _verdict_text(result: dict[str, Any], directory: Path, arm: str) -> list[str]:
-    """The verdict on an arm: a sentence, its comparisons with intervals, notes."""
+    """Return the verdict on an arm: a sentence, its comparisons with intervals, notes."""
     opened = result["opened"][0]["when"][:10] if result["opened"] else "an unknown day"
     where = f"Comparison `{directory.name}`, test split of {result['test']}, trained on {result['trained_on']}"
     lines = [f"{where}; first opened on {opened}."]

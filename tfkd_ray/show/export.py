@@ -1,13 +1,14 @@
-"""A chosen student as a folder to give away: weights, configuration, graphs that run without this package, and a card.
+"""The export of a chosen student: weights, configuration, graphs that run without tfkd_ray, a card.
 
-    README.md            model card: what it is, how it was chosen, the verdict or its absence, how to make it again
-    student.safetensors  weights; what they belong to is in the header
+    README.md            model card: content, choice, verdict or its absence, how to reproduce it
+    student.safetensors  weights; the header names the run
     config.yaml          the resolved configuration: `tfkd train config.yaml` trains it again
     student.pt2          torch.export: uint8 images in, logits out, any batch size; loads with torch alone
     student.onnx         the same for ONNX, where asked for
-    SHA256SUMS           of all of these, as sha256sum writes it; see `verify`
+    SHA256SUMS           checksums of all of these, in the format of sha256sum; see `verify`
 
-To add a form: a function like `_pt2` and its line in `_graphs`. The test split is never opened here.
+To add a format: a function like `_pt2` and its line in `_graphs`. Exporting never opens the test
+split.
 
 Shapes: images [B, C, H, W] uint8 in, logits [B, K] out.
 """
@@ -43,20 +44,21 @@ from tfkd_ray.show.card import card_text, weights_header
 from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, OPSET, SUMS, Chosen, choose
 
 IMAGES = 256
-"""Images that the graphs are compared on, from validation, or from train where validation has fewer."""
+"""Images on which the graphs are compared, from validation, or from train if validation has
+fewer."""
 EXPORT_TOLERANCE = 1e-3
-"""Largest difference of logits that is let pass, as a fraction of the largest logit."""
+"""Largest tolerated difference of logits, as a fraction of the largest logit."""
 
 
 class ExportFailed(RuntimeError):
-    """An exported graph does not compute what the student computes."""
+    """Raised when an exported graph does not compute the student's logits."""
 
 
 class Difference(NamedTuple):
-    """How far an exported graph is from the student."""
+    """The difference between an exported graph and the student."""
 
     largest: float
-    """Absolute difference of logits, over all images and classes."""
+    """Largest absolute difference of logits, over all images and classes."""
     scale: float
     """The largest absolute logit of the student."""
 
@@ -70,19 +72,21 @@ def export(
     onnx: bool = False,
     licence: str | None = None,
 ) -> dict[str, Any]:
-    """Write a student's folder, whole or not at all; what comes back is below.
+    """Write a student's folder atomically.
 
     Args:
-        source: an experiment (its best full-length trial), a trial's folder, what `tfkd train` made, or a comparison.
-        arm: of a comparison. None: the candidate that is better than every baseline; of several, or where none is, the
-            one with the best mean on the test split.
-        seed: of a comparison. None: the first that was trained to the end.
-        licence: of the weights, as the Hugging Face Hub writes it (apache-2.0). None: the card says that none is given.
+        source: an experiment (its best full-length trial), a trial's folder, what `tfkd train`
+            made, or a comparison.
+        arm: arm of a comparison. None: the candidate that is better than every baseline; of
+            several, or if none is, the one with the best mean on the test split.
+        seed: seed of a comparison. None: the first that was trained to the end.
+        licence: licence of the weights, as the Hugging Face Hub writes it (apache-2.0). None: the
+            card says that there is none.
 
     Returns:
-        `name`, `folder`, `files`, `split` and `images` (how many the graphs were compared on), `differences` (by file:
-        `largest` of logits, and the student's `scale`), `problems` (by file: why a graph could not be made) and
-        `confirmed` (whether a verdict is in the card).
+        `name`, `folder`, `files`, `split` and `images` (number in the comparison), `differences`
+        (by file: `largest` of logits, and the student's `scale`), `problems` (by file: why a graph
+        could not be made) and `confirmed` (whether a verdict is in the card).
     """
     source, out = source.expanduser().absolute(), out.expanduser().absolute()
     _check_export(out, onnx, licence)
@@ -112,9 +116,10 @@ def export(
 
 
 def verify(folder: Path) -> list[str]:
-    """Names of an exported folder's files, all of which are as they were written, or a ConfigError.
+    """Check that an exported folder's files are unchanged; return their names.
 
-    Finds damage, and changes by whoever leaves SHA256SUMS alone; it is no signature.
+    Damage and changes raise a ConfigError. It is no signature: whoever changes a file can change
+    SHA256SUMS, too.
     """
     path = folder / SUMS
     if not path.is_file():
@@ -144,7 +149,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def _check_export(out: Path, onnx: bool, licence: str | None) -> None:
-    """Raise where nothing could be written, before anything is read."""
+    """Raise if the export could not be written, before anything is read."""
     kind = kind_of(out, follow=False)
     if out.name in ("", ".."):
         raise ConfigError("is no name of a new directory; choose another: -o DIR", out)
@@ -171,7 +176,7 @@ def _check_export(out: Path, onnx: bool, licence: str | None) -> None:
 
 
 def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
-    """(the student in eval mode, on the CPU; what is odd about its file)."""
+    """Return the student in eval mode on the CPU, and notes on its file."""
     config, path = chosen.config, chosen.folder / WEIGHTS
     if not path.is_file():
         raise ConfigError(f"its weights are gone: no {WEIGHTS} in it", chosen.folder)
@@ -183,7 +188,7 @@ def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
             header = file.metadata() or {}
     except SafetensorError as error:
         raise ConfigError(f"damaged: {error}; train it again", path) from None
-    except RuntimeError as error:  # what load_state_dict says
+    except RuntimeError as error:  # raised by load_state_dict
         problem = " ".join(str(error).split())
         raise ConfigError(
             f"its weights do not fit its configuration: {problem[:300]}", path
@@ -199,7 +204,10 @@ def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
 
 
 def _images(data: Dataset) -> tuple[str, list[Tensor]]:
-    """(split, uint8 images in batches of 1, 7 and more), spread evenly over the split."""
+    """Return the split's name, and images spread evenly over it.
+
+    The images are uint8, in batches of 1, 7 and more.
+    """
     train, val = data.load()
     split, images = "train", train
     if val is not None and len(val) >= min(IMAGES, len(train)):
@@ -235,7 +243,7 @@ class _Graph(nn.Module):
 def _graphs(
     folder: Path, network: nn.Module, data: Dataset, batches: Sequence[Tensor], onnx: bool
 ) -> tuple[dict[str, Difference], dict[str, str]]:
-    """Write the graphs; (by file how far each is from the student, by file why it could not be made)."""
+    """Write the graphs; return the difference by file, and by file why it could not be written."""
     graph = _Graph(network, data).eval()
     with torch.no_grad():
         expected = torch.cat([graph(images) for images in batches])
@@ -246,14 +254,12 @@ def _graphs(
     forms |= {ONNX: _onnx} if onnx else {}
     try:
         program = _program(graph, data.shape)
-    except Exception as error:  # whatever its author's code does when it is traced
+    except Exception as error:  # tracing runs the author's code, which can raise anything
         return {}, dict.fromkeys(forms, f"torch.export: {_export_reason(error)}")
     for name, write in forms.items():
         try:
             logits = torch.cat(write(folder / name, program, batches))
-        except (
-            Exception
-        ) as error:  # an operation without a form in this format can end in any exception
+        except Exception as error:  # an operation that the format lacks can raise anything
             (folder / name).unlink(missing_ok=True)
             problems[name] = _export_reason(error)
             continue
@@ -261,9 +267,7 @@ def _graphs(
             float((logits.double() - expected.double()).abs().max()),
             float(expected.double().abs().max()),
         )
-        if (
-            not difference.largest <= EXPORT_TOLERANCE * difference.scale
-        ):  # also where either is not a number
+        if not difference.largest <= EXPORT_TOLERANCE * difference.scale:  # true for NaN, too
             raise ExportFailed(
                 f"{name}: its logits differ from the student's by up to {difference.largest:.2g} on {len(expected)} "
                 f"images, where {EXPORT_TOLERANCE:g} of their scale ({difference.scale:.3g}) is allowed; "
@@ -273,12 +277,12 @@ def _graphs(
 
 
 def _program(graph: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
-    """The graph for any batch size, without the places on this machine that it was traced at."""
+    """Return the graph for any batch size, without paths of this machine in it."""
     example = (torch.zeros(2, *shape, dtype=torch.uint8),)
     sizes = {"images": {0: Dim("batch", min=1)}}
     try:
         program = torch.export.export(graph, example, dynamic_shapes=sizes, strict=False)
-    except Exception as error:  # each way follows code that the other cannot, such as len(images)
+    except Exception as error:  # each mode traces code that the other cannot, such as len(images)
         try:
             program = torch.export.export(graph, example, dynamic_shapes=sizes, strict=True)
         except Exception:
@@ -290,7 +294,7 @@ def _program(graph: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
 
 
 def _pt2(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Write the graph for torch; its logits, from the file."""
+    """Write the graph for torch; return its logits, computed from the file."""
     torch.export.save(program, path)
     module = torch.export.load(path).module()
     with torch.no_grad():
@@ -298,7 +302,7 @@ def _pt2(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> lis
 
 
 def _onnx(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Write the graph for ONNX; its logits, from the file, by onnxruntime."""
+    """Write the graph for ONNX; return its logits, computed from the file by onnxruntime."""
     import onnxruntime
 
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
@@ -314,7 +318,7 @@ def _onnx(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> li
 
 
 def _export_reason(error: Exception) -> str:
-    """An exception in a line."""
+    """Return an exception as one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300]
 
@@ -329,9 +333,9 @@ def _sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to: it becomes `out` if all goes well, and nothing if not.
+    """Yield a folder to write to. It becomes `out` on success and is removed on failure.
 
-    What an export to the same place left that was killed is removed: its folder is locked by nobody.
+    Leftovers of killed exports to the same place are removed: nobody holds their locks.
     """
     for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}{PART}"):
         with contextlib.suppress(OSError), _locked(left):
@@ -340,7 +344,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # a file system without locks
+            with contextlib.suppress(OSError):  # the file system has no locks
                 held.enter_context(_locked(part))
             yield part
             for path in part.iterdir():
@@ -353,7 +357,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; an OSError if another process does, or if it is no folder."""
+    """Hold a folder's lock; raise an OSError if another process holds it, or if it is no folder."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""TODO show.figures."""
+"""Figures of a sweep, as data: `page` draws them."""
 
 import json
 import math
@@ -20,12 +20,12 @@ from tfkd_ray.verdict.scores import score_of
 MAX_CURVES = 200
 """Most trials whose epochs are drawn, over all objectives."""
 MAX_POINTS = 100
-"""Most epochs drawn of a trial."""
+"""Most epochs drawn of one trial."""
 MAX_FOREST = 150
-"""Most trials that importance is computed from."""
+"""Most trials from which importance is computed."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#555555")
 RANKED = ("#FDE725", "#5EC962", "#21918C", "#3B528B", "#440154")
-"""From the last to the first: viridis."""
+"""Colours from the last rank to the first: viridis."""
 LUCK = "the luckiest of many trials is always ahead of its true value"
 
 
@@ -44,19 +44,19 @@ class Sweep:
 
     @property
     def full(self) -> list[Record]:
-        """Trials of full length with a finite value: all that a value can be read from."""
+        """Trials of full length with a finite value, by number."""
         return sorted(self.ranked(self.records), key=lambda r: r.number)
 
     def of(self, objective: str, records: Sequence[Record]) -> list[Record]:
         return [r for r in records if r.objective == objective]
 
     def value(self, metrics: Mapping[str, float], metric: str | None = None) -> float:
-        """The metric in the unit that is shown."""
+        """Return the metric in the unit that is shown."""
         key = metric or self.metric
         return score_of(key).factor * metrics.get(key, math.nan)
 
     def ranked(self, records: Sequence[Record]) -> list[Record]:
-        """Those of full length with a value, best first."""
+        """Return the trials of full length with a value, best first."""
         return ranked_trials(records, self.metric)
 
     def colour(self, objective: str) -> str:
@@ -111,7 +111,7 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     other = [r for r in sweep.of(objective, sweep.records) if r not in full]
 
     def line(record: Record) -> list[float | None]:
-        """Heights of one trial on the axes, in [0, 1]."""
+        """Return the heights of one trial on the axes, in [0, 1]."""
         heights: list[float | None] = [
             _axis_place(p, record.parameters.get(p.name)) for p in searched
         ]
@@ -120,7 +120,7 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
 
     series = [_lines("not of full length", other, line, sweep, PALE, 0.8)] if other else []
     groups = min(len(RANKED), len(full))
-    for k in reversed(range(groups)):  # the best on top
+    for k in reversed(range(groups)):  # draws the best last, on top
         some = full[k * len(full) // groups : (k + 1) * len(full) // groups]
         first = k * len(full) // groups + 1
         name = f"rank {first}" if len(some) == 1 else f"rank {first} to {first + len(some) - 1}"
@@ -200,7 +200,7 @@ def contours(sweep: Sweep) -> Figure:
         }
         t, alpha = searched.get("temperature"), searched.get("alpha")
         if t is None or alpha is None or not all(isinstance(p.domain, Range) for p in (t, alpha)):
-            continue  # choices have nothing between them
+            continue  # nothing lies between choices
         full = sweep.of(objective, sweep.full)
         panel = _contour(sweep, objective, t, alpha, full) if len(full) >= MIN_TRIALS else None
         if panel:
@@ -227,7 +227,7 @@ def _contour(
     grid = np.linspace(0, 1, 25)
     try:
         z = griddata(points, values, (grid[None, :], grid[:, None]), method="linear")
-    except QhullError:  # all on one line
+    except QhullError:  # all points are on one line
         return None
     x, y = (_positions(p, grid.tolist()) for p in (t, alpha))
     cells = [[float(v) if math.isfinite(v) else None for v in row] for row in z]
@@ -245,7 +245,7 @@ def importance_section(sweep: Sweep) -> Figure:
         full = sweep.of(objective, sweep.full)
         searched = [
             p for p in _searched(sweep, objective) if p.within is None
-        ]  # what every trial has
+        ]  # settings of every trial
         if len(searched) < 2:
             continue
         if len(full) < MIN_TRIALS:
@@ -290,7 +290,7 @@ def _shares(
             params=params, distributions=flat, value=record.last[sweep.metric]
         )
         study.add_trial(trial)
-    if len({record.last[sweep.metric] for record in records}) == 1:  # nothing to explain
+    if len({record.last[sweep.metric] for record in records}) == 1:  # all are equal
         return dict.fromkeys(flat, 0.0)
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=0)
     return {
@@ -338,7 +338,7 @@ def curves(sweep: Sweep) -> Figure:
 
 
 def _zoom(sweep: Sweep) -> tuple[float, float] | None:
-    """The part of the value's axis where trials are told apart; the first epochs of many are below it."""
+    """Return the part of the value's axis where trials differ; many first epochs lie below it."""
     early = sorted(sweep.value(r.metrics[len(r.metrics) // 9]) for r in sweep.full)
     if not early or sweep.plan.mode == "min":
         return None
@@ -465,7 +465,7 @@ def _value_after(sweep: Sweep, record: Record, epoch: int) -> float:
 
 
 def _but_few(sentence: str, panels: Sequence[Panel], few: Sequence[str]) -> str:
-    """The sentence, and which objectives have too few trials for it."""
+    """Return the sentence, followed by the objectives that have too few trials."""
     if not panels and not few:
         return "Nothing that is searched here can be shown in this way."
     lacking = (
@@ -477,27 +477,27 @@ def _but_few(sentence: str, panels: Sequence[Panel], few: Sequence[str]) -> str:
 
 
 def _searched(sweep: Sweep, objective: str) -> list[Parameter]:
-    """What is searched for an objective, its own settings first."""
+    """Return the parameters searched for an objective, its own first."""
     found = [p for b in sweep.space.branches if b.objective == objective for p in b.parameters]
     return sorted(found, key=lambda p: p.path[0] != "objective")
 
 
 def _axis_place(p: Parameter, value: Any) -> float | None:
-    """Where a value lies in its range or list, 0 to 1; None if it is no such value."""
+    """Return the place of a value in its range or list, 0 to 1; None if it is not in it."""
     if isinstance(p.domain, Choices):
         return p.domain.place(value) if value in p.domain.values else None
     return p.domain.place(value) if isinstance(value, int | float) else None
 
 
 def _at(p: Parameter, value: Any) -> float:
-    """A value's position on the axis that `_axis` makes."""
+    """Return a value's position on the axis of `_axis`."""
     if isinstance(p.domain, Choices):
         return float(p.domain.values.index(value)) if value in p.domain.values else math.nan
     return float(p.domain.shown(value))
 
 
 def _positions(p: Parameter, places: Sequence[float]) -> list[float]:
-    """The positions on a range's axis of places in it."""
+    """Return positions on a range's axis from places in the range, 0 to 1."""
     assert isinstance(p.domain, Range), f"{p=}"
     return [_at(p, p.domain.at(place)) for place in places]
 
@@ -518,16 +518,20 @@ def _axis(p: Parameter) -> Axis:
 
 
 def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    """A few round numbers in a range, for a log scale."""
+    """Return a few round numbers in a range, for a log scale."""
     decades = math.log10(high / low)
-    steps = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)
+    steps: tuple[int, ...] = (1,)
+    if decades < 1.6:
+        steps = (1, 2, 5)
+    elif decades < 2.6:
+        steps = (1, 3)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**k for k in powers for step in steps]
     return tuple((t, f"{t:g}") for t in ticks if low / 1.001 <= t <= high * 1.001)
 
 
 def with_margin(values: Sequence[float]) -> tuple[float, float]:
-    """A span that holds the values, with a margin."""
+    """Return a span that holds the values, with a margin."""
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
@@ -539,29 +543,27 @@ def _ends(p: Parameter) -> tuple[str, str]:
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spaced, the first and last among them."""
+    """Return at most so many of the items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(max(0, most))]
 
 
 def short_name(name: str) -> str:
-    """alpha for objective.kd.alpha, lr for optim.lr."""
+    """Return the last part of a name: alpha for objective.kd.alpha, lr for optim.lr."""
     return name.rpartition(".")[2]
 
 
 def number_text(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 def trial_value(sweep: Sweep, record: Record) -> str:
-    """A trial's value with its unit; its last one, and after which epoch, if it is not of full length."""
+    """Return a trial's value with its unit; below full length, the last one with its epoch."""
     value = sweep.value(record.last)
     if not math.isfinite(value):
         return "no value"

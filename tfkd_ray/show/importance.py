@@ -1,4 +1,4 @@
-"""TODO show.importance."""
+"""Importance of searched settings, computed by Optuna."""
 
 import warnings
 from pathlib import Path
@@ -15,17 +15,18 @@ from tfkd_ray.store.experiment import read_experiment, read_records
 
 EVALUATORS = ("pedanova", "fanova", "mdi")
 ENOUGH = 4
-"""Fewest full-length trials of an objective from which importance is told."""
+"""Fewest full-length trials of an objective for which importance is shown."""
 
 
 def importance(
     experiment: Path | str, *, evaluator: str = "pedanova"
 ) -> dict[str, dict[str, float]]:
-    """How much of the metric each searched setting explains: {objective: {parameter: share}}, shares that sum to 1.
+    """Return the share of the metric that each setting explains, by objective and parameter.
 
-    Over the full-length trials of each objective apart; an objective with fewer than 4 of them, or with nothing
-    searched, has no shares, nor has a setting that only some of its trials have. With several metrics, of the first.
-    `evaluator` is one of Optuna's: pedanova, fanova, mdi.
+    Shares of an objective sum to 1 and are computed from its full-length trials. An objective with
+    fewer than 4 of these, or with nothing searched, has none; nor has a setting that only some
+    trials have. Of several metrics the first counts. `evaluator` is one of Optuna's: pedanova,
+    fanova, mdi.
     """
     if evaluator not in EVALUATORS:
         raise ConfigError(

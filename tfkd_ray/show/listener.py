@@ -1,10 +1,11 @@
-"""One listener between Ray Tune and what a sweep does with what Tune says.
+"""The one layer between Ray Tune's callbacks and the parts of a sweep that follow its epochs.
 
-Tune calls its callbacks for every result, and a trial says some epochs again: after it was lost, resumed or restored it
-goes on from its last checkpoint. `Announcer` is the one Tune callback that decides which epochs are new, and tells them
-to `Listener`s, each epoch once, in the order of the list that it is given. That order is in `callbacks.in_order`.
+Tune calls its callbacks for every result, and a trial reports some epochs again: when it was lost,
+resumed or restored, it continues from its last checkpoint. `Announcer` is the one Tune callback
+that decides which epochs are new. It passes each to its `Listener`s once, in the order of its list,
+which `callbacks.in_order` defines.
 
-To do something more in a sweep: a `Listener` in callbacks.py, and its place in `in_order`.
+To react to a sweep in a new way: a `Listener` in callbacks.py, and its place in `in_order`.
 """
 
 import math
@@ -18,9 +19,9 @@ from tfkd_ray.store.experiment import as_number, read_metrics
 
 
 class Listener:
-    """Base of what listens to a sweep. Its methods do nothing; override those that matter.
+    """Base class of listeners to a sweep. Its methods do nothing; override those that you need.
 
-    A `trial` is Ray Tune's; `Assignment.of(trial.config)` says what it was assigned.
+    A `trial` is Ray Tune's; `Assignment.of(trial.config)` returns its assignment.
     """
 
     def on_begin(self) -> None:
@@ -30,17 +31,18 @@ class Listener:
         """Called when a process takes a trial, for the first time or again.
 
         Args:
-            last: metrics of the last epoch that was told, in this session or an earlier one. Empty: there is none.
+            last: metrics of the last epoch reported, in this session or an earlier one; empty if
+                none.
         """
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Called for each new epoch of a trial, once."""
 
     def on_result(self, trial: Any, result: dict[str, Any]) -> None:
-        """Called for every result, after `on_epoch`: also for one that says an epoch again, or a failure."""
+        """Called for every result, after `on_epoch`: also for repeated epochs and failures."""
 
     def on_lost(self, trial: Any) -> None:
-        """Called when a trial's process was lost and the trial will go on."""
+        """Called when a trial's process was lost and the trial will be retried."""
 
     def on_failed(self, trial: Any) -> None:
         """Called when a trial has ended because its process was lost, or raised an error."""
@@ -56,16 +58,16 @@ class Listener:
 
 
 class Epochs:
-    """The epochs of one trial: which one a result is of, and whether it is new."""
+    """The epochs of one trial: finds a result's epoch, and whether it is new."""
 
     def __init__(self, last: Mapping[str, Any] | None = None) -> None:
         self.last: Mapping[str, Any] = last or {}
-        """Metrics of the last epoch that was told."""
+        """Begin after the last reported epoch, given by its metrics."""
         self._number = int(self.last["epoch"]) if self.last else None
         self._counts = bool(self.last)
 
     def of(self, result: Mapping[str, Any]) -> int | None:
-        """Return the result's epoch. Of a trial that reports none, that is Ray's own count of its results."""
+        """Return the result's epoch; if the trial reports none, Ray's count of its results."""
         epoch = as_number(result.get("epoch"))
         self._counts |= epoch is not None
         if not self._counts:
@@ -73,7 +75,7 @@ class Epochs:
         return int(epoch) if epoch is not None and math.isfinite(epoch) else None
 
     def new(self, result: Mapping[str, Any]) -> int | None:
-        """Return the result's epoch if it is told for the first time. A failure is of no epoch."""
+        """Return the result's epoch, if it is new; a failure has none."""
         epoch = self.of(result)
         if (
             result.get("failed")
@@ -86,7 +88,7 @@ class Epochs:
 
 
 class Announcer(tune.Callback):  # type: ignore[misc]
-    """The Tune callback that tells listeners what happens, each event to all of them before the next."""
+    """The Tune callback that passes each event to all listeners before the next event."""
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = tuple(listeners)
@@ -94,7 +96,7 @@ class Announcer(tune.Callback):  # type: ignore[misc]
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
-        """Who is told, first to last."""
+        """Listeners in the order in which they are called."""
         return self._listeners
 
     def setup(self, **info: Any) -> None:
@@ -140,9 +142,9 @@ class Announcer(tune.Callback):  # type: ignore[misc]
             listener.on_close(trials)
 
     def _started(self, trial: Any) -> Epochs:
-        """Find out what was told of a trial that starts: in this session, or by its metrics.jsonl.
+        """Find a starting trial's last reported epoch, of this session or in metrics.jsonl.
 
-        A trainable of the user's own has no such file: its first result says where it goes on.
+        A user's own trainable has no such file: its first result shows where it continues.
         """
         assignment = Assignment.find(trial.config)
         if assignment is None or assignment.directory is None:
@@ -157,7 +159,7 @@ class Announcer(tune.Callback):  # type: ignore[misc]
 
 
 class OwnCallback(Announcer, Listener):
-    """A listener that is a Tune callback by itself, so that it can be given to any Tuner."""
+    """A listener that is a Tune callback by itself, for use with any Tuner."""
 
     def __init__(self) -> None:
         super().__init__(())
@@ -168,4 +170,4 @@ class OwnCallback(Announcer, Listener):
         return (self,)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"_told": {}, **state})  # earlier releases have saved none
+        self.__dict__.update({"_told": {}, **state})  # earlier releases saved none

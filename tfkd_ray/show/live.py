@@ -1,8 +1,8 @@
 """The view of a running sweep: one screen that refreshes in place on a terminal, one updating output in a notebook, one
 line an event when piped.
 
-What was planned is read from the experiment. Results go to standard output at the end (`tfkd tune`); everything here
-goes to standard error. To show one thing more: a line in `Progress.lines`.
+The plan is read from the experiment. The view goes to standard error; `tfkd tune` prints its
+results to standard output at the end. To show one thing more: a line in `Progress.lines`.
 """
 
 import html
@@ -40,9 +40,9 @@ from tfkd_ray.verdict import scores
 
 REFRESH_S = 0.25
 NODES_S = 5
-"""How often an autoscaler is asked what it is starting, while no trial trains."""
+"""Seconds between questions to the autoscaler about starting nodes, while no trial trains."""
 SPEED_EPOCHS = 200
-"""Speed is that of so many epochs, the last ones of all trials together."""
+"""Number of epochs, the latest of all trials together, over which speed is measured."""
 NOTEBOOK = (110, 30)
 """Columns and lines in a notebook."""
 
@@ -54,7 +54,7 @@ class _Run:
     name: str
     row: str
     epochs: int
-    """Of full length."""
+    """Epochs of a trial of full length."""
     parameters: dict[str, Any]
     epoch: int = 0
     status: str = "running"
@@ -106,7 +106,7 @@ class Progress(OwnCallback):
             SearchConfig, {k: v for k, v in search.items() if k in ("stopping", *SHOWN_BUDGETS)}
         )
         self._start = time.time()
-        for record in read_records(self._experiment):  # what earlier sessions did
+        for record in read_records(self._experiment):  # results of earlier sessions
             if record.status in ("done", "stopped", "failed"):
                 row, last = self._plan.row(record), record.last
                 run = _Run(record.name, row, self._plan.rows.get(row, 0), record.parameters)
@@ -128,7 +128,7 @@ class Progress(OwnCallback):
         self._draw()
 
     def _look_for_nodes(self) -> None:
-        """While trials wait for nodes, say which ones an autoscaler is starting."""
+        """Show which nodes an autoscaler is starting while trials wait for nodes."""
         now = time.monotonic()
         if now - self._looked <= NODES_S:
             return
@@ -142,7 +142,7 @@ class Progress(OwnCallback):
 
     def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
         assignment = Assignment.of(trial.config)
-        before = self._runs.pop(assignment.name, None)  # the last to start stands last
+        before = self._runs.pop(assignment.name, None)  # moves a restarted trial to the end
         again = before is not None and before.status == "running"
         row = assignment.arm or trial.config["objective"]["name"]
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
@@ -191,7 +191,7 @@ class Progress(OwnCallback):
         self._cell = None
 
     def note(self, text: str) -> None:
-        """Say something that is no trial's event."""
+        """Show a message that is no event of a trial."""
         if self._cell is not None:
             self._notes.append(text)
         else:
@@ -261,7 +261,7 @@ class Progress(OwnCallback):
         return [fitted(line.rstrip(), width) for line in lines[: max(1, height - 1)]]
 
     def _joined(self, parts: Sequence[str], width: int) -> list[str]:
-        """Parts with commas between them, on as few lines as they need."""
+        """Join parts by commas, on as few lines as they need."""
         lines: list[str] = []
         for part in parts:
             if lines and len(lines[-1]) + len(part) + 2 <= width:
@@ -285,12 +285,12 @@ class Progress(OwnCallback):
             yield f"{images:,.0f} images/s"
 
     def _rate(self) -> float:
-        """Epochs a second of all trials together; 0 before there are any."""
+        """Return epochs a second of all trials together; 0 before there are any."""
         seconds = time.monotonic() - self._epochs[0] if self._epochs else 0.0
         return (len(self._epochs) - 1) / seconds if seconds > 0 else 0.0
 
     def _left(self, runs: Sequence[_Run], used: dict[str, float]) -> str:
-        """How long it will go on at this speed; empty while there is none."""
+        """Return the remaining time at this speed; empty while the speed is unknown."""
         rate = self._rate()
         if not rate:
             return ""
@@ -318,7 +318,7 @@ class Progress(OwnCallback):
         return next(iter(scores.ranked(full, self._metric, lambda run: run.value)), None)
 
     def _best_lines(self, runs: Sequence[_Run], width: int) -> list[str]:
-        """The best of a sweep, and its parameters."""
+        """Return lines on the best trial of a sweep and its parameters."""
         winner = self._best_of(runs) if self._plan.metric else None
         if winner is None:
             return []
@@ -335,7 +335,10 @@ class Progress(OwnCallback):
         )
 
     def _rungs(self, runs: Sequence[_Run], width: int) -> list[str]:
-        """How many trials came to each rung, and how many were stopped there; neighbours share a column if need be."""
+        """Count the trials that reached each rung, and those stopped there.
+
+        Neighbouring rungs share a column if there is too little room.
+        """
         epochs = max(self._plan.rows.values(), default=0)
         rungs = self._search.stopping.rungs(epochs) if self._plan.kind == "sweep" else []
         if not rungs or not runs:
@@ -351,7 +354,10 @@ class Progress(OwnCallback):
         return [f"{label:<14}" + "".join(f"{cell:>7}" for cell in cells) for label, cells in table]
 
     def _rows(self, runs: Sequence[_Run], width: int, *, most: int) -> list[str]:
-        """A line for each objective or arm; of many, those that run or ran last, and a line that counts the rest."""
+        """Return a line for each objective or arm.
+
+        Of many, those that run or ran last, and a line that counts the rest.
+        """
         by_row: dict[str, list[_Run]] = {row: [] for row in self._plan.rows}
         for run in runs:
             by_row.setdefault(run.row, []).append(run)
@@ -383,7 +389,7 @@ class Progress(OwnCallback):
         return lines
 
     def _running(self, runs: Sequence[_Run], width: int) -> str:
-        """The running ones of a row, as many as there is room for."""
+        """Return the running trials of a row, as many as fit."""
         texts = []
         for run in (run for run in runs if run.status == "running"):
             name = (
@@ -408,13 +414,13 @@ SHOWN_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
 
 
 class _Cell:
-    """One output of a notebook's cell, kept up to date. It needs IPython alone, no widgets."""
+    """One output of a notebook's cell, updated in place. It needs IPython alone, no widgets."""
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def show(self, lines: Sequence[str]) -> None:
-        """Replace what stands there."""
+        """Replace the output."""
         from IPython import display
 
         text = "\n".join(lines)

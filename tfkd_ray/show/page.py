@@ -1,4 +1,4 @@
-"""TODO show.page."""
+"""The page of a report: figures as data, drawn by plotly in HTML and by matplotlib as SVG."""
 
 import base64
 import hashlib
@@ -29,7 +29,7 @@ class Axis:
     ticks: tuple[tuple[float, str], ...] = ()
     """(position, label); empty: numbers."""
     span: tuple[float, float] | None = None
-    """What is shown; None: all there is."""
+    """Visible part; None: everything."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Series:
     x: Sequence[float | None]
     y: Sequence[float | None]
     name: str = ""
-    """In the legend; empty: not there."""
+    """Name in the legend; empty: not in it."""
     colour: str = DARK
     text: Sequence[str] = ()
-    """Of each point: what hovering shows; of kind `text`, what is written."""
+    """Text of each point: shown on hovering; of kind `text`, drawn."""
     width: float = 1.5
     opacity: float = 1.0
 
@@ -61,27 +61,27 @@ class Panel:
     surface: (
         tuple[Sequence[float], Sequence[float], Sequence[Sequence[float | None]], str] | None
     ) = None
-    """Filled contours: x, y, z by row, and what z is."""
+    """Filled contours: x, y, z by row, and the label of z."""
     height: int = 320
-    """In pixels."""
+    """Height in pixels."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A title, a plain sentence, and panels side by side; without panels the sentence says why there are none."""
+    """A title, a sentence and panels side by side; without panels the sentence says why."""
 
     key: str
-    """Names its SVG file."""
+    """Stem of its SVG file."""
     title: str
     sentence: str
     panels: Sequence[Panel] = ()
     wide: bool = False
-    """Its panels need more width."""
+    """True: its panels need more width."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it: HTML, and figures."""
+    """A heading with HTML and figures below it."""
 
     title: str
     parts: Sequence[str | Figure] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Section:
 
 
 def escaped(text: str) -> str:
-    """Escaped for HTML (which plotly's labels are, too)."""
+    """Escape text for HTML and for plotly's labels, which are HTML."""
     return html.escape(text, quote=True)
 
 
@@ -155,7 +155,7 @@ document.documentElement.dataset.drawn = plots.length;
 
 
 def page_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole file."""
+    """Return the whole file."""
     from plotly.offline import get_plotlyjs
 
     scripts = (
@@ -186,7 +186,7 @@ def page_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def _hash(script: str) -> str:
-    """The name of a script in a Content-Security-Policy."""
+    """Return the hash of a script for the Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
@@ -198,7 +198,11 @@ def _part(part: str | Figure) -> str:
         f'<script type="application/json">{_inert_json(_plotly(panel))}</script></div>'
         for panel in part.panels
     )
-    kind = "panels one" if len(part.panels) == 1 else "panels wider" if part.wide else "panels"
+    kind = "panels"
+    if len(part.panels) == 1:
+        kind = "panels one"
+    elif part.wide:
+        kind = "panels wider"
     figcaption = (
         f"<figcaption><h3>{escaped(part.title)}</h3><p>{escaped(part.sentence)}</p></figcaption>"
     )
@@ -224,13 +228,13 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell_html(text: str) -> str:
-    """A cell of a table; one of short lines is not wrapped."""
+    """Return a cell of a table; a cell of short lines does not wrap."""
     short = max(map(len, text.splitlines()), default=0) <= 28
     return f'<td class="short">{escaped(text)}</td>' if short else f"<td>{escaped(text)}</td>"
 
 
 def _inert_json(tree: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Return JSON that cannot close the script element around it."""
     return json.dumps(
         _finite(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False
     ).replace("<", "\\u003c")
@@ -248,7 +252,7 @@ def _finite(tree: Any) -> Any:
 
 
 def _plotly(panel: Panel) -> dict[str, Any]:
-    """What `Plotly.newPlot` takes: data and layout."""
+    """Return the arguments of `Plotly.newPlot`: data and layout."""
     data: list[dict[str, Any]] = []
     if panel.surface is not None:
         x, y, z, label = panel.surface
@@ -277,8 +281,13 @@ def _plotly(panel: Panel) -> dict[str, Any]:
                 "marker": {"color": s.colour, "size": 7},
             }
             trace |= {"textfont": {"size": 10, "color": "#555"}} if s.kind == "text" else {}
-            trace |= {"text" if s.kind == "text" else "hovertext": list(s.text)} if s.text else {}
-            trace["hoverinfo"] = "skip" if s.kind == "text" else "text" if s.text else "x+y"
+            if s.text:
+                trace["text" if s.kind == "text" else "hovertext"] = list(s.text)
+            trace["hoverinfo"] = "x+y"
+            if s.kind == "text":
+                trace["hoverinfo"] = "skip"
+            elif s.text:
+                trace["hoverinfo"] = "text"
         data.append(trace)
     rules = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x, "layer": "below",
               "line": {"color": "#999", "width": 1, "dash": "dash"}} for x, _ in panel.rules]  # fmt: skip
@@ -333,7 +342,7 @@ def _plotly_axis(axis: Axis) -> dict[str, Any]:
 
 
 def draw_svg(figure: Figure, folder: Path) -> Path:
-    """The figure as an SVG file, its panels in rows of two or three."""
+    """Write the figure as an SVG file, its panels in rows of two or three."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 

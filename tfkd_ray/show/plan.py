@@ -1,4 +1,4 @@
-"""What a sweep will take, before anything starts: trials at each rung, epochs, hours, GPU-hours, money and disk.
+"""The cost of a sweep before it starts: trials at each rung, epochs, hours, GPU-hours, money, disk.
 
 How many trials pass a rung is an expectation (see `receipt`); `at most` is never exceeded.
 """
@@ -17,7 +17,7 @@ from tfkd_ray.show.receipt import expected_epochs, reaching, shares
 from tfkd_ray.space.space import Space
 
 PROBE_STEPS = 8
-"""Steps that a probe trains, after one that warms up."""
+"""Steps of a probe, after one for warming up."""
 
 
 @dataclass(frozen=True)
@@ -27,41 +27,42 @@ class Part:
     objective: str
     trials: int
     reaching: tuple[tuple[int, float], ...]
-    """(epoch, trials that are expected to come to it), for each rung and the last epoch."""
+    """(epoch, expected number of trials that reach it), for each rung and the last epoch."""
     epochs: float
-    """Expected, over all of its trials."""
+    """Expected epochs of all its trials."""
     most: int
     """Epochs if no trial were stopped."""
     epoch_s: float | None
     """Seconds of an epoch on this machine; None if it was not probed."""
     share: float | None = None
-    """Of a GPU that a one-worker trial's memory takes up here, the process's own included; None without a GPU."""
+    """Share of a GPU's memory that a one-worker trial takes here, with its process's own; None
+    without a GPU."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep before it starts."""
+    """The expected cost of a sweep."""
 
     parts: tuple[Part, ...]
     teacher_epochs: int
     teacher_s: float | None
-    """Seconds for all teachers, one after the other, and for the soft labels that the bank then shares."""
+    """Seconds for all teachers, one after the other, with the soft labels that they then cache."""
     workers: int
     gpus: float
-    """Of one trial, over its workers."""
+    """GPUs of one trial, over its workers."""
     disk: int
     """Bytes of weights and checkpoints, those of teachers included."""
     bank: int
-    """Bytes that soft labels may take in each node's cache."""
+    """Most bytes of soft labels in each node's cache."""
 
     @property
     def epochs(self) -> float:
-        """Expected, over all trials."""
+        """Expected epochs of all trials."""
         return sum(part.epochs for part in self.parts)
 
     @property
     def seconds(self) -> float | None:
-        """Of training, teachers included, one trial at a time; None if it was not probed."""
+        """Seconds of training, teachers included, one trial at a time; None without a probe."""
         if self.teacher_s is None or any(part.epoch_s is None for part in self.parts):
             return None
         return self.teacher_s + sum(part.epochs * (part.epoch_s or 0) for part in self.parts)
@@ -71,7 +72,8 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
     """Plan a sweep.
 
     Args:
-        probe: train some steps of each objective here, to know the seconds of an epoch; needs the data.
+        probe: train some steps of each objective here to measure the seconds of an epoch; needs the
+            data.
     """
     parts = []
     for branch, trials in zip(space.branches, shares(space).values(), strict=True):
@@ -94,7 +96,8 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             _view_seconds(run) * space.epochs for run in space.teacher_runs() if banked
         )
     config = space.example
-    # of a trial weights once, and two run states of weights and momentum; of a teacher its weights
+    # a trial keeps its weights once, and two run states with weights and momentum; a teacher its
+    # weights
     disk = _weights(config) * 5 * space.search.num_samples + sum(
         _weights(run) for run in space.teacher_runs()
     )
@@ -110,7 +113,10 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
 
 
 def slots_here(space: Space) -> int:
-    """Trials that a sweep runs at a time on this machine alone: as many as it has CPUs or GPUs for, at least one."""
+    """Return how many trials a sweep runs at a time on this machine: one for each CPU or GPU share.
+
+    At least one.
+    """
     config = space.example
     have, take = float(os.cpu_count() or 1), config.workers * config.cpus_per_worker
     fit = have / take
@@ -123,7 +129,7 @@ def slots_here(space: Space) -> int:
 
 
 def _weights(config: TrainConfig) -> int:
-    """Bytes of a network's weights, in float32."""
+    """Return the bytes of a network's weights, in float32."""
     size = config.student.weights(config.data.shape, config.data.num_classes)
     if size is None:
         size = sum(p.numel() for p in config.build_student().state_dict().values())
@@ -133,11 +139,11 @@ def _weights(config: TrainConfig) -> int:
 def lines(
     found: SweepPlan, *, slots: int = 1, gpu_hour_price: float | None = None
 ) -> Iterator[str]:
-    """A plan as lines of at most 80 columns.
+    """Return a plan as lines of at most 80 columns.
 
     Args:
-        slots: trials at a time.
-        gpu_hour_price: money for an hour of one GPU.
+        slots: number of trials at a time.
+        gpu_hour_price: price of an hour of one GPU.
     """
     yield f"{'objective':<16} {'trials':>6}  {'expected to come to epoch':<32} {'epochs':>7} {'at most':>7}"
     for part in found.parts:
@@ -174,10 +180,10 @@ def lines(
 
 
 def _epoch_seconds(config: TrainConfig) -> float:
-    """Seconds of an epoch, from a few steps on a part of the data.
+    """Measure the seconds of an epoch from a few steps on a part of the data.
 
-    A teacher that is asked in every step is an untrained one here; where the bank has its answers, the step is that of
-    plain training (`_view_seconds` are the answers).
+    A teacher that runs in every step is replaced by an untrained one. If its soft labels are
+    cached, the step is one of plain training, and `_view_seconds` measures the labels.
     """
     from tfkd_ray.learn.loop import train
     from tfkd_ray.learn.weights import untrained
@@ -201,12 +207,12 @@ def _epoch_seconds(config: TrainConfig) -> float:
     train_set, val_set = config.data.load()
     images = (
         len(train_set) + (len(val_set) if val_set is not None else 0) / 3
-    )  # judging is about a third of training
+    )  # validation takes about a third of training
     return images / last.metrics["images_per_s"] / config.workers
 
 
 def _view_seconds(run: TeacherRun) -> float:
-    """Seconds in which a teacher, an untrained one here, fills the bank with one view of the train images."""
+    """Measure the seconds in which an untrained teacher labels one view of the train images."""
     import torch
 
     from tfkd_ray.learn.evaluate import predictions
@@ -223,7 +229,7 @@ def _view_seconds(run: TeacherRun) -> float:
     )
     network = untrained(run).to(device)
     network = network.to(memory_format=run.student.memory_format)
-    for images in (some.part(torch.arange(1, device=device)), some):  # the first warms up
+    for images in (some.part(torch.arange(1, device=device)), some):  # the first one warms up
         start = time.perf_counter()
         torch.cat(
             [
@@ -235,11 +241,14 @@ def _view_seconds(run: TeacherRun) -> float:
 
 
 GPU_CONTEXT = 2**29
-"""Bytes of a GPU that a process takes beside its tensors, about."""
+"""Bytes of a GPU that a process takes beside its tensors, roughly."""
 
 
 def _gpu_share(config: TrainConfig) -> float | None:
-    """Of the GPU's memory that the largest run of this process so far would take in its own, with all of its data."""
+    """Return the share of the GPU's memory that a run needs, with all of its data.
+
+    It is computed from the largest run of this process so far.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -250,7 +259,10 @@ def _gpu_share(config: TrainConfig) -> float | None:
 
 
 def resident_bytes(config: TrainConfig) -> int:
-    """Bytes of images and soft labels that a run keeps on its device, where they are not read batch by batch."""
+    """Return the bytes of images and soft labels that a run keeps on its device.
+
+    Images that are read batch by batch do not count.
+    """
     sets = [found for found in config.data.load() if found is not None]
     images = 0 if config.data.streams else sum(map(len, sets)) * math.prod(config.data.shape)
     return images + (2 * sum(map(len, sets)) * config.data.num_classes if config.banked else 0)

@@ -1,7 +1,8 @@
-"""What a sweep took beside what was planned, and whether its rungs told the good trials from the bad. No Ray.
+"""Planned and actual cost of a sweep, and whether its rungs separated good trials from bad. No Ray.
 
-How many trials pass a rung is an expectation: trial i is judged among the i that have come so far, and with equal
-chances it is among the best i / `factor` of them, or the best. Better proposals later on pass more.
+The number of trials that pass a rung is an expectation: trial i is judged among the i that reached
+the rung so far, and with equal chances it is among the best i / `factor` of them, or the best. If
+later proposals are better, more of them pass.
 """
 
 import itertools
@@ -20,18 +21,18 @@ from tfkd_ray.store.experiment import Record
 from tfkd_ray.verdict import scores
 
 MIN_TRIALS = 8
-"""Fewest full-length trials of an objective from which a rung is judged."""
+"""Fewest full-length trials of an objective for which a rung is judged."""
 LOW = 0.3
-"""A correlation below this is too low for stopping by."""
+"""Correlations below this are too low for early stopping."""
 Z = 1.645
-"""Of a one-sided 95 % interval."""
+"""Normal quantile of a one-sided 95 % interval."""
 
 
 # --- planned, used, saved --------------------------------------------------------------------------------------
 
 
 def shares(space: Space) -> dict[str, int]:
-    """Trials of each objective, were they dealt out equally."""
+    """Return the trials of each objective if they were dealt out equally."""
     trials, n = space.search.num_samples, len(space.branches)
     return {
         branch.objective: trials // n + (k < trials % n) for k, branch in enumerate(space.branches)
@@ -39,7 +40,10 @@ def shares(space: Space) -> dict[str, int]:
 
 
 def reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
-    """(epoch, trials of one objective that are expected to come to it), for each rung and the last epoch."""
+    """Return (epoch, expected number of one objective's trials that reach it).
+
+    For each rung and the last epoch.
+    """
     stopping, epochs = space.search.stopping, space.epochs
     halvings, sizes, factor = [list[int]()], {0: trials}, 1
     if isinstance(stopping, Halving):
@@ -57,11 +61,13 @@ def reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
 
 
 EXACT = 10_000
-"""Trials up to which what is expected is summed up one by one."""
+"""Most trials for which the expectation is summed term by term."""
 
 
 def _passing(trials: int, factor: int) -> float:
-    """Trials that are expected to pass a rung: the sum of max(1, i // factor) / i over the i-th that comes there.
+    """Return how many trials are expected to pass a rung.
+
+    It is the sum of max(1, i // factor) / i over the trials i that reach it.
 
     Beyond `EXACT`, with n = trials // factor and the harmonic numbers H, the sum of (i // factor) / i is n H(trials)
     less the H(j factor - 1) of j = 1 to n: of these, Euler's and Stirling's formulas give the sum at once.
@@ -81,14 +87,14 @@ EULER = 0.5772156649015329
 
 
 def _harmonic(n: int) -> float:
-    """1 + 1/2 + ... + 1/n."""
+    """Return 1 + 1/2 + ... + 1/n."""
     if n < 100:
         return sum(1 / i for i in range(1, n + 1))
     return math.log(n) + EULER + 1 / (2 * n) - 1 / (12 * n**2)
 
 
 def expected_epochs(space: Space, trials: int) -> float:
-    """Epochs that trials of one objective are expected to take in all."""
+    """Return the expected epochs of all trials of one objective."""
     come = reaching(space, trials)
     return sum(
         count * (epoch - before)
@@ -98,7 +104,7 @@ def expected_epochs(space: Space, trials: int) -> float:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Epochs, and hours of what they ran on: planned and actual."""
+    """Planned and actual epochs and hours."""
 
     most: int
     """Epochs if no trial were stopped."""
@@ -106,15 +112,16 @@ class Receipt:
     """Epochs that `tfkd plan` expects."""
     used: int
     saved: int
-    """Epochs that stopped trials did not take."""
+    """Epochs that stopped trials skipped."""
     unit: str
-    """GPU-hours, or CPU-hours where trials use no GPU."""
+    """GPU-hours, or CPU-hours if trials use no GPU."""
     hours: Mapping[str, float]
-    """Of each of the above by its name, all at the measured seconds an epoch of each objective; `used` as it was."""
+    """Hours of each of the above by its name, at each objective's measured seconds an epoch; `used`
+    is the measured total."""
 
 
 def receipt(space: Space, records: Sequence[Record]) -> Receipt:
-    """What a sweep was planned to take, took, and saved."""
+    """Compare the plan of a sweep with what it took and saved."""
     length, config = space.epochs, space.tree
     took: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
@@ -144,7 +151,7 @@ def receipt(space: Space, records: Sequence[Record]) -> Receipt:
 
 
 def receipt_rows(found: Receipt) -> list[tuple[str, str]]:
-    """A receipt as (what, how much)."""
+    """Return a receipt as rows (name, amount)."""
 
     def amount(name: str, epochs: float) -> str:
         return f"{epochs:,.0f} epochs, {found.hours[name]:.2g} {found.unit}"
@@ -162,28 +169,28 @@ def receipt_rows(found: Receipt) -> list[tuple[str, str]]:
 
 
 class Ranking(NamedTuple):
-    """How well the value at a rung told the final one, for one objective."""
+    """The agreement between the value at a rung and the final one, for one objective."""
 
     objective: str
     rung: int
-    """Epochs before it."""
+    """Epochs before the rung."""
     n: int
     """Trials of full length: only they have a final value."""
     judged: int
-    """Trials that came to the rung."""
+    """Trials that reached the rung."""
     rank: float
-    """Spearman's rank correlation of the two values over them."""
+    """Spearman's rank correlation of the two values, over the trials of full length."""
     corrected: float
-    """The correlation (of normal scores) over all trials that were judged at the rung, as far as the survivors tell.
+    """Correlation of normal scores over all trials judged at the rung, estimated from survivors.
 
-    Those who survive a rung differ less there than those who came to it, which hides a correlation; this is
-    Thorndike's correction (1949, case 2) for the ratio of the two spreads."""
+    Survivors of a rung differ less there than all trials that reached it, which lowers the
+    correlation. This is Thorndike's correction (1949, case 2) for the ratio of the two spreads."""
     most: float
-    """The upper end of its one-sided 95 % interval (Fisher's z)."""
+    """Upper end of its one-sided 95 % interval (Fisher's z)."""
 
 
 def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[Ranking]:
-    """For each objective and rung, where there are enough trials of full length and they differ."""
+    """Yield a ranking for each objective and rung with enough full-length trials that differ."""
     from scipy.stats import spearmanr
 
     for branch, rung in itertools.product(
@@ -215,14 +222,14 @@ def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[Ranki
 
 
 def _normal_scores(values: Sequence[float]) -> list[float]:
-    """Each value's place among all, as a quantile of the normal distribution."""
+    """Return each value's rank as a quantile of the normal distribution."""
     from scipy.stats import norm, rankdata
 
     return [float(x) for x in norm.ppf((rankdata(values) - 0.5) / len(values))]
 
 
 def _value_at(space: Space, record: Record, epoch: int) -> float:
-    """The metric of a trial after an epoch; NaN if it did not come to it."""
+    """Return the metric of a trial after an epoch; NaN if the trial did not reach it."""
     return next(
         (m.get(space.search.metric, math.nan) for m in record.metrics if m.get("epoch") == epoch),
         math.nan,
@@ -232,7 +239,7 @@ def _value_at(space: Space, record: Record, epoch: int) -> float:
 def _pairs(
     space: Space, records: Sequence[Record], objective: str, rung: int
 ) -> list[tuple[Record, float, float]]:
-    """The full-length trials of an objective, with their values at a rung and at the end."""
+    """Return the full-length trials of an objective with their values at a rung and at the end."""
     found = [
         (r, _value_at(space, r, rung), r.last.get(space.search.metric, math.nan))
         for r in records
@@ -242,11 +249,14 @@ def _pairs(
 
 
 def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
-    """Where early stopping may not have been safe: a sentence for each objective, at its first rung that did not rank.
+    """Return a warning for each objective whose early stopping may have been unsafe.
 
-    The rule, for 8 or more full-length trials of the objective: the correlation of the value at the rung with the
-    final one, corrected for the selection there, is below 0.3 with 95 % confidence; or it is below 0.3, and a setting
-    goes with rising in rank after the rung. How often that is right is measured: benchmarks/RESULTS.md.
+    It names the objective's first rung that did not rank trials well.
+
+    The rule, for 8 or more full-length trials of the objective: the correlation of the value at the
+    rung with the final one, corrected for the selection there, is below 0.3 with 95 % confidence;
+    or it is below 0.3, and a setting correlates with a rise in rank after the rung.
+    benchmarks/RESULTS.md has measurements of how often that is right.
     """
     found: dict[str, str] = {}
     rungs = space.search.stopping.rungs(space.epochs)
@@ -268,7 +278,10 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
 
 
 def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung: int) -> str:
-    """Which setting goes with rising in rank after a rung, if one does clearly; the others are allowed for."""
+    """Return a phrase on the setting that correlates clearly with a rise in rank after a rung.
+
+    Empty if none does. The test is corrected for the number of settings.
+    """
     from scipy.stats import rankdata, spearmanr
 
     pairs = _pairs(space, records, objective, rung)
@@ -294,7 +307,7 @@ def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung
 
 
 def receipt_lines(space: Space, records: Sequence[Record], width: int = 80) -> Iterator[str]:
-    """Receipt and warnings for a terminal."""
+    """Yield the receipt and its warnings for a terminal."""
     rows = receipt_rows(receipt(space, records))
     yield from (f"{what:<24} {amount}" for what, amount in rows)
     for warning in fidelity_warnings(space, records):

@@ -1,9 +1,9 @@
 """One HTML file about an experiment that opens from disk, on paper and on a phone; `--figures` writes the plots as SVG.
 
-A report is a list of `Section`s, each of HTML and `Figure`s. A figure says what is drawn and nothing of how; plotly.js
-(from the plotly package, once, in the page) and matplotlib both draw it. To add a figure: a function that returns one,
-and its place in `_sweep_sections`. The page forbids itself the network, and every script but its own, by a
-Content-Security-Policy; all that comes from files is escaped.
+A report is a list of `Section`s, each of HTML and `Figure`s. A figure is data alone; plotly.js
+(from the plotly package, once, in the page) and matplotlib both draw it. To add a figure: a
+function that returns one, and its place in `_sweep_sections`. A Content-Security-Policy forbids the
+page all network access and foreign scripts; everything read from files is escaped.
 """
 
 import importlib.util
@@ -81,7 +81,7 @@ MAX_FAILURES = 50
 def report(
     experiment: Path, out: Path, *, figures: Path | None = None, comparisons: Sequence[Path] = ()
 ) -> list[Path]:
-    """Write a report on a sweep or on a comparison of arms; returns the files written, the page first.
+    """Write a report on a sweep or a comparison of arms; return its files, the page first.
 
     Args:
         experiment: its directory.
@@ -218,7 +218,7 @@ def _best_table(sweep: Sweep) -> str:
 
 
 def _equivalence(record: Record) -> str:
-    """What a trial's objective amounts to, as a sentence."""
+    """Return a sentence on the loss to which a trial's objective is equivalent."""
     if record.objective in ("ce", "lsr"):
         return "plain training" if record.objective == "ce" else "label smoothing itself"
     try:
@@ -297,7 +297,7 @@ def _comparison_sections(directory: Path, *, inside: bool = False) -> list[Secti
 
 
 def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Section]:
-    """Sections about a comparison; `inside` the report of a sweep its verdict stands elsewhere."""
+    """Return a comparison's sections; `inside` a sweep's report, without the verdict."""
     plan, judged = read_plan(directory), _read_judged(directory)
     if not inside:
         yield Section("Verdict", _verdict_boxes(directory))
@@ -323,7 +323,7 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
 
 
 def _read_judged(directory: Path) -> dict[str, Any] | None:
-    """confirm.json; None if the test split was not opened yet."""
+    """Read confirm.json; None if the test split was not opened yet."""
     path = directory / "confirm.json"
     if not os.path.lexists(path):
         return None
@@ -406,7 +406,7 @@ def _arms_table(judged: dict[str, Any]) -> str:
 
 
 def _over_seeds(arm: dict[str, Any]) -> tuple[int, float, float, float, float]:
-    """(runs, mean, sd, low and high end of the 95 % interval of the mean) of test accuracy in per cent."""
+    """Return runs, mean, sd and the 95 % interval of the mean of test accuracy, in per cent."""
     from tfkd_ray.verdict import verdict
 
     values = np.array(

@@ -1,8 +1,9 @@
 """Experiments as they are now, for `tfkd status`, `best`, `trials`, `logs` and `ls`. No torch, no Ray, no Optuna.
 
-A reader may be another process, user or machine than the sweep: nothing here writes or locks. Of a metrics.jsonl only
-the last line is read, so 1,000 trials take a fraction of a second. An experiment is a sweep (experiment.yaml) or a
-comparison of arms (confirm.yaml). To show one thing more: a key in `status`, a line in `status_lines`.
+A reader may be another process, user or machine than the sweep, so nothing here writes or locks.
+Only the last line of each metrics.jsonl is read, so 1,000 trials take a fraction of a second. An
+experiment is a sweep (experiment.yaml) or a comparison of arms (confirm.yaml). To show one thing
+more: a key in `status`, a line in `status_lines`.
 """
 
 import bisect
@@ -51,13 +52,14 @@ from tfkd_ray.store.experiment import (
 from tfkd_ray.verdict import scores
 
 QUIET_S = 600.0
-"""A sweep on another host counts as running if one of its files changed within this time."""
+"""Seconds without a changed file after which a sweep on another host counts as ended."""
 HELD_S = 90.0
-"""The same on object storage, where a driver says every 10 s that it lives."""
+"""The same on object storage, where a driver refreshes its claim every 10 s."""
 LOG_TAIL = 8192
-"""Bytes at the end of a metrics.jsonl in which the last line is looked for first."""
+"""Bytes at the end of a metrics.jsonl in which the last line is searched first."""
 LONGEST_LOG = 2**22
-"""Bytes of a line, which has some hundreds, beyond which its beginning is not looked for."""
+"""Most bytes of a line, which usually has some hundreds; the start of longer ones is not
+searched."""
 TERMINAL_WIDTH = 80
 
 
@@ -66,7 +68,7 @@ TERMINAL_WIDTH = 80
 
 @dataclass(frozen=True)
 class ExperimentPlan:
-    """What an experiment was meant to run."""
+    """The plan of an experiment: what it was meant to run."""
 
     kind: str
     """`sweep`, or `comparison` of arms."""
@@ -75,28 +77,29 @@ class ExperimentPlan:
     """Epochs of a trial of full length, by objective; by arm in a comparison."""
     trials: int
     metric: str | None
-    """A trial's value is this metric after its last epoch. None: a comparison, which is judged on the test split."""
+    """Metric whose last epoch gives a trial's value. None: a comparison, which is judged on the
+    test split."""
     about: dict[str, Any]
-    """The whole file."""
+    """Content of the whole file."""
 
     @property
     def metrics(self) -> list[str]:
-        """All that are made good at once, the one that leads first."""
+        """Metrics that the sweep optimises, the leading one first."""
         more = self.about["space"]["search"].get("more_metrics", []) if self.kind == "sweep" else []
         return [self.metric, *more] if self.metric else []
 
     @property
     def mode(self) -> str:
-        """Which way of the metric is better."""
+        """Direction of the metric."""
         return scores.score_of(self.metric or "train_loss").direction
 
     @property
     def epochs(self) -> int:
-        """Of all trials, were each of full length; rows share the trials equally."""
+        """Epochs of all trials if each ran its full length; rows share the trials equally."""
         return round(self.trials * statistics.fmean(self.rows.values()))
 
     def not_begun(self, begun: Mapping[str, int]) -> list[int]:
-        """Full lengths of the trials that have not begun, where so many have, by row."""
+        """Return the full lengths of the trials still to begin; `begun` counts the others."""
         if self.kind == "sweep":
             return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
         seeds = self.trials // max(1, len(self.rows))
@@ -105,7 +108,7 @@ class ExperimentPlan:
         ]
 
     def row(self, record: Record) -> str:
-        """The row that a trial belongs to."""
+        """Return the row of a trial."""
         return (
             str(record.parameters.get("arm", record.objective))
             if self.kind == "comparison"
@@ -114,7 +117,10 @@ class ExperimentPlan:
 
 
 def read_plan(experiment: Path) -> ExperimentPlan:
-    """What an experiment was meant to run; a ConfigError if the directory is none, or is of another layout."""
+    """Read the plan of an experiment.
+
+    Raises a ConfigError if the directory is no experiment, or has another layout.
+    """
     path = experiment / "confirm.yaml"
     try:
         if os.path.lexists(path):
@@ -168,9 +174,9 @@ def _filter_words(error: Exception) -> str:
 
 
 def read_lasts(experiment: Path) -> list[Record]:
-    """All trials by number, each with the metrics of its last epoch only.
+    """Read all trials by number, each with the metrics of its last epoch only.
 
-    One that a driver left as 'running' when it was killed is 'interrupted': nobody runs it.
+    A trial that a killed driver left as 'running' becomes 'interrupted'.
     """
     alive = is_running(experiment)
     records = []
@@ -183,7 +189,7 @@ def read_lasts(experiment: Path) -> list[Record]:
 
 
 def record_of(folder: Path) -> Record | None:
-    """A trial and its last epoch; None if it has no trial.json yet."""
+    """Read a trial and its last epoch; None if it has no trial.json yet."""
     path = folder / "metrics.jsonl"
     try:
         last = last_line(path)
@@ -199,7 +205,7 @@ def record_of(folder: Path) -> Record | None:
 
 
 def last_line(path: Path) -> dict[str, float]:
-    """The last whole line of a metrics.jsonl; empty if there is none."""
+    """Read the last complete line of a metrics.jsonl; empty if there is none."""
     if not os.path.lexists(path):
         return {}
     with opened(path, follow=False) as file:
@@ -222,10 +228,10 @@ def last_line(path: Path) -> dict[str, float]:
 
 
 def is_running(experiment: Path) -> bool:
-    """Whether a driver runs the experiment now, told without touching its lock.
+    """Return whether a driver runs the experiment now, without touching its lock.
 
-    On this host: whether the process that driver.txt names has driver.lock open (or, where that cannot be seen, is
-    alive). On another host: whether a file of the experiment changed within `QUIET_S`.
+    On this host: if the process in driver.txt has driver.lock open (or is alive, if that is not
+    visible). On another host: if a file of the experiment changed within `QUIET_S`.
     """
     driver = driver_of(experiment)
     if driver is None:
@@ -242,7 +248,7 @@ def is_running(experiment: Path) -> bool:
 
 
 def driver_of(experiment: Path) -> tuple[int, str] | None:
-    """(process, host) of the driver that ran the experiment last."""
+    """Return (process, host) of the driver that ran the experiment last."""
     with suppress(OSError, ValueError):
         found = re.fullmatch(r"process (\d{1,18}) on (.+)\n", read_text(experiment / "driver.txt"))
         return (int(found[1]), found[2]) if found else None
@@ -253,7 +259,7 @@ def _holds(process: int, lock: Path) -> bool:
     try:
         held = lock.stat()
         links = list(Path(f"/proc/{process}/fd").iterdir())
-    except PermissionError:  # another user's
+    except PermissionError:  # the process belongs to another user
         return True
     except FileNotFoundError:
         return not Path("/proc/self").exists() and _alive(process)
@@ -275,7 +281,7 @@ def _alive(process: int) -> bool:
 
 
 def _last_change(experiment: Path) -> float:
-    """When a file that a running sweep writes changed last, in seconds since 1970."""
+    """Return when a sweep's files changed last, in seconds since 1970."""
     files = [experiment / "driver.txt", experiment / "study.journal", experiment / "confirm.json"]
     return max(
         (_changed(p) for p in [*files, *(f / "metrics.jsonl" for f in trial_folders(experiment))]),
@@ -293,7 +299,7 @@ def _changed(path: Path) -> float:
 
 
 def status(experiment: Path) -> dict[str, Any]:
-    """How an experiment stands, as JSON's own types (`tfkd status --json`). Keys are only ever added:
+    """Return an experiment's status as JSON types (`tfkd status --json`). Keys are only ever added:
 
     name, kind (sweep, comparison), preset, created
     state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
@@ -301,15 +307,15 @@ def status(experiment: Path) -> dict[str, Any]:
     trials        planned, started, and the number running, done (full length), stopped (early), failed, interrupted
     rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
     best          trial, objective, value, and how many trials share the value; null before one is of full length
-    baselines     the best of ce and of lsr, where they are searched
+    baselines     the best of ce and of lsr, if they are searched
     verdict       of a comparison: its sentences, one for each student; empty before it is judged
     epochs        done, planned (all trials of full length)
-    elapsed_s     from its making until now, or until its last change; pauses are in it
+    elapsed_s     from its creation until now, or until its last change, pauses included
     ran_s         seconds that drivers ran its trials, all sessions together, without pauses; null in a comparison
     rate          epochs_per_s of all trials together in this session; null if not running
-    left_s        estimated: at each epoch as large a share is stopped as so far; null if not running
+    left_s        estimate: at each epoch the same share is stopped as so far; null if not running
     failures      the last three: trial, reason (first line)
-    gone          names of the trials that the study has, and whose folders are gone
+    gone          names of the study's trials whose folders are gone
     """
     plan = read_plan(experiment)
     alive, records = is_running(experiment), read_lasts(experiment)
@@ -329,12 +335,17 @@ def status(experiment: Path) -> dict[str, Any]:
     }
     failed = [r for r in records if r.status == "failed"]
     failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
+    state = "interrupted"
+    if finished:
+        state = "finished"
+    elif alive:
+        state = "running"
     return {
         "name": _shown_name(experiment),
         "preset": plan.about.get("compared", {}).get("preset"),
         "kind": plan.kind,
         "created": plan.created,
-        "state": "finished" if finished else "running" if alive else "interrupted",
+        "state": state,
         "metric": plan.metric,
         "mode": plan.mode if plan.metric else None,
         "trials": {
@@ -361,7 +372,7 @@ def status(experiment: Path) -> dict[str, Any]:
 
 
 def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, Any]]:
-    """The status now, and again every `every_s` seconds until the experiment no longer runs."""
+    """Yield the status now and every `every_s` seconds until the experiment stops running."""
     while True:
         found = status(experiment)
         yield found
@@ -371,7 +382,7 @@ def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, 
 
 
 def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
-    """The best trial of full length of a sweep, and what was planned; a ConfigError if there is none."""
+    """Return a sweep's best full-length trial, and the plan; a ConfigError if it has none."""
     plan = read_plan(experiment)
     if plan.metric is None:
         raise ConfigError(
@@ -385,12 +396,13 @@ def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
 
 
 def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> dict[str, Any]:
-    """The best of a sweep as JSON's own types (`tfkd best --json`). Keys are only ever added:
+    """Return the best of a sweep as JSON types (`tfkd best --json`). Keys are only ever added:
 
-    metrics   what trials are judged by; the first one leads
-    trials    how many have begun
-    best      trial, objective, values by metric, parameters, config: of one trial, or, of several metrics, of each that
-              no other beats in all of them, the best in the first metric first
+    metrics   metrics by which trials are judged; the first one leads
+    trials    number of trials begun
+    best      trial, objective, values by metric, parameters, config: of the best trial; with
+              several metrics, of each trial that no other beats in all of them, the best in the
+              first metric first
     """
     return {
         "metrics": plan.metrics,
@@ -409,7 +421,7 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> dict
 
 
 def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
-    """The same as lines; of several metrics a table."""
+    """Return the result of `front_of` as lines; with several metrics as a table."""
     metrics, best = found["metrics"], found["best"]
     if len(metrics) == 1:
         value = f"{metrics[0]} {best[0]['values'][metrics[0]]:.4f}"
@@ -461,7 +473,7 @@ def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, A
 
 
 def _verdict_of(experiment: Path) -> list[str] | None:
-    """The sentences of a comparison's verdicts; None if it is not judged."""
+    """Return the sentences of a comparison's verdicts; None if it is not judged."""
     try:
         judged = parse_json(read_text(experiment / "confirm.json"))
         return [f"{found['student']}: {found['sentence']}" for found in judged["verdicts"]]
@@ -486,21 +498,24 @@ def _ran(experiment: Path, *, alive: bool) -> float:
 
 
 def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | None:
-    """Epochs a second of all trials together, since the driver started or the first trial of this session did."""
+    """Return epochs a second of all trials together.
+
+    Counted since the driver started, or since this session's first trial did if that was later.
+    """
     start = _changed(experiment / "driver.txt")
     active = [r for r in records if r.last and _changed(r.folder / "metrics.jsonl") >= start]
     if not active:
         return None
     began = {
         r.name: _changed(r.folder / "result.json") for r in active
-    }  # a link, made when the trial first starts
+    }  # a link, created when the trial first starts
     since = max(start, min(began.values()))
     epochs = 0
     for record in active:
         if began[record.name] >= start:
             epochs += epoch_of(record)
             continue
-        seconds = 0.0  # went on from an earlier session: count back what this one has had time for
+        seconds = 0.0  # resumed trial: count only the epochs that fit into this session
         for metrics in reversed(read_metrics(record.folder)):
             seconds += metrics.get("seconds", 0.0)
             if seconds > now - since:
@@ -517,10 +532,10 @@ def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -
 
 
 def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> float:
-    """Epochs that trials will still take, if as many are stopped at each epoch as were among those that came there.
+    """Estimate the epochs still to train; the share stopped at each epoch stays as it was so far.
 
-    (The estimator of Kaplan and Meier: a trial that runs counts for the epochs that it has behind it.) Before one is
-    stopped, all are taken to run their full length.
+    (The estimator of Kaplan and Meier: a running trial counts for the epochs that it has finished.)
+    Until the first trial is stopped, all are assumed to run their full length.
 
     Args:
         begun: (epoch, full length, status) of each trial.
@@ -548,11 +563,11 @@ def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> fl
 
 
 def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dict[str, float]:
-    """`seconds` that drivers ran a sweep, and `trial_seconds`, those of its trials added up: what budgets count.
+    """Return what budgets count: `seconds` of a sweep's drivers, `trial_seconds` of its trials.
 
     Args:
-        running: trials that run now.
-        since: when the driver began that runs it now, in seconds since 1970. inf: none does.
+        running: number of trials that run now.
+        since: start of the driver that runs now, in seconds since 1970. inf: none does.
     """
     counted = read_spent(experiment)
     more = max(0.0, time.time() - max(_changed(experiment / "spent.json"), since))
@@ -563,7 +578,7 @@ def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dic
 
 
 def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str]:
-    """A status as lines of at most `width` columns."""
+    """Return a status as lines of at most `width` columns."""
     trials, epochs, metric = found["trials"], found["epochs"], found["metric"]
     over = sum(trials[s] for s in ("done", "stopped", "failed"))
     tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
@@ -610,14 +625,14 @@ def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str
 
 
 def duration(seconds: float) -> str:
-    """0:34, 12:05, 3:07:00."""
+    """Return a duration as 0:34, 12:05, 3:07:00."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
 def fitted(text: str, width: int) -> str:
-    """Legible text on one line, cut to a number of terminal columns."""
+    """Return escaped text on one line, cut to a number of terminal columns."""
     text = on_one_line(text)
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
@@ -627,7 +642,7 @@ def on_one_line(text: str) -> str:
 
 
 def padded(text: str, width: int) -> str:
-    """Text of exactly so many terminal columns."""
+    """Return text padded or cut to a number of terminal columns."""
     return set_cell_size(fitted(text, width), width)
 
 
@@ -637,17 +652,20 @@ Row = dict[str, Any]
 
 
 def key_of(row: Row, field: str) -> str | None:
-    """The key of a row that a field's name, or its end, stands for; None if the row lacks it. Null is a value."""
+    """Return the key of a row that matches a field's name or its end; None if the row lacks it.
+
+    A key whose value is null matches.
+    """
     return field if field in row else next((key for key in row if key.endswith(f".{field}")), None)
 
 
 TEXTS = ("trial", "objective", "status", "reason", "arm")
-"""Fields that hold text whatever it looks like."""
+"""Fields that are always text."""
 
 
 def as_written(text: str) -> Any:
-    """What a value in a filter stands for: as in a YAML file, but for what is no YAML, which is text."""
-    if text.lstrip("+-").lower() in ("nan", "inf", "infinity"):  # as Python and tables have them
+    """Parse a filter's value as YAML; what is not YAML is text."""
+    if text.lstrip("+-").lower() in ("nan", "inf", "infinity"):  # spellings of Python and of tables
         return float(text)
     try:
         value = parse_yaml(text, "--filter")
@@ -671,19 +689,21 @@ def csv_cell(row: Row, field: str) -> str:
 
 
 def inert(text: str) -> str:
-    """Text that a spreadsheet does not run: what it takes for a formula gets an apostrophe, its own mark of text."""
-    first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width, as some take it
+    """Return text that a spreadsheet does not run: formulas get an apostrophe in front."""
+    first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width
     runs = first in {"=", "+", "-", "@", "|", "%"} or text[:1] in ("\t", "\r", "\n")
-    return legible(f"'{text}" if runs else text)  # a bare \r would end the row
+    return legible(f"'{text}" if runs else text)  # `legible` escapes \r, which would end the row
 
 
 # --- all experiments -------------------------------------------------------------------------------------------
 
 
 def ls(storage: Path) -> list[dict[str, Any]]:
-    """The experiments in a storage directory, oldest first (`tfkd ls --json`): name, kind, created, state, planned and
-    ended trials, best and metric (null in a comparison and before a trial is of full length), and of one that cannot be
-    read state `unreadable` and why.
+    """Return the experiments in a storage directory, oldest first (`tfkd ls --json`).
+
+    Keys: name, kind, created, state, planned and ended trials, best and metric (null in a
+    comparison and before a trial is of full length). One that cannot be read has the state
+    `unreadable` and the reason.
     """
     if not storage.is_dir():
         raise ConfigError(
@@ -712,11 +732,14 @@ def ls(storage: Path) -> list[dict[str, Any]]:
 
 
 HEADS = ("experiment.yaml", "confirm.yaml")
-"""Files by which an experiment is known."""
+"""Files that mark a directory as an experiment."""
 
 
 def _experiments_in(storage: Path) -> Iterator[tuple[Path, str]]:
-    """(directory, why it cannot be read) of all experiments, and of directories that do not say what they are."""
+    """Return (directory, error) of all experiments and of unclear directories.
+
+    The error is None if the experiment can be read.
+    """
     try:
         inside = sorted(p for p in storage.iterdir() if not p.name.startswith("."))
     except OSError as error:
@@ -725,14 +748,14 @@ def _experiments_in(storage: Path) -> Iterator[tuple[Path, str]]:
         try:
             if stat.S_ISDIR(path.stat().st_mode) and any(p.name in HEADS for p in path.iterdir()):
                 yield path, ""
-        except FileNotFoundError:  # a link to what is gone, or gone since
+        except FileNotFoundError:  # a link to a missing target, or removed meanwhile
             continue
         except OSError as error:
             yield path, f"cannot be read: {error.strerror}"
 
 
 def ls_lines(found: Sequence[dict[str, Any]], width: int = TERMINAL_WIDTH) -> list[str]:
-    """The experiments as lines of at most `width` columns."""
+    """Return the experiments as lines of at most `width` columns."""
     if not found:
         return ["no experiments here"]
     lines = [f"{'experiment':<28} {'created':<16} {'state':<11} {'ended':>9}  best"]
@@ -745,7 +768,7 @@ def ls_lines(found: Sequence[dict[str, Any]], width: int = TERMINAL_WIDTH) -> li
         lines.append(
             f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}"
         )
-        if entry["why"]:  # whole, on lines of its own
+        if entry["why"]:  # in full, on lines of their own
             why = on_one_line(entry["why"])
             lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")
     return [fitted(line.rstrip(), width) for line in lines]

@@ -1,9 +1,10 @@
 """TensorBoard events of a sweep: a Tune callback, usable in any `ray.tune.Tuner`.
 
-One events file a trial in `<folder>/<trial name>/`, a step an epoch, few and stable tags. HParams: one experiment
-summary at the root, so that every searched parameter is a column; each trial says its values when it starts and its
-true status when it ends, in a file of its own, because TensorBoard believes the first status that it reads. Until then
-TensorBoard calls it `Unknown`. Written with TensorBoard's own writer, not TensorFlow's.
+Each trial has one events file in `<folder>/<trial name>/`, with one step an epoch and few, stable
+tags. HParams: one experiment summary at the root makes every searched parameter a column. Each
+trial writes its values when it starts. It writes its status when it ends, in a separate file,
+because TensorBoard keeps the first status that it reads; until then it shows `Unknown`. The writer
+is TensorBoard's own, not TensorFlow's.
 
 Shapes: N = images, K = classes.
 """
@@ -52,14 +53,14 @@ TAGS = {
     "lr": "opt/lr",
     "images_per_s": "sys/img_per_s",
 }
-"""Our metrics, and what else an epoch tells, by their tags; losses are in nats, accuracies fractions. kd/grad_ratio:
-how much larger the soft part's gradient by the logits is than that of CE. model/parameters is there where it is
-searched for."""
+"""TensorBoard tags of metrics and of other numbers of an epoch; losses are in nats, accuracies
+fractions. kd/grad_ratio: how much larger the soft part's gradient by the logits is than that of CE.
+model/parameters exists if the search is about it."""
 VALUE = "hp/value"
-"""The trial's value by the selection rule: HParams' metric. The same goes under objective/NAME, because charts under
-Custom Scalars can choose among tags, and not among runs."""
+"""The trial's value by the selection rule: the metric of HParams. It also has the tag
+objective/NAME, because charts under Custom Scalars can select tags, but not runs."""
 EPOCHS = "hp/epochs"
-"""Epochs that the trial ran, written when it ends: less than all where it was stopped early."""
+"""Epochs that the trial ran, written at its end; fewer than all if it was stopped early."""
 
 
 class TensorBoard(OwnCallback):
@@ -89,7 +90,7 @@ class TensorBoard(OwnCallback):
     def on_begin(self) -> None:
         if self._space is None:
             return
-        for old in self._folder.glob("events.*.space"):  # a resumed sweep may have a wider space
+        for old in self._folder.glob("events.*.space"):  # the space of a resumed sweep may be wider
             old.unlink()
         writer = EventFileWriter(str(self._folder), filename_suffix=".space")
         _add(writer, 0, _experiment(_hparam_columns(self._space), _metrics(self._space)))
@@ -110,21 +111,22 @@ class TensorBoard(OwnCallback):
         name = str(trial) if assignment is None else assignment.name
         if (
             self._owners.setdefault(name, trial.trial_id) != trial.trial_id
-        ):  # a `Repeater` repeats it
+        ):  # a `Repeater` runs it again
             name = f"{name}-{trial.trial_id}"
         folder = self._folder / name
         is_new = not list(folder.glob("events.*"))
-        for old in folder.glob("events.*.end"):  # it is tried again
+        for old in folder.glob("events.*.end"):  # the trial is retried
             old.unlink()
         writer = EventFileWriter(str(folder))
         if is_new or (assignment is not None and assignment.directory is not None):
             _void_from(writer, seen + 1)
-        else:  # only its first result says where it goes on
+        else:  # only its first result shows where it continues
             self._void.add(trial.trial_id)
         values, group = dict(trial.evaluated_params), ""
         if assignment is not None:
             values = dict(assignment.parameters)
-            # the seeds of an arm are one session group; in TensorBoard a group's name is shared by all experiments
+            # the seeds of an arm are one session group; all experiments in TensorBoard share group
+            # names
             group = f"{assignment.arm or assignment.name} ({self._folder.absolute().parent.name})"
         objective = _objective(trial)
         values = values if objective is None else {"objective": objective, **values}
@@ -134,7 +136,7 @@ class TensorBoard(OwnCallback):
             plain = _plain_training(config)
             _add(writer, 0, _text_summary("trial/change", _change(plain, config)))
             _add(writer, 0, _text_summary("trial/config", _again(assignment.name, config)))
-            if assignment.arm is None:  # else each seed would have it
+            if assignment.arm is None:  # seeds of an arm would repeat it
                 _add_targets(writer, config["objective"], plain.data.num_classes)
         writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
@@ -153,7 +155,7 @@ class TensorBoard(OwnCallback):
         assignment = Assignment.find(trial.config)
         if (
             assignment is None or assignment.directory is None
-        ):  # a trainable of the user's own, with metrics of its own
+        ):  # a user's own trainable, with its own metrics
             own = {
                 key: as_number(value)
                 for key, value in flatten_dict(dict(metrics)).items()
@@ -205,7 +207,7 @@ class TensorBoard(OwnCallback):
             writer.close()
 
     def _is_own(self, key: str) -> bool:
-        """Whether a result's key, flattened, is a metric of the user's, and neither Ray's nor one that has a tag."""
+        """Return whether a result's flattened key is a metric of the user's own."""
         return (
             key not in _RAYS_OWN
             and key not in self._tags
@@ -224,7 +226,7 @@ def _objective(trial: Any) -> str | None:
 
 
 def _void_from(writer: EventFileWriter, step: int) -> None:
-    """Make void what earlier files of a run say of this step and all that follow."""
+    """Discard what earlier files of a run contain from this step on."""
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
 
@@ -235,15 +237,16 @@ _RAYS_OWN = {
 
 
 def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
-    """Events that show a finished comparison: test accuracies as HParams' values, a margin chart of the arms, figures.
+    """Write a finished comparison: test accuracies for HParams, a margin chart of arms, figures.
 
-    The chart, under Custom Scalars, shows mean and 95 % interval of each run `arms/NAME` after 2, 3, ... n seeds. Each
-    has a reliability diagram, and the change of every class against plain training.
+    The chart, under Custom Scalars, shows mean and 95 % interval of each run `arms/NAME` after 2,
+    3, ... n seeds. Each has a reliability diagram, and the change of every class against plain
+    training.
 
     Args:
         folder: `tb` of the comparison's directory, where the runs' events are.
-        arms: by arm's name: `runs` their names, `values` their metric on test, and for each number of seeds from 2 on
-            `mean`, `low` and `high`.
+        arms: by arm's name: `runs` their names, `values` their metric on test, and for each number
+            of seeds from 2 on `mean`, `low` and `high`.
     """
     for old in (
         *folder.glob("events.*"),
@@ -296,9 +299,9 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
 
 @only_reading()
 def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
-    """A folder that shows several experiments or comparisons, by name: links to their runs, and one summary of all.
+    """Fill a folder that shows several experiments: links to their runs, and one summary.
 
-    TensorBoard takes the columns of HParams from one summary only. Called again, it links the runs that are new.
+    TensorBoard takes the columns of HParams from one summary only. Further calls link new runs.
     """
     for name, experiment in experiments.items():
         (folder / name).mkdir(exist_ok=True)
@@ -319,7 +322,7 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
             metrics |= _metrics(space)
             spaces.append(space)
         for column in found:
-            if columns.setdefault(column.name, column) != column:  # another range
+            if columns.setdefault(column.name, column) != column:  # the ranges differ
                 columns[column.name] = api_pb2.HParamInfo(
                     name=column.name, type=column.type, differs=True
                 )
@@ -333,7 +336,7 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
 
 
 def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path) -> str:
-    """What is searched and by what command, in Markdown."""
+    """Return what is searched and by what command, in Markdown."""
     search = space.search
     lines = [
         f"**{experiment.name}**: {search.num_samples} trials of {space.epochs} epochs, proposed by {search.sampler}, "
@@ -358,13 +361,13 @@ def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path
 
 
 def _plain_training(config: Mapping[str, Any]) -> TrainConfig:
-    """The baseline of a trial: cross-entropy with the defaults, on the same data, with the same student."""
+    """Return the baseline of a trial: cross-entropy with the defaults, same data, same student."""
     same = {k: config[k] for k in ("recipe", "data", "student") if k in config}
     return TrainConfig.model_validate({**same, "objective": "ce"})
 
 
 def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
-    """What a configuration has that plain training has not, in Markdown."""
+    """Return the differences of a configuration from plain training, in Markdown."""
     theirs, ours = (dict(_hparam_leaves(tree)) for tree in (plain.model_dump(mode="json"), config))
     paths = [
         p
@@ -398,13 +401,13 @@ def _hparam_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 _BLUE, _GREY, _RED = "#1f77b4", "#999999", "#d62728"
 _MOST = 20
-"""Classes that are shown one by one beside the label, where all others are alike."""
+"""Classes that are drawn one by one beside the label, if all others are equal."""
 
 
 def label_probability(objective: Canonical, num_classes: int) -> float | None:
-    """What a target that is not learnt gives to the label, at its temperature; the other classes share the rest.
+    """Return the label's probability in a target that is not learnt; the others share the rest.
 
-    None where the target is the label alone, or a trained teacher's.
+    None if the target is the label alone, or comes from a trained teacher.
     """
     K = num_classes
     if isinstance(objective, LabelSmoothing):
@@ -417,7 +420,7 @@ def label_probability(objective: Canonical, num_classes: int) -> float | None:
 
 
 def _add_targets(writer: EventFileWriter, tree: Any, num_classes: int) -> None:
-    """Write a figure of an objective's soft targets beside those of usual label smoothing, as the paper has it."""
+    """Write a figure, as in the paper, of soft targets beside those of usual label smoothing."""
     objective, usual = TypeAdapter(Objective).validate_python(tree), LabelSmoothing()
     label, theirs = (label_probability(o, num_classes) for o in (objective, usual))
     if label is None or theirs is None:
@@ -443,7 +446,7 @@ def _add_targets(writer: EventFileWriter, tree: Any, num_classes: int) -> None:
 
 
 def _reliability(bins: Any, ece: float) -> Image.Image:
-    """Accuracy by confidence; `bins` [3, bins] sums images, confidences and right ones."""
+    """Draw accuracy by confidence; `bins` [3, bins] sums images, confidences and right answers."""
     count, confidence, right = bins
     accuracy, sure = (
         np.divide(x, count, out=np.zeros(BINS), where=count > 0) for x in (right, confidence)
@@ -460,7 +463,7 @@ def _reliability(bins: Any, ece: float) -> Image.Image:
 
 
 def _per_class(change: Any, plain: str) -> Image.Image:
-    """Differences in accuracy [K], largest first, in points."""
+    """Draw differences in accuracy [K], largest first, in points."""
     order = np.argsort(-change)
     labels = [str(k) if len(change) <= _MOST else "" for k in order]
     high = max(1.0, float(abs(100 * change).max()))
@@ -475,7 +478,10 @@ def _per_class(change: Any, plain: str) -> Image.Image:
 
 
 def _judged_runs(files: Sequence[Path]) -> tuple[Any, Any, float]:
-    """(accuracy of each class [K], mean over runs; sums of each bin, see `binned`; mean calibration error)."""
+    """Return accuracy of each class [K], mean over runs; sums of each bin; mean calibration error.
+
+    See `binned`.
+    """
     accuracies, bins, errors = [], np.zeros((3, BINS)), []
     for file in files:
         arrays = load_file(file)
@@ -490,7 +496,7 @@ def _judged_runs(files: Sequence[Path]) -> tuple[Any, Any, float]:
 
 
 def _plain_value(arm: Arm, arms: Any) -> str | None:
-    """The arm that this one's classes are compared with: the one it names, or plain training of the same student."""
+    """Return the arm to compare classes with: the named one, or plain training."""
     if arm.baseline or arm.config.objective.name == "ce":
         return arm.baseline
     same = [
@@ -509,14 +515,14 @@ def _bars(
     caption: str,
     beside: Any = None,
 ) -> Image.Image:
-    """A bar chart; `beside` has the heights of a second bar, grey, beside each."""
+    """Draw a bar chart; `beside` has the heights of second, grey bars."""
     width, height, left, top, bottom = (
         360,
         250,
         46,
         30,
         48,
-    )  # about what TensorBoard shows; it scales roughly
+    )  # about the size shown; TensorBoard scales images coarsely
     image = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     low, high = ends
@@ -558,7 +564,7 @@ def _chart(title: str, *tags: str) -> layout_pb2.Chart:
 
 
 def _charts(spaces: Sequence[Space]) -> list[layout_pb2.Category]:
-    """Custom Scalars of sweeps."""
+    """Return the Custom Scalars of sweeps."""
     branches = [b for space in spaces for b in space.branches]
     parts = [
         _chart("parts of the loss, unweighted", "train/loss_ce", "train/loss_kd"),
@@ -637,7 +643,7 @@ def _scalar(tag: str, value: float) -> summary_pb2.Summary:
 
 
 def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
-    """Column names: optim.lr is lr, objective.kd.alpha is kd.alpha, and the whole path where that is not unique."""
+    """Return each parameter's column name: lr for optim.lr, or the whole path if not unique."""
     tails = {p.name: p.name.split(".", 1)[-1] for p in parameters}
     return {
         name: tail if list(tails.values()).count(tail) == 1 else name
@@ -646,7 +652,7 @@ def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
 
 
 def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
-    """How HParams holds each parameter that has choices."""
+    """Return the HParams type of each parameter that has choices."""
     return {p.name: _kind(p.domain.values) for p in parameters if isinstance(p.domain, Choices)}
 
 
@@ -666,7 +672,7 @@ def _experiment(
 
 
 def _metrics(space: Space) -> dict[str, str]:
-    """HParams' metrics of a sweep, by tag: at most 5."""
+    """Return at most 5 HParams metrics of a sweep, by tag."""
     more = {
         TAGS[m]: m
         for m in (*space.search.metrics, "val_nll", "val_ece")
@@ -703,7 +709,7 @@ _TYPES = {
 
 
 def _kind(values: Iterable[Any]) -> str:
-    """How HParams holds all of some values: a column has one kind, and those of several kinds are text."""
+    """Return the HParams type of a column with these values; mixed types become text."""
     found = set()
     for value in values:
         if isinstance(value, bool):
@@ -714,7 +720,7 @@ def _kind(values: Iterable[Any]) -> str:
 
 
 def _hparam(value: Any, kind: str) -> Any:
-    """A value as a column of that kind holds it; text is as YAML has it, where null and "null" differ."""
+    """Return a value for a column of that type; text is YAML, in which null and "null" differ."""
     return in_yaml(value) if kind == "string_value" else value
 
 
@@ -724,10 +730,10 @@ def _session_start(
     columns: Mapping[str, str],
     kinds: Mapping[str, str] | None = None,
 ) -> summary_pb2.Summary:
-    """What HParams is told of a trial.
+    """Return the HParams summary of a trial's start.
 
     Args:
-        kinds: of the columns that are declared, by parameter; see `_kind`.
+        kinds: types of the declared columns, by parameter; see `_kind`.
     """
     info = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time.time())
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""TODO show.trials."""
+"""Tables of trials as text, JSON or CSV, and the log of one trial."""
 
 import csv
 import io
@@ -62,17 +62,18 @@ def trials_table(
     limit: int | None = None,
     output: str = "table",
 ) -> str:
-    """The trials of an experiment as text.
+    """Return the trials of an experiment as text.
 
     A field is trial, number, objective, status, epoch, reason, a metric after the last epoch, or a searched parameter
     by its whole name or its end (`alpha` is that of each trial's own objective).
 
     Args:
         sort: a field, ascending; `FIELD:desc` for descending. Trials without the field come last.
-        filter: `FIELD OP VALUE` each, all of which must hold; OP is one of = != < <= > >=. A value is read as YAML has
-            it: null, true and 1 are no text, and "true" and "1" are. A trial without the field does not match.
+        filter: conditions `FIELD OP VALUE`, all of which must hold; OP is one of = != < <= > >=. A
+            value is YAML: null, true and 1 are not text, "true" and "1" are. A trial without the
+            field does not match.
         columns: fields, comma-separated. None: all for csv and json, a choice of them for a table.
-        limit: most trials that are shown.
+        limit: maximum number of trials.
         output: `table`, `json` (a list of objects) or `csv`.
     """
     plan = read_plan(experiment)
@@ -124,7 +125,7 @@ def trials_table(
 def _row(record: Record) -> Row:
     ends = {
         name.rpartition(".")[2] for name in record.parameters
-    }  # `lr` is what was searched, not the last epoch's
+    }  # `lr` is the searched value, not that of the last epoch
     return {
         "trial": record.name,
         "number": record.number,
@@ -145,7 +146,7 @@ def _value(row: Row, field: str) -> Any:
 def _test(
     text: str, known: set[str], rows: Sequence[Row], plan: ExperimentPlan, problems: list[str]
 ) -> Callable[[Row], bool] | None:
-    """Whether a row passes a filter; what is wrong with the filter goes to `problems`."""
+    """Return whether a row passes a filter; errors of the filter are added to `problems`."""
     parts = re.fullmatch(r"\s*([^\s=!<>]+)\s*(<=|>=|!=|=|<|>)\s*(\S.*?)\s*", text)
     if parts is None:
         problems.append(
@@ -182,7 +183,7 @@ def _test(
 
 
 def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
-    """By a field: numbers before text, rows without it last, equals as they were."""
+    """Sort by a field: numbers before text, rows without it last, otherwise stable."""
 
     def usable(row: Row) -> bool:
         key = key_of(row, field)
@@ -203,7 +204,7 @@ def _plain(value: Any) -> Any:
 
 
 def _cell(row: Row, field: str) -> str:
-    """A value as a table has it: as YAML does, numbers in short; empty where the row lacks it."""
+    """Return a value as a table shows it: YAML, short numbers; empty if the row lacks it."""
     key = key_of(row, field)
     if key is None:
         return ""
@@ -244,10 +245,10 @@ def _columns(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def logs(
     experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5
 ) -> Iterator[str]:
-    """What a trial wrote, line by line: its epochs, and how it ended, with the traceback if it failed.
+    """Yield a trial's log by line: its epochs and how it ended, with the traceback if it failed.
 
     Args:
-        trial: its name, the beginning of one that no other has (t0007), or its number.
+        trial: its name, a unique beginning of it (t0007), or its number.
         follow: wait for more while the trial runs.
     """
     read_plan(experiment)
@@ -283,7 +284,7 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
     while True:
         record = record_of(
             folder
-        )  # first: what is written before it says that it ended is then read
+        )  # read the status first, so that all epochs written before the end are read
         alive = is_running(experiment)
         metrics = read_metrics(folder)
         total = record.config.get("epochs", "?") if record else "?"

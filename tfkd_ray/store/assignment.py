@@ -22,33 +22,33 @@ _OF_BUCKETS = ("store", "endpoint")
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a searcher of ours assigns to a trial, beside its training configuration."""
+    """Values that this package's searchers assign to a trial, beside its training configuration."""
 
     name: str
-    """t0007-tfkd_reg."""
+    """For example t0007-tfkd_reg."""
     epochs: int
-    """Of full length."""
+    """Epochs of a trial of full length."""
     number: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Searched values by parameter name; of a comparison's run its arm and seed."""
+    """Searched values by parameter name; in a comparison the run's arm and seed."""
     arm: str | None = None
-    """Of a comparison's run."""
+    """The arm of a comparison's run."""
     metrics: tuple[str, ...] = ()
     """Metrics that every epoch must report, because the search judges by them."""
     storage: Storage | None = None
-    """Where teachers and experiments go. None: a searcher of the user's own has not said."""
+    """Folder for teachers and experiments. None: a user's own searcher did not set it."""
     directory: Path | None = None
-    """The trial's files: below the storage's folder, or an absolute path. None: a trial of a user's own trainable."""
+    """Folder of its files: below the storage's, or absolute. None: a user's own trainable."""
     home: Place | None = None
-    """Where modules of the user's own are found."""
+    """Place of the user's own modules."""
     avoid: tuple[str, ...] = ()
-    """Ids of the nodes where the trial must not run."""
+    """Ids of the nodes on which the trial must not run."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """Other keys of the section, as they are: a searcher's `place`, or what a user has added."""
+    """Other keys of the section, unchanged: a searcher's `place`, or what a user added."""
 
     @classmethod
     def find(cls, config: Mapping[str, Any]) -> "Assignment | None":
-        """Return the assignment in a trial's configuration; None where another searcher proposed it."""
+        """Return the assignment in a trial's configuration; None if it has no such section."""
         section = config.get(SECTION)
         if not isinstance(section, Mapping) or not set(_REQUIRED) <= set(section):
             return None
@@ -61,7 +61,7 @@ class Assignment:
             place = section.get("storage", "")
             if told["directory"].is_relative_to(
                 place
-            ):  # on this node the storage may have another folder
+            ):  # the storage's folder may differ on this node
                 told["directory"] = told["directory"].relative_to(place)
         more = {
             name: value for name, value in section.items() if name not in (*_KNOWN, *_OF_BUCKETS)
@@ -80,7 +80,7 @@ class Assignment:
         return found
 
     def section(self) -> dict[str, Any]:
-        """Return the plain dictionary that goes into Ray's configuration; what is not set is left out."""
+        """Return the plain dictionary for Ray's configuration; it omits unset values."""
         section = {name: getattr(self, name) for name in _KNOWN}
         for name in _LISTS:
             section[name] = list(section[name]) or None
@@ -93,13 +93,13 @@ class Assignment:
 
     @property
     def folder(self) -> Path:
-        """The trial's directory on this node, of a trial that has one."""
+        """Return the trial's directory on this node; the trial must have one."""
         assert self.directory is not None, f"{self.name} has no directory"
         return self.directory if self.storage is None else self.storage.folder / self.directory
 
     @property
     def place(self) -> tuple[Storage, Path]:
-        """(storage, the trial's directory) on this node. Where no storage is named, there are no teachers."""
+        """Return (storage, trial directory) here. Without a storage there are no teachers."""
         return self.storage or Directory(self.folder), self.folder
 
 

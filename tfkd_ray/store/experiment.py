@@ -1,4 +1,4 @@
-"""An experiment's directory: what is in it, written and read plainly. No Ray, no torch, no unpickling.
+"""An experiment's directory: its files, read and written without Ray, torch or unpickling.
 
     experiment.yaml                the space as it was understood, versions, git commit, seeds, command line
     study.journal                  Optuna's journal: proposals, values after every epoch, ends
@@ -7,11 +7,11 @@
         trial.json                 number, objective, searched parameters, configuration, status, reason
         metrics.jsonl              one line an epoch
         student.safetensors        weights after the last epoch (full-length trials)
-        last.ckpt, before.ckpt     run state to go on from, and the one before it; gone when it has ended
+        last.ckpt, before.ckpt     run state to resume from, and the one before; removed at the end
     tb/t0007-tfkd_reg/             TensorBoard events
     trials/*.pkl, *.json           Ray Tune's own files; nothing here reads them
 
-`teachers/` lies beside the experiments, because teachers are shared by them.
+`teachers/` lies beside the experiments, which share them.
 """
 
 import contextlib
@@ -47,45 +47,46 @@ from tfkd_ray.verdict import scores
 
 STATUSES = ("running", "done", "stopped", "failed", "interrupted")
 MOST_JSON_BYTES = 2**26
-"""Of a JSON file: far more than any of ours has."""
+"""Most bytes of a JSON file, far more than any of ours has."""
 MOST_EPOCHS = 10**7
 VERSION = 1
-"""Of this layout; raised when a reader must know the difference."""
+"""Version of this layout. Increase it when a reader must know the difference."""
 
 
 FULL_LENGTH = "full_length"
-"""In a trial's last result: the user's own `RunConfig.stop` has ended it, so it is of full length."""
+"""Key of a trial's last result: the user's own `RunConfig.stop` ended the trial, so it counts as of
+full length."""
 
 
 def as_number(value: Any) -> float | None:
-    """A number as a float, numpy's and what holds just one included; None for anything else."""
+    """Return a number, or an array of just one, as a float; None for anything else."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     return float(value) if isinstance(value, numbers.Real) else None
 
 
 def trials_folder(experiment: Path) -> Path:
-    """Where the trials' folders are; also Ray Tune's experiment directory."""
+    """Return the folder of the trials' folders, which is Ray Tune's experiment directory."""
     return experiment / "trials"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A trial as its files tell it."""
+    """A trial, as read from its files."""
 
     folder: Path
     number: int
     name: str
     objective: str
     status: str
-    """running, done, stopped (early), failed, interrupted."""
+    """One of running, done, stopped (early), failed, interrupted."""
     parameters: dict[str, Any]
     config: dict[str, Any]
     reason: str | None = None
     lost: int = 0
-    """Times that its process was lost, and it went on; no failure of its own."""
+    """Times that its process was lost and the trial resumed; not a failure of its own."""
     metrics: list[dict[str, float]] = field(default_factory=list)
-    """One entry an epoch."""
+    """Metrics of each epoch."""
 
     @property
     def last(self) -> dict[str, float]:
@@ -94,7 +95,7 @@ class Record:
 
 
 def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str]) -> None:
-    """Write experiment.yaml: everything needed to say what was run, and to run it again."""
+    """Write experiment.yaml: everything needed to describe the run and to repeat it."""
     seeds = {
         "trials": tree["seed"],
         "proposals": tree["search"]["seed"],
@@ -108,7 +109,10 @@ def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str])
 
 
 def about_now(argv: list[str], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs here and now: layout, time, command, versions, git commit; for code of one's own, the directory."""
+    """Return what runs here and now: layout, time, command, versions, git commit.
+
+    With the user's own code, also the directory.
+    """
     directory = {"directory": own_code.here()["directory"]} if own_code.is_needed(tree) else {}
     return {
         **directory,
@@ -124,7 +128,7 @@ def about_now(argv: list[str], tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_experiment(experiment: Path) -> dict[str, Any]:
-    """What experiment.yaml says, or a ConfigError if the directory is no experiment."""
+    """Read experiment.yaml; raise a ConfigError if the directory is no experiment."""
     if not os.path.lexists(experiment / "experiment.yaml"):
         raise ConfigError("not an experiment: there is no experiment.yaml in it", experiment)
     about = read_yaml(experiment / "experiment.yaml", follow=False)
@@ -144,14 +148,14 @@ def read_experiment(experiment: Path) -> dict[str, Any]:
 
 
 def selection_metric(experiment: Path) -> str:
-    """The metric that a sweep chooses its best trial by."""
+    """Return the metric by which a sweep chooses its best trial."""
     about = read_experiment(experiment)
     with damaged(experiment / "experiment.yaml"):
         return scores.score_of(about["space"]["search"]["metric"]).key
 
 
 def read_records(experiment: Path) -> list[Record]:
-    """All trials, by number; a line that is only half there yet is left out."""
+    """Read all trials, by number; a line that is still being written is left out."""
     return [
         read_record(folder)
         for folder in trial_folders(experiment)
@@ -160,7 +164,7 @@ def read_records(experiment: Path) -> list[Record]:
 
 
 def trial_folders(experiment: Path) -> list[Path]:
-    """All folders of trials, by name. One that is a link is none: its trial is counted where it lies."""
+    """Return the folders of all trials, by name, without links: their trials count elsewhere."""
     above = trials_folder(experiment)
     if above.is_symlink():
         raise ConfigError(f"is a link to {above.readlink()}; put there the folder itself", above)
@@ -169,22 +173,23 @@ def trial_folders(experiment: Path) -> list[Path]:
             return sorted(
                 Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)
             )
-    except FileNotFoundError:  # no trial has begun
+    except FileNotFoundError:  # no trial has started yet
         return []
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", above) from None
 
 
 _CREATED, _STATE, _EPOCH, _NOTE = (b'{"op_code":%d,' % code for code in (4, 6, 7, 8))
-"""How lines of Optuna's journal begin that make a trial, end it, tell an epoch of it, note something of it."""
+"""First bytes of the lines of Optuna's journal that create a trial, end it, report an epoch, set an
+attribute."""
 
 
 def gone_trials(experiment: Path) -> list[str]:
-    """Names of the trials that study.journal has told epochs or ends of, and whose folders are gone."""
+    """Return the trials with epochs or an end in study.journal whose folders are gone."""
     journal = experiment / "study.journal"
     names: list[str | None] = []
     told: set[int] = set()
-    if not journal.is_file():  # a database has them, which readers do not ask
+    if not journal.is_file():  # the study is in a database, which readers do not query
         return []
     with journal.open("rb") as file:
         for line in file:
@@ -193,7 +198,7 @@ def gone_trials(experiment: Path) -> list[str]:
                 continue
             with contextlib.suppress(
                 ValueError, KeyError, TypeError, IndexError
-            ):  # said when the journal is opened
+            ):  # reported when the journal is opened
                 about = parse_json(line)
                 if line.startswith(_CREATED):
                     given = about.get("user_attrs") or {}
@@ -211,23 +216,23 @@ def gone_trials(experiment: Path) -> list[str]:
 
 
 _ENDED = (1, 2, 3)
-"""Optuna's numbers of states: complete, pruned, failed."""
+"""Optuna's codes of final states: complete, pruned, failed."""
 
 
 def gone_sentence(names: Sequence[str]) -> str:
-    """What is said of trials whose folders are gone."""
+    """Return the sentence about trials whose folders are gone."""
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     what = "its folder is" if len(names) == 1 else "their folders are"
     return f"the study has {listed}, and {what} gone: what they came to is in the study alone; put the folders back"
 
 
 def read_record(folder: Path) -> Record:
-    """One trial, or a ConfigError if a file of it is damaged."""
+    """Read one trial; raise a ConfigError if one of its files is damaged."""
     return as_record(folder, read_metrics(folder))
 
 
 def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
-    """What trial.json says, with these metrics."""
+    """Return the trial of a trial.json's content, with these metrics."""
     path = folder / "trial.json"
     try:
         about = parse_json(read_text(path))
@@ -251,13 +256,13 @@ def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
 
 
 def write_record(record: Record) -> None:
-    """Write trial.json, whole."""
+    """Write trial.json atomically."""
     about = {k: v for k, v in record.__dict__.items() if k not in ("folder", "metrics")}
     write_text(record.folder / "trial.json", json.dumps(about, indent=1) + "\n", durable=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The whole lines of metrics.jsonl."""
+    """Read the complete lines of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -267,7 +272,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def as_metrics(line: str | bytes) -> dict[str, float]:
-    """A line of metrics.jsonl; a ValueError if it is none."""
+    """Parse a line of metrics.jsonl; raise a ValueError if it is none."""
     found = parse_json(line)
     if not isinstance(found, dict) or not all(_is_json_number(value) for value in found.values()):
         raise ValueError(f"no metrics of an epoch: {str(found)[:80]}")
@@ -278,21 +283,21 @@ def as_metrics(line: str | bytes) -> dict[str, float]:
 
 
 def _is_json_number(value: Any) -> bool:
-    """Also nan and infinity, which a trial that diverges reports."""
+    """Return whether a value is a JSON number, or NaN or infinity as diverging trials report."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     )
 
 
 def read_teachers(storage: Path) -> list[dict[str, Any]]:
-    """What teacher.json says of every finished teacher under a storage directory, by name."""
+    """Read teacher.json of every finished teacher under a storage directory, by name."""
     return [
         read_teacher(path.parent) for path in sorted((storage / "teachers").glob("*/teacher.json"))
     ]
 
 
 def read_teacher(folder: Path) -> dict[str, Any]:
-    """What teacher.json says of a teacher, or a ConfigError if it is damaged."""
+    """Read a teacher's teacher.json; raise a ConfigError if it is damaged."""
     path = folder / "teacher.json"
     with damaged(path):
         about: dict[str, Any] = parse_json(read_text(path))
@@ -306,7 +311,7 @@ def read_teacher(folder: Path) -> dict[str, Any]:
 
 
 def read_spent(experiment: Path) -> dict[str, float]:
-    """What spent.json says: `seconds` that drivers ran, and `trial_seconds`; both 0 where there is none."""
+    """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it."""
     path = experiment / "spent.json"
     if not path.exists():
         return {"seconds": 0.0, "trial_seconds": 0.0}
@@ -319,7 +324,7 @@ def read_spent(experiment: Path) -> dict[str, float]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; whatever is wrong with it is a ValueError."""
+    """Parse a JSON text; any problem raises a ValueError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -327,7 +332,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A text file of an experiment; one that is larger than any of ours is not read, and a ValueError."""
+    """Read a text file of an experiment; raise a ValueError if it is larger than any of ours."""
     with opened(path, follow=False) as file:
         content = file.read(MOST_JSON_BYTES + 1)
     if len(content) > MOST_JSON_BYTES:
@@ -337,7 +342,7 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def damaged(path: Path) -> Iterator[None]:
-    """A file that does not read as we write it is a ConfigError."""
+    """Turn errors of reading a damaged file into a ConfigError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
@@ -350,9 +355,9 @@ def damaged(path: Path) -> Iterator[None]:
 
 
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:
-    """Add a line to a file, which is made if it is not there; a link in its place is an OSError.
+    """Append a line to a file, which is created if needed; raise an OSError if the path is a link.
 
-    A line before it that a full disk has cut stays a line of its own.
+    If a full disk cut the line before it, that one stays a line of its own.
     """
     handle = os.open(
         path,
@@ -369,9 +374,10 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
 
 
 def check_no_links(experiment: Path) -> None:
-    """Raise where a link, a pipe or a device stands in an experiment: who writes there would write to what it names.
+    """Raise if an experiment contains a link, a pipe or a device: a write there would go elsewhere.
 
-    Ours are two: result.json, which names the metrics.jsonl beside it, and Optuna's lock, which nobody opens.
+    Two links are ours: result.json, to the metrics.jsonl beside it, and Optuna's lock, which is
+    never opened.
     """
     found = []
     for where, folders, names in os.walk(experiment):
@@ -391,7 +397,10 @@ def check_no_links(experiment: Path) -> None:
 
 
 def check_output(path: Path, option: str) -> None:
-    """Raise where what stands at a path may not be replaced: a link, a directory, a device; see `write_output`."""
+    """Raise if the path is a link, a directory or a device, which may not be replaced.
+
+    See `write_output`.
+    """
     if descriptor_of(path) is not None:
         return
     kind = kind_of(path, follow=False)
@@ -404,9 +413,9 @@ def check_output(path: Path, option: str) -> None:
 
 
 def write_output(path: Path, text: str) -> bool:
-    """Write a text to where a person wants it; whether it became a file there.
+    """Write a text to a path that a user named; return whether it became a file there.
 
-    What is meant as a stream gets it as it is: /dev/stdout, what a shell calls /dev/fd/63, a named pipe with a reader,
+    Streams get the text directly: /dev/stdout, a shell's /dev/fd/63, a named pipe with a reader,
     /dev/null.
     """
     number = descriptor_of(path)
@@ -414,7 +423,7 @@ def write_output(path: Path, text: str) -> bool:
         write_text(path, text)
         return True
     try:
-        # a pipe without a reader is an error, not a wait
+        # without a reader, opening a pipe is an error instead of a wait
         handle = (
             os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
             if number is None
@@ -431,7 +440,7 @@ def write_output(path: Path, text: str) -> bool:
 
 
 def check_new(experiment: Path) -> None:
-    """Raise where an experiment of this name is there already, or cannot be made there."""
+    """Raise if an experiment of this name exists, or cannot be created there."""
     check_name(experiment.name)
     if experiment.is_symlink():
         raise ConfigError(
@@ -444,11 +453,11 @@ def check_new(experiment: Path) -> None:
 
 
 RESERVED = {"teachers", "test_openings.jsonl"}
-"""Names in a storage directory that no experiment may have: they are of what experiments share."""
+"""Names in a storage directory that are reserved for what experiments share."""
 
 
 def check_name(name: str) -> None:
-    """Raise where an experiment cannot have a name."""
+    """Raise if this is no valid name for an experiment."""
     given = f"--name {legible(name)!r}" if not name.isprintable() else f"--name {name}"
     if name.casefold() in RESERVED:
         raise ConfigError(
@@ -470,19 +479,20 @@ def check_name(name: str) -> None:
 
 
 LONGEST_NAME = 200
-"""Bytes of an experiment's name: file systems take 255, and names beside it are longer (NAME-confirm)."""
+"""Most bytes of an experiment's name: file systems allow 255, and names derived from it are longer
+(NAME-confirm)."""
 _BEGINNING = {"driver.lock", "driver.txt", "study.journal", "study.journal.lock"}
 
 
 def is_begun(experiment: Path) -> bool:
-    """Whether a directory is what a driver has left that was killed before it had written experiment.yaml."""
+    """Return whether a driver was killed in this directory before it wrote experiment.yaml."""
     names = {p.name for p in experiment.iterdir()} if experiment.is_dir() else set()
     names = {name for name in names if not name.endswith(PART)}
     return "driver.lock" in names and names <= _BEGINNING
 
 
 class _Judged(Protocol):
-    """The part of a `Record` that is needed to rank it."""
+    """The part of a `Record` that ranking needs."""
 
     @property
     def status(self) -> str: ...
@@ -496,20 +506,25 @@ _J = TypeVar("_J", bound=_Judged)
 
 
 def ranked_trials(records: Iterable[_J], metric: str) -> list[_J]:
-    """Full-length trials by their value of a metric, best first; of equals the first. NaN is no value."""
+    """Return full-length trials, best first by a metric; of equals the first one first.
+
+    Trials whose value is NaN are left out.
+    """
     full = sorted((r for r in records if r.status == "done"), key=lambda r: r.number)
     return scores.ranked(full, metric, lambda r: r.last.get(metric, math.nan))
 
 
 def best(records: Iterable[_J], metric: str) -> _J | None:
-    """The first of `ranked_trials`; None where no trial of full length has a value."""
+    """Return the first of `ranked_trials`; None if no trial of full length has a value."""
     return next(iter(ranked_trials(records, metric)), None)
 
 
 def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
-    """The full-length trials that no other beats: none is at least as good in every metric and better in one.
+    """Return the full-length trials that no other beats.
 
-    Best in the first metric first; of equals all are in, the first of them first.
+    A trial beats another if it is at least as good in every metric and better in one.
+
+    The best in the first metric comes first. Equal trials are all included, in their order.
     """
 
     def values(record: _J) -> tuple[float, ...]:
@@ -529,7 +544,7 @@ def pareto(records: Iterable[_J], metrics: Sequence[str]) -> list[_J]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the repository in the current directory, with '+' where files differ from it; None outside of one."""
+    """Return the commit of the repository here, or None; with '+' if files differ from it."""
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True

@@ -1,7 +1,8 @@
-"""How buckets hold experiments: `s3://BUCKET/PREFIX` and `gs://BUCKET/PREFIX`, behind `storage.Mirror`.
+"""Experiments in buckets: `s3://BUCKET/PREFIX` and `gs://BUCKET/PREFIX`, behind `storage.Mirror`.
 
-What is appended to cannot live there, so every node has a mirror on its own disk, below ~/.cache/tfkd_ray/storage/, and
-all else works on the mirror's paths. Each object has one writer:
+Buckets cannot append to objects. So every node has a mirror on its own disk, below
+~/.cache/tfkd_ray/storage/, and all other code works on the mirror's paths. Each object has one
+writer:
 
     the driver          everything but what follows: uploaded as it changes, the study last, by `Upload`
     a trial's process   its run state, weights and error (`OF_TRIALS`), by `send`; fetched by `bring` where it starts
@@ -42,15 +43,15 @@ if TYPE_CHECKING:
 
 
 UPLOAD_S = 10.0
-"""How often a driver uploads what changed, which is the most that losing its disk loses."""
+"""Seconds between a driver's uploads: the most work lost with its disk."""
 STALE_S = 60.0
-"""A driver that has not refreshed its hold for so long is taken for dead."""
+"""Seconds after which a driver that has not refreshed its claim counts as dead."""
 PATIENCE_S = 300.0
-"""How long a trial waits for a store that does not answer, where it cannot go on without."""
+"""Seconds that a trial waits for a store that it cannot continue without."""
 UPLOAD_END_S = 60.0
-"""How long a driver that is done tries to upload the rest."""
+"""Seconds that a driver tries to upload the rest at its end."""
 AT_ONCE = 16
-"""Requests in flight."""
+"""Concurrent requests."""
 
 OF_TRIALS = (
     "last.ckpt",
@@ -60,7 +61,7 @@ OF_TRIALS = (
     "error.txt",
     "out_of_memory",
 )
-"""Files in a trial's folder that its own process writes, on whichever node."""
+"""Files in a trial's folder that the trial's own process writes, on its node."""
 DRIVER_FILE = "driver.json"
 _INDEX, _SESSION, _MARK = ".objects.json", ".session", ".store.json"
 
@@ -95,18 +96,18 @@ Want = Callable[[str], bool]
 
 
 class Object(NamedTuple):
-    """What a listing says of an object."""
+    """Size and time of an object, as a listing gives them."""
 
     size: int
     time: float
-    """When it was written, by the store's clock."""
+    """Time of writing, by the store's clock."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
     """A place for experiments and teachers on object storage: s3://BUCKET/PREFIX.
 
-    Names of objects are relative to it, with slashes.
+    Object names are relative to it, with slashes.
     """
 
     url: str
@@ -120,7 +121,7 @@ class Store:
         return cache_folder() / "storage" / f"{readable}-{digest}"
 
     def objects(self, below: str = "") -> dict[str, Object]:
-        """All objects below a name, by name; none where there is nothing. OSError as everywhere here."""
+        """Return all objects below a name, by name. Raises an OSError, as all methods do."""
         from pyarrow.fs import FileType
 
         found = self._listed(below, recursive=True)
@@ -130,13 +131,13 @@ class Store:
             for i in found
             if i.type == FileType.File
         }
-        # what others named like a way out of the mirror, or like what is kept in it, is none of ours
+        # skip names that would escape the mirror or collide with its own files
         return {
             name: about for name, about in files.items() if not re.search(r"(^|/)(\.|/|$)|\0", name)
         }
 
     def names(self) -> list[str]:
-        """Experiments, and whatever else lies directly below."""
+        """Return the names of experiments and other folders directly below."""
         from pyarrow.fs import FileType
 
         return sorted(
@@ -144,10 +145,10 @@ class Store:
         )
 
     def _listed(self, below: str, *, recursive: bool) -> list[Any]:
-        """What pyarrow says of all below a name; nothing where there is nothing."""
+        """Return pyarrow's entries below a name; empty if it does not exist."""
         from pyarrow.fs import FileSelector
 
-        absent = self.url.startswith("gs://")  # of which pyarrow says that as an error of no kind
+        absent = self.url.startswith("gs://")  # pyarrow raises no specific error
         try:
             selector = FileSelector(self._path(below), recursive=recursive, allow_not_found=absent)
             return list(self._files.get_file_info(selector))
@@ -155,7 +156,7 @@ class Store:
             return []
 
     def read(self, name: str) -> bytes | None:
-        """An object's content; None where there is none."""
+        """Read an object's content; None if it does not exist."""
         try:
             with self._files.open_input_stream(self._path(name)) as file:
                 content: bytes = file.read()
@@ -164,17 +165,17 @@ class Store:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write an object: whole or not at all."""
+        """Write an object atomically."""
         with self._files.open_output_stream(self._path(name)) as file:
             file.write(content)
 
     def remove(self, name: str) -> None:
-        """Remove an object; fine where there is none."""
+        """Remove an object if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self._files.delete_file(self._path(name))
 
     def now(self) -> float:
-        """The store's clock, and that it can be written to."""
+        """Return the time by the store's clock, and test that the store is writable."""
         self.write(
             ".tfkd", b"Written by tfkd to see whether it may. Experiments are beside this.\n"
         )
@@ -182,14 +183,14 @@ class Store:
         return found.time if found else time.time()
 
     def info(self, name: str) -> Object | None:
-        """What is said of one object; None where there is none."""
+        """Return size and time of one object; None if it does not exist."""
         from pyarrow.fs import FileType
 
         found = self._files.get_file_info(self._path(name))
         return Object(found.size, found.mtime.timestamp()) if found.type == FileType.File else None
 
     def mark(self) -> Path:
-        """Make the mirror, so that `store_of` knows it; returns its folder."""
+        """Make the mirror, so that `store_of` recognises it; return its folder."""
         if not (self.folder / _MARK).exists():
             write_text(
                 self.folder / _MARK, json.dumps({"url": self.url, "endpoint": self.endpoint})
@@ -197,7 +198,7 @@ class Store:
         return self.folder
 
     def trouble(self, error: Exception) -> str:
-        """What an error of the store's is about, with a way out."""
+        """Return a sentence on an error of the store, with a way out."""
         from urllib.request import getproxies
 
         scheme, text = self.url.partition("://")[0], str(error)
@@ -212,7 +213,7 @@ class Store:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.url, self.endpoint)  # no connection, and no credentials of one
+        return Store, (self.url, self.endpoint)  # without connection and credentials
 
     def _path(self, name: str) -> str:
         return "/".join(part for part in (self.url.partition("://")[2], name) if part)
@@ -224,14 +225,14 @@ class Store:
         scheme, _, rest = self.url.partition("://")
         if scheme == "gs":
             by, _, host = self.endpoint.partition("://")
-            # an emulator, by Google's own variable, which wants no credentials
+            # an emulator, named by Google's own variable, needs no credentials
             other = {"endpoint_override": host, "scheme": by, "anonymous": True} if host else {}
             return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=8), **other)
         other = dict(zip(("scheme", "endpoint_override"), self.endpoint.split("://"), strict=False))
         if not self.endpoint:
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             other = {"region": region or fs.resolve_s3_region(rest.partition("/")[0])}
-        # small objects in one request each; what does not answer is given up within 10 s
+        # objects are small, so one request each; give up within 10 s without an answer
         strategy = fs.AwsStandardS3RetryStrategy(max_attempts=2)
         return fs.S3FileSystem(
             connect_timeout=2,
@@ -246,7 +247,7 @@ class Store:
 
 
 def store_at(url: str) -> Store:
-    """The store that a URL names; a ConfigError if it names none. Asks nothing of a network."""
+    """Return the store that a URL names, or raise a ConfigError; needs no network."""
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -255,7 +256,7 @@ def store_at(url: str) -> Store:
         ) from None
     if (
         "@" in parts.netloc or parts.query or parts.fragment
-    ):  # which may hold a secret, so it is not repeated
+    ):  # not repeated in the message: it may hold a secret
         raise ConfigError(
             f"storage: {parts.scheme}://BUCKET/PREFIX, and nothing more: credentials come from the environment "
             f"({_HELP.get(parts.scheme, 'see docs/storage.md')}), an endpoint from AWS_ENDPOINT_URL, a region from "
@@ -284,10 +285,10 @@ def store_at(url: str) -> Store:
 
 
 def experiment_at(url: str) -> tuple[Store, str]:
-    """(store, name) of an experiment's URL."""
+    """Return (store, name) of an experiment's URL."""
     whole = store_at(url)
     above, _, name = whole.url.rpartition("/")
-    if above.endswith("/"):  # there is a bucket and nothing more
+    if above.endswith("/"):  # the URL has only a bucket
         raise ConfigError(
             f"an experiment's URL is STORAGE/NAME, such as {whole.url}/digits-1, got {url}"
         )
@@ -295,7 +296,7 @@ def experiment_at(url: str) -> tuple[Store, str]:
 
 
 def store_of(folder: Path) -> Store | None:
-    """The store that a folder is the mirror of; None for any other folder."""
+    """Return the store whose mirror a folder is; None for any other folder."""
     mark = folder / _MARK
     if folder.parent != cache_folder() / "storage" or not os.path.lexists(mark):
         return None
@@ -305,11 +306,11 @@ def store_of(folder: Path) -> Store | None:
 
 @contextlib.contextmanager
 def said(store: Store) -> Iterator[None]:
-    """Errors of a store as ConfigErrors."""
+    """Raise a store's errors as ConfigErrors."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None:  # of this node's disk
+        if error.filename is not None:  # an error of this node's disk
             raise
         raise ConfigError(store.trouble(error), store.url) from None
 
@@ -318,10 +319,10 @@ def said(store: Store) -> Iterator[None]:
 
 
 def fetch(store: Store, below: str, want: Want) -> None:
-    """Make the mirror of a folder hold what the store has.
+    """Bring the mirror of a folder up to date with the store.
 
-    Only what changed is read. What the mirror's own driver wrote is newer here than there, and stays, unless another
-    driver has run the experiment since.
+    Only changed objects are read. Files written by the mirror's own driver are newer than the
+    store's and are kept, unless another driver has run the experiment since.
     """
     folder = store.mark() / below
     objects = store.objects(below)
@@ -335,7 +336,7 @@ def fetch(store: Store, below: str, want: Want) -> None:
     newest = max((o.time for o in objects.values()), default=0.0)
 
     def current(name: str, there: Object) -> bool:
-        # times are whole seconds: what was written just now may be written again within the same one
+        # times are whole seconds: a recent object may be written again within the same second
         path, known = store.folder / name, index.get(name)
         return (
             known is not None
@@ -364,7 +365,7 @@ def fetch(store: Store, below: str, want: Want) -> None:
 
 
 def bring(store: Store, name: str) -> None:
-    """Make the mirror of one file hold what the store has: its content, or nothing."""
+    """Bring the mirror of one file up to date; remove it if the store lacks it."""
     path, content = store.folder / name, store.read(name)
     if content is None:
         path.unlink(missing_ok=True)
@@ -374,7 +375,7 @@ def bring(store: Store, name: str) -> None:
 
 
 def send(store: Store, *names: str) -> None:
-    """Upload files of the mirror in order; those that are not here are removed there."""
+    """Upload files of the mirror in order; remove from the store those that do not exist here."""
     for name in names:
         path = store.folder / name
         if path.exists():
@@ -384,7 +385,10 @@ def send(store: Store, *names: str) -> None:
 
 
 def patiently(act: Callable[[], _Result], store: Store) -> _Result:
-    """What `act` returns, tried until the store answers; after `PATIENCE_S` an OSError that says what is wrong."""
+    """Call `act` until the store answers; return its result.
+
+    After `PATIENCE_S` it raises an OSError that says what is wrong.
+    """
     until, wait = time.monotonic() + PATIENCE_S, 1.0
     while True:
         try:
@@ -402,7 +406,10 @@ def patiently(act: Callable[[], _Result], store: Store) -> _Result:
 
 
 def check_new_in(store: Store, name: str) -> None:
-    """Raise a ConfigError if an experiment of this name is in the store, and an OSError if it cannot be written to."""
+    """Raise a ConfigError if the store has an experiment of this name.
+
+    An OSError if the store cannot be written to.
+    """
     store.now()
     if store.objects(name):
         message = f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume"
@@ -410,10 +417,10 @@ def check_new_in(store: Store, name: str) -> None:
 
 
 class Claim:
-    """A driver's hold on an experiment in a store, told by an object that it refreshes.
+    """A driver's claim to an experiment in a store: an object that the driver refreshes.
 
-    Best effort, as pyarrow writes no object on the condition that there is none: of two drivers that begin within the
-    same second the later stays, and the other hears of it with its next upload.
+    Best effort, as pyarrow cannot write an object only if it is absent: of two drivers that begin
+    within the same second the later one wins, and the other is stopped at its next upload.
     """
 
     def __init__(self, store: Store, name: str) -> None:
@@ -426,7 +433,7 @@ class Claim:
         self.session = uuid.uuid4().hex
 
     def take(self) -> None:
-        """Raise a ConfigError with the other driver's process and host, if there is one."""
+        """Claim the experiment; a ConfigError names the driver that holds it, and its host."""
         with said(self.store):
             now = self.store.now()
             written, other = self.store.info(f"{self.name}/{DRIVER_FILE}"), self._read()
@@ -449,7 +456,7 @@ class Claim:
             self.check()
 
     def check(self) -> None:
-        """Raise a ConfigError where another driver has taken the experiment over."""
+        """Raise a ConfigError if another driver has taken over the experiment."""
         other = self._read()
         if other is not None and other["session"] != self.session:
             raise ConfigError(
@@ -458,21 +465,24 @@ class Claim:
             )
 
     def refresh(self) -> None:
-        """Say that this driver lives."""
+        """Renew the claim."""
         self.check()
         self._write(ended=False)
 
     def release(self) -> None:
-        """Let others run it."""
+        """Give up the claim, so that other drivers may run the experiment."""
         self.check()
         self._write(ended=True)
 
     def _was_ours(self, other: dict[str, Any]) -> bool:
-        """Whether a driver used this very mirror; the lock on its disk, which we hold, says that it has ended."""
+        """Return whether the other driver used this same mirror.
+
+        Then it has ended, because this process holds the lock on the mirror's disk.
+        """
         return _session(self.folder) == str(other["session"])
 
     def _fetched(self) -> str | None:
-        """The session whose files were fetched."""
+        """Return the session whose files were fetched."""
         path = self.folder / DRIVER_FILE
         if not os.path.lexists(path):
             return None
@@ -494,17 +504,17 @@ class Claim:
 
 
 class Upload:
-    """Uploads what a driver changed in an experiment's folder; knows what is there already."""
+    """Uploads a driver's changes in an experiment's folder; it remembers what the store has."""
 
     def __init__(self, store: Store, name: str) -> None:
         self._store, self._name, self._experiment = store, name, store.folder / name
         self._seen: set[str] = set()
 
     def once(self) -> int:
-        """Bring the store up to date; returns how many objects were written or removed.
+        """Bring the store up to date; return how many objects were written or removed.
 
-        The study is read first and written last, so that what it calls ended is there before it. Of a trial that was
-        begun meanwhile it does not know: see `drop_unknown`.
+        The study is read first and written last, so that the files of every trial that it calls
+        ended are uploaded before it. It may lack trials that began meanwhile: see `drop_unknown`.
         """
         index = _read_index(self._experiment)
         study = f"{self._name}/study.journal"
@@ -529,7 +539,7 @@ class Upload:
                 None,
                 None,
                 *(stats[name] or ()),
-            ]  # what was written since is uploaded the next time
+            ]  # later changes are uploaded the next time
 
         def remove(name: str) -> None:
             self._store.remove(name)
@@ -549,15 +559,16 @@ class Upload:
         inside = path.relative_to(self._experiment).parts
         if inside[0] == "groups" or path.name in ("driver.lock", "study.journal.lock", DRIVER_FILE):
             return False
-        if inside[0] == "trials" and len(inside) == 2:  # Ray Tune's own, which nothing reads
+        if inside[0] == "trials" and len(inside) == 2:  # Ray Tune's own files, which nothing reads
             return False
         return not _of_trial(path.relative_to(self._store.folder).as_posix())
 
 
 def drop_unknown(experiment: Path, known: Iterable[str]) -> None:
-    """Remove from a fetched mirror the trials that its study does not know, and that the store got after the study.
+    """Remove the trials of a fetched mirror that its study lacks and that were uploaded after it.
 
-    They were begun after its last upload, by a driver that was lost with its disk; they are proposed again.
+    They began after the study's last upload, by a driver that was lost with its disk. The search
+    proposes them again.
     """
     index, names, name = _read_index(experiment), set(known), experiment.name
     written = {n: about[1] for n, about in index.items() if about[1] is not None}
@@ -575,13 +586,13 @@ def drop_unknown(experiment: Path, known: Iterable[str]) -> None:
 
 
 def _of_trial(name: str) -> bool:
-    """Whether an object is one that a trial's own process writes."""
+    """Return whether the trial's own process writes this object."""
     parts = name.split("/")
     return len(parts) == 4 and parts[1] == "trials" and parts[3] in OF_TRIALS
 
 
 def _is_ours(store: Store, below: str, objects: dict[str, Object]) -> bool:
-    """Whether this mirror's own driver was the last to run an experiment."""
+    """Return whether this mirror's own driver was the last to run an experiment."""
     session = _session(store.folder / below)
     if session is None or f"{below}/{DRIVER_FILE}" not in objects:
         return False
@@ -603,7 +614,7 @@ def _content(path: Path) -> bytes:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Files below a folder, without links, pipes and devices, hidden ones and those that are being written."""
+    """Return the files below a folder without links, pipes, devices, hidden and partial files."""
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -622,7 +633,7 @@ def _stat(path: Path) -> list[int] | None:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """By name: size and time of the object, and of the file that is the same; null where they are not known."""
+    """Read, by name, size and time of the object and of its file; null if unknown."""
     try:
         found: dict[str, Any] = parse_json(read_text(folder / _INDEX))
     except (OSError, ValueError):
@@ -636,7 +647,7 @@ def _write_index(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _all_at_once(act: Callable[[str], None], names: list[str]) -> None:
-    """Do it for each name, some at a time; the first error ends it."""
+    """Call `act` for each name, `AT_ONCE` at a time; the first error stops the rest."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = [pool.submit(act, name) for name in names]
         try:

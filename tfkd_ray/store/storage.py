@@ -1,10 +1,10 @@
-"""Where experiments and teachers go: a directory, or a bucket that each node mirrors on its own disk.
+"""The place of experiments: a directory, or a bucket that each node mirrors on its own disk.
 
-`storage_at`, `checked` and `experiment_of` turn what a user wrote into a `Storage`, once, at the edge: the command
-line, `build_tuner`, `resume_tuner`, `confirm`. Everything below is handed that value and never asks a path what it
-is. A process that Ray starts gets the value itself, or, inside a trial's configuration, `Storage.wire`, which
-`received` reads. To add a kind of storage: a subclass of `Storage`, made in `storage_at`. How buckets work is in
-`remote`.
+`storage_at`, `checked` and `experiment_of` turn a user's text into a `Storage`, once, at the edge:
+the command line, `build_tuner`, `resume_tuner`, `confirm`. Everything below receives that value and
+never asks a path what it is. A process that Ray starts gets the value itself, or `Storage.wire` in
+a trial's configuration, which `received` reads. To add a kind of storage: a subclass of `Storage`,
+made in `storage_at`. `remote` says how buckets work.
 """
 
 import contextlib
@@ -20,31 +20,34 @@ from tfkd_ray.store import experiment, remote
 from tfkd_ray.store.remote import Claim, Store, Want
 
 FETCH_S = 5.0
-"""How often `kept_up_to_date` looks at object storage."""
+"""Seconds between the fetches of `kept_up_to_date`."""
 
 
 def light(name: str) -> bool:
-    """Accepts what reading commands need: no run states, weights, events or arrays."""
+    """Return whether reading commands need a file: no run states, weights, events or arrays."""
     return not name.endswith((".ckpt", ".safetensors")) and "/tb/" not in name
 
 
 def with_events(name: str) -> bool:
-    """Accepts what TensorBoard needs: no run states, weights or arrays."""
+    """Return whether TensorBoard needs a file: no run states, weights or arrays."""
     return not name.endswith((".ckpt", ".safetensors"))
 
 
 def to_resume(name: str) -> bool:
-    """Accepts what a driver needs to continue: trials fetch their own run states and weights."""
+    """Return whether a driver needs a file to resume.
+
+    Trials fetch their own run states and weights.
+    """
     return light(name) or name.endswith("/test.safetensors")
 
 
 def all_but_run_states(name: str) -> bool:
-    """Accepts everything but checkpoints of runs."""
+    """Return whether a file is no checkpoint of a run."""
     return not name.endswith(".ckpt")
 
 
 def everything(name: str) -> bool:
-    """Accepts every file."""
+    """Return True: all files are wanted."""
     return True
 
 
@@ -52,22 +55,22 @@ def everything(name: str) -> bool:
 
 
 class Storage:
-    """Where experiments and teachers go. What only a bucket needs does nothing here.
+    """A place for experiments and teachers. Steps that only a bucket needs do nothing here.
 
-    Paths are on this node and below `folder`. Unless a method says otherwise, a bucket that does not answer is a
-    ConfigError.
+    Paths are on this node and below `folder`. Unless a method says otherwise, a bucket that does
+    not answer raises a ConfigError.
     """
 
     @property
     def folder(self) -> Path:
-        """The directory on this node that all files are read from and written to."""
+        """The directory on this node for reading and writing all files."""
         raise NotImplementedError
 
     def check(self) -> None:
         """Raise a ConfigError if the storage cannot be used."""
 
     def check_new(self, name: str) -> None:
-        """Raise a ConfigError if an experiment of this name is there, or cannot be made."""
+        """Raise a ConfigError if an experiment of this name exists, or cannot be created."""
         raise NotImplementedError
 
     def fetch(self, below: str, want: Want = light, *, patiently: bool = False) -> None:
@@ -80,42 +83,49 @@ class Storage:
         """
 
     def fetch_experiments(self) -> None:
-        """Bring all experiments and comparisons up to date on this node, in what reading commands need."""
+        """Bring all experiments and comparisons up to date here, for reading commands."""
 
     def fetch_comparisons(self) -> None:
-        """The same for comparisons and teachers alone, which reports and model cards mention."""
+        """Bring comparisons and teachers up to date on this node, for reports and model cards."""
 
     def bring(self, path: Path) -> Path:
-        """Bring one file up to date on this node; returns its path. A file that the storage lacks is removed here."""
+        """Bring one file up to date here, or remove it if the storage lacks it; return its path."""
         return path
 
     def send(self, *paths: Path, patiently: bool = False) -> None:
-        """Upload files in order; those that are gone here are removed there.
+        """Upload files in order; remove from the storage those that no longer exist here.
 
-        An OSError if the bucket does not answer, with `patiently` only after `remote.PATIENCE_S`.
+        Raises an OSError if the bucket does not answer; with `patiently` only after
+        `remote.PATIENCE_S`.
         """
 
     def begin_trial(self, directory: Path) -> None:
-        """Fetch a trial's last run state, where the trial starts; waits as `patiently` does."""
+        """Fetch the last run state where a trial starts; waits as `patiently` does."""
 
     def on_saved(self, directory: Path) -> Callable[[bool], None] | None:
-        """What uploads a run that saves itself in a directory, for `loop.train_in`; None: nothing has to be."""
+        """Return the function that uploads a run whenever `loop.train_in` saved it.
+
+        None: nothing needs to be uploaded.
+        """
         return None
 
     def hold(self, name: str) -> Claim | None:
-        """Claim an experiment for this driver; a ConfigError names the driver that has it. None: its lock suffices."""
+        """Claim an experiment for this driver; a ConfigError names the driver that holds it.
+
+        None: the driver's lock suffices.
+        """
         return None
 
     @contextlib.contextmanager
     def up_to_date(self, name: str, *beside: Path) -> Iterator[None]:
-        """Work on an experiment with its weights and the teachers on this node; then upload it, with `beside`."""
+        """Work here on an experiment, its weights and teachers; then upload it and `beside`."""
         yield
 
     def drop_unknown(self, name: str, known: Iterable[str]) -> None:
-        """Remove the trials of a fetched experiment that its study does not know; see `remote.drop_unknown`."""
+        """Remove a fetched experiment's trials that its study lacks: `remote.drop_unknown`."""
 
     def wire(self) -> dict[str, str]:
-        """The part of a trial's configuration that `received` reads."""
+        """Return the part of a trial's configuration that `received` reads."""
         return {"storage": str(self.folder)}
 
 
@@ -139,7 +149,7 @@ class Directory(Storage):
 
 @dataclass(frozen=True)
 class Mirror(Storage):
-    """A bucket, and this node's mirror of it."""
+    """A bucket with this node's mirror of it."""
 
     store: Store
 
@@ -151,7 +161,7 @@ class Mirror(Storage):
         return self.store.url
 
     def trouble(self) -> str | None:
-        """Why the bucket cannot be written to from this node; None: it can."""
+        """Return why this node cannot write to the bucket; None if it can."""
         try:
             self.store.now()
         except OSError as error:
@@ -167,7 +177,7 @@ class Mirror(Storage):
         experiment.check_name(name)
         with remote.said(self.store):
             remote.check_new_in(self.store, name)
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # of an experiment that is gone there
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # a leftover
 
     def fetch(self, below: str, want: Want = light, *, patiently: bool = False) -> None:
         if patiently:
@@ -204,7 +214,7 @@ class Mirror(Storage):
     def begin_trial(self, directory: Path) -> None:
         self.store.mark()
         state = directory / "last.ckpt"
-        for name in remote.OF_TRIALS:  # the copy here may belong to an earlier attempt
+        for name in remote.OF_TRIALS:  # the local copy may belong to an earlier attempt
             if name != state.name:
                 (directory / name).unlink(missing_ok=True)
         remote.patiently(lambda: remote.bring(self.store, self._name(state)), self.store)
@@ -217,7 +227,7 @@ class Mirror(Storage):
             if last:
                 self.send(weights, state, patiently=True)
                 return
-            with contextlib.suppress(OSError):  # the next one follows
+            with contextlib.suppress(OSError):  # the next upload follows
                 self.send(state)
 
         return upload
@@ -265,16 +275,19 @@ class Experiment(NamedTuple):
 # --- at the edge -----------------------------------------------------------------------------------------------
 
 _urls: dict[str, str] = {}
-"""URLs that this process was given, by the folders of their mirrors."""
+"""URLs that this process was given, by their mirrors' folders."""
 
 
 def is_url(place: object) -> bool:
-    """Whether a place is written as a URL."""
+    """Return whether a place is written as a URL."""
     return "://" in str(place)
 
 
 def storage_at(place: Path | str) -> Storage:
-    """The storage at a place that a user named; asks nothing of a network. A ConfigError if the URL names none."""
+    """Return the storage at a place that a user named, without network access.
+
+    Raises a ConfigError if the URL names none.
+    """
     if is_url(place):
         return _mirror(remote.store_at(str(place)))
     store = remote.store_of(Path(place))  # a user may name the mirror itself
@@ -282,7 +295,10 @@ def storage_at(place: Path | str) -> Storage:
 
 
 def checked(place: Storage | Path | str) -> Storage:
-    """The storage at a place, absolute and usable; a Storage as it is. A ConfigError if it cannot be used."""
+    """Return the storage at a place, absolute and usable; a Storage is returned unchanged.
+
+    Raises a ConfigError if it cannot be used.
+    """
     if isinstance(place, Storage):
         return place
     storage = storage_at(place if is_url(place) else absolute(place))
@@ -291,9 +307,10 @@ def checked(place: Storage | Path | str) -> Storage:
 
 
 def experiment_of(place: Experiment | Path | str, want: Want = light) -> Experiment:
-    """The experiment at a place, of a URL fetched to this node; an Experiment as it is.
+    """Return the experiment at a place, fetched to this node if it is a URL.
 
-    A ConfigError if there is nothing at the URL, or its bucket does not answer.
+    An Experiment is returned unchanged. Raises a ConfigError if the URL holds no experiment, or its
+    bucket does not answer.
     """
     if isinstance(place, Experiment):
         return place
@@ -309,19 +326,19 @@ def experiment_of(place: Experiment | Path | str, want: Want = light) -> Experim
 
 
 def to_continue(place: Experiment | Path | str) -> Experiment:
-    """The same with all that a driver needs to continue it, and a path made absolute."""
+    """Return the experiment with all that a driver needs to resume it, its path made absolute."""
     if isinstance(place, Experiment) or is_url(place):
         return experiment_of(place, to_resume)
     return experiment_of(absolute(place))
 
 
 def absolute(path: Path | str) -> Path:
-    """The absolute path, with ~ expanded."""
+    """Return the absolute path, with ~ expanded."""
     return Path(path).expanduser().absolute()
 
 
 def as_given(text: str) -> str:
-    """The text with the URL that a user gave in place of its mirror's folder."""
+    """Return the text with the user's URL in place of its mirror's folder."""
     for folder, url in _urls.items():
         text = text.replace(folder, url)
     return text
@@ -329,13 +346,13 @@ def as_given(text: str) -> str:
 
 @contextlib.contextmanager
 def kept_up_to_date(places: Sequence[Path | str], want: Want = light) -> Iterator[None]:
-    """Fetch the experiments of URLs every `FETCH_S`, for a command that shows them as they change."""
+    """Fetch the experiments of URLs every `FETCH_S`, for commands that show changes live."""
     over, urls = threading.Event(), [place for place in places if is_url(place)]
 
     def fetch() -> None:
         while not over.wait(FETCH_S):
             for url in urls:
-                with contextlib.suppress(ConfigError):  # it is tried again
+                with contextlib.suppress(ConfigError):  # retried next time
                     experiment_of(url, want)
 
     thread = threading.Thread(target=fetch, daemon=True)
@@ -358,7 +375,10 @@ def _mirror(store: Store) -> Mirror:
 
 
 def received(told: Mapping[str, Any]) -> Storage | None:
-    """The storage, as this node has it, of a trial's configuration: see `Storage.wire`. None: it names none."""
+    """Return the storage of a trial's configuration as this node has it; None if it names none.
+
+    See `Storage.wire`.
+    """
     if "store" in told:
         return Mirror(Store(told["store"], told["endpoint"]))
     return Directory(Path(told["storage"])) if "storage" in told else None

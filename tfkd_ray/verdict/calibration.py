@@ -1,6 +1,7 @@
-"""Calibration: how far confidence is from accuracy, over bins of confidence. The one place that says how. No torch.
+"""Calibration: the gap between confidence and accuracy, over bins of confidence. No torch.
 
-Validation (torch, batch by batch), the tables of a comparison and TensorBoard's captions all count with it.
+Validation (torch, batch by batch), the tables of a comparison and TensorBoard's captions all use
+this one definition.
 
 Shapes: N = images, K = classes, M = `BINS` confidence bins.
 """
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv:1706.04599)."""
 EDGE = 1e-9
-"""A confidence this little above the upper end of a bin belongs to it: softmax rounds in its last digits."""
+"""Confidences this little above the upper end of a bin belong to it: softmax rounds its last
+digits."""
 
 
 def bin_of(confidence: Any) -> Any:
-    """The bin of each confidence, whole numbers from 0 as floats: bin k holds k/M < confidence <= (k + 1)/M.
+    """Return the bin of each confidence: bin k holds k/M < confidence <= (k + 1)/M.
+
+    The bins are whole numbers from 0, as floats.
 
     Args:
         confidence: float64, an array of numpy or a tensor.
@@ -27,13 +31,18 @@ def bin_of(confidence: Any) -> Any:
 
 
 def confidence_of(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """The largest probability of each image, float64 [N]; logits [N, K]."""
+    """Return the largest probability of each image, float64 [N], for logits [N, K]."""
     logits = np.asarray(logits, dtype=np.float64)
     return np.asarray(1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
 
 
 def binned(logits: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
-    """Of each bin its count, confidence and right answers, float64 [3, M]; logits [N, K], labels [N]."""
+    """Return each bin's count, confidence and right answers, float64 [3, M].
+
+    Args:
+        logits: [N, K].
+        labels: [N].
+    """
     confidence = confidence_of(logits)
     bins = bin_of(confidence).astype(int)
     weights = (None, confidence, (logits.argmax(axis=1) == labels).astype(float))
@@ -41,7 +50,7 @@ def binned(logits: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def calibration_error(count: float, confidence: Iterable[float], right: Iterable[float]) -> float:
-    """The mean gap between confidence and accuracy over the bins, weighted by their images: a fraction.
+    """Return the mean gap of confidence and accuracy, bins weighted by their images: a fraction.
 
     Args:
         count: images.

@@ -36,12 +36,12 @@ def _log_p(logits: "Logits") -> "NDArray[np.float64]":
 
 
 def accuracy(logits: "Logits", labels: "Labels") -> float:
-    """Top-1 accuracy in [0, 1]; of equal logits the first class is the answer."""
+    """Return top-1 accuracy in [0, 1]; of equal logits the first class is the answer."""
     return float((logits.argmax(axis=1) == labels).mean())
 
 
 def top_k(logits: "Logits", labels: "Labels", k: int = 5) -> float:
-    """Share of labels among the k largest logits, in [0, 1]; of equal logits the first ones count."""
+    """Return the share of labels among the k largest logits; of equal logits the first count."""
     import numpy as np
 
     first = np.argsort(-np.asarray(logits, dtype=np.float64), axis=1, kind="stable")[:, :k]
@@ -49,16 +49,16 @@ def top_k(logits: "Logits", labels: "Labels", k: int = 5) -> float:
 
 
 def nll(logits: "Logits", labels: "Labels") -> float:
-    """Mean negative log-likelihood, in nats an image."""
+    """Return the mean negative log-likelihood, in nats an image."""
     import numpy as np
 
     return float(-_log_p(logits)[np.arange(len(labels)), labels].mean())
 
 
 def brier(logits: "Logits", labels: "Labels") -> float:
-    """Squared distance of the probabilities from the one-hot label, summed over classes, in [0, 2].
+    """Return the squared distance of the probabilities from the one-hot label, in [0, 2].
 
-    The mean over images.
+    Summed over classes; the mean over images.
     """
     import numpy as np
 
@@ -68,14 +68,14 @@ def brier(logits: "Logits", labels: "Labels") -> float:
 
 
 def ece(logits: "Logits", labels: "Labels") -> float:
-    """Calibration error over bins of equal width: see `calibration`. A fraction."""
+    """Return the calibration error over bins of equal width, a fraction; see `calibration`."""
     from tfkd_ray.verdict.calibration import binned, calibration_error
 
     return calibration_error(len(labels), *binned(logits, labels)[1:])
 
 
 def ece_equal_mass(logits: "Logits", labels: "Labels") -> float:
-    """Calibration error over bins that hold equally many images, a fraction.
+    """Return the calibration error over bins that hold equally many images, a fraction.
 
     (Nixon et al. 2019, arXiv:1904.01685.) Images of the same confidence stay in one bin, so that the
     order of the images does not matter.
@@ -93,7 +93,7 @@ def ece_equal_mass(logits: "Logits", labels: "Labels") -> float:
 
 
 def auroc(logits: "Logits", labels: "Labels") -> float:
-    """Area under the ROC curve, each class against the rest, mean over classes (macro), in [0, 1].
+    """Return the area under the ROC curve of each class against the rest, macro mean, in [0, 1].
 
     The area of a class is the probability that one of its images gets a higher probability of the
     class than an image of another class; equal probabilities count half. A class without images has
@@ -120,7 +120,7 @@ def auroc(logits: "Logits", labels: "Labels") -> float:
 
 
 def _by_class(logits: "Logits", labels: "Labels") -> "tuple[NDArray[np.int64], ...]":
-    """Images of each class, [K] each: with it as answer and label, as answer, as label."""
+    """Count images of each class, [K] each: with it as answer and label, as answer, as label."""
     import numpy as np
 
     answers, classes = logits.argmax(axis=1), logits.shape[1]
@@ -129,7 +129,7 @@ def _by_class(logits: "Logits", labels: "Labels") -> "tuple[NDArray[np.int64], .
 
 
 def macro_f1(logits: "Logits", labels: "Labels") -> float:
-    """F1, the harmonic mean of precision and recall, of each class, mean over classes, in [0, 1].
+    """Return the mean over classes of F1, the harmonic mean of precision and recall, in [0, 1].
 
     A class that is neither a label nor an answer is left out of the mean.
     """
@@ -139,7 +139,7 @@ def macro_f1(logits: "Logits", labels: "Labels") -> float:
 
 
 def balanced_accuracy(logits: "Logits", labels: "Labels") -> float:
-    """Share of right answers in each class, mean over the classes that have images, in [0, 1]."""
+    """Return the mean share of right answers over the classes that have images, in [0, 1]."""
     right, _, there = _by_class(logits, labels)
     return float((right[there > 0] / there[there > 0]).mean())
 
@@ -156,50 +156,51 @@ class Score:
     """One metric."""
 
     key: str
-    """Its name in metrics.jsonl and settings; on validation `val_` and its name in confirm.json."""
+    """Name in metrics.jsonl and settings: on validation `val_` and the name in confirm.json."""
     direction: Literal["max", "min"]
-    """Which way is better."""
+    """Which direction is better."""
     label: str
-    """In figures and sentences."""
+    """Name in figures and sentences."""
     unit: str
-    """That figures show it in: '%', 'nats an image', ..."""
+    """Unit in figures: '%', 'nats an image', ..."""
     heading: str | None = None
-    """Of its column in the table of a comparison, at most 8 letters. None: it has no column."""
+    """Head of the column in a comparison's table, at most 8 letters. None: no column."""
     tag: str | None = None
-    """In TensorBoard."""
+    """Tag in TensorBoard."""
     margin: float | None = None
-    """The smallest lead worth having, as a number of the metric itself. None: no search can choose by
-    it alone, as no verdict can be about it."""
+    """The smallest lead worth having, as a number of the metric itself. None: a search cannot
+    choose by this metric alone, as no verdict can be about it."""
     guess: Callable[[int], float] = _chance
-    """What guessing has, by the number of classes: the value of a run that diverged."""
+    """Value of guessing, by the number of classes; a run that diverged gets it."""
     of: Callable[["Logits", "Labels"], float] | None = None
-    """Calculates it from logits [N, K] and labels [N]. None: it is no function of these."""
+    """Computes the metric from logits [N, K] and labels [N]. None: it is no function of these."""
     usual: bool = False
-    """Validation always records it, from sums over batches (`evaluate.metric_sums`). The others need
-    the logits of all images at once: validation calculates them where a search asks for them."""
+    """True: validation always records it, from sums over batches (`evaluate.metric_sums`). The
+    others need the logits of all images at once: validation computes them where a search asks for
+    them."""
 
     @property
     def name(self) -> str:
-        """Without `val_`: as confirm.json and verdicts have it."""
+        """Name without `val_`, as in confirm.json and verdicts."""
         return self.key.removeprefix("val_")
 
     @property
     def title(self) -> str:
-        """The label, with the split that trials are judged on."""
+        """Label, with the split that trials are judged on."""
         return f"validation {self.label}" if self.key.startswith("val_") else self.label
 
     @property
     def factor(self) -> float:
-        """What the recorded value is multiplied by to be in `unit`."""
+        """Factor from the recorded value to `unit`."""
         return {"%": 100.0, "thousands": 0.001}.get(self.unit, 1.0)
 
     def number(self, value: float) -> str:
-        """A recorded value in `unit`, without it."""
+        """Return a recorded value in `unit`, without the unit's name."""
         digits = 2 if self.unit == "%" else 4
         return f"{self.factor * value:.{digits}f}"
 
     def show(self, value: float) -> str:
-        """A recorded value with its unit."""
+        """Return a recorded value with its unit."""
         return f"{self.number(value)} {self.unit}"
 
 
@@ -235,7 +236,7 @@ _ROWS = (
 SCORES = {row.key: row for row in _ROWS}
 """Every metric, by its key."""
 SELECTABLE = tuple(row.key for row in _ROWS if row.margin is not None)
-"""What a search can choose by, and a verdict be about."""
+"""Metrics that a search can choose by, and a verdict be about."""
 
 if TYPE_CHECKING:
     Selectable = str
@@ -246,14 +247,14 @@ else:
 
 
 def score_of(key: str) -> Score:
-    """The row of a metric; a ValueError that names all where there is none."""
+    """Return the row of a metric; raise a ValueError that lists all if there is none."""
     if key not in SCORES:
         raise ValueError(f"no such metric {key!r}; known: {', '.join(SCORES)}")
     return SCORES[key]
 
 
 def scores(logits: "Logits", labels: "Labels") -> dict[str, float]:
-    """All metrics of logits [N, K] and labels [N], by name."""
+    """Return all metrics of logits [N, K] and labels [N], by name."""
     return {row.name: row.of(logits, labels) for row in _ROWS if row.of is not None}
 
 
@@ -261,11 +262,11 @@ def scores(logits: "Logits", labels: "Labels") -> dict[str, float]:
 
 
 def sign(metric: str) -> int:
-    """1 where larger values of a metric are better, else -1."""
+    """Return 1 if larger values of a metric are better, else -1."""
     return {"max": 1, "min": -1}[score_of(metric).direction]
 
 
 def ranked(things: Iterable[Thing], metric: str, value: Callable[[Thing], float]) -> list[Thing]:
-    """Those with a finite value, best first; of equals the first one first. NaN is never best."""
+    """Return the items with a finite value, best first; of equals the first one first."""
     better = sign(metric)
     return sorted((t for t in things if math.isfinite(value(t))), key=lambda t: -better * value(t))

@@ -1,8 +1,9 @@
 """Is an arm better than every baseline? Paired seeds in, one of three verdicts out, in a sentence. No torch, no Ray.
 
 An arm's *lead* over a baseline is how much better its metric is, seed by seed, positive where the arm is better. The t
-interval over seeds says how far the lead can be told from the luck of the seeds, on this test set; the bootstrap over
-test images, shown apart, how far from the luck of the test set's images. Three verdicts:
+interval over seeds separates the lead from the luck of the seeds, on this test set. The bootstrap
+over test images, shown apart, separates it from the luck of the test images. There are three
+verdicts:
 
     better        beats every baseline: its p, the largest of its comparisons' two-sided p (1 where the lead is not
                   positive), is at most 5 % after Holm over the candidates
@@ -10,8 +11,7 @@ test images, shown apart, how far from the luck of the test set's images. Three 
                   (or at or below 0), so that a lead worth having is ruled out; being worse is a case of it
     cannot tell   neither
 
-`benchmarks/verdict.py` simulates how often they are wrong. Another metric is another row in
-`scores`.
+`benchmarks/verdict.py` simulates how often they are wrong. To add a metric, add a row to `scores`.
 
 Shapes: n = seeds, k = candidates, m = baselines, N = test images; `...` = any, so that one call decides
 thousands of simulated experiments.
@@ -36,19 +36,20 @@ Array = NDArray[np.float64]
 Word = Literal["better", "not better", "cannot tell"]
 
 ALPHA = 0.05
-"""Level of all tests, two-sided; intervals are 1 - ALPHA."""
+"""Two-sided level of all tests; intervals have level 1 - ALPHA."""
 
 POWER = 0.8
-"""Probability with which a lead would have been seen, where the sentences say 'would have been seen'."""
+"""Power: the probability behind 'would have been seen' in the sentences."""
 
 RESAMPLES = 2000
 """Resamples of the test images for the bootstrap interval."""
 
 MOST_SEEDS = 10_000
-"""Numbers of seeds beyond this are not worth counting."""
+"""Larger numbers of seeds are not computed."""
 
 ROUNDING = 1e-6
-"""Leads that differ by less are the same: float32 rounds accuracies near 1 by 6e-8, one image in 100,000 is 1e-5."""
+"""Leads within this are equal: float32 rounds accuracies near 1 by 6e-8; one image in 100,000 is
+1e-5."""
 
 
 # --- what is compared ------------------------------------------------------------------------------------------
@@ -56,32 +57,32 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class JudgedMetric:
-    """What the verdict is about, and how it is written."""
+    """The metric of a verdict, and its format."""
 
     name: str
     larger_is_better: bool
     percent: bool
-    """A fraction, written in points of a hundred."""
+    """True: the metric is a fraction, written in points of a hundred."""
     margin: float
-    """The smallest lead worth having, in the metric's own unit. A larger one turns 'cannot tell' into 'not better'; it
-    never makes a 'better'."""
+    """The smallest lead worth having, in the metric's own unit. A larger margin turns 'cannot tell'
+    into 'not better'; it never makes a 'better'."""
 
     def show(self, value: float) -> str:
-        """The value without its unit."""
+        """Return the value without its unit."""
         return f"{100 * value:z.2f}" if self.percent else f"{value:z.4f}"
 
     def interval(self, low: float, high: float) -> str:
-        """'-0.10 to 0.52'."""
+        """Return an interval as text: '-0.10 to 0.52'."""
         return f"{self.show(low)} to {self.show(high)}" if math.isfinite(high - low) else "-"
 
     @property
     def unit(self) -> str:
-        """' points', or nothing."""
+        """' points', or an empty text."""
         return " points" if self.percent else ""
 
 
 def metric_of(key: str) -> JudgedMetric:
-    """What a verdict on a metric is about, by its row of `scores.SCORES`."""
+    """Return the judged metric of a row of `scores.SCORES`."""
     row = score_of(key)
     assert row.margin is not None, f"{key}: no verdict is about it"
     return JudgedMetric(row.name, row.direction == "max", row.unit == "%", row.margin)
@@ -96,11 +97,12 @@ class JudgedArm:
 
     name: str
     seeds: tuple[int, ...]
-    """Of the runs that ended; arms are compared on the seeds that both have."""
+    """Seeds of the runs that ended; arms are compared on the seeds that both have."""
     values: Array
     """[n] the metric on the test split, in the order of `seeds`."""
     images: NDArray[Any] | None = None
-    """[n, N] the metric of each test image (for accuracy: whether it was right); its mean over images is the value."""
+    """[n, N] the metric of each test image (for accuracy: whether it was right); its mean over
+    images is the value."""
 
     def __post_init__(self) -> None:
         n = len(self.seeds)
@@ -122,18 +124,18 @@ class Leads(NamedTuple):
 
     mean: Array
     sd: Array
-    """ddof 1."""
+    """Standard deviation, ddof 1."""
     low: Array
     high: Array
-    """Of the interval; infinite where there is none."""
+    """The interval is `low` to `high`; infinite if there is none."""
     p: Array
-    """Two-sided, of no lead."""
+    """Two-sided p of the hypothesis that there is no lead."""
     constant: NDArray[np.bool_]
-    """The same lead in every seed."""
+    """True: the lead is the same in every seed."""
 
 
 def leads_of(leads: Array) -> Leads:
-    """Mean, spread, t interval and p of leads [..., n], n >= 2 paired differences each.
+    """Return mean, spread, t interval and p of leads [..., n], n >= 2 paired differences each.
 
     A lead that is the same in every seed has no spread to measure by, and happens by chance on small test sets, so the
     t test (which would say p = 0) is replaced by the sign test and its interval: p = 2 / 2^n, and no interval at 95 %
@@ -160,22 +162,26 @@ def leads_of(leads: Array) -> Leads:
 
 
 class Decision(NamedTuple):
-    """Of each candidate, each [..., k]."""
+    """Verdicts on the candidates, each [..., k]."""
 
     better: NDArray[np.bool_]
     not_better: NDArray[np.bool_]
     p: Array
-    """That it is better than every baseline: the largest of its comparisons'."""
+    """p that it is better than every baseline: the largest p of its comparisons."""
     p_holm: Array
     against: NDArray[np.intp]
-    """The baseline the verdict hangs on: the closest call, or the one that a lead over is ruled out most clearly."""
+    """Index of the decisive baseline: the closest call, or the one over which a lead is most
+    clearly ruled out."""
 
 
 def decide(leads: Leads, margin: float, lost: int = 0) -> Decision:
-    """The verdicts for leads [..., k, m] of k candidates over m baselines, and `lost` candidates that cannot be judged.
+    """Decide for leads [..., k, m] of k candidates over m baselines.
 
-    The largest p of several tests is a valid p of 'not better than every one' (Berger 1982), so only the k candidates
-    are corrected for. 'Not better' is said of one baseline, at the level of the interval printed beside it.
+    `lost` is the number of further candidates that cannot be judged.
+
+    The largest p of several tests is a valid p of 'not better than every one' (Berger 1982), so the
+    correction counts only the candidates. 'Not better' is about one baseline, at the level of the
+    interval printed beside it.
     """
     p_each = np.where(leads.mean > 0, leads.p, 1.0)
     p = p_each.max(axis=-1)
@@ -190,7 +196,10 @@ def decide(leads: Leads, margin: float, lost: int = 0) -> Decision:
 
 
 def holm(p: Array) -> Array:
-    """Holm's adjusted p over the last axis. statsmodels' `multipletests` is one row at a time, 18 ms each."""
+    """Return Holm's adjusted p over the last axis.
+
+    statsmodels' `multipletests` takes one row at a time, 18 ms each.
+    """
     k = p.shape[-1]
     order = p.argsort(axis=-1)
     steps = np.take_along_axis(p, order, axis=-1) * np.arange(k, 0, -1)
@@ -205,26 +214,33 @@ def holm(p: Array) -> Array:
 
 
 def _power(effect: float, n: float, alpha: float) -> float:
-    """Probability that a true lead of `effect` standard deviations is significant, two-sided, and positive."""
-    # one tail of half the level: SciPy's other tail is nan where it is tiny, and statsmodels' solver then errs silently
+    """Return the probability that a true lead of `effect` standard deviations is found significant.
+
+    Two-sided and positive.
+    """
+    # use one tail at half the level: SciPy's other tail is NaN if tiny, and statsmodels' solver
+    # then errs silently
     power = float(TTestPower().power(effect, n, alpha / 2, alternative="larger"))
-    return 1.0 if math.isnan(power) else power  # nan where the power is within rounding of 1
+    return 1.0 if math.isnan(power) else power  # NaN if the power rounds to 1
 
 
 def smallest_seen(n: int, alpha: float = ALPHA) -> float:
-    """The lead, in standard deviations of the differences, that n seeds show with probability `POWER`."""
+    """Return the lead that n seeds show with `POWER`, in standard deviations of differences."""
     return float(optimize.brentq(lambda effect: _power(effect, n, alpha) - POWER, 1e-6, 1e4))
 
 
 def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:
-    """Seeds that show a lead of `effect` standard deviations with probability `POWER`; None above `MOST_SEEDS`."""
+    """Return how many seeds show a lead of `effect` standard deviations with probability `POWER`.
+
+    None above `MOST_SEEDS`.
+    """
     effect = abs(effect)
     if _power(effect, MOST_SEEDS, alpha) < POWER:
         return None
     if _power(effect, 2, alpha) >= POWER:
         return 2
     n = float(optimize.brentq(lambda n: _power(effect, n, alpha) - POWER, 2, MOST_SEEDS))
-    return math.ceil(n - 1e-6)  # so many as showed the smallest lead they show
+    return math.ceil(n - 1e-6)  # tolerance: of the smallest lead that n seeds show it is n
 
 
 # --- one arm, one comparison -----------------------------------------------------------------------------------
@@ -243,7 +259,7 @@ class Summary:
 
 
 def summary(arm: JudgedArm) -> Summary:
-    """Mean, standard deviation (ddof 1) and 95 % t interval of the mean; n >= 2."""
+    """Return mean, standard deviation (ddof 1) and 95 % t interval of the mean; n >= 2."""
     s = leads_of(arm.values)
     return Summary(
         arm.name, len(arm.seeds), float(s.mean), float(s.sd), float(s.low), float(s.high)
@@ -252,31 +268,33 @@ def summary(arm: JudgedArm) -> Summary:
 
 @dataclass(frozen=True)
 class Paired:
-    """How far one arm leads another, over the seeds that both have. Leads are in the metric's unit."""
+    """The lead of one arm over another, in the metric's unit, on the seeds that both have."""
 
     over: str
     seeds: tuple[int, ...]
     lead: float
-    """Mean; positive is better."""
+    """Mean lead; positive is better."""
     sd: float
-    """Of the differences, ddof 1."""
+    """Standard deviation of the differences, ddof 1."""
     low: float
     high: float
-    """95 % t interval over seeds, on this test set; infinite where there is none (see `leads_of`)."""
+    """95 % t interval over seeds, on this test set; infinite if there is none (see `leads_of`)."""
     p: float
-    """Two-sided, of the paired t test; of the sign test where `constant`."""
+    """Two-sided p of the paired t test; of the sign test if `constant`."""
     constant: bool
-    """The same in every seed."""
+    """True: the lead is the same in every seed."""
     effect: float | None
-    """Cohen's d_z with Hedges' correction. None at n = 2, where it is 0 whatever the data, or without spread."""
+    """Cohen's d_z with Hedges' correction. None without spread, or at n = 2, where it is always
+    0."""
     smallest_seen: float | None
-    """The lead over this arm that so many seeds show with probability 0.8, if the spread is as seen. None without."""
+    """The lead over this arm that so many seeds show with probability 0.8 at the observed spread.
+    None without spread."""
     needed: int | None
-    """Seeds that show a lead as large as this with probability 0.8, if the spread is as seen. None: no lead, no
-    spread, or above 10,000. As uncertain as the lead itself."""
+    """Seeds that show a lead this large with probability 0.8 at the observed spread. None: no lead,
+    no spread, or above 10,000. It is as uncertain as the lead itself."""
     images: tuple[float, float] | None
-    """95 % bootstrap interval of the lead over test images, all seeds of an image together. None without `Arm.images`.
-    """
+    """95 % bootstrap interval of the lead over test images, all seeds of an image together. None
+    without `Arm.images`."""
 
 
 def paired(
@@ -287,11 +305,12 @@ def paired(
     candidates: int = 1,
     seed: int = 0,
 ) -> Paired:
-    """The lead of `a` over `b`, on the seeds that both have.
+    """Return the lead of `a` over `b`, on the seeds that both have.
 
     Args:
-        candidates: how many are judged; power is for the level of Holm's first step, 5 % over this.
-        seed: of the bootstrap.
+        candidates: number of judged candidates; power is at the level of Holm's first step,
+            5 % over this.
+        seed: seed of the bootstrap.
     """
     seeds = tuple(s for s in a.seeds if s in b.seeds)
     rows_a, rows_b = ([arm.seeds.index(s) for s in seeds] for arm in (a, b))
@@ -328,12 +347,12 @@ def paired(
 
 
 def hedges(df: int) -> float:
-    """Hedges' (1981) exact correction of a standardised difference with `df` degrees of freedom, df >= 2."""
+    """Return Hedges' (1981) exact correction of a standardised difference, for `df` >= 2."""
     return float(np.exp(special.gammaln(df / 2) - special.gammaln((df - 1) / 2)) / np.sqrt(df / 2))
 
 
 def image_interval(leads: Array, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of [N] leads, an image each."""
+    """Return the 95 % percentile bootstrap interval of the mean of [N] leads, an image each."""
     if np.ptp(leads) == 0:
         return float(leads[0]), float(leads[0])
     ci = stats.bootstrap(
@@ -348,38 +367,38 @@ def image_interval(leads: Array, seed: int = 0) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Judged:
-    """One candidate."""
+    """The verdict on one candidate."""
 
     name: str
     verdict: Word
     sentence: str
     against: str
-    """The baseline that the sentence names."""
+    """Name of the baseline in the sentence."""
     p: float
-    """That it is better than every baseline."""
+    """p that it is better than every baseline."""
     p_holm: float
     comparisons: tuple[Paired, ...]
-    """With every baseline, in their order."""
+    """Comparisons with every baseline, in their order."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Everything that was decided, and what it was decided from."""
+    """All decisions, and the data behind them."""
 
     verdict: Word
     """`better` if any candidate is; `not better` if none can be; else `cannot tell`."""
     sentence: str
     metric: JudgedMetric
     searched: int | None
-    """Configurations that the candidates are the best of."""
+    """Number of configurations from which the search chose the candidates."""
     candidates: tuple[Judged, ...]
     arms: tuple[Summary, ...]
     """Candidates, then baselines."""
     notes: tuple[str, ...]
-    """What a reader must know beside the sentences."""
+    """Caveats that a reader must see beside the sentences."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON's own types; a bound or number that there is not is None."""
+        """Return everything as JSON types; absent bounds and numbers are None."""
         tree = _plain_number({"alpha": ALPHA, "power": POWER, **asdict(self)})
         assert isinstance(tree, dict)
         return tree
@@ -401,11 +420,11 @@ def judge(
     searched: int | None = None,
     lost: int = 0,
 ) -> Verdict:
-    """Which candidates are better than every baseline. Raises ConfigError where that cannot be asked.
+    """Judge which candidates are better than every baseline; raise a ConfigError if it cannot.
 
     Args:
-        searched: configurations that the candidates are the best of.
-        lost: candidates of the same comparison that have too few runs to be judged; Holm counts them, too.
+        searched: number of configurations from which the search chose the candidates.
+        lost: candidates of the same comparison with too few runs to be judged; Holm counts them.
     """
     if problems := _problems(candidates, baselines, metric):
         raise ConfigError(problems)
@@ -422,26 +441,22 @@ def judge(
     )
     judged = []
     for i, (arm, row) in enumerate(zip(candidates, rows, strict=True)):
-        word: Word = (
-            "better"
-            if decision.better[i]
-            else "not better"
-            if decision.not_better[i]
-            else "cannot tell"
-        )
+        word: Word = "cannot tell"
+        if decision.better[i]:
+            word = "better"
+        elif decision.not_better[i]:
+            word = "not better"
         named, p_holm = row[decision.against[i]], float(decision.p_holm[i])
         sentence = _verdict_sentence(arm.name, word, named, p_holm, k, metric)
         judged.append(
             Judged(arm.name, word, sentence, named.over, float(decision.p[i]), p_holm, tuple(row))
         )
     words = {j.verdict for j in judged}
-    overall: Word = (
-        "better"
-        if "better" in words
-        else "not better"
-        if words == {"not better"}
-        else "cannot tell"
-    )
+    overall: Word = "cannot tell"
+    if "better" in words:
+        overall = "better"
+    elif words == {"not better"}:
+        overall = "not better"
     return Verdict(
         verdict=overall,
         sentence=_overall(judged, baselines),
@@ -456,7 +471,7 @@ def judge(
 def undecided(
     reasons: Sequence[str], metric: JudgedMetric = ACCURACY, *, searched: int | None = None
 ) -> Verdict:
-    """The verdict where nothing can be judged."""
+    """Return the verdict if nothing can be judged."""
     return Verdict(
         "cannot tell", f"cannot tell: {'; '.join(reasons)}", metric, searched, (), (), ()
     )
@@ -493,13 +508,17 @@ def _problems(
 
 
 def _list(items: Sequence[Any]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
+    """Join items: 'a', 'a and b', 'a, b and c'."""
     words = [str(item) for item in items]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p {p:.3f}" if p < 0.0995 else f"p {p:.2f}"
+    if p < 0.001:
+        return "p < 0.001"
+    if p < 0.0995:
+        return f"p {p:.3f}"
+    return f"p {p:.2f}"
 
 
 def _verdict_sentence(
@@ -606,7 +625,10 @@ def _verdict_notes(
 
 
 def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
-    """The verdict as lines of at most 80 columns; without `arms` only the comparisons and what is said of them."""
+    """Return the verdict as lines of at most 80 columns.
+
+    Without `arms` only the comparisons and their verdicts.
+    """
     metric = verdict.metric
     unit = "points" if metric.percent else "own unit"
     lines = [
@@ -647,7 +669,7 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """Lines of at most 80 columns, with no break inside '95 %' or 'n = 5'."""
+    """Wrap text to lines of at most 80 columns, with no break inside '95 %' or 'n = 5'."""
     kept = re.sub(
         r"(?<=\d) (?=%)|(?<=\bn) (?== )|(?<= n =) (?=\d)", "\N{NO-BREAK SPACE}", text + "."
     )
