@@ -99,7 +99,10 @@ class Constant(Schedule):
 
 
 class Cosine(Schedule):
-    """Decay along half a cosine from the peak to `final` of it. (arXiv:1608.03983.)"""
+    """Decay along half a cosine from the peak to `final` of it.
+
+    (Loshchilov and Hutter 2017, arXiv:1608.03983.)
+    """
 
     name: Literal["cosine"] = "cosine"
     final: Annotated[float, Field(ge=0, le=1)] = 0.0

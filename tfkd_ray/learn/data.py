@@ -194,7 +194,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _brief(value: Any) -> str:
-    """Type, and shape or length, for a sentence."""
+    """Return the type, and shape or length, of a value for a sentence."""
     from torch import Tensor
 
     if isinstance(value, Tensor | np.ndarray):
@@ -224,7 +224,7 @@ Data = Annotated[
 
 
 def forget_loaded() -> None:
-    """Free what was loaded, in a process that only had to know what it is."""
+    """Free loaded data, in a process that needed only their digest."""
     load_official.cache_clear()
 
 

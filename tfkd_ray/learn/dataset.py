@@ -89,7 +89,7 @@ class Dataset(Settings):
         def num_classes(self) -> int: ...
         @property
         def shape(self) -> tuple[int, int, int]:
-            """(C, H, W)."""
+            """(C, H, W) of the images."""
 
         @property
         def mean(self) -> tuple[float, ...] | None:
@@ -236,7 +236,7 @@ class FileDataset(Dataset):
 
     name: str
     root: AbsolutePath
-    """Folder of the files. Location only: not part of the fingerprint."""
+    """Folder of the files. Location only: it affects no number."""
 
     def _wrong(self, path: Path, problem: str) -> ConfigError:
         return ConfigError(f"data {self.name}: {path}: {problem}")

@@ -64,7 +64,10 @@ class Network(Settings):
         """Raise ValueError if it cannot be built for images of this shape (C, H, W)."""
 
     def operations(self, shape: tuple[int, int, int]) -> float:
-        """Return multiply-adds of a forward pass of one image (C, H, W), or infinity for many."""
+        """Return the multiplications and additions of a forward pass of one image (C, H, W).
+
+        Infinity, the default, is for networks that are never tiny.
+        """
         return math.inf
 
     def weights(self, shape: tuple[int, int, int], num_classes: int) -> int | None:
@@ -355,7 +358,10 @@ class _ResNet(TorchvisionNetwork):
 
 
 class ResNet18(_ResNet):
-    """Residual network; up to 64 pixels that of the Tf-KD paper. (arXiv:1512.03385.)"""
+    """Residual network; up to 64 pixels that of the Tf-KD paper.
+
+    (He et al. 2015, arXiv:1512.03385.)
+    """
 
     name: Literal["resnet18"] = "resnet18"
 
@@ -367,13 +373,19 @@ class ResNet34(_ResNet):
 
 
 class ResNet50(_ResNet):
-    """Residual network with bottlenecks, to 64 pixels as in the Tf-KD paper. (arXiv:1512.03385.)"""
+    """Residual network with bottlenecks; up to 64 pixels that of the Tf-KD paper.
+
+    (He et al. 2015, arXiv:1512.03385.)
+    """
 
     name: Literal["resnet50"] = "resnet50"
 
 
 class ResNet101(_ResNet):
-    """Residual network with bottlenecks, to 64 pixels as in the Tf-KD paper. (arXiv:1512.03385.)"""
+    """Residual network with bottlenecks; up to 64 pixels that of the Tf-KD paper.
+
+    (He et al. 2015, arXiv:1512.03385.)
+    """
 
     name: Literal["resnet101"] = "resnet101"
 
@@ -479,7 +491,7 @@ class Vgg19(_Vgg):
     name: Literal["vgg19_bn"] = "vgg19_bn"
 
 
-# --- networks from elsewhere ----------------------------------------------------------------------
+# --- external networks ----------------------------------------------------------------------------
 
 
 class Timm(Network):
@@ -578,8 +590,8 @@ class OwnNetwork(Network):
 
     Called as `function(shape=(C, H, W), num_classes=K, **args)`. Its module may return the logits,
     a dict or an object with `logits` (or `out`), or a tuple that begins with them; other outputs
-    are dropped. A fingerprint holds only the function's path: if you change its code, earlier runs
-    and teachers are taken for the same.
+    are dropped. A fingerprint holds the path and arguments of the function, not its code: after a
+    change of the code, earlier runs and teachers are taken for the same.
     """
 
     name: Literal["own"] = "own"

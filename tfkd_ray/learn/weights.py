@@ -287,9 +287,9 @@ def input_shape(config: TeacherRun, shown: dict[str, Any]) -> tuple[int, int, in
 
 
 def show(module: nn.Module, data: Dataset, shown: dict[str, Any]) -> None:
-    """Convert images from the data set's normalisation to the network's own, before its forward.
+    """Convert images from the data set's preprocessing to the network's own, before its forward.
 
-    Does nothing if they are equal. The state_dict does not change.
+    Do nothing if they are equal. The state_dict does not change.
     """
     mean, std = data.statistics()
     side = shown["size"]

@@ -354,7 +354,7 @@ def _ended_by_its_steps(given: Range, step: float, where: str, notes: list[str])
 
 
 def _stands_alone(given: Tree) -> Iterator[str]:
-    """Reject other keys beside choices."""
+    """Reject other keys besides choices."""
     others = set(given) - {"choices"}
     if others:
         yield f": choices stand alone, got also {', '.join(sorted(others))}"

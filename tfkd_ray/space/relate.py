@@ -94,7 +94,7 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
 
 
 def _values_for(branch: Branch, objective: Canonical) -> Tree:
-    """Return values for a branch's parameters: an objective's, and the paper's recipe."""
+    """Return values for a branch's parameters: the objective's, else the paper's or the middle."""
     values: Tree = {}
     for p in branch.asked(values):
         usual = PAPER_VALUES.get(p.path)

@@ -254,8 +254,8 @@ class SearchConfig(Settings):
     max_concurrent: Count | None = None
     """Concurrent trials. None: as many as fit on the cluster."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Retries of a trial whose process was lost, each from its last checkpoint. A trial lost twice
-    in the same epoch fails."""
+    """Retries from the last checkpoint of a trial whose process was lost in the same epoch; one more
+    loss there fails it."""
     trial_timeout_s: Positive | None = None
     """Timeout in seconds for one epoch of a trial, its start included; a trial that exceeds it is
     killed and fails."""
@@ -269,9 +269,8 @@ class SearchConfig(Settings):
     max_failed_trials: Count | None = None
     """Number of failed trials after which the sweep ends."""
     storage: Annotated[str | None, AfterValidator(_storage_url), Field(repr=False)] = None
-    """URL of an Optuna storage for the studies. None: a journal file in the experiment. Its
-    password is never written; on resume, the environment variable TFKD_STORAGE must hold the whole
-    URL."""
+    """URL of an Optuna storage for the studies. None: a journal file in the experiment. A password
+    is never written; on resume, the environment variable TFKD_STORAGE must hold the URL with it."""
     study: Annotated[str, Field(min_length=1)] | None = None
     """Name of the studies in the storage. None: the experiment's name; in a journal file,
     `tfkd`."""

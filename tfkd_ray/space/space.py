@@ -159,7 +159,7 @@ class BranchGroup:
         return values, branch.config(values)
 
     def told(self, branch: Branch, values: Mapping[str, Any]) -> Tree:
-        """Return the values of a branch in the form in which the sampler is asked."""
+        """Return the values of a branch in the form in which `suggest` asks for them."""
         told: Tree = {}
         if len(self.branches) > 1:
             told["objective"] = branch.objective
