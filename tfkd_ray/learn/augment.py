@@ -1,7 +1,7 @@
 """Augmentation on batches of tensors, on any device: crop, flip and rotation in one gather.
 
-What happens to an image is a function of (seed, epoch, position in the official train set) and of nothing else: not of
-the split, the batch, the worker, or how often it was asked before.
+The augmentation of an image is a function of (seed, epoch, position in the official train set)
+only. The split, the batch, the worker and the number of reads do not change it.
 
 Shapes: N = images of the official set, B = batch, C = channels, H, W = height and width.
 """
@@ -22,55 +22,58 @@ if TYPE_CHECKING:
 
 
 class View(NamedTuple):
-    """How every image of a set is seen in one epoch."""
+    """The random draws of one epoch, for every image of a set."""
 
     top: Tensor
     """int64 [N]: rows between the padded image's top and the crop's."""
     left: Tensor
-    """int64 [N]: columns, likewise."""
+    """int64 [N]: columns between the padded image's left edge and the crop's."""
     flipped: Tensor
-    """bool [N]."""
+    """bool [N]: True if the image is mirrored."""
     angle: Tensor
     """float32 [N]: counter-clockwise, in radians."""
     crop: Tensor
-    """float32 [N, 4], uniform in [0, 1): size, shape, top and left of a resized crop; [N, 0] where there is none."""
+    """float32 [N, 4], uniform in [0, 1): size, shape, top and left of a resized crop; [N, 0]
+    without one."""
 
     def of(self, index: Tensor) -> View:
-        """The view of some of the images."""
+        """Return the draws of the images at some indices."""
         return View(*(part[index] for part in self))
 
     def on(self, device: torch.device) -> View:
-        """The view on a device."""
+        """Return the same draws on a device."""
         return View(*(part.to(device) for part in self))
 
 
 class Augment(Settings):
-    """Random crop out of the zero-padded image, horizontal flip, rotation: in this order, as in the paper's code."""
+    """Random crop of the zero-padded image, horizontal flip and rotation, in the paper's order."""
 
     resized_crop: bool = False
-    """Crop 8 to 100 % of the area, 3:4 to 4:3, and resize it, as for ImageNet (Szegedy et al. 2014, arXiv:1409.4842).
-    For data that are read from image files: it is part of decoding them."""
+    """Crop 8 to 100 % of the area, with sides of 3:4 to 4:3, and resize it, as for ImageNet
+    (Szegedy et al. 2014, arXiv:1409.4842). Only for data sets that decode image files while
+    training: the crop is part of decoding."""
 
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 0
-    """Pixels of black padding on each side; 0: no crop. The paper's: 4."""
+    """Pixels of black padding on each side before a random crop. 0: no crop. The paper uses 4."""
     flip: bool = False
     """Mirror half of the images."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Rotate by up to this many degrees either way, nearest pixel, black corners. The paper's: 15."""
+    """Largest rotation in degrees, in either direction; nearest pixel, black corners. The paper
+    uses 15."""
 
     @property
     def is_none(self) -> bool:
-        """Whether every view of a decoded image is the image itself."""
+        """Return whether augmentation leaves every decoded image unchanged."""
         return not (self.crop_padding or self.flip or self.rotation_degrees)
 
     def key(self, seed: int, epoch: int) -> dict[str, Any]:
-        """What tells the view of an epoch from all others; where nothing is random there is one for all epochs."""
+        """Return the key of an epoch's view; without random augmentation all epochs share one."""
         fixed = self.is_none and not self.resized_crop
         which = {} if fixed else {"seed": seed, "epoch": epoch}
         return {"split": "train", "augment": self.model_dump(mode="json"), **which}
 
     def view(self, seed: int, epoch: int, official_size: int) -> View:
-        """The view of all N images of an official set in an epoch, on the CPU."""
+        """Return the view of all N images of an official set in an epoch, on the CPU."""
         import torch
 
         g = generator(seed, "augment", epoch)
@@ -86,7 +89,7 @@ class Augment(Settings):
         )
 
     def __call__(self, images: Tensor, view: View) -> Tensor:
-        """Images [B, C, H, W] as they are seen, of the same type; `view` is of these B images."""
+        """Return augmented images [B, C, H, W], same dtype; `view` holds the draws of these B."""
         import torch
 
         if self.is_none:
@@ -95,7 +98,7 @@ class Augment(Settings):
         y = torch.arange(H, device=images.device).view(1, H, 1).expand(B, H, W)
         x = torch.arange(W, device=images.device).view(1, 1, W).expand(B, H, W)
         inside = None
-        if self.rotation_degrees:  # where each output pixel comes from, last step first
+        if self.rotation_degrees:  # maps each output pixel to its source, last step first
             cos, sin = view.angle.cos().view(B, 1, 1), view.angle.sin().view(B, 1, 1)
             dy, dx = y - (H - 1) / 2, x - (W - 1) / 2
             x, y = (

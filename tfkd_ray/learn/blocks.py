@@ -1,4 +1,4 @@
-"""What networks need that torch has not; `models.py` imports it when a network is built or tried.
+"""Modules that torch lacks; `models.py` imports them when it builds or tries a network.
 
 Shapes: B = batch, C = channels, H, W = height and width.
 """
@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MeanOfMap(nn.AdaptiveAvgPool2d):
-    """Global average pooling whose gradient has the order in memory of what it pools.
+    """Global average pooling whose gradient has the same memory format as its input.
 
-    Torch's own has not, which makes the backward pass of a ReLU before it 20 times as long as it need be.
+    Torch's own pooling changes the format, which makes the backward pass of a preceding ReLU 20
+    times slower.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ class MeanOfMap(nn.AdaptiveAvgPool2d):
 
 
 class WideBlock(nn.Module):
-    """BatchNorm, ReLU, 3x3 convolution, twice; the shortcut is 1x1 where the shape changes."""
+    """BatchNorm, ReLU and 3x3 convolution, twice; a 1x1 shortcut if the shape changes."""
 
     def __init__(self, channels: int, out: int, *, stride: int) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class WideBlock(nn.Module):
 
 
 class ValuesUsed(TorchDispatchMode):
-    """Notes whether code looks at the numbers in a tensor, by which it may decide what to do next."""
+    """Records whether code reads values of a tensor, on which its control flow may then depend."""
 
     seen = False
 

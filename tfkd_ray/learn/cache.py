@@ -1,4 +1,4 @@
-"""Decoded images of a data set, kept on this machine between processes."""
+"""A cache of decoded images on this machine, shared by its processes."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -15,10 +15,11 @@ from tfkd_ray.settings.files import cached_file, state_of, whole_file
 def cached(
     name: str, read: Iterable[Path], make: Callable[[], "tuple[Tensor, Tensor]"]
 ) -> "tuple[Tensor, Tensor]":
-    """(images, labels) that `make` makes of some files; if it has before, mapped from a file in ~/.cache/tfkd_ray/.
+    """Return (images, labels) from `make`, or mapped from the cache in ~/.cache/tfkd_ray/.
 
-    One file for each name and first path; made anew where a path, size or time differs. No cache where none can be
-    written: it saves time, and changes no number.
+    Each pair of a name and a first path has one cache file; a changed path, size or modification
+    time invalidates it. If the cache cannot be written, the data are decoded again: only time is
+    lost.
     """
     from safetensors.torch import save_file
 

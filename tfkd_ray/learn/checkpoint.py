@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all: run states and weights.
+"""Run states and weights, written atomically: a file is complete or absent.
 
-A run state is a dict of tensors, numbers, text, lists and dicts. Its file is a line with the SHA-256 of what follows,
-then torch's own format, read with `weights_only=True`: reading one never runs code. The state before it is kept, for
-the case that the newest is damaged. At no moment does a directory lack a whole one, whenever its writer is killed.
+A run state is a dict of tensors, numbers, text, lists and dicts. Its file begins with a line that
+holds the SHA-256 of the rest; the rest is torch's own format, read with `weights_only=True`, so
+loading never runs code. The previous state is kept as a fallback for a damaged one. A directory
+always holds a complete state, whenever its writer is killed.
 """
 
 import hashlib
@@ -22,19 +23,20 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened, write_whole
 
 State = dict[str, Any]
-"""See `loop.train`."""
+"""The run state of `loop.train`."""
 
 LAST, BEFORE, WEIGHTS = "last.ckpt", "before.ckpt", "student.safetensors"
 FRESH = f"{LAST}.new"
-"""A whole state that is about to become the last; it stays only where its writer was killed at that."""
+"""A complete state that is about to replace the last one; it remains only if the writer was killed
+there."""
 
 
 SAFE_TORCH = (2, 10)
-"""The first torch of which no file is known that runs code in spite of `weights_only=True` (CVE-2026-24747)."""
+"""The first torch version with no known way around `weights_only=True` (CVE-2026-24747)."""
 
 
 def check_torch() -> None:
-    """Raise a ConfigError where torch is too old for its files to be read."""
+    """Raise a ConfigError if this torch version cannot load its files safely."""
     if Version(torch.__version__).release < SAFE_TORCH:
         raise ConfigError(
             f"torch {torch.__version__}: its files can run code even with weights_only=True (CVE-2026-24747), so none "
@@ -43,29 +45,29 @@ def check_torch() -> None:
 
 
 def save_state(directory: Path, state: State) -> None:
-    """Make `state` the last one of `directory`; the one that was last is kept as the one before."""
+    """Write `state` as the last one of `directory`; keep the previous one as a fallback."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
     last, fresh = directory / LAST, directory / FRESH
     write_whole(fresh, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     if last.exists():
-        last.replace(
-            directory / BEFORE
-        )  # damaged or not: until the next line, `fresh` is what there is
+        # damaged or not: until the next line, only `fresh` exists
+        last.replace(directory / BEFORE)
     fresh.replace(last)
 
 
 def load_state(directory: Path, say: Callable[[str], None] | None = None) -> State | None:
-    """The newest whole state in `directory`; None where there is none.
+    """Return the newest undamaged state in `directory`, or None if there is none.
 
-    A damaged file is passed over, and `say` called with a sentence; without one it is a warning.
+    A damaged file is skipped and reported through `say`, by default as a warning.
     """
+    # wherever it is, the second is complete and newer than the third
     for name in (
         LAST,
         FRESH,
         BEFORE,
-    ):  # the second is newer than the third, and whole, wherever it is
+    ):
         path = directory / name
         try:
             with opened(path, follow=False) as file:
@@ -85,8 +87,8 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """Write a module's state_dict as safetensors with `about` in its header; returns the file's SHA-256."""
-    # cloned: tied parameters share memory, which the format refuses
+    """Write a state_dict as safetensors with `about` in its header; return the file's SHA-256."""
+    # cloned, because the format refuses tied parameters, which share memory
     content = safetensors_bytes(
         {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}, dict(about)
     )
@@ -95,7 +97,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, 
 
 
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The state_dict in a safetensors file; with `sha256`, only if the file is the one that was written."""
+    """Return the state_dict in a safetensors file; raise if its SHA-256 is not `sha256`."""
     with opened(path) as file:
         content = file.read()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:

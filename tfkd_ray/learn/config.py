@@ -1,4 +1,4 @@
-"""The configuration of one training run: every default, range and unit, once.
+"""The configuration of one training run: every default, range and unit, defined once.
 
 `TrainConfig` is the whole tree. A search space (`space.py`) is the same tree with ranges in it.
 """
@@ -48,22 +48,22 @@ Count = Annotated[int, Field(ge=1)]
 
 
 KIND = "accelerator_type:"
-"""What the resource begins with by which Ray names the kind of a node's GPUs."""
+"""Prefix of the resource by which Ray names the kind of a node's GPUs."""
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
-"""Resources that Ray gives a node by itself."""
+"""Resources that Ray assigns to every node itself."""
 
 
 class OptimConfig(Settings):
-    """SGD with momentum; weight decay on all parameters, as in the paper's code."""
+    """SGD with momentum. Weight decay applies to all parameters, as in the paper's code."""
 
     lr: Positive = 0.1
-    """Peak learning rate, for the whole (all-worker) batch."""
+    """Peak learning rate for the whole batch, over all workers."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    """Nesterov's momentum; the paper's recipe is without."""
+    """Use Nesterov's momentum. The paper's recipe does not."""
     batch_size: Count = 128
-    """Images a step, over all workers."""
+    """Images per step, over all workers."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -73,13 +73,13 @@ class OptimConfig(Settings):
 
 
 class Schedule(Settings):
-    """Learning rate as a function of the epoch, a real number: linear warm-up, then the rest of the schedule."""
+    """Learning rate as a function of the fractional epoch: linear warm-up, then the rest."""
 
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     """Epochs of linear warm-up from 0 to the peak; at most half of the run."""
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Factor on the peak learning rate at a point in [0, epochs) of a run; a step's point is its middle."""
+        """Return the factor on the peak rate at `epoch` in [0, epochs), the middle of a step."""
         warmup = min(self.warmup_epochs, epochs / 2)
         if epoch < warmup:
             return epoch / warmup
@@ -90,7 +90,7 @@ class Schedule(Settings):
 
 
 class Constant(Schedule):
-    """The peak learning rate throughout."""
+    """Keep the peak learning rate throughout."""
 
     name: Literal["constant"] = "constant"
 
@@ -99,22 +99,25 @@ class Constant(Schedule):
 
 
 class Cosine(Schedule):
-    """Half a cosine from the peak to `final` of it. (Loshchilov and Hutter 2017, arXiv:1608.03983.)"""
+    """Decay along half a cosine from the peak to `final` of it.
+
+    (Loshchilov and Hutter 2017, arXiv:1608.03983.)
+    """
 
     name: Literal["cosine"] = "cosine"
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Last learning rate as a fraction of the peak."""
+    """Last learning rate, as a fraction of the peak."""
 
     def _after_warmup(self, progress: float, fraction: float) -> float:
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Step(Schedule):
-    """Multiplied by `gamma` at each milestone. The paper's: by 0.2 at epochs 60, 120 and 160 of 200."""
+    """Multiply by `gamma` at each milestone. The paper: by 0.2 at epochs 60, 120 and 160 of 200."""
 
     name: Literal["step"] = "step"
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.3, 0.6, 0.8)
-    """Fractions of the run, so that a shorter run decays at the same points."""
+    """Fractions of the run, so that a shorter run decays at the same relative points."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.2
 
     def _after_warmup(self, progress: float, fraction: float) -> float:
@@ -127,104 +130,115 @@ AnySchedule = Annotated[
 
 
 def _absolute_weights(weights: str) -> str:
-    # a trial's process has a working directory of its own
+    # a trial's process has its own working directory
     elsewhere = weights.split(":")[0] == "torchvision" or weights.startswith("~")
     return weights if elsewhere else str(Path(weights).absolute())
 
 
 class TeacherInput(Settings):
-    """How the images are prepared that a network with weights from elsewhere was trained on."""
+    """Preprocessing of images for a teacher with external weights."""
 
     mean: Annotated[tuple[Level, ...], Field(min_length=1)]
-    """Per channel, in units of a uint8 step (0 to 255); ImageNet's are 123.675, 116.28 and 103.53."""
+    """Mean per channel, in pixel units of 0 to 255; ImageNet: 123.675, 116.28 and 103.53."""
     std: Annotated[tuple[Spread, ...], Field(min_length=1)]
-    """In the same units; ImageNet's are 58.395, 57.12 and 57.375."""
+    """Standard deviation per channel, in pixel units of 0 to 255; ImageNet: 58.395, 57.12 and
+    57.375."""
     size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width in pixels, to which images are resized. None: as the data has them."""
+    """Height and width in pixels to which images are resized. None: the size of the data set's
+    images."""
 
 
 class TeacherConfig(Settings):
-    """How the teacher is made: trained on the student's train split with hard labels, or taken from a file."""
+    """The teacher: trained on the student's train split with hard labels, or loaded from a file."""
 
     later: ClassVar[frozenset[str]] = frozenset({"input"})
 
     model: Model | None = None
-    """Its network. None: the student's own, which is what makes `tfkd_self`."""
+    """The teacher's network. None: the student's network, as `tfkd_self` requires."""
     objective: Annotated[
         CrossEntropy | LabelSmoothing, Field(discriminator="name"), BeforeValidator(name_alone)
     ] = CrossEntropy()
     epochs: Count | None = None
-    """None: as many as the student's."""
+    """Epochs of the teacher's training. None: as many as the student's."""
     optim: OptimConfig = OptimConfig()
     schedule: AnySchedule = Cosine()
     seed: Annotated[int, Field(ge=0)] = 1_000_000
-    """Another than the student's, so that a self teacher is no replay of the student's own run."""
+    """Seed of the teacher's run; it differs from the student's, so that a self teacher is a
+    different run."""
     stop_epoch: Count | None = None
-    """Stop it here, its schedule still spanning `epochs`: a poorly trained teacher (De-KD of Yuan et al. 2020)."""
+    """Stop after this epoch; the schedule still spans `epochs`. This makes a poorly trained teacher
+    (De-KD of Yuan et al. 2020)."""
     stop_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Stop it after the first epoch with at least this accuracy on validation."""
+    """Stop after the first epoch with at least this accuracy on validation."""
     weights: Annotated[str, AfterValidator(_absolute_weights)] | None = None
-    """A teacher from elsewhere, not trained here: a file (safetensors, or a torch state_dict), or `torchvision`, or
-    `torchvision:NAME` for one of its sets of ImageNet weights. What it was trained on is not known here."""
+    """External weights to load instead of training: a file (safetensors or a torch state_dict),
+    `torchvision`, or `torchvision:NAME` for one of its sets of ImageNet weights. We cannot know
+    what they were trained on."""
     input: TeacherInput | None = None
-    """The normalisation and size that `weights` were trained with. None: those of torchvision's weights or of timm's
-    network, and for any other file those of the data."""
+    """Preprocessing that `weights` were trained with. None: that of torchvision's weights or of
+    timm's network; for any other file, that of the data set."""
     labels: Literal["auto", "bank", "online"] = "auto"
-    """bank: its logits are computed once for each epoch's view of the images, kept on the node, and shared by all
-    trials that see that view: in half precision, or in float32 where they reach 128. online: computed in every step.
-    auto: bank, but for tiny teachers."""
+    """bank: computes the teacher's logits once per view of the images, caches them on the node and
+    shares them between all trials with that view, in half precision (float32 if they reach 128).
+    online: computes them in every step. auto: bank, except for tiny teachers."""
 
 
 class TrainConfig(Settings):
-    """One training run, complete: what is trained, on what, how, and with which seed."""
+    """The complete configuration of one training run: network, data, objective, optimizer, seed."""
 
     recipe: str | None = None
-    """Settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data set's first one. Whatever
-    the configuration says goes before them."""
+    """Named settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data
+    set's first recipe. Explicit settings override it."""
     data: Data = Digits()
     augment: Augment = Augment()
-    """How train images are varied; none by default."""
+    """Augmentation of train images; none by default."""
     student: Model = Mlp()
     objective: Objective
     teacher: TeacherConfig | None = None
-    """Needed by `kd` and its kin; `tfkd_self` has a default: the student's network under the recipe."""
+    """The teacher of `kd` and the other distillation objectives. `tfkd_self` has a default: the
+    student's network under the recipe."""
     init: Literal["random", "trained"] = "random"
-    """trained: starts from the weights of a trained copy of the student. With `ce` that is double training, the control
-    for the time that `tfkd_self` spends on its teacher."""
+    """trained: starts from the weights of a trained copy of the student. With `ce`, that is
+    training twice: the control for the time that `tfkd_self` spends on its teacher."""
     epochs: Count = 27
     optim: OptimConfig = OptimConfig()
     schedule: AnySchedule = Cosine()
     seed: Annotated[int, Field(ge=0)] = 0
-    """Initialisation, data order, augmentation and dropout are pure functions of it."""
+    """Seed of initialisation, data order, augmentation and dropout, all of them pure functions of
+    it."""
     workers: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Ray Train workers of one trial; each gets its part of every batch."""
+    """Ray Train workers per trial; each processes its share of every batch."""
     cpus_per_worker: Count = 1
-    """CPUs, and torch threads, of a worker."""
+    """CPUs, and torch threads, per worker."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs of a worker; a fraction lets one-worker trials share a GPU. 0: the CPU, also where there are GPUs."""
+    """GPUs per worker; a fraction lets one-worker trials share a GPU. 0: use the CPU, even on a
+    node with GPUs."""
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
-    """Kind of GPU that a worker needs, as Ray names it: H100, A100, ... None: any."""
+    """Kind of GPU that a worker needs, by Ray's name: H100, A100, ... None: any."""
     resources: dict[str, Positive] = {}
-    """Custom resources of a worker, by the names that the cluster's nodes have them, beside CPUs and GPUs."""
+    """Custom Ray resources that each worker needs besides CPUs and GPUs, by the names that the
+    nodes declare."""
     placement: Literal["pack", "spread"] = "pack"
-    """Workers of one trial on as few nodes as can be, or on as many; where it cannot be, as there is room."""
+    """Pack the workers of a trial on as few nodes as possible, or spread them over as many; a
+    preference, not a requirement."""
     batch_norm: Literal["local", "sync"] = "local"
-    """Batch statistics of each worker's own part, or over all workers (GPU only)."""
+    """Compute batch statistics over each worker's share, or over all workers (GPU only)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of student and teacher in training and on validation; losses, weights, optimizer and the test are
-    always fp32. auto: bf16 on GPUs since Ampere and CPUs with AMX, where the student gains by it (not a tiny one, of
-    less than 2 million operations an image; on CPUs not `shufflenet_v2_x1_0` and `alexnet_small`); decided when the
-    file is read, and kept."""
+    """Arithmetic of student and teacher in training and validation; losses, weights, the optimizer
+    and the test are always fp32. auto: bf16 on GPUs since Ampere and on CPUs with AMX, if the
+    student gains by it (not below 2 million operations an image; on CPUs not `shufflenet_v2_x1_0`
+    and `alexnet_small`). It is resolved when the file is read, and recorded."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the student. auto: off, as on CPUs it takes 10 to 50 s for each kind of batch, needs a C++
-    compiler, and makes large networks 1 to 12 % faster."""
+    """Use torch.compile for the student. auto: off, because on CPUs it takes 10 to 50 s per batch
+    shape, needs a C++ compiler, and makes large networks only 1 to 12 % faster."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 10.0
-    """Seconds between checkpoints of the whole run state, written at the end of an epoch; 0: every epoch."""
+    """Seconds between checkpoints of the whole run state, each written at the end of an epoch. 0:
+    after every epoch."""
 
     @model_validator(mode="before")
     @classmethod
     def _with_recipe(cls, tree: Any) -> Any:
-        """The tree with the recipe's settings where it has none of its own."""
+        """Return the tree with missing settings filled in from the recipe."""
         if not isinstance(tree, Mapping):
             return tree
         recipe = _recipe(tree.get("data"), tree.get("recipe"))
@@ -334,19 +348,19 @@ class TrainConfig(Settings):
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        """What Ray reserves for a worker, by Ray's names; a kind of accelerator is a resource that its nodes have."""
+        """Return the resources that Ray reserves per worker, by Ray's names, with the GPU kind."""
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         kind = {f"{KIND}{self.accelerator_type}": 0.001} if self.accelerator_type else {}
         return {"CPU": float(self.cpus_per_worker), **gpus, **self.resources, **kind}
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a trained network must be there before this run starts."""
+        """Return whether this run needs a trained network before it starts."""
         return self.objective.needs_teacher or self.init == "trained"
 
     @property
     def banked(self) -> bool:
-        """Whether the teacher's logits come from the bank, where they fit in (`soft_labels.fits`)."""
+        """Return whether the teacher's logits come from the bank, if `soft_labels.fits`."""
         run = self.teacher_run() if self.objective.needs_teacher else None
         if run is None:
             return False
@@ -356,7 +370,7 @@ class TrainConfig(Settings):
         )
 
     def teacher_run(self) -> TeacherRun | None:
-        """The training run that makes this run's teacher; None where it needs none."""
+        """Return the run that trains this run's teacher, or None if it needs none."""
         if not self.needs_teacher:
             return None
         recipe = {k: v for k, v in _recipe(self.data, self.recipe).items() if k in TEACHER_RECIPE}
@@ -384,9 +398,9 @@ class TrainConfig(Settings):
         )
 
     def try_networks(self) -> list[str]:
-        """Build the networks that are not ours, so that what is wrong with one is found before anything starts.
+        """Build external networks once, so that their errors appear before anything starts.
 
-        Returns notes on what is allowed, and hardly what its author wants.
+        Return notes on settings that are allowed but probably a mistake.
         """
         notes = list[str]()
         teacher = self.teacher_run()
@@ -411,16 +425,12 @@ class TrainConfig(Settings):
         return list(dict.fromkeys(notes))
 
     def build_student(self, shape: tuple[int, int, int] | None = None) -> nn.Module:
-        """The student as its run begins, whoever builds it: all that its code draws comes from the seed.
-
-        Args:
-            shape: (C, H, W) of the images that it is given. None: the data's.
-        """
+        """Return the student with its initial weights, all drawn from the run's seed."""
         with seeded(self.seed, "init"):
             return self.student.build(shape or self.data.shape, self.data.num_classes)
 
     def _teacher_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that the teacher is given."""
+        """Return (C, H, W) of the teacher's input images."""
         teacher = self.teacher or TeacherConfig()
         shown = known_input(
             teacher.weights, teacher.model or self.student, teacher.input, self.data
@@ -428,21 +438,24 @@ class TrainConfig(Settings):
         return resized(self.data.shape, shown)
 
     def pinned(self) -> Self:
-        """The same run on the data that are here, which it names by their digest; see `Dataset.pinned`."""
+        """Return the same run with the digest of the local data recorded; see `Dataset.pinned`."""
         return self.model_copy(update={"data": self.data.pinned()})
 
     def with_digest(self, digest: str | None) -> Self:
-        """The same run on data of this digest, where it does not say one itself."""
+        """Return the same run with this data digest, unless it has one already."""
         if self.data.digest is not None or digest is None:
             return self
         return self.model_copy(update={"data": self.data.model_copy(update={"digest": digest})})
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the run ends with the epoch of these metrics."""
+        """Return whether the run ends after the epoch with these metrics."""
         return metrics["epoch"] >= self.epochs
 
     def fingerprint(self, *more: Any) -> str:
-        """16 hex digits that name everything that makes this run's numbers; where it runs is left out."""
+        """Return 16 hex digits over all settings that affect the run's numbers.
+
+        Settings of where it runs (`RUN_ONLY`) are excluded.
+        """
         tree = {
             name: value
             for name, value in self.content().items()
@@ -457,7 +470,7 @@ class TrainConfig(Settings):
 
 
 class TeacherRun(TrainConfig):
-    """The run that makes a teacher: it may stop early, or take its weights from a file."""
+    """A run that makes a teacher: it may stop early or load its weights from a file."""
 
     stop_epoch: Count | None = None
     stop_accuracy: float | None = None
@@ -466,13 +479,13 @@ class TeacherRun(TrainConfig):
     later: ClassVar[frozenset[str]] = frozenset({"input"})
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the run ends with the epoch of these metrics."""
+        """Return whether the run ends after the epoch with these metrics."""
         return metrics["epoch"] >= (self.stop_epoch or self.epochs) or (
             self.stop_accuracy is not None and metrics["val_accuracy"] >= self.stop_accuracy
         )
 
     def fingerprint(self, *more: Any) -> str:
-        """As of any run; of weights from elsewhere, by their name, the network and the data."""
+        """Return the run's fingerprint; external weights count by name, network and data."""
         if self.weights is None:
             return super().fingerprint(*more)
         tree = {
@@ -486,14 +499,14 @@ class TeacherRun(TrainConfig):
 
     @property
     def shown(self) -> TeacherInput | None:
-        """How images are prepared for weights from elsewhere; None: as the data has them."""
+        """Return the preprocessing for external weights; None: that of the data set."""
         return known_input(self.weights, self.student, self.input, self.data)
 
 
 def known_input(
     weights: str | None, network: Network, given: TeacherInput | None, data: Dataset
 ) -> TeacherInput | None:
-    """The input that weights from elsewhere were trained with: as it is given, or known of torchvision and timm."""
+    """Return the preprocessing of external weights: the given one, or torchvision's or timm's."""
     if weights is None or given is not None:
         return given
     if isinstance(network, Timm) or weights.partition(":")[0] == "torchvision":
@@ -503,16 +516,17 @@ def known_input(
 
 
 def resized(shape: tuple[int, int, int], shown: TeacherInput | None) -> tuple[int, int, int]:
-    """(C, H, W) of images for such an input."""
+    """Return (C, H, W) of the images after this preprocessing."""
     return shape if shown is None or shown.size is None else (shape[0], shown.size, shown.size)
 
 
 TEACHER_RECIPE = {"optim", "schedule"}
-"""Settings of a recipe that a teacher of its own takes, too; the others it shares with the student."""
+"""Recipe settings that a teacher with its own configuration also takes; it shares the rest with the
+student."""
 
 
 def _recipe(data: Any, name: Any) -> dict[str, Any]:
-    """The settings of a data set's recipe; nothing where the data set itself is wrong, which is said elsewhere."""
+    """Return a recipe's settings; empty for an invalid data set, which is reported elsewhere."""
     given = name_alone(data if data is not None else Digits())
     word = (
         given.get("name")
@@ -535,7 +549,7 @@ def _recipe(data: Any, name: Any) -> dict[str, Any]:
 
 
 def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree`, with what it lacks from `defaults`; settings of another `name` than theirs are left alone."""
+    """Return `tree` with defaults filled in; settings with a different `name` are left alone."""
     result = dict(tree)
     for key, default in defaults.items():
         given = name_alone(result[key]) if key in result else {}
@@ -551,13 +565,15 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
 
 
 TINY_NETWORK = 2e6
-"""Operations of a forward pass below which bfloat16 gains nothing (measured: 0.5 to 1.5 times as fast, above 1.9)."""
+"""Operations per forward pass below which bfloat16 gains nothing (measured: 0.5 to 1.5 times as
+fast, above it 1.9 times)."""
 
 
 def _multiplies_bf16(gpu: bool) -> bool:
-    """Whether bfloat16 pays there; AVX512-BF16 without AMX is slower than float32 (benchmarks/formats.py).
+    """Return whether bfloat16 is faster than float32 here.
 
-    Of a GPU that only other nodes have, it is taken for granted.
+    AVX512-BF16 without AMX is slower (benchmarks/formats.py). GPUs of other nodes are assumed to
+    support it.
     """
     import torch
 
@@ -569,7 +585,9 @@ def _multiplies_bf16(gpu: bool) -> bool:
 
 RUN_ONLY = {"workers", "cpus_per_worker", "gpus_per_worker", "accelerator_type", "resources", "placement",
             "checkpoint_every_s"}  # fmt: skip
-"""Settings of TrainConfig that say where and how safely it runs. They are one for a whole sweep: never searched."""
+"""Settings of TrainConfig on where and how safely it runs. A sweep has one value of each and never
+searches them."""
 
 DRIVER = "tfkd_driver"
-"""Custom resource that the process of a trial with several workers takes 0.01 of, so that it takes no CPU from them."""
+"""Custom resource of which the driver process of a multi-worker trial takes 0.01, so that it takes
+no CPU from the workers."""

@@ -1,13 +1,13 @@
 """Data sets and their splits.
 
-A data set is a frozen Settings class that also loads itself. To add one: a class with a `name`, its facts and
-`_official`, and one line in `Data`. Images live as uint8 tensors, or stay in their files (`streams`); every image knows
-its position in the official train set, so that what is random about it is a function of (seed, epoch, position) and of
-nothing else.
+A data set is a frozen Settings class that also loads itself. To add one, write a class with a
+`name`, its facts and `_official`, and add one line to `Data`. Images live as uint8 tensors, or stay
+in their files (`streams`). Every image knows its position in the official train set, so randomness
+is a function of (seed, epoch, position) only.
 
-Nothing is downloaded but by `download`. What takes long to unpack or to decode is kept in a cache (see `files.cached`).
-Files are checked as input from elsewhere: an IDX file takes no more memory than the official one, and a pickle may hold
-arrays of bytes, text and numbers only.
+Only `download` downloads. Results of slow unpacking or decoding are cached (see `cache.cached`).
+Files are untrusted input: an IDX file takes no more memory than the official one, and a pickle may
+hold only arrays of bytes, text and numbers.
 
 Shapes: N = images, C = channels, H, W = height and width.
 """
@@ -51,9 +51,9 @@ from tfkd_ray.learn.own import imported
 
 
 class Digits(Dataset):
-    """1,797 real 8x8 handwritten digits (Alpaydin and Kaynak 1998), as scikit-learn carries them.
+    """1,797 real 8x8 handwritten digits from scikit-learn. (Alpaydin and Kaynak 1998.)
 
-    They have no official split: a fifth of every class, fixed for good, is the test set here (359 images).
+    They have no official split: a fixed fifth of every class is the test split here (359 images).
     """
 
     num_classes: ClassVar[int] = 10
@@ -65,7 +65,7 @@ class Digits(Dataset):
     name: Literal["digits"] = "digits"
 
     def check(self) -> None:
-        """Raise a ConfigError if scikit-learn's file is not there."""
+        """Raise a ConfigError if scikit-learn's file is missing."""
         _digits_file()
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
@@ -79,11 +79,11 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class OwnData(Dataset):
-    """Data from a function of yours: `function(split, **args)`, where split is "train" or "test".
+    """A data set from your own function: `function(split, **args)`, with split "train" or "test".
 
-    It returns (images, labels): uint8 [N, C, H, W] and whole numbers [N] from 0, as torch tensors or numpy arrays. It
-    is called in every process that trains, and must return the same each time. torch's, numpy's and Python's global
-    random numbers are seeded for it, always the same.
+    It returns (images, labels): uint8 [N, C, H, W] and whole numbers [N] from 0, as torch tensors
+    or numpy arrays. Every training process calls it, and it must return the same data each time.
+    The global random generators of torch, numpy and Python are seeded identically before each call.
     """
 
     known_by_digest: ClassVar[set[str]] = {"path", "args"}
@@ -91,16 +91,16 @@ class OwnData(Dataset):
 
     name: Literal["own"] = "own"
     path: str
-    """package.module:function."""
+    """Path of the function: `package.module:function`."""
     shape: tuple[Side, Side, Side]
-    """(C, H, W)."""
+    """(C, H, W) of the images."""
     num_classes: Annotated[int, Field(ge=2)]
     args: dict[str, JsonValue] = {}
     """Keyword arguments of the function."""
     mean: tuple[Level, ...] | None = None
-    """Per channel, in units of a uint8 step (0 to 255). None: measured."""
+    """Mean per channel, in pixel units of 0 to 255. None: measured."""
     std: tuple[Annotated[float, Field(gt=0, le=255)], ...] | None = None
-    """In the same units."""
+    """Standard deviation per channel, in pixel units of 0 to 255. None: measured."""
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.model_dump(mode="json")))
@@ -117,7 +117,7 @@ class OwnData(Dataset):
         return self
 
     def check(self) -> None:
-        """Raise a ConfigError if the function is not there or does not take these arguments; it is not called."""
+        """Raise a ConfigError if the function is missing or refuses these arguments; not called."""
         self._function()
 
     def _function(self) -> Callable[..., Any]:
@@ -138,9 +138,8 @@ class OwnData(Dataset):
         import torch
 
         function = self._function()
-        with seeded(
-            0, "data", split
-        ):  # of the global generators; what draws from one of its own seeds it itself
+        # of the global generators; code with its own generator seeds that itself
+        with seeded(0, "data", split):
             found = function(split, **self.args)
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise self._returned(split, f"must return (images, labels), got {_brief(found)}")
@@ -182,7 +181,7 @@ class OwnData(Dataset):
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """A tensor on the CPU of what may be one, else None."""
+    """Return a value as a CPU tensor, or None if it cannot be one."""
     import torch
     from torch import Tensor
 
@@ -195,7 +194,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _brief(value: Any) -> str:
-    """Type, and shape or length, for a sentence."""
+    """Return the type, and shape or length, of a value for a sentence."""
     from torch import Tensor
 
     if isinstance(value, Tensor | np.ndarray):
@@ -225,7 +224,7 @@ Data = Annotated[
 
 
 def forget_loaded() -> None:
-    """Free what was loaded, in a process that only had to know what it is."""
+    """Free loaded data, in a process that needed only their digest."""
     load_official.cache_clear()
 
 

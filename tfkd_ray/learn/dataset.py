@@ -1,4 +1,7 @@
-"""TODO learn.dataset."""
+"""The base classes of data sets: facts, splits, digests and downloads.
+
+Shapes: N = images, C = channels, H, W = height and width.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ MODERN: dict[str, Any] = {
     "optim": {"nesterov": True},
     "schedule": {"name": "cosine", "warmup_epochs": 1.0},
 }
-"""A recipe that does better than the paper's on every network we know figures of."""
+"""A recipe that beats the paper's on every network for which we know figures."""
 PAPER_RECIPE: dict[str, Any] = {
     "epochs": 200,
     "optim": {
@@ -71,64 +74,73 @@ _test_split_sealed = False
 
 
 def seal_test_split() -> None:
-    """Make `load_test` refuse in this process, for good: a process that trains has no business with test images."""
+    """Make `load_test` raise in this process from now on: training must not see test images."""
     global _test_split_sealed
     _test_split_sealed = True
 
 
 class Dataset(Settings):
-    """What every data set has: its facts, and how validation is cut from train."""
+    """Base class of all data sets: their facts, and the validation split cut from train."""
 
-    if (
-        TYPE_CHECKING
-    ):  # facts: class attributes where they are the same for all, settings or properties elsewhere
+    # facts: class attributes if constant, else settings or properties
+    if TYPE_CHECKING:
 
         @property
         def num_classes(self) -> int: ...
         @property
         def shape(self) -> tuple[int, int, int]:
-            """(C, H, W)."""
+            """(C, H, W) of the images."""
 
         @property
         def mean(self) -> tuple[float, ...] | None:
-            """Per channel, over the official train set, in units of a uint8 step. None: measured, see `statistics`."""
+            """Mean per channel over the official train set, in pixel units of 0 to 255.
+
+            None: measured, see `statistics`.
+            """
 
         @property
         def std(self) -> tuple[float, ...] | None: ...
 
     name: str
     origin: ClassVar[str]
-    """How to get the data: ends the sentence that says they are missing."""
+    """Instructions to get the data; they end the error sentence for missing data."""
     streams: ClassVar[bool] = False
-    """Whether images stay on the disk and are decoded when they are needed."""
+    """True if images stay on disk and are decoded when needed."""
     places: ClassVar[set[str]] = {"root", "readers"}
-    """Settings that say where the images are and how they are read, and change no number."""
+    """Settings of where the images are and how they are read; they affect no number."""
     known_by_digest: ClassVar[set[str]] = set()
-    """Settings that tell data sets apart, and need not where their digest does."""
+    """Settings that identify a data set only if it has no digest."""
     later: ClassVar[frozenset[str]] = frozenset({"digest"})
     recipes: ClassVar[dict[str, dict[str, Any]]] = {"plain": {}, "modern": MODERN}
-    """Settings by recipe name, for whatever a configuration does not say; the first is the default."""
+    """Default settings by recipe name; the first recipe is the default. Explicit settings override
+    them."""
 
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Part of the official train set that is held out for validation, the same part of every class. 0: none, as when a
-    student is trained for good."""
+    """Fraction of the official train set that is held out for validation, the same fraction of
+    every class. 0: no validation split, for training a final student."""
     subset: Annotated[int, Field(ge=1)] | None = None
-    """About how many images of the official train set to use, the same part of every class; None: all."""
+    """Approximate number of images of the official train set to use, the same fraction of every
+    class. None: all."""
     split_seed: int = 0
-    """Which images those are: fixed by (data set, split_seed), whatever the trial's seed."""
+    """Seed of the validation split and the subset, which depend only on (data set, split_seed),
+    never on the trial's seed."""
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
-    """What the official train set is: see `digest_of`. None: found when an experiment begins, which records it. Data of
-    another digest are refused, so that no experiment mixes two data sets."""
+    """Identity of the official train set: see `digest_of`. None: computed and recorded when an
+    experiment begins. Data with another digest raise an error, so that no experiment mixes two data
+    sets."""
 
     def load(self) -> tuple[Images, Images | None]:
-        """(train, validation): disjoint, stratified, both from the official train set; None if nothing is held out."""
+        """Return (train, validation): disjoint, stratified parts of the official train set.
+
+        Validation is None if nothing is held out.
+        """
         found = load_official(self._of_any_digest)
         if self.digest is not None and found.digest != self.digest:
             raise ConfigError(f"data {self.name}: {self._other_data(found)}")
         return found.train, found.val
 
     def pinned(self) -> Self:
-        """The data set with the digest of what is here; a ConfigError if it has that of other data."""
+        """Return the data set with the local data's digest; raise a ConfigError on a mismatch."""
         if self.digest is None:
             found = load_official(self._of_any_digest)
             if not found.checked:
@@ -139,7 +151,7 @@ class Dataset(Settings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What makes these images the ones they are, as JSON: the settings, but for places, and the digest."""
+        """Return the settings and digest that identify these images, as JSON, without paths."""
         out = self.places | (self.known_by_digest if self.digest else set())
         return {name: value for name, value in self.content().items() if name not in out}
 
@@ -148,25 +160,25 @@ class Dataset(Settings):
         return self.model_copy(update={"digest": None})
 
     def _other_data(self, found: OfficialSets) -> str:
-        """Says that the data here are not those of the digest."""
+        """Return the sentence for data whose digest is not the recorded one."""
         return (
             f"the train images or labels here are others than those that were recorded (digest {found.digest}, not "
             f"{self.digest}); put those back, or begin a new experiment, whose teachers are trained anew"
         )
 
     def _check_same_again(self, found: OfficialSets) -> None:
-        """Raise a ConfigError where loading again gives other images."""
+        """Raise a ConfigError if loading again gives different images."""
 
     def _sources(self, split: Split) -> list[Path]:
-        """Files that a split comes from, whole and unchanged while they are; none where that cannot be said."""
+        """Return the files of a split, which identify it while unchanged, or an empty list."""
         return []
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std) per channel, in units of a uint8 step: the known ones, or else those of train and validation."""
+        """Return (mean, std) per channel, pixel units of 0 to 255: the known or measured ones."""
         return (self.mean, self.std) if self.mean and self.std else _measured(self)
 
     def load_test(self) -> Images:
-        """The test split. Refused in any process that trains trials of a sweep."""
+        """Return the test split; raise in a process that trains trials of a sweep."""
         if _test_split_sealed:
             raise PermissionError(
                 "the test split cannot be opened by a sweep: trials are chosen on validation, and test is opened once, "
@@ -175,18 +187,21 @@ class Dataset(Settings):
         return self._whole("test")
 
     def download(self) -> None:
-        """Fetch the official files into `root`, unless they are there: all of each, of the right md5, or nothing."""
+        """Download the missing official files into `root`; check their md5.
+
+        A file is written completely, or not at all.
+        """
         raise ConfigError(f"data {self.name}: not for download; {self.origin}")
 
     def check(self) -> None:
-        """Raise a ConfigError if the data are not on this machine; cheap, reads no image."""
+        """Raise a ConfigError if the data are missing on this machine; cheap, reads no image."""
         raise TypeError(f"{type(self).__name__} does not say where it is")
 
     def examine(self) -> None:
-        """Raise a ConfigError if a file of either split is missing or is not what it says; shows nobody an image.
+        """Raise a ConfigError if a file of either split is missing or malformed; show no image.
 
-        Files are listed, and their headers read, so that a comparison does not train for days to find a split of which
-        nothing can be measured.
+        It lists the files and reads their headers, so that a comparison does not train for days
+        before it finds an unusable split.
         """
         _examined(self)
 
@@ -194,22 +209,22 @@ class Dataset(Settings):
         self.check()
 
     def _whole(self, split: Split) -> Images:
-        """An official split."""
+        """Return the images of a whole official split."""
         import torch
 
         images, labels = self._official(split)
         return ImageSet(images, labels, torch.arange(len(labels)), len(labels))
 
     def _official(self, split: Split) -> tuple[Tensor, Tensor]:
-        """(uint8 [N, C, H, W], int64 [N]) of an official split."""
+        """Return (uint8 [N, C, H, W], int64 [N]) of an official split."""
         raise TypeError(f"{type(self).__name__} does not say how it loads")
 
 
-# --- data sets in files ----------------------------------------------------------------------------------------
+# --- data sets in files ---------------------------------------------------------------------------
 
 
 def _absolute(path: Path) -> Path:
-    # a trial's process has a working directory of its own; "~" stays, for each machine to expand
+    # a trial's process has its own working directory; each machine expands "~" itself
     return path if path.parts[:1] == ("~",) else path.absolute()
 
 
@@ -217,11 +232,11 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class FileDataset(Dataset):
-    """A data set whose official files a person has put somewhere: the same place on every machine."""
+    """A data set whose official files the user has placed at the same path on every machine."""
 
     name: str
     root: AbsolutePath
-    """The folder that holds the files. A place, not content: it changes no number."""
+    """Folder of the files. Location only: it affects no number."""
 
     def _wrong(self, path: Path, problem: str) -> ConfigError:
         return ConfigError(f"data {self.name}: {path}: {problem}")
@@ -233,13 +248,13 @@ class FileDataset(Dataset):
         )
 
     def _checked_labels(self, path: Path, labels: Tensor, first: int = 0) -> Tensor:
-        """Labels from 0; in the file they count from `first`."""
+        """Return labels that begin at 0; those in the file begin at `first`."""
         if problem := label_problem(labels, first, self.num_classes):
             raise self._wrong(path, problem)
         return labels - first
 
     def _fetch(self, url: str, md5: str, path: Path) -> None:
-        """Download a file; it is there whole, or not at all."""
+        """Download a file completely or not at all."""
         digest = hashlib.md5(usedforsecurity=False)
         try:
             with (
@@ -261,7 +276,7 @@ class FileDataset(Dataset):
             raise ConfigError(f"data {self.name}: {problem}") from None
 
     def _fetch_folder(self, url: str, md5: str, folder: str) -> None:
-        """Download a zip, and put the folder that it holds into `root`, whole or not at all."""
+        """Download a zip and move its folder into `root`, completely or not at all."""
         root = self.root.expanduser()
         if (root / folder).exists():
             raise self._wrong(
@@ -290,11 +305,14 @@ def wnids_in_order(folder: Path) -> tuple[int, int]:
     return facts.st_dev, facts.st_ino
 
 
-# --- splits ----------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 
 
 def stratified(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """(kept, held out): sorted indices; `fraction` of every class is held out, at least one image, never all."""
+    """Return sorted indices (kept, held out); of each class, `fraction` is held out.
+
+    At least one image of each class is held out, and never all.
+    """
     import torch
 
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
@@ -314,13 +332,13 @@ class OfficialSets:
     train: Images
     val: Images | None
     state: str | None
-    """Of the files it was read from; None: not in files that are whole."""
+    """State of the source files; None for data without whole files."""
     checked: bool = False
-    """Whether it is known to be the same when it is loaded again."""
+    """True if loading again is known to give the same data."""
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the official train set, whatever part of it is used."""
+        """Return the digest of the official train set, whatever part of it is used."""
         if self.state is None:
             return digest_of(self.whole)
         return remembered(self.state, lambda: digest_of(self.whole))
@@ -333,7 +351,7 @@ def _examined(data: Dataset) -> None:
 
 @functools.lru_cache(maxsize=4)
 def load_official(data: Dataset) -> OfficialSets:
-    before = _state(data)  # before it is read: what is written meanwhile is read again
+    before = _state(data)  # taken first, so that files that change during the read are read again
     whole = data._whole("train")
     train, val = split(whole.labels, data)
     return OfficialSets(
@@ -349,21 +367,23 @@ def _state(data: Dataset) -> str | None:
 
 
 ROWS = 64
-"""Words of 8 bytes that are at most added up to one for the digest."""
+"""Most 8-byte words that are added up into one word for the digest."""
 SUM_COLUMNS = (509, 2_039, 8_191, 32_749, 131_071, 524_287)
-"""Words from one of a sum to the next: the first of these primes that is more than an image has."""
+"""Candidate block widths in words: the first of these primes above the words of an image is
+used."""
 
 
 def digest_of(images: Images) -> str:
-    """32 hex digits that tell an official set from others: of its labels, their order, and its images.
+    """Return 32 hex digits that identify an official set: its labels, their order and its images.
 
-    Images in memory count by their content. Of images that stay in their files the content is not read: their names,
-    below the folder, and sizes count, so that a file of the same name and size is taken for the same. No time counts.
+    Images in memory count by content. Images in files count by path below the folder and by size,
+    not by content, so another file with the same name and size is not noticed. Modification times
+    do not count.
     """
     found = hashlib.sha256(images.labels.numpy().astype("<i4").data)
     if isinstance(images, FolderSet):
         for file in images.files:
-            size = os.stat(f"{images.folder}/{file}").st_size  # noqa: PTH116  # a Path would take as long again
+            size = os.stat(f"{images.folder}/{file}").st_size  # noqa: PTH116  # Path.stat is slower
             found.update(os.fsencode(f"{file}\0{size}\0"))
     else:
         found.update(repr(tuple(images.stored.shape)).encode())
@@ -376,17 +396,18 @@ def digest_of(images: Images) -> str:
 def _summed(
     content: np.ndarray[Any, np.dtype[np.uint8]], each: int
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """The content in about 1/64 of its bytes, for a hash 8 times as fast as SHA-256, and no protection against forgery.
+    """Yield sums of the content, 1/64 of its bytes: 8 times faster to hash, but not secure.
 
-    Blocks of rows of words, of each of which the columns are added up. No sum has two words of one image, so a change
-    of an image always changes a sum; nor has one the same word of two images, which somebody might exchange.
+    It adds up the columns of blocks of rows of words. No sum holds two words of one image, so a
+    change within one image always changes a sum. No sum holds the same word of two images, so
+    swapping images changes a sum too.
 
     Args:
         each: bytes of an image.
     """
     rows = min(ROWS, each // 8)
     columns = next((p for p in SUM_COLUMNS if p > each // 8 + 1 and each % p), 0)
-    block = 8 * rows * columns  # 0: an image is so small or large that nothing is added up
+    block = 8 * rows * columns  # 0: images too small or too large to add up
     end = len(content) // block * block if block else 0
     if end:
         words = content[:end].view("<u8").reshape(-1, rows, columns)
@@ -396,7 +417,7 @@ def _summed(
 
 @functools.lru_cache(maxsize=4)
 def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel of train and validation, exact sums: the same however they are split."""
+    """Return (mean, std) per channel of train and validation: exact, the same for every split."""
     import torch
 
     channels = data.shape[0]
@@ -418,7 +439,10 @@ def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
-    """(train, validation): positions in the official train set, sorted; validation may be empty."""
+    """Return sorted positions in the official train set (train, validation).
+
+    Validation may be empty.
+    """
     import torch
 
     used = torch.arange(len(labels))
@@ -433,7 +457,7 @@ def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
     return used[train], used[val]
 
 
-# --- files -----------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def label_problem(labels: Tensor, first: int, num_classes: int) -> str | None:

@@ -1,5 +1,7 @@
-"""Metrics of a classifier on validation. The usual ones, from sums that add over batches and workers: top-1, top-5, NLL
-and calibration error. The others of `scores.SCORES`, where they are asked for: from the logits of all images at once.
+"""Metrics of a classifier on validation.
+
+Top-1, top-5, NLL and calibration error come from sums that add up over batches and workers.
+Optional ones (`scores.SCORES`) need the logits of all images at once.
 
 Shapes: B = batch, N = images, K = classes, M = `BINS` confidence bins.
 """
@@ -18,7 +20,7 @@ from tfkd_ray.verdict.calibration import BINS, bin_of, calibration_error
 from tfkd_ray.verdict.scores import Score, score_of
 
 EVAL_PIXELS = 2**18
-"""Pixels of a batch that is only judged: 256 images of 32x32, 5 of 224x224."""
+"""Pixels per evaluation batch: 256 images of 32x32, or 5 of 224x224."""
 
 
 def predictions(
@@ -30,9 +32,9 @@ def predictions(
     workers: int = 1,
     bf16: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits [B, K], labels [B]), batch by batch, of a worker's share of the images, on the device of their labels.
+    """Yield (logits [B, K], labels [B]) of a worker's share of the images, on the labels' device.
 
-    Logits are float32; with `bf16` the network's arithmetic is bfloat16.
+    Logits are float32; with `bf16` the network computes in bfloat16.
     """
     device = images.labels.device
     mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in data.statistics())
@@ -46,23 +48,24 @@ def predictions(
 
 
 def evaluate(network: nn.Module, data: Dataset, images: Images) -> dict[str, float]:
-    """Metrics of a network on a set of images; see `metrics_from`."""
+    """Return the metrics of a network on a set of images; see `metrics_from`."""
     return metrics_from(
         sum((metric_sums(*batch) for batch in predictions(network, images, data)), torch.zeros(1))
     )
 
 
 def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
-    """What a batch adds to the metrics: float64 [4 + 3 * M], logits [B, K], labels [B].
+    """Return the sums of a batch for the metrics, float64 [4 + 3 * M].
 
-    Count, correct in the first 1, correct in the first 5, NLL; then of each bin its count, confidence and correct ones;
-    with the teacher's logits [B, K] two more: images where both guess the same, and KL(teacher || student) in nats.
+    From logits [B, K] and labels [B] come count, top-1 correct, top-5 correct and NLL, then the
+    counts, confidences and correct images of the bins. With the teacher's logits [B, K] come two
+    more: images with the same top-1 class, and KL(teacher || student) in nats.
     """
     log_p = torch.log_softmax(logits.double(), dim=1)
     top = log_p.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    best, guess = log_p.max(dim=1)  # of equal logits the first class, which topk does not promise
+    best, guess = log_p.max(dim=1)  # first class on ties, which topk does not promise
     confidence, first = best.exp(), (guess == labels).double()
-    bins = bin_of(confidence).long().clamp(min=0)  # of what is no number, the first
+    bins = bin_of(confidence).long().clamp(min=0)  # NaN goes to the first bin
     table = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
     table.index_add_(1, bins, torch.stack([torch.ones_like(first), confidence, first]))
     nll = -log_p.gather(1, labels[:, None]).sum()
@@ -80,11 +83,12 @@ def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -
 
 
 def metrics_from(sums: Tensor) -> dict[str, float]:
-    """Metrics of all images whose `metric_sums` were added up.
+    """Return the metrics of all images from the sum of their `metric_sums`.
 
-    `val_accuracy` and `val_top5` (the first 5 guesses) are fractions; `val_nll` is in nats an image; `val_ece` is the
-    mean gap between confidence and accuracy over the bins, weighted by their counts, a fraction. Where a teacher was
-    given: `val_agreement`, the fraction of images where both guess the same, and `val_teacher_kl`, in nats an image.
+    `val_accuracy` and `val_top5` are fractions; `val_nll` is in nats per image; `val_ece` is the
+    mean gap between confidence and accuracy over the bins, weighted by their counts, a fraction.
+    With a teacher: `val_agreement`, the fraction of images with the same top-1 class, and
+    `val_teacher_kl`, in nats per image.
     """
     count, first, fifth, nll, *rest = sums.tolist()
     confidence, correct, of_teacher = (
@@ -105,7 +109,7 @@ def metrics_from(sums: Tensor) -> dict[str, float]:
 
 
 def asked_beside(metrics: Sequence[str]) -> list[Score]:
-    """Those of some metrics that need the logits of all images at once; a ValueError for a name that is none."""
+    """Return the metrics that need the logits of all images; raise ValueError for unknown names."""
     rows = [score_of(name) for name in metrics]
     return [row for row in rows if row.of is not None and not row.usual]
 
@@ -119,10 +123,11 @@ def metrics_at_once(
     rank: int,
     workers: int,
 ) -> dict[str, float]:
-    """Metrics that are no sums over batches, the same on every worker, which all must call it.
+    """Return metrics that are not sums over batches; every worker must call it, and gets the same.
 
     Args:
-        batches: logits [B, K] of this worker's share: images `rank`, `rank + workers`, ... of the split.
+        batches: logits [B, K] of this worker's share: images `rank`, `rank + workers`, ... of the
+            split.
         labels: of all images of the split, [N].
     """
     shares = labels.new_zeros(workers, -(-len(labels) // workers), num_classes, dtype=torch.float32)

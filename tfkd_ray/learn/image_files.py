@@ -1,4 +1,7 @@
-"""TODO learn.image_files."""
+"""Data sets of image files: Tiny ImageNet, ImageNet and folders of the user's own images.
+
+Shapes: S = height and width after decoding.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,18 @@ from tfkd_ray.learn.dataset import (
 )
 
 MOST_LIST = 2**24
-"""More than the lists of Tiny ImageNet, which have less than a megabyte."""
+"""Largest list file that is read; those of Tiny ImageNet have less than a megabyte."""
 
 
-# --- data sets of image files ----------------------------------------------------------------------------------
+# --- data sets of image files ---------------------------------------------------------------------
 
 
 class TinyImagenet(FileDataset):
-    """Tiny ImageNet: 110,000 photographs of 64x64 in 200 classes, in memory. (Stanford's CS231n, 2015.)
+    """Tiny ImageNet: 110,000 photographs of 64x64 in 200 classes, in memory.
 
-    The official layout, which is `root` or root/tiny-imagenet-200. Its `val` is the test split here, as the labels of
-    its `test` were never published. Classes are in the order of their WordNet ids.
+    Source: Stanford's CS231n, 2015. It expects the official layout in `root` or
+    root/tiny-imagenet-200. The official `val` is the test split here, because the labels of the
+    official `test` were never published. Classes are sorted by WordNet id.
     """
 
     num_classes: ClassVar[int] = 200
@@ -65,7 +69,7 @@ class TinyImagenet(FileDataset):
     root: AbsolutePath = Path("~/datasets/tiny_imagenet")
 
     def check(self) -> None:
-        """Raise a ConfigError if its lists and folders are not there."""
+        """Raise a ConfigError if its lists or folders are missing."""
         self._folder()
 
     def download(self) -> None:
@@ -117,7 +121,7 @@ class TinyImagenet(FileDataset):
         )
 
     def _sources(self, split: Split) -> list[Path]:
-        """The file of decoded images, which is replaced when one of 100,000 images changes."""
+        """Return the file of decoded images, which is replaced if one of 100,000 images changes."""
         folder = self._folder()
         wnid = min(self._text(folder / "wnids.txt").split(), default="")
         first = min((folder / split / wnid / "images").glob("*.JPEG"), default=None)
@@ -165,7 +169,7 @@ class TinyImagenet(FileDataset):
         return sorted(found)
 
     def _text(self, path: Path) -> str:
-        """One of its lists."""
+        """Return the text of one of its lists."""
         try:
             with opened(path) as file:
                 raw = read_at_most(file, MOST_LIST)
@@ -205,11 +209,11 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 
 
 class FolderDataset(FileDataset):
-    """Image files of any size in a folder for each class, as torchvision's ImageFolder has them; read while training.
+    """Image files of any size, one folder per class, as for torchvision's ImageFolder.
 
-    root/train/CLASS/* and root/val/CLASS/*, which is the test split here; root/test/CLASS/* where there is no `val`.
-    Classes and images are in the order of their names. What begins with a dot is left alone, and so is what does not
-    end as images do.
+    They are read while training: root/train/CLASS/*, and root/val/CLASS/* as the test split
+    (root/test/CLASS/* if there is no `val`). Classes and images are sorted by name. Names that
+    begin with a dot, or do not end as image files do, are skipped.
     """
 
     streams: ClassVar[bool] = True
@@ -223,21 +227,21 @@ class FolderDataset(FileDataset):
     }
 
     image_size: Annotated[int, Field(ge=8, le=1024)] = 224
-    """Height and width in pixels, S, that images get when they are read."""
+    """S: height and width in pixels of the decoded images."""
     mean: tuple[Level, Level, Level] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-    """Of red, green and blue, in units of a uint8 step (0 to 255); ImageNet's."""
+    """Mean of red, green and blue, in pixel units of 0 to 255; default: ImageNet's."""
     std: tuple[Spread, Spread, Spread] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-    """In the same units."""
+    """Standard deviation in the same units."""
     readers: Annotated[int, Field(ge=1, le=256)] = 4
-    """Threads that decode ahead of training, for each worker. They change no number."""
+    """Threads per worker that decode ahead of training. They affect no number."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(3, S, S)."""
+        """Return (3, S, S)."""
         return 3, self.image_size, self.image_size
 
     def check(self) -> None:
-        """Raise a ConfigError if a split is not there, or its classes are not as declared; looks at folders only."""
+        """Raise a ConfigError if a split or a declared class is missing; looks at folders only."""
         self._classes("test")
 
     def _folder(self, split: Split) -> Path:
@@ -249,7 +253,7 @@ class FolderDataset(FileDataset):
         raise self._missing(f"the folder {' or '.join(names)}", [root])
 
     def _classes(self, split: Split) -> list[str]:
-        """Names of the class folders, sorted."""
+        """Return the names of the class folders, sorted."""
         folder = self._folder(split)
         classes = sorted(
             p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
@@ -301,7 +305,7 @@ class FolderDataset(FileDataset):
 
 
 def _image_files(folder: Path) -> Iterator[str]:
-    """Image files below a folder, relative to it, in any order; links are followed, but not to what they lie in."""
+    """Yield image files below a folder, relative to it, in any order; links may not form cycles."""
     above: dict[str, set[tuple[int, int]]] = {
         str(folder): {wnids_in_order(p) for p in folder.resolve().parents}
     }
@@ -320,23 +324,23 @@ def _image_files(folder: Path) -> Iterator[str]:
 
 
 class ImageFolder(FolderDataset):
-    """Image files of your own."""
+    """Your own image files."""
 
-    places: ClassVar[set[str]] = {
-        "readers"
-    }  # here the folder is what tells one data set from another
+    # the folder identifies the data set
+    places: ClassVar[set[str]] = {"readers"}
     known_by_digest: ClassVar[set[str]] = {"root"}
     origin: ClassVar[str] = "put images at root/train/CLASS/ and root/val/CLASS/"
 
     name: Literal["image_folder"] = "image_folder"
     num_classes: Annotated[int, Field(ge=2)]
-    """As many as there are folders in root/train."""
+    """Number of classes: the folders in root/train."""
 
 
 class Imagenet(FolderDataset):
-    """ImageNet of 2012: 1.28 million photographs in 1000 classes. (Russakovsky et al. 2015, arXiv:1409.0575.)
+    """ImageNet 2012: 1.28 million photographs in 1000 classes.
 
-    50,000 more, its validation images, are the test split here.
+    (Russakovsky et al. 2015, arXiv:1409.0575.) Its 50,000 validation images are the test split
+    here.
     """
 
     num_classes: ClassVar[int] = 1000

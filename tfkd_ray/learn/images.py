@@ -1,9 +1,10 @@
-"""Images of one split, in memory or in their files, and randomness that is addressed instead of consumed.
+"""Images of one split, in memory or in files, and random numbers by address.
 
-Every image knows its position in the official train set, so that what is random about it is a function of (seed, epoch,
-position) and of nothing else.
+Every image knows its position in the official train set, so randomness is a function of (seed,
+epoch, position) only; no draw depends on the draws before it.
 
-Shapes: N = images, B = images of a batch, C = channels, H, W = height and width, S = side of images made square.
+Shapes: N = images, B = images of a batch, C = channels, H, W = height and width, S = side of images
+made square.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ if TYPE_CHECKING:
 
 
 AHEAD = 2
-"""Batches that are decoded while the one before them is trained on."""
+"""Batches that are decoded ahead of the one in training."""
 
 
 def address(seed: int, *stream: str | int) -> int:
-    """A 63-bit seed for one named use of randomness, such as (seed, "order", epoch)."""
+    """Return a 63-bit seed for one named use of randomness, such as (seed, "order", epoch)."""
     text = "/".join(str(part) for part in (seed, *stream))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *stream: str | int) -> torch.Generator:
-    """A CPU generator at an address: the same numbers on every machine, device and number of workers."""
+    """Return a CPU generator at an address, the same on every machine."""
     import torch
 
     return torch.Generator().manual_seed(address(seed, *stream))
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch, numpy and `random`, for code that is not ours and may draw from any of them."""
+    """Seed torch, numpy and `random`, for external code that may draw from any of them."""
     import torch
 
     torch.manual_seed(seed)
@@ -58,7 +59,7 @@ def seed_all(seed: int) -> None:
 
 
 def random_states() -> Callable[[], None]:
-    """What puts numpy and `random` back to where they are now."""
+    """Return a function that restores numpy and `random` to their present state."""
     ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def put_back() -> None:
@@ -69,7 +70,7 @@ def random_states() -> Callable[[], None]:
 
 
 def random_position() -> tuple[Any, ...]:
-    """Where torch's, numpy's and Python's global random numbers are: another one once some were drawn."""
+    """Return the state of the global generators of torch, numpy and Python; a draw changes it."""
     import torch
 
     _, keys, *rest = np.random.get_state()  # noqa: NPY002
@@ -87,7 +88,7 @@ def random_position() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def seeded(seed: int, *stream: str | int) -> Iterator[None]:
-    """Within it torch, numpy and `random` draw from an address; afterwards they go on as if it had not been."""
+    """Seed torch, numpy and `random` from an address inside the block; restore them afterwards."""
     import torch
 
     put_back = random_states()
@@ -104,33 +105,34 @@ class ImageSet:
     """Images of one split, in memory."""
 
     stored: Tensor
-    """uint8 [M, C, H, W]: these images and maybe others; mapped from a file, all processes of a node share them."""
+    """uint8 [M, C, H, W]: these images and possibly others; if mapped from a file, all processes of
+    a node share them."""
     labels: Tensor
     """int64 [N]."""
     positions: Tensor
-    """int64 [N]: each image's place in the official train set (or test set)."""
+    """int64 [N]: position of each image in the official train (or test) set."""
     official_size: int
-    """Images in that official set."""
+    """Number of images in that official set."""
     rows: Tensor | None = None
-    """int64 [N]: where each image is stored. None: N = M, in order."""
+    """int64 [N]: row of each image in `stored`. None: N = M, in order."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def images(self) -> Tensor:
-        """uint8 [N, C, H, W], a copy if they are some of those stored."""
+        """Return uint8 [N, C, H, W]; a copy if `stored` holds other images too."""
         return self.stored if self.rows is None else self.stored[self.rows]
 
     def part(self, index: Tensor) -> ImageSet:
-        """Some of the images."""
+        """Return the images at some indices."""
         rows = index if self.rows is None else self.rows[index]
         return ImageSet(
             self.stored, self.labels[index], self.positions[index], self.official_size, rows
         )
 
     def on(self, device: torch.device) -> ImageSet:
-        """The set, its images included, on a device."""
+        """Return the set on a device, images included."""
         if device.type == "cpu":
             return self
         images = self.images.to(device)
@@ -139,55 +141,57 @@ class ImageSet:
         )
 
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
-        """The images of each batch of indices, uint8 [B, C, H, W]; these are whole already, and `crops` unused."""
+        """Yield the images of each batch of indices, uint8 [B, C, H, W]; `crops` is unused."""
         return (self.stored[batch if self.rows is None else self.rows[batch]] for batch in batches)
 
 
 @dataclass(frozen=True)
 class FolderSet:
-    """Images of one split that stay in their files, each decoded when it is read."""
+    """Images of one split that stay in their files; each is decoded when it is read."""
 
     name: str
-    """Of the data set, for errors."""
+    """Name of the data set, for errors."""
     folder: Path
     files: tuple[str, ...]
-    """Below the folder, one for each image."""
+    """Paths below the folder, one per image."""
     labels: Tensor
     """int64 [N]."""
     positions: Tensor
-    """int64 [N]: each image's place among all files of the official set, sorted by class and name."""
+    """int64 [N]: position of each image among all files of the official set, sorted by class and
+    name."""
     official_size: int
-    """Images in that official set."""
+    """Number of images in that official set."""
     side: int
-    """S: images are made S x S."""
+    """S: images are decoded to S x S."""
     readers: int
-    """Threads that decode ahead."""
+    """Number of threads that decode ahead."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def part(self, index: Tensor) -> FolderSet:
-        """Some of the images."""
+        """Return the images at some indices."""
         files = tuple(self.files[i] for i in index.tolist())
         return replace(
             self, files=files, labels=self.labels[index], positions=self.positions[index]
         )
 
     def on(self, device: torch.device) -> FolderSet:
-        """The set with its labels and positions on a device; images are read on the CPU."""
+        """Return the set with labels and positions on a device; images are read on the CPU."""
         return replace(self, labels=self.labels.to(device), positions=self.positions.to(device))
 
     def read(self, batches: Sequence[Tensor], crops: Tensor | None = None) -> Iterator[Tensor]:
-        """The images of each batch of indices, uint8 [B, 3, S, S], on the CPU; `readers` threads decode ahead.
+        """Yield the images of each batch of indices, uint8 [B, 3, S, S], on the CPU.
+
+        `readers` threads decode ahead.
 
         Args:
-            crops: float [N, 4], see `crop_box`, on the CPU. None, or [N, 0]: the shorter side is resized to 256/224 of
-                S, and the centre cut out.
+            crops: float [N, 4] on the CPU, see `crop_box`. None, or [N, 0]: the shorter side is
+                resized to 256/224 of S, and the centre is cropped.
         """
         crops = crops if crops is not None and crops.shape[1] else None
-        plans = [
-            batch.cpu() for batch in batches
-        ]  # now: later, each would wait for what the device has to do
+        # copied now: a later copy would wait for the device
+        plans = [batch.cpu() for batch in batches]
         ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
         pool = ThreadPoolExecutor(self.readers, "tfkd-reader")
         try:
@@ -203,7 +207,7 @@ class FolderSet:
     def _start(
         self, pool: ThreadPoolExecutor, plan: Tensor, crops: Tensor | None
     ) -> tuple[Tensor, list[Future[None]]]:
-        """(the batch, of which nothing is there yet; what fills it)."""
+        """Return (the batch, still empty; the futures that fill it)."""
         import torch
 
         images = torch.empty(
@@ -238,19 +242,23 @@ def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
 def decoded(
     name: str, path: Path, view: Callable[[Image.Image], Image.Image]
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 [3, H, W] of an image file, as `view` shows it in RGB; `name` is the data set's, for errors."""
+    """Return uint8 [3, H, W] of an image file after `view`, in RGB.
+
+    Args:
+        name: of the data set, for errors.
+    """
     try:
         with opened(path) as file, Image.open(file) as image:
             return np.asarray(view(image)).transpose(2, 0, 1)
     except _NotEightBits as error:
         raise ConfigError(f"data {name}: {path}: {error}") from None
-    except Exception as error:  # an image that is not one can end in any exception
+    except Exception as error:  # a damaged image can raise any exception
         problem = f"cannot be read as an image: {error}; replace it, or take it away"
         raise ConfigError(f"data {name}: {path}: {problem}") from None
 
 
 def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None = None) -> None:
-    """Raise a ConfigError that names the files whose headers are not those of images; no pixel is decoded.
+    """Raise a ConfigError that names files without a valid image header; decode no pixel.
 
     Args:
         name: of the data set, for errors.
@@ -283,20 +291,20 @@ def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None
 
 
 def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random resized crop, inside the image whatever the numbers are.
+    """Return (left, top, width, height) of a random resized crop, always inside the image.
 
-    As torchvision draws it: 8 to 100 % of the area and a log-uniform shape of 3:4 to 4:3, given that it fits. Instead
-    of drawing again until one does, the shape is drawn from what such draws end with. An image so long that nothing
-    fits gets the largest box of 3:4 or 4:3.
+    The distribution is torchvision's: 8 to 100 % of the area and a log-uniform aspect ratio of 3:4
+    to 4:3, given that the crop fits. Instead of rejection sampling, the aspect ratio is drawn from
+    the resulting conditional distribution. If an image is so elongated that nothing fits, it gets
+    the largest box of 3:4 or 4:3.
 
     Args:
         crop: uniform in [0, 1): area, shape, top, left.
     """
     wide = math.log(width / height)
     shapes = np.linspace(-math.log(4 / 3), math.log(4 / 3), 65)  # log(w / h)
-    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(
-        1e-9
-    )  # areas that fit: from 8 % to this much more
+    # width of the interval of fitting areas, which begins at 8 %
+    room = (np.exp(-np.abs(shapes - wide)) - 0.08).clip(1e-9)
     drawn = np.concatenate([[0.0], (room[1:] + room[:-1]).cumsum()])
     shape = float(np.interp(crop[1] * drawn[-1], drawn, shapes))
     most = math.exp(-abs(shape - wide))
@@ -307,7 +315,7 @@ def crop_box(crop: Sequence[float], width: int, height: int) -> tuple[int, int, 
 
 
 def _cut_to_size(image: Image.Image, crop: Sequence[float], size: int) -> Image.Image:
-    """A random resized crop, RGB."""
+    """Return a random resized crop, RGB."""
     width, height = _upright_size(image)
     left, top, w, h = crop_box(crop, width, height)
     wide, high = _shrunk(image, width * size / w, height * size / h)
@@ -317,7 +325,7 @@ def _cut_to_size(image: Image.Image, crop: Sequence[float], size: int) -> Image.
 
 
 def _centre(image: Image.Image, size: int) -> Image.Image:
-    """The centre of the image, its shorter side resized to size * 256 / 224, RGB; as torchvision does it."""
+    """Return the centre crop as torchvision does: shorter side resized to size * 256 / 224, RGB."""
     short, sides = round(size * 256 / 224), _upright_size(image)
     wide, high = (int(short * side / min(sides)) for side in sides)
     left, top = round((wide - size) / 2), round((high - size) / 2)
@@ -327,16 +335,16 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
 
 
 def _shrunk(image: Image.Image, width: float, height: float) -> tuple[float, float]:
-    """Size, upright, of the image once decoded: a large JPEG at 1/2, 1/4 or 1/8, still twice what is needed of it."""
+    """Return the decoded upright size: a large JPEG at 1/2, 1/4 or 1/8, still twice the need."""
     turn = _turn(image)
     sides = (height, width) if turn in _SIDEWAYS else (width, height)
     drafted = image.draft(None, (math.ceil(2 * sides[0]), math.ceil(2 * sides[1])))
     if turn is not None or not drafted:
         return _upright_size(image)
-    return drafted[1][2:]  # draft's, as 900 / 8 columns are decoded to 113
+    return drafted[1][2:]  # draft's own size, because 900 / 8 columns are decoded to 113
 
 
-# --- upright, and in 8 bits ------------------------------------------------------------------------------------
+# --- upright, and in 8 bits -----------------------------------------------------------------------
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -347,42 +355,44 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation; 1 is upright."""
+"""Transposition that makes an image upright, by EXIF orientation; 1 is upright."""
 _SIDEWAYS = {_TURNS[k] for k in (5, 6, 7, 8)}
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright, as its EXIF data say; None: it is, or they say nothing that can be understood."""
+    """Return the transposition that makes the image upright, or None.
+
+    None: the image is upright, or its EXIF data are missing or unreadable.
+    """
     if image.format not in ("JPEG", "MPO"):
-        image.load()  # a TIFF is turned by Pillow itself; others may have their EXIF data behind the pixels
+        image.load()  # Pillow turns a TIFF itself; others may store EXIF data after the pixels
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data can end in any exception, and the pixels are whole
+    except Exception:  # damaged EXIF data can raise any exception, and the pixels are intact
         return None
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of the image when it is upright."""
+    """Return (width, height) of the upright image."""
     sideways = _turn(image) in _SIDEWAYS
     return (image.size[1], image.size[0]) if sideways else image.size
 
 
 class _NotEightBits(ValueError):
-    """The image has values that cannot be brought to 0..255 without a guess."""
+    """Raised for an image whose values cannot be scaled to 0..255 without a guess."""
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, 8 bits a channel, upright."""
+    """Return the image in RGB, 8 bits per channel, upright."""
     turn, image = _turn(image), _eight_bits(image)
-    image.info.pop(
-        "transparency", None
-    )  # it makes no colour another, and Pillow warns of a palette's
+    # no colour changes, and Pillow would warn about a palette's transparency
+    image.info.pop("transparency", None)
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a channel: of grey values of 16 bits the upper 8, as Pillow itself does it with colours."""
+    """Return the image with 8 bits per channel; of 16-bit grey, the upper 8, as in Pillow."""
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     if not is_16_bit and image.mode not in ("I", "F"):
         return image
@@ -394,10 +404,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         )
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))[0]  # of a TIFF: BitsPerSample, 12 or 16
-    if (
-        tags.get(262) == 0
-    ):  # PhotometricInterpretation: 0 is white, which Pillow minds at 8 bits only
+    bits = tags.get(258, (16,))[0]  # a TIFF's BitsPerSample, 12 or 16
+    # PhotometricInterpretation: 0 is white, which Pillow respects at 8 bits only
+    if tags.get(262) == 0:
         values = 65535 - values
     levels = (values >> (bits - 8)).astype(np.uint8)
     if values.max() < 4096 and bits == 16 and len(np.unique(values)) > len(np.unique(levels)):
@@ -410,4 +419,4 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 Images = ImageSet | FolderSet
-"""Images of one split, wherever they are."""
+"""Images of one split, in memory or in files."""

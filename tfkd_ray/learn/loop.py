@@ -1,8 +1,9 @@
-"""The loop: plain PyTorch, read from top to bottom, one yield an epoch. It does not know Ray.
+"""The loop: plain PyTorch, read from top to bottom, one yield per epoch. It does not know Ray.
 
-`train` is a generator: `list(train(config))` is a whole run, `next()` is an epoch, `close()` stops it. `train_in` is
-the same run in a directory, where it saves itself and from where it goes on. With torch.distributed initialised, every
-worker runs `train` with the same configuration and gets its part of every batch.
+`train` is a generator: `list(train(config))` is a whole run, `next()` trains an epoch, `close()`
+stops it. `train_in` is the same run in a directory, where it writes checkpoints and from which it
+resumes. With torch.distributed initialised, every worker runs `train` with the same configuration
+and processes its share of every batch.
 
 Shapes: B = images of a batch on this worker, K = classes.
 """
@@ -47,29 +48,32 @@ from tfkd_ray.settings.errors import ConfigError, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
 
 LOOP_VERSION = 3
-"""Raised by hand when the loop's numbers change; part of every run's and every teacher's fingerprint."""
+"""Increased by hand when the loop's numbers change; part of the fingerprint of every run and
+teacher."""
 
 
 class Epoch(NamedTuple):
-    """What `train` yields after each epoch."""
+    """The result of one epoch, as `train` yields it."""
 
     metrics: dict[str, float]
-    """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd`, `train_kd_ratio` (see
-    `gradient_ratio`; of the first batch's part on the first worker), `val_...` (see `evaluate`), `lr` of the last step,
-    `parameters` (the student's, how many), `seconds` (of this epoch, validation included), `images_per_s` (validation
-    left out)."""
+    """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd`,
+    `train_kd_ratio` (see `gradient_ratio`; from the first worker's share of the first batch),
+    `val_...` (see `evaluate`), `lr` of the last step, `parameters` (number of the student's),
+    `seconds` (of this epoch, with validation), `images_per_s` (without validation)."""
     state: Callable[[], State]
-    """Makes the whole run state, a copy on the CPU: `epoch`, `model`, `optimizer`, `history` (the metrics of all
-    epochs, so of the best one, too) and `run`. It holds no schedule and no generator: the learning rate is a function
-    of the step, and all randomness is a function of (seed, what for, epoch, step, worker)."""
+    """Function that copies the whole run state to the CPU: `epoch`, `model`, `optimizer`, `history`
+    (the metrics of all epochs) and `run`. The state has no schedule and no generator: the learning
+    rate is a function of the step, and randomness is a function of (seed, purpose, epoch, step,
+    worker)."""
 
 
 EXPLODED = 100
-"""Times the loss of guessing, log K, above which a run is said to have exploded, though its loss is still a number."""
+"""Multiple of the loss of guessing, log K, above which a run counts as exploded although its loss
+is finite."""
 
 
 class Diverged(ArithmeticError):
-    """The training loss or the validation loss is no longer a number."""
+    """Raised if the training or validation loss is no longer finite."""
 
 
 def train(
@@ -80,13 +84,16 @@ def train(
     more_metrics: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Generator[Epoch, None, None]:
-    """Train one student; yields after every epoch from the one after `state` to the last.
+    """Train one student; yield after every epoch, from the one after `state` to the last.
 
     Args:
-        state: goes on from it, bit-identically to never having stopped (same processor type, threads, torch).
-        teacher: where the objective needs one; see `teachers.find_or_train`. A bare module is asked in every step.
-        more_metrics: recorded on validation beside the usual ones, such as `val_auroc`; see `scores.SCORES`.
-        say: called with a sentence where the loss explodes without becoming infinite. None: standard error.
+        state: the run state to resume; the result is bit-identical to an uninterrupted run (same
+            processor type, threads, torch).
+        teacher: required by some objectives; see `teachers.find_or_train`. A bare module is run in
+            every step.
+        more_metrics: metrics to compute on validation besides the usual ones, such as `val_auroc`;
+            see `scores.SCORES`.
+        say: called with a sentence if the loss explodes but stays finite. None: standard error.
     """
     check_kind(config, TrainConfig, "config")
     others = asked_beside(more_metrics)
@@ -104,7 +111,7 @@ def train(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
     put_back: Callable[[], None] | None = (
-        None  # numpy's and Python's random numbers, which code not ours may draw
+        None  # global generators of numpy and Python, from which external code may draw
     )
     told = False
     tf32_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -122,7 +129,7 @@ def train(
             return (images.float() - mean) / std
 
         def seen(shares: list[Tensor], view: View) -> Iterator[Tensor]:
-            """The images [B, C, H, W] of each share of the train set, as an epoch's view on the CPU shows them."""
+            """Yield the images [B, C, H, W] of each share of the train set, as an epoch's view."""
             reading, there = train_set.read(shares, view.crop), view.on(device)
             for mine, images in zip(shares, reading, strict=True):
                 yield pixels(config.augment(images.to(device, non_blocking=True), there.of(mine)))
@@ -157,7 +164,7 @@ def train(
         )
 
         def placed(network: nn.Module) -> nn.Module:
-            """The teacher where it can be asked."""
+            """Return the teacher on this device, ready for inference."""
             assert made is not None
             return (
                 network.to(device)
@@ -185,9 +192,8 @@ def train(
             nesterov=optim.nesterov,
             fused=True,
         )
-        if (
-            optim.momentum
-        ):  # torch's fused SGD fails where a parameter has its first gradient after the others
+        # torch's fused SGD fails if a parameter's first gradient comes after the others'
+        if optim.momentum:
             for parameter in student.parameters():
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -214,14 +220,14 @@ def train(
         teacher_val: Tensor | None = None
 
         def ask_on_train(view: View, network: nn.Module, index: Tensor) -> Tensor:
-            """The teacher's logits [n, K] of train images as a view shows them: what fills the bank."""
+            """Return the teacher's logits [n, K] of augmented train images, to fill the bank."""
             network = placed(network)
             with torch.no_grad(), autocast:
                 batches = list(index.to(device).split(optim.batch_size))
                 return torch.cat([network(images).float() for images in seen(batches, view)])
 
         def ask_on_val(network: nn.Module, index: Tensor) -> Tensor:
-            """The teacher's logits [n, K] of validation images."""
+            """Return the teacher's logits [n, K] of validation images."""
             assert val_set is not None
             found = predictions(
                 placed(network), val_set.part(index.to(device)), config.data, bf16=bf16
@@ -245,9 +251,8 @@ def train(
                 soft_labels = bank.logits(
                     key, len(train_set), classes, functools.partial(ask_on_train, view)
                 ).to(device)
-            sums = torch.zeros(
-                3, dtype=torch.float64, device=device
-            )  # loss, CE and KD, each times images
+            # sums of loss, CE and KD, each weighted by images
+            sums = torch.zeros(3, dtype=torch.float64, device=device)
 
             # 6. Steps
             put_back = random_states() if elsewhere else None
@@ -280,7 +285,7 @@ def train(
                 if step == 0:
                     ratio = gradient_ratio(config.objective, terms, logits)
                 optimizer.zero_grad()
-                # workers average their gradients: weigh each by its images, for the mean over the whole batch
+                # DDP takes the mean over workers: weigh each by its images
                 (loss * (len(mine) * workers / len(batch))).backward()
                 optimizer.step()
                 parts = torch.stack(
@@ -289,9 +294,9 @@ def train(
                 sums += parts.detach() * len(mine)
             train_seconds = time.perf_counter() - start
 
-            # 7. Validation: each worker its share, without padding
+            # 7. Validation: each worker takes its share, without padding
             if workers > 1:
-                for buffer in student.buffers():  # workers judge with the same batch statistics
+                for buffer in student.buffers():  # all workers use the same batch statistics
                     dist.broadcast(buffer, src=0)
             val_sums, val_logits = torch.zeros(1, device=device), []
             if val_set is not None:
@@ -368,14 +373,17 @@ def train_in(
     say: Callable[[str], None] | None = None,
     on_saved: Callable[[bool], None] | None = None,
 ) -> Generator[dict[str, float], None, None]:
-    """`train` in a directory: yields the metrics of every epoch from the first, those of earlier sessions included.
+    """Train in a directory; yield the metrics of every epoch, those of earlier sessions first.
 
-    Saves the run state every `checkpoint_every_s`, while training goes on; at the last epoch, with the weights
-    (`student.safetensors`, `about` in its header), before that epoch is yielded; and when it is closed half-way.
-    Nothing is written by other workers than the first. Where the disk has no room for a checkpoint half-way, training
-    goes on, and the next one is tried in time; at the end, that is an OSError. That, a damaged checkpoint, soft labels
-    that cannot be kept, and a loss that explodes are told to `say`. `on_saved` hears of each save, where it was
-    written, and whether it was the last.
+    It writes a checkpoint of the run state every `checkpoint_every_s`, while training continues,
+    and when the generator is closed early. Before it yields the last epoch, it writes the final
+    state and the weights (`student.safetensors`, with `about` in the header). Only the first worker
+    writes.
+
+    If the disk is too full for an intermediate checkpoint, training continues and retries at the
+    next interval; for the final one, it raises an OSError. Non-fatal trouble (full disk, damaged
+    checkpoint, unwritable soft labels, exploding loss) is reported through `say`. `on_saved` is
+    called after each checkpoint on the writing worker, with whether it was the last.
     """
     state = load_state(directory, say)
     if state:
@@ -408,7 +416,7 @@ def train_in(
         return job is not None and not job.done()  # a slow disk delays checkpoints, not training
 
     def tell(job: Future[None]) -> None:
-        """What became of a checkpoint half-way: it may fail, as training goes on without it."""
+        """Report a failed intermediate checkpoint; training continues without it."""
         nonlocal troubled
         error = job.exception()
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -430,7 +438,7 @@ def train_in(
                     )
                     writer.submit(
                         save, final, final=True
-                    ).result()  # last: it says that all is there
+                    ).result()  # written last: its presence marks the run as complete
                 elif writes and time.monotonic() - saved_at >= every and not writing(pending):
                     if pending is not None:
                         tell(pending)
@@ -441,7 +449,7 @@ def train_in(
                 yield last.metrics
         except GeneratorExit:
             if pending is not None:
-                pending.exception()  # the last of them may still be written
+                pending.exception()  # the last checkpoint may still be in progress
             if writes and last is not None and last.metrics["epoch"] > saved_epoch:
                 writer.submit(save, last.state(), final=False).result()
             raise
@@ -452,7 +460,7 @@ def train_in(
 
 
 def exploded(metrics: dict[str, float], num_classes: int) -> str | None:
-    """A sentence where cross-entropy is far beyond that of guessing, though still a number."""
+    """Return a sentence if cross-entropy is finite but far above that of guessing, else None."""
     guessing = math.log(num_classes)
     for name in ("train_ce", "val_nll"):
         if metrics.get(name, 0.0) > EXPLODED * guessing:
@@ -469,7 +477,7 @@ def _to_standard_error(text: str) -> None:
 
 
 def _unused(student: nn.Module, config: TrainConfig) -> bool:
-    """Whether a parameter may lack its gradient in a step; all workers get the same answer."""
+    """Return whether a parameter may lack its gradient in a step; the same on all workers."""
     if not isinstance(config.student, OwnNetwork | Timm):
         return False
     found = torch.tensor(
@@ -481,10 +489,11 @@ def _unused(student: nn.Module, config: TrainConfig) -> bool:
 
 
 def _data_parallel(student: nn.Module, *, unused: bool) -> nn.Module:
-    """The student for several workers.
+    """Return the student, wrapped for several workers.
 
     Args:
-        unused: some of its parameters may have no gradient in a step, as of a head that only some steps use.
+        unused: True if some parameters may have no gradient in a step, such as a head that only
+            some steps use.
     """
     if unused:
         warnings.filterwarnings("ignore", ".*did not find any unused parameters")
@@ -492,25 +501,26 @@ def _data_parallel(student: nn.Module, *, unused: bool) -> nn.Module:
 
 
 def allow_tf32(on: bool) -> None:
-    """Let CUDA multiply float32 in TF32 (10 bits), or not: torch's own default is yes in convolutions, no elsewhere."""
+    """Allow or forbid TF32 (10 bits) in CUDA's float32; torch's default: convolutions only."""
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
 
 
 _COMPILED: set[tuple[Any, ...]] = set()
-"""What runs of this process have compiled since torch was last told to forget."""
+"""Kinds of run that this process has compiled since torch's cache was last reset."""
 
 
 def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Tensor], Tensor]:
-    """torch.compile for a run, whatever this process has compiled before it.
+    """Return a student compiled by torch.compile, independent of what this process compiled before.
 
-    torch keeps 8 graphs of all networks and batches together, and from the ninth on trains uncompiled without an error,
-    so that a trial's numbers would depend on those before it. A run has two graphs, as its last batch may be smaller
-    (more, where a network of one's own has code that torch cannot trace); what the last four kinds of run compiled is
-    kept, and torch's cache on the disk has the others.
+    torch keeps 8 graphs over all networks and batch shapes together; from the ninth on it silently
+    trains uncompiled, so a trial's numbers would depend on the trials before it. A run needs two
+    graphs, because its last batch may be smaller (more if your own network has code that torch
+    cannot trace). Graphs of the last four kinds of run are kept in memory; torch's disk cache has
+    the others.
 
     Raises:
-        RuntimeError: at its first batch, where torch cannot compile it.
+        RuntimeError: at the first batch, if torch cannot compile the network.
     """
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
     shapes = images, config.optim.batch_size, config.data.shape, config.data.num_classes
@@ -539,7 +549,10 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Te
 
 
 def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor:
-    """Norm of the soft part's gradient by the logits over that of CE's, both weighted; 0 where one has no weight."""
+    """Return |gradient of the soft part| / |gradient of CE| by the logits, both weighted.
+
+    It is 0 if one of them has no weight.
+    """
     if terms.kd is None or not objective.kd_weight * objective.ce_weight:
         return torch.zeros(())
     ce, kd = (
@@ -551,16 +564,20 @@ def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor
 
 
 def epoch_order(images: Images, seed: int, epoch: int) -> Tensor:
-    """Indices into a split, int64 [N], in the order of an epoch.
+    """Return the indices of a split in the order of an epoch, int64 [N].
 
-    Drawn for the whole official set, so that two images keep their order whatever else is in the split.
+    The order is drawn for the whole official set, so the relative order of two images does not
+    depend on the rest of the split.
     """
     priority = torch.randperm(images.official_size, generator=generator(seed, "order", epoch))
     return priority[images.positions.cpu()].argsort()
 
 
 def split_batches(order: Tensor, batch_size: int, workers: int) -> list[Tensor]:
-    """The batches of an epoch; a last one too small for 2 images a worker is joined to the one before."""
+    """Return the batches of an epoch; the last one has at least 2 images per worker.
+
+    A smaller one is merged into the previous batch.
+    """
     batches = list(order.split(batch_size))
     if len(batches) > 1 and len(batches[-1]) < 2 * workers:
         batches[-2:] = [torch.cat(batches[-2:])]
@@ -576,7 +593,7 @@ def _check_run(state: State, config: TrainConfig) -> None:
 
 
 def _check_same_epoch(epoch: int) -> None:
-    """Raise, on every worker alike, if workers read different checkpoints; going on would leave them out of step."""
+    """Raise, on every worker alike, if workers loaded checkpoints of different epochs."""
     if dist.is_initialized():
         epochs: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(epochs, epoch)

@@ -1,8 +1,9 @@
 """Student and teacher networks: each a frozen set of hyperparameters that builds a torch module.
 
-To add a network: a class with a `name` and `build`, and its name in `Model`. One of torchvision's: a subclass of
-`TorchvisionNetwork` with a `name` (and the pools of its stem). torchvision is imported when such a network is built.
-Without a change here: `timm:NAME` is any of timm's networks, `package.module:function` is one of your own.
+To add a network, write a class with a `name` and `build`, and add its name to `Model`. For one of
+torchvision's, write a subclass of `TorchvisionNetwork` with a `name` (and the pools of its stem);
+torchvision is imported when such a network is built. No change is needed for `timm:NAME`, any of
+timm's networks, or for `package.module:function`, your own.
 
 Shapes: images [B, C, H, W] float in, logits [B, K] out.
 """
@@ -32,58 +33,62 @@ if TYPE_CHECKING:
 
 
 Prepared = tuple[tuple[float, ...], tuple[float, ...], int | None]
-"""(mean, std) per channel in units of a uint8 step, and height and width in pixels."""
+"""(mean, std) per channel in pixel units of 0 to 255, and height and width in pixels."""
 Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class Network(Settings):
-    """A network by name; `build` makes it for a data set's shape."""
+    """A network by name; `build` makes it for the image shape of a data set."""
 
     name: str
     layout: ClassVar[str] = "channels_last"
-    """Name of `memory_format` in torch."""
+    """Name of torch's `memory_format`."""
     fast_in_bf16: ClassVar[bool] = True
-    """Whether bfloat16 makes it faster where the processor has it; measured by benchmarks/formats.py."""
+    """True if bfloat16 makes it faster on processors that support it; measured by
+    benchmarks/formats.py."""
 
     @property
     def called(self) -> str:
-        """How sentences call it."""
+        """Return the network's name in sentences."""
         return self.name
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Order in memory of its convolutions' weights in training, which images follow; it changes no shape."""
+        """Return the memory format of weights and images in training; shapes do not change."""
         import torch
 
         found: torch.memory_format = getattr(torch, self.layout)
         return found
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Raise ValueError where it cannot be built for images of this shape (C, H, W)."""
+        """Raise ValueError if it cannot be built for images of this shape (C, H, W)."""
 
     def operations(self, shape: tuple[int, int, int]) -> float:
-        """Multiplications and additions of a forward pass of an image (C, H, W), where they may be few; or infinity."""
+        """Return the multiplications and additions of a forward pass of one image (C, H, W).
+
+        Infinity, the default, is for networks that are never tiny.
+        """
         return math.inf
 
     def weights(self, shape: tuple[int, int, int], num_classes: int) -> int | None:
-        """Numbers in its weights and batch statistics, where that is known without building it."""
+        """Return the number of weights and batch statistics, or None if only `build` can tell."""
         return None
 
     def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
-        """How images were prepared for the weights that its library offers; None if that is not known.
+        """Return the preprocessing of its library's pretrained weights; None if unknown.
 
         Args:
-            shape: of the images that are here.
+            shape: (C, H, W) of the images at hand.
         """
         return None
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """A new module, weights drawn from torch's global generator; shape is (C, H, W)."""
+        """Return a new module for (C, H, W), its weights drawn from torch's global generator."""
         raise TypeError(f"{type(self).__name__} does not say how it is built")
 
 
 class Mlp(Network):
-    """Fully connected ReLU network: no batch statistics, and no dropout unless asked for."""
+    """Fully connected ReLU network without batch statistics; dropout is optional."""
 
     name: Literal["mlp"] = "mlp"
     hidden: Annotated[tuple[Width, ...], Field(max_length=16)] = (64,)
@@ -113,11 +118,11 @@ class Mlp(Network):
 
 
 class Cnn(Network):
-    """Small convolutional network for small images: 3x3 convolutions with BatchNorm, ReLU and 2x2 pooling."""
+    """Small convolutional network: 3x3 convolutions with BatchNorm, ReLU and 2x2 pooling."""
 
     name: Literal["cnn"] = "cnn"
     widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=5)] = (16, 32)
-    """Channels of each stage; images are halved between stages."""
+    """Channels of each stage; pooling halves the images between stages."""
 
     def check(self, shape: tuple[int, int, int]) -> None:
         _, height, width = shape
@@ -135,9 +140,8 @@ class Cnn(Network):
 
     def weights(self, shape: tuple[int, int, int], num_classes: int) -> int:
         channels = (shape[0], *self.widths)
-        stages = sum(
-            9 * a * b + 4 * b + 1 for a, b in itertools.pairwise(channels)
-        )  # BatchNorm: 4 a channel, a count
+        # BatchNorm: 4 per channel, and a count
+        stages = sum(9 * a * b + 4 * b + 1 for a, b in itertools.pairwise(channels))
         return stages + (channels[-1] + 1) * num_classes
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -160,9 +164,10 @@ class Cnn(Network):
 
 
 class Cnn5(Network):
-    """The Tf-KD paper's plain CNN: three 3x3 convolutions with BatchNorm, ReLU and 2x2 pooling, and two layers.
+    """The Tf-KD paper's plain CNN: three 3x3 convolutions and two linear layers.
 
-    BatchNorm also follows the first of the two layers, as in the authors' code.
+    BatchNorm, ReLU and 2x2 pooling follow each convolution. As in the authors' code, BatchNorm also
+    follows the first linear layer.
     """
 
     name: Literal["cnn5"] = "cnn5"
@@ -196,9 +201,10 @@ class Cnn5(Network):
 
 
 class AlexNetSmall(Network):
-    """AlexNet for small images, with one layer behind its convolutions: the "AlexNet-CIFAR" of the Tf-KD authors' code.
+    """AlexNet for small images with one linear layer: "AlexNet-CIFAR" of the Tf-KD authors' code.
 
-    At 32x32 three poolings leave one pixel; what other sizes leave is averaged, or not pooled further.
+    At 32x32 three poolings leave one pixel. At other sizes the remaining map is averaged, or not
+    pooled further.
     """
 
     name: Literal["alexnet_small"] = "alexnet_small"
@@ -220,7 +226,7 @@ class AlexNetSmall(Network):
         )
 
 
-# --- Wide residual networks ------------------------------------------------------------------------------------
+# --- Wide residual networks -----------------------------------------------------------------------
 
 
 def _six_n_plus_four(depth: int) -> int:
@@ -230,14 +236,15 @@ def _six_n_plus_four(depth: int) -> int:
 
 
 class WideResNet(Network):
-    """Wide residual network without dropout, e.g. WRN-28-10. (Zagoruyko and Komodakis 2016, arXiv:1605.07146.)
+    """Wide residual network without dropout, e.g. WRN-28-10.
 
-    Made for 32x32: its stem keeps the full resolution, at any size of image.
+    (Zagoruyko and Komodakis 2016, arXiv:1605.07146.) It is designed for 32x32: its stem keeps the
+    full resolution at any image size.
     """
 
     name: Literal["wide_resnet"] = "wide_resnet"
     depth: Annotated[int, Field(ge=10, le=1000), AfterValidator(_six_n_plus_four)] = 16
-    """Layers with weights on the longest path: 6n + 4."""
+    """Layers with weights on the longest path, of the form 6n + 4."""
     width: Annotated[int, Field(ge=1, le=64)] = 2
     """Factor on the 16, 32 and 64 channels of the three stages."""
 
@@ -260,26 +267,26 @@ class WideResNet(Network):
         return network
 
 
-# --- torchvision -----------------------------------------------------------------------------------------------
+# --- torchvision ----------------------------------------------------------------------------------
 
 SMALL_IMAGE = 64
-"""Longest shorter side, in pixels, of images that get a small-image stem."""
+"""Largest shorter side, in pixels, of images that get a small-image stem."""
 
 
 class TorchvisionNetwork(Network):
-    """A network of torchvision's with random weights, and a stem that fits the images.
+    """A torchvision network with random weights, and a stem that fits the images.
 
-    Images up to 64 pixels: the first convolution becomes 3x3 with stride 1, and no pooling follows it. Larger ones
-    keep torchvision's stem. A new first convolution (also for other than 3 channels) is drawn from He's normal,
-    fan out, whatever torchvision's was drawn from.
+    For images up to 64 pixels the first convolution becomes 3x3 with stride 1, without pooling
+    after it. Larger images keep torchvision's stem. A replaced first convolution (also for other
+    than 3 channels) is initialised from He's normal, fan out, whatever torchvision uses.
     """
 
     stem_pools: ClassVar[tuple[str, ...]] = ()
-    """Pooling modules that small images skip."""
+    """Names of pooling modules that small images skip."""
     options: ClassVar[dict[str, Any]] = {}
     """Arguments of torchvision's builder."""
     smallest: ClassVar[int] = 8
-    """Shortest side, in pixels, that is accepted."""
+    """Smallest accepted side of an image, in pixels."""
 
     def check(self, shape: tuple[int, int, int]) -> None:
         _at_least(self.smallest, self.name, shape)
@@ -295,11 +302,11 @@ class TorchvisionNetwork(Network):
         return network
 
     def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
-        """ImageNet's mean and std at 224 pixels, as of all of these in torchvision but GoogLeNet, which is refused."""
+        """Return ImageNet's mean and std at 224 pixels, right for all but the refused GoogLeNet."""
         return (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255), 224
 
     def original(self, num_classes: int) -> nn.Module:
-        """torchvision's own network, for 3 channels and large images."""
+        """Return torchvision's own network, for 3 channels and large images."""
         from torchvision.models import get_model  # type: ignore[import-untyped]
 
         network: nn.Module = get_model(
@@ -308,7 +315,7 @@ class TorchvisionNetwork(Network):
         return network
 
     def shrink(self, network: nn.Module) -> None:
-        """Adapt to small images what follows the first convolution."""
+        """Adapt the layers after the first convolution to small images."""
         from torch import nn
 
         for pool in self.stem_pools:
@@ -324,7 +331,7 @@ def _at_least(smallest: int, name: str, shape: tuple[int, int, int]) -> None:
 
 
 def _replace_first_convolution(network: nn.Module, channels: int, small: bool) -> None:
-    """A first convolution for this many channels; for small images also 3x3 with stride 1."""
+    """Replace the first convolution for this number of channels; small images: 3x3, stride 1."""
     from torch import nn
 
     path, old = next((path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d))
@@ -351,7 +358,10 @@ class _ResNet(TorchvisionNetwork):
 
 
 class ResNet18(_ResNet):
-    """Residual network; up to 64 pixels the one of the Tf-KD paper. (He et al. 2015, arXiv:1512.03385.)"""
+    """Residual network; up to 64 pixels that of the Tf-KD paper.
+
+    (He et al. 2015, arXiv:1512.03385.)
+    """
 
     name: Literal["resnet18"] = "resnet18"
 
@@ -363,13 +373,19 @@ class ResNet34(_ResNet):
 
 
 class ResNet50(_ResNet):
-    """Residual network with bottlenecks; up to 64 pixels the one of the Tf-KD paper. (arXiv:1512.03385.)"""
+    """Residual network with bottlenecks; up to 64 pixels that of the Tf-KD paper.
+
+    (He et al. 2015, arXiv:1512.03385.)
+    """
 
     name: Literal["resnet50"] = "resnet50"
 
 
 class ResNet101(_ResNet):
-    """Residual network with bottlenecks; up to 64 pixels the one of the Tf-KD paper. (arXiv:1512.03385.)"""
+    """Residual network with bottlenecks; up to 64 pixels that of the Tf-KD paper.
+
+    (He et al. 2015, arXiv:1512.03385.)
+    """
 
     name: Literal["resnet101"] = "resnet101"
 
@@ -387,7 +403,10 @@ class ResNeXt101(_ResNet):
 
 
 class ResNeXt29(_ResNet):
-    """ResNeXt-29 8x64d, three stages of three blocks; to 64 pixels that of the Tf-KD paper. (arXiv:1611.05431.)"""
+    """ResNeXt-29 8x64d, three stages of three blocks; up to 64 pixels the Tf-KD paper's version.
+
+    (Xie et al. 2016, arXiv:1611.05431.)
+    """
 
     name: Literal["resnext29"] = "resnext29"
 
@@ -402,10 +421,11 @@ class ResNeXt29(_ResNet):
 
 
 class MobileNetV2(TorchvisionNetwork):
-    """MobileNetV2; up to 64 pixels its first two strides are 1. (Sandler et al. 2018, arXiv:1801.04381.)
+    """MobileNetV2; up to 64 pixels its first two strides are 1.
 
-    The Tf-KD authors' has biases, a 1x1 stem padded to 34x34, a 1x1 convolution more in its first block, and halves at
-    24, 32 and 64 channels; this one at 32, 64 and 160: 17,408 parameters less at K = 100.
+    (Sandler et al. 2018, arXiv:1801.04381.) The Tf-KD authors' version has biases, a 1x1 stem
+    padded to 34x34 and one more 1x1 convolution in its first block. It halves the image at 24, 32
+    and 64 channels, this one at 32, 64 and 160; this one has 17,408 parameters less at K = 100.
     """
 
     name: Literal["mobilenet_v2"] = "mobilenet_v2"
@@ -419,8 +439,8 @@ class MobileNetV2(TorchvisionNetwork):
 class ShuffleNetV2(TorchvisionNetwork):
     """ShuffleNetV2 x1. (Ma et al. 2018, arXiv:1807.11164.)
 
-    The Tf-KD authors' has biases on its convolutions, 24 channels and not 58 inside its first unit, and no ReLU after
-    the stem: this one has 4,792 parameters less.
+    The Tf-KD authors' version has biases on its convolutions, 24 instead of 58 channels inside its
+    first unit, and no ReLU after the stem; this one has 4,792 parameters less.
     """
 
     name: Literal["shufflenet_v2_x1_0"] = "shufflenet_v2_x1_0"
@@ -429,10 +449,11 @@ class ShuffleNetV2(TorchvisionNetwork):
 
 
 class GoogLeNet(TorchvisionNetwork):
-    """GoogLeNet with BatchNorm and without auxiliary classifiers. (Szegedy et al. 2014, arXiv:1409.4842.)
+    """GoogLeNet with BatchNorm and without auxiliary classifiers.
 
-    The Tf-KD authors' has biases, two 3x3 in a row where this one has one, a single 3x3 of 192 channels as its stem,
-    and a dropout of 0.4, not 0.2: this one has 563,776 parameters less.
+    (Szegedy et al. 2014, arXiv:1409.4842.) The Tf-KD authors' version has biases, two 3x3
+    convolutions in a row instead of one, a single 3x3 of 192 channels as its stem, and dropout 0.4
+    instead of 0.2; this one has 563,776 parameters less.
     """
 
     name: Literal["googlenet"] = "googlenet"
@@ -443,8 +464,8 @@ class GoogLeNet(TorchvisionNetwork):
 class DenseNet121(TorchvisionNetwork):
     """DenseNet with growth rate 32. (Huang et al. 2016, arXiv:1608.06993.)
 
-    Up to 64 pixels the one of the Tf-KD paper, but for BatchNorm and ReLU after the stem (128 parameters more) and a
-    ReLU in each transition.
+    Up to 64 pixels it is the Tf-KD paper's version, plus BatchNorm and ReLU after the stem (128
+    parameters) and a ReLU in each transition.
     """
 
     name: Literal["densenet121"] = "densenet121"
@@ -455,42 +476,45 @@ class _Vgg(TorchvisionNetwork):
     smallest: ClassVar[int] = 32  # five poolings halve it
 
     def shrink(self, network: nn.Module) -> None:
-        """Nothing: a VGG begins with 3x3 at stride 1, and pools late enough."""
+        """Do nothing: a VGG begins with 3x3 at stride 1 and pools late enough."""
 
 
 class Vgg16(_Vgg):
-    """VGG with BatchNorm and its two layers of 4096. (Simonyan and Zisserman 2014, arXiv:1409.1556.)"""
+    """VGG with BatchNorm and two layers of 4096. (Simonyan and Zisserman 2014, arXiv:1409.1556.)"""
 
     name: Literal["vgg16_bn"] = "vgg16_bn"
 
 
 class Vgg19(_Vgg):
-    """VGG with BatchNorm and its two layers of 4096: the one of the Tf-KD authors' code. (arXiv:1409.1556.)"""
+    """VGG with BatchNorm and two layers of 4096, as in the Tf-KD code. (arXiv:1409.1556.)"""
 
     name: Literal["vgg19_bn"] = "vgg19_bn"
 
 
-# --- networks from elsewhere -----------------------------------------------------------------------------------
+# --- external networks ----------------------------------------------------------------------------
 
 
 class Timm(Network):
-    """Any network of timm's with random weights; `timm:NAME` for short. (github.com/huggingface/pytorch-image-models.)
+    """Any timm network with random weights; `timm:NAME` for short.
 
-    Its name and arguments make it, and so does timm's version, which is not recorded in a fingerprint.
+    Source: github.com/huggingface/pytorch-image-models. Its name, its arguments and timm's version
+    define it; a fingerprint does not record the version.
     """
 
     name: Literal["timm"] = "timm"
     model: str
-    """timm's name of it, e.g. `resnet26` or `vit_tiny_patch16_224`."""
+    """timm's name for it, e.g. `resnet26` or `vit_tiny_patch16_224`."""
     args: dict[str, JsonValue] = {}
-    """More arguments of `timm.create_model`: `{drop_path_rate: 0.1}`, or a ViT's `{img_size: 32, patch_size: 4}`."""
+    """More arguments of `timm.create_model`, e.g. `{drop_path_rate: 0.1}`, or for a ViT `{img_size:
+    32, patch_size: 4}`."""
     stem: Literal["small", "timm"] = "small"
-    """timm: as it is there. small: for images up to 64 pixels, a first convolution that halves them becomes 3x3 with
-    stride 1, and a `maxpool` is left out; one as wide as its stride (the patches of a ViT or ConvNeXt) stays."""
+    """timm: the original stem. small: for images up to 64 pixels, a first convolution of stride 2
+    becomes 3x3 with stride 1, and a `maxpool` is removed; a convolution as wide as its stride (the
+    patches of a ViT or ConvNeXt) stays."""
 
     @property
     def called(self) -> str:
-        """timm:NAME."""
+        """Return `timm:NAME`."""
         return f"timm:{self.model}"
 
     def check(self, shape: tuple[int, int, int]) -> None:
@@ -514,11 +538,11 @@ class Timm(Network):
             )
 
     def trained_with(self, shape: tuple[int, int, int]) -> Prepared | None:
-        """What timm says of its weights; None where the network is another than theirs: a small stem, other patches."""
+        """Return timm's preprocessing; None if the stem or the patches differ from the original."""
         changed = self.stem == "small" and min(shape[1:]) <= SMALL_IMAGE
         try:
             self.check(shape)
-        except ValueError:  # which is said elsewhere
+        except ValueError:  # reported elsewhere
             return None
         if changed or "img_size" in self.args:
             return None
@@ -562,23 +586,25 @@ class Timm(Network):
 
 
 class OwnNetwork(Network):
-    """A network of your own: what a function returns; `package.module:function` for short.
+    """A network from your own function; `package.module:function` for short.
 
-    Called as `function(shape=(C, H, W), num_classes=K, **args)`. Its module may return the logits, a dict or an object
-    with `logits` (or `out`), or a tuple that begins with them; whatever else it returns is dropped. The name of the
-    function is what a run remembers: change what it does, and runs and teachers of before are taken for the same.
+    Called as `function(shape=(C, H, W), num_classes=K, **args)`. Its module may return the logits,
+    a dict or an object with `logits` (or `out`), or a tuple that begins with them; other outputs
+    are dropped. A fingerprint holds the path and arguments of the function, not its code: after a
+    change of the code, earlier runs and teachers are taken for the same.
     """
 
     name: Literal["own"] = "own"
-    layout: ClassVar[str] = "preserve_format"  # a `view` of theirs may count on the order
+    layout: ClassVar[str] = "preserve_format"  # code with a `view` may depend on the memory order
     path: str
-    """`package.module:function`, installed or in the directory where `tfkd` is started, where it also runs."""
+    """Path of the function, `package.module:function`, in an installed package or in the working
+    directory of `tfkd`, where it also runs."""
     args: dict[str, JsonValue] = {}
     """More arguments of the function."""
 
     @property
     def called(self) -> str:
-        """Its path."""
+        """Return its path."""
         return self.path
 
     def check(self, shape: tuple[int, int, int]) -> None:
@@ -611,9 +637,10 @@ class OwnNetwork(Network):
 def _tried(
     what: str, make: Callable[[], Any], shape: tuple[int, int, int], num_classes: int
 ) -> nn.Module:
-    """The module that `make` gives, which returns logits and nothing else; tried on two empty images.
+    """Return the module from `make`, wrapped to return logits only.
 
-    The trial runs in eval mode and takes nothing from the random numbers. Whatever goes wrong is a ConfigError.
+    Two empty images test it first, in eval mode and without a change of the random state. Any error
+    becomes a ConfigError.
     """
     import torch
     from torch import nn
@@ -638,14 +665,14 @@ def _tried(
         return network.train(training)
     except ConfigError:
         raise
-    except Exception as error:  # whatever its author lets it raise
+    except Exception as error:  # the author's code may raise anything
         raise ConfigError(f"{what}: {type(error).__name__} when {doing}: {error}") from error
 
 
 def _only_logits(
     what: str, num_classes: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Any
 ) -> Tensor:
-    """A forward hook: the logits in what a module returns."""
+    """Return the logits from a module's output; a forward hook."""
     from torch import Tensor
 
     logits = output
@@ -668,7 +695,7 @@ def _only_logits(
 
 
 def check_learns(what: str, network: nn.Module) -> None:
-    """Raise a ConfigError where nothing in a network can be trained."""
+    """Raise a ConfigError if a network has nothing to train."""
     if not any(parameter.requires_grad for parameter in network.parameters()):
         frozen = sum(1 for _ in network.parameters())
         why = f"all {frozen} have requires_grad False" if frozen else "it has none"
@@ -678,7 +705,7 @@ def check_learns(what: str, network: nn.Module) -> None:
 
 
 def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Raise a ConfigError where a network cannot be trained on a single image a worker, as BatchNorm may not."""
+    """Raise a ConfigError if a network cannot train on one image per worker, as with BatchNorm."""
     import torch
     from torch import nn
 
@@ -700,15 +727,16 @@ def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int])
 
 
 _KEEP_GRADIENTS = {"DropPath", "StochasticDepth"}
-"""Modules of timm and torchvision that multiply by random zeros, as dropout does: a gradient of 0 is one."""
+"""Modules of timm and torchvision that multiply by random zeros, like dropout: their zero gradients
+still exist."""
 
 
 def may_lack_gradients(network: nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Whether a parameter that learns may get no gradient in a step, which several workers have to know beforehand.
+    """Return whether a trainable parameter may get no gradient in a step, which DDP must know.
 
-    Two steps are tried on a copy. A parameter may lack one in a later step, or on another worker, where the forward
-    pass can decide what it uses: where it draws random numbers (but for dropout), looks at values, or keeps a count. A
-    network that cannot be tried is taken for one of these.
+    Two steps are tried on a copy. If the forward pass can vary what it uses (it draws random
+    numbers other than dropout's, reads tensor values, or counts steps), a parameter may lack a
+    gradient in a later step or on another worker. A network that cannot be tried counts as varying.
     """
     import torch
     from torch import nn
@@ -741,7 +769,7 @@ def may_lack_gradients(network: nn.Module, shape: tuple[int, int, int]) -> bool:
 
 
 def _kept_by(network: nn.Module) -> list[Any]:
-    """Numbers and texts that modules keep from step to step, but for the statistics of normalisation."""
+    """Return numbers and texts that modules keep between steps, except normalisation statistics."""
     from torch import nn
 
     found = list[Any]()
@@ -759,7 +787,7 @@ def _kept_by(network: nn.Module) -> list[Any]:
 
 
 def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Whether a network gives probabilities instead of logits: rows from 0 to 1 that sum to 1, whatever the images."""
+    """Return whether a network outputs probabilities, rows in 0..1 that sum to 1, not logits."""
     import torch
 
     images = 100 * torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
@@ -773,7 +801,7 @@ def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:
 
 
 def _shorthand(value: Any) -> Any:
-    """Let `timm:NAME` and `package.module:function` stand for settings, as a name does."""
+    """Accept `timm:NAME` and `package.module:function` as shorthands for settings."""
     tree = name_alone(value)
     name = tree.get("name") if isinstance(tree, dict) else None
     if not isinstance(name, str) or ":" not in name:

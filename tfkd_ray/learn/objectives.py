@@ -4,9 +4,9 @@ Every objective is one instance of the canonical loss
 
     L = s * [(1 - alpha) * CE + alpha * T^2 * KL_batchmean(target_T || student_T)]
 
-with s = `loss_scale`, so that alpha, T and s mean the same thing everywhere and carry over between data sets.
-`batchmean` (sum over classes, mean over the batch) is the only reduction. To add an objective: a class with a
-`name`, and one line in `Objective`.
+with s = `loss_scale`, so that alpha, T and s have the same meaning everywhere and transfer between
+data sets. `batchmean` (sum over classes, mean over the batch) is the only reduction. To add an
+objective, write a class with a `name`, and add one line to `Objective`.
 
 Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
 """
@@ -35,47 +35,50 @@ PositiveNumber = Annotated[float, Field(gt=0)]
 
 
 class Terms(NamedTuple):
-    """The two parts of a loss, unweighted: scalars, means over the batch."""
+    """The two unweighted parts of a loss: scalars, means over the batch."""
 
     ce: Tensor
     """Cross-entropy with the hard labels, in nats."""
     kd: Tensor | None
-    """KL_batchmean(target_T || student_T) in nats, without T^2; None where there is no second part."""
+    """KL_batchmean(target_T || student_T) in nats, without T^2; None if there is no soft part."""
 
 
 class Canonical(Settings):
-    """What all objectives share: the loss scale, and how the two parts are put together."""
+    """Base class of objectives: the loss scale, and the combination of the two parts."""
 
     needs_teacher: ClassVar[bool] = False
     searchable: ClassVar[frozenset[str] | None] = None
-    """Names that a space may search; None: all. The others do nothing that the searchable ones cannot do."""
+    """Names of settings that a space may search; None: all. The others duplicate the searchable
+    ones."""
 
     loss_scale: PositiveNumber = 1.0
     """s: factor on the whole loss; at fixed weight decay it acts like a learning rate."""
 
     @property
     def kd_weight(self) -> float:
-        """alpha * T^2: the weight of `Terms.kd` inside the brackets."""
+        """Return alpha * T^2, the weight of `Terms.kd` inside the brackets."""
         return 0.0
 
     @property
     def ce_weight(self) -> float:
-        """1 - alpha: the weight of `Terms.ce` inside the brackets."""
+        """Return 1 - alpha, the weight of `Terms.ce` inside the brackets."""
         return 1.0
 
     def check_classes(self, num_classes: int) -> None:
-        """Raise ValueError where a hyperparameter makes no sense for this number of classes."""
+        """Raise ValueError if a hyperparameter makes no sense for this number of classes."""
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
-        """CE and KL of one batch, unweighted (means over the batch, nats)."""
+        """Return the unweighted CE and KL of one batch (means over the batch, nats)."""
         return Terms(_cross_entropy(logits, labels), None)
 
     def soft_target(
         self, labels: NumpyArray, teacher: NumpyArray
     ) -> tuple[NumpyArray, float] | None:
-        """(q, T), where the gradient of `Terms.kd` by an image's logits z is (softmax(z / T) - q) / (T * B).
+        """Return (q, T), the soft target and the temperature of an image's soft part.
 
-        None where it is not of that form, or the objective does not say; `tfkd explain` then asks torch. Without torch.
+        The gradient of `Terms.kd` by an image's logits z is (softmax(z / T) - q) / (T * B). None if
+        the gradient does not have this form, or the objective does not give it; `tfkd explain` then
+        computes it with torch. This function does not use torch.
 
         Args:
             labels: [B].
@@ -84,7 +87,7 @@ class Canonical(Settings):
         return None
 
     def combine(self, terms: Terms) -> Tensor:
-        """The canonical loss of these terms, a scalar."""
+        """Return the canonical loss of these terms, a scalar."""
         loss = self.ce_weight * terms.ce
         if terms.kd is not None:
             loss = loss + self.kd_weight * terms.kd
@@ -95,22 +98,23 @@ class Canonical(Settings):
 
 
 class CrossEntropy(Canonical):
-    """Plain training. With `loss_scale` below 1 it is the control for losses that weigh CE by less than 1."""
+    """Plain training; with `loss_scale` below 1, the control for losses of a smaller CE weight."""
 
     name: Literal["ce"] = "ce"
 
 
 class LabelSmoothing(Canonical):
-    """Label-smoothing regularisation. (Szegedy et al. 2016, arXiv:1512.00567; Eq. 1-3 of Yuan et al. 2020.)
+    """Label-smoothing regularisation. (Szegedy et al. 2016, arXiv:1512.00567.)
 
-    Spreads alpha over all K classes, the label included, as the paper does. The Tf-KD authors' code leaves exactly
-    1 - alpha on the label and spreads alpha over the other K - 1: their alpha is (K - 1) / K times this one.
-    The second term is KL(u || p) with u = 1/K; the loss is torch's `label_smoothing=alpha` less alpha * log K.
+    As in Eq. 1-3 of Yuan et al. 2020, alpha is spread over all K classes, the label included. The
+    Tf-KD authors' code leaves exactly 1 - alpha on the label and spreads alpha over the other K - 1
+    classes: its alpha is (K - 1) / K times this one. The second term is KL(u || p) with u = 1/K;
+    the loss is torch's `label_smoothing=alpha` less alpha * log K.
     """
 
     name: Literal["lsr"] = "lsr"
     alpha: Weight = 0.1
-    """Mass moved from the label to the uniform distribution."""
+    """Probability moved from the label to the uniform distribution."""
 
     @property
     def kd_weight(self) -> float:
@@ -137,7 +141,7 @@ class _Distillation(Canonical):
     alpha: Weight = 0.9
     """Weight of the soft part; 1 - alpha is the weight of cross-entropy."""
     temperature: Temperature = 4.0
-    """T: divides both sides' logits; T^2 keeps the gradient's size (Hinton et al. 2015)."""
+    """T: divides the logits of both sides; T^2 keeps the gradient's size (Hinton et al. 2015)."""
 
     @property
     def kd_weight(self) -> float:
@@ -149,10 +153,10 @@ class _Distillation(Canonical):
 
 
 class KnowledgeDistillation(_Distillation):
-    """Knowledge distillation with a trained teacher. (Hinton et al. 2015, arXiv:1503.02531; Eq. 4 of Yuan et al. 2020.)
+    """Knowledge distillation with a trained teacher. (Hinton et al. 2015, arXiv:1503.02531.)
 
-    Yuan et al. print Eq. 4 without T^2 and release it with `mean` reduction, which divides by B * K: see
-    `from_released`.
+    Yuan et al. 2020 print it as Eq. 4 without T^2 and release it with `mean` reduction, which
+    divides by B * K: see `from_released`.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -173,11 +177,12 @@ class TfkdSelf(KnowledgeDistillation):
 
 
 class DecoupledKD(_Distillation):
-    """DKD: KL of (label, all else), and KL among all else, weighed apart. (Zhao et al. 2022, arXiv:2203.08679.)
+    """Decoupled KD: KL of label against rest, and KL within the rest. (arXiv:2203.08679.)
 
-    The soft part is `target_weight` * TCKD + `nontarget_weight` * NCKD. The published code adds both, with T^2, to a CE
-    of weight 1: that is alpha = 1/2 and loss_scale = 2 here. Both parts are computed from logarithms, so that they
-    stay finite where a probability rounds to 0 or 1.
+    (Zhao et al. 2022.) The soft part is `target_weight` * TCKD + `nontarget_weight` * NCKD. The
+    published code adds both, with T^2, to a CE of weight 1: that is alpha = 1/2 and loss_scale = 2
+    here. Both parts are computed from logarithms, so they stay finite if a probability rounds to 0
+    or 1.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -204,11 +209,12 @@ class DecoupledKD(_Distillation):
 
 
 class Dist(_Distillation):
-    """DIST: the teacher's relations instead of its probabilities. (Huang et al. 2022, arXiv:2205.10536, Eq. 6-9.)
+    """DIST: correlation with the teacher's probabilities. (Huang et al. 2022, arXiv:2205.10536.)
 
-    The soft part is 1 - Pearson correlation with the teacher's softened probabilities, over the classes of an image
-    (`inter_weight`) and over the images of the batch for each class (`intra_weight`). The second depends on the batch:
-    on its size, and on how it is split over workers. The gradient is bounded where the student's deviation is nearly 0.
+    Eq. 6-9: the soft part is 1 - Pearson correlation with the teacher's softened probabilities:
+    over the classes of an image (`inter_weight`), and over the images of the batch for each class
+    (`intra_weight`). The second depends on the batch size and on the split of the batch over
+    workers. The gradient is bounded for a student whose deviation is nearly 0.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -230,10 +236,11 @@ class Dist(_Distillation):
 
 
 class StandardisedKD(_Distillation):
-    """KD of standardised logits: each image's logits to mean 0 and deviation 1, on both sides, before T divides them.
+    """KD of standardised logits: mean 0 and deviation 1 per image on both sides, then divided by T.
 
-    (Sun et al. 2024, arXiv:2403.01427, Eq. 9 and Algorithm 1; their weights .1 for CE and 9 are alpha = .989, s = 9.1.)
-    A student's deviation below 0.1 counts as 0.1, so that the gradient stays bounded where a head starts at zero.
+    (Sun et al. 2024, arXiv:2403.01427, Eq. 9 and Algorithm 1; their weights .1 for CE and 9 are
+    alpha = .989, s = 9.1.) A student's deviation below 0.1 counts as 0.1, so that the gradient
+    stays bounded for a head that starts at zero.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -247,11 +254,12 @@ class StandardisedKD(_Distillation):
 
 
 class TfkdReg(_Distillation):
-    """Tf-KD_reg: KD from a virtual teacher, as the paper defines it, with T^2. (Eq. 8 and 9 of Yuan et al. 2020.)
+    """Tf-KD_reg: KD from a virtual teacher, as the paper defines it, with T^2.
 
-    The virtual teacher gives p^d = `correct_prob` to the label and shares the rest equally. Its logits are log p^d;
-    T softens both sides. Without T^2, as Eq. 9 is printed, the term is nearly nothing (about 1e-3 of CE's gradient
-    at T = 20). The authors' code computes something else: `tfkd_reg_code`.
+    (Eq. 8 and 9 of Yuan et al. 2020.) The virtual teacher gives p^d = `correct_prob` to the label
+    and shares the rest equally. Its logits are log p^d; T softens both sides. Without T^2, as Eq. 9
+    is printed, the term is nearly zero (about 1e-3 of CE's gradient at T = 20). The authors' code
+    computes another loss: `tfkd_reg_code`.
     """
 
     name: Literal["tfkd_reg"] = "tfkd_reg"
@@ -275,7 +283,7 @@ class TfkdReg(_Distillation):
         return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), self.temperature
 
     def _gap(self, num_classes: int) -> float:
-        """Softened logit of the label above the other classes, which are all alike."""
+        """Return the softened logit of the label minus that of the other classes."""
         gap = math.log(self.correct_prob) - math.log((1 - self.correct_prob) / (num_classes - 1))
         return gap / self.temperature
 
@@ -283,9 +291,9 @@ class TfkdReg(_Distillation):
 class TfkdRegCode(Canonical):
     """Tf-KD_reg as the authors released it (commit d000ab3), in canonical numbers.
 
-    Differs from Eq. 9: the target is softmax(p^d / T), a temperature on probabilities; the student is not softened;
-    there is no T^2. It equals s * LSR(eps) + constant for every T and correct_prob (`as_label_smoothing`), so a
-    space searches `alpha` and `loss_scale` only.
+    It differs from Eq. 9: the target is softmax(p^d / T), a temperature on probabilities; the
+    student is not softened; there is no T^2. It equals s * LSR(eps) + constant for every T and
+    correct_prob (`as_label_smoothing`), so a space searches `alpha` and `loss_scale` only.
     """
 
     searchable: ClassVar[frozenset[str] | None] = frozenset({"alpha", "loss_scale"})
@@ -295,7 +303,7 @@ class TfkdRegCode(Canonical):
     temperature: Temperature = 20.0
     """Divides the virtual teacher's probabilities, not its logits."""
     correct_prob: Annotated[float, Field(gt=0, le=1)] = 0.99
-    """p^d of the label; hard-coded as 0.99 in the release."""
+    """p^d of the label; the release hard-codes 0.99."""
 
     @property
     def kd_weight(self) -> float:
@@ -321,9 +329,10 @@ class TfkdRegCode(Canonical):
         return _flat(labels, self._gap(teacher.shape[1]), teacher.shape[1]), 1.0
 
     def as_label_smoothing(self, num_classes: int) -> LabelSmoothing:
-        """The `lsr` whose loss is this one less a constant: alpha = alpha * (1 - p_c) * K / (K - 1), same scale.
+        """Return the `lsr` whose loss is this one less a constant, with the same scale.
 
-        p_c is the target's probability of the label, softmax(p^d / T).
+        Its alpha is alpha * (1 - p_c) * K / (K - 1), where p_c is the target's probability of the
+        label, softmax(p^d / T).
         """
         K = num_classes
         e = math.exp(-self._gap(K))
@@ -331,7 +340,7 @@ class TfkdRegCode(Canonical):
         return LabelSmoothing(alpha=min(self.alpha * other * K, 1.0), loss_scale=self.loss_scale)
 
     def _gap(self, num_classes: int) -> float:
-        """Logit of the label above the other classes, which are all alike."""
+        """Return the logit of the label minus that of the other classes."""
         return (self.correct_prob - (1 - self.correct_prob) / (num_classes - 1)) / self.temperature
 
 
@@ -357,7 +366,11 @@ def _needed(teacher: Tensor | None, name: str) -> Tensor:
 
 
 def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p(label) [B], log(1 - p(label)) [B], log-softmax among the other classes [B, K - 1]; `other` masks them."""
+    """Return log p(label) [B], log(1 - p(label)) [B], and the log-softmax of the others [B, K - 1].
+
+    Args:
+        other: bool [B, K], True for the classes that are not the label.
+    """
     rest = logits[other].view(len(labels), -1)
     norm, rest_norm = logits.logsumexp(dim=1), rest.logsumexp(dim=1)
     return (
@@ -368,16 +381,19 @@ def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, T
 
 
 LEAST = 0.1
-"""A student's logits of a deviation below this are no longer scaled up to 1.
+"""Smallest deviation of a student's logits that is scaled up to 1; smaller ones count as this.
 
-Without such a bound, the gradient grows as 1 over the deviation: a head that starts at zero would get 1e7 times too
-much. Heads drawn as usual have deviations of 0.2 and more, where it changes nothing."""
+Without this bound, the gradient grows as 1 over the deviation: 1e7 times too large for a head that
+starts at zero. Heads with usual initialisation have deviations of at least 0.2, where the bound
+changes nothing.
+"""
 
 
 def _unlike(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
-    """1 - Pearson correlation of the rows of two matrices, mean over the rows; `a` is the student's, of probabilities.
+    """Return the mean over rows of 1 - Pearson correlation; `a` holds the student's probabilities.
 
-    `LEAST` bounds the deviation of a row of `a` over its mean, which for probabilities is the deviation of the logits.
+    `LEAST` bounds the deviation of a row of `a` over its mean, which for probabilities is the
+    deviation of the logits.
     """
     import torch
     from torch.nn import functional as F
@@ -389,20 +405,23 @@ def _unlike(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def _standardised(logits: Tensor, least: float = 0.0) -> Tensor:
-    """Each row to mean 0 and (unbiased) deviation 1; a deviation below `least` counts as that."""
+    """Return each row with mean 0 and (unbiased) deviation 1; the deviation is at least `least`."""
     deviation = logits.std(dim=1, keepdim=True).clamp(min=least) + 1e-7
     return (logits - logits.mean(dim=1, keepdim=True)) / deviation
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with the labels in nats, mean over the batch."""
+    """Return the cross-entropy with the labels in nats, mean over the batch."""
     from torch.nn import functional as F
 
     return F.cross_entropy(logits, labels)
 
 
 def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher_T || student_T) in nats: summed over classes, mean over the batch; no T^2. Both logits [B, K]."""
+    """Return KL(teacher_T || student_T) in nats, without T^2, from logits [B, K].
+
+    It is summed over classes, and the mean over the batch.
+    """
     from torch.nn import functional as F
 
     log_p = F.log_softmax(logits / temperature, dim=1)
@@ -411,9 +430,10 @@ def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> Tensor:
-    """KL_batchmean(q || student_T) where q's logit is `gap` at the label and 0 at the other K - 1 classes.
+    """Return KL_batchmean(q || student_T); q's logit is `gap` at the label, 0 at the other classes.
 
-    The target's two probabilities are numbers, so that no [B, K] target is made: its cost beside CE is one softmax.
+    The target has only two distinct probabilities, so no [B, K] target is made: besides CE, it
+    costs one softmax.
     """
     from torch.nn import functional as F
 
@@ -428,14 +448,14 @@ def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> T
 
 
 def softmax(logits: NumpyArray) -> NumpyArray:
-    """Probabilities along the last axis, without torch."""
+    """Return probabilities along the last axis, without torch."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     found: NumpyArray = powers / powers.sum(axis=-1, keepdims=True)
     return found
 
 
 def _flat(labels: NumpyArray, gap: float, num_classes: int) -> NumpyArray:
-    """The target of `flat_kl`, [B, K]."""
+    """Return the target of `flat_kl`, [B, K]."""
     return softmax(gap * (labels[:, None] == np.arange(num_classes)))
 
 
@@ -447,10 +467,11 @@ def from_released(
     num_classes: int,
     multiplier: float = 1.0,
 ) -> KnowledgeDistillation | TfkdRegCode:
-    """The canonical objective that equals a setting of the authors' release, exactly.
+    """Return the canonical objective that exactly equals a setting of the authors' release.
 
-    Their `KLDivLoss` has reduction `mean`, which divides by B * K. With w = alpha * m / K: s = 1 - alpha + w, and
-    our alpha is w / s. T^2 stands inside the canonical loss for kd and tfkd_self; the released tfkd_reg has none.
+    Their `KLDivLoss` has reduction `mean`, which divides by B * K. With w = alpha * m / K: s = 1 -
+    alpha + w, and our alpha is w / s. T^2 stands inside the canonical loss for kd and tfkd_self;
+    the released tfkd_reg has none.
     """
     if not (0 <= alpha <= 1 and multiplier > 0 and num_classes > 1 and temperature > 0):
         raise ConfigError(
@@ -467,11 +488,11 @@ def from_released(
     return kinds[name](alpha=weight / scale, temperature=temperature, loss_scale=scale)
 
 
-# --- published settings ----------------------------------------------------------------------------------------
+# --- published settings ---------------------------------------------------------------------------
 
 
 class Published(NamedTuple):
-    """A setting that somebody has published, in canonical numbers."""
+    """A published setting, in canonical numbers."""
 
     objective: Canonical
     origin: str
@@ -535,4 +556,4 @@ PUBLISHED: tuple[Published, ...] = (
     Published(TfkdRegCode(alpha=0.0526, loss_scale=0.95), "the paper's code, GoogLeNet"),
     Published(TfkdRegCode(alpha=0.5), "the paper's code, ResNeXt-29"),
 )
-"""Where a search begins (`search.warm_start`). Numbers are rounded to four digits."""
+"""Initial trials of a search (`search.warm_start`). Numbers are rounded to four digits."""

@@ -1,4 +1,4 @@
-"""TODO learn.official."""
+"""Data sets with official files: MNIST and its relatives in IDX format, EMNIST and CIFAR."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 from tfkd_ray.learn.dataset import MODERN, PAPER_RECIPE, SPLITS, AbsolutePath, FileDataset, Split
 
 MOST_IDX_BYTES = 2**28
-"""More than the largest pickle of CIFAR, which has 155,249,918 bytes."""
+"""Limit of bytes of a CIFAR pickle; the largest official one has 155,249,918."""
 
 
 class IdxDataset(FileDataset):
-    """A data set in MNIST's format: four IDX files, each as it is or gzipped (`.gz`).
+    """A data set in MNIST's format: four IDX files, each plain or gzipped (`.gz`).
 
-    `root` is the folder that holds them, or one that torchvision has downloaded to.
+    `root` is the folder that holds them, or torchvision's download folder.
     """
 
     shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
     folders: ClassVar[tuple[str, ...]]
-    """Where else the files may be, below `root`."""
+    """Other places of the files, below `root`."""
     url: ClassVar[str]
-    """Where the files are, or the archive that holds them."""
+    """URL of the files, or of the archive that holds them."""
     md5s: ClassVar[tuple[str, ...]]
-    """Of the gzipped files: images and labels of train, and of test."""
+    """md5 sums of the gzipped files: images and labels of train, then of test."""
 
     def check(self) -> None:
-        """Raise a ConfigError that names every file that is not there."""
+        """Raise a ConfigError that names every missing file."""
         self._paths(*self._files("train"), *self._files("test"))
 
     def download(self) -> None:
@@ -51,7 +51,7 @@ class IdxDataset(FileDataset):
         return self._paths(*self._files(split))
 
     def _files(self, split: Split) -> tuple[str, str]:
-        """(images, labels), without `.gz`."""
+        """Return the names (images, labels), without `.gz`."""
         part = {"train": "train", "test": "t10k"}[split]
         return f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
 
@@ -105,7 +105,7 @@ class IdxDataset(FileDataset):
         return [paths[0] for paths in found]
 
     def _array(self, path: Path, magic: int, item: tuple[int, ...], most: int) -> Tensor:
-        """uint8 [N, *item] of one file, N at most `most`."""
+        """Return uint8 [N, *item] of one file, N at most `most`."""
         import torch
 
         raw = self._bytes(path, magic, item, most)
@@ -114,7 +114,7 @@ class IdxDataset(FileDataset):
         )
 
     def _bytes(self, path: Path, magic: int, item: tuple[int, ...], most: int) -> bytearray:
-        """A file's bytes, its header with them; whole, and of the kind that is expected."""
+        """Return a file's bytes, header included; raise if it is incomplete or of another kind."""
         head, each = 8 + 4 * len(item), math.prod(item)
         try:
             with opened(path) as kept, gzip.open(kept) if path.suffix == ".gz" else kept as file:
@@ -169,7 +169,10 @@ class Mnist(IdxDataset):
 
 
 class FashionMnist(IdxDataset):
-    """70,000 pictures of clothes. (Xiao et al. 2017, arXiv:1708.07747.) `root` is by default where Debian puts them."""
+    """70,000 pictures of clothes. (Xiao et al. 2017, arXiv:1708.07747.)
+
+    The default `root` is the folder of Debian's package.
+    """
 
     num_classes: ClassVar[int] = 10
     mean: ClassVar[tuple[float, ...]] = (0.2860 * 255,)
@@ -192,7 +195,7 @@ class FashionMnist(IdxDataset):
 
 
 class Kmnist(IdxDataset):
-    """70,000 cursive Japanese characters in 10 classes. (Clanuwat et al. 2018, arXiv:1812.01718.)"""
+    """70,000 cursive Japanese characters, 10 classes. (Clanuwat et al. 2018, arXiv:1812.01718.)"""
 
     num_classes: ClassVar[int] = 10
     mean: ClassVar[tuple[float, ...]] = (0.1904 * 255,)
@@ -212,9 +215,10 @@ class Kmnist(IdxDataset):
 
 
 class Emnist(IdxDataset):
-    """Handwritten letters and digits, cut in six ways. (Cohen et al. 2017, arXiv:1702.05373.)
+    """Handwritten letters and digits in six variants. (Cohen et al. 2017, arXiv:1702.05373.)
 
-    The files hold images transposed; here they are upright. The paper gives no mean and std: they are measured.
+    The files hold transposed images; they are upright here. The paper gives no mean and std: they
+    are measured.
     """
 
     mean: ClassVar[tuple[float, ...] | None] = None
@@ -231,7 +235,7 @@ class Emnist(IdxDataset):
         "letters": (26, 124_800, 20_800),
         "mnist": (10, 60_000, 10_000),
     }
-    """Classes, train images and test images by variant."""
+    """Classes, train images and test images per variant."""
 
     name: Literal["emnist"] = "emnist"
     root: AbsolutePath = Path("~/datasets/emnist")
@@ -239,7 +243,7 @@ class Emnist(IdxDataset):
 
     @property
     def num_classes(self) -> int:
-        """By variant."""
+        """Return the number of classes of the variant."""
         return self.facts[self.variant][0]
 
     def download(self) -> None:
@@ -262,9 +266,9 @@ class Emnist(IdxDataset):
 
 
 class CifarDataset(FileDataset):
-    """CIFAR's "python version": the official archive, read in place, or else the folder that it unpacks to.
+    """CIFAR in its "python version": the official archive, or the folder that it unpacks to.
 
-    `root` holds either. Where both are there the archive is read, because its md5 vouches for it.
+    `root` holds either. If both exist, the archive is read, because its md5 proves its content.
     """
 
     shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
@@ -283,10 +287,10 @@ class CifarDataset(FileDataset):
     }
 
     check_md5: bool = True
-    """Refuse an archive that is not the official one, byte for byte."""
+    """Raise an error if the archive differs from the official one in any byte."""
 
     def check(self) -> None:
-        """Raise a ConfigError if there is neither archive nor folder."""
+        """Raise a ConfigError if both archive and folder are missing."""
         self._source()
 
     def download(self) -> None:
@@ -372,7 +376,7 @@ class CifarDataset(FileDataset):
         return found
 
     def _batch(self, path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
-        """(uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""
+        """Return (uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""
         import torch
 
         if len(raw) >= MOST_IDX_BYTES:
@@ -381,7 +385,7 @@ class CifarDataset(FileDataset):
             )
         try:
             batch = ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
-        except Exception as error:  # a pickle that is not one can end in any exception
+        except Exception as error:  # a damaged pickle can raise any exception
             raise self._wrong(path, f"not a pickle of arrays, text and numbers: {error}") from None
         if not isinstance(batch, dict) or not {b"data", self.labels_key} <= batch.keys():
             raise self._wrong(path, f"needs the keys {b'data'!r} and {self.labels_key!r}")
@@ -422,7 +426,7 @@ class Cifar10(CifarDataset):
 
 
 class Cifar100(CifarDataset):
-    """60,000 photographs in 100 classes, the "fine" ones; the data of the Tf-KD paper. (Krizhevsky 2009.)"""
+    """60,000 photographs in 100 "fine" classes, the data of the Tf-KD paper. (Krizhevsky 2009.)"""
 
     num_classes: ClassVar[int] = 100
     mean: ClassVar[tuple[float, ...]] = (

@@ -1,4 +1,4 @@
-"""TODO learn.own."""
+"""The user's own code: import of `package.module:function`, and a mode that skips the import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tfkd_ray.learn.images import seeded
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 
-# --- your own --------------------------------------------------------------------------------------------------
+# --- your own -------------------------------------------------------------------------------------
 
 
 _reads_only: ContextVar[bool] = ContextVar("_reads_only", default=False)
@@ -21,7 +21,10 @@ _reads_only: ContextVar[bool] = ContextVar("_reads_only", default=False)
 
 @contextlib.contextmanager
 def only_reading() -> Iterator[None]:
-    """Within it, settings that name code of one's own are believed: who reads an experiment imports nothing of it."""
+    """Accept settings that name the user's own code without its import, inside the block.
+
+    Commands that only read an experiment run none of its code.
+    """
     before = _reads_only.set(True)
     try:
         yield
@@ -30,15 +33,15 @@ def only_reading() -> Iterator[None]:
 
 
 def is_only_reading() -> bool:
-    """Whether this is within `only_reading`."""
+    """Return whether the caller is inside `only_reading`."""
     return _reads_only.get()
 
 
 def imported(path: str, what: str) -> Any:
-    """The object at "package.module:name", also of a module in the working directory.
+    """Return the object at "package.module:name", from a package or the working directory.
 
     Args:
-        what: begins the ConfigError.
+        what: subject of the ConfigError's sentence.
     """
     module_name, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), name)):
@@ -50,7 +53,7 @@ def imported(path: str, what: str) -> Any:
             importlib.invalidate_caches()
         with seeded(0, "import", module_name):
             module = own_code.at_home(lambda: importlib.import_module(module_name))()
-    except (Exception, SystemExit) as error:  # whatever somebody's module does
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         if (
             isinstance(error, ModuleNotFoundError)
             and error.name

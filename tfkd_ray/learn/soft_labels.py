@@ -1,13 +1,14 @@
-"""The bank: a teacher's logits, computed once for each view of the images and shared by all trials that ask for it.
+"""The bank: a teacher's logits, computed once per view of the images and shared by all trials.
 
-A view is how an epoch shows the train images: a function of (data, augmentation, seed, epoch), so trials of a sweep see
-the same ones. A view is one file on a node, memory-mapped by all who read it. Processes that want it at the same time
-fill it together, chunk by chunk; a chunk belongs to whoever holds its lock, and the lock of a killed process is free.
+A view is the augmentation of the train images in an epoch: a function of (data, augmentation, seed,
+epoch), so trials of a sweep share views. A view is one file per node, memory-mapped by its readers.
+Processes that need it at the same time fill it together, chunk by chunk; the holder of a chunk's
+lock computes it, and the lock of a killed process is released.
 
-Logits are kept in half precision with their row means taken off: softmax does not see it, and the rounding is finer.
-A view whose logits are too large for that (`HALF`) is kept in float32.
-Nothing here is needed twice: a file may be deleted at any time, and is computed again. Where there is no room for a
-view, each trial computes it for itself, and that is said once in a process.
+Logits are kept in half precision, less their row means: softmax ignores the mean, and the rounding
+is finer. A view with larger logits (`HALF`) is kept in float32. Files are a cache and may be
+deleted at any time. If there is no room for a view, each trial computes it for itself, with one
+warning per process.
 
 Shapes: N = images, K = classes.
 """
@@ -31,37 +32,42 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import cache_folder, free_bytes, whole_file
 
 LARGEST = 2**30
-"""Bytes of a view above which a teacher is asked online: 2.5 GB of ImageNet's would be read for each epoch."""
+"""Bytes of a view above which the teacher runs online: otherwise every epoch would read 2.5 GB for
+ImageNet."""
 HALF = 128
-"""Logits below this are kept in half precision, which rounds them by 1/32 at most; others in float32."""
+"""Limit of logits kept in half precision, which rounds them by 1/32 at most; larger ones are kept
+in float32."""
 CHUNKS = 16
-"""Parts in which a view is filled."""
+"""Number of parts in which a view is filled."""
 
 
 class Elsewhere(Protocol):
-    """Where other nodes leave views; see `trial.Shelf`."""
+    """The shared place of views of all nodes; see `trial.Shelf`."""
 
     def fetch(self, name: str) -> bytes | None:
-        """The file of a view, if another node has filled it."""
+        """Return the file of a view, or None if no other node has filled it."""
 
     def offer(self, name: str, content: bytes) -> None:
-        """Leave the file of a view that this node has filled."""
+        """Store the file of a view that this node has filled."""
 
 
 class Bank:
     """The soft labels of one teacher.
 
     Args:
-        network: gives the teacher, in eval mode; called when something has to be computed, at most once.
-        of: all that the logits depend on, but for the view: the teacher's weights, data, augmentation, precision.
+        network: returns the teacher in eval mode; called at most once, when logits must be
+            computed.
+        of: everything that the logits depend on, except the view: the teacher's weights, data,
+            augmentation, precision.
         folder: of the files on this node. None: `soft_labels` in ~/.cache/tfkd_ray.
         elsewhere: views of other nodes.
     """
 
     say: Callable[[str], None] | None = None
-    """Called with a sentence where views cannot be kept. None: it is a warning."""
+    """Called with a sentence if views cannot be kept. None: a warning."""
     meet: Callable[[], None] | None = None
-    """Called when a view is there: waits for the workers of other nodes, which may have theirs to fill."""
+    """Called when a view is complete: waits for workers on other nodes, which may still fill
+    theirs."""
 
     def __init__(
         self,
@@ -75,7 +81,7 @@ class Bank:
         self._folder = folder or cache_folder() / "soft_labels"
 
     def network(self) -> nn.Module:
-        """The teacher itself."""
+        """Return the teacher itself."""
         self._network = self._network or self._make()
         return self._network
 
@@ -86,12 +92,14 @@ class Bank:
         num_classes: int,
         compute: Callable[[nn.Module, Tensor], Tensor],
     ) -> Tensor:
-        """The teacher's logits of a view, less their row means: float16 or float32 [N, K] on the CPU, not to write to.
+        """Return the teacher's logits of a view, less their row means.
+
+        They are float16 or float32 [N, K] on the CPU, and read-only.
 
         Args:
-            view: what tells it from the teacher's other views.
+            view: key that distinguishes it from the teacher's other views.
             count: N.
-            compute: gives the logits [n, K] of the images at some indices, int64 [n].
+            compute: returns the logits [n, K] of the images at indices int64 [n].
         """
         about = {
             "of": json.dumps(self._of, sort_keys=True),
@@ -122,16 +130,15 @@ class Bank:
         count: int,
         compute: Callable[[nn.Module, Tensor], Tensor],
     ) -> Tensor:
-        """The logits of a view, computed together with whoever wants them at the same time."""
+        """Return the logits of a view, computed together with concurrent processes."""
         parts: dict[int, Tensor] = {}
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
-        if not self._has_room(
-            4 * count * int(json.loads(about["shape"])[1])
-        ):  # the view, and once more its parts
+        # the view, and as much again for its parts
+        if not self._has_room(4 * count * int(json.loads(about["shape"])[1])):
             return _together(
                 [_centred(compute(self.network(), chunk)) for chunk in chunks.values()]
             )
-        for wait in (False, True):  # first what nobody is at, then what somebody was at
+        for wait in (False, True):  # first the free chunks, then the locked ones
             for k in chunks.keys() - parts.keys():
                 part, mine = path.with_suffix(f".{k}"), about | {"part": str(k)}
                 with (
@@ -140,7 +147,7 @@ class Bank:
                 ):
                     done = _read(part, mine)
                     if done is None and (whole := _read(path, about)) is not None:
-                        return whole  # the others have finished, and removed the parts
+                        return whole  # the others have finished and removed the parts
                     if done is None:
                         done = _centred(compute(self.network(), chunks[k]))
                         self._write(part, _view_bytes(done, mine))
@@ -160,7 +167,7 @@ class Bank:
         return whole
 
     def _has_room(self, size: int) -> bool:
-        """Whether so many bytes more may be kept, for which the longest unused make way; where not, it is said."""
+        """Return whether the bank has room, after removing unused files; else report it."""
         if size > limit():
             self._cannot_keep(
                 f"TFKD_BANK_GB allows {limit() / 1e6:.0f} MB, and a view needs {size / 1e6:.0f}"
@@ -173,7 +180,7 @@ class Bank:
         return True
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Keep a file; where it cannot be, do not, and say so."""
+        """Write a file; report a failure and continue without it."""
         try:
             with whole_file(path) as part:
                 part.write_bytes(content)
@@ -191,16 +198,16 @@ class Bank:
 
 
 _told: set[Path] = set()
-"""Folders of which this process has said that nothing can be kept there."""
+"""Folders for which this process has reported a failure."""
 
 
 def fits(count: int, num_classes: int) -> bool:
-    """Whether a view is small enough for the bank."""
+    """Return whether a view is small enough for the bank."""
     return 2 * count * num_classes <= LARGEST
 
 
 def limit() -> float:
-    """Bytes that the bank may take on a node: TFKD_BANK_GB (20) gigabytes."""
+    """Return the bank's limit per node in bytes: TFKD_BANK_GB (default 20) gigabytes."""
     return float(os.environ.get("TFKD_BANK_GB", "20")) * 1e9
 
 
@@ -216,7 +223,7 @@ def _centred(logits: Tensor) -> Tensor:
 
 
 def _together(parts: list[Tensor]) -> Tensor:
-    """The parts of a view, in float32 if any of them is."""
+    """Return the joined parts of a view, in float32 if any of them is."""
     widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
     return torch.cat([part.to(widest) for part in parts])
 
@@ -230,7 +237,7 @@ def _locked_file(path: Path, *, wait: bool) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, Timeout):
             raise
-        yield  # nowhere to lock: everyone for himself
+        yield  # no place for a lock: every process computes for itself
         return
     try:
         yield
@@ -244,12 +251,16 @@ def _view_bytes(logits: Tensor, about: dict[str, str]) -> bytes:
 
 
 def _checksum(logits: Tensor) -> str:
-    """SHA-256 of the array, which is not copied for it: a view may be 1 GB."""
+    """Return the SHA-256 of the array, without copying it: a view may be 1 GB."""
     return hashlib.sha256(logits.numpy().data).hexdigest()
 
 
 def _read(path: Path, about: dict[str, str]) -> Tensor | None:
-    """The logits in a file, mapped; None where there is none, or a damaged one. Another's is a ValueError."""
+    """Return the mapped logits of a file, or None if it is missing or damaged.
+
+    Raises:
+        ValueError: the file belongs to other soft labels.
+    """
     try:
         with safe_open(path, "pt") as file:
             said = dict(file.metadata() or {})
@@ -266,12 +277,12 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
         warnings.warn(f"{path}: damaged (its checksum does not fit); computed again", stacklevel=2)
         return None
     with contextlib.suppress(OSError):
-        os.utime(path)  # the last to be removed
+        os.utime(path)  # marks it as recently used
     return logits
 
 
 def _different(said: dict[str, str], about: dict[str, str]) -> Iterator[str]:
-    """What soft labels are of, as a file says it, against what they should be of: the words that differ."""
+    """Yield the names of the facts in which a file's header differs from the expected one."""
     for key in {*said, *about}:
         a, b = (json.loads(d.get(key, "null")) for d in (said, about))
         if isinstance(a, dict) and isinstance(b, dict):
@@ -281,7 +292,7 @@ def _different(said: dict[str, str], about: dict[str, str]) -> Iterator[str]:
 
 
 def _make_room(folder: Path, size: int) -> None:
-    """Remove files, the longest unused first, until so many bytes more are within the limit."""
+    """Remove the longest unused files until `size` more bytes fit within the limit."""
     files = [
         (facts.st_mtime, facts.st_size, file)
         for file in folder.glob("[0-9a-f]*")
@@ -299,5 +310,5 @@ def _make_room(folder: Path, size: int) -> None:
 def _facts(file: Path) -> os.stat_result | None:
     try:
         return file.stat()
-    except FileNotFoundError:  # removed meanwhile
+    except FileNotFoundError:  # removed by another process
         return None

@@ -1,7 +1,8 @@
-"""Teachers are artifacts: named by the fingerprint of all that made them, trained once, verified when loaded.
+"""Teachers are artifacts, named by the fingerprint of their making, trained once, verified on load.
 
-A teacher lives in `<storage>/teachers/<network>-<fingerprint>/`: `student.safetensors` (it was a student when it was
-trained) and `teacher.json`, which says how it was made and how good it is on validation.
+A teacher lives in `<storage>/teachers/<network>-<fingerprint>/`: `student.safetensors` (the name of
+every trained network's weights) and `teacher.json`, which records its making and its metrics on
+validation.
 """
 
 import contextlib
@@ -30,13 +31,13 @@ from tfkd_ray.store.storage import Storage, everything, light
 
 
 def teacher_name(config: TeacherRun) -> str:
-    """Name of the teacher that `config` (a `TrainConfig.teacher_run`) makes: network and fingerprint.
+    """Return the name of the teacher that `config` makes: network and fingerprint.
 
-    Where it does not say which data, by their digest, it is of those that are here.
+    `config` is a `TrainConfig.teacher_run`. If it has no data digest, that of the local data is
+    used.
     """
-    with contextlib.suppress(
-        ConfigError
-    ):  # where there are none, its name is the one of before data had digests
+    # without local data, it has the name from before data had digests
+    with contextlib.suppress(ConfigError):
         config = config.pinned()
     return _plain_name(config)
 
@@ -46,12 +47,12 @@ def _plain_name(config: TeacherRun) -> str:
 
 
 def teacher_folder(config: TeacherRun, storage: Path) -> Path:
-    """Where that teacher is, or will be."""
+    """Return the folder of that teacher, trained or not."""
     return storage / "teachers" / teacher_name(config)
 
 
 def is_trained(config: TeacherRun, storage: Path) -> bool:
-    """Whether that teacher is there, complete."""
+    """Return whether that teacher is completely trained."""
     return (teacher_folder(config, storage) / "teacher.json").exists()
 
 
@@ -61,9 +62,10 @@ def train_teacher(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_saved: Callable[[bool], None] | None = None,
 ) -> dict[str, Any]:
-    """Train the teacher, or take it from its file, unless it is there; returns what `teacher.json` says.
+    """Train the teacher, or take it from its file, unless it exists; return `teacher.json`.
 
-    One process at a time trains a teacher, others wait for it; one that was killed half-way goes on where it was.
+    One process at a time trains a teacher, and others wait for it; if the process is killed, the
+    next one resumes from its checkpoint.
     """
     folder = teacher_folder(config, storage)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ def train_teacher(
 
 
 def check_source(config: TeacherRun, storage: Path) -> None:
-    """Raise where the file that a teacher was taken from has changed since."""
+    """Raise if the file from which a teacher was taken has changed since."""
     about, source = describe(config, storage), _source_sha256(config)
     if source is not None and about.get("source_sha256") != source:
         raise ConfigError(
@@ -104,7 +106,7 @@ def check_source(config: TeacherRun, storage: Path) -> None:
 
 
 def of_other_data(config: TeacherRun, storage: Path) -> str | None:
-    """Says that a teacher is there that was made the same way, of data that were others; None if there is none."""
+    """Return a sentence if the same teacher exists for other data, else None."""
     here = config.data.digest
     for about in read_teachers(storage):
         was = about["config"]["data"].get("digest")
@@ -138,7 +140,7 @@ def _trained(
 
 
 def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
-    """Copy weights from elsewhere; their metrics on validation, if there is one."""
+    """Copy external weights; return their metrics on validation, empty without validation."""
     assert config.weights is not None, f"{config.weights=}"
     data = config.data
     shape = input_shape(config, input_of(config))
@@ -151,7 +153,7 @@ def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
 
 
 def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str | None:
-    """A sentence on a teacher that is no better on validation than guessing, with the likely cause."""
+    """Return a sentence, with the likely cause, on a teacher no better than guessing, else None."""
     val_set = config.data.load()[1]
     if val_set is None or "val_accuracy" not in metrics:
         return None
@@ -162,7 +164,7 @@ def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str |
         return None
     module = untrained(config)
     module.load_state_dict(load_weights(folder / WEIGHTS))
-    met = torch.zeros(K, K, dtype=torch.long)  # images by answer and label
+    met = torch.zeros(K, K, dtype=torch.long)  # images by prediction and label
     for logits, labels in predictions(module, val_set, config.data):
         met += torch.bincount(logits.argmax(dim=1) * K + labels, minlength=K * K).view(K, K)
     renamed, answers = int(met.max(dim=1).values.sum()) / n, met.sum(dim=1)
@@ -189,25 +191,25 @@ def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str |
 def tell_doubts(
     runs: Iterable[TeacherRun], storage: Path, say: Callable[[str], None] | None = None
 ) -> None:
-    """Say which trained teachers are no better than guessing. None: to standard error."""
+    """Report trained teachers that are no better than guessing. None: to standard error."""
     for run in runs:
         if is_trained(run, storage) and (doubt := describe(run, storage).get("doubt")):
             say(doubt) if say else print(doubt, file=sys.stderr, flush=True)
 
 
 def _source_sha256(config: TeacherRun) -> str | None:
-    """Of the file that weights come from; None where there is none, or it is not here any more."""
+    """Return the SHA-256 of the weights' source file, or None if there is none any more."""
     path = Path(config.weights).expanduser() if config.weights else None
     return _sha256(path) if path and path.is_file() else None
 
 
 def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
-    """What `teacher.json` says of a trained teacher."""
+    """Return the content of a trained teacher's `teacher.json`."""
     return read_teacher(_teacher_place(config, storage))
 
 
 def _teacher_place(config: TeacherRun, storage: Path) -> Path:
-    """Its folder, or that of one that was trained before data had digests."""
+    """Return its folder, or that of the same teacher from before data had digests."""
     folder, before = teacher_folder(config, storage), storage / "teachers" / _plain_name(config)
     return (
         before if not is_trained(config, storage) and (before / "teacher.json").exists() else folder
@@ -215,12 +217,12 @@ def _teacher_place(config: TeacherRun, storage: Path) -> Path:
 
 
 def is_here(config: TeacherRun, storage: Path) -> bool:
-    """Whether there is something to `describe`: that teacher, or one that was trained before data had digests."""
+    """Return whether `describe` finds that teacher, in a present or an older format."""
     return (_teacher_place(config, storage) / "teacher.json").exists()
 
 
 def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
-    """What `teacher.json` says of a teacher, be it of an earlier loop; None where there is none."""
+    """Return a teacher's `teacher.json`, also of an earlier loop version, or None."""
     if is_here(config, storage):
         return describe(config, storage)
     for about in read_teachers(storage):
@@ -233,7 +235,7 @@ def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
 
 
 def fetch_teacher(config: TeacherRun, storage: Storage, *, weights: bool = True) -> None:
-    """Fetch from a bucket what there is of a teacher, with its weights, or those of a half-trained one."""
+    """Fetch a teacher's files from a bucket, with its weights or those of a half-trained one."""
     want = everything if weights else light
     storage.fetch(f"teachers/{teacher_name(config)}", want, patiently=True)
 
@@ -245,7 +247,7 @@ def upload(config: TeacherRun, storage: Storage) -> None:
 
 
 def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
-    """A trained teacher, in eval mode, its file checked against the checksum it was written with."""
+    """Return a trained teacher in eval mode; raise if its file's checksum does not match."""
     place = _teacher_place(config, storage)
     if not (place / "teacher.json").exists():
         raise FileNotFoundError(
@@ -262,16 +264,16 @@ def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
 
 
 def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = None) -> Bank | None:
-    """The soft labels of a student's trained teacher, which is loaded when it is asked; None if it needs none."""
+    """Return the soft labels of a student's teacher, loaded on first use; None if it needs none."""
     run = config.teacher_run()
     if run is None:
         return None
     if not is_here(run, storage):
-        load_teacher(run, storage)  # says what is wrong
+        load_teacher(run, storage)  # raises what is wrong
     about = describe(run, storage)
     of = {
         "teacher": about["sha256"],
-        "network": run.student.content(),  # weights from elsewhere may be those of several
+        "network": run.student.content(),  # one file of external weights may serve several networks
         "data": config.data.pinned().identity(),
         "precision": config.precision,
         "loop": LOOP_VERSION,
@@ -284,10 +286,11 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
 def find_or_train(
     config: TrainConfig, storage: Path | str, say: Callable[[str], None] | None = None
 ) -> Bank | None:
-    """The teacher that a student's configuration needs, trained first if it is not there; None if it needs none.
+    """Return the teacher that a configuration needs, trained first if missing.
 
-    The teacher is one for the data that are here, named by their digest; see `TrainConfig.pinned`.
-    A teacher that is no better than guessing is told to `say`, or to standard error.
+    None if it needs none. The teacher belongs to the local data, identified by their digest; see
+    `TrainConfig.pinned`. A teacher that is no better than guessing is reported through `say`, by
+    default on standard error.
     """
     check_kind(config, TrainConfig, "config")
     if not config.needs_teacher:

@@ -1,6 +1,7 @@
-"""Weights from elsewhere for a network here: a file of a person's, or torchvision's for ImageNet.
+"""External weights for a network: a user's file, or torchvision's weights for ImageNet.
 
-A file is read without running anything it holds. What comes back fits the network, or a ConfigError says why not.
+Reading a file runs nothing that it holds. The result fits the network, or a ConfigError gives the
+reason.
 """
 
 import contextlib
@@ -37,11 +38,12 @@ WRAPPERS = (
     "state_dict_ema",
     "model_ema",
 )
-"""Keys under which training scripts keep the state_dict in their checkpoints; of several that fit, the first."""
+"""Keys under which training scripts keep the state_dict in a checkpoint; the first that fits is
+used."""
 WRAPPED = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
-"""Names that torch.compile and other wrappers put among a network's own."""
+"""Prefixes that torch.compile and other wrappers insert into a network's names."""
 OLD_DENSENET = r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"
-"""Names in torchvision's files for DenseNet, with a dot more than in its networks."""
+"""Names in torchvision's DenseNet files, with one dot more than in its networks."""
 
 
 def load_outside(
@@ -51,11 +53,12 @@ def load_outside(
     num_classes: int,
     data: Dataset | None = None,
 ) -> Weights:
-    """A state_dict that fits `model.build(shape, num_classes)`.
+    """Return a state_dict that fits `model.build(shape, num_classes)`.
 
     Args:
         weights: a file (safetensors or a torch state_dict), `torchvision`, or `torchvision:NAME`.
-        data: what the teacher is for; a file of ours that was trained on other data is refused.
+        data: the data set that the teacher is for; a file of ours that was trained on other data
+            raises.
     """
     try:
         if weights.partition(":")[0] == "torchvision":
@@ -86,11 +89,11 @@ def load_outside(
     }
 
 
-# --- files -----------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _read_weights(path: Path) -> dict[str, Weights]:
-    """The state_dicts in a file, by the keys that they are under, those of `WRAPPERS` first."""
+    """Return the state_dicts in a file by their keys, those of `WRAPPERS` first."""
     if path.is_dir():
         inside = sorted(
             p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth")
@@ -119,7 +122,7 @@ def _read_weights(path: Path) -> dict[str, Weights]:
 
 
 def _state_dicts(tree: Any, under: tuple[str, ...] = ()) -> Iterator[tuple[str, Weights]]:
-    """The state_dicts in what a training script saved, each with the keys that it is under."""
+    """Yield the state_dicts in a training script's checkpoint, each with its keys."""
     if not isinstance(tree, Mapping) or len(under) > MOST_WRAPPERS:
         return
     pairs = list(tree.items())
@@ -136,15 +139,16 @@ def _state_dicts(tree: Any, under: tuple[str, ...] = ()) -> Iterator[tuple[str, 
 
 
 MOST_WRAPPERS = 3
-"""Levels of a checkpoint that are looked through for state_dicts."""
+"""Levels of a checkpoint that are searched for state_dicts."""
 
 
 def _of_network(
     kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weights], bool]
 ) -> Weights:
-    """The tensors of one network among those that a file keeps, without the prefix that a wrapper gave them.
+    """Return the tensors of one network among a file's state_dicts, without wrapper prefixes.
 
-    That network is the one that fits, or else the one with the most names in common, of which it is said what differs.
+    The network is the one that fits; if none fits, it is the one with the most names in common, and
+    the error lists its differences.
     """
     parts = {(under, prefix): _without_prefix(prefix, tensors)
              for under, tensors in kept.items() for prefix in _prefixes(tensors, wanted)}  # fmt: skip
@@ -163,7 +167,7 @@ def _of_network(
 
 
 def _prefixes(tensors: Weights, wanted: Weights) -> list[str]:
-    """None, and what stands before names of the network in a file, as `module.`; the shortest first."""
+    """Return possible prefixes of the network's names in a file, e.g. `module.`, shortest first."""
     found = {""}
     for name in wanted:
         found |= {key.removesuffix(name) for key in tensors if key.endswith(f".{name}")}
@@ -179,14 +183,14 @@ def _without_prefix(prefix: str, tensors: Weights) -> Weights:
 
 
 def _parsed(path: Path) -> Any:
-    """What a file of safetensors or of torch holds."""
+    """Return the content of a safetensors or torch file."""
     safe = _is_safetensors(path)
     if not safe:
         check_torch()
     try:
         if safe:
             return load_file(path)
-        with path.open("rb") as file:  # torch goes by the suffix of a path
+        with path.open("rb") as file:  # torch decides by the suffix of a path
             return torch.load(file, weights_only=True, map_location="cpu")
     except SafetensorError as error:
         raise ConfigError(f"damaged, or not safetensors: {error}") from None
@@ -202,7 +206,7 @@ def _parsed(path: Path) -> Any:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors by its first bytes, whatever its suffix; else by its suffix."""
+    """Return whether a file is safetensors, by its first bytes or else by its suffix."""
     with path.open("rb") as file:
         begin = file.read(9)
     if begin.startswith((b"PK", b"\x80")):  # a zip or a pickle
@@ -215,14 +219,14 @@ def _line(error: Exception) -> str:
 
 
 def _check_same_data(path: Path, data: Dataset | None) -> None:
-    """Refuse a teacher of ours (a `teacher.json` lies beside it) that was trained on other data than `data`."""
+    """Raise if a teacher of ours (`teacher.json` lies beside it) was trained on other data."""
     about = path.parent / "teacher.json"
     if data is None or not about.is_file():
         return
     try:
         trained_on = _content_text(json.loads(about.read_text())["config"]["data"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return  # of that name, but not ours
+        return  # has the name, but is not ours
     here = _content_text(data.model_dump(mode="json"))
     if trained_on != here:
         raise ConfigError(
@@ -231,7 +235,7 @@ def _check_same_data(path: Path, data: Dataset | None) -> None:
 
 
 def _content_text(data: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a data set that say which images and classes it has, not where they are or how they are split."""
+    """Return the settings that identify a data set's images and classes, without path or split."""
     return {
         key: value
         for key, value in data.items()
@@ -244,11 +248,11 @@ def _said(content: dict[str, Any]) -> str:
     return f"{content.get('name')} ({more})" if more else f"{content.get('name')}"
 
 
-# --- how its images were prepared ------------------------------------------------------------------------------
+# --- how its images were prepared -----------------------------------------------------------------
 
 
 def untrained(config: TeacherRun) -> nn.Module:
-    """The teacher's network without its weights; it takes images as the data's statistics make them."""
+    """Return the teacher's network without its weights; its input is normalised by the data set."""
     module = config.build_student(input_shape(config, input_of(config)))
     if config.weights is not None:
         show(module, config.data, input_of(config))
@@ -256,7 +260,10 @@ def untrained(config: TeacherRun) -> nn.Module:
 
 
 def input_of(config: TeacherRun) -> dict[str, Any]:
-    """What images the teacher was trained on: `mean` and `std` per channel, and `size`, None if it is the data's."""
+    """Return the preprocessing that the teacher was trained with: `mean`, `std` and `size`.
+
+    `mean` and `std` are per channel; a `size` of None is the data set's.
+    """
     if config.weights is not None and config.input is None:
         beside = Path(config.weights).expanduser().parent / "teacher.json"  # a teacher of ours
         if config.weights.partition(":")[0] != "torchvision" and beside.is_file():
@@ -273,16 +280,16 @@ def input_of(config: TeacherRun) -> dict[str, Any]:
 
 
 def input_shape(config: TeacherRun, shown: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a teacher is given."""
+    """Return (C, H, W) of the teacher's input images."""
     channels, height, width = config.data.shape
     side = shown["size"]
     return (channels, side or height, side or width)
 
 
 def show(module: nn.Module, data: Dataset, shown: dict[str, Any]) -> None:
-    """Have a network given images as the data's statistics make them, and see them as it was trained with.
+    """Convert images from the data set's preprocessing to the network's own, before its forward.
 
-    Nothing is done where that is the same. Its state_dict stays as it is.
+    Do nothing if they are equal. The state_dict does not change.
     """
     mean, std = data.statistics()
     side = shown["size"]
@@ -303,13 +310,13 @@ def show(module: nn.Module, data: Dataset, shown: dict[str, Any]) -> None:
     module.register_forward_pre_hook(seen)
 
 
-# --- does it fit -----------------------------------------------------------------------------------------------
+# --- does it fit ----------------------------------------------------------------------------------
 
 
 def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> Iterator[str]:
-    """One sentence for each way in which the weights are not those of the network."""
+    """Yield one sentence for each mismatch between the weights and the network."""
     shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
-    # torch fills these in, too: files of before 2018 lack them
+    # torch fills these in as well: files from before 2018 lack them
     missing = [
         key for key in wanted if key not in found and not key.endswith("num_batches_tracked")
     ]
@@ -338,17 +345,17 @@ def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> It
 
 
 def _first_few(items: list[str]) -> str:
-    """How many tensors, and three of them."""
+    """Return the number of tensors, and three of their names."""
     return f"{len(items)} tensor{'s' * (len(items) > 1)} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
 
 
-# --- torchvision -----------------------------------------------------------------------------------------------
+# --- torchvision ----------------------------------------------------------------------------------
 
 
 def _torchvision_file(
     name: str, model: Network, shape: tuple[int, int, int], num_classes: int
 ) -> Path:
-    """The file of torchvision's weights in torch's own cache, downloaded if it is not there."""
+    """Return the path of torchvision's weights in torch's cache, downloaded if missing."""
     from torchvision.models import get_model_weights, list_models  # type: ignore[import-untyped]
 
     if not isinstance(model, TorchvisionNetwork) or model.name not in list_models():
@@ -379,6 +386,6 @@ def _torchvision_file(
             torch.hub.download_url_to_file(
                 url, str(path), path.stem.rpartition("-")[2], progress=False
             )
-        except (OSError, RuntimeError) as error:  # no network, or not the file that was asked for
+        except (OSError, RuntimeError) as error:  # no network, or not the expected file
             raise ConfigError(f"cannot be downloaded ({error}); put {url} at {path}") from None
     return path

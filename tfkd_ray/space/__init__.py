@@ -1,5 +1,5 @@
-"""Search spaces and arms: what is searched, within which ranges, and what a file means.
+"""Search spaces and arms: the searched settings, their ranges, and the meaning of a space file.
 
-It may import `learn` and the folders below; nothing here starts a trial. Begin with `space.build_space`,
+It may import `learn` and the folders below it, and starts no trial. Begin with `space.build_space`,
 then `ranges.Range`.
 """

@@ -1,7 +1,7 @@
-"""Arms: named, fixed configurations that are compared over several seeds, and the file that lists them.
+"""Arms: named, fixed configurations that are compared over several seeds, and the file of them.
 
-A file has the settings that all arms share, as in a search space, and `arms`: each with a `name`, its own settings, and
-what a paper printed for it. An arm's settings go before the shared ones.
+A file has settings shared by all arms, as in a search space, and `arms`: each with a `name`, its
+own settings and its published accuracy. An arm's settings override the shared ones.
 """
 
 import copy
@@ -40,9 +40,9 @@ from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.scores import Selectable
 
 FIRST_SEED = 1001
-"""Of the seeds that arms are trained with; far from those that sweeps are run with."""
+"""First seed for arms; it is far from the seeds of sweeps."""
 TEACHER_SEEDS = 1_000_000
-"""Added to a seed for the teacher that is trained for it: not the student's own run once more."""
+"""Offset of a teacher's seed from its student's, so that a self teacher is a different run."""
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=48)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -56,54 +56,55 @@ class Released(Settings):
 
 
 class Arm(Settings):
-    """One arm: its configuration, and what was published for it."""
+    """One arm: its configuration and its published result."""
 
     name: Name
     config: TrainConfig
     published: Percent | None = None
-    """Test accuracy in per cent, as printed."""
+    """Published test accuracy, in per cent."""
     published_std: Percent | None = None
     published_n: Annotated[int, Field(ge=1)] | None = None
     baseline: str | None = None
-    """The arm whose difference from this one is of interest."""
+    """Name of the arm with which this one is compared."""
     released: Released | None = None
-    """Where the objective was converted from; changes nothing."""
+    """Released setting that the objective was converted from; for information only."""
     role: Literal["candidate", "baseline", "reference"] | None = None
-    """A candidate is judged against the baselines with the same student; a reference is only shown. None: plain
-    training and label smoothing are baselines, all else candidates."""
+    """A candidate is judged against the baselines with the same student; a reference is only shown.
+    None: plain training and label smoothing are baselines, all others candidates."""
 
     @property
     def part(self) -> str:
-        """Its role, given or implied."""
+        """Return its role, explicit or default."""
         return self.role or (
             "baseline" if self.config.objective.name in ("ce", "lsr") else "candidate"
         )
 
 
 class Arms(Settings):
-    """Arms that are compared with each other: on the same data, run in the same way."""
+    """Arms that are compared with each other on the same data, with the same run settings."""
 
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
     title: str = ""
     source: str = ""
-    """Where the published numbers are from."""
+    """Source of the published numbers."""
     note: str = ""
     preset: Literal["smoke"] | None = None
-    """smoke: scaled down, to see it run; its numbers cannot be compared with anything published."""
+    """smoke: a scaled-down comparison, as a quick try; its numbers are not comparable with
+    published ones."""
     searched: Annotated[int, Field(ge=1)] | None = None
-    """Configurations that the candidates are the best of."""
+    """Number of configurations of the search that selected the candidates."""
     experiment: str | None = None
-    """Name of the sweep that they come from, in the same storage."""
+    """Name of the sweep that the candidates come from, in the same storage."""
     metric: Selectable = "val_accuracy"
-    """What the verdict is about, on test."""
+    """Test metric that the verdict uses."""
 
     @property
     def example(self) -> TrainConfig:
-        """A configuration that says where every arm runs, and on which data."""
+        """Return a configuration with the data and the run settings that all arms share."""
         return self.arms[0].config
 
     def named(self, name: str) -> Arm:
-        """The arm of that name."""
+        """Return the arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
 
@@ -117,23 +118,23 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Return the name of its folder."""
         return f"{self.arm}-s{self.seed}"
 
 
 def is_arms_file(path: Path | str) -> bool:
-    """Whether a file, or the one of that name that ships with the package, lists arms; else it is a space."""
+    """Return whether a file, or the packaged one of that name, lists arms and is not a space."""
     return "arms" in read_yaml(find_file(path, "search_spaces"))
 
 
 def load_arms(
     path: Path | str, overrides: Sequence[str] = (), *, preset: str | None = None
 ) -> Arms:
-    """Read and check an arms file; every problem in it is in one ConfigError.
+    """Read and check an arms file; raise one ConfigError with all its problems.
 
     Args:
-        path: of the file, or the name of one that ships with the package (paper/table_1).
-        overrides: `key.path=value` each, put into every arm.
+        path: of the file, or the name of a packaged one (paper/table_1).
+        overrides: `key.path=value` each, applied to every arm.
         preset: `smoke` scales every arm down: see `Arms.preset`.
     """
     path = find_file(path, "search_spaces")
@@ -147,7 +148,7 @@ def build_arms(
     *,
     preset: str | None = None,
 ) -> Arms:
-    """Arms from their tree; `source` names it in errors."""
+    """Return arms from their tree; raise a ConfigError that names `source` as their file."""
     shared = {k: v for k, v in tree.items() if k not in Arms.model_fields}
     given = tree.get("arms")
     if not isinstance(given, list) or not given:
@@ -184,7 +185,7 @@ def _arm(
     overrides: Sequence[str],
     preset: str | None,
 ) -> dict[str, Any]:
-    """One arm of a file: its own settings, and the configuration that these and the shared ones make."""
+    """Return one arm of a file: its own settings, and its configuration with the shared ones."""
     if not isinstance(given, dict):
         raise ConfigError(f"arms.{number}: needs settings (name, objective, ...), got {given!r}")
     own = {k: v for k, v in given.items() if k in Arm.model_fields and k != "config"}
@@ -225,10 +226,10 @@ def _arm_problems(compared: Arms) -> Iterator[str]:
 def runs_of(
     compared: Arms, seeds: Sequence[int], *, teacher_per_seed: bool = False, hold_out: bool = False
 ) -> list[Run]:
-    """Every arm with every seed, seed by seed, so that an interrupted comparison has whole seeds.
+    """Return the runs of all arms, seed by seed, so that an interrupted comparison has whole seeds.
 
-    A self teacher is trained for each seed; one of another network is shared by the seeds, unless `teacher_per_seed`.
-    Training is on train and validation; with `hold_out` on train only.
+    A self teacher is trained for each seed; a teacher with another network is shared by the seeds,
+    unless `teacher_per_seed`. Training uses train and validation; with `hold_out` only train.
     """
     runs = []
     for seed in seeds:
@@ -254,17 +255,17 @@ def runs_of(
     return runs
 
 
-# --- arms of a sweep -------------------------------------------------------------------------------------------
+# --- arms of a sweep ------------------------------------------------------------------------------
 
 BASELINES = ("ce", "lsr")
 RIVALS = (*BASELINES, "scaled", "published")
-"""What the best of a sweep are compared with: see `arms_of`."""
+"""Kinds of baselines for the best of a sweep: see `arms_of`."""
 NEAR = 0.05
-"""Configurations that differ by less than this share of every range are near-copies of each other."""
+"""Configurations are near-copies if they differ by less than this share of every range."""
 
 
 def rivals_of(text: str) -> list[str]:
-    """Some of RIVALS, from a list with commas."""
+    """Return some of RIVALS from a comma-separated list."""
     words = text.split(",")
     if wrong := [word for word in words if word not in RIVALS]:
         raise ConfigError(
@@ -280,7 +281,7 @@ def rivals_of(text: str) -> list[str]:
 
 
 def untuned(experiment: Path) -> dict[str, int]:
-    """Baselines that a sweep did not give as many trials as its winner's objective, and how many that were."""
+    """Return baselines with fewer trials than the winner's objective, and the winner's number."""
     winner = _candidates(experiment, 1)[0]
     ended: dict[str, list[str]] = {}
     for record in read_records(experiment):
@@ -295,7 +296,7 @@ def untuned(experiment: Path) -> dict[str, int]:
 
 
 def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
-    """The sweep's own space with these baselines in place of its objectives, and so many trials of each."""
+    """Return the sweep's space with these baselines as its objectives, and these trials of each."""
     tree = copy.deepcopy(read_experiment(experiment)["space"])
     ranges = {
         "ce": {"name": "ce"},
@@ -317,12 +318,13 @@ def arms_of(
     rivals: Sequence[str] = RIVALS,
     baselines: Path | None = None,
 ) -> Arms:
-    """The best configurations of a sweep as candidates, and what they must beat.
+    """Return the best configurations of a sweep as candidates, with the arms that they must beat.
 
-    Candidates: the `top_k` best full-length trials by the sweep's own rule, no near-copies of each other. Baselines:
-    the best `ce` and `lsr` (also of `baselines`, a sweep of those alone, where the sweep itself lacks them), and the
-    winner with plain training in place of its objective, scaled to its weight of CE. Reference: the published setting.
-    `rivals` may leave some out: `better` then means better than the others.
+    Candidates are the `top_k` best full-length trials by the sweep's own rule, without near-copies.
+    Baselines are the best `ce` and `lsr` (also from `baselines`, a sweep of those alone, if the
+    sweep itself lacks them), and the winner with plain training as its objective, scaled to the
+    winner's CE weight. The reference is the published setting. `rivals` may omit some; `better`
+    then covers only the rest.
     """
     winners = _candidates(experiment, top_k)
     first, metric = winners[0], selection_metric(experiment)
@@ -373,7 +375,7 @@ def arms_of(
 
 
 def _full(experiment: Path) -> list[Record]:
-    """Full-length trials, best first."""
+    """Return the full-length trials, best first."""
     return ranked_trials(read_records(experiment), selection_metric(experiment))
 
 
@@ -407,7 +409,7 @@ def _near(a: Record, b: Record, domains: Mapping[str, Domain]) -> bool:
 
 
 def comparisons_of(experiment: Path) -> list[Path]:
-    """The finished comparisons beside a sweep that its best were confirmed in."""
+    """Return the finished comparisons in the storage that confirmed a sweep's best."""
     found = [p.parent for p in experiment.parent.glob("*/confirm.json")]
     return sorted(p for p in found if _compared(p).get("experiment") == experiment.name)
 
@@ -420,7 +422,7 @@ def _compared(directory: Path) -> dict[str, Any]:
     return compared
 
 
-# --- a comparison's directory ----------------------------------------------------------------------------------
+# --- a comparison's directory ---------------------------------------------------------------------
 
 
 def new_comparison(
@@ -432,7 +434,7 @@ def new_comparison(
     hold_out: bool = False,
     strict: bool = False,
 ) -> None:
-    """Make a comparison's directory; wrong input is a ConfigError, raised before anything is written."""
+    """Create a comparison's directory; for wrong input, raise a ConfigError and write nothing."""
     from tfkd_ray.learn.loop import LOOP_VERSION
 
     check_new(directory)
@@ -456,38 +458,38 @@ def new_comparison(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison as its directory tells it."""
+    """A comparison, as read from its directory."""
 
     arms: Arms
     runs: list[Run]
     hold_out: bool
-    """Whether validation was left out of training."""
+    """True if validation was left out of training."""
     id: str
-    """Of this comparison, whatever it is called."""
+    """Identity of this comparison, independent of its name."""
     strict: bool
-    """Whether it fails if nothing is better."""
+    """True if the comparison fails when no candidate is better."""
     made_with: tuple[str, int]
-    """(torch's version, the loop's version) that its runs are trained with."""
+    """(torch version, loop version) of its runs."""
 
     is_trained: bool
-    """Whether every run has come to its end."""
+    """True if every run has finished."""
 
     digest: str | None = None
-    """Of the data that its runs are trained on; None in one that began before data had digests."""
+    """Digest of its runs' data; None if it began before data had digests."""
 
     @property
     def data(self) -> Dataset:
-        """What all runs are trained and judged on."""
+        """Return the data set of all runs."""
         return self.runs[0].config.data
 
     @property
     def runs_on_data(self) -> list[Run]:
-        """Its runs, on the data that it began with."""
+        """Return its runs, with the recorded data digest."""
         return [replace(run, config=run.config.with_digest(self.digest)) for run in self.runs]
 
 
 def read_comparison(directory: Path) -> Comparison:
-    """The comparison in a directory, or a ConfigError if there is none."""
+    """Return the comparison in a directory; raise a ConfigError if there is none."""
     path = directory / "confirm.yaml"
     if not os.path.lexists(path):
         raise ConfigError("not a comparison of arms: there is no confirm.yaml in it", directory)
@@ -505,17 +507,21 @@ def read_comparison(directory: Path) -> Comparison:
     return Comparison(arms, runs, options["hold_out"], id, strict, made_with, is_trained, digest)
 
 
-# --- presets ---------------------------------------------------------------------------------------------------
+# --- presets --------------------------------------------------------------------------------------
 
 _BY_SIZE = [
     "cnn5", "shufflenet_v2_x1_0", "mobilenet_v2", "googlenet", "densenet121", "resnet18", "resnet34", "resnet50",
     "resnext29", "resnet101", "resnext101_32x8d",
 ]  # fmt: skip
-"""The paper's networks, roughly by size; each has a width of its own in the preset, so that they stay different."""
+"""The paper's networks, roughly by size; in the preset each has a different width, so that they
+stay distinct."""
 
 
 def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
-    """A configuration scaled down: two epochs, about a thousand images, networks of one convolution, one process."""
+    """Return a scaled-down configuration for one process.
+
+    It has two epochs, about a thousand images, and networks of one convolution.
+    """
     data = name_alone(tree.get("data", "digits"))
     if isinstance(data, dict):
         data = {**data, "subset": 1000}

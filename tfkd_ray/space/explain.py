@@ -1,10 +1,11 @@
-"""What an objective amounts to, and which of its searched settings do anything. (`tfkd explain`, `tfkd check`.)
+"""Equivalents of objectives, and searched settings without effect; `tfkd explain`, `tfkd check`.
 
-Training sees an objective only through its gradient by the logits, so objectives are compared there, in float64, on a
-fixed synthetic batch: images whose logits are normal plus a bump of 0 to 4 at the label, times 1, 5 and 10, so that
-there are images early and late in training, right and wrong. The teacher of `kd` and its kin is as synthetic: normal
-logits of deviation 2 plus a bump of 0 to 10 at the label, independent of the student's. It resembles no real teacher:
-read those figures as orders of magnitude.
+Training depends on an objective only through its gradient by the logits, so objectives are compared
+by it, in float64, on a fixed synthetic batch: images whose logits are normal plus a bump of 0 to 4
+at the label, times 1, 5 and 10, to cover early and late training, right and wrong predictions. The
+teacher of `kd` and similar objectives is synthetic, too: normal logits of deviation 2 plus a bump
+of 0 to 10 at the label, independent of the student's. It resembles no real teacher: read those
+figures as orders of magnitude.
 
 Shapes: S = logit scales, B = images, K = classes, N = B * K.
 """
@@ -30,11 +31,12 @@ ExplainArray = NDArray[Any]
 SCALES = (1.0, 5.0, 10.0)
 """Factors on the student's synthetic logits."""
 EXPLAIN_TOLERANCE = 0.02
-"""Two gradients are the same where less than this share of one is left unexplained by the other."""
+"""Two gradients count as equal if one leaves less than this share of the other unexplained."""
 POINTS = 9
-"""Values of a range that are looked at, evenly on its own scale."""
+"""Number of values of a range that are examined, evenly on its own scale."""
 EXPLAINED_CORNERS = 16
-"""Most combinations of ends of the other settings at which one is looked at, beside their middle."""
+"""Most combinations of the other settings' ends at which a setting is examined, besides their
+middle."""
 LIMIT = f"{100 * EXPLAIN_TOLERANCE:g} %"
 WIDTH = 80
 TINY_PROBABILITY = 1e-30
@@ -42,61 +44,62 @@ TINY_PROBABILITY = 1e-30
 
 @dataclass(frozen=True)
 class Amount:
-    """An objective in canonical form, and the label smoothing nearest to it."""
+    """An objective in canonical form, and the nearest label smoothing."""
 
     objective: Canonical
     lsr: LabelSmoothing
-    """The `lsr` whose gradient is nearest, over all logit scales alike."""
+    """The `lsr` with the nearest gradient, over all logit scales together."""
     residuals: tuple[float, ...]
-    """Share of the gradient that this `lsr` leaves unexplained, for each of SCALES."""
+    """Share of the gradient that this `lsr` leaves unexplained, per value of SCALES."""
 
     @property
     def ce_weight(self) -> float:
-        """Weight of CE in the whole loss: s * (1 - alpha)."""
+        """Return the weight of CE in the whole loss: s * (1 - alpha)."""
         return self.objective.loss_scale * self.objective.ce_weight
 
     @property
     def soft_weight(self) -> float:
-        """Weight of the soft part in the whole loss: s * alpha * T^2, or s * alpha where there is no T^2."""
+        """Return the weight of the soft part in the whole loss: s * alpha * T^2 (or s * alpha)."""
         return self.objective.loss_scale * self.objective.kd_weight
 
     @property
     def residual(self) -> float:
-        """The largest of `residuals`."""
+        """Return the largest of `residuals`."""
         return max(self.residuals)
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A searched setting of an objective, and what it does to the gradient over its range."""
+    """A searched setting of an objective, and its effect on the gradient over its range."""
 
     name: str
-    """As in the space: objective.kd.temperature."""
+    """Name as in the space: objective.kd.temperature."""
     domain: Domain
     residual: float
-    """How far the gradient is from the best scalar times that at the range's middle, relative to its size; the largest.
-    One scalar for all logit scales: above 1 where they want different ones."""
+    """Largest relative distance of the gradient from the best multiple of that at the range's
+    middle. One factor serves all logit scales; above 1 if they need different ones."""
     scalars: tuple[float, float]
-    """Least and largest of these scalars: what the setting does to the size of the gradient."""
+    """Smallest and largest of these factors: the setting's effect on the size of the gradient."""
 
     @property
     def spread(self) -> float:
-        """How many times the largest scalar is the least."""
+        """Return the ratio of the largest factor to the smallest."""
         low, high = self.scalars
         return high / low if low > 0 else math.inf
 
     @property
     def verdict(self) -> Literal["live", "redundant", "dead"]:
-        """dead: it does nothing. redundant: it only scales the loss."""
+        """Return the effect: dead does nothing, redundant only scales the loss."""
         if self.residual >= EXPLAIN_TOLERANCE:
             return "live"
         return "dead" if all(abs(s - 1) < EXPLAIN_TOLERANCE for s in self.scalars) else "redundant"
 
 
 def amounts_to(objective: Canonical, num_classes: int) -> Amount:
-    """The label smoothing nearest to an objective, and how near.
+    """Return the label smoothing nearest to an objective, and its distance.
 
-    s * LSR(eps) has the gradient s * (p - y) + s * eps * (y - 1/K), so the two are found by least squares.
+    s * LSR(eps) has the gradient s * (p - y) + s * eps * (y - 1/K), so least squares finds both
+    numbers.
     """
     gradient = _gradients(num_classes)(objective)
     ce, flatter = _directions(num_classes)
@@ -120,7 +123,10 @@ def amounts_to(objective: Canonical, num_classes: int) -> Amount:
 
 
 def knobs(branch: Branch, num_classes: int) -> list[Knob]:
-    """The searched settings of a branch's objective, each varied with the others at their middle and at their ends."""
+    """Return the searched settings of a branch, each varied while the others are fixed.
+
+    The others are at their middle, and at combinations of their ends.
+    """
     searched = _searched_values(branch)
     gradient = _gradients(num_classes)
     middle = _middle(branch)
@@ -143,7 +149,7 @@ def knobs(branch: Branch, num_classes: int) -> list[Knob]:
 
 
 def warnings_of(space: Space) -> list[str]:
-    """A sentence for every searched setting of an objective that does nothing of its own, naming a way out."""
+    """Return a sentence, with a way out, for each searched setting without an effect of its own."""
     K = space.example.data.num_classes
     both = {"optim.lr", "optim.weight_decay"} <= {p.name for p in space.parameters}
     way_out = "both are searched already: fix it" if both else "search these instead, or fix it"
@@ -157,7 +163,7 @@ def warnings_of(space: Space) -> list[str]:
 
 
 def _about_knob(knob: Knob, way_out: str) -> Iterator[str]:
-    """That a setting does nothing, or only scales the loss."""
+    """Yield a sentence if a setting does nothing or only scales the loss."""
     if knob.verdict == "dead":
         least, largest = knob.scalars
         moved = max(abs(least - 1), abs(largest - 1))
@@ -173,7 +179,7 @@ def _about_knob(knob: Knob, way_out: str) -> Iterator[str]:
 
 
 def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Iterator[str]:
-    """That several live settings of an objective amount to the alpha of a label smoothing."""
+    """Yield a sentence if several live settings together amount to one label-smoothing alpha."""
     live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
     if len(live) < 2:
         return
@@ -189,7 +195,7 @@ def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Itera
 
 
 def explained(space: Space) -> Iterator[str]:
-    """What every objective of a space amounts to, and what its searched settings do: lines of at most 80 columns."""
+    """Yield the equivalents of a space's objectives and searched settings, 80 columns a line."""
     data = space.example.data
     K = data.num_classes
     scales = ", ".join(f"{s:g}" for s in SCALES)
@@ -220,38 +226,41 @@ def explained(space: Space) -> Iterator[str]:
 
 
 def arm_line(name: str, config: TrainConfig) -> Iterator[str]:
-    """What the objective of one configuration amounts to: a line with its name, and a few below it."""
+    """Yield the equivalent of one configuration's objective: a line with its name, then details."""
     yield textwrap.shorten(f"{name}: {config.objective.name}", WIDTH, placeholder=" ...")
     yield from _indented(_sentences([amounts_to(config.objective, config.data.num_classes)]))
 
 
-# --- gradients -------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def _random_images(num_classes: int) -> int:
-    """B: 256, and less where there are more than 128 classes, so that a gradient has 2^15 numbers."""
+    """Return B: 256, or fewer for more than 128 classes, so that a gradient has 2^15 numbers."""
     return max(16, min(256, 2**15 // num_classes))
 
 
 class _Draws:
-    """Numbers as torch's generator draws them on the CPU, without torch, whose import takes a second."""
+    """The random numbers of torch's CPU generator, without torch, whose import takes a second."""
 
     def __init__(self, seed: int) -> None:
         self.twister = np.random.RandomState(seed % 2**32)
 
     def bits(self, count: int) -> ExplainArray:
-        """Whole numbers of 32 bits, [count]."""
+        """Return whole numbers of 32 bits, [count]."""
         found: ExplainArray = self.twister.randint(2**32, size=count, dtype=np.uint32)
         return found
 
     def uniform(self, count: int) -> ExplainArray:
-        """Like `torch.rand` in float64, [count]."""
+        """Return numbers like `torch.rand` in float64, [count]."""
         high, low = self.bits(2 * count).astype(np.uint64).reshape(-1, 2).T
         found: ExplainArray = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) / 2**53
         return found
 
     def normal(self, rows: int, columns: int) -> ExplainArray:
-        """Like `torch.randn` in float64, [rows, columns]: by 16 numbers, the last of which are drawn again."""
+        """Return numbers like `torch.randn` in float64, [rows, columns].
+
+        They are drawn in blocks of 16; torch draws the last 16 again.
+        """
         found = self.uniform(rows * columns)
         whole = found.size // 16 * 16
         found[:whole] = _box_muller(found[:whole])
@@ -261,7 +270,7 @@ class _Draws:
 
 
 def _box_muller(uniform: ExplainArray) -> ExplainArray:
-    """Normal numbers of uniform ones, 16 at a time. (Box and Muller 1958.)"""
+    """Return normal numbers from uniform ones, 16 at a time. (Box and Muller 1958.)"""
     first, second = uniform.reshape(-1, 2, 8).swapaxes(0, 1)
     radius, angle = np.sqrt(-2 * np.log1p(-first)), 2 * np.pi * second
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
@@ -269,7 +278,7 @@ def _box_muller(uniform: ExplainArray) -> ExplainArray:
 
 @functools.lru_cache(maxsize=1)
 def _batch(num_classes: int) -> tuple[ExplainArray, ExplainArray, ExplainArray]:
-    """(student logits [S, B, K], labels [B], teacher logits [B, K])."""
+    """Return (student logits [S, B, K], labels [B], teacher logits [B, K])."""
     draws, B = _Draws(address(0, "explain", num_classes)), _random_images(num_classes)
     labels = draws.bits(B) % num_classes
 
@@ -284,7 +293,7 @@ def _batch(num_classes: int) -> tuple[ExplainArray, ExplainArray, ExplainArray]:
 
 @functools.lru_cache(maxsize=1)
 def _directions(num_classes: int) -> tuple[ExplainArray, ExplainArray]:
-    """p - y, the gradient of CE, and y - 1/K; [S, N], means over the batch."""
+    """Return p - y, the gradient of CE, and y - 1/K; [S, N], means over the batch."""
     logits, labels, _ = _batch(num_classes)
     y = np.eye(num_classes)[labels]
     ce = softmax(logits) - y
@@ -293,17 +302,17 @@ def _directions(num_classes: int) -> tuple[ExplainArray, ExplainArray]:
 
 
 def _means(gradient: ExplainArray) -> ExplainArray:
-    """[S, B, K] as [S, N], means over the batch."""
+    """Return a gradient [S, B, K] as [S, N], means over the batch."""
     found: ExplainArray = gradient.reshape(len(gradient), -1) / gradient.shape[1]
     return found
 
 
 def _gradients(num_classes: int) -> Callable[[Canonical], ExplainArray]:
-    """The gradient [S, N] of an objective; the soft part is kept, so that alpha and loss_scale cost nothing."""
+    """Return a function from an objective to its gradient [S, N]; soft parts are cached."""
     logits, labels, teacher = _batch(num_classes)
     ce, _ = _directions(num_classes)
 
-    @functools.lru_cache(maxsize=64)  # of 0.8 MB, or less where there are few classes
+    @functools.lru_cache(maxsize=64)  # entries of at most 0.8 MB
     def soft(objective: Canonical) -> ExplainArray:
         target = objective.soft_target(labels, teacher)
         if target is None:
@@ -326,7 +335,7 @@ def _gradients(num_classes: int) -> Callable[[Canonical], ExplainArray]:
 def _by_torch(
     objective: Canonical, logits: ExplainArray, labels: ExplainArray, teacher: ExplainArray
 ) -> ExplainArray:
-    """The gradient [S, N] of `Terms.kd`, of any objective."""
+    """Return the gradient [S, N] of `Terms.kd` of any objective, computed by torch."""
     import torch
 
     z = torch.tensor(logits, requires_grad=True)
@@ -341,7 +350,7 @@ def _by_torch(
 
 
 def _moved_from(gradient: ExplainArray, reference: ExplainArray) -> tuple[float, float]:
-    """(share of `gradient` that the best multiple of `reference` leaves, at the worst logit scale; the multiple)."""
+    """Return (residual, factor) of the best multiple of `reference`, at the worst logit scale."""
     size = _size(gradient)
     g, r = gradient / size, reference / size
     scalar = float((g * r).sum() / max((r * r).sum(), TINY_PROBABILITY))
@@ -350,18 +359,18 @@ def _moved_from(gradient: ExplainArray, reference: ExplainArray) -> tuple[float,
 
 
 def _size(gradient: ExplainArray) -> ExplainArray:
-    """Length at each logit scale, [S, 1]."""
+    """Return the norm at each logit scale, [S, 1]."""
     found: ExplainArray = np.maximum(
         np.linalg.norm(gradient, axis=1, keepdims=True), TINY_PROBABILITY
     )
     return found
 
 
-# --- ranges ----------------------------------------------------------------------------------------------------
+# --- ranges ---------------------------------------------------------------------------------------
 
 
 def _at_place(domain: Domain, t: float) -> Any:
-    """The value at a fraction t of the way through a range on its own scale, or through sorted choices."""
+    """Return the value at a fraction t of a range, on its own scale, or of sorted choices."""
     if isinstance(domain, Choices):
         last = len(domain.values) - 1
         return sorted(domain.values)[round(t * last)]
@@ -375,12 +384,12 @@ def _values(domain: Domain) -> list[Any]:
 
 
 def _searched_values(branch: Branch) -> list[Parameter]:
-    """The searched settings of the branch's objective: all of them numbers."""
+    """Return the searched settings of the branch's objective, all of them numeric."""
     return [p for p in branch.parameters if p.path[0] == "objective"]
 
 
 def _middle(branch: Branch) -> Canonical:
-    """The branch's objective with its searched settings at their middle."""
+    """Return the branch's objective with its searched settings at their middle."""
     values = {p.name: p.domain.probes[0] for p in branch.parameters}
     for p in _searched_values(branch):
         values[p.name] = _at_place(p.domain, 0.5)
@@ -390,7 +399,7 @@ def _middle(branch: Branch) -> Canonical:
 def _moved_to(
     objective: Canonical, parameters: Sequence[Parameter], places: Sequence[float]
 ) -> Canonical:
-    """The objective with the values of parameters at these places of their ranges."""
+    """Return the objective with parameters at these places of their ranges."""
     values = {}
     for p, place in zip(parameters, places, strict=True):
         values[p.path[-1]] = _at_place(p.domain, place)
@@ -398,7 +407,7 @@ def _moved_to(
 
 
 def _ends_searched(branch: Branch) -> Iterator[Canonical]:
-    """The branch's objective at the middle and at all ends of its ranges; once if nothing of it is searched."""
+    """Yield the branch's objective at the middle and all ends of its ranges, or once if fixed."""
     searched = _searched_values(branch)
     middle = _middle(branch)
     yield middle
@@ -408,11 +417,11 @@ def _ends_searched(branch: Branch) -> Iterator[Canonical]:
         yield _moved_to(middle, searched, corner)
 
 
-# --- words -----------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
-    """On an objective, given what it amounts to at its middle and at all ends of its ranges (once if it is fixed)."""
+    """Yield sentences on an objective, from its amounts at middle and ends (one if it is fixed)."""
     objective = amounts[0].objective
     settings = [
         f"{label} {_span([getattr(a.objective, field) for a in amounts])}"

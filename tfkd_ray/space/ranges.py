@@ -1,7 +1,7 @@
-"""Ranges and choices: what is searched of one setting, and how it is written in a file.
+"""Ranges and choices: the searched values of one setting, and their form in a file.
 
-In YAML a bare value is fixed. `{low, high}`, with `log: true`, `step: s` or `log_complement: true` (log-uniform in
-1 - x), or `{choices: [...]}`, is searched.
+In YAML a bare value is fixed. `{low, high}`, with `log: true`, `step: s` or `log_complement: true`
+(log-uniform in 1 - x), or `{choices: [...]}`, is searched.
 """
 
 import copy
@@ -21,7 +21,8 @@ Tree = dict[str, Any]
 Path_ = tuple[str, ...]
 Item = TypeVar("Item")
 Rule = Callable[[Item], Iterator[str]]
-"""A sentence for each problem of a thing; none where there are none."""
+"""A function that yields a sentence for each problem of its argument, and nothing if it is
+valid."""
 
 
 class Suggests(Protocol):
@@ -35,16 +36,17 @@ class Suggests(Protocol):
 
 
 MANY = 2**40
-"""Steps beyond which a sampler is asked for any number, which is brought to a step: tpe's probability of one is lost in
-a float."""
+"""Steps beyond which the sampler proposes a continuous value, rounded to a step afterwards: a float
+loses tpe's probability of one."""
 
 
 @dataclass(frozen=True)
 class Range:
     """All numbers from low to high, both ends included, on a scale.
 
-    Only this class knows the scales: linear, log and log complement, with or without steps. Others ask it where a value
-    lies (`place`), which value lies somewhere (`at`), and what an axis shows (`shown`, `label`, `span`).
+    Only this class knows the scales: linear, log and log complement, with or without steps. Other
+    code asks it for the place of a value (`place`), the value at a place (`at`), and the axis
+    (`shown`, `label`, `span`).
     """
 
     low: float
@@ -52,42 +54,45 @@ class Range:
     log: bool = False
     step: float | None = None
     log_complement: bool = False
-    """Log-uniform in 1 - x: as many trials in 0.9 to 0.99 as in 0.99 to 0.999."""
+    """True for log-uniform in 1 - x: as many trials in 0.9 to 0.99 as in 0.99 to 0.999."""
     whole: bool = False
-    """Whole numbers only."""
+    """True for whole numbers only."""
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the scale is a logarithm, of x or of 1 - x."""
+        """Return whether the scale is logarithmic, in x or in 1 - x."""
         return self.log or self.log_complement
 
     def shown(self, value: float) -> float:
-        """The number that a sampler and an axis show for a value: 1 - x under log_complement. It is its own inverse."""
+        """Return the number that samplers and axes show, 1 - x under log_complement.
+
+        It is its own inverse.
+        """
         return 1 - value if self.log_complement else value
 
     def label(self, name: str) -> str:
-        """The name of what is shown of a setting."""
+        """Return the axis label of a setting."""
         return f"1 - {name}" if self.log_complement else name
 
     @property
     def span(self) -> tuple[float, float]:
-        """Least and largest number shown."""
+        """Return the smallest and the largest number shown."""
         low, high = self.shown(self.low), self.shown(self.high)
         return (high, low) if self.log_complement else (low, high)
 
     def place(self, value: float) -> float:
-        """Where a value lies in the range, on its own scale: 0 at low, 1 at high."""
+        """Return the place of a value on the range's own scale: 0 at low, 1 at high."""
         return self._way(self.low, value)
 
     def at(self, place: float) -> float:
-        """The value at a place, the inverse of `place`; it need not lie on a step."""
+        """Return the value at a place, the inverse of `place`; it need not lie on a step."""
         low, high = self.shown(self.low), self.shown(self.high)
         if not self.logarithmic:
             return low * (1 - place) + high * place
         return self.shown(float(low ** (1 - place) * high**place))
 
     def distance(self, a: float, b: float) -> float:
-        """The distance of two values, as a share of the range on its own scale."""
+        """Return the distance of two values, as a share of the range on its own scale."""
         return abs(self._way(a, b))
 
     def _way(self, start: float, end: float) -> float:
@@ -98,13 +103,13 @@ class Range:
         return math.log(self.shown(value)) if self.logarithmic else float(value)
 
     def _on_step(self, value: float) -> float:
-        """The step nearest to a value."""
+        """Return the step nearest to a value."""
         assert self.step, f"{self=}"
         steps = round((value - self.low) / self.step)
         return min(self.low + steps * self.step, self.high)
 
     def suggest(self, trial: Suggests, name: str) -> float:
-        """A value in the range, asked of the sampler under `name`."""
+        """Return a value in the range, proposed by the sampler under `name`."""
         if self.whole:
             return self._suggest_whole(trial, name)
         if self.step and self.high - self.low > MANY * self.step:
@@ -123,19 +128,19 @@ class Range:
             found = trial.suggest_float(name, first, last, step=None, log=self.log)
         else:
             found = trial.suggest_int(name, first, last, step=by, log=self.log)
-        # a study keeps a float: beyond 2**53 the nearest, which is brought back to a step, and always to the same
+        # a study keeps a float: beyond 2**53 the nearest one, which always rounds to the same step
         steps = (int(float(found)) - first) // by
         return min(first + steps * by, last)
 
     @property
     def probes(self) -> list[Any]:
-        """Values that are valid only if the whole range is."""
+        """Return values that are all valid only if the whole range is."""
         if self.whole:
             return [int(self.low), int(self.high)]
         return [self.low, self.high]
 
     def told(self, name: str, value: Any) -> Tree:
-        """The value as `suggest` asks for it."""
+        """Return the value in the form in which `suggest` asks for it."""
         if not self.log_complement:
             return {name: value}
         low, high = self.span
@@ -143,7 +148,7 @@ class Range:
         return {self.label(name): min(shown, high)}
 
     def contains(self, value: Any) -> bool:
-        """Whether it may be proposed."""
+        """Return whether a value may be proposed."""
         if not _is_plain_number(value) or not self.low <= value <= self.high:
             return False
         if self.whole:
@@ -156,7 +161,7 @@ class Range:
         return bool(abs(steps - round(steps)) <= max(1e-9, rounding))
 
     def includes(self, other: "Domain") -> bool:
-        """Whether all that the other may propose is in here, on the same scale."""
+        """Return whether this contains every proposal of the other, on the same scale."""
         if not isinstance(other, Range):
             return False
         alike = replace(other, low=self.low, high=self.high) == self
@@ -164,7 +169,7 @@ class Range:
 
     @property
     def middle(self) -> float:
-        """The value in the middle, on the scale of the range."""
+        """Return the value in the middle, on the scale of the range."""
         low, high = self.shown(self.low), self.shown(self.high)
         value = (low + high) / 2
         if self.logarithmic:
@@ -179,13 +184,13 @@ class Range:
 
     @property
     def size(self) -> int | None:
-        """How many values there are; None where they have no even steps between them."""
+        """Return the number of values; None without even steps."""
         step = self.step or (1 if self.whole and not self.log else None)
         return None if step is None else _steps(self.low, self.high, step) + 1
 
     @property
     def points(self) -> list[Any] | None:
-        """All values, where they can be counted one by one (`size`: how many)."""
+        """Return all values if they can be listed (`size`: how many), else None."""
         if self.size is None:
             return None
         step = self.step or 1
@@ -194,7 +199,7 @@ class Range:
 
     @property
     def tree(self) -> Tree:
-        """The range as a file has it."""
+        """Return the range in the form of a file."""
         low, high = self.probes
         scale = {"log": self.log, "step": self.step, "log_complement": self.log_complement}
         return {"low": low, "high": high, **{key: value for key, value in scale.items() if value}}
@@ -213,13 +218,13 @@ class Range:
 
 
 def _steps(low: float, high: float, step: float) -> int:
-    """Whole steps from low to high, in the decimal numbers that a person wrote: as Optuna counts them."""
+    """Return the number of whole steps from low to high, in decimal arithmetic as in Optuna."""
     first, last = Fraction(str(low)), Fraction(str(high))
     return (last - first) // Fraction(str(step))
 
 
 def _last_step(low: float, high: float, step: float) -> float:
-    """The last value that steps from low come to, not above high."""
+    """Return the last value that steps from low reach, not above high."""
     last = Fraction(str(low)) + _steps(low, high, step) * Fraction(str(step))
     return int(last) if isinstance(high, int) and last.denominator == 1 else float(last)
 
@@ -229,60 +234,60 @@ class Choices:
     """One of a list of values (numbers, text, settings)."""
 
     values: tuple[Any, ...]
-    """Settings that have ranges of their own without these, which are parameters `within` this one."""
+    """The values without the ranges of their settings, which are parameters `within` this one."""
     written: tuple[Any, ...] = ()
-    """The values with these ranges; empty: there are none."""
+    """The values with their ranges; empty if there are none."""
 
     def suggest(self, trial: Suggests, name: str) -> Any:
-        """One of the values; the sampler sees settings as their text."""
+        """Return one of the values; the sampler sees settings as text."""
         labels = self.points
         label = trial.suggest_categorical(name, labels)
         return copy.deepcopy(self.values[labels.index(label)])
 
     def told(self, name: str, value: Any) -> Tree:
-        """The value as `suggest` asks for it."""
+        """Return the value in the form in which `suggest` asks for it."""
         return {name: self.points[self.values.index(value)]}
 
     def contains(self, value: Any) -> bool:
-        """Whether it is one of the values."""
+        """Return whether it is one of the values."""
         return value in self.values
 
     def includes(self, other: "Domain") -> bool:
-        """Whether all that the other may propose is in here."""
+        """Return whether this contains every proposal of the other."""
         return isinstance(other, Choices) and all(v in self.values for v in other.values)
 
     def place(self, value: Any) -> float:
-        """Where a value stands in the list: 0 for the first, 1 for the last."""
+        """Return the place of a value in the list: 0 for the first, 1 for the last."""
         return self.values.index(value) / max(1, len(self.values) - 1)
 
     def distance(self, a: Any, b: Any) -> float:
-        """0 for the same value, 1 for another."""
+        """Return 0 for equal values, else 1."""
         return float(a != b)
 
     @property
     def middle(self) -> Any:
-        """The value in the middle of the list."""
+        """Return the value in the middle of the list."""
         return self.values[(len(self.values) - 1) // 2]
 
     @property
     def size(self) -> int:
-        """How many values there are."""
+        """Return the number of values."""
         return len(self.values)
 
     @property
     def points(self) -> list[Any]:
-        """All values, as the sampler sees them."""
+        """Return all values, as the sampler sees them."""
         plain = str | int | float | bool | None
         return [v if isinstance(v, plain) else json.dumps(v, sort_keys=True) for v in self.values]
 
     @property
     def probes(self) -> list[Any]:
-        """Values that are valid only if all are."""
+        """Return values that are all valid only if every choice is."""
         return list(self.values)
 
     @property
     def tree(self) -> Tree:
-        """The choices as a file has them."""
+        """Return the choices in the form of a file."""
         return {"choices": list(self.written or self.values)}
 
     def __str__(self) -> str:
@@ -295,15 +300,15 @@ ENDS = {
     **dict.fromkeys(("min", "minimum", "from", "lower", "lo", "start"), "low"),
     **dict.fromkeys(("max", "maximum", "to", "upper", "hi", "end", "stop"), "high"),
 }
-"""What the ends of a range are called elsewhere."""
+"""Other tools' names for the ends of a range."""
 
 
 def domain_of(value: Any, path: Path_, notes: list[str], *, whole: bool | None) -> Domain | None:
-    """The range or the choices that a value in a space file stands for; None if it is a plain value.
+    """Return the range or choices of a value in a space file; None for a plain value.
 
     Args:
-        notes: gets what is odd about it.
-        whole: whether the setting is an integer; None: if low, high and step are.
+        notes: gets a sentence on each oddity.
+        whole: True for an integer setting; None: decided by low, high and step.
     """
     if not is_range(value, path):
         return None
@@ -321,7 +326,7 @@ def domain_of(value: Any, path: Path_, notes: list[str], *, whole: bool | None) 
 
 
 def first_found(rules: Sequence[Rule[Item]], given: Item) -> list[str]:
-    """The problems that the first rule with problems has."""
+    """Return the problems of the first rule that finds any."""
     for rule in rules:
         problems = list(rule(given))
         if problems:
@@ -336,7 +341,7 @@ def _refuse(where: str, rules: Sequence[Rule[Item]], given: Item) -> None:
 
 
 def _ended_by_its_steps(given: Range, step: float, where: str, notes: list[str]) -> Range:
-    """The range with the last step as its high; where that is lower, a note says so."""
+    """Return the range with its last step as high; add a note if that lowers it."""
     last = _last_step(given.low, given.high, step)
     if last < given.high:
         notes.append(
@@ -345,32 +350,32 @@ def _ended_by_its_steps(given: Range, step: float, where: str, notes: list[str])
     return replace(given, high=last)
 
 
-# --- rules of what stands in a file: each one sentence, which goes on after the setting's path
+# --- rules of a file: each yields a sentence that continues the setting's path
 
 
 def _stands_alone(given: Tree) -> Iterator[str]:
-    """Choices have no other key beside them."""
+    """Reject other keys besides choices."""
     others = set(given) - {"choices"}
     if others:
         yield f": choices stand alone, got also {', '.join(sorted(others))}"
 
 
 def _is_a_list(given: Tree) -> Iterator[str]:
-    """Choices are a list of at least one value."""
+    """Reject choices that are not a list of at least one value."""
     values = given["choices"]
     if not isinstance(values, list) or not values:
         yield f".choices: needs a list of at least one value, got {values!r}"
 
 
 def _is_given_once(given: Tree) -> Iterator[str]:
-    """Each choice is given once."""
+    """Reject duplicate choices."""
     values = given["choices"]
     if len(set(map(_frozen, values))) < len(values):
         yield f".choices: a value is given twice in {values!r}"
 
 
 def _has_keys_of_a_range(given: Tree) -> Iterator[str]:
-    """A range has no other keys than its own."""
+    """Reject keys that a range does not have."""
     for key in given:
         if key in ENDS:
             yield f".{key}: no such key of a range; it is called {ENDS[key]!r}"
@@ -379,19 +384,19 @@ def _has_keys_of_a_range(given: Tree) -> Iterator[str]:
 
 
 def _low_is_a_number(given: Tree) -> Iterator[str]:
-    """The low end is a number."""
+    """Reject a low end that is not a number."""
     if not _is_plain_number(given.get("low")):
         yield f".low: a range needs a number here, got {given.get('low')!r}"
 
 
 def _high_is_a_number(given: Tree) -> Iterator[str]:
-    """The high end is a number."""
+    """Reject a high end that is not a number."""
     if not _is_plain_number(given.get("high")):
         yield f".high: a range needs a number here, got {given.get('high')!r}"
 
 
 def _numbers_are_finite(given: Tree) -> Iterator[str]:
-    """The first number that a float cannot hold is named."""
+    """Reject the first number that a float cannot hold."""
     for key in ("low", "high", "step"):
         if not _is_finite(given.get(key)):
             yield f".{key}: a finite number, got {str(given[key])[:40]}"
@@ -399,7 +404,7 @@ def _numbers_are_finite(given: Tree) -> Iterator[str]:
 
 
 def _flags_are_flags(given: Tree) -> Iterator[str]:
-    """The first of log and log_complement that is neither true nor false is named."""
+    """Reject a log or log_complement that is neither true nor false."""
     for key in ("log", "log_complement"):
         if not isinstance(given.get(key, False), bool):
             yield f".{key}: true or false, got {given[key]!r}"
@@ -407,7 +412,7 @@ def _flags_are_flags(given: Tree) -> Iterator[str]:
 
 
 def _low_is_below_high(given: Range) -> Iterator[str]:
-    """The low end is below the high one."""
+    """Reject a low end that is not below the high one."""
     low, high = given.low, given.high
     if low > high:
         yield f": low must not be above high, got low {low:g} and high {high:g}; swap them"
@@ -416,40 +421,40 @@ def _low_is_below_high(given: Range) -> Iterator[str]:
 
 
 def _log_has_logarithms(given: Range) -> Iterator[str]:
-    """A log range is above 0."""
+    """Reject a log range that reaches 0 or below."""
     if given.log and given.low <= 0:
         yield f": a log range starts above 0, got low {given.low:g}; raise low, or leave out log"
 
 
 def _log_complement_has_logarithms(given: Range) -> Iterator[str]:
-    """A range of log_complement is in [0, 1)."""
+    """Reject a log_complement range outside [0, 1)."""
     low, high = given.low, given.high
     if given.log_complement and not 0 <= low < high < 1:
         yield f": log_complement needs 0 <= low < high < 1, got low {low:g} and high {high:g}"
 
 
 def _step_is_above_0(given: Range) -> Iterator[str]:
-    """A step is a number above 0."""
+    """Reject a step that is not a number above 0."""
     step = given.step
     if step is not None and (not _is_plain_number(step) or step <= 0):
         yield f".step: a number above 0, got {step!r}"
 
 
 def _scale_is_one(given: Range) -> Iterator[str]:
-    """A range has one scale."""
+    """Reject a range with two scales."""
     if (given.step is not None) + given.log + given.log_complement > 1:
         yield ": only one of log, step and log_complement"
 
 
 def _numbers_are_whole(given: Range) -> Iterator[str]:
-    """A setting of whole numbers has a range of whole numbers."""
+    """Reject fractions in the range of a whole-number setting."""
     numbers = [v for v in (given.low, given.high, given.step) if v is not None]
     if given.whole and any(v != int(v) for v in numbers):
         yield f": whole numbers only, got {replace(given, whole=False)}"
 
 
 def _step_is_within(given: Range) -> Iterator[str]:
-    """A step is no larger than its range."""
+    """Reject a step larger than its range."""
     low, high, step = given.low, given.high, given.step
     if step is not None and step > high - low:
         yield (
@@ -459,7 +464,7 @@ def _step_is_within(given: Range) -> Iterator[str]:
 
 
 def _step_moves_a_float(given: Range) -> Iterator[str]:
-    """A step changes the float that it is added to."""
+    """Reject a step too small to change the float that it is added to."""
     low, high, step = given.low, given.high, given.step
     if step is None or isinstance(low + high + step, int):
         return
@@ -486,16 +491,17 @@ RANGE_RULES = (
     _step_is_within,
     _step_moves_a_float,
 )
-"""In the order in which they are looked at; the first that is broken is told."""
+"""Rules in the order in which they are checked; only the first broken one is reported."""
 
 
-# --- what stands in a file ---------------------------------------------------------------------------------------
+# --- values of a file -----------------------------------------------------------------------------
 
 
 def is_range(value: Any, path: Path_) -> bool:
-    """Whether a value in a space file is meant as a range or as choices.
+    """Return whether a value in a space file is meant as a range or as choices.
 
-    What holds names that are a person's own (`args`, `resources`) is not: there `low` is one of them.
+    Settings that hold names of the user's own (`args`, `resources`) are not: there, `low` is such a
+    name.
     """
     if not isinstance(value, dict) or not {"low", "high", "choices"} & set(value):
         return False
@@ -504,7 +510,7 @@ def is_range(value: Any, path: Path_) -> bool:
 
 
 def _choices(items: list[Any], path: Path_) -> Choices:
-    """Choices of which some may be settings with ranges of their own."""
+    """Return choices, some of which may be settings with their own ranges."""
     where = f"{dotted(path)}.choices"
     bare = []
     for number, (item, label) in enumerate(zip(items, labels_of(items), strict=True), start=1):
@@ -522,7 +528,7 @@ def _choices(items: list[Any], path: Path_) -> Choices:
 
 
 def _refuse_twins(where: str, bare: list[Any]) -> None:
-    """Refuse the first item that another is equal to once its ranges are taken out."""
+    """Raise for the first item that equals another without their ranges."""
     for k, value in enumerate(bare):
         if value in bare[:k]:
             raise ConfigError(
@@ -532,14 +538,14 @@ def _refuse_twins(where: str, bare: list[Any]) -> None:
 
 
 def _frozen(value: Any) -> Any:
-    """A value of a space file that can be a member of a set, equal where the value is."""
+    """Return a hashable form of a value of a space file; equal values give equal forms."""
     if isinstance(value, dict):
         return frozenset((key, _frozen(below)) for key, below in value.items())
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _without_ranges(value: Any, path: Path_) -> Any:
-    """Settings without those that are ranges; None for a range."""
+    """Return settings without those that are ranges; None for a range."""
     if not isinstance(value, dict):
         return value
     if is_range(value, path):
@@ -553,7 +559,7 @@ def _without_ranges(value: Any, path: Path_) -> Any:
 
 
 def range_meant(value: Any, path: Path_) -> str:
-    """How to write what stands, as a list or settings, where a number belongs."""
+    """Return advice on writing the list or settings found in place of a number."""
     where, got = dotted(path), _flow(value)
     if isinstance(value, list):
         between = ""
@@ -568,7 +574,7 @@ def range_meant(value: Any, path: Path_) -> str:
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML on one line."""
+    """Return a value as one line of YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -579,26 +585,26 @@ def _flow(value: Any) -> str:
 
 
 def _is_plain_number(value: Any) -> bool:
-    """Whether a value is a number; true and false are none."""
+    """Return whether a value is a number other than true and false."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a number, if it is one, is finite and of a size that a float can hold."""
+    """Return whether a value is not a number, or one that is finite and fits into a float."""
     if not isinstance(value, int | float):
         return True
-    return abs(value) < 1e300  # false of nan
+    return abs(value) < 1e300  # false for nan
 
 
 def name_of(objective: Any) -> str | None:
-    """The name of an objective in a file, if it has one."""
+    """Return the name of an objective in a file, or None."""
     settings = name_alone(objective)
     name = settings.get("name") if isinstance(settings, dict) else None
     return name if isinstance(name, str) else None
 
 
 def labels_of(items: Sequence[Any]) -> list[str]:
-    """What each item of choices is called: by its name, or, where that does not tell it from the others, its number."""
+    """Return the label of each item of choices: its name, or its number if that is ambiguous."""
     names = [name_of(v) for v in items]
     labels = []
     for number, name in enumerate(names, start=1):
@@ -607,7 +613,7 @@ def labels_of(items: Sequence[Any]) -> list[str]:
 
 
 def holds_whole_numbers(path: Path_) -> bool | None:
-    """Whether a setting is an integer; None if it is not ours (an argument of a person's own function)."""
+    """Return whether a setting is an integer; None for an argument of the user's own function."""
     found = _types(path)
     if not found:
         return None
@@ -615,30 +621,30 @@ def holds_whole_numbers(path: Path_) -> bool | None:
 
 
 def holds_a_number(path: Path_) -> bool:
-    """Whether a setting is a number, or nothing."""
+    """Return whether a setting is a number, or None."""
     found = _types(path)
     return bool(found) and all(types <= {int, float, type(None)} for types in found)
 
 
 def _types(path: Path_) -> list[set[Any]]:
-    """What may stand there, for each network, objective, ... that has such a setting; empty if none of ours has."""
+    """Return the possible types of a setting in each network, objective, ...; empty if unknown."""
     *above, last = path
     models: list[type[Settings]] = [TrainConfig]
     for part in above:
-        if not part.isdecimal():  # the number of an item
+        if not part.isdecimal():  # skips the number of an item
             models = _below(models, part)
     fields = [m.model_fields[last] for m in models if last in m.model_fields]
     return [set(leaves(field.annotation)) for field in fields]
 
 
 def _below(models: list[type[Settings]], part: str) -> list[type[Settings]]:
-    """The settings that a part of a path leads to: those of a field, or the item of that name."""
+    """Return the settings classes that a path's part leads to: a field's, or the named item's."""
     found: list[type[Settings]] = []
     for model in models:
         if part in model.model_fields:
             found += members(model.model_fields[part])
     if found:
         return found
-    if ":" in part:  # package.module:function, an item's name for short
+    if ":" in part:  # package.module:function, a shorthand for an item
         return models
     return [m for m in models if tag(m) == part]

@@ -1,4 +1,4 @@
-"""A space beside what it is not made of: published settings, another space, a configuration of another sweep."""
+"""A space compared with published settings, another space, or another sweep's configuration."""
 
 import itertools
 import json
@@ -19,21 +19,21 @@ from tfkd_ray.store.experiment import as_number
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number."""
+    """Return whether a value is a finite number."""
     number = as_number(value)
     return number is not None and math.isfinite(number)
 
 
 def branch_of(group: BranchGroup, objective: str) -> Any:
-    """The branch of a group that has this objective."""
+    """Return the branch of a group with this objective."""
     return next(b for b in group.branches if b.objective == objective)
 
 
 def as_asked(
     group: BranchGroup, objective: str, values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters, distributions) of a trial of a study with these values."""
-    import optuna  # here: what only reads a space does without
+    """Return (parameters, distributions) of a study's trial with these values."""
+    import optuna  # imported here: commands that only read a space do without
 
     fixed = optuna.trial.FixedTrial(group.told(branch_of(group, objective), values))
     group.propose(fixed)
@@ -42,19 +42,20 @@ def as_asked(
 
 @dataclass(frozen=True)
 class WarmPoint:
-    """A published setting as it lies in a space."""
+    """A published setting mapped into a space."""
 
     objective: str
     values: Tree
-    """By parameter name."""
+    """Values by parameter name."""
     origin: str
 
 
 def warm_points(space: Space) -> list[WarmPoint]:
-    """What the sweep tries first, each group's in the order in which it tries them.
+    """Return the first trials of a sweep, each group's in their order.
 
-    A setting is left out where a value of its objective is outside of the space or fixed otherwise. What it does not
-    speak of is as in the paper (the defaults of `OptimConfig`) if that is inside, else in the middle of its range.
+    A setting is skipped if a value of its objective lies outside of the space or differs from a
+    fixed one. Parameters that it does not mention take the paper's value (the defaults of
+    `OptimConfig`) if that lies inside, else the middle of their range.
     """
     points = []
     for group in space.groups:
@@ -63,7 +64,7 @@ def warm_points(space: Space) -> list[WarmPoint]:
 
 
 def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
-    """The first of `warm_points` of one group: objectives in turn, at most a quarter of the group's trials."""
+    """Return a group's `warm_points`: objectives in turn, at most a quarter of its trials."""
     if not space.search.warm_start or isinstance(space.search.sampler, Grid):
         return []
     in_turn: list[WarmPoint] = []
@@ -73,7 +74,7 @@ def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
 
 
 def _published(branch: Branch) -> Iterator[WarmPoint]:
-    """The published settings of a branch's objective that lie in its space, each once."""
+    """Yield the published settings of a branch's objective that lie in its space, each once."""
     seen: list[Tree] = []
     for setting in PUBLISHED:
         if tag(type(setting.objective)) != branch.objective:
@@ -85,7 +86,7 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
             continue
         try:
             config = branch.config(values)
-        except ConfigError:  # its parts are allowed, but not together
+        except ConfigError:  # each part is allowed, but not the combination
             continue
         if config.objective == setting.objective:
             seen.append(values)
@@ -93,7 +94,7 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
 
 
 def _values_for(branch: Branch, objective: Canonical) -> Tree:
-    """Values of a branch's parameters: those of an objective, and what goes with it."""
+    """Return values for a branch's parameters: the objective's, else the paper's or the middle."""
     values: Tree = {}
     for p in branch.asked(values):
         usual = PAPER_VALUES.get(p.path)
@@ -111,7 +112,7 @@ PAPER_VALUES: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().mode
 
 
 def not_superset(old: Space, new: Space) -> list[str]:
-    """Why the trials of one space would not all be trials of another: a sentence each; empty if they would."""
+    """Return a sentence for each reason why `new` does not contain every trial of `old`."""
     problems = []
     branches = {branch.objective: branch for branch in new.branches}
     for was in old.branches:
@@ -132,11 +133,11 @@ def not_superset(old: Space, new: Space) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-# --- rules of two branches, of which the second must hold the trials of the first
+# --- rules of two branches: the second must contain the trials of the first
 
 
 def _ranges_are_as_wide(was: Branch, now: Branch) -> Iterator[str]:
-    """What was searched still is, and no less of it."""
+    """Reject a searched setting that became fixed or narrower."""
     after = _by_place(now)
     for place, p in _by_place(was).items():
         if place not in after:
@@ -146,7 +147,7 @@ def _ranges_are_as_wide(was: Branch, now: Branch) -> Iterator[str]:
 
 
 def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Iterator[str]:
-    """What is searched now holds the value that was fixed."""
+    """Reject a new range that lacks the value that was fixed."""
     before = _by_place(was)
     for place, p in _by_place(now).items():
         if place in before or not _was_there(was, p):
@@ -158,7 +159,7 @@ def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Iterator[str]:
 
 
 def _was_there(was: Branch, p: Parameter) -> bool:
-    """Whether a branch has the item of choices that a parameter is within, if it is within one."""
+    """Return whether a branch has the item of choices that a parameter is within, if any."""
     if p.within is None:
         return True
     name, item = p.within
@@ -167,7 +168,7 @@ def _was_there(was: Branch, p: Parameter) -> bool:
 
 
 def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
-    """What is fixed has the value that it had."""
+    """Reject a fixed value that changed."""
     searched = {p.path for p in (*was.parameters, *now.parameters)}
     examples = [branch.example.model_dump(mode="json") for branch in (was, now)]
     for path, a, b in _differences(*examples):
@@ -177,7 +178,7 @@ def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
 
 
 SAME_BRANCH_RULES = (_ranges_are_as_wide, _new_ranges_hold_old_values, _fixed_values_are_the_same)
-"""In the order in which their problems are told: all of them at once."""
+"""Rules in the order in which their problems are reported, all of them at once."""
 
 
 def _by_place(branch: Branch) -> dict[tuple[Path_, str], Parameter]:
@@ -185,12 +186,12 @@ def _by_place(branch: Branch) -> dict[tuple[Path_, str], Parameter]:
 
 
 def _is_below(path: Path_, above: Iterable[Path_]) -> bool:
-    """Whether a path begins with one of others."""
+    """Return whether a path begins with one of others."""
     return any(path[: len(start)] == start for start in above)
 
 
 def _place_of(p: Parameter) -> tuple[Path_, str]:
-    """What makes a parameter the same in another space, where items of choices may be counted otherwise."""
+    """Return the key of a parameter that is the same in spaces with other numbers of items."""
     item = None
     if p.within is not None:
         _, item = p.within
@@ -201,7 +202,10 @@ DIGEST = ("data", "digest")
 
 
 def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
-    """Where two configurations differ in what makes their numbers; of two unlike kinds of a thing only the names."""
+    """Yield (path, a, b) for each differing setting that affects numbers.
+
+    For two different kinds of a thing, only their names.
+    """
     left = dict(_leaves_of(a))
     right = dict(_leaves_of(b))
     digests = (left.get(DIGEST), right.get(DIGEST))
@@ -227,16 +231,17 @@ def _leaves_of(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
 
 
 def value_at(tree: Any, path: Path_) -> Any:
-    """What stands at a path of a tree; None where it ends before."""
+    """Return the value at a path of a tree; None if the path does not exist."""
     for part in path:
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
 
 
 def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list[str]:
-    """(group, values by parameter name) of a configuration of another space in this one, or what is different.
+    """Return (group, values by parameter name) of a configuration in this space.
 
-    The seed, and where a run runs, may differ.
+    The configuration is another space's; its seed and run settings (`RUN_ONLY`) may differ. If it
+    does not lie in this space, return the differences instead.
     """
     tree = config.model_dump(mode="json")
     name = config.objective.name
@@ -250,15 +255,14 @@ def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list
 
 
 def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
-    """Values of a branch's parameters in a configuration, or what is different."""
+    """Return the values of a branch's parameters in a configuration, or the differences."""
     values: Tree = {}
     different = []
     for p in branch.asked(values):
         value = value_at(tree, p.path)
         fits = p.domain.contains(value)
-        if isinstance(
-            p.domain, Choices
-        ):  # in a file, a choice may be a name or a part of its settings
+        # in a file, a choice may be a name or some of its settings
+        if isinstance(p.domain, Choices):
             same = [c for c in p.domain.values if _is_item(branch, values, p, c, tree)]
             fits = bool(same)
             value = same[0] if same else value
@@ -279,7 +283,7 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
 
 
 def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: Tree) -> bool:
-    """Whether a configuration has this item of choices: what is fixed of it is alike, what is searched is inside."""
+    """Return whether a configuration has this item: equal fixed values, searched ones in range."""
     inside = [p for p in branch.parameters if p.within == (choices.name, item)]
     for p in inside:
         if isinstance(p.domain, Range) and not p.domain.contains(value_at(tree, p.path)):

@@ -1,4 +1,4 @@
-"""How a space is searched: the `search` of a file. What fits no space is refused in space.py."""
+"""The search settings of a space, `search` in a file; space.py checks them against the space."""
 
 import math
 import re
@@ -15,37 +15,39 @@ from tfkd_ray.verdict.scores import Selectable, SelectableBeside, score_of
 
 
 class _Sampler(Settings):
-    """A sampler of Optuna's; what it cannot do stands here, and the rules in space.py make sentences of it."""
+    """A sampler of Optuna, with its limits, from which the rules in space.py make sentences."""
 
     choices: ClassVar[bool] = True
-    """It can propose one of a list."""
+    """True if it can propose one of a list."""
     together: ClassVar[bool] = False
-    """It can choose among objectives (`split: false`), or items of choices, that have parameters of their own."""
+    """True if it can choose among objectives (`split: false`) or items of choices that have their
+    own parameters."""
     several: ClassVar[bool] = True
-    """It can make several metrics good at once."""
+    """True if it can optimise several metrics."""
     priors: ClassVar[bool] = True
-    """Results of earlier experiments help it."""
+    """True if results of earlier experiments help it."""
     full_length_only: ClassVar[bool] = False
-    """A trial that is stopped early breaks it."""
+    """True if it needs every trial to run its full length."""
     needs: ClassVar[str | None] = None
-    """A package that is not among our requirements."""
+    """Package that it needs beyond our requirements."""
 
     def __str__(self) -> str:
         return str(tag(type(self)))
 
 
 class Tpe(_Sampler):
-    """Tree-structured Parzen estimators: models where good trials are. Stopped trials count, too."""
+    """Tree-structured Parzen estimators: models where good trials are, stopped ones included."""
 
     together: ClassVar[bool] = True
     name: Literal["tpe"] = "tpe"
     startup: Count | None = None
-    """Proposals before it begins, quasi-random ones where an objective has a sampler of its own and nothing is known of
-    it. None: 10, or half of an objective's trials if that is less (at least 3)."""
+    """Proposals before the model is used; quasi-random if an objective has its own sampler and no
+    earlier results. None: 10, or half of an objective's trials if that is less (at least 3)."""
     candidates: Count = 24
-    """Candidates that it chooses a proposal from."""
+    """Candidates from which each proposal is chosen."""
     multivariate: bool = True
-    """One model over all parameters. false: one for each, as if they did not act together."""
+    """Use one model over all parameters. false: one model per parameter, as if they were
+    independent."""
 
 
 class Gp(_Sampler):
@@ -53,11 +55,11 @@ class Gp(_Sampler):
 
     name: Literal["gp"] = "gp"
     startup: Count | None = None
-    """Proposals before it begins, as of tpe."""
+    """Proposals before the model is used, as in tpe."""
 
 
 class CmaEs(_Sampler):
-    """CMA-ES: moves a normal distribution, generation by generation. Ranges only, one metric, no early stopping."""
+    """CMA-ES: adapts a normal distribution by generations; ranges only, one metric, no stopping."""
 
     choices: ClassVar[bool] = False
     several: ClassVar[bool] = False
@@ -68,7 +70,7 @@ class CmaEs(_Sampler):
     startup: Count = 1
     """Random proposals before it begins."""
     population: Annotated[int, Field(ge=2)] | None = None
-    """Trials of a generation. None: 4 + 3 log(parameters)."""
+    """Trials per generation. None: 4 + 3 log(parameters)."""
 
 
 class Qmc(_Sampler):
@@ -88,7 +90,7 @@ class Random(_Sampler):
 
 
 class Grid(_Sampler):
-    """Every combination of choices and steps once, in random order; so many trials, no more and no fewer."""
+    """Every combination of choices and steps once, in random order; no more and no fewer trials."""
 
     priors: ClassVar[bool] = False
     name: Literal["grid"] = "grid"
@@ -98,15 +100,16 @@ Sampler = Tpe | Gp | CmaEs | Qmc | Random | Grid
 
 
 class Halving(Settings):
-    """Successive halving: at each rung only the best 1 / `factor` of its objective's trials go on."""
+    """Successive halving: at each rung the best 1 / `factor` of its objective's trials continue."""
 
     name: Literal["halving"] = "halving"
     factor: Annotated[int, Field(ge=2)] = 3
     min_epochs: Count | None = None
-    """Epochs before the first rung. None: epochs / factor^2, so that the rungs are at 1/9 and 1/3 of the epochs."""
+    """Epochs before the first rung. None: epochs / factor^2, which puts the rungs at 1/9 and 1/3 of
+    the epochs."""
 
     def rungs(self, epochs: int) -> list[int]:
-        """Epochs after which a trial is judged, ascending; none in the last ninth, where there is little to save."""
+        """Return the epochs after which a trial is judged, ascending; none in the last ninth."""
         rung = self.min_epochs or max(1, epochs // self.factor**2)
         rungs = []
         while 9 * rung <= 8 * epochs:
@@ -116,27 +119,27 @@ class Halving(Settings):
 
 
 class Hyperband(Halving):
-    """Several halvings side by side, which begin to judge at different rungs; one of them never stops a trial.
+    """Several halvings in parallel, with different first rungs; one of them never stops a trial.
 
-    (Li et al. 2018, arXiv:1603.06560.) Trials are judged among those of their own halving. They are dealt out as
-    Optuna's pruner does it: a bracket that stops more gets more.
+    (Li et al. 2018, arXiv:1603.06560.) Trials are judged within their own halving. They are
+    assigned as in Optuna's pruner: a bracket that stops more gets more trials.
     """
 
     name: Literal["hyperband"] = "hyperband"  # type: ignore[assignment]
 
     def brackets(self, epochs: int) -> list[list[int]]:
-        """The rungs of each halving."""
+        """Return the rungs of each halving."""
         rungs = self.rungs(epochs)
         return [rungs[k:] for k in range(len(rungs) + 1)]
 
     def bracket(self, epochs: int, k: int) -> int:
-        """Which halving the k-th trial of an objective belongs to."""
+        """Return the halving of an objective's k-th trial."""
         weights = self._weights(epochs)
         *_, last = self._deal(weights, k % sum(weights) + 1)
         return last
 
     def dealt(self, epochs: int, trials: int) -> dict[int, int]:
-        """How many of the first trials of an objective belong to each halving."""
+        """Return the number of an objective's first trials that each halving gets."""
         weights = self._weights(epochs)
         rounds, rest = divmod(trials, sum(weights))
         found = {b: rounds * weight for b, weight in enumerate(weights)}
@@ -145,12 +148,12 @@ class Hyperband(Halving):
         return found
 
     def _weights(self, epochs: int) -> list[int]:
-        """Trials that each halving gets in one round."""
+        """Return the number of trials per round for each halving."""
         n = len(self.brackets(epochs))
         return [math.ceil(n * self.factor ** (n - 1 - b) / (n - b)) for b in range(n)]
 
     def _deal(self, weights: list[int], trials: int) -> Iterator[int]:
-        """Which halving gets each trial of a round."""
+        """Yield the halving of each trial of a round."""
         dealt, total = [0] * len(weights), sum(weights)
         for j in range(trials):
             last = max(range(len(weights)), key=lambda b: weights[b] * (j + 1) / total - dealt[b])
@@ -159,22 +162,22 @@ class Hyperband(Halving):
 
 
 class Asha(Halving):
-    """Ray's own ASHAScheduler. Its rungs live in the driver: after a kill -9 they begin anew, so it is not exact."""
+    """Ray's own ASHAScheduler. It is not exact after a kill -9: its rungs live in the driver."""
 
     name: Literal["asha"] = "asha"  # type: ignore[assignment]
 
 
 class Median(Settings):
-    """Stops a trial whose best value so far is worse than the median of full-length trials at the same epoch."""
+    """Stops a trial whose best value is worse than the full-length trials' median at that epoch."""
 
     name: Literal["median"] = "median"
     startup: Count = 5
-    """Full-length trials of an objective before the first is stopped."""
+    """Full-length trials of an objective before any trial is stopped."""
     min_epochs: Count | None = None
-    """Epochs before the first judgment, and between two. None: a ninth of the epochs."""
+    """Epochs before the first judgment, and between judgments. None: a ninth of the epochs."""
 
     def rungs(self, epochs: int) -> list[int]:
-        """Epochs after which a trial is judged, ascending; the last epoch is not among them."""
+        """Return the epochs after which a trial is judged, ascending, without the last one."""
         every = self.min_epochs or max(1, epochs // 9)
         return list(range(every, epochs, every))
 
@@ -185,14 +188,15 @@ class NoStopping(Settings):
     name: Literal["none"] = "none"
 
     def rungs(self, epochs: int) -> list[int]:
-        """None."""
+        """Return an empty list."""
         return []
 
 
 Stopping = Halving | Hyperband | Asha | Median | NoStopping
 
 ENVIRONMENT = "TFKD_STORAGE"
-"""Variable that holds a storage's whole URL where the password in the experiment's is ***."""
+"""Environment variable with the storage's whole URL, needed if the experiment's shows *** as the
+password."""
 
 
 def _storage_url(url: str | None) -> str | None:
@@ -207,57 +211,64 @@ def _storage_url(url: str | None) -> str | None:
     kind, _, rest = url.partition(":///")
     if url.startswith("sqlite") and rest in ("", ":memory:"):
         raise ValueError("a database in memory ends with the process; name a file: sqlite:///FILE")
-    if (
-        kind.startswith("sqlite") and rest and not rest.startswith("/")
-    ):  # whoever resumes may stand elsewhere
+    # a resumed run may have another working directory
+    if kind.startswith("sqlite") and rest and not rest.startswith("/"):
         return f"{kind}:///{Path(rest).absolute()}"
     return url
 
 
 class SearchConfig(Settings):
-    """How many trials, proposed and stopped by what, for how long, and where that is kept."""
+    """Search settings: number of trials, sampler, stopping, budgets and storage."""
 
     num_samples: Count = 24
-    """Trials, over all objectives. With the grid sampler: left out, the size of the grid."""
+    """Number of trials, over all objectives. With the grid sampler and no explicit value: the size
+    of the grid."""
     split: bool = True
-    """Give every objective equally many trials and a sampler of its own. false: the sampler chooses the objective."""
+    """Give every objective the same number of trials and its own sampler. false: the sampler
+    chooses the objective."""
     baselines: bool = True
-    """Add `ce` and `lsr` where a list of objectives lacks them, so that the baselines are tuned as hard as the rest."""
+    """Add `ce` and `lsr` to a list of objectives without them, so that baselines are tuned as hard
+    as the rest."""
     sampler: Annotated[Sampler, Field(discriminator="name"), BeforeValidator(name_alone)] = Tpe()
     warm_start: bool = True
-    """Try published settings first, as far as they lie in the space; at most a quarter of an objective's trials."""
+    """Try published settings first if they lie in the space; at most a quarter of an objective's
+    trials."""
     stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = (
         Halving()
     )
     metric: Selectable = "val_accuracy"
-    """A trial's value: this metric after its last epoch, on validation. NLL and ECE are minimised, the others are
-    maximised. A list, [val_accuracy, val_ece], makes all of them good at once; then `best` is a front, and the first
-    one leads."""
+    """Validation metric after a trial's last epoch, which is the trial's value. NLL and ECE are
+    minimised, others maximised. A list, such as [val_accuracy, val_ece], optimises all of them;
+    `best` is then a Pareto front, led by the first metric."""
     more_metrics: tuple[SelectableBeside, ...] = ()
-    """The rest of a list given as `metric`; also `parameters`, the number of the student's weights, minimised."""
+    """The other metrics of a list given as `metric`; also `parameters`, the number of the student's
+    weights, minimised."""
     max_concurrent: Count | None = None
-    """Trials at a time. None: as many as the cluster has room for."""
+    """Concurrent trials. None: as many as fit on the cluster."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Times that a trial whose process was lost goes on from its last checkpoint; lost once more in the same epoch, it
-    has failed."""
+    """Retries from the last checkpoint of a trial whose process was lost in the same epoch; one more
+    loss there fails it."""
     trial_timeout_s: Positive | None = None
-    """Seconds that a trial may take for one epoch, its start included; then it hangs: its process is ended, and it has
-    failed."""
+    """Timeout in seconds for one epoch of a trial, its start included; a trial that exceeds it is
+    killed and fails."""
     time_budget_s: Positive | None = None
-    """Seconds of trials, all sessions together, after which the sweep ends; unfinished trials are kept for resume."""
+    """Seconds of trials, over all sessions, after which the sweep ends; unfinished trials are kept
+    for resume."""
     gpu_hours: Positive | None = None
-    """The same, in hours of one GPU that trials hold."""
+    """Budget of GPU time, in hours that trials hold one GPU; otherwise as `time_budget_s`."""
     cpu_hours: Positive | None = None
-    """The same, in hours of one CPU that trials hold."""
+    """Budget of CPU time, in hours that trials hold one CPU; otherwise as `time_budget_s`."""
     max_failed_trials: Count | None = None
-    """Failed trials after which the sweep ends."""
+    """Number of failed trials after which the sweep ends."""
     storage: Annotated[str | None, AfterValidator(_storage_url), Field(repr=False)] = None
-    """URL of an Optuna storage for the studies. None: a journal file in the experiment. Its password is never written:
-    where one is needed again, the whole URL is taken from the environment variable TFKD_STORAGE."""
+    """URL of an Optuna storage for the studies. None: a journal file in the experiment. A password
+    is never written; on resume, the environment variable TFKD_STORAGE must hold the URL with it."""
     study: Annotated[str, Field(min_length=1)] | None = None
-    """What the studies are called in the storage. None: the experiment's name there, `tfkd` in a journal file."""
+    """Name of the studies in the storage. None: the experiment's name; in a journal file,
+    `tfkd`."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the proposals: proposal n is a function of this seed, n, and what the study holds."""
+    """Seed of the proposals: proposal n is a function of this seed, n, and the content of the
+    study."""
 
     @model_validator(mode="before")
     @classmethod
@@ -280,17 +291,17 @@ class SearchConfig(Settings):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All metrics that are made good at once; mostly one."""
+        """Return all optimised metrics; usually one."""
         return (self.metric, *self.more_metrics)
 
     @property
     def mode(self) -> Literal["max", "min"]:
-        """Which way is better."""
+        """Return the direction in which the first metric is better."""
         return score_of(self.metric).direction
 
     @property
     def budgets(self) -> dict[str, float]:
-        """The limits that are set, beside the number of trials."""
+        """Return the limits that are set, besides the number of trials."""
         names = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
         limits = {name: getattr(self, name) for name in names}
         return {name: limit for name, limit in limits.items() if limit is not None}

@@ -1,9 +1,10 @@
-"""A search space: the tree of `TrainConfig` with ranges in it, and how it is searched.
+"""A search space: the tree of `TrainConfig` with ranges in it, and its search settings.
 
-In YAML a bare value is fixed. `{low, high}`, with `log: true`, `step: s` or `log_complement: true` (log-uniform in
-1 - x), or `{choices: [...]}`, is searched. `objective` may be a list: a conditional choice, each member with its own
-parameters. Settings that are an item of choices may have ranges, too, which are asked for where the item is chosen.
-What stands in the file is checked through `TrainConfig` itself, at both ends of every range.
+In YAML a bare value is fixed. `{low, high}`, with `log: true`, `step: s` or `log_complement: true`
+(log-uniform in 1 - x), or `{choices: [...]}`, is searched. `objective` may be a list: a conditional
+choice whose items have their own parameters. Settings that are an item of choices may also have
+ranges, which are searched only if the item is chosen. A file is checked through `TrainConfig`
+itself, at both ends of every range.
 """
 
 import copy
@@ -59,7 +60,7 @@ OBJECTIVES = members(TrainConfig.model_fields["objective"])
 TAUGHT = {str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher} - {
     "tfkd_self"
 }
-"""Objectives whose teacher has a network of its own."""
+"""Objectives whose teacher has its own network."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,24 @@ class Parameter:
     """One searched setting."""
 
     name: str
-    """Dotted path; below `objective` the objective's name comes next: objective.kd.temperature; below choices the name
-    of the item, or its number: student.mlp.dropout, augment.2.flip."""
+    """Dotted path. The objective's name follows `objective`: objective.kd.temperature. The name or
+    number of an item follows choices: student.mlp.dropout, augment.2.flip."""
     path: Path_
-    """Where it stands in the tree of a configuration with one objective."""
+    """Path in the tree of a configuration with one objective."""
     domain: Domain
     within: Within | None = None
-    """Where it is asked for: (name of a parameter that is a choice, the value it must have). None: always."""
+    """Condition for searching it: (name of a choice parameter, its required value). None:
+    always."""
 
     def is_asked(self, chosen: Mapping[str, Any]) -> bool:
-        """Whether it is there beside these values of parameters that are."""
+        """Return whether it is searched, given the values of the other parameters."""
         if self.within is None:
             return True
         name, item = self.within
         return name in chosen and bool(chosen[name] == item)
 
     def put(self, tree: Tree, value: Any) -> None:
-        """Fill its hole in a tree; settings with ranges of their own have theirs filled after it."""
+        """Put a value into its hole in a tree; holes within settings are filled afterwards."""
         value = copy.deepcopy(value)
         if isinstance(self.domain, Choices) and self.domain.written:
             value = name_alone(value)
@@ -97,10 +99,10 @@ class Branch:
     objective: str
     tree: Tree
     parameters: tuple[Parameter, ...]
-    """Choices come before what is within them."""
+    """Parameters, choices before those within them."""
 
     def asked(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
-        """The parameters that there are with these values; the values may be filled in on the way."""
+        """Yield the parameters that these values activate; the caller may add values on the way."""
         there: Tree = {}
         for p in self.parameters:
             if p.is_asked(there):
@@ -108,14 +110,14 @@ class Branch:
                 there[p.name] = values[p.name]
 
     def config(self, values: Mapping[str, Any]) -> TrainConfig:
-        """The configuration for these values, by parameter name."""
+        """Return the configuration for these values, by parameter name."""
         tree = copy.deepcopy(self.tree)
         for p in self.asked(values):
             p.put(tree, values[p.name])
         return validated(TrainConfig, tree)
 
     def around(self, parameter: Parameter) -> Tree:
-        """Values of a configuration that has this parameter, the first of each."""
+        """Return the first values of a configuration that has this parameter."""
         values = _first(self.parameters)
         within = parameter.within
         while within is not None:
@@ -125,7 +127,7 @@ class Branch:
 
     @property
     def makes_teachers(self) -> list[Parameter]:
-        """The parameters that a trial's teacher depends on; none where it needs no teacher."""
+        """Return the parameters that a trial's teacher depends on; empty if it needs none."""
         if not _needs_teacher(self.tree):
             return []
         parts = {"teacher", "augment", "init"}
@@ -135,19 +137,19 @@ class Branch:
 
     @property
     def example(self) -> TrainConfig:
-        """A configuration of this branch."""
+        """Return a configuration of this branch."""
         return self.config(_first(self.parameters))
 
 
 @dataclass(frozen=True)
 class BranchGroup:
-    """Branches that share one sampler. Of several, the sampler chooses."""
+    """Branches that share one sampler. If there are several, the sampler chooses one per trial."""
 
     name: str
     branches: tuple[Branch, ...]
 
     def propose(self, trial: Suggests) -> tuple[dict[str, Any], TrainConfig]:
-        """(values by parameter name, the configuration they make), asked of the sampler."""
+        """Return (values by parameter name, their configuration), proposed by the sampler."""
         names = [b.objective for b in self.branches]
         chosen = trial.suggest_categorical("objective", names) if len(names) > 1 else names[0]
         branch = self.branches[names.index(chosen)]
@@ -157,7 +159,7 @@ class BranchGroup:
         return values, branch.config(values)
 
     def told(self, branch: Branch, values: Mapping[str, Any]) -> Tree:
-        """The values of one of its branches as the sampler is asked for them."""
+        """Return the values of a branch in the form in which `suggest` asks for them."""
         told: Tree = {}
         if len(self.branches) > 1:
             told["objective"] = branch.objective
@@ -167,12 +169,12 @@ class BranchGroup:
 
     @property
     def conditional(self) -> bool:
-        """Whether its trials differ in which parameters they have."""
+        """Return whether its trials differ in their set of parameters."""
         return len(self.branches) > 1 or any(p.within for p in self.branches[0].parameters)
 
     @property
     def grid(self) -> dict[str, list[Any]] | None:
-        """All values of every parameter, as the sampler sees them; None where they cannot be counted."""
+        """Return all values per parameter, as the sampler sees them; None if they are unlimited."""
         if len(self.branches) > 1:
             return None
         grid = {}
@@ -185,12 +187,12 @@ class BranchGroup:
 
     @property
     def grid_size(self) -> int | None:
-        """Combinations in the grid; counted, not listed."""
+        """Return the number of combinations in the grid, without listing them."""
         return None if len(self.branches) > 1 or self.conditional else self.size
 
     @property
     def size(self) -> int | None:
-        """How many different trials it can propose; None where they cannot be counted."""
+        """Return the number of different trials that it can propose; None if it is not finite."""
         sizes = [_combinations(branch.parameters) for branch in self.branches]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
@@ -202,20 +204,21 @@ class Space:
     branches: tuple[Branch, ...]
     search: SearchConfig
     tree: Tree
-    """The whole file as it is understood: every default in it, ranges where they were. It reads back as this space."""
+    """The whole file with every default filled in and its ranges kept. It reads back as this
+    space."""
     notes: tuple[str, ...] = ()
-    """What was added to what the file says, or is odd about it."""
+    """Notes on defaults that were added and on oddities of the file."""
 
     @property
     def groups(self) -> list[BranchGroup]:
-        """What is sampled apart; trial n belongs to group n mod their number."""
+        """Return the groups with separate samplers; trial n is in group n modulo their number."""
         if self.search.split:
             return [BranchGroup(b.objective, (b,)) for b in self.branches]
         return [BranchGroup("all", self.branches)]
 
     @property
     def parameters(self) -> list[Parameter]:
-        """All searched settings of all objectives, once each."""
+        """Return all searched settings of all objectives, once each."""
         found: dict[str, Parameter] = {}
         for branch in self.branches:
             found |= {p.name: p for p in branch.parameters}
@@ -223,16 +226,16 @@ class Space:
 
     @property
     def epochs(self) -> int:
-        """Full length of a trial."""
+        """Return the full length of a trial."""
         return int(self.tree["epochs"])
 
     @property
     def example(self) -> TrainConfig:
-        """One configuration of the space; all that says where a trial runs is the same in every other."""
+        """Return one configuration; its run settings are those of every other one."""
         return self.branches[0].example
 
     def single(self) -> TrainConfig:
-        """The one configuration of a file without ranges; a ConfigError that says what to fix otherwise."""
+        """Return the only configuration of a file without ranges; else raise a ConfigError."""
         problems = []
         if len(self.branches) > 1:
             names = ", ".join(b.objective for b in self.branches)
@@ -250,7 +253,7 @@ class Space:
         return self.branches[0].config({})
 
     def teacher_runs(self) -> list[TeacherRun]:
-        """Every teacher that a trial of this space may need, once each."""
+        """Return every teacher that a trial of this space may need, once each."""
         runs: dict[str, TeacherRun] = {}
         for branch in self.branches:
             first = _first(branch.parameters)
@@ -262,10 +265,10 @@ class Space:
 
 
 def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
-    """Read, override and check a space file; every problem in it is in one ConfigError.
+    """Read, override and check a space file; raise one ConfigError with all its problems.
 
     Args:
-        path: of the file, or the name of one that ships with the package.
+        path: of the file, or the name of a packaged one.
         overrides: `key.path=value` each, in YAML, as on the command line.
     """
     if not isinstance(path, str | Path):
@@ -292,9 +295,10 @@ def load_space(path: Path | str, overrides: Sequence[str] = ()) -> Space:
 
 
 def build_space(tree: Tree, source: str | Path | None = None) -> Space:
-    """A space from its tree, `{"objective": ["ce", "kd"], "optim": {"lr": {"low": 0.01, "high": 1}}}`.
+    """Return a space from its tree, `{"objective": ["ce", "kd"], "optim": {"lr": 0.1}}`.
 
-    Every problem in it is in one ConfigError, which names `source` as where it stands.
+    A range is a dict, such as `{"low": 0.01, "high": 1}`. All problems are raised in one
+    ConfigError that names `source` as their file.
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"a space is settings (key: value), got {masked(repr(tree))}", source)
@@ -324,7 +328,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
 
 
 def _read_search(given: Any) -> tuple[SearchConfig, list[str]]:
-    """(how a space is searched, the defaults where that is wrong; what is wrong)."""
+    """Return (search settings, or the defaults if they are invalid; the problems)."""
     problems = []
     if given is not None and not isinstance(given, dict):
         problems.append(f"search: needs settings below it (key: value), got {masked(repr(given))}")
@@ -338,7 +342,7 @@ def _read_search(given: Any) -> tuple[SearchConfig, list[str]]:
 def _read_branches(
     tree: Tree, search: SearchConfig, notes: list[str]
 ) -> tuple[list[Branch], list[str]]:
-    """(the branches that are right, what is wrong with the others); takes `objective` out of the tree."""
+    """Return (the valid branches, the problems of the others); take `objective` out of the tree."""
     branches, problems = [], []
     try:
         objectives = _objectives(tree.pop("objective", None), search, notes)
@@ -349,7 +353,7 @@ def _read_branches(
         shared = dict(tree)
         teacher = tree.get("teacher")
         if name_of(objective) == "tfkd_self" and TAUGHT & names and isinstance(teacher, dict):
-            # the network given is that of the others' teacher; a self teacher is the student's
+            # the given network is the other objectives' teacher; a self teacher is the student's
             shared["teacher"] = {k: v for k, v in teacher.items() if k != "model"}
         try:
             branches.append(_build_branch({**shared, "objective": objective}, notes))
@@ -359,7 +363,7 @@ def _read_branches(
 
 
 def _sized(space: Space) -> SearchConfig:
-    """How the space is searched, with the size of its grid for `num_samples` where that is left out."""
+    """Return the search settings with the size of the grid as the default of `num_samples`."""
     search, size = space.search, _grid_size(space)
     if isinstance(search.sampler, Grid) and "num_samples" not in search.model_fields_set and size:
         return search.model_copy(update={"num_samples": size})
@@ -367,20 +371,20 @@ def _sized(space: Space) -> SearchConfig:
 
 
 def _grid_size(space: Space) -> int:
-    """Trials in the grids of all groups that have one."""
+    """Return the number of trials in the grids of all groups that have one."""
     return sum(group.grid_size or 0 for group in space.groups)
 
 
 def _share(space: Space) -> int:
-    """Trials of each group."""
+    """Return the number of trials per group."""
     return space.search.num_samples // len(space.groups)
 
 
-# --- notes: each a sentence on what is odd about a space
+# --- notes: each a sentence on an oddity of a space
 
 
 def _weights_are_unknown(space: Space) -> Iterator[str]:
-    """A teacher's weights may have seen the validation images."""
+    """Yield a note if a teacher's weights may have seen the validation images."""
     weights = {str(run.weights) for run in space.teacher_runs() if run.weights}
     if weights:
         yield (
@@ -390,7 +394,7 @@ def _weights_are_unknown(space: Space) -> Iterator[str]:
 
 
 def _trials_are_the_same(space: Space) -> Iterator[str]:
-    """Trials differ in nothing where nothing is searched."""
+    """Yield a note if nothing is searched, so that all trials are equal."""
     share = _share(space)
     idle = [b.objective for b in space.branches if not b.parameters]
     if share < 2 or not idle or (len(idle) < len(space.branches) and not space.search.split):
@@ -407,7 +411,7 @@ def _trials_are_the_same(space: Space) -> Iterator[str]:
 
 
 def _trials_repeat_others(space: Space) -> Iterator[str]:
-    """Trials repeat others where there are hardly more different ones than trials."""
+    """Yield a note if trials must repeat, because there are hardly more different ones."""
     share = _share(space)
     few = {}
     for group in space.groups:
@@ -426,18 +430,18 @@ def _trials_repeat_others(space: Space) -> Iterator[str]:
 NOTES = (_weights_are_unknown, _trials_are_the_same, _trials_repeat_others)
 
 
-# --- rules of a space's teachers, whose tree is still that of the file
+# --- rules of a space's teachers, on the tree of the file
 
 
 def _teacher_is_needed(space: Space) -> Iterator[str]:
-    """A teacher is searched only where an objective has one."""
+    """Reject a searched teacher without an objective that needs one."""
     if not any(_needs_teacher(branch.tree) for branch in space.branches):
         for name in _ranges(space.tree.get("teacher"), ("teacher",)):
             yield f"{name}: is searched, and no objective here needs a teacher; leave it out"
 
 
 def _teachers_are_few(space: Space) -> Iterator[str]:
-    """All teachers can be trained before the sweep."""
+    """Reject more teachers than can be trained before the sweep."""
     for branch in space.branches:
         teachers = _teachers(branch)
         if teachers > MAX_TEACHERS:
@@ -448,10 +452,10 @@ def _teachers_are_few(space: Space) -> Iterator[str]:
 
 
 def _teachers(branch: Branch) -> int:
-    """Combinations of choices that a trial's teacher may depend on."""
+    """Return the number of combinations of choices that a trial's teacher may depend on."""
     listed = []
     for p in branch.makes_teachers:
-        if isinstance(p.domain, Range):  # teachers are trained with its low end alone
+        if isinstance(p.domain, Range):  # teachers are trained with the low end only
             p = dataclasses.replace(p, domain=Choices((p.domain.probes[0],)))
         listed.append(p)
     return _combinations(listed) or 1
@@ -460,18 +464,18 @@ def _teachers(branch: Branch) -> int:
 TEACHER_RULES = (_teacher_is_needed, _teachers_are_few)
 
 
-# --- rules of how a space is searched: each one sentence, which goes on after `search.`
+# --- rules of search settings: each yields a sentence that continues `search.`
 
 
 def _sampler_is_installed(space: Space) -> Iterator[str]:
-    """A sampler's package is here."""
+    """Reject a sampler whose package is not installed."""
     sampler = space.search.sampler
     if sampler.needs and importlib.util.find_spec(sampler.needs) is None:
         yield f"sampler: {sampler} needs the package {sampler.needs}, which is not here: pip install {sampler.needs}"
 
 
 def _sampler_proposes_choices(space: Space) -> Iterator[str]:
-    """Choices are searched by a sampler that can propose them."""
+    """Reject choices with a sampler that cannot propose them."""
     sampler = space.search.sampler
     for p in space.parameters:
         if isinstance(p.domain, Choices) and not sampler.choices:
@@ -479,19 +483,19 @@ def _sampler_proposes_choices(space: Space) -> Iterator[str]:
 
 
 def _are_joined(space: Space) -> bool:
-    """Whether the sampler chooses the objective."""
+    """Return whether the sampler chooses the objective."""
     return len(space.groups[0].branches) > 1
 
 
 def _sampler_chooses_objectives(space: Space) -> Iterator[str]:
-    """Objectives are chosen by a sampler that can."""
+    """Reject several objectives with a sampler that cannot choose among them."""
     sampler = space.search.sampler
     if _are_joined(space) and not sampler.together:
         yield f"sampler: {sampler} cannot choose among objectives; use tpe or random, or split: true"
 
 
 def _sampler_chooses_items(space: Space) -> Iterator[str]:
-    """Items with ranges of their own are chosen by a sampler that can."""
+    """Reject items with their own ranges for a sampler that cannot choose among them."""
     sampler = space.search.sampler
     nested = sorted({p.within[0] for p in space.parameters if p.within})
     if nested and not sampler.together and not _are_joined(space):
@@ -502,7 +506,7 @@ def _sampler_chooses_items(space: Space) -> Iterator[str]:
 
 
 def _grid_is_run_once(space: Space) -> Iterator[str]:
-    """A grid can be counted, is small enough, and has as many points as there are trials."""
+    """Reject a grid that cannot be listed, is too large, or differs from `num_samples`."""
     if not isinstance(space.search.sampler, Grid) or any(
         group.conditional for group in space.groups
     ):
@@ -518,7 +522,7 @@ def _grid_is_run_once(space: Space) -> Iterator[str]:
 
 
 def _gp_can_list_values(space: Space) -> Iterator[str]:
-    """Optuna's gp lists all values of each parameter."""
+    """Reject parameters with too many values for Optuna's gp, which lists them."""
     for p in space.parameters:
         size = p.domain.size or 0
         if isinstance(space.search.sampler, Gp) and size > MAX_STEPS:
@@ -526,21 +530,21 @@ def _gp_can_list_values(space: Space) -> Iterator[str]:
 
 
 def _sampler_has_several_metrics(space: Space) -> Iterator[str]:
-    """Several metrics are for a sampler that has several."""
+    """Reject several metrics with a sampler that can optimise only one."""
     search = space.search
     if search.more_metrics and not search.sampler.several:
         yield f"sampler: {search.sampler} has one metric only; use tpe or gp for {', '.join(search.metrics)}"
 
 
 def _parameters_differ(space: Space) -> Iterator[str]:
-    """The number of parameters is a metric where students differ."""
+    """Reject the number of parameters as a metric if all students have the same."""
     searched = any(p.path[0] == "student" for p in space.parameters)
     if "parameters" in space.search.more_metrics and not searched:
         yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
 
 
 def _stopping_judges_by_one_metric(space: Space) -> Iterator[str]:
-    """With several metrics no trial is stopped."""
+    """Reject early stopping with several metrics."""
     search, stopping = space.search, space.search.stopping
     if search.more_metrics and not isinstance(stopping, NoStopping):
         yield (
@@ -550,14 +554,14 @@ def _stopping_judges_by_one_metric(space: Space) -> Iterator[str]:
 
 
 def _generations_are_whole(space: Space) -> Iterator[str]:
-    """A sampler that proposes generations has every trial's end."""
+    """Reject early stopping with a sampler that needs full-length trials."""
     sampler = space.search.sampler
     if sampler.full_length_only and not isinstance(space.search.stopping, NoStopping):
         yield f"stopping: a trial that is stopped early is missing from a generation of {sampler}; set stopping: none"
 
 
 def _begins_too_late(space: Space) -> bool:
-    """Whether a halving's `min_epochs` leave it no rung."""
+    """Return whether a halving's `min_epochs` leave no rung."""
     stopping, epochs = space.search.stopping, space.epochs
     if not isinstance(stopping, Halving) or not stopping.min_epochs:
         return False
@@ -565,7 +569,7 @@ def _begins_too_late(space: Space) -> bool:
 
 
 def _halving_stops_trials(space: Space) -> Iterator[str]:
-    """A halving has a rung."""
+    """Reject a halving without rungs."""
     stopping = space.search.stopping
     if isinstance(stopping, Halving) and _begins_too_late(space):
         yield (
@@ -575,7 +579,7 @@ def _halving_stops_trials(space: Space) -> Iterator[str]:
 
 
 def _brackets_have_trials(space: Space) -> Iterator[str]:
-    """Each bracket of a hyperband has trials to compare."""
+    """Reject a hyperband with too few trials per bracket."""
     stopping, epochs, share = space.search.stopping, space.epochs, _share(space)
     if not isinstance(stopping, Hyperband) or _begins_too_late(space):
         return
@@ -587,7 +591,7 @@ def _brackets_have_trials(space: Space) -> Iterator[str]:
 
 
 def _median_has_few_rungs(space: Space) -> Iterator[str]:
-    """A median judges a trial a limited number of times."""
+    """Reject a median that judges a trial too often."""
     stopping = space.search.stopping
     if not isinstance(stopping, Median) or not stopping.min_epochs:
         return
@@ -597,7 +601,7 @@ def _median_has_few_rungs(space: Space) -> Iterator[str]:
 
 
 def _median_begins(space: Space) -> Iterator[str]:
-    """An objective has more trials than those that a median never stops."""
+    """Reject a median that begins only after an objective's last trial."""
     stopping, share = space.search.stopping, _share(space)
     if isinstance(stopping, Median) and share <= stopping.startup:
         yield (
@@ -607,7 +611,7 @@ def _median_begins(space: Space) -> Iterator[str]:
 
 
 def _gpu_hours_end(space: Space) -> Iterator[str]:
-    """A budget of GPU hours is for trials on GPUs."""
+    """Reject a budget of GPU hours for trials without GPUs."""
     if space.search.gpu_hours is not None and not space.example.gpus_per_worker:
         yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
 
@@ -629,51 +633,50 @@ SEARCH_RULES = (
     _median_begins,
     _gpu_hours_end,
 )
-"""In the order in which their problems are told: all of them at once."""
+"""Rules in the order in which their problems are reported, all of them at once."""
 
 
 # --- rules of a whole space
 
 
 def _validation_is_kept(space: Space) -> Iterator[str]:
-    """A sweep has validation images to choose by."""
+    """Reject a sweep without validation images."""
     is_sweep = space.parameters or len(space.branches) > 1
     if is_sweep and not space.example.data.val_fraction:
         yield "data.val_fraction: a sweep chooses on validation, so it must be above 0, got 0"
 
 
 def _objectives_have_trials(space: Space) -> Iterator[str]:
-    """Every objective has a trial."""
+    """Reject fewer trials than objectives."""
     search, objectives = space.search, len(space.branches)
     if search.num_samples < objectives and search.split:
         yield f"search.num_samples: {objectives} objectives share it equally, got {search.num_samples}"
 
 
 def _is_searched_as_it_can_be(space: Space) -> Iterator[str]:
-    """A space and how it is searched go together."""
+    """Reject search settings that do not fit the space."""
     for rule in SEARCH_RULES:
         for problem in rule(space):
             yield f"search.{problem}"
 
 
 SPACE_RULES = (_validation_is_kept, _objectives_have_trials, _is_searched_as_it_can_be)
-"""In the order in which they are looked at; the first that is broken is told."""
+"""Rules in the order in which they are checked; only the first broken one is reported."""
 
 
 def pinned(space: Space) -> Space:
-    """The same space on the data that are here, which it names by their digest; see `Dataset.pinned`."""
+    """Return the same space with the local data's digest recorded; see `Dataset.pinned`."""
     return with_digest(space, space.example.data.pinned().digest)
 
 
 def with_digest(space: Space, digest: str | None) -> Space:
-    """The same space on data of this digest."""
+    """Return the same space on data with this digest."""
     if space.example.data.digest == digest:
         return space
     data = {**space.tree["data"], "digest": digest}
     found = build_space({**space.tree, "data": data})
-    return dataclasses.replace(
-        found, notes=space.notes, search=space.search
-    )  # a tree has no password
+    # a tree has no password
+    return dataclasses.replace(found, notes=space.notes, search=space.search)
 
 
 def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]:
@@ -706,12 +709,12 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
 
 
 def _needs_teacher(tree: Tree) -> bool:
-    """Whether a run of this tree, with one objective, needs a trained network before it."""
+    """Return whether a run of this tree, with one objective, first needs a trained network."""
     return tree.get("init") == "trained" or name_of(tree.get("objective")) in {*TAUGHT, "tfkd_self"}
 
 
 def _ranges(value: Any, path: Path_) -> Iterator[str]:
-    """Dotted paths of the ranges in a part of a space."""
+    """Yield the dotted paths of the ranges in a part of a space."""
     if is_range(value, path):
         yield dotted(path)
     elif isinstance(value, dict):
@@ -720,7 +723,7 @@ def _ranges(value: Any, path: Path_) -> Iterator[str]:
 
 
 class _Ranges:
-    """Takes the ranges out of the tree of one objective, and keeps them as parameters, and what is wrong with them."""
+    """Collects the ranges of one objective's tree as parameters, and their problems."""
 
     def __init__(self, objective: str, notes: list[str]) -> None:
         self.found: list[Parameter] = []
@@ -730,11 +733,11 @@ class _Ranges:
     def taken_from(
         self, value: Any, path: Path_ = (), name: Path_ = (), within: Within | None = None
     ) -> Any:
-        """The tree without its ranges; a faulty one leaves the default, so that the rest can be checked, too.
+        """Return the tree without its ranges; an invalid range leaves the default, to check on.
 
         Args:
-            name: the path as a person writes it.
-            within: the item of choices that this is a part of.
+            name: the path as a user writes it.
+            within: the item of choices that contains this part.
         """
         if not isinstance(value, dict):
             return value
@@ -772,7 +775,7 @@ class _Ranges:
 
 
 def _build_branch(tree: Tree, notes: list[str]) -> Branch:
-    """The space of one objective; every problem in it is in one ConfigError."""
+    """Return the space of one objective; raise one ConfigError with all its problems."""
     tree = {**tree, "objective": name_alone(tree["objective"])}
     if not isinstance(tree["objective"], dict):
         raise ConfigError(f"objective: needs a name or settings, got {tree['objective']!r}")
@@ -780,7 +783,7 @@ def _build_branch(tree: Tree, notes: list[str]) -> Branch:
     ranges = _Ranges(objective, notes)
     template: Tree = ranges.taken_from(tree)
     problems = ranges.problems + list(_names_differ(ranges.found))
-    # by name: the order in which a sampler is asked is part of its answers, and must outlive the file's layout
+    # by name: the sampler's answers depend on the order, which must not depend on the file's layout
     found = sorted(ranges.found, key=lambda p: p.name)
     branch = Branch(objective, template, tuple(found))
     if not _needs_teacher(tree):
@@ -794,7 +797,7 @@ def _build_branch(tree: Tree, notes: list[str]) -> Branch:
 
 
 def _without_teacher(branch: Branch) -> Branch:
-    """The branch with the first value of each of its teacher's settings: they do nothing, so they are not searched."""
+    """Return the branch with the first values of its teacher's settings, which have no effect."""
     idle = tuple(p for p in branch.parameters if p.path[0] == "teacher")
     first = _first(idle)
     for p in dataclasses.replace(branch, parameters=idle).asked(first):
@@ -804,7 +807,7 @@ def _without_teacher(branch: Branch) -> Branch:
 
 
 def _precision(branch: Branch) -> str:
-    """One for the sweep, also where students are searched: that of those that gain, as the others lose little."""
+    """Return one precision for the whole sweep: that of the students which gain by it."""
     first = _first(branch.parameters)
     choices = _every_choice([p for p in branch.parameters if p.path[0] == "student"])
     students = itertools.islice(choices, MAX_CORNERS)
@@ -812,11 +815,11 @@ def _precision(branch: Branch) -> str:
     return "bf16" if "bf16" in precisions else "fp32"
 
 
-# --- rules of a branch: each a sentence for what is wrong with it
+# --- rules of a branch: each yields a sentence on a problem
 
 
 def _names_differ(found: Sequence[Parameter]) -> Iterator[str]:
-    """Each parameter has a name of its own."""
+    """Reject two parameters of the same name."""
     count = Counter(p.name for p in found)
     for name, times in count.items():
         if times > 1:
@@ -830,14 +833,14 @@ ONE_A_SWEEP = {*RUN_ONLY, "recipe", "data", "epochs", "seed", "batch_norm", "pre
 
 
 def _trials_can_be_compared(p: Parameter) -> Iterator[str]:
-    """What makes trials different runs, and not better ones, is fixed."""
+    """Reject a searched setting that makes trials different runs, but not better ones."""
     top = p.path[0]
     if top in ONE_A_SWEEP:
         yield f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared"
 
 
 def _names_are_fixed(p: Parameter) -> Iterator[str]:
-    """Objectives are searched as a list, and other things as a whole."""
+    """Reject a search of a `name` alone: objectives are a list, others are searched whole."""
     if p.path in (("objective",), ("objective", "name")):
         yield f"{p.name}: write a list instead: objective: [ce, lsr, ...]"
     elif p.path[-1] == "name":
@@ -846,7 +849,7 @@ def _names_are_fixed(p: Parameter) -> Iterator[str]:
 
 
 def _teachers_can_be_listed(p: Parameter) -> Iterator[str]:
-    """A teacher has no ranges."""
+    """Reject a range in a teacher, which must have choices."""
     if p.path[0] == "teacher" and isinstance(p.domain, Range):
         yield f"{p.name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
 
@@ -855,14 +858,14 @@ PARAMETER_RULES = (_trials_can_be_compared, _names_are_fixed, _teachers_can_be_l
 
 
 def _parameters_are_searchable(branch: Branch) -> Iterator[str]:
-    """Every parameter may be searched."""
+    """Reject parameters that may not be searched."""
     for p in branch.parameters:
         for rule in PARAMETER_RULES:
             yield from rule(p)
 
 
 def _corners_are_valid(branch: Branch) -> Iterator[str]:
-    """Configurations are valid at both ends of all ranges, and what is searched of their objective does something."""
+    """Reject a branch with an invalid configuration at an end of a range, or an inert setting."""
     for values in _corners(branch.parameters):
         try:
             allowed = branch.config(values).objective.searchable
@@ -878,11 +881,12 @@ def _corners_are_valid(branch: Branch) -> Iterator[str]:
 
 
 BRANCH_RULES = (_parameters_are_searchable, _corners_are_valid)
-"""In the order in which their problems are told: all of them at once, after those of single ranges."""
+"""Rules in the order in which their problems are reported, all at once, after those of single
+ranges."""
 
 
 def public_path(path: Path_, objective: str) -> Path_:
-    """The path as a person writes it: objective.kd.alpha for alpha of the kd in the list."""
+    """Return the path as a user writes it: objective.kd.alpha for alpha of the kd in the list."""
     top, below = path[:1], path[1:]
     if top != ("objective",) or below in ((), ("name",)):
         return path
@@ -896,12 +900,12 @@ def _put(tree: Tree, path: Path_, value: Any) -> None:
 
 
 def _first(parameters: Sequence[Parameter]) -> Tree:
-    """The first value of each parameter, by its name."""
+    """Return the first value of each parameter, by name."""
     return {p.name: p.domain.probes[0] for p in parameters}
 
 
 def _every_choice(parameters: Sequence[Parameter], end: int = 0) -> Iterator[Tree]:
-    """Values for every combination of choices, with all ranges at their low (0) or high (1) end."""
+    """Yield values for every combination of choices, with all ranges at low (0) or high (1)."""
     begun: list[tuple[int, Tree]] = [(0, {})]
     while begun:
         k, chosen = begun.pop()
@@ -916,7 +920,7 @@ def _every_choice(parameters: Sequence[Parameter], end: int = 0) -> Iterator[Tre
 
 
 def _combinations(parameters: Sequence[Parameter], within: Within | None = None) -> int | None:
-    """How many combinations of values there are, within an item of choices; None where a range has no steps."""
+    """Return the number of combinations within an item of choices; None without steps."""
     count = 1
     for p in (p for p in parameters if p.within == within):
         size = p.domain.size
@@ -930,13 +934,16 @@ def _combinations(parameters: Sequence[Parameter], within: Within | None = None)
 
 
 def _corners(parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
-    """Values to check a space with: every combination of choices (of many, the first), at both ends of the ranges."""
+    """Yield values to check a space with: every combination of choices, at both ends of ranges.
+
+    Beyond a maximum number of combinations, only the first ones.
+    """
     for end in (0, 1):
         yield from itertools.islice(_every_choice(parameters, end), MAX_CORNERS)
 
 
 def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
-    """The whole file as it is understood."""
+    """Return the whole file with every default filled in."""
     trees = [_with_ranges(branch) for branch in branches]
     objectives = [tree["objective"] for tree in trees]
     teachers = [tree["teacher"] for tree in trees if _needs_teacher(tree)] or [trees[0]["teacher"]]
@@ -950,7 +957,7 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
 
 
 def _with_ranges(branch: Branch) -> Tree:
-    """The tree of a branch with every default in it, and ranges where they were."""
+    """Return the tree of a branch with every default filled in and its ranges kept."""
     tree = branch.example.model_dump(mode="json")
     for p in branch.parameters:
         if p.within is None:
@@ -959,7 +966,7 @@ def _with_ranges(branch: Branch) -> Tree:
 
 
 def override(tree: Tree, text: str) -> None:
-    """Put one `key.path=value` of the command line into the tree of a configuration or of a space."""
+    """Set one `key.path=value` of the command line in the tree of a configuration or a space."""
     key, equals, value = text.partition("=")
     path = key.split(".")
     if not equals or not all(path):
@@ -976,12 +983,12 @@ def override(tree: Tree, text: str) -> None:
 
 
 def _settings_in(here: Any, path: Sequence[str]) -> Any:
-    """The settings at the end of a path, found in those above them, and made where there are none."""
+    """Return the settings at the end of a path, created if missing."""
     *above, part = path
     at: str | int = part
     if is_range(here, tuple(above)) and isinstance(here.get("choices"), list):
         here = here["choices"]
-        labels = labels_of(here)  # what `check` calls the items
+        labels = labels_of(here)  # the labels that `check` gives the items
         if part not in labels:
             raise ConfigError(
                 f"{dotted(path)}: no such item of {dotted(above)}; {did_you_mean(part, labels)}"
@@ -998,7 +1005,7 @@ def _settings_in(here: Any, path: Sequence[str]) -> Any:
 
 
 def _one_objective(tree: Tree, path: list[str]) -> tuple[Tree, list[str]]:
-    """The settings of the objective that an override names, and what is left of the path."""
+    """Return the settings of the objective that an override names, and the rest of the path."""
     given = tree.get("objective")
     listed = given if isinstance(given, list) else [given]
     settings = [name_alone(o) for o in listed]
