@@ -300,7 +300,7 @@ Level = Annotated[float, Field(ge=0, le=255)]
 Spread = Annotated[float, Field(ge=1, le=255)]  # a fraction of 255 by mistake is refused
 
 
-def wnids_in_order(folder: Path) -> tuple[int, int]:
+def folder_identity(folder: Path) -> tuple[int, int]:
     facts = folder.stat()
     return facts.st_dev, facts.st_ino
 

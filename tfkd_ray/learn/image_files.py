@@ -31,7 +31,7 @@ from tfkd_ray.learn.dataset import (
     Level,
     Split,
     Spread,
-    wnids_in_order,
+    folder_identity,
 )
 
 MOST_LIST = 2**24
@@ -307,14 +307,14 @@ class FolderDataset(FileDataset):
 def _image_files(folder: Path) -> Iterator[str]:
     """Yield image files below a folder, relative to it, in any order; links may not form cycles."""
     above: dict[str, set[tuple[int, int]]] = {
-        str(folder): {wnids_in_order(p) for p in folder.resolve().parents}
+        str(folder): {folder_identity(p) for p in folder.resolve().parents}
     }
     for place, folders, names in os.walk(folder, followlinks=True):
-        passed = above.pop(place) | {wnids_in_order(Path(place))}
+        passed = above.pop(place) | {folder_identity(Path(place))}
         folders[:] = [
             f
             for f in folders
-            if not f.startswith(".") and wnids_in_order(Path(place, f)) not in passed
+            if not f.startswith(".") and folder_identity(Path(place, f)) not in passed
         ]
         above |= {f"{place}/{name}": passed for name in folders}
         below = place[len(str(folder)) + 1 :]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 from tfkd_ray.learn.dataset import MODERN, PAPER_RECIPE, SPLITS, AbsolutePath, FileDataset, Split
 
-MOST_IDX_BYTES = 2**28
+MOST_PICKLE_BYTES = 2**28
 """Limit of bytes of a CIFAR pickle; the largest official one has 155,249,918."""
 
 
@@ -340,7 +340,7 @@ class CifarDataset(FileDataset):
         found = {}
         for name in names:
             with opened(folder / name) as file:
-                found[name] = read_at_most(file, MOST_IDX_BYTES)
+                found[name] = read_at_most(file, MOST_PICKLE_BYTES)
         return found
 
     def _from_archive(self, path: Path, names: tuple[str, ...]) -> dict[str, bytearray]:
@@ -367,7 +367,7 @@ class CifarDataset(FileDataset):
                             f"{member.name} is no file in it, but a link or the like; {self.origin}",
                         )
                     if content := archive.extractfile(member):
-                        found[wanted[member.name]] = read_at_most(content, MOST_IDX_BYTES)
+                        found[wanted[member.name]] = read_at_most(content, MOST_PICKLE_BYTES)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise self._wrong(path, f"cannot be read: {error}; {self.origin}") from None
         missing = [member for member, name in wanted.items() if name not in found]
@@ -379,9 +379,9 @@ class CifarDataset(FileDataset):
         """Return (uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""
         import torch
 
-        if len(raw) >= MOST_IDX_BYTES:
+        if len(raw) >= MOST_PICKLE_BYTES:
             raise self._wrong(
-                path, f"larger than any batch of CIFAR: {MOST_IDX_BYTES} bytes or more"
+                path, f"larger than any batch of CIFAR: {MOST_PICKLE_BYTES} bytes or more"
             )
         try:
             batch = ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
