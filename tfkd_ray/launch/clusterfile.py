@@ -157,8 +157,7 @@ def load_cluster(path: str | Path) -> ClusterFile:
     )
 
 
-# --- shared by all kinds
-# ---------------------------------------------------------------------------------------
+# --- shared by all kinds --------------------------------------------------------------------------
 
 
 def schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:

@@ -197,8 +197,7 @@ def jobs_at(address: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda job: -(job.get("start_time") or 0))
 
 
-# --- equal versions
-# ----------------------------------------------------------------------------------------------
+# --- equal versions -------------------------------------------------------------------------------
 
 SUBMITTED_FROM = "TFKD_SUBMITTED_FROM"
 """Environment variable with the versions of the machine that submitted a job."""

@@ -134,8 +134,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- commands of a verb
-# ----------------------------------------------------------------------------------------
+# --- commands of a verb ---------------------------------------------------------------------------
 
 
 def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:

@@ -621,7 +621,7 @@ class Lock(Listener):
         except (
             OSError,
             NotImplementedError,
-        ) as error:  # as error:  # the second is raised by file systems without locks
+        ) as error:  # the second is raised by file systems without locks
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             why = getattr(error, "strerror", None) or error

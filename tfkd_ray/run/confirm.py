@@ -315,8 +315,7 @@ def openings(storage: Path, data: Dataset) -> list[dict[str, Any]]:
     return [line for line in found if line["test"] == split or line.get("digest") in known]
 
 
-# --- the outcome
-# -----------------------------------------------------------------------------------------------
+# --- the outcome ----------------------------------------------------------------------------------
 
 
 def outcome(directory: Path) -> dict[str, Any]:

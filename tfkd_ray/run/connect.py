@@ -300,8 +300,7 @@ def _found_here() -> str:
     return address
 
 
-# --- token authentication
-# ----------------------------------------------------------------------------------------
+# --- token authentication -------------------------------------------------------------------------
 
 _chosen: set[str] = set()
 """Values of RAY_AUTH_MODE that this module set, as opposed to the user."""
@@ -593,8 +592,7 @@ def starting() -> list[str]:
     return found
 
 
-# --- private parts of Ray, for `tfkd doctor`
-# ---------------------------------------------------------------------
+# --- private parts of Ray, for `tfkd doctor` ------------------------------------------------------
 
 
 def other_clusters(ours: str | None) -> set[str]:

@@ -212,8 +212,7 @@ class _Desk:
                 run_config=RunConfig(
                     name=name,
                     storage_path=storage,
-                    # else Ray would restart a preempted node's workers forever; the trial continues
-                    # elsewhere
+                    # Ray would restart a preempted node's workers; the trial continues elsewhere
                     failure_config=FailureConfig(
                         max_failures=0, max_preemption_failures=0, controller_failure_limit=2
                     ),

@@ -705,7 +705,7 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
 
     Args:
         brackets: the rungs of each halving; a trial's is its user attribute `bracket`, or the
-    first.
+            first.
         factor: one in so many trials continues.
     """
 
