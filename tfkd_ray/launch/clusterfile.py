@@ -5,8 +5,8 @@ a Slurm batch script (`#SBATCH`). Ray's and KubeRay's own schemas are checked fi
 cover what these schemas miss. A rule is a function that yields sentences; `check` runs those of the
 file's kind.
 
-A file also names the storage of experiments: `metadata: {tfkd: {storage: ...}}` for Ray, `metadata:
-{annotations: {tfkd/storage: ...}}` for KubeRay, `TFKD_RESULTS=...` for Slurm.
+A file also names the storage of experiments: `metadata: {tfkd: {storage: ...}}` for Ray,
+`metadata: {annotations: {tfkd/storage: ...}}` for KubeRay, `TFKD_RESULTS=...` for Slurm.
 """
 
 import re

@@ -67,7 +67,7 @@ def tidy_commands(file: ClusterFile) -> list[Command]:
 
 
 def rayclusters_command(file: ClusterFile) -> Command:
-    """Return the command that lists a RayJob's clusters (RAYCLUSTER), after which its pods are named."""
+    """Return the command that lists a RayJob's clusters, RAYCLUSTER in other commands."""
     selector = f"ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name={file.name}"
     return kube(file, "get", "rayclusters", "--output", "name", "--selector", selector)
 

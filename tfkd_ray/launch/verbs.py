@@ -307,7 +307,7 @@ def reached(file: ClusterFile) -> Iterator[str]:
 
 
 def _rayclusters(file: ClusterFile) -> list[str]:
-    """Return the names of a RayJob's clusters, which exist soon after it; none for other files."""
+    """Return the names of a RayJob's clusters, which end soon after it; none for other files."""
     if not is_rayjob(file):
         return []
     said = run(rayclusters_command(file), what="listing its clusters", quiet=True, limit_s=LIST_S)
@@ -815,7 +815,7 @@ def check_places(places: Sequence[Path | str], what: str) -> None:
 
 
 def is_arms(args: argparse.Namespace) -> bool:
-    """Return True if `tfkd confirm` gets an arms file (on a cluster: by absolute path), not a sweep."""
+    """Return True if `tfkd confirm` gets an arms file (in a job: an absolute path), not a sweep."""
     given = Path(args.file)
     there = is_job(args) and given.is_absolute() and not given.is_file()
     return not ("://" in args.file or given.is_dir() or there)

@@ -439,7 +439,7 @@ def _has_diverged(result: dict[str, Any]) -> bool:
 def _verdicts(
     arms: Arms, arrays: dict[str, verdict.JudgedArm], diverged: set[str]
 ) -> Iterator[tuple[str, verdict.Verdict]]:
-    """Return a verdict for each student network with candidates and baselines, or one for a sweep.
+    """Yield a verdict for each student network with candidates and baselines, or one for a sweep.
 
     Nothing is judged if a baseline has fewer than two runs or a diverged run: a candidate would win
     by default.

@@ -358,7 +358,7 @@ def _join_with_token_or_without(address: str) -> None:
 
 
 def _check_speaks_alike(address: str) -> None:
-    """Raise if the user's connection sends a token to a cluster without: no process could answer."""
+    """Raise if the user's connection sends a token to a cluster without: it could not answer."""
     from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 
     tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")

@@ -239,7 +239,7 @@ class _Desk:
         self._results.put((number, kind, value))
 
     def started(self, start: str) -> None:
-        """Register the workers' start; a second one means that Ray replaced them, so end the group."""
+        """Register the workers' start; after a second one, by Ray, the running trial is lost."""
         self._starts.add(start)
         if len(self._starts) > 1:
             self._trouble = (

@@ -147,7 +147,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: Any, **spec: Any
     ) -> bool:
-        """Refuse a metric or a direction other than the space's; Tuners with `param_space` call it."""
+        """Refuse another metric or direction than the space's; Tuners with `param_space` call it."""
         self.check_metric(metric, mode)
         return False  # the space is fixed, and Tune refuses another
 
@@ -250,7 +250,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def _is_whole(self, live: _Live, result: dict[str, Any]) -> bool:
-        """Return True if an ended trial has full length: all epochs, or a stop by itself or the user."""
+        """Return True if an ended trial has full length, by its epochs, by itself or by the user."""
         if not {"epoch", "training_iteration", "done"} & set(result):
             return True  # from a `Repeater`: the mean of trials that have ended
         told = live.told is not None and live.told == result.get(
@@ -323,7 +323,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._studies = None
 
     def retry_failed(self) -> int:
-        """Queue the failed trials again with the same numbers, parameters and values; return how many."""
+        """Queue the failed trials again, with numbers, parameters and values; return their number."""
         studies = self._open()
         latest = {
             t.user_attrs["number"]: (study, t)
@@ -376,7 +376,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         pruned: bool = False,
         intermediate_values: Sequence[float] | None = None,
     ) -> None:
-        """Add a point that was evaluated elsewhere to the study, once, not as a trial of this search.
+        """Add a point that was evaluated elsewhere to the study, once; it is no trial of this search.
 
         Args:
             parameters: all searched parameters by name, with `objective` if there are several; or a

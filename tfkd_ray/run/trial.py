@@ -51,7 +51,7 @@ def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
 
 
 class StudentTrial(tune.Trainable):  # type: ignore[misc]
-    """A Tune trainable for proposals of `OptunaSearcher`: a step is an epoch, `done` after the last.
+    """A Tune trainable for proposals of `OptunaSearcher`: one step is one epoch, then `done`.
 
     If the trial itself fails, its result has `failed` (the reason), and the actor is reused. Only a
     lost process and a disk that cannot be written to are errors for Tune, which restarts the trial
