@@ -201,7 +201,7 @@ def replay(
     at_once: int = 1,
     ended: list[Record] | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Return (epochs spent, value) of a sweep's full-length trials, to `most` epochs or the goal.
+    """Yield (epochs spent, value) of a sweep's full-length trials, to `most` epochs or the goal.
 
     Args:
         ended: receives all trials that end.
