@@ -11,7 +11,7 @@ from tfkd_ray.learn.models import Mlp
 
 
 def network(shape: tuple[int, int, int], num_classes: int, file: str, after: int = 0) -> nn.Module:
-    """Return a small network that fails after some steps if `file` has this node's id or `everywhere`."""
+    """Return a small network that fails after some steps if `file` has its node or `everywhere`."""
     network, steps = Mlp(hidden=(16,)).build(shape, num_classes), [0]
 
     def fail(module: nn.Module, inputs: Any) -> None:

@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fail if pytest-xdist ignores groups, as 3.8 does with pytest 9.2: each process starts a Ray."""
+    """Fail if pytest-xdist ignores groups (3.8 with pytest 9.2): each process starts a Ray."""
     if getattr(session.config.option, "loadgroup", False):
         apart = [
             item.nodeid

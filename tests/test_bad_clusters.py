@@ -169,7 +169,7 @@ PROVIDERS = {
         "az login",
     ),
 }
-"""By provider: stand-ins of what it needs, with its package; the one that is asked for credentials, and how one logs in."""
+"""By provider: fakes of its packages; the one that checks credentials; the login command."""
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ def ray_start(
 
 @pytest.fixture
 def started(place: Path) -> Path:
-    """Yield a head and two workers on loopback."""
+    """Start a head and two workers on loopback."""
     (place / "token").write_text(secrets.token_hex(32))
     (place / "token").chmod(0o600)
     (place / "wrong").write_text("0" * 64)

@@ -1,7 +1,7 @@
-"""A real cluster of two nodes from clusters/onprem.yaml: sshd on loopback, `up`, a sweep as a job, `down`.
+"""A real cluster of two nodes from clusters/onprem.yaml: sshd, `up`, a sweep as a job, `down`.
 
-It stands beside other Ray clusters of this machine: its own ports, its own addresses, its own home and temporary
-directory. `ray stop`, which would end every Ray process here, is kept from its nodes by a `ray` of the test's own.
+It runs beside other Ray clusters of this machine, with its own ports, addresses, home and temporary
+directory. Its nodes use the test's own `ray`, since `ray stop` would end every Ray process here.
 """
 
 import os
@@ -37,7 +37,7 @@ class Cluster:
 
 
 def shared(place: Path) -> Path:
-    """Yield a directory that both nodes see, outside of /tmp, which `check` takes as node-local."""
+    """Return a directory that both nodes see, not below /tmp, which `check` takes as node-local."""
     return Path("/srv") / place.name
 
 

@@ -499,7 +499,7 @@ def test_the_lists_of_nodes_are_asked_of_whoever_rents_them_out(
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Yield a PATH with fake programs only, which write their calls to `called`."""
+    """Return a PATH with fake programs only, which write their calls to `called`."""
     folder = tmp_path / "tools"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -1058,7 +1058,7 @@ def test_where_a_sweep_runs_is_checked_before_anything_is_sent(
 def verbs(
     parser: argparse.ArgumentParser, *before: str
 ) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Return every verb of a parser, including sub-verbs."""
+    """Yield every verb of a parser, including sub-verbs."""
     subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     for action in subs:
         for name, sub in action.choices.items():

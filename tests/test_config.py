@@ -247,7 +247,7 @@ STORED: list[tuple[dict[str, Any], str]] = [
         "4404deca7cd63fec",
     ),
 ]
-"""Configurations, and the names that runs, teachers and soft labels of releases so far have by them."""
+"""Configurations, with the names of their runs, teachers and soft labels in all releases."""
 
 
 @pytest.mark.parametrize("tree, name", STORED, ids=range(20))

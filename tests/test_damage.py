@@ -53,7 +53,7 @@ RELEASE = Path(__file__).parent / "data" / "experiment-0.1.0"
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Yield a real sweep of digits with its teacher, and a judged comparison beside it."""
+    """Return a real sweep of digits with its teacher, and a judged comparison beside it."""
     storage = tmp_path_factory.mktemp("damage") / "storage"
     shutil.copytree(RELEASE, storage, symlinks=True)
     make_comparison(storage / "arms")

@@ -106,7 +106,7 @@ def run_of(folder: Path, tree: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Yield a sweep `sweep`, a comparison `arms` that judged one of its trials, and a run `run`."""
+    """Return a sweep `sweep`, a comparison `arms` that judged one of its trials, a run `run`."""
     place = tmp_path_factory.mktemp("storage")
     tree = build_space({**SMALL, "objective": ["lsr", "tfkd_self"]}).tree
     write_experiment(place / "sweep", tree, ["/somewhere/bin/tfkd", "tune", "mine.yaml"])

@@ -225,7 +225,7 @@ WHOLE = (
 
 
 def refused(path: Path, error: ConfigError) -> None:
-    """Return True if the error names the file, and each sentence its field or line."""
+    """Assert that the error names the file, and each sentence its field or line."""
     assert str(path) in str(error) or path.name in str(error), str(error)
     for problem in error.problems:
         assert re.match(rf"{FIELD}: \S|line \d+(, column \d+)?: \S|{WHOLE}", problem), problem[

@@ -87,7 +87,7 @@ def is_of_files(action: argparse.Action) -> bool:
 
 
 def commands(verb: str, storage: Path, out: Path) -> Iterator[list[str]]:
-    """Return the verb with each value of its required arguments, and with its file options."""
+    """Yield the verb with each value of its required arguments, and with its file options."""
     known, parser = values(storage, out), VERBS[verb]
     options, needed = list[str](), list[list[str]]()
     for action in parser._actions:
@@ -122,7 +122,7 @@ def test_every_verb_and_every_argument_is_in_the_table(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Yield a real sweep of digits with its teacher, and a judged comparison beside it."""
+    """Return a real sweep of digits with its teacher, and a judged comparison beside it."""
     storage = tmp_path_factory.mktemp("poisoned") / "storage"
     shutil.copytree(RELEASE, storage, symlinks=True)
     make_comparison(storage / "arms")
@@ -131,7 +131,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def storage(whole: Path, tmp_path: Path) -> Path:
-    """Yield a copy that a test may change."""
+    """Return a copy that a test may change."""
     return Path(shutil.copytree(whole, tmp_path / "storage", symlinks=True))
 
 
@@ -315,7 +315,7 @@ EVIL = "\x1b[31m\x1b]0;pwned\x07\x9b2J\u202egpj\u2066\u200e\rX"
 
 
 def poisoned_texts(tree: Any) -> Any:
-    """Yield a copy with escape sequences in all texts, except those that decide how it is read."""
+    """Return a copy with escape sequences in all texts, except those that decide how it is read."""
     if isinstance(tree, dict):
         return {key: value if key in KEPT else poisoned_texts(value) for key, value in tree.items()}
     if isinstance(tree, list):

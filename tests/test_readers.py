@@ -108,7 +108,7 @@ def line(epoch: int, accuracy: float) -> str:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Yield a finished sweep with a user's name: 48 trials of 18 epochs, 1 of them failed."""
+    """Return a finished sweep with a user's name: 48 trials of 18 epochs, 1 of them failed."""
     experiment = tmp_path_factory.mktemp("storage") / "größe 2 試"
     make_sweep(experiment, 48)
     return experiment
@@ -116,7 +116,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Yield a sweep of 4 trials that a test may change."""
+    """Return a sweep of 4 trials that a test may change."""
     make_sweep(tmp_path / "small", 4)
     return tmp_path / "small"
 

@@ -1,4 +1,4 @@
-"""Experiments on object storage, on loopback servers: moto for S3, restarted, and a fake of Google."""
+"""Experiments on object storage: loopback servers of moto for S3, and a fake of Google."""
 
 import argparse
 import contextlib

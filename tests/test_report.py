@@ -28,7 +28,7 @@ EVIL = "</script><script>document.title='pwned'</script><img src=http://example.
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Yield a finished sweep of 160 trials in which the learning rate matters most."""
+    """Return a finished sweep of 160 trials in which the learning rate matters most."""
     experiment = tmp_path_factory.mktemp("storage") / "größe <2>"
     make_sweep(experiment, 160)
     return experiment
@@ -247,7 +247,7 @@ def test_every_kind_of_sweep_has_a_report(tmp_path: Path, changes: dict[str, Any
 
 
 def plain(experiment: Path, changes: dict[str, Any]) -> None:
-    """Return a sweep of lsr and ce without a searched setting."""
+    """Write a sweep of lsr and ce without a searched setting."""
     from tfkd_ray.space.space import build_space
     from tfkd_ray.store.experiment import write_experiment
 

@@ -1,4 +1,4 @@
-"""Metrics against slow definitions and scikit-learn's, their table, and the one rule for which trial is best."""
+"""Metrics against slow definitions and scikit-learn's, their table, and the rule of the best."""
 
 import io
 import json

@@ -238,7 +238,7 @@ def torch_bytes(value: object) -> bytes:
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> tuple[Path, Path]:
-    """Yield (a storage with bombs in all pickles of the libraries, a bomb's file)."""
+    """Return (a storage with bombs in all pickles of the libraries, a bomb's file)."""
     storage, boom = tmp_path / "storage", tmp_path / "boom"
     shutil.copytree(RELEASE, storage, symlinks=True)
     make_comparison(storage / "arms")
@@ -554,7 +554,7 @@ def kind_of(process: psutil.Process) -> str:
 
 
 def listening(root: psutil.Process) -> set[tuple[str, str, int]]:
-    """Yield (kind of process, address, port) of a driver's and its children's open sockets."""
+    """Return (kind of process, address, port) of a driver's and its children's open sockets."""
     found = set()
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):

@@ -333,7 +333,7 @@ LARGE = (3, 224, 224)
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Yield torch's cache in an empty folder, without network."""
+    """Return torch's cache in an empty folder, without network."""
 
     def no_network(*args: Any, **kwargs: Any) -> None:
         raise urllib.error.URLError("no network here")
