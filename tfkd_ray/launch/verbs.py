@@ -595,7 +595,7 @@ def _nodes_up(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
         try:
             found += run(command, what="listing its nodes", quiet=True, limit_s=LIST_S).splitlines()
         except StepFailed as error:
-            if not (command[0] == "pgrep" and error.code == 1):  # has found none
+            if not (command[0] == "pgrep" and error.code == 1):  # it found none
                 raise
     return [line for line in found if line.strip()]
 

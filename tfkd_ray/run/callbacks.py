@@ -74,7 +74,7 @@ class Recorder(Listener):
         self._make_again(trial)
         metrics = read_metrics(folder)
         self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
-        self._make(trial)  # drop a half-written line that a crash left
+        self._make(trial)  # without a half-written line that a crash left
         self._begun.add(trial.trial_id)
         for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
             (folder / left).unlink(missing_ok=True)
@@ -319,7 +319,7 @@ class Losses(Listener):
                 ray.kill(actor)
 
     def _check_gpu(self, trial: Any) -> None:
-        """Exclude the trial's node if its GPU fails too often; raise if no node is left."""
+        """Exclude the trial's node if its GPU fails too often; end the sweep if no node is left."""
         broken, began = found_broken(trial), self._began.pop(trial.trial_id, None)
         if broken is None:
             self._why.pop(trial.trial_id, None)
@@ -523,7 +523,7 @@ class SoftLabels(Listener):
 
 
 class Uploads(Listener):
-    """Uploads a sweep's files to object storage every `remote.UPLOAD_S`, and when trials or it end.
+    """Uploads a sweep's files every `remote.UPLOAD_S`, and when a trial or the sweep ends.
 
     If the store does not answer, this is reported once and retried; the sweep continues.
     """

@@ -332,7 +332,7 @@ def _mode_given() -> str | None:
 def _join_with_token_or_without(address: str) -> None:
     """Set the token mode that the head at HOST:PORT wants; raise ConfigError if impossible."""
     given = _mode_given()
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # cannot be asked without TLS
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # never ask without TLS
         _set_token_mode("token" if token() is not None else None)
     elif _lets_in(address):
         if given == "token":
@@ -375,7 +375,7 @@ def _open_head(address: str) -> str:
 
 
 def _lets_in(address: str, key: str | None = None) -> bool:
-    """Return True if the head at HOST:PORT accepts this token, or none; raise Unreachable."""
+    """Return True if the head at HOST:PORT accepts `key` (None: no token); raise if it is no head."""
     import grpc  # type: ignore[import-untyped]
 
     metadata = None if key is None else [("authorization", f"Bearer {key}")]
@@ -676,7 +676,10 @@ def caller_argument(function: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Delay Ctrl-C, and SIGTERM if handled alike, until Ray has started or an import has ended."""
+    """Delay Ctrl-C, and SIGTERM if handled alike, to the end of a block.
+
+    A half-started Ray would crash and leave processes, and an import may swallow the signal.
+    """
     pressed: list[int] = []
     numbers = [
         number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))
