@@ -1,4 +1,4 @@
-"""Batched augmentation (crop, flip, rotation) of 128 images of 32x32 on one core, beside torchvision's per-image one.
+"""Time batched augmentation of 128 images of 32x32 on one core, beside torchvision's per-image one.
 
 python benchmarks/augment.py
 """
@@ -16,7 +16,7 @@ PAPER = Augment(crop_padding=4, flip=True, rotation_degrees=15)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 30) -> list[float]:
-    """Times of `repeats` runs, after 3 that are not counted."""
+    """Return the times of `repeats` runs, after 3 warm-up runs."""
     times = []
     for _ in range(repeats + 3):
         start = time.perf_counter()

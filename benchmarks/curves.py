@@ -1,10 +1,11 @@
-"""Tables of real learning curves: many short runs of our own loop, in a few kilobytes, for replaying searches.
+"""Tables of real learning curves: many short runs of this loop, packed for replaying searches.
 
     python benchmarks/curves.py digits [--trials 1600]       (again: goes on where it was stopped)
 
-Runs number 0 to N - 1 of a space, quasi-random and equally many of each objective, one after the other in this process;
-every eighth with three seeds, for the noise. While it runs, each is a line of `DIR/curves-NAME.jsonl`; at the end they
-are packed into benchmarks/curves-NAME.npz, which `load` reads and benchmarks/search.py replays.
+The runs 0 to N - 1 of a space are quasi-random, with equally many of each objective, one after
+another in this process; every eighth is repeated with three seeds, to measure the noise. Each run
+adds a line to `DIR/curves-NAME.jsonl`; finally all are packed into benchmarks/curves-NAME.npz,
+which `load` reads and benchmarks/search.py replays.
 """
 
 import argparse
@@ -68,11 +69,11 @@ SPACES: dict[str, dict[str, Any]] = {
     "digits": {**SHARED, "data": {"name": "digits", "val_fraction": 0.4}},
     "fashion": {**SHARED, "data": {"name": "fashion_mnist", "subset": 2000, "val_fraction": 0.5}},
 }
-"""Defaults are chosen on the first; what is quoted comes from the second."""
+"""Defaults are chosen on the first; published figures come from the second."""
 
 
 def space_of(name: str, **search: Any) -> Space:
-    """The space of a table, searched as said."""
+    """Return the space of a table with these search settings."""
     return build_space({**SPACES[name], "search": search})
 
 
@@ -92,11 +93,11 @@ class Table:
 
 
 def make(name: str, trials: int, work: Path) -> Path:
-    """Run what is missing, then pack all; returns the table's file."""
+    """Run what is missing, pack all runs, and return the table's file."""
     lines = work / f"curves-{name}.jsonl"
     work.mkdir(parents=True, exist_ok=True)
     have = _read(lines)
-    lines.write_text("".join(json.dumps(row) + "\n" for row in have))  # without a line that was cut
+    lines.write_text("".join(json.dumps(row) + "\n" for row in have))  # drop a truncated last line
     done = {(row["number"], row["seed"]) for row in have}
     space = space_of(name, num_samples=trials, sampler="qmc", stopping="none", warm_start=False)
     with tempfile.TemporaryDirectory() as folder, lines.open("a") as file:
@@ -137,7 +138,7 @@ def _read(lines: Path) -> list[dict[str, Any]]:
 
 
 def pack(name: str, lines: Path) -> Path:
-    """The runs of a file of lines as a table."""
+    """Pack the runs of a file of lines into a table."""
     rows = sorted(_read(lines), key=lambda row: (row["number"], row["seed"]))
     epochs = SPACES[name]["epochs"]
     curves = np.full((len(rows), epochs), np.nan, np.float32)
@@ -161,7 +162,7 @@ def pack(name: str, lines: Path) -> Path:
 
 
 def load(name: str) -> Table:
-    """The table of this name."""
+    """Load the table of this name."""
     with np.load(HERE / f"curves-{name}.npz") as file:
         about = json.loads(str(file["about"]))
         names = about["parameters"]

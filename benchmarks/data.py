@@ -1,6 +1,6 @@
-"""Reading data and peak memory, each in a process of its own: python benchmarks/data.py [REPEATS]
+"""Time data readers and measure peak memory: python benchmarks/data.py [REPEATS]
 
-The files are synthetic, in the official formats, at the official numbers of images. Figures: benchmarks/RESULTS.md.
+The files are synthetic, in the official formats and numbers. Figures: benchmarks/RESULTS.md.
 """
 
 import io
@@ -28,7 +28,7 @@ from tfkd_ray.learn.official import Cifar100
 
 
 def write_cifar100(root: Path) -> None:
-    """The archive: 50,000 train images and 10,000 of test."""
+    """Write the archive: 50,000 train images and 10,000 test images."""
     rng = np.random.default_rng(0)
     with tarfile.open(root / Cifar100.archive, "w:gz", compresslevel=1) as tar:
         for name, count in (("train", 50_000), ("test", 10_000)):
@@ -42,7 +42,7 @@ def write_cifar100(root: Path) -> None:
 
 
 def write_jpegs(root: Path, count: int = 400) -> None:
-    """Smooth pictures of 500x400, in two classes."""
+    """Write smooth pictures of 500x400 in two classes."""
     for i in range(count):
         small = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         for split in ("train", "val")[: 2 if i < 4 else 1]:
@@ -54,7 +54,7 @@ def write_jpegs(root: Path, count: int = 400) -> None:
 
 
 def load(root: str) -> float:
-    """Seconds to read CIFAR-100 and its statistics."""
+    """Return the seconds to read CIFAR-100 and its statistics."""
     start = time.perf_counter()
     data = Cifar100(root=Path(root), check_md5=False)
     data.load()
@@ -63,7 +63,7 @@ def load(root: str) -> float:
 
 
 def decode(root: str, readers: int) -> float:
-    """Random crops of 224 a second."""
+    """Return the random crops of 224 decoded in a second."""
     data = ImageFolder(root=Path(root), num_classes=2, readers=readers, val_fraction=0.0)
     images, _ = data.load()
     crops = torch.rand(len(images), 4, generator=torch.Generator().manual_seed(0))
@@ -74,9 +74,11 @@ def decode(root: str, readers: int) -> float:
 
 
 def memory(root: str, batch_size: int) -> float:
-    """GiB at the peak of an epoch of 10 steps of MobileNetV2 and validation, on one thread; all 50,000 images read."""
+    """Return the peak GiB of 10 steps of MobileNetV2 and validation, with all images in memory."""
     data = Cifar100(root=Path(root), check_md5=False, subset=round(12.5 * batch_size))
-    whole = data.model_copy(update={"subset": None}).load()  # stays: a sweep holds the whole set
+    whole = data.model_copy(
+        update={"subset": None}
+    ).load()  # kept alive: a sweep holds the whole set
     config = TrainConfig(
         objective=CrossEntropy(),
         data=data,
@@ -90,7 +92,7 @@ def memory(root: str, batch_size: int) -> float:
 
 
 def measured(what: str, repeats: int, *args: str, cache: Path) -> list[float]:
-    """The values of so many new processes."""
+    """Return the values of so many new processes."""
     command = [sys.executable, __file__, "--one", what, *args]
     env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     runs = (

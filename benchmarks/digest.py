@@ -1,7 +1,7 @@
-"""What the digest of data costs, as CPU time beside a first load and a later one: python benchmarks/digest.py [REPEATS]
+"""Measure the CPU time of data digests: python benchmarks/digest.py [REPEATS]
 
-Each load is in a process of its own. The files are synthetic, in the official formats and numbers. Figures:
-benchmarks/RESULTS.md.
+Each load runs in its own process. The files are synthetic, in the official formats and numbers.
+Figures: benchmarks/RESULTS.md.
 """
 
 import gzip
@@ -26,13 +26,13 @@ FILES = 20_000
 
 
 def images(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """A function of one's own: 50,000 images of 3x32x32, from a generator."""
+    """Generate 50,000 images of 3x32x32, as a user's function does."""
     pixels = np.random.default_rng(0).integers(0, 256, (50_000, 3, 32, 32), dtype=np.uint8)
     return pixels, np.arange(50_000) % 10
 
 
 def write_files(root: Path) -> None:
-    """Empty files in 100 classes: of images that stay in their files none is read."""
+    """Write empty files in 100 classes: images that stay in files are not read."""
     for split, count in (("train", FILES), ("val", 100)):
         for k in range(100):
             (root / split / f"{k:03}").mkdir(parents=True)
@@ -41,7 +41,7 @@ def write_files(root: Path) -> None:
 
 
 def write_mnist(root: Path, *, gz: bool) -> None:
-    """Train images that are black in 7 of 10 pixels, about as MNIST's are."""
+    """Write train images that are black in 7 of 10 pixels, about as MNIST's are."""
     rng = np.random.default_rng(0)
     root.mkdir()
     for split, count in (("train", 60_000), ("t10k", 10_000)):
@@ -58,7 +58,7 @@ def write_mnist(root: Path, *, gz: bool) -> None:
 
 
 def data_at(kind: str, root: Path) -> Dataset:
-    """A data set that was written."""
+    """Return a data set of the written files."""
     if kind == "cifar":
         return Cifar100(root=root, check_md5=False)
     if kind == "own":
@@ -67,7 +67,7 @@ def data_at(kind: str, root: Path) -> Dataset:
 
 
 def one(kind: str, root: Path) -> None:
-    """Print the CPU seconds of a load, and then of its digest."""
+    """Print the CPU seconds of a load, then of its digest."""
     data = data_at(kind, root)
     start = time.process_time()
     data.load()
@@ -92,9 +92,7 @@ def main(repeats: int) -> None:
         write_cifar100(roots["cifar"])
         write_files(roots["folder"])
         runs: dict[tuple[str, str], list[list[float]]] = {}
-        for k in range(
-            repeats
-        ):  # in turns, so that what else runs on the machine meets all of them
+        for k in range(repeats):  # in turns, so that load on the machine affects all alike
             for kind, root in roots.items():
                 for when in ("first", "later"):
                     found = measured(kind, root, Path(folder) / f"cache-{kind}{k}")

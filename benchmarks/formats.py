@@ -1,11 +1,12 @@
-"""Which memory format and precision make a network's step fast: forward, backward and optimizer on one batch.
+"""Time memory formats and precisions: forward, backward and optimizer of networks on one batch.
 
     python benchmarks/formats.py [--students resnet18,mobilenet_v2] [--rounds 5] [--batch 64] [--compile]
 
-One thread, images of 32x32, 100 classes; the ways take turns. Told is how long each takes against the first, contiguous
-float32 (median over the rounds, and their range), and what `tfkd` chooses on this machine. With `--compile`: what it
-chooses, without torch.compile and with, how long the first compiled step took (torch keeps what it compiled: give
-TORCHINDUCTOR_CACHE_DIR an empty folder, and run it twice), and after how many steps that is won back.
+One thread, images of 32x32, 100 classes; the variants take turns. Printed are the time of each
+relative to contiguous float32 (median and range over the rounds) and the variant that `tfkd`
+chooses here. With `--compile`: that variant with and without torch.compile, the time of the first
+compiled step (torch caches it: set TORCHINDUCTOR_CACHE_DIR to an empty folder, and run twice), and
+the number of steps until that time is regained.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def steps(
     *,
     compiled: bool = False,
 ) -> Iterator[float]:
-    """Seconds of a step, each time it is asked."""
+    """Yield the seconds of a step on each request."""
     student = config.student.build((3, 32, 32), K).to(memory_format=layout).train()
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
@@ -62,7 +63,7 @@ def name(layout: torch.memory_format, bf16: bool) -> str:
 
 
 def print_table(students: list[TrainConfig], batch: int, rounds: int) -> None:
-    """The four ways of each student."""
+    """Print the four variants of each student."""
     print(
         "| student | "
         + " | ".join(name(*way) for way in WAYS)
@@ -83,7 +84,7 @@ def print_table(students: list[TrainConfig], batch: int, rounds: int) -> None:
 
 
 def print_compiled(students: list[TrainConfig], batch: int, rounds: int) -> None:
-    """Each student as it is chosen, and that compiled."""
+    """Print each student's chosen variant, with and without torch.compile."""
     print("| student | chosen | compiled | first step | won back after |\n" + "|---" * 5 + "|")
     for config in students:
         ways = [
@@ -99,7 +100,7 @@ def print_compiled(students: list[TrainConfig], batch: int, rounds: int) -> None
 
 
 def turns(ways: list[Iterator[float]], rounds: int) -> tuple[list[float], list[list[float]]]:
-    """Seconds of the first step of each way, and of those of the rounds after it."""
+    """Return the seconds of each variant's first step, and of its steps in the later rounds."""
     found = [[next(way) for way in ways] for _ in range(rounds + 1)]
     return found[0], [list(column) for column in zip(*found[1:], strict=True)]
 

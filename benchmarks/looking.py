@@ -1,7 +1,8 @@
-"""What looking at 1,000 trials of 100 epochs takes: `python benchmarks/looking.py [TRIALS [EPOCHS]]`.
+"""Time the views of 1,000 trials of 100 epochs: `python benchmarks/looking.py [TRIALS [EPOCHS]]`.
 
-Makes a sweep up (no training, no Ray), writes it as a sweep does, TensorBoard events included, and looks at it: status,
-report, the live view, TensorBoard in headless Chromium until HParams has drawn its table. Prints one line a figure.
+Generates the files of a sweep, TensorBoard events included, without training or Ray, and views it:
+status, report, live view, and TensorBoard in headless Chromium until HParams has drawn its table.
+Prints one figure per line.
 """
 
 import shutil
@@ -28,14 +29,14 @@ from tfkd_ray.store.experiment import read_records
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print how long a block takes."""
+    """Print the time of a block."""
     start = time.perf_counter()
     yield
     print(f"{what}: {time.perf_counter() - start:.2f} s", flush=True)
 
 
 def write_events(experiment: Path, space: object) -> None:
-    """The events of every trial, through the callback that a sweep has; prints its cost."""
+    """Write the events of every trial with the sweep's callback, and print the time."""
     callback = TensorBoard(experiment / "tb", space)  # type: ignore[arg-type]
     callback.setup()
     reports, whole = [], []
@@ -66,7 +67,7 @@ def write_events(experiment: Path, space: object) -> None:
 
 
 def look_at_hparams(experiment: Path, trials: int) -> None:
-    """TensorBoard in a browser, until it has drawn its table, and until it has drawn one of failed trials only."""
+    """Time TensorBoard in a browser until it shows its table, then one of failed trials."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -105,7 +106,7 @@ def look_at_hparams(experiment: Path, trials: int) -> None:
 
 
 def main(trials: int = 1000, epochs: int = 100) -> None:
-    """Make the sweep and look at it in every way."""
+    """Generate the sweep and time every view."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = Path(folder) / "large"
         space = make_sweep(

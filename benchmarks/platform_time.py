@@ -1,10 +1,11 @@
-"""Platform time per trial: what a trial costs beside its training, one trial at a time; and what a report costs.
+"""Platform time of a trial and of a report: what they cost in addition to training.
 
     python benchmarks/platform_time.py [--workers 1|2] [--trials 30] [--epochs 5] [--repeats 3]
 
-(wall time between the ends of consecutive trials - seconds inside the loop), steady state: the first 5 trials, in which
-processes start and torch is imported, are left out. Printed are medians of each repeat, and their spread. A report is
-(time between the results of consecutive epochs of a trial - seconds inside the loop), without checkpoints.
+A trial's platform time is the wall time between the ends of consecutive trials, minus the seconds
+in the loop. The first 5 trials, which start processes and import torch, are left out. A report's is
+the time between the results of consecutive epochs, minus the seconds in the loop, without
+checkpoints. Printed are the medians of each repeat, and their spread.
 """
 
 import argparse
@@ -27,7 +28,7 @@ LEFT_OUT = 5
 
 
 class Ends(tune.Callback):  # type: ignore[misc]
-    """Notes when each trial ends, and what passes between an epoch's result and the next, beside the epoch."""
+    """Records when each trial ends, and the time between epochs' results minus the epoch."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -47,7 +48,7 @@ class Ends(tune.Callback):  # type: ignore[misc]
 
 
 def measure(workers: int, trials: int, epochs: int) -> tuple[list[float], list[float]]:
-    """Seconds of platform time of each steady-state trial, and of each of their reports."""
+    """Return the platform seconds of each steady-state trial, and of each report."""
     ends = Ends()
     space = {
         "student": {"name": "mlp", "hidden": [32]},

@@ -1,14 +1,14 @@
-"""Driver time per trial for 100 to 10,000 trials that do nothing, and memory.
+"""Driver time per trial, and memory, for 100 to 10,000 trials without training.
 
     python benchmarks/scale.py direct [--sampler random|tpe] [--trials 10000]      our part, called as Tune calls it
     python benchmarks/scale.py ray [--trials 1000] [--at-once 4] [--sampler random]    a whole sweep, through Ray
     python benchmarks/scale.py plain [--trials 1000] [--at-once 4]                     Ray Tune alone, for comparison
 
-`direct` drives searcher, stopping rule and callbacks (records, TensorBoard, budget) without Ray: proposal, start, one
-result, end. Told is the processor time of the driver for each of the last tenth of the trials up to then (CPU, so that
-other jobs on the machine count little), and the most memory that the driver has held. One objective, stopping none,
-one epoch. With one trial at a time Ray's controller looks through all trials whenever none is alive; with several, it
-need not.
+`direct` drives searcher, stopping rule and callbacks (records, TensorBoard, budget) without Ray:
+proposal, start, one result, end. Printed are the driver's CPU time per trial over the last tenth of
+the trials (CPU time, so that other jobs on the machine matter little) and its peak memory. One
+objective, no early stopping, one epoch. With one trial at a time, Ray's controller searches all
+trials whenever none is alive; with several, it need not.
 """
 
 import argparse
@@ -46,7 +46,7 @@ RESULT = {
 
 
 AT_ONCE = 1
-"""Trials at a time, by --at-once."""
+"""Number of concurrent trials, set by --at-once."""
 
 
 def space_of(trials: int, sampler: str) -> Space:
@@ -63,7 +63,7 @@ def space_of(trials: int, sampler: str) -> Space:
 
 
 class Clock(tune.Callback):  # type: ignore[misc]
-    """Processor time of the driver at the end of every trial."""
+    """Records the driver's processor time at the end of every trial."""
 
     def __init__(self) -> None:
         self.cpu, self.wall = [time.process_time()], [time.perf_counter()]
@@ -77,7 +77,7 @@ class Clock(tune.Callback):  # type: ignore[misc]
 
 
 def direct(trials: int, sampler: str, folder: Path) -> Clock:
-    """Our own part of a sweep, in Tune's order."""
+    """Run this package's part of a sweep, in Tune's order."""
     space = space_of(trials, sampler)
     experiment = folder / "e"
     write_experiment(experiment, space.tree, [])
@@ -118,7 +118,7 @@ def direct(trials: int, sampler: str, folder: Path) -> Clock:
 
 
 class Nothing(tune.Trainable):  # type: ignore[misc]
-    """A trial of one epoch that trains nothing."""
+    """A trial of one epoch without training."""
 
     def setup(self, config: dict[str, Any]) -> None:
         pass
@@ -134,7 +134,7 @@ class Nothing(tune.Trainable):  # type: ignore[misc]
 
 
 def through_ray(trials: int, sampler: str, folder: Path) -> Clock:
-    """`build_tuner`, with trials that do nothing."""
+    """Run `build_tuner` with trials that do nothing."""
     clock = Clock()
     ours.StudentTrial = Nothing  # type: ignore[misc, assignment]
     ours.build_tuner(space_of(trials, sampler), name="e", storage=folder, callbacks=[clock]).fit()
@@ -142,7 +142,7 @@ def through_ray(trials: int, sampler: str, folder: Path) -> Clock:
 
 
 def plain(trials: int, sampler: str, folder: Path) -> Clock:
-    """Ray Tune alone: its own random search, no callbacks but the clock."""
+    """Run Ray Tune alone: its own random search, no callbacks but the clock."""
     clock = Clock()
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tune.Tuner(
@@ -157,7 +157,7 @@ def plain(trials: int, sampler: str, folder: Path) -> Clock:
 
 
 def rows(clock: Clock, trials: int) -> Iterator[str]:
-    """Milliseconds a trial up to 100, 1,000 and 10,000 trials: of the last tenth of them."""
+    """Yield milliseconds a trial over the last tenth of 100, 1,000 and 10,000 trials."""
     for upto in sorted({n for n in (100, 300, 1000, 3000, 10_000, trials) if 100 <= n <= trials}):
         first = upto - max(50, upto // 10)
         cpu, wall = (1000 * (t[upto] - t[first]) / (upto - first) for t in (clock.cpu, clock.wall))

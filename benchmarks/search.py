@@ -1,17 +1,17 @@
-"""Samplers and stopping rules, replayed over the tables of benchmarks/curves.py: epochs to match a random search.
+"""Samplers and stopping rules, replayed over learning curves: epochs to match random search.
 
     python benchmarks/search.py fashion [--repeats 20] [--pairs tpe:halving,random:none] [--figure FILE.svg]
     python benchmarks/search.py fashion --surrogate          how well the table answers for what was not measured
     python benchmarks/search.py digits --warnings            how often a sweep warns of its early stopping
 
-A replay is a sweep by our own searcher and stopping rule, without Ray, in which an epoch is looked up instead of
-trained. In repeat r the goal is the best value that a random search of 64 full-length trials finds (seed 1000 + r);
-told is how many epochs another search (seed r) spends until a full-length trial of its own is as good. It has no other
-end than twice the epochs of that random search.
+A replay is a sweep by this package's searcher and stopping rule, without Ray, which looks epochs up
+instead of training. In repeat r, the goal is the best value of a random search with 64 full-length
+trials (seed 1000 + r); the result is the number of epochs that another search (seed r) spends until
+one of its full-length trials is as good, at most twice the epochs of that random search.
 
-What was not measured is answered with a measured run (seed 0, same objective), by predictive mean matching: of the 5
-runs that a forest takes to be most alike, by its out-of-fold curves, the one with the nearest settings. So every answer
-is a real curve, with its noise.
+A configuration that was not measured gets a measured run (seed 0, same objective) by predictive
+mean matching: a forest's out-of-fold curves select the 5 most similar runs, of which the one with
+the nearest settings is used. So every curve is real, with its noise.
 """
 
 import argparse
@@ -49,30 +49,30 @@ TREES, FOLDS, DONORS = 60, 5, 5
 
 
 class Surrogate:
-    """Answers for one objective from measured runs; see the top of this file."""
+    """Predicts curves for one objective from measured runs; see the top of this file."""
 
     def __init__(self, x: np.ndarray, curves: np.ndarray) -> None:
         self._x, self._curves = x, curves
-        y = np.nan_to_num(curves, nan=0.1)  # a run that diverged guesses
+        y = np.nan_to_num(curves, nan=0.1)  # a diverged run guesses
         self.forest = ExtraTreesRegressor(TREES, min_samples_leaf=2, random_state=0).fit(x, y)
         self._guess = np.empty_like(y)
         for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(x):
             self._guess[held] = clone(self.forest).fit(x[fit], y[fit]).predict(x[held])
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
-        """The curve of a configuration."""
+        """Return the curve of a configuration."""
         alike = ((self._guess - self.forest.predict(at[None])) ** 2).sum(axis=1).argsort()[:DONORS]
         curve: np.ndarray = self._curves[alike[((self._x[alike] - at) ** 2).sum(axis=1).argmin()]]
         return curve
 
     def drawn(self, rng: np.random.Generator) -> np.ndarray:
-        """The curve of any run."""
+        """Return the curve of a random run."""
         curve: np.ndarray = np.nan_to_num(self._curves[rng.integers(len(self._curves))], nan=0.1)
         return curve
 
 
 class World:
-    """Learning curves of every configuration of a table's space."""
+    """Learning curves for every configuration of a table's space."""
 
     def __init__(self, table: Table) -> None:
         self.epochs = table.space.epochs
@@ -80,19 +80,19 @@ class World:
         self._of = {name: Surrogate(x, curves) for name, x, curves in runs(table)}
 
     def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
-        """Validation accuracy after every epoch; NaN from where it diverges."""
+        """Return validation accuracies after every epoch; NaN from where training diverges."""
         return self._of[objective](np.array(places(self._parameters[objective], parameters)))
 
 
 class Unsafe(World):
-    """The same, where values before the last mislead."""
+    """Learning curves with misleading values before the last epoch."""
 
     def __init__(self, table: Table, how: str) -> None:
         super().__init__(table)
         self._how = how
 
     def curve(self, objective: str, parameters: dict[str, Any]) -> np.ndarray:
-        """Validation accuracy after every epoch."""
+        """Return validation accuracies after every epoch."""
         end = super().curve(objective, parameters)
         if self._how == "of other runs":
             early = self._of[objective].drawn(
@@ -100,14 +100,14 @@ class Unsafe(World):
             )
         elif self._how == "reversed":
             early = 1 - end
-        else:  # "late bloomers": what is best at the end begins 20 points behind, by its first setting of its own
+        else:  # "late bloomers": the best at the end start 20 points behind
             own = [p for p in self._parameters[objective] if p.name.startswith("objective.")][:1]
             early = end - 0.2 * sum(places(own, parameters))
         return np.concatenate([early[:-1], end[-1:]])
 
 
 def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of each objective its runs of seed 0: (name, places, curves)."""
+    """Yield each objective's runs of seed 0: (name, places, curves)."""
     for branch in table.space.branches:
         mine = [
             i
@@ -119,7 +119,7 @@ def runs(table: Table) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def places(parameters: Sequence[Parameter], values: dict[str, Any]) -> list[float]:
-    """Where values lie in their ranges, each on its own scale: 0 to 1."""
+    """Return the positions of values in their ranges, on each range's scale, from 0 to 1."""
 
     def place(p: Parameter) -> float:
         seen = [
@@ -134,7 +134,7 @@ def places(parameters: Sequence[Parameter], values: dict[str, Any]) -> list[floa
 
 
 def surrogate(table: Table) -> Iterator[str]:
-    """How far answers for held-out runs are off, and those of the nearest run and the forest; what a seed changes."""
+    """Yield errors for held-out runs: of predictions, the nearest run, the forest, and seeds."""
     epochs = [*Halving().rungs(table.space.epochs), table.space.epochs]
 
     def row(name: str, guess: np.ndarray, truth: np.ndarray) -> str:
@@ -201,10 +201,10 @@ def replay(
     at_once: int = 1,
     ended: list[Record] | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """A sweep: (epochs spent so far, value) of each full-length trial, until `most` are spent or the goal is met.
+    """Yield (epochs spent, value) of a sweep's full-length trials, to `most` epochs or the goal.
 
     Args:
-        ended: gets all trials that end.
+        ended: receives all trials that end.
     """
     searcher = OptunaSearcher(space, Path("in memory"))
     stopping = StudyStopping(searcher)
@@ -265,7 +265,7 @@ def replay(
 
 
 def search_of(table: Table, pair: str, seed: int, **more: Any) -> Space:
-    """The table's space, searched by a sampler and a stopping rule, with the defaults of `search` otherwise."""
+    """Return the table's space with a sampler, a stopping rule and otherwise default settings."""
     sampler, stopping, *rest = pair.split(":")
     for word in rest:
         key, _, value = word.partition("=")
@@ -286,7 +286,7 @@ def search_of(table: Table, pair: str, seed: int, **more: Any) -> Space:
 
 
 def goal_of(table: Table, world: World, repeat: int) -> float:
-    """The best of a random search of 64 full-length trials."""
+    """Return the best value of a random search of 64 full-length trials."""
     space = search_of(table, "random:none", 1000 + repeat, num_samples=TRIALS, warm_start=False)
     return max(value for _, value in replay(space, world, most=TRIALS * world.epochs))
 
@@ -294,7 +294,7 @@ def goal_of(table: Table, world: World, repeat: int) -> float:
 def spent_until(
     table: Table, world: World, pair: str, repeat: int, goal: float, at_once: int = 1
 ) -> float:
-    """Epochs that a search spends until it is as good, in those of the random search; infinite if never."""
+    """Return the epochs until a search is as good, relative to random search; infinite if never."""
     whole = TRIALS * world.epochs
     for spent, value in replay(
         search_of(table, pair, repeat), world, most=2 * whole, goal=goal, at_once=at_once
@@ -305,7 +305,7 @@ def spent_until(
 
 
 def warnings(table: Table, repeats: int, trials: int) -> Iterator[str]:
-    """Of sweeps with the defaults: how many objectives are warned of, where early stopping was safe and where not."""
+    """Yield the number of objectives that sweeps warn of, by safe or unsafe early stopping."""
     yield f"| {repeats} sweeps of {trials} trials | objectives with 8 full-length trials | warned of | share |"
     yield "|---|---|---|---|"
     misleading = {
@@ -325,13 +325,13 @@ def warnings(table: Table, repeats: int, trials: int) -> Iterator[str]:
 
 
 def _in_memory() -> None:
-    """Studies live in this process alone: nothing is written, so that a replay takes a second."""
+    """Keep studies in this process: nothing is written, so a replay takes a second."""
     tfkd_ray.run.studies.open_journal = lambda path: optuna.storages.InMemoryStorage()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def quartile(values: list[float], k: int) -> str:
-    """The k-th quartile of values of which some are infinite."""
+    """Return the k-th quartile of values, some of which are infinite."""
     found = (
         sorted(values)[max(0, math.ceil(len(values) * k / 4) - 1)]
         if k != 2
@@ -394,7 +394,7 @@ def main() -> None:
 
 
 def draw(found: dict[str, list[float]], path: Path, title: str) -> None:
-    """How many repeats were matched by then."""
+    """Draw how many repeats were matched by each number of epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure((7.5, 4.5), layout="constrained")

@@ -1,13 +1,14 @@
-"""How full a sweep keeps 20 to 1,000 claimed GPUs, and what that costs its driver.
+"""Utilisation of 20 to 1,000 claimed GPUs by a sweep, and its driver's cost.
 
     python benchmarks/slots.py [--slots 1000] [--epoch-s 20] [--epochs 2] [--rounds 2]
 
-One node claims so many CPUs and GPUs, and a sweep of one-GPU trials runs on it: search, stopping, records, TensorBoard,
-Tune's controller and a real placement group a trial. Only the trials' processes are stand-ins, since a thousand do not
-fit on one machine: four real actors answer for all of them, by real messages, an epoch being a sleep. So what is
-measured is the driver, Ray's scheduling and their waiting; what a process takes to start is not in it.
+One node claims these CPUs and GPUs, and a sweep of one-GPU trials runs on it: search, stopping,
+records, TensorBoard, Tune's controller and a real placement group for each trial. Only the trials'
+processes are replaced, since a thousand do not fit on one machine: four real actors answer for all
+of them, with real messages, and an epoch is a sleep. So the benchmark measures the driver and Ray's
+scheduling, without the start of processes.
 
-Utilisation: of the slot-seconds of a window, those in which a stand-in was in an epoch.
+Utilisation is the share of a window's slot-seconds in which a stand-in trains an epoch.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Host:
         self.done: dict[int, int] = {}
 
     async def call(self, key: int, method: str) -> Any:
-        """What the method of a trial's process would have returned."""
+        """Return what the method of a trial's process would return."""
         if method == "reset":
             self.done[key] = 0
             return True
@@ -55,7 +56,7 @@ class Host:
 
 
 class StandIn:
-    """In place of the handle of a trial's process."""
+    """Replaces the handle of a trial's process."""
 
     def __init__(self, key: int, host: Any) -> None:
         self._key, self._host = key, host
@@ -65,7 +66,7 @@ class StandIn:
 
 
 class Method:
-    """In place of a method of such a handle, or of the class that makes one."""
+    """Replaces a method of such a handle, or of the class that creates one."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
@@ -75,7 +76,7 @@ class Method:
 
 
 class Clock(tune.Callback):  # type: ignore[misc]
-    """When epochs end, and the driver's processor time and memory at the end of each window."""
+    """Records when epochs end, and the driver's CPU time and memory after each window."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
@@ -108,7 +109,7 @@ class Clock(tune.Callback):  # type: ignore[misc]
 
 
 def memory_mb() -> float:
-    """Resident memory of this process now."""
+    """Return the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -133,9 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="trials for each slot")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    none = {
-        "prestart_worker_first_driver": False
-    }  # or Ray starts a process for each CPU that is claimed
+    none = {"prestart_worker_first_driver": False}  # else Ray starts a process for each claimed CPU
     ray.init(address="local", num_cpus=args.slots, num_gpus=args.slots, include_dashboard=False, log_to_driver=False,
              logging_level="ERROR", object_store_memory=150 * 2**20, _system_config=none)  # fmt: skip
     hosts = itertools.cycle([Host.remote(args.epoch_s, args.epochs) for _ in range(HOSTS)])

@@ -1,10 +1,11 @@
-"""Does anything grow? Sweeps of tiny trials one after the other, with random faults, from one driver on one Ray.
+"""Search for leaks: sweeps of tiny trials with random faults, from one driver on one Ray.
 
     python benchmarks/soak.py [--minutes 30] [--seed N]
 
-After each sweep, when its processes are gone: memory, open files, processes and shared memory of the driver and of what
-Ray runs here. It fails if the median of the last third of the samples is above that of the first third by more than
-ALLOWED; the first sweep of each kind is warm-up. Every sweep must come to its end with its exact number of trials.
+After each sweep, when its processes have ended, this samples memory, open files, processes and
+shared memory of the driver and of Ray. It fails if the median of the last third of the samples
+exceeds that of the first third by more than ALLOWED; the first sweep of each kind is warm-up. Every
+sweep must end with its exact number of trials.
 """
 
 import argparse
@@ -45,7 +46,7 @@ ALLOWED = {
     "shared memory (MB)": (0.0, 2),
     "files in /dev/shm": (0.0, 1),
 }
-"""What the last third of the samples may have more than the first: the larger of a share and an amount."""
+"""Allowed growth from the first to the last third of samples: the larger of share and amount."""
 
 
 OURS = (
@@ -55,11 +56,11 @@ OURS = (
     "ray::RayTrainWorker",
     "ray::TrainController",
 )
-"""How the processes of trials and groups are called."""
+"""Titles of the processes of trials and groups."""
 
 
 class Kill(tune.Callback):  # type: ignore[misc]
-    """Kills the process of a trial, at a random moment after it has told a random epoch."""
+    """Kills the process of a trial at a random moment after a random epoch."""
 
     def __init__(self, dice: random.Random, times: int) -> None:
         self.dice, self.times = dice, times
@@ -106,7 +107,7 @@ def undisturbed(storage: Path, dice: random.Random) -> None:
 
 
 def soft_labels(storage: Path, dice: random.Random) -> None:
-    """A teacher, the bank, and a killed trial."""
+    """Run a sweep with a teacher, the bank, and a killed trial."""
     teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 1}
     kd = space(objective={"name": "kd", "alpha": 0.5}, teacher=teacher, search={"split": False})
     build_tuner(kd, name="e", storage=storage, callbacks=[Kill(dice, 1)]).fit()
@@ -124,7 +125,7 @@ def failing_trials(storage: Path, dice: random.Random) -> None:
 
 
 def budget(storage: Path, dice: random.Random) -> None:
-    """A sweep that a budget ends, and that goes on."""
+    """Run a sweep that a budget stops, and resume it."""
     build_tuner(space(search={"cpu_hours": 1e-9}), name="e", storage=storage).fit()
     resume_tuner(storage / "e", cpu_hours=9).fit()
 
@@ -153,7 +154,7 @@ def killed_driver(storage: Path, dice: random.Random) -> None:
 
 
 def two_workers(storage: Path, dice: random.Random) -> None:
-    """Trials of two workers, one of whose processes is killed."""
+    """Run trials of two workers, and kill one worker process."""
     both = space(workers=2, optim={"lr": {"low": 0.01, "high": 0.5, "log": True}, "batch_size": 64})
     build_tuner(both, name="e", storage=storage, callbacks=[Kill(dice, 1)]).fit()
 
@@ -164,16 +165,16 @@ FAULTS: list[Callable[[Path, random.Random], None]] = [
 
 
 def what(process: psutil.Process) -> str:
-    """A process's program, without its arguments."""
+    """Return a process's program, without its arguments."""
     command = process.cmdline()
     scripts = [Path(part).name for part in command[1:] if part.endswith(".py")]
     return scripts[0] if scripts else Path(command[0].split(" ")[0]).name if command else "?"
 
 
 def sample(before: set[str], files: Counter[str]) -> dict[str, float]:
-    """What the driver and Ray's processes hold now; workers that idle are Ray's cache, and left out.
+    """Measure the driver and Ray's processes now, without idle workers, which are Ray's cache.
 
-    `files` is given the open files of each program.
+    `files` receives the open files of each program.
     """
     driver = psutil.Process()
     found: Counter[str] = Counter()
@@ -199,7 +200,7 @@ def sample(before: set[str], files: Counter[str]) -> dict[str, float]:
 
 
 def titles() -> list[str]:
-    """The command lines of Ray's processes."""
+    """Return the command lines of Ray's processes."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -208,7 +209,7 @@ def titles() -> list[str]:
 
 
 def quiet(cpus: int) -> None:
-    """Wait until trials and groups are gone; end if they stay."""
+    """Wait until trials and groups have ended; exit if they stay."""
     until = time.monotonic() + 60
     left: list[str] = []
     while ray.available_resources().get("CPU") != cpus or (
@@ -220,7 +221,7 @@ def quiet(cpus: int) -> None:
 
 
 def judge(samples: list[dict[str, float]]) -> bool:
-    """Print the table; whether nothing has grown."""
+    """Print the table; return True if nothing has grown."""
     third = len(samples) // 3
     good = True
     print(f"\n{'':<24} {'first third':>12} {'last third':>12} {'most':>8}")
@@ -253,11 +254,9 @@ def main() -> int:
         address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
         logging_level="ERROR", object_store_memory=150 * 2**20,
     )  # fmt: skip
-    for noisy in ("ray", "ray.tune", "ray.train"):  # it tells of every fault
+    for noisy in ("ray", "ray.tune", "ray.train"):  # it logs every fault
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    os.environ["RAY_ADDRESS"] = (
-        ray.get_runtime_context().gcs_address
-    )  # for the drivers that are killed
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for the killed drivers
     start = time.monotonic()
     pending: list[Callable[[Path, random.Random], None]] = []
     while (passed := time.monotonic() - start) < 60 * args.minutes:
@@ -276,7 +275,7 @@ def main() -> int:
         opened.append(Counter())
         found = sample(before, opened[-1])
         print(f"{passed:6.0f} s  {fault.__name__:<15} {list(found.values())}", flush=True)
-        if ran.total() > len(FAULTS):  # what Ray keeps of the first of each kind is no growth
+        if ran.total() > len(FAULTS):  # Ray's state after the first of each is no growth
             samples.append(found)
     print(
         f"\n{ran.total()} sweeps of {TRIALS} trials: {', '.join(f'{n} {name}' for name, n in ran.most_common())}"

@@ -1,11 +1,12 @@
-"""What a training step costs, against other loops on the same nets, batches and images: one thread, interleaved.
+"""Time a training step beside other loops with the same networks and images, on one thread.
 
     python benchmarks/step.py [--student resnet18] [--teacher resnet50] [--batch 64] [--rounds 7] [--steps 6]
                               [--profile] [--gpu]
 
-Every loop trains the same student with batches of images of 32x32 in 100 classes (synthetic files in CIFAR-100's
-format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps` steps of each loop, one loop after the
-other; printed are medians over the rounds (the first left out) of images a second and of the ratio to ours.
+Every loop trains the same student with batches of images of 32x32 in 100 classes (synthetic files
+in CIFAR-100's format), cropped, flipped and rotated, by SGD with momentum. A round is `--steps`
+steps of each loop, one loop after another; printed are medians over all rounds but the first:
+images a second, and the ratio to this package's loop.
 
     ours        this package's loop, as trials run it: `precision: auto`; the teacher's logits from a filled bank
     ours fp32   the same in float32, where that is another
@@ -15,7 +16,8 @@ other; printed are medians over the rounds (the first left out) of images a seco
     torchdistill  its TrainingBox and DistillationBox (pip install '.[bench]' has both)
     bare        forward, backward and optimizer of the same net on one batch that stays: what cannot be saved
 
-With `--profile` instead: by torch's profiler, the operations that our step spends more time in than bare does.
+`--profile` instead prints, by torch's profiler, the operations in which our step takes longer than
+bare.
 """
 
 import argparse
@@ -46,12 +48,12 @@ from tfkd_ray.learn.soft_labels import Bank
 from tfkd_ray.settings.schema import validated
 
 BATCH = 64
-"""Images of a step, by --batch."""
+"""Images of a step, set by --batch."""
 K, T, ALPHA = 100, 4.0, 0.9
 ON_GPU = False
-"""Set by --gpu: all loops on the first CUDA device."""
+"""True with --gpu: all loops run on the first CUDA device."""
 Round = Iterator[float]
-"""Gives the seconds an image of `steps` steps each time it is asked."""
+"""Yields the seconds an image of `steps` steps on each request."""
 
 
 def device() -> torch.device:
@@ -59,14 +61,14 @@ def device() -> torch.device:
 
 
 def now() -> float:
-    """Seconds, once the device has done what it was given."""
+    """Return seconds after the device has finished its work."""
     if ON_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
-    """As torchvision's data sets: a PIL image of each array, and its label."""
+    """A PIL image of each array, and its label, as torchvision's data sets return them."""
 
     def __init__(self, data: Cifar100, transform: Any) -> None:
         images = data.load()[0]
@@ -83,7 +85,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 
 def transforms(data: Cifar100) -> Any:
-    """Those of the Tf-KD authors' code."""
+    """Return the transforms of the Tf-KD authors' code."""
     from torchvision import transforms as tv  # type: ignore[import-untyped]
 
     mean, std = ([value / 255 for value in values] for values in (data.mean, data.std))
@@ -97,7 +99,7 @@ def transforms(data: Cifar100) -> Any:
 
 
 class Case:
-    """One student, and one teacher or none."""
+    """One student, with one teacher or none."""
 
     def __init__(self, data: Cifar100, student: str, teacher: str | None, steps: int) -> None:
         self.data, self.steps = (
@@ -136,7 +138,7 @@ class Case:
 
 
 def ours(case: Case, rounds: int, folder: Path, **changes: Any) -> Round:
-    """An epoch of the loop is a round; the bank is filled first, as the trial before has done in a sweep."""
+    """Yield a round of this package's loop, an epoch; the bank is filled first, as in a sweep."""
     config = case.config(**changes)
     bank = Bank(lambda: case.teacher() or nn.Identity(), {"changes": str(changes)}, folder)
     if config.banked:
@@ -154,7 +156,7 @@ def endless(loader: Any) -> Iterator[Any]:
 
 
 def usual(case: Case, processes: int = 0) -> Round:
-    """The loop of most scripts."""
+    """Yield rounds of the loop of most scripts."""
     student, teacher = case.student().train(), case.teacher()
     pictures = Pictures(case.data, transforms(case.data))
     keep = {"num_workers": processes, "persistent_workers": processes > 0}
@@ -184,7 +186,7 @@ def usual(case: Case, processes: int = 0) -> Round:
 
 
 def timms(case: Case) -> Round:
-    """timm's loader, and its task for a teacher."""
+    """Yield rounds of timm's loader, with its task if there is a teacher."""
     import timm.data
     import timm.optim
     from timm.task import LogitDistillationTask
@@ -198,7 +200,7 @@ def timms(case: Case) -> Round:
         (3, 32, 32), BATCH, is_training=True, color_jitter=0.0, train_crop_mode="rkrc", mean=mean, std=std,
         num_workers=0, persistent_workers=False, use_prefetcher=False, device=device(),
     )  # fmt: skip
-    loader.dataset.transform = transforms(case.data)  # the same images as the others
+    loader.dataset.transform = transforms(case.data)  # the same images as the other loops
     batches = endless(loader)
     optimizer = timm.optim.create_optimizer_v2(
         student, "momentum", lr=0.05, weight_decay=5e-4, momentum=0.9
@@ -207,7 +209,7 @@ def timms(case: Case) -> Round:
     if teacher is not None:
         for network in (student, teacher):
             about = {"pretrained_cfg": {"mean": mean, "std": std}, "num_classes": K, "in_chans": 3}
-            network.__dict__.update(about)  # of timm's own networks
+            network.__dict__.update(about)  # an attribute of timm's own networks
         task = LogitDistillationTask(
             student,
             teacher,
@@ -233,7 +235,7 @@ def timms(case: Case) -> Round:
 
 
 def torchdistills(case: Case) -> Round:
-    """torchdistill's boxes, as its examples drive them."""
+    """Yield rounds of torchdistill's boxes, used as in its examples."""
     from torchdistill.core.distillation import get_distillation_box  # type: ignore[import-not-found]
     from torchdistill.core.training import get_training_box  # type: ignore[import-not-found]
 
@@ -286,7 +288,7 @@ def torchdistills(case: Case) -> Round:
 
 
 def bare(case: Case, precision: str) -> Round:
-    """The arithmetic alone."""
+    """Yield rounds of the arithmetic alone."""
     network = case.config().student
     student = case.student().to(memory_format=network.memory_format).train()
     optimizer = torch.optim.SGD(
@@ -309,7 +311,7 @@ def bare(case: Case, precision: str) -> Round:
 
 
 def measure(loops: dict[str, Round], rounds: int) -> dict[str, list[float]]:
-    """Seconds an image of each round but the first."""
+    """Return the seconds an image of each round but the first."""
     found: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(rounds):
         for name, loop in loops.items():
@@ -320,7 +322,7 @@ def measure(loops: dict[str, Round], rounds: int) -> dict[str, list[float]]:
 
 
 def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict[str, Round]:
-    """All loops that can run here, by name."""
+    """Return all loops that can run here, by name."""
     precision = case.config().precision
     makers: dict[str, Callable[[], Round]] = {
         "ours": lambda: ours(case, rounds, folder),
@@ -351,25 +353,25 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
 
 
 def operations(loop: Round) -> tuple[Counter[str], float]:
-    """Milliseconds of a round in each of torch's operations, and in all, under the profiler."""
+    """Return the milliseconds of a round by torch operation, and in total, under the profiler."""
     next(loop)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         start = now()
         next(loop)
-        seconds = now() - start  # without what the profiler does at its end
+        seconds = now() - start  # without the profiler's own work at its end
     return Counter(
         {e.key: e.self_cpu_time_total / 1000 for e in profile.key_averages()}
     ), 1000 * seconds
 
 
 def print_profile(case: Case, folder: Path) -> None:
-    """Where ours spends more than bare."""
+    """Print the operations in which this package's loop takes longer than bare."""
     (mine, whole), (least, all_of_it) = (
         operations(loop) for loop in (ours(case, 4, folder), bare(case, case.config().precision))
     )
     share = len(case.data.load()[0]) / (
         case.steps * BATCH
-    )  # ours takes all images, bare whole batches
+    )  # ours takes all images, bare only whole batches
     least, all_of_it = (
         Counter({name: spent * share for name, spent in least.items()}),
         all_of_it * share,

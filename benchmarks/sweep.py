@@ -1,4 +1,4 @@
-"""What a whole sweep costs against the recipes at hand: the same trials, one at a time, in turns.
+"""Time whole sweeps beside the usual recipes: the same trials, one at a time, in turns.
 
     python benchmarks/sweep.py [--trials 24] [--epochs 6] [--repeats 2] [--ways ours,optuna,plain,nested]
 
@@ -8,13 +8,14 @@
     plain    Tune with OptunaSearch and ASHA, the usual loop in a function trainable
     nested   the recipe of Ray's documentation: as plain, and in each trial a TorchTrainer that runs the loop
 
-The trials are those of random search over kd and tfkd_reg (alpha and temperature each), fixed by the seed before
-anything runs. All train the same network on the same 2,000 images of Fashion-MNIST, cropped and flipped, with one
-thread, and judge it on the same validation images; the teacher has been trained before. The usual loop has a
-DataLoader, PIL images, the teacher under no_grad in every step, and loss.item(); its schedule is ours, its seed the
-number of the trial. ASHA's first rung is the last epoch, so that all train the same number of epochs; our bank is
-emptied before each sweep. Printed are wall and processor seconds (of the whole machine: run nothing beside) of the
-sweep, Ray being up, and where they go.
+Random search over kd and tfkd_reg (alpha and temperature each) determines the trials by the seed
+before any run. All train the same network on the same 2,000 images of Fashion-MNIST, cropped and
+flipped, with one thread, and the same validation images; the teacher is trained before. The usual
+loop has a DataLoader, PIL images, the teacher under no_grad in every step, and loss.item(); its
+schedule is this package's, its seed the trial's number. ASHA's first rung is the last epoch, so
+that all trials train the same number of epochs; the bank is emptied before each sweep. Printed are
+the sweep's wall and CPU seconds (of the whole machine: run nothing else) after Ray's start, and
+their parts.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def space(trials: int, epochs: int) -> dict[str, Any]:
 def usual_loop(
     config: dict[str, Any], report: Callable[[dict[str, Any]], Any] = tune.report
 ) -> None:
-    """A training loop as most scripts have it; runs in a trial, in a worker of a TorchTrainer, or in this process."""
+    """Train as most scripts do, in a trial, a worker of a TorchTrainer, or this process."""
     import torch.nn.functional as F
     from PIL import Image
     from torchvision import transforms as tv
@@ -169,7 +170,7 @@ def usual_loop(
 
 
 def nested(config: dict[str, Any]) -> None:
-    """A trial of the documentation's recipe."""
+    """Run a trial of the documentation's recipe."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -187,7 +188,7 @@ def nested(config: dict[str, Any]) -> None:
 
 
 def with_ray(config: dict[str, Any], storage: Path) -> Trees:
-    """The last report of each trial of Tune with OptunaSearch."""
+    """Return the last report of each trial of Tune with OptunaSearch."""
     points = list(range(len(config["points"])))
     search = OptunaSearch(
         {"point": optuna.distributions.CategoricalDistribution(points)},
@@ -213,7 +214,7 @@ def with_ray(config: dict[str, Any], storage: Path) -> Trees:
 
 
 def with_optuna(config: dict[str, Any]) -> Trees:
-    """The last report of each trial of a study in this process."""
+    """Return the last report of each trial of a study in this process."""
     points = list(range(len(config["points"])))
     found: Trees = []
 
@@ -240,12 +241,12 @@ def with_ours(trials: int, epochs: int, storage: Path, **changes: Any) -> Trees:
 
 
 def accuracies(found: Trees) -> list[float]:
-    """In the order of the points."""
+    """Return accuracies in the order of the points."""
     return [f["val_accuracy"] for f in sorted(found, key=lambda f: f.get("point", 0))]
 
 
 def busy() -> float:
-    """Processor seconds that this machine has spent; Ray's workers are nice."""
+    """Return CPU seconds of this machine, nice ones included: Ray's workers are nice."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system)
 
@@ -267,11 +268,11 @@ def main() -> None:
         os.environ |= {
             "XDG_CACHE_HOME": name,
             "TORCHINDUCTOR_CACHE_DIR": f"{name}/compiled",
-        }  # of trials, too
-        connect(workers=2)  # with the dashboard, which nested trainers need to be cleaned up
+        }  # also in trials
+        connect(workers=2)  # with the dashboard, which cleaning up nested trainers needs
         tuner = build_tuner(
             space(args.trials, 1), name="points", storage=storage
-        )  # warm-up, and what the points are
+        )  # warm-up, and the points
         tuner.fit()
         points = [{**r.config, "epochs": args.epochs} for r in read_records(storage / "points")]
         for point in points:
@@ -279,7 +280,7 @@ def main() -> None:
         config = {"points": points, "storage": str(storage)}
         if "compiled" in args.ways.split(
             ","
-        ):  # its teacher is another, as compiled numbers are not the same to the last digit
+        ):  # with its own teacher: compiled numbers differ in the last digit
             runs = [
                 validated(TrainConfig, point | {"compile": "on"}).teacher_run() for point in points
             ]

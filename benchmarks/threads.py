@@ -1,9 +1,10 @@
-"""Several trials with a thread each, or one with several threads: images a second of the whole machine, in turns.
+"""Throughput of several trials with one thread each, or one trial with several threads, in turns.
 
     python benchmarks/threads.py [--students cnn,cnn5,resnet18] [--epochs 4] [--repeats 3]
 
-As many trials at a time as there are cores, each training on one (`cpus_per_worker: 1`), against one trial on all of
-them: plain training with batches of 64 images of Fashion-MNIST, cropped and flipped. The first epoch is left out.
+As many concurrent trials as cores, each on one (`cpus_per_worker: 1`), against one trial on all
+cores: plain training with batches of 64 images of Fashion-MNIST, cropped and flipped. Printed are
+images a second of the whole machine, without the first epoch.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tfkd_ray.settings.schema import validated
 
 
 def images_per_s(student: str, threads: int, epochs: int) -> float:
-    """Median over the epochs of a run in this process."""
+    """Return the median over the epochs of a run in this process."""
     tree = {
         "data": {"name": "fashion_mnist", "subset": 800, "val_fraction": 0.0},
         "student": student,

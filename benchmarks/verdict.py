@@ -30,12 +30,12 @@ Array = NDArray[np.float64]
 CANDIDATES = BASELINES = 3
 SEEDS = (3, 5, 10)
 CHUNK = 2000
-"""Simulations at a time."""
+"""Number of simulations at a time."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A test set and how runs vary on it."""
+    """A test set and the variation of runs on it."""
 
     images: int = 10_000
     accuracy: float = 0.77
@@ -43,11 +43,11 @@ class World:
     """Mean of p (1 - p) over images."""
     seed_sd: float = 0.0025
     shared: float = 0.5
-    """Part of the seeds' variance that all arms share."""
+    """Share of the seeds' variance that all arms have in common."""
     difficulties: int = 24
 
     def probabilities(self) -> Array:
-        """[G] of being right, of equally many images each, with the mean `accuracy` and p (1 - p) of `doubt`."""
+        """Return the [G] probabilities of a correct answer for G equally large sets of images."""
         middle = (np.arange(self.difficulties) + 0.5) / self.difficulties
 
         def of(point: Array) -> Array:
@@ -68,11 +68,11 @@ class World:
         gains: Array,
         own_images: float = 0.0,
     ) -> tuple[Array, Array]:
-        """Measured [S, arms, seeds] and expected over seeds on that test set [S, arms].
+        """Return measured [S, arms, seeds] and expected [S, arms] accuracies on the test set.
 
         Args:
-            gains: [arms] or [S, arms], true differences of the arms' accuracies, over all images there are.
-            own_images: standard deviation over images of an arm's own likes and dislikes among them, in probability.
+            gains: [arms] or [S, arms], true differences of the arms' accuracies over all images.
+            own_images: standard deviation over images of an arm's own probability on them.
         """
         p = self.probabilities()
         weight = p * (1 - p) / (p * (1 - p)).mean()
@@ -91,7 +91,7 @@ class World:
 
 LARGE = World()
 SMALL = World(images=360, accuracy=0.97, doubt=0.012)
-"""As the digits' test split: differences of a few images, often the same in all seeds."""
+"""Like the digits' test split: differences of a few images, often the same for all seeds."""
 
 
 @dataclass
@@ -100,23 +100,23 @@ class Rates:
 
     simulations: int = 0
     any_better: int = 0
-    """Experiments with a 'better' among the candidates counted."""
+    """Experiments with a 'better' among the counted candidates."""
     any_clear: int = 0
-    """Those where it has no note that it may hold on this test set only."""
+    """Those without a note that it may hold on this test set only."""
     better: int = 0
     """Verdicts, of `judged`."""
     not_better: int = 0
     judged: int = 0
     covered: int = 0
-    """Intervals, of `intervals`, that hold the lead expected on this test set."""
+    """Intervals, of `intervals`, that contain the expected lead on this test set."""
     covered_all: int = 0
-    """That hold the lead on all images there are."""
+    """Intervals that contain the lead over all images."""
     intervals: int = 0
 
     def add(
         self, measured: Array, expected: Array, gains: Array, image_se: float, count: slice
     ) -> None:
-        """Count the verdicts of measured [S, k + m, n]; `count`: the candidates whose verdicts are counted."""
+        """Count the verdicts of measured [S, k + m, n] on the candidates in `count`."""
         leads = leads_of(_between(measured))
         decision = decide(leads, ACCURACY.margin)
         better, not_better = decision.better[:, count], decision.not_better[:, count]
@@ -142,28 +142,28 @@ class Rates:
 
     @property
     def family_wise(self) -> float:
-        """Share of experiments with a 'better'."""
+        """Return the share of experiments with a 'better'."""
         return self.any_better / self.simulations
 
     @property
     def coverage(self) -> float:
-        """Of the intervals, on this test set."""
+        """Return the coverage of the intervals on this test set."""
         return self.covered / self.intervals
 
 
 def _between(arms: Array) -> Array:
-    """[S, k, m, ...] differences of the first k of [S, k + m, ...] and the others."""
+    """Return [S, k, m, ...] differences of the first k of [S, k + m, ...] and the others."""
     return arms[:, :CANDIDATES, None] - arms[:, None, CANDIDATES:]
 
 
 def points(candidates: list[float], baselines: list[float]) -> Array:
-    """[k + m] true gains in points, as fractions."""
+    """Return [k + m] true gains, given in points, as fractions."""
     return np.array([*candidates, *baselines]) / 100
 
 
 SAME = points([0, 0, 0], [0, 0, 0])
 ONE_BASELINE = points([0, 0, 0], [0])
-"""As with three of which two are beaten with certainty: the least favourable case for 'better'."""
+"""As for three of which two are surely beaten: the least favourable case for 'better'."""
 
 
 def simulate(
@@ -177,11 +177,11 @@ def simulate(
     count: slice = slice(None),
     seed: int = 0,
 ) -> dict[int, Rates]:
-    """Rates for each of `SEEDS`; the experiments with fewer seeds are the first seeds of those with more.
+    """Return rates for each of `SEEDS`; fewer seeds are the first of those with more.
 
     Args:
-        trials: if not 0, the candidates are the best of so many by one run each on 5,000 validation images, and are
-            confirmed by fresh seeds.
+        trials: if not 0, the candidates are the best of so many by one run each on 5,000
+            validation images, and are confirmed with new seeds.
         trials_sd: standard deviation of these trials' true accuracies.
         count: the candidates whose verdicts are counted.
     """
@@ -202,7 +202,7 @@ def simulate(
 def sweep(
     rng: np.random.Generator, simulations: int, trials: int, trials_sd: float
 ) -> tuple[Array, Array]:
-    """The best candidates of so many trials: validation accuracy and true gain, each [S, k]."""
+    """Return the best of so many trials: validation accuracy and true gain, each [S, k]."""
     true = rng.standard_normal((simulations, trials)) * trials_sd
     runs = [
         World(images=5000).accuracies(rng, len(part), 1, part)[0][..., 0]
@@ -214,7 +214,7 @@ def sweep(
 
 
 def bootstrap_coverage(simulations: int, n: int, seed: int = 0) -> float:
-    """How often a 95 % percentile bootstrap over n seeds covers the mean of a normal."""
+    """Return how often a 95 % percentile bootstrap over n seeds covers the mean of a normal."""
     rng = np.random.default_rng(seed)
     hits = 0
     for start in range(0, simulations, CHUNK):
@@ -227,7 +227,7 @@ def bootstrap_coverage(simulations: int, n: int, seed: int = 0) -> float:
 
 
 def mcnemar_rate(simulations: int, n: int, seed: int = 0) -> float:
-    """How often McNemar's test at 5 %, on the answers of n seeds pooled, tells two equal arms apart."""
+    """Return how often McNemar's test at 5 %, pooled over n seeds, separates two equal arms."""
     rng = np.random.default_rng(seed)
     world, p = LARGE, LARGE.probabilities()
     weight = p * (1 - p) / (p * (1 - p)).mean()
@@ -245,7 +245,7 @@ def mcnemar_rate(simulations: int, n: int, seed: int = 0) -> float:
 
 
 def percent(rate: float, n: int) -> str:
-    """'4.9 ± 0.2', with the binomial standard error."""
+    """Format '4.9 ± 0.2', with the binomial standard error."""
     return f"{100 * rate:.2f} ± {100 * (rate * (1 - rate) / n) ** 0.5:.2f}"
 
 

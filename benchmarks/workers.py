@@ -1,9 +1,10 @@
-"""How well two workers share a batch: images a second of 2 workers with a core each, over those of 1 worker with one.
+"""Efficiency of two workers that share a batch: images a second of 2 single-core workers against 1.
 
     python benchmarks/workers.py [--student cnn5|resnet18|...] [--epochs 5] [--repeats 3]
 
-Both train the same student with the same batches of 128 images (Fashion-MNIST, cropped and flipped), in turns. The
-first epoch of each run is left out. 100 % would be twice the images of one worker.
+Both train the same student with the same batches of 128 images (Fashion-MNIST, cropped and
+flipped), in turns, without the first epoch of each run. 100 % is twice the throughput of one
+worker.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tfkd_ray.store.storage import Directory
 
 
 def images_per_s(group: WorkerGroup, config: TrainConfig, folder: Path) -> float:
-    """Median over the epochs of a run on a group."""
+    """Return the median over the epochs of a run on a group."""
     assignment = Assignment(
         folder.name, config.epochs, directory=folder, storage=Directory(folder.parent)
     )

@@ -1,4 +1,4 @@
-"""A network that stands in for a broken GPU: it fails as CUDA does, on the nodes that a file names, while the file is there."""
+"""A network that simulates a broken GPU: it fails as CUDA does, on nodes that a file names."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tfkd_ray.learn.models import Mlp
 
 
 def network(shape: tuple[int, int, int], num_classes: int, file: str, after: int = 0) -> nn.Module:
-    """A small network that fails in training after so many steps, where `file` has this node's id or `everywhere`."""
+    """Return a small network that fails after some steps if `file` has its node or `everywhere`."""
     network, steps = Mlp(hidden=(16,)).build(shape, num_classes), [0]
 
     def fail(module: nn.Module, inputs: Any) -> None:

@@ -1,4 +1,4 @@
-"""One Ray cluster of 2 CPUs for the whole session; commands that tests start join it by RAY_ADDRESS."""
+"""Fixtures: a Ray cluster of 2 CPUs for the session, which tests' commands join by RAY_ADDRESS."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ import torch
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault(
     "RAY_worker_niceness", "0"
-)  # Ray's 15 starves trials while the other half of the tests runs
+)  # Ray's default of 15 starves trials while the other tests run
 os.environ.setdefault("COLUMNS", "100")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tfkd-cache-")  # decoded data sets
-# of test_remote.py's own server; here, so that the processes of the session's Ray have them
+# for test_remote.py's server; set here so that the session's Ray processes inherit them
 os.environ |= {
     "AWS_ACCESS_KEY_ID": "tfkd-key",
     "AWS_SECRET_ACCESS_KEY": "s3cret-of-s3",
@@ -26,7 +26,7 @@ os.environ |= {
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as a shell leaves it to what runs behind `&`
+):  # as a shell sets it for commands that end with `&`
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_power_cut() -> Iterator[None]:
-    """Nothing here outlives a power cut, and a busy disk takes 5 ms to promise it, thousands of times."""
+    """Replace fsync: no file here must survive a power cut, and each call takes up to 5 ms."""
     before = os.fsync
     os.fsync = lambda fd: None
     yield
@@ -47,7 +47,7 @@ def _no_power_cut() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """Address of the session's cluster."""
+    """Yield the address of the session's cluster."""
     import ray
 
     from tfkd_ray.run.auth import own_token
@@ -64,9 +64,9 @@ def ray_cluster() -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+@pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is one; those that need Ray share one process, and so one cluster."""
+    """Skip tests marked `gpu` without a GPU; give tests with Ray one process and one cluster."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """pytest-xdist 3.8 with pytest 9.2 ignores groups without a word: each process would start a Ray of its own."""
+    """Fail if pytest-xdist ignores groups (3.8 with pytest 9.2): each process starts a Ray."""
     if getattr(session.config.option, "loadgroup", False):
         apart = [
             item.nodeid
@@ -95,7 +95,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def tfkd(tmp_path: Path) -> Run:
-    """Run `tfkd ARGS` in an empty directory, as a person does."""
+    """Return a function that runs `tfkd ARGS` in an empty directory."""
 
     def run(
         *args: str, cwd: Path = tmp_path, timeout: float = 110, **env: str

@@ -1,4 +1,4 @@
-"""A network whose process dies while it trains, every time at the same step: as if its memory ran out."""
+"""A network whose process dies at the same training step each time, as if out of memory."""
 
 import os
 from typing import Any
@@ -9,7 +9,7 @@ from tfkd_ray.learn.models import Mlp
 
 
 def network(shape: tuple[int, int, int], num_classes: int, after: int) -> nn.Module:
-    """It sends itself a signal 9 in its n-th training step."""
+    """Return a network that kills its process with signal 9 in its n-th training step."""
     network, steps = Mlp(hidden=(4,)).build(shape, num_classes), [0]
 
     def die(module: nn.Module, inputs: Any) -> None:

@@ -1,7 +1,7 @@
 """Networks that fail in the third epoch, each in its own way, for test_faults.py.
 
-`student: {name: own, path: tests.faulty:network, args: {fault: hang}}`. What a network has seen is a part of its state,
-so that a trial that goes on from a checkpoint meets its fault in the same epoch again.
+`student: {name: own, path: tests.faulty:network, args: {fault: hang}}`. A network's state counts
+the images that it has seen, so a trial resumed from a checkpoint fails in the same epoch again.
 """
 
 import os
@@ -16,7 +16,7 @@ import tfkd_ray.learn.loop
 
 
 class Silent(Exception):
-    """An exception that cannot be printed, and not be pickled either."""
+    """An exception that can neither be printed nor pickled."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -26,7 +26,7 @@ class Silent(Exception):
 
 
 class Faulty(nn.Linear):
-    """Linear, with a fault after `images` training images."""
+    """Linear layer with a fault after `images` training images."""
 
     def __init__(self, inputs: int, classes: int, fault: str, images: int) -> None:
         super().__init__(inputs, classes)
@@ -48,7 +48,7 @@ class Faulty(nn.Linear):
         return logits
 
     def fail(self) -> float:
-        """Do it; the factor of the logits that is to follow."""
+        """Trigger the fault; return the factor of the following logits."""
         if self.fault == "nan":
             return torch.nan
         if self.fault == "exception":
@@ -86,6 +86,6 @@ class Faulty(nn.Linear):
 def network(
     shape: tuple[int, int, int], num_classes: int, fault: str, images: int = 2400
 ) -> nn.Module:
-    """A network with a fault; an epoch of digits has 1,151 images."""
+    """Return a network with a fault; an epoch of digits has 1,151 images."""
     channels, height, width = shape
     return Faulty(channels * height * width, num_classes, fault, images)

@@ -14,12 +14,12 @@ TOUCHES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.l
 def run(
     words: Sequence[str], here: Path, below: Path, point: int, after: Path | None = None
 ) -> None:
-    """Run in `here`; what it says goes to the file `said` there.
+    """Run in `here`, with the output in the file `said` there.
 
     Args:
-        point: the touch at which it is killed, from 1 on: just after a file was opened to write, with nothing in it yet,
-            or before one is renamed or removed, or a folder made.
-        after: touches count from when this file is there. None: all do.
+        point: the touch that kills, counted from 1: just after a file is opened for writing, or
+            before a file is renamed or removed, or a folder created.
+        after: counting starts once this file exists. None: from the start.
     """
     os.chdir(here)
     sys.stdout = sys.stderr = (here / "said").open("a", buffering=1)

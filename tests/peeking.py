@@ -1,4 +1,4 @@
-"""A network that looks at test images while it is trained, for test_confirm.py."""
+"""A network that reads test images during training, for test_confirm.py."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tfkd_ray.learn.data import Digits
 
 
 class Peeking(nn.Linear):
-    """Linear, with a look at the answers."""
+    """Linear layer that reads the test answers."""
 
     def forward(self, x: Any) -> Any:
         if self.training:
@@ -17,5 +17,5 @@ class Peeking(nn.Linear):
 
 
 def network(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """What `student: {name: own, path: tests.peeking:network}` asks for."""
+    """Return the network of `student: {name: own, path: tests.peeking:network}`."""
     return Peeking(64, num_classes)

@@ -1,4 +1,4 @@
-"""A network that is slow as long as a file is there, and computes the same with and without it."""
+"""A network that is slow while a file exists, with the same results."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from tfkd_ray.learn.models import Mlp
 
 
 def network(shape: tuple[int, int, int], num_classes: int, file: str) -> nn.Module:
-    """A small network whose training steps wait a little while `file` exists."""
+    """Return a small network whose training steps wait a little while `file` exists."""
     network = Mlp(hidden=(16,)).build(shape, num_classes)
 
     def wait(module: nn.Module, inputs: Any) -> None:

@@ -1,8 +1,9 @@
-"""A sweep on a Ray cluster of its own, where one node's GPU is broken; prints what happened as JSON.
+"""A sweep on its own Ray cluster with a broken GPU on one node; prints the outcome as JSON.
 
     python tests/sweep_beside_broken.py STORAGE SPACE_AS_JSON
 
-Of the nodes beside the head, which has no CPU, the first is named in the file `broken` beside the storage (see broken.py).
+The file `broken` beside the storage names the first node after the head (see broken.py). The head
+has no CPU.
 """
 
 import json

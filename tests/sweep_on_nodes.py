@@ -1,11 +1,12 @@
-"""A sweep on a Ray cluster of three nodes of its own, one added and one killed on the way; prints what happened as JSON.
+"""A sweep on its own Ray cluster of three nodes, of which one dies; prints the outcome as JSON.
 
     python tests/sweep_on_nodes.py STORAGE SPACE_AS_JSON [drain]
 
-The head and two more nodes have one CPU each. After the first epoch of any trial a fourth node comes; when a trial has
-told an epoch on it, or a group could not, the raylet of the second node gets a signal 9, as if its machine had gone, and
-the file `slow` beside the storage is removed (see slow.py). With `drain`, the second node is announced to be taken
-away within 5 s instead, as a provider takes spot machines. Run by test_cluster_nodes.py.
+The head and two more nodes have one CPU each. After the first epoch of any trial, a fourth node
+joins; when a trial has reported an epoch on it, or a group could not, signal 9 kills the raylet of
+the second node, and the file `slow` beside the storage is removed (see slow.py). With `drain`, the
+second node is instead announced to be preempted within 5 s, as spot machines are. Run by
+test_cluster_nodes.py.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from tfkd_ray.run.tune import build_tuner
 
 
 class Nodes(tune.Callback):  # type: ignore[misc]
-    """Adds a node, kills another, and notes on which node each epoch was told."""
+    """Adds a node, kills another, and records the node of each epoch."""
 
     def __init__(
         self, cluster: Cluster, doomed: Any, workers: int, place: Path, *, drain: bool
@@ -49,7 +50,7 @@ class Nodes(tune.Callback):  # type: ignore[misc]
     ) -> None:
         number, epoch = trial.config["trial"]["number"], result.get("epoch", 0)
         if self.seconds.get((number, epoch)) == result.get("seconds"):
-            return  # told again from its run state, not trained again
+            return  # reported again from its run state, not trained again
         self.seconds[number, epoch] = result.get("seconds")
         if self.lost and self.again_s is None:
             self.again_s = time.monotonic() - self.at
@@ -61,21 +62,21 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
         here = not result.get("done") and (
             self.workers > 1 or where == "doomed"
-        )  # one that ends leaves its place
+        )  # an ending trial frees its place
         if self.doomed and used and epoch >= 2 and here:
             self.at = time.monotonic()
             if self.drain:
                 preempt(self.cluster.address, node_id(self.doomed))
             raylet = psutil.Process(self.doomed.all_processes["raylet"][0].process.pid)
             gone = () if self.drain else (raylet, *raylet.children(recursive=True))
-            for process in gone:  # a node that is gone takes its workers along
+            for process in gone:  # a dead node takes its workers along
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
             self.doomed = None
             self.epochs.append((number, epoch, "killed"))
 
     def place_of(self, trial: Any) -> str:
-        """Node that a trial's process is on."""
+        """Return the node of a trial's process."""
         actor = trial.temporary_state.ray_actor
         if actor not in self.places:
             self.places[actor] = ray.get(
@@ -92,13 +93,13 @@ class Nodes(tune.Callback):  # type: ignore[misc]
 
 
 def node_id(node: Any) -> str:
-    """Ray's name of a node that was started here."""
+    """Return Ray's id of a node that this script started."""
     store = node.plasma_store_socket_name
     return next(str(n["NodeID"]) for n in ray.nodes() if n["ObjectStoreSocketName"] == store)
 
 
 def preempt(address: str, node: str) -> None:
-    """Announce that a node is taken away in 5 s."""
+    """Announce that a node is preempted in 5 s."""
     words = ["--address", address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     words += ["--reason-message", "spot", "--deadline-remaining-seconds", "5"]
     subprocess.run(
@@ -107,7 +108,7 @@ def preempt(address: str, node: str) -> None:
 
 
 def free_port() -> int:
-    """For a dashboard: where one is asked for, Ray does not try a second port beside another cluster's."""
+    """Return a free port for a dashboard: Ray tries no second port beside another cluster."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -131,7 +132,7 @@ def main() -> None:
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
     until = time.monotonic() + 60
     while sum(node["Alive"] for node in ray.nodes()) > 3 and time.monotonic() < until:
-        time.sleep(0.5)  # Ray takes a while to say that a node is dead
+        time.sleep(0.5)  # Ray takes a while to report that a node is dead
     report = {
         "epochs": watch.epochs,
         "lost": watch.lost,

@@ -1,8 +1,9 @@
-"""Sweeps on two Ray nodes of its own, each with 2 CPUs; prints where each one's workers were as JSON.
+"""Sweeps on two own Ray nodes with 2 CPUs each; prints where their workers were as JSON.
 
     python tests/sweep_placed.py STORAGE '[SPACE, ...]'
 
-Ray's own table of placement groups is asked when a trial has told its first epoch. Run by test_cluster_nodes.py.
+The script reads Ray's table of placement groups after a trial's first epoch. Run by
+test_cluster_nodes.py.
 """
 
 import json
@@ -22,7 +23,7 @@ from tfkd_ray.run.tune import build_tuner
 
 
 class Places(tune.Callback):  # type: ignore[misc]
-    """Notes the nodes of the placement group that holds a trial's workers."""
+    """Records the nodes of the placement group of a trial's workers."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -58,7 +59,7 @@ def main() -> None:
         places = Places(space["workers"])
         results = build_tuner(space, name=f"e{number}", storage=storage, callbacks=[places]).fit()
         report.append({"errors": results.num_errors, "seen": places.seen})
-        until = time.monotonic() + 30  # the next one is to find both nodes free
+        until = time.monotonic() + 30  # so that the next sweep finds both nodes free
         while ray.available_resources().get("CPU") != 4 and time.monotonic() < until:
             time.sleep(0.1)
     print("REPORT " + json.dumps(report), flush=True)

@@ -1,9 +1,10 @@
-"""A sweep whose trials share a GPU of one kind, on two Ray nodes that claim a GPU each; prints who was where as JSON.
+"""A sweep whose trials share a GPU of one kind, on two nodes; prints the places of trials as JSON.
 
     python tests/sweep_shared.py STORAGE SPACE_AS_JSON
 
-The GPUs are Ray's word: trials ask for a share and train on the CPU. None of the first four ends before all of them are
-there (or a minute is over), so that four at once are seen if, and only if, four are let in. Run by test_room.py.
+The GPUs exist only for Ray: trials ask for a share and train on the CPU. The first four trials wait
+for each other (at most a minute), so the output shows four at once if, and only if, four may run at
+once. Run by test_room.py.
 """
 
 import json
@@ -24,7 +25,7 @@ TOGETHER = 4
 
 
 class OnCpu(StudentTrial):
-    """A trial that notes where it is and from when to when, and trains on the CPU."""
+    """A trial that records its node and its times, and trains on the CPU."""
 
     def _begin(self, config: dict[str, Any]) -> None:
         super()._begin({**config, "gpus_per_worker": 0, "accelerator_type": None})

@@ -1,10 +1,11 @@
-"""A sweep on a Ray cluster of its own, with processes killed on the way; prints what happened as JSON.
+"""A sweep on its own Ray cluster whose processes are killed; prints the outcome as JSON.
 
     python tests/sweep_under_fire.py STORAGE CPUS '{"space": {...}, "kill": [[trial number, epoch, "worker" or "trial"]]}'
 
-`kill` sends a real signal 9 to a Ray Train worker, or to the process of that trial, when the trial has told its epoch;
-`store` there fills Ray's object store three times over, and `tmp` removes all but sockets from Ray's folder in /tmp.
-Run by test_groups.py while the session's cluster is alive, too: two clusters on one host are part of the test.
+`kill` sends signal 9 to a Ray Train worker or to a trial's process when the trial has reported its
+epoch; `store` fills Ray's object store three times over, and `tmp` removes all but sockets from
+Ray's folder in /tmp. Run by test_groups.py beside the session's cluster: two clusters on one host
+are part of the test.
 """
 
 import json
@@ -30,7 +31,7 @@ ALL = TITLES["worker"] + TITLES["trial"]
 
 
 class Watch(tune.Callback):  # type: ignore[misc]
-    """Notes when each trial starts and ends, and kills on plan."""
+    """Records when each trial starts and ends, and kills as planned."""
 
     def __init__(self, kill: list[list[Any]]) -> None:
         self.kill = {(number, epoch): what for number, epoch, what in kill}
@@ -73,7 +74,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
 
 
 def _clean(folder: Path) -> None:
-    """What a cleaner of /tmp does: files go, also those that are open; sockets stay."""
+    """Remove all files, open ones included, but no sockets, as a cleaner of /tmp does."""
     for path in folder.rglob("*"):
         if path.is_file():
             path.unlink(missing_ok=True)
@@ -91,7 +92,7 @@ def ray_processes(titles: tuple[str, ...]) -> list[psutil.Process]:
 
 
 def sweep(storage: str, cpus: int, space: dict[str, Any], kill: list[list[Any]]) -> dict[str, Any]:
-    """Run it on the connected Ray; what happened, and what was left of it half a minute later."""
+    """Run the sweep on the connected Ray; return its outcome and the rest half a minute later."""
     watch = Watch(kill)
     build_tuner(space, name="e", storage=storage, callbacks=[watch]).fit()
     ended = time.time()

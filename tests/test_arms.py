@@ -1,4 +1,4 @@
-"""Arms files: what is compared, with what settings, and what is wrong with a file."""
+"""Arms files: the arms, their settings, and the errors in a file."""
 
 import json
 import shutil
@@ -113,7 +113,7 @@ def test_a_self_teacher_is_trained_for_each_seed_and_another_only_if_asked(
     self_run = next(r for r in runs if r.name == "self-s6").config.teacher_run()
     assert (
         self_run is not None
-        and self_run.seed == 1_000_006  # not the student run once more
+        and self_run.seed == 1_000_006  # not the student run again
         and self_run.optim.lr == TrainConfig(objective=CrossEntropy()).optim.lr
     )
 
@@ -158,7 +158,7 @@ def test_a_comparison_remembers_all_it_needs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """A sweep over tfkd_reg, ce and lsr, two trials each; the second tfkd_reg is nearly the first."""
+    """Return a sweep over tfkd_reg, ce and lsr, two trials each; the tfkd_reg ones are similar."""
     space = build_space(
         {
             "student": "mlp",
@@ -202,7 +202,7 @@ def test_the_arms_of_a_sweep_are_its_best_and_what_they_must_beat(sweep: Path) -
     compared = arms_of(sweep, top_k=3)
     assert [(a.name, a.part) for a in compared.arms] == [
         ("t0001-tfkd_reg", "candidate"),
-        ("t0002-tfkd_reg", "candidate"),  # t0000 is nearly t0001
+        ("t0002-tfkd_reg", "candidate"),  # t0000 is almost t0001
         ("t0004-ce", "baseline"),
         ("t0006-lsr", "baseline"),
         ("ce-scaled", "baseline"),

@@ -1,4 +1,4 @@
-"""Augmentation: against torchvision's per-image transforms, and that it is addressed by (seed, epoch, image)."""
+"""Augmentation against torchvision's, and its randomness by (seed, epoch, image)."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_it_is_torchvisions_crop_flip_and_rotation(images: torch.Tensor, augment
         unlike = (ours[k] != one).any(dim=0).float().mean()
         assert unlike <= (
             0.01 if augment.rotation_degrees else 0
-        )  # pixels that fall between two, rounded either way
+        )  # pixels between two others, rounded either way
     assert ours.dtype == torch.uint8 and ours.shape == images.shape
 
 

@@ -1,4 +1,4 @@
-"""The token is made once, whole, and nobody else may read it."""
+"""The token file: created once, atomically, and private."""
 
 import os
 import stat

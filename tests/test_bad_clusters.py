@@ -1,4 +1,4 @@
-"""What goes wrong on the way to a cluster: each with its own sentence and exit code, and none hangs beyond its limit."""
+"""Failures on the way to a cluster: each has its sentence, its exit code and a time limit."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SPACE = "objective: ce\nstudent: {name: mlp, hidden: [8]}\n"
 
 
 class Head(BaseHTTPRequestHandler):
-    """A head of the right version that goes away, or falls silent, as soon as a job is sent to it."""
+    """A head of the right version that disappears or falls silent as soon as it gets a job."""
 
     silent = False
     ended: int | str | None = "no job"
@@ -58,7 +58,7 @@ class Head(BaseHTTPRequestHandler):
             self.go()
 
     def go(self) -> None:
-        """The end of the head."""
+        """Stop the head."""
         if self.silent:
             time.sleep(60)
             return
@@ -169,14 +169,14 @@ PROVIDERS = {
         "az login",
     ),
 }
-"""By provider: stand-ins of what it needs, with its package; the one that is asked for credentials, and how one logs in."""
+"""By provider: fakes of its packages; the one that checks credentials; the login command."""
 
 
 @pytest.fixture
 def rented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, str], dict[str, Path]]:
-    """Put stand-ins of a provider's packages where they are found, with an answer about credentials; (name, path)."""
+    """Install a provider's fake packages, with an answer about credentials; return (name, path)."""
 
     def put(provider: str, answer: str) -> dict[str, Path]:
         names, asked, content, _ = PROVIDERS[provider]
@@ -323,7 +323,7 @@ def test_what_a_job_is_sent_is_the_command_with_paths_of_the_cluster(
     monkeypatch.setattr("tfkd_ray.launch.verbs.logs_command", lambda address, job: ["true"])
     storage = (
         [] if argv[1] == "/mnt/x/e" else ["--storage", "/mnt/x"]
-    )  # a comparison goes beside its sweep
+    )  # a comparison is stored beside its sweep
     assert main([*argv, "--address", "http://127.0.0.1:9", *storage, *detach]) == 0
     ((*_, words),) = [" ".join(command).partition(" -- ") for command in sent]
     assert words == f"python {JOBS[argv]}"

@@ -1,5 +1,6 @@
-"""What a person sees in a real browser: TensorBoard over a small sweep, a comparison, and both side by side; the report;
-optuna-dashboard. Screenshots are left in test-artifacts/."""
+"""TensorBoard (sweep, comparison, both), report and optuna-dashboard in a real browser.
+
+Screenshots are left in test-artifacts/."""
 
 import shutil
 import signal
@@ -53,7 +54,7 @@ ENDS = {3: "stopped", 5: "failed", 6: "running"}
 
 
 def make_sweep(experiment: Path) -> dict[str, float]:
-    """Events of eight trials, no Ray; returns the last value of each."""
+    """Write the events of eight trials without Ray; return the last value of each."""
     space = build_space(SPACE)
     write_experiment(experiment, space.tree, ["tfkd", "tune", "browser.yaml"])
     callback = TensorBoard(experiment / "tb", space)
@@ -93,7 +94,7 @@ def make_sweep(experiment: Path) -> dict[str, float]:
 
 
 def make_comparison(directory: Path) -> None:
-    """A judged comparison of three arms with four seeds, its logits made up."""
+    """Write a judged comparison of three arms with four seeds, with made-up logits."""
     arms = [{"name": name, "objective": name} for name in ("ce", "lsr", "tfkd_reg")]
     new_comparison(
         build_arms({"title": "Three arms", "arms": arms, "student": "mlp"}),
@@ -128,7 +129,7 @@ def make_comparison(directory: Path) -> None:
 
 
 def serve(*experiments: Path) -> subprocess.Popen[str]:
-    """`tfkd tensorboard` on these."""
+    """Run `tfkd tensorboard` on these directories."""
     command = [
         sys.executable,
         "-m",
@@ -142,7 +143,7 @@ def serve(*experiments: Path) -> subprocess.Popen[str]:
 
 
 def address(server: subprocess.Popen[str], run: str, timeout_s: float = 30) -> str:
-    """Of a server, once it shows a run."""
+    """Return a server's address once it shows a run."""
     assert server.stderr is not None
     line = server.stderr.readline()
     assert line.startswith("TensorBoard: http://127.0.0.1:"), line + server.stderr.read()
@@ -178,7 +179,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def boards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Addresses of TensorBoard on a sweep, and on the sweep and a comparison; the sweep's values."""
+    """Yield addresses of TensorBoard on a sweep, on it and a comparison, and the sweep's values."""
     storage = tmp_path_factory.mktemp("storage")
     sweep, comparison = storage / "small sweep", storage / "vergleich-ü"
     values = make_sweep(sweep)
@@ -196,13 +197,13 @@ def boards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
 
 
 def look(page: Any, url: str, tab: str) -> None:
-    """Open one tab anew: TensorBoard does not follow a changed address by itself."""
+    """Open a tab anew: TensorBoard does not follow a changed address by itself."""
     page.goto("about:blank")
     page.goto(f"{url}#{tab}")
 
 
 def cells(page: Any) -> list[str]:
-    """What HParams' table says, row by row; its head first."""
+    """Return the cells of HParams' table by row, its head first."""
     page.wait_for_selector("vaadin-grid-cell-content:has-text('t0000')")
     return [text.strip() for text in page.locator("vaadin-grid-cell-content").all_inner_texts()]
 
@@ -220,7 +221,7 @@ def test_hparams_shows_every_searched_parameter_and_the_value(
         "Show Metrics",
         *sorted(COLUMNS)[:5],
         "val_accuracy",
-    ]  # five are ticked at first
+    ]  # five are selected at first
     for name, value in boards["values"].items():
         row = found[found.index(f"{name} (small sweep)") :]
         assert float(row[7]) == pytest.approx(value, abs=1e-5), row[:8]
@@ -345,17 +346,17 @@ def test_a_sweep_and_a_comparison_stand_side_by_side(browser: Any, boards: dict[
 
 
 def tick(page: Any, label: str) -> None:
-    """Tick, or untick, what HParams has on the left."""
+    """Select or deselect an entry in HParams' left column."""
     page.locator(f"tf-hparams-query-pane paper-checkbox:text-is('{label}')").click()
 
 
 def wait_for_lines(page: Any, cards: Any) -> None:
-    """Until the first chart has drawn lines."""
+    """Wait until the first chart has drawn lines."""
     cards.first.locator("path.line").first.wait_for(state="attached")
 
 
 def wait_for_images(page: Any, number: int) -> None:
-    """Until so many images are loaded."""
+    """Wait until so many images are loaded."""
     page.wait_for_function(
         """number => {
           const all = node => [...node.querySelectorAll('*')].flatMap(n => [n, ...(n.shadowRoot ? all(n.shadowRoot) : [])]);
@@ -376,7 +377,7 @@ def test_the_report_fits_a_phone_and_a_desk(browser: Any, tmp_path: Path) -> Non
         browser.screenshot(path=ARTIFACTS / f"report-{name}.png")
         assert (
             browser.evaluate("document.documentElement.scrollWidth") <= width
-        )  # nothing to scroll sideways
+        )  # no horizontal scrolling
         wide = "[...document.querySelectorAll('.plot .main-svg')].map(p => p.getBoundingClientRect().right)"
         assert max(browser.evaluate(wide)) <= width
     browser.set_viewport_size(desk)

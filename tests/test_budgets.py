@@ -1,4 +1,4 @@
-"""Budgets: what they count, when they end a sweep, and how it goes on."""
+"""Budgets: their counts, the moment they stop a sweep, and resuming."""
 
 import functools
 import json
@@ -91,9 +91,9 @@ def test_hours_count_epochs_and_what_a_running_trial_has_held_since(tmp_path: Pa
     assert b.spent()["cpu_hours"] == pytest.approx(200 * 6 / 3600) and b.spent()["gpu_hours"] == 0
     tell(b, "result", one, result={"epoch": 1, "seconds": 90.0})
     assert b.spent()["cpu_hours"] == pytest.approx((90 + 100) * 6 / 3600)
-    tell(b, "result", one, result={"epoch": 1, "seconds": 90.0})  # told again after a resume
+    tell(b, "result", one, result={"epoch": 1, "seconds": 90.0})  # reported again after a resume
     assert b.spent()["cpu_hours"] == pytest.approx((90 + 100) * 6 / 3600)
-    tell(b, "recover", two)  # its process was lost: what it held was spent
+    tell(b, "recover", two)  # its process was lost, but its time was spent
     clock.now += 50
     tell(b, "start", two)
     clock.now += 50
@@ -117,14 +117,14 @@ def test_gpu_hours_are_over_by_no_more_than_the_epoch_that_each_running_trial_is
     for trial in running:
         tell(b, "start", trial)
     epoch = 0
-    while not b.stop_all():  # an epoch takes two and a half minutes of a GPU
+    while not b.stop_all():  # an epoch takes two and a half minutes of GPU time
         assert b.spent()["gpu_hours"] < 0.5
         epoch += 1
         clock.now += 150
         for trial in running:
             tell(b, "result", trial, result={"epoch": epoch, "seconds": 150.0})
     assert said == ["search.gpu_hours: 0.5 of 0.5 h are reached"] and epoch == 6
-    clock.now += 150  # they finish the epoch that they are in
+    clock.now += 150  # they finish their current epoch
     for trial in running:
         tell(b, "result", trial, result={"epoch": 7, "seconds": 150.0})
         tell(b, "complete", trial)
@@ -188,7 +188,7 @@ def test_the_first_budget_that_is_reached_is_named() -> None:
 
 
 class Slow(tune.Callback):  # type: ignore[misc]
-    """Counts reports, and takes its time at each."""
+    """Counts reports, and delays each."""
 
     def __init__(self, clock: list[int]) -> None:
         self.clock = clock
@@ -299,7 +299,7 @@ def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_
         assert sum(sum(seconds[:-1]) for seconds in held) <= 1.8
     else:
         assert 2 <= sum(r.status == "failed" for r in records) <= 3
-        changes = ["--retry-failed", "--max-failures", "20"]  # which fail once more, of the same
+        changes = ["--retry-failed", "--max-failures", "20"]  # which fail again, in the same way
         assert main(["resume", "e", *changes]) == 1
         again = read_records(tmp_path / "e")
         assert [(r.number, r.status) for r in again] == [(n, "failed") for n in range(4)]
@@ -344,9 +344,9 @@ def test_failed_trials_end_a_sweep_and_run_again_when_they_are_asked_to(
     (folder / "error.txt").write_text("of the first attempt")
     resume_tuner(tmp_path / "e", retry_failed=True, max_failed_trials=9).fit()
     after = read_records(tmp_path / "e")
-    assert [r.number for r in after] == list(range(5))  # no orphan, no number twice
+    assert [r.number for r in after] == list(range(5))  # no orphan, no duplicate number
     assert all(r.status == ("failed" if r.config["optim"]["lr"] > 1 else "done") for r in after)
-    assert "of the first attempt" not in (folder / "error.txt").read_text()  # it failed anew
+    assert "of the first attempt" not in (folder / "error.txt").read_text()  # it failed again
     storage = open_journal(tmp_path / "e" / "study.journal")
     study = optuna.load_study(study_name="tfkd/ce", storage=storage)
     attempts = [
@@ -380,7 +380,7 @@ def test_a_sweep_goes_on_in_a_wider_space(ray_cluster: str, tmp_path: Path) -> N
     assert "optim.nesterov" in after[5].parameters
     assert (
         len(resume_tuner(tmp_path / "e", add_trials=1).fit()) == 1
-    )  # and from then on it is the experiment's
+    )  # from then on, it is the experiment's
     assert [r.number for r in read_records(tmp_path / "e")] == list(range(7))
 
 

@@ -1,4 +1,4 @@
-"""Run states and weights: whole or not at all, checked, and never executed."""
+"""Run states and weights: written atomically, checked, and never executed."""
 
 import contextlib
 import os
@@ -57,7 +57,7 @@ def test_a_damaged_state_is_said_and_the_one_before_is_used(tmp_path: Path, dama
 
 
 class Killed(BaseException):
-    """Signal 9, at a call of the operating system."""
+    """Signal 9 at a system call."""
 
 
 @pytest.mark.parametrize("last_is", ["whole", "damaged", "gone"])
@@ -65,7 +65,7 @@ class Killed(BaseException):
 def test_a_kill_between_any_two_moves_leaves_a_whole_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, last_is: str
 ) -> None:
-    """Killed before its first, second or third move, `save_state` leaves the newest state that was whole, or its own."""
+    """Kill `save_state` before its first, second or third rename: a whole state remains."""
     for epoch in (1, 2):
         save_state(tmp_path, {"epoch": epoch})
     if last_is == "damaged":
@@ -92,7 +92,7 @@ def test_a_kill_between_any_two_moves_leaves_a_whole_state(
     assert found["epoch"] == (
         before if FRESH not in made else 2 if last_is == "whole" and BEFORE not in made else 3
     )
-    save_state(tmp_path, {"epoch": 4})  # and it goes on from there
+    save_state(tmp_path, {"epoch": 4})  # and it resumes from there
     assert load_state(tmp_path) == {"epoch": 4} and not (tmp_path / FRESH).exists()
 
 
@@ -137,7 +137,7 @@ def test_weights_read_back_and_damage_is_noticed(tmp_path: Path) -> None:
 def test_where_there_is_no_room_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is left on a disk is left to those who need less: the sweep's own records."""
+    """Free space on a full disk is left for the sweep's own records."""
     write_whole(tmp_path / "f", b"old")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 97, 3))  # type: ignore[attr-defined]
     write_whole(tmp_path / "f", b"new")

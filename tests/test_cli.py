@@ -1,4 +1,4 @@
-"""The command line, as a person meets it: bad input in process, real work in real processes."""
+"""The command line from a user's view: bad input in process, real work in real processes."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ search: {num_samples: 2}
 
 
 def noted(tfkd: Run, tmp_path: Path, *words: str) -> None:
-    """Assert that a verb prints the note on a network that ends in softmax, and ends well."""
+    """Assert that a verb prints the note on a network that ends in softmax, and succeeds."""
     (tmp_path / "soft.py").write_text(SOFT)
     shared = {"student": "soft:network", "epochs": 1, "data": {"name": "digits", "subset": 200}}
     space = {
@@ -352,7 +352,7 @@ def test_a_path_in_a_command_that_is_shown_is_one_word_of_it(tmp_path: Path) -> 
 
 @pytest.mark.ray
 def test_the_main_job_on_real_digits(ray_cluster: str, tfkd: Run, here: Path) -> None:
-    """The shipped space in whole, piped: 24 trials, six for each objective, within 90 s."""
+    """The whole shipped space, piped: 24 trials, six for each objective, within 90 s."""
     start = time.monotonic()
     run = tfkd("tune", "digits_tfkd", "--name", "main", cwd=here)
     assert run.returncode == 0, run.stderr
@@ -392,7 +392,7 @@ class Terminal:
         while not re.search(pattern, self.text) and time.monotonic() < until:
             try:
                 self.text += os.read(self.fd, 65536).decode(errors="replace")
-            except OSError:  # the other side is closed
+            except OSError:  # the other end is closed
                 break
         assert re.search(pattern, self.text), self.text[-2000:]
 
@@ -423,7 +423,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
     assert terminal.exit_code() == 130
     records = read_records(here / "tfkd_results" / "c")
     stopped = [r for r in records if r.status == "interrupted"]
-    assert any(r.metrics for r in stopped)  # the other may not have come to its first epoch
+    assert any(r.metrics for r in stopped)  # the other may not have reached its first epoch
     assert all((r.folder / "last.ckpt").exists() for r in stopped if r.metrics)
     resumed = tfkd("resume", "tfkd_results/c", cwd=here)
     assert resumed.returncode == 0, resumed.stderr
@@ -431,9 +431,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
     assert [(r.number, r.status, len(r.metrics)) for r in after] == [
         (n, "done", 200) for n in range(2)
     ]
-    for record in (
-        stopped
-    ):  # it went on, and did not begin again: the epochs before are the same to the microsecond
+    for record in stopped:  # it resumed: the earlier epochs are the same to the microsecond
         again = next(r for r in after if r.number == record.number)
         assert again.metrics[: len(record.metrics)] == record.metrics
 
@@ -466,7 +464,7 @@ def test_ctrl_c_while_ray_starts_ends_cleanly(here: Path) -> None:
 
 
 def outcome(experiment: Path) -> list[tuple[Any, ...]]:
-    """All that a sweep's trials came to, but for the time that it took."""
+    """Return the results of a sweep's trials, without their times."""
     return [
         (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
         for r in read_records(experiment)
@@ -475,7 +473,7 @@ def outcome(experiment: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.ray
 def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here: Path) -> None:
-    """One trial at a time: the resumed sweep ends as an undisturbed one, bit by bit."""
+    """With one trial at a time, the resumed sweep equals an undisturbed one, bit by bit."""
     settings = [
         "epochs=60",
         "checkpoint_every_s=0",
@@ -585,7 +583,7 @@ def test_a_driver_killed_with_9_loses_nothing_of_what_else_there_is(
 def test_parameters_are_minimised_beside_accuracy_and_a_sweep_goes_on_in_a_wider_space(
     ray_cluster: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The front in `tune`, `best` and the report; then `tfkd resume --space`."""
+    """Check the front in `tune`, `best` and the report, then `tfkd resume --space`."""
     search = "search: {num_samples: 4, stopping: none, metric: [val_accuracy, parameters]}"
     student = "student: {choices: [{name: mlp, hidden: [4]}, {name: mlp, hidden: [32]}]}"
     text = SPACE.replace("student: {name: mlp, hidden: [8]}", student).replace(
@@ -749,7 +747,7 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
         "tfkd_ray.cli.sweep.compare_arms", lambda directory, address: gone_on.append(directory) or 0
     )
     code = main(["resume", "c", *given(option)])
-    if option.dest == "retry_failed":  # it always does that
+    if option.dest == "retry_failed":  # it always does
         assert code == 0 and gone_on
     else:
         assert code == 2 and not gone_on

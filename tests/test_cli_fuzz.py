@@ -1,4 +1,4 @@
-"""Commands as nobody would type them: a sentence and an exit code, no traceback, and nothing starts."""
+"""Random command lines: a sentence and an exit code, no traceback, and nothing starts."""
 
 import contextlib
 import ctypes
@@ -69,7 +69,7 @@ def test_any_words_after_a_verb_are_answered(
         rng = random.Random(f"{SEED}/{verb}/{number}")
         argv = [verb, *(rng.choice(WORDS) for _ in range(rng.randrange(5)))]
         if verb in ("tune", "train") and "digits_tfkd" in argv:
-            continue  # it might be a right command
+            continue  # it might be valid
         is_answered(argv, capfd)
 
 
@@ -116,7 +116,7 @@ def test_any_words_after_a_verb_of_clusters_are_answered(
     ]
     for number in range(COUNT * 30 // 500):
         rng = random.Random(f"{SEED}/cluster {do}/{number}")
-        printed = [] if do == "check" else ["--print"]  # nothing is to be started
+        printed = [] if do == "check" else ["--print"]  # nothing may start
         argv = ["cluster", do, *printed, *(rng.choice(words) for _ in range(rng.randrange(5)))]
         is_answered(argv, capfd)
 
@@ -154,7 +154,7 @@ def test_commands_do_not_depend_on_their_surroundings(
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["check", "digits_tfkd"], ["ls"]])
 def test_a_reader_who_leaves_is_no_failure(argv: list[str], tmp_path: Path) -> None:
-    """Standard output is a pipe that nobody reads any more, or is closed."""
+    """Standard output is a closed pipe, or a pipe without a reader."""
     command = [sys.executable, "-m", "tfkd_ray", *argv]
     read, write = os.pipe()
     os.close(read)
@@ -175,7 +175,7 @@ def test_a_reader_who_leaves_is_no_failure(argv: list[str], tmp_path: Path) -> N
 )
 @pytest.mark.parametrize("verb", ["check", "report"])
 def test_a_path_in_any_encoding_is_answered(verb: str, name: bytes, tmp_path: Path) -> None:
-    """Names of files are bytes; there is a file of this name, a directory, or nothing."""
+    """File names are bytes; this name is a file, a directory, or missing."""
     command = [os.fsencode(sys.executable), b"-m", b"tfkd_ray", verb.encode(), b"./" + name]
     for make in (None, os.mkdir):
         if make is not None:
@@ -206,11 +206,11 @@ TRAINED = "student: {name: mlp, hidden: [8]}\nobjective: ce\nepochs: 1\n"
 
 
 def as_modes_say() -> None:
-    """Root, too, may then write only where a file's mode lets it."""
+    """Make file modes apply to root, too."""
     bounding_set_drop, may_ignore_modes = (
         24,
         1,
-    )  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE; the next program has what is left
+    )  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE; the next program inherits the rest
     if (
         os.getuid() == 0
         and ctypes.CDLL(None, use_errno=True).prctl(bounding_set_drop, may_ignore_modes, 0, 0, 0)
@@ -239,7 +239,7 @@ def test_commands_do_without_a_home_that_they_can_write(kind: str, tmp_path: Pat
         (["train", "one.yaml"], (0,)),
         (["check", "digits_tfkd"], (0,)),
         (["tune", "--help"], (0,)),
-        (["doctor"], (0, 1)),  # 1: it has found a problem, as it is meant to
+        (["doctor"], (0, 1)),  # 1: it has found a problem, as expected
     ):
         done = run(sys.executable, "-m", "tfkd_ray", *argv)
         assert done.returncode in codes and "Traceback" not in done.stdout + done.stderr, (
@@ -252,7 +252,7 @@ def test_commands_do_without_a_home_that_they_can_write(kind: str, tmp_path: Pat
 
 
 def on_a_terminal(command: list[str], folder: Path, **env: str) -> str:
-    """What a command writes to a terminal of 80 x 24, where it must end well or with a sentence."""
+    """Return a command's output on a terminal of 80 x 24; it must end well or with a sentence."""
     pid, fd = pty.fork()
     if pid == 0:
         os.chdir(folder)
@@ -260,7 +260,7 @@ def on_a_terminal(command: list[str], folder: Path, **env: str) -> str:
         os.execve(command[0], command, {**surroundings, "TERM": "xterm", **env})
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     written = b""
-    with contextlib.suppress(OSError):  # the other side is closed
+    with contextlib.suppress(OSError):  # the other end is closed
         while piece := os.read(fd, 65536):
             written += piece
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -316,7 +316,7 @@ TABLES = [["status", "sweep"], ["best", "sweep"], ["ls", "--storage", "."], ["te
 def test_tables_fit_80_columns_also_where_the_terminal_says_20(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are for files and pipes, too, so they do not change with COLUMNS; the live view does."""
+    """Tables ignore COLUMNS, since they also go to files and pipes; the live view uses it."""
     monkeypatch.chdir(RELEASE)
     monkeypatch.setenv("COLUMNS", "20")
     assert main(argv) == 0

@@ -1,7 +1,8 @@
-"""Sweeps on real clusters of several nodes: one is added, one dies, one is cut off; tokens that are wrong.
+"""Sweeps on real clusters of several nodes: one joins, one dies, one is cut off; wrong tokens.
 
-Three kinds of nodes on this machine: raylets of `ray.cluster_utils.Cluster`, `ray start` on loopback with a token, and
-network namespaces with their own addresses. All have their own ports and temporary directories.
+Three kinds of nodes run on this machine: raylets of `ray.cluster_utils.Cluster`, `ray start` on
+loopback with a token, and network namespaces with their own addresses. All have their own ports and
+temporary directories.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ SPACE: dict[str, Any] = {
 
 
 def end(place: Path) -> None:
-    """End the processes that have a directory of ours in their command line."""
+    """Kill the processes whose command line names a directory of these tests."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -61,7 +62,7 @@ def end(place: Path) -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A short path: Ray's sockets are below it."""
+    """Yield a short path: Ray's sockets are below it."""
     folder = Path(tempfile.mkdtemp(prefix="tn"))
     yield folder
     end(folder)
@@ -72,7 +73,7 @@ def place() -> Iterator[Path]:
 
 
 def reported(script: str, place: Path, what: Any, *more: str) -> Any:
-    """What a script beside this one reports of its sweep on a cluster of its own."""
+    """Return the report of a script beside this file on a sweep with its own cluster."""
     words = [
         sys.executable,
         str(Path(__file__).parent / script),
@@ -95,7 +96,7 @@ def sweep_on_nodes(place: Path, space: dict[str, Any], *more: str) -> dict[str, 
 
 
 def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
-    """Every trial has its epochs once each, bit by bit those of a run that nothing happened to."""
+    """Assert that every trial has each epoch once, bit by bit as in an undisturbed run."""
     records = read_records(experiment)
     assert [r.status for r in records] == ["done"] * trials, [
         (r.name, r.status, r.reason) for r in records
@@ -120,7 +121,7 @@ def assert_same_as_never_lost(experiment: Path, trials: int) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_its_machine_was_switched_off(place: Path) -> None:
-    """Driver, Ray and trials are killed at the same instant and Ray's folder is gone, as after a reboot; three times."""
+    """Kill driver, Ray and trials and remove Ray's folder, as a reboot does, three times."""
     search = {"sampler": {"name": "tpe", "startup": 3}, "num_samples": 8, "max_concurrent": 1}
     space = {
         **SPACE,
@@ -280,7 +281,7 @@ DASHBOARD = "http://127.0.0.1:8390"
 def ray_start(
     place: Path, name: str, *words: str, inside: tuple[str, ...] = (), **env: str
 ) -> None:
-    """A node of its own; its processes have `place` in their command lines."""
+    """Start a node; its processes have `place` in their command lines."""
     given = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -288,7 +289,7 @@ def ray_start(
         **env,
     }
     given.pop("RAY_ADDRESS", None)
-    given["PATH"] = f"{BIN}{os.pathsep}{given['PATH']}"  # jobs take the node's own python
+    given["PATH"] = f"{BIN}{os.pathsep}{given['PATH']}"  # jobs use the node's own python
     command = [*inside, str(BIN / "ray"), "start", *words, "--num-cpus=1", "--object-store-memory=150000000",
                f"--temp-dir={place}/{name}"]  # fmt: skip
     run = subprocess.run(command, env=given, capture_output=True, text=True, timeout=90)
@@ -297,7 +298,7 @@ def ray_start(
 
 @pytest.fixture
 def started(place: Path) -> Path:
-    """A head and two workers on loopback."""
+    """Start a head and two workers on loopback."""
     (place / "token").write_text(secrets.token_hex(32))
     (place / "token").chmod(0o600)
     (place / "wrong").write_text("0" * 64)
@@ -340,10 +341,8 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
             "tune", "space.yaml", "--address", address, "--storage", str(place / "s"), token=token
         )
 
-    asked = {
-        key: refused(*key) for key in refusals if key[1] == http
-    }  # alone: theirs is a matter of seconds
-    with ThreadPoolExecutor() as pool:  # the others wait for Ray, mostly
+    asked = {key: refused(*key) for key in refusals if key[1] == http}  # alone: theirs take seconds
+    with ThreadPoolExecutor() as pool:  # the others mostly wait for Ray
         waiting = {key: pool.submit(refused, *key) for key in refusals if key[1] == gcs}
         swept, _ = run(
             "tune",
@@ -370,7 +369,7 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
     assert_same_as_never_lost(place / "s/job", 2)
     assert {path.name for path in (place / "s").iterdir()} == {"direct", "job"}
 
-    # all that Ray says of the job to whoever has the token, and what it keeps of it: no token
+    # neither Ray's answers about the job nor its files contain the token
     def told() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(asked_of(place, "/api/jobs/"))
         return found
@@ -383,7 +382,7 @@ def test_a_head_and_two_workers_take_sweeps_by_address_and_as_jobs_with_the_righ
     ]
     assert "trials" in said[-1] and (place / "token").read_text() not in "".join(said)
 
-    # this machine is a node of it: `auto` finds it where `ray start` has noted it
+    # `auto` finds the cluster by the file that `ray start` has written
     (place / "ray").symlink_to(place / "h")
     drivers = sum(job["type"] == "DRIVER" for job in told())
     joined = tfkd("tune", "space.yaml", "--address", "auto", "--storage", str(place / "s"), "--name", "auto",
@@ -431,7 +430,7 @@ def test_a_program_with_a_token_at_home_sweeps_on_a_head_without_authentication_
 
 
 def asked_of(place: Path, path: str) -> str:
-    """What the dashboard of the started head answers."""
+    """Return an answer of the started head's dashboard."""
     key = {"Authorization": f"Bearer {(place / 'token').read_text()}"}
     with urllib.request.urlopen(
         urllib.request.Request(DASHBOARD + path, headers=key), timeout=20
@@ -447,7 +446,7 @@ def until(there: Callable[[], bool], what: str, *, within_s: float = 90) -> None
 
 
 def hears_a_hangup() -> None:
-    """As in a terminal, also where the tests were started with nohup."""
+    """Restore the default SIGHUP, also if the tests were started with nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -455,7 +454,7 @@ def hears_a_hangup() -> None:
 def begun_by_a_person(
     place: Path, *words: str, **env: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """(process, file with what it says) of `tfkd tune` as in a terminal, whose signals all its processes get."""
+    """Start `tfkd tune` as a terminal does, in its own process group: (process, output file)."""
     command = [
         sys.executable,
         "-m",
@@ -504,7 +503,7 @@ def test_a_job_goes_on_when_the_one_who_follows_it_interrupts_or_hangs_up(starte
     jobs = {
         job["submission_id"]: job["status"] for job in json.loads(asked_of(place, "/api/jobs/"))
     }
-    for text in said.values():  # how to follow it again, said before anything else
+    for text in said.values():  # how to follow it again, printed first
         (job,) = (
             job
             for job in jobs
@@ -519,7 +518,7 @@ def test_a_job_goes_on_when_the_one_who_follows_it_interrupts_or_hangs_up(starte
 
 
 def slowly(place: Path) -> dict[str, Any]:
-    """The space with a network that is slow until `place/slow` is removed; its module is beside the space file."""
+    """Return the space with a network that is slow until `place/slow` is removed."""
     shutil.copy(Path(__file__).parent / "slow.py", place / "work/slow.py")
     (place / "slow").touch()
     return {
@@ -535,7 +534,7 @@ def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_
     for name in ("work", "tmp"):
         (place / name).mkdir()
     (place / "work/space.yaml").write_text(json.dumps(SPACE))
-    (place / "work/bulk.bin").write_bytes(os.urandom(90_000_000))  # takes a while on its way
+    (place / "work/bulk.bin").write_bytes(os.urandom(90_000_000))  # needs time to arrive
     ray_start(place, "h", "--head", "--node-ip-address=127.0.0.1", *(f"--{k}={v}" for k, v in PORTS.items()),
               "--dashboard-agent-listen-port=6492", '--resources={"tfkd_driver": 1000}')  # fmt: skip
     doomed = [p for p in psutil.process_iter(["cmdline"]) if f"{place}/h/" in (line := " ".join(p.info["cmdline"] or []))
@@ -547,7 +546,7 @@ def test_a_head_that_is_killed_in_the_middle_of_being_sent_a_job_is_told_within_
     ):
 
         def on_its_way() -> bool:
-            """Ray has packed the folder, and has a connection to the head."""
+            """Return True once Ray has packed the folder and is connected to the head."""
             packed = (
                 sum(path.stat().st_size for path in (place / "tmp").rglob("*.zip")) > 89_000_000
             )
@@ -590,7 +589,7 @@ def test_nodes_with_disks_of_their_own_run_a_sweep_on_a_bucket(place: Path, tfkd
         return done.stdout
 
     def mirrors(node: str, file: str) -> dict[str, Path]:
-        """Files of trials on a node's own disk."""
+        """Return the trials' files on a node's own disk."""
         return {
             path.parent.name: path
             for path in (place / node).glob(f"tfkd_ray/store/storage/*/e/trials/t*/{file}")
@@ -654,7 +653,7 @@ def ip(*words: str, inside: str | None = None) -> None:
 
 @pytest.fixture
 def hosts(place: Path) -> Iterator[Path]:
-    """Three network namespaces on a bridge: a head with no CPU to lose, and two workers."""
+    """Yield three network namespaces on a bridge: a head without CPUs, and two workers."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.fail("needs root, and: apt-get install iproute2")
     (place / "token").write_text(secrets.token_hex(32))
@@ -684,13 +683,13 @@ def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: P
     place, head = hosts, HOSTS["tn1"]
     space = {**SPACE, "epochs": 150, "search": {**SPACE["search"], "num_samples": 6}}
     (place / "space.yaml").write_text(json.dumps(space))
-    (place / "other").mkdir()  # where the third host sees a directory of its own
+    (place / "other").mkdir()  # where the third host sees its own directory
     inside = {name: ("ip", "netns", "exec", name) for name in HOSTS}
     own = ("bash", "-c", f'mount -t tmpfs none {place}/other && exec "$@"', "--")
     soon = {
         "RAY_health_check_timeout_ms": "2000",
         "RAY_health_check_failure_threshold": "3",
-    }  # Ray's: 10 s, five times
+    }  # Ray's own limit: 10 s, five times
     ray_start(place, "h", "--head", f"--node-ip-address={head}", "--port=6379", '--resources={"tfkd_driver": 1000}',
               inside=inside["tn1"], **soon)  # fmt: skip
     for name, more in (("tn2", ()), ("tn3", own)):
@@ -778,7 +777,7 @@ SCALED: dict[str, Any] = {
 def test_a_sweep_waits_for_the_nodes_that_an_autoscaler_starts_and_says_so(
     place: Path, tfkd: Run
 ) -> None:
-    """Ray's autoscaler, with its provider whose nodes are raylets of this machine."""
+    """Uses Ray's autoscaler, with its provider whose nodes are raylets of this machine."""
     (place / "token").write_text(secrets.token_hex(32))
     (place / "scaled.json").write_text(json.dumps(SCALED))
     ids = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}

@@ -1,7 +1,7 @@
-"""A real cluster of two nodes from clusters/onprem.yaml: sshd on loopback, `up`, a sweep as a job, `down`.
+"""A real cluster of two nodes from clusters/onprem.yaml: sshd, `up`, a sweep as a job, `down`.
 
-It stands beside other Ray clusters of this machine: its own ports, its own addresses, its own home and temporary
-directory. `ray stop`, which would end every Ray process here, is kept from its nodes by a `ray` of the test's own.
+It runs beside other Ray clusters of this machine, with its own ports, addresses, home and temporary
+directory. Its nodes use the test's own `ray`, since `ray stop` would end every Ray process here.
 """
 
 import os
@@ -30,19 +30,19 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Cluster:
-    """Where its files are (`work/` is the folder of its user), and the environment of whoever uses it."""
+    """A cluster's files (`work/` is its user's folder) and the environment of its user."""
 
     place: Path
     env: dict[str, str]
 
 
 def shared(place: Path) -> Path:
-    """The directory that both nodes see: not below /tmp, which `check` knows to be each node's own."""
+    """Return a directory that both nodes see, not below /tmp, which `check` takes as node-local."""
     return Path("/srv") / place.name
 
 
 def on_loopback(place: Path) -> str:
-    """onprem.yaml with other addresses, and with ports and directories that nothing else here uses."""
+    """Return onprem.yaml with other addresses, and unused ports and directories."""
     text = (ROOT / "clusters/onprem.yaml").read_text()
     head, workers = text.split("\nworker_start_ray_commands:")
     own = f"--num-cpus=1 --object-store-memory=150000000 --temp-dir={place}"
@@ -100,7 +100,7 @@ def cluster() -> Iterator[Cluster]:
     (place / "home/.profile").write_text(
         f"export PATH={place}/bin:{BIN}:/usr/sbin:/usr/bin:/sbin:/bin\n"
     )
-    # `ray stop` ends the head's processes alone; ssh looks for keys in the home of /etc/passwd
+    # `ray stop` ends only the head's processes; ssh searches keys in the home of /etc/passwd
     (place / "bin/ray").write_text(
         f'#!/bin/bash\n[ "$1" = stop ] || exec {BIN}/ray "$@"\nfor p in $(pgrep -f {place}/h/session); do kill $p; done\n'
     )
@@ -155,7 +155,7 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
         return tfkd(*words, cwd=place / "work", timeout=200, **{**cluster.env, **env})
 
     def page(verb: str, *more: str, name: str = "") -> subprocess.CompletedProcess[str]:
-        """Run the command of docs/clusters.md that begins so."""
+        """Run the command of docs/clusters.md that begins with these words."""
         (line,) = (line for line in SHOWN if line.startswith(verb))
         return run(*line.replace("/mnt/shared/tfkd_results/NAME", f"{nfs}/{name}").split(), *more)
 
@@ -173,7 +173,7 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
         oct(path.stat().st_mode)[-3:] for path in (place / "token", place / "home/.ray/auth_token")
     }
     assert modes == {"600"}
-    again = page("cluster up")  # a running cluster is left alone
+    again = page("cluster up")  # a running cluster is unchanged
     assert again.returncode == 0 and "Ray runtime started" not in again.stdout + again.stderr, (
         again.stderr
     )
@@ -182,7 +182,7 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
         assert time.monotonic() < until, status.stdout + status.stderr
         time.sleep(2)
 
-    # a token that is not the cluster's, and none, each with its own sentence
+    # a wrong token and no token, each with its own sentence
     (place / "wrong").write_text("0" * 64)
     for path, sentence in (
         ("wrong", "refuses the token that is here"),
@@ -197,7 +197,7 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
             and "Traceback" not in refused.stderr
         )
 
-    # a sweep as a job, not waited for; followed later; the results are on the shared directory
+    # a detached sweep as a job, followed later; the results are on the shared directory
     sent = page("tune")
     assert sent.returncode == 0, sent.stderr
     followed = page("cluster logs")
@@ -219,13 +219,13 @@ def test_the_commands_of_the_page_start_a_cluster_by_ssh_run_a_sweep_on_it_and_e
         looked.returncode == 0 and "ok nodes: 2 of 2 ran a task" in said and "ok storage: " in said
     ), said
 
-    # the token is in no file of the experiment, and was not said
+    # the token is neither in the experiment's files nor in the output
     token = (place / "token").read_text()
     files = [path for path in nfs.rglob("*") if path.is_file()]
     assert files and not [path for path in files if token.encode() in path.read_bytes()]
     assert not [r for r in (up, sent, followed, resumed) if token in r.stdout + r.stderr]
 
-    # a job that fails is a failure here; what it was sent holds no secrets
+    # a failed job makes this command fail; the files sent contain no secrets
     failed = run("cluster", "submit", "mine.yaml", "--", "sh", "-c", "ls -a; exit 3")
     assert failed.returncode == 1 and "failed" in failed.stderr
     assert "space.yaml\n" in failed.stderr

@@ -1,4 +1,4 @@
-"""Cluster files: those that ship are good and safe, each rule has its sentence, each verb its commands."""
+"""Cluster files: the shipped ones are valid and safe, each rule has its sentence."""
 
 import argparse
 import http.server
@@ -48,7 +48,7 @@ def test_every_shipped_file_passes_its_own_check_quickly(path: Path) -> None:
     assert any(line.startswith("experiments go to ") for line in lines)
 
 
-# --- security: these read the text, not through our check
+# --- security: these read the text, independent of the check
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -72,7 +72,7 @@ def test_no_shipped_file_opens_a_port_to_the_world(name: str) -> None:
     assert hosts, "named in every file"
     if (
         name == "kuberay-job.yaml"
-    ):  # its operator asks the dashboard; a NetworkPolicy keeps all others out
+    ):  # its operator reads the dashboard; a NetworkPolicy keeps everyone else out
         assert (
             hosts == ["0.0.0.0"]
             and "kind: NetworkPolicy" in text
@@ -367,7 +367,7 @@ def test_a_trial_that_can_never_fit_is_refused(
 def test_each_type_of_node_has_its_own_kind_of_gpu(
     tmp_path: Path, resources: str, kind: str, fits: bool
 ) -> None:
-    """And room is counted on those of the kind alone."""
+    """Room is counted on the nodes with this kind of GPU only."""
     text = TEXTS["aws-gpu.yaml"].replace('{CPU: 8, GPU: 1, "accelerator_type:A10G": 1}', resources)
     (tmp_path / "mine.yaml").write_text(text)
     file = load_cluster(tmp_path / "mine.yaml")
@@ -499,7 +499,7 @@ def test_the_lists_of_nodes_are_asked_of_whoever_rents_them_out(
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH with nothing but what a test puts there; what is called is written to `called`."""
+    """Return a PATH with fake programs only, which write their calls to `called`."""
     folder = tmp_path / "tools"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -625,7 +625,7 @@ RENTED = {
 def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_which_cost_money(
     tools: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, provider: str
 ) -> None:
-    """By stand-ins of the providers' programs, which list machines only to whoever asks for those of this cluster."""
+    """Fake programs of the providers list machines only if asked for this cluster's tag."""
     program, tag, machines = RENTED[provider]
     listed = machines.replace("\\n", "\n").splitlines()
     mine = f"for word; do [[ $word != {shlex.quote(tag)}* || -e {tools}/ended ]] || printf '{machines}\\n'; done"
@@ -652,7 +652,7 @@ def test_status_and_down_ask_for_the_machines_with_the_clusters_tag_and_say_whic
     )
 
     (tools / "ended").unlink()
-    fake(tools, "end", "")  # `ray down` that has ended nothing
+    fake(tools, "end", "")  # `ray down` that has stopped nothing
     assert main(["cluster", "down", f"{provider}-gpu"]) == 1
     err = capsys.readouterr().err
     assert "these are still there, and may cost money" in err and all(
@@ -869,7 +869,7 @@ def test_a_host_that_does_not_answer_is_named_before_anything_starts(
 def test_slurm_runs_the_command_under_symmetric_run(
     tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The script itself, with stand-ins for Slurm and Ray."""
+    """Run the script itself, with fakes of Slurm and Ray."""
     (tmp_path / "home/tfkd-env/bin").mkdir(parents=True)
     (tmp_path / "home/tfkd-env/bin/activate").write_text("")
     (tmp_path / "home/.ray").mkdir()
@@ -940,7 +940,7 @@ def test_a_large_working_directory_is_refused_with_its_largest_files(tmp_path: P
 
 
 class Head(http.server.BaseHTTPRequestHandler):
-    """A head that wants the token `right`, and says that it has another Ray."""
+    """A head that requires the token `right` and reports another Ray version."""
 
     def do_GET(self) -> None:
         given = self.headers.get("Authorization")
@@ -994,7 +994,7 @@ def test_a_job_that_the_cluster_would_refuse_is_told_why(
 def test_a_head_that_does_not_answer_is_given_up_in_time(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as silent:  # takes the connection, and says nothing
+    with socket.socket() as silent:  # accepts the connection, but never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -1048,7 +1048,7 @@ def test_where_a_sweep_runs_is_checked_before_anything_is_sent(
 ) -> None:
     monkeypatch.setattr(
         "ray.is_initialized", lambda: False
-    )  # in this process, another test may have connected
+    )  # another test in this process may have connected
     assert main(["tune", "mine.yaml", *argv]) == 2
     err = capsys.readouterr().err
     assert sentence in err and "Traceback" not in err
@@ -1058,7 +1058,7 @@ def test_where_a_sweep_runs_is_checked_before_anything_is_sent(
 def verbs(
     parser: argparse.ArgumentParser, *before: str
 ) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Every verb of a parser, those of its verbs included."""
+    """Yield every verb of a parser, including sub-verbs."""
     subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     for action in subs:
         for name, sub in action.choices.items():
@@ -1068,7 +1068,7 @@ def verbs(
 
 
 def given(action: argparse.Action, *, joined: bool = False) -> list[str]:
-    """Words that set an option, or a positional argument, to something unusual."""
+    """Return words that set an option, or a positional argument, to an unusual value."""
     if action.nargs == 0:
         return [action.option_strings[-1]]
     number = action.type is not None and action.type.__name__ in ("_count", "int", "float")  # type: ignore[union-attr]

@@ -126,7 +126,7 @@ def test_a_recipe_fills_what_a_configuration_does_not_say() -> None:
         and modern.schedule.name == "cosine"
         and not modern.augment.rotation_degrees
     )
-    assert validated(TrainConfig, {"objective": "ce"}).epochs == 27  # digits have none of their own
+    assert validated(TrainConfig, {"objective": "ce"}).epochs == 27  # digits have no own recipe
 
 
 @pytest.mark.parametrize(
@@ -247,12 +247,12 @@ STORED: list[tuple[dict[str, Any], str]] = [
         "4404deca7cd63fec",
     ),
 ]
-"""Configurations, and the names that runs, teachers and soft labels of releases so far have by them."""
+"""Configurations, with the names of their runs, teachers and soft labels in all releases."""
 
 
 @pytest.mark.parametrize("tree, name", STORED, ids=range(20))
 def test_what_is_stored_keeps_its_name(tree: dict[str, Any], name: str) -> None:
-    """A setting that a release adds has a neutral default, and is in `later` of its class: see `Settings.content`."""
+    """A new setting has a neutral default and is in its class's `later`: see `Settings.content`."""
     assert validated(TrainConfig, {"precision": "fp32", **tree}).fingerprint() == name
 
 
@@ -343,7 +343,7 @@ def test_avx512_without_amx_is_no_reason_for_bf16(
 
 
 def test_what_counts_as_tiny_is_counted() -> None:
-    """Against torch's own counter."""
+    """Compare with torch's own counter."""
     for network in (Mlp(hidden=(64, 32)), Cnn(widths=(4, 8, 6))):
         module = network.build((3, 28, 28), 10).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():

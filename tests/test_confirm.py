@@ -1,4 +1,4 @@
-"""Comparisons on a real Ray: every arm with every seed, once; the test split opened at the end, by the parent."""
+"""Comparisons on a real Ray: every arm with every seed, once; then the test split is opened."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(
     ]
     assert json.loads((tmp_path / "c/confirm.json").read_text()) == result
     assert [o["experiment"] for o in result["opened"]] == ["c"] and result["test"] == "digits"
-    # the numbers are those of the loop, and of the test split
+    # the numbers are those of the loop and of the test split
     run = read_comparison(tmp_path / "c").runs[0]
     *_, last = train(run.config)
     kept = load_file(tmp_path / "c/trials" / run.name / LOGITS)
@@ -77,7 +77,7 @@ def test_every_arm_is_trained_with_every_seed_and_judged_on_test_once(
     assert result["arms"][0]["runs"][0]["accuracy"] == pytest.approx(
         (logits.argmax(1) == test.labels).double().mean()
     )
-    # a second time: nothing is run, nothing is opened
+    # a second time: nothing is run or opened
     assert judge_on_test(tmp_path / "c") == result and read_comparison(tmp_path / "c").is_trained
     lines = outcome_table(result)
     assert max(map(len, lines)) <= 80
@@ -106,7 +106,7 @@ def test_a_failing_run_comes_back_once() -> None:
     searcher.on_trial_complete("1", {"failed": "it broke"})
     assert searcher.suggest("2") == b
     assert searcher.suggest("3") == a
-    assert searcher.suggest("4") is None  # both may come back
+    assert searcher.suggest("4") is None  # both may be retried
     searcher.on_trial_complete("2", {"epoch": 3})
     searcher.on_trial_complete("3", error=True)
     assert searcher.suggest("4") == "FINISHED"
@@ -175,7 +175,7 @@ def test_a_comparison_without_a_trained_run_is_refused(tmp_path: Path) -> None:
 
 
 def of_photographs(tmp_path: Path) -> dict[str, Any]:
-    """Arms of photographs in a folder, with a test split of two classes."""
+    """Return arms of photographs in a folder, with a test split of two classes."""
     data = {
         "name": "image_folder",
         "root": str(write_folder(tmp_path / "photos")),
@@ -320,13 +320,13 @@ def test_a_sweep_is_confirmed_against_baselines_that_are_tuned_first(
     assert len(found["candidates"][0]["comparisons"]) == 3 and found["searched"] == 2
 
 
-# --- what a sceptical reader asks for, on made-up outcomes
+# --- a sceptical reader's questions, on made-up outcomes
 
 
 def outcome_of(
     tmp_path: Path, values: dict[str, list[float | None]], name: str = "c", reason: str = "lost"
 ) -> dict[str, Any]:
-    """The outcome of arms whose runs were right on these shares of 1,000 test images; None: the run failed."""
+    """Return the outcome of arms with these test accuracies of 1,000 images; None: a failed run."""
     tree = {**TREE, "arms": [{"name": n, "objective": "ce" if n == "ce" else "lsr" if n == "lsr" else "tfkd_reg",
                               "optim": {"lr": 0.1 + 0.01 * k}} for k, n in enumerate(values)]}  # fmt: skip
     new_comparison(build_arms(tree), [1, 2, 3, 4, 5], tmp_path / name)
@@ -407,7 +407,7 @@ def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(
     assert made.digest == Digits().pinned().digest != digest
     _note_opening(tmp_path / "c", made, digest, 4)
     assert [o["digest"] for o in openings(tmp_path, Digits())] == [digest]
-    _note_opening(tmp_path / "c", made, digest, 4)  # it was killed, and nobody has seen a verdict
+    _note_opening(tmp_path / "c", made, digest, 4)  # it was killed before anybody saw a verdict
     assert len(openings(tmp_path, Digits())) == 1
     _note_opening(tmp_path / "c", made, digest, 5)
     (tmp_path / "c" / "confirm.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Connecting to Ray: with the token or without, as the head wants it; and heads that are gone."""
+"""Connecting to Ray with or without the token, as the head requires; and heads that have died."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ except ConfigError as error:
 
 
 def connected(address: str, **env: str) -> str:
-    """What a Python program says that imports Ray first, and joins the cluster that RAY_ADDRESS names."""
+    """Return the output of a Python program that imports Ray and joins RAY_ADDRESS's cluster."""
     given = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {
         "RAY_ADDRESS": address,
         **env,
@@ -88,7 +88,7 @@ def test_a_ray_that_does_not_start_in_time_is_a_sentence(
 def test_a_python_that_lacks_a_package_says_which_python_and_which_package(
     package: str, tmp_path: Path
 ) -> None:
-    """As the `python` of a head that runs a job, outside of the environment where tfkd is."""
+    """Simulates a head whose `python` runs a job outside of tfkd's environment."""
     code = f"import sys; sys.modules[{package!r}] = None; from tfkd_ray.cli.main import main; sys.exit(main(['tune', 'digits_tfkd']))"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110
@@ -102,7 +102,7 @@ def test_a_python_that_lacks_a_package_says_which_python_and_which_package(
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where no Ray runs, and in a process that has joined none."""
+    """Simulate a machine without Ray, in a process that is not connected."""
     monkeypatch.setattr("tfkd_ray.run.connect.ray.is_initialized", lambda: False)
     monkeypatch.setattr("psutil.process_iter", lambda *args, **options: iter(()))
 
@@ -147,7 +147,7 @@ class Page(BaseHTTPRequestHandler):
 
 @pytest.fixture(params=["a web server", "silent"])
 def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Address of something that listens and is no Ray head."""
+    """Yield the address of a listening socket that is not a Ray head."""
     if request.param == "silent":
         with socket.create_server(("127.0.0.1", 0)) as server:
             yield f"127.0.0.1:{server.getsockname()[1]}"

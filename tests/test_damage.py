@@ -1,6 +1,7 @@
-"""Experiments of which any one file is damaged: every command that reads says one sentence, or bears it; none fails.
+"""Experiments with one damaged file: every reading command succeeds or prints one sentence.
 
-TFKD_FUZZ sets how many damages are tried, a fifth of it (50), TFKD_FUZZ_SEED with which seed (printed if one fails).
+TFKD_FUZZ sets the number of damages to a fifth of its value (50), TFKD_FUZZ_SEED the seed (printed
+on failure).
 """
 
 import contextlib
@@ -52,7 +53,7 @@ RELEASE = Path(__file__).parent / "data" / "experiment-0.1.0"
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real sweep of digits with its teacher, and a judged comparison beside it."""
+    """Return a real sweep of digits with its teacher, and a judged comparison beside it."""
     storage = tmp_path_factory.mktemp("damage") / "storage"
     shutil.copytree(RELEASE, storage, symlinks=True)
     make_comparison(storage / "arms")
@@ -60,7 +61,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def harmed(content: bytes, rng: random.Random, suffix: str) -> bytes:
-    """A file as a disk, a crash or a person leaves it."""
+    """Damage a file as a disk, a crash or a person does."""
     at = rng.randrange(len(content) or 1)
     way = rng.randrange(8)
     if way == 0:
@@ -87,7 +88,7 @@ def harmed(content: bytes, rng: random.Random, suffix: str) -> bytes:
             ]
         )
     read: Any = parse_yaml if suffix == ".yaml" else lambda text, source: json.loads(text)
-    try:  # what it says is changed, and it is written well
+    try:  # changed content, valid syntax
         lines = content.decode().splitlines() if suffix == ".jsonl" else [content.decode()]
         number = rng.randrange(len(lines))
         tree = read(lines[number], "it")
@@ -99,21 +100,21 @@ def harmed(content: bytes, rng: random.Random, suffix: str) -> bytes:
             else json.dumps(tree, indent=None if suffix == ".jsonl" else 1)
         )
         return "\n".join([*lines, ""]).encode(errors="surrogatepass")
-    except Exception:  # it is not text, or what is left of it cannot be written
+    except Exception:  # not text, or the rest cannot be written
         return content[at:]
 
 
 def kind_of(path: Path) -> str:
-    """What a file is; each kind is damaged as often as any other."""
+    """Return the kind of a file; all kinds are damaged equally often."""
     return "events" if path.name.startswith("events.") else path.suffix
 
 
 class Reached(Exception):
-    """All that a resume reads before it asks for Ray is read."""
+    """Raised when a resume has read everything that it reads before it needs Ray."""
 
 
 def reads(storage: Path, out: Path) -> Iterator[tuple[str, Any]]:
-    """(name, what runs it) of everything that reads an experiment."""
+    """Yield (name, function) of everything that reads an experiment."""
     sweep, compared = storage / "sweep", storage / "arms"
     for argv in (
         ["status", sweep], ["status", sweep, "--json"], ["best", sweep], ["best", sweep, "--json"], ["trials", sweep],
@@ -193,7 +194,7 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
         finally:
             path.write_bytes(whole)
             (storage / "sweep/driver.txt").unlink(missing_ok=True)
-    assert refused > 0 or COUNT < 2500  # few damages may all lie in files that only a resume reads
+    assert refused > 0 or COUNT < 2500  # few damages may all affect files that only a resume reads
 
 
 # --- memory: what a file claims is not what it gets ----------------------------------------------------------------
@@ -232,20 +233,20 @@ except ConfigError as error:
 
 
 def sparse(path: Path, size: int, begin: bytes = b"") -> None:
-    """A file of so many bytes that takes no place: what it begins with, then zeros."""
+    """Write a sparse file of so many bytes: a beginning, then zeros."""
     with path.open("wb") as file:
         file.write(begin)
         file.truncate(size)
 
 
 def claims(folder: Path, what: str) -> None:
-    """Writes a file that is, or says that it is, a terabyte or so."""
+    """Write a file that is, or claims to be, a terabyte or so."""
     if what == "tiny":
         (folder / "train").mkdir()
         (folder / "val/images").mkdir(parents=True)
         (folder / "val/val_annotations.txt").touch()
         sparse(folder / "wnids.txt", 2**40)
-    elif what == "journal":  # a study, then what is no line, for a terabyte
+    elif what == "journal":  # a study, then a terabyte without a line
         sparse(folder / "study.journal", 2**40, (RELEASE / "sweep/study.journal").read_bytes())
     elif what in ("metrics", "last", "trial", "spent", "yaml"):
         name = {
@@ -262,13 +263,13 @@ def claims(folder: Path, what: str) -> None:
             for split in ("train", "t10k"):
                 with gzip.open(
                     folder / f"{split}-{stem}-ubyte.gz", "wb", 1
-                ) as file:  # 300 MB that are 1 MB here
+                ) as file:  # 300 MB that take 1 MB here
                     file.write(head)
                     for _ in range(300):
                         file.write(bytes(2**20))
     elif what == "cifar":
         (folder / "cifar-100-python").mkdir()
-        for name in ("train", "test"):  # a list, and a string, of 2^31 bytes that are not there
+        for name in ("train", "test"):  # a list and a string of 2^31 bytes that are missing
             (folder / "cifar-100-python" / name).write_bytes(
                 b"\x80\x02}(U\x04dataT" + struct.pack("<i", 2**31 - 1) + b"xx"
             )
@@ -317,7 +318,7 @@ def test_memory_follows_what_is_there_and_not_what_is_claimed(what: str, tmp_pat
 
 
 def changed(whole: bytes, data: st.DataObject) -> bytes:
-    """A few bytes of a file replaced, left out or put in."""
+    """Replace, remove or insert a few bytes of a file."""
     content = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content)))
@@ -418,7 +419,7 @@ LINES = st.lists(
 def test_any_bytes_in_metrics_are_metrics_or_a_sentence(
     content: bytes, cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Both readers of metrics.jsonl: what the whole one takes, the one of the last line takes, and says the same of it."""
+    """Both readers of metrics.jsonl accept or refuse the same lines with the same words."""
     folder = tmp_path_factory.mktemp("trial")
     path = folder / "metrics.jsonl"
     path.write_bytes(content[: len(content) - cut])
@@ -426,7 +427,7 @@ def test_any_bytes_in_metrics_are_metrics_or_a_sentence(
         every = read_metrics(folder)
     except ConfigError as error:
         assert str(path) in str(error) and "was changed by hand, or cut: " in str(error)
-        with contextlib.suppress(ValueError):  # which `readers` says as the sentence above
+        with contextlib.suppress(ValueError):  # `readers` reports it with the sentence above
             assert isinstance(last_line(path), dict)
         return
     assert json.dumps(last_line(path)) == json.dumps(every[-1] if every else {})
@@ -473,7 +474,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damaged(path: Path, data: st.DataObject) -> Iterator[None]:
-    """A file with some bytes changed, or a folder in its place, or nothing; then as it was."""
+    """Change bytes of a file, replace it by a folder or remove it; restore it afterwards."""
     whole = path.read_bytes()
     way = data.draw(st.sampled_from(["changed", "changed", "changed", "changed", "folder", "gone"]))
     content = changed(whole, data)

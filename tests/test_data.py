@@ -1,4 +1,4 @@
-"""Data: real digits, splits that leak nothing, randomness by address."""
+"""Data: real digits, splits without leaks, addressed randomness."""
 
 import functools
 import gzip
@@ -46,7 +46,7 @@ from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of each test's own."""
+    """Give each test its own cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "tfkd_ray"
@@ -78,7 +78,7 @@ assert grown["RssFile:"] > 30 and grown["RssAnon:"] < 18, grown
 
 @pytest.mark.slow
 def test_processes_share_the_memory_of_decoded_images(tmp_path: Path) -> None:
-    """Megabytes of images of 4 kB, 36 of them among 40 stored: mapped from the file, also where it is new."""
+    """Measure 36 MB of images of 4 kB, of 40 stored: mapped from the file, also a new one."""
     (tmp_path / "source").touch()
     for more in ([], ["made"]):
         command = [sys.executable, "-c", MAPPED, str(tmp_path / "source"), *more]
@@ -174,7 +174,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def idx(array: np.ndarray[Any, Any]) -> bytes:
-    """An array of uint8 in LeCun's format."""
+    """Return the bytes of a uint8 array in LeCun's format."""
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
@@ -183,7 +183,7 @@ def pixels(n: int, *shape: int) -> np.ndarray[Any, Any]:
 
 
 def write_idx(folder: Path, *, gz: bool = False) -> None:
-    """40 train and 20 test images, the classes in turn."""
+    """Write 40 train and 20 test images, the classes in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, n in (("train", 40), ("t10k", 20)):
         for stem, array in (
@@ -391,7 +391,7 @@ def test_another_variant_of_emnist_is_another_file(tmp_path: Path) -> None:
 
 
 def batches(kind: type[CifarDataset]) -> dict[str, dict[bytes, Any]]:
-    """By file name: 40 images a batch, the classes in turn, as the official pickles hold them."""
+    """Return batches by file name: 40 images each, the classes in turn, as the official pickles."""
     names = [*kind.batches["train"], *kind.batches["test"]]
     return {
         name: {
@@ -459,7 +459,7 @@ def test_pickles_of_any_protocol_and_memory_order_are_read(tmp_path: Path, proto
 
 
 def test_a_pickle_by_python_2_and_old_numpy_is_read(tmp_path: Path) -> None:
-    # what the official files look like: text is bytes, and numpy.core has no underscore
+    # the official files have bytes as text, and numpy.core without an underscore
     raw = pixels(1, 3072).tobytes()
     stream = (
         b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
@@ -613,7 +613,7 @@ def test_an_archive_is_unpacked_once(
     assert images.equal(again[0]) and labels.equal(again[1]), "from the cache"
     with pytest.raises(
         ConfigError, match="its md5 is"
-    ):  # what was read unchecked is not taken for checked
+    ):  # a cache of unchecked files is not reused for checked ones
         Cifar100(root=tmp_path).load()
     os.utime(path)
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -635,7 +635,7 @@ def jpeg(seed: int, side: int = 64, mode: str = "RGB") -> bytes:
 
 
 def write_tiny(root: Path) -> Path:
-    """Two train images a class, the second of the first class grey, and 9 of val; wnids.txt is in no order."""
+    """Write two train images a class, one of them grey, and 9 for val; wnids.txt is unsorted."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "wnids.txt").write_text("\n".join(reversed(WNIDS)) + "\n")
     for k, wnid in enumerate(WNIDS):
@@ -802,7 +802,7 @@ table = {}
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module in the working directory, which Python does not look into by itself."""
+    """Yield a module in the working directory, which is not on Python's path."""
     name = f"mine_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     (tmp_path / f"{name}_broken.py").write_text("import numpy\nnumpy.nothing")
@@ -930,7 +930,7 @@ def test_wrong_settings_of_ones_own_data_get_a_sentence(
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
-    """(address, folder) of a server on this machine."""
+    """Yield (address, folder) of a server on this machine."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
@@ -963,7 +963,7 @@ def zipped(folder: Path, path: Path) -> None:
 def served(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], FileDataset]:
-    """Makes a data set whose official files are on that server, and whose root is not there yet."""
+    """Return a function that makes a data set with official files on that server and a new root."""
     url, folder = server
     root = tmp_path / "new/root"
 

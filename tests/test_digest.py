@@ -1,4 +1,4 @@
-"""What data are: a digest, which names teachers, soft labels and runs, and which an experiment records."""
+"""Digests of data, which name teachers, soft labels and runs, and are recorded in experiments."""
 
 import json
 import os
@@ -46,7 +46,7 @@ from tfkd_ray.store.experiment import read_experiment, read_records
 def fresh(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """A cache of each test's own, and nothing loaded."""
+    """Give each test its own cache, and load nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     forget_loaded()
     yield
@@ -89,7 +89,7 @@ def test_every_byte_and_every_label_counts() -> None:
         (8191, 7),
         (11, 19),
         (3, 4),
-    ):  # two at once, of which sums might see nothing
+    ):  # two changes at once, which a sum might miss
         stored = whole.stored.clone()
         stored.view(-1)[[first, second]] ^= 128
         digests.add(digest_of(changed(whole, stored=stored)))
@@ -109,7 +109,7 @@ def test_an_image_that_changes_in_any_way_or_changes_places_counts(
     n: int, shape: tuple[int, int, int]
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (n, *shape), dtype=np.uint8)
-    pixels[[3, n // 2, n - 1]] = 0  # of which a sum sees nothing
+    pixels[[3, n // 2, n - 1]] = 0  # which a sum does not detect
     one, size = torch.zeros(n, dtype=torch.int64), pixels[0].size
     cases = {"as it was": pixels}
     for k in (0, 3, n // 2, n - 1):
@@ -205,7 +205,7 @@ def test_a_digest_is_taken_once_on_a_node_and_again_when_a_file_changes(
     forget_loaded()
     assert data.pinned() == first and taken == [1]
     path = tmp_path / "train-labels-idx1-ubyte"
-    os.utime(path, (1, 1))  # its time decides no more than whether the digest is still known
+    os.utime(path, (1, 1))  # its time only decides whether the digest is still cached
     forget_loaded()
     assert data.pinned() == first and taken == [1, 1]
     raw = bytearray(path.read_bytes())
@@ -354,7 +354,7 @@ def test_an_own_set_that_draws_from_the_global_random_numbers_is_the_same_in_eve
 def test_a_process_takes_the_digest_of_a_set_once_whatever_it_trains_on_it(
     mine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of the many trials of one node: an own set's is in no file that could be remembered."""
+    """A node's many trials share it: the digest of a user's data set is cached in no file."""
     pinned = validated(TrainConfig, taught(mine)).pinned()
     forget_loaded()
     taken = []

@@ -1,4 +1,4 @@
-"""What docs/ says is true: generated pages are up to date, sentences are the program's, and what is shown runs."""
+"""docs/ is true: generated pages are current, sentences are the program's, examples run."""
 
 import json
 import re
@@ -115,7 +115,7 @@ def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: 
             )
         assert run.returncode == 0, f"{command}: {run.stderr}"
         printed += run.stdout.splitlines()
-    for line in lines:  # and prints what is shown, but for the last digits
+    for line in lines:  # and prints the output shown, except for the last digits
         if not line.startswith("$ "):
             value, rest = line.split()[1], line.partition("after")[2]
             (found,) = (text.split()[1] for text in printed if text.endswith(rest))
@@ -146,7 +146,7 @@ def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tune
             sorted(trial.intermediate_values) == list(range(1, 10))
             and trial.value == trial.intermediate_values[9]
         )
-    for trial in ends[TrialState.PRUNED]:  # stopped at a rung, with every value that it had told
+    for trial in ends[TrialState.PRUNED]:  # stopped at a rung, with every value that it reported
         assert len(trial.intermediate_values) in (1, 3)
         assert sorted(trial.intermediate_values) == list(
             range(1, len(trial.intermediate_values) + 1)

@@ -1,4 +1,4 @@
-"""`tfkd doctor`: each check finds what it is for, says the way out, and the exit code follows."""
+"""`tfkd doctor`: each check finds its problem and prints a solution; the exit code follows."""
 
 import os
 import subprocess
@@ -70,7 +70,7 @@ def test_the_token_is_on_and_private(
 
 
 def test_another_cluster_on_the_host_is_named() -> None:
-    """A real process with a raylet's command line stands for it."""
+    """A real process with a raylet's command line represents it."""
     raylet = "import sys, time; print('up', flush=True); time.sleep(60)"
     words = [
         "bash",

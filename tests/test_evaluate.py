@@ -1,4 +1,4 @@
-"""Metrics against slow definitions, and that they add up over batches."""
+"""Metrics against slow definitions, and their sums over batches."""
 
 import math
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_two_classes_have_all_of_their_five_guesses() -> None:
 def test_validation_tables_and_captions_say_the_same_calibration_error(
     case: str, tmp_path: Path
 ) -> None:
-    """On the edges: confidences of 6/15 and 9/15, which softmax gives with errors in the last digit."""
+    """Confidences on the edges 6/15 and 9/15, which softmax returns with rounding errors."""
     g = torch.Generator().manual_seed(1)
     labels = torch.randint(10, (300,), generator=g)
     logits = {

@@ -1,4 +1,4 @@
-"""What objectives amount to, against what is known exactly, and settings that do nothing, found."""
+"""Explanations of objectives against exact results, and detection of settings without effect."""
 
 import math
 from pathlib import Path
@@ -58,7 +58,7 @@ def space(objective: Any, **tree: Any) -> Space:
 
 
 def knob(name: str, K: int = 10, **settings: Any) -> Knob:
-    """The only searched setting of an objective."""
+    """Return the only searched setting of an objective."""
     (found,) = knobs(space({"name": name, **settings}).branches[0], K)
     return found
 
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_loss(objective: Canonical, K: int) -> None:
 
 @pytest.mark.parametrize("K", [2, 10, 200])  # 200: 163 images, whose numbers are no multiple of 16
 def test_the_synthetic_batch_is_drawn_as_torch_draws_it(K: int) -> None:
-    """Its figures are those of releases that asked torch."""
+    """The figures are those of releases that used torch."""
     g = generator(0, "explain", K)
     logits, labels, _ = _batch(K)
     B = len(labels)
@@ -151,7 +151,7 @@ def test_tfkd_reg_code_is_what_it_says_it_is(K: int, T: float) -> None:
 @pytest.mark.parametrize("K", [10, 1000])
 @pytest.mark.parametrize("alpha, a", [(0.1, 0.99), (0.9, 0.9), (0.5, 0.5)])
 def test_tfkd_reg_at_temperature_1_is_label_smoothing(K: int, alpha: float, a: float) -> None:
-    """The target is flat off the label: alpha * (1 - a) of its mass is spread over the other K - 1 classes."""
+    """The target is flat off the label: alpha * (1 - a) is spread over K - 1 classes."""
     amount = amounts_to(TfkdReg(alpha=alpha, temperature=1, correct_prob=a), K)
     assert amount.residual < 1e-12
     assert amount.lsr.alpha == pytest.approx(alpha * (1 - a) * K / (K - 1))
@@ -241,7 +241,7 @@ def test_high_temperatures_of_tfkd_reg_differ_little_and_low_ones_much(
 def test_at_the_start_of_training_the_gradient_moves_as_the_default_range_assumes(
     low: float, high: float, least: float, most: float
 ) -> None:
-    """K = 100, small logits, alpha .1 to .9: T 20 to 40 moves it by .1 to 6 %, T 2 to 4 by 7 to 62 %."""
+    """K = 100, small logits, alpha .1 to .9: T 20 to 40 moves it .1 to 6 %, T 2 to 4 7 to 62 %."""
     gradient, moved = _gradients(100), []
     for alpha in (0.1, 0.5, 0.9):
         a, b = (gradient(TfkdReg(alpha=alpha, temperature=T))[0] for T in (low, high))

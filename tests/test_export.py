@@ -1,4 +1,4 @@
-"""An exported student computes what the student computes, says how it was chosen, and needs torch alone."""
+"""An exported student has the student's outputs, records its selection, and needs only torch."""
 
 import fcntl
 import json
@@ -57,14 +57,14 @@ class Wrapped(nn.Module):
 
 
 class Branching(nn.Linear):
-    """What it does depends on the values of the images: no graph."""
+    """Uses the values of the images for control flow: no graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1)) * (1.0 if x.mean().item() > 0 else 2.0)
 
 
 class Noisy(nn.Linear):
-    """Another answer each time."""
+    """Gives another answer each time."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1)) + torch.rand(len(x), 10)
@@ -97,7 +97,7 @@ def trained(folder: Path, config: TrainConfig, storage: Path) -> list[dict[str, 
 
 
 def run_of(folder: Path, tree: dict[str, Any]) -> Path:
-    """As `tfkd train` leaves it."""
+    """Return a run as `tfkd train` leaves it."""
     config = validated(TrainConfig, {"objective": "ce", **tree})
     write_text(folder / "config.yaml", dump_yaml(config.model_dump(mode="json")))
     trained(folder, config, folder.parent)
@@ -106,7 +106,7 @@ def run_of(folder: Path, tree: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep `sweep`, a comparison `arms` that judged one of its trials, and a run `run`."""
+    """Return a sweep `sweep`, a comparison `arms` that judged one of its trials, a run `run`."""
     place = tmp_path_factory.mktemp("storage")
     tree = build_space({**SMALL, "objective": ["lsr", "tfkd_self"]}).tree
     write_experiment(place / "sweep", tree, ["/somewhere/bin/tfkd", "tune", "mine.yaml"])
@@ -169,7 +169,7 @@ def _no_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def student(folder: Path) -> tuple[nn.Module, Dataset]:
-    """The student that an exported folder's weights and configuration make."""
+    """Return the student of an exported folder's weights and configuration."""
     config = validated(TrainConfig, read_yaml(folder / "config.yaml"))
     network = config.student.build(config.data.shape, config.data.num_classes)
     network.load_state_dict(load_file(folder / "student.safetensors"))
@@ -358,7 +358,7 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path: Path) -> None
 
 
 def card_of(source: Path, out: Path, **which: Any) -> tuple[str, str]:
-    """(name, card on one line)."""
+    """Return (name, card on one line)."""
     name: str = export(source, out, **which)["name"]
     return name, " ".join((out / "README.md").read_text().split())
 

@@ -1,7 +1,8 @@
-"""What a sweep comes through: drivers and trials killed, signals, trials that fail, disks that are full, clocks that jump.
+"""Faults in sweeps: killed drivers and trials, signals, failing trials, full disks, clock jumps.
 
-Faults are real: signal 9, small disks, networks that crash. Random moments come from TFKD_FAULT_SEED, or else from the
-time, and a test that fails prints its seed; TFKD_FAULT_MOMENTS says how many (20 for a driver, 10 for a trial).
+The faults are real: signal 9, small disks, networks that crash. Random moments come from
+TFKD_FAULT_SEED, or from the time (a failing test prints its seed); TFKD_FAULT_MOMENTS sets their
+number (20 for a driver, 10 for a trial).
 """
 
 import contextlib
@@ -61,7 +62,7 @@ def tree(search: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any
 
 @pytest.fixture
 def moments() -> random.Random:
-    """Where the random moments come from."""
+    """Return the generator of random moments."""
     seed = int(os.environ.get("TFKD_FAULT_SEED", time.time_ns() % 2**32))
     print(f"TFKD_FAULT_SEED={seed}")
     return random.Random(seed)
@@ -76,7 +77,7 @@ def wait(until: Callable[[], Any], what: str, timeout_s: float = 120) -> None:
 
 @contextlib.contextmanager
 def tuning(space: dict[str, Any], here: Path, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`tfkd tune` on a space, called e, as a process of its own; what it says is in the file `said`."""
+    """Start `tfkd tune` on a space, called e, in a process; its output goes to the file `said`."""
     (here / "space.yaml").write_text(dump_yaml(space))
     command = [sys.executable, "-m", "tfkd_ray", "tune", "space.yaml", "--name", "e", *argv]
     with (here / "said").open("wb") as said:
@@ -90,20 +91,20 @@ def tuning(space: dict[str, Any], here: Path, *argv: str) -> Iterator[subprocess
 
 
 def outcome(experiment: Path) -> list[tuple[Any, ...]]:
-    """All that a sweep's trials came to, but for the time that it took."""
+    """Return the results of a sweep's trials, without their times."""
     return [
         (r.number, r.status, r.parameters, times_aside(r.metrics)) for r in read_records(experiment)
     ]
 
 
 def ended(experiment: Path) -> dict[str, Any]:
-    """What the trials that have ended have told, times included."""
+    """Return the metrics of the ended trials, times included."""
     records = read_records(experiment) if experiment.exists() else []
     return {r.name: r.metrics for r in records if r.status in ("done", "stopped")}
 
 
 def assert_no_orphans(experiment: Path) -> None:
-    """A run in TensorBoard for each trial, and nothing that an interrupted write has left."""
+    """Assert one TensorBoard run for each trial, and no rest of an interrupted write."""
     names = [r.name for r in read_records(experiment)]
     assert sorted(p.name for p in (experiment / "trials").iterdir() if p.is_dir()) == names
     assert sorted(p.name for p in (experiment / "tb").iterdir() if p.is_dir()) == names
@@ -126,7 +127,7 @@ def assert_no_orphans(experiment: Path) -> None:
 
 
 def drive(space: dict[str, Any], storage: Path, address: str) -> None:
-    """What a driver does: begin the experiment, or go on with it."""
+    """Run a driver: begin the experiment, or resume it."""
     os.environ["RAY_ADDRESS"], os.environ["RAY_AUTH_MODE"] = address, "token"
     sys.stderr = sys.stdout = (storage / "driver.log").open("a")
     if (storage / "e" / "experiment.yaml").exists():
@@ -136,14 +137,14 @@ def drive(space: dict[str, Any], storage: Path, address: str) -> None:
 
 
 def written(experiment: Path) -> dict[Path, int]:
-    """When each trial's metrics were written last."""
+    """Return the last write time of each trial's metrics."""
     return {p: p.stat().st_mtime_ns for p in experiment.glob("trials/*/metrics.jsonl")}
 
 
 def trained(folder: Path) -> list[dict[str, float]]:
-    """The epochs that a trial's last whole checkpoint comes of, times included: those that its weights have seen.
+    """Return the epochs behind a trial's last whole checkpoint, times included.
 
-    metrics.jsonl keeps what was told first, so only this tells an epoch that was trained again.
+    metrics.jsonl keeps the first report of an epoch, so only this shows an epoch trained again.
     """
     state = load_state(folder, str)
     return list(state["history"]) if state else []
@@ -156,7 +157,7 @@ def trained(folder: Path) -> list[dict[str, float]]:
 def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
     ray_cluster: str, tmp_path: Path, moments: random.Random, place: str, at_once: int
 ) -> None:
-    """One trial at a time: bit by bit, with stopping. Several: every point of a grid with its value."""
+    """One trial at a time: bit by bit, with stopping. Several: each grid point's value."""
     lr = (
         {"choices": [0.02, 0.03, 0.05, 0.08, 0.1, 0.2, 0.3, 0.4]}
         if at_once > 1
@@ -174,7 +175,7 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
         return tree({**search, **url}, epochs=243 if at_once == 1 else 162, optim={"lr": lr})
 
     build_tuner(space("whole"), name="whole", storage=tmp_path).fit()
-    context = multiprocessing.get_context("forkserver")  # drivers that have imported what they need
+    context = multiprocessing.get_context("forkserver")  # drivers that have finished their imports
     context.set_forkserver_preload(["tfkd_ray.run.tune"])
     experiment, kills = tmp_path / "e", 0
     before: dict[str, Any] = {}
@@ -185,7 +186,7 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
         seen = written(experiment)
         driver.start()
         if kills < most:
-            if moments.random() < 0.25:  # while it begins
+            if moments.random() < 0.25:  # while it starts
                 driver.join(moments.uniform(0, 4))
             else:
                 wait(
@@ -212,7 +213,7 @@ def test_a_driver_killed_at_20_random_moments_ends_as_if_undisturbed(
             kept = saved.get(record.folder, [])
             assert states[: len(kept)] == kept, (
                 record.name
-            )  # it went on from there, and trained nothing again
+            )  # it resumed there, and trained nothing again
             saved[record.folder] = states
         if not alive:
             break
@@ -288,7 +289,7 @@ def test_a_second_driver_is_refused_a_killed_ones_lock_is_stale_and_damaged_chec
         assert said in said_then.splitlines(), said_then
         kept = (
             len(killed[record.name].metrics) - 3
-        )  # it went on from the checkpoint before: the times tell
+        )  # it resumed from the previous checkpoint, as the times show
         assert kept > 0 and states[record.name][:kept] == killed[record.name].metrics[:kept]
     assert_no_orphans(experiment)
 
@@ -370,12 +371,12 @@ def test_an_experiment_whose_driver_was_killed_while_it_was_made_can_be_made(
 
 
 def any_worker(result: dict[str, Any]) -> int:
-    """The process of one of Ray Train's workers."""
+    """Return the process of one of Ray Train's workers."""
     return int(random.choice(ray_processes(TITLES["worker"])).pid)
 
 
 class Kill(tune.Callback):  # type: ignore[misc]
-    """Sends a signal to a process of a trial (its own, or `victim`), some time after it has told an epoch."""
+    """Sends a signal to a trial's process (or to `victim`) some time after an epoch's report."""
 
     def __init__(
         self,
@@ -409,7 +410,7 @@ class Kill(tune.Callback):  # type: ignore[misc]
         assert self.saved[-1][1] or self.told.get(trial.trial_id, 0) < 10, folder.name
 
     def assert_nothing_was_trained_again(self) -> None:
-        """All went on from their last checkpoints."""
+        """Assert that all trials resumed from their last checkpoints."""
         assert any(states for _, states in self.saved)
         for folder, states in self.saved:
             assert self.whole[folder][: len(states)] == states, folder.name
@@ -435,7 +436,7 @@ def test_trials_killed_at_10_random_moments_end_as_if_undisturbed(
     records = read_records(tmp_path / "e")
     assert (
         not kill.plan and most - 2 <= len(kill.lost) <= most
-    )  # two may fall on one process that ends already
+    )  # two may hit one process that is already ending
     assert [(r.status, len(r.metrics)) for r in records] == [("done", 40)] * 5
     whole = (
         alone(records[4].config) if workers == 1 else times_aside(records[4].metrics)
@@ -703,7 +704,7 @@ def test_a_loss_is_forgiven_after_a_new_epoch_and_a_hang_is_noticed_after_the_ti
     tune.on_trial_start(0, [], trial)
     tune.on_trial_result(0, [], trial, {"epoch": 1})
     assert trial.max_failures == 4  # two more in the next one
-    tune.on_trial_result(0, [], trial, {"epoch": 1})  # told again after a restart
+    tune.on_trial_result(0, [], trial, {"epoch": 1})  # reported again after a restart
     trial.num_failures = 5
     tune.on_trial_result(0, [], trial, {"epoch": 1})
     assert trial.max_failures == 4 and losses.reason(trial).startswith(
@@ -757,7 +758,7 @@ def test_a_group_of_two_workers_that_hangs_is_ended_and_the_next_trial_starts_an
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A small disk of a file system's kind, mounted for the test."""
+    """Yield a small mounted disk with a file system of this kind."""
     place, image = tmp_path / "disk", tmp_path / "image"
     place.mkdir()
     if os.geteuid() != 0:
@@ -783,7 +784,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def fill(where: Path) -> None:
-    """Leave no room on a disk."""
+    """Fill a disk."""
     with (where / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -937,8 +938,7 @@ def test_a_clock_that_jumps_changes_neither_budgets_nor_speeds_nor_results(
 def test_a_full_object_store_and_a_cleaned_tmp_end_no_sweep(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    """On a cluster of its own: its store is filled three times over, all but sockets goes from Ray's folder, and then a
-    process is killed, so that another one starts without those files."""
+    """Fill an own cluster's store, clean Ray's folder, then kill a process, to start another."""
     teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 2}
     space = tree(
         {"num_samples": 4, "max_concurrent": 2, "split": False},

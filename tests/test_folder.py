@@ -1,4 +1,4 @@
-"""Image files read while training: reading ahead, random crops, resuming, and files that are not as they should be."""
+"""Image files read during training: reading ahead, random crops, resuming, and damaged files."""
 
 import gc
 import math
@@ -29,7 +29,7 @@ VIEWS = Augment(resized_crop=True, flip=True)
 
 
 def photograph(seed: int, width: int, height: int) -> Image.Image:
-    """Something smooth, as photographs are."""
+    """Return a smooth picture, like a photograph."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -37,7 +37,7 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
 def write_folder(
     root: Path, *, classes: int = 2, train: int = 12, test: int = 3, side: int = 40
 ) -> Path:
-    """Images of varying sizes from `side`, one of them grey, one a PNG with transparency; the test split is `val`."""
+    """Write images of various sizes, one grey, one a transparent PNG; `val` is the test split."""
     for split, n in (("train", train), ("val", test)):
         for k in range(classes):
             folder = root / split / f"class {k}"
@@ -205,7 +205,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same(
 
 
 def one_image(path: Path, side: int = 32, crop: list[float] | None = None) -> np.ndarray:  # type: ignore[type-arg]
-    """[3, S, S] of a file, as training or validation sees it."""
+    """Return the [3, S, S] pixels of a file in training or validation."""
     crops = None if crop is None else torch.tensor([crop])
     images = FolderSet(
         "image_folder", path.parent, (path.name,), torch.zeros(1).long(), torch.zeros(1), 1, side, 1

@@ -1,6 +1,6 @@
-"""Files as nobody would write them: a valid one is understood, any other is a sentence, at once, and nothing starts.
+"""Random files: a valid one is read, any other is refused with a sentence, and nothing starts.
 
-TFKD_FUZZ sets how many files are made (50), TFKD_FUZZ_SEED with which seed (printed if one fails).
+TFKD_FUZZ sets the number of files (50), TFKD_FUZZ_SEED the seed (printed on failure).
 """
 
 import contextlib
@@ -59,7 +59,7 @@ ODD: list[Any] = [
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in a tree, the root left out."""
+    """Return the positions in a tree, without the root."""
     items = (
         tree.items()
         if isinstance(tree, dict)
@@ -123,7 +123,7 @@ def added(tree: Any, rng: random.Random) -> None:
 
 
 def numbered(tree: Any, rng: random.Random) -> None:
-    """A number a little, or wildly, off."""
+    """Change a number a little, or wildly."""
     numbers = [p for p in places(tree) if isinstance(holder(tree, p)[p[-1]], int | float)]
     if numbers:
         path = rng.choice(numbers)
@@ -145,7 +145,7 @@ TREE: list[Callable[[Any, random.Random], None]] = [
 
 
 def torn(text: str, rng: random.Random) -> str:
-    """The text, harmed as text."""
+    """Damage the text as text."""
     at, lines = rng.randrange(len(text)), text.split("\n")
     line = rng.randrange(len(lines))
     way = rng.randrange(9)
@@ -181,7 +181,7 @@ def torn(text: str, rng: random.Random) -> str:
 
 
 def mutated(rng: random.Random, files: list[Path] = FILES) -> str:
-    """One of some files, changed in one to four places."""
+    """Return a file with one to four changes."""
     tree = parse_yaml(rng.choice(files).read_text(), "shipped")
     for _ in range(rng.randrange(5)):
         with contextlib.suppress(
@@ -195,7 +195,7 @@ def mutated(rng: random.Random, files: list[Path] = FILES) -> str:
 
 
 def understood(path: Path) -> Space | Arms | None:
-    """What a file says; None if it is refused. Anything but a ConfigError with a sentence for each problem fails."""
+    """Return a file's content; None if a ConfigError with a sentence per problem refuses it."""
     try:
         is_arms = "arms" in (parse_yaml(path.read_text(), path) or {})
         return load_arms(path) if is_arms else load_space(path)
@@ -205,7 +205,7 @@ def understood(path: Path) -> Space | Arms | None:
 
 
 def checked(path: Path) -> ClusterFile | None:
-    """A cluster file that passes `tfkd cluster check`; None if it is refused."""
+    """Return a cluster file that passes `tfkd cluster check`, or None if refused."""
     try:
         file = load_cluster(path)
         assert check(file) and (file.kind == "slurm" or file.tree)
@@ -225,7 +225,7 @@ WHOLE = (
 
 
 def refused(path: Path, error: ConfigError) -> None:
-    """Whether the file is named, and each problem is a sentence that begins with the field or the line it is about."""
+    """Assert that the error names the file, and each sentence its field or line."""
     assert str(path) in str(error) or path.name in str(error), str(error)
     for problem in error.problems:
         assert re.match(rf"{FIELD}: \S|line \d+(, column \d+)?: \S|{WHOLE}", problem), problem[
@@ -292,7 +292,7 @@ def test_a_cluster_file_is_understood_or_refused_with_sentences(part: int, tmp_p
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever connects to Ray, or starts it, fails the test."""
+    """Make a test fail that connects to Ray or starts it."""
     for name in (
         "ray.init",
         "tfkd_ray.run.connect.connect",
@@ -316,7 +316,7 @@ def test_a_refused_file_ends_its_command_before_ray(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The commands themselves, with what no loader takes: code 2, the file's name, no traceback, nothing left."""
+    """Run commands with invalid files: exit code 2, the file's name, no traceback, no files."""
     monkeypatch.chdir(tmp_path)
     done = 0
     for number in range(2000):
@@ -341,7 +341,7 @@ def test_a_refused_file_ends_its_command_before_ray(
 
 
 def test_a_good_file_does_reach_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test above would see, had a file been taken."""
+    """The counterpart of the test above, with valid files."""
     monkeypatch.chdir(tmp_path)
     for argv in (["tune", "digits_tfkd"], ["confirm", "digits_arms", "--preset", "smoke"]):
         with pytest.raises(AssertionError, match="Ray was started"):

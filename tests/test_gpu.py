@@ -1,4 +1,4 @@
-"""What holds on the CPU holds on a CUDA GPU: the bank, bf16, resume, compile; and no step waits for the device."""
+"""A CUDA GPU gives the CPU's results (bank, bf16, resume, compile), and no step waits for it."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def taught(labels: str, **changes: Any) -> TrainConfig:
 def test_the_bank_is_a_teacher_in_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in test_soft_labels.py; the tolerance is that of half-precision labels and of sums in any order."""
+    """As test_soft_labels.py; tolerance for half-precision labels and unordered sums."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     online, banked = (
         list(train(c, teacher=find_or_train(c, tmp_path))) for c in map(taught, ("online", "bank"))
@@ -58,7 +58,7 @@ def test_students_learn_real_digits(precision: str, compiled: str) -> None:
 
 
 def test_a_resumed_run_is_one_that_was_never_stopped() -> None:
-    """On one device, to 1e-3: cuDNN adds up gradients in an order that may change from run to run."""
+    """Equal to 1e-3 on one device: cuDNN sums gradients in an order that may vary between runs."""
     c = config(epochs=4)
     whole = list(train(c))
     run = train(c)
@@ -72,10 +72,10 @@ def test_a_resumed_run_is_one_that_was_never_stopped() -> None:
     assert rest[-1].metrics["val_nll"] == pytest.approx(whole[-1].metrics["val_nll"], abs=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says torch
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, according to torch
 @pytest.mark.parametrize("objective", ["ce", {"name": "tfkd_reg", "alpha": 0.5, "temperature": 4}])
 def test_no_step_waits_for_the_device(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the second step of an epoch and its last, whatever makes the host wait is an error."""
+    """From the second step of an epoch to its last, a host that waits raises."""
     c = config(objective=objective, optim={"batch_size": 128})
     images, _ = c.data.load()
     steps, done, step = len(images) // 128 + (len(images) % 128 >= 2), [0], torch.optim.SGD.step

@@ -1,4 +1,4 @@
-"""Trials of several workers on Ray Train: resident groups, what is freed, and what a kill costs."""
+"""Trials of several workers on Ray Train: resident groups, released resources, and kills."""
 
 import json
 import os
@@ -43,7 +43,7 @@ SPACE: dict[str, Any] = {
 def sweep_elsewhere(
     tmp_path: Path, cpus: int, space: dict[str, Any], kill: list[list[Any]]
 ) -> dict[str, Any]:
-    """On a second cluster, beside the session's: two on one host must not disturb each other."""
+    """Run on a second cluster: two clusters on one host must not disturb each other."""
     script = Path(__file__).parent / "sweep_under_fire.py"
     plan = json.dumps({"space": space, "kill": kill})
     run = subprocess.run(
@@ -63,7 +63,7 @@ def at(report: dict[str, Any], what: str, number: int | None = None) -> list[flo
 
 
 def gaps(report: dict[str, Any]) -> list[float]:
-    """Seconds from the end of each trial to the first epoch of the next, where one trial runs at a time."""
+    """Return the seconds from each trial's end to the next one's first epoch, in sequence."""
     times, first = at(report, "end"), at(report, "first epoch")
     return [
         min(t - end for t in first if t > end) for end in times[:-1] if any(t > end for t in first)
@@ -147,7 +147,7 @@ def test_two_groups_survive_a_killed_worker_and_a_killed_trial(
     one = {}
     for folder in (tmp_path / "e" / "trials").glob(
         "t0*"
-    ):  # killed or not: the same numbers for the same configuration
+    ):  # killed or not: equal numbers for equal configurations
         about = json.loads((folder / "trial.json").read_text())
         losses = [m["train_loss"] for m in read_metrics(folder)]
         assert len(losses) == 9
@@ -160,14 +160,14 @@ def test_two_groups_survive_a_killed_worker_and_a_killed_trial(
 def test_image_files_at_224_stream_through_a_teacher_two_workers_a_kill_and_a_resume(
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
-    """The path that ImageNet takes: JPEGs decoded while training, random resized crops, KD, several workers."""
+    """As for ImageNet: JPEGs decoded during training, random resized crops, KD, several workers."""
     root = write_folder(tmp_path / "photographs", classes=2, train=24, side=230)
     tree = {
         "data": {"name": "image_folder", "root": str(root), "num_classes": 2, "val_fraction": 0.25},
         "student": {
             "name": "mlp",
             "hidden": [4],
-        },  # no batch statistics: one worker and two compute the same
+        },  # no batch statistics: one worker and two have equal results
         "teacher": {
             "model": {"name": "cnn", "widths": [4]},
             "epochs": 2,

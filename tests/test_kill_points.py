@@ -1,4 +1,4 @@
-"""Verbs that are killed before each file that they touch, a temporary disk that is full, five sweeps in one process."""
+"""Verbs killed before each file access, a full temporary disk, five sweeps in one process."""
 
 import contextlib
 import gc
@@ -42,7 +42,7 @@ def killed_at(
     after: Path | None = None,
     limit_s: float = 100,
 ) -> bool:
-    """Run `tfkd WORDS`; whether it was killed, and did not come to its end before."""
+    """Run `tfkd WORDS`; return True if it was killed before its end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -63,7 +63,7 @@ def killed_at(
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """All files below a folder by their digests."""
+    """Return the digests of all files below a folder."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """An experiment of one trial, without Ray."""
+    """Return an experiment of one trial, without Ray."""
     experiment = tmp_path / "s" / "e"
     space = build_space({"student": {"name": "mlp", "hidden": [8]}, "epochs": 2, "objective": "ce"})
     write_experiment(experiment, space.tree, ["tfkd", "tune"])
@@ -127,7 +127,7 @@ def test_a_report_that_is_killed_at_any_file_leaves_the_old_page_or_the_new_one(
 
 
 def comparison(storage: Path) -> Path:
-    """A comparison of two arms, trained twice, without Ray; its test split is not opened yet."""
+    """Return a comparison of two arms, trained twice, without Ray and before its test."""
     directory = storage / "c"
     arms = [{"name": "ce", "objective": "ce"}, {"name": "ls", "objective": "lsr", "baseline": "ce"}]
     new_comparison(
@@ -184,7 +184,7 @@ def test_a_comparison_that_is_killed_at_any_file_while_it_opens_the_test_split_h
 def test_a_sweep_that_is_killed_between_its_last_trial_and_its_summary_has_lost_nothing(
     ray_cluster: str, tmp_path: Path, tfkd: Run
 ) -> None:
-    """Killed at every third file that is touched after the only trial's weights are there."""
+    """Kill at every third file access after the only trial's weights exist."""
     space = tree({"num_samples": 1}, epochs=2, checkpoint_every_s=1000)
     (tmp_path / "space.yaml").write_text(dump_yaml(space))
     experiment = tmp_path / "tfkd_results" / "e"
@@ -212,7 +212,7 @@ def test_a_sweep_that_is_killed_between_its_last_trial_and_its_summary_has_lost_
 
 @contextlib.contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Path]:
-    """A disk in memory."""
+    """Yield a disk in memory."""
     place.mkdir()
     if os.geteuid() != 0:
         assert "CI" not in os.environ, "CI runs as root, so that it can mount"
@@ -254,7 +254,7 @@ def test_a_full_temporary_disk_harms_no_sweep_that_writes_elsewhere(
 def test_five_sweeps_in_one_process_leave_no_files_threads_or_memory_behind(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    """The first two are warm-up: libraries open what they keep."""
+    """The first two are warm-up: libraries cache some files and memory."""
     process, found = psutil.Process(), []
     for number in range(5):
         build_tuner(tree({"num_samples": 2}, epochs=3), name=f"e{number}", storage=tmp_path).fit()

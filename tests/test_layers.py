@@ -25,7 +25,7 @@ MODULES = {
 
 
 def imports(module: str) -> set[str]:
-    """Dotted names of what a module imports, at its top and in its functions."""
+    """Return the dotted names that a module imports, at its top and in its functions."""
     found = set()
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Import):
@@ -37,7 +37,7 @@ def imports(module: str) -> set[str]:
 
 
 def own(module: str) -> set[str]:
-    """The modules of this package that a module imports, as `folder/module`."""
+    """Return the modules of this package that a module imports, as `folder/module`."""
     names = {
         name.removeprefix("tfkd_ray.").replace(".", "/")
         for name in imports(module)
@@ -94,7 +94,7 @@ def test_no_name_means_two_things() -> None:
 
 
 def defined(tree: ast.Module) -> set[str]:
-    """Names that a module defines at its top."""
+    """Return the names that a module defines at its top."""
     found = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -153,7 +153,7 @@ EXPERIMENT = next((Path(__file__).parent / "data").rglob("experiment.yaml")).par
     ids=lambda command: command[0],
 )
 def test_looking_imports_neither_torch_nor_ray(command: list[str], tmp_path: Path) -> None:
-    """Import of torch alone takes a second and 600 MB. Over an experiment of the first release."""
+    """On a first-release experiment: importing torch alone takes a second and 600 MB."""
     code = (
         "import sys; from tfkd_ray.cli.main import main\n"
         f"assert main({command!r}) == 0\n"

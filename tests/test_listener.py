@@ -1,4 +1,4 @@
-"""What listeners hear of Tune's calls: each new epoch once, in one order; and what a trial is told of itself."""
+"""Listeners of Tune's calls: each new epoch once, in a fixed order; and a trial's assignment."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ SPACE = build_space(
 
 
 class Heard(Listener):
-    """Writes down what it hears."""
+    """Records its calls."""
 
     def __init__(self, name: str = "", tape: list[tuple[str, str]] | None = None) -> None:
         self.name, self.tape = name, [] if tape is None else tape
@@ -81,7 +81,7 @@ def tell(announcer: Announcer, trial: Any, epoch: int, **more: Any) -> None:
 
 
 def session(experiment: Path) -> tuple[Announcer, Heard, Budget, Progress]:
-    """What a driver has, its view included, in the order of a sweep."""
+    """Return a driver's listeners, including its view, in the order of a sweep."""
     searcher = OptunaSearcher(SPACE, experiment / "study.journal")
     budget, losses = (
         Budget(experiment, SPACE, searcher, clock=lambda: 0.0),
@@ -102,7 +102,7 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     announcer, heard, budget, view = session(tmp_path)
     trial = trial_of(tmp_path, "first")
     announcer.on_trial_start(0, [], trial)
-    for epoch in (1, 2, 2):  # Ray says a result twice
+    for epoch in (1, 2, 2):  # Ray repeats a result
         tell(announcer, trial, epoch)
     announcer.on_trial_recover(0, [], trial)
     announcer.on_trial_start(0, [], trial)
@@ -116,7 +116,7 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     assert budget.spent()["cpu_hours"] == pytest.approx(3 * 2 / 3600)
     announcer.on_experiment_end([trial])
 
-    announcer, heard, budget, view = session(tmp_path)  # another driver goes on
+    announcer, heard, budget, view = session(tmp_path)  # another driver resumes
     trial = trial_of(tmp_path, "resumed")
     announcer.on_trial_start(0, [], trial)
     for epoch in (1, 2, 3):
@@ -132,7 +132,7 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
     assert heard.epochs == [4] and heard.results == [1, 2, 3, 4, None], "a failure is of no epoch"
     announcer.on_experiment_end([trial])
 
-    announcer, heard, budget, view = session(tmp_path)  # and tries the failed one again
+    announcer, heard, budget, view = session(tmp_path)  # and retries the failed one
     trial = trial_of(tmp_path, "retried")
     announcer.on_trial_start(0, [], trial)
     for epoch in range(1, EPOCHS + 1):
@@ -148,7 +148,7 @@ def test_each_epoch_is_told_once_over_duplicates_lost_processes_a_resume_and_a_r
 
 
 def test_a_trial_that_is_set_back_tells_what_it_told_no_second_time(tmp_path: Path) -> None:
-    """As population-based training does: under the same id, from another checkpoint."""
+    """Population-based training does this: under the same id, from another checkpoint."""
     heard = Heard()
     announcer, trial = Announcer([heard]), trial_of(tmp_path, "a")
     announcer.on_trial_start(0, [], trial)
@@ -212,7 +212,7 @@ def test_the_order_is_as_it_is_stated(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(
     tmp_path: Path,
 ) -> None:
-    """Why they are told in that order."""
+    """This is the reason for their order."""
     write_experiment(tmp_path, SPACE.tree, ["tfkd"])
     out = io.StringIO()
     lock, losses, view = (
@@ -237,7 +237,7 @@ def test_the_reason_that_losses_knows_is_what_recorder_writes_and_the_view_says(
     reason = "its process was lost 3 times in epoch 1 (CUDA error: ECC)"
     assert read_record(tmp_path / "trials/t0000-ce").reason == reason
     assert f"t0000-ce: failed: {reason}\n" in out.getvalue()
-    Lock(*experiment_of(tmp_path)).release()  # the last of them has let it go
+    Lock(*experiment_of(tmp_path)).release()  # the last one has released it
 
 
 # --- what a trial is told of itself
@@ -279,7 +279,7 @@ def test_what_no_searcher_of_ours_has_made_is_no_assignment(section: Any) -> Non
 
 
 def test_a_tensorboard_that_an_earlier_release_has_pickled_goes_on(tmp_path: Path) -> None:
-    """Ray's `Tuner.restore` unpickles the callbacks of a run."""
+    """Ray's `Tuner.restore` unpickles a run's callbacks."""
     state = {
         k: v
         for k, v in vars(TensorBoard(tmp_path / "tb", SPACE)).items()

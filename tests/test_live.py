@@ -1,4 +1,4 @@
-"""The view of a running sweep, fed with events by hand; in a notebook, by a sweep."""
+"""The live view, with synthetic events; in a notebook, with a sweep."""
 
 import io
 import json
@@ -26,7 +26,7 @@ SPACE: dict[str, Any] = {
 
 
 class FakeTrial:
-    """What the view reads of a Tune trial."""
+    """The attributes of a Tune trial that the view reads."""
 
     def __init__(self, name: str, **about: Any) -> None:
         self.trial_id = name
@@ -81,7 +81,7 @@ def run(
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """A clock that the test advances."""
 
     now = 1_000_000.0
 
@@ -128,8 +128,8 @@ def test_it_says_how_it_stands_to_the_second_and_the_trial(
     clock.now += 2
     tell(progress, second, 3, 0.6)
     spent.write_text(json.dumps({"seconds": 20.0, "trial_seconds": 1800.0}))
-    # 12 epochs in 20 s. Of 4 trials that came to epoch 1, 1 was stopped there, so 3 new ones take 1 + 8 * 3/4 epochs,
-    # and the one that runs takes 6 more: 27 epochs at 0.6 a second
+    # 12 epochs in 20 s. Of 4 trials that reached epoch 1, 1 was stopped there, so 3 new ones take 1
+    # + 8 * 3/4 epochs, and the running one 6 more: 27 epochs at 0.6 a second
     assert progress.lines(80, 24) == [
         "sweep: 4 of 8 trials, 1 running, 0:20, about 0:45 left",
         "36 epochs/min, 750 images/s, time 0:20 of 1:00:00, 0.50 of 2 CPU-hours",
@@ -155,9 +155,9 @@ def test_epochs_left_are_those_of_trials_stopped_as_often_as_so_far() -> None:
     assert epochs_left([done], [9]) == 9
     assert epochs_left([done, at_one], [9]) == 1 + 8 / 2
     assert epochs_left([done, at_one, at_one, at_three], [9]) == 1 + (2 + 6 / 2) / 2
-    running = (2, 9, "running")  # passed epoch 1, so it counts there; what may stop it is epoch 3
+    running = (2, 9, "running")  # past epoch 1, so it counts there; it may stop at epoch 3
     assert epochs_left([done, at_one, at_three, running], []) == 1 + 6 / 2
-    assert epochs_left([(1, 9, "stopped")], [9]) == 1  # nobody went on
+    assert epochs_left([(1, 9, "stopped")], [9]) == 1  # no trial continued
     assert epochs_left([(1, 9, "failed"), (4, 9, "interrupted")], []) == 5
 
 

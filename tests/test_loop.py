@@ -1,4 +1,4 @@
-"""The loop: what it computes, that it stops and resumes bit by bit, and that workers agree."""
+"""The loop: its computations, stopping and resuming bit by bit, and agreement of workers."""
 
 import errno
 import functools
@@ -57,13 +57,13 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def numbers(epochs: list[Epoch] | list[dict[str, float]]) -> list[dict[str, float]]:
-    """Metrics without the times."""
+    """Return metrics without times."""
     metrics = [e.metrics if isinstance(e, Epoch) else e for e in epochs]
     return [{k: v for k, v in m.items() if k not in TIMES} for m in metrics]
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two trees of tensors are equal, bit by bit."""
+    """Return True if two trees of tensors are equal, bit by bit."""
     return a.keys() == b.keys() and all(
         same(v, b[k])
         if isinstance(v, dict)
@@ -79,7 +79,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def plain(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """A person's own network, which counts on the order of pixels in memory."""
+    """A user's network, which relies on the order of pixels in memory."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -107,7 +107,7 @@ def test_bfloat16_changes_the_arithmetic_and_not_the_outcome(student: Any) -> No
 
 
 def test_a_compiled_step_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced by torch.compile, and run without a C++ compiler."""
+    """Traced by torch.compile, without a C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     off, on = (list(train(config(epochs=2, compile=word))) for word in ("off", "on"))
     assert numbers(on) == numbers(off)
@@ -115,7 +115,7 @@ def test_a_compiled_step_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_epoch_is_the_textbook_loop() -> None:
-    """Against torch's own SGD, DataLoader-free but otherwise as everyone writes it."""
+    """Compare with torch's own SGD, without a DataLoader but otherwise the common loop."""
     c = config(
         epochs=2, optim={"lr": 0.05, "weight_decay": 1e-3, "nesterov": True, "batch_size": 100}
     )
@@ -244,7 +244,7 @@ def test_a_head_that_starts_at_zero_learns_from_standardised_logits_and_relation
 
 
 def loud(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """As after a step that was far too large."""
+    """Return large logits, as after far too large a step."""
     network = Mlp(hidden=(16,)).build(shape, num_classes)
     nn.init.normal_(network.get_parameter("3.weight"), std=1e6)
     return network
@@ -363,7 +363,7 @@ def test_a_closed_run_saves_itself_and_goes_on_there(tmp_path: Path) -> None:
 
 
 def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first state takes as long as the disk wants; the epochs after it are trained meanwhile, none of them saved."""
+    """The first state is written slowly; the next epochs are trained meanwhile, without a save."""
     may_write, saved = threading.Event(), list[int]()
 
     def slow(directory: Path, state: dict[str, Any]) -> None:
@@ -380,7 +380,7 @@ def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert numbers([*first, *run]) == numbers(list(train(c)))
     assert (
         saved[0] == 1 and saved[-1] == 6
-    )  # of what was true after epoch 1, though five more were trained
+    )  # of the state after epoch 1, though five more were trained
     state = load_state(tmp_path)
     assert state is not None and state["epoch"] == 6
 
@@ -388,7 +388,7 @@ def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two states have no room, of the third on there is some: training goes on, and a kill then costs what it always does."""
+    """Two states fail for lack of room, later ones are written; a kill costs no more than usual."""
     room, tried = [False], list[float]()
 
     def limited(directory: Path, state: dict[str, Any]) -> None:
@@ -408,11 +408,11 @@ def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(
     )
     run_on = next(run)
     room[0] = True
-    run.close()  # saves what is not saved: nothing was, whatever was tried
+    run.close()  # saves what is unsaved: all of it, after the failures
     state = load_state(tmp_path)
     assert state is not None and state["epoch"] == run_on["epoch"] and len(said) == 1
     room[0] = False
-    with pytest.raises(OSError, match="No space left"):  # the last one has to be there
+    with pytest.raises(OSError, match="No space left"):  # the last one must exist
         list(train_in(tmp_path, c, say=said.append))
     room[0] = True
     assert numbers(list(train_in(tmp_path, c))) == numbers(list(train(c)))
@@ -447,8 +447,8 @@ def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
         torch.save(last.state(), f"{folder}/state.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # all that is tested is over; torch's threads have aborted here at interpreter exit (once in some 80 runs, on a busy
-    # machine: "terminate called without an active exception"), so end without it
+    # the tests are over; torch's threads have aborted here at interpreter exit (about once in 80
+    # runs, on a busy machine: "terminate called without an active exception"), so exit without them
     os._exit(0)
 
 
@@ -459,7 +459,7 @@ AGREE = [CrossEntropy(), TfkdReg(alpha=0.5, temperature=4.0)]
 @pytest.mark.parametrize("objective", AGREE, ids=lambda o: o.name)
 @pytest.mark.slow
 def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> None:
-    """Without batch statistics and dropout: 1,151 images in batches of 64 leave an odd last batch of 63."""
+    """No batch statistics, no dropout: 1,151 images in batches of 64 leave a last batch of 63."""
     c = config(
         objective=objective.model_dump(),
         optim=OptimConfig(batch_size=64).model_dump(),
@@ -496,7 +496,7 @@ def test_metrics_that_are_asked_for_are_those_of_the_last_weights_and_change_no_
 
 
 def _worker_that_tells(rank: int, folder: str, tree: dict[str, Any]) -> None:
-    """As `_worker`; leaves word whether gradients that are not there are looked for."""
+    """Run `_worker`; record whether unused gradients are searched for."""
     parallel = loop.DistributedDataParallel
 
     def told(network: torch.nn.Module, **how: Any) -> torch.nn.Module:
@@ -539,7 +539,7 @@ def test_the_loop_runs_on_a_gpu() -> None:
 
 
 def test_tf32_is_on_beside_bf16_only() -> None:
-    """The settings are the process's, and can be made without a GPU."""
+    """The settings belong to the process, and can be tested without a GPU."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for on in (True, False):
@@ -548,7 +548,7 @@ def test_tf32_is_on_beside_bf16_only() -> None:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-    next(train(config(precision="bf16")))  # on the CPU they are left alone
+    next(train(config(precision="bf16")))  # unchanged on the CPU
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
@@ -597,7 +597,7 @@ print(json.dumps([metrics[-1]["train_loss"], metrics[-1]["val_nll"], hits, misse
 def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alone(
     tmp_path: Path,
 ) -> None:
-    """In processes of their own, as trials of a sweep that differ in their learning rate."""
+    """Runs in own processes, like a sweep's trials with different learning rates."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     found = []
     for how, lr in (("off", "0.1"), ("on", "0.1"), ("on", "0.05"), ("off", "0.05")):
@@ -619,7 +619,7 @@ def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alo
 
 
 def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
-    """As if nothing had been compiled in this process; from now on, `backend` is what compiles."""
+    """Forget all compiled code of this process, and compile with `backend` from now on."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr("tfkd_ray.learn.loop._COMPILED", set())
     torch.compiler.reset()
@@ -628,7 +628,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> N
 def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torch alone stops after 8 graphs of a process, without an error: four kinds of run with two batches each."""
+    """torch silently stops after 8 graphs a process: four kinds of run, two batches each."""
     batches: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
@@ -644,7 +644,7 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
         ]
         compiled, plain = (next(train(c)).metrics["train_loss"] for c in runs)
         assert compiled == pytest.approx(plain, rel=1e-5)
-    assert [b for b in batches if b in sizes] == [*sizes, 63]  # 79 was there still, and 63 was not
+    assert [b for b in batches if b in sizes] == [*sizes, 63]  # 79 was still cached, and 63 was not
     assert len(batches) == 2 * 7
 
 

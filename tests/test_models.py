@@ -66,7 +66,7 @@ def name_of(network: type[Network]) -> str:
 
 
 def shapes_only(network: Network, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network on the meta device, which computes shapes and no numbers: large ones cost nothing."""
+    """Return the network on the meta device, which computes only shapes: large ones are cheap."""
     with torch.device("meta"):
         return network.build(shape, num_classes).eval()
 
@@ -207,7 +207,7 @@ def test_large_images_keep_the_network_of_torchvision(
 def test_small_images_are_not_halved_by_the_stem(
     network: type[Network], small: int, large: int
 ) -> None:
-    """`small` and `large`: side of what the first 3x3 convolution after the stem gets from 32 pixels."""
+    """`small` and `large`: input side of the first 3x3 convolution after the stem for 32 pixels."""
 
     def side(size: int) -> int:
         seen: list[int] = []
@@ -460,7 +460,7 @@ def test_a_network_of_your_own_gives_its_logits_alone(output: str) -> None:
 
 
 class Odd(nn.Module):
-    """Networks that are allowed to be odd: `kind` says how."""
+    """Unusual but valid networks; `kind` selects one."""
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int, kind: str) -> None:
         super().__init__()
@@ -511,7 +511,7 @@ def test_a_parameter_may_lack_a_gradient_in_some_steps_or_all(kind: str) -> None
 
 
 class Deciding(nn.Module):
-    """A network whose second layer may go unused in a step: `kind` says by what it decides."""
+    """A network whose second layer may be unused in a step; `kind` selects the condition."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -586,7 +586,7 @@ def test_the_same_run_gives_the_same_numbers_whatever_its_network_draws_from(
 def test_a_teacher_that_is_loaded_has_what_its_code_drew_when_it_was_trained(
     tmp_path: Path,
 ) -> None:
-    """Of a network that keeps random numbers outside its state_dict."""
+    """The network keeps random numbers outside its state_dict."""
     run = run_of(
         "numpy", objective="tfkd_self", teacher={"epochs": 3, "labels": "bank"}
     ).teacher_run()
@@ -736,7 +736,7 @@ def test_a_network_of_your_own_learns_and_teaches() -> None:
 def test_the_gradient_of_cnn_s_pooling_has_the_order_of_what_is_pooled(
     order: torch.memory_format,
 ) -> None:
-    """Else ReLU's backward pass takes 20 times as long; its numbers are torch's own."""
+    """Otherwise ReLU's backward pass takes 20 times as long; its numbers are torch's own."""
     x = torch.randn(4, 8, 6, 6).to(memory_format=order).requires_grad_()
     network = Cnn(widths=(8,)).build((3, 6, 6), 10)
     orders, gradients = [], []

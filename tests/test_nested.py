@@ -1,4 +1,4 @@
-"""Choices whose items have ranges of their own: what is asked for, refused, remembered, resumed and taken over."""
+"""Choices whose items have their own ranges: proposed, refused, recorded, resumed, reused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each objective against its definition, its limits, and what the authors released."""
+"""Each objective against its definition, its limits, and the authors' release."""
 
 import math
 
@@ -27,7 +27,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def make_batch(K: int = 10, B: int = 7, scale: float = 3.0, seed: int = 0) -> Batch:
-    """(student logits [B, K], labels [B], teacher logits [B, K]) in float64."""
+    """Return (student logits [B, K], labels [B], teacher logits [B, K]) in float64."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(B, K, generator=g, dtype=torch.float64) * scale
     teacher = torch.randn(B, K, generator=g, dtype=torch.float64) * scale
@@ -56,7 +56,7 @@ def slow_loss(
     T: float,
     factor: float,
 ) -> float:
-    """(1 - alpha) CE + alpha * factor * KL(target || softmax(z / T)), means over the batch."""
+    """Compute (1 - alpha) CE + alpha * factor * KL(target || softmax(z / T)), batch means."""
     total = 0.0
     for z, c, q in zip(logits.tolist(), labels.tolist(), targets, strict=True):
         p = softmax(z, T)
@@ -318,7 +318,7 @@ def test_dkd_is_its_definition(batch: Batch) -> None:
 
 
 def test_dkd_with_the_weights_that_kd_implies_is_kd() -> None:
-    """KD = TCKD + (1 - p^t(label)) NCKD (Eq. 6 there): for one image the weights can be written down."""
+    """KD = TCKD + (1 - p^t(label)) NCKD (Eq. 6 there): for one image this gives the weights."""
     logits, labels, teacher = make_batch(B=1)
     rest = 1 - softmax(teacher[0].tolist(), 4.0)[int(labels[0])]
     dkd = DecoupledKD(alpha=0.5, temperature=4.0, target_weight=1, nontarget_weight=rest)
@@ -390,7 +390,7 @@ def test_standardised_kd_does_not_see_the_scale_of_the_logits(batch: Batch) -> N
 def test_the_gradient_is_bounded_where_the_logits_are_equal(
     objective: StandardisedKD | Dist, dtype: torch.dtype, level: float, noise: float
 ) -> None:
-    """A head that starts at zero. 10 / B is a bound with room: usual logits get 1 / B."""
+    """For a head that starts at zero. 10 / B leaves a margin: usual logits get 1 / B."""
     torch.manual_seed(0)
     logits = (level + noise * torch.randn(8, 10)).to(dtype).requires_grad_()
     teacher = 4 * torch.randn(8, 10)
@@ -404,7 +404,7 @@ def test_the_gradient_is_bounded_where_the_logits_are_equal(
 
 
 def test_usual_students_do_not_meet_the_bound(batch: Batch) -> None:
-    """The correlation is torch's own, with logits of a deviation of 0.5."""
+    """The correlation is torch's own, for logits with a deviation of 0.5."""
     logits, labels, teacher = batch
     p, q = (0.5 * z / z.std(dim=1, keepdim=True) for z in (logits, teacher))
     a, b = (F.softmax(z, dim=1) for z in (p, q))

@@ -1,4 +1,4 @@
-"""Code of a person's own: found last, run where `tfkd` was started, in every process; nothing else there is run."""
+"""User code: searched last, run from the directory of `tfkd`, in every process; nothing else."""
 
 import json
 import os
@@ -38,7 +38,7 @@ SHADOWS = ("torch", "numpy", "ray", "yaml", "optuna", "pydantic", "tfkd_ray")
 
 
 def lay_out(folder: Path) -> Path:
-    """A working directory with code of one's own that opens a relative path, and with what is not to be run."""
+    """Write user code that opens a relative path, and other code that must not run."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "my_own.py").write_text(MODULE)
     (folder / "space.yaml").write_text(SPACE)
@@ -49,7 +49,7 @@ def lay_out(folder: Path) -> Path:
 
 
 def python(code: str, *options: str, cwd: Path, **env: str) -> list[str]:
-    """The lines that code prints, in a new process with a path of its own."""
+    """Return the lines that code prints, in a new process with its own path."""
     clean = {
         k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH", JOB_FOLDER)
     }

@@ -1,4 +1,4 @@
-"""Trials that share a GPU: one whose memory was not enough comes back with a larger share. The GPU is Ray's word here."""
+"""Trials that share a GPU (only claimed): out of memory leads to a retry with a larger share."""
 
 import json
 import os
@@ -54,7 +54,7 @@ TOO_LITTLE = (
 
 
 def swept(tmp_path: Path, stopping: str, max_failures: int) -> list[tuple[str | None, int]]:
-    """(failure, last epoch) of both trials."""
+    """Return (failure, last epoch) of both trials."""
     done = subprocess.run(
         [sys.executable, "-c", SWEEP, str(tmp_path), stopping, str(max_failures)],
         capture_output=True, text=True, timeout=200, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
@@ -95,7 +95,7 @@ def test_a_trial_without_enough_memory_ends_with_that_reason_where_its_failures_
 def test_a_trial_that_ends_for_good_is_given_no_larger_share(
     status: str, share: float, failures: int, tmp_path: Path
 ) -> None:
-    """Tune leaves a trial RUNNING whose failures are spent, and changes no resources of one."""
+    """Tune leaves a trial RUNNING without failures left, and never changes its resources."""
     trial = Trial(
         "x", stub=True, config={SECTION: Assignment("t0", 9, directory=tmp_path).section()}
     )

@@ -1,4 +1,4 @@
-"""The paper's tables as arms: valid, converted exactly, and with the numbers that were printed."""
+"""The paper's tables as arms: valid, converted exactly, with the published numbers."""
 
 import re
 from pathlib import Path
@@ -63,19 +63,19 @@ WRONG = {
 
 
 class Arm(NamedTuple):
-    """An arm of a file: what it says, and the configuration it is."""
+    """An arm of a file, and its configuration."""
 
     says: dict[str, Any]
     config: TrainConfig
 
     @property
     def ce_weight(self) -> float:
-        """The weight of cross-entropy in the whole loss."""
+        """Return the weight of cross-entropy in the whole loss."""
         return self.config.objective.loss_scale * self.config.objective.ce_weight
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What an arm and its control share."""
+        """Return the settings that an arm and its control share."""
         return self.config.student, self.config.optim, self.config.schedule, self.config.epochs
 
 
@@ -190,7 +190,7 @@ def test_baselines_are_published_plain_training_of_the_same_student(path: Path) 
 
 @every_file
 def test_every_loss_that_weighs_cross_entropy_less_has_its_control(path: Path) -> None:
-    """Plain training at that weight, with the same student and batch size; and no control without such an arm."""
+    """Plain training at that weight, student and batch size; no control without such an arm."""
     found = arms(path)
     controls = {
         (one.setting, round(one.ce_weight, 4)): name

@@ -1,4 +1,4 @@
-"""Passwords in URLs: an odd one is in nothing that is written or said."""
+"""Passwords in URLs: an unusual one appears in no file and no output."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_a_url_without_a_password_stays_as_it_is(url: str) -> None:
 
 
 def test_a_word_after_the_colon_that_is_no_port_is_hidden() -> None:
-    """As where a shell or YAML has cut a password in two."""
+    """A shell or YAML may cut a password in two."""
     assert masked("postgresql://me:kanari") == "postgresql://me:***"
 
 
@@ -168,7 +168,7 @@ def test_a_wrong_command_line_is_told_without_it(
 def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same(
     name: str, tmp_path: Path
 ) -> None:
-    """The process that begins anew is given the whole words, and shows them to nobody, its children included."""
+    """The restarted process gets all words, and hides them from everyone, its children included."""
     words = ["--study-storage", f"postgresql://me:{ODD[name]}@host/db", "a b"]
     code = (
         "import json, os, subprocess, sys; from pathlib import Path; from tfkd_ray.cli.main import _given_words; words = _given_words(); "
@@ -200,7 +200,7 @@ def test_the_command_line_of_a_driver_holds_no_password_and_still_means_the_same
     ],
 )
 def test_a_long_text_is_looked_through_once(part: str) -> None:
-    """Time grows as the text does: each of these took a minute or would have, with a search from each letter on."""
+    """Time is linear in the text: a search from each letter took a minute, or would."""
     for text in (part * (200_000 // len(part)), "a://u?" + part * (200_000 // len(part))):
         start = time.process_time()
         masked(text)

@@ -1,4 +1,4 @@
-"""Searcher, stopping rule and TensorBoard in a plain `ray.tune.Tuner`, with trainables that are formulas."""
+"""Searcher, stopping rule and TensorBoard in a plain `ray.tune.Tuner`, with trials as formulas."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def fit(
 
 
 def trials(searcher: OptunaSearcher) -> list[FrozenTrial]:
-    """By our number; at the end those that have none."""
+    """Return trials by number; those without one come last."""
     found = [t for study in searcher.studies() for t in study.get_trials(deepcopy=False)]
     return sorted(found, key=lambda t: t.user_attrs.get("number", 1000))
 
@@ -128,7 +128,7 @@ def test_epochs_may_be_counted_from_zero_or_not_at_all_and_a_trial_may_end_early
 
 
 class Zero(tune.Trainable):  # type: ignore[misc]
-    """Counts its epochs from 0, and says itself that it is done."""
+    """Counts its epochs from 0, and ends by itself with `done`."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.epoch = -1
@@ -318,7 +318,7 @@ def test_restored_after_a_kill_each_trial_is_run_to_its_end_once(
 
 
 def snapshot_has_running_trials(experiment: Path) -> bool:
-    """Whether Ray's own snapshot knows two trials, both of which run."""
+    """Return True if Ray's own snapshot has two trials, both running."""
     try:
         states = [json.loads(p.read_text()) for p in experiment.glob("experiment_state-*.json")]
         saved = [

@@ -1,4 +1,4 @@
-"""Plans: what a sweep is expected to take, and what it never exceeds."""
+"""Plans: the expected time of a sweep, and its upper limit."""
 
 import dataclasses
 import random
@@ -84,7 +84,7 @@ def test_a_probe_gives_hours_and_money() -> None:
 def test_a_probe_of_kd_asks_the_teacher_once_for_each_view_and_not_in_every_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """ResNet-18 as the teacher of a tiny student: an epoch of a trial costs what plain training does."""
+    """ResNet-18 teaches a tiny student: an epoch of a trial costs as much as plain training."""
     tree = {
         "student": {"name": "mlp", "hidden": [8]}, "objective": ["ce", {"name": "kd", "alpha": 0.5}], "epochs": 3,
         "teacher": {"model": "resnet18", "labels": "bank"}, "data": {"name": "digits", "subset": 200},
@@ -143,14 +143,14 @@ def test_trials_at_a_time_are_those_that_the_machine_has_cpus_for(
 
 
 def test_hours_become_gpu_hours_and_money() -> None:
-    """Two workers with a GPU each: 2 h of training are 4 GPU-hours, whatever number of trials runs at a time."""
+    """Two workers with a GPU each: 2 h are 4 GPU-hours, however many trials run at once."""
     tree = {"objective": "ce", "epochs": 4, "workers": 2, "gpus_per_worker": 1}
     found = plan(build_space({**tree, "search": {"num_samples": 9, "stopping": "none"}}))
     (part,) = found.parts
     assert (part.epochs, found.gpus, found.seconds) == (36, 2, None)
     assert not [
         line for line in lines(found, gpu_hour_price=2) if "money" in line
-    ]  # hours are not known
+    ]  # hours are unknown
     known = dataclasses.replace(
         found, parts=(dataclasses.replace(part, epoch_s=200.0),), teacher_s=0.0
     )
@@ -171,7 +171,7 @@ def test_hours_become_gpu_hours_and_money() -> None:
 def test_disk_is_that_of_trials_and_teachers_and_the_bank_has_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A multilayer perceptron 64-32-10 has 2,410 weights of 4 bytes; what a trial keeps are five of it."""
+    """A multilayer perceptron 64-32-10 has 2,410 weights of 4 bytes; a trial keeps five copies."""
     size = 4 * (64 * 32 + 32 + 32 * 10 + 10)
     mlp = {"name": "mlp", "hidden": [32]}
     tree = {"student": mlp, "epochs": 4, "search": {"num_samples": 6, "stopping": "none"}}

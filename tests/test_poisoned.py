@@ -1,7 +1,8 @@
-"""One table over all verbs: experiments and files that somebody has planted, or a disk has mangled.
+"""A table of all verbs: experiments and files that are malicious, or damaged by a disk.
 
-The verbs come from the parser, and so do their arguments: a new verb is in the table by itself, and a new argument is
-asked for in `VALUES`. Each verb is run in this process, up to where it would start Ray, TensorBoard or a cluster.
+The verbs and their arguments come from the parser: a new verb is included automatically, and a new
+argument needs an entry in `VALUES`. Each verb runs in this process, until it would start Ray,
+TensorBoard or a cluster.
 """
 
 import argparse
@@ -39,11 +40,11 @@ SECRET = "s3cret-0f-an0ther"
 
 
 class Reached(Exception):
-    """All that a verb reads before something is started is read."""
+    """Raised when a verb has read everything that it reads before it starts something."""
 
 
 def verbs(parser: argparse.ArgumentParser | None = None) -> dict[str, argparse.ArgumentParser]:
-    """Every command that can be given, by its words."""
+    """Return every command by its words."""
     parser = parser or cli._parser()
     found = {}
     for action in parser._actions:
@@ -60,7 +61,7 @@ VERBS = verbs()
 
 
 def values(storage: Path, out: Path) -> dict[str, list[str]]:
-    """What an argument may be, by its name; of an option only those that name a file or a directory are given."""
+    """Return values for an argument by name; of the options, only files and directories."""
     sweep, arms = str(storage / "sweep"), str(storage / "arms")
     return {
         "experiment": [sweep, arms],
@@ -86,7 +87,7 @@ def is_of_files(action: argparse.Action) -> bool:
 
 
 def commands(verb: str, storage: Path, out: Path) -> Iterator[list[str]]:
-    """The verb with each of the values of what it needs, and with the options that name files."""
+    """Yield the verb with each value of its required arguments, and with its file options."""
     known, parser = values(storage, out), VERBS[verb]
     options, needed = list[str](), list[list[str]]()
     for action in parser._actions:
@@ -121,7 +122,7 @@ def test_every_verb_and_every_argument_is_in_the_table(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real sweep of digits with its teacher, and a judged comparison beside it."""
+    """Return a real sweep of digits with its teacher, and a judged comparison beside it."""
     storage = tmp_path_factory.mktemp("poisoned") / "storage"
     shutil.copytree(RELEASE, storage, symlinks=True)
     make_comparison(storage / "arms")
@@ -130,7 +131,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def storage(whole: Path, tmp_path: Path) -> Path:
-    """A copy that a test may poison."""
+    """Return a copy that a test may change."""
     return Path(shutil.copytree(whole, tmp_path / "storage", symlinks=True))
 
 
@@ -141,7 +142,7 @@ Answer = Callable[[list[str]], str]
 def answer(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Answer]:
-    """Run a verb up to where something starts: what it says; it must end soon, and with a sentence or a result."""
+    """Run a verb until it starts something; return its output: a sentence or a result, soon."""
 
     def reached(*args: Any, **kwargs: Any) -> Any:
         raise Reached
@@ -157,7 +158,7 @@ def answer(
     monkeypatch.setattr("tfkd_ray.launch.doctor.doctor", lambda *args, **kwargs: [])
     monkeypatch.setattr(
         "tfkd_ray.show.export._program", reached
-    )  # all is read by then, and a graph takes half a second
+    )  # everything is read by then, and a graph takes half a second
     monkeypatch.chdir(tmp_path)
     before = signal.signal(signal.SIGALRM, late)
 
@@ -219,7 +220,7 @@ def garbage(path: Path, victim: Path) -> None:
     path.write_bytes(b"\xff\x00{]")
 
 
-# what hangs and what shows another file in `make test`; others with the faults
+# hangs and foreign files in `make test`; the others with the faults
 POISONS: list[Any] = [fifo, link]
 POISONS += [
     pytest.param(p, marks=pytest.mark.fault)
@@ -239,7 +240,7 @@ def name_of(poison: Callable[[Path, Path], None]) -> str:
 
 
 def sees(argv: list[str], storage: Path, name: str) -> bool:
-    """Whether a command is given the experiment that a file is of, or all of them."""
+    """Return True if a command gets the experiment of a file, or all experiments."""
     top = name.partition("/")[0]
     if top in ("sweep", "arms") and str(storage) not in argv:
         return any(word.startswith(str(storage / top)) for word in argv)
@@ -314,7 +315,7 @@ EVIL = "\x1b[31m\x1b]0;pwned\x07\x9b2J\u202egpj\u2066\u200e\rX"
 
 
 def poisoned_texts(tree: Any) -> Any:
-    """The same, with what steers a terminal in all texts but those that decide how it is read."""
+    """Return a copy with escape sequences in all texts, except those that decide how it is read."""
     if isinstance(tree, dict):
         return {key: value if key in KEPT else poisoned_texts(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -338,7 +339,7 @@ KEPT = (
 
 @pytest.fixture
 def evil(storage: Path) -> Path:
-    """Names, reasons, notes and traces of everything in a storage directory hold escape sequences."""
+    """Put escape sequences into all names, reasons, notes and traces in a storage directory."""
     for path in [*storage.glob("*/trials/*/trial.json"), *storage.glob("teachers/*/teacher.json")]:
         about = json.loads(path.read_text())
         changes = {"name": f"{about['name']}{EVIL}", "reason": f"so{EVIL}\nand{EVIL}"}
@@ -456,7 +457,7 @@ def test_one_bad_experiment_does_not_end_ls(what: str, storage: Path, answer: An
 
 
 def as_nobody(storage: Path, above: list[Path]) -> str:
-    """What `tfkd ls` says to a user who may not read all: root may."""
+    """Return the output of `tfkd ls` for a user who may not read everything, as root may."""
     from tfkd_ray.show.status import ls, ls_lines
 
     before = {path: path.stat().st_mode for path in above}
@@ -603,7 +604,7 @@ ARMS = "student: mlp\narms:\n- {name: a, objective: ce}\n- {name: b, objective: 
 
 
 def left(what: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Callable[[], Any]]:
-    """A file that only we write, and who reads it."""
+    """A file that this package writes, and its reader."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(place))
     store = Store("s3://bucket/prefix")
     folder, mark = store.folder, Mark(place / "shared")

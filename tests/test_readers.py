@@ -1,4 +1,4 @@
-"""Readers: what they say of experiments that are finished, running, killed, empty, broken or large."""
+"""Readers of experiments: finished, running, killed, empty, damaged or large ones."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ TREE: dict[str, Any] = {
 
 
 def make_sweep(experiment: Path, trials: int = 24, epochs: int = 18, **changes: Any) -> Space:
-    """An experiment as a finished sweep leaves it, with made-up values: trials stop at the rungs, every 40th fails."""
+    """Write an experiment with made-up values: trials stop at the rungs, every 40th fails."""
     search = {"num_samples": trials, **changes.pop("search", {})}
     space = build_space(
         {**TREE, "epochs": epochs, "teacher": {"model": "mlp"}, "search": search, **changes}
@@ -100,7 +100,7 @@ def make_sweep(experiment: Path, trials: int = 24, epochs: int = 18, **changes: 
 
 
 def line(epoch: int, accuracy: float) -> str:
-    """One line of a metrics.jsonl."""
+    """Return one line of a metrics.jsonl."""
     metrics = {"epoch": epoch, "train_loss": 2.3 / epoch, "train_ce": 2.3 / epoch, "val_accuracy": accuracy, "val_top5": 1.0,
                "val_nll": 3 - 2.9 * accuracy, "val_ece": 0.02, "lr": 0.1, "seconds": 0.25, "images_per_s": 5000.0}  # fmt: skip
     return json.dumps(metrics) + "\n"
@@ -108,7 +108,7 @@ def line(epoch: int, accuracy: float) -> str:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished sweep with a name as people give them: 48 trials of 18 epochs, 1 of them failed."""
+    """Return a finished sweep with a user's name: 48 trials of 18 epochs, 1 of them failed."""
     experiment = tmp_path_factory.mktemp("storage") / "größe 2 試"
     make_sweep(experiment, 48)
     return experiment
@@ -116,7 +116,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A sweep of 4 trials that a test may change."""
+    """Return a sweep of 4 trials that a test may change."""
     make_sweep(tmp_path / "small", 4)
     return tmp_path / "small"
 
@@ -134,7 +134,7 @@ time.sleep(60)
 
 @pytest.fixture
 def driver(small: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lock of `small`, as a driver does."""
+    """Yield a process that holds the lock of `small`, as a driver does."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(small)], stdout=subprocess.PIPE, text=True
     )
@@ -145,7 +145,7 @@ def driver(small: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def change(experiment: Path, number: int, **changes: Any) -> Path:
-    """Rewrite a trial.json; returns the trial's folder."""
+    """Rewrite a trial.json and return the trial's folder."""
     path = next(experiment.glob(f"trials/t{number:04d}-*/trial.json"))
     write_text(path, json.dumps(json.loads(path.read_text()) | changes))
     return path.parent
@@ -240,7 +240,7 @@ def test_reading_never_holds_the_lock_that_a_driver_wants(small: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    for _ in range(300):  # a Timeout here would be a reader's doing
+    for _ in range(300):  # a Timeout here would be the reader's fault
         lock.acquire()
         lock.release()
     over.set()
@@ -396,7 +396,7 @@ def test_a_filter_keeps_the_trials_it_says(sweep: Path, text: str) -> None:
 
 @pytest.fixture
 def mixed(small: Path) -> Path:
-    """Four trials whose choices are null, true, 1 and texts that look like them, in two parameters."""
+    """Return four trials with null, true, 1 and similar texts as choices of two parameters."""
     values = [(None, "=1+1"), (True, "null"), (1, "true"), ("true", "1")]
     for record, (a, b) in zip(read_records(small), values, strict=True):
         write_record(replace(record, parameters={"x.a": a, "x.b": b}, reason=None))

@@ -1,4 +1,4 @@
-"""What the README shows is run: every command and every piece of Python, in order, in one directory."""
+"""Every command and piece of Python of the README runs, in order, in one directory."""
 
 import contextlib
 import re
@@ -54,7 +54,7 @@ def test_the_commands_of_the_readme_run_in_their_order(
 
 
 def assert_tensorboard_answers(command: str, place: Path) -> None:
-    """It serves the runs of the sweep, on loopback, within half a minute."""
+    """Assert that it serves the runs of the sweep, on loopback, within half a minute."""
     server = subprocess.Popen(
         [sys.executable, "-m", "tfkd_ray", *command.split()[1:], "--port", "16006"],
         cwd=place,

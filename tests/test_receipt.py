@@ -1,4 +1,4 @@
-"""What a sweep took beside what was planned, and whether its rungs can be trusted."""
+"""A sweep's actual costs beside the planned ones, and the reliability of its rungs."""
 
 import random
 import statistics
@@ -88,7 +88,7 @@ def test_hyperband_is_planned_by_bracket() -> None:
     "final, warns",
     [
         (lambda early, t: early, False),
-        (lambda early, t: early + 0.5 * t, True),  # what softens most is behind first
+        (lambda early, t: early + 0.5 * t, True),  # the strongest softening is behind at first
         (lambda early, t: 1 - early, True),
     ],
     ids=["the rung ranks as the end does", "late bloomers at high T", "the other way round"],
@@ -117,11 +117,11 @@ def test_early_stopping_that_was_not_safe_is_said_and_what_to_set(
             final(0, 1) == 0.5
         )
         assert max(map(len, receipt_lines(s, records))) <= 80
-        assert fidelity_warnings(s, records[:7]) == []  # too few to tell
+        assert fidelity_warnings(s, records[:7]) == []  # too few to decide
 
 
 def test_a_correlation_over_survivors_is_corrected_for_their_selection() -> None:
-    """Values that correlate by 0.8, of which the best sixth at the rung has a final value: 0.4 over those."""
+    """Values with a correlation of 0.8; only the best sixth at the rung have a final value: 0.4."""
     found = []
     for seed in range(60):
         rng, records = random.Random(seed), []

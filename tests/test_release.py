@@ -1,6 +1,6 @@
-"""Experiments that earlier releases wrote open in this one: tests/data/experiment-VERSION, a folder a release.
+"""Experiments of earlier releases open in this one: tests/data/experiment-VERSION, one a release.
 
-How they were made: python tests/data/make_experiment.py tests/data/experiment-0.1.0
+Made by: python tests/data/make_experiment.py tests/data/experiment-0.1.0
 """
 
 import json
@@ -28,7 +28,7 @@ ENDS = {"kd": 2, "tfkd_reg": 1, "ce": 2, "lsr": 1}
 
 @pytest.fixture(params=RELEASES, ids=lambda p: p.name)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy elsewhere: where an experiment was made does not matter."""
+    """Return a copy elsewhere: an experiment does not depend on its place."""
     shutil.copytree(request.param, tmp_path / "elsewhere", symlinks=True)
     return tmp_path / "elsewhere"
 
@@ -82,9 +82,9 @@ def test_confirm_finds_its_arms_and_its_teacher(
     (run,) = build_space(compared.named("t0000-kd").config.model_dump(mode="json")).teacher_runs()
     (teacher,) = read_teachers(
         storage
-    )  # of an earlier loop: trained anew, and otherwise of the same fingerprint
+    )  # of an earlier loop version: trained again, with an otherwise equal fingerprint
     monkeypatch.setattr("tfkd_ray.learn.teachers.LOOP_VERSION", teacher["loop_version"])
-    load_teacher(run, storage)  # its fingerprint and its checksum are what they were
+    load_teacher(run, storage)  # its fingerprint and checksum are unchanged
     assert openings(storage, Digits()) == []
 
 

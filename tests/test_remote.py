@@ -1,5 +1,4 @@
-"""Experiments on object storage, against real servers on loopback: moto's for S3, killed and started again, and an emulator of
-Google's."""
+"""Experiments on object storage: loopback servers of moto for S3, and a fake of Google."""
 
 import argparse
 import contextlib
@@ -63,7 +62,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Server:
-    """moto's server, which keeps buckets in memory; ended by its process id."""
+    """A moto server, which keeps buckets in memory; ended by its process id."""
 
     storage, variable = "s3://bucket/lab/me", "AWS_ENDPOINT_URL"
     command = ("-m", "moto.server", "-H", "127.0.0.1", "-p", "{port}")
@@ -94,7 +93,7 @@ class Server:
         self.process.wait(timeout=20)
 
     def reset(self) -> None:
-        """Leave one bucket, which is empty."""
+        """Leave one empty bucket."""
         urllib.request.urlopen(
             urllib.request.Request(f"{self.url}/moto-api/reset", method="POST"), timeout=10
         )
@@ -110,7 +109,7 @@ class Server:
         self.client().delete_object(Bucket="bucket", Key=name)
 
     def names(self) -> set[str]:
-        """Of everything in the bucket, but the empty objects that stand for a folder after pyarrow has removed a file."""
+        """Return the names in the bucket, without pyarrow's empty placeholders of folders."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket="bucket")
         return {
             o["Key"]
@@ -120,7 +119,7 @@ class Server:
         }
 
     def objects(self) -> dict[str, bytes]:
-        """The same with what is in it."""
+        """Return the objects in the bucket by name."""
         client = self.client()
         return {
             key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in self.names()
@@ -128,7 +127,7 @@ class Server:
 
 
 class Google(Server):
-    """A stand-in for Google's storage, asked by its own JSON interface."""
+    """A fake of Google's storage with its JSON interface."""
 
     storage, variable = "gs://bucket/lab/me", "STORAGE_EMULATOR_HOST"
     command = ("-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", "{port}", "--in-memory", "--quiet",
@@ -175,7 +174,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture
 def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of an empty storage; a variable names its server. This machine has no mirror of it yet."""
+    """Yield the URL of an empty storage without a local mirror; a variable names its server."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     server.reset()
     monkeypatch.setenv(server.variable, server.url)
@@ -184,7 +183,7 @@ def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Be on another machine: with a cache of its own, so without the mirrors of this one."""
+    """Simulate another machine: another cache, so without this one's mirrors."""
 
     def move(name: str) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
@@ -298,7 +297,7 @@ def test_a_cluster_file_may_name_a_bucket(name: str, place: str, tmp_path: Path)
 
 
 def about(storage: Storage, experiment: str = "e") -> dict[str, Any]:
-    """What a driver says of a trial, as it reaches another process."""
+    """Return a driver's assignment as another process receives it."""
     directory = trials_folder(storage.folder / experiment) / "t0"
     section = Assignment("t0", 6, storage=storage, directory=directory).section()
     return {SECTION: json.loads(json.dumps(section))}
@@ -390,7 +389,7 @@ def test_a_name_that_is_none_is_refused_in_either_kind(
 
 
 def fetched(bucket: str) -> Path:
-    """The mirror of experiment `e`, up to date in what reading commands need."""
+    """Return the mirror of experiment `e`, with current files for reading commands."""
     return experiment_of(f"{bucket}/e").folder
 
 
@@ -418,7 +417,7 @@ def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
     assert upload.once() == 1
     (trial / "metrics.jsonl").write_text("b\n")  # as long as before
     assert upload.once() == 1
-    assert remote.Upload(store, "e").once() == 0  # a driver that goes on knows what is there
+    assert remote.Upload(store, "e").once() == 0  # a resuming driver knows these files
 
     remote.send(store, "e/trials/t0000-ce/last.ckpt")
     elsewhere("other")
@@ -427,7 +426,7 @@ def test_only_what_changed_is_uploaded_and_fetched_and_what_is_gone_goes(
     assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "b\n"
     assert not (there / "trials/t0000-ce/last.ckpt").exists()
     server.put("lab/me/e/trials/t0000-ce/metrics.jsonl", b"c\n")
-    fetched(bucket)  # within the second in which it was written before
+    fetched(bucket)  # within the same second as the previous write
     assert (there / "trials/t0000-ce/metrics.jsonl").read_text() == "c\n"
     server.remove("lab/me/e/trials/t0000-ce/metrics.jsonl")
     assert not (fetched(bucket) / "trials/t0000-ce/metrics.jsonl").exists()
@@ -529,7 +528,7 @@ def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     lock = Lock(storage, "e")
     assert lock.claim is not None
     uploads = Uploads(lock.claim, None)
-    monkeypatch.setattr(remote, "STALE_S", 0.0)  # as if it had been suspended for a minute
+    monkeypatch.setattr(remote, "STALE_S", 0.0)  # as if suspended for a minute
     elsewhere("other")
     fetched(bucket)
     begun(bucket)
@@ -547,11 +546,11 @@ def test_a_driver_that_ended_leaves_the_experiment_free_and_one_that_died_here_i
     bucket: str, elsewhere: Callable[[str], None]
 ) -> None:
     begun(bucket)[1].release()
-    begun(bucket)  # whose lock on this disk is not held: it has died
+    begun(bucket)  # whose lock on this disk is free: it has died
     begun(bucket)[1].release()
     elsewhere("other")
     with pytest.raises(ConfigError, match="was run by another driver meanwhile; try again"):
-        begun(bucket)  # before anything was fetched
+        begun(bucket)  # before any fetch
     fetched(bucket)
     begun(bucket)
 
@@ -668,7 +667,7 @@ def test_wrong_credentials_and_missing_rights_are_told_apart(
 ) -> None:
     strict = Server(
         INITIAL_NO_AUTH_ACTION_COUNT="4"
-    )  # from the fifth request on, who asks must be allowed to
+    )  # from the fifth request on, requests need permission
     try:
         strict.client().create_bucket(Bucket="bucket")
         iam = boto3.client("iam", endpoint_url=strict.url)
@@ -724,7 +723,7 @@ LONG = {
 
 
 def outcome(experiment: Path) -> list[tuple[Any, ...]]:
-    """All that a sweep's trials came to, but for the time that it took."""
+    """Return the results of a sweep's trials, without their times."""
     return [
         (r.number, r.status, r.parameters, [{k: v for k, v in m.items() if k not in ("seconds", "images_per_s")} for m in r.metrics])
         for r in read_records(experiment)
@@ -741,7 +740,7 @@ def test_a_sweep_is_plain_in_its_bucket_and_is_read_from_another_machine(
     notes: list[str] = []
 
     def run(*words: str) -> str:
-        """What a command prints that ends well."""
+        """Return the output of a command that succeeds."""
         code, (out, err) = main(words), capsys.readouterr()
         assert code == 0, err
         assert str(mirror) not in out + err, out + err
@@ -844,7 +843,7 @@ def alike(metrics: Iterable[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def whole_weights(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, tensors) of a file of weights, whose header's order is by chance."""
+    """Return (header, tensors) of a file of weights, whose header has a random order."""
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]
 
@@ -874,7 +873,7 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
     server.remove("lab/me/e/trials/t0/last.ckpt")
     assert (
         next(epochs_module.epochs_here(run, told)) not in again[:1]
-    )  # seconds differ: it begins anew
+    )  # seconds differ: it starts again
 
 
 @both
@@ -988,7 +987,7 @@ def test_reading_commands_import_neither_torch_nor_ray_for_a_url_and_pyarrow_for
 
 
 def forget(*caches: str) -> None:
-    """Lose the disks of nodes: their mirrors."""
+    """Delete the nodes' mirrors, as if their disks were lost."""
     for cache in caches:
         shutil.rmtree(Path(cache) / "tfkd_ray" / "storage", ignore_errors=True)
 

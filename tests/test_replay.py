@@ -1,4 +1,4 @@
-"""Searches replayed over a table of real learning curves (benchmarks/curves-digits.npz), without Ray and training."""
+"""Searches replayed over real learning curves (benchmarks/curves-digits.npz), without Ray."""
 
 import importlib
 import math
@@ -17,7 +17,7 @@ from tfkd_ray.space.search_config import SearchConfig
 
 @pytest.fixture(scope="module")
 def replays() -> Iterator[Any]:
-    """benchmarks/search.py, with its table and the surrogate; its studies are in memory."""
+    """Yield benchmarks/search.py with its table and the surrogate; its studies are in memory."""
     before = tfkd_ray.run.studies.open_journal
     sys.path.insert(0, str(ROOT / "benchmarks"))
     module: Any = importlib.import_module("search")

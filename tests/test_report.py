@@ -1,4 +1,4 @@
-"""Reports: one file, no network, the verdict first, and every plot drawn in a real browser."""
+"""Reports: one file, no network, the verdict first, and every plot drawn in a browser."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ EVIL = "</script><script>document.title='pwned'</script><img src=http://example.
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished sweep of 160 trials in which the learning rate matters most."""
+    """Return a finished sweep of 160 trials in which the learning rate matters most."""
     experiment = tmp_path_factory.mktemp("storage") / "größe <2>"
     make_sweep(experiment, 160)
     return experiment
@@ -36,7 +36,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The report on it, plotly.js left out."""
+    """Return the report on it, without plotly.js."""
     out = tmp_path_factory.mktemp("out") / "report.html"
     assert report(sweep, out) == [out]
     return without_plotly(out)
@@ -48,7 +48,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_comparison(directory: Path, **about: Any) -> Path:
-    """A judged comparison, with made-up logits: reg is better than ce and lsr by 4 points or so."""
+    """Write a judged comparison with made-up logits: reg beats ce and lsr by 4 points or so."""
     from tfkd_ray.learn.checkpoint import save_weights
     from tfkd_ray.run.confirm import LOGITS, outcome
 
@@ -80,7 +80,7 @@ def make_comparison(directory: Path, **about: Any) -> Path:
 
 
 def without_plotly(out: Path) -> str:
-    """A report without the one script that is not ours."""
+    """Return a report without plotly.js, the only foreign script."""
     return "".join(
         part
         for part in re.split(r"(?s)(<script>.*?</script>)", out.read_text())
@@ -89,7 +89,7 @@ def without_plotly(out: Path) -> str:
 
 
 def in_browser(out: Path) -> str:
-    """The page as headless Chromium has it after its scripts ran."""
+    """Return the page after its scripts have run in headless Chromium."""
     chromium = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
@@ -247,7 +247,7 @@ def test_every_kind_of_sweep_has_a_report(tmp_path: Path, changes: dict[str, Any
 
 
 def plain(experiment: Path, changes: dict[str, Any]) -> None:
-    """A sweep of lsr and ce without a searched setting."""
+    """Write a sweep of lsr and ce without a searched setting."""
     from tfkd_ray.space.space import build_space
     from tfkd_ray.store.experiment import write_experiment
 

@@ -1,4 +1,4 @@
-"""What a trial asks of a cluster, what no node can give, and whose fault a lost process is."""
+"""Resources of trials: requests, requests that no node can meet, and causes of lost processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Spaces, arms and cluster files that are valid by construction: written, read and written again, they are the same."""
+"""Spaces, arms and cluster files, valid by construction, are unchanged by writing and reading."""
 
 import copy
 from pathlib import Path
@@ -30,7 +30,7 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
 def fixed_or_searched(
     low: float, high: float, *, complement: bool = False
 ) -> st.SearchStrategy[Any]:
-    """A value, a range of one of the kinds there are, or choices."""
+    """Return a value, a range of any kind, or choices."""
     two = st.lists(numbers(low, high), min_size=2, max_size=2, unique=True).map(sorted)
     kinds = [{}, {"log": True}, *([{"log_complement": True}] if complement else [])]
     ranges = st.builds(
@@ -108,9 +108,7 @@ def arms_files(draw: st.DrawFn) -> Tree:
     names = st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,20}", fullmatch=True)
     chosen = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     arms = []
-    for number, name in enumerate(
-        chosen
-    ):  # alike in nothing: two arms of one configuration are refused
+    for number, name in enumerate(chosen):  # all different: two equal arms are refused
         objective = draw(
             st.sampled_from(
                 [{"name": "ce"}, {"name": "lsr", "alpha": draw(numbers(0.01, 0.9))}, "tfkd_reg"]
@@ -237,7 +235,7 @@ def test_a_cluster_file_of_rented_nodes_reads_back(
     data: st.DataObject,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Every file that ships for a cloud, with other names, another place for experiments, and other numbers of nodes."""
+    """Every shipped file of a cloud, with other names, storages and numbers of nodes."""
     tree = read_yaml(path)
     tree |= {
         "cluster_name": name,

@@ -1,4 +1,4 @@
-"""YAML and settings: what is read, and what is said about what cannot be."""
+"""YAML and settings: valid input, and sentences about invalid input."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Metrics against slow definitions and scikit-learn's, their table, and the one rule for which trial is best."""
+"""Metrics against slow definitions and scikit-learn's, their table, and the rule of the best."""
 
 import io
 import json
@@ -187,7 +187,7 @@ def test_auroc_f1_and_balanced_accuracy_are_those_of_scikit_learn(
 
 def test_a_class_without_images_is_left_out() -> None:
     rng = np.random.default_rng(0)
-    labels = rng.choice([0, 2, 3], 200)  # of 5 classes: 1 is an answer and no label, 4 is neither
+    labels = rng.choice([0, 2, 3], 200)  # of 5 classes: 1 is predicted but no label, 4 is neither
     logits = rng.standard_normal((200, 5)) + 2 * np.eye(5)[labels] - [0, 0, 0, 0, 50]
     answers = logits.argmax(axis=1)
     assert set(answers) == {0, 1, 2, 3}

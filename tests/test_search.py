@@ -60,7 +60,7 @@ def space(**search: Any) -> Space:
 
 
 def value(config: dict[str, Any], epoch: int) -> float:
-    """A learning curve: best at lr 0.1, better with more epochs."""
+    """Return a learning curve: best at lr 0.1, better with more epochs."""
     lr = config["optim"]["lr"]
     return float(1 - abs(lr - 0.1) - 1 / (epoch + 1))
 
@@ -68,7 +68,7 @@ def value(config: dict[str, Any], epoch: int) -> float:
 def run_trial(
     searcher: OptunaSearcher, trial_id: str, config: dict[str, Any], upto: int = EPOCHS
 ) -> dict[str, Any]:
-    """Epochs until the study says stop; what Tune would call, in Tune's order. Returns the last result."""
+    """Run epochs until the study stops the trial, with Tune's calls; return the last result."""
     result: dict[str, Any] = {}
     for epoch in range(1, min(upto, config["trial"]["epochs"]) + 1):
         result = {"epoch": epoch, "val_accuracy": value(config, epoch)}
@@ -81,7 +81,7 @@ def run_trial(
 def run_sweep(
     searcher: OptunaSearcher, kill_at: int | None = None, most: int = 1000
 ) -> list[dict[str, Any]]:
-    """One trial at a time; with `kill_at`, the driver dies in the middle of that trial."""
+    """Run one trial at a time; with `kill_at`, the driver dies during that trial."""
     configs = []
     for k in range(most):
         config = searcher.suggest(f"id{k}")
@@ -97,7 +97,7 @@ def run_sweep(
 
 
 def trials(journal: Path) -> list[FrozenTrial]:
-    """All trials of all studies, by our number."""
+    """Return all trials of all studies, by number."""
     storage = open_journal(journal)
     found = [
         t
@@ -155,7 +155,7 @@ def test_states_are_true(journal: Path) -> None:
         end(f"id{k}", config)
         searcher.on_trial_complete(
             f"id{k}", {"epoch": 9, "val_accuracy": 0.1}
-        )  # telling it twice changes nothing
+        )  # reporting it twice changes nothing
     found = trials(journal)
     assert [t.state for t in found] == [
         TrialState.COMPLETE,
@@ -227,7 +227,7 @@ def test_an_unfinished_trial_keeps_its_values_and_is_not_judged_twice(journal: P
     for epoch in (1, 2):
         assert not searcher.report(
             "again", {"epoch": epoch, "val_accuracy": -99.0}
-        )  # known: said again after a resume
+        )  # known: reported again after a resume
     values = trials(journal)[7].intermediate_values
     assert values == {e: pytest.approx(value(config, e)) for e in (1, 2)}
 
@@ -235,7 +235,7 @@ def test_an_unfinished_trial_keeps_its_values_and_is_not_judged_twice(journal: P
 def test_a_trial_that_ends_while_it_is_paused_is_pruned_if_it_has_told_an_epoch(
     journal: Path,
 ) -> None:
-    """Of one that is paused, as Ray's HyperBand does, Tune tells no last result."""
+    """Tune reports no last result of a trial that Ray's HyperBand has paused."""
     searcher = OptunaSearcher(space(stopping="none"), journal)
     for trial_id, epochs in (("a", 2), ("b", 0)):
         config = searcher.suggest(trial_id)
@@ -404,7 +404,7 @@ def test_a_trial_whose_folder_is_gone_is_told_by_status_in_any_study_also_one_th
     write_experiment(tmp_path, tree, [])
     searcher = OptunaSearcher(space(num_samples=6), tmp_path / "study.journal")
     configs = run_sweep(searcher, kill_at=4)
-    pending = searcher.suggest("pending")  # told nothing of yet, so that it need not have a folder
+    pending = searcher.suggest("pending")  # without reports, so it need not have a folder
     for config in configs:
         about = config["trial"]
         place = tmp_path / "trials" / about["name"]
@@ -442,7 +442,7 @@ def test_a_searcher_is_pickled_without_anything_live(journal: Path, tmp_path: Pa
     }
     again.restore(str(tmp_path / "state"))
     config = again.suggest("b")
-    assert isinstance(config, dict) and config["trial"]["number"] == 1  # Tune itself goes on with a
+    assert isinstance(config, dict) and config["trial"]["number"] == 1  # Tune itself resumes a
 
 
 def test_the_scheduler_asks_the_study(journal: Path) -> None:
@@ -477,7 +477,7 @@ NUMBERS = {
 
 
 def plain(sampler: Any, **search: Any) -> Space:
-    """No choices, no stopping: any sampler can search it."""
+    """Return a space without choices and stopping, for any sampler."""
     return build_space(
         {
             "student": "mlp",
@@ -748,7 +748,7 @@ def test_failed_trials_run_again_with_their_numbers_and_parameters_and_the_total
     plainly = OptunaSearcher(space(), journal)
     assert plainly.remaining() == 0  # without being asked, they are not run again
     assert plainly.retry_failed() == 2 and plainly.remaining() == 2 and plainly.waiting() == {3, 7}
-    again = OptunaSearcher(space(), journal)  # the driver died: they are still to be done
+    again = OptunaSearcher(space(), journal)  # the driver died: they remain to be done
     assert again.remaining() == 2
     for n in (3, 7):
         config = again.suggest(f"again{n}")
@@ -788,7 +788,7 @@ def test_a_trial_that_was_tried_again_counts_once_at_a_rung(journal: Path) -> No
     values = {
         0.9: False,
         0.8: True,
-    }  # of two trials, the better goes on; counted thrice, 0.8 would still be behind
+    }  # of two trials, the better continues; counted three times, 0.8 would still be behind
     for trial in study.get_trials(deepcopy=False):
         if 1 in trial.intermediate_values:
             assert rungs.prune(study, trial) == values[trial.intermediate_values[1]]
@@ -805,7 +805,7 @@ def test_a_trial_that_was_tried_again_counts_once_at_a_rung(journal: Path) -> No
 
 
 def finished(folder: Path, s: Space, values: list[float], *, status: str = "done") -> Path:
-    """An experiment with random trials, as its files tell it."""
+    """Write an experiment with random trials."""
     folder.mkdir()
     write_experiment(folder, s.tree, ["tfkd"])
     searcher = OptunaSearcher(s, folder / "study.journal")
@@ -860,7 +860,7 @@ def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_
         for t in optuna.load_study(study_name=s, storage=storage).trials
     ]
     priors = [t for t in found if "prior" in t.user_attrs]
-    assert len(priors) == 20 and len(found) == 36  # each once, though told twice
+    assert len(priors) == 20 and len(found) == 36  # each once, though reported twice
     assert split or [t.params["objective"] for t in priors] == ["ce", "lsr"] * 10
     assert all(
         ("objective.lsr.alpha" in t.params) == ("-lsr" in t.user_attrs["prior"]) for t in priors
@@ -1057,7 +1057,7 @@ def test_an_experiment_file_that_was_changed_by_hand_is_noticed(
     path.write_text(
         dump_yaml({**tree, "space": {**tree["space"], "cpus_per_worker": 2, "gpus_per_worker": 1}})
     )
-    with pytest.raises(RuntimeError, match="is fine"):  # where trials run is anybody's to change
+    with pytest.raises(RuntimeError, match="is fine"):  # the user may change where trials run
         tune.resume_tuner(experiment)
 
 

@@ -1,4 +1,4 @@
-"""SECURITY.md, claim by claim: nothing is executed by reading it, no secret is written, no port is open that is not named."""
+"""SECURITY.md, claim by claim: reading executes nothing, secrets stay secret, ports closed."""
 
 import ast
 import contextlib
@@ -57,7 +57,7 @@ PICKLES = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
 def calls() -> list[tuple[str, str, ast.Call]]:
-    """(module, what is called as it is written, the call) of the whole package."""
+    """Return (module, called name as written, call) for the whole package."""
     nodes = [
         (module, node)
         for module, tree in TREES.items()
@@ -88,7 +88,7 @@ def test_torch_loads_tensors_and_plain_values_only() -> None:
 def test_an_older_torch_is_refused_before_it_reads_a_file(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """pip holds to the lower bound; who has got round it is told, and `weights_only` is not trusted."""
+    """pip enforces the lower bound; else an error reports it, and `weights_only` is not trusted."""
     network = Mlp(hidden=(8,))
     save_state(tmp_path, {"epoch": 1})
     torch.save(network.build((1, 8, 8), 10).state_dict(), tmp_path / "w.pt")
@@ -193,7 +193,7 @@ REQUIRED = [
 
 
 def test_every_dependency_has_a_bound_or_is_named_as_one_without_advisories() -> None:
-    """`dev` is left out: what only developers install meets no input from elsewhere."""
+    """`dev` is left out: those packages read no foreign input."""
     names = {r.name for r in REQUIRED}
     assert (
         names == FREE_OF_ADVISORIES.keys() | NO_ADVISORY
@@ -221,7 +221,7 @@ def test_the_pinned_versions_name_no_host_and_no_index() -> None:
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -238,7 +238,7 @@ def torch_bytes(value: object) -> bytes:
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> tuple[Path, Path]:
-    """(a storage with a bomb wherever Ray, torch, numpy or Optuna keep pickles, the file that one makes)."""
+    """Return (a storage with bombs in all pickles of the libraries, a bomb's file)."""
     storage, boom = tmp_path / "storage", tmp_path / "boom"
     shutil.copytree(RELEASE, storage, symlinks=True)
     make_comparison(storage / "arms")
@@ -350,7 +350,7 @@ def test_a_resume_reads_none_of_rays_pickles(ray_cluster: str, poisoned: tuple[P
 def test_cmaes_goes_on_only_with_a_study_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its state is a pickle in the study: the one place where going on with an experiment would run what is in it."""
+    """Its state in the study is a pickle, the only one that a resume would execute."""
     shutil.copytree(RELEASE, tmp_path / "storage", symlinks=True)
     sweep = tmp_path / "storage/sweep"
     about = read_yaml(sweep / "experiment.yaml")
@@ -364,7 +364,7 @@ def test_cmaes_goes_on_only_with_a_study_of_ones_own(
         resume_tuner(sweep, add_trials=1)
     assert (
         "pickle.loads" in Path(optuna.samplers._cmaes.__file__).read_text()
-    )  # else the rule can go
+    )  # otherwise the rule is obsolete
 
 
 OWN = """
@@ -414,7 +414,7 @@ search: {num_samples: 4, baselines: false, stopping: none}
 
 
 def places_of(words: dict[str, str], folders: list[Path]) -> list[tuple[str, Path]]:
-    """(whose secret, file) wherever a canary has got to."""
+    """Return (owner of the secret, file) for each place that contains a canary."""
     found = []
     for path in (
         p for folder in folders for p in folder.rglob("*") if p.is_file() and not p.is_symlink()
@@ -433,9 +433,9 @@ def test_no_secret_is_written_anywhere(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A sweep with a Ray of its own, its storage given with its password on the command line; then all that reads it."""
+    """A sweep with its own Ray and its storage's password on the command line; then all readers."""
     canaries = CANARIES | {"the storage's password": "s3cret-word"}
-    temp = Path(tempfile.mkdtemp(prefix="tfkd-"))  # Ray's, whose logs are looked through, too
+    temp = Path(tempfile.mkdtemp(prefix="tfkd-"))  # Ray's, whose logs are searched, too
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TFKD_STORAGE")}
     env |= CANARIES | {"RAY_TMPDIR": str(temp), "PYTHONUNBUFFERED": "1"}
     (tmp_path / "small.yaml").write_text(SMALL)
@@ -523,7 +523,7 @@ TWO_WORKERS = {
 
 
 def allowed() -> dict[str, str]:
-    """Where each kind of process may listen: the table of docs/clusters.md."""
+    """Return where each kind of process may listen: the table of docs/clusters.md."""
     table = (
         (ROOT / "docs/clusters.md")
         .read_text()
@@ -537,14 +537,14 @@ def allowed() -> dict[str, str]:
 
 
 def may(kind: str, host: str, port: int) -> bool:
-    """Whether a process of this kind may listen there."""
+    """Return True if a process of this kind may listen there."""
     where = allowed().get(kind, "").split(", ")
     loopback = host in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     return "all" in where or str(port) in where or ("loopback" in where and loopback)
 
 
 def kind_of(process: psutil.Process) -> str:
-    """What a process is called in the table: by its title, its file, its script, or its module."""
+    """Return a process's name in the table, by its title, file, script or module."""
     words = process.cmdline()
     title = words[0].split()[0] if words and words[0].strip() else ""
     if title.startswith("ray::"):
@@ -554,7 +554,7 @@ def kind_of(process: psutil.Process) -> str:
 
 
 def listening(root: psutil.Process) -> set[tuple[str, str, int]]:
-    """(kind of process, address, port) of every listening socket of a process, the driver, and of those below it."""
+    """Return (kind of process, address, port) of a driver's and its children's open sockets."""
     found = set()
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
@@ -568,7 +568,7 @@ def listening(root: psutil.Process) -> set[tuple[str, str, int]]:
 @pytest.mark.cluster
 @pytest.mark.timeout(180)
 def test_no_port_is_open_that_is_not_named(tmp_path: Path) -> None:
-    """A sweep of trials with two workers on a Ray of its own, with its dashboard, and TensorBoard."""
+    """A sweep of trials with two workers on an own Ray, with its dashboard, and TensorBoard."""
     plan = json.dumps({"space": TWO_WORKERS, "kill": []})
     shutil.copytree(RELEASE, tmp_path / "storage", symlinks=True)
     board = [
@@ -602,8 +602,8 @@ def test_no_port_is_open_that_is_not_named(tmp_path: Path) -> None:
         finally:  # or leaving would wait for ever
             shown.terminate()
             sweep.terminate()
-    # a process has no command line for the moment in which it ends, or changes its title; its socket has been seen
-    # before, or is seen after, with its name
+    # a process has no command line while it ends or changes its title; its socket is found before
+    # or after, with its name
     nameless = {found for found in seen if not found[0]}
     seen -= nameless
     assert {found[1:] for found in nameless} <= {found[1:] for found in seen}, sorted(nameless)
@@ -616,7 +616,7 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 def served_at(call: ast.Call, name: str) -> str | None:
-    """The host that a call binds to or serves at, as it is written; None if it does neither."""
+    """Return the host, as written, that a call binds to or serves at; None if it does neither."""
     last, given = name.rpartition(".")[2], keywords(call)
     server = last.endswith(("Server", "HTTPServer")) or last in (
         "create_server",
@@ -639,7 +639,7 @@ def served_at(call: ast.Call, name: str) -> str | None:
 
 
 def test_our_own_code_binds_to_loopback_alone() -> None:
-    """Whatever is bound or served in the package, as it is written; TensorBoard and Ray are told where by their options."""
+    """Check every bind or serve call in the package; TensorBoard and Ray get options."""
     places = [(module, served_at(call, name)) for module, name, call in calls()]
     hosts = [(module, host) for module, host in places if host is not None]
     assert {module for module, _ in hosts} == {"cli/show", "launch/verbs"}, hosts

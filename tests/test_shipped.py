@@ -1,4 +1,4 @@
-"""Every search space that ships proposes trials that train: a few steps on files in the official formats."""
+"""Trials of every shipped space train a few steps, on files in the official formats."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ KNOBS = ("epochs", "stop_epoch")
 
 
 def scaled_down(path: Path, place: Path) -> Space:
-    """The space with its objectives, ranges and recipe, on a few images and with small networks."""
+    """Return the space with its objectives, ranges and recipe, few images and small networks."""
     tree = read_yaml(path)
     name = tree["data"] if isinstance(tree["data"], str) else tree["data"]["name"]
     data: dict[str, Any] = {"name": name, "val_fraction": 0.5}
@@ -51,7 +51,7 @@ def scaled_down(path: Path, place: Path) -> Space:
         teacher = {k: v for k, v in tree["teacher"].items() if k not in KNOBS}
         searched = [
             k for k in KNOBS if isinstance(tree["teacher"].get(k), dict)
-        ]  # how well a teacher is trained
+        ]  # the accuracy of a teacher
         teacher |= {"epochs": 2, **{k: {"choices": [1, 2]} for k in searched}} if searched else {}
         if "model" in teacher:
             teacher["model"] = {

@@ -1,4 +1,4 @@
-"""The bank: the same labels as a teacher that is asked in every step, computed once, by whoever lives."""
+"""The bank: the labels of a teacher that runs in every step, computed once, by any process."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ LOGITS = 10 * torch.randn(N, K, generator=torch.Generator().manual_seed(0)) + 40
 
 
 class Counted:
-    """Computes the logits above, and counts how often each image was asked."""
+    """Computes the logits above, and counts the requests of each image."""
 
     def __init__(self) -> None:
         self.asked = torch.zeros(N, dtype=torch.int64)
@@ -39,7 +39,7 @@ class Counted:
 
 
 def files(folder: Path) -> list[Path]:
-    """The bank's files in a folder, without its locks."""
+    """Return the bank's files in a folder, without its locks."""
     return sorted(folder.glob("[0-9a-f]*"))
 
 
@@ -65,7 +65,7 @@ def config(labels: str, **changes: Any) -> TrainConfig:
 def test_three_epochs_from_the_bank_are_those_of_a_teacher_in_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crop, flip and rotation. Logits: half precision keeps 11 bits, of numbers below 32 that is 2 ** -7 at worst."""
+    """Crop, flip and rotation. Half precision keeps 11 bits: below 32, at worst 2 ** -7."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     online, banked = (
         list(train(c, teacher=find_or_train(c, tmp_path))) for c in map(config, ("online", "bank"))
@@ -115,7 +115,7 @@ def test_a_second_trial_asks_no_teacher(tmp_path: Path, monkeypatch: pytest.Monk
 
     teacher._make = refuse
     assert len(list(train(other, teacher=teacher))) == 3
-    elsewhere = config("bank", seed=1)  # it sees other views of the images
+    elsewhere = config("bank", seed=1)  # it has other views of the images
     teacher = bank_of(elsewhere, tmp_path)
     assert teacher is not None
     teacher._make = refuse
@@ -248,12 +248,12 @@ def test_the_first_filler_is_killed_half_way(tmp_path: Path) -> None:
     counted = Counted()
     logits = bank(tmp_path).logits({"epoch": 1}, N, K, counted)
     assert (logits.float().softmax(1) - LOGITS.softmax(1)).abs().max() < 2e-3
-    assert counted.asked[: started[-1]].sum() == 0  # what it had filled was of use
+    assert counted.asked[: started[-1]].sum() == 0  # its labels were used
     assert counted.asked[started[-1] :].tolist() == [1] * (N - started[-1])
 
 
 def asked_for(tree: dict[str, Any], **of: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what a bank is of, view of epoch 1), as `teachers.bank_of` and the loop say it."""
+    """Return (key of a bank, view of epoch 1), as `teachers.bank_of` and the loop do."""
     c = config("bank", **tree)
     about = {"teacher": "sha256", "data": c.data.model_dump(mode="json"), "precision": "fp32", **of}
     return about, c.augment.key(c.seed, 1)
@@ -278,7 +278,7 @@ def test_labels_of_another_teacher_or_other_images_are_an_error(
     counted = Counted()
     for about, view in (mine, theirs):
         Bank(nn.Identity, about, tmp_path).logits(view, N, K, counted)
-    assert counted.asked.tolist() == [2] * N  # both are computed: neither was taken for the other
+    assert counted.asked.tolist() == [2] * N  # both are computed: neither was used for the other
     one, two = files(tmp_path)
     content = one.read_bytes(), two.read_bytes()
     one.unlink(), two.unlink()  # they may be mapped
@@ -292,7 +292,7 @@ def test_labels_of_another_teacher_or_other_images_are_an_error(
 
 
 class Scaled(nn.Linear):
-    """A network whose weights do not say all."""
+    """A network whose weights do not determine everything."""
 
     scale: float
 
@@ -329,14 +329,14 @@ def test_two_teachers_with_the_same_weights_share_no_labels(
 
 
 def test_a_view_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
-    """40 MB, read by ten trials: the memory that is a process's own does not grow, and all read the same pages."""
+    """Ten trials read 40 MB: private memory does not grow, and all share the pages."""
     count, classes = 20_000, 1000
 
     def compute(network: nn.Module, index: Tensor) -> Tensor:
         return torch.zeros(len(index), classes).index_fill_(1, torch.tensor([3]), 2.0)
 
     def own() -> int:
-        """Bytes of this process that are in no file."""
+        """Return this process's bytes that are in no file."""
         text = Path("/proc/self/smaps_rollup").read_text()
         return (
             int(
@@ -441,7 +441,7 @@ def test_where_there_is_no_room_the_teacher_is_asked_and_that_is_said_once(
 def test_a_disk_that_fills_up_while_a_view_is_written_fails_no_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial of the loop, which passes the sentence on; its numbers are those with a bank."""
+    """The trial's loop reports the sentence; its numbers are those with a bank."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
     c = config("bank", epochs=2)
     with_bank = [
@@ -486,7 +486,7 @@ def test_what_another_node_has_filled_is_not_computed(
     ]
     assert found[0].equal(found[1]) and counted.asked.tolist() == [1] * N and len(shelf) == 1
     assert CHUNKS < N
-    # views of others are within the limit, too, and what cannot be kept is used all the same
+    # other views count for the limit, too, and labels that cannot be kept are still used
     (kept,) = files(tmp_path / "two")
     limit = str(1.5 * kept.stat().st_size / 1e9)
     for epoch in (2, 3):
@@ -531,7 +531,7 @@ def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(
         True,
         False,
     ]
-    shelf.offer("d", b"d" * 90)  # two have to go for it
+    shelf.offer("d", b"d" * 90)  # two must be removed for it
     assert [shelf.fetch(name) != [] for name in ("b", "c", "d")] == [False, False, True]
     assert sum(size for _, size in shelf._views.values()) <= 100
     shelf.offer("e", b"e" * 101)
@@ -539,7 +539,7 @@ def test_the_shelf_stays_below_its_limit_and_drops_the_oldest(
 
 
 def fill(experiment: Path, folder: Path, asked: bool) -> float:
-    """In a process of its own, as of another node: whether the view had to be computed is checked against `asked`."""
+    """Fill a view in another process, as another node does; `asked` is whether it is computed."""
     from tfkd_ray.run.epochs import _Elsewhere, shelf_name
 
     counted = Counted()

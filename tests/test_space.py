@@ -1,4 +1,4 @@
-"""Search spaces: what is searched, what is refused, and that a space reads back as itself."""
+"""Search spaces: searched values, refused values, and reading back."""
 
 import math
 import random
@@ -299,7 +299,7 @@ def test_a_rung_that_would_save_next_to_nothing_is_left_out() -> None:
             assert all(epochs - rung >= epochs / 9 for rung in rungs)
             assert (
                 epochs < 9 or len(rungs) >= 2 or stopping.min_epochs
-            )  # and no more is left out than that
+            )  # and nothing else is left out
     assert Halving().rungs(100) == [11, 33] and Halving().rungs(200) == [22, 66]  # not 99, not 198
 
 
@@ -310,7 +310,7 @@ def test_ranges_and_choices_say_what_they_are() -> None:
 
 
 def test_mutated_trees_are_refused_with_sentences_and_never_crash() -> None:
-    """A first fuzz: replace random values of a shipped space by odd ones."""
+    """A first fuzz test: replace random values of a shipped space by unusual ones."""
     rng = random.Random(0)
     odd = [
         None,
@@ -358,7 +358,7 @@ PROBES: dict[str, dict[str, Any]] = {
 
 
 def allowed(sampler: str, probe: dict[str, Any]) -> bool:
-    """Whether the pair is accepted; what else a sampler needs is given to it."""
+    """Return True if the pair is accepted; the sampler gets its other requirements."""
     tree = {"objective": "ce", "student": "mlp", "epochs": 9, **probe}
     if sampler == "cmaes" and probe is not RANGE and probe is not CHOICE:
         tree |= RANGE
@@ -372,7 +372,7 @@ def allowed(sampler: str, probe: dict[str, Any]) -> bool:
 
 
 def pairs() -> str:
-    """The table of docs/search.md, from the code."""
+    """Return the table of docs/search.md, from the code."""
     lines = [
         f"| sampler | {' | '.join(PROBES)} | earlier experiments |",
         "|---" * (len(PROBES) + 2) + "|",
@@ -556,7 +556,7 @@ NET = f"{__name__}:network"
 
 
 def network(shape: tuple[int, int, int], num_classes: int, **args: Any) -> torch.nn.Module:
-    """A network of one's own, which takes arguments of any name."""
+    """A user's network, which accepts arguments of any name."""
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), num_classes))
 
 
@@ -635,7 +635,7 @@ def test_what_is_proposed_of_a_huge_range_is_inside_and_is_what_the_study_keeps(
 
 
 def test_teachers_are_those_of_what_they_depend_on() -> None:
-    """A million combinations of settings that no teacher knows: two teachers."""
+    """A million combinations of settings that teachers ignore: two teachers."""
     many = {"choices": list(range(1, 101))}
     optim = {"lr": many, "weight_decay": many, "batch_size": many}
     students = {"choices": ["mlp", {"name": "mlp", "hidden": [8]}]}
@@ -688,7 +688,7 @@ def test_a_range_ends_where_its_steps_end(given: dict[str, Any], high: float) ->
     )
     p.domain.suggest(
         optuna.create_study().ask(), p.name
-    )  # without a warning of Optuna's, which is an error here
+    )  # without Optuna's warning, which is an error here
 
 
 def test_ends_that_are_whole_numbers_do_not_round_the_steps_between_them() -> None:
@@ -932,7 +932,7 @@ def test_a_sqlite_file_is_found_from_anywhere(
 def test_one_precision_for_a_sweep_that_searches_the_student(
     monkeypatch: pytest.MonkeyPatch, students: tuple[str, ...], precision: str
 ) -> None:
-    """bf16 where one of them gains by it: ResNet-18 more than twice, and the smallest lose a fifth of next to nothing."""
+    """bf16 if one student gains from it: ResNet-18 more than doubles, the smallest lose a fifth."""
     monkeypatch.setattr("tfkd_ray.learn.config._multiplies_bf16", lambda gpu: True)
     space = build_space({"objective": ["ce", "lsr"], "student": {"choices": list(students)}})
     found = {

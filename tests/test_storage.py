@@ -1,4 +1,4 @@
-"""Where the studies are: a journal that a crash or a person has damaged, SQLite, PostgreSQL, and the dashboard."""
+"""Storages of studies: journals, damaged ones included, SQLite, PostgreSQL, the dashboard."""
 
 import contextlib
 import os
@@ -67,7 +67,7 @@ def test_a_line_that_a_crash_left_half_written_is_cut_off_wherever_it_was_cut(
 
 
 def broken(content: bytes, how: str) -> tuple[bytes, int]:
-    """(a damaged journal, the byte where the damage is)."""
+    """Return (a damaged journal, the byte of the damage)."""
     lines = content.splitlines(keepends=True)
     byte = len(b"".join(lines[:5]))
     if how == "zeros":
@@ -104,7 +104,7 @@ def test_anything_worse_is_reported_with_the_byte_and_nothing_is_changed(
 
 
 def lock(journal: Path) -> Path:
-    """Optuna's lock of a journal, as it makes one."""
+    """Create Optuna's lock of a journal."""
     path = journal.with_name("study.journal.lock")
     path.symlink_to(journal)
     return path
@@ -123,22 +123,20 @@ def test_a_lock_that_a_killed_driver_left_is_removed(
     assert not young.is_symlink() and not rest.is_symlink() and other.exists()
     assert 0.2 <= time.monotonic() - start < 2
     monkeypatch.setattr(studies, "LOCK_S", 60)
-    os.utime(
-        lock(journal), (0, 0), follow_symlinks=False
-    )  # of long ago: there is nothing to wait for
+    os.utime(lock(journal), (0, 0), follow_symlinks=False)  # old: nothing to wait for
     drop_stale_locks(journal)
     drop_stale_locks(journal)
     assert not young.is_symlink() and OptunaSearcher(space(num_samples=6), journal).remaining() == 2
 
 
 def test_a_lock_that_somebody_holds_is_waited_for_and_not_taken_away(journal: Path) -> None:
-    """A dashboard's note is being written while a sweep is resumed."""
+    """A dashboard writes a note while a sweep is resumed."""
     path = lock(journal)
     inode = path.lstat().st_ino
 
     def write() -> None:
         time.sleep(0.3)
-        assert path.lstat().st_ino == inode  # it is still the writer's own
+        assert path.lstat().st_ino == inode  # it still belongs to the writer
         path.unlink()
 
     with ThreadPoolExecutor(1) as pool:
@@ -218,10 +216,10 @@ def test_a_database_that_somebody_else_writes_to_is_a_sentence(
         with pytest.raises(ConfigError) as error:
             new.remaining()
         assert str(error.value) == f"search.storage: {url} cannot be used: database is locked"
-        if how == "EXCLUSIVE":  # nobody may even read
+        if how == "EXCLUSIVE":  # nobody may read
             with pytest.raises(ConfigError, match="cannot be used: database is locked"):
                 resume_tuner(tmp_path / "e")
-    assert OptunaSearcher(s, tmp_path / "none").remaining() == 1  # free again
+    assert OptunaSearcher(s, tmp_path / "none").remaining() == 1  # released
 
 
 @pytest.mark.ray
@@ -266,14 +264,14 @@ BIN = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True))
 
 @pytest.fixture
 def postgres(request: pytest.FixtureRequest) -> Iterator[str]:
-    """URL, with a password as it is written there, of a server of our own on loopback; ended by its process id."""
+    """Yield the URL, with its password, of an own server on loopback; ended by its process id."""
     password = getattr(request, "param", "s3cret-word")
     if BIN is None or shutil.which("runuser") is None or os.geteuid() != 0:
         pytest.fail("needs root, and: apt-get install postgresql")
     user = pwd.getpwnam("postgres")
     folder = Path(
         tempfile.mkdtemp(prefix="tfkd-pg-")
-    )  # pytest's own is closed to the user postgres
+    )  # pytest's directory is closed to the user postgres
     os.chown(folder, user.pw_uid, user.pw_gid)
     secret = folder / "password"
     secret.write_text(f"{unquote(password)}\n")
@@ -339,7 +337,7 @@ def test_a_sweep_in_postgresql_resumes_and_writes_its_password_nowhere(
     assert [p for p in files if b"s3cret-word" in p.read_bytes()] == []
     whole = run_sweep(
         OptunaSearcher(space(num_samples=8), tmp_path / "a")
-    )  # and proposes what a journal does
+    )  # and proposes as a journal does
     searchers = [
         OptunaSearcher(space(num_samples=8), tmp_path / "none", storage=postgres, study="k")
         for _ in "ab"
@@ -398,7 +396,7 @@ def test_no_file_no_page_and_no_output_of_a_sweep_holds_a_part_of_an_odd_passwor
 
 
 def session_folder() -> Path:
-    """Where the session's Ray writes its logs."""
+    """Return the folder in which the session's Ray writes its logs."""
     return Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
 
 

@@ -1,4 +1,4 @@
-"""Teachers: made once, named by what made them, checked when loaded."""
+"""Teachers: trained once, named by their configuration, checked when loaded."""
 
 import multiprocessing
 import re
@@ -161,7 +161,7 @@ def test_a_teacher_from_a_file_is_taken_judged_and_watched(tmp_path: Path) -> No
     torch.save(Mlp(hidden=(8,)).build((1, 8, 8), 10).state_dict(), path)
     with pytest.raises(ConfigError, match="has changed since it became teacher mlp-"):
         find_or_train(config, tmp_path)
-    path.unlink()  # it is not needed any more
+    path.unlink()  # it is no longer needed
     assert find_or_train(config, tmp_path) is not None
 
 

@@ -1,4 +1,4 @@
-"""Event files as TensorBoard itself reads them, its HParams backend included."""
+"""Event files as TensorBoard itself reads them, including its HParams backend."""
 
 import io
 import signal
@@ -37,7 +37,7 @@ from tfkd_ray.store.experiment import write_experiment
 
 
 class FakeTrial:
-    """What the callback reads of a Tune trial."""
+    """The attributes of a Tune trial that the callback reads."""
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
         self.trial_id, self.config, self.last_result = name, config, dict[str, Any]()
@@ -141,7 +141,7 @@ def test_every_searched_parameter_is_a_typed_column(tmp_path: Path, space: Space
 def test_a_trials_values_are_among_those_its_column_declares(
     tmp_path: Path, choices: list[Any], kind: str
 ) -> None:
-    """Else a filter of HParams hides the run."""
+    """Otherwise a filter of HParams hides the run."""
     column, kinds = _column("x", Choices(tuple(choices))), {"x": _kind(choices)}
     assert api_pb2.DataType.Name(column.type) == kind
     declared = [v.SerializeToString() for v in column.domain_discrete.values]
@@ -256,7 +256,7 @@ def test_a_trial_fills_the_columns_that_the_experiment_names(tmp_path: Path) -> 
 
 
 def content(events: EventMultiplexer, run: str, tag: str) -> bytes:
-    """Text, or a layout, as it was written."""
+    """Return text, or a layout, as written."""
     (event,) = events.Tensors(run, tag)
     return bytes(event.tensor_proto.string_val[0])
 
@@ -571,7 +571,7 @@ def test_a_result_before_its_start_is_kept_and_a_plain_trial_goes_on_where_its_r
         callback.on_trial_result(0, [], t, {"loss": step, "training_iteration": step})
     callback.on_trial_start(
         0, [], t
-    )  # its process was lost; it goes on from a checkpoint, or begins anew
+    )  # its process was lost; it resumes from a checkpoint, or starts again
     for step in range(again, 5):
         callback.on_trial_result(0, [], t, {"loss": 10 * step, "training_iteration": step})
     callback.on_trial_complete(0, [], t)

@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray: what comes back, what is written, and what a failure or a kill costs."""
+"""Sweeps on a real Ray: their results, their files, and the costs of a failure or a kill."""
 
 import dataclasses
 import datetime
@@ -51,7 +51,7 @@ TREE: dict[str, Any] = {
 
 
 class Watch(tune.Callback):  # type: ignore[misc]
-    """Notes times, and kills the process of a trial when it has told an epoch."""
+    """Records times, and kills a trial's process when it has reported an epoch."""
 
     def __init__(self, kill: tuple[int, int] | None = None) -> None:
         self.kill, self.starts, self.ends, self.lost = kill, list[float](), list[float](), 0
@@ -131,14 +131,14 @@ def test_a_sweep_returns_rays_result_grid_and_writes_plain_files(
         if record.objective != "tfkd_self":  # a trial is `train(config)`, bit by bit
             assert times_aside(record.metrics) == alone(record.config)
     assert len(list((tmp_path / "teachers").iterdir())) == 1
-    about = read_experiment(experiment)  # what is on disk is the space that was run
+    about = read_experiment(experiment)  # the file contains the space that was run
     assert (
         build_space(about["space"]).tree == about["space"] and len(about["space"]["objective"]) == 3
     )
 
 
 def test_one_process_trains_one_trial_after_the_other(ray_cluster: str, tmp_path: Path) -> None:
-    """Stopped ones, finished ones and failed ones; torch is imported once."""
+    """Includes stopped, finished and failed trials; torch is imported once."""
     tree = {**TREE, "epochs": 9, "optim": {"lr": {"choices": [0.1, 0.0005, 1e20]}}}
     tree["search"] = {"num_samples": 7, "sampler": "random", "max_concurrent": 1, "seed": 6}
     grid = build_tuner(tree, name="e", storage=tmp_path).fit()
@@ -245,7 +245,7 @@ def test_rays_own_objects_pass_through(ray_cluster: str, tmp_path: Path) -> None
     )
     assert (
         read_experiment(tmp_path / "mine")["space"]["search"]["metric"] == "val_nll"
-    )  # it was searched for, too
+    )  # it was also searched for
     storage = open_journal(tmp_path / "mine" / "study.journal")
     (study,) = optuna.study.get_all_study_summaries(storage=storage)
     assert study.direction == optuna.study.StudyDirection.MINIMIZE
@@ -370,7 +370,7 @@ def test_every_setting_of_rays_configs_is_obeyed_or_refused() -> None:
 def test_trials_that_the_users_own_stop_ends_are_of_full_length(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    """And what else of a `RunConfig` is Ray's to do is done."""
+    """Ray also handles the rest of its `RunConfig`."""
 
     class Reporter(tune.CLIReporter):  # type: ignore[misc]
         told = 0
@@ -474,7 +474,7 @@ def test_a_second_driver_is_refused(ray_cluster: str, tmp_path: Path) -> None:
         resume_tuner(tmp_path / "e", add_trials=4)
     assert (tmp_path / "e" / "experiment.yaml").read_text() == before
     assert len(tuner.fit()) == 3
-    resume_tuner(tmp_path / "e").fit()  # free again
+    resume_tuner(tmp_path / "e").fit()  # released
 
 
 def test_more_workers_than_cpus_are_refused_at_once(ray_cluster: str, tmp_path: Path) -> None:
@@ -603,7 +603,7 @@ def test_a_lock_that_cannot_be_taken_is_a_sentence(
         ):
             patch.setattr("filelock.FileLock._acquire", Mock(side_effect=error))
             Lock(*experiment_of(tmp_path))
-    lock = Lock(*experiment_of(tmp_path))  # and none was left behind
+    lock = Lock(*experiment_of(tmp_path))  # and none was left
     lock.release()
 
 
@@ -697,7 +697,7 @@ def test_a_gpu_that_breaks_ends_the_process_and_the_sweep_before_it_burns_the_pr
     assert "3 trials in a row were lost there: AcceleratorError: CUDA error: an illegal" in str(
         ended.value
     )
-    (record,) = read_records(tmp_path / "e")  # the other proposals were not burnt
+    (record,) = read_records(tmp_path / "e")  # the other proposals were not wasted
     assert (
         record.status == "failed"
         and "lost 3 times in epoch 1 (AcceleratorError: CUDA error" in str(record.reason)

@@ -1,4 +1,4 @@
-"""Readers never block, lock or write: a sweep that ten of them look at all the time ends as one that nobody looks at."""
+"""Readers never block, lock or write: with ten of them, a sweep ends as without them."""
 
 import json
 import multiprocessing
@@ -40,7 +40,7 @@ VERBS = [
 
 
 def read_once(verb: str, rest: list[str], experiment: Path, out: Path) -> int:
-    """The exit code of a verb that is run once; what it writes goes to `out`."""
+    """Run a verb once, with its output in `out`; return its exit code."""
     if verb == "tensorboard":
         return shown(experiment)
     more = [str(out / verb)] if rest == ["-o"] else []
@@ -51,7 +51,7 @@ def read_once(verb: str, rest: list[str], experiment: Path, out: Path) -> int:
 
 
 def shown(experiment: Path) -> int:
-    """The exit code of `tfkd tensorboard`, which is asked for its runs once, and ended."""
+    """Run `tfkd tensorboard`, ask for its runs once, end it, and return its exit code."""
     command = [sys.executable, "-m", "tfkd_ray", "tensorboard", str(experiment), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as board:
         assert board.stderr is not None
@@ -67,7 +67,7 @@ def shown(experiment: Path) -> int:
 def read_on(
     number: int, experiment: Path, out: Path, ended: Any, over: Any, counts: Any, wholes: Any
 ) -> None:
-    """Reader `number` of ten: one verb, again and again. Only while the sweep runs may there be nothing to read yet."""
+    """Run reader `number` of ten in a loop; only during the sweep may there be nothing to read."""
     os.nice(10)
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     verb, *rest = VERBS[number]
@@ -81,7 +81,7 @@ def read_on(
 
 
 def outcome(experiment: Path) -> list[Any]:
-    """What a sweep found, without times."""
+    """Return the results of a sweep, without times."""
     timed = ("seconds", "images_per_s")
     return [
         (
@@ -138,7 +138,7 @@ def test_ten_readers_disturb_nothing(ray_cluster: str, tmp_path: Path) -> None:
         during = list(counts)
         ended.set()
         before = {p: (p.lstat().st_mtime_ns, p.lstat().st_size) for p in experiment.rglob("*")}
-        while not all(wholes):  # each reads it whole, too, and then there is something to read
+        while not all(wholes):  # each reads everything, too, and then finds something
             assert all(reader.is_alive() for reader in readers), list(wholes)
             time.sleep(0.1)
         over.set()

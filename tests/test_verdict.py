@@ -1,4 +1,4 @@
-"""Statistics against SciPy's own and slow loops, the three verdicts and their sentences, and how often they are wrong."""
+"""Statistics against SciPy and slow loops, the three verdicts and their sentences, error rates."""
 
 import json
 import math
@@ -353,7 +353,7 @@ def test_a_better_that_other_test_images_may_not_show_has_a_note() -> None:
     more = base.copy()
     for i, row in enumerate(
         more
-    ):  # 3 or 4 images more in every seed, of some that were gained and some lost
+    ):  # 3 or 4 more correct images in every seed, net of gains and losses
         row[:80] = True
         row[40 : 76 + i % 2] = False
     base[:, :40], base[:, 40:80] = False, True
@@ -449,7 +449,7 @@ def simulation() -> dict[str, Any]:
 
 
 def at_most(rate: float, n: int) -> float:
-    """What a count of n with this rate exceeds once in 100,000."""
+    """Return the count of n at this rate that is exceeded once in 100,000."""
     return float(stats.binom.ppf(1 - 1e-5, n, rate)) / n
 
 
@@ -481,7 +481,7 @@ def test_a_false_better_is_rare_and_intervals_cover(simulation: dict[str, Any], 
     for n, r in rates.items():
         # one direction of a two-sided 5 %
         assert r.family_wise <= at_most(0.025, r.simulations), f"{n=} {r.family_wise=}"
-        # the intervals of an experiment hang together: counted as its candidates
+        # an experiment's intervals depend on each other: counted as its candidates
         tolerance = 4 * math.sqrt(0.95 * 0.05 / r.simulations)
         assert (
             0.95 - tolerance <= r.coverage <= (0.95 + tolerance if case != "360 images" else 1)

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: read without running anything, and refused with a sentence where they do not fit."""
+"""External weights: read without running anything; refused with a sentence if unsuitable."""
 
 import json
 import os
@@ -333,7 +333,7 @@ LARGE = (3, 224, 224)
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Torch's cache in an empty folder, and no network."""
+    """Return torch's cache in an empty folder, without network."""
 
     def no_network(*args: Any, **kwargs: Any) -> None:
         raise urllib.error.URLError("no network here")
@@ -395,7 +395,7 @@ def test_without_a_network_the_place_for_the_file_is_said(hub: Path) -> None:
 def taken(
     storage: Path, model: Any, file: Path, data: dict[str, Any], **teacher: Any
 ) -> tuple[TrainConfig, nn.Module]:
-    """(a student's configuration, the teacher that it has from a file)."""
+    """Return (a student's configuration, its teacher from a file)."""
     tree = {
         "objective": "kd",
         "teacher": {"model": model, "weights": str(file), **teacher},

@@ -1,6 +1,7 @@
-"""A network that runs out of memory on every worker in the same step, but not in the same place, for test_groups.py.
+"""A network that runs out of memory on all workers in the same step, in different places.
 
-The first worker fails in forward, before any gradient is exchanged; the others at the end of backward, when most are.
+The first worker fails in the forward pass, before gradients are exchanged; the others at the end of
+the backward pass. Used by test_groups.py.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Uneven(nn.Module):
-    """An MLP, wide enough that its gradients are exchanged in several parts."""
+    """An MLP wide enough that its gradients are exchanged in several parts."""
 
     def __init__(self, inputs: int, classes: int, fails: bool) -> None:
         super().__init__()
@@ -35,6 +36,6 @@ class Uneven(nn.Module):
 
 
 def network(shape: tuple[int, int, int], num_classes: int, fails: bool) -> nn.Module:
-    """A network that fails in its fourth step, or does not."""
+    """Return a network that fails in its fourth step if `fails`."""
     channels, height, width = shape
     return Uneven(channels * height * width, num_classes, fails)

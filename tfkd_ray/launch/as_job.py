@@ -1,4 +1,4 @@
-"""TODO launch.as_job."""
+"""Verbs of `tfkd` that run as a job on a cluster."""
 
 import argparse
 import tempfile
@@ -31,7 +31,7 @@ from tfkd_ray.store.storage import is_url, storage_at
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that contradict each other, and addresses of no kind we know; in a job, other versions."""
+    """Refuse contradictory options, unknown kinds of address and, in a job, other versions."""
     if args.cluster and args.address:
         raise ConfigError(
             "--cluster and --address: one of them says where the sweep runs; give one"
@@ -52,7 +52,7 @@ def check_options(args: argparse.Namespace) -> None:
 def sweep_as_job(
     words: Sequence[str], args: argparse.Namespace, *, file: Path | None = None, shape: Any = None
 ) -> int:
-    """Run `tfkd WORDS` as a job; the word SENT stands for a file that is sent along."""
+    """Run `tfkd WORDS` as a job; the word SENT stands for a file that is sent with it."""
     try:
         if args.cluster is None:
             address = args.address.rstrip("/")
@@ -88,7 +88,7 @@ def _send(where: str, address: str, words: Sequence[str], file: Path | None, det
 
 
 def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
-    """Run `tfkd tune` as a job if it is to run elsewhere; None if it runs here."""
+    """Run `tfkd tune` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
         return None
@@ -109,7 +109,7 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
 
 
 def resume_as_job(args: argparse.Namespace) -> int | None:
-    """Run `tfkd resume` as a job if it is to run elsewhere; None if it runs here."""
+    """Run `tfkd resume` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
         return None
@@ -119,7 +119,7 @@ def resume_as_job(args: argparse.Namespace) -> int | None:
 
 
 def confirm_as_job(args: argparse.Namespace) -> int | None:
-    """Run `tfkd confirm` as a job if it is to run elsewhere; None if it runs here."""
+    """Run `tfkd confirm` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
         return None
@@ -135,7 +135,7 @@ def confirm_as_job(args: argparse.Namespace) -> int | None:
 
 
 def teacher_as_job(args: argparse.Namespace, shape: Any) -> int | None:
-    """Run `tfkd teacher train` as a job if it is to run elsewhere; None if it runs here."""
+    """Run `tfkd teacher train` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
         return None
@@ -144,7 +144,7 @@ def teacher_as_job(args: argparse.Namespace, shape: Any) -> int | None:
 
 
 def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
-    """Run `tfkd doctor` as a job if it is to look at another place; None if it runs here."""
+    """Run `tfkd doctor` as a job on a cluster; return None if it runs here."""
     args.detach = False
     check_options(args)
     if not is_job(args):
@@ -161,8 +161,8 @@ def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
 
 
 def _storage_of(args: argparse.Namespace) -> str | None:
-    """Where experiments go on the cluster: `--storage`, or what the cluster file says; None: Slurm's script says it."""
-    if args.storage not in (None, Path("tfkd_results")):  # which are the defaults
+    """Return the cluster's storage: `--storage`, or the file's; None: Slurm's script sets it."""
+    if args.storage not in (None, Path("tfkd_results")):  # the defaults
         if isinstance(args.storage, str):
             return str(storage_at(args.storage))
         if not args.storage.is_absolute():

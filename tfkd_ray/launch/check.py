@@ -1,4 +1,4 @@
-"""TODO launch.check."""
+"""Check of a cluster file: the rules of its kind, then nodes, storage and room for trials."""
 
 import re
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from tfkd_ray.learn.config import DRIVER
 
 
 def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
-    """What can be said about a good file, in lines; a ConfigError with everything that is wrong.
+    """Return facts about a valid file, in lines; raise ConfigError with all problems.
 
     Args:
-        file: what `load_cluster` read.
-        shape: a trial, which the cluster must have room for.
+        file: the result of `load_cluster`.
+        shape: a trial that the cluster must have room for.
     """
     rules = {"ray": ray_problems, "kuberay": kuberay_problems, "slurm": slurm_problems}[file.kind]
     problems = list(rules(file)) or [*_storage(file), *_room(file, shape)]
@@ -42,7 +42,7 @@ def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
 
 
 def _amounts(node: "NodeType") -> Iterator[str]:
-    """What a node has, a phrase each."""
+    """Yield what a node has, one phrase each."""
     from tfkd_ray.learn.config import KIND
 
     for kind, amount in node.resources.items():
@@ -54,11 +54,11 @@ PLACEHOLDER = re.compile(
     r"\b(?:ami|fs|sg|subnet)-0123456789abcdef0\b|\b0{8}(?:-0{4}){3}-0{12}\b|\bmy-project\b|\bmystorage\.file\b"
     r"|\bregistry\.example\.com\b"
 )
-"""What stands in the files that ship where something of one's own must stand."""
+"""Placeholders in the shipped files, to be replaced by the user's values."""
 
 
 def placeholders(file: ClusterFile) -> list[str]:
-    """What the file still has of the shipped one and nobody can have."""
+    """Return the placeholders of the shipped file that still stand in this file."""
     code = "\n".join(line for line in file.text.splitlines() if not line.lstrip().startswith("#"))
     return list(dict.fromkeys(PLACEHOLDER.findall(code)))
 
@@ -75,7 +75,7 @@ def _kind_in_words(file: ClusterFile) -> str:
 
 
 def _storage(file: ClusterFile) -> Iterator[str]:
-    """Experiments must go where all nodes see them."""
+    """Yield problems with the storage: all nodes must see it."""
     field = {"ray": "metadata.tfkd.storage", "kuberay": "metadata.annotations.tfkd/storage"}.get(
         file.kind, "TFKD_RESULTS"
     )
@@ -111,7 +111,7 @@ def _local_to_a_node(field: str, value: str) -> str:
 
 
 def node_types(file: ClusterFile) -> list[NodeType] | None:
-    """What the file says about its nodes; None where Ray finds that out when it starts."""
+    """Return the file's types of nodes; None if Ray finds them at start."""
     if file.kind == "kuberay":
         return [pod_kinds(place, group) for place, group in pod_groups(file)]
     if file.kind == "slurm":
@@ -138,7 +138,7 @@ def node_types(file: ClusterFile) -> list[NodeType] | None:
 
 
 def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
-    """A trial must fit on the cluster when all its nodes are there."""
+    """Yield problems with the room for a trial on the complete cluster."""
     nodes = node_types(file)
     if shape is None or nodes is None:
         return
@@ -172,7 +172,7 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
         fits = {node.name: fits[node.name] if may_have(file, node, wanted) else 0 for node in nodes}
     if most is None:
         room = sum(fits[n.name] * n.most for n in nodes)
-    else:  # the biggest nodes first, and no more than max_workers of them in all
+    else:  # the largest nodes first, at most max_workers in all
         head = file.tree["head_node_type"]
         room, left = fits[head], most
         for node in sorted((n for n in nodes if n.name != head), key=lambda n: -fits[n.name]):
@@ -186,10 +186,11 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
 
 
 def may_have(file: ClusterFile, node: NodeType, wanted: str) -> bool:
-    """Whether nodes of a type may have a kind of GPU.
+    """Return True if nodes of a type may have a kind of GPU.
 
-    Ray finds the kind when it starts on a node, so one that is there from the start may have any. To start one for a
-    trial, the autoscaler must know it before: from the file; on AWS Ray asks for it, if the file says none.
+    Ray detects the kind when it starts on a node, so a node that runs from the start may have any.
+    The autoscaler must know it before it starts a node for a trial: from the file, or, on AWS, from
+    Ray's query if the file gives none.
     """
     if not node.resources.get("GPU"):
         return False

@@ -1,10 +1,11 @@
-"""A cluster file: read, and checked offline for what Ray, Kubernetes and Slurm would only find when it costs money.
+"""A cluster file: read it, and check offline what Ray, Kubernetes and Slurm would find too late.
 
-Three kinds, told apart by what is in them: Ray's own (`provider:`), KubeRay's (`apiVersion:`, RayCluster or RayJob)
-and a Slurm batch script (`#SBATCH`). What Ray's or KubeRay's schema says is asked of that schema; the rules here are
-those it does not see. A rule is a function that yields sentences; `check` runs those of the file's kind.
+There are three kinds: Ray's own (`provider:`), KubeRay's (`apiVersion:`, RayCluster or RayJob) and
+a Slurm batch script (`#SBATCH`). Ray's and KubeRay's own schemas are checked first; the rules here
+cover what these schemas miss. A rule is a function that yields sentences; `check` runs those of the
+file's kind.
 
-Beside the cluster itself, a file says where experiments go: `metadata: {tfkd: {storage: ...}}` for Ray,
+A file also names the storage of experiments: `metadata: {tfkd: {storage: ...}}` for Ray,
 `metadata: {annotations: {tfkd/storage: ...}}` for KubeRay, `TFKD_RESULTS=...` for Slurm.
 """
 
@@ -26,19 +27,19 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """A cluster file as it was read; nothing is checked yet but its kind."""
+    """The content of a cluster file; only its kind has been checked."""
 
     path: Path
     kind: Literal["ray", "kuberay", "slurm"]
     tree: dict[str, Any]
-    """Of KubeRay's file, its RayCluster or RayJob; of Slurm's, nothing."""
+    """KubeRay's RayCluster or RayJob; empty for Slurm."""
     text: str
     others: tuple[dict[str, Any], ...] = ()
     """The other documents of KubeRay's file."""
 
     @property
     def name(self) -> str:
-        """What the cluster is called."""
+        """Return the cluster's name."""
         if self.kind == "ray":
             return str(self.tree.get("cluster_name"))
         if self.kind == "kuberay":
@@ -48,12 +49,12 @@ class ClusterFile:
 
     @property
     def provider(self) -> str:
-        """What runs its machines: local, aws, gcp, azure; kuberay; slurm."""
+        """Return the provider of its machines: local, aws, gcp, azure; kuberay; slurm."""
         return str(self.tree["provider"].get("type")) if self.kind == "ray" else self.kind
 
     @property
     def here(self) -> bool:
-        """Whether the cluster is this machine alone, which needs no ssh."""
+        """Return True if the cluster is this machine alone, which needs no ssh."""
         provider = self.tree.get("provider") or {}
         return (
             self.provider == "local"
@@ -63,7 +64,7 @@ class ClusterFile:
 
     @property
     def storage(self) -> str | None:
-        """Where experiments go on the cluster."""
+        """Return the storage of experiments on the cluster."""
         if self.kind == "slurm":
             found = re.search(r"^TFKD_RESULTS=[\"']?([^\s\"'#]+)", self.text, re.M)
             return found[1] if found else None
@@ -75,27 +76,27 @@ class ClusterFile:
 
     @property
     def head(self) -> str:
-        """The commands that start Ray on the head, as one text."""
+        """Return the commands that start Ray on the head, as one text."""
         return "\n".join(map(str, self.tree.get("head_start_ray_commands") or []))
 
     @property
     def workers(self) -> str:
-        """The commands that start Ray on a worker, as one text."""
+        """Return the commands that start Ray on a worker, as one text."""
         return "\n".join(map(str, self.tree.get("worker_start_ray_commands") or []))
 
     @property
     def dashboard_port(self) -> int:
-        """Where the dashboard listens, on the head's loopback."""
+        """Return the dashboard's port on the head's loopback."""
         return int(option(self.head, "dashboard-port") or 8265)
 
     @property
     def port(self) -> int:
-        """Where the head listens."""
+        """Return the head's port."""
         return int(option(self.head, "port") or 6379)
 
     @property
     def cluster(self) -> dict[str, Any]:
-        """KubeRay's: what is said about the cluster itself."""
+        """Return KubeRay's specification of the cluster itself."""
         spec = self.tree["spec"]
         found: dict[str, Any] = (
             spec.get("rayClusterSpec") or {} if self.tree["kind"] == "RayJob" else spec
@@ -104,13 +105,13 @@ class ClusterFile:
 
 
 def option(command: str, name: str) -> str | None:
-    """The value of a `--name=value` in a shell command."""
+    """Return the value of a `--name=value` in a shell command."""
     found = re.search(rf"--{name}[=\s]+['\"]?([^\s'\"]+)", command)
     return found[1] if found else None
 
 
 def load_cluster(path: str | Path) -> ClusterFile:
-    """Read a cluster file, or the one of that name that ships with tfkd; a ConfigError if it is none."""
+    """Read a cluster file or a shipped one by name; raise ConfigError if it is not one."""
     found = find_file(path, "clusters")
     if not found.exists() and found.suffix in ("", ".sh"):
         found = find_file(path, "clusters", suffix=".sh")
@@ -156,11 +157,11 @@ def load_cluster(path: str | Path) -> ClusterFile:
     )
 
 
-# --- what all kinds share --------------------------------------------------------------------------------------
+# --- shared by all kinds --------------------------------------------------------------------------
 
 
 def schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
-    """What a JSON schema finds, a sentence each."""
+    """Yield the errors of a JSON schema, one sentence each."""
     from jsonschema import Draft7Validator
 
     for error in sorted(
@@ -186,22 +187,22 @@ def schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class NodeType:
-    """Nodes of one kind: how many, and what each has."""
+    """Nodes of one kind: their number, and the resources of each."""
 
     name: str
     least: int
     most: int
     resources: dict[str, float]
-    """By Ray's names, those of kinds of GPUs among them where the file says them."""
+    """By Ray's names, including kinds of GPUs if the file names them."""
 
 
 _UNITS = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
           **{f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", 1)}}  # fmt: skip
-"""What may follow the number of a Kubernetes quantity."""
+"""Suffixes of a Kubernetes quantity."""
 
 
 def quantity(value: Any) -> float | None:
-    """A Kubernetes quantity (4, "4", "7500m", "1k", "2e3") as a number; None if it is none."""
+    """Return a Kubernetes quantity (4, "4", "7500m", "1k", "2e3") as a number, or None."""
     found = re.fullmatch(
         r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:([numkMGTPE]|[KMGTPE]i)?|[eE]([-+]?[0-9]{1,2}))", str(value)
     )
@@ -211,7 +212,7 @@ def quantity(value: Any) -> float | None:
 
 
 def amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
-    """CPUs and GPUs must be what Kubernetes, or `ray start`, reads as an amount."""
+    """Yield CPUs and GPUs that are not amounts for Kubernetes or `ray start`."""
     container = group["template"]["spec"]["containers"][0].get("resources") or {}
     for part in ("requests", "limits"):
         for kind, value in (container.get(part) or {}).items():
@@ -228,7 +229,7 @@ def amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
 
 
 def name_problems(file: ClusterFile) -> Iterator[str]:
-    """The name becomes part of the names and labels of machines, and of files."""
+    """Yield problems with the name, which becomes part of machines' and files' names."""
     name = file.tree["cluster_name"]
     allowed, said = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "letters, digits, - and _"
     if file.provider == "gcp":
@@ -238,7 +239,7 @@ def name_problems(file: ClusterFile) -> Iterator[str]:
 
 
 def copy_problems(file: ClusterFile) -> Iterator[str]:
-    """What is copied to the nodes must be here; the token is made when the cluster starts."""
+    """Yield files to copy that are missing here; the token is created when the cluster starts."""
     for there, here in (file.tree.get("file_mounts") or {}).items():
         if not isinstance(here, str) or not here:
             yield f"file_mounts.{there}: must be a path on this machine, got {here!r}"
@@ -247,7 +248,7 @@ def copy_problems(file: ClusterFile) -> Iterator[str]:
 
 
 def versions_in(texts: Iterable[str]) -> dict[str, set[str]]:
-    """Exact versions of Ray, torch and Python that images and shell commands name."""
+    """Return exact versions of Ray, torch and Python that images and shell commands name."""
     found: dict[str, set[str]] = {"ray": set(), "torch": set(), "python": set()}
     for text in texts:
         found["ray"] |= set(re.findall(r"\bray(?:\[[^\]]*\])?==([\w.]+)", text))

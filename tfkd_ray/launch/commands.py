@@ -1,4 +1,4 @@
-"""TODO launch.commands."""
+"""Commands that start, stop, list and reach a cluster of each kind."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from tfkd_ray.launch.clusterfile import ClusterFile, option
 from tfkd_ray.settings.errors import ConfigError
 
 SSH_S = 10
-"""How long a host of a cluster of one's own may take to answer by ssh."""
+"""Maximum time for a host of an on-premises cluster to answer by ssh."""
 
 Command = list[str]
 RAYCLUSTER = "RAYCLUSTER"
-"""Stands for what only KubeRay knows, in commands that are printed."""
+"""Placeholder in printed commands for a name that only KubeRay knows."""
 
 
 def up_commands(file: ClusterFile) -> list[Command]:
-    """What starts a cluster."""
+    """Return the commands that start a cluster."""
     path = str(file.path)
     if file.here:
         return [["bash", "-c", str(line)] for line in file.tree["head_start_ray_commands"]]
@@ -37,9 +37,9 @@ def up_commands(file: ClusterFile) -> list[Command]:
 
 
 def down_commands(file: ClusterFile) -> list[Command]:
-    """What ends a cluster; storage stays."""
+    """Return the commands that stop a cluster; the storage stays."""
     if file.here:
-        # what _end_here does without `pkill`; the brackets keep the shell from finding itself
+        # does what _end_here does, without `pkill`; the brackets keep the shell from finding itself
         mark = shlex.quote(f"[/]{sockets_dir(file).lstrip('/')}/session")
         return [["bash", "-c", f"pkill --full {mark}; sleep 2; pkill --signal KILL --full {mark}"]]
     if file.kind == "ray":
@@ -58,7 +58,7 @@ def down_commands(file: ClusterFile) -> list[Command]:
 
 
 def tidy_commands(file: ClusterFile) -> list[Command]:
-    """What removes the rest of what the file made, once its nodes are gone: a NetworkPolicy guards them until then."""
+    """Return the commands that delete the NetworkPolicies, after the pods that they protect."""
     names = [d["metadata"]["name"] for d in file.others if d.get("kind") == "NetworkPolicy"]
     return [
         kube(file, "delete", "--ignore-not-found", "--timeout=60s", f"networkpolicy/{name}")
@@ -67,13 +67,13 @@ def tidy_commands(file: ClusterFile) -> list[Command]:
 
 
 def rayclusters_command(file: ClusterFile) -> Command:
-    """What names the clusters that a RayJob has made, RAYCLUSTER in other commands; its pods carry their names only."""
+    """Return the command that lists a RayJob's clusters, RAYCLUSTER in other commands."""
     selector = f"ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name={file.name}"
     return kube(file, "get", "rayclusters", "--output", "name", "--selector", selector)
 
 
 def head_command(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> Command:
-    """What names the head's pod of a RayJob, HEAD in other commands."""
+    """Return the command that names the head's pod of a RayJob, HEAD in other commands."""
     selector = f"ray.io/node-type=head,{_selector(file, clusters)}"
     running = "status.phase=Running"
     return kube(
@@ -82,11 +82,11 @@ def head_command(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> 
 
 
 def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> list[Command]:
-    """What lists the nodes that run, asked of whoever rents them out, so that it is true when Ray is gone, too.
+    """Return the commands that list running nodes from the provider, so also after Ray has stopped.
 
     Args:
         file: the cluster file.
-        clusters: those that a RayJob has made.
+        clusters: those that a RayJob has created.
     """
     provider = file.tree.get("provider", {})
     if file.here:
@@ -139,7 +139,7 @@ def is_rayjob(file: ClusterFile) -> bool:
 
 
 def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
-    """Of the pods of a cluster; KubeRay labels them with the cluster's name, and not with the RayJob's."""
+    """Return the selector of a cluster's pods, which KubeRay labels with the cluster's name."""
     names = clusters if is_rayjob(file) else [file.name]
     return (
         f"ray.io/cluster={names[0]}"
@@ -149,13 +149,13 @@ def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
 
 
 def kube(file: ClusterFile, *words: str) -> Command:
-    """`kubectl` in the file's namespace."""
+    """Return a `kubectl` command in the file's namespace."""
     namespace = file.tree["metadata"].get("namespace")
     return ["kubectl", *(["--namespace", namespace] if namespace else []), *words]
 
 
 def hosts(file: ClusterFile) -> list[str]:
-    """Addresses of the machines of a cluster of one's own, as they are reached from here, the head's first."""
+    """Return the addresses of an on-premises cluster's machines from here, the head's first."""
     provider = file.tree["provider"]
     return [
         provider.get("external_head_ip") or provider["head_ip"],
@@ -164,7 +164,7 @@ def hosts(file: ClusterFile) -> list[str]:
 
 
 def ssh(file: ClusterFile, host: str, command: str) -> Command:
-    """A command on a node, by the file's user, key and proxy."""
+    """Return an ssh command on a node, with the file's user, key and proxy."""
     auth = file.tree.get("auth") or {}
     key = (
         ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
@@ -179,16 +179,16 @@ def ssh(file: ClusterFile, host: str, command: str) -> Command:
 
 
 def _raylet(file: ClusterFile) -> str:
-    """A pattern of the command lines of this cluster's raylets; the brackets keep it from finding itself."""
+    """Return a pattern of this cluster's raylets; the brackets keep it from matching itself."""
     return f"[r]aylet .*--gcs-address=[0-9.]*:{file.port} "
 
 
 def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Command | None:
-    """What brings the head's dashboard to a port of this machine; None where it is here.
+    """Return the command that forwards the head's dashboard to a local port; None if it is local.
 
     Args:
         file: the cluster file.
-        port: of this machine.
+        port: port of this machine.
         head: the head's pod, for a RayJob.
     """
     if file.here:
@@ -208,22 +208,22 @@ def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Comm
 
 
 def logs_command(address: str, job: str) -> Command:
-    """What follows a job."""
+    """Return the command that follows a job's log."""
     return ["ray", "job", "logs", "--address", address, "--follow", job]
 
 
 def slurm_submit(file: ClusterFile, words: Sequence[str]) -> Command:
-    """A command as a Slurm job."""
+    """Return the command that submits a Slurm job."""
     return ["sbatch", str(file.path), *words]
 
 
 def slurm_logs(file: ClusterFile) -> Command:
-    """What follows a Slurm job's newest output, where it was submitted from."""
+    """Return the command that follows the newest Slurm output in the directory of submission."""
     return ["bash", "-c", f'tail -n +1 -F "$(ls -t {shlex.quote(file.name)}-*.log | head -n 1)"']
 
 
 def sockets_dir(file: ClusterFile) -> str:
-    """Where a cluster on this machine keeps its sockets; it is in the command lines of all its processes."""
+    """Return a local cluster's directory of sockets, which its processes' command lines contain."""
     place = option(file.head, "temp-dir")
     assert place is not None, f"{file.path}: checked to have one of its own"
     return place

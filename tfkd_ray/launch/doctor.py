@@ -1,7 +1,8 @@
-"""`tfkd doctor`: what would make a sweep slow, unsafe or stuck, here and on every node of a cluster, before one runs.
+"""`tfkd doctor`: find what would make a sweep slow, unsafe or stuck, here and on every node.
 
-A check yields what it found, a line each, with the way out of what is wrong. What is to be known of a node is found by
-a task on it (`nodes.py`). To add a check: a function that yields `Found`, and a line in `examine`.
+A check yields its findings, one line each, with the way to solve a problem. A task on each node
+collects the facts about it (`run/nodes.py`). To add a check, write a function that yields `Found`,
+and add a line to `examine`.
 """
 
 import importlib.metadata
@@ -33,23 +34,23 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.store.storage import Mirror, Storage
 
 SOCKET_BYTES = 107
-"""Longest path of a Unix socket."""
+"""Maximum length of a Unix socket's path."""
 LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
-"""What Ray adds to its temporary directory."""
+"""Suffix that Ray adds to its temporary directory."""
 SHM_OF_MEMORY = 0.3
-"""Part of a node's memory that Ray takes for its object store, if nothing is said."""
+"""Default share of a node's memory for Ray's object store."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a check found."""
+    """A finding of a check."""
 
     level: Literal["ok", "warning", "problem"]
     what: str
     text: str
 
     def line(self, width: int = 80) -> str:
-        """For a terminal."""
+        """Format the finding for a terminal."""
         return textwrap.fill(f"{self.level:<8} {self.what}: {self.text}", width, subsequent_indent=" " * 9,
                              break_on_hyphens=False, break_long_words=False)  # fmt: skip
 
@@ -61,13 +62,13 @@ def doctor(
     reap: bool = False,
     connected: bool = True,
 ) -> list[Found]:
-    """All that is found, in the order of the checks.
+    """Return all findings, in the order of the checks.
 
     Args:
         storage: directory that all nodes should see, or object storage. None: not checked.
         shape: a trial that the cluster should have room for. None: not checked.
         reap: remove leaked placement groups.
-        connected: whether there is a cluster to look at, which this process is connected to; else, this machine alone.
+        connected: check the cluster to which this process is connected; else, this machine alone.
     """
     return list(examine(storage, shape, reap=reap, connected=connected))
 
@@ -75,7 +76,7 @@ def doctor(
 def examine(
     storage: Storage | None, shape: TrainConfig | None, *, reap: bool, connected: bool
 ) -> Iterator[Found]:
-    """One check after the other."""
+    """Run the checks one after another."""
     yield from check_installed()
     yield from check_token()
     yield from check_others(ray.get_runtime_context().gcs_address if connected else None)
@@ -97,11 +98,11 @@ def examine(
     yield from check_groups(reap=reap)
 
 
-# --- this machine ----------------------------------------------------------------------------------------------
+# --- this machine ---------------------------------------------------------------------------------
 
 
 def check_installed() -> Iterator[Found]:
-    """Ray with its `default` extra."""
+    """Check that Ray has its `default` extra."""
     try:
         check_ray()
         yield Found(
@@ -112,7 +113,7 @@ def check_installed() -> Iterator[Found]:
 
 
 def check_token() -> Iterator[Found]:
-    """Token mode on, and the token for its owner alone."""
+    """Check that token mode is on, and that only its owner can read the token."""
     if (mode := os.environ.get("RAY_AUTH_MODE", "token")) != "token":
         yield Found(
             "problem",
@@ -135,7 +136,7 @@ def check_token() -> Iterator[Found]:
 
 
 def check_others(ours: str | None) -> Iterator[Found]:
-    """No other Ray cluster on this machine."""
+    """Check that no other Ray cluster runs on this machine."""
     others = other_clusters(ours)
     if not others:
         yield Found("ok", "clusters", "no other Ray cluster runs on this machine")
@@ -146,7 +147,7 @@ def check_others(ours: str | None) -> Iterator[Found]:
 
 
 def check_sockets(lengths: dict[str, int]) -> Iterator[Found]:
-    """Ray's sockets have paths that a socket can have."""
+    """Check that the paths of Ray's sockets are short enough."""
     place, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
     if longest > SOCKET_BYTES:
         yield Found("problem", "sockets", f"{place}: {longest} bytes is the longest path of a socket of Ray's, and "
@@ -157,7 +158,7 @@ def check_sockets(lengths: dict[str, int]) -> Iterator[Found]:
 
 
 def check_shared_memory(sizes: dict[str, tuple[int, float]]) -> Iterator[Found]:
-    """Shared memory holds the object store; without, Ray takes files, which is slow."""
+    """Check that shared memory holds the object store; otherwise Ray uses slow files."""
     small = {place: size for place, size in sizes.items() if size[0] < size[1]}
     for place, (there, needed) in small.items():
         yield Found("warning", "memory", f"{place}: /dev/shm has {_gb(there)}, and Ray's object store takes "
@@ -172,7 +173,7 @@ def check_shared_memory(sizes: dict[str, tuple[int, float]]) -> Iterator[Found]:
 
 
 def check_storage_here(storage: Storage | None) -> Iterator[Found]:
-    """This machine can write where experiments go."""
+    """Check that this machine can write to the storage."""
     if storage is not None:
         yield _no_storage(storage) or Found(
             "ok", "storage", f"{storage} can be written to from here"
@@ -180,7 +181,7 @@ def check_storage_here(storage: Storage | None) -> Iterator[Found]:
 
 
 def _no_storage(storage: Storage) -> Found | None:
-    """What is wrong with the storage seen from here."""
+    """Return a problem with the storage on this machine, or None."""
     if isinstance(storage, Mirror):
         trouble = storage.trouble()
         return Found("problem", "storage", f"{storage}: {trouble}") if trouble else None
@@ -192,7 +193,7 @@ def _no_storage(storage: Storage) -> Found | None:
     return None
 
 
-# --- the nodes -------------------------------------------------------------------------------------------------
+# --- the nodes ------------------------------------------------------------------------------------
 
 
 def _gb(size: float, unit: str = " GB") -> str:
@@ -200,7 +201,7 @@ def _gb(size: float, unit: str = " GB") -> str:
 
 
 def check_nodes(nodes: Sequence[Node]) -> Iterator[Found]:
-    """All nodes answer."""
+    """Check that all nodes answer."""
     silent = [node for node in nodes if node.silent is not None]
     for node in silent:
         yield Found("problem", "nodes", f"{node.name} {node.silent}")
@@ -209,7 +210,7 @@ def check_nodes(nodes: Sequence[Node]) -> Iterator[Found]:
 
 
 def check_versions(nodes: Iterable[Node]) -> Iterator[Found]:
-    """The same Ray, Python and torch on all nodes, and here."""
+    """Check that all nodes and this machine have the same Ray, Python and torch."""
     kinds = defaultdict[str, list[str]](list)
     for name, versions in [
         ("here", versions_of_node()),
@@ -228,7 +229,7 @@ def check_versions(nodes: Iterable[Node]) -> Iterator[Found]:
 
 
 def check_asked() -> Iterator[Found]:
-    """The cluster wants its token."""
+    """Check that the cluster requires its token."""
     address = dashboard()
     if not address:
         yield Found(
@@ -261,7 +262,7 @@ def _unclear(reason: str) -> Found:
 
 
 def check_storage(storage: Storage | None, nodes: Sequence[Node]) -> Iterator[Found]:
-    """Each node reads what is written here, and here is read what it writes."""
+    """Check that each node reads what this machine writes to the storage, and the reverse."""
     if storage is None:
         yield Found("warning", "storage", "not checked; say where experiments go: --storage DIR")
         return
@@ -275,7 +276,7 @@ def check_storage(storage: Storage | None, nodes: Sequence[Node]) -> Iterator[Fo
 
 
 def check_trials(shape: TrainConfig | None) -> Iterator[Found]:
-    """The cluster has room for a trial."""
+    """Check that the cluster has room for a trial."""
     if shape is None:
         yield Found("warning", "trials", "room for them is not checked; name a space: --space FILE")
         return
@@ -286,7 +287,7 @@ def check_trials(shape: TrainConfig | None) -> Iterator[Found]:
 
 
 def check_groups(*, reap: bool) -> Iterator[Found]:
-    """No placement group is left of a job that has ended: it would keep its CPUs and GPUs for ever."""
+    """Check that no placement group of an ended job still holds CPUs and GPUs."""
     groups = leaked_groups()
     if groups is None:
         yield Found("warning", "groups", "leaked ones are not known: Ray's State API does not answer; start Ray with "

@@ -1,7 +1,8 @@
-"""Sweeps as Ray jobs: what is sent, what is left at home, and what the cluster says of itself. No Ray, no torch.
+"""Sweeps as Ray jobs: the files to send, the files to leave out, and the cluster's answers.
 
-A job gets a copy of the working directory without data, results, keys and other secrets, and this package beside it;
-its command is shown to whoever reaches the dashboard, so nothing secret may stand in it.
+A job gets a copy of the working directory without data, results, keys and other secrets, and this
+package. Everyone who reaches the dashboard can read the job's command, so it must contain no
+secret. Neither Ray nor torch is imported.
 """
 
 import fnmatch
@@ -29,25 +30,25 @@ LEFT_OUT = (
     # data and results: they are on the cluster's storage
     "data", "dataset", "datasets", "tfkd_results", "*.tar", "*.tar.*", "*.tgz", "*.zip", "*.gz", "*-ubyte", "*.npy",
     "*.npz", "*.h5", "*.parquet", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.onnx", "events.out.tfevents*",
-    # what is made anew
+    # rebuilt on the cluster
     ".git", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", "*.egg-info", ".*_cache", "build", "dist",
 )  # fmt: skip
-"""Names of files and folders that a job does not get; `.rayignore` adds more, a name or pattern a line."""
+"""Patterns of files and folders that a job does not get; `.rayignore` adds more, one a line."""
 
 WORKING = "working_directory"
-"""Name of the copy of the working directory, where it does not lie in the folder of a job itself."""
+"""Name of the working directory's copy, if it is not the job's folder itself."""
 
 LIMIT_MB = 100
-"""Most that a working directory may hold; it is code, and goes through the head's memory."""
+"""Maximum size of a working directory; it is code, and passes through the head's memory."""
 
 JOBS_TIMEOUT_S = 10
-"""How long a head may take to answer."""
+"""Maximum time for a head to answer."""
 
 
 def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:
-    """Copy what a job gets of `folder`; the name of `extra` in the copy, which is put there if it is from elsewhere.
+    """Copy a job's files from `folder`; return the name that `extra` has in the copy.
 
-    This package comes along, so that the cluster runs the version that submitted the job.
+    The copy includes this package, so that the cluster runs the version that submitted the job.
     """
     patterns = [*LEFT_OUT, *_ignored(folder)]
     files = list(_kept_in_job(folder, patterns))
@@ -78,9 +79,10 @@ def stage(folder: Path, into: Path, extra: Path | None = None) -> str | None:
 
 
 def stage_apart(folder: Path, into: Path, extra: Path | None = None) -> str | None:
-    """As `stage`, the working directory below `into` and this package beside it.
+    """Copy as `stage` does, with the working directory below `into` and this package beside it.
 
-    Ray puts `into` first on the path of a job's processes: what merely lies in the working directory is not imported.
+    Ray puts `into` first on the module path of a job: files in the working directory are not
+    imported by accident.
     """
     (into / WORKING).mkdir()
     sent = stage(folder, into / WORKING, extra)
@@ -95,7 +97,7 @@ def _ignored(folder: Path) -> list[str]:
 
 
 def _kept_in_job(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Files below a folder that no pattern names; links are not followed, and not sent."""
+    """Yield the files below a folder that no pattern matches, without links."""
     for where, folders, names in os.walk(folder):
         here = Path(where)
 
@@ -111,7 +113,7 @@ def _kept_in_job(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def _is_secret(path: Path) -> bool:
-    """Whether a file is a private key or the cluster's token, whatever it is called."""
+    """Return True if a file is a private key or the cluster's token, whatever its name."""
     try:
         with path.open("rb") as file:
             begin = file.read(256)
@@ -121,7 +123,7 @@ def _is_secret(path: Path) -> bool:
 
 
 def as_entrypoint(words: Sequence[str], folder: Path) -> list[str]:
-    """A command as `ray job submit` takes it; what its shell would change goes through a script in the folder."""
+    """Return a command for `ray job submit`; a script protects words from its shell."""
     if shlex.join(words) == " ".join(words):
         return list(words)
     (folder / "tfkd_job.sh").write_text(f"exec {shlex.join(words)}\n", encoding="utf-8")
@@ -131,7 +133,7 @@ def as_entrypoint(words: Sequence[str], folder: Path) -> list[str]:
 def submit_command(
     address: str, job: str, folder: Path, entrypoint: Sequence[str], working: str | None = None
 ) -> list[str]:
-    """`ray job submit` for a staged folder, which returns when the job is accepted; `working` as of `stage_apart`."""
+    """Return the command that submits a staged folder; `working` as of `stage_apart`."""
     versions = (
         {}
         if os.environ.get(SUBMITTED_FROM) == "any"
@@ -142,11 +144,11 @@ def submit_command(
             "--runtime-env-json", json.dumps(env), "--no-wait", "--", *entrypoint]  # fmt: skip
 
 
-# --- the cluster's answers -------------------------------------------------------------------------------------
+# --- the cluster's answers ------------------------------------------------------------------------
 
 
 def ask(address: str, path: str, timeout: float = JOBS_TIMEOUT_S) -> Any:
-    """What a head's dashboard answers, as JSON. Raises Unreachable, or a ConfigError about the token."""
+    """Return a dashboard's answer as JSON; raise Unreachable, or ConfigError for a wrong token."""
     key = token()
     request = urllib.request.Request(address.rstrip("/") + path)
     if key:
@@ -177,7 +179,7 @@ def _token_problem(address: str, key: str | None) -> str:
 
 
 def check_ray_version(address: str) -> None:
-    """Raise where the cluster's Ray is not this machine's, or does not answer."""
+    """Raise if the cluster does not answer or its Ray version differs from this machine's."""
     there, here = (
         str(ask(address, "/api/version").get("ray_version")),
         importlib.metadata.version("ray"),
@@ -190,19 +192,19 @@ def check_ray_version(address: str) -> None:
 
 
 def jobs_at(address: str) -> list[dict[str, Any]]:
-    """Submitted jobs, the newest first."""
+    """Return submitted jobs, the newest first."""
     found = [job for job in ask(address, "/api/jobs/") if job.get("submission_id")]
     return sorted(found, key=lambda job: -(job.get("start_time") or 0))
 
 
-# --- both ends the same ----------------------------------------------------------------------------------------
+# --- equal versions -------------------------------------------------------------------------------
 
 SUBMITTED_FROM = "TFKD_SUBMITTED_FROM"
-"""Environment variable by which a job knows the versions of the machine that submitted it."""
+"""Environment variable with the versions of the machine that submitted a job."""
 
 
 def versions_here() -> dict[str, str]:
-    """Versions that must be equal on a laptop and its cluster, for results to be."""
+    """Return the versions that must be equal on both sides for results to be equal."""
     found = {
         name: importlib.metadata.version(name).partition("+")[0]
         for name in ("ray", "torch", "optuna")
@@ -211,7 +213,7 @@ def versions_here() -> dict[str, str]:
 
 
 def check_submitted_from() -> None:
-    """In a job: raise where the machine that submitted it has other versions than the cluster."""
+    """In a job, raise if the submitting machine's versions differ from the cluster's."""
     if os.environ.get(SUBMITTED_FROM, "any") == "any":
         return
     there, here = json.loads(os.environ[SUBMITTED_FROM]), versions_here()

@@ -1,4 +1,4 @@
-"""TODO launch.kuberay_rules."""
+"""Rules for KubeRay's files."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from tfkd_ray.learn.config import DRIVER
 
 
 def volume_problems(file: ClusterFile, field: str) -> Iterator[str]:
-    """Every pod must mount a volume that is shared where the storage is."""
+    """Yield pods that mount no shared volume at the storage."""
     assert file.storage is not None, f"{file.path=}"
     for place, group in pod_groups(file):
         pod = group["template"]["spec"]
@@ -46,7 +46,7 @@ def pod_kinds(place: str, group: dict[str, Any]) -> NodeType:
     started = group.get("rayStartParams") or {}
     cpus = started.get(
         "num-cpus", math.ceil(quantity(limits.get("cpu", 0)) or 0)
-    )  # as KubeRay rounds
+    )  # rounded as KubeRay does
     gpus = started.get("num-gpus", next((v for k, v in limits.items() if k.endswith("/gpu")), 0))
     kinds = re.findall(r"(accelerator_type:[\w-]+)", str(started.get("resources", "")))
     has = {"CPU": quantity(cpus) or 0.0, "GPU": quantity(gpus) or 0.0, **dict.fromkeys(kinds, 1.0)}
@@ -62,7 +62,7 @@ def pod_kinds(place: str, group: dict[str, Any]) -> NodeType:
     )
 
 
-# --- KubeRay ---------------------------------------------------------------------------------------------------
+# --- KubeRay --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def _kuberay_schema() -> dict[str, Any]:
 
 
 def pod_groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
-    """(place in the file, group of pods), the head first."""
+    """Return (place in the file, group of pods) for each group, the head first."""
     at = "spec.rayClusterSpec" if file.tree["kind"] == "RayJob" else "spec"
     workers = file.cluster.get("workerGroupSpecs") or []
     return [
@@ -139,7 +139,7 @@ def kuberay_problems(file: ClusterFile) -> Iterator[str]:
 
 
 def _kuberay_ports(file: ClusterFile, place: str, head: dict[str, Any]) -> Iterator[str]:
-    """Nothing leaves the Kubernetes cluster, and the dashboard is on loopback or behind a NetworkPolicy."""
+    """Yield open ports: only loopback or a NetworkPolicy may give access to the dashboard."""
     if head.get("serviceType", "ClusterIP") != "ClusterIP":
         yield f"{place}.serviceType: {head['serviceType']} opens Ray's ports outside of Kubernetes; use ClusterIP"
     if head.get("enableIngress"):

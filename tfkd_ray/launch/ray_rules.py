@@ -1,4 +1,4 @@
-"""TODO launch.ray_rules."""
+"""Rules for Ray's own cluster files."""
 
 import contextlib
 import importlib.metadata
@@ -30,14 +30,14 @@ PROVIDERS = {
     "azure": {"location", "resource_group", "subscription_id", "subnet_mask", "unique_id", "tags", "availability_zone",
               "use_internal_ips", "use_external_head_ip", "msi_name", "msi_resource_group", "cache_stopped_nodes"},
 }  # fmt: skip
-"""What Ray 2.60 reads of `provider`, beside `type`; its schema takes any word there, so that a misspelt one is lost."""
+"""Keys of `provider` that Ray 2.60 reads, besides `type`; its schema accepts misspelt keys."""
 
 NODE_LOCAL = re.compile(r"^(?!/)|^/(tmp|var|dev|run|root|home|opt|local|scratch|mnt/local)(/|$)")
-"""Paths that each node has for itself, as a rule."""
+"""Path prefixes that are usually node-local."""
 
 
 def mount_problems(file: ClusterFile, field: str) -> Iterator[str]:
-    """On rented machines nothing is shared unless this file mounts it, on all of them."""
+    """Yield missing mounts: rented machines share nothing unless the file mounts it."""
     assert file.storage is not None, f"{file.path=}"
     setup = [
         *(file.tree.get("initialization_commands") or []),
@@ -61,13 +61,13 @@ def mount_problems(file: ClusterFile, field: str) -> Iterator[str]:
             yield f"docker.run_options: {mounted[0]} is not seen in the container; add: -v {mounted[0]}:{mounted[0]}"
 
 
-# --- Ray's own files -------------------------------------------------------------------------------------------
+# --- Ray's own files ------------------------------------------------------------------------------
 
 
 def ray_problems(file: ClusterFile) -> Iterator[str]:
     found = list(_ray_schema(file))
     yield from found
-    if found:  # what follows takes the file's shape for granted
+    if found:  # the other rules need a file of the right shape
         return
     for rule in (
         name_problems,
@@ -84,7 +84,7 @@ def ray_problems(file: ClusterFile) -> Iterator[str]:
 
 
 def _ray_schema(file: ClusterFile) -> Iterator[str]:
-    """What Ray itself would say: its schema, then its own preparation and validation."""
+    """Yield the errors of Ray itself: its schema, then its preparation and validation."""
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
@@ -136,20 +136,20 @@ def _ray_validation(tree: dict[str, Any]) -> Iterator[str]:
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             validate_config(prepare_config(json.loads(json.dumps(tree))))
-    except (SystemExit, Exception) as error:  # Ray's own has no common class
-        if "sum of `min_workers`" not in str(error):  # which is told better below
+    except (SystemExit, Exception) as error:  # Ray's errors have no common class
+        if "sum of `min_workers`" not in str(error):  # a better message follows below
             yield f"(Ray): {str(error).splitlines()[0] if str(error) else said.getvalue().strip()}"
 
 
 def _provider(file: ClusterFile) -> Iterator[str]:
-    """Ray's schema takes any key in `provider`."""
+    """Yield unknown keys of `provider`, which Ray's schema accepts."""
     known = PROVIDERS[file.provider] | {"type"}
     for key in sorted(set(file.tree["provider"]) - known):
         yield f"{dotted(['provider', key])}: Ray reads no such setting for {file.provider}; {did_you_mean(key, known)}"
 
 
 def _node_problems(file: ClusterFile) -> Iterator[str]:
-    """Least and most nodes must agree."""
+    """Yield contradictions between minimum and maximum numbers of nodes."""
     types = file.tree.get("available_node_types") or {}
     most = file.tree.get("max_workers", 2)
     for name, node in types.items():
@@ -180,7 +180,7 @@ def _node_problems(file: ClusterFile) -> Iterator[str]:
 
 
 def _starts(file: ClusterFile) -> Iterator[str]:
-    """How Ray is started: with a token, its dashboard on loopback, the driver's resource on the head."""
+    """Yield faults of Ray's start: token, dashboard on loopback, the head's driver resource."""
     for field in ["head_start_ray_commands", *([] if file.here else ["worker_start_ray_commands"])]:
         lines = [
             str(line)
@@ -226,14 +226,14 @@ def _starts(file: ClusterFile) -> Iterator[str]:
 
 
 def _token_copied(file: ClusterFile) -> Iterator[str]:
-    """Every node must know the token."""
+    """Yield a problem if not every node gets the token."""
     mounts = file.tree.get("file_mounts") or {}
     if not file.here and not any(str(there).endswith("auth_token") for there in mounts):
         yield "file_mounts: the nodes do not get the token; add: ~/.ray/auth_token: ~/.ray/auth_token"
 
 
 def _open_to_the_world(file: ClusterFile) -> Iterator[str]:
-    """No port may be open to everybody."""
+    """Yield ports that are open to everyone."""
     provider, types = file.tree["provider"], file.tree.get("available_node_types") or {}
     rules = json.dumps(provider.get("security_group") or {})
     if "0.0.0.0/0" in rules or "::/0" in rules:
@@ -256,7 +256,7 @@ def _open_to_the_world(file: ClusterFile) -> Iterator[str]:
 
 
 def _versions(file: ClusterFile) -> Iterator[str]:
-    """Head and workers must have the same Ray, Python and torch, said exactly; and Ray that of this machine."""
+    """Yield versions of Ray, Python and torch that are inexact or different between machines."""
     if file.here:
         return
     docker = file.tree.get("docker") or {}
@@ -308,7 +308,7 @@ def _versions(file: ClusterFile) -> Iterator[str]:
 
 
 def _machine_image(file: ClusterFile) -> Iterator[str]:
-    """What a machine on AWS starts from must be said; Ray's own choice is of Ubuntu 18.04 and of some regions only."""
+    """Yield AWS machines without an image; Ray's default is Ubuntu 18.04, in few regions."""
     for name, node in (file.tree.get("available_node_types") or {}).items():
         if file.provider == "aws" and not (node.get("node_config") or {}).get("ImageId"):
             yield (

@@ -1,4 +1,4 @@
-"""TODO launch.slurm_rules."""
+"""Rules for Slurm batch scripts."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ def sbatch_lines(file: ClusterFile, name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-# --- Slurm -----------------------------------------------------------------------------------------------------
+# --- Slurm ----------------------------------------------------------------------------------------
 
 
 def slurm_problems(file: ClusterFile) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""`tfkd cluster check|up|status|submit|logs|down`, and sweeps as jobs: thin over ray, kubectl and Slurm's commands.
+"""`tfkd cluster check|up|status|submit|logs|down`, and jobs: thin over ray, kubectl and Slurm.
 
-What a verb runs is a list of commands, made before anything runs; `--print` prints it instead. To run one is to show
-what it says, and to stop at the first that fails. No Ray is imported here.
+A verb first builds the list of its commands; `--print` prints it instead of running it. Running a
+command shows its output; the first that fails ends the verb. Ray is not imported.
 """
 
 import argparse
@@ -64,39 +64,39 @@ from tfkd_ray.settings.errors import (
 )
 
 TUNNEL_S = 60
-"""How long a tunnel to a head may take to stand."""
+"""Maximum time for a tunnel to a head to open."""
 SUBMIT_S = 300
-"""How long a head may take to accept a job, its working directory included."""
+"""Maximum time for a head to accept a job, including its working directory."""
 JOB_END_S = 30
-"""How long a job may take to be told ended after its last line."""
+"""Maximum time between a job's last line and the report of its end."""
 ASK_S = 60
-"""How long a provider's own tools may take to say whether there are credentials."""
+"""Maximum time for a provider's tools to say whether there are credentials."""
 LIST_S = 60
-"""How long a list of nodes may take, from whoever rents them out or by ssh from one of them."""
+"""Maximum time for a list of nodes, from a provider or by ssh."""
 DOWN_S = 600
-"""How long a step of `down` may take."""
+"""Maximum time of a step of `down`."""
 LEFT_S = 120
-"""How long nodes may take to end after `down`; a Ray node without its head ends by itself within a minute."""
+"""Maximum time for nodes to end after `down`; without its head, a Ray node ends within a minute."""
 
 
 class StepFailed(Exception):
-    """A command that failed; the message is for a person, who has seen what it said."""
+    """A command failed; the message is for a person who has seen its output."""
 
     def __init__(self, message: str, *, code: int = 1, said: str = "", ends: int = FAILED) -> None:
-        """What failed.
+        """Store the failure.
 
         Args:
-            message: what, for a person.
+            message: a sentence for a person.
             code: the exit code of the command.
-            said: what the command said.
-            ends: the exit code that this command is to end with.
+            said: the command's output.
+            ends: the exit code of this program.
         """
         super().__init__(message)
         self.code, self.said, self.ends = code, said, ends
 
 
 def cluster(args: argparse.Namespace) -> int:
-    """Run one of `tfkd cluster`'s verbs; returns its exit code."""
+    """Run one of `tfkd cluster`'s verbs and return its exit code."""
     file = load_cluster(args.file)
     lines = check(file, _shape(args.space) if args.do == "check" and args.space else None)
     if args.do == "check":
@@ -134,11 +134,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- what a verb runs ------------------------------------------------------------------------------------------
+# --- commands of a verb ---------------------------------------------------------------------------
 
 
 def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
-    """All that a verb would run, for --print; what only a running cluster knows stands there in capitals."""
+    """Return a verb's commands for --print, with capitals for names that only a cluster knows."""
     if args.do == "up":
         return up_commands(file)
     asked = [rayclusters_command(file)] if is_rayjob(file) else []
@@ -166,7 +166,7 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
 
 
 def _folder_in_words(words: Sequence[str]) -> str:
-    """What FOLDER is, as a comment of the shell."""
+    """Return a shell comment that explains FOLDER."""
     text = "# FOLDER: a copy of this folder without data, results, keys and what .rayignore names, and with this tfkd"
     return (
         text
@@ -185,16 +185,15 @@ def _verb_words(args: argparse.Namespace) -> list[str]:
     return [*args.command]
 
 
-# --- running ---------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def run(command: Command, *, what: str, quiet: bool = False, limit_s: float | None = None) -> str:
-    """Run a command and show what it says; StepFailed if it fails.
+    """Run a command and show its output; raise StepFailed if it fails.
 
     Args:
-        quiet: return its output instead; what it says beside that is in the message if it fails.
-        limit_s: end it and all that it started, as a failure, after so many seconds. None: it may take as long as it
-            likes.
+        quiet: return standard output instead; on failure, standard error is part of the message.
+        limit_s: kill the command and its children after so many seconds and raise. None: no limit.
     """
     said, late = [], threading.Event()
     with tempfile.TemporaryFile() as aside, subprocess.Popen(
@@ -236,7 +235,7 @@ def _too_late(process: subprocess.Popen[str], late: threading.Event) -> None:
 
 
 def _end(process: subprocess.Popen[str], number: signal.Signals, *, group: bool) -> None:
-    """Send a signal to a command, and to all that it started if it leads a group of its own."""
+    """Send a signal to a command, and to its group if it leads one."""
     with contextlib.suppress(ProcessLookupError):
         if group:
             os.killpg(process.pid, number)
@@ -245,11 +244,11 @@ def _end(process: subprocess.Popen[str], number: signal.Signals, *, group: bool)
 
 
 def _found(command: Command) -> Command:
-    """The command with its program's path; a ConfigError if it is not installed."""
+    """Return the command with its program's path; raise ConfigError if it is not installed."""
     name = command[0]
     beside = (
         Path(sys.executable).parent / name
-    )  # ray's commands are in this environment, on PATH or not
+    )  # ray's commands belong to this environment, on PATH or not
     path = str(beside) if name == "ray" and beside.exists() else shutil.which(name)
     if path is None:
         raise ConfigError(
@@ -264,13 +263,13 @@ def _env() -> dict[str, str]:
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}
     settings |= (
         {"RAY_AUTH_MODE": "token"} if token() is not None else {}
-    )  # without one, Ray would not even ask
+    )  # without a token, Ray would not even ask
     return {**os.environ, **settings, "PATH": path}
 
 
 @contextlib.contextmanager
 def reached(file: ClusterFile) -> Iterator[str]:
-    """Address of the cluster's dashboard, through a tunnel that stands as long as this does."""
+    """Yield the address of the cluster's dashboard, through a tunnel that closes at the end."""
     if file.kind == "slurm":
         raise ConfigError(
             "a Slurm cluster runs the one command it was submitted with; read its experiment on the shared storage",
@@ -308,7 +307,7 @@ def reached(file: ClusterFile) -> Iterator[str]:
 
 
 def _rayclusters(file: ClusterFile) -> list[str]:
-    """Names of the clusters that a RayJob has made, which are gone soon after it; of any other file, none."""
+    """Return the names of a RayJob's clusters, which end soon after it; none for other files."""
     if not is_rayjob(file):
         return []
     said = run(rayclusters_command(file), what="listing its clusters", quiet=True, limit_s=LIST_S)
@@ -343,7 +342,7 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-# --- up and down -----------------------------------------------------------------------------------------------
+# --- up and down ----------------------------------------------------------------------------------
 
 
 def _up(file: ClusterFile, args: argparse.Namespace) -> int:
@@ -376,7 +375,7 @@ def _up(file: ClusterFile, args: argparse.Namespace) -> int:
 
 
 def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
-    """Run a step; once more where Ray 2.60 itself stumbles (a race when a process of its ends)."""
+    """Run a step; retry once after a known race of Ray 2.60 when one of its processes ends."""
     for attempt in (1, 2, 3):
         try:
             run(command, what=what, limit_s=limit_s)
@@ -391,7 +390,7 @@ def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
 
 
 def _check_token_mounts(file: ClusterFile) -> None:
-    """The token that the nodes get must be there, and private."""
+    """Raise if the token for the nodes is missing or not private."""
     for there, here in (file.tree.get("file_mounts") or {}).items():
         if str(there).endswith("auth_token"):
             path = Path(str(here)).expanduser()
@@ -411,7 +410,7 @@ def _check_token_mounts(file: ClusterFile) -> None:
 
 
 def _check_key(file: ClusterFile) -> None:
-    """An ssh key must be there, and private, or ssh would refuse it somewhere in the middle."""
+    """Raise if the ssh key is missing or not private: ssh would refuse it much later."""
     key = (file.tree.get("auth") or {}).get("ssh_private_key")
     if key is None:
         return
@@ -430,10 +429,10 @@ def _check_key(file: ClusterFile) -> None:
 
 
 def _check_hosts(file: ClusterFile) -> None:
-    """Every machine must answer by ssh and take the key, before Ray waits 15 minutes for one that does not."""
+    """Raise if a machine does not accept the key by ssh; Ray would wait 15 minutes for it."""
 
     def asked(host: str) -> StepFailed | None:
-        try:  # ssh gives up by itself after SSH_S where nothing answers, but not where something does and falls silent
+        try:  # ssh times out after SSH_S, but not if a host falls silent
             run(ssh(file, host, "true"), what="ssh", quiet=True, limit_s=1.5 * SSH_S)
         except StepFailed as error:
             return error
@@ -494,11 +493,11 @@ _ASKED = {
         "az login",
     ),
 }
-"""By provider: what Ray imports for it and in which package that is, what asks for credentials, and how to get some."""
+"""By provider: Ray's module for it and the package, a command that checks credentials, a hint."""
 
 
 def _check_credentials(file: ClusterFile) -> None:
-    """Whoever rents out the machines must know us, before Ray asks."""
+    """Raise if the provider does not accept the credentials, before Ray asks."""
     if file.kind == "kuberay":
         found = _provider_asked(_found(["kubectl", "config", "current-context"]), "kubectl")
         if found.returncode:
@@ -532,11 +531,11 @@ for name in sys.argv[1:]:
     except ImportError:
         print(name)
 """
-"""A program that names the modules that cannot be imported."""
+"""A program that prints the modules that cannot be imported."""
 
 
 def _provider_asked(command: Command, whom: str) -> subprocess.CompletedProcess[str]:
-    """A quick question, answered by an exit code or a word; StepFailed if there is no answer in time."""
+    """Run a short query; raise StepFailed if there is no answer in time."""
     try:
         return subprocess.run(
             command, env=_env(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -572,14 +571,14 @@ def _down(file: ClusterFile, args: argparse.Namespace) -> int:
 
 
 def _what_stays(file: ClusterFile) -> str:
-    """A line about what `down` leaves and somebody is paid for; empty where that is nothing."""
+    """Return a line about what `down` leaves and the provider bills; empty if nothing."""
     if file.provider not in _PRICED - {"slurm"}:
         return ""
     return f"\n  {file.storage} stays: its file system, volume or bucket costs money until you delete it"
 
 
 def _end_here(file: ClusterFile) -> None:
-    """End the processes of a cluster on this machine, and no other's."""
+    """End the processes of this cluster on this machine, and no others."""
     mark = f"{sockets_dir(file)}/session".encode()
     for number in (signal.SIGTERM, signal.SIGKILL):
         for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -590,18 +589,18 @@ def _end_here(file: ClusterFile) -> None:
 
 
 def _nodes_up(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
-    """What runs of the cluster, a line each, as the list of whoever rents it out says."""
+    """Return the running nodes of the cluster, one line each, from the provider's list."""
     found = []
     for command in nodes_commands(file, clusters):
         try:
             found += run(command, what="listing its nodes", quiet=True, limit_s=LIST_S).splitlines()
         except StepFailed as error:
-            if not (command[0] == "pgrep" and error.code == 1):  # which has found none
+            if not (command[0] == "pgrep" and error.code == 1):  # it found none
                 raise
     return [line for line in found if line.strip()]
 
 
-# --- status, jobs ----------------------------------------------------------------------------------------------
+# --- status, jobs ---------------------------------------------------------------------------------
 
 
 _PRICED = {"aws", "gcp", "azure", "kuberay", "slurm"}
@@ -634,7 +633,7 @@ def _status_lines(file: ClusterFile, args: argparse.Namespace) -> int:
 
 
 def waiting_lines(text: str) -> list[str]:
-    """What `ray status` says is waited for: nodes that start or failed to, and what is asked of them."""
+    """Return what `ray status` reports as pending: starting or failed nodes, and demands."""
     found = []
     parts = (("Pending", "starting"), ("Recent failures", "failed"), ("Pending Demands", "waits"))
     for title, word in parts:
@@ -664,7 +663,7 @@ def run_job(
     detach: bool,
     working: str | None = None,
 ) -> int:
-    """Submit a staged folder as a job and, unless detached, follow it; its exit code."""
+    """Submit a staged folder as a job, follow it unless detached, and return its exit code."""
     job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     follow = (
         _shown(logs_command(address, job))
@@ -679,7 +678,7 @@ def run_job(
         sent = True
         if detach:
             return OK
-        with contextlib.suppress(StepFailed):  # of a job that failed, too; its state is asked below
+        with contextlib.suppress(StepFailed):  # a failed job, too; its state is read below
             run(logs_command(address, job), what="following the job")
     except KeyboardInterrupt:
         say(
@@ -701,7 +700,7 @@ def run_job(
             if state is None
             else f"{state['status'].lower()}: {state.get('message')}"
         )
-        code = (state or {}).get("driver_exit_code")  # of tfkd there, which has said why, above
+        code = (state or {}).get("driver_exit_code")  # of tfkd there, which has reported the reason
         raise StepFailed(
             f"job {job}: {told}".strip(), ends=code if code in (WRONG_INPUT, NOT_BETTER) else FAILED
         )
@@ -709,7 +708,7 @@ def run_job(
 
 
 def _submit_job(command: Command, address: str, job: str) -> None:
-    """Submit a job; a failure says whether it is there all the same."""
+    """Submit a job; if this fails, say whether the job exists anyway."""
     try:
         run(command, what="submitting the job", limit_s=SUBMIT_S)
     except StepFailed as error:
@@ -744,28 +743,28 @@ def _cluster_logs(file: ClusterFile, args: argparse.Namespace) -> int:
     return OK
 
 
-# --- sweeps as jobs --------------------------------------------------------------------------------------------
+# --- sweeps as jobs -------------------------------------------------------------------------------
 
 
 def is_job(args: argparse.Namespace) -> bool:
-    """Whether a sweep is to run as a job elsewhere."""
+    """Return True if a sweep should run as a job on a cluster."""
     return bool(args.cluster) or str(args.address or "").startswith(("http://", "https://"))
 
 
 PLACES = ("cluster", "address", "detach")
-"""Options that say where a command runs, and so are not sent."""
+"""Options that choose where a command runs, and so are not sent."""
 SENT = "\0"
-"""Stands for the file that is sent along in the words of a job; no command line can hold it."""
+"""Placeholder for the sent file in a job's words; no command line can contain it."""
 
 
 def job_words(
     args: argparse.Namespace, *, sent: str | None = None, storage: str | None = None
 ) -> list[str]:
-    """The command line as it was given, less what says where it runs.
+    """Return the command line without the options that choose where it runs.
 
     Args:
-        sent: the argument that names a file of this machine, which is sent along; SENT stands for it.
-        storage: where experiments go on the cluster, in place of `--storage`.
+        sent: the argument that names a file of this machine to send; SENT stands for it.
+        storage: replaces `--storage` on the cluster.
     """
     replaced = [] if storage is None else ["storage"]
     dropped = argparse.ArgumentParser(add_help=False)
@@ -778,7 +777,7 @@ def job_words(
 
 
 def _with_sent(args: argparse.Namespace, words: list[str], name: str, value: str) -> list[str]:
-    """The words with SENT where they give an argument its value: the one place that changes it."""
+    """Return the words with SENT as an argument's value, at the one place that has this value."""
     for place, word in enumerate(words):
         option, equals, _ = word.removesuffix(value).partition("=")
         if word.endswith(value) and (equals or not option):
@@ -790,7 +789,7 @@ def _with_sent(args: argparse.Namespace, words: list[str], name: str, value: str
 
 
 def _without_secrets(words: list[str]) -> list[str]:
-    """The words, if none has a password in it."""
+    """Return the words; raise if one contains a password."""
     from tfkd_ray.settings.passwords import masked
     from tfkd_ray.space.search_config import ENVIRONMENT
 
@@ -807,7 +806,7 @@ def _without_secrets(words: list[str]) -> list[str]:
 
 
 def check_places(places: Sequence[Path | str], what: str) -> None:
-    """Refuse places that only this machine's working directory knows."""
+    """Raise if a place exists only in this machine's working directory."""
     for place in places:
         if isinstance(place, Path) and not place.is_absolute():
             raise ConfigError(
@@ -816,7 +815,7 @@ def check_places(places: Sequence[Path | str], what: str) -> None:
 
 
 def is_arms(args: argparse.Namespace) -> bool:
-    """Whether `tfkd confirm` is given an arms file, and not a sweep, here or, by its absolute path, on a cluster."""
+    """Return True if `tfkd confirm` gets an arms file (in a job: an absolute path), not a sweep."""
     given = Path(args.file)
     there = is_job(args) and given.is_absolute() and not given.is_file()
     return not ("://" in args.file or given.is_dir() or there)

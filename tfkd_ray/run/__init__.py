@@ -1,5 +1,5 @@
-"""Sweeps and comparisons on Ray: the tuner, its searcher and callbacks, trials, worker groups and nodes.
+"""Sweeps and comparisons on Ray: tuner, searcher, callbacks, trials, worker groups and nodes.
 
-This is the folder that knows Ray; it may import all folders below. Begin with `tune.build_tuner`, then
-`trial.StudentTrial`.
+This is the only folder that depends on Ray throughout; it may import all folders below. Begin with
+`tune.build_tuner`, then `trial.StudentTrial`.
 """

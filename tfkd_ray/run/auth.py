@@ -1,4 +1,4 @@
-"""The token that the processes of a Ray cluster know each other by. Never printed, never given to a job. No Ray."""
+"""The token of a Ray cluster. It is never printed and never given to a job. No Ray is imported."""
 
 import os
 import secrets
@@ -9,14 +9,14 @@ from tfkd_ray.settings.errors import ConfigError
 
 
 def token_file() -> Path:
-    """Where the token is, or would be."""
+    """Return the path of the token file, whether or not the file exists."""
     return Path(
         os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
     ).expanduser()
 
 
 def token() -> str | None:
-    """The token, as Ray finds it: RAY_AUTH_TOKEN, or a file. None: there is none."""
+    """Return the token that Ray would use (RAY_AUTH_TOKEN, or a file), or None."""
     if given := os.environ.get("RAY_AUTH_TOKEN"):
         return given
     try:
@@ -31,15 +31,15 @@ def token() -> str | None:
 
 
 def own_token() -> None:
-    """Make the token, unless there is one; nobody else may read it. A ConfigError where it cannot be kept."""
+    """Create the token if missing, readable by its owner only; raise ConfigError on failure."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
     path = token_file()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists() or not path.stat().st_size:  # empty: whoever made it was stopped
+        if not path.exists() or not path.stat().st_size:  # empty: its writer was interrupted
             _make(path)
-        path.chmod(0o600)  # one that Ray made is readable for all
+        path.chmod(0o600)  # Ray creates the file readable by everyone
     except OSError as error:
         raise ConfigError(
             f"{path}: Ray's token cannot be kept there: {error.strerror}; set RAY_AUTH_TOKEN"
@@ -47,7 +47,7 @@ def own_token() -> None:
 
 
 def _make(path: Path) -> None:
-    """Write a token, whole from the moment that it is there; of two at once, both have the first one's."""
+    """Write a token atomically; if two processes do it at once, both get the first one's token."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".auth_token-")  # mode 600
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(32))

@@ -1,4 +1,4 @@
-"""Listeners of a sweep: records, losses, budgets, soft labels, uploads, the lock; and the order in which they hear."""
+"""Listeners of a sweep (records, losses, budgets, soft labels, uploads, lock) and their order."""
 
 import contextlib
 import json
@@ -52,9 +52,9 @@ from tfkd_ray.store.storage import Storage
 
 
 class Recorder(Listener):
-    """Writes trial.json and metrics.jsonl of every trial, and the same lines for Ray's `ResultGrid` as result.json.
+    """Writes trial.json and metrics.jsonl of every trial, and result.json for Ray's `ResultGrid`.
 
-    What is removed of a trial that runs is said, and written again, with all epochs that it has told.
+    If files of a running trial are removed, it reports that and writes them again with all epochs.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Recorder(Listener):
         self._make_again(trial)
         metrics = read_metrics(folder)
         self._lines[trial.trial_id] = [json.dumps(m) for m in metrics]
-        self._make(trial)  # without what a crash left half-written
+        self._make(trial)  # without a half-written line that a crash left
         self._begun.add(trial.trial_id)
         for left in ("error.txt", BROKEN_GPU):  # of an earlier attempt
             (folder / left).unlink(missing_ok=True)
         self._write(trial, "running")
 
     def _make(self, trial: Any) -> None:
-        """Write a trial's lines, and make its folder if it is not there."""
+        """Write a trial's lines, and create its folder if it is missing."""
         folder = self._folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(
@@ -91,7 +91,7 @@ class Recorder(Listener):
             (folder / "result.json").symlink_to("metrics.jsonl")
 
     def _make_again(self, trial: Any) -> bool:
-        """Make what is gone of a trial that runs, and say so; whether anything was."""
+        """Restore and report missing files of a running trial; return True if any were missing."""
         folder = self._folder(trial)
         gone = [
             name for name in ("metrics.jsonl", "result.json") if not os.path.lexists(folder / name)
@@ -118,11 +118,11 @@ class Recorder(Listener):
     def on_result(self, trial: Any, result: dict[str, Any]) -> None:
         if result.get(
             "done"
-        ):  # before the study is told: a crash between repeats the end, and never loses it
+        ):  # before the study is updated: a crash between them repeats the end, never loses it
             self._end(trial, result)
 
     def on_end(self, trial: Any) -> None:
-        """The study has been told: nobody goes on from here, but from a failure, which can be tried again."""
+        """Drop the run states once the study has the result, except of failed trials."""
         result = trial.last_result or {}
         self._end(trial, result)
         self._lines.pop(trial.trial_id, None)
@@ -140,7 +140,7 @@ class Recorder(Listener):
         self._lines.pop(trial.trial_id, None)
 
     def on_close(self, trials: Sequence[Any]) -> None:
-        for folder in self._over:  # one that was stopped may have been at its last save then
+        for folder in self._over:  # a stopped trial may have been saving until now
             _drop_states(folder)
         for trial in trials:
             if (
@@ -199,11 +199,11 @@ def _ended(trial: Any) -> bool:
 
 
 QUICK, QUICK_S = 3, 60
-"""Trials in a row, each lost within so many seconds and without an epoch, after which their node gets no more."""
+"""Trials in a row, each lost within so many seconds without an epoch, that exclude a node."""
 
 
 class NoNodeLeft(RuntimeError):
-    """The GPUs of all nodes that have room for a trial are broken; the sweep can be resumed."""
+    """The GPUs of all nodes that can run a trial are broken; the sweep can be resumed."""
 
 
 def _to_stderr(text: str) -> None:
@@ -211,12 +211,13 @@ def _to_stderr(text: str) -> None:
 
 
 class Losses(Listener):
-    """Decides, for a trial whose process died, whether to retry it, fail it, or end the sweep.
+    """Decides, for a trial whose process died, whether to retry it, fail it, or stop the sweep.
 
-    A trial that is lost `max_failures` + 1 times in the same epoch is itself to blame (no memory, a crash). One that
-    tells no epoch for `timeout_s` hangs: its process is ended, and it has failed. Where the disk is full, or cannot be
-    written to, no trial is to blame: the system's OSError ends the sweep, which can be resumed. A node on which the GPU
-    fails `QUICK` trials in a row, each within `QUICK_S`, gets no more; NoNodeLeft ends the sweep where it was the last.
+    A trial that is lost `max_failures` + 1 times in the same epoch fails: it is assumed to be the
+    cause (out of memory, a crash). A trial that reports no epoch for `timeout_s` hangs: its process
+    is killed and the trial fails. If the disk is full or not writable, the system's OSError stops
+    the sweep, which can be resumed. A node on which the GPU fails `QUICK` trials in a row, each
+    within `QUICK_S`, gets no more trials; if it was the last node, NoNodeLeft stops the sweep.
     """
 
     def __init__(
@@ -245,11 +246,11 @@ class Losses(Listener):
         self._all: dict[str, int] = {}
 
     def count(self, trial: Any) -> int:
-        """Times that a trial's process was lost, and it went on; those of earlier sessions included."""
+        """Return how often a trial was lost and restarted, earlier sessions included."""
         return self._all.get(trial.trial_id, 0)
 
     def reason(self, trial: Any) -> str:
-        """Why a trial that was lost has failed."""
+        """Return why a lost trial has failed."""
         if trial.trial_id in self._hung:
             return f"no epoch within {self._timeout_s:g} s (search.trial_timeout_s): it hung, and was ended"
         epoch = self._epoch.get(trial.trial_id, 0) + 1
@@ -276,7 +277,7 @@ class Losses(Listener):
         self._since[trial.trial_id] = self._clock(), trial
 
     def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
-        """Forgive the losses before a new epoch."""
+        """Reset the number of losses at a new epoch."""
         self._epoch[trial.trial_id] = epoch
         self._began.pop(trial.trial_id, None)
         self._broken.pop(metrics.get("node", ""), None)
@@ -305,7 +306,7 @@ class Losses(Listener):
         self._check_gpu(trial)
 
     def on_step(self) -> None:
-        if self._over is not None:  # here, where all have been told what became of the trial
+        if self._over is not None:  # here, after all listeners know the outcome of the trial
             raise NoNodeLeft(self._over)
         if self._timeout_s is None:
             return
@@ -318,7 +319,7 @@ class Losses(Listener):
                 ray.kill(actor)
 
     def _check_gpu(self, trial: Any) -> None:
-        """Shun the trial's node if its GPU failed it as the ones before; if no other node is left, that is the end."""
+        """Exclude the trial's node if its GPU fails too often; end the sweep if no node is left."""
         broken, began = found_broken(trial), self._began.pop(trial.trial_id, None)
         if broken is None:
             self._why.pop(trial.trial_id, None)
@@ -351,10 +352,11 @@ class Losses(Listener):
 
 
 def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, float]:
-    """What an experiment has spent: seconds, GPU-hours, CPU-hours and failed trials, by the name of their budget.
+    """Return what an experiment has spent, by budget: seconds, GPU-hours, CPU-hours, failed trials.
 
-    Hours are those of the epochs in metrics.jsonl, or, if that is more, of what a driver counted, epochs that were not
-    told included, times what `workers` says a trial holds (`gpus`, `cpus`). Seconds are those that drivers ran.
+    Hours are the larger of two sums, times the `gpus` and `cpus` of a trial in `workers`: the
+    durations of the epochs in metrics.jsonl, or the time that drivers counted, which includes
+    epochs that were not reported. Seconds are the running time of all drivers.
     """
     records = read_records(experiment)
     counted = read_spent(experiment)
@@ -373,7 +375,7 @@ def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, fl
 
 
 def over_budget(budgets: Mapping[str, float], spent: Mapping[str, float]) -> str | None:
-    """A sentence about the first budget that is spent; None if there is none."""
+    """Return a sentence about the first budget that is spent, or None."""
     for name, limit in budgets.items():
         if spent[name] >= limit:
             unit = {"time_budget_s": "s", "max_failed_trials": "failed trials"}.get(name, "h")
@@ -382,7 +384,7 @@ def over_budget(budgets: Mapping[str, float], spent: Mapping[str, float]) -> str
 
 
 def workers_of(tree: Mapping[str, Any]) -> dict[str, float]:
-    """What a trial holds, from the tree of a space."""
+    """Return the CPUs and GPUs that a trial holds, from the tree of a space."""
     return {
         "gpus": tree["workers"] * tree["gpus_per_worker"],
         "cpus": tree["workers"] * tree["cpus_per_worker"],
@@ -394,13 +396,13 @@ def failed_numbers(experiment: Path) -> set[int]:
 
 
 class Budget(Listener, tune.Stopper):  # type: ignore[misc]
-    """Ends a sweep when a budget of its `search` is spent: trials save, and can be resumed.
+    """Stops a sweep when a budget of its `search` is spent: trials save, and can be resumed.
 
-    What a running trial has held since its last report counts, so no trial goes on for more than the epoch it is in.
+    The time since a running trial's last report counts, so no trial runs past its current epoch.
     """
 
     reason: str | None = None
-    """Why the sweep was ended; None while it was not."""
+    """Why the budget stopped the sweep; None if it did not."""
 
     def __init__(
         self,
@@ -426,7 +428,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         self._since: dict[str, float] = {}
 
     def spent(self) -> dict[str, float]:
-        """What is spent by now, by the name of the budget."""
+        """Return what is spent now, by budget."""
         now = self._clock()
         hours = self._held(now) / 3600
         return {
@@ -436,7 +438,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
             "max_failed_trials": len(self._failed),
         }
 
-    # --- what Tune asks
+    # --- called by Tune
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -450,7 +452,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
                     self._on_budget(reason)
         return self.reason is not None
 
-    # --- what it hears
+    # --- called by the listener
 
     def on_begin(self) -> None:
         self._began = self._clock()
@@ -471,7 +473,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         self._since.pop(trial.trial_id, None)
 
     def on_lost(self, trial: Any) -> None:
-        """Count what the lost process has held since its last report: it was spent all the same."""
+        """Count the time that the lost process held its resources since its last report."""
         self._told += self._clock() - self._since.pop(trial.trial_id, self._clock())
 
     def on_failed(self, trial: Any) -> None:
@@ -484,7 +486,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
             self._searcher.close()
 
     def _held(self, now: float) -> float:
-        """Seconds that trials have run in this session, added up."""
+        """Return the seconds that all trials have run in this session."""
         return self._told + sum(now - since for since in self._since.values())
 
     def _write(self) -> None:
@@ -501,7 +503,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
 
 class SoftLabels(Listener):
-    """Keeps the teacher's soft labels that nodes share, while a sweep runs on a cluster that others started."""
+    """Holds the actor with the soft labels that nodes share, for sweeps on an existing cluster."""
 
     def __init__(self, experiment: Path) -> None:
         self._name = shelf_name(experiment)
@@ -521,9 +523,9 @@ class SoftLabels(Listener):
 
 
 class Uploads(Listener):
-    """Uploads what a sweep on object storage writes, every `remote.UPLOAD_S`, when a trial ends, and at the end.
+    """Uploads a sweep's files every `remote.UPLOAD_S`, and when a trial or the sweep ends.
 
-    A store that does not answer is said once, and tried again; the sweep goes on.
+    If the store does not answer, this is reported once and retried; the sweep continues.
     """
 
     def __init__(self, claim: remote.Claim, on_note: Callable[[str], None] | None) -> None:
@@ -567,10 +569,10 @@ class Uploads(Listener):
             self._once()
             self._wake.wait(remote.UPLOAD_S)
             self._wake.clear()
-            self._over.wait(1)  # trials that end together are uploaded together
+            self._over.wait(1)  # upload trials that end together at once
 
     def _once(self) -> bool:
-        """Bring the store up to date; whether it is."""
+        """Upload what has changed; return True on success."""
         try:
             self._claim.refresh()
             self._upload.once()
@@ -595,9 +597,9 @@ class Uploads(Listener):
 
 
 class Lock(Listener):
-    """Holds the experiment while its sweep runs, so that a second driver is refused.
+    """Locks the experiment while its sweep runs, so that a second driver is refused.
 
-    The operating system releases it however the driver ends.
+    The operating system releases the lock however the driver ends.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -619,7 +621,7 @@ class Lock(Listener):
         except (
             OSError,
             NotImplementedError,
-        ) as error:  # the second where a file system has no locks
+        ) as error:  # the second is raised by file systems without locks
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             why = getattr(error, "strerror", None) or error
@@ -641,9 +643,9 @@ class Lock(Listener):
         self.release()
 
     def release(self) -> None:
-        """Let others run it; done when the sweep ends."""
+        """Release the lock at the end of the sweep."""
         if self.claim is not None:
-            with contextlib.suppress(OSError, ConfigError):  # else it is found to be stale
+            with contextlib.suppress(OSError, ConfigError):  # otherwise it is detected as stale
                 self.claim.release()
         if self._lock is not None:
             self._lock.release()
@@ -662,16 +664,17 @@ def in_order(
     labels: SoftLabels | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> list[tune.Callback]:
-    """The callbacks of a sweep or a comparison, in the order in which they hear each event.
+    """Return the callbacks of a sweep or a comparison in the order in which they get each event.
 
-    1. TensorBoard and Budget need nothing of the others. Budget counts what a lost trial has held before Losses, which
-       ends the sweep where the disk is full.
-    2. Losses, before Recorder: it knows why a trial has failed and how often it was lost, which Recorder writes.
+    1. TensorBoard and Budget depend on no other listener. Budget counts the time of a lost trial
+       before Losses, which raises if the disk is full.
+    2. Losses, before Recorder: it determines why a trial failed and how often it was lost, and
+       Recorder writes that.
     3. Recorder writes the trial's files.
-    4. SoftLabels ends the actor that trials share, once all trials have ended.
-    5. The user's callbacks, in the user's order, the live view among them: they read what Recorder has written.
-    6. Uploads: everything above may write files, and all of them are uploaded.
-    7. Lock, last: nobody else may run the experiment while one of these still writes.
+    4. SoftLabels stops the shared actor after all trials have ended.
+    5. The user's callbacks, in the user's order, and the live view: they read Recorder's files.
+    6. Uploads sends the files that the listeners above have written.
+    7. Lock is last: the experiment stays locked while any other listener still writes.
     """
     for view in users:
         if isinstance(view, Progress):

@@ -1,7 +1,7 @@
-"""Arms x seeds: train every arm with every seed as Ray trials, then open the test split once and judge them all on it.
+"""Arms x seeds: train each arm with each seed as Ray trials, then judge all on the test split once.
 
-A comparison is a directory like an experiment's: `confirm.yaml` says what is compared, `trials/<arm>-s<seed>/` has each
-run, `confirm.json` the outcome. It can be stopped and continued like a sweep.
+A comparison is a directory like an experiment: `confirm.yaml` lists the arms and seeds,
+`trials/<arm>-s<seed>/` holds each run, `confirm.json` the outcome. It can be stopped and resumed.
 """
 
 import contextlib
@@ -53,13 +53,13 @@ from tfkd_ray.verdict.scores import SCORES, score_of, scores
 LOGITS = "test.safetensors"
 """A run's logits [N, K] on the test split, the labels [N], and its teacher's guesses [N]."""
 OPENINGS = "test_openings.jsonl"
-"""Beside the experiments: one line each time that a test split was opened."""
+"""File beside the experiments: one line for each time that a test split was opened."""
 TRIES = 2
-"""Times that a failing run is tried before it is reported as failed."""
+"""Number of times that a failing run is tried before it is reported as failed."""
 
 
 class ListSearcher(Searcher):  # type: ignore[misc]
-    """Gives out a list of runs, in order, each again if it fails, up to `TRIES` times."""
+    """Proposes a list of runs in order, each again if it fails, up to `TRIES` times."""
 
     def __init__(self, proposals: Sequence[dict[str, Any]]) -> None:
         super().__init__(metric="train_loss", mode="min")
@@ -68,7 +68,7 @@ class ListSearcher(Searcher):  # type: ignore[misc]
         self._tries: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next run; None while a running one may still come back; then FINISHED."""
+        """Return the next run, None while a running one may still fail, or FINISHED."""
         if not self._waiting:
             return None if self._running else str(Searcher.FINISHED)
         proposal = self._waiting.popleft()
@@ -91,10 +91,10 @@ class ListSearcher(Searcher):  # type: ignore[misc]
             self._waiting.append(proposal)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is done is in the experiment's files."""
+        """Do nothing: the experiment's files hold the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Do nothing: the experiment's files hold the state."""
 
 
 def comparison_tuner(
@@ -104,7 +104,7 @@ def comparison_tuner(
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
-    """A Tuner that trains what a comparison asks for and has not got; teachers first."""
+    """Return a Tuner that trains a comparison's missing runs; train its teachers first."""
     comparison = to_continue(comparison)
     storage, directory = comparison.storage, comparison.folder
     compared = read_comparison(directory)
@@ -181,15 +181,16 @@ def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
     )
 
 
-# --- the test split --------------------------------------------------------------------------------------------
+# --- the test split -------------------------------------------------------------------------------
 
 
 def judge_on_test(
     comparison: Experiment | Path, on_run: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Open the test split, once, and judge every trained run on it; returns what confirm.json then says.
+    """Open the test split once, judge every trained run, and return the content of confirm.json.
 
-    Its logits stay with each run. That the split was opened is written down beside the experiments, with what for.
+    Each run keeps its test logits. A file beside the experiments records that the split was opened,
+    and for which comparison.
     """
     comparison = to_continue(comparison)
     storage, lock = comparison.storage, Lock(*comparison)
@@ -238,7 +239,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
                 network = teachers.load_teacher(teacher, directory.parent).to(device)
                 guesses[name] = _logits(network, data, test)[0].argmax(dim=1)
             found |= {"teacher": guesses[name]} if name in guesses else {}
-        if not noted:  # before anybody can see a result; where a file cannot be read, there is none
+        if not noted:  # before anybody can see a result; if a file cannot be read, there is none
             _note_opening(directory, compared, digest, len(done))
             noted = True
         save_weights(path, found, {"run": run.name})
@@ -246,7 +247,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
 
 
 def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
-    """(logits [N, K], labels [N])."""
+    """Return (logits [N, K], labels [N])."""
     logits, labels = (
         torch.cat(parts) for parts in zip(*predictions(network, images, data), strict=True)
     )
@@ -254,7 +255,7 @@ def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, 
 
 
 def split_id(data: Dataset) -> str:
-    """Which test split that is: the data set's name, and whatever else decides about its test images."""
+    """Return the test split's id: the data set's name and all settings that affect its images."""
     other = {
         "val_fraction",
         "split_seed",
@@ -270,9 +271,10 @@ def split_id(data: Dataset) -> str:
 
 
 def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int) -> None:
-    """Record that the test split is opened, and what it is; refuse one that has changed since this comparison began.
+    """Record that the test split is opened, and its digest; refuse a split that has changed since.
 
-    One line for as many trained runs: where the judging was killed, it goes on, and nothing was opened again.
+    Write one line for each number of trained runs: resuming a judgement that was killed adds no
+    line.
     """
     ours = [
         opened
@@ -303,23 +305,23 @@ def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int)
 
 
 def openings(storage: Path, data: Dataset) -> list[dict[str, Any]]:
-    """When the test split of a data set was opened, in this storage, first to last; the same one elsewhere, too."""
+    """Return the times at which a data set's test split was opened, in any storage, in order."""
     split, path = split_id(data), storage / OPENINGS
     found = []
     for line in read_text(path).splitlines() if os.path.lexists(path) else ():
-        with contextlib.suppress(ValueError):  # cut by a full disk
+        with contextlib.suppress(ValueError):  # truncated by a full disk
             found.append(json.loads(line))
     known = {line["digest"] for line in found if line["test"] == split and "digest" in line}
     return [line for line in found if line["test"] == split or line.get("digest") in known]
 
 
-# --- what came out ---------------------------------------------------------------------------------------------
+# --- the outcome ----------------------------------------------------------------------------------
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """What was measured and the verdict on it, read from a comparison's files; also written as confirm.json.
+    """Return a comparison's measurements and verdicts, read from its files, as in confirm.json.
 
-    There is a verdict for each student network that has candidates and baselines.
+    There is one verdict for each student network that has candidates and baselines.
     """
     compared = read_comparison(directory)
     records = {record.name: record for record in read_records(directory)}
@@ -370,7 +372,7 @@ def outcome(directory: Path) -> dict[str, Any]:
 
 
 def _growth(directory: Path, arm: verdict.JudgedArm) -> dict[str, Sequence[Any]]:
-    """An arm's judged runs, their values, and mean and interval after 2, 3, ... seeds."""
+    """Return an arm's judged runs, their values, and mean and interval after 2, 3, ... seeds."""
     parts = [
         verdict.summary(verdict.JudgedArm(arm.name, arm.seeds[:n], arm.values[:n]))
         for n in range(2, len(arm.seeds) + 1)
@@ -391,7 +393,7 @@ def _growth(directory: Path, arm: verdict.JudgedArm) -> dict[str, Sequence[Any]]
 def _run_outcome(
     directory: Path, run: Run, record: Record | None
 ) -> tuple[dict[str, Any], NDArray[np.bool_] | None]:
-    """(what is said of a run, which test images it got right [N])."""
+    """Return (the record of a run, a mask of the test images that it classified correctly [N])."""
     path = trials_folder(directory) / run.name / LOGITS
     found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
     if record and record.reason:
@@ -413,7 +415,7 @@ def _judged_arm(
     right: Sequence[NDArray[np.bool_] | None],
     metric: str,
 ) -> verdict.JudgedArm:
-    """The arm's values on test; a run that diverged is a result, too: what guessing would have."""
+    """Return the arm's test values; a diverged run counts with the accuracy of guessing."""
     pairs = list(zip(runs, found, strict=True))
     diverged = [run.seed for run, result in pairs if _has_diverged(result)]
     if metric != "val_accuracy" or diverged:
@@ -437,9 +439,10 @@ def _has_diverged(result: dict[str, Any]) -> bool:
 def _verdicts(
     arms: Arms, arrays: dict[str, verdict.JudgedArm], diverged: set[str]
 ) -> Iterator[tuple[str, verdict.Verdict]]:
-    """One for each student network that has candidates and baselines; of a sweep's best, one.
+    """Yield a verdict for each student network with candidates and baselines, or one for a sweep.
 
-    Nothing is judged where a baseline has no two runs, or one that diverged: a candidate would win by its default.
+    Nothing is judged if a baseline has fewer than two runs or a diverged run: a candidate would win
+    by default.
     """
 
     def group(arm: Arm) -> str:
@@ -470,7 +473,7 @@ def _verdicts(
                     verdict.judge(able, baselines, metric, searched=arms.searched, lost=lost),
                 )
                 continue
-            except ConfigError as error:  # seeds that are not in common
+            except ConfigError as error:  # no common seeds
                 reasons = error.problems
         yield names, verdict.undecided(reasons, metric, searched=arms.searched)
 
@@ -499,11 +502,11 @@ def _notes_of(directory: Path, compared: Comparison) -> Iterator[str]:
 
 
 TABLE_COLUMNS = 6
-"""Most metrics in one table: of 80 columns, 23 are the arm's name, and each metric has 9."""
+"""Maximum number of metrics in a table: of 80 columns, an arm's name takes 23, each metric 9."""
 
 
 def _other_metrics(result: dict[str, Any]) -> Iterator[str]:
-    """Means over seeds of what was measured beside the accuracy: NLL is in nats, most others are fractions."""
+    """Yield means over seeds of all metrics but accuracy; NLL in nats, most others as fractions."""
     known = {key for arm in result["arms"] for run in arm["runs"] for key in run}
     rows = [row for row in SCORES.values() if row.heading is not None and row.name in known]
     for first in range(0, len(rows), TABLE_COLUMNS):
@@ -517,7 +520,7 @@ def _other_metrics(result: dict[str, Any]) -> Iterator[str]:
 
 
 def outcome_table(result: dict[str, Any]) -> list[str]:
-    """The outcome as lines of at most 80 columns; accuracies in per cent."""
+    """Return the outcome as lines of at most 80 columns; accuracies are in per cent."""
     lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
     if result["preset"]:
         lines.append(

@@ -1,4 +1,4 @@
-"""The Ray cluster a sweep runs on: connect to it, and refuse at once what it can never run."""
+"""The Ray cluster of a sweep: connect to it, and refuse early what it can never run."""
 
 import contextlib
 import importlib.metadata
@@ -31,13 +31,13 @@ from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
 AUTOSCALER_S = 15
-"""How long an autoscaler may take to say whether it can start nodes for a trial; it looks every 5 s."""
+"""Maximum time until an autoscaler says whether it can start nodes; it polls every 5 s."""
 CONNECT_TIMEOUT_S = 10
-"""How long a head may take to answer at all; one that answers and refuses the token takes Ray half a minute."""
+"""Maximum time for a head to answer; if it refuses the token, Ray takes half a minute."""
 
 
 def check_ray() -> None:
-    """Raise where Ray is there without `ray[default]`: a stopped trial of several workers would hang then."""
+    """Raise if Ray lacks `ray[default]`: a stopped trial of several workers would hang."""
     missing = []
     for text in importlib.metadata.requires("ray") or []:
         requirement = Requirement(text)
@@ -57,11 +57,12 @@ def check_ray() -> None:
 
 
 def connect(address: str | None = None, *, workers: int = 1) -> bool:
-    """Connect to a Ray cluster, or start one here; whether one was started.
+    """Connect to a Ray cluster, or start one here; return True if one was started.
 
-    An existing connection is used as it is. Otherwise `address`, then RAY_ADDRESS, say which cluster; with neither, a
-    new one starts on this machine, with token authentication, and ends with this process. For trials of several
-    `workers` it has a dashboard, on loopback: Ray's clean-up after a killed trial asks there who is alive.
+    An existing connection is used unchanged. Otherwise `address`, then RAY_ADDRESS, name the
+    cluster; with neither, a new cluster starts on this machine, with token authentication, and ends
+    with this process. For trials of several `workers` it has a dashboard on loopback: Ray's
+    clean-up after a killed trial asks it which actors are alive.
     """
     check_ray()
     if ray.is_initialized():
@@ -87,7 +88,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
                     include_dashboard=workers > 1,
                     **quiet,
                 )
-        except Exception as error:  # a bare one where a node is not up within 30 s
+        except Exception as error:  # a bare one if a node does not start within 30 s
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Unreachable(
                 f"Ray did not start on this machine: {reason}; its logs are in "
@@ -110,7 +111,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep what a program does at SIGTERM: Ray would end it while it starts, without a word or its exit code."""
+    """Keep this program's SIGTERM handler: Ray's own, during its start, exits without a message."""
     utils = ray._private.utils
     rays = utils.set_sigterm_handler
     if callable(signal.getsignal(signal.SIGTERM)):
@@ -122,10 +123,10 @@ def _own_sigterm() -> Iterator[None]:
 
 
 class _PathAsHere(JobConfig):  # type: ignore[misc]
-    """Lets workers find modules where this process does, in the same order.
+    """Gives workers this process's module search path, in the same order.
 
-    Ray would put the working directory first on their path, so that they run whatever is called `torch.py` there. Where
-    a job has a `working_dir`, Ray puts its copy first, and adds nothing.
+    Otherwise Ray puts the working directory first, so that workers would import any `torch.py`
+    there. If a job has a `working_dir`, Ray puts its copy first, and this class adds nothing.
     """
 
     def _serialize(self) -> Any:
@@ -136,9 +137,9 @@ class _PathAsHere(JobConfig):  # type: ignore[misc]
 
 
 def keep_keys_at_home() -> None:
-    """Let Tune not copy this process's AWS keys into its trials' environments, which Ray logs and its dashboard shows.
+    """Prevent Tune from copying this process's AWS keys into trials: Ray logs them and shows them.
 
-    A node has keys of its own: by its role, or by the environment that Ray was started with there.
+    A node has its own keys, from its role or from the environment in which Ray was started.
     """
     from ray.tune.execution import class_cache
 
@@ -151,25 +152,25 @@ OUT_OF_MEMORY = "out_of_memory"
 
 
 def give_larger_share(trial: Any) -> None:
-    """Let a failed trial that shares a GPU have half as many neighbours, if memory was what it lacked.
+    """Halve the number of trials that share a GPU with a failed trial if it ran out of memory.
 
     Args:
-        trial: Ray Tune's, which has ended with an error and is not pending again yet.
+        trial: a trial of Ray Tune that has ended with an error and is not pending again yet.
     """
     if (
         trial.status == Trial.RUNNING
-    ):  # `max_failures` is spent, so that Tune starts it no more; told by `Losses`
+    ):  # `max_failures` is reached, so Tune will not restart it; reported by `Losses`
         return
     share = short_share(trial)
     if share is not None:
         neighbours = max(1, int(1 / share + 1e-6) // 2)
         bundle = {**trial.placement_group_factory.required_resources, "GPU": 1 / neighbours}
         trial.update_resources(PlacementGroupFactory([bundle]))
-        trial.max_failures += trial.max_failures >= 0  # it was not lost
+        trial.max_failures += trial.max_failures >= 0  # do not count this as a loss
 
 
 def short_share(trial: Any) -> float | None:
-    """The share of a GPU whose memory was not enough for a trial that has ended with an error; known once."""
+    """Return the GPU share that was too small for a failed trial, once; None otherwise."""
     share = _left_by(trial, OUT_OF_MEMORY)
     if share is None:
         return None
@@ -181,25 +182,24 @@ def short_share(trial: Any) -> float | None:
 
 
 BROKEN_GPU = "broken_gpu.json"
-"""File in a trial's folder: the node (`node`, its id, and `host`) whose GPU failed, or what CUDA keeps of it in the
-trial's process, and the `reason`."""
+"""File in a trial's folder: the node (`node`: id, `host`) with a broken GPU, and the `reason`."""
 
 _shunned: set[str] = set()
-"""Ids of the nodes that get no more trials of the sweep that runs in this process."""
+"""Ids of the nodes that get no more trials of this process's sweep."""
 
 
 def shun(node: str) -> None:
-    """Let no trial that is not placed yet begin on a node."""
+    """Exclude a node from all trials that are not placed yet."""
     _shunned.add(node)
 
 
 def shun_nobody() -> None:
-    """Begin a sweep: what was wrong with a node may have been mended."""
+    """Clear the excluded nodes at the start of a sweep: a node may have been repaired."""
     _shunned.clear()
 
 
 def label_selectors(avoid: Iterable[str], bundles: int) -> dict[str, Any]:
-    """What keeps placement groups from nodes, by their ids; empty where there are none."""
+    """Return label selectors that keep placement groups off these nodes; empty for none."""
     nodes = sorted(avoid)
     if not nodes:
         return {}
@@ -208,7 +208,7 @@ def label_selectors(avoid: Iterable[str], bundles: int) -> dict[str, Any]:
 
 
 def shunning(request: PlacementGroupFactory, more: str | None = None) -> PlacementGroupFactory:
-    """The same request, but on none of the nodes that are shunned, nor on one `more` while others are there."""
+    """Return the request without the excluded nodes, and without `more` while others exist."""
     there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     avoid = _shunned | ({more} if more is not None and there - _shunned - {more} else set())
     return PlacementGroupFactory(
@@ -217,13 +217,13 @@ def shunning(request: PlacementGroupFactory, more: str | None = None) -> Placeme
 
 
 def found_broken(trial: Any) -> dict[str, str] | None:
-    """What a trial that has ended with an error said of its GPU."""
+    """Return what a failed trial reported about a broken GPU, or None."""
     broken = _left_by(trial, BROKEN_GPU)
     return None if broken is None else dict(broken)
 
 
 def _left_by(trial: Any, name: str) -> Any:
-    """What a trial has left for the driver in a file of its folder, as JSON; None where there is none."""
+    """Return the JSON content of a file that a trial left in its folder, or None."""
     storage, folder = Assignment.of(trial.config).place
     path = storage.bring(folder / name)
     if not os.path.lexists(path):
@@ -233,9 +233,9 @@ def _left_by(trial: Any, name: str) -> Any:
 
 
 def send_elsewhere(trial: Any) -> None:
-    """Let a lost trial go on on a node that is not shunned, nor the one whose GPU failed it while others are there."""
+    """Restart a lost trial off the excluded nodes and the one whose GPU failed it, if possible."""
     broken = found_broken(trial)
-    goes_on = trial.status != Trial.RUNNING  # Tune has put it back into the queue
+    goes_on = trial.status != Trial.RUNNING  # Tune has queued it again
     if goes_on and (broken is not None or _shunned):
         avoid = sorted(_shunned | ({broken["node"]} if broken else set()))
         trial.config[SECTION] = replace(Assignment.of(trial.config), avoid=tuple(avoid)).section()
@@ -248,12 +248,12 @@ _started: list[str] = []
 
 
 def started_here() -> bool:
-    """Whether this process has started the cluster that it is connected to, so that it is this machine alone."""
+    """Return True if this process started its cluster, which then is this machine alone."""
     return ray.get_runtime_context().gcs_address in _started
 
 
 def _check_answers(address: str) -> None:
-    """Raise where nothing listens at HOST:PORT; Ray would take minutes to say so."""
+    """Raise if nothing listens at HOST:PORT; Ray would take minutes to report it."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         got = masked(address)
@@ -271,12 +271,12 @@ def _check_answers(address: str) -> None:
 
 
 def _found_here() -> str:
-    """Address of the cluster that `auto` stands for: one that runs on this machine, or the last that Ray noted."""
+    """Return the address that `auto` means: a local cluster, or the last that Ray noted."""
     from ray._private.services import find_gcs_addresses, get_ray_address_from_environment
     from ray._private.utils import get_ray_address_file
 
     find_gcs_addresses.cache_clear()
-    given = os.environ.pop("RAY_ADDRESS", None)  # else Ray would take that for `auto`
+    given = os.environ.pop("RAY_ADDRESS", None)  # otherwise Ray would use it for `auto`
     try:
         address = str(get_ray_address_from_environment("auto", None))
     except ConnectionError:
@@ -300,16 +300,16 @@ def _found_here() -> str:
     return address
 
 
-# --- with a token, or without ------------------------------------------------------------------------------------
+# --- token authentication -------------------------------------------------------------------------
 
 _chosen: set[str] = set()
-"""Values of RAY_AUTH_MODE that were set here, and not by the user."""
+"""Values of RAY_AUTH_MODE that this module set, as opposed to the user."""
 
 
 def _set_token_mode(mode: str | None) -> None:
-    """Let Ray in this process, and all that it starts, speak with the token or without, unless the user has said.
+    """Enable or disable the token in this process and its children, unless the user has set it.
 
-    Ray reads the mode when it is imported, and the token when it first needs it: both are read anew.
+    Ray reads the mode at import and the token at first use: both are reloaded.
     """
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -324,15 +324,15 @@ def _set_token_mode(mode: str | None) -> None:
 
 
 def _mode_given() -> str | None:
-    """RAY_AUTH_MODE as the user has set it."""
+    """Return RAY_AUTH_MODE if the user has set it."""
     mode = os.environ.get("RAY_AUTH_MODE")
     return None if mode is None or mode in _chosen else mode.lower()
 
 
 def _join_with_token_or_without(address: str) -> None:
-    """Set the token mode that the head at HOST:PORT wants; a ConfigError where this process cannot give it."""
+    """Set the token mode that the head at HOST:PORT wants; raise ConfigError if impossible."""
     given = _mode_given()
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # not to be asked in the clear
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # never ask without TLS
         _set_token_mode("token" if token() is not None else None)
     elif _lets_in(address):
         if given == "token":
@@ -358,7 +358,7 @@ def _join_with_token_or_without(address: str) -> None:
 
 
 def _check_speaks_alike(address: str) -> None:
-    """Raise where the user's own connection sends a token to a cluster without: its processes could not answer."""
+    """Raise if the user's connection sends a token to a cluster without: it could not answer."""
     from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 
     tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
@@ -375,7 +375,7 @@ def _open_head(address: str) -> str:
 
 
 def _lets_in(address: str, key: str | None = None) -> bool:
-    """Whether the head at HOST:PORT answers who has this token, or none. Raises Unreachable where it is no Ray head."""
+    """Return True if the head at HOST:PORT accepts `key` (None: no token); raise if it is no head."""
     import grpc  # type: ignore[import-untyped]
 
     metadata = None if key is None else [("authorization", f"Bearer {key}")]
@@ -394,8 +394,8 @@ def _lets_in(address: str, key: str | None = None) -> bool:
 
 
 def end_children() -> None:
-    """Kill all processes that this one has started, and theirs: also those of a Ray that was started here."""
-    import psutil  # Ray brings it along
+    """Kill all descendants of this process, a Ray that was started here included."""
+    import psutil  # a dependency of Ray
 
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -403,14 +403,14 @@ def end_children() -> None:
 
 
 HEAD_GONE_S = 30
-"""How long a head may not answer before a command ends with a sentence; after 60 s Ray ends the process without one."""
+"""Time without an answer after which a command ends with a sentence; Ray exits silently at 60 s."""
 
 
 @contextlib.contextmanager
 def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
-    """Call, in a thread, with a sentence when the head of the connected cluster has gone, as when its GCS was killed.
+    """Call `when_gone` with a sentence, in a thread, when the head of the cluster dies.
 
-    Before that, all processes of a cluster that was started here are ended.
+    Before that, all processes of a cluster that was started here are killed.
     """
     address, over = str(ray.get_runtime_context().gcs_address), threading.Event()
     ours = started_here()
@@ -439,7 +439,7 @@ def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
 
 
 def _cannot_join(address: str, reason: str) -> str:
-    """Why Ray could not join a cluster that is there."""
+    """Return why Ray could not join an existing cluster."""
     first = f"cannot join the Ray cluster at {address}: {reason.splitlines()[0]}"
     if "raylet" in reason or "node_ip_address" in reason or "local node" in reason:
         return (
@@ -450,7 +450,7 @@ def _cannot_join(address: str, reason: str) -> str:
 
 
 def _state_api_answers() -> bool:
-    """Whether Ray can be asked which actors live; its clean-up after a lost trial depends on it."""
+    """Return True if Ray's State API answers; Ray's clean-up after a lost trial depends on it."""
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
@@ -462,7 +462,7 @@ def _state_api_answers() -> bool:
 
 
 def _amount(kind: str, amount: float) -> str:
-    """An amount of a resource, for a person."""
+    """Format an amount of a resource for a person."""
     return (
         f"a GPU of kind {kind.removeprefix(KIND)}"
         if kind.startswith(KIND)
@@ -471,7 +471,7 @@ def _amount(kind: str, amount: float) -> str:
 
 
 def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]:
-    """What no node has any of, beside CPUs and GPUs."""
+    """Yield the resources, other than CPUs and GPUs, that no node has."""
     there = {kind for node in nodes for kind, amount in node.items() if amount}
     kinds = sorted(kind.partition(":")[2] for kind in there if kind.startswith(KIND))
     own = sorted(kind for kind in there if kind not in (*RAYS_OWN, DRIVER) and ":" not in kind)
@@ -495,14 +495,14 @@ def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:
 
 
 def room_for(config: TrainConfig) -> int:
-    """How many trials of this shape the nodes that are there have room for at once."""
+    """Return how many trials of this shape fit on the current nodes at once."""
     return (
         sum(_workers_on(node, config.worker_resources) for node in _nodes_alive()) // config.workers
     )
 
 
 def check_room(config: TrainConfig) -> int:
-    """How many trials of this shape the cluster has room for at once; a ConfigError if not even one."""
+    """Return how many trials of this shape fit on the cluster; raise ConfigError if none does."""
     nodes, need = _nodes_alive(), config.worker_resources
     room = sum(_workers_on(node, need) for node in nodes)
     problems = []
@@ -534,11 +534,11 @@ def check_room(config: TrainConfig) -> int:
 
 
 def grows_for(config: TrainConfig, trials: int) -> bool:
-    """Whether nodes are started for so many trials at once. Asked by a placement group that is removed again."""
+    """Return True if so many trials would start nodes; asks with a temporary placement group."""
     if started_here() or not any(
         node.ray_node_type_name for node in _cluster_status().cluster_resource_state.node_states
     ):
-        return False  # nobody has started its nodes by their types
+        return False  # no autoscaler with node types
     group = placement_group(
         [config.worker_resources] * config.workers * trials, strategy=config.placement.upper()
     )
@@ -566,7 +566,7 @@ def _is_of(gang: Any, config: TrainConfig) -> bool:
 
 
 def _cluster_status() -> Any:
-    """What the head knows of nodes and autoscaler; an empty answer where it gives none."""
+    """Return the head's status of nodes and autoscaler; empty if it gives none."""
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply = GetClusterStatusReply()
@@ -577,7 +577,7 @@ def _cluster_status() -> Any:
 
 
 def starting() -> list[str]:
-    """Nodes that the autoscaler is starting, or could not, a phrase for each type; empty: none."""
+    """Return a phrase for each type of node that the autoscaler is starting or failed to start."""
     if not ray.is_initialized() or started_here():
         return []
     state = _cluster_status().autoscaling_state
@@ -592,11 +592,11 @@ def starting() -> list[str]:
     return found
 
 
-# --- what Ray does not say by a public name: for `tfkd doctor` ---------------------------------------------------
+# --- private parts of Ray, for `tfkd doctor` ------------------------------------------------------
 
 
 def other_clusters(ours: str | None) -> set[str]:
-    """Addresses of the Ray clusters that have a node on this machine, but for ours."""
+    """Return addresses of other Ray clusters that have a node on this machine."""
     from ray._private.services import find_gcs_addresses
 
     find_gcs_addresses.cache_clear()
@@ -607,14 +607,14 @@ def other_clusters(ours: str | None) -> set[str]:
 
 
 def ray_temp_dir() -> str:
-    """Where a Ray that starts here would keep its sockets."""
+    """Return the directory in which a Ray started here would keep its sockets."""
     from ray._common.utils import get_default_ray_temp_dir
 
     return str(get_default_ray_temp_dir())
 
 
 def dashboard() -> str | None:
-    """HOST:PORT of the cluster's dashboard."""
+    """Return HOST:PORT of the cluster's dashboard."""
     from ray._private.worker import get_dashboard_url
 
     return get_dashboard_url() or None
@@ -629,7 +629,7 @@ class LeakedGroup:
 
 
 def leaked_groups() -> list[LeakedGroup] | None:
-    """Placement groups that no running job has made; None where Ray's State API does not answer."""
+    """Return the placement groups of no running job; None if Ray's State API does not answer."""
     from ray.util.state import list_jobs, list_placement_groups
     from ray.util.state.exception import RayStateApiException
 
@@ -660,9 +660,9 @@ def remove_group(group_id: str) -> None:
 
 
 def caller_argument(function: str, name: str) -> Any:
-    """An argument of the function of Ray Tune's that is calling us, if one of that name is; else None.
+    """Return an argument of the Ray Tune function that is calling this code, or None.
 
-    Ray 2.60 tells a searcher neither the metric of its Tuner nor the exception that a trial has raised.
+    Ray 2.60 passes neither the Tuner's metric nor a trial's exception to a searcher.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -676,8 +676,10 @@ def caller_argument(function: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Let Ctrl-C, and SIGTERM where it is as Ctrl-C, take effect afterwards: a Ray that is half started crashes and
-    leaves processes behind, and an import may swallow it."""
+    """Delay Ctrl-C, and SIGTERM if handled alike, to the end of a block.
+
+    A half-started Ray would crash and leave processes, and an import may swallow the signal.
+    """
     pressed: list[int] = []
     numbers = [
         number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))

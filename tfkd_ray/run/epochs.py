@@ -1,4 +1,4 @@
-"""TODO run.epochs."""
+"""The epochs of a trial in one process, errors of GPUs and disks, and soft labels between nodes."""
 
 import contextlib
 import json
@@ -25,19 +25,19 @@ from tfkd_ray.store.assignment import Assignment
 Metrics = dict[str, float]
 
 BARRIER_TIMEOUT_S = 10.0
-"""Longest wait for the other workers after a failure."""
+"""Maximum time to wait for the other workers after a failure."""
 COLLECTIVE_TIMEOUT_S = 300
-"""Longest wait of a worker for the others inside a training step or a validation."""
+"""Maximum time that a worker waits for the others in a training step or a validation."""
 COMMAND_TIMEOUT = timedelta(days=30)
-"""Longest wait of a worker for what comes next: a command, or a slower node that reads data or fills soft labels."""
+"""Maximum time that a worker waits for a command, or for a node that reads data or soft labels."""
 
 
 class Stopped(Exception):
-    """Thrown into a running trial that is stopped for good: nothing of it needs to be saved."""
+    """Thrown into a trial that is stopped for good: nothing needs to be saved."""
 
 
 def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
-    """Raise where an epoch's metrics are no numbers, or lack one by which the trial is judged."""
+    """Raise if an epoch's metrics are not numbers, or lack one that the search needs."""
     for name, value in metrics.items():
         if not isinstance(value, int | float):
             raise TypeError(
@@ -53,7 +53,7 @@ def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
 def epochs_here(
     run: dict[str, Any], assignment: Assignment, say: Callable[[str], None] | None = None
 ) -> Iterator[Metrics]:
-    """The epochs of a trial in this process."""
+    """Yield the epochs of a trial in this process."""
     yield from prepared_epochs(run, assignment, say)
 
 
@@ -63,10 +63,10 @@ def prepared_epochs(
     say: Callable[[str], None] | None = None,
     meet: Callable[[], None] | None = None,
 ) -> Iterator[Metrics]:
-    """The epochs of a trial in this process, once its data and its teacher are found here.
+    """Yield the epochs of a trial in this process, after preparing its data and its teacher.
 
     Args:
-        meet: waits for the group's other workers, however long their node takes. None: there are no others.
+        meet: waits for the group's other workers, without a time limit. None: there are no others.
     """
     config = validated(TrainConfig, run)
     check_data_here(config)
@@ -77,7 +77,7 @@ def prepared_epochs(
         teachers.fetch_teacher(run_of_teacher, storage)
     teacher = teachers.bank_of(config, storage.folder, shelf)
     if meet is not None:
-        config.data.load()  # kept, as its statistics are: the loop gets the same
+        config.data.load()  # cached with its statistics; the loop uses the same
         config.data.statistics()
         if teacher is not None:
             teacher.meet = meet
@@ -94,7 +94,7 @@ def prepared_epochs(
 
 
 def check_data_here(config: TrainConfig) -> None:
-    """Raise where this node, unlike the driver's, has no copy of the data, or has others; with the node's name."""
+    """Raise, with this node's name, if its data are missing or differ from the driver's."""
     try:
         config.data.check()
         if config.data.digest is not None:
@@ -107,7 +107,7 @@ def check_data_here(config: TrainConfig) -> None:
 
 
 def stop_epochs(epochs: Iterator[Metrics]) -> None:
-    """End a trial without saving; fine if it ended already."""
+    """End a trial without saving; do nothing if it has already ended."""
     if hasattr(epochs, "throw"):
         with contextlib.suppress(Stopped, StopIteration):
             epochs.throw(Stopped())
@@ -115,13 +115,13 @@ def stop_epochs(epochs: Iterator[Metrics]) -> None:
 
 def reason_of(error: BaseException) -> str:
     text = ""
-    with contextlib.suppress(Exception):  # an exception of the user's own may not even have a text
+    with contextlib.suppress(Exception):  # even its text may raise
         text = readable(str(error)).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a GPU's memory is what an error came of: torch's allocator says so, or CUDA and its libraries."""
+    """Return True if a GPU ran out of memory, according to torch's allocator or CUDA."""
     while error is not None:
         text = reason_of(error)
         if isinstance(error, torch.OutOfMemoryError) or re.search(
@@ -140,15 +140,15 @@ _BROKEN = re.compile(
     "|ncclRemoteError|ncclUnhandledCudaError|remote process exited|(CUBLAS|CUDNN)_STATUS_EXECUTION_FAILED",
     re.IGNORECASE,
 )
-"""What errors say after which every later use of the GPU in the same process fails, or that leave no GPU to use."""
+"""Parts of error messages after which the GPU is unusable in this process, or no GPU is left."""
 
 
 def is_of_broken_gpu(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, leaves this process without a GPU that works."""
+    """Return True if an error, or one of its causes, leaves this process without a working GPU."""
     while error is not None:
         known = isinstance(
             error, RuntimeError | OSError
-        )  # torch's are, torch.AcceleratorError among them
+        )  # torch's own subclass it, torch.AcceleratorError among them
         if known and not is_out_of_memory(error) and _BROKEN.search(reason_of(error)):
             return True
         error = error.__cause__ or error.__context__
@@ -156,12 +156,12 @@ def is_of_broken_gpu(error: BaseException | None) -> bool:
 
 
 def this_node() -> str:
-    """Id of the node that this process is on."""
+    """Return the id of the node of this process."""
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
 def note_broken(assignment: Assignment, reason: str) -> None:
-    """Leave word of a broken GPU in the trial's directory, for the driver."""
+    """Write a note about a broken GPU to the trial's directory, for the driver."""
     storage, folder = assignment.place
     told = {"node": this_node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,33 +171,34 @@ def note_broken(assignment: Assignment, reason: str) -> None:
 
 
 def is_of_storage(error: BaseException) -> bool:
-    """Whether an error says that a disk is full, read-only or gone, and nothing of the trial itself."""
+    """Return True if an error means a full, read-only or lost disk: not the trial's fault."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
-# --- soft labels of other nodes ----------------------------------------------------------------------------------
+# --- soft labels of other nodes -------------------------------------------------------------------
 
 
 def shelf_name(experiment: Path) -> str:
-    """Name, on every node and within its driver's job, of the actor that holds an experiment's soft labels."""
+    """Return the name of the actor that holds an experiment's soft labels, within its job."""
     return f"tfkd-soft-labels:{experiment.name}"
 
 
 class Shelf:
-    """Actor with the views that a node has filled, for the other nodes, in Ray's object store.
+    """Actor that shares each view that a node has filled with the others, in Ray's object store.
 
-    The driver owns it, so a view outlives the trial that filled it. The oldest go when there are `limit` bytes.
+    The driver owns it, so a view outlives the trial that filled it. At `limit` bytes, the oldest
+    views are removed.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit, self._views = limit, dict[str, tuple[Any, int]]()
 
     def fetch(self, name: str) -> list[Any]:
-        """A reference to a view's file, or nothing."""
+        """Return a reference to a view's file in a list, or an empty list."""
         return [self._views[name][0]] if name in self._views else []
 
     def offer(self, name: str, content: bytes) -> None:
-        """Keep a view's file, unless it alone is above the limit."""
+        """Store a view's file, unless it alone exceeds the limit."""
         if len(content) > self._limit:
             return
         while (
@@ -209,7 +210,7 @@ class Shelf:
 
 
 class _Elsewhere:
-    """The shelf of an experiment from a trial's side; where there is none, nobody else has anything."""
+    """A trial's client of the experiment's shelf; without a shelf, it finds nothing."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -229,11 +230,11 @@ class _Elsewhere:
 
 
 def unheard(text: str) -> None:
-    """Nobody needs to know, or another worker says it."""
+    """Discard a note: nobody needs it, or another worker reports it."""
 
 
 def all_here(control: dist.ProcessGroup) -> bool:
-    """Whether every worker comes here, so that all are in step again."""
+    """Return True if every worker reaches this point, so that all are in step again."""
     try:
         dist.monitored_barrier(group=control, timeout=timedelta(seconds=BARRIER_TIMEOUT_S))
     except RuntimeError:
@@ -242,11 +243,11 @@ def all_here(control: dist.ProcessGroup) -> bool:
 
 
 def agreed(control: dist.ProcessGroup, in_step: bool, own: bool) -> tuple[bool, bool]:
-    """After a failure: whether the group can take the next trial, and whether this worker is to tell the reason.
+    """Return (whether the group can run the next trial, whether this worker reports the failure).
 
     Args:
         in_step: this worker has no collective operation open.
-        own: the failure is the trial's own.
+        own: the trial itself has failed.
     """
     if not all_here(control):
         return False, own

@@ -1,4 +1,4 @@
-"""TODO run.group."""
+"""Resident groups of Ray Train workers, which run one trial after another."""
 
 import contextlib
 import functools
@@ -43,31 +43,31 @@ from tfkd_ray.settings.schema import validated
 from tfkd_ray.store.assignment import Assignment
 
 STOP_TIMEOUT_S = 10.0
-"""Longest wait for a group to save and stop when the sweep ends."""
+"""Maximum time for a group to save and stop when the sweep ends."""
 
 
 class GroupLost(RuntimeError):
-    """A group's workers are gone, by no fault of the trial's configuration."""
+    """A group's workers died, not because of the trial's configuration."""
 
 
 class TrialFailed(RuntimeError):
-    """The trial's own failure, as a worker told it."""
+    """The trial itself failed, as reported by a worker."""
 
     def __init__(self, reason: str, trace: str) -> None:
         super().__init__(reason)
         self.trace = trace
 
 
-# --- several workers -------------------------------------------------------------------------------------------
+# --- several workers ------------------------------------------------------------------------------
 
 
 class WorkerGroup:
-    """A resident group of Ray Train workers, from the side of the trial that uses it.
+    """A resident group of Ray Train workers, as seen by the trial that uses it.
 
     Args:
-        config: says how many workers, and on what.
-        folder: where Ray Train may keep its own files while the group lives; all nodes see it.
-        say: called with what the workers have to say beside their metrics.
+        config: sets the number of workers and their resources.
+        folder: for Ray Train's own files while the group lives; visible to all nodes.
+        say: called with the workers' notes.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class WorkerGroup:
         self._desk: Any = None
 
     def epochs(self, run: dict[str, Any], assignment: Assignment) -> Iterator[Metrics]:
-        """The epochs of one trial on the group, which is started, or started again, if need be."""
+        """Yield the epochs of a trial on the group; start or restart the group if necessary."""
         if self._desk is None or not self._alive():
             self._start(assignment.avoid)
         self._runs += 1
@@ -108,7 +108,7 @@ class WorkerGroup:
             raise
 
     def close(self) -> None:
-        """Let the workers leave."""
+        """End the workers."""
         if self._desk is not None:
             with contextlib.suppress(ray.exceptions.RayError, GroupLost):
                 self._tell(("leave",))
@@ -119,7 +119,7 @@ class WorkerGroup:
     def _start(self, avoid: Sequence[str]) -> None:
         if self._desk is not None:
             ray.kill(self._desk)
-        # Ray's cleaner of placement groups inherits this; without it, it gives up where two clusters share a host
+        # Ray's placement-group cleaner inherits this; without it, two clusters on a host break it
         env = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         env |= {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
         env.setdefault(
@@ -148,7 +148,7 @@ class WorkerGroup:
             raise GroupLost(f"the group's desk is gone: {reason_of(error)}") from None
 
     def _next(self, number: int) -> tuple[str, Any]:
-        """What the workers say next about run `number`; GroupLost if there is no group left to say anything."""
+        """Return the workers' next message about run `number`; raise GroupLost if they are gone."""
         while True:
             try:
                 answer, trouble = ray.get(self._desk.get_result.remote(1.0))
@@ -167,9 +167,9 @@ class WorkerGroup:
 
 
 class _Desk:
-    """Actor between a trial and its workers: owns their TorchTrainer, and passes messages both ways.
+    """Actor between a trial and its workers: owns their TorchTrainer and passes messages both ways.
 
-    The trial owns it, so it ends with the trial's process, however that ends; controller and workers end with it.
+    The trial owns it, so it ends with the trial's process, and controller and workers with it.
     """
 
     def __init__(
@@ -212,16 +212,16 @@ class _Desk:
                 run_config=RunConfig(
                     name=name,
                     storage_path=storage,
-                    # Ray would start the workers of a preempted node again, for ever; the trial goes on elsewhere
+                    # Ray would restart a preempted node's workers; the trial continues elsewhere
                     failure_config=FailureConfig(
                         max_failures=0, max_preemption_failures=0, controller_failure_limit=2
                     ),
                 ),
             ).fit()
             self._trouble = "it has ended"
-        except BaseException as error:  # told to the trial, which asks for it
+        except BaseException as error:  # reported to the trial when it asks
             self._trouble = reason_of(error).splitlines()[0]
-        finally:  # Ray Train's own folder: nothing of ours is in it
+        finally:  # Ray Train's own folder, with none of our files
             shutil.rmtree(Path(storage) / name, ignore_errors=True)
             with contextlib.suppress(OSError):
                 Path(storage).rmdir()
@@ -239,7 +239,7 @@ class _Desk:
         self._results.put((number, kind, value))
 
     def started(self, start: str) -> None:
-        """The workers are there. A second time, Ray has started others: those do not know of the trial that runs."""
+        """Register the workers' start; after a second one, by Ray, the running trial is lost."""
         self._starts.add(start)
         if len(self._starts) > 1:
             self._trouble = (
@@ -247,14 +247,14 @@ class _Desk:
             )
 
     def give_up(self, reason: str, last: tuple[int, str, Any] | None = None) -> None:
-        """The group ends, and no trial begins on it; `last` is a result of the trial that ran."""
+        """End the group, so that no trial starts on it; `last` is a result of the running trial."""
         self._trouble = self._trouble or reason
         if last is not None:
             self._results.put(last)
 
     def get_result(self, timeout_s: float) -> tuple[tuple[int, str, Any] | None, str | None]:
-        """(a result or None, what is wrong with the group or None)."""
-        trouble = self._trouble  # first: results that came before it are still given out
+        """Return (a result or None, the group's failure or None)."""
+        trouble = self._trouble  # read first: earlier results are still returned
         try:
             return self._results.get(timeout=timeout_s), trouble
         except queue.Empty:
@@ -269,10 +269,10 @@ class _Desk:
 
 
 class _Notice:
-    """Whether SIGTERM came to a worker, as to all processes of a node that is taken away.
+    """Flag that SIGTERM reached a worker: its node is being preempted.
 
-    Ray unpickles what a worker is given in the process's main thread, the only one that may say what a signal does; the
-    worker itself runs in another. In the middle of a trial it is left to that trial to save and go.
+    Ray unpickles a worker's arguments in the main thread, the only one that may set a signal
+    handler; the worker itself runs in another. During a trial, the trial saves and exits.
     """
 
     def __init__(self) -> None:
@@ -289,26 +289,24 @@ class _Notice:
             os._exit(1)
 
     def came_to_any(self, control: dist.ProcessGroup) -> bool:
-        """Asked by all workers together."""
+        """Return True if any worker got the signal; all workers call this together."""
         came = torch.tensor(int(self.came))
         dist.all_reduce(came, dist.ReduceOp.MAX, group=control)
         return bool(came)
 
 
 def _worker(given: dict[str, Any]) -> None:
-    """What every worker of a group runs: one trial after the other, in step with the other workers.
+    """Run trials one after another, in step with the group's other workers.
 
-    The first worker asks the desk for commands and passes them on. All hear what comes after an epoch by the same
-    broadcast, so no worker is ever left waiting in a collective operation that the others skipped. A group outlives a
-    failed trial only where no worker has a collective operation open: where all failed before the first one, or between
-    epochs, or by a loss that is the same number on all.
+    The first worker fetches commands from the desk and broadcasts them, also what follows an epoch,
+    so no worker waits in a collective operation that others skipped. A group survives a failed
+    trial only if no worker has a collective operation open: if all failed before the first one,
+    between epochs, or by a loss that is the same on all.
     """
     seal_test_split()
     own_code.enter(given["home"])
     desk, notice, first = given["desk"], given["notice"], dist.get_rank() == 0
-    control = dist.new_group(
-        backend="gloo", timeout=COMMAND_TIMEOUT
-    )  # also where gradients go by nccl
+    control = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # also if gradients use nccl
     assert isinstance(control, dist.ProcessGroup)
     if first:
         ray.get(desk.started.remote(uuid.uuid4().hex))
@@ -331,7 +329,7 @@ def _worker(given: dict[str, Any]) -> None:
         if what == "leave":
             return
         if what != "run":
-            continue  # meant for a trial that has failed meanwhile
+            continue  # for a trial that has already failed
         number, run, assignment = rest
         notice.training, in_step = True, True
         try:
@@ -351,8 +349,8 @@ def _worker(given: dict[str, Any]) -> None:
                     continue
                 if notice.came_to_any(control):
                     epochs.close()  # type: ignore[attr-defined]
-                    all_here(control)  # when one has gone, Ray ends the others
-                    os._exit(1)  # the trial goes on in another group
+                    all_here(control)  # when one exits, Ray ends the others
+                    os._exit(1)  # the trial continues in another group
                 what, *_ = command()
                 if what == "save":
                     epochs.close()  # type: ignore[attr-defined]
@@ -371,7 +369,7 @@ def _worker(given: dict[str, Any]) -> None:
             if keeps:
                 if mine:
                     tell(*told)
-            else:  # the others cannot go on without this one, or nobody knows what they still wait for
+            else:  # the others need this one, or may wait in a collective operation
                 why = "a worker failed" if own else reason_of(error)
                 ray.get(desk.give_up.remote(why, told if mine else None))
                 raise
@@ -381,7 +379,7 @@ def _worker(given: dict[str, Any]) -> None:
 
 
 def _is_of_communication(error: BaseException) -> bool:
-    """Whether an error says that another worker is gone, and nothing of the trial itself."""
+    """Return True if an error means that another worker is gone: not the trial's fault."""
     return (
         isinstance(error, dist.DistError)
         or "gloo" in str(error).lower()

@@ -1,4 +1,4 @@
-"""The nodes of a cluster as a task on each finds them: versions, shared memory, and whether they see the storage."""
+"""Facts about a cluster's nodes, collected by a task on each: versions, shared memory, storage."""
 
 import importlib.metadata
 import platform
@@ -17,29 +17,29 @@ from tfkd_ray.store.experiment import read_text
 from tfkd_ray.store.storage import Directory, Mirror, Storage
 
 NODE_S = 30
-"""How long a node may take to answer."""
+"""Maximum time for a node to answer."""
 
 
 @dataclass
 class Node:
-    """A node as a task on it found it."""
+    """The facts about a node that a task on it found."""
 
     name: str
     versions: dict[str, str] = field(default_factory=dict)
     shm: int = 0
-    """Bytes of its shared memory."""
+    """Size of its shared memory in bytes."""
     object_store: float = 0
-    """Bytes that Ray shares objects in there."""
+    """Size of Ray's object store there in bytes."""
     socket: int = 0
-    """Bytes of the longest path of a socket of Ray's there."""
+    """Length of the longest path of Ray's sockets there in bytes."""
     storage: str | None = None
-    """What is wrong with the storage seen from there; None: nothing, or it was not asked for."""
+    """Problem with the storage on that node; None: no problem, or not checked."""
     silent: str | None = None
-    """Why it did not answer; None: it did."""
+    """Reason why it did not answer; None: it did."""
 
 
 class Mark:
-    """A folder in the storage with a word in it, for nodes to read and to answer."""
+    """A folder in the storage with a random word, which nodes read and answer."""
 
     def __init__(self, storage: Path) -> None:
         self.word = secrets.token_hex(8)
@@ -49,25 +49,25 @@ class Mark:
         write_text(self.folder / "driver", self.word)
 
     def answered(self, node: str) -> bool:
-        """Whether a node's answer is seen from here."""
+        """Return True if this machine sees a node's answer."""
         try:
             return read_text(self.folder / node) == self.word
         except (OSError, ValueError):
             return False
 
     def remove(self) -> None:
-        """Leave the storage as it was."""
+        """Remove the folder and its files from the storage."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for path in self._made:
             path.rmdir()
 
 
 def visit(storage: Storage | None) -> list[Node]:
-    """Every living node, by a task on each, all at once."""
+    """Return the facts about every living node, collected by parallel tasks."""
     mirror = storage if isinstance(storage, Mirror) else None
     try:
         mark = Mark(storage.folder) if isinstance(storage, Directory) else None
-    except OSError:  # told where it is used
+    except OSError:  # reported by the code that uses the storage
         mark = None
     nodes, tasks = [], {}
     for about in ray.nodes():
@@ -114,7 +114,7 @@ def _fill(node: Node, task: Any, mark: Mark | None) -> None:
 
 
 def _look(folder: str | None, word: str | None, node: str, mirror: Mirror | None) -> dict[str, Any]:
-    """Runs on a node: what is there. Reads what the driver wrote in the storage, and writes an answer."""
+    """Collect the facts on a node: read the driver's word from the storage and write an answer."""
     wrong = None if mirror is None else mirror.trouble()
     if folder is not None and word is not None:
         try:
@@ -130,18 +130,18 @@ def _look(folder: str | None, word: str | None, node: str, mirror: Mirror | None
 
 
 def versions_of_node() -> dict[str, str]:
-    """Of what must be the same on all nodes, for numbers to be."""
+    """Return the versions that must be equal on all nodes for results to be equal."""
     found = {name: importlib.metadata.version(name).partition("+")[0] for name in ("ray", "torch")}
     return {**found, "python": platform.python_version()}
 
 
 def shared_memory() -> int:
-    """Bytes of it here, used or not."""
+    """Return the size of this machine's shared memory in bytes, used or free."""
     return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
 
 
 def unshared(node: Node, storage: Storage) -> str:
-    """What is wrong with the storage seen from a node, and the way out."""
+    """Describe a node's problem with the storage, and how to solve it."""
     if isinstance(storage, Mirror):
         return f"{node.name}: {storage}: {node.storage}"
     return (
@@ -151,9 +151,9 @@ def unshared(node: Node, storage: Storage) -> str:
 
 
 def check_shared(storage: Storage) -> None:
-    """Raise where a node of the cluster does not see the storage: a trial there would lose what it writes.
+    """Raise if a node of the cluster cannot see the storage: a trial there would lose its files.
 
-    Each node has its own mirror of a bucket, so there every node must reach the bucket.
+    For object storage each node has its own mirror, so every node must reach the bucket.
     """
     if sum(node["Alive"] for node in ray.nodes()) > 1:
         wrong = [unshared(node, storage) for node in visit(storage) if node.storage is not None]

@@ -1,4 +1,4 @@
-"""TODO run.priors."""
+"""Results of earlier experiments for the sampler of a new one."""
 
 import collections
 import dataclasses
@@ -13,26 +13,27 @@ from tfkd_ray.space.relate import as_asked, is_number, placed
 from tfkd_ray.space.space import Space
 from tfkd_ray.store.experiment import Record, read_experiment, read_records
 
-# --- earlier experiments ---------------------------------------------------------------------------------------
+# --- earlier experiments --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """A finished trial of an earlier experiment, as a trial of this space."""
+    """A finished trial of an earlier experiment, converted to a trial of this space."""
 
     group: str
     params: dict[str, Any]
     distributions: dict[str, Any]
     values: list[float]
     origin: str
-    """experiment/trial."""
+    """EXPERIMENT/TRIAL, where the result comes from."""
 
 
 def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]:
-    """The full-length trials of earlier experiments that lie in this space and were trained as its trials are.
+    """Return full-length trials of earlier experiments that fit this space and its training.
 
-    The old space may have been larger or smaller: what counts is each trial's own configuration. Only the seed, and
-    where it ran, may differ. An experiment without any such trial is a ConfigError that says what is different.
+    The old space may have been larger or smaller: only each trial's own configuration counts, and
+    only its seed and its resources may differ. An experiment without such a trial raises a
+    ConfigError that lists the differences.
     """
     if not experiments:
         return []

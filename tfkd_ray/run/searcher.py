@@ -1,12 +1,14 @@
-"""Optuna behind Ray Tune's public Searcher and TrialScheduler interfaces. The study is the truth.
+"""Optuna behind Ray Tune's public Searcher and TrialScheduler interfaces.
 
-Every group of a space (see `Space.groups`) is a study of its own in one storage: the experiment's journal file, or any
-storage of Optuna's by its URL. Proposal n is made by a sampler seeded with (seed, n), so it is a function of what the
-studies hold: after a crash, the search goes on as if nothing had happened. A trial that was running then is handed out
-again, with the same number and parameters. Only the driver process talks to Optuna.
+The studies hold the state of a search. Each group of a space (see `Space.groups`) has its own study
+in a common storage: the experiment's journal file, or an Optuna storage with a URL. The sampler of
+proposal n is seeded with (seed, n), so a proposal depends on the studies alone: after a crash the
+search continues unchanged. A trial that was running is proposed again, with the same number and
+parameters. Only the driver process calls Optuna.
 
-A trial's number is the last thing that is written of a proposal. A trial in a study without one is either the rest of a
-proposal that a crash cut off (it failed, without a value, and is proposed again), or a result of an earlier experiment.
+A trial's number is written last. A study trial without a number is either an incomplete proposal
+(after a crash: it failed without a value and is proposed again) or a result of an earlier
+experiment.
 """
 
 import collections
@@ -59,43 +61,45 @@ from tfkd_ray.store.experiment import (
 from tfkd_ray.verdict.scores import score_of
 
 STARTUP = 10
-"""Most random proposals before a model begins; fewer in a small study."""
+"""Maximum number of random proposals before a model starts; fewer in a small study."""
 
 
 class _Live:
-    """A trial that runs: its place in a study, and the epochs reported there, in this session and before."""
+    """A running trial: its place in a study and the epochs reported, in all sessions."""
 
     def __init__(self, study: optuna.Study, trial: optuna.Trial, reported: set[int]) -> None:
         self.study, self.trial, self.reported = study, trial, reported
         self.before = max(reported, default=0)
         self.epochs = Epochs()
         self.told: Any = None
-        """Ray's count of the last result that did not end it."""
+        """Ray's iteration of the last result that did not end the trial."""
         self.stopped = False
-        """Whether the study has said that it should stop."""
+        """True once the study has decided that the trial should stop."""
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Proposes the trials of a space.
 
-    A proposal is the whole configuration as a tree, with a `trial` section beside it: its `number`, its `name`
-    (t0007-tfkd_reg), the `metrics` it is judged by, its `directory` in `folder`, and what `place` adds.
+    A proposal is the whole configuration as a tree, with a `trial` section: its `number`, its
+    `name` (t0007-tfkd_reg), the `metrics` that judge it, its `directory` in `folder`, and the items
+    of `place`.
 
-    Results must carry the metrics. A result without `epoch` counts as one epoch. A trial is COMPLETE after its last
-    epoch, or where it ended by itself or by the `stop` of its `RunConfig`; FAIL with its reason where a result says
-    `failed`, it raised an error or Ray lost it; and PRUNED where it was stopped before. (Ray tells no stop of a
-    `RunConfig` from one of its own schedulers: with those, it is PRUNED.)
+    Results must contain the metrics. A result without `epoch` counts as one epoch. A trial is
+    COMPLETE after its last epoch, or if it ended by itself or by the `stop` of its `RunConfig`;
+    FAIL with a reason if a result has `failed`, it raised an error, or Ray lost it; PRUNED if it
+    was stopped before. (Ray does not distinguish a stop of a `RunConfig` from one of its own
+    schedulers: with those, the trial is PRUNED.)
 
     Args:
-        space: what to search.
-        journal: Optuna's journal file; made if it is not there, continued if it is. Not used with a `storage`.
-        study: prefix of the studies' names. None: `search.study` of the space, or else `tfkd`.
-        folder: where each trial has a directory of its name. None: none is named.
-        place: added to the `trial` section of every proposal, as it is.
-        storage: URL of an Optuna storage. None: `search.storage` of the space, or else the journal.
-        priors: directories of earlier experiments whose results the sampler should know (see `prior_trials`).
-        points_to_evaluate: what is proposed first: parameters by their names, `objective` among them, or whole
-            configurations. The sampler chooses what a point does not say.
+        space: the space to search.
+        journal: Optuna's journal file, created or continued. Not used with a `storage`.
+        study: prefix of the studies' names. None: `search.study` of the space, or `tfkd`.
+        folder: contains a directory for each trial. None: trials get no directory.
+        place: added unchanged to the `trial` section of every proposal.
+        storage: URL of an Optuna storage. None: `search.storage` of the space, or the journal.
+        priors: directories of earlier experiments whose results the sampler uses (`prior_trials`).
+        points_to_evaluate: points to propose first: parameters by name, `objective` among them, or
+            whole configurations. The sampler chooses the missing values.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self.folder = folder
         self.priors = [Path(p) for p in priors]
         self.judges = False
-        """Whether trials are stopped where the studies say so, and nowhere else (see `StudyStopping`)."""
+        """True if trials are stopped only by the studies' decisions (see `StudyStopping`)."""
         self._given = given_points(space, points_to_evaluate)
         self._saved: dict[str, int] = {}
         self._forget()
@@ -138,17 +142,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._points: dict[int, list[dict[str, Any]]] = {}
         self._dealt: dict[int, optuna.Study] = {}
 
-    # --- what Tune calls
+    # --- called by Tune
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: Any, **spec: Any
     ) -> bool:
-        """Refuse a metric, or a direction, that is not the space's; called where a Tuner has a `param_space`."""
+        """Refuse another metric or direction than the space's; Tuners with `param_space` call it."""
         self.check_metric(metric, mode)
-        return False  # the space is given, and Tune refuses another
+        return False  # the space is fixed, and Tune refuses another
 
     def check_metric(self, metric: str | None, mode: str | None) -> None:
-        """Raise where a `tune.TuneConfig` wants another metric than the space, which the search goes by."""
+        """Raise if a `tune.TuneConfig` has a metric other than the space's, which rules."""
         search = self.space.search
         given = [
             (n, told)
@@ -163,7 +167,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next configuration: first what is unfinished, then new ones, FINISHED after `num_samples`."""
+        """Return the next configuration: unfinished trials, new ones, then FINISHED."""
         if not self._asked:
             self._asked = True
             self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
@@ -192,7 +196,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         name = f"t{n:04d}-{config.objective.name}"
         if number is None:
             trial.set_user_attr("name", name)
-            trial.set_user_attr("number", n)  # last: now the proposal is whole
+            trial.set_user_attr("number", n)  # last: now the proposal is complete
         self._live[trial_id] = _Live(study, trial, reported)
         assignment = Assignment(
             number=n,
@@ -206,7 +210,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return {SECTION: assignment.section(), **config.model_dump(mode="json")}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Put the epoch's value into the study."""
+        """Write the epoch's value to the study."""
         self.report(trial_id, result)
         if trial_id in self._live:
             self._live[trial_id].told = result.get("training_iteration")
@@ -214,7 +218,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the study how the trial ended; telling it twice changes nothing."""
+        """Record in the study how the trial ended; repeating it changes nothing."""
         live = self._live.pop(trial_id, None)
         if live is None:
             return
@@ -223,7 +227,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         failed = str(result.get("failed") or "")
         if error and not is_number(
             result.get(self.space.search.metric)
-        ):  # a `Repeater` has one of the other repeats
+        ):  # from another repeat of a `Repeater`
             failed = self._errors.pop(trial_id, "") or _raised() or "its process was lost"
         if result and not failed:
             self._put(live, result)
@@ -246,12 +250,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def _is_whole(self, live: _Live, result: dict[str, Any]) -> bool:
-        """Whether a trial that ended is of full length, by its epochs or by its own or the user's decision."""
+        """Return True if an ended trial has full length, by its epochs, by itself or by the user."""
         if not {"epoch", "training_iteration", "done"} & set(result):
-            return True  # what a `Repeater` tells: the mean of trials that have ended
+            return True  # from a `Repeater`: the mean of trials that have ended
         told = live.told is not None and live.told == result.get(
             "training_iteration"
-        )  # it ended after it was told
+        )  # it ended after its last report
         by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
         epoch, last = (
             live.epochs.of(result),
@@ -260,17 +264,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return by_itself or bool(result.get(FULL_LENGTH)) or (epoch is not None and epoch >= last)
 
     def save(self, checkpoint_path: str) -> None:
-        """Note which of Tune's trials is which of the study; all else that matters is in the study."""
+        """Save which Tune trial belongs to which study trial; the study holds everything else."""
         numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
         Path(checkpoint_path).write_text(
             json.dumps({"journal": str(self.journal), "trials": numbers})
         )
 
     def restore(self, checkpoint_path: str) -> None:
-        """Go on from the study, with the trials that Tune goes on with."""
+        """Continue from the study, with the trials that Tune resumes."""
         self._saved = json.loads(Path(checkpoint_path).read_text()).get("trials", {})
         if self.storage is None:
-            drop_stale_locks(self.journal)  # of a driver that was killed
+            drop_stale_locks(self.journal)  # of a killed driver
         self._studies = None
         self._open()
 
@@ -282,13 +286,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self.__dict__.update(state)
         self._forget()
 
-    # --- for the scheduler and the driver
+    # --- called by scheduler and driver
 
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Put an epoch's value into the study, once; whether the trial is now at a rung where it should stop.
+        """Write an epoch's value to the study, once; return True if the trial should stop here.
 
-        A resumed trial tells its epochs again. They are known, and were judged, but for the last: the driver may have
-        died before it acted on that.
+        A resumed trial reports its epochs again. They are known and judged, except for the last:
+        the driver may have died before it stopped the trial.
         """
         live = self._live.get(trial_id)
         if live is None:
@@ -303,23 +307,23 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return live.stopped
 
     def note_error(self, trial_id: str, error: BaseException | None) -> None:
-        """Why a trial is about to end with an error: the exception, where it raised one itself."""
+        """Remember the exception that ended a trial."""
         if isinstance(error, RayTaskError):
             self._errors[trial_id] = readable(f"{type(error.cause).__name__}: {error.cause}")
 
     def remaining(self) -> int:
-        """Trials still to be handed out: unfinished and new ones."""
+        """Return the number of trials still to be proposed, unfinished and new."""
         self._open()
         return len(self._todo) + self.space.search.num_samples - self._next
 
     def close(self) -> None:
-        """Leave the storage; whatever is asked next opens it again."""
+        """Close the storage; the next access opens it again."""
         if self._studies is not None:
             close_storage(self._storage)
             self._studies = None
 
     def retry_failed(self) -> int:
-        """Queue the failed trials, with their numbers, parameters and values on the way; how many they are."""
+        """Queue the failed trials again, with numbers, parameters and values; return their number."""
         studies = self._open()
         latest = {
             t.user_attrs["number"]: (study, t)
@@ -343,10 +347,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return len(failed)
 
     def add_priors(self, priors: Sequence["Prior"]) -> None:
-        """Give the studies results of earlier experiments, each once.
+        """Add results of earlier experiments to the studies, each once.
 
-        They have no number, so they are no trials of this experiment, and no values on the way, so that no rung and no
-        median is made of them: there are none here of the trials that were stopped there.
+        They have no number, so they are not trials of this experiment. They have no intermediate
+        values, so they affect no rung and no median: values of trials that were stopped are
+        missing.
         """
         studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
         for prior in priors:
@@ -371,12 +376,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         pruned: bool = False,
         intermediate_values: Sequence[float] | None = None,
     ) -> None:
-        """Give the study a point that was evaluated elsewhere, once; it is no trial of this search.
+        """Add a point that was evaluated elsewhere to the study, once; it is no trial of this search.
 
         Args:
-            parameters: all that are searched, by their names, with `objective` where there are several; or a whole
-                configuration.
-            value: of the metric; a list where there are several. None for one that failed.
+            parameters: all searched parameters by name, with `objective` if there are several; or a
+                whole configuration.
+            value: of the metric; a list for several metrics. None if it failed.
             error: it failed.
             pruned: it was stopped early.
             intermediate_values: after epochs 1, 2, ...
@@ -419,16 +424,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         )
 
     def waiting(self) -> set[int]:
-        """Numbers of the trials that are to be handed out again."""
+        """Return the numbers of the trials that will be proposed again."""
         self._open()
         return set(self._todo)
 
     def open_trials(self) -> int:
-        """Trials that are handed out and have not ended."""
+        """Return the number of proposed trials that have not ended."""
         return len(self._live)
 
     def known(self) -> dict[int, str]:
-        """The names of the trials that the studies hold, by number."""
+        """Return the names of all trials in the studies, by number."""
         trials = [t for study in self._open() for t in study.get_trials(deepcopy=False)]
         return {
             t.user_attrs["number"]: str(t.user_attrs.get("name"))
@@ -437,7 +442,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         }
 
     def recorded(self) -> list[dict[str, Any]]:
-        """The trees of the spaces for which the studies were made; mostly one. Release 0.1.0 noted none."""
+        """Return the trees of these studies' spaces, mostly one. Release 0.1.0 recorded none."""
         noted = {
             str(tree)
             for study in self._open()
@@ -450,19 +455,19 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return trees
 
     def studies(self) -> list[optuna.Study]:
-        """The studies, one for each group of the space."""
+        """Return the studies, one for each group of the space."""
         return self._open()
 
     def optuna_storage(self) -> BaseStorage:
-        """Where the studies are."""
+        """Return the storage of the studies."""
         self._open()
         storage: BaseStorage = self._storage
         return storage
 
     def _put(self, live: _Live, result: dict[str, Any]) -> bool:
-        """Whether the value is new to the study, and a number."""
+        """Write a value; return True if it is new to the study and a number."""
         epoch, value = live.epochs.of(result), result.get(self.space.search.metric)
-        if self.space.search.more_metrics:  # Optuna keeps no values on the way for several
+        if self.space.search.more_metrics:  # Optuna keeps no intermediate values then
             return False
         if epoch is None or not is_number(value) or epoch in live.reported:
             return False
@@ -473,7 +478,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     # --- Optuna
 
     def _open(self) -> list[optuna.Study]:
-        """The studies, made or continued; what is unfinished in them is queued."""
+        """Create or continue the studies, and queue their unfinished trials."""
         if self._studies is None:
             self._forget()
             self._storage = (
@@ -490,7 +495,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return self._studies
 
     def _make_studies(self) -> list[optuna.Study]:
-        """The studies, with a note of the space for which they were made, so that a change by hand is noticed."""
+        """Create or load the studies; record their space in them, so that edits are detected."""
         directions = {"max": "maximize", "min": "minimize"}
         studies = [
             optuna.create_study(
@@ -508,7 +513,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return studies
 
     def _take_stock(self, studies: Sequence[optuna.Study]) -> None:
-        """Find out what is there: which numbers, in which group, and what of them is to be done (again)."""
+        """Read the studies: trial numbers, their groups, and the trials that must run (again)."""
         latest: dict[int, FrozenTrial] = {}
         for g, study in enumerate(studies):
             for trial in study.get_trials(deepcopy=False):
@@ -517,7 +522,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                     latest[n], self._group_of[n] = (
                         trial,
                         g,
-                    )  # a later attempt stands for an earlier one
+                    )  # a later attempt replaces an earlier one
                 elif trial.state == TrialState.RUNNING:
                     study.tell(trial.number, state=TrialState.FAIL)
         self._started = {
@@ -528,7 +533,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._counts = collections.Counter(self._group_of.values())
 
     def _take_up(self, trial_id: str, n: int) -> None:
-        """Leave an unfinished trial to Tune, which goes on with it under the id that it has."""
+        """Leave an unfinished trial to Tune, which resumes it under its old id."""
         number = self._started.pop(n, None)
         if number is None:
             return
@@ -539,8 +544,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._live[trial_id] = _Live(study, self._again(study, number), reported)
 
     def _deal(self, n: int) -> tuple[int, int]:
-        """(group of trial n, how many of the group came before it): the group that has the fewest so far."""
-        newest = len(self._group_of) == n  # nothing is missing before it
+        """Return (the smallest group, which gets trial n; the number of earlier trials in it)."""
+        newest = len(self._group_of) == n  # no number is missing before it
         counts = (
             self._counts
             if newest
@@ -558,17 +563,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return g, k
 
     def _again(self, study: optuna.Study, number: int) -> optuna.Trial:
-        """A handle on a trial of an earlier session: asked for its parameters, it returns what it was given then."""
+        """Return a trial of an earlier session, which returns the parameters that it got then."""
         study.sampler = optuna.samplers.RandomSampler(
             seed=0
-        )  # has nothing to say: all parameters are there
+        )  # it samples nothing: all parameters exist
         study_id = self._storage.get_study_id_from_name(study.study_name)
         return optuna.Trial(
             study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
         )
 
     def _sampler(self, n: int, g: int, k: int) -> optuna.samplers.BaseSampler:
-        """What proposes trial n, the k-th of its group."""
+        """Return the sampler of trial n, the k-th of its group."""
         search, group = self.space.search, self.space.groups[g]
         settings, seed = search.sampler, address(search.seed, "proposal", n) % 2**32
         random = optuna.samplers.RandomSampler(seed=seed)
@@ -611,16 +616,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return random
 
     def _begins_evenly(self, g: int, early: bool) -> bool:
-        """Whether a model begins with quasi-random points: where nothing is known yet, and there is one branch."""
+        """Return True if a model starts with quasi-random points: one branch, no results yet."""
         modelled = isinstance(self.space.search.sampler, Tpe | Gp)
         if not (early and modelled and len(self.space.groups[g].branches) == 1):
             return False
         return all("prior" not in t.user_attrs for t in self._open()[g].get_trials(deepcopy=False))
 
     def _point(self, g: int, k: int) -> dict[str, Any]:
-        """Point k of a sampler that looks at no values: the k-th that Optuna's own gives to a study in memory.
+        """Return point k of a sampler that ignores values, as Optuna gives it to a study in memory.
 
-        So it depends on k alone, whatever else the real study holds: priors, attempts, the rest of a crash.
+        It depends on k alone, whatever the real study contains: priors, attempts, incomplete
+        proposals.
         """
         search, group = self.space.search, self.space.groups[g]
         points = self._points.setdefault(g, [])
@@ -658,7 +664,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             every = stopping.rungs(epochs)[:1] or [epochs]
             return optuna.pruners.MedianPruner(
                 n_startup_trials=stopping.startup,
-                n_min_trials=stopping.startup,  # of this experiment: priors have no values on the way
+                n_min_trials=stopping.startup,  # priors have no intermediate values
                 n_warmup_steps=every[0],
                 interval_steps=every[0],
             )
@@ -683,7 +689,7 @@ _ALIVE = {
 
 
 def _raised() -> str | None:
-    """The exception that fails the trial of which Tune is telling, where it raised one itself."""
+    """Return the exception of the trial that Tune reports as failed, if the trial raised it."""
     error = caller_argument("_process_trial_failure", "exception")
     return (
         f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else None
@@ -691,31 +697,30 @@ def _raised() -> str | None:
 
 
 class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
-    """Asynchronous successive halving. (Li et al. 2020, arXiv:1810.05934, without promotion of stopped trials.)
+    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934), without promotion.
 
-    At a rung a trial goes on if its value is among the best 1 / `factor` of those that have come there, and at least if
-    it is the best. Unlike Optuna's own pruner it keeps no notes: its answer is a function of the reported values alone,
-    so that it can be asked again after a crash.
+    At a rung a trial continues if its value is among the best 1 / `factor` of those that reached
+    it, and always if it is the best. Unlike Optuna's pruner it stores no state: its decision
+    depends on the reported values alone, so it can be repeated after a crash.
 
     Args:
-        brackets: the rungs of each halving; a trial's is its user attribute `bracket`, or the first.
-        factor: one in so many goes on.
+        brackets: the rungs of each halving; a trial's is its user attribute `bracket`, or the
+            first.
+        factor: one in so many trials continues.
     """
 
     def __init__(self, brackets: list[list[int]], factor: int) -> None:
         self._brackets, self._factor = brackets, factor
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether the trial should stop at the epoch it has reported last."""
+        """Return True if the trial should stop at the epoch that it reported last."""
         bracket = trial.user_attrs.get("bracket", 0)
         rungs = self._brackets[bracket]
         rung = max((r for r in rungs if r <= (trial.last_step or 0)), default=None)
         if rung is None or self._first(trial, rung) != trial.last_step:
             return False
         values: dict[Any, float] = {}
-        for t in study.get_trials(
-            deepcopy=False
-        ):  # of a trial that was tried again, the last attempt
+        for t in study.get_trials(deepcopy=False):  # of a retried trial, the last attempt
             if (
                 t.user_attrs.get("bracket", 0) == bracket
                 and (step := self._first(t, rung)) is not None
@@ -728,7 +733,7 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
         return came.index(trial.intermediate_values[trial.last_step]) > came.index(last_good)
 
     def _first(self, trial: FrozenTrial, rung: int) -> int | None:
-        """The first epoch that a trial has reported at a rung or past it, before the next one."""
+        """Return the first epoch that a trial reported at or after a rung, before the next rung."""
         after = [r for r in self._brackets[trial.user_attrs.get("bracket", 0)] if r > rung]
         upto = min(after, default=math.inf)
         return min(
@@ -737,7 +742,7 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
 
 
 class StudyStopping(FIFOScheduler):  # type: ignore[misc]
-    """Stops trials where the searcher's study says so: the rungs live in the study, and so survive the driver."""
+    """Stops trials as the searcher's study decides, so rungs survive a crash of the driver."""
 
     def __init__(self, searcher: OptunaSearcher) -> None:
         check_kind(searcher, OptunaSearcher, "searcher")
@@ -745,16 +750,16 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         self.searcher = searcher
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Refuse a metric that is not the space's."""
+        """Refuse a metric other than the space's."""
         self.searcher.check_metric(metric, mode)
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Let the searcher know that nobody else stops a trial early."""
+        """Let the searcher know that no other scheduler stops trials early."""
         self.searcher.judges = True
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
-        """As FIFOScheduler, which looks through all trials there ever were, each time."""
+        """Choose as FIFOScheduler does, without looking through all past trials each time."""
         waiting = [
             t
             for t in tune_controller.get_live_trials()
@@ -767,8 +772,8 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         )
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Tell the searcher, which hears of an error only that there was one, what it was."""
-        if trial.pickled_error_file is not None:  # by Tune, a moment ago
+        """Pass the exception to the searcher, which otherwise learns only that a trial failed."""
+        if trial.pickled_error_file is not None:  # just written by Tune
             self.searcher.note_error(
                 trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
             )
@@ -779,13 +784,13 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
     ) -> str:
-        """STOP at a rung where the trial is not among the best 1 / factor of its group."""
+        """Return STOP at a rung if the trial is not among the best 1 / factor of its group."""
         stop = self.searcher.report(trial.trial_id, result)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
 
 def take_saved_journal(journal: Path) -> bool:
-    """Put what a search has saved, whose journal was lost, in the journal's place; whether there was something."""
+    """Restore a lost journal from the copy that a search saved; return True if there was a copy."""
     saved = journal.with_name(journal.name + SAVED)
     if saved.is_symlink() or not saved.is_file():
         return False
@@ -798,9 +803,9 @@ def take_saved_journal(journal: Path) -> bool:
 def point_in(
     space: Space, parameters: Mapping[str, Any], *, whole: bool = False
 ) -> tuple[BranchGroup, str, dict[str, Any]]:
-    """(group, objective, values by parameter name) of a point that somebody names; all values, if it is `whole`.
+    """Return (group, objective, values by parameter name) of a given point; all values if `whole`.
 
-    A point is a whole configuration, or values by parameter name and perhaps the name of its `objective`.
+    A point is a whole configuration, or values by parameter name, with the `objective` if needed.
     """
     given = {key: value for key, value in parameters.items() if key not in (SECTION, TRIAL_INDEX)}
     if isinstance(given.get("objective"), Mapping):
@@ -845,7 +850,7 @@ def point_in(
 def given_points(
     space: Space, points: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Points by the name of their group, as its sampler is asked for them."""
+    """Return points by the name of their group, in the form of its sampler."""
     if points and isinstance(space.search.sampler, Grid):
         raise ConfigError(
             "points_to_evaluate: a grid is every combination once; leave them out, or choose a sampler"
@@ -867,9 +872,9 @@ def given_points(
 
 
 def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
-    """Give the studies of a wider space (see `not_superset`) all trials of a narrower one; what was in them is lost.
+    """Replace the studies of a wider space (see `not_superset`) by all trials of a narrower one.
 
-    What was fixed before, and is searched now, is a parameter of the copied trials.
+    A value that was fixed before and is searched now becomes a parameter of the copied trials.
     """
     copies: list[tuple[int, str, FrozenTrial]] = []
     for group, study in zip(old.space.groups, old.studies(), strict=True):
@@ -889,7 +894,7 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
                 )
                 copies.append((trial.user_attrs.get("number", -1), place[0].name, copied))
     for name in optuna.study.get_all_study_names(storage=old.optuna_storage()):
-        if name.startswith(f"{new.study}/"):  # the rest of a crash
+        if name.startswith(f"{new.study}/"):  # left by a crash
             optuna.delete_study(study_name=name, storage=old.optuna_storage())
     studies = dict(zip([g.name for g in new.space.groups], new.studies(), strict=True))
     for _, name, copied in sorted(copies, key=lambda entry: entry[0]):

@@ -1,4 +1,4 @@
-"""TODO run.studies."""
+"""Storages of Optuna's studies: the journal file, and databases with a URL."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,16 @@ from tfkd_ray.space.space import Space
 from tfkd_ray.store.experiment import parse_json
 
 LONGEST_LINE = 2**24
-"""Bytes of a journal's line; Optuna's are of some hundred."""
+"""Maximum bytes of a journal's line; Optuna writes a few hundred."""
 
 
-# --- storages --------------------------------------------------------------------------------------------------
+# --- storages -------------------------------------------------------------------------------------
 
 
 def open_journal(path: Path) -> BaseStorage:
-    """Optuna's storage in a journal file; what a crash left half-written at its end is cut off first.
+    """Open Optuna's storage in a journal file; first cut off a half-written end that a crash left.
 
-    Anything else that is wrong with the file is a ConfigError with the byte where it begins, and changes nothing.
+    Any other damage raises a ConfigError with the byte where it begins, and changes nothing.
     """
     if path.exists():
         _mend(path)
@@ -44,20 +44,21 @@ def open_journal(path: Path) -> BaseStorage:
 
 
 SAVED, REPLACED = ".saved", ".replaced"
-"""Added to a journal's name: what a search knew whose journal was lost; what stood in the journal's place."""
+"""Suffixes of a journal's name: the copy saved after a loss; the file that was replaced."""
 JOURNAL_TAIL = 4096
-"""Bytes before the end by which a journal is known again."""
+"""Number of bytes at the end that identify a journal."""
 
 
 class _Journal(JournalFileBackend):  # type: ignore[misc]
-    """A journal that only grows: one that was deleted, cut or replaced is noticed before it is read or written.
+    """A journal that detects, before and after each access, that it was deleted, cut or replaced.
 
-    What the storage knows then is saved beside it, and an OSError ends the sweep. Others may append to the file.
+    It then saves the storage's content beside the file, and an OSError stops the sweep. Other
+    processes may append to the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.storage: JournalStorage = None  # set by who makes that of this
+        self.storage: JournalStorage = None  # set by the caller that opens the storage
         self._end, self._tail = 0, b""
         super().__init__(str(path))
 
@@ -71,7 +72,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Look at the file before it is used and after: it may be lost at any moment between."""
+        """Check the file before and after it is used: it may be lost at any moment between."""
         self._check()
         try:
             yield
@@ -81,7 +82,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
         self._check()
 
     def _check(self) -> None:
-        """Raise if the file does not hold what it held, after saving that."""
+        """Raise if the file has lost content, after saving that content."""
         what = self._changed()
         if what is None:
             return
@@ -96,7 +97,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
         raise OSError(errno.ESTALE, f"was {what} while the sweep ran; {kept}", str(self._path))
 
     def _changed(self) -> str | None:
-        """What was done to the file that it does not hold what it held; None if it does, and its end is remembered."""
+        """Return how the file has lost content; or remember its end and return None."""
         try:
             file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -119,7 +120,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
 
 
 def save_journal(storage: JournalStorage, path: Path) -> None:
-    """Write a new journal with all that a storage has in memory, whole or not at all."""
+    """Write a new journal with the storage's content in memory, atomically."""
     logs = _Logs()
     copy = JournalStorage(logs)
     for study in storage._replay_result.get_all_studies():  # in memory: its file is gone
@@ -155,7 +156,7 @@ def _mend(path: Path) -> None:
         JournalStorage(lines)
     except ConfigError:
         raise
-    except Exception:  # whatever Optuna makes of a line that it cannot make sense of
+    except Exception:  # Optuna raises any type for a damaged line
         raise _corrupt(path, lines.start, lines.line) from None
     if lines.tail and not lines.tail.startswith(b'{"op_code"'[: len(lines.tail)]):
         raise _corrupt(path, lines.end, lines.tail)
@@ -173,11 +174,11 @@ def _corrupt(path: Path, byte: int, line: bytes) -> ConfigError:
 
 
 LOCK_S = 3.0
-"""Longest time that somebody who lives takes to write to a journal."""
+"""Maximum time that a living process takes to write to a journal."""
 
 
 def drop_stale_locks(journal: Path) -> None:
-    """Remove what a process that was killed has left of Optuna's lock; one that is held now is waited for."""
+    """Remove the locks of killed processes from Optuna's journal; wait for a lock in use."""
     began = time.monotonic()
     seen = _locks(journal)
     while (
@@ -192,16 +193,16 @@ def drop_stale_locks(journal: Path) -> None:
 
 
 def _locks(journal: Path) -> set[tuple[float, Path]]:
-    """(when it was made, file) of every lock of a journal."""
+    """Return (creation time, file) of every lock of a journal."""
     found = set()
     for path in journal.parent.glob(f"{journal.name}.lock*"):
-        with contextlib.suppress(FileNotFoundError):  # free again
+        with contextlib.suppress(FileNotFoundError):  # already released
             found.add((path.lstat().st_mtime, path))
     return found
 
 
 class _Lines(BaseJournalBackend):  # type: ignore[misc]
-    """A journal to try out, read line by line: `line` is the last that Optuna was given, and began at byte `start`."""
+    """A journal read line by line for a check; `line` is the last, from byte `start`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -233,25 +234,25 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
 
 
 SQLITE_WAIT_S = 20.0
-"""Longest wait for somebody else who writes to an SQLite database."""
+"""Maximum time to wait for another process that writes to an SQLite database."""
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Optuna's storage behind a URL, or a ConfigError if it cannot be reached."""
+    """Open the Optuna storage at a URL; raise ConfigError if it cannot be reached."""
     kind = whole_url(url).partition(":")[0]
     wait = {"sqlite": {"timeout": SQLITE_WAIT_S}}.get(
         kind.partition("+")[0], {"connect_timeout": 10}
     )
     template = (
         whole_url(url).replace("{", "{{").replace("}", "}}")
-    )  # Optuna fills its version into braces
+    )  # Optuna inserts its version at the braces
     with database(url):
         return RDBStorage(template, engine_kwargs={"connect_args": wait})
 
 
 @contextlib.contextmanager
 def database(url: str) -> Iterator[None]:
-    """What is wrong with a database behind a URL is a ConfigError."""
+    """Turn a database's errors into a ConfigError."""
     whole = whole_url(url)
     shown = masked(url)
     kind = whole.partition(":")[0]
@@ -294,7 +295,7 @@ def close_storage(storage: BaseStorage) -> None:
 
 
 def whole_url(url: str) -> str:
-    """The URL with its password; where that is ***, from TFKD_STORAGE."""
+    """Return the URL with its password; *** is replaced by the password in TFKD_STORAGE."""
     if HIDDEN not in url:
         return url
     given = os.environ.get(ENVIRONMENT)
@@ -312,7 +313,7 @@ def whole_url(url: str) -> str:
 
 
 def without_password(space: Space) -> Space:
-    """The same space, with *** for the password of its storage: what may be pickled, logged and shown."""
+    """Return the space with *** for its storage's password, safe to pickle, log and display."""
     url = space.search.storage
     if url is None or masked(url) == url:
         return space

@@ -1,8 +1,9 @@
 """One trial: in this process, or on a resident group of Ray Train workers.
 
-Both run `loop.train_in`, so a trial's files and numbers do not depend on which. `StudentTrial` is a reused Tune actor:
-a trial of one worker trains inside it; for trials of several workers it owns a `Group`, one TorchTrainer whose workers
-stay and take one trial after the other (a TorchTrainer started for each trial would cost 14 to 22 s each).
+Both run `loop.train_in`, so the files and numbers are the same. `StudentTrial` is a reused Tune
+actor: a trial of one worker trains inside it; for trials of several workers it owns a
+`WorkerGroup`, one TorchTrainer whose workers run one trial after another (starting a TorchTrainer
+for each trial would take 14 to 22 s).
 """
 
 import contextlib
@@ -39,22 +40,22 @@ from tfkd_ray.store.assignment import Assignment, without_assignment
 
 
 class BrokenGpu(RuntimeError):
-    """A GPU, or what CUDA keeps of it in this process, is broken, by no fault of the trial's configuration."""
+    """A GPU or this process's CUDA context is broken, not because of the trial's configuration."""
 
 
 def resources_of(config: TrainConfig) -> tune.PlacementGroupFactory:
-    """What Tune reserves for a trial's own process (a group's workers are reserved by Ray Train)."""
+    """Return the resources of a trial's own process; Ray Train reserves its workers'."""
     if config.workers > 1:
         return tune.PlacementGroupFactory([{DRIVER: 0.01}])
     return shunning(tune.PlacementGroupFactory([config.worker_resources]))
 
 
 class StudentTrial(tune.Trainable):  # type: ignore[misc]
-    """A Tune trainable for proposals of `OptunaSearcher`: one step is one epoch, `done` after the last.
+    """A Tune trainable for proposals of `OptunaSearcher`: one step is one epoch, then `done`.
 
-    A failure of the trial itself is a result with `failed` (the reason), so that the actor can be used again; only a
-    lost process, and a disk that cannot be written to, are errors for Tune, which then starts the trial again, from its
-    last checkpoint. A result's `note` is a sentence for who looks on.
+    If the trial itself fails, its result has `failed` (the reason), and the actor is reused. Only a
+    lost process and a disk that cannot be written to are errors for Tune, which restarts the trial
+    from its last checkpoint. A result's `note` is a sentence for the user.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -70,13 +71,13 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         with contextlib.suppress(
             Exception
-        ):  # the trial before has ended, and its end was told: no matter of this one's
+        ):  # an error while closing the previous trial must not fail this one
             stop_epochs(self._epochs)
         self._begin(new_config)
         return True
 
     def _leave(self, number: int, frame: Any) -> None:
-        """SIGTERM, as a node gets that is taken away: save and go, now or after the epoch that is being trained."""
+        """On SIGTERM (the node is preempted), save and exit, now or after the current epoch."""
         self._leaving = True
         if not getattr(self._epochs, "gi_running", False):
             self._save_and_go()
@@ -86,11 +87,11 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             if hasattr(self._epochs, "close"):
                 self._epochs.close()
         finally:
-            os._exit(1)  # the trial goes on in another process
+            os._exit(1)  # the trial continues in another process
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._assignment = Assignment.of(config)
-        if self._assignment.home is not None:  # each time: Ray has gone to a folder of its own
+        if self._assignment.home is not None:  # each time: Ray has changed to its own folder
             own_code.enter(self._assignment.home)
         run = without_assignment(config)
         workers = run["workers"]
@@ -134,28 +135,28 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         storage, folder = self._assignment.place
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "error.txt", trace)
-        with contextlib.suppress(OSError):  # the reason is told all the same
+        with contextlib.suppress(OSError):  # the reason is reported anyway
             storage.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
         if is_out_of_memory(error) and 0 < share < 1:
             write_text(folder / OUT_OF_MEMORY, str(share))
             storage.send(folder / OUT_OF_MEMORY)
-            raise error  # ends this process; the trial starts again, with a larger share
+            raise error  # ends this process; the trial restarts with a larger share
         if is_of_broken_gpu(error) or (share and not _gpu_answers()):
             note_broken(self._assignment, reason)
-            raise BrokenGpu(reason) from None  # ends this process; the trial goes on elsewhere
+            raise BrokenGpu(reason) from None  # ends this process; the trial continues elsewhere
         return {"failed": reason, "done": True}
 
     def cleanup(self) -> None:
         if hasattr(self._epochs, "close"):
             with contextlib.suppress(GroupLost):
-                self._epochs.close()  # saves what is not saved yet
+                self._epochs.close()  # saves if necessary
         if self._group is not None:
             self._group.close()
 
 
 def _gpu_answers() -> bool:
-    """Whether this process's GPU can still be used after a trial has failed on it."""
+    """Return True if this process's GPU still works after a trial has failed on it."""
     try:
         torch.cuda.synchronize()
     except Exception:

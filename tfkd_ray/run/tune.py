@@ -1,4 +1,4 @@
-"""A sweep: space, teachers, search and stopping put together as a `ray.tune.Tuner`."""
+"""A sweep: a `ray.tune.Tuner` made of space, teachers, search and stopping."""
 
 import contextlib
 import dataclasses
@@ -81,11 +81,11 @@ from tfkd_ray.store.experiment import (
 from tfkd_ray.store.storage import Experiment, Storage, checked, to_continue
 
 MANY_TRIALS = 16
-"""Trials at a time from which on their processes are started side by side."""
+"""Number of concurrent trials from which on their processes are started in parallel."""
 LOOK_S = 5
-"""How often nodes are counted, which come and go."""
+"""Interval of counting nodes, which may come and go."""
 STORAGE = Path("tfkd_results")
-"""Where experiments and teachers go if nothing is said, below the current directory."""
+"""Default directory of experiments and teachers, below the current directory."""
 
 
 def build_tuner(
@@ -101,25 +101,30 @@ def build_tuner(
     on_budget: Callable[[str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
-    """A `ray.tune.Tuner` that runs a space; `.fit()` returns Ray's own `ResultGrid`.
+    """Return a `ray.tune.Tuner` that runs a space; its `.fit()` returns Ray's own `ResultGrid`.
 
-    Connects to Ray if nothing is connected yet, makes the experiment's directory, and trains the teachers that are
-    missing, once, before it returns. Wrong input is a ConfigError, raised before anything is written.
+    Connects to Ray if there is no connection, creates the experiment's directory, and trains
+    missing teachers once, before it returns. Wrong input raises a ConfigError before anything is
+    written.
 
     Args:
         space: a `Space`, the tree of one, or the path of a space file.
-        name: of the experiment, a directory below `storage` that is not there yet. None: the file's name and the time.
-        storage: directory that all nodes see, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, or one that is open already
-            (`storage.checked`); teachers are shared by the experiments in it.
-        callbacks: Tune callbacks beside ours, for example of MLflow or W&B.
-        tune_config: Ray's own; its metric, scheduler, concurrency and time budget override the space's `search`. What
-            would be ignored (searcher, number and names of trials) is refused.
-        run_config: Ray's own; its `name` and `storage_path` stand for `name` and `storage`. Trials that its `stop` ends
-            are of full length. What would be ignored (checkpoints, file system, `fail_fast`) is refused.
-        on_teacher: called with a teacher's run before it is trained (None) and after (what teacher.json says).
-        priors: directories of earlier experiments whose finished trials the sampler should know.
+        name: name of the experiment, a new directory below `storage`. None: the file's name and the
+            time.
+        storage: directory that all nodes see, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, or an open
+            storage (`storage.checked`); the experiments in it share teachers.
+        callbacks: additional Tune callbacks, for example of MLflow or W&B.
+        tune_config: Ray's own; its metric, scheduler, concurrency and time budget override the
+            space's `search`. Settings without effect (searcher, number and names of trials) raise.
+        run_config: Ray's own; its `name` and `storage_path` replace `name` and `storage`. Trials
+            that its `stop` ends have full length. Settings without effect (checkpoints, file
+            system, `fail_fast`) raise.
+        on_teacher: called with a teacher's run before it is trained (with None) and after (with the
+            content of teacher.json).
+        priors: directories of earlier experiments whose finished trials the sampler uses.
         on_budget: called with a sentence if a budget of the space's `search` ends the sweep.
-        on_note: called with a sentence if object storage does not answer, and when it does again. None: standard error.
+        on_note: called with a sentence if object storage does not answer, and when it does again.
+            None: standard error.
     """
     space, stem = _as_space(space)
     run_config = run_config or tune.RunConfig()
@@ -132,7 +137,7 @@ def build_tuner(
         )
     if (
         run_config.storage_path != tune.RunConfig().storage_path
-    ):  # Ray's default is no wish of the user's
+    ):  # Ray's default, not set by the user
         if str(storage) not in (str(STORAGE), str(run_config.storage_path)):
             raise ConfigError(
                 f"storage: {storage}, and run_config.storage_path is {run_config.storage_path}; give one of them"
@@ -156,9 +161,9 @@ def build_tuner(
     lock = Lock(storage, name)
     (experiment / "study.journal").unlink(
         missing_ok=True
-    )  # of a driver that was killed while it made this
+    )  # of a driver that was killed while creating this
     searcher = _searcher(space, experiment, storage, url, priors=priors)
-    searcher.remaining()  # makes the studies, with the priors in them
+    searcher.remaining()  # creates the studies, with the priors in them
     write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
     return _tuner(
         space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note
@@ -182,21 +187,24 @@ def resume_tuner(
     on_budget: Callable[[str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> tune.Tuner:
-    """A Tuner that goes on with an experiment: unfinished trials first, from their last checkpoint, then new ones.
+    """Return a Tuner that resumes an experiment: unfinished trials first, then new ones.
 
-    What is finished is in the study, and is not run again; Ray's own snapshot is not read.
+    Unfinished trials continue from their last checkpoint. Finished trials are in the study and are
+    not run again; Ray's own snapshot is not read.
 
     Args:
-        experiment: its directory, or its URL on object storage, or one that is open already (`storage.to_continue`).
-        add_trials: raises `search.num_samples` by so many.
-        retry_failed: run the failed trials again, with their numbers and parameters, from their last checkpoints.
-        time_budget_s: a new budget, from now on; as are `gpu_hours`, `cpu_hours` and `max_failed_trials`. None: what
-            is left of the old one.
+        experiment: its directory, its URL on object storage, or an open storage
+            (`storage.to_continue`).
+        add_trials: number to add to `search.num_samples`.
+        retry_failed: run the failed trials again, with their numbers and parameters, from their
+            last checkpoints.
+        time_budget_s: a new budget, which starts from zero; likewise `gpu_hours`, `cpu_hours` and
+            `max_failed_trials`. None: continue the remaining budget.
         priors: more earlier experiments for the sampler.
-        space: go on in this wider space, which holds every trial of the experiment's.
-        study_storage: the storage's URL, where it has moved or its password is not in TFKD_STORAGE.
+        space: a wider space to continue in, which contains every trial of the experiment.
+        study_storage: the study storage's URL, if it has moved or TFKD_STORAGE lacks its password.
         on_budget: called with a sentence if a budget ends the sweep.
-        on_note: as of `build_tuner`.
+        on_note: as for `build_tuner`.
     """
     budgets = {
         "time_budget_s": time_budget_s,
@@ -272,7 +280,7 @@ def resume_tuner(
 
 
 def _with_search(space: Space, **settings: Any) -> Space:
-    """The same space with other settings of its search."""
+    """Return the space with other settings of its search."""
     try:
         search = validated(SearchConfig, {**space.search.model_dump(mode="json"), **settings})
     except ConfigError as error:
@@ -287,16 +295,16 @@ def _searcher(
 ) -> OptunaSearcher:
     journal = experiment / "study.journal"
     if url is None:
-        drop_stale_locks(journal)  # of a dead driver: the experiment is ours
+        drop_stale_locks(journal)  # of a dead driver: this process holds the experiment
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder, place = trials_folder(experiment), {"home": own_code.here(), **storage.wire()}
     return OptunaSearcher(space, journal, folder=folder, place=place, storage=url, **more)
 
 
 def _check_free(url: str, study: str, *, begun: bool) -> None:
-    """Refuse a storage that cannot be reached, or that has studies of this name already.
+    """Refuse a storage that cannot be reached, or that already has studies of this name.
 
-    With `begun`, empty ones are of a driver that was killed while it made them; they go.
+    With `begun`, remove empty studies: a driver was killed while creating them.
     """
     storage = open_storage(url)
     found = optuna.study.get_all_study_summaries(storage=storage)
@@ -316,7 +324,7 @@ def _check_free(url: str, study: str, *, begun: bool) -> None:
 
 
 def _check_own_study(space: Space, journal: Path) -> None:
-    """Refuse cmaes where the journal is somebody else's: Optuna keeps that sampler's state in it as a pickle."""
+    """Refuse cmaes with somebody else's journal, in which Optuna would read pickles."""
     if (
         space.search.sampler.name == "cmaes"
         and journal.exists()
@@ -330,7 +338,7 @@ def _check_own_study(space: Space, journal: Path) -> None:
 
 
 def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
-    """Refuse an experiment.yaml whose space is another than the one that its studies were made for."""
+    """Refuse an experiment.yaml whose space differs from the space of its studies."""
     for tree in searcher.recorded():
         was = build_space(tree, searcher.journal)
         missing, more = not_superset(was, space), not_superset(space, was)
@@ -345,7 +353,7 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
 
 
 def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
-    """Refuse studies that do not hold the trials whose files are there: numbers would be given twice."""
+    """Refuse studies that lack trials of this experiment: numbers would be used twice."""
     known = searcher.known()
     lost = [r.name for r in read_records(experiment) if known.get(r.number) != r.name]
     if lost:
@@ -359,7 +367,7 @@ def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
 
 
 def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
-    """A wider space to go on in, with the old one's storage; its studies have a name of their own."""
+    """Return a wider space with the old one's storage and new names for its studies."""
     if new.example.data.digest is None:
         new = with_digest(new, old.example.data.digest)
     problems = not_superset(old, new)
@@ -383,9 +391,9 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
 
 
 def prepare(config: TrainConfig, storage: Storage) -> None:
-    """Refuse missing data, connect to Ray, and refuse what its cluster can never run, before a directory is made.
+    """Check data and cluster before a directory is made: refuse what is missing or can never run.
 
-    Data that an experiment has recorded are refused where they have changed since.
+    Data that an experiment has recorded are refused if they have changed since.
     """
     config.data.check()
     if config.data.digest is not None:
@@ -400,7 +408,7 @@ def prepare(config: TrainConfig, storage: Storage) -> None:
 
 
 class TeacherFailed(RuntimeError):
-    """A teacher that a sweep needs could not be trained; the sweep has not begun."""
+    """A teacher that a sweep needs could not be trained; the sweep has not started."""
 
 
 def train_teachers(
@@ -410,12 +418,13 @@ def train_teachers(
     on_failure: Callable[[TeacherRun, str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> None:
-    """Train the teachers that are not there, as Ray tasks side by side, each on one worker's resources.
+    """Train the missing teachers in parallel Ray tasks, each with one worker's resources.
 
-    Weights from elsewhere are taken by this process, which may be the only one that sees their file. If a teacher fails
-    the others are left to finish: they are kept, and `ray.cancel` of a task that just ended can end the driver (Ray
-    2.60). TeacherFailed is raised, or `on_failure` called with the reason. That data have changed since a teacher was
-    made, and that one is no better than guessing, is told to `on_note`, or to standard error.
+    This process takes weights from elsewhere: it may be the only one that sees their file. If a
+    teacher fails, the others finish and are kept (`ray.cancel` of a task that just ended can end
+    the driver, Ray 2.60); then TeacherFailed is raised, or `on_failure` called with the reason.
+    `on_note` (default: standard error) gets a sentence if data have changed since a teacher was
+    trained, or if a teacher is no better than guessing.
     """
     on_teacher = on_teacher or (lambda run, about: None)
     note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
@@ -479,7 +488,7 @@ def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
 
 
 def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
-    """Refuse what would be ignored: settings of Ray's that a space, or a trial, has its own word on."""
+    """Refuse Ray settings that would be ignored because a space or a trial sets them."""
     usual, usual_run = tune.TuneConfig(), tune.RunConfig()
     problems = []
     if tune_config.search_alg is not None:
@@ -530,7 +539,7 @@ def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig)
 
 
 def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune.TuneConfig]:
-    """The space with what a `TuneConfig` says of its search, so that the experiment knows it, and the rest of that."""
+    """Return (the space with a `TuneConfig`'s search settings, the rest of the `TuneConfig`)."""
     metric, mode, seconds = tune_config.metric, tune_config.mode, tune_config.time_budget_s
     search = space.search
     if metric is not None and metric not in search.metrics[:1]:
@@ -571,7 +580,7 @@ def _tuner(
     trials = searcher.remaining()
     told = (
         getattr(tune_config.scheduler, "metric", None) is not None
-    )  # Tune refuses to be told twice
+    )  # Tune refuses to get it twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
     losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
     tune_config = dataclasses.replace(
@@ -584,7 +593,7 @@ def _tuner(
         max_concurrent_trials=(
             space.search.max_concurrent
             if tune_config.max_concurrent_trials is None
-            else tune_config.max_concurrent_trials or None  # 0 is no limit
+            else tune_config.max_concurrent_trials or None  # 0 means no limit
         ),
     )
     banked = any(branch.example.banked for branch in space.branches)
@@ -626,7 +635,7 @@ def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
 
 
 class SharingFifo(FIFOScheduler):  # type: ignore[misc]
-    """Ray's order of trials, where those that are lost may need more of a GPU, or another one."""
+    """Ray's FIFO scheduler; a lost trial may get a larger share of a GPU, or another GPU."""
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         give_larger_share(trial)
@@ -635,7 +644,7 @@ class SharingFifo(FIFOScheduler):  # type: ignore[misc]
 
 
 class SharingAsha(ASHAScheduler):  # type: ignore[misc]
-    """Ray's ASHA, where trials that share a GPU may run out of its memory."""
+    """Ray's ASHA; trials that share a GPU may run out of its memory."""
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         give_larger_share(trial)
@@ -644,7 +653,7 @@ class SharingAsha(ASHAScheduler):  # type: ignore[misc]
 
 
 class FullLength(tune.Stopper):  # type: ignore[misc]
-    """The user's own `RunConfig.stop`: a trial that it ends is of full length, and says so in its last result."""
+    """The user's `RunConfig.stop`: trials that it stops have full length, and record that."""
 
     def __init__(self, stop: Any) -> None:
         if isinstance(stop, Mapping):
@@ -677,14 +686,14 @@ def assemble(
     max_failures: int,
     verbose: Any = 0,
 ) -> tune.Tuner:
-    """A Tuner over `StudentTrial` in an experiment's directory.
+    """Return a Tuner over `StudentTrial` in an experiment's directory.
 
     Args:
-        config: says what each trial needs of the cluster.
-        tune_config: with a searcher whose proposals have a `trial` section (see `OptunaSearcher`).
-        callbacks: all of them.
-        max_failures: times that a trial whose process was lost in the same epoch is started again (see `Losses`).
-        verbose: how much Ray says.
+        config: sets the resources of each trial.
+        tune_config: its searcher's proposals have a `trial` section (see `OptunaSearcher`).
+        callbacks: all callbacks.
+        max_failures: number of restarts of a trial that is lost in the same epoch (see `Losses`).
+        verbose: Ray's own verbosity.
     """
     os.environ.update(_TUNE_SETTINGS)
     experiment = experiment.absolute()
@@ -696,16 +705,16 @@ def assemble(
         max(1, room_for(config)),
     )
     more = MANY_TRIALS if (at_once or sys.maxsize) > room and grows_for(config, room + 1) else 0
-    # Tune starts one process after the other, which takes an hour for a thousand; more at once where there is room
+    # Tune starts one process at a time, an hour for a thousand; start more at once if there is room
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room // 8, more))
     if (
         config.workers > 1 or room >= MANY_TRIALS or more
-    ):  # else Tune would ask for more trials than there is room for
+    ):  # otherwise Tune would request more trials than there is room for
         searcher, at_once = Room(searcher, config, at_once or sys.maxsize, more), None
     return tune.Tuner(
         tune.with_resources(
             StudentTrial, lambda proposal: resources_of(config)
-        ),  # asked for each trial
+        ),  # called for each trial
         tune_config=dataclasses.replace(
             tune_config,
             search_alg=searcher,
@@ -716,7 +725,7 @@ def assemble(
         ),
         run_config=dataclasses.replace(
             run_config,
-            # where Ray stages files is named by this and by the second: the whole path, so that no two are alike
+            # Ray names its staging folder by this and the second: the whole path, to be unique
             name=str(trials_folder(experiment).relative_to(experiment.anchor)),
             storage_path=experiment.anchor,
             callbacks=list(callbacks),
@@ -732,19 +741,19 @@ def assemble(
 
 
 def _verbosity(run_config: tune.RunConfig) -> Any:
-    """How much Ray says: nothing, unless the user has asked for it."""
-    said = getattr(run_config, "_verbose", None)  # as it was given, which Ray keeps
+    """Return Ray's verbosity: silent, unless the user has set it."""
+    said = getattr(run_config, "_verbose", None)  # as the user gave it; kept by Ray
     if said is not None:
         return said
     return 1 if run_config.progress_reporter is not None else 0
 
 
 class Room(ConcurrencyLimiter):  # type: ignore[misc]
-    """Lets as many trials begin as there is room for now, since nodes come and go.
+    """Starts as many trials as there is room for now, since nodes come and go.
 
     Args:
-        most: trials at a time, whatever the room.
-        more: trials that may wait for nodes that an autoscaler starts.
+        most: maximum number of concurrent trials.
+        more: number of trials that may wait for an autoscaler's nodes.
     """
 
     def __init__(self, searcher: Searcher, config: TrainConfig, most: int, more: int) -> None:
@@ -752,7 +761,7 @@ class Room(ConcurrencyLimiter):  # type: ignore[misc]
         self._config, self._most, self._more, self._looked = config, most, more, -math.inf
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """A proposal, or None: not now."""
+        """Return a proposal, or None: not now."""
         if time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
             self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
@@ -761,11 +770,12 @@ class Room(ConcurrencyLimiter):  # type: ignore[misc]
 
 
 _TUNE_SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours write less, and in one place
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours write less, and to one place
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one trial without its metric is one failed trial
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Ray's own snapshot at the end alone: sweeps go on from the study, and 10,000 trials make 189 MiB of it
+    # Write Ray's snapshot only at the end: sweeps resume from the study, and 10,000 trials make 189
+    # MiB
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
 }
 
@@ -775,7 +785,7 @@ def _trial_name(trial: Any) -> str:
 
 
 def no_node_left(error: BaseException | None) -> str | None:
-    """A sentence about the node that was the last to get trials, if that is what an error came of."""
+    """Return the sentence about the last usable node if that is the cause of an error, or None."""
     while error is not None:
         if isinstance(error, NoNodeLeft):
             return str(error)
@@ -784,7 +794,7 @@ def no_node_left(error: BaseException | None) -> str | None:
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """A sentence about the disk that is full, read-only or gone, if that is what an error came of."""
+    """Return a sentence about the full, read-only or lost disk that caused an error, or None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = f"{error.filename}: " if error.filename else ""
