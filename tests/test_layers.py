@@ -110,6 +110,17 @@ def defined(tree: ast.Module) -> set[str]:
     return found
 
 
+def test_no_conditional_expression_holds_another() -> None:
+    nested = [
+        f"{module}:{node.lineno}"
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.IfExp)
+        and (isinstance(node.body, ast.IfExp) or isinstance(node.orelse, ast.IfExp))
+    ]
+    assert nested == []
+
+
 def test_contributing_says_where_every_module_is_changed() -> None:
     table = (
         (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## The shape of the code")[0]

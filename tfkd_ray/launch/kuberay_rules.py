@@ -107,6 +107,21 @@ def kuberay_problems(file: ClusterFile) -> Iterator[str]:
     if re.search(r"name:\s*[\"']?RAY_AUTH_TOKEN[\"']?\s*,\s*value:", file.text):
         yield "RAY_AUTH_TOKEN: a token does not belong in a file; authOptions makes a secret of it"
     yield from _kuberay_ports(file, *groups[0])
+    yield from _image_problems(file, groups)
+    resources = (groups[0][1].get("rayStartParams") or {}).get("resources", "")
+    if not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", resources):
+        wanted = f'resources: \'"{{\\"{DRIVER}\\": 1000}}"\''
+        yield f"{groups[0][0]}.rayStartParams: the head lacks the resource '{DRIVER}', which trials of several workers need; add: {wanted}"  # noqa: E501
+    for place, group in groups:
+        yield from amount_problems(place, group)
+    yield from _replica_problems(groups[1:])
+    if file.tree["kind"] == "RayJob":
+        yield from _rayjob_problems(file.tree["spec"])
+
+
+def _image_problems(file: ClusterFile, groups: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """Yield images that are not one release of Ray, the same on all pods."""
+    at = groups[0][0].removesuffix(".headGroupSpec")
     version = file.cluster.get("rayVersion")
     if version is None:
         yield f"{at}.rayVersion: required, and not given"
@@ -119,23 +134,24 @@ def kuberay_problems(file: ClusterFile) -> Iterator[str]:
             yield f"{where}: {image!r}, and the head has {images[groups[0][0]]!r}; use the same on all pods"
         elif (named := versions_in([image])["ray"]) and version is not None and named != {version}:
             yield f"{where}: Ray {min(named)}, and rayVersion is {version}; make them equal"
-    resources = (groups[0][1].get("rayStartParams") or {}).get("resources", "")
-    if not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", resources):
-        wanted = f'resources: \'"{{\\"{DRIVER}\\": 1000}}"\''
-        yield f"{groups[0][0]}.rayStartParams: the head lacks the resource '{DRIVER}', which trials of several workers need; add: {wanted}"  # noqa: E501
+
+
+def _replica_problems(groups: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """Yield numbers of pods that contradict each other."""
     for place, group in groups:
-        yield from amount_problems(place, group)
-    for place, group in groups[1:]:
         low, high = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
         if low > high:
             yield f"{place}: minReplicas must not be above maxReplicas, got {low} and {high}"
         if not low <= group.get("replicas", low) <= high:
             yield f"{place}.replicas: must be from {low} to {high}, got {group['replicas']}"
-    if file.tree["kind"] == "RayJob":
-        if not file.tree["spec"].get("entrypoint"):
-            yield "spec.entrypoint: required, and not given"
-        if not file.tree["spec"].get("shutdownAfterJobFinishes"):
-            yield "spec.shutdownAfterJobFinishes: must be true, or the cluster costs money after its job has ended"
+
+
+def _rayjob_problems(spec: dict[str, Any]) -> Iterator[str]:
+    """Yield what a RayJob lacks to run and to end."""
+    if not spec.get("entrypoint"):
+        yield "spec.entrypoint: required, and not given"
+    if not spec.get("shutdownAfterJobFinishes"):
+        yield "spec.shutdownAfterJobFinishes: must be true, or the cluster costs money after its job has ended"
 
 
 def _kuberay_ports(file: ClusterFile, place: str, head: dict[str, Any]) -> Iterator[str]:

@@ -528,13 +528,11 @@ student."""
 def _recipe(data: Any, name: Any) -> dict[str, Any]:
     """Return a recipe's settings; empty for an invalid data set, which is reported elsewhere."""
     given = name_alone(data if data is not None else Digits())
-    word = (
-        given.get("name")
-        if isinstance(given, dict)
-        else given.name
-        if isinstance(given, Dataset)
-        else None
-    )
+    word = None
+    if isinstance(given, dict):
+        word = given.get("name")
+    elif isinstance(given, Dataset):
+        word = given.name
     kinds = [
         m
         for m in members(TrainConfig.model_fields["data"])

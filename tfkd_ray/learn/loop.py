@@ -76,7 +76,7 @@ class Diverged(ArithmeticError):
     """Raised if the training or validation loss is no longer finite."""
 
 
-def train(
+def train(  # noqa: C901  # to be split
     config: TrainConfig,
     state: State | None = None,
     *,
@@ -363,7 +363,7 @@ def train(
             torch.backends.cudnn.allow_tf32 = tf32_before[1]
 
 
-def train_in(
+def train_in(  # noqa: C901  # to be split
     directory: Path,
     config: TrainConfig,
     *,
@@ -608,11 +608,12 @@ def _copy_to_cpu(tree: State) -> State:
 
 
 def _moved(tree: State, device: torch.device) -> State:
-    return {
-        k: v.to(device)
-        if isinstance(v, Tensor)
-        else _moved(v, device)
-        if isinstance(v, dict)
-        else v
-        for k, v in tree.items()
-    }
+    found: State = {}
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            found[key] = value.to(device)
+        elif isinstance(value, dict):
+            found[key] = _moved(value, device)
+        else:
+            found[key] = value
+    return found

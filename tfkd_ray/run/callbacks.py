@@ -133,7 +133,8 @@ class Recorder(Listener):
     def _end(self, trial: Any, result: dict[str, Any]) -> None:
         failed = result.get("failed")
         full = result.get("epoch") == Assignment.of(trial.config).epochs or result.get(FULL_LENGTH)
-        self._write(trial, "failed" if failed else "done" if full else "stopped", failed)
+        ended = "done" if full else "stopped"
+        self._write(trial, "failed" if failed else ended, failed)
 
     def on_failed(self, trial: Any) -> None:
         self._write(trial, "failed", self._losses.reason(trial))

@@ -295,7 +295,7 @@ class _Notice:
         return bool(came)
 
 
-def _worker(given: dict[str, Any]) -> None:
+def _worker(given: dict[str, Any]) -> None:  # noqa: C901  # to be split
     """Run trials one after another, in step with the group's other workers.
 
     The first worker fetches commands from the desk and broadcasts them, also what follows an epoch,
