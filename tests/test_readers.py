@@ -157,8 +157,8 @@ def change(experiment: Path, number: int, **changes: Any) -> Path:
 def test_readers_import_neither_torch_nor_ray_nor_optuna_and_write_nothing(sweep: Path) -> None:
     before = {p: p.lstat().st_mtime_ns for p in sweep.rglob("*")}
     code = (
-        "import sys; from pathlib import Path; from tfkd_ray.show import status as r; e = Path(sys.argv[1])\n"
-        "r.status_lines(r.status(e)); r.trials_table(e); r.ls_lines(r.ls(e.parent)); list(r.logs(e, '3')); r.best_of(e)\n"
+        "import sys; from pathlib import Path; from tfkd_ray.show import status as r, trials as t; e = Path(sys.argv[1])\n"
+        "r.status_lines(r.status(e)); t.trials_table(e); r.ls_lines(r.ls(e.parent)); list(t.logs(e, '3')); r.best_of(e)\n"
         "assert not {'torch', 'ray', 'optuna', 'scipy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(sweep)], capture_output=True, text=True)
