@@ -46,7 +46,7 @@ BOUNDS = {
 def kind(schema: dict[str, Any]) -> str:
     """What may stand in a field, in words, of its JSON schema."""
     if names := schema.get("discriminator", {}).get("mapping"):
-        return ", ".join(names) if len(names) < 12 else "[a network](api.md#networks)"
+        return "[a network](api.md#networks)" if "resnet18" in names else ", ".join(names)
     if name := schema.get("$ref", "").rpartition("/")[2]:
         return f"[{name}](api.md#{name.lower()})"
     if options := schema.get("anyOf") or schema.get("enum"):

@@ -214,14 +214,8 @@ def test_an_area_is_a_half_by_guessing_and_one_where_classes_are_apart() -> None
 
 
 def test_every_metric_that_can_be_chosen_has_a_whole_row() -> None:
-    assert {
-        "val_accuracy",
-        "val_nll",
-        "val_ece",
-        "val_auroc",
-        "val_macro_f1",
-        "val_balanced_accuracy",
-    } == set(SELECTABLE)
+    today = {"val_accuracy", "val_nll", "val_ece"}
+    assert today | {"val_auroc", "val_macro_f1", "val_balanced_accuracy"} <= set(SELECTABLE)
     logits, labels = np.eye(4) + 0.1, np.arange(4)
     for key in SELECTABLE:
         row = SCORES[key]
@@ -237,7 +231,8 @@ def test_validation_has_all_others_from_the_logits_of_all_images(
 ) -> None:
     logits, labels = answers
     rows = evaluate.asked_beside([key for key in SELECTABLE if key != "val_nll"])
-    assert [row.key for row in rows] == ["val_auroc", "val_macro_f1", "val_balanced_accuracy"]
+    assert {"val_auroc", "val_macro_f1", "val_balanced_accuracy"} <= {row.key for row in rows}
+    assert not any(row.usual for row in rows)
     batches = list(torch.from_numpy(logits).float().split(50))
     found = evaluate.metrics_at_once(rows, batches, torch.from_numpy(labels), 10, rank=0, workers=1)
     expected = scores(logits.astype(np.float32), labels)

@@ -33,9 +33,9 @@ class IdxDataset(FileDataset):
     shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
     folders: ClassVar[tuple[str, ...]]
     """Other places of the files, below `root`."""
-    url: ClassVar[str]
-    """URL of the files, or of the archive that holds them."""
-    md5s: ClassVar[tuple[str, ...]]
+    url: ClassVar[str] = ""
+    """URL of the files, or of the archive that holds them; empty if there is none to download."""
+    md5s: ClassVar[tuple[str, ...]] = ()
     """md5 sums of the gzipped files: images and labels of train, then of test."""
 
     def check(self) -> None:
@@ -43,6 +43,8 @@ class IdxDataset(FileDataset):
         self._paths(*self._files("train"), *self._files("test"))
 
     def download(self) -> None:
+        if not self.url:
+            super().download()  # refuses, with the data set's origin
         for stem, md5 in zip([*self._files("train"), *self._files("test")], self.md5s, strict=True):
             if not self._found(stem):
                 self._fetch(f"{self.url}/{stem}.gz", md5, self.root.expanduser() / f"{stem}.gz")
