@@ -30,8 +30,8 @@ from rich.cells import cell_len, set_cell_size
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import in_yaml, parse_yaml, read_yaml
-from tfkd_ray.space.arms import BASELINES
 from tfkd_ray.store.experiment import (
+    BASELINES,
     STATUSES,
     VERSION,
     Record,

@@ -27,6 +27,7 @@ from tfkd_ray.settings.yaml import dump_yaml, find_file, read_yaml
 from tfkd_ray.space.ranges import Domain
 from tfkd_ray.space.space import Space, build_space, override
 from tfkd_ray.store.experiment import (
+    BASELINES,
     Record,
     about_now,
     check_new,
@@ -257,7 +258,6 @@ def runs_of(
 
 # --- arms of a sweep ------------------------------------------------------------------------------
 
-BASELINES = ("ce", "lsr")
 RIVALS = (*BASELINES, "scaled", "published")
 """Kinds of baselines for the best of a sweep: see `arms_of`."""
 NEAR = 0.05

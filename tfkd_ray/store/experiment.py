@@ -49,6 +49,8 @@ STATUSES = ("running", "done", "stopped", "failed", "interrupted")
 MOST_JSON_BYTES = 2**26
 """Most bytes of a JSON file, far more than any of ours has."""
 MOST_EPOCHS = 10**7
+BASELINES = ("ce", "lsr")
+"""Objectives that every sweep has beside what it searches, to compare with."""
 VERSION = 1
 """Version of this layout. Increase it when a reader must know the difference."""
 
