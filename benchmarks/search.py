@@ -35,7 +35,7 @@ from sklearn.base import clone
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import KFold
 
-import tfkd_ray.run.studies
+import tfkd_ray.run.searcher
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
 from tfkd_ray.show.receipt import fidelity_warnings, rank_correlations
 from tfkd_ray.space.search_config import Halving
@@ -326,7 +326,7 @@ def warnings(table: Table, repeats: int, trials: int) -> Iterator[str]:
 
 def _in_memory() -> None:
     """Keep studies in this process: nothing is written, so a replay takes a second."""
-    tfkd_ray.run.studies.open_journal = lambda path: optuna.storages.InMemoryStorage()
+    tfkd_ray.run.searcher.open_journal = lambda path: optuna.storages.InMemoryStorage()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
