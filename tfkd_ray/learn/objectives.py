@@ -1,6 +1,7 @@
 """Objectives: each a frozen set of hyperparameters that is also the loss.
 
-Every objective is one instance of the canonical loss
+Every objective but the later variants (dkd, dist, kd_standardised) is one instance of the canonical
+loss
 
     L = s * [(1 - alpha) * CE + alpha * T^2 * KL_batchmean(target_T || student_T)]
 

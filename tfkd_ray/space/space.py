@@ -239,8 +239,9 @@ class Space:
         problems = []
         if len(self.branches) > 1:
             names = ", ".join(b.objective for b in self.branches)
+            first = self.branches[0].objective
             problems.append(
-                f"objective: is a choice of {names}, and one run needs one; fix it: objective={names[:2]}"
+                f"objective: is a choice of {names}, and one run needs one; fix it: objective={first}"
             )
         for p in self.parameters:
             if p.within is None:
