@@ -592,7 +592,7 @@ def test_nodes_with_disks_of_their_own_run_a_sweep_on_a_bucket(place: Path, tfkd
         """Return the trials' files on a node's own disk."""
         return {
             path.parent.name: path
-            for path in (place / node).glob(f"tfkd_ray/store/storage/*/e/trials/t*/{file}")
+            for path in (place / node).glob(f"tfkd_ray/storage/*/e/trials/t*/{file}")
         }
 
     try:
