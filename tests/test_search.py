@@ -300,6 +300,10 @@ LOST: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda j: j.write_bytes(b"#" + j.read_bytes() * 2),
         "was replaced by another one",
     ),
+    "deleted, and begun anew by the next line": (
+        lambda j: j.write_bytes(j.read_bytes().splitlines(keepends=True)[-1]),
+        "was deleted",
+    ),
     "a folder": (lambda j: (j.unlink(), j.mkdir()), "was replaced by what is no file"),
     "a FIFO": (lambda j: (j.unlink(), os.mkfifo(j)), "was replaced by what is no file"),
     "a link to nothing": (lambda j: (j.unlink(), j.symlink_to("nothing")), "was deleted"),

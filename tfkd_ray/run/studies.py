@@ -45,6 +45,8 @@ def open_journal(path: Path) -> BaseStorage:
 
 SAVED, REPLACED = ".saved", ".replaced"
 """Suffixes of a journal's name: the copy saved after a loss; the file that was replaced."""
+JOURNAL_HEAD = 64
+"""Number of bytes at the beginning that tell a shortened journal from a new one."""
 JOURNAL_TAIL = 4096
 """Number of bytes at the end that identify a journal."""
 
@@ -59,7 +61,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
     def __init__(self, path: Path) -> None:
         self._path = path
         self.storage: JournalStorage = None  # set by the caller that opens the storage
-        self._end, self._tail = 0, b""
+        self._head, self._end, self._tail = b"", 0, b""
         super().__init__(str(path))
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
@@ -109,11 +111,15 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
             if not stat.S_ISREG(about.st_mode):
                 return "replaced by what is no file"
             if about.st_size < self._end:
-                return "cut, or replaced by an older one,"
+                begins = os.pread(file, len(self._head), 0)
+                if self._head.startswith(begins):
+                    return "cut, or replaced by an older one,"
+                return "deleted"  # as Optuna was about to append, which began the file anew
             if os.pread(file, len(self._tail), self._end - len(self._tail)) != self._tail:
                 return "replaced by another one"
             self._end, start = about.st_size, max(0, about.st_size - JOURNAL_TAIL)
             self._tail = os.pread(file, self._end - start, start)
+            self._head = os.pread(file, JOURNAL_HEAD, 0)
             return None
         finally:
             os.close(file)
