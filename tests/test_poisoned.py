@@ -413,9 +413,6 @@ def test_yaml_that_is_shown_reads_back_as_what_it_was() -> None:
 # --- all experiments -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    os.getuid() == 0 and not hasattr(os, "seteuid"), reason="root may read everything"
-)
 @pytest.mark.parametrize(
     "what", ["driver.json", "folder of another", "loop", "folder for a file", "fifo"]
 )
