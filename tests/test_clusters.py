@@ -200,8 +200,13 @@ MUTATIONS = {
     "kuberay: stays": ("kuberay-job.yaml", "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "spec.shutdownAfterJobFinishes: must be true"),
     **{
         f"read differently: {word}": ("aws-gpu.yaml", "max_workers: 8\nidle", f"max_workers: {word}\nidle", f"line 24, column 14: {word}: YAML 1.1 and YAML 1.2 read it as different values")
-        for word in ("020", "yes", "off", "1e1", "1:30", "12:30:00", "2026-01-01", "0x8", "1_000", "0b1", "0o10", "y", "=")
+        for word in ("020", "yes", "off", "1e1", "1:30", "12:30:00", "2026-01-01", "0x8", "1_000", "0b1", "=")
     },
+    **{
+        f"kuberay: read differently by Go: {word}": ("kuberay-cluster.yaml", "minReplicas: 0", f"minReplicas: {word}", f": {word}: YAML 1.1 and YAML 1.2 read it as different values")
+        for word in ("0o10", "y", "N")
+    },
+    "a launcher's file: a letter that only Go reads as a boolean": ("aws-gpu.yaml", "max_workers: 8\nidle", "max_workers: y\nidle", "max_workers: must be of type integer, got 'y'"),
     **{
         f"read differently: {word}": ("aws-gpu.yaml", "max_workers: 8\nidle", f"max_workers: {word}\nidle", "YAML 1.1 and YAML 1.2 read it as different values")
         for word in ("!!int 010", "!!int '010'", "!!float 1:30")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import tfkd_ray.run.studies
+import tfkd_ray.run.searcher
 from tfkd_ray.space.search_config import SearchConfig
 
 
 @pytest.fixture(scope="module")
 def replays() -> Iterator[Any]:
     """Yield benchmarks/search.py with its table and the surrogate; its studies are in memory."""
-    before = tfkd_ray.run.studies.open_journal
+    before = tfkd_ray.run.searcher.open_journal
     sys.path.insert(0, str(ROOT / "benchmarks"))
     module: Any = importlib.import_module("search")
     module._in_memory()
@@ -26,7 +26,7 @@ def replays() -> Iterator[Any]:
     module.world = module.World(module.table)
     yield module
     sys.path.remove(str(ROOT / "benchmarks"))
-    tfkd_ray.run.studies.open_journal = before  # type: ignore[assignment]
+    tfkd_ray.run.searcher.open_journal = before  # type: ignore[assignment]
 
 
 def test_a_table_is_small_and_holds_whole_curves(replays: Any) -> None:

@@ -141,12 +141,14 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int])
 class _OthersLoader(_Loader):
     """Loader for files that other programs read, too.
 
-    It collects scalars that YAML 1.1, or Go's mix of 1.1 and 1.2, reads differently.
+    It collects scalars that YAML 1.1 reads differently, and those that only Go's mix of 1.1 and
+    1.2 does.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.differing: list[str] = []
+        self.differing_in_go: list[str] = []
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -156,12 +158,16 @@ class _OthersLoader(_Loader):
             and event.tag.startswith("tag:yaml.org,2002:")
             and not event.tag.endswith(":str")
         )
-        if (tagged or (event.style is None and event.tag is None)) and _is_ambiguous(node):
+        if tagged or (event.style is None and event.tag is None):
             where = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
-            self.differing.append(
+            sentence = (
                 f"{where}: {node.value}: YAML 1.1 and YAML 1.2 read it as different values, and so may those who read "
                 "this file; quote it if it is text, else write true, false or a decimal number (10, 0.5)"
             )
+            if _is_ambiguous(node):
+                self.differing.append(sentence)
+            elif _GO.fullmatch(node.value):
+                self.differing_in_go.append(sentence)
         return node
 
 
@@ -170,9 +176,7 @@ _GO = re.compile(r"[yYnN]|0o[0-7_]+|[-+]?0[xXbBoO][0-9a-fA-F_]+")
 
 
 def _is_ambiguous(node: yaml.ScalarNode) -> bool:
-    """Return whether Ray's launcher (YAML 1.1) or Go reads a scalar differently from YAML 1.2."""
-    if _GO.fullmatch(node.value):
-        return True
+    """Return whether Ray's launcher (YAML 1.1) reads a scalar differently from YAML 1.2."""
     found: list[str] = []
     for kind in (yaml.SafeLoader, _Loader):
         reader = kind("")
@@ -192,7 +196,8 @@ def _is_ambiguous(node: yaml.ScalarNode) -> bool:
 def parse_documents(text: str, source: str | Path) -> list[Any]:
     """Return the non-empty YAML documents of a file that Ray or Kubernetes will read.
 
-    Scalars that they may read differently from YAML 1.2 are listed in one ConfigError.
+    Scalars that they read differently from YAML 1.2 are listed in one ConfigError. Go's reading
+    counts only where a document has an `apiVersion`, which is how Kubernetes' files begin.
     """
     loader = _OthersLoader("")
 
@@ -205,8 +210,11 @@ def parse_documents(text: str, source: str | Path) -> list[Any]:
         return [value for value in found if value is not None]
 
     documents: list[Any] = _parsed_yaml(text, source, load)
-    if loader.differing:
-        raise ConfigError(loader.differing[:20], source)
+    differing = loader.differing
+    if any(isinstance(document, dict) and "apiVersion" in document for document in documents):
+        differing = differing + loader.differing_in_go
+    if differing:
+        raise ConfigError(differing[:20], source)
     return documents
 
 
