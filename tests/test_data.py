@@ -539,6 +539,7 @@ def test_a_wrong_batch_gets_a_sentence(
 @pytest.mark.parametrize(
     "raw",
     [b"", b"text", pickle.dumps([1]), pickle.dumps({b"data": 1}), pickled(Cifar100)["test"][:-99]],
+    ids=["empty", "text", "a list", "one entry", "cut short"],
 )
 def test_a_file_that_is_no_batch_gets_a_sentence(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(
