@@ -8,6 +8,7 @@ and processes its share of every batch.
 Shapes: B = images of a batch on this worker, K = classes.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.learn.augment import View
 from tfkd_ray.learn.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
-from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.config import OptimConfig, TrainConfig
 from tfkd_ray.learn.evaluate import (
     asked_beside,
     metric_sums,
@@ -76,7 +77,7 @@ class Diverged(ArithmeticError):
     """Raised if the training or validation loss is no longer finite."""
 
 
-def train(  # noqa: C901  # to be split
+def train(
     config: TrainConfig,
     state: State | None = None,
     *,
@@ -98,104 +99,18 @@ def train(  # noqa: C901  # to be split
     check_kind(config, TrainConfig, "config")
     others = asked_beside(more_metrics)
     # 1. Where it runs
-    workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    if config.gpus_per_worker and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here"
-        )
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if config.gpus_per_worker
-        else torch.device("cpu")
-    )
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(config.cpus_per_worker)
-    put_back: Callable[[], None] | None = (
-        None  # global generators of numpy and Python, from which external code may draw
-    )
-    told = False
-    tf32_before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        if device.type == "cuda":
-            allow_tf32(config.precision == "bf16")
+    workers, rank = _workers_and_rank()
+    with _set_up(config) as device:
         # 2. Data, resident on the device
         train_set, val_set = config.data.load()
         train_set, val_set = train_set.on(device), val_set and val_set.on(device)
-        mean, std = (
-            torch.tensor(x, device=device).view(1, -1, 1, 1) for x in config.data.statistics()
-        )
-
-        def pixels(images: Tensor) -> Tensor:
-            return (images.float() - mean) / std
-
-        def seen(shares: list[Tensor], view: View) -> Iterator[Tensor]:
-            """Yield the images [B, C, H, W] of each share of the train set, as an epoch's view."""
-            reading, there = train_set.read(shares, view.crop), view.on(device)
-            for mine, images in zip(shares, reading, strict=True):
-                yield pixels(config.augment(images.to(device, non_blocking=True), there.of(mine)))
-
-        bf16 = config.precision == "bf16"
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        seen = functools.partial(_seen, train_set, config, _mean_and_std(config, device))
+        count, classes, optim = len(train_set), config.data.num_classes, config.optim
 
         # 3. Student, teacher, optimizer
-        classes = config.data.num_classes
-        student = config.build_student()
-        check_learns(config.student.called, student)
-        smallest = min(
-            map(len, split_batches(torch.arange(len(train_set)), config.optim.batch_size, workers))
-        )
-        if smallest < 2 * workers and config.batch_norm != "sync":
-            check_lone_image(config.student.called, student, config.data.shape)
-        student = student.to(device).to(memory_format=config.student.memory_format)
-        unused = workers > 1 and _unused(student, config)
-        if config.batch_norm == "sync" and workers > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        if config.needs_teacher and teacher is None:
-            raise ValueError(
-                f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)"
-            )
-        if config.init == "trained" and teacher is not None:
-            student.load_state_dict(
-                (teacher.network() if isinstance(teacher, Bank) else teacher).state_dict()
-            )
-        made = config.teacher_run() if config.objective.needs_teacher else None
-        elsewhere = any(
-            isinstance(run.student, OwnNetwork | Timm) for run in (config, made) if run is not None
-        )
-
-        def placed(network: nn.Module) -> nn.Module:
-            """Return the teacher on this device, ready for inference."""
-            assert made is not None
-            return (
-                network.to(device)
-                .to(memory_format=made.student.memory_format)
-                .eval()
-                .requires_grad_(False)
-            )
-
-        bank = None
-        if made is None:
-            teacher = None
-        elif isinstance(teacher, Bank):
-            small = fits(len(train_set), classes)
-            bank, teacher = (
-                (teacher, None) if config.banked and small else (None, placed(teacher.network()))
-            )
-        elif teacher is not None:
-            teacher = placed(teacher)
-        optim = config.optim
-        optimizer = torch.optim.SGD(
-            student.parameters(),
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            nesterov=optim.nesterov,
-            fused=True,
-        )
-        # torch's fused SGD fails if a parameter's first gradient comes after the others'
-        if optim.momentum:
-            for parameter in student.parameters():
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        student, unused = _new_student(config, teacher, count, device)
+        lessons = _Lessons(config, teacher, count, device)
+        optimizer = _new_optimizer(student, optim)
 
         # 4. Resume
         run = config.fingerprint(LOOP_VERSION)
@@ -206,164 +121,339 @@ def train(  # noqa: C901  # to be split
             optimizer.load_state_dict(state["optimizer"])
             history = list(state["history"])
         model = _data_parallel(student, unused=unused) if workers > 1 else student
-        forward = compiled(model, config, len(train_set)) if config.compile == "on" else model
+        forward = compiled(model, config, count) if config.compile == "on" else model
 
         def snapshot() -> State:
             parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
-            return {
-                **_copy_to_cpu(parts),
-                "run": run,
-                "epoch": len(history),
-                "history": list(history),
-            }
-
-        teacher_val: Tensor | None = None
-
-        def ask_on_train(view: View, network: nn.Module, index: Tensor) -> Tensor:
-            """Return the teacher's logits [n, K] of augmented train images, to fill the bank."""
-            network = placed(network)
-            with torch.no_grad(), autocast:
-                batches = list(index.to(device).split(optim.batch_size))
-                return torch.cat([network(images).float() for images in seen(batches, view)])
-
-        def ask_on_val(network: nn.Module, index: Tensor) -> Tensor:
-            """Return the teacher's logits [n, K] of validation images."""
-            assert val_set is not None
-            found = predictions(
-                placed(network), val_set.part(index.to(device)), config.data, bf16=bf16
-            )
-            return torch.cat([soft for soft, _ in found])
+            done = {"run": run, "epoch": len(history), "history": list(history)}
+            return _copy_to_cpu(parts) | done
 
         # 5. Epochs
+        external, told = _runs_external_code(config), False
         for epoch in range(len(history), config.epochs):
             if history and config.is_last(history[-1]):
                 return
             start = time.perf_counter()
             order = epoch_order(train_set, config.seed, epoch).to(device)
             batches = split_batches(order, optim.batch_size, workers)
-            view = config.augment.view(config.seed, epoch, train_set.official_size).of(
-                train_set.positions.cpu()
-            )
             shares = [batch.tensor_split(workers)[rank] for batch in batches]
-            soft_labels = None
-            if bank is not None:
-                key = config.augment.key(config.seed, epoch)
-                soft_labels = bank.logits(
-                    key, len(train_set), classes, functools.partial(ask_on_train, view)
-                ).to(device)
+            view = config.augment.view(config.seed, epoch, train_set.official_size)
+            view = view.of(train_set.positions.cpu())
+            lessons.begin_epoch(epoch, functools.partial(seen, view))
             # sums of loss, CE and KD, each weighted by images
             sums = torch.zeros(3, dtype=torch.float64, device=device)
 
             # 6. Steps
-            put_back = random_states() if elsewhere else None
-            seed_step = seed_all if elsewhere else torch.manual_seed
-            model.train()
-            for step, (batch, mine, images) in enumerate(
-                zip(batches, shares, seen(shares, view), strict=True)
-            ):
-                lr = optim.lr * config.schedule.factor(
-                    epoch + (step + 0.5) / len(batches), config.epochs
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
-                labels = train_set.labels[mine]
-                soft = None if soft_labels is None else soft_labels[mine].float()
-                if teacher is not None:
-                    with torch.no_grad(), autocast:
-                        soft = teacher(images).float()
-                with autocast:
-                    logits = forward(images)
-                if not logits.requires_grad:
-                    raise ConfigError(
-                        f"model {config.student.called}: its logits depend on no parameter that learns; is there a "
-                        "no_grad or a detach in its forward?"
-                    )
-                logits = logits.float()
-                terms = config.objective.terms(logits, labels, soft)
-                loss = config.objective.combine(terms)
-                if step == 0:
-                    ratio = gradient_ratio(config.objective, terms, logits)
-                optimizer.zero_grad()
-                # DDP takes the mean over workers: weigh each by its images
-                (loss * (len(mine) * workers / len(batch))).backward()
-                optimizer.step()
-                parts = torch.stack(
-                    [loss, terms.ce, loss.new_zeros(()) if terms.kd is None else terms.kd]
-                )
-                sums += parts.detach() * len(mine)
-            train_seconds = time.perf_counter() - start
+            with _seeding(external) as seed_step:
+                model.train()
+                parts = zip(batches, shares, seen(view, shares), strict=True)
+                for step, (batch, mine, images) in enumerate(parts):
+                    progress = epoch + (step + 0.5) / len(batches)
+                    lr = optim.lr * config.schedule.factor(progress, config.epochs)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
+                    soft = lessons.of_batch(mine, images)
+                    with lessons.autocast:
+                        logits = forward(images)
+                    _check_learnable(logits, config)
+                    logits = logits.float()
+                    terms = config.objective.terms(logits, train_set.labels[mine], soft)
+                    loss = config.objective.combine(terms)
+                    if step == 0:
+                        ratio = gradient_ratio(config.objective, terms, logits)
+                    optimizer.zero_grad()
+                    # DDP takes the mean over workers: weigh each by its images
+                    (loss * (len(mine) * workers / len(batch))).backward()
+                    optimizer.step()
+                    kd = loss.new_zeros(()) if terms.kd is None else terms.kd
+                    sums += torch.stack([loss, terms.ce, kd]).detach() * len(mine)
+                train_seconds = time.perf_counter() - start
 
-            # 7. Validation: each worker takes its share, without padding
-            if workers > 1:
-                for buffer in student.buffers():  # all workers use the same batch statistics
-                    dist.broadcast(buffer, src=0)
-            val_sums, val_logits = torch.zeros(1, device=device), []
-            if val_set is not None:
-                if made is not None and teacher_val is None:  # the same in every epoch
-                    if bank is not None:
-                        teacher_val = bank.logits(
-                            {"split": "val"}, len(val_set), classes, ask_on_val
-                        )[rank::workers]
-                    elif teacher is not None:
-                        teacher_val = ask_on_val(teacher, torch.arange(len(val_set))[rank::workers])
-                judged, at = (
-                    predictions(
-                        student, val_set, config.data, rank=rank, workers=workers, bf16=bf16
-                    ),
-                    0,
+                # 7. Validation: each worker takes its share, without padding
+                val_sums, val_logits = _validate(
+                    student, val_set, lessons, config, keep=bool(others)
                 )
-                for guess, labels in judged:
-                    soft = (
-                        None
-                        if teacher_val is None
-                        else teacher_val[at : (at := at + len(guess))].to(device)
-                    )
-                    val_sums = val_sums + metric_sums(guess, labels, soft)
-                    if others:
-                        val_logits.append(guess)
             if workers > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(val_sums)
 
             # 8. Metrics
-            train_loss, train_ce, train_kd = (sums / len(train_set)).tolist()
+            train_loss, train_ce, train_kd = (sums / count).tolist()
             metrics = {"epoch": float(epoch + 1), "train_loss": train_loss, "train_ce": train_ce}
             if terms.kd is not None:
                 metrics |= {"train_kd": train_kd, "train_kd_ratio": float(ratio)}
             metrics |= metrics_from(val_sums) if val_set is not None else {}
             metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
-            for name in ("train_loss", "val_nll"):
-                if not abs(metrics.get(name, 0.0)) < float("inf"):
-                    advice = "a smaller optim.lr may help"
-                    if soft is not None and not soft.isfinite().all():
-                        advice = "the teacher's logits are not finite numbers; look at its weights and its images"
-                    raise Diverged(f"{name} is {metrics[name]} at epoch {epoch + 1}; {advice}")
+            _check_finite(metrics, soft)
             if val_set is not None and others:
-                labels = val_set.labels
                 metrics |= metrics_at_once(
-                    others, val_logits, labels, classes, rank=rank, workers=workers
+                    others, val_logits, val_set.labels, classes, rank=rank, workers=workers
                 )
             if not told and rank == 0 and (sentence := exploded(metrics, classes)):
                 told = True
                 (say or _to_standard_error)(sentence)
-            if put_back is not None:
-                put_back()
-                put_back = None
             metrics["seconds"] = time.perf_counter() - start
-            metrics["images_per_s"] = len(train_set) / train_seconds
+            metrics["images_per_s"] = count / train_seconds
             history.append(metrics)
             yield Epoch(metrics, snapshot)
-    finally:
-        if put_back is not None:
-            put_back()
-        torch.set_num_threads(threads_before)
+
+
+class _Lessons:
+    """The teacher's logits for a student in training: from the bank, or from the teacher itself.
+
+    All are None if the objective needs no teacher.
+
+    Args:
+        teacher: a bank that is too large, or that the configuration does not want, is not used.
+        count: number of train images.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher: nn.Module | Bank | None,
+        count: int,
+        device: torch.device,
+    ) -> None:
+        self._config, self._count, self.device = config, count, device
+        bf16 = config.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        """The precision in which student and teacher run."""
+        self._bank: Bank | None = None
+        self._online: nn.Module | None = None
+        self._of_train: Tensor | None = None
+        self._of_val: Tensor | None = None
+        self._run = config.teacher_run() if config.objective.needs_teacher else None
+        if self._run is None or teacher is None:
+            return
+        small = fits(count, config.data.num_classes)
+        if isinstance(teacher, Bank) and config.banked and small:
+            self._bank = teacher
+        else:
+            self._online = self._placed(_network_of(teacher))
+
+    def begin_epoch(self, epoch: int, seen: Callable[[list[Tensor]], Iterator[Tensor]]) -> None:
+        """Get the logits of all train images, as the epoch's view, from the bank.
+
+        Args:
+            seen: yields the images of each batch of indices, augmented.
+        """
+        if self._bank is None:
+            return
+
+        def ask(network: nn.Module, index: Tensor) -> Tensor:
+            network = self._placed(network)
+            with torch.no_grad(), self.autocast:
+                batches = list(index.to(self.device).split(self._config.optim.batch_size))
+                return torch.cat([network(images).float() for images in seen(batches)])
+
+        key = self._config.augment.key(self._config.seed, epoch)
+        found = self._bank.logits(key, self._count, self._config.data.num_classes, ask)
+        self._of_train = found.to(self.device)
+
+    def of_batch(self, mine: Tensor, images: Tensor) -> Tensor | None:
+        """Return the logits [B, K] of train images with the indices `mine`."""
+        if self._of_train is not None:
+            return self._of_train[mine].float()
+        if self._online is None:
+            return None
+        with torch.no_grad(), self.autocast:
+            logits: Tensor = self._online(images).float()
+        return logits
+
+    def of_validation(self, images: Images, rank: int, workers: int) -> Tensor | None:
+        """Return the logits of a worker's validation images; they are the same in every epoch."""
+
+        def ask(network: nn.Module, index: Tensor) -> Tensor:
+            asked, bf16 = images.part(index.to(self.device)), self._config.precision == "bf16"
+            found = predictions(self._placed(network), asked, self._config.data, bf16=bf16)
+            return torch.cat([logits for logits, _ in found])
+
+        if self._of_val is not None:
+            return self._of_val
+        if self._bank is not None:
+            view, classes = {"split": "val"}, self._config.data.num_classes
+            self._of_val = self._bank.logits(view, len(images), classes, ask)[rank::workers]
+        elif self._online is not None:
+            self._of_val = ask(self._online, torch.arange(len(images))[rank::workers])
+        return self._of_val
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        """Return the teacher on this device, ready for inference."""
+        assert self._run is not None
+        network = network.to(self.device).to(memory_format=self._run.student.memory_format)
+        return network.eval().requires_grad_(False)
+
+
+def _network_of(teacher: nn.Module | Bank) -> nn.Module:
+    return teacher.network() if isinstance(teacher, Bank) else teacher
+
+
+def _workers_and_rank() -> tuple[int, int]:
+    """Return the number of workers of this run, and which of them this process is."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def _device_of(config: TrainConfig) -> torch.device:
+    """Return the device of this worker; raise a RuntimeError if it has none of the kind asked."""
+    if not config.gpus_per_worker:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"gpus_per_worker is {config.gpus_per_worker:g}, and torch sees no GPU here"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def _set_up(config: TrainConfig) -> Iterator[torch.device]:
+    """Yield the device of this worker; torch's threads and TF32 are set for the run meanwhile."""
+    device = _device_of(config)
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_num_threads(config.cpus_per_worker)
+    try:
         if device.type == "cuda":
-            torch.set_float32_matmul_precision(tf32_before[0])
-            torch.backends.cudnn.allow_tf32 = tf32_before[1]
+            allow_tf32(config.precision == "bf16")
+        yield device
+    finally:
+        torch.set_num_threads(threads)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def train_in(  # noqa: C901  # to be split
+def _runs_external_code(config: TrainConfig) -> bool:
+    """Return whether the student or its teacher is a network of your own or of timm."""
+    made = config.teacher_run() if config.objective.needs_teacher else None
+    networks = [config.student] if made is None else [config.student, made.student]
+    return any(isinstance(network, OwnNetwork | Timm) for network in networks)
+
+
+@contextlib.contextmanager
+def _seeding(external: bool) -> Iterator[Callable[[int], Any]]:
+    """Yield the function that seeds a step.
+
+    External code may draw from any generator: for it, those of numpy and Python are seeded, too,
+    and put back afterwards.
+    """
+    if not external:
+        yield torch.manual_seed
+        return
+    put_back = random_states()
+    try:
+        yield seed_all
+    finally:
+        put_back()
+
+
+def _mean_and_std(config: TrainConfig, device: torch.device) -> list[Tensor]:
+    """Return the mean and deviation of the channels, [1, C, 1, 1] each."""
+    return [torch.tensor(x, device=device).view(1, -1, 1, 1) for x in config.data.statistics()]
+
+
+def _seen(
+    train_set: Images, config: TrainConfig, scale: list[Tensor], view: View, shares: list[Tensor]
+) -> Iterator[Tensor]:
+    """Yield the images [B, C, H, W] of each share of the train set, as an epoch's view."""
+    mean, std = scale
+    device = mean.device
+    reading, there = train_set.read(shares, view.crop), view.on(device)
+    for mine, images in zip(shares, reading, strict=True):
+        augmented = config.augment(images.to(device, non_blocking=True), there.of(mine))
+        yield (augmented.float() - mean) / std
+
+
+def _new_student(
+    config: TrainConfig, teacher: nn.Module | Bank | None, count: int, device: torch.device
+) -> tuple[nn.Module, bool]:
+    """Return the untrained student, and whether a parameter may lack its gradient in a step."""
+    workers, _ = _workers_and_rank()
+    called = config.student.called
+    student = config.build_student()
+    check_learns(called, student)
+    batches = split_batches(torch.arange(count), config.optim.batch_size, workers)
+    if min(map(len, batches)) < 2 * workers and config.batch_norm != "sync":
+        check_lone_image(called, student, config.data.shape)
+    student = student.to(device).to(memory_format=config.student.memory_format)
+    unused = workers > 1 and _unused(student, config)
+    if config.batch_norm == "sync" and workers > 1:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    if config.needs_teacher and teacher is None:
+        raise ValueError(
+            f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)"
+        )
+    if config.init == "trained" and teacher is not None:
+        student.load_state_dict(_network_of(teacher).state_dict())
+    return student, unused
+
+
+def _new_optimizer(student: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(
+        student.parameters(),
+        lr=optim.lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        nesterov=optim.nesterov,
+        fused=True,
+    )
+    # torch's fused SGD fails if a parameter's first gradient comes after the others'
+    if optim.momentum:
+        for parameter in student.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _check_learnable(logits: Tensor, config: TrainConfig) -> None:
+    if not logits.requires_grad:
+        raise ConfigError(
+            f"model {config.student.called}: its logits depend on no parameter that learns; is there a "
+            "no_grad or a detach in its forward?"
+        )
+
+
+def _validate(
+    student: nn.Module,
+    val_set: Images | None,
+    lessons: _Lessons,
+    config: TrainConfig,
+    *,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the sums of `metric_sums` over this worker's share, and its logits if `keep`."""
+    workers, rank = _workers_and_rank()
+    if workers > 1:
+        for buffer in student.buffers():  # all workers use the same batch statistics
+            dist.broadcast(buffer, src=0)
+    sums = torch.zeros(1, device=lessons.device)
+    kept: list[Tensor] = []
+    if val_set is None:
+        return sums, kept
+    soft, at = lessons.of_validation(val_set, rank, workers), 0
+    bf16 = config.precision == "bf16"
+    judged = predictions(student, val_set, config.data, rank=rank, workers=workers, bf16=bf16)
+    for guess, labels in judged:
+        theirs = None if soft is None else soft[at : at + len(guess)].to(lessons.device)
+        at += len(guess)
+        sums = sums + metric_sums(guess, labels, theirs)
+        if keep:
+            kept.append(guess)
+    return sums, kept
+
+
+def _check_finite(metrics: dict[str, float], soft: Tensor | None) -> None:
+    """Raise Diverged if a loss is infinite or NaN; `soft`: the teacher's logits of a batch."""
+    for name in ("train_loss", "val_nll"):
+        if not abs(metrics.get(name, 0.0)) < float("inf"):
+            advice = "a smaller optim.lr may help"
+            if soft is not None and not soft.isfinite().all():
+                advice = "the teacher's logits are not finite numbers; look at its weights and its images"
+            raise Diverged(f"{name} is {metrics[name]} at epoch {metrics['epoch']:.0f}; {advice}")
+
+
+def train_in(
     directory: Path,
     config: TrainConfig,
     *,
@@ -388,75 +478,100 @@ def train_in(  # noqa: C901  # to be split
     state = load_state(directory, say)
     if state:
         _check_run(state, config)
-    _check_same_epoch(state["epoch"] if state else 0)
+    begun = state["epoch"] if state else 0
+    _check_same_epoch(begun)
     yield from list(state["history"]) if state else []
-    writes = not dist.is_initialized() or dist.get_rank() == 0
+    writes = _workers_and_rank()[1] == 0
     if writes:
         remove_partial(directory)
     if isinstance(teacher, Bank):
         teacher.say = say
-    saved_at, saved_epoch, every = (
-        time.monotonic(),
-        state["epoch"] if state else 0,
-        config.checkpoint_every_s,
-    )
-    troubled = False
-    pending: Future[None] | None = None
     last: Epoch | None = None
     run = train(config, state, teacher=teacher, more_metrics=more_metrics, say=say)
-
-    def save(state: State, *, final: bool) -> None:
-        nonlocal saved_epoch
-        save_state(directory, state)
-        if on_saved:
-            on_saved(final)
-        saved_epoch = state["epoch"]
-
-    def writing(job: Future[None] | None) -> bool:
-        return job is not None and not job.done()  # a slow disk delays checkpoints, not training
-
-    def tell(job: Future[None]) -> None:
-        """Report a failed intermediate checkpoint; training continues without it."""
-        nonlocal troubled
-        error = job.exception()
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            if say and not troubled:
-                say(
-                    f"no checkpoint: {error}; training goes on, and the next one is tried in {every:g} s"
-                )
-            troubled = True
-        elif error is not None:
-            raise error
-
-    with ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as thread:
+        saver = _Saver(directory, thread, config.checkpoint_every_s, begun, say, on_saved)
         try:
             for last in run:
                 if writes and config.is_last(last.metrics):
-                    final = last.state()
-                    save_weights(
-                        directory / WEIGHTS, final["model"], {"run": final["run"], **(about or {})}
-                    )
-                    writer.submit(
-                        save, final, final=True
-                    ).result()  # written last: its presence marks the run as complete
-                elif writes and time.monotonic() - saved_at >= every and not writing(pending):
-                    if pending is not None:
-                        tell(pending)
-                    pending, saved_at = (
-                        writer.submit(save, last.state(), final=False),
-                        time.monotonic(),
-                    )
+                    saver.save_last(last.state(), about or {})
+                elif writes and saver.is_due():
+                    saver.begin(last.state())
                 yield last.metrics
         except GeneratorExit:
-            if pending is not None:
-                pending.exception()  # the last checkpoint may still be in progress
-            if writes and last is not None and last.metrics["epoch"] > saved_epoch:
-                writer.submit(save, last.state(), final=False).result()
+            if writes and last is not None:
+                saver.catch_up(last)
             raise
         finally:
             run.close()
-            if pending is not None:
-                tell(pending)
+            saver.end()
+
+
+class _Saver:
+    """Writes a run's checkpoints in a thread, while training continues.
+
+    Args:
+        thread: the one that writes.
+        every_s: interval between intermediate checkpoints.
+        epoch: the newest one that is already saved.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        thread: ThreadPoolExecutor,
+        every_s: float,
+        epoch: int,
+        say: Callable[[str], None] | None,
+        on_saved: Callable[[bool], None] | None,
+    ) -> None:
+        self._directory, self._thread, self._every_s = directory, thread, every_s
+        self._say, self._on_saved = say, on_saved
+        self._saved_at, self._saved_epoch = time.monotonic(), epoch
+        self._pending: Future[None] | None = None
+        self._troubled = False
+
+    def is_due(self) -> bool:
+        """Return whether to write; a slow disk delays checkpoints, not training."""
+        idle = self._pending is None or self._pending.done()
+        return idle and time.monotonic() - self._saved_at >= self._every_s
+
+    def begin(self, state: State) -> None:
+        """Begin to write an intermediate checkpoint."""
+        self.end()
+        self._pending = self._thread.submit(self._save, state, final=False)
+        self._saved_at = time.monotonic()
+
+    def end(self) -> None:
+        """Wait for the intermediate checkpoint; report a full disk and raise any other error."""
+        error = None if self._pending is None else self._pending.exception()
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            if self._say and not self._troubled:
+                self._say(
+                    f"no checkpoint: {error}; training goes on, and the next one is tried in "
+                    f"{self._every_s:g} s"
+                )
+            self._troubled = True
+        elif error is not None:
+            raise error
+
+    def catch_up(self, last: Epoch) -> None:
+        """Write the last epoch if it is not saved yet."""
+        if self._pending is not None:
+            self._pending.exception()  # the last checkpoint may still be in progress
+        if last.metrics["epoch"] > self._saved_epoch:
+            self._thread.submit(self._save, last.state(), final=False).result()
+
+    def save_last(self, final: State, about: dict[str, str]) -> None:
+        """Write the weights and the final state."""
+        save_weights(self._directory / WEIGHTS, final["model"], {"run": final["run"], **about})
+        # written last: its presence marks the run as complete
+        self._thread.submit(self._save, final, final=True).result()
+
+    def _save(self, state: State, *, final: bool) -> None:
+        save_state(self._directory, state)
+        if self._on_saved:
+            self._on_saved(final)
+        self._saved_epoch = state["epoch"]
 
 
 def exploded(metrics: dict[str, float], num_classes: int) -> str | None:

@@ -295,87 +295,109 @@ class _Notice:
         return bool(came)
 
 
-def _worker(given: dict[str, Any]) -> None:  # noqa: C901  # to be split
-    """Run trials one after another, in step with the group's other workers.
+def _worker(given: dict[str, Any]) -> None:
+    """Run trials one after another, in step with the group's other workers."""
+    seal_test_split()
+    own_code.enter(given["home"])
+    worker, notice = _GroupWorker(given["desk"], given["notice"]), given["notice"]
+    while True:
+        what, *rest = worker.command()
+        if what == "leave":
+            return
+        if what != "run":
+            continue  # for a trial that has already failed
+        worker.run_trial(*rest)
+        if notice.came:
+            return
+
+
+class _GroupWorker:
+    """One of a group's workers.
 
     The first worker fetches commands from the desk and broadcasts them, also what follows an epoch,
     so no worker waits in a collective operation that others skipped. A group survives a failed
     trial only if no worker has a collective operation open: if all failed before the first one,
     between epochs, or by a loss that is the same on all.
     """
-    seal_test_split()
-    own_code.enter(given["home"])
-    desk, notice, first = given["desk"], given["notice"], dist.get_rank() == 0
-    control = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)  # also if gradients use nccl
-    assert isinstance(control, dist.ProcessGroup)
-    if first:
-        ray.get(desk.started.remote(uuid.uuid4().hex))
 
-    def command() -> tuple[Any, ...]:
+    def __init__(self, desk: Any, notice: _Notice) -> None:
+        self._desk, self._notice, self._first = desk, notice, dist.get_rank() == 0
+        # gloo also if gradients use nccl
+        control = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
+        assert isinstance(control, dist.ProcessGroup)
+        self._control = control
+        self._in_step = True  # no collective operation of a trial is open
+        if self._first:
+            ray.get(desk.started.remote(uuid.uuid4().hex))
+
+    def command(self) -> tuple[Any, ...]:
+        """Return the next command, the same on all workers."""
         message: list[Any] = [None]
-        while first and message[0] is None:
-            message[0] = ray.get(desk.get_command.remote(5.0))
-        dist.broadcast_object_list(message, src=0, group=control)
+        while self._first and message[0] is None:
+            message[0] = ray.get(self._desk.get_command.remote(5.0))
+        dist.broadcast_object_list(message, src=0, group=self._control)
         return tuple(message[0])
 
-    def meet() -> None:
-        dist.all_reduce(torch.zeros(1), group=control)
-
-    def tell(number: int, kind: str, value: Any) -> None:
-        ray.get(desk.put_result.remote(number, kind, value))
-
-    while True:
-        what, *rest = command()
-        if what == "leave":
-            return
-        if what != "run":
-            continue  # for a trial that has already failed
-        number, run, assignment = rest
-        notice.training, in_step = True, True
+    def run_trial(self, number: int, run: dict[str, Any], assignment: Assignment) -> None:
+        """Run a trial until it ends; raise if the group cannot run another one."""
+        self._notice.training = self._in_step = True
+        say = functools.partial(self._tell, number, "note") if self._first else unheard
         try:
-            epochs = prepared_epochs(
-                run, assignment, functools.partial(tell, number, "note") if first else unheard, meet
-            )
-            while True:
-                in_step = False
-                metrics = next(epochs, None)
-                in_step = True
-                if metrics is None:
-                    break
+            epochs = prepared_epochs(run, assignment, say, self._meet)
+            while (metrics := self._next(epochs)) is not None:
                 check_metrics(metrics, assignment)
-                if first:
-                    tell(number, "epoch", metrics)
-                if metrics["epoch"] == assignment.epochs:
-                    continue
-                if notice.came_to_any(control):
-                    epochs.close()  # type: ignore[attr-defined]
-                    all_here(control)  # when one exits, Ray ends the others
-                    os._exit(1)  # the trial continues in another group
-                what, *_ = command()
-                if what == "save":
-                    epochs.close()  # type: ignore[attr-defined]
-                    if first:
-                        tell(number, "saved", None)
-                elif what == "stop":
-                    stop_epochs(epochs)
+                if self._first:
+                    self._tell(number, "epoch", metrics)
+                if metrics["epoch"] != assignment.epochs:
+                    self._after_epoch(number, epochs)
         except (Exception, SystemExit) as error:
-            own = not (
-                is_of_storage(error) or _is_of_communication(error) or is_of_broken_gpu(error)
-            )
-            if is_of_broken_gpu(error):
-                note_broken(assignment, reason_of(error))
-            keeps, mine = agreed(control, in_step or isinstance(error, Diverged), own)
-            told = (number, "failed", (reason_of(error), traceback.format_exc()))
-            if keeps:
-                if mine:
-                    tell(*told)
-            else:  # the others need this one, or may wait in a collective operation
-                why = "a worker failed" if own else reason_of(error)
-                ray.get(desk.give_up.remote(why, told if mine else None))
+            if not self._goes_on_after(error, number, assignment):
                 raise
-        notice.training = False
-        if notice.came:
-            return
+        self._notice.training = False
+
+    def _next(self, epochs: Iterator[Metrics]) -> Metrics | None:
+        self._in_step = False
+        metrics = next(epochs, None)
+        self._in_step = True
+        return metrics
+
+    def _after_epoch(self, number: int, epochs: Iterator[Metrics]) -> None:
+        """Do what the trial asks for; if a node is being preempted, save and exit."""
+        if self._notice.came_to_any(self._control):
+            epochs.close()  # type: ignore[attr-defined]
+            all_here(self._control)  # when one exits, Ray ends the others
+            os._exit(1)  # the trial continues in another group
+        what, *_ = self.command()
+        if what == "save":
+            epochs.close()  # type: ignore[attr-defined]
+            if self._first:
+                self._tell(number, "saved", None)
+        elif what == "stop":
+            stop_epochs(epochs)
+
+    def _goes_on_after(self, error: BaseException, number: int, assignment: Assignment) -> bool:
+        """Report a trial's failure; return whether the group can run the next trial."""
+        broken = is_of_broken_gpu(error)
+        own = not (is_of_storage(error) or _is_of_communication(error) or broken)
+        if broken:
+            note_broken(assignment, reason_of(error))
+        in_step = self._in_step or isinstance(error, Diverged)
+        goes_on, mine = agreed(self._control, in_step, own)
+        told = (reason_of(error), traceback.format_exc())
+        if goes_on:
+            if mine:
+                self._tell(number, "failed", told)
+        else:  # the others need this one, or may wait in a collective operation
+            why = "a worker failed" if own else reason_of(error)
+            last = (number, "failed", told) if mine else None
+            ray.get(self._desk.give_up.remote(why, last))
+        return goes_on
+
+    def _meet(self) -> None:
+        dist.all_reduce(torch.zeros(1), group=self._control)
+
+    def _tell(self, number: int, kind: str, value: Any) -> None:
+        ray.get(self._desk.put_result.remote(number, kind, value))
 
 
 def _is_of_communication(error: BaseException) -> bool:
