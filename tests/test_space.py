@@ -211,6 +211,38 @@ def test_equal_trials_are_noted(changes: dict[str, Any], note: str | None) -> No
     assert notes == () if note is None else notes[-1].startswith(note), notes
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student": {"choices": ["mlp", {"name": "mlp"}]}},
+        {"student": {"choices": ["mlp", "cnn", {"name": "mlp", "hidden": [64]}]}},
+        {"student": {"choices": ["mlp", {"name": "mlp", "dropout": 0}, {"name": "cnn", "widths": {"choices": [[8], [16]]}}]}},
+        {"schedule": {"choices": ["cosine", {"name": "cosine", "final": 0}]}},
+        {"optim": {"lr": {"choices": [0.1, "0.1"]}}},
+        {"objective": "kd", "teacher": {"model": {"choices": ["cnn", {"name": "cnn"}]}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_choices_that_are_the_same_settings_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"choices: .* are the same settings; leave one out"):
+        space(**changes)
+
+
+def test_choices_that_differ_inside_of_a_range_are_taken() -> None:
+    item = {"name": "mlp", "dropout": {"low": 0, "high": 0.5}}
+    assert len(space(student={"choices": ["mlp", item]}).parameters) == 2
+
+
+def test_a_range_in_a_list_is_said_not_to_be_searched() -> None:
+    args = {"widths": [{"low": 8, "high": 64}, 32], "more": [{"x": {"choices": [1, 2]}}]}
+    found = own(args | {"bins": [{"low": 0, "high": 1, "name": "first"}]})
+    told = [note for note in found.notes if "is not searched" in note]
+    assert [note.partition(":")[0] for note in told] == [
+        "student.args.widths.0",
+        "student.args.more.0.x",
+    ]
+
+
 def test_all_problems_of_a_space_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         space(
