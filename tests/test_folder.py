@@ -4,9 +4,9 @@ import gc
 import math
 import os
 import struct
-import zlib
 import threading
 import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np

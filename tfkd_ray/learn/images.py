@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
@@ -383,7 +383,7 @@ class _NotEightBits(ValueError):
     """Raised for an image whose values cannot be scaled to 0..255 without a guess."""
 
 
-def _check_kept_values(image: Image.Image) -> None:
+def _check_kept_values(image: ImageFile.ImageFile) -> None:
     """Raise for an image, not yet decoded, of which Pillow itself makes other values in 8 bits."""
     tags = getattr(image, "tag_v2", {})
     if image.mode == "L" and 2 in tags.get(339, ()):  # SampleFormat: Pillow takes -1 for 255
@@ -393,8 +393,8 @@ def _check_kept_values(image: Image.Image) -> None:
     is_16_bit = any(";16" in str(tile[3]) for tile in image.tile)
     if image.mode not in ("RGB", "RGBA", "CMYK") or not is_16_bit:
         return
-    colours = image.getextrema()[: 4 if image.mode == "CMYK" else 3]
-    highest = max(int(high) for _, high in colours)
+    colours = 4 if image.mode == "CMYK" else 3
+    highest = int(np.asarray(image)[..., :colours].max())
     if highest < 16:
         raise _NotEightBits(
             f"the 16-bit values of its colours stay below {256 * (highest + 1)} of 65535 (mode {image.mode}), so that "
