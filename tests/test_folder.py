@@ -6,6 +6,7 @@ import os
 import struct
 import threading
 import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,47 @@ def test_what_cannot_be_brought_to_8_bits_is_refused_by_name(
         ConfigError, match=f"^data image_folder: {tmp_path / name}: its .*{sentence}"
     ):
         one_image(tmp_path / name)
+
+
+def write_colours_of_16_bits(path: Path, values: np.ndarray) -> None:  # type: ignore[type-arg]
+    """Write a PNG of 16 bits per channel, which Pillow cannot."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    high, wide, channels = values.shape
+    colour_type = {2: 4, 3: 2, 4: 6}[channels]
+    head = struct.pack(">IIBBBBB", wide, high, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_are_read_as_their_upper_8_or_refused(
+    tmp_path: Path, channels: int
+) -> None:
+    levels = np.linspace(0, 255, 1024).astype(int).reshape(32, 32, 1).repeat(channels, axis=2)
+    eight_bits = np.repeat(levels[..., :1], 3, axis=2).astype(np.uint8)
+    Image.fromarray(eight_bits).save(tmp_path / "b.png")
+    write_colours_of_16_bits(tmp_path / "a.png", levels * 257)
+    assert (one_image(tmp_path / "a.png") == one_image(tmp_path / "b.png")).all()
+    for scale in (1, 16):  # 8 and 12 bits in 16
+        write_colours_of_16_bits(tmp_path / "a.png", levels * scale)
+        with pytest.raises(
+            ConfigError, match=r"a.png: the 16-bit values of its colours stay below"
+        ):
+            one_image(tmp_path / "a.png")
+
+
+def test_signed_pixels_of_8_bits_are_refused(tmp_path: Path) -> None:
+    pixels = Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32))
+    for sample_format in (1, 2):
+        pixels.save(tmp_path / f"{sample_format}.tiff", tiffinfo={339: sample_format})
+    one_image(tmp_path / "1.tiff")
+    with pytest.raises(ConfigError, match=r"2.tiff: its pixels are signed, -128 to 127"):
+        one_image(tmp_path / "2.tiff")
 
 
 def test_dark_images_of_16_bits_that_lose_nothing_are_read(tmp_path: Path) -> None:

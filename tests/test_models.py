@@ -2,7 +2,9 @@
 """Networks: shapes, settings, parameters, sentences."""
 
 import copy
+import itertools
 import math
+import os
 import random
 import re
 import subprocess
@@ -600,6 +602,46 @@ def test_a_teacher_that_is_loaded_has_what_its_code_drew_when_it_was_trained(
     )
 
 
+GENERATORS = {
+    "numpy": lambda: torch.from_numpy(np.random.default_rng().normal(size=(10, 64))),
+    "random": lambda: torch.full((10, 64), random.Random().random()),
+    "torch": lambda: torch.randn(10, 64, generator=torch.Generator().manual_seed(os.getpid() + next(CALLS))),
+    "system": lambda: torch.full((10, 64), random.SystemRandom().random()),
+    "seeded": lambda: torch.from_numpy(np.random.default_rng(0).normal(size=(10, 64))),
+    "global": lambda: torch.from_numpy(np.random.normal(size=(10, 64))),
+}  # fmt: skip
+CALLS = itertools.count()
+
+
+def own_generator(shape: tuple[int, int, int], num_classes: int, kind: str, kept: str) -> nn.Module:
+    head = nn.Linear(64, num_classes)
+    drawn = GENERATORS[kind]().float() / 8
+    if kept == "weights":
+        head.weight.data = drawn
+        return nn.Sequential(nn.Flatten(), head)
+    head.register_buffer("constants", drawn, persistent=False)
+    head.register_forward_hook(
+        lambda module, given, found: found + given[0] @ module.constants.T  # type: ignore[union-attr,operator]
+    )
+    return nn.Sequential(nn.Flatten(), head)
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("kept", ["weights", "constants"])
+def test_a_network_that_differs_each_time_it_is_built_is_told(kind: str, kept: str) -> None:
+    args = {"kind": kind, "kept": kept}
+    student = {"name": "own", "path": f"{__name__}:own_generator", "args": args}
+    run = validated(TrainConfig, {"objective": "ce", "student": student})
+    if kind in ("seeded", "global"):
+        assert run.try_networks() == []
+    elif kept == "constants":
+        with pytest.raises(ConfigError, match="with the same weights it gives other logits"):
+            run.try_networks()
+    else:
+        (note,) = run.try_networks()
+        assert "begins with other weights each time it is built" in note
+
+
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
@@ -640,9 +682,8 @@ def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(stud
 @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "sigmoid", "norm"])
 def test_a_network_that_ends_in_softmax_is_noted_when_it_is_tried(kind: str) -> None:
     notes = run_of(kind).try_networks()
-    assert len(notes) == (kind == "softmax") and all(
-        "it seems to end in softmax" in note for note in notes
-    )
+    assert len(notes) == (kind in ("softmax", "sigmoid"))
+    assert all(f"it seems to end in {kind}" in note for note in notes)
     teacher = {"model": {"name": "own", "path": f"{__name__}:odd", "args": {"kind": kind}}}
     run = validated(TrainConfig, {"objective": "kd", "teacher": teacher})
     assert run.try_networks() == notes

@@ -158,6 +158,9 @@ def test_every_teacher_that_may_be_needed_is_known_before() -> None:
         ({"optim": {"lr": {"choices": []}}}, "optim.lr.choices: needs a list of at least one value, got []"),
         ({"optim": {"lr": {"choices": [1, 1]}}}, "optim.lr.choices: a value is given twice"),
         ({"optim": {"lr": {"choices": [1], "low": 1}}}, "optim.lr: choices stand alone, got also low"),
+        ({"optim": {"lr": {"choices": [float("nan"), 1]}}}, "optim.lr.choices: nan equals no value, not even itself"),
+        ({"student": {"choices": ["mlp", {"name": "mlp", "dropout": float("nan")}]}}, "student.choices: nan equals no value"),
+        ({"student": {"choices": ['{"name": "mlp"}', {"name": "mlp"}]}}, "student.choices: a text and the settings that it spells"),
         ({"optim": {"lr": {"choices": [0.1, -1]}}}, "optim.lr: Input should be greater than 0, got -1"),
         ({"optim": {"lrr": {"low": 1, "high": 2}}}, "optim.lrr: no such setting; did you mean 'lr'?"),
         ({"optim": {"batch_size": {"low": 1.5, "high": 3}}}, "optim.batch_size: whole numbers only, got 1.5 to 3"),
@@ -206,6 +209,38 @@ def test_a_wrong_space_gets_a_sentence(tree: dict[str, Any], sentence: str) -> N
 def test_equal_trials_are_noted(changes: dict[str, Any], note: str | None) -> None:
     notes = space(**changes).notes
     assert notes == () if note is None else notes[-1].startswith(note), notes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student": {"choices": ["mlp", {"name": "mlp"}]}},
+        {"student": {"choices": ["mlp", "cnn", {"name": "mlp", "hidden": [64]}]}},
+        {"student": {"choices": ["mlp", {"name": "mlp", "dropout": 0}, {"name": "cnn", "widths": {"choices": [[8], [16]]}}]}},
+        {"schedule": {"choices": ["cosine", {"name": "cosine", "final": 0}]}},
+        {"optim": {"lr": {"choices": [0.1, "0.1"]}}},
+        {"objective": "kd", "teacher": {"model": {"choices": ["cnn", {"name": "cnn"}]}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_choices_that_are_the_same_settings_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"choices: .* are the same settings; leave one out"):
+        space(**changes)
+
+
+def test_choices_that_differ_inside_of_a_range_are_taken() -> None:
+    item = {"name": "mlp", "dropout": {"low": 0, "high": 0.5}}
+    assert len(space(student={"choices": ["mlp", item]}).parameters) == 2
+
+
+def test_a_range_in_a_list_is_said_not_to_be_searched() -> None:
+    args = {"widths": [{"low": 8, "high": 64}, 32], "more": [{"x": {"choices": [1, 2]}}]}
+    found = own(args | {"bins": [{"low": 0, "high": 1, "name": "first"}]})
+    told = [note for note in found.notes if "is not searched" in note]
+    assert [note.partition(":")[0] for note in told] == [
+        "student.args.widths.0",
+        "student.args.more.0.x",
+    ]
 
 
 def test_all_problems_of_a_space_are_named_at_once() -> None:

@@ -33,10 +33,11 @@ from tfkd_ray.learn.models import (
     Timm,
     check_learns,
     check_lone_image,
-    ends_in_softmax,
+    last_step,
+    what_a_seed_leaves_open,
 )
 from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
-from tfkd_ray.settings.errors import did_you_mean
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import Settings, members, name_alone, tag
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ KIND = "accelerator_type:"
 """Prefix of the resource by which Ray names the kind of a node's GPUs."""
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 """Resources that Ray assigns to every node itself."""
+
+
+LAST_STEPS = {
+    "softmax": "gives probabilities (numbers from 0 to 1 that sum to 1), not logits: it seems to end in softmax, which "
+    "training applies itself; twice, it learns slowly and badly. Take the softmax out of its forward",
+    "sigmoid": "gives numbers from 0 to 1, not logits: it seems to end in sigmoid, under which no class can get a "
+    "probability near 1; it learns slowly and badly. Take the sigmoid out of its forward",
+}
+"""Notes on networks that end in what a loss applies itself."""
 
 
 class OptimConfig(Settings):
@@ -416,12 +426,12 @@ class TrainConfig(Settings):
                 check_learns(what, network)
             if trains and alone:
                 check_lone_image(what, network, shape)
-            if ends_in_softmax(network, shape):
-                notes.append(
-                    f"model {what}: gives probabilities (numbers from 0 to 1 that sum to 1), not logits: it seems to "
-                    "end in softmax, which training applies itself; twice, it learns slowly and badly. Take the "
-                    "softmax out of its forward"
-                )
+            last = last_step(network, shape)
+            if last is not None:
+                notes.append(f"model {what}: {LAST_STEPS[last]}")
+            if isinstance(run.student, OwnNetwork):
+                again = run.build_student(shape)
+                notes += _notes_of_chance(what, what_a_seed_leaves_open(network, again, shape))
         return list(dict.fromkeys(notes))
 
     def build_student(self, shape: tuple[int, int, int] | None = None) -> nn.Module:
@@ -589,3 +599,23 @@ searches them."""
 DRIVER = "tfkd_driver"
 """Custom resource of which the driver process of a multi-worker trial takes 0.01, so that it takes
 no CPU from the workers."""
+
+
+def _notes_of_chance(what: str, left_open: str | None) -> list[str]:
+    """Return a note on a network of one's own that differs each time it is built; see
+    `what_a_seed_leaves_open`."""
+    way = (
+        "seed its own generators, draw from the global ones of torch, numpy or Python, which the run's seed sets, and "
+        "leave no weight as torch.empty made it"
+    )
+    if left_open == "logits":
+        raise ConfigError(
+            f"model {what}: built again with the same weights it gives other logits, so that what is loaded is not "
+            f"what was trained; {way}"
+        )
+    if left_open == "weights":
+        return [
+            f"model {what}: begins with other weights each time it is built, so that the same configuration gives "
+            f"other numbers each time; {way}"
+        ]
+    return []

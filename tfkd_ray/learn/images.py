@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
@@ -249,6 +249,7 @@ def decoded(
     """
     try:
         with opened(path) as file, Image.open(file) as image:
+            _check_kept_values(image)
             return np.asarray(view(image)).transpose(2, 0, 1)
     except _NotEightBits as error:
         raise ConfigError(f"data {name}: {path}: {error}") from None
@@ -380,6 +381,26 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 class _NotEightBits(ValueError):
     """Raised for an image whose values cannot be scaled to 0..255 without a guess."""
+
+
+def _check_kept_values(image: ImageFile.ImageFile) -> None:
+    """Raise for an image, not yet decoded, of which Pillow itself makes other values in 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "L" and 2 in tags.get(339, ()):  # SampleFormat: Pillow takes -1 for 255
+        raise _NotEightBits(
+            "its pixels are signed, -128 to 127, and nothing says which of them is black; write it from 0 to 255"
+        )
+    is_16_bit = any(";16" in str(tile[3]) for tile in image.tile)
+    if image.mode not in ("RGB", "RGBA", "CMYK") or not is_16_bit:
+        return
+    colours = 4 if image.mode == "CMYK" else 3
+    highest = int(np.asarray(image)[..., :colours].max())
+    if highest < 16:
+        raise _NotEightBits(
+            f"the 16-bit values of its colours stay below {256 * (highest + 1)} of 65535 (mode {image.mode}), so that "
+            f"8 bits would keep {highest + 1} of their levels; if white is a smaller number, as in 12 bits, scale it "
+            "to 65535, or write it with 8 bits"
+        )
 
 
 def rgb(image: Image.Image) -> Image.Image:

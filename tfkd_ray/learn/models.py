@@ -786,18 +786,60 @@ def _kept_by(network: nn.Module) -> list[Any]:
     return found
 
 
-def ends_in_softmax(network: nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Return whether a network outputs probabilities, rows in 0..1 that sum to 1, not logits."""
+def last_step(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
+    """Return "softmax" or "sigmoid" if a network outputs numbers in 0..1, not logits; else None.
+
+    Of softmax, rows sum to 1. Outputs that are the same for all images are of neither.
+    """
     import torch
 
     images = 100 * torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    rows = _logits(network, images)
+    if rows.is_meta or not bool(((rows >= 0) & (rows <= 1.01)).all()):
+        return None
+    if bool(((rows.float().sum(dim=1) - 1).abs() < 1e-2).all()):
+        return "softmax"
+    return "sigmoid" if bool((rows != rows[0]).any()) and bool((rows <= 1).all()) else None
+
+
+def what_a_seed_leaves_open(
+    first: nn.Module, second: nn.Module, shape: tuple[int, int, int]
+) -> str | None:
+    """Return what differs between two networks that were built alike, from the same seed.
+
+    "weights": the initial ones. "logits": those of the same weights, as by random numbers that are
+    kept elsewhere. None: nothing. The second network gets the weights of the first.
+    """
+    import torch
+
+    mine, others = first.state_dict(), second.state_dict()
+    other = [name for name, value in mine.items() if not _equal(value, others.get(name))]
+    if mine.keys() != others.keys():
+        return "weights"
+    second.load_state_dict(mine)
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with seeded(0, "built again"):
+        one = _logits(first, images)
+    with seeded(0, "built again"):
+        two = _logits(second, images)
+    if not one.is_meta and not torch.allclose(one, two, rtol=1e-3, atol=1e-5):
+        return "logits"
+    return "weights" if other else None
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and (a.is_meta or a.nan_to_num().equal(b.nan_to_num()))
+
+
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Return a network's output in eval mode; change neither its mode nor the random state."""
+    import torch
+
     training = network.training
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         rows: Tensor = network.eval()(images)
     network.train(training)
-    if rows.is_meta:
-        return False
-    return bool((rows >= 0).all()) and bool(((rows.float().sum(dim=1) - 1).abs() < 1e-2).all())
+    return rows
 
 
 def _shorthand(value: Any) -> Any:

@@ -374,6 +374,28 @@ def _is_given_once(given: Tree) -> Iterator[str]:
         yield f".choices: a value is given twice in {values!r}"
 
 
+def _equal_themselves(given: Tree) -> Iterator[str]:
+    """Reject NaN among choices: no trial could be told that it has this value."""
+    if "nan" in (repr(number) for number in _numbers_in(given["choices"])):
+        yield f".choices: nan equals no value, not even itself, got {given['choices']!r}; leave it out"
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    """Yield the floating-point numbers in a value of a space file."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _numbers_in(below)
+
+
+def _differ_as_texts(given: Tree) -> Iterator[str]:
+    """Reject a text that is how the sampler sees another choice's settings."""
+    texts = Choices(tuple(given["choices"])).points
+    if len(set(texts)) < len(texts):
+        yield f".choices: a text and the settings that it spells, in {given['choices']!r}; leave one out"
+
+
 def _has_keys_of_a_range(given: Tree) -> Iterator[str]:
     """Reject keys that a range does not have."""
     for key in given:
@@ -473,7 +495,13 @@ def _step_moves_a_float(given: Range) -> Iterator[str]:
         yield f".step: {step:g} is lost in a float beside {largest:g}; raise it, or leave it out"
 
 
-CHOICES_RULES = (_stands_alone, _is_a_list, _is_given_once)
+CHOICES_RULES = (
+    _stands_alone,
+    _is_a_list,
+    _equal_themselves,
+    _is_given_once,
+    _differ_as_texts,
+)
 KEY_RULES = (
     _has_keys_of_a_range,
     _low_is_a_number,

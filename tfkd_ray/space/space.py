@@ -22,8 +22,9 @@ from tfkd_ray.learn.objectives import Canonical
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
-from tfkd_ray.settings.yaml import find_file, parse_yaml, read_yaml
+from tfkd_ray.settings.yaml import find_file, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.space.ranges import (
+    RANGE_KEYS,
     Choices,
     Domain,
     Path_,
@@ -723,6 +724,21 @@ def _ranges(value: Any, path: Path_) -> Iterator[str]:
             yield from _ranges(below, (*path, str(key)))
 
 
+def _ranges_in_lists(value: Any, path: Path_) -> Iterator[str]:
+    """Yield a note for each part of a list that looks like a range, and is none there."""
+    parts = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(parts, dict):
+        return
+    if set(parts) == {"choices"} or {"low", "high"} <= set(parts) <= RANGE_KEYS:
+        yield (
+            f"{dotted(path)}: {in_yaml(value)} in a list is a value like any other and is not searched; give it a key "
+            "of its own, or search whole lists: {choices: [[...], [...]]}"
+        )
+        return
+    for key, below in parts.items():
+        yield from _ranges_in_lists(below, (*path, str(key)))
+
+
 class _Ranges:
     """Collects the ranges of one objective's tree as parameters, and their problems."""
 
@@ -741,6 +757,7 @@ class _Ranges:
             within: the item of choices that contains this part.
         """
         if not isinstance(value, dict):
+            self._notes += _ranges_in_lists(value, name)
             return value
         below = {}
         for key, given in value.items():
@@ -881,7 +898,29 @@ def _corners_are_valid(branch: Branch) -> Iterator[str]:
                 )
 
 
-BRANCH_RULES = (_parameters_are_searchable, _corners_are_valid)
+def _choices_differ(branch: Branch) -> Iterator[str]:
+    """Reject two choices that are the same settings, written in two ways."""
+    for p in branch.parameters:
+        if isinstance(p.domain, Choices):
+            written = p.domain.written
+            plain = [value for value in p.domain.values if not written or value in written]
+            yield from _same_settings(branch, p, plain[:MAX_CORNERS])
+
+
+def _same_settings(branch: Branch, p: Parameter, values: Sequence[Any]) -> Iterator[str]:
+    around, before = branch.around(p), dict[str, Any]()
+    for value in values:
+        try:
+            settings = branch.config({**around, p.name: value}).model_dump_json()
+        except ConfigError:  # another rule tells what is wrong
+            continue
+        if settings in before:
+            twins = f"{in_yaml(before[settings])} and {in_yaml(value)}"
+            yield f"{p.name}.choices: {twins} are the same settings; leave one out"
+        before[settings] = value
+
+
+BRANCH_RULES = (_parameters_are_searchable, _corners_are_valid, _choices_differ)
 """Rules in the order in which their problems are reported, all at once, after those of single
 ranges."""
 
