@@ -1,13 +1,17 @@
 """Image files read during training: reading ahead, random crops, resuming, and damaged files."""
 
+import errno
 import gc
 import math
 import os
+import socket
 import struct
 import threading
 import weakref
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +133,54 @@ def test_files_of_both_splits_are_examined_before_a_comparison(data: ImageFolder
         ConfigError, match=f"^data image_folder: {data.root}/val/class 1: no image in it"
     ):
         other.examine()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "loop", "nowhere", "empty", "float"])
+@pytest.mark.timeout(20)
+def test_what_is_no_image_in_the_test_split_is_named_before_a_comparison(
+    data: ImageFolder, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = data.root / "val/class 1/000.jpg"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(path.parent)  # a socket's whole path may be too long
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    elif kind in ("device", "loop", "nowhere"):
+        path.symlink_to({"device": "/dev/zero", "loop": path, "nowhere": "nowhere"}[kind])
+    elif kind == "empty":
+        path.touch()
+    else:
+        Image.new("F", (40, 40)).save(path, format="TIFF")
+    with pytest.raises(ConfigError) as error:
+        data.examine()
+    (problem,) = error.value.problems
+    assert problem.startswith(f"data image_folder: {path}: ") and "<" not in problem
+    assert ("floating-point numbers" if kind == "float" else "cannot be read as") in problem
+
+
+@pytest.mark.parametrize("below", ["", "class 0", "class 0/more"])
+def test_a_folder_that_cannot_be_listed_is_named_and_not_left_out(
+    data: ImageFolder, below: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = data.root / "train" / below
+    (data.root / "train/class 0/more").mkdir()
+    list_folder, walk_folder = os.listdir, os.scandir
+
+    def denied(listing: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def look(folder: Any) -> Any:
+            if Path(folder) == place:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            return listing(folder)
+
+        return look
+
+    monkeypatch.setattr(os, "listdir", denied(list_folder))
+    monkeypatch.setattr(os, "scandir", denied(walk_folder))
+    with pytest.raises(ConfigError, match=f"{place}: cannot be read: Permission denied"):
+        data.load()
 
 
 def test_a_name_that_is_no_utf8_can_be_told(data: ImageFolder, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def answer(
         finally:
             signal.alarm(0)
         out, err = capfd.readouterr()
-        assert code in (None, 0, 1, 2, 7), argv
+        assert code in (None, 0, 1, 2, 7), (code, argv, out + err)
         assert "Traceback" not in out + err, argv
         assert code in (None, 0) or err.strip(), argv
         return out + err

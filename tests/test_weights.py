@@ -113,6 +113,19 @@ SAVE: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "safetensors.bin": save_file,
     "safetensors-as.pt": save_file,
     "torch-as.safetensors": torch.save,
+    "epoch-beside.pt": lambda w, path: torch.save({**w, "epoch": 3, "best": None}, path),
+    "parallel-inside.pth": lambda w, path: torch.save(
+        {k.replace(".", ".module.", 1): v for k, v in w.items()}, path
+    ),
+    "parallel-in-part.pth": lambda w, path: torch.save(
+        {k if k.startswith("9") else f"module.{k}": v for k, v in w.items()}, path
+    ),
+    "compiled-parallel-inside.pt": lambda w, path: torch.save(
+        {f"_orig_mod.{k.replace('.', '.module.', 1)}": v for k, v in w.items()}, path
+    ),
+    "ema-beside-a-number.pt": lambda w, path: torch.save(
+        {"step": torch.tensor(3), "ema": {"module": w}}, path
+    ),
     "double.pt": lambda w, path: torch.save(
         {k: v.double() if v.is_floating_point() else v for k, v in w.items()}, path
     ),
@@ -134,6 +147,33 @@ def test_weights_in_a_file_are_the_ones_that_were_saved(
             name == "without-counts.pt" and key.endswith("num_batches_tracked")
         )
     CNN.build(SHAPE, K).load_state_dict(found)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_weights_of_fewer_bits_are_taken_as_float32(
+    kind: torch.dtype, tmp_path: Path, saved: dict[str, Tensor]
+) -> None:
+    few = {k: v.to(kind) if v.is_floating_point() else v for k, v in saved.items()}
+    torch.save(few, tmp_path / "w.pt")
+    found = load_outside(str(tmp_path / "w.pt"), CNN, SHAPE, K)
+    for key, value in saved.items():
+        assert found[key].dtype == value.dtype and found[key].equal(few[key].to(value.dtype))
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_tensors_without_plain_values_are_refused(tmp_path: Path, saved: dict[str, Tensor]) -> None:
+    for value in (saved["9.weight"].to_sparse(), saved["9.weight"].to("meta")):
+        torch.save({**saved, "9.weight": value}, tmp_path / "w.pt")
+        assert refused(tmp_path / "w.pt").startswith("9.weight is sparse, quantized or without")
+    large = {**saved, "9.weight": saved["9.weight"].double() * 1e300}
+    torch.save(large, tmp_path / "w.pt")
+    assert refused(tmp_path / "w.pt").startswith("9.weight holds NaN or infinity")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_program_of_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "w.pt")
+    assert refused(tmp_path / "w.pt").startswith("is a TorchScript archive, which is a program")
 
 
 class _Touch:
@@ -277,6 +317,9 @@ def test_a_wrapped_network_that_does_not_fit_is_named_by_its_first_keys(
         {"net": {f"encoder.{k}": v for k, v in CNN.build(SHAPE, 7).state_dict().items()}}, path
     )
     assert refused(path).startswith("the file's teacher has 7 classes (")
+    in_parts = {f"{'neck' if k < '4' else 'top'}.{k}": v for k, v in saved.items()}
+    torch.save(in_parts, path)
+    assert "The file begins with neck.0.weight, neck.1.weight, neck.1.bias, and" in refused(path)
     torch.save({f"layer{k}": v for k, v in saved.items()}, path)
     assert refused(path).endswith(
         "The file begins with layer0.weight, layer1.weight, layer1.bias, and the network with 0.weight, 1.weight, 1.bias"

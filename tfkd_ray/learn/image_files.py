@@ -5,6 +5,7 @@ Shapes: S = height and width after decoding.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -255,9 +256,10 @@ class FolderDataset(FileDataset):
     def _classes(self, split: Split) -> list[str]:
         """Return the names of the class folders, sorted."""
         folder = self._folder(split)
-        classes = sorted(
-            p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
-        )
+        with self._named(folder):
+            classes = sorted(
+                p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
+            )
         if split == "train":
             if len(classes) != self.num_classes:
                 raise self._wrong(
@@ -275,6 +277,15 @@ class FolderDataset(FileDataset):
             )
         return classes
 
+    @contextlib.contextmanager
+    def _named(self, folder: Path) -> Iterator[None]:
+        """Raise a ConfigError that names the folder, at or below `folder`, that cannot be listed."""
+        try:
+            yield
+        except OSError as error:
+            place = Path(os.fsdecode(error.filename)) if error.filename else folder
+            raise self._wrong(place, f"cannot be read: {error.strerror}") from None
+
     def _examine(self) -> None:
         for split in SPLITS:
             images = self._whole(split)
@@ -286,7 +297,8 @@ class FolderDataset(FileDataset):
 
         folder, files, labels = self._folder(split), list[str](), list[int]()
         for k, name in enumerate(self._classes(split)):
-            found = sorted(_image_files(folder / name))
+            with self._named(folder / name):
+                found = sorted(_image_files(folder / name))
             if not found:
                 raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
             files += [f"{folder.name}/{name}/{file}" for file in found]
@@ -305,11 +317,18 @@ class FolderDataset(FileDataset):
 
 
 def _image_files(folder: Path) -> Iterator[str]:
-    """Yield image files below a folder, relative to it, in any order; links may not form cycles."""
+    """Yield image files below a folder, relative to it, in any order; links may form cycles.
+
+    A folder that cannot be listed raises its OSError.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
     above: dict[str, set[tuple[int, int]]] = {
         str(folder): {folder_identity(p) for p in folder.resolve().parents}
     }
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         passed = above.pop(place) | {folder_identity(Path(place))}
         folders[:] = [
             f

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened
@@ -254,8 +254,16 @@ def decoded(
     except _NotEightBits as error:
         raise ConfigError(f"data {name}: {path}: {error}") from None
     except Exception as error:  # a damaged image can raise any exception
-        problem = f"cannot be read as an image: {error}; replace it, or take it away"
-        raise ConfigError(f"data {name}: {path}: {problem}") from None
+        raise ConfigError(f"data {name}: {path}: {_unreadable(error)}") from None
+
+
+def _unreadable(error: Exception) -> str:
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    if isinstance(error, UnidentifiedImageError):  # its text names Python's file object
+        reason = "no known format begins like it"
+    return f"cannot be read as an image: {reason}; replace it, or take it away"
 
 
 def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None = None) -> None:
@@ -268,10 +276,13 @@ def check_headers(name: str, paths: Sequence[Path], size: tuple[int, ...] | None
 
     def problem_of(path: Path) -> str | None:
         try:
-            with Image.open(path) as image:
+            with opened(path) as file, Image.open(file) as image:
                 wide, high = image.size
+                _check_kind_of_pixels(image)
+        except _NotEightBits as error:
+            return str(error)
         except Exception as error:  # as in `decoded`
-            return f"cannot be read as an image: {error}; replace it, or take it away"
+            return _unreadable(error)
         return (
             f"is {wide}x{high}, and all images are {size[1]}x{size[0]}"
             if size and size != (high, wide)
@@ -412,17 +423,26 @@ def rgb(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _is_16_bit(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _check_kind_of_pixels(image: Image.Image) -> None:
+    """Raise if the header says numbers whose black and white are unknown; look at no pixel."""
+    if image.mode not in ("I", "F") or _is_16_bit(image):
+        return
+    kind = "floating-point numbers" if image.mode == "F" else "whole numbers of 32 bits"
+    raise _NotEightBits(
+        f"its pixels are {kind} (mode {image.mode}), and nothing says which of them is black and which white; "
+        "write it with 8 bits, or with 16 from 0 to 65535"
+    )
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Return the image with 8 bits per channel; of 16-bit grey, the upper 8, as in Pillow."""
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    if not is_16_bit and image.mode not in ("I", "F"):
+    _check_kind_of_pixels(image)
+    if not _is_16_bit(image):
         return image
-    if not is_16_bit:
-        kind = "floating-point numbers" if image.mode == "F" else "whole numbers of 32 bits"
-        raise _NotEightBits(
-            f"its pixels are {kind} (mode {image.mode}), and nothing says which of them is black and which white; "
-            "write it with 8 bits, or with 16 from 0 to 65535"
-        )
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))[0]  # a TIFF's BitsPerSample, 12 or 16

@@ -69,15 +69,16 @@ def load_outside(
         kept = _read_weights(path)
         with torch.random.fork_rng(devices=[]):
             wanted: Weights = model.build(shape, num_classes).state_dict()
-        found = _of_network(
+        found, begin = _of_network(
             kept,
             wanted,
-            lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes)),
+            lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes, [])),
         )
-        if problems := list(_misfits(found, wanted, model.name, num_classes)):
+        if problems := list(_misfits(found, wanted, model.name, num_classes, begin)):
             raise ConfigError(problems)
         for key, value in found.items():
-            if not value.isfinite().all():
+            # as it is used: a large number of float64 is infinite in float32
+            if not value.to(wanted[key].dtype).isfinite().all():
                 raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
     except ConfigError as error:
         raise ConfigError(
@@ -125,14 +126,17 @@ def _state_dicts(tree: Any, under: tuple[str, ...] = ()) -> Iterator[tuple[str, 
     """Yield the state_dicts in a training script's checkpoint, each with its keys."""
     if not isinstance(tree, Mapping) or len(under) > MOST_WRAPPERS:
         return
-    pairs = list(tree.items())
-    if pairs and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
-        named = {re.sub(WRAPPED, "", key).removeprefix("."): value for key, value in pairs}
+    tensors = {
+        key: value
+        for key, value in tree.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if tensors:  # beside them, a script may keep numbers such as the epoch
+        named = {re.sub(WRAPPED, "", key).removeprefix("."): v for key, v in tensors.items()}
         yield (
             ".".join(under),
             {re.sub(OLD_DENSENET, r"\1\2", key): value for key, value in named.items()},
         )
-        return
     known = [key for key in WRAPPERS if key in tree]
     for key in (*known, *(key for key in tree if key not in known)):
         yield from _state_dicts(tree[key], (*under, str(key)))
@@ -144,17 +148,21 @@ MOST_WRAPPERS = 3
 
 def _of_network(
     kept: dict[str, Weights], wanted: Weights, fits: Callable[[Weights], bool]
-) -> Weights:
+) -> tuple[Weights, list[str]]:
     """Return the tensors of one network among a file's state_dicts, without wrapper prefixes.
 
     The network is the one that fits; if none fits, it is the one with the most names in common, and
-    the error lists its differences.
+    the error lists its differences. The second part is the names with which its state_dict begins.
     """
-    parts = {(under, prefix): _without_prefix(prefix, tensors)
-             for under, tensors in kept.items() for prefix in _prefixes(tensors, wanted)}  # fmt: skip
+    parts = _parts(kept, wanted)
     fitting = [place for place, tensors in parts.items() if fits(tensors)]
+    if not fitting:  # DataParallel may wrap parts of a network
+        bare = _parts({under: _without_modules(tensors) for under, tensors in kept.items()}, wanted)
+        if fitting := [place for place, tensors in bare.items() if fits(tensors)]:
+            parts = bare
     if not fitting:
-        return max(parts.values(), key=lambda tensors: len(tensors.keys() & wanted.keys()))
+        place = max(parts, key=lambda place: len(parts[place].keys() & wanted.keys()))
+        return parts[place], list(kept[place[0]])[:3]
     first = fitting[0]
     known = first[0].rpartition(".")[2] in WRAPPERS
     rivals = [place for place in fitting if place[0] == first[0] or not known]
@@ -163,7 +171,25 @@ def _of_network(
             repr(f"{under}{': ' if under else ''}{prefix}...") for under, prefix in rivals
         )
         raise ConfigError(f"holds {len(rivals)} networks that fit ({names}); save the one alone")
-    return parts[first]
+    return parts[first], list(kept[first[0]])[:3]
+
+
+def _parts(kept: dict[str, Weights], wanted: Weights) -> dict[tuple[str, str], Weights]:
+    """Return each state_dict's tensors below each prefix, by its keys and the prefix."""
+    return {
+        (under, prefix): _without_prefix(prefix, tensors)
+        for under, tensors in kept.items()
+        for prefix in _prefixes(tensors, wanted)
+    }
+
+
+def _without_modules(tensors: Weights) -> Weights:
+    """Return tensors without DataParallel's `module.` in their names, if no two become one."""
+    bare = {
+        re.sub(r"(^|\.)module(?=\.)", "", key).removeprefix("."): value
+        for key, value in tensors.items()
+    }
+    return bare if len(bare) == len(tensors) else tensors
 
 
 def _prefixes(tensors: Weights, wanted: Weights) -> list[str]:
@@ -202,6 +228,11 @@ def _parsed(path: Path) -> Any:
             ) from None
         raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
     except Exception as error:  # a damaged pickle can raise anything
+        if "TorchScript" in str(error):
+            raise ConfigError(
+                "is a TorchScript archive, which is a program; nothing was run. Save the tensors alone: "
+                "torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
+            ) from None
         raise ConfigError(f"damaged, or not a file of torch: {_line(error)}") from None
 
 
@@ -313,8 +344,13 @@ def show(module: nn.Module, data: Dataset, shown: dict[str, Any]) -> None:
 # --- does it fit ----------------------------------------------------------------------------------
 
 
-def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> Iterator[str]:
-    """Yield one sentence for each mismatch between the weights and the network."""
+def _misfits(
+    found: Weights, wanted: Weights, name: str, num_classes: int, begin: list[str]
+) -> Iterator[str]:
+    """Yield one sentence for each mismatch between the weights and the network.
+
+    `begin`: the names with which the file's state_dict begins, for the sentence.
+    """
     shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     # torch fills these in as well: files from before 2018 lack them
     missing = [
@@ -337,10 +373,12 @@ def _misfits(found: Weights, wanted: Weights, name: str, num_classes: int) -> It
     problems += [f"it has {_first_few(more)} that the network has not"] if more else []
     problems += [f"of another shape: {_first_few(both)}"] if both else []
     if problems:
-        names = f"The file begins with {', '.join(list(found)[:3])}, and the network with {', '.join(list(wanted)[:3])}"
+        names = f"The file begins with {', '.join(begin)}, and the network with {', '.join(list(wanted)[:3])}"
         yield f"does not fit {name} for these images: {'; '.join(problems)}. {names}"
     for key in wanted.keys() & found.keys():
-        if found[key].is_floating_point() != wanted[key].is_floating_point():
+        if found[key].layout != torch.strided or found[key].is_meta or found[key].is_quantized:
+            yield f"{key} is sparse, quantized or without content; save it as a plain tensor"
+        elif found[key].is_floating_point() != wanted[key].is_floating_point():
             yield f"{key} is {found[key].dtype}, not {wanted[key].dtype}"
 
 

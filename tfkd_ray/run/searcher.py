@@ -55,6 +55,7 @@ from tfkd_ray.space.space import BranchGroup, Space
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
+    as_number,
     damaged,
     parse_json,
 )
@@ -241,7 +242,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 if not is_number(result.get(m))
             ]
             if not bad:
-                values = [float(result[m]) for m in self.space.search.metrics]
+                values = [as_number(result[m]) for m in self.space.search.metrics]
                 study.tell(trial.number, values, skip_if_finished=True)
             else:
                 trial.set_user_attr("reason", ", ".join(bad))
@@ -389,7 +390,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         group, objective, values = point_in(self.space, parameters, whole=True)
         params, distributions = as_asked(group, objective, values)
         told = list(value) if isinstance(value, list | tuple) else [value]
-        on_the_way = {epoch: float(v) for epoch, v in enumerate(intermediate_values or (), start=1)}
+        on_the_way = {
+            epoch: as_number(v) for epoch, v in enumerate(intermediate_values or (), start=1)
+        }
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         if error:
             state = TrialState.FAIL
@@ -401,7 +404,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}"
             )
         if pruned and not error and not on_the_way and is_number(value):
-            on_the_way = {1: float(value)}
+            on_the_way = {1: as_number(value)}
         about = {
             "parameters": params,
             "values": told if whole else [],
@@ -415,7 +418,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                values=[float(v) for v in told] if whole else None,
+                values=[as_number(v) for v in told] if whole else None,
                 params=params,
                 distributions=distributions,
                 user_attrs={"prior": origin},
@@ -466,13 +469,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _put(self, live: _Live, result: dict[str, Any]) -> bool:
         """Write a value; return True if it is new to the study and a number."""
-        epoch, value = live.epochs.of(result), result.get(self.space.search.metric)
+        epoch, value = live.epochs.of(result), as_number(result.get(self.space.search.metric))
         if self.space.search.more_metrics:  # Optuna keeps no intermediate values then
             return False
         if epoch is None or not is_number(value) or epoch in live.reported:
             return False
         live.reported.add(epoch)
-        live.trial.report(float(value), epoch)
+        live.trial.report(value, epoch)
         return True
 
     # --- Optuna

@@ -15,6 +15,7 @@
 """
 
 import contextlib
+import decimal
 import errno
 import importlib.metadata
 import json
@@ -62,9 +63,12 @@ full length."""
 
 def as_number(value: Any) -> float | None:
     """Return a number, or an array of just one, as a float; None for anything else."""
-    if getattr(value, "ndim", None) == 0:
+    if hasattr(value, "ndim") and math.prod(value.shape) == 1:
         value = value.item()
-    return float(value) if isinstance(value, numbers.Real) else None
+    try:
+        return float(value) if isinstance(value, numbers.Real | decimal.Decimal) else None
+    except (OverflowError, ValueError):  # a whole number too large, Decimal's signalling NaN
+        return None
 
 
 def trials_folder(experiment: Path) -> Path:
