@@ -824,10 +824,16 @@ def test_a_key_that_others_may_read_is_refused(
         f"may be read by others (mode 644), and ssh refuses such a key; chmod 600 {key}"
         in capsys.readouterr().err
     )
-    (tmp_path / "token").write_text("another")
-    assert main(["cluster", "up", str(path)]) == 2
-    assert "is to be the nodes' token, and is not the one used here" in capsys.readouterr().err
     assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+    for content in (b"another", b"", b"\xff", bytes(2**20)):
+        (tmp_path / "token").write_bytes(content)
+        (tmp_path / "token").chmod(0o644)
+        assert main(["cluster", "up", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert "token" in said and "Traceback" not in said
+        assert content != b"another" or "token, and is not the one used here" in said
+        mode = stat.S_IMODE((tmp_path / "token").stat().st_mode)
+        assert mode == 0o644, "a file that is not our token is left as it is"
 
 
 SSH = {
@@ -942,6 +948,21 @@ def test_a_large_working_directory_is_refused_with_its_largest_files(tmp_path: P
         match=r"150 MB are more than 100: film.mp4 \(150 MB\); name what is not code in .rayignore",
     ):
         stage(tmp_path / "here", tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    "content, sentence", [(b"caf\xe9", "not a text file in UTF-8"), (None, "is a directory")]
+)
+def test_a_list_of_what_is_left_out_that_cannot_be_read_is_a_sentence(
+    content: bytes | None, sentence: str, tmp_path: Path
+) -> None:
+    """Ignoring it would send what its owner has left out."""
+    path = tmp_path / "here/.rayignore"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"rayignore.*\n? *{sentence}"):
+        stage(tmp_path / "here", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
 class Head(http.server.BaseHTTPRequestHandler):

@@ -398,6 +398,16 @@ def test_a_second_opening_of_the_same_split_is_said_whatever_it_is_called(tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["17", "null", "[]", '"test"', "{}", '{"test": "digits"}', '{"test": 1, "when": 2, "experiment": 3}'],
+)  # fmt: skip
+def test_a_line_that_tells_of_no_opening_is_a_sentence(line: str, tmp_path: Path) -> None:
+    (tmp_path / "test_openings.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"test_openings.jsonl.*\n? *was changed by hand, or cut"):
+        openings(tmp_path, Digits())
+
+
 def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(
     tmp_path: Path,
 ) -> None:

@@ -566,6 +566,46 @@ def test_an_archive_with_something_else_for_a_file_gets_a_sentence(
         Cifar100(root=tmp_path, check_md5=False)._official("test")
 
 
+def header(name: bytes, size: int | bytes, kind: bytes) -> bytes:
+    """Return a member's header in a tar file, whatever the size is."""
+    size = b"%011o\0" % size if isinstance(size, int) else size.rjust(12, b"\xff")
+    made = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size + b"00000000000\0"
+    made = (made + b" " * 8 + kind).ljust(257, b"\0") + b"ustar\x0000"
+    made = made.ljust(512, b"\0")
+    return made[:148] + b"%06o\0 " % sum(made) + made[156:]
+
+
+def pax(text: bytes) -> bytes:
+    """Return an extended header with one line of text, and a member behind it."""
+    line = b"%d %s\n" % (len(text) + 4 + (len(text) > 95), text)
+    return header(b"pax", len(line), b"x") + line.ljust(512, b"\0") + header(b"x", 0, b"0")
+
+
+@pytest.mark.parametrize(
+    "made, sentence",
+    [
+        (pax(b"GNU.sparse.size=abc"), "cannot be read: invalid literal"),
+        (pax(b"GNU.sparse.map=a,b"), "cannot be read: invalid literal"),
+        (header(b"x", b"\xfe\x00", b"x"), "cannot be read: a header claims a size of -"),
+        (header(b"x", b"\x80" + b"\x7f" * 11, b"x"), "cannot be read: a header claims a size of 15"),
+        (header(b"x", 2**32, b"L"), "cannot be read: a header claims a size of 4294967296 bytes"),
+        (header(b"x", 0, b"x") * 5000, "cannot be read: maximum recursion"),
+        (header(b"big", 2**33 - 1, b"0"), "big is larger than any file of CIFAR"),
+        (header(b"small", 0, b"0") * 10_001, "more than 10000 files in it"),
+    ],
+    ids=["sparse size", "sparse map", "negative", "huge", "long name", "nested", "bomb", "many"],
+)  # fmt: skip
+def test_an_archive_whose_headers_claim_what_is_not_there_gets_a_sentence(
+    tmp_path: Path, made: bytes, sentence: str
+) -> None:
+    path = tmp_path / Cifar100.archive
+    path.write_bytes(gzip.compress(made + bytes(1024)))
+    with pytest.raises(ConfigError) as error:
+        Cifar100(root=tmp_path, check_md5=False)._official("test")
+    assert f"{path}: {sentence}" in str(error.value), error.value
+    assert Cifar100.origin in str(error.value)
+
+
 def test_an_archive_with_another_md5_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
     write_cifar(tmp_path, Cifar10, pickled(Cifar10), archive=True)
     path = tmp_path / Cifar10.archive

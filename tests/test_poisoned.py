@@ -7,11 +7,14 @@ TensorBoard or a cluster.
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import socket
+import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +32,7 @@ from tfkd_ray.launch import verbs as cluster_verbs
 from tfkd_ray.run.connect import found_broken, give_larger_share
 from tfkd_ray.run.nodes import Mark, _look
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import STALE_S, whole_file, write_text
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml, read_yaml
 from tfkd_ray.store import remote
 from tfkd_ray.store.assignment import SECTION, Assignment
@@ -125,6 +129,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a real sweep of digits with its teacher, and a judged comparison beside it."""
     storage = tmp_path_factory.mktemp("poisoned") / "storage"
     shutil.copytree(RELEASE, storage, symlinks=True)
+    driver = f"process {os.getpid()} on {socket.gethostname()}\n"  # then its lock is looked at
+    (storage / "sweep/driver.txt").write_text(driver)
+    failed = storage / "sweep/trials/t0000-kd"  # then its error.txt is shown
+    about = json.loads((failed / "trial.json").read_text())
+    (failed / "trial.json").write_text(json.dumps({**about, "status": "failed"}))
     make_comparison(storage / "arms")
     return storage
 
@@ -220,17 +229,25 @@ def garbage(path: Path, victim: Path) -> None:
     path.write_bytes(b"\xff\x00{]")
 
 
+def huge(path: Path, victim: Path) -> None:
+    """Write 64 GiB of zeros that take no room."""
+    with path.open("wb") as file:
+        file.truncate(2**36)
+
+
 # hangs and foreign files in `make test`; the others with the faults
 POISONS: list[Any] = [fifo, link]
 POISONS += [
     pytest.param(p, marks=pytest.mark.fault)
-    for p in (device, directory, loop, unix_socket, garbage)
+    for p in (device, directory, loop, unix_socket, garbage, huge)
 ]
+BEST = "t0003-lsr"
+"""The best trial of the sweep, which is exported."""
 FILES = [
     "sweep/experiment.yaml", "sweep/driver.txt", "sweep/driver.json", "sweep/driver.lock", "sweep/spent.json",
     "sweep/study.journal", "sweep/confirm.yaml", "sweep/trials/t0000-kd", "sweep/trials",
     "sweep/trials/t0000-kd/trial.json", "sweep/trials/t0000-kd/metrics.jsonl", "sweep/trials/t0000-kd/error.txt",
-    "sweep/trials/t0000-kd/student.safetensors", "sweep/tb", "arms/confirm.yaml", "arms/confirm.json", "arms/trials",
+    f"sweep/trials/{BEST}/student.safetensors", "sweep/tb", "arms/confirm.yaml", "arms/confirm.json", "arms/trials",
     "teachers/T/teacher.json", "teachers", "other", "test_openings.jsonl",
 ]  # fmt: skip
 
@@ -288,6 +305,45 @@ def test_no_verb_hangs_fails_or_shows_another_file(
             assert not written.is_file() or SECRET not in written.read_text(), name
 
 
+READERS = {
+    "sweep/experiment.yaml": "status", "sweep/driver.txt": "status", "sweep/driver.json": "status",
+    "sweep/spent.json": "status", "sweep/study.journal": "status", "sweep/confirm.yaml": "status",
+    "sweep/trials/t0000-kd/trial.json": "trials", "sweep/trials/t0000-kd/metrics.jsonl": "trials",
+    "sweep/trials/t0000-kd/error.txt": "logs", f"sweep/trials/{BEST}/student.safetensors": "export",
+    "arms/confirm.yaml": "status", "arms/confirm.json": "status",
+    "teachers/T/teacher.json": "teacher list",
+}  # fmt: skip
+"""A verb that reads each file. The other places are folders, a lock, and what only runs read."""
+
+
+def test_the_files_of_the_table_are_read_by_a_verb(
+    storage: Path, tmp_path: Path, answer: Answer
+) -> None:
+    """Without this, a poison that no verb meets would count as harmless."""
+    now = None
+
+    def heard(event: str, given: tuple[Any, ...]) -> None:
+        nonlocal met
+        if now is not None and event == "open" and str(given[0]) == str(now):
+            met = True
+
+    sys.addaudithook(heard)
+    assert set(READERS) < set(FILES)
+    for number, (name, verb) in enumerate(READERS.items()):
+        path, met = place_of(storage, name), False
+        if there := path.exists():
+            kept = path.rename(tmp_path / "kept")
+        path.write_bytes(b"{")
+        now = path
+        for argv in commands(verb, storage, tmp_path / f"out-{number}"):
+            met = path.name in answer(argv) or met  # libraries in C open files without a sound
+        now = None
+        path.unlink()
+        if there:
+            kept.rename(path)
+        assert met, name
+
+
 @pytest.mark.parametrize("poison", POISONS, ids=name_of)
 @pytest.mark.parametrize(
     "verb", [v for v in VERBS if any(is_of_files(a) or a.dest == "file" for a in VERBS[v]._actions)]
@@ -304,7 +360,7 @@ def test_no_argument_that_names_a_file_hangs_a_verb(
     for i in there:
         answer([*argv[:i], str(path), *argv[i + 1 :]])
         assert victim.read_text() == f"{SECRET}\n", argv
-        assert poison is garbage or not path.is_file() or path.is_symlink(), (
+        assert poison in (garbage, huge) or not path.is_file() or path.is_symlink(), (
             f"{argv}: it was replaced"
         )
 
@@ -503,8 +559,6 @@ def test_a_trials_folder_that_is_a_link_is_not_counted_twice(storage: Path) -> N
 
 
 def test_a_file_is_written_under_a_name_that_nobody_can_guess(tmp_path: Path) -> None:
-    from tfkd_ray.settings.files import write_text
-
     victim, path = tmp_path / "victim", tmp_path / "r.html"
     victim.write_text("precious")
     for planted in (".r.html.new", "r.html.part", f".r.html.{os.getpid()}", "r.html"):
@@ -512,6 +566,48 @@ def test_a_file_is_written_under_a_name_that_nobody_can_guess(tmp_path: Path) ->
     write_text(path, "page")
     assert victim.read_text() == "precious" and path.read_text() == "page" and not path.is_symlink()
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_write_beside_it_and_nothing_else(
+    storage: Path, tmp_path: Path, answer: Answer
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    stays = {
+        ".0123456789abcdef.part": False,  # old, and nobody holds it
+        ".1111111111111111.part": True,  # held by a writer
+        ".2222222222222222.part": True,  # young: its writer may be about to hold it
+        ".33333333.part": True,  # of an export
+        ".mine.part": True,
+        "0123456789abcdef.part": True,
+        ".4444444444444444.part": True,  # a link
+        ".5555555555555555.part": True,  # a pipe
+    }
+    for name in stays:
+        path = out / name
+        if name.startswith(".4"):
+            path.symlink_to("r.html")
+        elif name.startswith(".5"):
+            os.mkfifo(path)
+        else:
+            path.write_text("half a page")
+        if not name.startswith(".2"):
+            old = time.time() - 2 * STALE_S
+            os.utime(path, (old, old), follow_symlinks=False)
+    with (out / ".1111111111111111.part").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        answer(["report", str(storage / "sweep"), "-o", str(out / "r.html")])
+    assert {p.name for p in out.iterdir()} == {"r.html", *(n for n in stays if stays[n])}
+
+
+def test_a_file_that_is_being_written_is_held_by_its_writer(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a") as part:
+        old = time.time() - 2 * STALE_S
+        os.utime(part, (old, old))
+        write_text(tmp_path / "b", "beside it")
+        part.write_text("whole")
+    assert (tmp_path / "a").read_text() == "whole"
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
 
 
 # --- what -o may be --------------------------------------------------------------------------------------------

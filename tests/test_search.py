@@ -401,6 +401,23 @@ def test_a_journal_whose_folder_is_gone_is_a_sentence(tmp_path: Path) -> None:
         searcher.suggest("id2")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link to a pipe"])
+def test_a_journal_that_is_no_file_is_a_sentence_and_is_not_waited_for(
+    kind: str, tmp_path: Path
+) -> None:
+    journal = tmp_path / "study.journal"
+    if kind == "folder":
+        journal.mkdir()
+    elif kind == "device":
+        journal.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / "pipe" if "link" in kind else journal)
+        if "link" in kind:
+            journal.symlink_to("pipe")
+    with pytest.raises(ConfigError, match="and only regular files are read"):
+        open_journal(journal)
+
+
 def test_a_trial_whose_folder_is_gone_is_told_by_status_in_any_study_also_one_that_was_saved(
     tmp_path: Path,
 ) -> None:

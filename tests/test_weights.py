@@ -355,7 +355,9 @@ def test_a_teacher_of_ours_is_for_the_data_it_was_trained_on(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "about", ["", "[]", '{"config": 1}', '{"config": {"data": "x"}}', '{"name": "theirs"}']
+    "about",
+    ["", "[]", '{"config": 1}', '{"config": {"data": "x"}}', '{"name": "theirs"}', "[" * 10**5],
+    ids=range(6),
 )
 def test_somebody_elses_teacher_json_says_nothing(
     about: str, tmp_path: Path, saved: dict[str, Tensor]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
-from tfkd_ray.settings.yaml import find_file, parse_documents, text_of
+from tfkd_ray.settings.yaml import bytes_of, find_file, parse_documents, text_of
 
 if TYPE_CHECKING:
     pass
@@ -116,7 +116,7 @@ def load_cluster(path: str | Path) -> ClusterFile:
     if not found.exists() and found.suffix in ("", ".sh"):
         found = find_file(path, "clusters", suffix=".sh")
     if found.is_file() and found.suffix == ".sh":
-        text = found.read_text(encoding="utf-8", errors="replace")
+        text = bytes_of(found).decode("utf-8", errors="replace")
         if not re.search(r"^#SBATCH\s", text, re.M):
             raise ConfigError(
                 "not a Slurm script: there is no line that begins with #SBATCH", found

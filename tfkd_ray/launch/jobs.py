@@ -21,6 +21,7 @@ from typing import Any
 from tfkd_ray.run.auth import token
 from tfkd_ray.settings.errors import ConfigError, Unreachable
 from tfkd_ray.settings.own_code import JOB_FOLDER, PACKAGE
+from tfkd_ray.settings.yaml import text_of
 
 LEFT_OUT = (
     # secrets
@@ -92,7 +93,7 @@ def stage_apart(folder: Path, into: Path, extra: Path | None = None) -> str | No
 
 def _ignored(folder: Path) -> list[str]:
     file = folder / ".rayignore"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = text_of(file).splitlines() if os.path.lexists(file) else []
     return [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
 
 

@@ -52,7 +52,7 @@ from tfkd_ray.launch.jobs import (
     stage,
     submit_command,
 )
-from tfkd_ray.run.auth import own_token, token, token_file
+from tfkd_ray.run.auth import own_token, token, token_file, token_in
 from tfkd_ray.settings.errors import (
     FAILED,
     INTERRUPTED,
@@ -400,13 +400,13 @@ def _check_token_mounts(file: ClusterFile) -> None:
                     "ray get-auth-token --generate",
                     file.path,
                 )
-            path.chmod(0o600)
-            if path.read_text().strip() != token():
+            if token_in(path) != token():
                 raise ConfigError(
                     f"file_mounts: {here} is to be the nodes' token, and is not the one used here "
                     f"({token_file()} or RAY_AUTH_TOKEN); make them one",
                     file.path,
                 )
+            path.chmod(0o600)
 
 
 def _check_key(file: ClusterFile) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from tfkd_ray.learn.cache import cached
+from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import ArraysOnly, opened, read_at_most
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ from tfkd_ray.learn.dataset import MODERN, PAPER_RECIPE, SPLITS, AbsolutePath, F
 
 MOST_PICKLE_BYTES = 2**28
 """Limit of bytes of a CIFAR pickle; the largest official one has 155,249,918."""
+MOST_MEMBERS = 10_000
+"""Limit of members of a CIFAR archive; the official ones have 9 and 5."""
+MOST_READ_BYTES = 2**24
+"""Limit of bytes that are read of an archive at once."""
 
 
 class IdxDataset(FileDataset):
@@ -267,6 +272,16 @@ class Emnist(IdxDataset):
         return images.transpose(2, 3).contiguous(), labels
 
 
+class _Unpacked(gzip.GzipFile):
+    """Content of a gzip file. tarfile reads at once as many bytes as a header claims to have."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read as gzip does; raise a ReadError for more than `MOST_READ_BYTES`."""
+        if size is None or not 0 <= size <= MOST_READ_BYTES:
+            raise tarfile.ReadError(f"a header claims a size of {size} bytes")
+        return super().read(size)
+
+
 class CifarDataset(FileDataset):
     """CIFAR in its "python version": the official archive, or the folder that it unpacks to.
 
@@ -359,23 +374,37 @@ class CifarDataset(FileDataset):
         wanted = {f"{self.folder}/{name}": name for name in names}
         found = {}
         try:
-            with tarfile.open(path, "r:gz") as archive:
-                for member in archive:
-                    if member.name not in wanted:
-                        continue
-                    if not member.isreg():
-                        raise self._wrong(
-                            path,
-                            f"{member.name} is no file in it, but a link or the like; {self.origin}",
-                        )
-                    if content := archive.extractfile(member):
+            with (
+                opened(path) as file,
+                _Unpacked(fileobj=file) as unpacked,
+                tarfile.open(fileobj=unpacked, mode="r:") as archive,
+            ):
+                for number, member in enumerate(archive):
+                    if problem := self._member_problem(number, member, wanted):
+                        raise self._wrong(path, f"{problem}; {self.origin}")
+                    content = archive.extractfile(member) if member.name in wanted else None
+                    if content is not None:
                         found[wanted[member.name]] = read_at_most(content, MOST_PICKLE_BYTES)
-        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # a damaged header can raise any exception
             raise self._wrong(path, f"cannot be read: {error}; {self.origin}") from None
         missing = [member for member, name in wanted.items() if name not in found]
         if missing:
             raise self._wrong(path, f"lacks {', '.join(missing)}; {self.origin}")
         return found
+
+    def _member_problem(
+        self, number: int, member: tarfile.TarInfo, wanted: dict[str, str]
+    ) -> str | None:
+        """Return what no CIFAR archive has, or None; `number` counts members from 0."""
+        if number >= MOST_MEMBERS:
+            return f"more than {MOST_MEMBERS} files in it"
+        if member.size > MOST_PICKLE_BYTES:
+            return f"{member.name} is larger than any file of CIFAR: more than {MOST_PICKLE_BYTES} bytes"
+        if member.name in wanted and not member.isreg():
+            return f"{member.name} is no file in it, but a link or the like"
+        return None
 
     def _batch(self, path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
         """Return (uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""

@@ -25,7 +25,7 @@ from tfkd_ray.learn.loop import LOOP_VERSION, train_in
 from tfkd_ray.learn.soft_labels import Bank, Elsewhere
 from tfkd_ray.learn.weights import input_of, input_shape, load_outside, show, untrained
 from tfkd_ray.settings.errors import ConfigError, check_kind
-from tfkd_ray.settings.files import write_whole
+from tfkd_ray.settings.files import opened, write_whole
 from tfkd_ray.store.experiment import read_teacher, read_teachers
 from tfkd_ray.store.storage import Storage, everything, light
 
@@ -305,4 +305,5 @@ def find_or_train(
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ reason.
 """
 
 import contextlib
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +22,8 @@ from tfkd_ray.learn.config import TeacherInput, TeacherRun
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.models import SMALL_IMAGE, Network, TorchvisionNetwork
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
-from tfkd_ray.settings.files import opened
-from tfkd_ray.store.experiment import read_teacher
+from tfkd_ray.settings.files import opened, read_at_most
+from tfkd_ray.store.experiment import MOST_JSON_BYTES, parse_json, read_teacher
 
 Weights = dict[str, Tensor]
 """A state_dict, on the CPU."""
@@ -255,7 +254,9 @@ def _check_same_data(path: Path, data: Dataset | None) -> None:
     if data is None or not about.is_file():
         return
     try:
-        trained_on = _content_text(json.loads(about.read_text())["config"]["data"])
+        with opened(about) as file:
+            found = parse_json(bytes(read_at_most(file, MOST_JSON_BYTES)))
+        trained_on = _content_text(found["config"]["data"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return  # has the name, but is not ours
     here = _content_text(data.model_dump(mode="json"))

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import opened
 
 
 def token_file() -> Path:
@@ -19,14 +20,27 @@ def token() -> str | None:
     """Return the token that Ray would use (RAY_AUTH_TOKEN, or a file), or None."""
     if given := os.environ.get("RAY_AUTH_TOKEN"):
         return given
+    return token_in(token_file())
+
+
+MOST_TOKEN_BYTES = 2**16
+"""Most bytes of a token's file; ours has 64."""
+
+
+def token_in(path: Path) -> str | None:
+    """Return the token in a file; None if the file is missing or empty."""
     try:
-        return token_file().read_text().strip() or None
+        with opened(path) as file:
+            content = file.read(MOST_TOKEN_BYTES + 1)
+        if len(content) > MOST_TOKEN_BYTES:
+            raise ConfigError(f"{path}: more than {MOST_TOKEN_BYTES} bytes are no token of Ray's")
+        return content.decode().strip() or None
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not text"
         raise ConfigError(
-            f"{token_file()}: Ray's token cannot be read: {reason}; set RAY_AUTH_TOKEN"
+            f"{path}: Ray's token cannot be read: {reason}; set RAY_AUTH_TOKEN"
         ) from None
 
 

@@ -4,7 +4,6 @@ A comparison is a directory like an experiment: `confirm.yaml` lists the arms an
 `trials/<arm>-s<seed>/` holds each run, `confirm.json` the outcome. It can be stopped and resumed.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -41,6 +40,8 @@ from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     Record,
     append_line,
+    damaged,
+    parse_json,
     read_records,
     read_text,
     trials_folder,
@@ -308,9 +309,15 @@ def openings(storage: Path, data: Dataset) -> list[dict[str, Any]]:
     """Return the times at which a data set's test split was opened, in any storage, in order."""
     split, path = split_id(data), storage / OPENINGS
     found = []
-    for line in read_text(path).splitlines() if os.path.lexists(path) else ():
-        with contextlib.suppress(ValueError):  # truncated by a full disk
-            found.append(json.loads(line))
+    with damaged(path):
+        for line in read_text(path).splitlines() if os.path.lexists(path) else ():
+            try:
+                opened = parse_json(line)
+            except ValueError:  # truncated by a full disk
+                continue
+            if not all(isinstance(opened[key], str) for key in ("test", "when", "experiment")):
+                raise ValueError(f"no opening of a test split: {line[:80]}")
+            found.append(opened)
     known = {line["digest"] for line in found if line["test"] == split and "digest" in line}
     return [line for line in found if line["test"] == split or line.get("digest") in known]
 

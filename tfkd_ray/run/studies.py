@@ -17,15 +17,11 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import whole_file
+from tfkd_ray.settings.files import opened, whole_file
 from tfkd_ray.settings.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
 from tfkd_ray.space.search_config import ENVIRONMENT
 from tfkd_ray.space.space import Space
-from tfkd_ray.store.experiment import parse_json
-
-LONGEST_LINE = 2**24
-"""Maximum bytes of a journal's line; Optuna writes a few hundred."""
-
+from tfkd_ray.store.experiment import LONGEST_LINE, damaged, parse_json
 
 # --- storages -------------------------------------------------------------------------------------
 
@@ -35,8 +31,9 @@ def open_journal(path: Path) -> BaseStorage:
 
     Any other damage raises a ConfigError with the byte where it begins, and changes nothing.
     """
-    if path.exists():
-        _mend(path)
+    if os.path.lexists(path):
+        with damaged(path):
+            _mend(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     backend = _Journal(path)
     backend.storage = JournalStorage(backend)
@@ -217,7 +214,7 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         assert log_number_from == 0, f"{log_number_from=}"
-        with self._path.open("rb") as file:
+        with opened(self._path) as file:
             while line := file.readline(LONGEST_LINE):
                 if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                     self.tail = line

@@ -6,6 +6,7 @@ takes long.
 
 import contextlib
 import errno
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -17,6 +18,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -122,20 +124,43 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a new, empty file to write to. It replaces `path` on success and is removed on failure.
 
     All files are written in this way. The temporary name cannot be guessed. A link at `path` is
-    replaced, never followed.
+    replaced, never followed. What killed writers left in the folder is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path.parent)
     part = path.with_name(f".{secrets.token_hex(8)}{PART}")
+    handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666))
+        with contextlib.suppress(OSError):  # the file system has no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield part
         part.replace(path)
     finally:
+        os.close(handle)
         part.unlink(missing_ok=True)
 
 
 PART = ".part"
 """Suffix of a file that is being written. One that remains belongs to a writer that was killed."""
+_PART_NAME = re.compile(rf"\.[0-9a-f]{{16}}{re.escape(PART)}")
+STALE_S = 60.0
+"""Seconds after which a partial file that nobody holds and nobody writes counts as left behind."""
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove partial files that killed writers left: old ones whose lock nobody holds."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if _PART_NAME.fullmatch(entry.name)]
+        for path in (folder / name for name in names):
+            facts = path.lstat()
+            if not stat.S_ISREG(facts.st_mode) or time.time() - facts.st_mtime < STALE_S:
+                continue
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:

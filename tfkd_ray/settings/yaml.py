@@ -249,6 +249,16 @@ def _parsed_yaml(text: str, source: str | Path, load: Callable[[str], Any]) -> A
 
 def text_of(path: Path, *, follow: bool = True) -> str:
     """Read a YAML file, or the target of a link if `follow`; any problem raises a ConfigError."""
+    try:
+        return bytes_of(path, follow=follow).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"not a text file in UTF-8: byte {error.start} is {error.object[error.start]:#x}", path
+        ) from None
+
+
+def bytes_of(path: Path, *, follow: bool = True) -> bytes:
+    """Read a file that is no larger than a YAML file may be; any problem raises a ConfigError."""
     if "\0" in str(path):
         raise ConfigError("no file has such a name: there is a zero byte in it", repr(str(path)))
     if path.is_dir():
@@ -258,16 +268,12 @@ def text_of(path: Path, *, follow: bool = True) -> str:
             content = file.read(MOST_YAML_BYTES + 1)
         if len(content) > MOST_YAML_BYTES:
             raise ConfigError(f"larger than any such file: more than {MOST_YAML_BYTES} bytes", path)
-        return content.decode("utf-8")
+        return content
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path()
         near = [p.name for p in folder.glob("*.yaml")]
         hint = f"; {did_you_mean(path.name, near)}" if near else ""
         raise ConfigError(f"no such file (looked from {Path.cwd()}){hint}", path) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"not a text file in UTF-8: byte {error.start} is {error.object[error.start]:#x}", path
-        ) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", path) from None
 

@@ -38,7 +38,14 @@ from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.evaluate import EVAL_PIXELS
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import PART, check_writable, kind_of, write_text
+from tfkd_ray.settings.files import (
+    PART,
+    check_writable,
+    kind_of,
+    opened,
+    read_at_most,
+    write_text,
+)
 from tfkd_ray.settings.yaml import dump_yaml
 from tfkd_ray.show.card import card_text, weights_header
 from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, OPSET, SUMS, Chosen, choose
@@ -115,6 +122,10 @@ def export(
     return {**result, "files": [*names, SUMS]}
 
 
+MOST_SUMS_BYTES = 2**20
+"""Most bytes that are read of a list of checksums; ours has a few hundred."""
+
+
 def verify(folder: Path) -> list[str]:
     """Check that an exported folder's files are unchanged; return their names.
 
@@ -125,9 +136,9 @@ def verify(folder: Path) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"not an exported student: there is no {SUMS} in it", folder)
     listed, problems = dict[str, str](), list[str]()
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
-    ):
+    with opened(path) as file:
+        text = read_at_most(file, MOST_SUMS_BYTES).decode("utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
         if match is None:
             problems.append(f"{SUMS}: line {number} is not a checksum and a name: {line[:80]!r}")

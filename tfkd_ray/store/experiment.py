@@ -49,6 +49,8 @@ from tfkd_ray.verdict import scores
 STATUSES = ("running", "done", "stopped", "failed", "interrupted")
 MOST_JSON_BYTES = 2**26
 """Most bytes of a JSON file, far more than any of ours has."""
+LONGEST_LINE = 2**24
+"""Most bytes of a line of Optuna's journal, which has a few hundred."""
 MOST_EPOCHS = 10**7
 BASELINES = ("ce", "lsr")
 """Objectives that every sweep has beside what it searches, to compare with."""
@@ -195,10 +197,12 @@ def gone_trials(experiment: Path) -> list[str]:
     journal = experiment / "study.journal"
     names: list[str | None] = []
     told: set[int] = set()
-    if not journal.is_file():  # the study is in a database, which readers do not query
+    if kind_of(journal, follow=False) or not journal.exists():  # readers query no database
         return []
-    with journal.open("rb") as file:
-        for line in file:
+    with damaged(journal), opened(journal, follow=False) as file:
+        while line := file.readline(LONGEST_LINE):
+            if not line.endswith(b"\n"):  # still being written, or damaged
+                break
             noted = line.startswith(_NOTE) and b'"user_attr":{"name":' in line
             if not (noted or line.startswith((_CREATED, _STATE, _EPOCH))):
                 continue
