@@ -794,7 +794,7 @@ def last_step(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
     import torch
 
     images = 100 * torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
-    rows = _logits(network, images)
+    rows = _logits_of(network, images)
     if rows.is_meta or not bool(((rows >= 0) & (rows <= 1.01)).all()):
         return None
     if bool(((rows.float().sum(dim=1) - 1).abs() < 1e-2).all()):
@@ -819,9 +819,9 @@ def what_a_seed_leaves_open(
     second.load_state_dict(mine)
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with seeded(0, "built again"):
-        one = _logits(first, images)
+        one = _logits_of(first, images)
     with seeded(0, "built again"):
-        two = _logits(second, images)
+        two = _logits_of(second, images)
     if not one.is_meta and not torch.allclose(one, two, rtol=1e-3, atol=1e-5):
         return "logits"
     return "weights" if other else None
@@ -831,7 +831,7 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and (a.is_meta or a.nan_to_num().equal(b.nan_to_num()))
 
 
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
+def _logits_of(network: nn.Module, images: Tensor) -> Tensor:
     """Return a network's output in eval mode; change neither its mode nor the random state."""
     import torch
 

@@ -380,8 +380,8 @@ class CifarDataset(FileDataset):
                 tarfile.open(fileobj=unpacked, mode="r:") as archive,
             ):
                 for number, member in enumerate(archive):
-                    if problem := self._member_problem(number, member, wanted):
-                        raise self._wrong(path, f"{problem}; {self.origin}")
+                    if wrong := self._member_problem(number, member, wanted):
+                        raise self._wrong(path, f"{wrong}; {self.origin}")
                     content = archive.extractfile(member) if member.name in wanted else None
                     if content is not None:
                         found[wanted[member.name]] = read_at_most(content, MOST_PICKLE_BYTES)

@@ -143,7 +143,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 PART = ".part"
 """Suffix of a file that is being written. One that remains belongs to a writer that was killed."""
 _PART_NAME = re.compile(rf"\.[0-9a-f]{{16}}{re.escape(PART)}")
-STALE_S = 60.0
+UNFINISHED_S = 60.0
 """Seconds after which a partial file that nobody holds and nobody writes counts as left behind."""
 
 
@@ -153,7 +153,7 @@ def _remove_stale(folder: Path) -> None:
         names = [entry.name for entry in entries if _PART_NAME.fullmatch(entry.name)]
         for path in (folder / name for name in names):
             facts = path.lstat()
-            if not stat.S_ISREG(facts.st_mode) or time.time() - facts.st_mtime < STALE_S:
+            if not stat.S_ISREG(facts.st_mode) or time.time() - facts.st_mtime < UNFINISHED_S:
                 continue
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
