@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from tfkd_ray.cli.main import main
+from tfkd_ray.run.connect import _check_answers
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.run.studies import open_storage, whole_url
 from tfkd_ray.settings.errors import ConfigError
@@ -36,7 +37,17 @@ URLS = {
     "odbc": "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{}", "bucket": "s3://key:{}@bucket/prefix",
     "endpoint": "gs://bucket/prefix?access_key=a&secret_key={}", "proxy": "http://me:{}@proxy:3128",
     "address": "ray://me:{}@head:10001", "word": "search.storage=postgresql://me:{}@host/db", "signed":
-    "https://bucket/x?X-Amz-Credential={}&X-Amz-Signature={}",
+    "https://bucket/x?X-Amz-Credential={}&X-Amz-Signature={}", "fragment": "https://host/x#access_token={}", "sas":
+    "az://c/p?sas={}", "jwt": "https://host/x?jwt={}", "auth": "https://host/x?auth={}", "pw": "postgresql://h/db?pw={}",
+    "private key": "s3://bucket?private_key={}", "dsn": "postgresql:///?dsn=host%3Dh%20password%3D{}", "options":
+    "postgresql://h/db?options=-c%20password%3D{}", "libpq": "host=h user=me password={}",
+}  # fmt: skip
+MISSPELT = {
+    "one slash": "postgresql:/me:{}@h/db", "no slash": "postgresql:me:{}@h/db", "no colon": "postgresql//me:{}@h/db",
+    "backslashes": "postgresql:\\\\me:{}@h/db", "no scheme": "me:{}@h/db", "slashes alone": "//me:{}@h/db",
+    "colon first": "://me:{}@h/db", "semicolon": "postgresql;//me:{}@h/db", "blank": "postgresql ://me:{}@h/db",
+    "port": "postgresql://me:{}@h:port/db", "no host": "postgresql://me:{}", "libpq": "host=h password={}",
+    "driver": "postgresql+psycopg2:/me:{}@h/db", "token": "{}@h",
 }  # fmt: skip
 
 
@@ -70,6 +81,36 @@ def test_what_sqlalchemy_takes_for_the_password_is_masked(password: str) -> None
 )  # fmt: skip
 def test_a_url_without_a_password_stays_as_it_is(url: str) -> None:
     assert masked(url) == url == masked_words(url)
+
+
+@pytest.mark.parametrize("url", MISSPELT.values(), ids=MISSPELT)
+def test_a_url_that_is_misspelt_is_told_without_its_password(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = url.replace("{}", CANARY)
+    monkeypatch.setenv("TFKD_STORAGE", url)
+    acts = {
+        "space": lambda: build_space({"objective": "ce", "search": {"storage": url}}),
+        "settings": lambda: build_space({"objective": "ce", "search": {"storage": {"url": url}}}),
+        "override": lambda: load_space("digits_tfkd", [f"search.storage={url}"]),
+        "database": lambda: open_storage(url),
+        "environment": lambda: whole_url("postgresql://me:***@host/other"),
+        "address": lambda: _check_answers(url),
+    }
+    said = {}
+    for name, act in acts.items():
+        try:
+            said[name] = repr(act())
+        except ConfigError as error:
+            said[name] = str(error)
+    assert [name for name, text in said.items() if CANARY in text] == []
+
+
+@pytest.mark.parametrize("token", [CANARY, f"{CANARY}@{CANARY}", f"{CANARY}%2F{CANARY}"])
+def test_a_lone_user_of_http_is_a_token(token: str) -> None:
+    for url in (f"http://{token}@head:8265", f"https://{token}@host/a/b?x=1"):
+        assert CANARY not in masked(url) + masked_words(f"see {url}, please")
+    assert masked("https://host/@me") == "https://host/@me"
 
 
 def test_a_word_after_the_colon_that_is_no_port_is_hidden() -> None:

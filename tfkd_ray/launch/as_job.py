@@ -24,7 +24,7 @@ from tfkd_ray.launch.verbs import (
     say,
 )
 from tfkd_ray.settings.errors import OK, ConfigError
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import shown
 from tfkd_ray.settings.yaml import find_file
 from tfkd_ray.store.experiment import check_name
 from tfkd_ray.store.storage import is_url, storage_at
@@ -42,7 +42,7 @@ def check_options(args: argparse.Namespace) -> None:
         )
     address = args.address or ""
     if "://" in address and not is_job(args):
-        got = masked(address)
+        got = shown(address)
         raise ConfigError(
             f"--address: auto, HOST:PORT or http://HOST:PORT (which submits a job), got {got!r}"
         )

@@ -26,7 +26,7 @@ from tfkd_ray.learn.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.run.auth import own_token, token, token_file
 from tfkd_ray.settings.errors import ConfigError, Unreachable
 from tfkd_ray.settings.own_code import before_the_library, safe_path
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import shown
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
@@ -255,8 +255,8 @@ def started_here() -> bool:
 def _check_answers(address: str) -> None:
     """Raise if nothing listens at HOST:PORT; Ray would take minutes to report it."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        got = masked(address)
+    if not host or "@" in host or not port.isdecimal():
+        got = shown(address)
         raise ConfigError(
             f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {got!r}"
         )

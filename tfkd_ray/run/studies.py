@@ -18,7 +18,14 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import opened, whole_file
-from tfkd_ray.settings.passwords import FIRST_AT, HIDDEN, after_password, masked, without_secrets
+from tfkd_ray.settings.passwords import (
+    FIRST_AT,
+    HIDDEN,
+    after_password,
+    masked,
+    shown,
+    without_secrets,
+)
 from tfkd_ray.space.search_config import ENVIRONMENT
 from tfkd_ray.space.space import Space
 from tfkd_ray.store.experiment import LONGEST_LINE, damaged, parse_json
@@ -257,7 +264,7 @@ def open_storage(url: str) -> BaseStorage:
 def database(url: str) -> Iterator[None]:
     """Turn a database's errors into a ConfigError."""
     whole = whole_url(url)
-    shown = masked(url)
+    told = shown(url)
     kind = whole.partition(":")[0]
     try:
         yield
@@ -270,11 +277,11 @@ def database(url: str) -> Iterator[None]:
         }.get(missing)
         package = package or missing
         raise ConfigError(
-            f"search.storage: {shown} needs the package {package}, which is not here: pip install {package}"
+            f"search.storage: {told} needs the package {package}, which is not here: pip install {package}"
         ) from None
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # of SQLAlchemy, for a port that is no number
         raise ConfigError(
-            f"search.storage: {shown} is no URL of a database that SQLAlchemy knows"
+            f"search.storage: {told} is no URL of a database that SQLAlchemy knows"
         ) from None
     except (
         SQLAlchemyError,
@@ -286,7 +293,7 @@ def database(url: str) -> Iterator[None]:
         cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
         raise ConfigError(
-            f"search.storage: {shown} cannot be used: {without_secrets(reason, [whole])}"
+            f"search.storage: {told} cannot be used: {without_secrets(reason, [whole])}"
         ) from None
 
 
@@ -310,7 +317,7 @@ def whole_url(url: str) -> str:
         raise ConfigError(f"search.storage: {ENVIRONMENT}: {FIRST_AT}")
     if masked(given) != url:
         raise ConfigError(
-            f"search.storage: {ENVIRONMENT} is {masked(given)}, and the experiment's storage is {url}"
+            f"search.storage: {ENVIRONMENT} is {shown(given)}, and the experiment's storage is {url}"
         )
     return given
 

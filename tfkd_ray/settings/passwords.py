@@ -13,15 +13,22 @@ FIRST_AT = (
     "its password ends at the first @; write an @ in it as %40, and / ? # % as %2F %3F %23 %25"
 )
 _START = re.compile(r"[A-Za-z][\w+.-]*://")
+_KINDS = "postgresql|postgres|mysql|mariadb|oracle|mssql|cockroachdb|redis|sqlite|s3|gs|ray|https?"
+# The scheme's end alone: matching all of it takes quadratic time in a long word. A scheme may be
+# written wrongly: without its slashes or its colon, or with backslashes.
 _SCHEME = re.compile(
-    r"(?<=[\w+.-])://"
-)  # the scheme's end alone: matching all of it takes quadratic time in a long word
+    r"://|(?<![^\s'\"=])//(?!/)"
+    rf"|\b(?:{_KINDS})(?:\+\w{{1,30}})?(?:;?//(?!/)|:/(?!/)|:\\{{1,4}}|:(?![\\/\s]))"
+)
 _USER = re.compile(r"[^:/]*:")
 _PORT = re.compile(r"\d*(?![^/?#\s'\"\]}),;.])")
-_KEY = re.compile(r"[?&;]([^?&;=\s]+)=")
+_HTTP_USER = re.compile(r"(?<=http://|ttps://)[^\s/?#:]+(?=@)")  # a lone user is a token there
+_KEY = re.compile(r"[?&;#]([^?&;#=\s]+)=")
 _NEXT_KEY = re.compile(r"[&;][^?&;=\s]+=")
+_PAIR = re.compile(r"(?<![\w?&;#.-])\w{0,40}(?:password|passwd|pwd)=(?=\S)", re.I)  # of libpq
 _SECRET = re.compile(
-    r"pass(?!file)|pwd|secret|token|credential|signature|odbc_connect|^sig$|^key$|(api|access|account)[_-]?key",
+    r"pass(?!file)|pwd|secret|token|credential|signature|odbc_connect|authorization|bearer|jwt|^(sig|sas|key|pw|auth|dsn)$"
+    r"|(api|access|account|private)[_-]?key",
     re.I,
 )
 
@@ -44,10 +51,14 @@ def spans(url: str) -> list[tuple[int, int]]:
             found.append((user.end(), len(url)))
     hidden = 0
     for key in _KEY.finditer(url, starts[0]) if starts else ():
-        if key.start() >= hidden and _SECRET.search(unquote(key[1])):
+        if key.start() >= hidden:
             after = _NEXT_KEY.search(url, key.end())
-            hidden = after.start() if after else len(url)
-            found.append((key.end(), hidden))
+            end = after.start() if after else len(url)
+            if _SECRET.search(unquote(key[1])) or _PAIR.search(unquote(url[key.end() : end])):
+                hidden = end
+                found.append((key.end(), hidden))
+    found += [(pair.end(), len(url)) for pair in _PAIR.finditer(url)][:1]
+    found += [user.span() for user in _HTTP_USER.finditer(url)]
     joined: list[tuple[int, int]] = []
     for begin, end in sorted(found):
         if joined and begin <= joined[-1][1]:
@@ -87,8 +98,17 @@ def _masked_word(word: str) -> str:
 
     A port that a comma follows is no password.
     """
-    _, scheme, rest = word.partition("://")
-    return masked(word) if scheme and ("@" in rest or "?" in rest) else word
+    start = _SCHEME.search(word)
+    is_url = start is not None and any(c in "@?#" for c in word[start.end() :])
+    return masked(word) if is_url or _PAIR.search(word) else word
+
+
+def shown(text: str) -> str:
+    """Return what should be a URL or an address, masked; if it is none, all before its last @."""
+    hidden = masked(text)
+    if hidden != text or HIDDEN in text or "@" not in text or _START.match(text):
+        return hidden
+    return HIDDEN + text[text.rindex("@") :]
 
 
 def without_secrets(text: str, urls: Iterable[str]) -> str:

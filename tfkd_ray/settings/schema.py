@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import masked, shown
 
 
 class Settings(BaseModel):
@@ -95,7 +95,7 @@ def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
     loc = tuple(e["loc"])
     path = dotted(loc) or "(the file)"
     kind, value = e["type"], e["input"]
-    got = masked(repr(value))
+    got = (shown if loc[-1:] == ("storage",) else masked)(repr(value))
     if kind == "extra_forbidden":
         known = settings_at(model, loc[:-1])
         return f"{path}: no such setting; {did_you_mean(str(loc[-1]), known)}"

@@ -35,7 +35,7 @@ from urllib.parse import urlsplit
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import cache_folder, opened, whole_file, write_text
-from tfkd_ray.settings.passwords import masked, without_secrets
+from tfkd_ray.settings.passwords import shown, without_secrets
 from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def store_at(url: str) -> Store:
         or {".", ".."} & set(words)
     ):
         raise ConfigError(
-            f"storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got {masked(url)!r}"
+            f"storage: a directory, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, got {shown(url)!r}"
         )
     names = (
         ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
