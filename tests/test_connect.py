@@ -167,3 +167,13 @@ def test_a_port_where_something_else_listens_is_said_within_seconds(
     ):
         connect(stranger)
     assert time.monotonic() - began < 15
+
+
+def test_the_address_of_a_client_is_refused_with_the_one_that_is_meant(no_ray: None) -> None:
+    for address in ("ray://head:10001", "ray://[::1]:10001", "ray://head"):
+        with pytest.raises(ConfigError, match=r"got 'ray://.*the port of `ray start` instead"):
+            connect(address)
+    with pytest.raises(ConfigError, match=r"got 'http://head:8265'; only --address takes it"):
+        connect("http://head:8265")
+    with pytest.raises(ConfigError, match=r"\(a job\), got 'anyscale://head:1'$"):
+        connect("anyscale://head:1")

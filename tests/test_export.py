@@ -1,5 +1,6 @@
 """An exported student has the student's outputs, records its selection, and needs only torch."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ from tfkd_ray.learn.data import Digits
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.loop import LOOP_VERSION, train_in
 from tfkd_ray.learn.teachers import find_or_train, teacher_name
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.schema import validated
@@ -313,6 +315,31 @@ def test_an_own_network_with_a_dict_of_logits_is_exported(tmp_path: Path) -> Non
     run_of(tmp_path / "run", {"student": "test_export:wrapped", "epochs": 1})
     result = export(tmp_path / "run", tmp_path / "out")
     assert not result["problems"] and result["differences"][GRAPH]["largest"] < 1e-5
+
+
+def test_a_sweep_with_own_code_is_exported_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, name = tmp_path / "begun", f"exported_{tmp_path.name}"
+    (begun / "e/trials").mkdir(parents=True)
+    (begun / f"{name}.py").write_text(
+        "import pathlib, torch\n\ndef network(shape, num_classes):\n"
+        "    width = int(pathlib.Path('width.txt').read_text())\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(width, num_classes))\n"
+    )
+    (begun / "width.txt").write_text("64")
+    monkeypatch.setattr(own_code, "_home", None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with contextlib.chdir(begun):
+        space = build_space({"objective": "ce", "student": f"{name}:network", "epochs": 1})
+        write_experiment(begun / "e", space.tree, ["tfkd", "tune", "mine.yaml"])
+        config = space.single()
+        folder = begun / "e/trials/t0000-ce"
+        trained(folder, config, begun)
+        write_record(Record(folder, 0, folder.name, "ce", "done", {}, config.model_dump(mode="json"), None))  # fmt: skip
+        monkeypatch.delitem(sys.modules, name)
+    export(begun / "e", tmp_path / "out")
+    assert (tmp_path / "out" / SUMS).is_file()
 
 
 @pytest.mark.slow

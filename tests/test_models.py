@@ -512,12 +512,18 @@ def test_a_parameter_may_lack_a_gradient_in_some_steps_or_all(kind: str) -> None
     assert state["other.weight"].equal(fresh["other.weight"]) == (kind == "auxiliary")
 
 
+_calls = 0
+
+
 class Deciding(nn.Module):
     """A network whose second layer may be unused in a step; `kind` selects the condition."""
+
+    of_all = 0
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.calls = kind, 0
+        self.counts, self.iterator, self.plain = {"all": [0]}, itertools.count(), torch.zeros(())
         self.first, self.second, self.drop = nn.Linear(64, 64), nn.Linear(64, 10), nn.Dropout(0.5)
         self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 10)
         self.register_buffer("steps", torch.zeros(()))
@@ -526,6 +532,12 @@ class Deciding(nn.Module):
         x = self.drop(self.norm(self.first(x.flatten(1))))
         self.calls += self.kind == "a count"
         self.steps += self.kind == "a buffer"  # type: ignore[operator]
+        self.counts["all"][0] += self.kind == "a list"
+        self.plain += self.kind == "a tensor"
+        type(self).of_all += self.kind == "a class"
+        globals()["_calls"] += self.kind == "a Python module"
+        if self.kind == "an iterator":
+            next(self.iterator)
         used = {
             "Python's numbers": lambda: random.random() < 0.999,
             "numpy's numbers": lambda: np.random.rand() < 0.999,
@@ -548,6 +560,9 @@ class Deciding(nn.Module):
     + [
         (kind, True)
         for kind in ("values", "a count", "a buffer", "training", "random noise", "no such shape")
+    ]
+    + [
+        (kind, True) for kind in ("a list", "an iterator", "a tensor", "a class", "a Python module")
     ],
 )
 def test_a_network_that_may_leave_a_parameter_out_in_some_step_is_known(
@@ -677,6 +692,50 @@ def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(stud
     )
     with pytest.raises(ConfigError, match="2 times workers"):
         two.try_networks()
+
+
+class Lonely(nn.Module):
+    """Normalises by its own call of batch_norm, or drops the dimension of a lone image."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if self.kind == "function" and self.training:
+            x = nn.functional.batch_norm(x, None, None, training=True)
+        if self.kind == "fails" and len(x) == 1:
+            raise KeyError("a lone image")
+        logits: Tensor = self.head(x)
+        return logits.squeeze() if self.kind == "squeeze" else logits
+
+
+def lonely(shape: tuple[int, int, int], num_classes: int, kind: str) -> nn.Module:
+    return Lonely(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("function", "optim.batch_size: leaves a single image a worker in a step, and BatchNorm"),
+        (
+            "fails",
+            r"optim.batch_size: leaves a single image .* fails on it \(KeyError: 'a lone image'",
+        ),
+        ("squeeze", r"gives \[10\] for images \[1, 1, 8, 8\]; logits of 10 classes are \[1, 10\]"),
+    ],
+)
+def test_a_network_that_cannot_take_one_image_is_refused_where_a_step_has_one(
+    kind: str, sentence: str
+) -> None:
+    student = {"name": "own", "path": f"{__name__}:lonely", "args": {"kind": kind}}
+    tree = {"objective": "ce", "student": student, "epochs": 1}
+    alone = validated(TrainConfig, {**tree, "optim": {"batch_size": 1}})
+    for act in (alone.try_networks, lambda: next(train(alone))):
+        with pytest.raises(ConfigError, match=sentence):
+            act()
+    validated(TrainConfig, {**tree, "optim": {"batch_size": 2}}).try_networks()
 
 
 @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "sigmoid", "norm"])

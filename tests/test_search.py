@@ -14,7 +14,8 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher
+from ray.tune.search.search_generator import SearchGenerator
 from scipy.stats import qmc
 
 from tfkd_ray.learn.config import TrainConfig
@@ -248,6 +249,53 @@ def test_a_trial_that_ends_while_it_is_paused_is_pruned_if_it_has_told_an_epoch(
         TrialState.FAIL,
         "ended without a result",
     )
+
+
+@pytest.mark.parametrize("wrapped", ["limited", "repeated", "repeated and limited"])
+def test_behind_rays_wrappers_a_restored_searcher_proposes_no_trial_twice(
+    journal: Path, tmp_path: Path, wrapped: str
+) -> None:
+    def made() -> tuple[OptunaSearcher, SearchGenerator]:
+        searcher = OptunaSearcher(space(stopping="none"), journal)
+        outer: Searcher = searcher
+        if "repeated" in wrapped:
+            outer = Repeater(outer, repeat=2)
+        if "limited" in wrapped:
+            outer = ConcurrencyLimiter(outer, max_concurrent=3)
+        return searcher, SearchGenerator(outer)
+
+    first, generator = made()
+    begun = [generator.searcher.suggest(name) for name in "abc"]
+    generator.save_to_dir(str(tmp_path), "session")
+    first.close()
+    again, generator = made()
+    generator.restore_from_dir(str(tmp_path))
+    for name in "abc":
+        result = {"epoch": EPOCHS, "val_accuracy": 0.5, "training_iteration": 1, "done": True}
+        generator.searcher.on_trial_complete(name, result)
+    more = [generator.searcher.suggest(name) for name in "def"]
+    numbers = [config["trial"]["number"] for config in [*begun, *more]]
+    expected = [0, 0, 1, 1, 2, 2] if "repeated" in wrapped else [0, 1, 2, 3, 4, 5]
+    assert numbers == expected
+    states = [trial.state for trial in trials(journal)]
+    whole = 1 if "repeated" in wrapped else 3
+    assert states[:whole] == [TrialState.COMPLETE] * whole
+    assert set(states[whole:]) == {TrialState.RUNNING}
+    again.close()
+
+
+@pytest.mark.parametrize("epochs", [[-1, 0, 1], [-3, -2, -1], [0.0, 1.0, 2.0]])
+def test_epochs_below_zero_or_with_a_point_end_no_sweep(journal: Path, epochs: list[float]) -> None:
+    searcher = OptunaSearcher(space(stopping="none"), journal)
+    searcher.suggest("a")
+    for count, epoch in enumerate(epochs, start=1):
+        result = {"epoch": epoch, "val_accuracy": 0.5, "training_iteration": count}
+        assert not searcher.report("a", result)
+        searcher.on_trial_result("a", result)
+    searcher.on_trial_complete("a", {**result, "done": True})
+    (trial,) = trials(journal)
+    assert trial.state == TrialState.COMPLETE and trial.value == 0.5
+    assert list(trial.intermediate_values) == [int(epoch) for epoch in epochs if epoch >= 0]
 
 
 def test_a_driver_that_dies_before_it_acts_on_a_rung_judges_again(journal: Path) -> None:

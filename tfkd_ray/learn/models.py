@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -707,23 +708,24 @@ def check_learns(what: str, network: nn.Module) -> None:
 def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int]) -> None:
     """Raise a ConfigError if a network cannot train on one image per worker, as with BatchNorm."""
     import torch
-    from torch import nn
 
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-        return
     first = next(network.parameters())
+    lone = "optim.batch_size: leaves a single image a worker in a step"
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             copy.deepcopy(network).train()(
                 torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
             )
-    except ValueError as error:
+    except Exception as error:  # the author's code may raise anything
         if "more than 1 value per channel" in str(error):
             raise ConfigError(
-                f"optim.batch_size: leaves a single image a worker in a step, and BatchNorm of model {what} needs two "
-                "at least; raise it to 2 times workers or more, or use a network without BatchNorm"
+                f"{lone}, and BatchNorm of model {what} needs two at least; raise it to 2 times workers or more, or "
+                "use a network without BatchNorm"
             ) from None
-        raise
+        raise ConfigError(
+            f"{lone}, and model {what} fails on it ({type(error).__name__}: {error}); raise it to 2 times workers or "
+            "more"
+        ) from None
 
 
 _KEEP_GRADIENTS = {"DropPath", "StochasticDepth"}
@@ -769,21 +771,36 @@ def may_lack_gradients(network: nn.Module, shape: tuple[int, int, int]) -> bool:
 
 
 def _kept_by(network: nn.Module) -> list[Any]:
-    """Return numbers and texts that modules keep between steps, except normalisation statistics."""
+    """Return what modules keep between steps, except parameters and normalisation statistics.
+
+    That is any attribute by its `repr`, which shows counts inside lists and iterators; and the
+    numbers of the author's classes and Python modules.
+    """
+    import torch
     from torch import nn
 
+    inner = vars(nn.Module()).keys()  # parameters, submodules, hooks
     found = list[Any]()
     for module in network.modules():
+        own = {name: value for name, value in vars(module).items() if name not in inner}
         found.append(
             {
-                name: value
-                for name, value in vars(module).items()
-                if isinstance(value, float | int | str)
+                name: value.tolist() if isinstance(value, torch.Tensor) else repr(value)
+                for name, value in own.items()
+                if not isinstance(value, nn.Module)
             }
         )
+        for kind in type(module).__mro__:
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+                places = (vars(kind), vars(sys.modules.get(kind.__module__, nn)))
+                found += [_numbers_in(place) for place in places]
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             found += [buffer.tolist() for buffer in module.buffers(recurse=False)]
     return found
+
+
+def _numbers_in(names: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in names.items() if isinstance(value, int | float)}
 
 
 def last_step(network: nn.Module, shape: tuple[int, int, int]) -> str | None:

@@ -255,10 +255,15 @@ def started_here() -> bool:
 def _check_answers(address: str) -> None:
     """Raise if nothing listens at HOST:PORT; Ray would take minutes to report it."""
     host, _, port = address.rpartition(":")
-    if not host or "@" in host or not port.isdecimal():
+    if not host or "@" in host or "://" in address or not port.isdecimal():
         got = shown(address)
+        instead = {
+            "ray": "; that is Ray's client: name the port of `ray start` instead (6379)",
+            "http": "; only --address takes it, and submits a job",
+        }
         raise ConfigError(
             f"--address (or RAY_ADDRESS): auto, HOST:PORT or http://HOST:PORT (a job), got {got!r}"
+            f"{instead.get(address.partition('://')[0], '')}"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

@@ -474,6 +474,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return False
         if epoch is None or not is_number(value) or epoch in live.reported:
             return False
+        if epoch < 0:  # a study has no such step; what a trial ends with counts
+            return False
         live.reported.add(epoch)
         live.trial.report(value, epoch)
         return True

@@ -10,6 +10,7 @@ from typing import Any
 
 from tfkd_ray.learn.checkpoint import WEIGHTS
 from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import read_yaml
@@ -112,6 +113,8 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
         raise ConfigError(
             f"{record.status}{reason}; only a trial of full length has weights to export", path
         )
+    about = read_experiment(experiment)
+    own_code.remember(about.get("directory"))
     config = validated(TrainConfig, record.config, path)
     metric = selection_metric(experiment)
     records = read_records(experiment)
@@ -132,7 +135,6 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
             f"Trial `{record.name}` of the sweep `{experiment.name}` ({len(records)} trials), picked by hand: {value} "
             f"on validation after its last epoch{ahead}."
         )
-    about = read_experiment(experiment)
     return Chosen(
         name=f"{experiment.name}/{record.name}",
         folder=record.folder,
