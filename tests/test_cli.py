@@ -813,3 +813,13 @@ def test_a_working_directory_that_is_gone_is_a_sentence(
     gone = ["sh", "-c", 'rmdir ../gone; exec "$@"', "sh", *command]
     run = subprocess.run(gone, cwd=tmp_path / "gone", capture_output=True, text=True, timeout=110)
     assert "Traceback" not in run.stderr and run.returncode in (0, 1, 2), run.stderr
+
+
+def test_the_exit_code_is_the_documented_one_where_nobody_can_read_the_sentence(
+    tmp_path: Path,
+) -> None:
+    words = [sys.executable, "-m", "tfkd_ray", "status", "nothing-here"]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(words, cwd=tmp_path, stderr=full, timeout=110).returncode == 2
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *words]
+    assert subprocess.run(closed, cwd=tmp_path, timeout=110).returncode == 2

@@ -3,6 +3,7 @@
 import argparse
 import http.server
 import json
+import os
 import re
 import shlex
 import shutil
@@ -219,6 +220,11 @@ MUTATIONS = {
     "a name that GCP refuses": ("gcp-gpu.yaml", "cluster_name: tfkd-gcp", "cluster_name: Tfkd", "cluster_name: must be of small letters"),
     "kuberay: a name": ("kuberay-cluster.yaml", "metadata:\n  name: tfkd\n", "metadata:\n  name: Tfkd\n", "metadata.name: must be of small letters, digits and -"),
     "a file that is not there": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: no/such/file\n", "file_mounts./etc/x: no/such/file is not there (looked from "),
+    "a user's file that is not there": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: ~no-such-user/x\n", "file_mounts./etc/x: ~no-such-user/x: no home directory is known for ~no-such-user; name the whole path"),
+    "a device to copy": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: /dev/zero\n", "file_mounts./etc/x: /dev/zero is a device; only files and directories are copied"),
+    "nothing to copy": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: null\n", "file_mounts./etc/x: must be a path on this machine, got None"),
+    "blanks to copy": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  /etc/x: '  '\n", "file_mounts./etc/x: must be a path on this machine, got '  '"),
+    "a copy without a place": ("aws-gpu.yaml", "file_mounts:\n", "file_mounts:\n  '': /etc/hosts\n", "file_mounts: /etc/hosts must have a path on the nodes, got ''"),
     "kuberay: CPUs of a shell": ("kuberay-cluster.yaml", 'num-cpus: "0"', 'num-cpus: "$CPUS"', "spec.headGroupSpec.rayStartParams.num-cpus: `ray start` takes a whole number (\"4\"), got '$CPUS'"),
     "kuberay: half a CPU": ("kuberay-cluster.yaml", 'num-cpus: "0"', 'num-cpus: "500m"', "takes a whole number (\"4\"), got '500m'"),
     "kuberay: CPUs without end": ("kuberay-cluster.yaml", 'limits: {cpu: "8"', "limits: {cpu: .inf", "resources.limits.cpu: must be a quantity of Kubernetes' (2, 500m, 8Gi), got inf"),
@@ -236,6 +242,17 @@ MUTATIONS = {
     "slurm: begins too early": ("slurm.sh", "--min-nodes", "--some-nodes", "--min-nodes: required, and not given"),
     "slurm: no Ray": ("slurm.sh", "ray symmetric-run", "true", "ray symmetric-run: not there"),
 }  # fmt: skip
+
+
+def test_a_pipe_below_a_folder_to_copy_is_named_as_ray_would_wait_for_it(tmp_path: Path) -> None:
+    (tmp_path / "code/sub").mkdir(parents=True)
+    os.mkfifo(tmp_path / "code/sub/pipe")
+    text = TEXTS["aws-gpu.yaml"]
+    (tmp_path / "mine.yaml").write_text(
+        text.replace("file_mounts:\n", f"file_mounts:\n  /x: {tmp_path}/code\n")
+    )
+    with pytest.raises(ConfigError, match=r"file_mounts./x: .*/sub/pipe is a named pipe; only"):
+        check(load_cluster(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(

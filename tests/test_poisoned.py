@@ -32,7 +32,7 @@ from tfkd_ray.launch import verbs as cluster_verbs
 from tfkd_ray.run.connect import found_broken, give_larger_share
 from tfkd_ray.run.nodes import Mark, _look
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import UNFINISHED_S, whole_file, write_text
+from tfkd_ray.settings.files import LEFT_BEHIND_S, whole_file, write_text
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml, read_yaml
 from tfkd_ray.store import remote
 from tfkd_ray.store.assignment import SECTION, Assignment
@@ -592,7 +592,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_write_beside_it_and_no
         else:
             path.write_text("half a page")
         if not name.startswith(".2"):
-            old = time.time() - 2 * UNFINISHED_S
+            old = time.time() - 2 * LEFT_BEHIND_S
             os.utime(path, (old, old), follow_symlinks=False)
     with (out / ".1111111111111111.part").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -602,7 +602,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_write_beside_it_and_no
 
 def test_a_file_that_is_being_written_is_held_by_its_writer(tmp_path: Path) -> None:
     with whole_file(tmp_path / "a") as part:
-        old = time.time() - 2 * UNFINISHED_S
+        old = time.time() - 2 * LEFT_BEHIND_S
         os.utime(part, (old, old))
         write_text(tmp_path / "b", "beside it")
         part.write_text("whole")
@@ -640,6 +640,12 @@ def test_report_goes_where_a_stream_is_meant(storage: Path, tmp_path: Path, answ
     sweep = str(storage / "sweep")
     page = answer(["report", sweep, "-o", "/dev/stdout"])
     assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
+    assert answer(["report", sweep, "-o", "-"]).startswith("<!DOCTYPE html>")
+    assert not (tmp_path / "-").exists()
+    for_reading = os.open(os.devnull, os.O_RDONLY)
+    said = answer(["report", sweep, "-o", f"/dev/fd/{for_reading}"])
+    assert "cannot be written to: it is open for reading only" in said
+    os.close(for_reading)
     assert answer(["report", sweep, "-o", "/dev/null"]) == "" and Path("/dev/null").is_char_device()
     read, write = os.pipe()
     os.close(read)

@@ -416,7 +416,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="(default: report.html)",
+        help="(default: report.html; - or /dev/stdout: standard output)",
     )
     sub.add_argument("--figures", type=Path, metavar="DIR", help="the figures as SVG, too")
     sub.add_argument("--confirm", type=place_or_url, action="append", metavar="DIR",

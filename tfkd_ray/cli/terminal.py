@@ -50,7 +50,10 @@ def leave() -> NoReturn:
 def say_error(text: str) -> None:
     from tfkd_ray.settings.files import legible
 
-    print(legible(_as_given(text)), file=sys.stderr, flush=True)
+    try:
+        print(legible(_as_given(text)), file=sys.stderr, flush=True)
+    except OSError:  # nobody can read it, as on a full disk: the exit code still tells
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _as_given(text: str) -> str:

@@ -93,12 +93,10 @@ def train_verb(args: argparse.Namespace) -> int:
         )
     space = load_file(args)
     config = space.single()
-    out = (
-        (args.out or args.storage / f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-        .expanduser()
-        .absolute()
-    )
-    from tfkd_ray.settings.files import check_writable
+    from tfkd_ray.settings.files import check_writable, expanded
+
+    name = f"{Path(args.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = expanded(args.out or args.storage / name).absolute()
 
     check_writable(out, "--out DIR")
     have_data(config, args)
@@ -116,7 +114,7 @@ def train_verb(args: argparse.Namespace) -> int:
         signal.signal(number, signal.default_int_handler)
 
     try:
-        epochs = _epochs(config, out, args.storage.expanduser().absolute())
+        epochs = _epochs(config, out, expanded(args.storage).absolute())
         for metrics in epochs:
             shown = {
                 k: metrics[k]

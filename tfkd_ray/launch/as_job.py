@@ -24,6 +24,7 @@ from tfkd_ray.launch.verbs import (
     say,
 )
 from tfkd_ray.settings.errors import OK, ConfigError
+from tfkd_ray.settings.files import expanded
 from tfkd_ray.settings.passwords import shown
 from tfkd_ray.settings.yaml import find_file
 from tfkd_ray.store.experiment import check_name
@@ -179,8 +180,4 @@ def _storage_of(args: argparse.Namespace) -> str | None:
         return None
     check(file)
     assert file.storage is not None, f"{args.cluster=}"
-    return (
-        str(Path(file.storage).expanduser())
-        if file.here and not is_url(file.storage)
-        else file.storage
-    )
+    return str(expanded(file.storage)) if file.here and not is_url(file.storage) else file.storage

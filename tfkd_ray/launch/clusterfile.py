@@ -9,6 +9,7 @@ A file also names the storage of experiments: `metadata: {tfkd: {storage: ...}}`
 `metadata: {annotations: {tfkd/storage: ...}}` for KubeRay, `TFKD_RESULTS=...` for Slurm.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.files import expanded, kind_of
 from tfkd_ray.settings.yaml import bytes_of, find_file, parse_documents, text_of
 
 if TYPE_CHECKING:
@@ -241,10 +243,28 @@ def name_problems(file: ClusterFile) -> Iterator[str]:
 def copy_problems(file: ClusterFile) -> Iterator[str]:
     """Yield files to copy that are missing here; the token is created when the cluster starts."""
     for there, here in (file.tree.get("file_mounts") or {}).items():
-        if not isinstance(here, str) or not here:
-            yield f"file_mounts.{there}: must be a path on this machine, got {here!r}"
-        elif not str(there).endswith("auth_token") and not Path(here).expanduser().exists():
-            yield f"file_mounts.{there}: {here} is not there (looked from {Path.cwd()})"
+        if not there:
+            yield f"file_mounts: {here} must have a path on the nodes, got {there!r}"
+        elif not str(there).endswith("auth_token"):
+            yield from (f"file_mounts.{there}: {problem}" for problem in _no_copy(here))
+
+
+def _no_copy(here: str) -> Iterator[str]:
+    """Yield why a file or folder cannot be copied. Ray reads all of it, and waits for pipes."""
+    try:
+        path = expanded(here)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if not path.exists():
+        yield f"{here} is not there (looked from {Path.cwd()})"
+        return
+    below = (Path(where) / name for where, _, names in os.walk(path) for name in names)
+    for inside in (path, *below):
+        kind = kind_of(inside)
+        if kind not in (None, "a directory"):
+            yield f"{inside} is {kind}; only files and directories are copied"
+            return
 
 
 def versions_in(texts: Iterable[str]) -> dict[str, set[str]]:

@@ -2,10 +2,10 @@
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from tfkd_ray.launch.clusterfile import ClusterFile, option
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import expanded
 
 SSH_S = 10
 """Maximum time for a host of an on-premises cluster to answer by ssh."""
@@ -166,9 +166,7 @@ def hosts(file: ClusterFile) -> list[str]:
 def ssh(file: ClusterFile, host: str, command: str) -> Command:
     """Return an ssh command on a node, with the file's user, key and proxy."""
     auth = file.tree.get("auth") or {}
-    key = (
-        ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
-    )
+    key = ["-i", str(expanded(auth["ssh_private_key"]))] if "ssh_private_key" in auth else []
     options = ["BatchMode=yes", f"ConnectTimeout={SSH_S}", "LogLevel=ERROR"]
     options += (
         [f"ProxyCommand={auth['ssh_proxy_command']}"] if auth.get("ssh_proxy_command") else []

@@ -92,12 +92,7 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
     provider, name = file.tree["provider"], file.provider
     if name not in PROVIDERS:
         found.append(f"provider.type: no such provider {name!r}; {did_you_mean(name, PROVIDERS)}")
-    for key in ("head_ip", "external_head_ip", "coordinator_address", "region"):
-        if not isinstance(provider.get(key, ""), str):
-            found.append(f"provider.{key}: must be text, got {provider[key]!r}")
-    hosts = provider.get("worker_ips") or []
-    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        found.append(f"provider.worker_ips: must be a list of addresses, got {hosts!r}")
+    found += _other_types(file.tree)
     if name == "local":
         if "coordinator_address" in provider:
             found.append(
@@ -126,6 +121,20 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
     yield from found
     if not found:
         yield from _ray_validation(file.tree)
+
+
+def _other_types(tree: dict[str, Any]) -> Iterator[str]:
+    """Yield values of a type that Ray's schema accepts and Ray itself does not."""
+    provider, mounts = tree["provider"], tree.get("file_mounts")
+    for key in ("head_ip", "external_head_ip", "coordinator_address", "region"):
+        if not isinstance(provider.get(key, ""), str):
+            yield f"provider.{key}: must be text, got {provider[key]!r}"
+    for there, here in mounts.items() if isinstance(mounts, dict) else ():
+        if not isinstance(here, str) or not here.strip() or "\0" in here:
+            yield f"file_mounts.{there}: must be a path on this machine, got {here!r}"
+    hosts = provider.get("worker_ips") or []
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        yield f"provider.worker_ips: must be a list of addresses, got {hosts!r}"
 
 
 def _ray_validation(tree: dict[str, Any]) -> Iterator[str]:

@@ -62,6 +62,7 @@ from tfkd_ray.settings.errors import (
     ConfigError,
     Unreachable,
 )
+from tfkd_ray.settings.files import expanded
 
 TUNNEL_S = 60
 """Maximum time for a tunnel to a head to open."""
@@ -393,7 +394,7 @@ def _check_token_mounts(file: ClusterFile) -> None:
     """Raise if the token for the nodes is missing or not private."""
     for there, here in (file.tree.get("file_mounts") or {}).items():
         if str(there).endswith("auth_token"):
-            path = Path(str(here)).expanduser()
+            path = expanded(str(here))
             if not path.is_file():
                 raise ConfigError(
                     f"file_mounts: {here} is to be the nodes' token, and is not there; make it: "
@@ -414,7 +415,7 @@ def _check_key(file: ClusterFile) -> None:
     key = (file.tree.get("auth") or {}).get("ssh_private_key")
     if key is None:
         return
-    path = Path(key).expanduser()
+    path = expanded(str(key))
     if not path.is_file():
         raise ConfigError(
             f"auth.ssh_private_key: {key} is not there; name a key of yours, or make one: ssh-keygen -t ed25519",

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field
 
 from tfkd_ray.learn.images import FolderSet, Images, ImageSet, generator
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import remembered, state_of, whole_file
+from tfkd_ray.settings.files import expanded, remembered, state_of, whole_file
 from tfkd_ray.settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class FileDataset(Dataset):
 
     def _fetch_folder(self, url: str, md5: str, folder: str) -> None:
         """Download a zip and move its folder into `root`, completely or not at all."""
-        root = self.root.expanduser()
+        root = expanded(self.root)
         if (root / folder).exists():
             raise self._wrong(
                 root / folder,

@@ -18,7 +18,7 @@ from pydantic import Field
 from tfkd_ray.learn.cache import cached
 from tfkd_ray.learn.images import FolderSet, Images, check_headers, decoded, rgb
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import cached_file, opened, read_at_most
+from tfkd_ray.settings.files import cached_file, expanded, opened, read_at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ class TinyImagenet(FileDataset):
             self._fetch_folder(self.url, self.md5, "tiny-imagenet-200")
 
     def _folder(self) -> Path:
-        root = self.root.expanduser()
+        root = expanded(self.root)
         folders = [root, root / "tiny-imagenet-200"]
         needs = ("wnids.txt", "train", "val/images", "val/val_annotations.txt")
         for folder in folders:
@@ -246,7 +246,7 @@ class FolderDataset(FileDataset):
         self._classes("test")
 
     def _folder(self, split: Split) -> Path:
-        root = self.root.expanduser()
+        root = expanded(self.root)
         names = ("train",) if split == "train" else ("val", "test")
         for name in names:
             if (root / name).is_dir():
@@ -303,7 +303,7 @@ class FolderDataset(FileDataset):
                 raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
             files += [f"{folder.name}/{name}/{file}" for file in found]
             labels += [k] * len(found)
-        root, positions = self.root.expanduser(), torch.arange(len(files))
+        root, positions = expanded(self.root), torch.arange(len(files))
         return FolderSet(
             self.name,
             root,

@@ -15,7 +15,7 @@ import numpy as np
 
 from tfkd_ray.learn.cache import cached
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import ArraysOnly, opened, read_at_most
+from tfkd_ray.settings.files import ArraysOnly, expanded, opened, read_at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class IdxDataset(FileDataset):
             super().download()  # refuses, with the data set's origin
         for stem, md5 in zip([*self._files("train"), *self._files("test")], self.md5s, strict=True):
             if not self._found(stem):
-                self._fetch(f"{self.url}/{stem}.gz", md5, self.root.expanduser() / f"{stem}.gz")
+                self._fetch(f"{self.url}/{stem}.gz", md5, expanded(self.root) / f"{stem}.gz")
 
     def _sources(self, split: Split) -> list[Path]:
         return self._paths(*self._files(split))
@@ -93,7 +93,7 @@ class IdxDataset(FileDataset):
         return 0
 
     def _folders(self) -> list[Path]:
-        root = self.root.expanduser()
+        root = expanded(self.root)
         return [root, *(root / folder for folder in self.folders)]
 
     def _found(self, stem: str) -> list[Path]:
@@ -311,7 +311,7 @@ class CifarDataset(FileDataset):
         self._source()
 
     def download(self) -> None:
-        root = self.root.expanduser()
+        root = expanded(self.root)
         if not (root / self.archive).is_file() and not (root / self.folder).is_dir():
             self._fetch(self.url, self.md5, root / self.archive)
 
@@ -343,7 +343,7 @@ class CifarDataset(FileDataset):
         )
 
     def _source(self) -> Path:
-        root = self.root.expanduser()
+        root = expanded(self.root)
         if (root / self.archive).is_file():
             return root / self.archive
         if (root / self.folder).is_dir():
@@ -380,11 +380,12 @@ class CifarDataset(FileDataset):
                 tarfile.open(fileobj=unpacked, mode="r:") as archive,
             ):
                 for number, member in enumerate(archive):
-                    if wrong := self._member_problem(number, member, wanted):
-                        raise self._wrong(path, f"{wrong}; {self.origin}")
-                    content = archive.extractfile(member) if member.name in wanted else None
-                    if content is not None:
-                        found[wanted[member.name]] = read_at_most(content, MOST_PICKLE_BYTES)
+                    if fault := self._member_problem(number, member, wanted):
+                        raise self._wrong(path, f"{fault}; {self.origin}")
+                    batch = wanted.get(member.name)
+                    content = archive.extractfile(member) if batch is not None else None
+                    if batch is not None and content is not None:
+                        found[batch] = read_at_most(content, MOST_PICKLE_BYTES)
         except ConfigError:
             raise
         except Exception as error:  # a damaged header can raise any exception

@@ -25,7 +25,7 @@ from tfkd_ray.learn.loop import LOOP_VERSION, train_in
 from tfkd_ray.learn.soft_labels import Bank, Elsewhere
 from tfkd_ray.learn.weights import input_of, input_shape, load_outside, show, untrained
 from tfkd_ray.settings.errors import ConfigError, check_kind
-from tfkd_ray.settings.files import opened, write_whole
+from tfkd_ray.settings.files import expanded, opened, write_whole
 from tfkd_ray.store.experiment import read_teacher, read_teachers
 from tfkd_ray.store.storage import Storage, everything, light
 
@@ -199,7 +199,7 @@ def tell_doubts(
 
 def _source_sha256(config: TeacherRun) -> str | None:
     """Return the SHA-256 of the weights' source file, or None if there is none any more."""
-    path = Path(config.weights).expanduser() if config.weights else None
+    path = expanded(config.weights) if config.weights else None
     return _sha256(path) if path and path.is_file() else None
 
 

@@ -22,7 +22,7 @@ from tfkd_ray.learn.config import TeacherInput, TeacherRun
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.models import SMALL_IMAGE, Network, TorchvisionNetwork
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
-from tfkd_ray.settings.files import opened, read_at_most
+from tfkd_ray.settings.files import expanded, opened, read_at_most
 from tfkd_ray.store.experiment import MOST_JSON_BYTES, parse_json, read_teacher
 
 Weights = dict[str, Tensor]
@@ -63,7 +63,7 @@ def load_outside(
         if weights.partition(":")[0] == "torchvision":
             path = _torchvision_file(weights.partition(":")[2], model, shape, num_classes)
         else:
-            path = Path(weights).expanduser()
+            path = expanded(weights)
             _check_same_data(path, data)
         kept = _read_weights(path)
         with torch.random.fork_rng(devices=[]):
@@ -297,7 +297,7 @@ def input_of(config: TeacherRun) -> dict[str, Any]:
     `mean` and `std` are per channel; a `size` of None is the data set's.
     """
     if config.weights is not None and config.input is None:
-        beside = Path(config.weights).expanduser().parent / "teacher.json"  # a teacher of ours
+        beside = expanded(config.weights).parent / "teacher.json"  # a teacher of ours
         if config.weights.partition(":")[0] != "torchvision" and beside.is_file():
             with contextlib.suppress(ConfigError, ValueError):
                 about = read_teacher(beside.parent)

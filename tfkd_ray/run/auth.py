@@ -6,14 +6,12 @@ import tempfile
 from pathlib import Path
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import opened
+from tfkd_ray.settings.files import expanded, opened
 
 
 def token_file() -> Path:
     """Return the path of the token file, whether or not the file exists."""
-    return Path(
-        os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    ).expanduser()
+    return expanded(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
 
 
 def token() -> str | None:

@@ -164,7 +164,7 @@ def _mend(path: Path) -> None:
     lines = _Lines(path)
     try:
         JournalStorage(lines)
-    except ConfigError:
+    except (ConfigError, OSError):
         raise
     except Exception:  # Optuna raises any type for a damaged line
         raise _corrupt(path, lines.start, lines.line) from None

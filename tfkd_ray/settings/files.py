@@ -116,7 +116,17 @@ def remembered(state: str, make: Callable[[], str]) -> str:
 
 def cache_folder() -> Path:
     """Return the folder of this node's cache, ~/.cache/tfkd_ray, whose files can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfkd_ray"
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "tfkd_ray"
+
+
+def expanded(path: Path | str) -> Path:
+    """Return a path with its ~ replaced; raise a ConfigError if that home directory is unknown."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        whose = Path(path).parts[0]
+        message = f"{path}: no home directory is known for {whose}; name the whole path"
+        raise ConfigError(message) from None
 
 
 @contextlib.contextmanager
@@ -143,7 +153,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 PART = ".part"
 """Suffix of a file that is being written. One that remains belongs to a writer that was killed."""
 _PART_NAME = re.compile(rf"\.[0-9a-f]{{16}}{re.escape(PART)}")
-UNFINISHED_S = 60.0
+LEFT_BEHIND_S = 60.0
 """Seconds after which a partial file that nobody holds and nobody writes counts as left behind."""
 
 
@@ -153,7 +163,7 @@ def _remove_stale(folder: Path) -> None:
         names = [entry.name for entry in entries if _PART_NAME.fullmatch(entry.name)]
         for path in (folder / name for name in names):
             facts = path.lstat()
-            if not stat.S_ISREG(facts.st_mode) or time.time() - facts.st_mtime < UNFINISHED_S:
+            if not stat.S_ISREG(facts.st_mode) or time.time() - facts.st_mtime < LEFT_BEHIND_S:
                 continue
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

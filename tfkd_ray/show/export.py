@@ -41,6 +41,7 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import (
     PART,
     check_writable,
+    expanded,
     kind_of,
     opened,
     read_at_most,
@@ -95,7 +96,7 @@ def export(
         (by file: `largest` of logits, and the student's `scale`), `problems` (by file: why a graph
         could not be made) and `confirmed` (whether a verdict is in the card).
     """
-    source, out = source.expanduser().absolute(), out.expanduser().absolute()
+    source, out = expanded(source).absolute(), expanded(out).absolute()
     _check_export(out, onnx, licence)
     chosen = choose(source, arm, seed)
     data = chosen.config.data

@@ -22,7 +22,7 @@ import numpy as np
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import check_writable, descriptor_of, kind_of
+from tfkd_ray.settings.files import check_writable, kind_of
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import dump_yaml
 from tfkd_ray.show.figures import (
@@ -65,6 +65,7 @@ from tfkd_ray.store.experiment import (
     Record,
     check_output,
     damaged,
+    output_descriptor,
     parse_json,
     read_text,
     write_output,
@@ -98,7 +99,7 @@ def report(
         raise ConfigError(
             "--figures: SVG files are drawn by matplotlib, which is not installed: pip install matplotlib"
         )
-    places = [] if kind_of(out) or descriptor_of(out) is not None else [(out.parent, "-o FILE")]
+    places = [] if kind_of(out) or output_descriptor(out) is not None else [(out.parent, "-o FILE")]
     for folder, option in (*places, *([(figures, "--figures DIR")] if figures else [])):
         check_writable(folder.absolute(), option)
     if plan.kind == "comparison":

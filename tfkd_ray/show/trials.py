@@ -34,7 +34,6 @@ from tfkd_ray.show.status import (
     record_of,
 )
 from tfkd_ray.store.experiment import (
-    MOST_JSON_BYTES,
     STATUSES,
     Record,
     damaged,
@@ -42,6 +41,8 @@ from tfkd_ray.store.experiment import (
     trial_folders,
 )
 
+MOST_TRACE_BYTES = 2**18
+"""Most bytes that `logs` shows of a traceback, which usually has some thousands."""
 FIRST = ("trial", "number", "objective", "status", "epoch")
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": lambda a, b: a <= b,
@@ -301,5 +302,7 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
         error = folder / "error.txt"
         if record.status == "failed" and os.path.lexists(error):
             with damaged(error), opened(error, follow=False) as file:
-                trace = file.read(MOST_JSON_BYTES)
-            yield from trace.decode(errors="replace").splitlines()
+                trace = file.read(MOST_TRACE_BYTES + 1)
+            yield from trace[:MOST_TRACE_BYTES].decode(errors="replace").splitlines()
+            if len(trace) > MOST_TRACE_BYTES:
+                yield f"(its first {MOST_TRACE_BYTES} bytes; the rest is in {error})"

@@ -23,6 +23,7 @@ import math
 import numbers
 import os
 import platform
+import select
 import shlex
 import subprocess
 import time
@@ -406,12 +407,17 @@ def check_no_links(experiment: Path) -> None:
         raise ConfigError([*found[:9], *rest, way_out], experiment)
 
 
+def output_descriptor(path: Path) -> int | None:
+    """Return the descriptor that an output's path names: of /dev/stdout, /dev/fd/63 or `-`."""
+    return 1 if str(path) == "-" else descriptor_of(path)
+
+
 def check_output(path: Path, option: str) -> None:
     """Raise if the path is a link, a directory or a device, which may not be replaced.
 
     See `write_output`.
     """
-    if descriptor_of(path) is not None:
+    if output_descriptor(path) is not None:
         return
     kind = kind_of(path, follow=False)
     if kind == "a link":
@@ -425,10 +431,10 @@ def check_output(path: Path, option: str) -> None:
 def write_output(path: Path, text: str) -> bool:
     """Write a text to a path that a user named; return whether it became a file there.
 
-    Streams get the text directly: /dev/stdout, a shell's /dev/fd/63, a named pipe with a reader,
-    /dev/null.
+    Streams get the text directly: /dev/stdout or `-`, a shell's /dev/fd/63, a named pipe with a
+    reader, /dev/null.
     """
-    number = descriptor_of(path)
+    number = output_descriptor(path)
     if number is None and kind_of(path) is None:
         write_text(path, text)
         return True
@@ -442,10 +448,20 @@ def write_output(path: Path, text: str) -> bool:
     except OSError as error:
         why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
         raise ConfigError(f"cannot be written to: {why}", path) from None
-    with os.fdopen(handle, "wb") as file:
+    with os.fdopen(handle, "wb", buffering=0) as file:
         if number is None:
             os.set_blocking(handle, True)
-        file.write(text.encode(errors="backslashreplace"))
+        left = memoryview(text.encode(errors="backslashreplace"))
+        try:
+            while left:
+                written = file.write(left)
+                if written is None:  # the pipe is full, and does not block
+                    select.select((), (file,), ())
+                left = left[written or 0 :]
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise ConfigError("cannot be written to: it is open for reading only", path) from None
     return False
 
 

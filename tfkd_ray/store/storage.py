@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import expanded
 from tfkd_ray.store import experiment, remote
 from tfkd_ray.store.remote import Claim, Store, Want
 
@@ -334,7 +335,7 @@ def to_continue(place: Experiment | Path | str) -> Experiment:
 
 def absolute(path: Path | str) -> Path:
     """Return the absolute path, with ~ expanded."""
-    return Path(path).expanduser().absolute()
+    return expanded(path).absolute()
 
 
 def as_given(text: str) -> str:
