@@ -212,9 +212,7 @@ def resume_tuner(
         "cpu_hours": cpu_hours,
         "max_failed_trials": max_failed_trials,
     }
-    for name, more in budgets.items():
-        if more is not None and not more > 0:
-            raise ConfigError(f"{name}: a budget is above 0, got {more}")
+    _check_budgets(budgets)
     found = to_continue(experiment)
     storage, experiment = found.storage, found.folder
     about = read_experiment(experiment)
@@ -277,6 +275,12 @@ def resume_tuner(
         tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
         undone.pop_all()
     return tuner
+
+
+def _check_budgets(budgets: dict[str, Any]) -> None:
+    for name, more in budgets.items():
+        if more is not None and not more > 0:
+            raise ConfigError(f"{name}: a budget is above 0, got {more}")
 
 
 def _with_search(space: Space, **settings: Any) -> Space:
