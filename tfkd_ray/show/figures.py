@@ -366,36 +366,9 @@ def pareto_section(sweep: Sweep) -> Figure:
     front = pareto(sweep.full, searched) if len(searched) > 1 else []
     panels = []
     for other in others:
-        some = [
-            r
-            for r in sweep.full
-            if all(math.isfinite(r.last.get(m, math.nan)) for m in (first, other))
-        ]
-        if not some:
-            continue
-        series = []
-        for objective in sweep.plan.rows:
-            mine = sweep.of(objective, some)
-            x, y = ([sweep.value(r.last, m) for r in mine] for m in (other, first))
-            series.append(
-                Series(
-                    "points",
-                    x,
-                    y,
-                    objective,
-                    sweep.colour(objective),
-                    [sweep.hover(r) for r in mine],
-                )
-            )
-        x, y = (
-            [sweep.value(r.last, m) for r in pareto(some, (first, other))] for m in (other, first)
-        )
-        series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
-        panels.append(
-            Panel(
-                "all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]
-            )
-        )
+        lasts = (record.last for record in sweep.full)
+        if any(_has_numbers(last, (first, other)) for last in lasts):
+            panels.append(_front_panel(sweep, first, other))
     names = [score_of(m).title for m in (first, *others)]
     many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front])}."
     return Figure(
@@ -405,6 +378,28 @@ def pareto_section(sweep: Sweep) -> Figure:
         + (many if front else ""),
         panels,
     )
+
+
+def _has_numbers(last: Mapping[str, Any], metrics: Sequence[str]) -> bool:
+    return all(math.isfinite(last.get(metric, math.nan)) for metric in metrics)
+
+
+def _front_panel(sweep: Sweep, first: str, other: str) -> Panel:
+    """Return the trials by two metrics, with the line of those that none beats in both."""
+    some = [record for record in sweep.full if _has_numbers(record.last, (first, other))]
+
+    def points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
+        x, y = ([sweep.value(r.last, metric) for r in records] for metric in (other, first))
+        return x, y
+
+    series = [Series("lines", *points(pareto(some, (first, other))), "front", DARK, width=1.2)]
+    for objective in sweep.plan.rows:
+        mine = sweep.of(objective, some)
+        hover = [sweep.hover(record) for record in mine]
+        colour = sweep.colour(objective)
+        series.append(Series("points", *points(mine), objective, colour, hover))
+    shown = [one for one in series if one.x]
+    return Panel("all objectives", sweep.axis(other), sweep.axis(first), shown)
 
 
 def fidelity(sweep: Sweep) -> Figure:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tfkd_ray.settings.files import whole_file
+from tfkd_ray.settings.files import json_tree, whole_file
 
 PALE, DARK = "#C4C4C4", "#222222"
 
@@ -236,16 +236,8 @@ def _cell_html(text: str) -> str:
 def _inert_json(tree: Any) -> str:
     """Return JSON that cannot close the script element around it."""
     return json.dumps(
-        _finite(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False
+        json_tree(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False
     ).replace("<", "\\u003c")
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 # --- plotly ----------------------------------------------------------------------------------------------------

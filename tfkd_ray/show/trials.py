@@ -14,7 +14,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
-from tfkd_ray.settings.files import opened
+from tfkd_ray.settings.files import json_tree, opened
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.status import (
     TEXTS,
@@ -79,9 +79,7 @@ def trials_table(
     plan = read_plan(experiment)
     rows = [_row(record) for record in read_lasts(experiment)]
     fields = _fields(rows)
-    known = {*fields, *(field.rpartition(".")[2] for field in fields)}
-    if plan.metric:
-        known.add(plan.metric)
+    known = _known(fields, plan.metric)
     problems: list[str] = []
     tests = [_test(text, known, rows, plan, problems) for text in filter]
     chosen = None if columns is None else [column.strip() for column in columns.split(",")]
@@ -105,6 +103,12 @@ def _fields(rows: Sequence[Row]) -> list[str]:
     """Return all fields of the rows, in the order of columns."""
     own = (key for row in rows for key in row if key != "reason")
     return list(dict.fromkeys([*FIRST, *own, "reason"]))
+
+
+def _known(fields: Sequence[str], metric: str | None) -> set[str]:
+    """Return all names that a field may be called by."""
+    ends = (field.rpartition(".")[2] for field in fields)
+    return {*fields, *ends} if metric is None else {*fields, *ends, metric}
 
 
 def _sort_problems(sort: str) -> list[str]:
@@ -136,7 +140,7 @@ def _as_json(rows: Sequence[Row], chosen: Sequence[str] | None) -> str:
     shown = []
     for row in rows:
         fields = chosen or dict.fromkeys([*row, "reason"])
-        shown.append({field: _plain(_value(row, field)) for field in fields})
+        shown.append({field: json_tree(_value(row, field)) for field in fields})
     return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False)
 
 
@@ -223,10 +227,6 @@ def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
     return sorted(filter(usable, rows), key=key, reverse=descending) + [
         r for r in rows if not usable(r)
     ]
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(row: Row, field: str) -> str:
