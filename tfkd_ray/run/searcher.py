@@ -825,11 +825,8 @@ def point_in(
         if isinstance(place, list):
             raise ConfigError(f"a point lies outside of the space: {problem}" for problem in place)
         return place[0], config.objective.name, place[1]
-    objective, names = given.pop("objective", None), {p.name for p in space.parameters}
-    if unknown := [name for name in given if name not in names]:
-        raise ConfigError(
-            f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown
-        )
+    objective = given.pop("objective", None)
+    _check_names(space, given)
     problems: list[str] = []
     for group in space.groups:
         for branch in group.branches:
@@ -843,6 +840,15 @@ def point_in(
     known = ", ".join(b.objective for b in space.branches)
     problems = problems or [f"objective: {objective!r} is not among {known}"]
     raise ConfigError(f"a point: {problem}" for problem in dict.fromkeys(problems))
+
+
+def _check_names(space: Space, given: Mapping[str, Any]) -> None:
+    names = {p.name for p in space.parameters}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown
+        )
 
 
 def _against(branch: Branch, given: dict[str, Any], whole: bool) -> tuple[list[str], list[str]]:

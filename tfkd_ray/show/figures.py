@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,21 +110,24 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     full = sweep.ranked(sweep.of(objective, sweep.full))
     other = [r for r in sweep.of(objective, sweep.records) if r not in full]
 
-    def line(record: Record) -> list[float | None]:
-        """Return the heights of one trial on the axes, in [0, 1]."""
+    def line(record: Record) -> Iterator[tuple[float, float | None, str]]:
+        """Yield the heights of one trial on the axes, in [0, 1]."""
         heights: list[float | None] = [
             _axis_place(p, record.parameters.get(p.name)) for p in searched
         ]
         value = (sweep.value(record.last) - low) / (high - low) if high > low else 0.5
-        return [*heights, value if record in full else None]
+        heights.append(value if record in full else None)
+        hover = sweep.hover(record)
+        yield from ((axis, height, hover) for axis, height in enumerate(heights))
 
-    series = [_lines("not of full length", other, line, sweep, PALE, 0.8)] if other else []
+    series = [_broken_line("not of full length", other, line, PALE, 0.8)] if other else []
     groups = min(len(RANKED), len(full))
     for k in reversed(range(groups)):  # draws the best last, on top
         some = full[k * len(full) // groups : (k + 1) * len(full) // groups]
         first = k * len(full) // groups + 1
         name = f"rank {first}" if len(some) == 1 else f"rank {first} to {first + len(some) - 1}"
-        series.append(_lines(name, some, line, sweep, RANKED[::-1][k * len(RANKED) // groups], 1.6))
+        colour = RANKED[::-1][k * len(RANKED) // groups]
+        series.append(_broken_line(name, some, line, colour, 1.6))
     ends = [_ends(p) for p in searched] + [(f"{low:.2f}", f"{high:.2f}")]
     series.append(Series("text", [float(i) for i in range(last + 1)] * 2, [-0.1] * (last + 1) + [1.1] * (last + 1),
                          text=[e[0] for e in ends] + [e[1] for e in ends]))  # fmt: skip
@@ -147,18 +150,25 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     )
 
 
-def _lines(
-    name: str, records: Sequence[Record], line: Any, sweep: Sweep, colour: str, width: float
+def _broken_line(
+    name: str,
+    records: Sequence[Record],
+    points: Callable[[Record], Iterable[tuple[float, float | None, str]]],
+    colour: str,
+    width: float,
 ) -> Series:
-    """One broken line for many trials."""
+    """Return one broken line for many trials; `points`: x, y and the text of a trial's."""
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str] = []
     for record in records:
-        heights = line(record)
-        x += [*range(len(heights)), None]
-        y += [*heights, None]
-        text += [sweep.hover(record)] * len(heights) + [""]
+        for across, up, hover in points(record):
+            x.append(across)
+            y.append(up)
+            text.append(hover)
+        x.append(None)
+        y.append(None)
+        text.append("")
     return Series("lines", x, y, name, colour, text, width)
 
 
@@ -304,6 +314,11 @@ def curves(sweep: Sweep) -> Figure:
     rungs = sweep.space.search.stopping.rungs(sweep.space.epochs)
     cut = False
     panels = []
+
+    def curve(record: Record) -> Iterator[tuple[float, float | None, str]]:
+        for m in _evenly(record.metrics, MAX_POINTS):
+            yield m["epoch"], round(sweep.value(m), 4), record.name
+
     for objective in sweep.plan.rows:
         mine = [r for r in sweep.of(objective, sweep.records) if r.metrics]
         full = sweep.ranked(sweep.of(objective, sweep.full))
@@ -316,9 +331,9 @@ def curves(sweep: Sweep) -> Figure:
             [r for r in drawn if r not in full],
         )
         series = [
-            _epochs_axis("not of full length", rest, sweep, PALE, 0.8),
-            _epochs_axis("full length", whole, sweep, sweep.colour(objective), 1.0),
-            _epochs_axis("best", best, sweep, DARK, 2.2),
+            _broken_line("not of full length", rest, curve, PALE, 0.8),
+            _broken_line("full length", whole, curve, sweep.colour(objective), 1.0),
+            _broken_line("best", best, curve, DARK, 2.2),
         ]
         if not mine:
             continue
@@ -344,20 +359,6 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
         return None
     ends = sorted(v for r in sweep.records if r.metrics and math.isfinite(v := sweep.value(r.last)))
     return with_margin([min(early[len(early) // 10], ends[len(ends) // 4]), ends[-1]])
-
-
-def _epochs_axis(
-    name: str, records: Sequence[Record], sweep: Sweep, colour: str, width: float
-) -> Series:
-    x: list[float | None] = []
-    y: list[float | None] = []
-    text: list[str] = []
-    for record in records:
-        some = _evenly(record.metrics, MAX_POINTS)
-        x += [*(m["epoch"] for m in some), None]
-        y += [*(round(sweep.value(m), 4) for m in some), None]
-        text += [record.name] * len(some) + [""]
-    return Series("lines", x, y, name, colour, text, width)
 
 
 def pareto_section(sweep: Sweep) -> Figure:

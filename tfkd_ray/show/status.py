@@ -325,16 +325,13 @@ def status(experiment: Path) -> dict[str, Any]:
     finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
     done_epochs = sum(epoch_of(r) for r in records)
     now = time.time()
-    rate = _rate(experiment, records, now) if alive and not finished else None
-    rows = _status_rows(records, plan)
-    failed = [r for r in records if r.status == "failed"]
-    failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
-    sweep = plan.kind == "sweep"
     state = "interrupted"
     if finished:
         state = "finished"
     elif alive:
         state = "running"
+    rate = _rate(experiment, records, now) if state == "running" else None
+    rows, sweep = _status_rows(records, plan), plan.kind == "sweep"
     return {
         "name": _shown_name(experiment),
         "preset": plan.about.get("compared", {}).get("preset"),
@@ -359,9 +356,15 @@ def status(experiment: Path) -> dict[str, Any]:
         "ran_s": _ran(experiment, alive=alive) if sweep else None,
         "rate": rate,
         "left_s": _left(plan, records, rate),
-        "failures": [{"trial": r.name, "reason": first_line(r.reason)} for r in failed[-3:]],
+        "failures": _last_failures(records),
         "gone": gone_trials(experiment) if sweep else [],
     }
+
+
+def _last_failures(records: Sequence[Record]) -> list[dict[str, str]]:
+    failed = [record for record in records if record.status == "failed"]
+    failed.sort(key=lambda record: _changed(record.folder / "trial.json"))
+    return [{"trial": r.name, "reason": first_line(r.reason)} for r in failed[-3:]]
 
 
 def _status_rows(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, dict[str, Any]]:
