@@ -396,7 +396,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         on_the_way = {
             epoch: as_number(v) for epoch, v in enumerate(intermediate_values or (), start=1)
         }
-        state = _state_of(error=error, pruned=pruned)
+        state = _evaluated_state(error=error, pruned=pruned)
         whole = state == TrialState.COMPLETE
         if whole:
             self._check_values(told, value)
@@ -805,7 +805,7 @@ def take_saved_journal(journal: Path) -> bool:
     return True
 
 
-def _state_of(*, error: bool, pruned: bool) -> TrialState:
+def _evaluated_state(*, error: bool, pruned: bool) -> TrialState:
     if error:
         return TrialState.FAIL
     return TrialState.PRUNED if pruned else TrialState.COMPLETE
