@@ -53,19 +53,7 @@ from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the parent process
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # in names that are not UTF-8, or not in the terminal's encoding
-    enter_job()
-    if (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    ):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # same as Ctrl-C, at any moment
+    _prepare_process()
     argv, command = _command_of(_given_words() if argv is None else list(argv))
     try:
         from tfkd_ray.settings.files import Legible
@@ -100,20 +88,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except OSError as error:
-        from tfkd_ray.settings.files import DISK_ERRORS
-
-        if _directory_is_gone():
-            say_error(
-                f"tfkd {args.verb}: the directory that this was called from is gone; cd to one that is there"
-            )
-            return FAILED
-        if error.filename is None and error.errno not in DISK_ERRORS:
+        sentence = _file_trouble(error)
+        if sentence is None:
             raise
-        name = str(error.filename or "the disk")
-        say_error(
-            f"tfkd {args.verb}: {name if len(name) < 300 else name[:200] + '...'}: {error.strerror}"
-        )
+        say_error(f"tfkd {args.verb}: {sentence}")
         return FAILED
+
+
+def _prepare_process() -> None:
+    """Make the output streams safe to write to, and SIGTERM the same as Ctrl-C; enter the job."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the parent process
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            # in names that are not UTF-8, or not in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
+    enter_job()
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    ):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # at any moment
+
+
+def _file_trouble(error: OSError) -> str | None:
+    """Return what is wrong with a file or the disk; None if the error names neither."""
+    from tfkd_ray.settings.files import DISK_ERRORS
+
+    if _directory_is_gone():
+        return "the directory that this was called from is gone; cd to one that is there"
+    if error.filename is None and error.errno not in DISK_ERRORS:
+        return None
+    name = str(error.filename or "the disk")
+    if len(name) >= 300:
+        name = f"{name[:200]}..."
+    return f"{name}: {error.strerror}"
 
 
 def _directory_is_gone() -> bool:

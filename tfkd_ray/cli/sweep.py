@@ -5,7 +5,8 @@ import dataclasses
 import json
 import os
 import textwrap
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from tfkd_ray.settings.passwords import masked
 
 if TYPE_CHECKING:
     from tfkd_ray.space.space import Space
+    from tfkd_ray.store.experiment import Record
 from tfkd_ray.cli.compare import compare_arms
 from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_line, told_of_interrupt
 from tfkd_ray.cli.show import print_notes
@@ -161,57 +163,20 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
 
 def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     """Print the best trial beside the best baseline; after a full sweep also the next step."""
-    from tfkd_ray.settings.yaml import in_yaml
     from tfkd_ray.show.receipt import receipt_lines
-    from tfkd_ray.show.status import spent
-    from tfkd_ray.store.experiment import best, gone_sentence, gone_trials, pareto, read_records
+    from tfkd_ray.store.experiment import best, read_records
 
-    metric = space.search.metric
     records = read_records(experiment)
-    count = {
-        s: sum(r.status == s for r in records)
-        for s in ("done", "stopped", "failed", "interrupted", "running")
-    }
-    winner, seconds = best(records, metric), spent(experiment)["seconds"]
-    print(
-        f"{len(records)} trials, {seconds:.0f} s: {count['done']} of full length, {count['stopped']} stopped early, "
-        f"{count['failed']} failed"
-        + (f", {count['interrupted']} interrupted" if count["interrupted"] else "")
-    )
-    if lost := sum(r.lost for r in records):
-        print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
-    if gone := gone_trials(experiment):
-        print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
-    for record in [r for r in records if r.status == "failed"][:3]:
-        print(
-            f"  {record.name} failed: {(record.reason or '?').splitlines()[0]}\n    see {short_path(record.folder)}"
-        )
+    count = Counter(record.status for record in records)
+    _print_counts(records, count, experiment)
+    winner = best(records, space.search.metric)
     if winner is None:
         begun = (
             "no trial of full length yet" if records else "no trial had begun when the sweep ended"
         )
         print(f"{begun}, so there is no best one")
         return FAILED if count["failed"] and not count["interrupted"] else OK
-    print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
-    for key, value in winner.parameters.items():
-        print(
-            f"  {key:<34} {value:.6g}"
-            if isinstance(value, float)
-            else f"  {key:<34} {in_yaml(value)}"
-        )
-    for name in ("ce", "lsr"):
-        rival = best([r for r in records if r.objective == name], metric)
-        if rival is not None and rival is not winner:
-            print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
-    ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
-    if ties > 1:
-        print(f"{ties} trials share this value; the first of them is named")
-    if space.search.more_metrics:
-        print(f"\nnone is better in all of {', '.join(space.search.metrics)} than:")
-        for r in pareto(records, space.search.metrics):
-            print(
-                f"  {r.name:<24} " + ", ".join(f"{m} {r.last[m]:.6g}" for m in space.search.metrics)
-            )
+    _print_best(space, records, winner)
     print("\n" + "\n".join(receipt_lines(space, records)))
     print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
     print("trials the luckiest is always ahead of its true value.")
@@ -226,3 +191,48 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
     print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
     return OK
+
+
+def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: Path) -> None:
+    """Print how the trials ended."""
+    from tfkd_ray.show.status import spent
+    from tfkd_ray.store.experiment import gone_sentence, gone_trials
+
+    cut = f", {count['interrupted']} interrupted" if count["interrupted"] else ""
+    print(
+        f"{len(records)} trials, {spent(experiment)['seconds']:.0f} s: {count['done']} of full length, "
+        f"{count['stopped']} stopped early, {count['failed']} failed{cut}"
+    )
+    if lost := sum(record.lost for record in records):
+        print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
+    if gone := gone_trials(experiment):
+        print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
+    failed = [record for record in records if record.status == "failed"]
+    for record in failed[:3]:
+        reason = (record.reason or "?").splitlines()[0]
+        print(f"  {record.name} failed: {reason}\n    see {short_path(record.folder)}")
+
+
+def _print_best(space: "Space", records: Sequence["Record"], winner: "Record") -> None:
+    """Print the best trial, the best of each baseline, and those that tie or trade off with it."""
+    from tfkd_ray.settings.yaml import in_yaml
+    from tfkd_ray.store.experiment import best, pareto
+
+    metric = space.search.metric
+    print(f"\nbest: {winner.name}, {metric} {winner.last[metric]:.4f}")
+    for key, value in winner.parameters.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else in_yaml(value)
+        print(f"  {key:<34} {shown}")
+    for name in ("ce", "lsr"):
+        rival = best([r for r in records if r.objective == name], metric)
+        if rival is not None and rival is not winner:
+            print(f"best {name}: {rival.name}, {metric} {rival.last[metric]:.4f}")
+    ties = sum(r.status == "done" and r.last.get(metric) == winner.last[metric] for r in records)
+    if ties > 1:
+        print(f"{ties} trials share this value; the first of them is named")
+    if space.search.more_metrics:
+        metrics = space.search.metrics
+        print(f"\nnone is better in all of {', '.join(metrics)} than:")
+        for record in pareto(records, metrics):
+            values = ", ".join(f"{metric} {record.last[metric]:.6g}" for metric in metrics)
+            print(f"  {record.name:<24} {values}")

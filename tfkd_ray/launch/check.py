@@ -1,7 +1,7 @@
 """Check of a cluster file: the rules of its kind, then nodes, storage and room for trials."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tfkd_ray.settings.errors import ConfigError
@@ -146,43 +146,48 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
 
     need = {kind: amount for kind, amount in shape.worker_resources.items()
             if kind in ("CPU", "GPU") or (file.kind == "ray" and not kind.startswith(KIND))}  # fmt: skip
-    most = file.tree.get("max_workers", 2) if file.kind == "ray" else None
     fits = {
         n.name: int(min((n.resources.get(k, 0) // v for k, v in need.items()), default=1))
         for n in nodes
     }
     wanted = f"{KIND}{shape.accelerator_type}"
     if shape.accelerator_type and not any(may_have(file, node, wanted) for node in nodes):
-        kinds = sorted(
-            {
-                kind.removeprefix(KIND)
-                for n in nodes
-                for kind in n.resources
-                if kind.startswith(KIND)
-            }
-        )
-        said = ", ".join(kinds) or "none"
-        place = "rayStartParams.resources" if file.kind == "kuberay" else "resources"
-        yield (
-            f"accelerator_type: no node type is said to have {shape.accelerator_type} (said is {said})"
-            f", and an autoscaler starts what the file says; if one has it, add to its {place}: '{wanted}': 1"
-        )
+        yield _no_such_gpu(file, nodes, shape.accelerator_type)
         return
     if shape.accelerator_type:
         fits = {node.name: fits[node.name] if may_have(file, node, wanted) else 0 for node in nodes}
-    if most is None:
-        room = sum(fits[n.name] * n.most for n in nodes)
-    else:  # the largest nodes first, at most max_workers in all
-        head = file.tree["head_node_type"]
-        room, left = fits[head], most
-        for node in sorted((n for n in nodes if n.name != head), key=lambda n: -fits[n.name]):
-            room, left = room + fits[node.name] * min(node.most, left), left - min(node.most, left)
+    room = _most_workers(file, nodes, fits)
     if room < shape.workers:
         asked = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
         yield (
             f"workers: a trial needs {shape.workers} x {asked}, each on one node, and with all its nodes the cluster "
             f"has room for {room} of them; use fewer or smaller workers, or larger or more nodes"
         )
+
+
+def _no_such_gpu(file: ClusterFile, nodes: Sequence[NodeType], gpu: str) -> str:
+    from tfkd_ray.learn.config import KIND
+
+    kinds = {kind for node in nodes for kind in node.resources if kind.startswith(KIND)}
+    said = ", ".join(sorted(kind.removeprefix(KIND) for kind in kinds)) or "none"
+    place = "rayStartParams.resources" if file.kind == "kuberay" else "resources"
+    return (
+        f"accelerator_type: no node type is said to have {gpu} (said is {said})"
+        f", and an autoscaler starts what the file says; if one has it, add to its {place}: '{KIND}{gpu}': 1"
+    )
+
+
+def _most_workers(file: ClusterFile, nodes: Sequence[NodeType], fits: dict[str, int]) -> int:
+    """Return how many workers have room on the complete cluster; `fits`: on a node of each type."""
+    if file.kind != "ray":
+        return sum(fits[node.name] * node.most for node in nodes)
+    head, left = file.tree["head_node_type"], file.tree.get("max_workers", 2)
+    room = fits[head]
+    others = [node for node in nodes if node.name != head]
+    for node in sorted(others, key=lambda node: -fits[node.name]):  # the largest first
+        count = min(node.most, left)
+        room, left = room + fits[node.name] * count, left - count
+    return room
 
 
 def may_have(file: ClusterFile, node: NodeType, wanted: str) -> bool:

@@ -118,12 +118,7 @@ def load_cluster(path: str | Path) -> ClusterFile:
     if not found.exists() and found.suffix in ("", ".sh"):
         found = find_file(path, "clusters", suffix=".sh")
     if found.is_file() and found.suffix == ".sh":
-        text = bytes_of(found).decode("utf-8", errors="replace")
-        if not re.search(r"^#SBATCH\s", text, re.M):
-            raise ConfigError(
-                "not a Slurm script: there is no line that begins with #SBATCH", found
-            )
-        return ClusterFile(found, "slurm", {}, text)
+        return _slurm_script(found)
     if found.is_file() and found.suffix not in (".yaml", ".yml"):
         raise ConfigError(
             f"a cluster file is a .yaml (Ray, KubeRay) or a .sh (Slurm), got {found.suffix!r}",
@@ -132,7 +127,18 @@ def load_cluster(path: str | Path) -> ClusterFile:
     text = text_of(found)
     if not text.strip():
         raise ConfigError("is empty; begin with one from clusters/", found)
-    documents = parse_documents(text, found)
+    return _cluster_of(found, text, parse_documents(text, found))
+
+
+def _slurm_script(found: Path) -> ClusterFile:
+    text = bytes_of(found).decode("utf-8", errors="replace")
+    if not re.search(r"^#SBATCH\s", text, re.M):
+        raise ConfigError("not a Slurm script: there is no line that begins with #SBATCH", found)
+    return ClusterFile(found, "slurm", {}, text)
+
+
+def _cluster_of(found: Path, text: str, documents: list[Any]) -> ClusterFile:
+    """Return the cluster that YAML documents describe, Ray's own or KubeRay's."""
     if not documents or not all(isinstance(tree, dict) for tree in documents):
         raise ConfigError("every document in it must be settings (key: value)", found)
     if "provider" in documents[0] and len(documents) == 1:

@@ -94,30 +94,9 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
         found.append(f"provider.type: no such provider {name!r}; {did_you_mean(name, PROVIDERS)}")
     found += _other_types(file.tree)
     if name == "local":
-        if "coordinator_address" in provider:
-            found.append(
-                "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"
-            )
-        else:
-            found += [
-                f"provider.{k}: required, and not given"
-                for k in ("head_ip", "worker_ips")
-                if k not in provider
-            ]
-        if "available_node_types" in file.tree:
-            found.append(
-                "available_node_types: not for provider local, where head_ip and worker_ips are the nodes"
-            )
+        found += _local_problems(file.tree)
     elif name in PROVIDERS:
-        for key in ("available_node_types", "head_node_type"):
-            if key not in file.tree:
-                found.append(f"{key}: required, and not given")
-        types = file.tree.get("available_node_types")
-        head = file.tree.get("head_node_type")
-        if isinstance(types, dict) and head is not None and head not in list(types):
-            found.append(
-                f"head_node_type: no such node type {head!r}; {did_you_mean(str(head), types)}"
-            )
+        found += _node_type_problems(file.tree)
     yield from found
     if not found:
         yield from _ray_validation(file.tree)
@@ -135,6 +114,26 @@ def _other_types(tree: dict[str, Any]) -> Iterator[str]:
     hosts = provider.get("worker_ips") or []
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
         yield f"provider.worker_ips: must be a list of addresses, got {hosts!r}"
+
+
+def _local_problems(tree: dict[str, Any]) -> Iterator[str]:
+    if "coordinator_address" in tree["provider"]:
+        yield "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"
+    else:
+        for key in ("head_ip", "worker_ips"):
+            if key not in tree["provider"]:
+                yield f"provider.{key}: required, and not given"
+    if "available_node_types" in tree:
+        yield "available_node_types: not for provider local, where head_ip and worker_ips are the nodes"
+
+
+def _node_type_problems(tree: dict[str, Any]) -> Iterator[str]:
+    for key in ("available_node_types", "head_node_type"):
+        if key not in tree:
+            yield f"{key}: required, and not given"
+    types, head = tree.get("available_node_types"), tree.get("head_node_type")
+    if isinstance(types, dict) and head is not None and head not in list(types):
+        yield f"head_node_type: no such node type {head!r}; {did_you_mean(str(head), types)}"
 
 
 def _ray_validation(tree: dict[str, Any]) -> Iterator[str]:
@@ -190,24 +189,9 @@ def _node_problems(file: ClusterFile) -> Iterator[str]:
 
 def _starts(file: ClusterFile) -> Iterator[str]:
     """Yield faults of Ray's start: token, dashboard on loopback, the head's driver resource."""
-    for field in ["head_start_ray_commands", *([] if file.here else ["worker_start_ray_commands"])]:
-        lines = [
-            str(line)
-            for line in file.tree.get(field) or []
-            if re.search(r"\bray start\b", str(line))
-        ]
-        if not lines:
-            yield f"{field}: required, with a `ray start`; Ray's own starts without a token, and may open the dashboard"
-            continue
-        for line in lines:
-            if not re.search(r"RAY_AUTH_MODE=[\"']?token\b", line.partition("ray start")[0]):
-                yield f"{field}: no token; put before `ray start`, in the same line: export RAY_AUTH_MODE=token;"
-            host = option(line, "dashboard-host")
-            if host is not None and host not in LOOPBACK:
-                yield (
-                    f"{field}: --dashboard-host={host} lets others than this node run code on it; use 127.0.0.1, and "
-                    f"reach it by: ray dashboard {file.path}"
-                )
+    yield from _start_lines(file, "head_start_ray_commands")
+    if not file.here:
+        yield from _start_lines(file, "worker_start_ray_commands")
     for field, commands in (
         ("head_start_ray_commands", file.head),
         ("worker_start_ray_commands", file.workers),
@@ -222,6 +206,26 @@ def _starts(file: ClusterFile) -> Iterator[str]:
         )
     if re.search(r"RAY_AUTH_TOKEN=", file.text):
         yield "RAY_AUTH_TOKEN: a token does not belong in a file; put it in ~/.ray/auth_token, and that in file_mounts"
+    yield from _driver_resource(file)
+
+
+def _start_lines(file: ClusterFile, field: str) -> Iterator[str]:
+    commands = [str(line) for line in file.tree.get(field) or []]
+    lines = [line for line in commands if re.search(r"\bray start\b", line)]
+    if not lines:
+        yield f"{field}: required, with a `ray start`; Ray's own starts without a token, and may open the dashboard"
+    for line in lines:
+        if not re.search(r"RAY_AUTH_MODE=[\"']?token\b", line.partition("ray start")[0]):
+            yield f"{field}: no token; put before `ray start`, in the same line: export RAY_AUTH_MODE=token;"
+        host = option(line, "dashboard-host")
+        if host is not None and host not in LOOPBACK:
+            yield (
+                f"{field}: --dashboard-host={host} lets others than this node run code on it; use 127.0.0.1, and "
+                f"reach it by: ray dashboard {file.path}"
+            )
+
+
+def _driver_resource(file: ClusterFile) -> Iterator[str]:
     types = file.tree.get("available_node_types") or {}
     resources = types.get(file.tree.get("head_node_type"), {}).get("resources") or {}
     given = re.search(r"--resources[=\s]+(['\"])(.*?)\1(?=\s|;|$)", file.head, re.M)
@@ -268,52 +272,58 @@ def _versions(file: ClusterFile) -> Iterator[str]:
     """Yield versions of Ray, Python and torch that are inexact or different between machines."""
     if file.here:
         return
-    docker = file.tree.get("docker") or {}
-    shared = [
-        *(file.tree.get("initialization_commands") or []),
-        *(file.tree.get("setup_commands") or []),
-    ]
-    types = file.tree.get("available_node_types") or {}
-    image = docker.get("image", "")
-    more = [line for t in types.values() for line in t.get("worker_setup_commands") or []]
-    own = [
-        t["docker"]["worker_image"] for t in types.values() if "worker_image" in t.get("docker", {})
-    ]
-    roles = {
-        "head": [
-            docker.get("head_image", image),
-            *shared,
-            *(file.tree.get("head_setup_commands") or []),
-        ],
-        "workers": [
-            docker.get("worker_image", image),
-            *own,
-            *shared,
-            *(file.tree.get("worker_setup_commands") or []),
-            *more,
-        ],
-    }
-    found = {role: versions_in(map(str, texts)) for role, texts in roles.items()}
+    texts = _role_texts(file)
+    found = {role: versions_in(map(str, lines)) for role, lines in texts.items()}
     for what in ("ray", "torch", "python"):
-        for role, versions in found.items():
-            if len(versions[what]) > 1:
-                yield f"{role}: more than one version of {what}, {' and '.join(sorted(versions[what]))}; keep one"
-            if not versions[what]:
-                yield f"{role}: no exact version of {what} in image or setup_commands; pin it, as clusters/ does"
-        head, workers = found["head"][what], found["workers"][what]
-        if len(head) == len(workers) == 1 and head != workers:
-            yield f"{what}: {min(head)} on the head and {min(workers)} on the workers; use the same on all nodes"
+        yield from _inexact(what, {role: versions[what] for role, versions in found.items()})
     if all(versions["ray"] for versions in found.values()):
         installed = importlib.metadata.version("ray")
         if found["head"]["ray"] != {installed}:
             yield f"ray: {min(found['head']['ray'])} on the cluster and {installed} here; `ray up` needs one for both"
-    for text in {str(line) for texts in roles.values() for line in texts}:
-        if found_tag := re.fullmatch(r"[\w./-]+(?::(latest|nightly)[\w.-]*)?", text.strip()):
-            yield f"docker: the image {text!r} is {found_tag[1] or 'without a tag'}: it changes by itself; name one"
-        if loose := re.search(
-            r"pip install[^;&|]*?\s['\"]?(ray(?:\[[^\]]*\])?|torch)['\"]?(\s|$)", text
-        ):
-            yield f"setup_commands: {loose[1]} without a version; pin it: {loose[1]}==VERSION"
+    for text in {str(line) for lines in texts.values() for line in lines}:
+        yield from _loose(text)
+
+
+def _role_texts(file: ClusterFile) -> dict[str, list[Any]]:
+    """Return the images and set-up commands of the head and of the workers."""
+
+    def commands(tree: dict[str, Any], *keys: str) -> list[Any]:
+        return [line for key in keys for line in tree.get(key) or []]
+
+    docker, types = file.tree.get("docker") or {}, file.tree.get("available_node_types") or {}
+    image = docker.get("image", "")
+    heads = [docker.get("head_image", image)]
+    heads += commands(file.tree, "initialization_commands", "setup_commands", "head_setup_commands")
+    workers = [docker.get("worker_image", image)]
+    for node in types.values():
+        if "worker_image" in node.get("docker", {}):
+            workers.append(node["docker"]["worker_image"])
+        workers += commands(node, "worker_setup_commands")
+    workers += commands(
+        file.tree, "initialization_commands", "setup_commands", "worker_setup_commands"
+    )
+    return {"head": heads, "workers": workers}
+
+
+def _inexact(what: str, found: dict[str, set[str]]) -> Iterator[str]:
+    """Yield a role that has no version of something, or several, and roles that differ."""
+    for role, versions in found.items():
+        if len(versions) > 1:
+            yield f"{role}: more than one version of {what}, {' and '.join(sorted(versions))}; keep one"
+        if not versions:
+            yield f"{role}: no exact version of {what} in image or setup_commands; pin it, as clusters/ does"
+    head, workers = found["head"], found["workers"]
+    if len(head) == len(workers) == 1 and head != workers:
+        yield f"{what}: {min(head)} on the head and {min(workers)} on the workers; use the same on all nodes"
+
+
+def _loose(text: str) -> Iterator[str]:
+    """Yield a problem if an image or a command does not say which version it means."""
+    if tag := re.fullmatch(r"[\w./-]+(?::(latest|nightly)[\w.-]*)?", text.strip()):
+        yield f"docker: the image {text!r} is {tag[1] or 'without a tag'}: it changes by itself; name one"
+    pip = r"pip install[^;&|]*?\s['\"]?(ray(?:\[[^\]]*\])?|torch)['\"]?(\s|$)"
+    if loose := re.search(pip, text):
+        yield f"setup_commands: {loose[1]} without a version; pin it: {loose[1]}==VERSION"
 
 
 def _machine_image(file: ClusterFile) -> Iterator[str]:

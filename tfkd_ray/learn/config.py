@@ -193,6 +193,20 @@ class TeacherConfig(Settings):
     online: computes them in every step. auto: bank, except for tiny teachers."""
 
 
+def _input_problems(teacher: TeacherConfig, channels: int) -> Iterator[str]:
+    if teacher.input is None:
+        return
+    if teacher.weights is None:
+        yield (
+            "teacher.input: is for teacher.weights; a teacher that is trained here sees images as the student "
+            "does; leave it out"
+        )
+        return
+    for name, values in (("mean", teacher.input.mean), ("std", teacher.input.std)):
+        if len(values) != channels:
+            yield f"teacher.input.{name}: {len(values)} values for {channels} channels"
+
+
 class TrainConfig(Settings):
     """The complete configuration of one training run: network, data, objective, optimizer, seed."""
 
@@ -287,6 +301,12 @@ class TrainConfig(Settings):
             problems.append(
                 f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
             )
+        problems += [*self._network_problems(), *self._worker_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _network_problems(self) -> Iterator[str]:
         model = self.teacher.model if self.teacher else None
         sizes = self._teacher_shape()
         for path, network, shape in (
@@ -297,34 +317,30 @@ class TrainConfig(Settings):
                 if network is not None:
                     network.check(shape)
             except ValueError as error:
-                problems.append(f"{path}.{error}")
-        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
-            problems.append(
-                f"gpus_per_worker: above 1 it must be a whole number, got {self.gpus_per_worker:g}"
-            )
-        if self.accelerator_type and not self.gpus_per_worker:
-            problems.append(
+                yield f"{path}.{error}"
+
+    def _worker_problems(self) -> Iterator[str]:
+        gpus, workers = self.gpus_per_worker, self.workers
+        if gpus > 1 and gpus % 1:
+            yield f"gpus_per_worker: above 1 it must be a whole number, got {gpus:g}"
+        if self.accelerator_type and not gpus:
+            yield (
                 f"accelerator_type: {self.accelerator_type} is a kind of GPU; set gpus_per_worker, too"
             )
         if own := sorted(set(RAYS_OWN) & set(self.resources)):
-            problems.append(
+            yield (
                 f"resources.{own[0]}: is Ray's own; custom ones only (cpus_per_worker, gpus_per_worker)"
             )
-        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
-            problems.append(
-                f"gpus_per_worker: {self.workers} workers need whole GPUs, got {self.gpus_per_worker:g}"
-            )
-        if self.batch_norm == "sync" and self.gpus_per_worker == 0:
-            problems.append(
+        if workers > 1 and 0 < gpus < 1:
+            yield f"gpus_per_worker: {workers} workers need whole GPUs, got {gpus:g}"
+        if self.batch_norm == "sync" and gpus == 0:
+            yield (
                 "batch_norm: sync needs GPUs (torch's SyncBatchNorm has no CPU form); set gpus_per_worker"
             )
-        if self.workers > self.optim.batch_size:
-            problems.append(
-                f"optim.batch_size: {self.workers} workers cannot share {self.optim.batch_size} images"
+        if workers > self.optim.batch_size:
+            yield (
+                f"optim.batch_size: {workers} workers cannot share {self.optim.batch_size} images"
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
     def _teacher_problems(self) -> Iterator[str]:
         teacher = self.teacher or TeacherConfig()
@@ -338,15 +354,7 @@ class TrainConfig(Settings):
             yield "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
         if self.init == "trained" and teacher.model not in (None, self.student):
             yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
-        if teacher.input is not None and teacher.weights is None:
-            yield (
-                "teacher.input: is for teacher.weights; a teacher that is trained here sees images as the student "
-                "does; leave it out"
-            )
-        elif teacher.input is not None:
-            for name, values in (("mean", teacher.input.mean), ("std", teacher.input.std)):
-                if len(values) != self.data.shape[0]:
-                    yield f"teacher.input.{name}: {len(values)} values for {self.data.shape[0]} channels"
+        yield from _input_problems(teacher, self.data.shape[0])
         epochs = teacher.epochs or self.epochs
         if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
             yield f"teacher.stop_epoch: must be at most teacher.epochs, {epochs}, got {teacher.stop_epoch}"

@@ -358,15 +358,16 @@ def _misfits(
         key for key in wanted if key not in found and not key.endswith("num_batches_tracked")
     ]
     more = [key for key in found if key not in wanted]
-    classes = {found[key].shape[:1] for key in shapes}
-    layers = {key.rpartition(".")[0] for key in shapes}
-    tails_fit = all(found[key].shape[1:] == wanted[key].shape[1:] for key in shapes)
-    ours = all(wanted[key].shape[:1] == (num_classes,) for key in shapes)
-    if not missing and not more and len(classes) == len(layers) == 1 and tails_fit and ours:
-        key, count = shapes[0], next(iter(classes))[0]
+    if (
+        shapes
+        and not missing
+        and not more
+        and _differ_in_classes(found, wanted, shapes, num_classes)
+    ):
+        key = shapes[0]
         yield (
-            f"the file's teacher has {count} classes ({key!r} is {list(found[key].shape)}) and the data has "
-            f"{num_classes}; it takes a teacher of these classes"
+            f"the file's teacher has {found[key].shape[0]} classes ({key!r} is {list(found[key].shape)}) and the data "
+            f"has {num_classes}; it takes a teacher of these classes"
         )
         return
     both = [f"{key} is {list(found[key].shape)}, not {list(wanted[key].shape)}" for key in shapes]
@@ -381,6 +382,17 @@ def _misfits(
             yield f"{key} is sparse, quantized or without content; save it as a plain tensor"
         elif found[key].is_floating_point() != wanted[key].is_floating_point():
             yield f"{key} is {found[key].dtype}, not {wanted[key].dtype}"
+
+
+def _differ_in_classes(
+    found: Weights, wanted: Weights, shapes: list[str], num_classes: int
+) -> bool:
+    """Return whether the tensors of other shapes are one layer that differs in its classes alone."""
+    classes = {found[key].shape[:1] for key in shapes}
+    layers = {key.rpartition(".")[0] for key in shapes}
+    tails_fit = all(found[key].shape[1:] == wanted[key].shape[1:] for key in shapes)
+    ours = all(wanted[key].shape[:1] == (num_classes,) for key in shapes)
+    return len(classes) == len(layers) == 1 and tails_fit and ours
 
 
 def _first_few(items: list[str]) -> str:

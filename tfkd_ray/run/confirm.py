@@ -537,19 +537,7 @@ def outcome_table(result: dict[str, Any]) -> list[str]:
     lines += textwrap.wrap(result["note"], 80) if result["note"] else []
     lines += ["", f"{'arm':<23} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>18}"]
     lines[-1] += f" {'published':>9} {'diff':>7}" if printed else ""
-    for arm in result["arms"]:
-        values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
-        ours = f"{values.mean():.2f}" if len(values) else "none"
-        interval = ""
-        if len(values) > 1:
-            s = verdict.summary(verdict.JudgedArm(arm["name"], tuple(range(len(values))), values))
-            ours = f"{s.mean:.2f} ± {s.sd:.2f}"
-            interval = verdict.ACCURACY.interval(s.low / 100, s.high / 100)
-        line = f"{arm['name'][:23]:<23} {ours:>15} {len(values):>3} {interval:>18}"
-        if arm["published"] is not None:
-            gap = f"{values.mean() - arm['published']:+.2f}" if len(values) else ""
-            line += f" {arm['published']:>9.2f} {gap:>7}"
-        lines.append(line)
+    lines += [_arm_line(arm) for arm in result["arms"]]
     for arm in result["arms"]:
         for run in arm["runs"]:
             if run["status"] != "done":
@@ -562,3 +550,19 @@ def outcome_table(result: dict[str, Any]) -> list[str]:
     lines += [""] if result["notes"] else []
     lines += [line for note in result["notes"] for line in textwrap.wrap(f"note: {note}", 80)]
     return lines
+
+
+def _arm_line(arm: dict[str, Any]) -> str:
+    """Return an arm's accuracy on test over its runs, beside what is published."""
+    values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
+    ours = f"{values.mean():.2f}" if len(values) else "none"
+    interval = ""
+    if len(values) > 1:
+        s = verdict.summary(verdict.JudgedArm(arm["name"], tuple(range(len(values))), values))
+        ours = f"{s.mean:.2f} ± {s.sd:.2f}"
+        interval = verdict.ACCURACY.interval(s.low / 100, s.high / 100)
+    line = f"{arm['name'][:23]:<23} {ours:>15} {len(values):>3} {interval:>18}"
+    if arm["published"] is None:
+        return line
+    gap = f"{values.mean() - arm['published']:+.2f}" if len(values) else ""
+    return f"{line} {arm['published']:>9.2f} {gap:>7}"

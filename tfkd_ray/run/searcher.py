@@ -51,7 +51,7 @@ from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.listener import Epochs
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
 from tfkd_ray.space.search_config import CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
-from tfkd_ray.space.space import BranchGroup, Space
+from tfkd_ray.space.space import Branch, BranchGroup, Space
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
@@ -225,30 +225,33 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return
         study, trial = live.study, live.trial
         result = result or {}
-        failed = str(result.get("failed") or "")
-        if error and not is_number(
-            result.get(self.space.search.metric)
-        ):  # from another repeat of a `Repeater`
-            failed = self._errors.pop(trial_id, "") or _raised() or "its process was lost"
+        failed = self._failure(trial_id, result, error)
         if result and not failed:
             self._put(live, result)
         if failed or not (result or live.reported):
             trial.set_user_attr("reason", failed or "ended without a result")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         elif result and self._is_whole(live, result):
-            bad = [
-                f"{m} is {result.get(m)}"
-                for m in self.space.search.metrics
-                if not is_number(result.get(m))
-            ]
-            if not bad:
-                values = [as_number(result[m]) for m in self.space.search.metrics]
-                study.tell(trial.number, values, skip_if_finished=True)
-            else:
-                trial.set_user_attr("reason", ", ".join(bad))
-                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            self._tell_values(live, {m: result.get(m) for m in self.space.search.metrics})
         else:
             study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def _failure(self, trial_id: str, result: dict[str, Any], error: bool) -> str:
+        """Return why a trial failed, or an empty text."""
+        # with a value, the error is that of another repeat of a `Repeater`
+        if error and not is_number(result.get(self.space.search.metric)):
+            return self._errors.pop(trial_id, "") or _raised() or "its process was lost"
+        return str(result.get("failed") or "")
+
+    def _tell_values(self, live: _Live, values: dict[str, Any]) -> None:
+        """Record a trial of full length in the study: done, or failed if a value is no number."""
+        bad = [f"{metric} is {value}" for metric, value in values.items() if not is_number(value)]
+        if bad:
+            live.trial.set_user_attr("reason", ", ".join(bad))
+            live.study.tell(live.trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            return
+        told = [as_number(value) for value in values.values()]
+        live.study.tell(live.trial.number, told, skip_if_finished=True)
 
     def _is_whole(self, live: _Live, result: dict[str, Any]) -> bool:
         """Return True if an ended trial has full length, by its epochs, by itself or by the user."""
@@ -393,16 +396,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         on_the_way = {
             epoch: as_number(v) for epoch, v in enumerate(intermediate_values or (), start=1)
         }
-        state = TrialState.PRUNED if pruned else TrialState.COMPLETE
-        if error:
-            state = TrialState.FAIL
+        state = _evaluated_state(error=error, pruned=pruned)
         whole = state == TrialState.COMPLETE
-        if whole and (
-            len(told) != len(self.space.search.metrics) or not all(is_number(v) for v in told)
-        ):
-            raise ConfigError(
-                f"add_evaluated_point: a number for each of {self.space.search.metrics}, got {value!r}"
-            )
+        if whole:
+            self._check_values(told, value)
         if pruned and not error and not on_the_way and is_number(value):
             on_the_way = {1: as_number(value)}
         about = {
@@ -425,6 +422,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 intermediate_values={} if self.space.search.more_metrics else on_the_way,
             )
         )
+
+    def _check_values(self, told: list[Any], value: Any) -> None:
+        metrics = self.space.search.metrics
+        if len(told) != len(metrics) or not all(is_number(v) for v in told):
+            raise ConfigError(f"add_evaluated_point: a number for each of {metrics}, got {value!r}")
 
     def waiting(self) -> set[int]:
         """Return the numbers of the trials that will be proposed again."""
@@ -805,6 +807,12 @@ def take_saved_journal(journal: Path) -> bool:
     return True
 
 
+def _evaluated_state(*, error: bool, pruned: bool) -> TrialState:
+    if error:
+        return TrialState.FAIL
+    return TrialState.PRUNED if pruned else TrialState.COMPLETE
+
+
 def point_in(
     space: Space, parameters: Mapping[str, Any], *, whole: bool = False
 ) -> tuple[BranchGroup, str, dict[str, Any]]:
@@ -819,37 +827,47 @@ def point_in(
         if isinstance(place, list):
             raise ConfigError(f"a point lies outside of the space: {problem}" for problem in place)
         return place[0], config.objective.name, place[1]
-    objective, names = given.pop("objective", None), {p.name for p in space.parameters}
-    if unknown := [name for name in given if name not in names]:
-        raise ConfigError(
-            f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown
-        )
-    problems = []
+    objective = given.pop("objective", None)
+    _check_names(space, given)
+    problems: list[str] = []
     for group in space.groups:
         for branch in group.branches:
-            if objective in (None, branch.objective):
-                filled = {p.name: p.domain.middle for p in branch.parameters} | given
-                asked = list(branch.asked(filled))
-                wrong = [p for p in asked if not p.domain.contains(filled[p.name])]
-                lacking = [p.name for p in asked if whole and p.name not in given]
-                left = set(given) - {p.name for p in asked}
-                if not (wrong or lacking or left):
-                    return (
-                        group,
-                        branch.objective,
-                        {p.name: given[p.name] for p in asked if p.name in given},
-                    )
-                problems += [
-                    f"{p.name}: {filled[p.name]!r}, and the space has {p.domain}" for p in wrong
-                ]
-                problems += [f"{name} is searched, and is not said" for name in lacking]
-                problems += [
-                    f"{name}: objective {branch.objective} has no such parameter then"
-                    for name in left
-                ]
+            if objective not in (None, branch.objective):
+                continue
+            asked, wrong = _against(branch, given, whole)
+            if not wrong:
+                values = {name: given[name] for name in asked if name in given}
+                return group, branch.objective, values
+            problems += wrong
     known = ", ".join(b.objective for b in space.branches)
     problems = problems or [f"objective: {objective!r} is not among {known}"]
     raise ConfigError(f"a point: {problem}" for problem in dict.fromkeys(problems))
+
+
+def _check_names(space: Space, given: Mapping[str, Any]) -> None:
+    names = {p.name for p in space.parameters}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"a point: {name}: no such parameter; {did_you_mean(name, names)}" for name in unknown
+        )
+
+
+def _against(branch: Branch, given: dict[str, Any], whole: bool) -> tuple[list[str], list[str]]:
+    """Return the names of the parameters that a branch asks a point for, and what is wrong."""
+    filled = {p.name: p.domain.middle for p in branch.parameters} | given
+    asked = list(branch.asked(filled))
+    names = [p.name for p in asked]
+    problems = [
+        f"{p.name}: {filled[p.name]!r}, and the space has {p.domain}"
+        for p in asked
+        if not p.domain.contains(filled[p.name])
+    ]
+    lacking = [name for name in names if whole and name not in given]
+    problems += [f"{name} is searched, and is not said" for name in lacking]
+    left = [name for name in given if name not in names]
+    problems += [f"{n}: objective {branch.objective} has no such parameter then" for n in left]
+    return names, problems
 
 
 def given_points(

@@ -212,9 +212,7 @@ def resume_tuner(
         "cpu_hours": cpu_hours,
         "max_failed_trials": max_failed_trials,
     }
-    for name, more in budgets.items():
-        if more is not None and not more > 0:
-            raise ConfigError(f"{name}: a budget is above 0, got {more}")
+    _check_budgets(budgets)
     found = to_continue(experiment)
     storage, experiment = found.storage, found.folder
     about = read_experiment(experiment)
@@ -277,6 +275,12 @@ def resume_tuner(
         tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
         undone.pop_all()
     return tuner
+
+
+def _check_budgets(budgets: dict[str, Any]) -> None:
+    for name, more in budgets.items():
+        if more is not None and not more > 0:
+            raise ConfigError(f"{name}: a budget is above 0, got {more}")
 
 
 def _with_search(space: Space, **settings: Any) -> Space:
@@ -634,22 +638,21 @@ def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
     return StudyStopping(searcher)
 
 
-class SharingFifo(FIFOScheduler):  # type: ignore[misc]
-    """Ray's FIFO scheduler; a lost trial may get a larger share of a GPU, or another GPU."""
+class _Sharing:
+    """A lost trial may get a larger share of a GPU, or another GPU."""
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         give_larger_share(trial)
         send_elsewhere(trial)
-        super().on_trial_error(tune_controller, trial)
+        super().on_trial_error(tune_controller, trial)  # type: ignore[misc]
 
 
-class SharingAsha(ASHAScheduler):  # type: ignore[misc]
-    """Ray's ASHA; trials that share a GPU may run out of its memory."""
+class SharingFifo(_Sharing, FIFOScheduler):  # type: ignore[misc]
+    """Ray's FIFO scheduler for trials that may share a GPU."""
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        give_larger_share(trial)
-        send_elsewhere(trial)
-        super().on_trial_error(tune_controller, trial)
+
+class SharingAsha(_Sharing, ASHAScheduler):  # type: ignore[misc]
+    """Ray's ASHA for trials that may share a GPU."""
 
 
 class FullLength(tune.Stopper):  # type: ignore[misc]

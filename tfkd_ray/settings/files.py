@@ -347,3 +347,12 @@ def remove_partial(directory: Path) -> None:
     """Remove the partial files of writers that were killed. No writer may be active there."""
     for partial in directory.glob(f".*{PART}"):
         partial.unlink(missing_ok=True)
+
+
+def json_tree(tree: Any) -> Any:
+    """Return a tree for a JSON file, in which a number that is infinite or NaN is None."""
+    if isinstance(tree, dict):
+        return {key: json_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [json_tree(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -183,27 +183,11 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     metric = score_of(compared.arms.metric)
     name = arm if arm is not None else _best_arm(result, metric)
     runs = {run["seed"]: run for run in arms[name]["runs"]} if name is not None else {}
-    done = [s for s, run in runs.items() if run["status"] == "done"]
-    if name is None or not done:
+    number = _seed_of(name, runs, seed, directory)
+    run = next((r for r in compared.runs_on_data if (r.arm, r.seed) == (name, number)), None)
+    if name is None or run is None:
         raise ConfigError(
-            f"{name or 'no arm'}: no run was trained to the end; see {trials_folder(directory)}",
-            directory,
-        )
-    if seed is not None and seed not in done:
-        why = (
-            f"{runs[seed]['status']}: {runs[seed].get('reason', '')}"
-            if seed in runs
-            else "no such seed"
-        )
-        raise ConfigError(
-            f"--seed: {name} with {seed}: {why}; trained to the end: {listed(done)}", directory
-        )
-    wanted = (name, done[0] if seed is None else seed)
-    run = next((r for r in compared.runs_on_data if (r.arm, r.seed) == wanted), None)
-    if run is None:
-        raise ConfigError(
-            f"confirm.json has a run of {wanted[0]} with seed {wanted[1]}, confirm.yaml has none",
-            directory,
+            f"confirm.json has a run of {name} with seed {number}, confirm.yaml has none", directory
         )
     folder = trials_folder(directory) / run.name
     about = read_yaml(directory / "confirm.yaml")
@@ -218,6 +202,26 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
         ),
         verdict=_verdict_text(result, directory, name),
         made={key: about[key] for key in MADE if key in about},
+    )
+
+
+def _seed_of(
+    name: str | None, runs: dict[int, dict[str, Any]], seed: int | None, directory: Path
+) -> int:
+    """Return the seed of the run to take: the first that was trained to the end, or that asked for."""
+    done = [s for s, run in runs.items() if run["status"] == "done"]
+    if not done:
+        raise ConfigError(
+            f"{name or 'no arm'}: no run was trained to the end; see {trials_folder(directory)}",
+            directory,
+        )
+    if seed is None or seed in done:
+        return done[0] if seed is None else seed
+    why = "no such seed"
+    if seed in runs:
+        why = f"{runs[seed]['status']}: {runs[seed].get('reason', '')}"
+    raise ConfigError(
+        f"--seed: {name} with {seed}: {why}; trained to the end: {listed(done)}", directory
     )
 
 

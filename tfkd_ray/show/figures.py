@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,21 +110,24 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     full = sweep.ranked(sweep.of(objective, sweep.full))
     other = [r for r in sweep.of(objective, sweep.records) if r not in full]
 
-    def line(record: Record) -> list[float | None]:
-        """Return the heights of one trial on the axes, in [0, 1]."""
+    def line(record: Record) -> Iterator[tuple[float, float | None, str]]:
+        """Yield the heights of one trial on the axes, in [0, 1]."""
         heights: list[float | None] = [
             _axis_place(p, record.parameters.get(p.name)) for p in searched
         ]
         value = (sweep.value(record.last) - low) / (high - low) if high > low else 0.5
-        return [*heights, value if record in full else None]
+        heights.append(value if record in full else None)
+        hover = sweep.hover(record)
+        yield from ((axis, height, hover) for axis, height in enumerate(heights))
 
-    series = [_lines("not of full length", other, line, sweep, PALE, 0.8)] if other else []
+    series = [_broken_line("not of full length", other, line, PALE, 0.8)] if other else []
     groups = min(len(RANKED), len(full))
     for k in reversed(range(groups)):  # draws the best last, on top
         some = full[k * len(full) // groups : (k + 1) * len(full) // groups]
         first = k * len(full) // groups + 1
         name = f"rank {first}" if len(some) == 1 else f"rank {first} to {first + len(some) - 1}"
-        series.append(_lines(name, some, line, sweep, RANKED[::-1][k * len(RANKED) // groups], 1.6))
+        colour = RANKED[::-1][k * len(RANKED) // groups]
+        series.append(_broken_line(name, some, line, colour, 1.6))
     ends = [_ends(p) for p in searched] + [(f"{low:.2f}", f"{high:.2f}")]
     series.append(Series("text", [float(i) for i in range(last + 1)] * 2, [-0.1] * (last + 1) + [1.1] * (last + 1),
                          text=[e[0] for e in ends] + [e[1] for e in ends]))  # fmt: skip
@@ -147,18 +150,25 @@ def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Pa
     )
 
 
-def _lines(
-    name: str, records: Sequence[Record], line: Any, sweep: Sweep, colour: str, width: float
+def _broken_line(
+    name: str,
+    records: Sequence[Record],
+    points: Callable[[Record], Iterable[tuple[float, float | None, str]]],
+    colour: str,
+    width: float,
 ) -> Series:
-    """One broken line for many trials."""
+    """Return one broken line for many trials; `points`: x, y and the text of a trial's."""
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str] = []
     for record in records:
-        heights = line(record)
-        x += [*range(len(heights)), None]
-        y += [*heights, None]
-        text += [sweep.hover(record)] * len(heights) + [""]
+        for across, up, hover in points(record):
+            x.append(across)
+            y.append(up)
+            text.append(hover)
+        x.append(None)
+        y.append(None)
+        text.append("")
     return Series("lines", x, y, name, colour, text, width)
 
 
@@ -304,6 +314,11 @@ def curves(sweep: Sweep) -> Figure:
     rungs = sweep.space.search.stopping.rungs(sweep.space.epochs)
     cut = False
     panels = []
+
+    def curve(record: Record) -> Iterator[tuple[float, float | None, str]]:
+        for m in _evenly(record.metrics, MAX_POINTS):
+            yield m["epoch"], round(sweep.value(m), 4), record.name
+
     for objective in sweep.plan.rows:
         mine = [r for r in sweep.of(objective, sweep.records) if r.metrics]
         full = sweep.ranked(sweep.of(objective, sweep.full))
@@ -316,9 +331,9 @@ def curves(sweep: Sweep) -> Figure:
             [r for r in drawn if r not in full],
         )
         series = [
-            _epochs_axis("not of full length", rest, sweep, PALE, 0.8),
-            _epochs_axis("full length", whole, sweep, sweep.colour(objective), 1.0),
-            _epochs_axis("best", best, sweep, DARK, 2.2),
+            _broken_line("not of full length", rest, curve, PALE, 0.8),
+            _broken_line("full length", whole, curve, sweep.colour(objective), 1.0),
+            _broken_line("best", best, curve, DARK, 2.2),
         ]
         if not mine:
             continue
@@ -346,56 +361,15 @@ def _zoom(sweep: Sweep) -> tuple[float, float] | None:
     return with_margin([min(early[len(early) // 10], ends[len(ends) // 4]), ends[-1]])
 
 
-def _epochs_axis(
-    name: str, records: Sequence[Record], sweep: Sweep, colour: str, width: float
-) -> Series:
-    x: list[float | None] = []
-    y: list[float | None] = []
-    text: list[str] = []
-    for record in records:
-        some = _evenly(record.metrics, MAX_POINTS)
-        x += [*(m["epoch"] for m in some), None]
-        y += [*(round(sweep.value(m), 4) for m in some), None]
-        text += [record.name] * len(some) + [""]
-    return Series("lines", x, y, name, colour, text, width)
-
-
 def pareto_section(sweep: Sweep) -> Figure:
     searched = sweep.space.search.metrics
     first, *others = searched if len(searched) > 1 else ("val_accuracy", "val_nll")
     front = pareto(sweep.full, searched) if len(searched) > 1 else []
     panels = []
     for other in others:
-        some = [
-            r
-            for r in sweep.full
-            if all(math.isfinite(r.last.get(m, math.nan)) for m in (first, other))
-        ]
-        if not some:
-            continue
-        series = []
-        for objective in sweep.plan.rows:
-            mine = sweep.of(objective, some)
-            x, y = ([sweep.value(r.last, m) for r in mine] for m in (other, first))
-            series.append(
-                Series(
-                    "points",
-                    x,
-                    y,
-                    objective,
-                    sweep.colour(objective),
-                    [sweep.hover(r) for r in mine],
-                )
-            )
-        x, y = (
-            [sweep.value(r.last, m) for r in pareto(some, (first, other))] for m in (other, first)
-        )
-        series.insert(0, Series("lines", x, y, "front", DARK, width=1.2))
-        panels.append(
-            Panel(
-                "all objectives", sweep.axis(other), sweep.axis(first), [s for s in series if s.x]
-            )
-        )
+        lasts = (record.last for record in sweep.full)
+        if any(_has_numbers(last, (first, other)) for last in lasts):
+            panels.append(_front_panel(sweep, first, other))
     names = [score_of(m).title for m in (first, *others)]
     many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front])}."
     return Figure(
@@ -405,6 +379,28 @@ def pareto_section(sweep: Sweep) -> Figure:
         + (many if front else ""),
         panels,
     )
+
+
+def _has_numbers(last: Mapping[str, Any], metrics: Sequence[str]) -> bool:
+    return all(math.isfinite(last.get(metric, math.nan)) for metric in metrics)
+
+
+def _front_panel(sweep: Sweep, first: str, other: str) -> Panel:
+    """Return the trials by two metrics, with the line of those that none beats in both."""
+    some = [record for record in sweep.full if _has_numbers(record.last, (first, other))]
+
+    def points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
+        x, y = ([sweep.value(r.last, metric) for r in records] for metric in (other, first))
+        return x, y
+
+    series = [Series("lines", *points(pareto(some, (first, other))), "front", DARK, width=1.2)]
+    for objective in sweep.plan.rows:
+        mine = sweep.of(objective, some)
+        hover = [sweep.hover(record) for record in mine]
+        colour = sweep.colour(objective)
+        series.append(Series("points", *points(mine), objective, colour, hover))
+    shown = [one for one in series if one.x]
+    return Panel("all objectives", sweep.axis(other), sweep.axis(first), shown)
 
 
 def fidelity(sweep: Sweep) -> Figure:

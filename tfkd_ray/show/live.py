@@ -62,6 +62,18 @@ class _Run:
     images_per_s: float = 0.0
 
 
+def _latest(rows: list[str], runs: Sequence[_Run], most: int) -> list[str]:
+    """Return the rows, in their order; of many, those that run or ran last."""
+    if len(rows) < most:
+        return rows
+    last = {run.row: number for number, run in enumerate(runs)}
+    for number, run in enumerate(runs):
+        if run.status == "running":
+            last[run.row] = len(runs) + number
+    first = sorted(rows, key=lambda row: -last.get(row, -1))[: max(1, most - 2)]
+    return [row for row in rows if row in first]
+
+
 class Progress(OwnCallback):
     """Shows a sweep, or a comparison of arms, while it runs. Beside a `build_tuner` of your own it needs nothing else:
 
@@ -361,13 +373,7 @@ class Progress(OwnCallback):
         by_row: dict[str, list[_Run]] = {row: [] for row in self._plan.rows}
         for run in runs:
             by_row.setdefault(run.row, []).append(run)
-        shown = list(by_row)
-        if len(shown) > most - 1:
-            order = {run.row: n for n, run in enumerate(runs)} | {
-                run.row: len(runs) + n for n, run in enumerate(runs) if run.status == "running"
-            }
-            first = sorted(by_row, key=lambda row: -order.get(row, -1))[: max(1, most - 2)]
-            shown = [row for row in by_row if row in first]
+        shown = _latest(list(by_row), runs, most)
         column = max(8, min(max(map(len, shown)), 20 if width < 120 else 40))
         ce = self._best_of(by_row.get("ce", []))
         versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tfkd_ray.settings.files import whole_file
+from tfkd_ray.settings.files import json_tree, whole_file
 
 PALE, DARK = "#C4C4C4", "#222222"
 
@@ -236,16 +236,8 @@ def _cell_html(text: str) -> str:
 def _inert_json(tree: Any) -> str:
     """Return JSON that cannot close the script element around it."""
     return json.dumps(
-        _finite(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False
+        json_tree(tree), ensure_ascii=True, separators=(",", ":"), allow_nan=False
     ).replace("<", "\\u003c")
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 # --- plotly ----------------------------------------------------------------------------------------------------
@@ -373,37 +365,40 @@ def _draw_panel(axes: Any, canvas: Any, panel: Panel) -> None:
         across, up, z, label = panel.surface
         grid = np.ma.masked_invalid(np.array(z, dtype=float))
         canvas.colorbar(axes.contourf(across, up, grid, levels=12), ax=axes, label=label)
-    for s in panel.series:
-        x, y = (np.array(values, dtype=float) for values in (s.x, s.y))
-        if s.kind == "bars":
-            axes.barh(y, x, color=s.colour)
-        elif s.kind == "text":
-            for left, height, text in zip(x, y, s.text, strict=True):
-                axes.text(
-                    left, height, text, ha="center", va="center", fontsize=6, parse_math=False
-                )
-        elif s.kind == "points":
-            axes.plot(
-                x, y, "o", color=s.colour, alpha=s.opacity, markersize=3.5, label=s.name or None
-            )
-        else:
-            axes.plot(
-                x, y, color=s.colour, linewidth=0.6 * s.width, alpha=s.opacity, label=s.name or None
-            )
+    for series in panel.series:
+        _draw_series(axes, series)
     for at, label in panel.rules:
         axes.axvline(at, color="#999999", linewidth=0.8, linestyle="--", zorder=0)
         axes.text(
             at, 1, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=6
         )
-    for name, axis in (("x", panel.x), ("y", panel.y)):
-        getattr(axes, f"set_{name}label")(axis.label, parse_math=False)
-        if axis.ticks:
-            labels = [label.replace("<br>", "\n") for _, label in axis.ticks]
-            getattr(axes, f"set_{name}ticks")([x for x, _ in axis.ticks], labels, parse_math=False)
-            axes.minorticks_off()
-        if axis.span is not None:
-            getattr(axes, f"set_{name}lim")(axis.span)
+    _draw_axis(axes, "x", panel.x)
+    _draw_axis(axes, "y", panel.y)
     if any(s.name for s in panel.series):
         axes.legend(
             fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
         )
+
+
+def _draw_series(axes: Any, s: Series) -> None:
+    x, y = (np.array(values, dtype=float) for values in (s.x, s.y))
+    how = {"color": s.colour, "alpha": s.opacity, "label": s.name or None}
+    if s.kind == "bars":
+        axes.barh(y, x, color=s.colour)
+    elif s.kind == "text":
+        for left, height, text in zip(x, y, s.text, strict=True):
+            axes.text(left, height, text, ha="center", va="center", fontsize=6, parse_math=False)
+    elif s.kind == "points":
+        axes.plot(x, y, "o", markersize=3.5, **how)
+    else:
+        axes.plot(x, y, linewidth=0.6 * s.width, **how)
+
+
+def _draw_axis(axes: Any, name: str, axis: Axis) -> None:
+    getattr(axes, f"set_{name}label")(axis.label, parse_math=False)
+    if axis.ticks:
+        labels = [label.replace("<br>", "\n") for _, label in axis.ticks]
+        getattr(axes, f"set_{name}ticks")([x for x, _ in axis.ticks], labels, parse_math=False)
+        axes.minorticks_off()
+    if axis.span is not None:
+        getattr(axes, f"set_{name}lim")(axis.span)

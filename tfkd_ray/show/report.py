@@ -138,7 +138,7 @@ def _sweep_sections(
     experiment: Path, plan: ExperimentPlan, comparisons: Sequence[Path]
 ) -> Iterator[Section]:
     sweep = read_sweep(experiment, plan)
-    yield _verdict_section(sweep, experiment, comparisons)
+    yield _verdict_section(sweep, comparisons)
     yield Section("Best configurations", [_best_table(sweep)])
     if sweep.records:
         yield Section(
@@ -154,7 +154,7 @@ def _sweep_sections(
     yield Section("How to reproduce", list(_reproduce(plan, experiment)))
 
 
-def _verdict_section(sweep: Sweep, experiment: Path, comparisons: Sequence[Path]) -> Section:
+def _verdict_section(sweep: Sweep, comparisons: Sequence[Path]) -> Section:
     parts: list[str | Figure] = []
     for directory in comparisons:
         with damaged(directory / "confirm.json"):

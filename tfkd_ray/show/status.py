@@ -325,21 +325,13 @@ def status(experiment: Path) -> dict[str, Any]:
     finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
     done_epochs = sum(epoch_of(r) for r in records)
     now = time.time()
-    rate = _rate(experiment, records, now) if alive and not finished else None
-    rows = {
-        name: {
-            **{s: sum(r.status == s for r in records if plan.row(r) == name) for s in STATUSES},
-            "best": _best_trials([r for r in records if plan.row(r) == name], plan),
-        }
-        for name in {**plan.rows, **{plan.row(r): 0 for r in records}}
-    }
-    failed = [r for r in records if r.status == "failed"]
-    failed.sort(key=lambda r: _changed(r.folder / "trial.json"))
     state = "interrupted"
     if finished:
         state = "finished"
     elif alive:
         state = "running"
+    rate = _rate(experiment, records, now) if state == "running" else None
+    rows, sweep = _status_rows(records, plan), plan.kind == "sweep"
     return {
         "name": _shown_name(experiment),
         "preset": plan.about.get("compared", {}).get("preset"),
@@ -355,20 +347,36 @@ def status(experiment: Path) -> dict[str, Any]:
         },
         "rows": rows,
         "best": _best_trials(records, plan),
-        "baselines": {
-            name: rows[name]["best"] for name in BASELINES if name in rows and plan.kind == "sweep"
-        },
+        "baselines": {name: rows[name]["best"] for name in BASELINES if sweep and name in rows},
         "verdict": verdict or [],
         "epochs": {"done": done_epochs, "planned": plan.epochs},
         "elapsed_s": _elapsed(
-            plan.created, _last_change(experiment) if finished or not alive else now
+            plan.created, now if state == "running" else _last_change(experiment)
         ),
-        "ran_s": _ran(experiment, alive=alive) if plan.kind == "sweep" else None,
+        "ran_s": _ran(experiment, alive=alive) if sweep else None,
         "rate": rate,
         "left_s": _left(plan, records, rate),
-        "failures": [{"trial": r.name, "reason": first_line(r.reason)} for r in failed[-3:]],
-        "gone": gone_trials(experiment) if plan.kind == "sweep" else [],
+        "failures": _last_failures(records),
+        "gone": gone_trials(experiment) if sweep else [],
     }
+
+
+def _last_failures(records: Sequence[Record]) -> list[dict[str, str]]:
+    failed = [record for record in records if record.status == "failed"]
+    failed.sort(key=lambda record: _changed(record.folder / "trial.json"))
+    return [{"trial": r.name, "reason": first_line(r.reason)} for r in failed[-3:]]
+
+
+def _status_rows(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, dict[str, Any]]:
+    """Return the number of trials in each state, and the best one, by objective or arm."""
+    members: dict[str, list[Record]] = {name: [] for name in plan.rows}
+    for record in records:
+        members.setdefault(plan.row(record), []).append(record)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own in members.items():
+        counts = Counter(record.status for record in own)
+        rows[name] = {**{s: counts[s] for s in STATUSES}, "best": _best_trials(own, plan)}
+    return rows
 
 
 def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, Any]]:
@@ -579,7 +587,7 @@ def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dic
 
 def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str]:
     """Return a status as lines of at most `width` columns."""
-    trials, epochs, metric = found["trials"], found["epochs"], found["metric"]
+    trials, epochs = found["trials"], found["epochs"]
     over = sum(trials[s] for s in ("done", "stopped", "failed"))
     tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
     tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
@@ -588,40 +596,54 @@ def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str
         lines.insert(
             1, f"PRESET {found['preset']}: scaled down, not comparable with what is published"
         )
-    heading = f"best {metric}" if metric else ""
-    lines.append(f"{'':<24} {'running':>7} {'full':>6} {'stopped':>7} {'failed':>6}  {heading}")
-    for name, row in found["rows"].items():
-        shown = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
-        running = (
-            row["running"] + row["interrupted"] if found["state"] != "running" else row["running"]
-        )
-        lines.append(
-            f"{padded(name, 24)} {running:>7} {row['done']:>6} {row['stopped']:>7} {row['failed']:>6}  {shown}"
-        )
-    lines.append("")
-    if found["best"]:
-        best, shared = found["best"], found["best"]["shared_by"]
-        ties = f", shared by {shared} trials" if shared > 1 else ""
-        lines.append(f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}")
-        for name, rival in found["baselines"].items():
-            if rival is not None and rival["trial"] != best["trial"]:
-                lines.append(f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}")
-        lines.append(f"best of {trials['started']:,} on validation: not a verdict")
-    elif metric:
-        lines.append("no trial of full length yet, so there is no best one")
+    lines += [*_row_lines(found), "", *_best_trial_lines(found)]
     for sentence in found["verdict"]:
         lines += textwrap.wrap(f"verdict, {sentence}", width, subsequent_indent="  ")
-    shown = "ran" if found["ran_s"] else "elapsed"
-    parts = [f"{shown} {duration(found[f'{shown}_s'])}"] if found[f"{shown}_s"] is not None else []
-    parts += [f"{found['rate']:.2g} epochs/s"] if found["rate"] else []
-    parts += [f"about {duration(found['left_s'])} left"] if found["left_s"] is not None else []
-    if found["state"] == "interrupted":
-        parts.append("go on with: tfkd resume")
-    lines += [", ".join(parts)] if parts else []
+    times = _time_parts(found)
+    lines += [", ".join(times)] if times else []
     lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
     if found["gone"]:
         lines += textwrap.wrap(gone_sentence(found["gone"]), width, subsequent_indent="  ")
     return [fitted(line.rstrip(), width) for line in lines]
+
+
+def _row_lines(found: dict[str, Any]) -> Iterator[str]:
+    heading = f"best {found['metric']}" if found["metric"] else ""
+    yield f"{'':<24} {'running':>7} {'full':>6} {'stopped':>7} {'failed':>6}  {heading}"
+    for name, row in found["rows"].items():
+        best = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
+        running = row["running"]
+        if found["state"] != "running":
+            running += row["interrupted"]
+        ended = f"{row['done']:>6} {row['stopped']:>7} {row['failed']:>6}"
+        yield f"{padded(name, 24)} {running:>7} {ended}  {best}"
+
+
+def _best_trial_lines(found: dict[str, Any]) -> Iterator[str]:
+    best, metric = found["best"], found["metric"]
+    if best:
+        ties = f", shared by {best['shared_by']} trials" if best["shared_by"] > 1 else ""
+        yield f"best so far: {best['trial']}, {metric} {best['value']:.4f}{ties}"
+        for name, rival in found["baselines"].items():
+            if rival is not None and rival["trial"] != best["trial"]:
+                yield f"best {name}: {rival['trial']}, {metric} {rival['value']:.4f}"
+        yield f"best of {found['trials']['started']:,} on validation: not a verdict"
+    elif metric:
+        yield "no trial of full length yet, so there is no best one"
+
+
+def _time_parts(found: dict[str, Any]) -> list[str]:
+    shown = "ran" if found["ran_s"] else "elapsed"
+    parts = []
+    if found[f"{shown}_s"] is not None:
+        parts.append(f"{shown} {duration(found[f'{shown}_s'])}")
+    if found["rate"]:
+        parts.append(f"{found['rate']:.2g} epochs/s")
+    if found["left_s"] is not None:
+        parts.append(f"about {duration(found['left_s'])} left")
+    if found["state"] == "interrupted":
+        parts.append("go on with: tfkd resume")
+    return parts
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
-from tfkd_ray.settings.files import opened
+from tfkd_ray.settings.files import json_tree, opened
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.status import (
     TEXTS,
@@ -79,48 +79,78 @@ def trials_table(
     """
     plan = read_plan(experiment)
     rows = [_row(record) for record in read_lasts(experiment)]
-    fields = list(
-        dict.fromkeys([*FIRST, *(key for row in rows for key in row if key != "reason"), "reason"])
-    )
-    known = (
-        set(fields)
-        | {key.rpartition(".")[2] for key in fields}
-        | ({plan.metric} if plan.metric else set())
-    )
+    fields = _fields(rows)
+    known = _known(fields, plan.metric)
     problems: list[str] = []
     tests = [_test(text, known, rows, plan, problems) for text in filter]
+    chosen = None if columns is None else [column.strip() for column in columns.split(",")]
+    problems += _sort_problems(sort)
     key, _, order = sort.partition(":")
-    if order not in ("", "desc", "asc"):
-        problems.append(f"--sort {sort}: {key}, or {key}:desc for the other way round")
-    chosen = [c.strip() for c in columns.split(",")] if columns is not None else None
-    for option, names in (("--sort", [key]), ("--columns", chosen or [])):
-        for name in names:
-            if name not in known and rows:
-                problems.append(f"{option}: no such field {name!r}; {did_you_mean(name, known)}")
-    if output not in ("table", "json", "csv"):
-        problems.append(
-            f"--output: no such format {output!r}; {did_you_mean(output, ('table', 'json', 'csv'))}"
-        )
-    if limit is not None and limit < 1:
-        problems.append(f"--limit: at least 1, got {limit}")
+    if rows:
+        problems += _unknown("--sort", [key], known) + _unknown("--columns", chosen or [], known)
+    problems += _output_problems(output, limit)
     if problems:
         raise ConfigError(problems)
-    found = _sorted(
-        [row for row in rows if all(test(row) for test in tests if test)], key, order == "desc"
-    )[:limit]
+    passing = [row for row in rows if all(test(row) for test in tests if test)]
+    found = _sorted(passing, key, order == "desc")[:limit]
     if output == "json":
-        shown = [
-            {c: _plain(_value(row, c)) for c in chosen or dict.fromkeys([*row, "reason"])}
-            for row in found
-        ]
-        return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False)
+        return _as_json(found, chosen)
     if output == "csv":
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(map(inert, chosen or fields))
-        writer.writerows([csv_cell(row, c) for c in chosen or fields] for row in found)
-        return text.getvalue().rstrip("\n")
+        return _as_csv(found, chosen or fields)
     return _columns(found, chosen) if chosen else _usual(found, plan)
+
+
+def _fields(rows: Sequence[Row]) -> list[str]:
+    """Return all fields of the rows, in the order of columns."""
+    own = (key for row in rows for key in row if key != "reason")
+    return list(dict.fromkeys([*FIRST, *own, "reason"]))
+
+
+def _known(fields: Sequence[str], metric: str | None) -> set[str]:
+    """Return all names that a field may be called by."""
+    ends = (field.rpartition(".")[2] for field in fields)
+    return {*fields, *ends} if metric is None else {*fields, *ends, metric}
+
+
+def _sort_problems(sort: str) -> list[str]:
+    key, _, order = sort.partition(":")
+    if order in ("", "desc", "asc"):
+        return []
+    return [f"--sort {sort}: {key}, or {key}:desc for the other way round"]
+
+
+def _unknown(option: str, names: Sequence[str], known: set[str]) -> list[str]:
+    return [
+        f"{option}: no such field {name!r}; {did_you_mean(name, known)}"
+        for name in names
+        if name not in known
+    ]
+
+
+def _output_problems(output: str, limit: int | None) -> list[str]:
+    problems = []
+    formats = ("table", "json", "csv")
+    if output not in formats:
+        problems.append(f"--output: no such format {output!r}; {did_you_mean(output, formats)}")
+    if limit is not None and limit < 1:
+        problems.append(f"--limit: at least 1, got {limit}")
+    return problems
+
+
+def _as_json(rows: Sequence[Row], chosen: Sequence[str] | None) -> str:
+    shown = []
+    for row in rows:
+        fields = chosen or dict.fromkeys([*row, "reason"])
+        shown.append({field: json_tree(_value(row, field)) for field in fields})
+    return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _as_csv(rows: Sequence[Row], fields: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(inert, fields))
+    writer.writerows([csv_cell(row, field) for field in fields] for row in rows)
+    return text.getvalue().rstrip("\n")
 
 
 def _row(record: Record) -> Row:
@@ -198,10 +228,6 @@ def _sorted(rows: list[Row], field: str, descending: bool) -> list[Row]:
     return sorted(filter(usable, rows), key=key, reverse=descending) + [
         r for r in rows if not usable(r)
     ]
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(row: Row, field: str) -> str:

@@ -20,7 +20,7 @@ thousands of simulated experiments.
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,7 @@ from scipy import optimize, special, stats
 from statsmodels.stats.power import TTestPower
 
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.files import json_tree
 from tfkd_ray.verdict.scores import score_of
 
 Array = NDArray[np.float64]
@@ -399,17 +400,9 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON types; absent bounds and numbers are None."""
-        tree = _plain_number({"alpha": ALPHA, "power": POWER, **asdict(self)})
+        tree = json_tree({"alpha": ALPHA, "power": POWER, **asdict(self)})
         assert isinstance(tree, dict)
         return tree
-
-
-def _plain_number(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _plain_number(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_plain_number(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def judge(
@@ -609,19 +602,25 @@ def _verdict_notes(
                 notes.append(
                     f"{j.name} over {c.over}: the same lead in every seed; a sign test stands in for the t test"
                 )
-        c = next(c for c in j.comparisons if c.over == j.against)
-        if j.verdict == "better" and c.high < metric.margin:
-            worth = metric.show(metric.margin) + metric.unit
-            notes.append(
-                f"{j.name} over {c.over}: the lead is there, but below {worth}, the smallest worth having"
-            )
-        for c in j.comparisons:
-            if j.verdict == "better" and c.images is not None and c.images[0] <= 0:
-                notes.append(
-                    f"{j.name} over {c.over}: the interval over test images is {metric.interval(*c.images)}, so the "
-                    "lead holds on this test set and may not on another of its size"
-                )
+        if j.verdict == "better":
+            notes += _notes_on_better(j, metric)
     return notes
+
+
+def _notes_on_better(j: Judged, metric: JudgedMetric) -> Iterator[str]:
+    """Yield what limits the lead of a candidate that is better."""
+    nearest = next(c for c in j.comparisons if c.over == j.against)
+    if nearest.high < metric.margin:
+        worth = metric.show(metric.margin) + metric.unit
+        yield (
+            f"{j.name} over {nearest.over}: the lead is there, but below {worth}, the smallest worth having"
+        )
+    for c in j.comparisons:
+        if c.images is not None and c.images[0] <= 0:
+            yield (
+                f"{j.name} over {c.over}: the interval over test images is {metric.interval(*c.images)}, so the "
+                "lead holds on this test set and may not on another of its size"
+            )
 
 
 def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
