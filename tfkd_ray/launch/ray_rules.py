@@ -89,7 +89,7 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     found = list(schema_problems(file.tree, schema))
-    provider, name = file.tree["provider"], file.provider
+    name = file.provider
     if name not in PROVIDERS:
         found.append(f"provider.type: no such provider {name!r}; {did_you_mean(name, PROVIDERS)}")
     found += _other_types(file.tree)

@@ -793,13 +793,13 @@ def _kept_by(network: nn.Module) -> list[Any]:
         for kind in type(module).__mro__:
             if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
                 places = (vars(kind), vars(sys.modules.get(kind.__module__, nn)))
-                found += [_numbers_in(place) for place in places]
+                found += [_counts_in(place) for place in places]
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             found += [buffer.tolist() for buffer in module.buffers(recurse=False)]
     return found
 
 
-def _numbers_in(names: Mapping[str, Any]) -> dict[str, float]:
+def _counts_in(names: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in names.items() if isinstance(value, int | float)}
 
 

@@ -187,7 +187,7 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
-_KINDS = {
+_FILE_KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -203,7 +203,7 @@ def kind_of(path: Path, *, follow: bool = True) -> str | None:
     None for a regular file, or if the path does not exist.
     """
     try:
-        return _KINDS.get(stat.S_IFMT(path.stat(follow_symlinks=follow).st_mode))
+        return _FILE_KINDS.get(stat.S_IFMT(path.stat(follow_symlinks=follow).st_mode))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
