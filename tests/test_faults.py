@@ -618,6 +618,30 @@ def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_runni
         )
 
 
+def test_a_head_that_is_killed_while_a_teacher_trains_is_said_and_nothing_is_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # on a Ray of its own
+    teacher = {"model": {"name": "mlp", "hidden": [8]}, "epochs": 100_000}
+    kd = tree({"num_samples": 1}, objective="kd", teacher=teacher)
+    with tuning(kd, tmp_path) as driver:
+        wait(lambda: list(tmp_path.glob("tfkd_results/teachers/**/*.ckpt")), "a teacher's epochs")
+        ours = psutil.Process(driver.pid).children(recursive=True)
+        (gcs,) = (process for process in ours if process.name() == "gcs_server")
+        gcs.kill()
+        assert driver.wait(58) == 1
+        said = (tmp_path / "said").read_text()
+        assert "stopped: Ray's head at " in said and said.endswith(
+            "run the same command again; teachers that are trained are kept\n"
+        ), said
+        assert "Traceback" not in said
+        wait(
+            lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"],
+            "all has ended",
+            10,
+        )
+
+
 # --- trials that fail
 
 FAULTS = {

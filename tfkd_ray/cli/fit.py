@@ -76,7 +76,33 @@ def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> b
 
     None if something prevented it, after an error message.
     """
+    with head_needed(experiment, progress):
+        return _fit_tuner(progress, build, experiment)
+
+
+@contextlib.contextmanager
+def head_needed(experiment: Path | None = None, progress: Any = None) -> Iterator[None]:
+    """End this command with a sentence if the head of its Ray cluster dies in this block."""
     from tfkd_ray.run.connect import head_watched
+
+    def gone(what: str) -> None:
+        if progress is not None:
+            progress.stop()
+        again = "run the same command again; teachers that are trained are kept"
+        if experiment is not None and _is_written(experiment):
+            again = f"go on with:\n  tfkd resume {shell_word(experiment)}"
+        say_error(f"stopped: {what}; when a cluster is there again, {again}")
+        os._exit(FAILED)  # threads that wait for Ray would wait until Ray kills this process
+
+    with head_watched(gone):
+        yield
+
+
+def _is_written(experiment: Path) -> bool:
+    return any((experiment / name).is_file() for name in ("experiment.yaml", "confirm.yaml"))
+
+
+def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
     from tfkd_ray.run.tune import TeacherFailed, disk_trouble, no_node_left
 
     try:
@@ -90,16 +116,9 @@ def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> b
         if disk_trouble(args.exc_value) is None:
             threading.__excepthook__(args)
 
-    def gone(what: str) -> None:
-        progress.stop()
-        say_error(
-            f"stopped: {what}; when a cluster is there again, go on with:\n  tfkd resume {shell_word(experiment)}"
-        )
-        os._exit(FAILED)  # threads that wait for Ray would wait until Ray kills this process
-
     threading.excepthook = heard
     try:
-        with head_watched(gone), _ctrl_c(progress) as interrupted:
+        with _ctrl_c(progress) as interrupted:
             tuner.fit()
     except Exception as error:
         trouble = disk_trouble(error) or no_node_left(error)

@@ -1,6 +1,7 @@
 """The verbs `train` and `teacher`, which train one network."""
 
 import argparse
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.cli.fit import join_ray, teacher_line
+from tfkd_ray.cli.fit import head_needed, join_ray, teacher_line
 from tfkd_ray.cli.terminal import have_data, load_file, same_run, say_error, short_path
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK
 
@@ -70,7 +71,8 @@ def teacher_train_verb(args: argparse.Namespace) -> int:
     try:
         for run in runs:
             prepare(run, storage)
-        train_teachers(runs, storage, teacher_line)
+        with head_needed():
+            train_teachers(runs, storage, teacher_line)
     except TeacherFailed as error:
         say_error(f"tfkd: {error}")
         return FAILED
@@ -174,11 +176,13 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
 
         source = train_in(out, config, teacher=teacher, say=say_error)
     lines: list[str] = []
+    head = head_needed() if config.workers > 1 else contextlib.nullcontext()
     try:
-        for metrics in source:
-            lines.append(json.dumps(metrics) + "\n")
-            write_text(out / "metrics.jsonl", "".join(lines))
-            yield metrics
+        with head:
+            for metrics in source:
+                lines.append(json.dumps(metrics) + "\n")
+                write_text(out / "metrics.jsonl", "".join(lines))
+                yield metrics
     finally:
         source.close()
         if config.workers > 1:
