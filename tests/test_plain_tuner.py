@@ -7,15 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
-import torch
 from optuna.trial import FrozenTrial, TrialState
 from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
@@ -75,13 +72,10 @@ def states(searcher: OptunaSearcher) -> list[str]:
 # --- what a trainable may report
 
 
-KINDS = [
-    *(np.float32, np.float16, np.float64, np.int64, np.array, lambda x: np.array(x, "float32")),
-    *(torch.tensor, lambda x: torch.tensor([x]), lambda x: np.array([[x]]), Decimal, Fraction),
-]
+KINDS = [np.float32, np.float16, np.float64, np.int64, np.array, lambda x: np.array(x, "float32")]
 
 
-def test_numbers_of_numpy_torch_and_python_are_numbers_as_metric_and_as_epoch(
+def test_numbers_of_numpy_are_numbers_as_metric_and_as_epoch(
     ray_cluster: str, tmp_path: Path
 ) -> None:
     kinds = KINDS

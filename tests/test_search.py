@@ -5,12 +5,15 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
@@ -296,6 +299,28 @@ def test_epochs_below_zero_or_with_a_point_end_no_sweep(journal: Path, epochs: l
     (trial,) = trials(journal)
     assert trial.state == TrialState.COMPLETE and trial.value == 0.5
     assert list(trial.intermediate_values) == [int(epoch) for epoch in epochs if epoch >= 0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(torch.tensor, lambda x: torch.tensor([x]), lambda x: np.array([[x]])),
+        *(Decimal, Fraction, lambda x: torch.tensor(x, dtype=torch.bfloat16)),
+    ],
+    ids=["torch", "torch's one", "numpy's one", "Decimal", "Fraction", "bfloat16"],
+)
+def test_numbers_of_torch_and_python_are_numbers_as_metric_and_as_epoch(
+    journal: Path, kind: Callable[[float], Any]
+) -> None:
+    searcher = OptunaSearcher(space(stopping="none"), journal)
+    searcher.suggest("a")
+    for epoch in range(1, EPOCHS + 1):
+        result = {"epoch": kind(epoch), "val_accuracy": kind(0.5), "training_iteration": epoch}
+        searcher.on_trial_result("a", result)
+    searcher.on_trial_complete("a", result)
+    (trial,) = trials(journal)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.5)
+    assert list(trial.intermediate_values) == list(range(1, EPOCHS + 1))
 
 
 def test_a_driver_that_dies_before_it_acts_on_a_rung_judges_again(journal: Path) -> None:
