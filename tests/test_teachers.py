@@ -189,6 +189,31 @@ def test_a_doubtful_teacher_is_told_by_what_trains_a_sweeps_teachers_each_time(
     assert said[0] in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("moved", [[1, 0], [1, 2, 0], [1, 0, 3, 2], []], ids=str)
+def test_a_teacher_that_takes_some_classes_for_one_another_is_told(
+    moved: list[int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is far better than guessing, as most of its classes are in the data's order."""
+    network = Mlp(hidden=(32,))
+    good = validated(TrainConfig, {"objective": "ce", "student": network.model_dump(), "epochs": 6})
+    weights = list(train(good))[-1].state()["model"]
+    order = [*moved, *range(len(moved), 10)]
+    weights = {k: v[order] if k.startswith("3") else v for k, v in weights.items()}
+    torch.save(weights, tmp_path / "w.pt")
+    teacher = {"model": network.model_dump(), "weights": str(tmp_path / "w.pt")}
+    run = validated(TrainConfig, {"objective": "kd", "student": "mlp", "teacher": teacher})
+    for _ in range(2):
+        find_or_train(run, tmp_path)
+        told = capfd.readouterr().err
+        assert ("WARNING" in told) == bool(moved)
+        if moved:
+            shown = ", ".join(f"{k} is {label}" for k, label in enumerate(moved))
+            assert (
+                f"has {len(moved)} classes in another order than those of the data ({shown})"
+                in told
+            )
+
+
 @pytest.mark.parametrize("fault", ["order", "constant", "none", "nonsense"])
 def test_a_teacher_no_better_than_guessing_is_told_before_students_train_and_each_time(
     fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

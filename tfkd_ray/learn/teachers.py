@@ -29,6 +29,9 @@ from tfkd_ray.settings.files import expanded, opened, write_whole
 from tfkd_ray.store.experiment import read_teacher, read_teachers
 from tfkd_ray.store.storage import Storage, everything, light
 
+MOST_SHOWN = 6
+"""Most exchanged classes that are named."""
+
 
 def teacher_name(config: TeacherRun) -> str:
     """Return the name of the teacher that `config` makes: network and fingerprint.
@@ -153,20 +156,26 @@ def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
 
 
 def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str | None:
-    """Return a sentence, with the likely cause, on a teacher no better than guessing, else None."""
+    """Return a sentence on a teacher no better than guessing, or with exchanged classes, else None.
+
+    It names the likely cause. Only weights from elsewhere can have classes in another order.
+    """
     val_set = config.data.load()[1]
     if val_set is None or "val_accuracy" not in metrics:
         return None
     n, K, accuracy = len(val_set), config.data.num_classes, metrics["val_accuracy"]
     commonest = int(val_set.labels.bincount(minlength=K).max()) / n
     guessing = max(1 / K, commonest)
-    if accuracy > max(1 / K + 2 * math.sqrt((1 - 1 / K) / K / n), commonest):
+    guesses = accuracy <= max(1 / K + 2 * math.sqrt((1 - 1 / K) / K / n), commonest)
+    if not guesses and config.weights is None:
         return None
     module = untrained(config)
     module.load_state_dict(load_weights(folder / WEIGHTS))
     met = torch.zeros(K, K, dtype=torch.long)  # images by prediction and label
     for logits, labels in predictions(module, val_set, config.data):
         met += torch.bincount(logits.argmax(dim=1) * K + labels, minlength=K * K).view(K, K)
+    if not guesses:
+        return _exchanged(teacher_name(config), met)
     renamed, answers = int(met.max(dim=1).values.sum()) / n, met.sum(dim=1)
     if renamed > max(0.5, 2 * accuracy, commonest + 0.1):
         cause = (
@@ -185,6 +194,26 @@ def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str |
     return (
         f"WARNING: teacher {teacher_name(config)} is right on {accuracy:.1%} of validation, where guessing is on "
         f"{guessing:.1%}; students would learn from wrong answers. Likely cause: {cause}"
+    )
+
+
+def _exchanged(name: str, met: torch.Tensor) -> str | None:
+    """Return a sentence on a teacher that takes some classes for one another, else None.
+
+    Args:
+        met: int64 [K, K], images by prediction and label.
+    """
+    most, meant = met.max(dim=1)
+    right = met.diagonal()
+    clearly = most - right > 2 * (most + right).sqrt()  # two standard errors of the difference
+    moved = (clearly & (2 * most > met.sum(dim=1))).nonzero()[:, 0]
+    if not len(moved) or not meant[moved].sort().values.equal(moved):
+        return None
+    shown = ", ".join(f"{k} is {int(meant[k])}" for k in moved[:MOST_SHOWN].tolist())
+    more = f" and {len(moved) - MOST_SHOWN} more" if len(moved) > MOST_SHOWN else ""
+    return (
+        f"WARNING: teacher {name} has {len(moved)} classes in another order than those of the data ({shown}{more}); "
+        "students would learn from wrong answers. Put the rows of its last layer into the order of the data's classes"
     )
 
 

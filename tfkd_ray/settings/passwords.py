@@ -13,12 +13,14 @@ FIRST_AT = (
     "its password ends at the first @; write an @ in it as %40, and / ? # % as %2F %3F %23 %25"
 )
 _START = re.compile(r"[A-Za-z][\w+.-]*://")
-_KINDS = "postgresql|postgres|mysql|mariadb|oracle|mssql|cockroachdb|redis|sqlite|s3|gs|ray|https?"
+_SCHEMES = (
+    "postgresql|postgres|mysql|mariadb|oracle|mssql|cockroachdb|redis|sqlite|s3|gs|ray|https?"
+)
 # The scheme's end alone: matching all of it takes quadratic time in a long word. A scheme may be
 # written wrongly: without its slashes or its colon, or with backslashes.
 _SCHEME = re.compile(
     r"://|(?<![^\s'\"=])//(?!/)"
-    rf"|\b(?:{_KINDS})(?:\+\w{{1,30}})?(?:;?//(?!/)|:/(?!/)|:\\{{1,4}}|:(?![\\/\s]))"
+    rf"|\b(?:{_SCHEMES})(?:\+\w{{1,30}})?(?:;?//(?!/)|:/(?!/)|:\\{{1,4}}|:(?![\\/\s]))"
 )
 _USER = re.compile(r"[^:/]*:")
 _PORT = re.compile(r"\d*(?![^/?#\s'\"\]}),;.])")
