@@ -318,7 +318,7 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
         for line in metrics[shown:]:
             values = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "epoch")
             yield f"epoch {line.get('epoch', 0):.0f}/{total}  {values}"
-        shown = len(metrics)
+        shown = max(shown, len(metrics))  # a file that is being replaced may be empty
         if not follow or record is None or record.status != "running" or not alive:
             break
         time.sleep(every_s)
