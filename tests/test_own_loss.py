@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from test_readers import make_sweep
 
 from tfkd_ray import find_or_train
@@ -432,7 +433,10 @@ def test_an_own_loss_is_explained_by_its_gradient(space: Space) -> None:
     assert smooth.lsr.alpha == pytest.approx(0.2, abs=1e-3) and smooth.residual < 1e-3
     assert smooth.lsr.loss_scale == pytest.approx(3, abs=1e-3)
     kd = amounts_to(TrainConfig(objective="kd", **BASE, **TEACHER).objective, 10)
-    for mine in (run_of("as_kd", taught=True, alpha=0.9, temperature=4.0), run_of("Parts", taught=True)):
+    for mine in (
+        run_of("as_kd", taught=True, alpha=0.9, temperature=4.0),
+        run_of("Parts", taught=True),
+    ):
         found = amounts_to(mine.objective, 10)
         assert found.lsr.alpha == pytest.approx(kd.lsr.alpha, abs=1e-3)
         assert found.residuals == pytest.approx(kd.residuals, abs=1e-3)
@@ -450,6 +454,34 @@ def test_the_weight_of_ce_is_known_of_a_class_whose_first_term_is_ce(
     args = {"alpha": 0.9, "temperature": 4.0} if name == "as_kd" else {}
     found = run_of(name, taught=True, **args).objective.ce_share
     assert found == (share if share is None else pytest.approx(share))
+
+
+# --- the example
+
+
+def test_the_losses_of_the_example_train_and_search_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    space = load_space(ROOT / "examples/own_loss.yaml", ["epochs=1", "data.subset=300"])
+    assert space.try_own_code() == []
+    assert [b.objective for b in space.branches][:3] == ["focal", "logit_matching", "ReverseKD"]
+    assert all(knob.verdict == "live" for b in space.branches for knob in knobs(b, 10))
+    for branch in space.branches[:3]:
+        teacher = find_or_train(branch.example, tmp_path)
+        (epoch,) = train(branch.example, teacher=teacher)
+        assert epoch.metrics["train_loss"] < 10
+    focal = branch_losses(space.branches[0].example, gamma=0.0)
+    assert focal == pytest.approx(branch_losses(TrainConfig(objective="ce", **BASE)), rel=1e-6)
+
+
+def branch_losses(run: TrainConfig, **args: Any) -> float:
+    """Return the loss of a fixed batch."""
+    g = torch.Generator().manual_seed(0)
+    objective = run.objective
+    if isinstance(objective, OwnObjective):
+        objective = objective.model_copy(update={"args": {**objective.args, **args}})
+    return objective(torch.randn(7, 10, generator=g), torch.arange(7)).item()
 
 
 # --- from tune to confirm
