@@ -37,10 +37,10 @@ from helper_of_losses import twice
 from tfkd_ray.learn.objectives import CrossEntropy, KnowledgeDistillation, softened_kl
 
 def margin_kd(logits, labels, teacher, margin: float = 0.1, gamma=2, temperature: float = 4, steps: int = 3,
-              mode: Literal["hard", "soft"] | dict = "hard", scale: Annotated[float, Field(gt=0)] = 1.0):
+              power=1, mode: Literal["hard", "soft"] | dict = "hard", scale: Annotated[float, Field(gt=0)] = 1.0):
     kd = softened_kl(logits, teacher, temperature)
     label = logits.gather(1, labels[:, None])
-    return scale * (F.cross_entropy(logits, labels) + gamma * kd + F.relu(margin + logits - label).mean())
+    return scale * (power / power) * (F.cross_entropy(logits, labels) + gamma * kd + F.relu(margin + logits - label).mean())
 
 def as_kd(logits, labels, teacher, alpha, temperature):
     ce = F.cross_entropy(logits, labels)
@@ -74,6 +74,13 @@ class Learns(torch.nn.Module):
         self.w = torch.nn.Parameter(torch.ones(()))
     def terms(self, logits, labels):
         return self.w * F.cross_entropy(logits, labels), None
+
+class Buffered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("one", torch.ones(()))
+    def terms(self, logits, labels):
+        return self.one * F.cross_entropy(logits, labels), None
 
 class Counts:
     def __init__(self):
@@ -251,7 +258,7 @@ def test_a_loss_that_cannot_be_trained_with_is_told_before_anything_starts(
     assert f"objective {name}: losses_of_mine:{name}: {sentence}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["mixed", "cached", "anything"])
+@pytest.mark.parametrize("name", ["mixed", "cached", "anything", "Buffered"])
 def test_a_loss_that_is_one_is_accepted(losses: Path, name: str) -> None:
     run = run_of(name, **({"x": 1} if name == "anything" else {}))
     assert run.try_own_code() == []
@@ -362,7 +369,8 @@ objective:
     path: "losses_of_mine:margin_kd"
     args:
       margin: {low: 0, high: 0.5}
-      gamma: 2
+      gamma: {low: 1, high: 3, step: 1}
+      power: {low: 1, high: 3}
       steps: {low: 1, high: 4}
       temperature: {low: 1, high: 20, log: true}
       mode: {choices: [soft, {name: hard, sharpness: {low: 1.0, high: 2.0}}]}
@@ -383,11 +391,12 @@ def test_own_objectives_stand_side_by_side_under_the_names_of_their_functions(sp
     assert [b.objective for b in space.branches] == ["margin_kd", "smooth", "kd", "ce", "lsr"]
     names = {p.name: p for p in space.parameters}
     assert {n for n in names if n.startswith("objective.margin_kd")} == {
-        f"objective.margin_kd.args.{n}" for n in ("margin", "steps", "temperature", "mode", "mode.hard.sharpness")
+        f"objective.margin_kd.args.{n}" for n in ("gamma", "margin", "mode", "mode.hard.sharpness", "power", "steps", "temperature")
     }  # fmt: skip
     whole = {n.rpartition(".")[2]: getattr(p.domain, "whole", None) for n, p in names.items()}
     assert whole["temperature"] is False and whole["margin"] is False, "the annotation says float"
-    assert whole["steps"] is True
+    assert whole["power"] is False, "without an annotation, numbers are real"
+    assert whole["steps"] is True and whole["gamma"] is True, "annotated, and with a step"
     assert names["objective.margin_kd.args.mode.hard.sharpness"].within is not None
     assert [space.branches[k].example.needs_teacher for k in range(3)] == [True, False, True]
     assert space.branches[0].tree["objective"]["digest"] == code_of("losses_of_mine:x").digest
@@ -427,8 +436,12 @@ def test_an_own_loss_is_explained_by_its_gradient(space: Space) -> None:
     assert {name: knob.verdict for name, knob in by_name.items()} == {
         "eps": "live", "power": "redundant", "dead": "dead",
     }  # fmt: skip
-    kinds = {knob.name.rpartition(".")[2]: knob.verdict for knob in knobs(space.branches[0], 10)}
-    assert kinds["steps"] == "dead" and kinds["temperature"] == "live"
+    mode = {"choices": ["soft", {"name": "hard", "sharpness": {"low": 1.0, "high": 2.0}}]}
+    args = {"steps": {"low": 1, "high": 4}, "margin": {"low": 0, "high": 2}, "mode": mode}
+    conditional = build_space({"objective": own("margin_kd", **args), **TEACHER})
+    found = knobs(conditional.branches[0], 10)
+    dead = {"steps": "dead", "mode": "dead", "mode.hard.sharpness": "dead"}
+    assert {k.name.rpartition("args.")[2]: k.verdict for k in found} == {**dead, "margin": "live"}
     smooth = amounts_to(run_of("smooth", eps=0.2, power=3.0).objective, 10)
     assert smooth.lsr.alpha == pytest.approx(0.2, abs=1e-3) and smooth.residual < 1e-3
     assert smooth.lsr.loss_scale == pytest.approx(3, abs=1e-3)
@@ -437,12 +450,12 @@ def test_an_own_loss_is_explained_by_its_gradient(space: Space) -> None:
         run_of("as_kd", taught=True, alpha=0.9, temperature=4.0),
         run_of("Parts", taught=True),
     ):
-        found = amounts_to(mine.objective, 10)
-        assert found.lsr.alpha == pytest.approx(kd.lsr.alpha, abs=1e-3)
-        assert found.residuals == pytest.approx(kd.residuals, abs=1e-3)
-    text = "\n".join(explained(space))
-    assert "objective.smooth\n" in text and "objective.margin_kd, synthetic teacher" in text
-    assert "weight of CE unknown: smooth gives the whole loss" in text
+        amount = amounts_to(mine.objective, 10)
+        assert amount.lsr.alpha == pytest.approx(kd.lsr.alpha, abs=1e-3)
+        assert amount.residuals == pytest.approx(kd.residuals, abs=1e-3)
+    text = "\n".join(explained(conditional))
+    assert "objective.margin_kd, synthetic teacher" in text
+    assert "weight of CE unknown: margin_kd gives the whole loss" in text
 
 
 @pytest.mark.parametrize(

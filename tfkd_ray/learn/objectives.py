@@ -485,6 +485,10 @@ class OwnObjective(Canonical):
                 f"objective.{self.called}.digest: {changed}. Put the old code back, or begin anew with the code as it "
                 "is (in a file of one run: leave digest out)"
             )
+        return self.loaded()
+
+    def loaded(self) -> Self:
+        """Return `ready`, whatever its code is now."""
         found = self.model_copy()
         found._loss = OwnLoss(self.path, self.args)
         return found

@@ -89,20 +89,16 @@ def loss_problems(path: str, args: Mapping[str, Any], where: str) -> list[str]:
 
 
 def whole_numbers(path: str) -> dict[str, bool]:
-    """Return for each numeric argument whether it is a whole number, where the signature says."""
+    """Return for each argument with the annotation of a number whether that is a whole one."""
     try:
         call = _call_of(_found_at(path, "path"))
     except ConfigError:
         return {}
     found = {}
-    for name, parameter in call.args.items():
-        hint = call.hints.get(name)
+    for name, hint in call.hints.items():
         kinds = {*map(_bare, typing.get_args(hint))} if _is_union(hint) else {_bare(hint)}
-        if hint is not None:
-            if kinds & {int, float} and bool not in kinds:
-                found[name] = float not in kinds
-        elif isinstance(parameter.default, float):
-            found[name] = False
+        if kinds & {int, float}:
+            found[name] = float not in kinds
     return found
 
 
@@ -240,9 +236,14 @@ class OwnLoss:
             self._call = functools.partial(found, **arguments)
         kind = call.batch[TEACHER].kind if call.taught else None
         self._by_name = kind in _KEYWORDS
+        self._to = getattr(self.object, "to", None) if self.has_parts else None
+        self._device: Any = None
 
     def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Result:
         """Return the loss of a batch; raise a ConfigError if it is none."""
+        if self._to is not None and self._device != logits.device:  # a module, with buffers
+            self._device = logits.device
+            self._to(self._device)
         if not self.takes_teacher:
             found = self._call(logits, labels)
         elif self._by_name:

@@ -770,11 +770,12 @@ def _ranges_in_lists(value: Any, path: Path_) -> Iterator[str]:
 class _Ranges:
     """Collects the ranges of one objective's tree as parameters, and their problems."""
 
-    def __init__(self, objective: str, notes: list[str], whole: Mapping[str, bool]) -> None:
+    def __init__(self, objective: str, notes: list[str], whole: Mapping[str, bool] | None) -> None:
         """Collect ranges.
 
         Args:
-            whole: for arguments of an own objective, whether they are whole numbers.
+            whole: for annotated arguments of an own objective, whether they are whole numbers;
+                others are real ones, if they have no step. None: the numbers of a range decide.
         """
         self.found: list[Parameter] = []
         self.problems: list[str] = []
@@ -811,8 +812,8 @@ class _Ranges:
     def _domain(self, given: Any, called: Path_, there: Path_) -> Domain | None:
         whole = holds_whole_numbers(called)
         of_own = there[:-1] == ("objective", "args")
-        if of_own:
-            whole = self._whole.get(there[-1])
+        if of_own and self._whole is not None and isinstance(given, dict):
+            whole = self._whole.get(there[-1], None if "step" in given else False)
         domain = domain_of(given, called, self._notes, whole=whole)
         if of_own and isinstance(domain, Range):
             domain = domain.spelled
@@ -853,11 +854,11 @@ def _build_branch(tree: Tree, notes: list[str]) -> Branch:
     return branch
 
 
-def _whole_arguments(objective: Tree) -> dict[str, bool]:
+def _whole_arguments(objective: Tree) -> dict[str, bool] | None:
     """Return which arguments of an own objective are whole numbers, if its code may be loaded."""
     path = objective.get("path")
     if objective.get("name") != "own" or not isinstance(path, str) or is_only_reading():
-        return {}
+        return None
     return whole_numbers(path)
 
 
