@@ -19,6 +19,7 @@ from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import parse_yaml
 from tfkd_ray.show.status import best_of, front_of, ls, status
 from tfkd_ray.space.space import build_space
+from tfkd_ray.store.experiment import read_records
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -92,16 +93,43 @@ def test_a_common_mistake_is_answered_with_the_very_sentence_of_the_page(
 # --- your own
 
 
+def write_own_modules(folder: Path) -> None:
+    """Write the files of own.md."""
+    for block in (*blocks("own.md", "python"), *blocks("own.md", "yaml")):
+        first = block.partition("\n")[0]
+        (folder / first.removeprefix("# ")).write_text(block)
+    assert {p.name for p in folder.iterdir()} == {
+        "kd.yaml", "loss.yaml", "make_photos.py", "my_data.py", "my_losses.py", "my_nets.py", "own.yaml", "photos.yaml",
+        "timm.yaml",
+    }  # fmt: skip
+
+
+@pytest.mark.ray
+@pytest.mark.docs
+@pytest.mark.timeout(600)
+def test_the_loss_of_the_page_is_swept_and_confirmed_as_it_stands_there(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
+    write_own_modules(tmp_path)
+    shown = [line.removeprefix("$ ") for line in blocks("own.md", "console")[0].splitlines()]
+    assert [line.split()[1] for line in shown] == ["check", "explain", "tune", "confirm"]
+    printed = []
+    for command in shown:
+        run = tfkd(*command.split()[1:], cwd=tmp_path, timeout=400)
+        assert run.returncode == 0, f"{command}: {run.stdout} {run.stderr}"
+        printed.append(run)
+    assert "objective.margin_kd.args.temperature" in printed[0].stdout
+    assert "no effect" not in printed[0].stdout and "dead" not in printed[0].stdout
+    records = read_records(tmp_path / "tfkd_results/loss")
+    assert [r.objective for r in records].count("margin_kd") == 6
+    assert (tmp_path / "tfkd_results/verdict/confirm.json").is_file()
+
+
 @pytest.mark.docs
 @pytest.mark.timeout(240)
 def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: Path) -> None:
-    for block in (*blocks("own.md", "python"), *blocks("own.md", "yaml")):
-        first = block.partition("\n")[0]
-        (tmp_path / first.removeprefix("# ")).write_text(block)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "kd.yaml", "make_photos.py", "my_data.py", "my_nets.py", "own.yaml", "photos.yaml", "timm.yaml",
-    }  # fmt: skip
-    lines = [line for block in blocks("own.md", "console") for line in block.splitlines()]
+    write_own_modules(tmp_path)
+    lines = [line for block in blocks("own.md", "console")[1:] for line in block.splitlines()]
     shown = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     assert len(shown) == 7
     printed = []

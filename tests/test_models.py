@@ -648,12 +648,12 @@ def test_a_network_that_differs_each_time_it_is_built_is_told(kind: str, kept: s
     student = {"name": "own", "path": f"{__name__}:own_generator", "args": args}
     run = validated(TrainConfig, {"objective": "ce", "student": student})
     if kind in ("seeded", "global"):
-        assert run.try_networks() == []
+        assert run.try_own_code() == []
     elif kept == "constants":
         with pytest.raises(ConfigError, match="with the same weights it gives other logits"):
-            run.try_networks()
+            run.try_own_code()
     else:
-        (note,) = run.try_networks()
+        (note,) = run.try_own_code()
         assert "begins with other weights each time it is built" in note
 
 
@@ -669,7 +669,7 @@ def test_a_network_in_which_nothing_learns_is_refused(kind: str, sentence: str) 
         list(train(run_of(kind)))
     if kind == "frozen":
         with pytest.raises(ConfigError, match=sentence):
-            run_of(kind).try_networks()
+            run_of(kind).try_own_code()
 
 
 @pytest.mark.parametrize(
@@ -680,7 +680,7 @@ def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(stud
         TrainConfig,
         {"objective": "ce", "student": student, "epochs": 1, "optim": {"batch_size": 1}},
     )
-    for act in (run.try_networks, lambda: next(train(run))):
+    for act in (run.try_own_code, lambda: next(train(run))):
         with pytest.raises(
             ConfigError,
             match=r"optim.batch_size: leaves a single image a worker .* BatchNorm of model",
@@ -691,7 +691,7 @@ def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(stud
         {"objective": "ce", "student": student, "optim": {"batch_size": 3}, "workers": 2},
     )
     with pytest.raises(ConfigError, match="2 times workers"):
-        two.try_networks()
+        two.try_own_code()
 
 
 class Lonely(nn.Module):
@@ -732,20 +732,20 @@ def test_a_network_that_cannot_take_one_image_is_refused_where_a_step_has_one(
     student = {"name": "own", "path": f"{__name__}:lonely", "args": {"kind": kind}}
     tree = {"objective": "ce", "student": student, "epochs": 1}
     alone = validated(TrainConfig, {**tree, "optim": {"batch_size": 1}})
-    for act in (alone.try_networks, lambda: next(train(alone))):
+    for act in (alone.try_own_code, lambda: next(train(alone))):
         with pytest.raises(ConfigError, match=sentence):
             act()
-    validated(TrainConfig, {**tree, "optim": {"batch_size": 2}}).try_networks()
+    validated(TrainConfig, {**tree, "optim": {"batch_size": 2}}).try_own_code()
 
 
 @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "sigmoid", "norm"])
 def test_a_network_that_ends_in_softmax_is_noted_when_it_is_tried(kind: str) -> None:
-    notes = run_of(kind).try_networks()
+    notes = run_of(kind).try_own_code()
     assert len(notes) == (kind in ("softmax", "sigmoid"))
     assert all(f"it seems to end in {kind}" in note for note in notes)
     teacher = {"model": {"name": "own", "path": f"{__name__}:odd", "args": {"kind": kind}}}
     run = validated(TrainConfig, {"objective": "kd", "teacher": teacher})
-    assert run.try_networks() == notes
+    assert run.try_own_code() == notes
 
 
 def test_trying_a_network_changes_neither_it_nor_the_random_numbers() -> None:

@@ -72,6 +72,8 @@ def confirm_verb(args: argparse.Namespace) -> int:
         rivals = rivals_of(args.baselines)
         tuned = _tuned_baselines(sweep, rivals, args)
         compared = arms_of(given, top_k=args.top_k, rivals=rivals, baselines=tuned)
+        if compared.note:
+            say_error(f"note: {compared.note}")
     else:
         compared = load_arms(args.file, args.overrides, preset=args.preset)
         storage = checked(args.storage)

@@ -49,6 +49,7 @@ def check_verb(args: argparse.Namespace) -> int:
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import warnings_of
 
+    notes: list[str] = []
     if is_arms_file(args.file):
         if args.all:
             raise ConfigError(
@@ -60,13 +61,16 @@ def check_verb(args: argparse.Namespace) -> int:
         listed = f"{len(compared.arms)} arms: {', '.join(arm.name for arm in compared.arms)}"
         print(compared.title)
         print(textwrap.fill(listed, 80, subsequent_indent="  ", break_on_hyphens=False))
+        for arm in compared.arms:
+            notes += arm.config.try_own_code()
     else:
         space = load_file(args)
+        notes += space.try_own_code()
         example = space.example
         print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *print_notes(space)]))
         for warning in warnings_of(space):
             print(f"warning: {warning}")
-    for note in example.try_networks():
+    for note in dict.fromkeys(notes):
         print(f"note: {note}")
     try:
         example.data.check()

@@ -102,7 +102,7 @@ def train_verb(args: argparse.Namespace) -> int:
 
     check_writable(out, "--out DIR")
     have_data(config, args)
-    for note in config.try_networks():
+    for note in config.try_own_code():
         say_error(f"note: {note}")
     config = same_run(config, out)
     pressed: list[int] = []

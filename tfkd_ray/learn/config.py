@@ -294,7 +294,7 @@ class TrainConfig(Settings):
     def _consistent(self) -> Self:
         problems = list(self._teacher_problems())
         try:
-            self.objective.check_classes(self.data.num_classes)
+            self.objective.check(self.data.num_classes)
         except ValueError as error:
             problems.append(str(error))
         if self.augment.resized_crop and not self.data.streams:
@@ -347,7 +347,7 @@ class TrainConfig(Settings):
         own_teacher = self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf)
         if own_teacher and teacher.model is None:
             yield (
-                f"teacher.model: objective {self.objective.name} needs a teacher's network, and none is given; add "
+                f"teacher.model: objective {self.objective.called} needs a teacher's network, and none is given; add "
                 "teacher: {model: ...}, or use tfkd_self, whose teacher is the student itself"
             )
         if isinstance(self.objective, TfkdSelf) and teacher.model not in (None, self.student):
@@ -415,12 +415,12 @@ class TrainConfig(Settings):
             compile=self.compile,
         )
 
-    def try_networks(self) -> list[str]:
-        """Build external networks once, so that their errors appear before anything starts.
+    def try_own_code(self) -> list[str]:
+        """Build external networks and call an own loss once, so that their errors appear at once.
 
         Return notes on settings that are allowed but probably a mistake.
         """
-        notes = list[str]()
+        notes = self.objective.try_out(self.data.num_classes)
         teacher = self.teacher_run()
         for run in (self, teacher) if teacher else (self,):
             alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"

@@ -43,7 +43,7 @@ from tfkd_ray.learn.models import (
     check_lone_image,
     may_lack_gradients,
 )
-from tfkd_ray.learn.objectives import Canonical, Terms
+from tfkd_ray.learn.objectives import Canonical, OwnObjective, Terms
 from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.settings.errors import ConfigError, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
@@ -57,7 +57,8 @@ class Epoch(NamedTuple):
     """The result of one epoch, as `train` yields it."""
 
     metrics: dict[str, float]
-    """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd`,
+    """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd` (none of a
+    function of the user's own, which gives the whole loss),
     `train_kd_ratio` (see `gradient_ratio`; from the first worker's share of the first batch),
     `val_...` (see `evaluate`), `lr` of the last step, `parameters` (number of the student's),
     `seconds` (of this epoch, with validation), `images_per_s` (without validation)."""
@@ -107,7 +108,8 @@ def train(
         seen = functools.partial(_seen, train_set, config, _mean_and_std(config, device))
         count, classes, optim = len(train_set), config.data.num_classes, config.optim
 
-        # 3. Student, teacher, optimizer
+        # 3. Student, objective, teacher, optimizer
+        objective = config.objective.ready()
         student, unused = _new_student(config, teacher, count, device)
         lessons = _Lessons(config, teacher, count, device)
         optimizer = _new_optimizer(student, optim)
@@ -158,10 +160,10 @@ def train(
                         logits = forward(images)
                     _check_learnable(logits, config)
                     logits = logits.float()
-                    terms = config.objective.terms(logits, train_set.labels[mine], soft)
-                    loss = config.objective.combine(terms)
+                    terms = objective.terms(logits, train_set.labels[mine], soft)
+                    loss = objective.combine(terms)
                     if step == 0:
-                        ratio = gradient_ratio(config.objective, terms, logits)
+                        ratio = gradient_ratio(objective, terms, logits)
                     optimizer.zero_grad()
                     # DDP takes the mean over workers: weigh each by its images
                     (loss * (len(mine) * workers / len(batch))).backward()
@@ -180,12 +182,14 @@ def train(
 
             # 8. Metrics
             train_loss, train_ce, train_kd = (sums / count).tolist()
-            metrics = {"epoch": float(epoch + 1), "train_loss": train_loss, "train_ce": train_ce}
+            metrics = {"epoch": float(epoch + 1), "train_loss": train_loss}
+            if objective.has_parts:
+                metrics["train_ce"] = train_ce
             if terms.kd is not None:
                 metrics |= {"train_kd": train_kd, "train_kd_ratio": float(ratio)}
             metrics |= metrics_from(val_sums) if val_set is not None else {}
             metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
-            _check_finite(metrics, soft)
+            _check_finite(metrics, soft, objective)
             if val_set is not None and others:
                 metrics |= metrics_at_once(
                     others, val_logits, val_set.labels, classes, rank=rank, workers=workers
@@ -383,7 +387,7 @@ def _new_student(
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     if config.needs_teacher and teacher is None:
         raise ValueError(
-            f"objective {config.objective.name}: needs a teacher; pass teachers.find_or_train(config)"
+            f"objective {config.objective.called}: needs a teacher; pass teachers.find_or_train(config)"
         )
     if config.init == "trained" and teacher is not None:
         student.load_state_dict(_network_of(teacher).state_dict())
@@ -443,13 +447,15 @@ def _validate(
     return sums, kept
 
 
-def _check_finite(metrics: dict[str, float], soft: Tensor | None) -> None:
+def _check_finite(metrics: dict[str, float], soft: Tensor | None, objective: Canonical) -> None:
     """Raise Diverged if a loss is infinite or NaN; `soft`: the teacher's logits of a batch."""
     for name in ("train_loss", "val_nll"):
         if not abs(metrics.get(name, 0.0)) < float("inf"):
             advice = "a smaller optim.lr may help"
             if soft is not None and not soft.isfinite().all():
                 advice = "the teacher's logits are not finite numbers; look at its weights and its images"
+            elif isinstance(objective, OwnObjective):
+                advice += f", or {objective.path} has a log(0), 0/0 or overflow"
             raise Diverged(f"{name} is {metrics[name]} at epoch {metrics['epoch']:.0f}; {advice}")
 
 

@@ -863,11 +863,9 @@ def _shorthand(value: Any) -> Any:
     """Accept `timm:NAME` and `package.module:function` as shorthands for settings."""
     tree = name_alone(value)
     name = tree.get("name") if isinstance(tree, dict) else None
-    if not isinstance(name, str) or ":" not in name:
-        return tree
-    if name.startswith("timm:"):
+    if isinstance(name, str) and name.startswith("timm:"):
         return {**tree, "name": "timm", "model": name.removeprefix("timm:")}
-    return {**tree, "name": "own", "path": name}
+    return own_code.spelled_out(tree)
 
 
 Model = Annotated[

@@ -7,22 +7,29 @@ loss
 
 with s = `loss_scale`, so that alpha, T and s have the same meaning everywhere and transfer between
 data sets. `batchmean` (sum over classes, mean over the batch) is the only reduction. To add an
-objective, write a class with a `name`, and add one line to `Objective`.
+objective, write a class with a `name`, and add one line to `Objective`. A loss of the user's own
+needs no change here: `OwnObjective` names it.
 
 Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
 
+from tfkd_ray.learn.own import code_of, is_only_reading
+from tfkd_ray.learn.own_loss import OwnLoss, facts_of, loss_problems, tried
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.schema import Settings, name_alone
+from tfkd_ray.settings.schema import Settings, leaves, tag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +63,21 @@ class Canonical(Settings):
     """s: factor on the whole loss; at fixed weight decay it acts like a learning rate."""
 
     @property
+    def called(self) -> str:
+        """Return the name by which its trials are listed."""
+        return str(tag(type(self)))
+
+    @property
+    def has_parts(self) -> bool:
+        """Return whether `terms` are CE and a soft part; else `Terms.ce` is the whole loss."""
+        return True
+
+    @property
+    def ce_share(self) -> float | None:
+        """Return the weight of CE in the whole loss, s * (1 - alpha); None if it is unknown."""
+        return self.loss_scale * self.ce_weight
+
+    @property
     def kd_weight(self) -> float:
         """Return alpha * T^2, the weight of `Terms.kd` inside the brackets."""
         return 0.0
@@ -65,8 +87,19 @@ class Canonical(Settings):
         """Return 1 - alpha, the weight of `Terms.ce` inside the brackets."""
         return 1.0
 
-    def check_classes(self, num_classes: int) -> None:
+    def check(self, num_classes: int) -> None:
         """Raise ValueError if a hyperparameter makes no sense for this number of classes."""
+
+    def try_out(self, num_classes: int) -> list[str]:
+        """Call a loss of the user's own once, so that its errors appear before anything starts.
+
+        Return notes on what is allowed but probably a mistake.
+        """
+        return []
+
+    def ready(self) -> Self:
+        """Return this objective for the batches of a run; the user's own code is loaded once."""
+        return self
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
         """Return the unweighted CE and KL of one batch (means over the batch, nats)."""
@@ -269,7 +302,7 @@ class TfkdReg(_Distillation):
     correct_prob: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """a of Eq. 8: the virtual teacher's probability of the label; at least 1/K, below 1."""
 
-    def check_classes(self, num_classes: int) -> None:
+    def check(self, num_classes: int) -> None:
         if self.correct_prob < 1 / num_classes:
             raise ValueError(
                 f"objective.{self.name}.correct_prob: must be at least 1/K = {1 / num_classes:g} (K = {num_classes} "
@@ -314,7 +347,7 @@ class TfkdRegCode(Canonical):
     def ce_weight(self) -> float:
         return 1 - self.alpha
 
-    def check_classes(self, num_classes: int) -> None:
+    def check(self, num_classes: int) -> None:
         if self.correct_prob < 1 / num_classes:
             raise ValueError(
                 f"objective.{self.name}.correct_prob: must be at least 1/K = {1 / num_classes:g} (K = {num_classes} "
@@ -345,6 +378,167 @@ class TfkdRegCode(Canonical):
         return (self.correct_prob - (1 - self.correct_prob) / (num_classes - 1)) / self.temperature
 
 
+class OwnObjective(Canonical):
+    """A loss of your own: `package.module:function`, or a class with `terms`.
+
+    A function is called as `function(logits, labels, **args)`, or `function(logits, labels,
+    teacher, **args)` if it needs a teacher, and returns a scalar, the mean over the batch. An object
+    of a class, `Class(**args)`, has `terms(logits, labels[, teacher])`, which returns (ce, soft);
+    its loss is `ce_weight` * ce + `kd_weight` * soft, where a weight that it lacks is 1. Logits and
+    teacher's logits are float32 [B, K], labels int64 [B]. The name of its trials is the function's.
+    """
+
+    name: Literal["own"] = "own"
+    path: str
+    """Path of the function or class, `package.module:name`, in an installed package or in the
+    working directory of `tfkd`, where it also runs."""
+    args: dict[str, JsonValue] = {}
+    """Arguments besides those of a batch. Each may be searched."""
+    digest: str | None = None
+    """Digest of the function's file and of all files of your own that it imports, recorded when a
+    file is read. A run refuses other code; without it, the code as it is now counts."""
+    taught: bool | None = None
+    """Whether it needs a teacher, recorded from its signature: it has a parameter `teacher` without
+    a default."""
+    _loss: OwnLoss | None = PrivateAttr(None)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.model_dump(mode="json")))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recorded(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        if others := sorted({*tree} - {*cls.model_fields}):
+            raise ValueError(
+                f"{others[0]}: an own objective has no such setting; if it is an argument of its function, write it "
+                f"below args: args: {{{others[0]}: ...}}"
+            )
+        return recorded(tree)
+
+    @property
+    def called(self) -> str:
+        return str(own_code.shown_name(self.path))
+
+    @property
+    def needs_teacher(self) -> bool:  # type: ignore[override]
+        """Return whether its function needs a teacher's logits."""
+        return bool(self.taught)
+
+    @property
+    def has_parts(self) -> bool:
+        return self._ready_loss.has_parts
+
+    @property
+    def soft_labels(self) -> bool:
+        """Return whether it declares `soft_labels = True`: labels may be probabilities [B, K]."""
+        return getattr(self._ready_loss.object, "soft_labels", False) is True
+
+    @property
+    def kd_weight(self) -> float:
+        return self._ready_loss.weight("kd_weight") * self._ready_loss.weight("loss_scale")
+
+    @property
+    def ce_weight(self) -> float:
+        return self._ready_loss.weight("ce_weight") * self._ready_loss.weight("loss_scale")
+
+    @property
+    def ce_share(self) -> float | None:
+        """Return the weight of CE; None for a function, or if the first term is another."""
+        if not self.has_parts:
+            return None
+        import torch
+
+        g = torch.Generator().manual_seed(0)
+        logits, teacher = (torch.randn(4, 3, generator=g) for _ in range(2))
+        labels = torch.tensor([0, 1, 2, 0])
+        ce = self.terms(logits, labels, teacher if self.needs_teacher else None).ce
+        same = torch.allclose(ce, _cross_entropy(logits, labels), rtol=1e-4)
+        return self.loss_scale * self.ce_weight if same else None
+
+    def check(self, num_classes: int) -> None:
+        """Raise ValueError if the function is missing or refuses these arguments."""
+        if is_only_reading():
+            return
+        problems = []
+        if self.called in NAMES:
+            problems.append(
+                f"objective.own.path: {self.path} has the name of the objective {self.called}; rename your function"
+            )
+        if not re.fullmatch(r"\w{1,40}", self.called, re.ASCII):
+            problems.append(
+                f"objective.own.path: its function's name becomes that of trials and arms, so it has up to 40 letters "
+                f"from a to z, digits and _, got {self.called!r}; rename it"
+            )
+        problems += loss_problems(self.path, self.args, f"objective.{self.called}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def try_out(self, num_classes: int) -> list[str]:
+        ready = self.ready()
+        return tried(ready._ready_loss, ready, num_classes)
+
+    def ready(self) -> Self:
+        if (changed := self.changed()) is not None:
+            raise ConfigError(
+                f"objective.{self.called}.digest: {changed}. Put the old code back, or begin anew with the code as it "
+                "is (in a file of one run: leave digest out)"
+            )
+        return self.loaded()
+
+    def loaded(self) -> Self:
+        """Return `ready`, whatever its code is now."""
+        found = self.model_copy()
+        found._loss = OwnLoss(self.path, self.args)
+        return found
+
+    def changed(self) -> str | None:
+        """Return a sentence if the code is not what was recorded, else None."""
+        facts = facts_of(self.path)
+        if facts is None or self.digest in (None, facts.code.digest):
+            return None
+        return (
+            f"the code of {self.called} is not what it was: {facts.code} had digest {self.digest}, and has "
+            f"{facts.code.digest} now"
+        )
+
+    def as_it_is_now(self) -> Self:
+        """Return the same objective with its present code recorded."""
+        return self.model_copy(update={"digest": code_of(self.path).digest})
+
+    def combine(self, terms: Terms) -> Tensor:
+        if self.has_parts:
+            return super().combine(terms)
+        return terms.ce if self.loss_scale == 1 else self.loss_scale * terms.ce
+
+    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+        if self.needs_teacher:
+            teacher = _needed(teacher, self.called)
+        whole, ce, kd = self._ready_loss(logits, labels, teacher)
+        if whole is not None:
+            return Terms(whole, None)
+        assert ce is not None, f"{ce=}"
+        return Terms(ce, kd)
+
+    @property
+    def _ready_loss(self) -> OwnLoss:
+        """Return the loss of `ready`, or another one for a single use."""
+        return self._loss if self._loss is not None else OwnLoss(self.path, self.args)
+
+
+def recorded(tree: Any) -> Any:
+    """Return an objective's settings; an own one's with what its code says, where it is run."""
+    tree = own_code.spelled_out(tree)
+    if not isinstance(tree, Mapping) or tree.get("name") != "own" or is_only_reading():
+        return tree
+    path = tree.get("path")
+    facts = facts_of(path) if isinstance(path, str) else None
+    if facts is None:
+        return tree
+    return {**tree, "digest": tree.get("digest") or facts.code.digest, "taught": facts.taught}
+
+
 Objective = Annotated[
     CrossEntropy
     | LabelSmoothing
@@ -354,10 +548,13 @@ Objective = Annotated[
     | TfkdRegCode
     | DecoupledKD
     | Dist
-    | StandardisedKD,
+    | StandardisedKD
+    | OwnObjective,
     Field(discriminator="name"),
-    BeforeValidator(name_alone),
+    BeforeValidator(own_code.spelled_out),
 ]
+NAMES = {str(tag(kind)) for kind in leaves(Objective)}
+"""Names of the objectives, which a function of the user's own cannot have."""
 
 
 def _needed(teacher: Tensor | None, name: str) -> Tensor:

@@ -28,6 +28,7 @@ from tfkd_ray.run.connect import (
 )
 from tfkd_ray.run.epochs import Shelf, shelf_name
 from tfkd_ray.run.searcher import OptunaSearcher
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, write_text
 from tfkd_ray.show.listener import Announcer, Listener
@@ -162,7 +163,7 @@ class Recorder(Listener):
                 folder=self._folder(trial),
                 number=assignment.number,
                 name=assignment.name,
-                objective=config["objective"]["name"],
+                objective=str(own_code.shown_name(config["objective"])),
                 status=status,
                 parameters=dict(assignment.parameters),
                 config=config,

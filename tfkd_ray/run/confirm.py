@@ -120,7 +120,7 @@ def comparison_tuner(
     check_writable(directory, "a directory of yours")
     config = runs[0].config
     for arm in compared.arms.arms:
-        for note in arm.config.try_networks():
+        for note in arm.config.try_own_code():
             print(f"note: arm {arm.name}: {note}", file=sys.stderr)
     config.data.examine()
     prepare(config, storage)
@@ -174,7 +174,7 @@ def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
         folder=trials_folder(directory) / run.name,
         number=number,
         name=run.name,
-        objective=run.config.objective.name,
+        objective=run.config.objective.called,
         status="failed",
         parameters={"arm": run.arm, "seed": run.seed},
         config=run.config.model_dump(mode="json"),

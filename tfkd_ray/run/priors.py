@@ -79,5 +79,5 @@ def _prior(space: Space, record: Record, metrics: Sequence[str], origin: str) ->
     if len(values) < len(metrics) or record.last["epoch"] != config.epochs:
         return [f"{' or '.join(metrics)}: not measured there, or not a number"]
     group, parameters = place
-    params, distributions = as_asked(group, config.objective.name, parameters)
+    params, distributions = as_asked(group, config.objective.called, parameters)
     return Prior(group.name, params, distributions, values, origin)

@@ -194,7 +194,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial = self._again(study, number)
             reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
         values, config = group.propose(trial)
-        name = f"t{n:04d}-{config.objective.name}"
+        name = f"t{n:04d}-{config.objective.called}"
         if number is None:
             trial.set_user_attr("name", name)
             trial.set_user_attr("number", n)  # last: now the proposal is complete
@@ -826,7 +826,7 @@ def point_in(
         place = placed(space, config)
         if isinstance(place, list):
             raise ConfigError(f"a point lies outside of the space: {problem}" for problem in place)
-        return place[0], config.objective.name, place[1]
+        return place[0], config.objective.called, place[1]
     objective = given.pop("objective", None)
     _check_names(space, given)
     problems: list[str] = []
@@ -906,7 +906,7 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
                 _, config = group.propose(optuna.trial.FixedTrial(trial.params))
                 place = placed(new.space, config)
                 assert not isinstance(place, list), f"{trial.user_attrs=} {place=}"
-                params, distributions = as_asked(place[0], config.objective.name, place[1])
+                params, distributions = as_asked(place[0], config.objective.called, place[1])
                 copied = optuna.trial.create_trial(
                     state=trial.state,
                     values=trial.values if trial.state == TrialState.COMPLETE else None,

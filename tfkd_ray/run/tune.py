@@ -155,7 +155,7 @@ def build_tuner(
         space = _with_search(space, study=space.search.study or name)
         _check_free(url, str(space.search.study), begun=is_begun(experiment))
     space = without_password(space)
-    prepare(space.example, storage)
+    prepare(space.example, storage, space.try_own_code())
     train_teachers(space.teacher_runs(), storage, on_teacher, on_note=on_note)
     experiment.mkdir(parents=True, exist_ok=True)
     lock = Lock(storage, name)
@@ -254,7 +254,7 @@ def resume_tuner(
             raise ConfigError(
                 f"{over}; to go on, give a new one, which counts from now on", experiment
             )
-        prepare(new.example, storage)
+        prepare(new.example, storage, new.try_own_code())
         if new.search.study != old.search.study:
             wider = _searcher(new, experiment, storage, url)
             copy_trials(searcher, wider)
@@ -394,16 +394,19 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     )
 
 
-def prepare(config: TrainConfig, storage: Storage) -> None:
+def prepare(config: TrainConfig, storage: Storage, notes: Sequence[str] | None = None) -> None:
     """Check data and cluster before a directory is made: refuse what is missing or can never run.
 
     Data that an experiment has recorded are refused if they have changed since.
+
+    Args:
+        notes: those of `try_own_code`, if it was asked for more than this configuration.
     """
     config.data.check()
     if config.data.digest is not None:
         config.data.pinned()
     forget_loaded()
-    for note in config.try_networks():
+    for note in config.try_own_code() if notes is None else notes:
         print(f"note: {note}", file=sys.stderr)
     connect(workers=config.workers)
     shun_nobody()

@@ -71,18 +71,38 @@ def is_needed(tree: Any) -> bool:
     return isinstance(tree, list | tuple) and any(map(is_needed, tree))
 
 
-def here() -> Place:
-    """Return the place of this process."""
-    rest = sys.path[len(before_the_library()) :]
+def spelled_out(value: Any) -> Any:
+    """Return `{name: own, path: a:b}` for `a:b`, alone or as a name, and `{name: x}` for `x`."""
+    tree = {"name": value} if isinstance(value, str) else value
+    name = tree.get("name") if isinstance(tree, Mapping) else None
+    if not isinstance(name, str) or ":" not in name:
+        return tree
+    return {**tree, "name": "own", "path": name}
+
+
+def shown_name(settings: Any) -> str | None:
+    """Return the name by which settings are listed: the function's, if they name the user's own."""
+    tree = spelled_out(settings)
+    name = tree.get("name") if isinstance(tree, Mapping) else None
+    if not isinstance(name, str):
+        return None
+    return str(tree.get("path", "")).rpartition(":")[2] or name if name == "own" else name
+
+
+def is_installed(path: Path | str) -> bool:
+    """Return whether a file is Python's, or of an installed package."""
+    path = Path(path)
     pythons = [
         *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
         site.getusersitepackages(),
     ]
-    own = [
-        str(Path(p).absolute())
-        for p in rest
-        if not any(Path(p).is_relative_to(folder) for folder in pythons)
-    ]
+    return any(path.is_relative_to(folder) for folder in pythons)
+
+
+def here() -> Place:
+    """Return the place of this process."""
+    rest = sys.path[len(before_the_library()) :]
+    own = [str(Path(p).absolute()) for p in rest if not is_installed(p)]
     path = [p for p in own if not p.endswith(_ZIP)]
     return {"directory": str(_home or Path.cwd()), "path": path, "safe": SAFE_PATH in os.environ}
 

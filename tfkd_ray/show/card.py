@@ -42,7 +42,7 @@ def card_text(
     chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str | None
 ) -> Iterator[str]:
     config = chosen.config
-    data, objective = config.data, config.objective.name
+    data, objective = config.data, config.objective.called
     given = {"license": licence} if licence else {"license": "other", "license_name": "none-given"}
     about = {
         "pipeline_tag": "image-classification",

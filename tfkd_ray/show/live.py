@@ -20,6 +20,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.files import legible
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import in_yaml
@@ -156,7 +157,7 @@ class Progress(OwnCallback):
         assignment = Assignment.of(trial.config)
         before = self._runs.pop(assignment.name, None)  # moves a restarted trial to the end
         again = before is not None and before.status == "running"
-        row = assignment.arm or trial.config["objective"]["name"]
+        row = assignment.arm or str(own_code.shown_name(trial.config["objective"]))
         run = _Run(assignment.name, row, assignment.epochs, dict(assignment.parameters))
         run.epoch, run.value = int(last.get("epoch", 0)), _number_cell(last, self._metric)
         self._runs[run.name] = run

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.objectives import OwnObjective
 from tfkd_ray.learn.own import only_reading
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import check_writable, kind_of
 from tfkd_ray.settings.schema import validated
@@ -226,6 +228,10 @@ def _equivalence(record: Record) -> str:
         config = validated(TrainConfig, record.config, record.folder / "trial.json")
     except ConfigError as error:
         return f"cannot be read by this release: {error.problems[0]}"
+    if isinstance(config.objective, OwnObjective):
+        return (
+            f"{config.objective.path}, your own code, which a report does not run: see tfkd explain"
+        )
     amount = amounts_to(config.objective, config.data.num_classes)
     teacher = " (with a synthetic teacher)" if config.objective.needs_teacher else ""
     lsr = f"alpha {amount.lsr.alpha:.3g}"
@@ -431,12 +437,14 @@ def _interval_text(low: float | None, high: float | None) -> str:
 
 
 def _settings(objective: dict[str, Any]) -> str:
+    name = str(own_code.shown_name(objective) or objective["name"])
+    shown = objective["args"] if objective["name"] == "own" else objective
     rest = ", ".join(
         f"{k} {number_text(v)}"
-        for k, v in objective.items()
+        for k, v in shown.items()
         if k != "name" and (k, v) != ("loss_scale", 1.0)
     )
-    return f"{objective['name']}: {rest}" if rest else str(objective["name"])
+    return f"{name}: {rest}" if rest else name
 
 
 def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import in_yaml, parse_yaml, read_yaml
@@ -146,7 +147,7 @@ def read_plan(experiment: Path) -> ExperimentPlan:
         about = read_experiment(experiment)
         space, search = about["space"], about["space"]["search"]
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
-        rows = {str(objective["name"]): int(space["epochs"]) for objective in given}
+        rows = {str(own_code.shown_name(o) or o["name"]): int(space["epochs"]) for o in given}
         metric = scores.score_of(str(search["metric"])).key
         return ExperimentPlan(
             "sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about

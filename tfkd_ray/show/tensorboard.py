@@ -34,6 +34,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
 from tfkd_ray.learn.own import only_reading
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.yaml import dump_yaml, in_yaml
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.space.arms import Arm, read_comparison
@@ -220,9 +221,7 @@ class TensorBoard(OwnCallback):
 
 
 def _objective(trial: Any) -> str | None:
-    objective = trial.config.get("objective")
-    name = objective.get("name") if isinstance(objective, Mapping) else objective
-    return name if isinstance(name, str) else None
+    return own_code.shown_name(trial.config.get("objective"))
 
 
 def _void_from(writer: EventFileWriter, step: int) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field, StringConstraints
 
 from tfkd_ray.learn.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
 from tfkd_ray.learn.dataset import Dataset
-from tfkd_ray.learn.objectives import PUBLISHED
+from tfkd_ray.learn.objectives import PUBLISHED, OwnObjective
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
 from tfkd_ray.settings.files import write_text
@@ -44,7 +44,7 @@ FIRST_SEED = 1001
 """First seed for arms; it is far from the seeds of sweeps."""
 TEACHER_SEEDS = 1_000_000
 """Offset of a teacher's seed from its student's, so that a self teacher is a different run."""
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=48)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=48)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -205,12 +205,13 @@ def _arm(
 
 def _arm_problems(compared: Arms) -> Iterator[str]:
     names = [arm.name for arm in compared.arms]
+    folders = [name.lower() for name in names]  # some file systems do not know case
     first = compared.example
     made: dict[str, str] = {}
     runs = runs_of(compared, [FIRST_SEED], hold_out=True)
     twins = {run.arm: run.config.fingerprint() for run in runs}
     for arm in compared.arms:
-        if names.count(arm.name) > 1 and arm is compared.named(arm.name):
+        if folders.count(arm.name.lower()) > 1 and arm is compared.named(arm.name):
             yield f"arms.{arm.name}: two arms have this name"
         if arm.baseline is not None and arm.baseline not in names:
             yield f"arms.{arm.name}.baseline: no arm {arm.baseline!r}; {did_you_mean(arm.baseline, names)}"
@@ -340,9 +341,15 @@ def arms_of(
             )
         rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
-    objective = validated(TrainConfig, first.config).objective
-    weight = objective.loss_scale * objective.ce_weight
-    if weight > 0 and "scaled" in rivals:
+    arms, notes = _with_code_of_now(arms)
+    objective = validated(TrainConfig, arms[0]["config"]).objective
+    weight = objective.ce_share
+    if weight is None and "scaled" in rivals:
+        notes.append(
+            f"{first.objective} is a function, so its weight of CE cannot be told, and there is no baseline ce-scaled; "
+            "a class with terms and ce_weight has one."
+        )
+    if weight is not None and weight > 0 and "scaled" in rivals:
         teacher = first.config["teacher"] if first.config.get("init") == "trained" else None
         scaled = {
             **first.config,
@@ -366,12 +373,29 @@ def arms_of(
         {
             "title": f"{experiment.name}: the best {len(winners)} against tuned baselines",
             "arms": list(distinct.values()),
+            "note": " ".join(notes),
             "searched": len(read_records(experiment)),
             "metric": metric,
             "experiment": experiment.name,
         },
         experiment,
     )
+
+
+def _with_code_of_now(arms: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return arms with the present code of their own objectives, and a note on what has changed."""
+    found, notes = [], []
+    for arm in arms:
+        objective = validated(TrainConfig, arm["config"]).objective
+        changed = objective.changed() if isinstance(objective, OwnObjective) else None
+        if isinstance(objective, OwnObjective) and changed is not None:
+            notes.append(
+                f"Since the sweep {changed}: its settings were tuned for the old code, and the new one is trained here."
+            )
+            now = objective.as_it_is_now().model_dump(mode="json")
+            arm = {**arm, "config": {**arm["config"], "objective": now}}
+        found.append(arm)
+    return found, list(dict.fromkeys(notes))
 
 
 def _full(experiment: Path) -> list[Record]:

@@ -10,6 +10,7 @@ figures as orders of magnitude.
 Shapes: S = logit scales, B = images, K = classes, N = B * K.
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -22,8 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.images import address
-from tfkd_ray.learn.objectives import Canonical, CrossEntropy, LabelSmoothing, softmax
+from tfkd_ray.learn.images import address, seeded
+from tfkd_ray.learn.objectives import (
+    Canonical,
+    CrossEntropy,
+    LabelSmoothing,
+    OwnObjective,
+    softmax,
+)
 from tfkd_ray.space.ranges import Choices, Domain
 from tfkd_ray.space.space import Branch, Parameter, Space
 
@@ -53,9 +60,9 @@ class Amount:
     """Share of the gradient that this `lsr` leaves unexplained, per value of SCALES."""
 
     @property
-    def ce_weight(self) -> float:
-        """Return the weight of CE in the whole loss: s * (1 - alpha)."""
-        return self.objective.loss_scale * self.objective.ce_weight
+    def ce_weight(self) -> float | None:
+        """Return the weight of CE in the whole loss, s * (1 - alpha); None if it is unknown."""
+        return self.objective.ce_share
 
     @property
     def soft_weight(self) -> float:
@@ -133,14 +140,15 @@ def knobs(branch: Branch, num_classes: int) -> list[Knob]:
     found = []
     for parameter in searched:
         others = [p for p in searched if p is not parameter]
-        field, domain = parameter.path[-1], parameter.domain
+        domain = parameter.domain
+        around = middle if parameter.within is None else _middle(branch, parameter)
         ends = itertools.product((0.0, 1.0), repeat=len(others))
         moved = []
         for corner in [(0.5,) * len(others), *itertools.islice(ends, EXPLAINED_CORNERS)]:
-            there = _moved_to(middle, others, corner)
-            reference = gradient(there.model_copy(update={field: _at_place(domain, 0.5)}))
+            there = _moved_to(around, others, corner)
+            reference = gradient(_with_value(there, parameter, _at_place(domain, 0.5)))
             for value in _values(domain):
-                varied = gradient(there.model_copy(update={field: value}))
+                varied = gradient(_with_value(there, parameter, value))
                 moved.append(_moved_from(varied, reference))
         residuals, scalars = zip(*moved, strict=True)
         scaled = (min(scalars), max(scalars))
@@ -227,7 +235,7 @@ def explained(space: Space) -> Iterator[str]:
 
 def arm_line(name: str, config: TrainConfig) -> Iterator[str]:
     """Yield the equivalent of one configuration's objective: a line with its name, then details."""
-    yield textwrap.shorten(f"{name}: {config.objective.name}", WIDTH, placeholder=" ...")
+    yield textwrap.shorten(f"{name}: {config.objective.called}", WIDTH, placeholder=" ...")
     yield from _indented(_sentences([amounts_to(config.objective, config.data.num_classes)]))
 
 
@@ -320,7 +328,13 @@ def _gradients(num_classes: int) -> Callable[[Canonical], ExplainArray]:
         q, temperature = target
         return _means((softmax(logits / temperature) - q) / temperature)
 
+    @functools.lru_cache(maxsize=64)
+    def whole(objective: OwnObjective) -> ExplainArray:
+        return _of_own(objective, logits, labels, teacher)
+
     def gradient(objective: Canonical) -> ExplainArray:
+        if isinstance(objective, OwnObjective):
+            return whole(objective)
         if not objective.kd_weight:
             return objective.loss_scale * objective.ce_weight * ce
         weights = {"loss_scale": 1.0, "alpha": 0.5}
@@ -349,6 +363,29 @@ def _by_torch(
     return found
 
 
+def _of_own(
+    objective: OwnObjective, logits: ExplainArray, labels: ExplainArray, teacher: ExplainArray
+) -> ExplainArray:
+    """Return the gradient [S, N] of a whole loss of the user's own, in float32 as in training."""
+    import torch
+
+    ready = objective.loaded()
+    z = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
+    right = torch.tensor(labels.astype(np.int64))
+    target = torch.tensor(teacher, dtype=torch.float32) if objective.needs_teacher else None
+    total = torch.zeros(())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more wait for each other longer than a small batch takes
+    try:
+        with seeded(0, "explain"):
+            for each in z:
+                total = total + ready(each, right, target)
+        found: ExplainArray = torch.autograd.grad(total, z)[0].flatten(1).double().numpy()
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
 def _moved_from(gradient: ExplainArray, reference: ExplainArray) -> tuple[float, float]:
     """Return (residual, factor) of the best multiple of `reference`, at the worst logit scale."""
     size = _size(gradient)
@@ -373,8 +410,9 @@ def _at_place(domain: Domain, t: float) -> Any:
     """Return the value at a fraction t of a range, on its own scale, or of sorted choices."""
     if isinstance(domain, Choices):
         last = len(domain.values) - 1
-        return sorted(domain.values)[round(t * last)]
-    return domain.at(t)
+        numbers = all(isinstance(value, int | float) for value in domain.values)
+        return (sorted(domain.values) if numbers else domain.values)[round(t * last)]
+    return round(domain.at(t)) if domain.whole else domain.at(t)
 
 
 def _values(domain: Domain) -> list[Any]:
@@ -384,15 +422,22 @@ def _values(domain: Domain) -> list[Any]:
 
 
 def _searched_values(branch: Branch) -> list[Parameter]:
-    """Return the searched settings of the branch's objective, all of them numeric."""
+    """Return the searched settings of the branch's objective; only own ones may not be numbers."""
     return [p for p in branch.parameters if p.path[0] == "objective"]
 
 
-def _middle(branch: Branch) -> Canonical:
-    """Return the branch's objective with its searched settings at their middle."""
+def _middle(branch: Branch, inside: Parameter | None = None) -> Canonical:
+    """Return the branch's objective with its searched settings at their middle.
+
+    Args:
+        inside: a parameter within an item of choices, which is chosen then.
+    """
     values = {p.name: p.domain.probes[0] for p in branch.parameters}
     for p in _searched_values(branch):
         values[p.name] = _at_place(p.domain, 0.5)
+    if inside is not None:
+        chosen = {p.within[0] for p in branch.parameters if p.within}
+        values |= {k: v for k, v in branch.around(inside).items() if k in chosen}
     return branch.config(values).objective
 
 
@@ -400,10 +445,27 @@ def _moved_to(
     objective: Canonical, parameters: Sequence[Parameter], places: Sequence[float]
 ) -> Canonical:
     """Return the objective with parameters at these places of their ranges."""
-    values = {}
     for p, place in zip(parameters, places, strict=True):
-        values[p.path[-1]] = _at_place(p.domain, place)
-    return objective.model_copy(update=values)
+        objective = _with_value(objective, p, _at_place(p.domain, place))
+    return objective
+
+
+def _with_value(objective: Canonical, parameter: Parameter, value: Any) -> Canonical:
+    """Return the objective with another value of a parameter.
+
+    A parameter within an item of choices that is not chosen has no place: it changes nothing.
+    """
+    _, top, *below = parameter.path
+    if not below:
+        return objective.model_copy(update={top: value})
+    whole = copy.deepcopy(getattr(objective, top))
+    part = whole
+    for name in below[:-1]:
+        part = part.get(name) if isinstance(part, dict) else None
+    if not isinstance(part, dict) or below[-1] not in part:
+        return objective
+    part[below[-1]] = value
+    return objective.model_copy(update={top: whole})
 
 
 def _ends_searched(branch: Branch) -> Iterator[Canonical]:
@@ -435,8 +497,14 @@ def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
     yield f"loss_scale {_span([a.objective.loss_scale for a in amounts])}" + "".join(
         f", {text}" for text in settings
     )
-    soft = f", of the soft part {_span([a.soft_weight for a in amounts])}" if settings else ""
-    yield f"weight of CE {_span([a.ce_weight for a in amounts])}{soft}"
+    weights = [a.ce_weight for a in amounts]
+    known = [weight for weight in weights if weight is not None]
+    if len(known) == len(weights):
+        parts = bool(settings) or isinstance(objective, OwnObjective)
+        soft = f", of the soft part {_span([a.soft_weight for a in amounts])}" if parts else ""
+        yield f"weight of CE {_span(known)}{soft}"
+    else:
+        yield f"weight of CE unknown: {objective.called} gives the whole loss"
     if isinstance(objective, CrossEntropy | LabelSmoothing):
         return
     alpha = _span([a.lsr.alpha for a in amounts])

@@ -198,6 +198,14 @@ class Range:
         return [round(v) for v in found] if self.whole else found
 
     @property
+    def spelled(self) -> "Range":
+        """Return the same range, whose numbers say by themselves whether it is of whole numbers."""
+        if self.whole:
+            return self
+        step = None if self.step is None else float(self.step)
+        return replace(self, low=float(self.low), high=float(self.high), step=step)
+
+    @property
     def tree(self) -> Tree:
         """Return the range in the form of a file."""
         low, high = self.probes

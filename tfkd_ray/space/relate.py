@@ -244,7 +244,7 @@ def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list
     does not lie in this space, return the differences instead.
     """
     tree = config.model_dump(mode="json")
-    name = config.objective.name
+    name = config.objective.called
     for group in space.groups:
         for branch in group.branches:
             if branch.objective == name:

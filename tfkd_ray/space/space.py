@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.learn.config import RUN_ONLY, TeacherRun, TrainConfig
-from tfkd_ray.learn.objectives import Canonical
+from tfkd_ray.learn.objectives import Canonical, recorded
+from tfkd_ray.learn.own import is_only_reading
+from tfkd_ray.learn.own_loss import whole_numbers
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
@@ -58,10 +61,10 @@ MAX_GRID = 100_000
 MAX_RUNGS = 10_000
 MAX_STEPS = 1_000_000
 OBJECTIVES = members(TrainConfig.model_fields["objective"])
-TAUGHT = {str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher} - {
-    "tfkd_self"
-}
-"""Objectives whose teacher has its own network."""
+TAUGHT = {
+    str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher is True
+} - {"tfkd_self"}
+"""Objectives whose teacher has its own network; of the user's own, the settings say it."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Branch:
         if not _needs_teacher(self.tree):
             return []
         parts = {"teacher", "augment", "init"}
-        if self.objective not in TAUGHT or self.tree.get("init") == "trained":
+        if not _is_taught(self.tree["objective"]) or self.tree.get("init") == "trained":
             parts.add("student")
         return [p for p in self.parameters if p.path[0] in parts]
 
@@ -234,6 +237,19 @@ class Space:
     def example(self) -> TrainConfig:
         """Return one configuration; its run settings are those of every other one."""
         return self.branches[0].example
+
+    def try_own_code(self) -> list[str]:
+        """Try the user's own code in each objective's first and last configuration; return notes.
+
+        See `TrainConfig.try_own_code`.
+        """
+        notes = self.example.try_own_code()
+        for branch in self.branches:
+            for end in (0, -1):
+                ends = {p.name: p.domain.probes[end] for p in branch.parameters}
+                config = branch.config(ends)
+                notes += config.objective.try_out(config.data.num_classes)
+        return list(dict.fromkeys(notes))
 
     def single(self) -> TrainConfig:
         """Return the only configuration of a file without ranges; else raise a ConfigError."""
@@ -350,11 +366,11 @@ def _read_branches(
         objectives = _objectives(tree.pop("objective", None), search, notes)
     except ConfigError as error:
         return [], error.problems
-    names = {name_of(objective) for objective in objectives}
+    taught = any(map(_is_taught, objectives))
     for objective in objectives:
         shared = dict(tree)
         teacher = tree.get("teacher")
-        if name_of(objective) == "tfkd_self" and TAUGHT & names and isinstance(teacher, dict):
+        if name_of(objective) == "tfkd_self" and taught and isinstance(teacher, dict):
             # the given network is the other objectives' teacher; a self teacher is the student's
             shared["teacher"] = {k: v for k, v in teacher.items() if k != "model"}
         try:
@@ -687,14 +703,17 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
             "objective: required, and not given; for example: objective: [ce, lsr, tfkd_reg]"
         )
     if not isinstance(given, list):
-        return [given]
+        return [recorded(given)]
     if not given:
         raise ConfigError("objective: an empty list; for example: objective: [ce, lsr, tfkd_reg]")
-    names = [name_of(o) for o in given]
+    given = [recorded(objective) for objective in given]
+    names = [own_code.shown_name(o) for o in given]
     twice = {n for n in names if n is not None and names.count(n) > 1}
     if twice:
+        own = any(own_code.shown_name(o) in twice and name_of(o) == "own" for o in given)
+        way = ", or give one function another name" if own else ""
         raise ConfigError(
-            f"objective: {', '.join(sorted(twice))} is listed twice; widen one range instead"
+            f"objective: {', '.join(sorted(twice))} is listed twice; widen one range instead{way}"
         )
     added: list[Any] = []
     if search.baselines and len(given) > 1:
@@ -707,12 +726,21 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
             f"added {' and '.join(a['name'] for a in added)}: baselines are tuned as hard as the rest "
             "(search.baselines: false leaves them out)"
         )
-    return given + added
+    return [*given, *added]
 
 
 def _needs_teacher(tree: Tree) -> bool:
     """Return whether a run of this tree, with one objective, first needs a trained network."""
-    return tree.get("init") == "trained" or name_of(tree.get("objective")) in {*TAUGHT, "tfkd_self"}
+    objective = tree.get("objective")
+    self_taught = name_of(objective) == "tfkd_self"
+    return tree.get("init") == "trained" or self_taught or _is_taught(objective)
+
+
+def _is_taught(objective: Any) -> bool:
+    """Return whether an objective of a tree needs a teacher with its own network."""
+    if name_of(objective) == "own":
+        return bool(objective.get("taught"))
+    return name_of(objective) in TAUGHT
 
 
 def _ranges(value: Any, path: Path_) -> Iterator[str]:
@@ -742,10 +770,16 @@ def _ranges_in_lists(value: Any, path: Path_) -> Iterator[str]:
 class _Ranges:
     """Collects the ranges of one objective's tree as parameters, and their problems."""
 
-    def __init__(self, objective: str, notes: list[str]) -> None:
+    def __init__(self, objective: str, notes: list[str], whole: Mapping[str, bool] | None) -> None:
+        """Collect ranges.
+
+        Args:
+            whole: for annotated arguments of an own objective, whether they are whole numbers;
+                others are real ones, if they have no step. None: the numbers of a range decide.
+        """
         self.found: list[Parameter] = []
         self.problems: list[str] = []
-        self._objective, self._notes = objective, notes
+        self._objective, self._notes, self._whole = objective, notes, whole
 
     def taken_from(
         self, value: Any, path: Path_ = (), name: Path_ = (), within: Within | None = None
@@ -764,7 +798,7 @@ class _Ranges:
             there = (*path, str(key))
             called = (*name, str(key)) if within else public_path(there, self._objective)
             try:
-                domain = self._domain(given, called)
+                domain = self._domain(given, called, there)
             except ConfigError as error:
                 self.problems += error.problems
                 continue
@@ -775,8 +809,14 @@ class _Ranges:
                 self._keep(Parameter(".".join(called), there, domain, within), called)
         return below
 
-    def _domain(self, given: Any, called: Path_) -> Domain | None:
-        domain = domain_of(given, called, self._notes, whole=holds_whole_numbers(called))
+    def _domain(self, given: Any, called: Path_, there: Path_) -> Domain | None:
+        whole = holds_whole_numbers(called)
+        of_own = there[:-1] == ("objective", "args")
+        if of_own and self._whole is not None and isinstance(given, dict):
+            whole = self._whole.get(there[-1], None if "step" in given else False)
+        domain = domain_of(given, called, self._notes, whole=whole)
+        if of_own and isinstance(domain, Range):
+            domain = domain.spelled
         if domain is None and isinstance(given, list | dict) and holds_a_number(called):
             raise ConfigError(range_meant(given, called))
         return domain
@@ -794,11 +834,11 @@ class _Ranges:
 
 def _build_branch(tree: Tree, notes: list[str]) -> Branch:
     """Return the space of one objective; raise one ConfigError with all its problems."""
-    tree = {**tree, "objective": name_alone(tree["objective"])}
+    tree = {**tree, "objective": own_code.spelled_out(tree["objective"])}
     if not isinstance(tree["objective"], dict):
         raise ConfigError(f"objective: needs a name or settings, got {tree['objective']!r}")
-    objective = str(tree["objective"].get("name", "?"))
-    ranges = _Ranges(objective, notes)
+    objective = own_code.shown_name(tree["objective"]) or str(tree["objective"].get("name", "?"))
+    ranges = _Ranges(objective, notes, _whole_arguments(tree["objective"]))
     template: Tree = ranges.taken_from(tree)
     problems = ranges.problems + list(_names_differ(ranges.found))
     # by name: the sampler's answers depend on the order, which must not depend on the file's layout
@@ -812,6 +852,14 @@ def _build_branch(tree: Tree, notes: list[str]) -> Branch:
         raise ConfigError(problems)
     template |= {"precision": _precision(branch)}
     return branch
+
+
+def _whole_arguments(objective: Tree) -> dict[str, bool] | None:
+    """Return which arguments of an own objective are whole numbers, if its code may be loaded."""
+    path = objective.get("path")
+    if objective.get("name") != "own" or not isinstance(path, str) or is_only_reading():
+        return None
+    return whole_numbers(path)
 
 
 def _without_teacher(branch: Branch) -> Branch:
@@ -1048,8 +1096,8 @@ def _one_objective(tree: Tree, path: list[str]) -> tuple[Tree, list[str]]:
     """Return the settings of the objective that an override names, and the rest of the path."""
     given = tree.get("objective")
     listed = given if isinstance(given, list) else [given]
-    settings = [name_alone(o) for o in listed]
-    names = [name_of(o) for o in settings]
+    settings = [own_code.spelled_out(o) for o in listed]
+    names = [own_code.shown_name(o) for o in settings]
     if path[1] not in names:
         known = [str(n) for n in names if n]
         raise ConfigError(

@@ -1,0 +1,427 @@
+"""A loss of the user's own: its signature, its arguments, and a trial of it on two small batches.
+
+`OwnObjective` (objectives.py) is its setting. The loss is a function `(logits, labels, **args)` or
+`(logits, labels, teacher, **args)`, or a class whose objects have `terms(logits, labels)` or
+`terms(logits, labels, teacher)`, created with `**args`.
+
+Shapes: B = batch, K = classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from tfkd_ray.learn.images import seeded
+from tfkd_ray.learn.own import Code, code_of, imported
+from tfkd_ray.settings import own_code
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEACHER = "teacher"
+"""Name of the parameter for the teacher's logits."""
+_GIVEN = 2
+"""Number of leading parameters that training gives: logits and labels."""
+_KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class Facts(NamedTuple):
+    """What the code of a loss says, as a run records it."""
+
+    code: Code
+    taught: bool
+    """True if its signature asks for a teacher's logits."""
+
+
+class _Call(NamedTuple):
+    """The parameters of a loss: those of a batch, and those that are settings."""
+
+    batch: dict[str, inspect.Parameter]
+    args: dict[str, inspect.Parameter]
+    hints: dict[str, Any]
+    """Annotations of `args`, without those that cannot be resolved."""
+    any_more: bool
+    """True if it accepts other arguments, too (`**kwargs`)."""
+    taught: bool
+    """True if it needs a teacher's logits."""
+
+
+class Result(NamedTuple):
+    """The loss of one batch, as a loss of the user's own gives it."""
+
+    whole: Tensor | None
+    """The whole loss; None if the parts are known."""
+    ce: Tensor | None = None
+    kd: Tensor | None = None
+
+
+def facts_of(path: str) -> Facts | None:
+    """Return what the code at a path says; None if it is no loss, which `loss_problems` reports."""
+    try:
+        call = _call_of(_found_at(path, "path"))
+    except ConfigError:
+        return None
+    return Facts(code_of(path), call.taught)
+
+
+def loss_problems(path: str, args: Mapping[str, Any], where: str) -> list[str]:
+    """Return a sentence for each reason why a loss cannot be called with these arguments.
+
+    Args:
+        where: dotted path of its settings.
+    """
+    try:
+        call = _call_of(_found_at(path, f"{where}.path"))
+    except ConfigError as error:
+        return error.problems
+    return list(_argument_problems(call, args, f"{where}.args", own_code.shown_name(path)))
+
+
+def whole_numbers(path: str) -> dict[str, bool]:
+    """Return for each argument with the annotation of a number whether that is a whole one."""
+    try:
+        call = _call_of(_found_at(path, "path"))
+    except ConfigError:
+        return {}
+    found = {}
+    for name, hint in call.hints.items():
+        kinds = {*map(_bare, typing.get_args(hint))} if _is_union(hint) else {_bare(hint)}
+        if kinds & {int, float}:
+            found[name] = float not in kinds
+    return found
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _bare(hint: Any) -> Any:
+    """Return an annotation without `Annotated`."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def _found_at(path: str, where: str) -> Any:
+    """Return the function or class at a path; raise a ConfigError if it is no loss."""
+    found = imported(path, where)
+    if isinstance(found, type) and not callable(getattr(found, "terms", None)):
+        raise ConfigError(
+            f"{where}: {path} is a class without `terms`: give it terms(self, logits, labels, teacher), which returns "
+            "(ce, soft), or name a function"
+        )
+    if not callable(found):
+        raise ConfigError(f"{where}: {path} is {found!r}, neither a function nor a class")
+    try:
+        call = _call_of(found)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{where}: {path} has no signature that Python can read; wrap it in a function of your own"
+        ) from None
+    of_batch = [name for name in call.batch if name != TEACHER]
+    if len(of_batch) < _GIVEN:
+        what = "its terms" if isinstance(found, type) else "it"
+        raise ConfigError(
+            f"{where}: {path}: {what} must take logits and labels first, then teacher if it needs one: "
+            f"(logits, labels, teacher, ...), got ({', '.join(call.batch)})"
+        )
+    return found
+
+
+def _call_of(found: Any) -> _Call:
+    """Return the parameters of a loss."""
+    is_class = isinstance(found, type)
+    batch_of = list(inspect.signature(found.terms if is_class else found).parameters.values())
+    if is_class and not isinstance(inspect.getattr_static(found, "terms"), staticmethod):
+        batch_of = batch_of[1:]  # self
+    names = [p.name for p in batch_of if p.kind in _POSITIONAL][:_GIVEN]
+    batch = {p.name: p for p in batch_of if p.name in {*names, TEACHER}}
+    if is_class:
+        args_of, target = list(inspect.signature(found).parameters.values()), found.__init__
+    else:
+        args_of, target = [p for p in batch_of if p.name not in batch], found
+    args = {p.name: p for p in args_of if p.kind in _KEYWORDS}
+    try:
+        hints = typing.get_type_hints(target, include_extras=True)
+    except Exception:  # an annotation may name anything
+        hints = {}
+    any_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in args_of)
+    needed = TEACHER in batch and batch[TEACHER].default is inspect.Parameter.empty
+    declared = TEACHER in batch and getattr(found, "needs_teacher", False) is True
+    hints = {name: hint for name, hint in hints.items() if name in args}
+    return _Call(batch, args, hints, any_more, needed or declared)
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _argument_problems(
+    call: _Call, given: Mapping[str, Any], where: str, name: str | None
+) -> Iterator[str]:
+    """Yield a sentence for each argument that is unknown, missing or of another type."""
+    for key, value in given.items():
+        if key in call.batch:
+            yield f"{where}.{key}: training gives it for each batch; leave it out"
+        elif key in call.args:
+            if problem := _value_problem(call.args[key], call.hints.get(key), value):
+                yield f"{where}.{key}: {problem} (the signature says {_as_written(call.args[key])})"
+        elif not call.any_more:
+            hint = did_you_mean(key, call.args) if call.args else "it has none"
+            yield f"{where}.{key}: {name} has no such argument; {hint}"
+    for key, parameter in call.args.items():
+        if parameter.default is inspect.Parameter.empty and key not in given:
+            hint = (
+                "; a teacher's logits come as a parameter named teacher" if "teach" in key else ""
+            )
+            yield f"{where}.{key}: required by {name}, and not given{hint}"
+
+
+def _value_problem(parameter: inspect.Parameter, hint: Any, value: Any) -> str | None:
+    """Return why a value does not fit an argument, or None."""
+    expected = hint if hint is not None else _kind_of(parameter.default)
+    if expected is None:
+        return None
+    try:
+        TypeAdapter(expected).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        return f"{error.errors(include_url=False)[0]['msg']}, got {value!r}"
+    except (PydanticUserError, TypeError, ValueError, NameError):  # a type that is no setting's
+        return None
+    return None
+
+
+def _kind_of(default: Any) -> Any:
+    """Return the type that a default stands for; None if it may be any."""
+    if isinstance(default, bool | str):
+        return type(default)
+    return float if isinstance(default, int | float) else None
+
+
+def _as_written(parameter: inspect.Parameter) -> str:
+    return f"{parameter}".replace(" = ", "=").replace("=", " = ")
+
+
+# --- the loss itself ------------------------------------------------------------------------------
+
+
+class OwnLoss:
+    """A loss of the user's own, ready for batches; a class is instantiated once."""
+
+    def __init__(self, path: str, args: Mapping[str, Any]) -> None:
+        found = _found_at(path, "path")
+        call = _call_of(found)
+        self.called = own_code.shown_name(path)
+        self.path = path
+        self.takes_teacher = call.taught
+        self.has_parts = isinstance(found, type)
+        arguments = copy.deepcopy(dict(args))
+        if self.has_parts:
+            with seeded(0, "objective"):
+                self.object = own_code.at_home(found)(**arguments)
+            self._call = self.object.terms
+        else:
+            self.object = found
+            self._call = functools.partial(found, **arguments)
+        kind = call.batch[TEACHER].kind if call.taught else None
+        self._by_name = kind in _KEYWORDS
+        self._to = getattr(self.object, "to", None) if self.has_parts else None
+        self._device: Any = None
+
+    def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Result:
+        """Return the loss of a batch; raise a ConfigError if it is none."""
+        if self._to is not None and self._device != logits.device:  # a module, with buffers
+            self._device = logits.device
+            self._to(self._device)
+        if not self.takes_teacher:
+            found = self._call(logits, labels)
+        elif self._by_name:
+            found = self._call(logits, labels, teacher=teacher)
+        else:
+            found = self._call(logits, labels, teacher)
+        if not self.has_parts:
+            return Result(self._scalar(found, "it"))
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise self.wrong(f"terms must return (ce, soft), got {_brief_of(found)}")
+        ce, kd = found
+        ce = self._scalar(ce, "the first of its terms")
+        return Result(None, ce, None if kd is None else self._scalar(kd, "the second of its terms"))
+
+    def weight(self, name: str) -> float:
+        """Return a number of a class's object, such as `ce_weight`; 1 if it has none."""
+        found = getattr(self.object, name, 1.0) if self.has_parts else 1.0
+        if not isinstance(found, int | float):
+            raise self.wrong(f"{name} must be a number, got {_brief_of(found)}")
+        return float(found)
+
+    def wrong(self, problem: str) -> ConfigError:
+        """Return an error of this loss."""
+        return ConfigError(f"objective {self.called}: {self.path}: {problem}")
+
+    def _scalar(self, value: Any, what: str) -> Tensor:
+        from torch import Tensor
+
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            raise self.wrong(
+                f"{what} must be a scalar, the mean over the batch, got {_brief_of(value)}; is a .mean() missing?"
+            )
+        return value
+
+
+def _brief_of(value: Any) -> str:
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{type(value).__name__}: {str(value)[:60]!r}"
+
+
+# --- a trial of it --------------------------------------------------------------------------------
+
+_BATCH = 8
+"""Images of a batch on which a loss is tried."""
+Total = typing.Callable[["Tensor", "Tensor", "Tensor | None"], "Tensor"]
+
+
+def tried(loss: OwnLoss, total: Total, num_classes: int) -> list[str]:
+    """Call a loss on two small batches, so that its errors appear before anything starts.
+
+    Return notes on what is allowed but probably a mistake.
+
+    Args:
+        total: gives the whole loss of a batch, from this `OwnLoss`.
+
+    Raises:
+        ConfigError: if it raises, is no finite scalar, has no gradient, or keeps state.
+    """
+    import torch
+    from torch import nn
+
+    K = num_classes
+    with seeded(0, "objective", K):
+        batches = [
+            (torch.randn(_BATCH, K), torch.randint(K, (_BATCH,)), 2 * torch.randn(_BATCH, K))
+            for _ in range(2)
+        ]
+    if isinstance(loss.object, nn.Module) and any(True for _ in loss.object.parameters()):
+        raise loss.wrong("it has parameters, and nothing trains them; use buffers or numbers")
+    first, second = batches
+    once = _asked(loss, total, first)
+    _asked(loss, total, second)
+    before = _data_of(loss)
+    again = _asked(loss, total, first)
+    _asked(loss, total, second)
+    if once != again:
+        raise _stateful(loss, f"the same batch gives {once:.6g}, and {again:.6g} when asked again")
+    if changed := _first_change(before, _data_of(loss)):
+        raise _stateful(loss, f"{changed} changes from batch to batch")
+    if getattr(loss.object, "soft_labels", False):
+        logits, labels, teacher = first
+        mixed = (torch.eye(K)[labels] + torch.eye(K)[labels.flip(0)]) / 2
+        _asked(loss, total, (logits, mixed, teacher))
+    twice = (torch.cat([part, part]) for part in first)
+    if abs(_asked(loss, total, tuple(twice)) - 2 * once) < 1e-4 * abs(once):
+        return [
+            f"objective {loss.called}: a batch that is twice as long gives twice the loss: it seems to be a sum over "
+            "the images; training expects their mean"
+        ]
+    return []
+
+
+def _asked(loss: OwnLoss, total: Total, batch: Sequence[Tensor]) -> float:
+    """Return the loss of a batch; raise a ConfigError if it is no number or has no gradient."""
+    import torch
+
+    logits, labels, teacher = batch
+    K = logits.shape[1]
+    leaf = logits.clone().requires_grad_()
+    given = f"logits {list(logits.shape)}, labels {list(labels.shape)}"
+    given += f" and a teacher's logits {list(teacher.shape)}" if loss.takes_teacher else ""
+    try:
+        with seeded(0, "objective", K), torch.enable_grad():
+            value = total(leaf * 1, labels.clone(), teacher.clone() if loss.takes_teacher else None)
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's function may raise anything
+        raise loss.wrong(f"given {given}, it ends in {type(error).__name__}: {error}") from error
+    if not value.isfinite():
+        raise loss.wrong(
+            f"given {given} of ordinary size, it returns {value.item()}; look for log(0), 0/0 or an overflow"
+        )
+    if not value.requires_grad:
+        raise loss.wrong("it has no gradient; is there a detach, a no_grad or an argmax in it?")
+    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    if gradient is None:
+        raise loss.wrong("it does not depend on the logits, so that nothing would be learnt")
+    if not gradient.isfinite().all():
+        raise loss.wrong("its gradient by the logits is not finite; look for the root or log of 0")
+    return float(value.detach())
+
+
+def _stateful(loss: OwnLoss, problem: str) -> ConfigError:
+    return loss.wrong(
+        f"it keeps state between batches ({problem}), which checkpoints lack: a resumed run would give other numbers; "
+        "let the loss depend on its arguments alone"
+    )
+
+
+_LARGE = 1_000_000
+"""Numbers in a tensor that is data, not state."""
+_PLAIN = (bool, int, float, complex, str, bytes, list, dict, set, type(None))
+
+
+def _data_of(loss: OwnLoss) -> dict[str, Any]:
+    """Return copies of the data that a loss may change: its object's and its module's."""
+    from torch import Tensor
+
+    found: dict[str, Any] = {}
+    module = inspect.getmodule(type(loss.object) if loss.has_parts else loss.object)
+    of_module = vars(module) if module is not None else {}
+    of_object = getattr(loss.object, "__dict__", {})
+    for whose, data in (("the module's", of_module), ("its", of_object)):
+        for name, value in data.items():
+            small = not isinstance(value, Tensor) or value.numel() < _LARGE
+            if isinstance(value, (*_PLAIN, Tensor)) and small and not name.startswith("__"):
+                found[f"{whose} {name}"] = _copied(value)
+    return found
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # it may hold anything
+        return None
+
+
+def _first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """Return the name of the first datum that differs, or None."""
+    for name in {**before, **after}:
+        if not _same(before.get(name), after.get(name)):
+            return name
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    from torch import Tensor
+
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    try:
+        return bool(type(a) is type(b) and (a == b or a != a))
+    except Exception:  # objects whose comparison fails say nothing
+        return True
