@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfkd_ray.settings.errors import ConfigError, Unreachable  # `--help` needs no YAML
     except ModuleNotFoundError as error:
         return _not_installed(argv[0] if argv else "", error)
+    except SystemExit as end:  # `--help`, or a wrong option
+        return _ended(end)
 
     args.command = command
     try:
@@ -84,14 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except ModuleNotFoundError as error:
         return _not_installed(args.verb, error)
-    except BrokenPipeError:  # the reader of our output closed it: no failure of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    except BrokenPipeError:
+        return _no_reader()
     except OSError as error:
         sentence = _file_trouble(error)
         if sentence is None:
             raise
         say_error(f"tfkd {args.verb}: {sentence}")
+        _drop_what_cannot_be_written()
         return FAILED
 
 
@@ -109,6 +111,33 @@ def _prepare_process() -> None:
         and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     ):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # at any moment
+
+
+def _ended(end: SystemExit) -> int:
+    """Raise the end of the parser again, after its output is written; else return an exit code."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _no_reader()
+    except OSError as error:
+        say_error(f"tfkd: {_file_trouble(error) or error}")
+        _drop_what_cannot_be_written()
+        return FAILED
+    raise end
+
+
+def _no_reader() -> int:
+    """Return the exit code where the reader of our output closed it: no failure of ours."""
+    _drop_what_cannot_be_written()
+    return OK
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Send the rest of our output nowhere if it fails; else Python fails again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _file_trouble(error: OSError) -> str | None:
