@@ -436,6 +436,36 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
         assert again.metrics[: len(record.metrics)] == record.metrics
 
 
+WRITES = """
+import os, signal, sys
+from tfkd_ray.cli.fit import _ctrl_c
+
+class Progress:
+    def note(self, text):
+        print(text, file=sys.stderr, flush=True)
+
+signal.signal(signal.SIGUSR1, lambda number, frame: None)
+with _ctrl_c(Progress()):
+    print("ready", flush=True)
+    sys.stderr.write("x" * 300_000)
+"""
+
+
+def test_ctrl_c_while_a_line_is_being_written_is_told_after_it(tmp_path: Path) -> None:
+    """The terminal is slow: the write blocks, and the signal comes in its middle."""
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITES], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 0 and said.startswith(b"x" * 300_000), said[-300:]
+    assert b"stopping: trials save their state" in said and b"Traceback" not in said
+
+
 @pytest.mark.ray
 def test_ctrl_c_twice_stops_at_once(ray_cluster: str, here: Path) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "d", *LONG, cwd=here)

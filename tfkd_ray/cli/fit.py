@@ -143,14 +143,19 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # our handler passes it on
     interrupted: list[bool] = []
+    told: list[threading.Thread] = []
+
+    def say_last() -> None:
+        progress.stop()
+        say_error("stopped at once; what was not saved is repeated when you resume")
 
     def handler(number: int, frame: Any) -> None:
         if interrupted or not callable(signal.getsignal(signal.SIGUSR1)):
-            progress.stop()
-            say_error("stopped at once; what was not saved is repeated when you resume")
+            _beside(say_last).join(1)
             leave()
         interrupted.append(True)
-        progress.note("stopping: trials save their state (Ctrl-C again: at once)")
+        words = "stopping: trials save their state (Ctrl-C again: at once)"
+        told.append(_beside(progress.note, words))
         signal.raise_signal(signal.SIGUSR1)  # Tune's signal to end
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -159,6 +164,18 @@ def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+        for thread in told:
+            thread.join(1)
+
+
+def _beside(say: Callable[..., None], *words: str) -> threading.Thread:
+    """Say something from a signal's handler: in a thread, which waits for a line being written.
+
+    In the main thread, Python refuses to write while the same thread is writing.
+    """
+    thread = threading.Thread(target=say, args=words, daemon=True)
+    thread.start()
+    return thread
 
 
 def told_of_interrupt(experiment: Path) -> int:

@@ -30,7 +30,7 @@ from tfkd_ray.run.epochs import Shelf, shelf_name
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, write_text
+from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, remove_left_behind, write_text
 from tfkd_ray.show.listener import Announcer, Listener
 from tfkd_ray.show.live import Progress
 from tfkd_ray.show.status import driver_of
@@ -637,6 +637,7 @@ class Lock(Listener):
         except BaseException:
             self._lock.release()
             raise
+        remove_left_behind(self._experiment, age_s=1)  # a killed driver's
         write_text(
             self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n"
         )

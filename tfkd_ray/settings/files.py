@@ -137,7 +137,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     replaced, never followed. What killed writers left in the folder is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
+    remove_left_behind(path.parent)
     part = path.with_name(f".{secrets.token_hex(8)}{PART}")
     handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     try:
@@ -157,13 +157,13 @@ LEFT_BEHIND_S = 60.0
 """Seconds after which a partial file that nobody holds and nobody writes counts as left behind."""
 
 
-def _remove_stale(folder: Path) -> None:
-    """Remove partial files that killed writers left: old ones whose lock nobody holds."""
+def remove_left_behind(folder: Path, age_s: float = LEFT_BEHIND_S) -> None:
+    """Remove partial files that killed writers left: of some age, and with a lock nobody holds."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries if _PART_NAME.fullmatch(entry.name)]
         for path in (folder / name for name in names):
             facts = path.lstat()
-            if not stat.S_ISREG(facts.st_mode) or time.time() - facts.st_mtime < LEFT_BEHIND_S:
+            if not stat.S_ISREG(facts.st_mode) or time.time() - facts.st_mtime < age_s:
                 continue
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
