@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _not_installed(argv[0] if argv else "", error)
     except SystemExit as end:  # `--help`, or a wrong option
-        return _ended(end)
+        return _ended_by_parser(end)
 
     args.command = command
     try:
@@ -113,7 +113,7 @@ def _prepare_process() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # at any moment
 
 
-def _ended(end: SystemExit) -> int:
+def _ended_by_parser(end: SystemExit) -> int:
     """Raise the end of the parser again, after its output is written; else return an exit code."""
     try:
         sys.stdout.flush()
