@@ -144,6 +144,11 @@ def test_a_sweep_goes_on_after_its_machine_was_switched_off(place: Path) -> None
             path.read_bytes().count(b"\n") for path in experiment.glob("trials/*/metrics.jsonl")
         )
 
+    def in_a_trial() -> bool:
+        """Return whether a trial is at work, and not about to end."""
+        records = read_records(experiment)
+        return any(r.status == "running" and 0 < len(r.metrics) < 70 for r in records)
+
     assert driver("tune", "space.yaml", "--name", "whole").wait(120) == 0, (
         place / "said"
     ).read_text()
