@@ -47,6 +47,7 @@ from tfkd_ray.store.experiment import (
     read_record,
     read_records,
     read_spent,
+    trials_folder,
     write_record,
 )
 from tfkd_ray.store.storage import Storage
@@ -637,7 +638,10 @@ class Lock(Listener):
         except BaseException:
             self._lock.release()
             raise
-        remove_left_behind(self._experiment, age_s=1)  # a killed driver's
+        trials = trials_folder(self._experiment).glob("*")
+        for folder in (self._experiment, *trials):  # of a killed driver or trial
+            if not folder.is_symlink():
+                remove_left_behind(folder, age_s=1)
         write_text(
             self._experiment / "driver.txt", f"process {os.getpid()} on {socket.gethostname()}\n"
         )
