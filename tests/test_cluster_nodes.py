@@ -160,6 +160,7 @@ def test_a_sweep_goes_on_after_its_machine_was_switched_off(place: Path) -> None
                 place / "said"
             ).read_text()[-2000:]
             time.sleep(0.02)
+        running.send_signal(signal.SIGSTOP)  # nothing is written while its processes are listed
         for process in [
             psutil.Process(running.pid),
             *psutil.Process(running.pid).children(recursive=True),
