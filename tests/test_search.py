@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -1161,7 +1161,7 @@ def test_what_auto_became_is_in_the_experiment_and_is_what_a_resume_elsewhere_us
 ) -> None:
     resumed: list[TrainConfig] = []
 
-    def prepare(config: TrainConfig, storage: Storage) -> None:
+    def prepare(config: TrainConfig, storage: Storage, notes: Sequence[str] | None = None) -> None:
         resumed.append(config)
         reached()
 
