@@ -59,7 +59,7 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         if not self.added:
             self.added = node_id(self.cluster.add_node(num_cpus=1))
             self.names[self.added] = "added"
-        used = self.workers > 1 or any(where == "added" for *_, where in self.epochs)
+        used = self.workers > 1 or self.drain or any(w == "added" for *_, w in self.epochs)
         here = not result.get("done") and (
             self.workers > 1 or where == "doomed"
         )  # an ending trial frees its place
