@@ -5,8 +5,8 @@
 The head and two more nodes have one CPU each. After the first epoch of any trial, a fourth node
 joins; when a trial has reported an epoch on it, or a group could not, signal 9 kills the raylet of
 the second node, and the file `slow` beside the storage is removed (see slow.py). With `drain`, the
-second node is instead announced to be preempted within 5 s, as spot machines are. Run by
-test_cluster_nodes.py.
+second node is instead announced to be preempted within 5 s, as spot machines are, as soon as a trial
+has reported its second epoch on it. Run by test_cluster_nodes.py.
 """
 
 import contextlib
