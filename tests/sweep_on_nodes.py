@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,13 @@ class Nodes(tune.Callback):  # type: ignore[misc]
         )  # an ending trial frees its place
         if self.doomed and used and epoch >= 2 and here:
             self.at = time.monotonic()
-            if self.drain:
-                preempt(self.cluster.address, node_id(self.doomed))
             raylet = psutil.Process(self.doomed.all_processes["raylet"][0].process.pid)
-            gone = () if self.drain else (raylet, *raylet.children(recursive=True))
-            for process in gone:  # a dead node takes its workers along
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL)
+            if not self.drain:
+                kill_node(raylet)
+            else:
+                preempt(self.cluster.address, node_id(self.doomed))
+                if self.workers == 1:  # Ray ends a group at the notice, and any other trial never
+                    threading.Timer(5, kill_node, [raylet]).start()
             self.doomed = None
             self.epochs.append((number, epoch, "killed"))
 
@@ -96,6 +97,13 @@ def node_id(node: Any) -> str:
     """Return Ray's id of a node that this script started."""
     store = node.plasma_store_socket_name
     return next(str(n["NodeID"]) for n in ray.nodes() if n["ObjectStoreSocketName"] == store)
+
+
+def kill_node(raylet: psutil.Process) -> None:
+    """Kill a node: its raylet, and the workers that it takes along."""
+    for process in (raylet, *raylet.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
 
 
 def preempt(address: str, node: str) -> None:

@@ -689,8 +689,7 @@ def hosts(place: Path) -> Iterator[Path]:
 def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: Path) -> None:
     place, head = hosts, HOSTS["tn1"]
     (place / "slow").touch()  # no trial ends before the host is cut off
-    shutil.copy(ROOT / "tests" / "slow.py", place / "slow_network.py")
-    student = {"path": "slow_network:network", "args": {"file": str(place / "slow")}}
+    student = {"path": "tests.slow:network", "args": {"file": str(place / "slow")}}
     space = {
         **SPACE,
         "student": {"name": "own", **student},
@@ -715,7 +714,7 @@ def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: P
             f"--node-ip-address={HOSTS[name]}",
             inside=inside[name] + more,
         )
-    env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(place / "token")}
+    env = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(place / "token"), "PYTHONPATH": str(ROOT)}
     env.pop("RAY_ADDRESS", None)
 
     def started_on_the_head(verb: str, *words: str, storage: str) -> subprocess.Popen[str]:
