@@ -595,6 +595,24 @@ def test_sigterm_while_ray_starts_ends_with_a_sentence_and_our_exit_code(tmp_pat
     assert "Traceback" not in done.stderr
 
 
+def assert_ends_without_its_head(
+    driver: "subprocess.Popen[bytes]", place: Path, advice: str
+) -> None:
+    """Kill the head of a driver's own Ray: it ends with a sentence and leaves nothing running."""
+    ours = psutil.Process(driver.pid).children(recursive=True)
+    (gcs,) = (process for process in ours if process.name() == "gcs_server")
+    gcs.kill()
+    assert driver.wait(58) == 1
+    said = (place / "said").read_text()
+    assert "stopped: Ray's head at " in said and said.endswith(advice), said
+    assert "Traceback" not in said
+    wait(
+        lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"],
+        "all has ended",
+        10,
+    )
+
+
 def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -602,19 +620,8 @@ def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_runni
     experiment = tmp_path / "tfkd_results" / "e"
     with tuning(tree({"num_samples": 2}, epochs=100_000), tmp_path) as driver:
         wait(lambda: any(len(m) > 3 for m in written_metrics(experiment)), "a trial of 3 epochs")
-        ours = psutil.Process(driver.pid).children(recursive=True)
-        (gcs,) = (process for process in ours if process.name() == "gcs_server")
-        gcs.kill()
-        assert driver.wait(58) == 1
-        said = (tmp_path / "said").read_text()
-        assert "stopped: Ray's head at " in said and said.endswith(
-            "go on with:\n  tfkd resume tfkd_results/e\n"
-        ), said
-        assert "Traceback" not in said
-        wait(
-            lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"],
-            "all has ended",
-            10,
+        assert_ends_without_its_head(
+            driver, tmp_path, "go on with:\n  tfkd resume tfkd_results/e\n"
         )
 
 
@@ -627,20 +634,8 @@ def test_a_head_that_is_killed_while_a_teacher_trains_is_said_and_nothing_is_lef
     kd = tree({"num_samples": 1}, objective="kd", teacher=teacher)
     with tuning(kd, tmp_path) as driver:
         wait(lambda: list(tmp_path.glob("tfkd_results/teachers/*/.lock")), "a teacher", 200)
-        ours = psutil.Process(driver.pid).children(recursive=True)
-        (gcs,) = (process for process in ours if process.name() == "gcs_server")
-        gcs.kill()
-        assert driver.wait(58) == 1
-        said = (tmp_path / "said").read_text()
-        assert "stopped: Ray's head at " in said and said.endswith(
-            "run the same command again; teachers that are trained are kept\n"
-        ), said
-        assert "Traceback" not in said
-        wait(
-            lambda: not [p for p in ours if p.is_running() and p.status() != "zombie"],
-            "all has ended",
-            10,
-        )
+        again = "run the same command again; teachers that are trained are kept\n"
+        assert_ends_without_its_head(driver, tmp_path, again)
 
 
 # --- trials that fail
