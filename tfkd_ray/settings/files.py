@@ -276,7 +276,7 @@ def read_at_most(file: IO[bytes] | gzip.GzipFile, most: int) -> bytearray:
     It reads in pieces, so that memory grows with the content and not with the size that is claimed.
     """
     found = bytearray()
-    while piece := file.read(min(2**20, most - len(found))):
+    while piece := file.read(min(2**16, most - len(found))):
         found += piece
     return found
 

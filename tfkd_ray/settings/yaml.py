@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
-from tfkd_ray.settings.files import legible, opened
+from tfkd_ray.settings.files import legible, opened, read_at_most
 
 MOST_YAML_BYTES = 2**20
 """Most bytes of a YAML file, a hundred times our largest. Parsing them takes seconds."""
@@ -265,10 +265,10 @@ def bytes_of(path: Path, *, follow: bool = True) -> bytes:
         raise ConfigError("is a directory, not a file; name a YAML file in it", path)
     try:
         with opened(path, follow=follow) as file:
-            content = file.read(MOST_YAML_BYTES + 1)
+            content = read_at_most(file, MOST_YAML_BYTES + 1)
         if len(content) > MOST_YAML_BYTES:
             raise ConfigError(f"larger than any such file: more than {MOST_YAML_BYTES} bytes", path)
-        return content
+        return bytes(content)
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path()
         near = [p.name for p in folder.glob("*.yaml")]

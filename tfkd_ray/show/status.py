@@ -174,12 +174,16 @@ def _filter_words(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else str(error)
 
 
-def read_lasts(experiment: Path) -> list[Record]:
+def read_lasts(experiment: Path, alive: bool | None = None) -> list[Record]:
     """Read all trials by number, each with the metrics of its last epoch only.
 
     A trial that a killed driver left as 'running' becomes 'interrupted'.
+
+    Args:
+        alive: whether a driver runs the experiment now, if that is known; see `is_running`.
     """
-    alive = is_running(experiment)
+    if alive is None:
+        alive = is_running(experiment)
     records = []
     for folder in trial_folders(experiment):
         record = record_of(folder)
@@ -207,9 +211,11 @@ def record_of(folder: Path) -> Record | None:
 
 def last_line(path: Path) -> dict[str, float]:
     """Read the last complete line of a metrics.jsonl; empty if there is none."""
-    if not os.path.lexists(path):
+    try:
+        file = opened(path, follow=False)
+    except FileNotFoundError:
         return {}
-    with opened(path, follow=False) as file:
+    with file:
         size = file.seek(0, os.SEEK_END)
         back = LOG_TAIL
         while True:
@@ -319,7 +325,8 @@ def status(experiment: Path) -> dict[str, Any]:
     gone          names of the study's trials whose folders are gone
     """
     plan = read_plan(experiment)
-    alive, records = is_running(experiment), read_lasts(experiment)
+    alive = is_running(experiment)
+    records = read_lasts(experiment, alive)
     counts = Counter(r.status for r in records)
     over = counts["done"] + counts["stopped"] + counts["failed"]
     verdict = _verdict_of(experiment)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
-from tfkd_ray.settings.files import json_tree, opened
+from tfkd_ray.settings.files import json_tree, opened, read_at_most
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.status import (
     TEXTS,
@@ -328,7 +328,7 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
         error = folder / "error.txt"
         if record.status == "failed" and os.path.lexists(error):
             with damaged(error), opened(error, follow=False) as file:
-                trace = file.read(MOST_TRACE_BYTES + 1)
+                trace = read_at_most(file, MOST_TRACE_BYTES + 1)
             yield from trace[:MOST_TRACE_BYTES].decode(errors="replace").splitlines()
             if len(trace) > MOST_TRACE_BYTES:
                 yield f"(its first {MOST_TRACE_BYTES} bytes; the rest is in {error})"

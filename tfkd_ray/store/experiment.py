@@ -42,6 +42,7 @@ from tfkd_ray.settings.files import (
     kind_of,
     legible,
     opened,
+    read_at_most,
     write_text,
 )
 from tfkd_ray.settings.yaml import dump_yaml, read_yaml
@@ -345,7 +346,7 @@ def parse_json(text: str | bytes) -> Any:
 def read_text(path: Path) -> str:
     """Read a text file of an experiment; raise a ValueError if it is larger than any of ours."""
     with opened(path, follow=False) as file:
-        content = file.read(MOST_JSON_BYTES + 1)
+        content = read_at_most(file, MOST_JSON_BYTES + 1)
     if len(content) > MOST_JSON_BYTES:
         raise ValueError(f"larger than any such file: more than {MOST_JSON_BYTES} bytes")
     return content.decode()
