@@ -1,5 +1,7 @@
 """Fixtures: a Ray cluster of 2 CPUs for the session, which tests' commands join by RAY_ADDRESS."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -104,5 +106,24 @@ def tfkd(tmp_path: Path) -> Run:
             [sys.executable, "-m", "tfkd_ray", *args],
             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def tfkd_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that runs `tfkd ARGS` in this process, without seconds of imports.
+
+    Not for tests of signals, pipes, the environment, or code of one's own.
+    """
+
+    def run(*args: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        from tfkd_ray.cli.main import main
+
+        out, err = io.StringIO(), io.StringIO()
+        monkeypatch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(args)
+        return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
     return run

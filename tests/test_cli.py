@@ -260,9 +260,9 @@ def test_check_notes_that_nothing_is_searched(
 
 
 @pytest.mark.slow
-def test_train_trains_saves_and_goes_on(tfkd: Run, here: Path) -> None:
+def test_train_trains_saves_and_goes_on(tfkd_inside: Run, here: Path) -> None:
     command = ["train", "mine.yaml", "optim.lr=0.1", "--out", "out"]
-    first = tfkd(*command, cwd=here)
+    first = tfkd_inside(*command, cwd=here)
     assert (
         first.returncode == 0
         and "val_accuracy 0." in first.stdout
@@ -271,7 +271,7 @@ def test_train_trains_saves_and_goes_on(tfkd: Run, here: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "student.safetensors"} <= {
         p.name for p in (here / "out").iterdir()
     }
-    again = tfkd(*command, cwd=here)
+    again = tfkd_inside(*command, cwd=here)
     assert again.returncode == 0 and again.stdout == first.stdout
 
 
@@ -310,8 +310,8 @@ def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) ->
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_fails_with_a_sentence(tfkd: Run, here: Path) -> None:
-    run = tfkd("train", "mine.yaml", "optim.lr=1e20", cwd=here)
+def test_a_run_that_diverges_fails_with_a_sentence(tfkd_inside: Run, here: Path) -> None:
+    run = tfkd_inside("train", "mine.yaml", "optim.lr=1e20", cwd=here)
     assert (
         run.returncode == 1
         and "failed: train_loss is" in run.stderr
@@ -414,7 +414,7 @@ LONG = ["epochs=200", "search.num_samples=2", "search.stopping=none"]
 
 @pytest.mark.ray
 def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
-    ray_cluster: str, tfkd: Run, here: Path
+    ray_cluster: str, tfkd_inside: Run, here: Path
 ) -> None:
     terminal = Terminal("tune", "mine.yaml", "--name", "c", *LONG, cwd=here)
     terminal.read_until(r"t0000 [1-9]\d*/200")  # the live table shows it running
@@ -425,7 +425,7 @@ def test_ctrl_c_saves_and_resume_ends_with_the_exact_total(
     stopped = [r for r in records if r.status == "interrupted"]
     assert any(r.metrics for r in stopped)  # the other may not have reached its first epoch
     assert all((r.folder / "last.ckpt").exists() for r in stopped if r.metrics)
-    resumed = tfkd("resume", "tfkd_results/c", cwd=here)
+    resumed = tfkd_inside("resume", "tfkd_results/c", cwd=here)
     assert resumed.returncode == 0, resumed.stderr
     after = read_records(here / "tfkd_results" / "c")
     assert [(r.number, r.status, len(r.metrics)) for r in after] == [
@@ -502,7 +502,9 @@ def outcome(experiment: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.ray
-def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here: Path) -> None:
+def test_a_driver_killed_with_9_loses_nothing(
+    ray_cluster: str, tfkd_inside: Run, here: Path
+) -> None:
     """With one trial at a time, the resumed sweep equals an undisturbed one, bit by bit."""
     settings = [
         "epochs=60",
@@ -525,7 +527,7 @@ def test_a_driver_killed_with_9_loses_nothing(ray_cluster: str, tfkd: Run, here:
             time.sleep(0.01)
         driver.send_signal(signal.SIGKILL)
     assert any(r.status == "running" for r in read_records(here / "tfkd_results" / "killed"))
-    resumed = tfkd("resume", "tfkd_results/killed", cwd=here)
+    resumed = tfkd_inside("resume", "tfkd_results/killed", cwd=here)
     assert resumed.returncode == 0, resumed.stderr
     assert outcome(here / "tfkd_results" / "killed") == outcome(here / "tfkd_results" / "whole")
 
@@ -788,33 +790,35 @@ def test_a_comparison_goes_on_with_what_its_resume_is_asked_for_or_refuses_it(
 
 
 @pytest.mark.ray
-def test_teachers_are_trained_listed_and_shown(ray_cluster: str, tfkd: Run, tmp_path: Path) -> None:
+def test_teachers_are_trained_listed_and_shown(
+    ray_cluster: str, tfkd_inside: Run, tmp_path: Path
+) -> None:
     (tmp_path / "kd.yaml").write_text(
         "student: {name: mlp, hidden: [4]}\nepochs: 2\nobjective: kd\n"
         "teacher: {model: {name: mlp, hidden: [8]}, stop_epoch: {choices: [1, 2]}}\noptim: {lr: {low: 0.1, high: 0.2}}\n"
     )
-    made = tfkd("teacher", "train", "kd.yaml")
+    made = tfkd_inside("teacher", "train", "kd.yaml")
     assert made.returncode == 0, made.stderr
     assert made.stderr.count("teacher: training mlp with ce for 2 epochs, stopped after") == 2
     folders = made.stdout.split()
     assert len(folders) == 2 and all(
         (tmp_path / f / "student.safetensors").exists() for f in folders
     )
-    listed = tfkd("teacher", "list").stdout.splitlines()
+    listed = tfkd_inside("teacher", "list").stdout.splitlines()
     assert [line.split()[1:3] for line in sorted(listed[1:], key=lambda x: x.split()[2])] == [
         ["digits", "1"],
         ["digits", "2"],
     ]
-    shown = tfkd("teacher", "show", Path(folders[0]).name)
+    shown = tfkd_inside("teacher", "show", Path(folders[0]).name)
     assert shown.returncode == 0 and "sha256:" in shown.stdout and "stop_epoch: 1" in shown.stdout
-    assert "training" not in tfkd("teacher", "train", "kd.yaml").stderr  # they are there
+    assert "training" not in tfkd_inside("teacher", "train", "kd.yaml").stderr  # they are there
 
 
 @pytest.mark.ray
 def test_what_a_sweep_left_is_read_reported_and_exported(
-    ray_cluster: str, tfkd: Run, here: Path
+    ray_cluster: str, tfkd_inside: Run, here: Path
 ) -> None:
-    assert tfkd("tune", "mine.yaml", "--name", "ä b", cwd=here).returncode == 0
+    assert tfkd_inside("tune", "mine.yaml", "--name", "ä b", cwd=here).returncode == 0
     place = "tfkd_results/ä b"
     for argv, shown in (
         (["status", place], "finished, 2 of 2 trials"),
@@ -825,7 +829,7 @@ def test_what_a_sweep_left_is_read_reported_and_exported(
         (["report", place, "-o", "r.html"], "r.html"),
         (["export", place, "-o", "out"], "student.pt2: logits differ by at most"),
     ):
-        run = tfkd(*argv, cwd=here)
+        run = tfkd_inside(*argv, cwd=here)
         assert run.returncode == 0 and shown in run.stdout, f"{argv}: {run.stdout} {run.stderr}"
     assert "<html" in (here / "r.html").read_text()[:200] and (here / "out/README.md").exists()
 

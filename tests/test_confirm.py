@@ -187,13 +187,13 @@ def of_photographs(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("broken", ["no image", "no class"])
 def test_a_broken_test_split_is_told_before_anything_trains(
-    broken: str, tmp_path: Path, tfkd: Run
+    broken: str, tmp_path: Path, tfkd_inside: Run
 ) -> None:
     tree, split = of_photographs(tmp_path), tmp_path / "photos/val/class 1"
     (tmp_path / "arms.yaml").write_text(json.dumps(tree))
     for path in split.iterdir():
         path.write_bytes(b"") if broken == "no image" else path.unlink()
-    run = tfkd("confirm", "arms.yaml", "--seeds", "2", "--name", "c")
+    run = tfkd_inside("confirm", "arms.yaml", "--seeds", "2", "--name", "c")
     assert run.returncode == 2 and f"data image_folder: {split}" in run.stderr
     assert "cannot be read as an image" in run.stderr or "no image in it" in run.stderr
     assert not (tmp_path / "tfkd_results").exists()
@@ -223,7 +223,7 @@ def test_a_test_split_that_cannot_be_read_was_not_opened(tmp_path: Path) -> None
 
 @pytest.mark.ray
 def test_a_comparison_whose_runs_all_failed_does_not_say_that_it_opens_the_test_split(
-    tmp_path: Path, ray_cluster: str, tfkd: Run
+    tmp_path: Path, ray_cluster: str, tfkd_inside: Run
 ) -> None:
     tree = {
         **TREE,
@@ -232,7 +232,7 @@ def test_a_comparison_whose_runs_all_failed_does_not_say_that_it_opens_the_test_
     (tmp_path / "arms.yaml").write_text(
         json.dumps({**tree, "optim": {"lr": 1e9}, "student": "mlp"})
     )
-    run = tfkd("confirm", "arms.yaml", "--seeds", "2", "--name", "c")
+    run = tfkd_inside("confirm", "arms.yaml", "--seeds", "2", "--name", "c")
     assert run.returncode != 0 and "none of its 4 runs was trained to the end" in run.stderr, (
         run.stderr
     )
@@ -272,10 +272,10 @@ def test_the_test_split_cannot_be_opened_from_inside_a_trial_or_a_teacher(
 
 @pytest.mark.ray
 def test_a_table_of_the_paper_runs_scaled_down_on_official_files(
-    tmp_path: Path, ray_cluster: str, tfkd: Run
+    tmp_path: Path, ray_cluster: str, tfkd_inside: Run
 ) -> None:
     write_cifar(tmp_path, Cifar10, pickled(Cifar10), archive=True)
-    run = tfkd(
+    run = tfkd_inside(
         "confirm", "paper/table_2", "--preset", "smoke", "--seeds", "2", "--name", "t",
         f"data.root={tmp_path}", "data.check_md5=false",
     )  # fmt: skip
@@ -295,7 +295,7 @@ def test_a_table_of_the_paper_runs_scaled_down_on_official_files(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_is_confirmed_against_baselines_that_are_tuned_first(
-    tmp_path: Path, ray_cluster: str, tfkd: Run
+    tmp_path: Path, ray_cluster: str, tfkd_inside: Run
 ) -> None:
     space = {
         "student": {"name": "mlp", "hidden": [8]},
@@ -305,8 +305,10 @@ def test_a_sweep_is_confirmed_against_baselines_that_are_tuned_first(
         "search": {"num_samples": 2, "stopping": "none"},
     }
     (tmp_path / "space.yaml").write_text(json.dumps(space))
-    assert tfkd("tune", "space.yaml", "--name", "s").returncode == 0
-    run = tfkd("confirm", "tfkd_results/s", "--seeds", "2", "--name", "c", "--fail-if-not-better")
+    assert tfkd_inside("tune", "space.yaml", "--name", "s").returncode == 0
+    run = tfkd_inside(
+        "confirm", "tfkd_results/s", "--seeds", "2", "--name", "c", "--fail-if-not-better"
+    )
     assert run.returncode == 7, run.stderr
     assert (
         "baselines: ce and lsr had fewer trials than the winner's objective; tuning them first"

@@ -41,7 +41,7 @@ def test_it_is_small_and_names_no_machine() -> None:
         assert not list(release.rglob("*.pkl")), "resume needs none of Ray's pickles"
 
 
-def test_the_readers_read_it(storage: Path, tfkd: Run) -> None:
+def test_the_readers_read_it(storage: Path, tfkd_inside: Run) -> None:
     found = status(storage / "sweep")
     assert (
         found["state"] == "finished"
@@ -53,14 +53,14 @@ def test_the_readers_read_it(storage: Path, tfkd: Run) -> None:
         r.last["val_accuracy"] for r in read_records(storage / "sweep") if r.status == "done"
     )
     for argv in (["status"], ["best"], ["trials", "--sort", "val_accuracy:desc"], ["report"]):
-        done = tfkd(*argv, str(storage / "sweep"))
+        done = tfkd_inside(*argv, str(storage / "sweep"))
         assert done.returncode == 0 and done.stdout, done.stderr
     assert (
-        json.loads(tfkd("best", str(storage / "sweep"), "--json").stdout)["best"][0]["trial"]
+        json.loads(tfkd_inside("best", str(storage / "sweep"), "--json").stdout)["best"][0]["trial"]
         == found["best"]["trial"]
     )
     (teacher,) = read_teachers(storage)
-    assert teacher["name"] in tfkd("teacher", "list", "--storage", str(storage)).stdout
+    assert teacher["name"] in tfkd_inside("teacher", "list", "--storage", str(storage)).stdout
 
 
 def test_tensorboard_reads_it(storage: Path) -> None:
@@ -99,9 +99,9 @@ def test_its_study_is_one_to_go_on_with_and_to_learn_from(storage: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_trials_are_added_to_it(ray_cluster: str, storage: Path, tfkd: Run) -> None:
+def test_trials_are_added_to_it(ray_cluster: str, storage: Path, tfkd_inside: Run) -> None:
     before = read_records(storage / "sweep")
-    done = tfkd("resume", str(storage / "sweep"), "--add-trials", "4")
+    done = tfkd_inside("resume", str(storage / "sweep"), "--add-trials", "4")
     assert done.returncode == 0, done.stderr
     after = read_records(storage / "sweep")
     kept = [(r.number, r.parameters, r.metrics) for r in after[: len(before)]]
