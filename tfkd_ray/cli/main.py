@@ -14,14 +14,12 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from tfkd_ray import __version__
 from tfkd_ray.settings.own_code import enter_job
 from tfkd_ray.settings.passwords import masked
 
-if TYPE_CHECKING:
-    pass
 from tfkd_ray.cli.compare import confirm_verb
 from tfkd_ray.cli.show import (
     best_verb,
