@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from tfkd_ray import __version__
-from tfkd_ray.settings.own_code import enter_job
-from tfkd_ray.settings.passwords import masked
-
 from tfkd_ray.cli.compare import confirm_verb
 from tfkd_ray.cli.show import (
     best_verb,
@@ -47,6 +44,8 @@ from tfkd_ray.cli.terminal import (
 )
 from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
+from tfkd_ray.settings.own_code import enter_job
+from tfkd_ray.settings.passwords import masked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
