@@ -1,5 +1,6 @@
 """Connecting to Ray with or without the token, as the head requires; and heads that have died."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -128,6 +129,38 @@ def test_auto_with_an_address_that_an_ended_cluster_has_left_is_said_within_seco
     ):
         connect("auto" if by == "--address" else None)
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "binary", "another user's"])
+@pytest.mark.timeout(20)
+def test_auto_with_an_address_file_that_cannot_be_read_is_said_at_once(
+    no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    file = tmp_path / "ray/ray_current_cluster"
+    file.parent.mkdir()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(b"127.0.0.1:1" if kind == "another user's" else b"\xff\xfe\x00")
+    if kind == "another user's":  # root may read every file
+
+        def no(path: Path) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr("tfkd_ray.run.connect.opened", no)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(
+        Unreachable, match=r"ray_current_cluster, where Ray notes its last .* cannot be read: "
+    ):
+        connect("auto")
+
+
+@pytest.mark.parametrize("host", ["head..local", ".", "é..x", f"{'a' * 70}.example"])
+def test_what_is_no_name_of_a_host_is_said(no_ray: None, host: str) -> None:
+    with pytest.raises(Unreachable, match=r"no Ray head answers at .*:6379"):
+        connect(f"{host}:6379")
 
 
 def test_auto_where_no_ray_runs_is_said(

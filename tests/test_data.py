@@ -404,6 +404,24 @@ def batches(kind: type[CifarDataset]) -> dict[str, dict[bytes, Any]]:
     }
 
 
+@pytest.mark.parametrize("gz", [False, True], ids=["raw", "gz"])
+@pytest.mark.parametrize("part", ["images-idx3-ubyte", "labels-idx1-ubyte"])
+@pytest.mark.parametrize("fault", ["missing", "empty", "cut"])
+def test_a_broken_idx_file_of_the_test_split_is_named_before_a_comparison(
+    tmp_path: Path, fault: str, part: str, gz: bool
+) -> None:
+    write_idx(tmp_path, gz=gz)
+    path = tmp_path / f"t10k-{part}{'.gz' * gz}"
+    content = path.read_bytes()
+    path.unlink()
+    if fault != "missing":
+        path.write_bytes(content[: len(content) // 2] if fault == "cut" else b"")
+    data = Mnist(root=tmp_path)
+    data._official("train")
+    with pytest.raises(ConfigError, match=f"^data mnist: .*t10k-{part}"):
+        data.examine()
+
+
 def write_cifar(
     root: Path, kind: type[CifarDataset], files: dict[str, bytes], *, archive: bool
 ) -> CifarDataset:
@@ -448,6 +466,29 @@ def test_the_cifar_splits_are_stratified(tmp_path: Path) -> None:
     assert (
         val.labels.bincount().tolist() == [4] * 10 and train.labels.bincount().tolist() == [16] * 10
     )
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["tar.gz", "folder"])
+@pytest.mark.parametrize("fault", ["cut", "empty", "no labels", "label", "fewer labels", "sizes"])
+def test_a_broken_batch_of_cifars_test_split_is_named_before_a_comparison(
+    tmp_path: Path, fault: str, archive: bool
+) -> None:
+    batch = batches(Cifar100)["test"]
+    changes: dict[str, dict[bytes, Any]] = {
+        "label": {b"fine_labels": [100] * 40},
+        "fewer labels": {b"fine_labels": [1] * 39},
+        "sizes": {b"data": pixels(40, 3071)},
+    }
+    batch |= changes.get(fault, {})
+    if fault == "no labels":
+        del batch[b"fine_labels"]
+    raw = pickle.dumps(batch, 2)
+    raw = {"cut": raw[: len(raw) // 2], "empty": b""}.get(fault, raw)
+    files = {**pickled(Cifar100), "test": raw}
+    data = write_cifar(tmp_path, Cifar100, files, archive=archive)
+    data._official("train")
+    with pytest.raises(ConfigError, match=f"^data cifar100: .*{Cifar100.archive[:5]}.*/test: "):
+        data.examine()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL))
@@ -906,6 +947,26 @@ def test_what_ones_own_function_returns_is_checked(mine: str, what: str, sentenc
     with pytest.raises(ConfigError) as error:
         own(f"{mine}:give", args={"what": what}).load()
     assert error.value.problems == [f"data own: {mine}:give, called for 'train': {sentence}"]
+
+
+@pytest.mark.parametrize(
+    "what, sentence",
+    [
+        ("None if split == 'test' else (images, labels)", "must return (images, labels), got None"),
+        ("(images, labels + (split == 'test'))", "label 4 at 3 is outside 0..3 (data.num_classes is 4)"),
+        ("(images, labels[: -1 if split == 'test' else None])", "19 labels for 20 images"),
+        ("(images[: 0 if split == 'test' else None], labels)", "20 labels for 0 images"),
+        ("open('test.npy') if split == 'test' else (images, labels)", "ends in FileNotFoundError: [Errno 2] No such file or directory: 'test.npy'"),
+    ],
+)  # fmt: skip
+def test_what_ones_own_function_returns_as_test_split_is_checked_before_a_comparison(
+    mine: str, what: str, sentence: str
+) -> None:
+    data = own(f"{mine}:give", args={"what": what})
+    data.load()
+    with pytest.raises(ConfigError) as error:
+        data.examine()
+    assert error.value.problems == [f"data own: {mine}:give, called for 'test': {sentence}"]
 
 
 @pytest.mark.parametrize(

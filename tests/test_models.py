@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from tfkd_ray.learn.checkpoint import load_weights, save_weights
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.evaluate import evaluate
 from tfkd_ray.learn.loop import train
@@ -475,6 +476,10 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm1d(num_classes)
         if kind == "frozen":
             self.requires_grad_(False)
+        if kind == "complex":
+            self.phases = nn.Parameter(torch.ones(num_classes, dtype=torch.complex64))
+        if kind == "sparse":
+            self.levels = nn.Embedding(16, num_classes, sparse=True)
 
     def forward(self, x: Tensor) -> Any:
         x = x.flatten(1)
@@ -492,6 +497,10 @@ class Odd(nn.Module):
             )(logits, dim=1)
         if self.kind == "norm":
             logits = self.norm(logits)
+        if self.kind == "complex":
+            logits = logits + self.phases.real
+        if self.kind == "sparse":
+            logits = logits + self.levels(x[:, 20].abs().long().clamp(max=15))
         return logits.detach() if self.kind == "detached" else logits
 
 
@@ -510,6 +519,20 @@ def test_a_parameter_may_lack_a_gradient_in_some_steps_or_all(kind: str) -> None
     fresh, state = run_of(kind).build_student().state_dict(), last.state()["model"]
     assert last.metrics["val_accuracy"] > 0.8 and state["never.weight"].equal(fresh["never.weight"])
     assert state["other.weight"].equal(fresh["other.weight"]) == (kind == "auxiliary")
+
+
+def test_a_network_with_complex_parameters_trains_and_is_kept(tmp_path: Path) -> None:
+    fresh, last = run_of("complex").build_student().state_dict(), list(train(run_of("complex")))[-1]
+    state = last.state()["model"]
+    assert last.metrics["val_accuracy"] > 0.8 and not state["phases"].equal(fresh["phases"])
+    save_weights(tmp_path / "w.safetensors", state, {})
+    assert load_weights(tmp_path / "w.safetensors")["phases"].equal(state["phases"])
+
+
+def test_an_embedding_with_sparse_gradients_is_refused_with_the_way_out() -> None:
+    for act in (run_of("sparse").try_own_code, lambda: next(train(run_of("sparse")))):
+        with pytest.raises(ConfigError, match=r"levels has sparse=True, .* leave it out"):
+            act()
 
 
 _calls = 0

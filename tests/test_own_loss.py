@@ -20,6 +20,7 @@ from tfkd_ray.learn.objectives import OwnObjective
 from tfkd_ray.learn.own import code_of, only_reading
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import parse_yaml
 from tfkd_ray.show.report import report
 from tfkd_ray.show.status import read_plan
@@ -544,3 +545,35 @@ def test_code_that_has_changed_since_the_sweep_is_told_by_confirm(
     assert "parts.py" in after.note and "settings were tuned for the old code" in after.note
     assert after.arms[0].config.fingerprint() != before.arms[0].config.fingerprint()
     assert after.arms[0].config.try_own_code() == []
+
+
+READING = """
+import torch
+from pathlib import Path
+
+class Weighed:
+    def terms(self, logits, labels):
+        return weighed(logits, labels), None
+
+def weighed(logits, labels):
+    weight = float(Path("weight.txt").read_text())
+    return weight * torch.nn.functional.cross_entropy(logits, labels)
+"""
+
+
+@pytest.mark.parametrize("name", ["weighed", "Weighed"])
+def test_a_loss_that_opens_a_relative_path_is_tried_where_its_experiment_was_begun(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, module = tmp_path / "home", f"reading_{tmp_path.name}"
+    home.mkdir()
+    (home / f"{module}.py").write_text(READING)
+    (home / "weight.txt").write_text("2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(home))
+    tree = {"objective": {"name": "own", "path": f"{module}:{name}"}, "epochs": 1}
+    config = validated(TrainConfig, tree)
+    with pytest.raises(ConfigError, match=r"weight\.txt"):
+        config.try_own_code()
+    monkeypatch.setattr("tfkd_ray.settings.own_code._home", home)
+    config.try_own_code()

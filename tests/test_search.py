@@ -1,6 +1,7 @@
 """The searcher, driven as Tune drives it, but with trials that are formulas."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -321,6 +322,78 @@ def test_numbers_of_torch_and_python_are_numbers_as_metric_and_as_epoch(
     (trial,) = trials(journal)
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.5)
     assert list(trial.intermediate_values) == list(range(1, EPOCHS + 1))
+
+
+class Eager:
+    """A number as TensorFlow gives it: an array without `item`."""
+
+    ndim, shape = 0, ()
+
+    def __float__(self) -> float:
+        return 0.5
+
+
+class Table:
+    """An array of one that is no number, such as a table of pandas."""
+
+    ndim, shape = 2, (1, 1)
+
+    def __repr__(self) -> str:
+        return "a table"
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        (Eager(), None),
+        (True, None),
+        (torch.empty((), device="meta"), "val_accuracy is tensor(..., device='meta', size=())"),
+        (Table(), "val_accuracy is a table"),
+        (np.ma.masked, "val_accuracy is --"),
+        (np.array([0.5, 0.5]), "val_accuracy is [0.5 0.5]"),
+        (0.5 + 0j, "val_accuracy is (0.5+0j)"),
+        ("0.5", "val_accuracy is the text '0.5'"),
+    ],
+    ids=["TensorFlow's", "bool", "meta", "table", "masked", "two", "complex", "text"],
+)
+def test_a_metric_that_is_no_number_fails_its_trial_with_the_reason_and_ends_no_sweep(
+    journal: Path, value: Any, reason: str | None
+) -> None:
+    searcher = OptunaSearcher(space(stopping="none"), journal)
+    searcher.suggest("a")
+    for epoch in range(1, EPOCHS + 1):
+        result = {"epoch": epoch, "val_accuracy": value, "training_iteration": epoch}
+        searcher.on_trial_result("a", result)
+    searcher.on_trial_complete("a", result)
+    (trial,) = trials(journal)
+    assert trial.state == (TrialState.FAIL if reason else TrialState.COMPLETE)
+    assert trial.user_attrs.get("reason") == reason
+    assert reason or trial.value == float(value)
+
+
+@pytest.mark.parametrize("epoch", [math.nan, math.inf, "1", None, [1]], ids=str)
+def test_an_epoch_that_is_no_number_counts_as_missing(journal: Path, epoch: Any) -> None:
+    searcher = OptunaSearcher(space(), journal)
+    stops = []
+    for k, accuracy in enumerate([0.9, 0.9, 0.1]):
+        searcher.suggest(f"id{k}")
+        told = {"epoch": epoch, "training_iteration": 1, "val_accuracy": accuracy}
+        stops.append(searcher.report(f"id{k}", told))
+    assert stops == [False, False, True]
+
+
+@pytest.mark.parametrize("epoch", [2**31, 2**63, 1e300])
+def test_an_epoch_that_a_database_cannot_hold_ends_no_sweep(tmp_path: Path, epoch: float) -> None:
+    searcher = OptunaSearcher(
+        space(stopping="none"), tmp_path / "j", storage=f"sqlite:///{tmp_path}/s.db"
+    )
+    searcher.suggest("a")
+    result = {"epoch": epoch, "val_accuracy": 0.5, "training_iteration": 1}
+    searcher.on_trial_result("a", result)
+    searcher.on_trial_complete("a", {**result, "done": True})
+    (trial,) = searcher.studies()[0].get_trials()
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.5)
+    searcher.close()
 
 
 def test_a_driver_that_dies_before_it_acts_on_a_rung_judges_again(journal: Path) -> None:

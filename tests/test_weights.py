@@ -126,6 +126,31 @@ SAVE: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "ema-beside-a-number.pt": lambda w, path: torch.save(
         {"step": torch.tensor(3), "ema": {"module": w}}, path
     ),
+    "params-and-ema.pth": lambda w, path: torch.save(
+        {"params_ema": {k: v + 1 for k, v in w.items()}, "params": w}, path
+    ),
+    "ema-and-params.pth": lambda w, path: torch.save(
+        {"ema": {k: v + 1 for k, v in w.items()}, "weights": w}, path
+    ),
+    "only-ema.pth": lambda w, path: torch.save({"ema": w, "updates": 9}, path),
+    "deepspeed.pt": lambda w, path: torch.save({"module": w, "optimizer": None}, path),
+    "lightning-whole.ckpt": lambda w, path: torch.save(
+        {
+            "state_dict": {
+                **{f"model.{k}": v for k, v in w.items()},
+                "criterion.weight": torch.ones(3),
+            },
+            "hyper_parameters": {"lr": 0.1},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.ones(())}},
+        },
+        path,
+    ),
+    "parallel-twice.pt": lambda w, path: torch.save(
+        {f"module.module.{k}": v for k, v in w.items()}, path
+    ),
+    "nested-twice.pt": lambda w, path: torch.save({"a": {"b": {"model": w}}}, path),
+    "tuple.pt": lambda w, path: torch.save((w, 30), path),
+    "list.pt": lambda w, path: torch.save([{"model": w}, {"state": {}}, []], path),
     "double.pt": lambda w, path: torch.save(
         {k: v.double() if v.is_floating_point() else v for k, v in w.items()}, path
     ),

@@ -401,7 +401,8 @@ def _new_optimizer(student: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         nesterov=optim.nesterov,
-        fused=True,
+        # fused SGD steps no complex numbers
+        fused=not any(parameter.is_complex() for parameter in student.parameters()),
     )
     # torch's fused SGD fails if a parameter's first gradient comes after the others'
     if optim.momentum:

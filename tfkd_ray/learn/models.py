@@ -703,6 +703,19 @@ def check_learns(what: str, network: nn.Module) -> None:
         raise ConfigError(
             f"model {what}: no parameter learns ({why}), so there is nothing to train; leave its head unfrozen at least"
         )
+    _check_gradients_are_dense(what, network)
+
+
+def _check_gradients_are_dense(what: str, network: nn.Module) -> None:
+    """Raise a ConfigError if an embedding learns by sparse gradients, which fused SGD refuses."""
+    from torch import nn
+
+    for name, module in network.named_modules():
+        embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if embeds and module.sparse and module.weight.requires_grad:
+            raise ConfigError(
+                f"model {what}: {name} has sparse=True, and torch's fused SGD takes no sparse gradients; leave it out"
+            )
 
 
 def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int]) -> None:

@@ -329,8 +329,11 @@ class CifarDataset(FileDataset):
         return [source / name for name in self.batches[split]] if source.is_dir() else [source]
 
     def _examine(self) -> None:
-        source, names = self._source(), [name for split in SPLITS for name in self.batches[split]]
-        (self._from_folder if source.is_dir() else self._from_archive)(source, tuple(names))
+        source = self._source()
+        names = tuple(name for split in SPLITS for name in self.batches[split])
+        read = self._from_folder if source.is_dir() else self._from_archive
+        for name, raw in read(source, names).items():
+            self._batch(source / name, raw)  # its labels and the number of its images
 
     def _joined(
         self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]

@@ -230,10 +230,10 @@ class OwnLoss:
         if self.has_parts:
             with seeded(0, "objective"):
                 self.object = own_code.at_home(found)(**arguments)
-            self._call = self.object.terms
+            self._call = own_code.at_home(self.object.terms)
         else:
             self.object = found
-            self._call = functools.partial(found, **arguments)
+            self._call = functools.partial(own_code.at_home(found), **arguments)
         kind = call.batch[TEACHER].kind if call.taught else None
         self._by_name = kind in _KEYWORDS
         self._to = getattr(self.object, "to", None) if self.has_parts else None

@@ -33,9 +33,15 @@ WRAPPERS = (
     "model_state_dict",
     "model",
     "net",
+    "module",
+    "params",
+    "weights",
     "ema_state_dict",
     "state_dict_ema",
     "model_ema",
+    "params_ema",
+    "ema_params",
+    "ema",
 )
 """Keys under which training scripts keep the state_dict in a checkpoint; the first that fits is
 used."""
@@ -123,6 +129,8 @@ def _read_weights(path: Path) -> dict[str, Weights]:
 
 def _state_dicts(tree: Any, under: tuple[str, ...] = ()) -> Iterator[tuple[str, Weights]]:
     """Yield the state_dicts in a training script's checkpoint, each with its keys."""
+    if isinstance(tree, list | tuple):  # of a network and its optimizer, for instance
+        tree = dict(enumerate(tree))
     if not isinstance(tree, Mapping) or len(under) > MOST_WRAPPERS:
         return
     tensors = {

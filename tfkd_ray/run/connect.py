@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from tfkd_ray.learn.config import DRIVER as DRIVER
 from tfkd_ray.learn.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.run.auth import own_token, token, token_file
 from tfkd_ray.settings.errors import ConfigError, Unreachable
+from tfkd_ray.settings.files import opened, read_at_most
 from tfkd_ray.settings.own_code import before_the_library, safe_path
 from tfkd_ray.settings.passwords import shown
 from tfkd_ray.store.assignment import SECTION, Assignment
@@ -32,6 +34,8 @@ from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
 AUTOSCALER_S = 15
 """Maximum time until an autoscaler says whether it can start nodes; it polls every 5 s."""
+MOST_ADDRESS_BYTES = 2**12
+"""Largest part that is read of the file in which Ray notes the address of its last cluster."""
 CONNECT_TIMEOUT_S = 10
 """Maximum time for a head to answer; if it refuses the token, Ray takes half a minute."""
 
@@ -267,7 +271,7 @@ def _check_answers(address: str) -> None:
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last: no name of a host
         raise Unreachable(
             f"no Ray head answers at {address} within {CONNECT_TIMEOUT_S} s ({error}); is it up, "
             "and is this machine one of its nodes? From elsewhere, submit a job: "
@@ -281,6 +285,7 @@ def _found_here() -> str:
     from ray._private.utils import get_ray_address_file
 
     find_gcs_addresses.cache_clear()
+    _check_address_file(Path(get_ray_address_file(None)))
     given = os.environ.pop("RAY_ADDRESS", None)  # otherwise Ray would use it for `auto`
     try:
         address = str(get_ray_address_from_environment("auto", None))
@@ -303,6 +308,21 @@ def _found_here() -> str:
                 "file, or name the cluster: --address HOST:PORT"
             ) from None
     return address
+
+
+def _check_address_file(file: Path) -> None:
+    """Raise if Ray could not read the address that its last cluster has noted, or would wait."""
+    try:
+        with opened(file) as noted:
+            read_at_most(noted, MOST_ADDRESS_BYTES).decode()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise Unreachable(
+            f"--address auto (or RAY_ADDRESS): {file}, where Ray notes its last cluster, cannot be read: {why}; "
+            "delete it, set RAY_TMPDIR, or name the cluster: --address HOST:PORT"
+        ) from None
 
 
 # --- token authentication -------------------------------------------------------------------------

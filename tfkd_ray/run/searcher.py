@@ -65,6 +65,10 @@ STARTUP = 10
 """Maximum number of random proposals before a model starts; fewer in a small study."""
 
 
+END_OF_STEPS = 2**31
+"""Epochs from here on are not written: a database keeps them in 32 bits."""
+
+
 class _Live:
     """A running trial: its place in a study and the epochs reported, in all sessions."""
 
@@ -245,7 +249,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _tell_values(self, live: _Live, values: dict[str, Any]) -> None:
         """Record a trial of full length in the study: done, or failed if a value is no number."""
-        bad = [f"{metric} is {value}" for metric, value in values.items() if not is_number(value)]
+        bad = [
+            f"{metric} is {_as_told(value)}"
+            for metric, value in values.items()
+            if not is_number(value)
+        ]
         if bad:
             live.trial.set_user_attr("reason", ", ".join(bad))
             live.study.tell(live.trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -476,7 +484,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return False
         if epoch is None or not is_number(value) or epoch in live.reported:
             return False
-        if epoch < 0:  # a study has no such step; what a trial ends with counts
+        if not 0 <= epoch < END_OF_STEPS:  # a study has no such step; what a trial ends with counts
             return False
         live.reported.add(epoch)
         live.trial.report(value, epoch)
@@ -693,6 +701,11 @@ _ALIVE = {
     ),
     *("_points", "_dealt", "_asked"),
 }
+
+
+def _as_told(value: Any) -> str:
+    """Return a value that is no number, for a sentence; a text, which may look like one, in quotes."""
+    return f"the text {value!r}" if isinstance(value, str) else str(value)
 
 
 def _raised() -> str | None:

@@ -68,11 +68,11 @@ class Epochs:
 
     def of(self, result: Mapping[str, Any]) -> int | None:
         """Return the result's epoch; if the trial reports none, Ray's count of its results."""
-        epoch = as_number(result.get("epoch"))
+        epoch = _finite(result.get("epoch"))
         self._counts |= epoch is not None
         if not self._counts:
-            epoch = as_number(result.get("training_iteration"))
-        return int(epoch) if epoch is not None and math.isfinite(epoch) else None
+            epoch = _finite(result.get("training_iteration"))
+        return None if epoch is None else int(epoch)
 
     def new(self, result: Mapping[str, Any]) -> int | None:
         """Return the result's epoch, if it is new; a failure has none."""
@@ -85,6 +85,11 @@ class Epochs:
             return None
         self._number, self.last = epoch, result
         return epoch
+
+
+def _finite(value: Any) -> float | None:
+    number = as_number(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 class Announcer(tune.Callback):  # type: ignore[misc]

@@ -67,8 +67,14 @@ full length."""
 
 def as_number(value: Any) -> float | None:
     """Return a number, or an array of just one, as a float; None for anything else."""
-    if hasattr(value, "ndim") and math.prod(value.shape) == 1:
-        value = value.item()
+    if hasattr(value, "ndim"):
+        try:
+            read = getattr(value, "item", None) or value.__float__  # TensorFlow's have no `item`
+            # of a masked array; a table's `mask` is a method
+            hidden = bool(getattr(getattr(value, "mask", None), "all", bool)())
+            value = read() if math.prod(value.shape) == 1 and not hidden else None
+        except Exception:  # of any library: on no device, of unknown shape, a table
+            return None
     try:
         return float(value) if isinstance(value, numbers.Real | decimal.Decimal) else None
     except (OverflowError, ValueError):  # a whole number too large, Decimal's signalling NaN
