@@ -154,6 +154,35 @@ def change(experiment: Path, number: int, **changes: Any) -> Path:
 # --- status
 
 
+LONG = {"escape": "\x1b", "private use": "\ue000", "kinds": "\ue000\x1b\u200b\x9b", "lines": "\n", "accents": "a\u0301"}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_people_read(
+    small: Path, text: str
+) -> None:
+    reason = "begin" + 3_000_000 // len(text) * text + "end"
+    folder = change(small, 0, status="failed", reason=reason)
+    begin = time.process_time()
+    lines = [
+        *status_lines(status(small)),
+        *trials_table(small).splitlines(),
+        *trials_table(small, columns="trial,reason").splitlines(),
+    ]
+    assert max(map(len, lines)) < 20_000 and any("begin" in line for line in lines)
+    said = list(logs(small, folder.name))
+    assert max(map(len, said)) < 300_000 and str(folder / "trial.json") in said[-1]
+    wholly = trials_table(small, columns="reason", output="csv")
+    assert len(wholly) > 2_900_000 and "end" in wholly[-1000:]
+    assert time.process_time() - begin < 30, "was 10 s for each million"
+
+
+def test_what_is_made_legible_fast_is_what_each_character_says() -> None:
+    odd = "".join(map(chr, range(0x3000)))
+    for text in (odd, odd[:300], "\x1b[1m\n", "plain", "\U000e0001\ud800ü\u2028"):
+        assert legible(text) == "".join(map(legible, text))
+
+
 def test_readers_import_neither_torch_nor_ray_nor_optuna_and_write_nothing(sweep: Path) -> None:
     before = {p: p.lstat().st_mtime_ns for p in sweep.rglob("*")}
     code = (

@@ -228,7 +228,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
         if on_run:
             on_run(run.name)
         network = run.config.build_student()
-        network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
+        network.load_state_dict(load_weights(path.with_name(WEIGHTS), network=network))
         logits, labels = _logits(
             network.to(device).to(memory_format=run.config.student.memory_format), data, test
         )

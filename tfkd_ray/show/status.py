@@ -468,8 +468,18 @@ def epoch_of(record: Record) -> int:
     return int(record.last.get("epoch", 0))
 
 
+MOST_OF_A_TEXT = 2000
+"""Most characters of one text that a line for people shows; JSON and CSV have all of it."""
+
+
 def first_line(reason: str | None) -> str:
-    return next(iter((reason or "").strip().splitlines()), "no reason is known")
+    begin = cut_short((reason or "").strip())
+    return next(iter(begin.splitlines()), "no reason is known")
+
+
+def cut_short(text: str) -> str:
+    """Return a text of at most `MOST_OF_A_TEXT` characters; one that is longer ends in …"""
+    return text if len(text) <= MOST_OF_A_TEXT else text[:MOST_OF_A_TEXT] + "…"
 
 
 def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, Any] | None:
@@ -663,7 +673,8 @@ def duration(seconds: float) -> str:
 
 def fitted(text: str, width: int) -> str:
     """Return escaped text on one line, cut to a number of terminal columns."""
-    text = on_one_line(text)
+    most = 16 * width  # a character may take no column, as an accent does
+    text = on_one_line(text[:most]) + "…" * (len(text) > most)
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
