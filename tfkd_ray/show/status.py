@@ -16,7 +16,6 @@ import stat
 import statistics
 import textwrap
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -729,11 +728,18 @@ def csv_cell(row: Row, field: str) -> str:
     return inert(value if key in TEXTS else in_yaml(value))
 
 
+_SIGNS = (
+    "=+@|%\uff1d\ufe66\u207c\u208c\uff0b\ufe62\u207a\u208a\ufb29\uff20\ufe6b\uff5c\uff05\ufe6a"
+    "\uff0d\ufe63\u2212\u207b\u208b-"
+)
+"""Characters with which a spreadsheet's formula may begin, also full-width, raised or lowered."""
+# A spreadsheet of some languages begins a cell after ; or a tab, and a row at each line of a text.
+_FORMULA = re.compile(rf"^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?=[^\S\t\r\n]*[{_SIGNS}])")
+
+
 def inert(text: str) -> str:
-    """Return text that a spreadsheet does not run: formulas get an apostrophe in front."""
-    first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width
-    runs = first in {"=", "+", "-", "@", "|", "%"} or text[:1] in ("\t", "\r", "\n")
-    return legible(f"'{text}" if runs else text)  # `legible` escapes \r, which would end the row
+    """Return text that a spreadsheet does not run: an apostrophe stands before each formula."""
+    return legible(_FORMULA.sub("'", text))  # `legible` escapes \r, which would end the row
 
 
 # --- all experiments -------------------------------------------------------------------------------------------

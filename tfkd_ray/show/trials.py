@@ -209,6 +209,8 @@ def _test(
             return False
         there = number_in(row[key])
         if number is not None and there is not None:
+            if math.isnan(number) and operator in ("=", "!="):
+                return math.isnan(there) == (operator == "=")
             return OPERATORS[operator](there, number)
         return operator in ("=", "!=") and OPERATORS[operator](in_yaml(row[key]), in_yaml(wanted))
 
