@@ -101,6 +101,31 @@ def test_a_run_that_fails_is_tried_twice_and_reported(tmp_path: Path, ray_cluste
     assert any(line.startswith("bad ") and " none " in line for line in outcome_table(result))
 
 
+def test_each_arms_own_network_is_tried_once_before_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trying builds it twice, to see what a seed leaves open; a third build would be for nothing."""
+    (tmp_path / "counted.py").write_text(
+        "import torch\n\nBUILT = []\n\n\ndef net(shape, num_classes, width):\n    BUILT.append(width)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    arms = [
+        {"name": f"w{width}", "objective": "ce", "student": {"name": "own", "path": "counted:net", "args": {"width": width}}}
+        for width in (1, 2)
+    ]  # fmt: skip
+    new_comparison(build_arms({**TREE, "arms": arms}), [1], tmp_path / "c")
+
+    def no_ray(**kwargs: Any) -> None:
+        raise ConfigError("no Ray here")
+
+    monkeypatch.setattr("tfkd_ray.run.tune.connect", no_ray)
+    with pytest.raises(ConfigError, match="no Ray here"):
+        comparison_tuner(tmp_path / "c")
+    assert sys.modules["counted"].BUILT == [1, 1, 2, 2]
+
+
 def test_a_failing_run_comes_back_once() -> None:
     a, b = ({SECTION: Assignment(name, 9).section()} for name in "ab")
     searcher = ListSearcher([a, b])

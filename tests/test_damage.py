@@ -6,6 +6,7 @@ on failure).
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -218,7 +219,16 @@ reads = {
     "weights": lambda: load_outside(str(folder / "w.safetensors"), Mlp(hidden=(8,)), (1, 8, 8), 10),
     "pt": lambda: load_outside(str(folder / "w.pt"), Mlp(hidden=(8,)), (1, 8, 8), 10),
     "tiny": lambda: TinyImagenet(root=folder).load(),
+    "state": lambda: sys.exit(load_state(folder, print) is None and 2), "holes": lambda: sys.exit(load_state(folder, print) is None and 2),
+    "tail": lambda: said(folder), "hollow": lambda: said(folder),
 }
+def said(folder):
+    from safetensors import SafetensorError
+    network = Mlp(hidden=(8,)).build((1, 8, 8), 10)
+    try:
+        load_weights(folder / "student.safetensors", network=network)
+    except (SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"damaged: {error}")
 if what == "slurm":
     from tfkd_ray.launch.clusterfile import load_cluster
     reads[what] = lambda: load_cluster(folder / "job.sh")
@@ -272,6 +282,17 @@ def claims(folder: Path, what: str) -> None:
             "yaml": "experiment.yaml",
         }[what]
         sparse(folder / name, 2**40)
+    elif what in ("state", "holes"):
+        head = hashlib.sha256(b"").hexdigest().encode() + b"\n" if what == "holes" else b""
+        sparse(folder / "last.ckpt", 2**40, head + b"PK" * len(head))
+    elif what in ("tail", "hollow"):
+        size = 400 if what == "tail" else 4 * 10**11
+        head = json.dumps(
+            {"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+        ).encode()
+        begin = struct.pack("<Q", len(head)) + head
+        whole = 2**40 if what == "tail" else size + len(begin)
+        sparse(folder / "student.safetensors", whole, begin)
     elif what == "idx":
         for stem, magic, shape in (("images-idx3", 0x803, (28, 28)), ("labels-idx1", 0x801, ())):
             head = struct.pack(f">{2 + len(shape)}I", magic, 60000, *shape)
@@ -316,6 +337,10 @@ def claims(folder: Path, what: str) -> None:
         "tiny",
         "weights",
         "pt",
+        "state",
+        "holes",
+        "tail",
+        "hollow",
     ],
 )
 def test_memory_follows_what_is_there_and_not_what_is_claimed(what: str, tmp_path: Path) -> None:

@@ -387,6 +387,39 @@ def test_colours_of_16_bits_are_read_as_their_upper_8_or_refused(
             one_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("levels", [[0], [0, 1], [3, 9, 15]])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_dark_colours_of_16_bits_that_lose_nothing_are_read(
+    tmp_path: Path, channels: int, levels: list[int]
+) -> None:
+    """A wholly black photograph is one; the transparency beside the colours does not count."""
+    of_pixels = np.resize(levels, (32, 32, 1)).repeat(channels, axis=2) * 257
+    if channels in (2, 4):
+        of_pixels[..., -1] = np.arange(1024).reshape(32, 32)
+    write_colours_of_16_bits(tmp_path / "a.png", of_pixels)
+    eight_bits = np.repeat(of_pixels[..., :1] // 257, 3, axis=2).astype(np.uint8)
+    Image.fromarray(eight_bits).save(tmp_path / "b.png")
+    assert (one_image(tmp_path / "a.png") == one_image(tmp_path / "b.png")).all()
+    of_pixels[7, 7, 0] += 1
+    write_colours_of_16_bits(tmp_path / "a.png", of_pixels)
+    with pytest.raises(ConfigError, match="the 16-bit values of its colours stay below"):
+        one_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("highest", [0, 255, 4095, 65535])
+def test_colours_of_16_bits_in_ppm_are_scaled_or_refused(tmp_path: Path, highest: int) -> None:
+    values = np.linspace(0, highest, 3072).astype(">u2")
+    (tmp_path / "a.ppm").write_bytes(b"P6 32 32 65535\n" + values.tobytes())
+    if highest in (0, 65535):
+        eight_bits = (values / 257.0).round().astype(np.uint8).reshape(32, 32, 3)
+        Image.fromarray(eight_bits).save(tmp_path / "b.png")
+        seen, wanted = (one_image(tmp_path / name).astype(int) for name in ("a.ppm", "b.png"))
+        assert abs(seen - wanted).max() <= 1
+        return
+    with pytest.raises(ConfigError, match="the 16-bit values of its colours stay below"):
+        one_image(tmp_path / "a.ppm")
+
+
 def test_signed_pixels_of_8_bits_are_refused(tmp_path: Path) -> None:
     pixels = Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32))
     for sample_format in (1, 2):

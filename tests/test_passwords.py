@@ -41,6 +41,13 @@ URLS = {
     "az://c/p?sas={}", "jwt": "https://host/x?jwt={}", "auth": "https://host/x?auth={}", "pw": "postgresql://h/db?pw={}",
     "private key": "s3://bucket?private_key={}", "dsn": "postgresql:///?dsn=host%3Dh%20password%3D{}", "options":
     "postgresql://h/db?options=-c%20password%3D{}", "libpq": "host=h user=me password={}",
+    "semicolon for the colon": "postgresql://me;{}@127.0.0.1:5432/db", "parameter": "postgresql://h/db;user=me;pwd={}",
+    "full-width colon": "mysql+pymysql://me：{}@h/db", "coded colon": "postgresql://me%3A{}@h/db", "bar": "s3://me|{}@b",
+    "code": "https://h/cb?x=1&code={}", "passwd": "mysql://h/db?passwd={}", "pin": "https://h/x?pin={}", "otp":
+    "https://h/x?otp={}", "session": "https://h/x?sessionid={}", "ticket": "https://h/x#ticket={}", "coded blank":
+    "https://h/x?api%20key={}", "key": "https://h/x?subscription-key={}", "saml": "https://h/x?SAMLResponse={}",
+    "creds": "https://h/x?creds={}", "cookie": "https://h/x?cookie={}", "hmac": "https://h/x?hmac={}",
+    "verifier": "https://h/x?oauth_verifier={}", "refresh": "https://h/x?refresh={}", "psw": "mysql://h/db?psw={}",
 }  # fmt: skip
 MISSPELT = {
     "one slash": "postgresql:/me:{}@h/db", "no slash": "postgresql:me:{}@h/db", "no colon": "postgresql//me:{}@h/db",
@@ -77,7 +84,8 @@ def test_what_sqlalchemy_takes_for_the_password_is_masked(password: str) -> None
 @pytest.mark.parametrize(
     "url",
     ["postgresql://me@host:5432/db", "sqlite:////home/me:x@y/a.db", "http://127.0.0.1:8265/x", "http://[::1]:8265",
-     "postgresql://me:@host/db", "gs://bucket/a@b", "postgresql://host/db?passfile=/a/b&sslkey=/c", "a:b@c"],
+     "postgresql://me:@host/db", "gs://bucket/a@b", "postgresql://h/db?sslmode=require&ssl_key=/c&client_encoding=utf8",
+     "postgresql://me%40tenant@h/db", "gs://bucket/a;b@c", "http://h:8265;", "oracle://h/db?encoding=x&service_name=y", "postgresql://host/db?passfile=/a/b&sslkey=/c", "a:b@c"],
 )  # fmt: skip
 def test_a_url_without_a_password_stays_as_it_is(url: str) -> None:
     assert masked(url) == url == masked_words(url)
@@ -121,6 +129,11 @@ def test_a_word_after_the_colon_that_is_no_port_is_hidden() -> None:
 def test_a_sentence_keeps_its_words() -> None:
     said = "no answer from http://127.0.0.1:8265, as me@host; try postgresql://me:kanari@host/db, please"
     assert masked_words(said) == said.replace("kanari", "***")
+    keys = (
+        "connection host=h password = 'kan ari' refused; PWD=kanari;Server=h set sslmode = require"
+    )
+    told = "connection host=h password = *** refused; PWD=*** set sslmode = require"
+    assert masked_words(keys) == told == masked_words(told)
 
 
 @pytest.mark.parametrize("password", ODD.values(), ids=ODD)

@@ -36,7 +36,7 @@ from tfkd_ray.settings.files import LEFT_BEHIND_S, whole_file, write_text
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml, read_yaml
 from tfkd_ray.store import remote
 from tfkd_ray.store.assignment import SECTION, Assignment
-from tfkd_ray.store.experiment import read_records
+from tfkd_ray.store.experiment import check_name, read_records
 from tfkd_ray.store.remote import Claim, Store, store_of
 
 LONGEST_S = 20
@@ -685,7 +685,10 @@ def test_export_and_train_make_folders_out_of_nothing_else(
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if "--name" in VERBS[v]._option_string_actions])
 @pytest.mark.parametrize("name", ["teachers", "Teachers", "test_openings.jsonl", "a/b", "..", ".x", "-x", "x\n", "x\x1b[31m",
-                                  "x" * 256, "x.part", " x", "a\\b", "", ".", "x\u202e"])  # fmt: skip
+                                  "x" * 256, "x.part", " x", "a\\b", "", ".", "x\u202e", "teachers.", "teachers\ufe0f", "x.",
+                                  "\uff54eachers", "te\u0430chers", "te\u0301achers", "TEST_Openings.jsonl.", "a\uff0fb",
+                                  "experiment.yaml", "\uff0e\uff0e", "\u2025", "~", "~root", "\u2212x", "x.PART",
+                                  "tea\u200bchers", "Confirm.YAML"])  # fmt: skip
 def test_no_experiment_has_a_name_that_is_taken_or_is_none(
     verb: str, name: str, tmp_path: Path, answer: Answer
 ) -> None:
@@ -694,6 +697,22 @@ def test_no_experiment_has_a_name_that_is_taken_or_is_none(
     said = answer([verb, str(file), f"--name={name}", "--storage", str(tmp_path / "s")])
     assert "--name" in said and "choose" in said and "\x1b" not in said
     assert not (tmp_path / "s").exists()
+
+
+def test_a_name_in_any_language_is_one() -> None:
+    for name in (
+        "a.b",
+        "études 2",
+        "учителя",
+        "δάσκαλοι",
+        "教師",
+        "teachers2",
+        "my-teachers",
+        "x-1",
+        "a~b",
+        "é" * 90,
+    ):
+        check_name(name)
 
 
 ARMS = "student: mlp\narms:\n- {name: a, objective: ce}\n- {name: b, objective: lsr}\n"

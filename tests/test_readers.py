@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -152,6 +153,36 @@ def change(experiment: Path, number: int, **changes: Any) -> Path:
 
 
 # --- status
+
+
+SIGNS = tuple("=+-@\uff1d\uff20\u2212\u207b")  # with which a formula begins
+LONG = {"escape": "\x1b", "private use": "\ue000", "kinds": "\ue000\x1b\u200b\x9b", "lines": "\n", "accents": "a\u0301"}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_text_of_millions_of_odd_characters_is_shown_in_seconds_and_cut_where_people_read(
+    small: Path, text: str
+) -> None:
+    reason = "begin" + 3_000_000 // len(text) * text + "end"
+    folder = change(small, 0, status="failed", reason=reason)
+    begin = time.process_time()
+    lines = [
+        *status_lines(status(small)),
+        *trials_table(small).splitlines(),
+        *trials_table(small, columns="trial,reason").splitlines(),
+    ]
+    assert max(map(len, lines)) < 20_000 and any("begin" in line for line in lines)
+    said = list(logs(small, folder.name))
+    assert max(map(len, said)) < 300_000 and str(folder / "trial.json") in said[-1]
+    wholly = trials_table(small, columns="reason", output="csv")
+    assert len(wholly) > 2_900_000 and "end" in wholly[-1000:]
+    assert time.process_time() - begin < 30, "was 10 s for each million"
+
+
+def test_what_is_made_legible_fast_is_what_each_character_says() -> None:
+    odd = "".join(map(chr, range(0x3000)))
+    for text in (odd, odd[:300], "\x1b[1m\n", "plain", "\U000e0001\ud800ü\u2028"):
+        assert legible(text) == "".join(map(legible, text))
 
 
 def test_readers_import_neither_torch_nor_ray_nor_optuna_and_write_nothing(sweep: Path) -> None:
@@ -418,6 +449,17 @@ def test_null_true_one_and_their_texts_are_told_apart_by_filters(
     assert [row["number"] for row in rows] == numbers
 
 
+def test_a_value_that_is_no_number_is_found_by_its_name(small: Path) -> None:
+    for record, value in zip(
+        read_records(small), (math.nan, math.inf, -math.inf, 1.0), strict=True
+    ):
+        write_record(replace(record, parameters={"x.a": value}))
+    wanted = {"a=nan": [0], "a=.nan": [0], "a!=nan": [1, 2, 3], "a=inf": [1], "a=-inf": [2], "a<nan": [], "a!=1": [0, 1, 2]}  # fmt: skip
+    for text, numbers in wanted.items():
+        rows = json.loads(trials_table(small, filter=[text], output="json"))
+        assert [row["number"] for row in rows] == numbers, text
+
+
 def test_null_true_one_and_their_texts_are_told_apart_in_tables(mixed: Path) -> None:
     table = [line.split() for line in trials_table(mixed, columns="a,b").splitlines()[1:]]
     assert table == [["null", "=1+1"], ["true", '"null"'], ["1", '"true"'], ['"true"', '"1"']]
@@ -446,6 +488,14 @@ def test_null_true_one_and_their_texts_are_told_apart_in_tables(mixed: Path) -> 
         "=cmd|' /C calc'!A0",
         "\uff1d1+1",
         "\uff20SUM(1)",
+        "\u2212" + "1+1",
+        "\u00a0=1",
+        "a;=1+1",
+        "a; \uff1d1",
+        "a\t+1",
+        "a\n=1",
+        "a\r@SUM(1)",
+        "\u207b1",
     ],
 )
 def test_no_cell_of_csv_is_run_by_a_spreadsheet(small: Path, text: str) -> None:
@@ -453,12 +503,18 @@ def test_no_cell_of_csv_is_run_by_a_spreadsheet(small: Path, text: str) -> None:
         write_record(
             replace(record, status="failed", reason=text, parameters={text: text, "lr": -0.5})
         )
-    header, *rows = csv.reader(io.StringIO(trials_table(small, output="csv"), newline=""))
-    marked = f"'{legible(text)}"
-    assert marked in header
+    whole = trials_table(small, output="csv")
+    header, *rows = csv.reader(io.StringIO(whole, newline=""))
+    [marked] = [name for name in header if name.replace("'", "") == legible(text).replace("'", "")]
     for row in rows:
         cells = dict(zip(header, row, strict=True))
         assert cells["reason"] == marked and cells["lr"] == "-0.5", "a number stays one"
+    begun_elsewhere = re.split(
+        r"[;\t\n\r]", whole.replace(",-0.5", "")
+    )  # as by a German spreadsheet
+    assert not [c for c in begun_elsewhere if c.lstrip()[:1] in SIGNS and c.strip()]
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
         assert not [
             c for name, c in cells.items() if name != "lr" and c.lstrip()[:1] in tuple("=+-@") and c
         ]

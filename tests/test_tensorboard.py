@@ -21,10 +21,13 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from tfkd_ray.cli.show import _HOW_TO_COMPARE
 from tfkd_ray.learn.objectives import Canonical, LabelSmoothing, TfkdReg, TfkdRegCode
+from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings.yaml import parse_yaml
 from tfkd_ray.show.tensorboard import (
     TensorBoard,
     _column,
+    _common,
+    _hparam_columns,
     _kind,
     _session_start,
     label_probability,
@@ -426,6 +429,33 @@ def test_several_experiments_stand_side_by_side_with_the_columns_of_all(
     assert groups == {"t0000-ce (a b)", "t0000-kd (ü)"}
     layout = layout_pb2.Layout.FromString(content(events, ".", "custom_scalars__config__"))
     assert [c.title for c in layout.category[0].chart] == ["ce", "lsr", "kd"]
+
+
+@pytest.mark.parametrize(
+    "others", [{"choices": [0.1, "auto"]}, {"choices": ["auto", "b"]}, {"choices": [True, False]}]
+)
+@pytest.mark.parametrize("ours", [{"choices": [0.1, 0.2]}, {"low": 0.1, "high": 0.9}])
+def test_a_column_that_is_text_in_one_experiment_and_numbers_in_another_hides_no_run(
+    ours: Any, others: Any
+) -> None:
+    columns = []
+    for given in (ours, others):
+        student = {"name": "own", "path": "anything:net", "args": {"width": given}}
+        with only_reading():
+            columns += _hparam_columns(build_space({"objective": "ce", "student": student}))
+    for first, second in (columns, columns[::-1]):
+        common = _common(first, second)
+        values = [*common.domain_discrete.values]
+        if "choices" not in ours:
+            assert common.type == api_pb2.DATA_TYPE_UNSET and not values
+            continue
+        assert common.type == api_pb2.DATA_TYPE_STRING
+        for column in columns:
+            assert all(value in values for value in column.domain_discrete.values)
+        third = _column(common.name, Choices(("auto", "c")))
+        assert len(_common(common, third).domain_discrete.values) > len(
+            third.domain_discrete.values
+        )
 
 
 def test_the_five_steps_fit_a_terminal() -> None:

@@ -8,6 +8,9 @@ always holds a complete state, whenever its writer is killed.
 
 import hashlib
 import io
+import json
+import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +18,13 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import opened, write_whole
+from tfkd_ray.settings.files import opened, read_at_most, write_whole
 
 State = dict[str, Any]
 """The run state of `loop.train`."""
@@ -71,10 +75,10 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
         path = directory / name
         try:
             with opened(path, follow=False) as file:
-                digest, _, content = file.read().partition(b"\n")
+                content = _undamaged(file)
         except FileNotFoundError:
             continue
-        if hashlib.sha256(content).hexdigest().encode() == digest:
+        if content is not None:
             check_torch()
             state: State = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
             return state
@@ -84,6 +88,30 @@ def load_state(directory: Path, say: Callable[[str], None] | None = None) -> Sta
         else:
             warnings.warn(damage, stacklevel=2)
     return None
+
+
+_DIGEST = re.compile(rb"[0-9a-f]{64}\n")
+_ZIP_END = re.compile(rb"PK\x05\x06.{16}\0\0", re.S)
+"""Last bytes of torch's format, a zip archive without a comment."""
+
+
+def _undamaged(file: io.BufferedReader) -> bytes | None:
+    """Return the bytes of torch's format in a state's file, or None if it is damaged.
+
+    A file may claim any size. One that does not begin and end like a state is not read further, and
+    memory is taken for one whose checksum fits.
+    """
+    digest = file.read(65)
+    if _DIGEST.fullmatch(digest) is None or file.seek(0, os.SEEK_END) < 65 + 22:
+        return None
+    file.seek(-22, os.SEEK_END)
+    if _ZIP_END.fullmatch(file.read()) is None:
+        return None
+    file.seek(65)
+    if hashlib.file_digest(file, "sha256").hexdigest().encode() != digest[:64]:
+        return None
+    file.seek(65)
+    return file.read()
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
@@ -100,16 +128,46 @@ MOST_HEADER_BYTES = 10**8
 """Most bytes of a safetensors header, as its own reader has it."""
 
 
-def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """Return the state_dict in a safetensors file; raise if its SHA-256 is not `sha256`."""
+def load_weights(
+    path: Path, sha256: str | None = None, *, network: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Return the state_dict in a safetensors file; raise if its SHA-256 is not `sha256`.
+
+    What follows the tensors, or is far more than the `network` has, is refused before it is read.
+    """
+    damaged = (
+        f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder and it is made again"
+    )
     with opened(path) as file:
-        begin = file.read(8)
-        if 0 < int.from_bytes(begin, "little") <= MOST_HEADER_BYTES:
-            begin += file.read()
-        content = begin  # without a header, the first bytes are enough to refuse the file
+        size = os.fstat(file.fileno()).st_size
+        described = _size_by_header(file)
+        if described is not None and described < size:
+            more = f"{size} bytes, and its header describes {described}"
+            raise SafetensorError(more) if sha256 is None else ValueError(damaged)
+        if described is not None and network is not None:
+            values = network.state_dict().values()
+            own = sum(value.numel() * value.element_size() for value in values)
+            if size > 2**24 + 16 * own:
+                raise RuntimeError(f"{size} bytes, and its network has {own}")
+        file.seek(0)
+        # without a header, the first bytes are enough to refuse the file
+        content = file.read(8) if described is None else file.read()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(
-            f"{path}: damaged: its SHA-256 is not {sha256}; delete its folder and it is made again"
-        )
+        raise ValueError(damaged)
     weights: dict[str, Tensor] = parse_safetensors(content)
     return weights
+
+
+def _size_by_header(file: io.BufferedReader) -> int | None:
+    """Return how many bytes a safetensors file has by its header; None if it has no header."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= MOST_HEADER_BYTES:
+        return None
+    try:
+        header = json.loads(read_at_most(file, length))
+        ends = [
+            about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"
+        ]
+        return 8 + length + int(max(ends, default=0))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -249,7 +249,7 @@ def decoded(
     """
     try:
         with opened(path) as file, Image.open(file) as image:
-            _check_kept_values(image)
+            _check_kept_values(image, file)
             return np.asarray(view(image)).transpose(2, 0, 1)
     except _NotEightBits as error:
         raise ConfigError(f"data {name}: {path}: {error}") from None
@@ -394,24 +394,73 @@ class _NotEightBits(ValueError):
     """Raised for an image whose values cannot be scaled to 0..255 without a guess."""
 
 
-def _check_kept_values(image: ImageFile.ImageFile) -> None:
+def _check_kept_values(image: ImageFile.ImageFile, file: BinaryIO) -> None:
     """Raise for an image, not yet decoded, of which Pillow itself makes other values in 8 bits."""
     tags = getattr(image, "tag_v2", {})
     if image.mode == "L" and 2 in tags.get(339, ()):  # SampleFormat: Pillow takes -1 for 255
         raise _NotEightBits(
             "its pixels are signed, -128 to 127, and nothing says which of them is black; write it from 0 to 255"
         )
-    is_16_bit = any(";16" in str(tile[3]) for tile in image.tile)
-    if image.mode not in ("RGB", "RGBA", "CMYK") or not is_16_bit:
+    tiles = image.tile
+    wide = any(_has_16_bits(tile) for tile in tiles)
+    if image.mode not in ("RGB", "RGBA", "CMYK") or not wide:
         return
-    colours = 4 if image.mode == "CMYK" else 3
-    highest = int(np.asarray(image)[..., :colours].max())
-    if highest < 16:
+    upper = _colours_of(image)
+    highest = int(upper.max())
+    if highest <= 16 and _loses_levels(file, tiles, upper):
         raise _NotEightBits(
             f"the 16-bit values of its colours stay below {256 * (highest + 1)} of 65535 (mode {image.mode}), so that "
-            f"8 bits would keep {highest + 1} of their levels; if white is a smaller number, as in 12 bits, scale it "
-            "to 65535, or write it with 8 bits"
+            f"8 bits would keep {len(np.unique(upper))} of their levels; if white is a smaller number, as in 12 bits, "
+            "scale it to 65535, or write it with 8 bits"
         )
+
+
+def _colours_of(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the pixels, decoded, without their transparency."""
+    return np.asarray(image)[..., : 4 if image.mode == "CMYK" else 3]
+
+
+def _has_16_bits(tile: Any) -> bool:
+    """Return whether Pillow reads a part of a file with 16 bits a colour; see `ImageFile.tile`."""
+    if tile.codec_name in ("ppm", "ppm_plain"):
+        return bool(tile.args[1] > 255)
+    return ";16" in str(tile.args)
+
+
+def _loses_levels(
+    file: BinaryIO, tiles: Sequence[Any], upper: np.ndarray[Any, np.dtype[np.uint8]]
+) -> bool:
+    """Return whether values differ in 16 bits that are the same in the upper 8.
+
+    Pillow keeps the upper bytes alone. The file is read again for the lower ones.
+    """
+    if any(tile.codec_name == "ppm_plain" for tile in tiles):  # rare, and all of it is text
+        return True
+    if tiles[0].codec_name == "ppm":
+        file.seek(tiles[0].offset)
+        values = np.frombuffer(file.read(2 * upper.size), ">u2")
+        highest = int(values.max(initial=0))
+        levels = len(np.unique(upper))
+        return highest < 4096 * tiles[0].args[1] // 65535 and len(np.unique(values)) > levels
+    if upper.max() == 16:
+        return False
+    file.seek(0)
+    with Image.open(file) as again:
+        again.tile = [tile._replace(args=_swapped(tile.args)) for tile in tiles]
+        # grey with transparency, read as four bytes: the grey's lower one is the second
+        is_grey = "LA;16" in str(tiles[0].args)
+        lower = np.asarray(again)[..., 1:2] if is_grey else _colours_of(again)
+    values = upper[..., : lower.shape[2]].astype(np.uint16) * 256 + lower
+    return len(np.unique(values)) > len(np.unique(upper))
+
+
+def _swapped(args: Any) -> Any:
+    """Return a decoder's arguments with which the lower byte of each value is taken."""
+    if isinstance(args, tuple):
+        return (_swapped(args[0]), *args[1:])
+    if args == "LA;16B":
+        return "RGBA"
+    return args[:-1] + ("B" if args[-1] in ("L", "N") else "L")  # N: the machine's own, little
 
 
 def rgb(image: Image.Image) -> Image.Image:

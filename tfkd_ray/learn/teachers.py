@@ -170,7 +170,7 @@ def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str |
     if not guesses and config.weights is None:
         return None
     module = untrained(config)
-    module.load_state_dict(load_weights(folder / WEIGHTS))
+    module.load_state_dict(load_weights(folder / WEIGHTS, network=module))
     met = torch.zeros(K, K, dtype=torch.long)  # images by prediction and label
     for logits, labels in predictions(module, val_set, config.data):
         met += torch.bincount(logits.argmax(dim=1) * K + labels, minlength=K * K).view(K, K)
@@ -286,7 +286,7 @@ def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
     about, data = describe(config, storage), config.data
     outside = about.get("input") if config.weights is not None else None
     module = config.build_student(input_shape(config, outside) if outside else data.shape)
-    module.load_state_dict(load_weights(place / WEIGHTS, about["sha256"]))
+    module.load_state_dict(load_weights(place / WEIGHTS, about["sha256"], network=module))
     if outside:
         show(module, data, outside)
     return module.eval()

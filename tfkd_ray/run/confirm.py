@@ -123,7 +123,7 @@ def comparison_tuner(
         for note in arm.config.try_own_code():
             print(f"note: arm {arm.name}: {note}", file=sys.stderr)
     config.data.examine()
-    prepare(config, storage)
+    prepare(config, storage, notes=())  # each arm's own code was tried above
     lock = Lock(*comparison)
     without_teacher: dict[str, str] = {}
 
@@ -228,7 +228,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
         if on_run:
             on_run(run.name)
         network = run.config.build_student()
-        network.load_state_dict(load_weights(path.with_name(WEIGHTS)))
+        network.load_state_dict(load_weights(path.with_name(WEIGHTS), network=network))
         logits, labels = _logits(
             network.to(device).to(memory_format=run.config.student.memory_format), data, test
         )

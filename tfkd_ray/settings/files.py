@@ -245,7 +245,15 @@ def legible(text: str) -> str:
 
     Line breaks and tabs are kept.
     """
-    return text if text.isprintable() else "".join(map(_legible, text))
+    if text.isprintable():
+        return text
+    table = {ord(c): _legible(c) for c in set(text)}
+    odd = {c: shown for o, shown in table.items() if (c := chr(o)) != shown}
+    if len(odd) > 100:
+        return text.translate(table)
+    for c, shown in odd.items():  # many times faster than a look at each character
+        text = text.replace(c, shown)
+    return text
 
 
 def _legible(c: str) -> str:

@@ -1,7 +1,8 @@
 """Passwords in URLs: find them, and mask them in a URL or a sentence.
 
 A password is the part that SQLAlchemy's parser reads as one. As users forget to percent-encode odd
-passwords, it extends to the last @. In a query it is the value of every key with a telling name.
+passwords, it extends to the last @. One that another sign than a colon sets off from the user is a
+password, too. In a query it is the value of every key with a telling name.
 """
 
 import re
@@ -23,14 +24,20 @@ _SCHEME = re.compile(
     rf"|\b(?:{_SCHEMES})(?:\+\w{{1,30}})?(?:;?//(?!/)|:/(?!/)|:\\{{1,4}}|:(?![\\/\s]))"
 )
 _USER = re.compile(r"[^:/]*:")
+_SLIP = re.compile(r"[^:/?#@]*?(?:[;|\s\uff1a\uff1b\ufe55\ufe13]|%3[ab])", re.I)  # for the colon
 _PORT = re.compile(r"\d*(?![^/?#\s'\"\]}),;.])")
 _HTTP_USER = re.compile(r"(?<=http://|ttps://)[^\s/?#:]+(?=@)")  # a lone user is a token there
 _KEY = re.compile(r"[?&;#]([^?&;#=\s]+)=")
 _NEXT_KEY = re.compile(r"[&;][^?&;=\s]+=")
-_PAIR = re.compile(r"(?<![\w?&;#.-])\w{0,40}(?:password|passwd|pwd)=(?=\S)", re.I)  # of libpq
+_PAIR = re.compile(r"(?<![\w?&;#.-])\w{0,40}(?:password|passwd|pwd)\s*=\s*(?=\S)", re.I)  # libpq
+_PAIR_IN_TEXT = re.compile(
+    rf"({_PAIR.pattern})('(?:[^'\\]|\\.)*'|\"[^\"]*\"|[^\s;'\"]+)", re.I | re.S
+)
 _SECRET = re.compile(
-    r"pass(?!file)|pwd|secret|token|credential|signature|odbc_connect|authorization|bearer|jwt|^(sig|sas|key|pw|auth|dsn)$"
-    r"|(api|access|account|private)[_-]?key",
+    r"pass(?!file)|pwd|psw|secret|token|cred|signature|odbc_connect|authorization|authentication"
+    r"|bearer|jwt|saml|assertion|verifier|session|cookie|ticket|hmac|kennwort|contrase|licen[cs]e"
+    r"|(api|access|account|private)[_-]?key|(?<!ssl)(?<!ssl[_-])key$|code$"
+    r"|(^|[_.\s-])(sig|sas|pw|auth|dsn|pin|otp|pat|sid|nonce|refresh)$",
     re.I,
 )
 
@@ -44,6 +51,9 @@ def spans(url: str) -> list[tuple[int, int]]:
     starts = [m.end() for m in _SCHEME.finditer(url)]
     last = url.rfind("@")
     for begin in starts:
+        slip = _SLIP.match(url, begin)
+        if slip is not None and last > slip.end():
+            found.append((slip.end(), last))
         user = _USER.match(url, begin)
         if user is None or url.startswith(f"{HIDDEN}@", user.end()):
             continue
@@ -92,16 +102,17 @@ def masked(url: str) -> str:
 
 def masked_words(text: str) -> str:
     """Return a sentence with *** for the passwords of the URLs in it."""
+    text = _PAIR_IN_TEXT.sub(rf"\1{HIDDEN}", text)
     return re.sub(r"[^\s'\"]+", lambda found: _masked_word(found[0]), text)
 
 
 def _masked_word(word: str) -> str:
-    """Return a word, masked if it is a URL that names a user or has a query.
+    """Return a word, masked if it is a URL that names a user or has a query or parameters.
 
     A port that a comma follows is no password.
     """
     start = _SCHEME.search(word)
-    is_url = start is not None and any(c in "@?#" for c in word[start.end() :])
+    is_url = start is not None and any(c in "@?#;" for c in word[start.end() :])
     return masked(word) if is_url or _PAIR.search(word) else word
 
 

@@ -195,7 +195,7 @@ def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
     try:
         with torch.random.fork_rng(devices=[]):
             network = config.build_student()
-        network.load_state_dict(load_weights(path))
+        network.load_state_dict(load_weights(path, network=network))
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except SafetensorError as error:

@@ -61,7 +61,7 @@ from tfkd_ray.show.receipt import (
     receipt,
     receipt_rows,
 )
-from tfkd_ray.show.status import ExperimentPlan, duration, read_lasts, read_plan, status
+from tfkd_ray.show.status import ExperimentPlan, cut_short, duration, read_lasts, read_plan, status
 from tfkd_ray.space.explain import EXPLAIN_TOLERANCE, amounts_to
 from tfkd_ray.store.experiment import (
     Record,
@@ -256,7 +256,8 @@ def _failures(sweep: Sweep) -> str:
         return "<p>None.</p>"
     reasons: dict[str, list[str]] = {}
     for record in failed:
-        reasons.setdefault((record.reason or "no reason is known").strip(), []).append(record.name)
+        why = cut_short((record.reason or "no reason is known").strip())
+        reasons.setdefault(why, []).append(record.name)
     rows = [
         [str(len(names)), why, some_of(names)]
         for why, names in sorted(reasons.items(), key=lambda i: -len(i[1]))
@@ -323,7 +324,7 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
                 "Candidates against baselines", [*_lead_figures(judged), _leads_table(judged)]
             )
     failed = [r for r in read_lasts(directory) if r.status == "failed"]
-    rows = [[r.name, (r.reason or "no reason is known").strip()] for r in failed]
+    rows = [[r.name, cut_short((r.reason or "no reason is known").strip())] for r in failed]
     yield Section("Failures", [table_html(["run", "reason"], rows) if rows else "<p>None.</p>"])
     if not inside:
         yield Section("How to reproduce", list(_reproduce(plan, directory)))

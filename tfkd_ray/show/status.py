@@ -16,7 +16,6 @@ import stat
 import statistics
 import textwrap
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -468,8 +467,18 @@ def epoch_of(record: Record) -> int:
     return int(record.last.get("epoch", 0))
 
 
+MOST_OF_A_TEXT = 2000
+"""Most characters of one text that a line for people shows; JSON and CSV have all of it."""
+
+
 def first_line(reason: str | None) -> str:
-    return next(iter((reason or "").strip().splitlines()), "no reason is known")
+    begin = cut_short((reason or "").strip())
+    return next(iter(begin.splitlines()), "no reason is known")
+
+
+def cut_short(text: str) -> str:
+    """Return a text of at most `MOST_OF_A_TEXT` characters; one that is longer ends in …"""
+    return text if len(text) <= MOST_OF_A_TEXT else text[:MOST_OF_A_TEXT] + "…"
 
 
 def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, Any] | None:
@@ -663,7 +672,8 @@ def duration(seconds: float) -> str:
 
 def fitted(text: str, width: int) -> str:
     """Return escaped text on one line, cut to a number of terminal columns."""
-    text = on_one_line(text)
+    most = 16 * width  # a character may take no column, as an accent does
+    text = on_one_line(text[:most]) + "…" * (len(text) > most)
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
@@ -718,11 +728,18 @@ def csv_cell(row: Row, field: str) -> str:
     return inert(value if key in TEXTS else in_yaml(value))
 
 
+_SIGNS = (
+    "=+@|%\uff1d\ufe66\u207c\u208c\uff0b\ufe62\u207a\u208a\ufb29\uff20\ufe6b\uff5c\uff05\ufe6a"
+    "\uff0d\ufe63\u2212\u207b\u208b-"
+)
+"""Characters with which a spreadsheet's formula may begin, also full-width, raised or lowered."""
+# A spreadsheet of some languages begins a cell after ; or a tab, and a row at each line of a text.
+_FORMULA = re.compile(rf"^(?=[\t\r\n])|(?:^|(?<=[;\t\r\n]))(?=[^\S\t\r\n]*[{_SIGNS}])")
+
+
 def inert(text: str) -> str:
-    """Return text that a spreadsheet does not run: formulas get an apostrophe in front."""
-    first = unicodedata.normalize("NFKC", text.lstrip()[:1])  # also full-width
-    runs = first in {"=", "+", "-", "@", "|", "%"} or text[:1] in ("\t", "\r", "\n")
-    return legible(f"'{text}" if runs else text)  # `legible` escapes \r, which would end the row
+    """Return text that a spreadsheet does not run: an apostrophe stands before each formula."""
+    return legible(_FORMULA.sub("'", text))  # `legible` escapes \r, which would end the row
 
 
 # --- all experiments -------------------------------------------------------------------------------------------

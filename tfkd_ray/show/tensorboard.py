@@ -321,14 +321,31 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
             metrics |= _metrics(space)
             spaces.append(space)
         for column in found:
-            if columns.setdefault(column.name, column) != column:  # the ranges differ
-                columns[column.name] = api_pb2.HParamInfo(
-                    name=column.name, type=column.type, differs=True
-                )
+            columns[column.name] = _common(columns.get(column.name, column), column)
     root = EventFileWriter(str(folder))
     _add(root, 0, _experiment(columns.values(), metrics))
     _add(root, 0, _layout([*(_charts(spaces) if spaces else []), *margins]))
     root.close()
+
+
+def _common(one: api_pb2.HParamInfo, other: api_pb2.HParamInfo) -> api_pb2.HParamInfo:
+    """Return a column for the sessions of two experiments.
+
+    Where one has numbers and the other text, a filter by text or range ends in an error; a list of
+    the values of both does not. Without such a list, the column has no type, and so no filter.
+    """
+    if one == other:
+        return one
+    common = api_pb2.HParamInfo(name=one.name, type=one.type, differs=True)
+    lists = (one.domain_discrete.values, other.domain_discrete.values)
+    values = [value for listed in lists for value in listed]
+    if one.type != other.type or len({value.WhichOneof("kind") for value in values}) > 1:
+        common.type = api_pb2.DATA_TYPE_STRING if all(lists) else api_pb2.DATA_TYPE_UNSET
+    if all(lists):
+        for k, value in enumerate(values):
+            if value not in values[:k]:
+                common.domain_discrete.values.add().CopyFrom(value)
+    return common
 
 
 # --- words -----------------------------------------------------------------------------------------------------

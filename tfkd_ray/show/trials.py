@@ -17,11 +17,13 @@ from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import json_tree, opened, read_at_most
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.status import (
+    MOST_OF_A_TEXT,
     TEXTS,
     ExperimentPlan,
     Row,
     as_written,
     csv_cell,
+    cut_short,
     epoch_of,
     first_line,
     inert,
@@ -207,6 +209,8 @@ def _test(
             return False
         there = number_in(row[key])
         if number is not None and there is not None:
+            if math.isnan(number) and operator in ("=", "!="):
+                return math.isnan(there) == (operator == "=")
             return OPERATORS[operator](there, number)
         return operator in ("=", "!=") and OPERATORS[operator](in_yaml(row[key]), in_yaml(wanted))
 
@@ -236,9 +240,11 @@ def _cell(row: Row, field: str) -> str:
     if key is None:
         return ""
     value = row[key]
-    if key in TEXTS:
-        return on_one_line(str(value))
-    return f"{value:.4g}" if isinstance(value, float) else on_one_line(in_yaml(value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str) and len(value) > MOST_OF_A_TEXT:
+        value = cut_short(value)
+    return on_one_line(cut_short(str(value) if key in TEXTS else in_yaml(value)))
 
 
 def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
@@ -250,7 +256,7 @@ def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
         reason = first_line(row["reason"]) if row.get("reason") else parameters
-        trial = on_one_line(row["trial"])
+        trial = on_one_line(cut_short(row["trial"]))
         lines.append(
             f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {on_one_line(reason)}"
         )
@@ -324,7 +330,9 @@ def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> 
         time.sleep(every_s)
     if record is not None:
         state = "interrupted" if record.status == "running" and not alive else record.status
-        yield f"{state}: {record.reason}" if record.reason else state
+        yield f"{state}: {record.reason[:MOST_TRACE_BYTES]}" if record.reason else state
+        if record.reason is not None and len(record.reason) > MOST_TRACE_BYTES:
+            yield f"(the first {MOST_TRACE_BYTES} characters of its reason; the rest is in {folder / 'trial.json'})"
         error = folder / "error.txt"
         if record.status == "failed" and os.path.lexists(error):
             with damaged(error), opened(error, follow=False) as file:

@@ -27,6 +27,7 @@ import select
 import shlex
 import subprocess
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -485,27 +486,46 @@ def check_new(experiment: Path) -> None:
     check_writable(experiment.parent, "--storage DIR")
 
 
-RESERVED = {"teachers", "test_openings.jsonl"}
-"""Names in a storage directory that are reserved for what experiments share."""
+RESERVED = {"teachers", "test_openings.jsonl", "experiment.yaml", "confirm.yaml"}
+"""Names in a storage directory that are reserved: of what experiments share, and of files by which
+a directory is known as an experiment."""
+_LOOK_ALIKES = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458\u04bb\u0433\u043d\u0501\u0261\u0131"
+    "\u03b1\u03b5\u03b9\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u03f2",
+    "aeopctyxsijhrhdgiaeivoptuxc",
+)
+"""Cyrillic and Greek letters that look like Latin ones."""
+
+
+def _as_it_looks(name: str) -> str:
+    """Return a name as people and some file systems take it: whatever its case, width or accents."""
+    plain = unicodedata.normalize("NFKD", name.casefold()).casefold()
+    seen = (c for c in plain if not unicodedata.category(c).startswith("M"))
+    return "".join(seen).translate(_LOOK_ALIKES).rstrip(". ")
 
 
 def check_name(name: str) -> None:
     """Raise if this is no valid name for an experiment."""
     given = f"--name {legible(name)!r}" if not name.isprintable() else f"--name {name}"
-    if name.casefold() in RESERVED:
+    if _as_it_looks(name) in RESERVED:
         raise ConfigError(
-            f"{given}: is what all experiments of a storage directory share; choose another name"
+            f"{given}: is, or looks like, a name that tfkd uses in a storage directory; choose another name"
         )
+    looks = unicodedata.normalize("NFKC", name)
     if (
         not name
-        or name.startswith((".", "-"))
+        or looks.startswith((".", "-", "~", "\u2212"))
+        or name.endswith(".")
         or name != name.strip()
         or not name.isprintable()
-        or set("/\\") & set(name)
+        or set("/\\") & set(looks)
     ):
-        rule = "a plain name without slashes, control characters, blanks at its ends, or '.' or '-' at its beginning"
+        rule = (
+            "a plain name without slashes, control characters, blanks at its ends, '.', '-' or '~' at its beginning, "
+            "or '.' at its end"
+        )
         raise ConfigError(f"{given}: {rule}; choose the place with --storage")
-    if name.endswith(PART) or len(name.encode(errors="replace")) > LONGEST_NAME:
+    if name.casefold().endswith(PART) or len(name.encode(errors="replace")) > LONGEST_NAME:
         raise ConfigError(
             f"{given}: at most {LONGEST_NAME} bytes, and not '{PART}' at its end; choose another name"
         )
