@@ -201,57 +201,78 @@ def test_a_damaged_file_is_a_sentence_or_is_borne(
 # --- memory: what a file claims is not what it gets ----------------------------------------------------------------
 
 HUGE = """
-import resource, sys, tempfile
+import os, resource, sys
 from pathlib import Path
-from tfkd_ray.store.experiment import read_metrics, read_record, read_spent, read_teachers
-from tfkd_ray.show.status import last_line, status
+from safetensors import SafetensorError
+from tfkd_ray.launch.clusterfile import load_cluster
 from tfkd_ray.learn.checkpoint import load_state, load_weights
-from tfkd_ray.learn.official import Cifar100, Mnist; from tfkd_ray.learn.image_files import TinyImagenet
-from tfkd_ray.settings.errors import ConfigError; from tfkd_ray.settings.yaml import read_yaml
-from tfkd_ray.learn.weights import load_outside
+from tfkd_ray.learn.image_files import TinyImagenet
 from tfkd_ray.learn.models import Mlp
+from tfkd_ray.learn.official import Cifar100, Mnist
+from tfkd_ray.learn.weights import load_outside
+from tfkd_ray.run.auth import token_in
+from tfkd_ray.run.studies import open_journal
+from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import read_yaml
+from tfkd_ray.show.export import verify
+from tfkd_ray.show.status import status
+from tfkd_ray.store.experiment import gone_trials, read_metrics, read_record, read_spent
 
-folder, what = Path(sys.argv[1]), sys.argv[2]
-reads = {
-    "metrics": lambda: read_metrics(folder), "last": lambda: status(folder.parent.parent), "trial": lambda: read_record(folder),
-    "spent": lambda: read_spent(folder), "yaml": lambda: read_yaml(folder / "experiment.yaml"),
-    "idx": lambda: Mnist(root=folder).load(), "cifar": lambda: Cifar100(root=folder, check_md5=False).load_test(),
-    "weights": lambda: load_outside(str(folder / "w.safetensors"), Mlp(hidden=(8,)), (1, 8, 8), 10),
-    "pt": lambda: load_outside(str(folder / "w.pt"), Mlp(hidden=(8,)), (1, 8, 8), 10),
-    "tiny": lambda: TinyImagenet(root=folder).load(),
-    "state": lambda: sys.exit(load_state(folder, print) is None and 2), "holes": lambda: sys.exit(load_state(folder, print) is None and 2),
-    "tail": lambda: said(folder), "hollow": lambda: said(folder),
-}
+def outside(path):
+    return load_outside(str(path), Mlp(hidden=(8,)), (1, 8, 8), 10)
+
+def state(folder):
+    sys.exit(load_state(folder, print) is None and 2)
+
 def said(folder):
-    from safetensors import SafetensorError
     network = Mlp(hidden=(8,)).build((1, 8, 8), 10)
     try:
         load_weights(folder / "student.safetensors", network=network)
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(f"damaged: {error}")
-if what == "slurm":
-    from tfkd_ray.launch.clusterfile import load_cluster
-    reads[what] = lambda: load_cluster(folder / "job.sh")
-if what == "token":
-    from tfkd_ray.run.auth import token_in
-    reads[what] = lambda: token_in(folder / "auth_token")
-if what == "sums":
-    from tfkd_ray.show.export import verify
-    reads[what] = lambda: verify(folder)
-if what == "gone":
-    from tfkd_ray.store.experiment import gone_trials
-    reads[what] = lambda: print(len(gone_trials(folder)), "trials are gone")
-if what == "journal":
-    from tfkd_ray.run.studies import open_journal
-    reads[what] = lambda: open_journal(folder / "study.journal")
-now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 900 * 2**20, now + 900 * 2**20))
-try:
-    reads[what]()
-except ConfigError as error:
-    print(error)
-    sys.exit(2)
+
+READS = {
+    "metrics": read_metrics, "last": lambda f: status(f.parent.parent), "trial": read_record,
+    "spent": read_spent, "yaml": lambda f: read_yaml(f / "experiment.yaml"),
+    "idx": lambda f: Mnist(root=f).load(),
+    "cifar": lambda f: Cifar100(root=f, check_md5=False).load_test(),
+    "weights": lambda f: outside(f / "w.safetensors"), "pt": lambda f: outside(f / "w.pt"),
+    "tiny": lambda f: TinyImagenet(root=f).load(), "state": state, "holes": state,
+    "tail": said, "hollow": said, "slurm": lambda f: load_cluster(f / "job.sh"),
+    "token": lambda f: token_in(f / "auth_token"), "sums": verify,
+    "gone": lambda f: print(len(gone_trials(f)), "trials are gone"),
+    "journal": lambda f: open_journal(f / "study.journal"),
+}
+
+def read(what, folder):
+    sys.stdout = sys.stderr = Path("said.txt").open("w", buffering=1)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 900 * 2**20, now + 900 * 2**20))
+    try:
+        READS[what](folder)
+    except ConfigError as error:
+        print(error)
+        sys.exit(2)
+
+for line in sys.stdin:
+    what, folder = line.rstrip().split(" ", 1)
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        read(what, Path(folder))
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+"""Each line, a kind of file and its folder, is read in a fork with 900 MiB more than it begins with;
+what that says is in said.txt there."""
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", HUGE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as found:
+        yield found
 
 
 def sparse(path: Path, size: int, begin: bytes = b"") -> None:
@@ -343,21 +364,23 @@ def claims(folder: Path, what: str) -> None:
         "hollow",
     ],
 )
-def test_memory_follows_what_is_there_and_not_what_is_claimed(what: str, tmp_path: Path) -> None:
+def test_memory_follows_what_is_there_and_not_what_is_claimed(
+    what: str, reader: subprocess.Popen[str], tmp_path: Path
+) -> None:
     folder = tmp_path
     if what in ("last", "trial"):
         shutil.copytree(RELEASE, tmp_path / "storage", symlinks=True)
         folder = tmp_path / "storage/sweep/trials/t0002-ce"
     claims(folder, what)
-    command = [sys.executable, "-c", HUGE, str(folder), what]
+    assert reader.stdin is not None and reader.stdout is not None
     start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    print(what, folder, file=reader.stdin, flush=True)
+    code = reader.stdout.readline()
+    said = (folder / "said.txt").read_text()
     said_no = 0 if what == "gone" else 2  # readers go on where a journal ends
-    assert done.returncode == said_no, done.stderr[-2000:]
-    assert what != "gone" or done.stdout == "8 trials are gone\n"
-    assert (
-        len(done.stdout) > 10 and "MemoryError" not in done.stdout and time.monotonic() - start < 60
-    )
+    assert code == f"{said_no}\n", said[-2000:]
+    assert what != "gone" or said == "8 trials are gone\n"
+    assert len(said) > 10 and "MemoryError" not in said and time.monotonic() - start < 60
 
 
 # --- readers of data and run states, with any byte changed ---------------------------------------------------------
