@@ -144,8 +144,10 @@ def test_two_groups_survive_a_killed_worker_and_a_killed_trial(
     assert_all_is_free(report, 4)
     assert [status for status, _ in report["trials"].values()] == ["done"] * 8, report["trials"]
     assert len(at(report, "lost")) == 2
+    firsts = at(report, "first epoch")
+    begun = firsts[0] - at(report, "start")[0]  # of a group; the busier the machine, the longer
     for killed in at(report, "kill worker") + at(report, "kill trial"):
-        assert min(t - killed for t in at(report, "first epoch") if t > killed) < 30
+        assert min(t - killed for t in firsts if t > killed) < 15 + 2 * begun, report["events"]
     one = {}
     for folder in (tmp_path / "e" / "trials").glob(
         "t0*"
