@@ -45,13 +45,15 @@ from tfkd_ray.run.studies import (
     open_storage,
     without_password,
 )
+from tfkd_ray.run.tune_space import tune_space
 from tfkd_ray.settings.errors import ConfigError, check_kind, did_you_mean, readable
-from tfkd_ray.settings.passwords import masked
+from tfkd_ray.settings.passwords import masked, shown
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.listener import Epochs
+from tfkd_ray.space.plain import PlainSpace, search_settings
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
 from tfkd_ray.space.search_config import CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
-from tfkd_ray.space.space import Branch, BranchGroup, Space
+from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
@@ -59,7 +61,6 @@ from tfkd_ray.store.experiment import (
     damaged,
     parse_json,
 )
-from tfkd_ray.verdict.scores import score_of
 
 STARTUP = 10
 """Maximum number of random proposals before a model starts; fewer in a small study."""
@@ -87,7 +88,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     A proposal is the whole configuration as a tree, with a `trial` section: its `number`, its
     `name` (t0007-tfkd_reg), the `metrics` that judge it, its `directory` in `folder`, and the items
-    of `place`.
+    of `place`. Of a plain dictionary it is that dictionary, with a value for each domain, and
+    nothing else.
 
     Results must contain the metrics. A result without `epoch` counts as one epoch. A trial is
     COMPLETE after its last epoch, or if it ended by itself or by the `stop` of its `RunConfig`;
@@ -96,7 +98,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     schedulers: with those, the trial is PRUNED.)
 
     Args:
-        space: the space to search.
+        space: the space to search; or a dictionary with Ray Tune's domains in it (`tune.uniform`
+            and the like) for a trainable of your own. None: the `param_space` of your Tuner.
         journal: Optuna's journal file, created or continued. Not used with a `storage`.
         study: prefix of the studies' names. None: `search.study` of the space, or `tfkd`.
         folder: contains a directory for each trial. None: trials get no directory.
@@ -105,12 +108,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         priors: directories of earlier experiments whose results the sampler uses (`prior_trials`).
         points_to_evaluate: points to propose first: parameters by name, `objective` among them, or
             whole configurations. The sampler chooses the missing values.
+        metric: of a dictionary, the name of what its trainable reports. None: TuneConfig's.
+        mode: of a dictionary, "max" or "min". None: TuneConfig's.
+        epochs: of a dictionary, the number of results that a trial of full length reports.
+        search: of a dictionary, settings as below `search` in a file: `sampler`, `stopping`,
+            `num_samples`, `seed`, `storage`, `study`.
     """
 
     def __init__(
         self,
-        space: Space,
-        journal: Path,
+        space: Space | Mapping[str, Any] | None,
+        journal: Path | str,
         *,
         study: str | None = None,
         folder: Path | None = None,
@@ -118,19 +126,60 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         storage: str | None = None,
         priors: Sequence[Path | str] = (),
         points_to_evaluate: Sequence[Mapping[str, Any]] = (),
+        metric: str | None = None,
+        mode: str | None = None,
+        epochs: int | None = None,
+        search: Mapping[str, Any] | None = None,
     ) -> None:
-        check_kind(space, Space, "space")
-        super().__init__(metric=space.search.metric, mode=space.search.mode)
-        self.storage = storage or space.search.storage
-        self.space, self.journal = without_password(space), Path(journal).absolute()
-        self.study, self.place = study or space.search.study or "tfkd", dict(place or {})
+        super().__init__()
+        self._plain: dict[str, Any] = {"epochs": epochs, "search": dict(search or {})}
+        self._told = (metric, mode)
+        self._points_given = list(points_to_evaluate)
+        if isinstance(space, Space):
+            _refuse_arguments_of_plain_spaces(metric, mode, epochs, search)
+            settings: Any = space.search
+        else:
+            _check_plain(space, epochs, folder, place, priors)
+            settings = search_settings(self._plain["search"])
+        self.storage = storage or settings.storage
+        self.study, self.place = study or settings.study or "tfkd", dict(place or {})
+        self.journal = Path(journal).absolute()
         self.folder = folder
         self.priors = [Path(p) for p in priors]
         self.judges = False
         """True if trials are stopped only by the studies' decisions (see `StudyStopping`)."""
-        self._given = given_points(space, points_to_evaluate)
         self._saved: dict[str, int] = {}
+        self._space: Space | PlainSpace | None = None
+        self._given: dict[str, list[dict[str, Any]]] = {}
+        if space is not None:
+            self._take_space(
+                space if isinstance(space, Space) else tune_space(space, **self._plain)
+            )
         self._forget()
+
+    @property
+    def space(self) -> Space | PlainSpace:
+        """Return the space; raise a ConfigError while a Tuner has not said it."""
+        if self._space is None:
+            raise ConfigError(
+                "space: none yet; give OptunaSearcher a space or a dictionary, or your Tuner a param_space"
+            )
+        return self._space
+
+    def _take_space(self, space: Space | PlainSpace) -> None:
+        """Use a space from now on, and check what was given beside it."""
+        metric, mode = self._told
+        if isinstance(space, PlainSpace) and metric is not None:
+            space = space.judged_by(metric, mode)
+        self._given = given_points(space, self._points_given)
+        self._space = without_password(space)
+        self._know_metric()
+
+    def _know_metric(self) -> None:
+        """Tell Ray's part of the searcher what the space is searched for, once it is known."""
+        search = self.space.search
+        if search.metric:
+            self._metric, self._mode = search.metric, search.mode
 
     def _forget(self) -> None:
         self._studies: list[optuna.Study] | None = None
@@ -152,12 +201,25 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: Any, **spec: Any
     ) -> bool:
-        """Refuse another metric or direction than the space's; Tuners with `param_space` call it."""
+        """Take the space of a Tuner with `param_space`; refuse another metric than the space's."""
+        is_told = self._space is None or (
+            isinstance(self._space, PlainSpace) and not self._space.constants
+        )
+        if is_told:
+            self._take_space(tune_space(config, **self._plain, constants=False))
+            self._forget()
         self.check_metric(metric, mode)
-        return False  # the space is fixed, and Tune refuses another
+        return is_told  # else the space is fixed, and Tune refuses another
 
     def check_metric(self, metric: str | None, mode: str | None) -> None:
-        """Raise if a `tune.TuneConfig` has a metric other than the space's, which rules."""
+        """Raise if a `tune.TuneConfig` has a metric other than the space's, which rules.
+
+        A plain dictionary without a metric gets it from there.
+        """
+        space = self.space
+        if isinstance(space, PlainSpace) and not space.search.metric and metric is not None:
+            self._space = space.judged_by(metric, mode)
+            self._know_metric()
         search = self.space.search
         given = [
             (n, told)
@@ -168,15 +230,21 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             told = ", ".join(f"{name}={value!r}" for name, value in given)
             raise ConfigError(
                 f"TuneConfig: {told}, and the space is searched for {search.metric} ({search.mode}); leave it out, or "
-                "set search.metric in the space"
+                f"{self._where_metric}"
             )
+
+    @property
+    def _where_metric(self) -> str:
+        if isinstance(self.space, PlainSpace):
+            return "give OptunaSearcher this metric and mode"
+        return "set search.metric in the space"
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next configuration: unfinished trials, new ones, then FINISHED."""
+        studies = self._open()
         if not self._asked:
             self._asked = True
             self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
-        studies = self._open()
         if self._todo:
             n = self._todo.pop(0)
         elif self._next < self.space.search.num_samples:
@@ -197,12 +265,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         else:
             trial = self._again(study, number)
             reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
-        values, config = group.propose(trial)
-        name = f"t{n:04d}-{config.objective.called}"
+        branch, values = group.values(trial)
+        config = branch.config(values) if isinstance(self.space, Space) else None
+        name = f"t{n:04d}" if config is None else f"t{n:04d}-{config.objective.called}"
         if number is None:
             trial.set_user_attr("name", name)
             trial.set_user_attr("number", n)  # last: now the proposal is complete
         self._live[trial_id] = _Live(study, trial, reported)
+        if config is None:
+            assert isinstance(self.space, PlainSpace), f"{self.space=}"
+            return self.space.filled(values)
         assignment = Assignment(
             number=n,
             name=name,
@@ -295,7 +367,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return {**kept, "storage": self.storage and masked(self.storage)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        earlier: dict[str, Any] = {
+            "_space": state.get("space"),
+            "_plain": {},
+            "_told": (None, None),
+        }
+        kept = {key: value for key, value in state.items() if key != "space"}
+        self.__dict__.update({**earlier, "_points_given": [], **kept})
         self._forget()
 
     # --- called by scheduler and driver
@@ -322,6 +400,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Remember the exception that ended a trial."""
         if isinstance(error, RayTaskError):
             self._errors[trial_id] = readable(f"{type(error.cause).__name__}: {error.cause}")
+
+    def number_of(self, trial_id: str) -> int:
+        """Return the number of a running trial; 0 if it is not in a study."""
+        live = self._live.get(trial_id)
+        return 0 if live is None else int(live.trial.user_attrs["number"])
 
     def remaining(self) -> int:
         """Return the number of trials still to be proposed, unfinished and new."""
@@ -496,13 +579,21 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """Create or continue the studies, and queue their unfinished trials."""
         if self._studies is None:
             self._forget()
+            if not self.space.search.metric:
+                self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
+            if not self.space.search.metric:
+                raise ConfigError(
+                    "metric: none is named; OptunaSearcher(..., metric='val_loss', mode='min'), or the same two in "
+                    "TuneConfig"
+                )
             self._storage = (
                 open_journal(self.journal) if self.storage is None else open_storage(self.storage)
             )
             with contextlib.nullcontext() if self.storage is None else database(self.storage):
                 studies = self._make_studies()
             self._studies = studies
-            self.add_priors(prior_trials(self.space, self.priors))
+            if isinstance(self.space, Space):
+                self.add_priors(prior_trials(self.space, self.priors))
             self._take_stock(studies)
             for trial_id, n in self._saved.items():
                 self._take_up(trial_id, n)
@@ -512,11 +603,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def _make_studies(self) -> list[optuna.Study]:
         """Create or load the studies; record their space in them, so that edits are detected."""
         directions = {"max": "maximize", "min": "minimize"}
+        record = json.dumps(self.space.tree)
+        self._refuse_another_dictionary(record)
         studies = [
             optuna.create_study(
                 storage=self._storage,
                 study_name=f"{self.study}/{group.name}",
-                directions=[directions[score_of(m).direction] for m in self.space.search.metrics],
+                directions=[directions[mode] for mode in self.space.search.modes],
                 pruner=self._pruner(),
                 load_if_exists=True,
             )
@@ -524,8 +617,23 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         ]
         for study in studies:
             if "space" not in study.user_attrs and not study.get_trials(deepcopy=False):
-                study.set_user_attr("space", json.dumps(self.space.tree))
+                study.set_user_attr("space", record)
         return studies
+
+    def _refuse_another_dictionary(self, record: str) -> None:
+        """Raise if the storage has this study of another plain dictionary, before it is changed."""
+        name = f"{self.study}/{self.space.groups[0].name}"
+        if isinstance(self.space, Space) or name not in optuna.study.get_all_study_names(
+            self._storage
+        ):
+            return
+        there = optuna.load_study(study_name=name, storage=self._storage).user_attrs.get("space")
+        if there != record:
+            where = self.journal.name if self.storage is None else shown(self.storage)
+            raise ConfigError(
+                f"{where}: its study {self.study!r} searches another space: {there}, and this one is {record}; give "
+                "OptunaSearcher another journal, or another study"
+            )
 
     def _take_stock(self, studies: Sequence[optuna.Study]) -> None:
         """Read the studies: trial numbers, their groups, and the trials that must run (again)."""
@@ -593,7 +701,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         settings, seed = search.sampler, address(search.seed, "proposal", n) % 2**32
         random = optuna.samplers.RandomSampler(seed=seed)
         if g not in self._warm:
-            published = group_points(self.space, group)
+            published = group_points(self.space, group) if isinstance(self.space, Space) else []
             told = [group.told(branch_of(group, p.objective), p.values) for p in published]
             points = self._given.get(group.name, [])
             self._warm[g] = [*points, *(point for point in told if point not in points)]
@@ -787,9 +895,14 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
         ]
         return min(
             waiting,
-            key=lambda t: (t.status == TuneTrial.PAUSED, Assignment.of(t.config).number),
+            key=lambda t: (t.status == TuneTrial.PAUSED, self._number(t)),
             default=None,
         )
+
+    def _number(self, trial: TuneTrial) -> int:
+        """Return a trial's number; a plain dictionary does not hold it, and the study does."""
+        assignment = Assignment.find(trial.config)
+        return self.searcher.number_of(trial.trial_id) if assignment is None else assignment.number
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Pass the exception to the searcher, which otherwise learns only that a trial failed."""
@@ -797,7 +910,8 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
             self.searcher.note_error(
                 trial.trial_id, cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
             )
-        if Assignment.of(trial.config).directory is not None:  # not of a user's own trainable
+        assignment = Assignment.find(trial.config)
+        if assignment is not None and assignment.directory is not None:  # no trainable of a user's
             give_larger_share(trial)
             send_elsewhere(trial)
 
@@ -820,6 +934,35 @@ def take_saved_journal(journal: Path) -> bool:
     return True
 
 
+def _refuse_arguments_of_plain_spaces(*given: Any) -> None:
+    names = ("metric", "mode", "epochs", "search")
+    wrong = [name for name, value in zip(names, given, strict=True) if value is not None]
+    if wrong:
+        raise ConfigError(
+            f"{name}: the space says it already; leave it out (it is of plain dictionaries)"
+            for name in wrong
+        )
+
+
+def _check_plain(
+    space: object, epochs: object, folder: object, place: object, priors: object
+) -> None:
+    """Raise a ConfigError for arguments that a plain dictionary cannot have, or lacks."""
+    if space is not None:
+        check_kind(space, Mapping, "space")
+    problems = []
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        problems.append(
+            "epochs: how many results a trial of full length reports, OptunaSearcher(..., epochs=9), got "
+            f"{epochs!r}"
+        )
+    for name, value in (("folder", folder), ("place", place), ("priors", priors)):
+        if value:
+            problems.append(f"{name}: only for spaces of this package, not for a plain dictionary")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _evaluated_state(*, error: bool, pruned: bool) -> TrialState:
     if error:
         return TrialState.FAIL
@@ -827,12 +970,20 @@ def _evaluated_state(*, error: bool, pruned: bool) -> TrialState:
 
 
 def point_in(
-    space: Space, parameters: Mapping[str, Any], *, whole: bool = False
+    space: Space | PlainSpace, parameters: Mapping[str, Any], *, whole: bool = False
 ) -> tuple[BranchGroup, str, dict[str, Any]]:
     """Return (group, objective, values by parameter name) of a given point; all values if `whole`.
 
     A point is a whole configuration, or values by parameter name, with the `objective` if needed.
     """
+    if isinstance(space, PlainSpace):
+        given = space.point({k: v for k, v in parameters.items() if k != TRIAL_INDEX})
+        _check_names(space, given)
+        asked, problems = _against(space.branch, given, whole)
+        if problems:
+            raise ConfigError(f"a point: {problem}" for problem in problems)
+        values = {name: given[name] for name in asked if name in given}
+        return space.groups[0], space.branch.objective, values
     given = {key: value for key, value in parameters.items() if key not in (SECTION, TRIAL_INDEX)}
     if isinstance(given.get("objective"), Mapping):
         config = validated(TrainConfig, given)
@@ -842,7 +993,7 @@ def point_in(
         return place[0], config.objective.called, place[1]
     objective = given.pop("objective", None)
     _check_names(space, given)
-    problems: list[str] = []
+    problems = []
     for group in space.groups:
         for branch in group.branches:
             if objective not in (None, branch.objective):
@@ -857,7 +1008,7 @@ def point_in(
     raise ConfigError(f"a point: {problem}" for problem in dict.fromkeys(problems))
 
 
-def _check_names(space: Space, given: Mapping[str, Any]) -> None:
+def _check_names(space: Searched, given: Mapping[str, Any]) -> None:
     names = {p.name for p in space.parameters}
     unknown = [name for name in given if name not in names]
     if unknown:
@@ -884,7 +1035,7 @@ def _against(branch: Branch, given: dict[str, Any], whole: bool) -> tuple[list[s
 
 
 def given_points(
-    space: Space, points: Sequence[Mapping[str, Any]]
+    space: Space | PlainSpace, points: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return points by the name of their group, in the form of its sampler."""
     if points and isinstance(space.search.sampler, Grid):
@@ -912,6 +1063,7 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
 
     A value that was fixed before and is searched now becomes a parameter of the copied trials.
     """
+    assert isinstance(new.space, Space), f"{new.space=}"
     copies: list[tuple[int, str, FrozenTrial]] = []
     for group, study in zip(old.space.groups, old.studies(), strict=True):
         for trial in study.get_trials(deepcopy=False):

@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -27,8 +27,10 @@ from tfkd_ray.settings.passwords import (
     without_secrets,
 )
 from tfkd_ray.space.search_config import ENVIRONMENT
-from tfkd_ray.space.space import Space
+from tfkd_ray.space.space import Searched
 from tfkd_ray.store.experiment import LONGEST_LINE, damaged, parse_json
+
+AnySpace = TypeVar("AnySpace", bound=Searched)
 
 # --- storages -------------------------------------------------------------------------------------
 
@@ -322,7 +324,7 @@ def whole_url(url: str) -> str:
     return given
 
 
-def without_password(space: Space) -> Space:
+def without_password(space: AnySpace) -> AnySpace:
     """Return the space with *** for its storage's password, safe to pickle, log and display."""
     url = space.search.storage
     if url is None or masked(url) == url:

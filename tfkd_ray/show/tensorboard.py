@@ -38,8 +38,9 @@ from tfkd_ray.settings import own_code
 from tfkd_ray.settings.yaml import dump_yaml, in_yaml
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.space.arms import Arm, read_comparison
+from tfkd_ray.space.plain import PlainSpace
 from tfkd_ray.space.ranges import Choices
-from tfkd_ray.space.space import Parameter, Space, build_space
+from tfkd_ray.space.space import Parameter, Searched, Space, build_space
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import FULL_LENGTH, as_number, read_experiment, trials_folder
 from tfkd_ray.verdict.calibration import BINS, binned, calibration_error
@@ -69,14 +70,20 @@ class TensorBoard(OwnCallback):
 
     Args:
         folder: where the runs go; point `tensorboard --logdir` at it.
-        space: names the columns of HParams. Without it they are the union of what the trials say.
-        metric: what `hp/value` is.
+        space: names the columns of HParams; of an `OptunaSearcher`, its `space`. Without it they
+            are the union of what the trials say.
+        metric: what `hp/value` is. None: the metric of a plain dictionary's space, or val_accuracy.
     """
 
     def __init__(
-        self, folder: Path | str, space: Space | None = None, metric: str = "val_accuracy"
+        self,
+        folder: Path | str,
+        space: Space | PlainSpace | None = None,
+        metric: str | None = None,
     ) -> None:
         super().__init__()
+        if metric is None:
+            metric = space.search.metric if isinstance(space, PlainSpace) else "val_accuracy"
         self._folder, self._space, self._metric = Path(folder), space, metric
         self._columns = short_names(space.parameters) if space is not None else {}
         self._kinds = _kinds(space.parameters) if space is not None else {}
@@ -94,15 +101,13 @@ class TensorBoard(OwnCallback):
         for old in self._folder.glob("events.*.space"):  # the space of a resumed sweep may be wider
             old.unlink()
         writer = EventFileWriter(str(self._folder), filename_suffix=".space")
-        _add(writer, 0, _experiment(_hparam_columns(self._space), _metrics(self._space)))
-        _add(writer, 0, _layout(_charts([self._space])))
-        _add(
-            writer,
-            0,
-            _text_summary(
-                "experiment", _about_experiment(self._space, self._columns, self._folder.parent)
-            ),
-        )
+        metrics = {VALUE: self._metric or "value", EPOCHS: "epochs"}
+        if isinstance(self._space, Space):
+            metrics = _metrics(self._space)
+            about = _about_experiment(self._space, self._columns, self._folder.parent)
+            _add(writer, 0, _layout(_charts([self._space])))
+            _add(writer, 0, _text_summary("experiment", about))
+        _add(writer, 0, _experiment(_hparam_columns(self._space), metrics))
         writer.close()
 
     def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
@@ -129,7 +134,9 @@ class TensorBoard(OwnCallback):
             # the seeds of an arm are one session group; all experiments in TensorBoard share group
             # names
             group = f"{assignment.arm or assignment.name} ({self._folder.absolute().parent.name})"
-        objective = _objective(trial)
+        elif isinstance(self._space, PlainSpace):
+            values = self._space.values_in(trial.config)
+        objective = self._objective(trial)
         values = values if objective is None else {"objective": objective, **values}
         _add(writer, 0, _session_start(values, group, self._columns, self._kinds))
         if assignment is not None and is_new:
@@ -165,7 +172,7 @@ class TensorBoard(OwnCallback):
             values |= {key: number for key, number in own.items() if number is not None}
         if self._metric in told:
             values[VALUE] = told[self._metric]
-            if name := _objective(trial):
+            if name := self._objective(trial):
                 values[f"objective/{name}"] = told[self._metric]
         if values:
             _add(writer, epoch, summary_pb2.Summary(
@@ -207,6 +214,12 @@ class TensorBoard(OwnCallback):
         if writer is not None:
             writer.close()
 
+    def _objective(self, trial: Any) -> str | None:
+        """Return the name of a trial's objective; a plain dictionary has none."""
+        if isinstance(self._space, PlainSpace):
+            return None
+        return own_code.shown_name(trial.config.get("objective"))
+
     def _is_own(self, key: str) -> bool:
         """Return whether a result's flattened key is a metric of the user's own."""
         return (
@@ -218,10 +231,6 @@ class TensorBoard(OwnCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_writers": {}, "_void": set(), "_owners": {}}
-
-
-def _objective(trial: Any) -> str | None:
-    return own_code.shown_name(trial.config.get("objective"))
 
 
 def _void_from(writer: EventFileWriter, step: int) -> None:
@@ -697,7 +706,7 @@ def _metrics(space: Space) -> dict[str, str]:
     return {VALUE: space.search.metric, **more, EPOCHS: "epochs"}
 
 
-def _hparam_columns(space: Space) -> list[api_pb2.HParamInfo]:
+def _hparam_columns(space: Searched) -> list[api_pb2.HParamInfo]:
     names = short_names(space.parameters)
     objectives = [b.objective for b in space.branches]
     columns = [_column("objective", Choices(tuple(objectives)))] if len(objectives) > 1 else []

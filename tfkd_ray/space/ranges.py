@@ -110,6 +110,9 @@ class Range:
 
     def suggest(self, trial: Suggests, name: str) -> float:
         """Return a value in the range, proposed by the sampler under `name`."""
+        if self.log and self.step:  # of Ray Tune's qloguniform; a range in a file has one scale
+            value = trial.suggest_float(name, self.low, self.high, step=None, log=True)
+            return round(self._on_step(value)) if self.whole else self._on_step(value)
         if self.whole:
             return self._suggest_whole(trial, name)
         if self.step and self.high - self.low > MANY * self.step:

@@ -300,6 +300,11 @@ class SearchConfig(Settings):
         return score_of(self.metric).direction
 
     @property
+    def modes(self) -> tuple[Literal["max", "min"], ...]:
+        """Return the direction in which each metric is better."""
+        return tuple(score_of(metric).direction for metric in self.metrics)
+
+    @property
     def budgets(self) -> dict[str, float]:
         """Return the limits that are set, besides the number of trials."""
         names = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")

@@ -154,13 +154,18 @@ class BranchGroup:
 
     def propose(self, trial: Suggests) -> tuple[dict[str, Any], TrainConfig]:
         """Return (values by parameter name, their configuration), proposed by the sampler."""
+        branch, values = self.values(trial)
+        return values, branch.config(values)
+
+    def values(self, trial: Suggests) -> tuple[Branch, dict[str, Any]]:
+        """Return (branch, values by parameter name), proposed by the sampler."""
         names = [b.objective for b in self.branches]
         chosen = trial.suggest_categorical("objective", names) if len(names) > 1 else names[0]
         branch = self.branches[names.index(chosen)]
         values: Tree = {}
         for p in branch.asked(values):
             values[p.name] = p.domain.suggest(trial, p.name)
-        return values, branch.config(values)
+        return branch, values
 
     def told(self, branch: Branch, values: Mapping[str, Any]) -> Tree:
         """Return the values of a branch in the form in which `suggest` asks for them."""
@@ -202,16 +207,14 @@ class BranchGroup:
 
 
 @dataclass(frozen=True)
-class Space:
-    """A validated search space."""
+class Searched:
+    """Parameters and search settings: all that a searcher needs to know of a space."""
 
     branches: tuple[Branch, ...]
     search: SearchConfig
     tree: Tree
-    """The whole file with every default filled in and its ranges kept. It reads back as this
-    space."""
-    notes: tuple[str, ...] = ()
-    """Notes on defaults that were added and on oddities of the file."""
+    """What a study records of the space. Of a `Space`, the whole file with every default filled in
+    and its ranges kept, which reads back as this space."""
 
     @property
     def groups(self) -> list[BranchGroup]:
@@ -232,6 +235,14 @@ class Space:
     def epochs(self) -> int:
         """Return the full length of a trial."""
         return int(self.tree["epochs"])
+
+
+@dataclass(frozen=True)
+class Space(Searched):
+    """A validated search space."""
+
+    notes: tuple[str, ...] = ()
+    """Notes on defaults that were added and on oddities of the file."""
 
     @property
     def example(self) -> TrainConfig:
@@ -388,12 +399,12 @@ def _sized(space: Space) -> SearchConfig:
     return search
 
 
-def _grid_size(space: Space) -> int:
+def _grid_size(space: Searched) -> int:
     """Return the number of trials in the grids of all groups that have one."""
     return sum(group.grid_size or 0 for group in space.groups)
 
 
-def _share(space: Space) -> int:
+def _share(space: Searched) -> int:
     """Return the number of trials per group."""
     return space.search.num_samples // len(space.groups)
 
@@ -485,14 +496,14 @@ TEACHER_RULES = (_teacher_is_needed, _teachers_are_few)
 # --- rules of search settings: each yields a sentence that continues `search.`
 
 
-def _sampler_is_installed(space: Space) -> Iterator[str]:
+def _sampler_is_installed(space: Searched) -> Iterator[str]:
     """Reject a sampler whose package is not installed."""
     sampler = space.search.sampler
     if sampler.needs and importlib.util.find_spec(sampler.needs) is None:
         yield f"sampler: {sampler} needs the package {sampler.needs}, which is not here: pip install {sampler.needs}"
 
 
-def _sampler_proposes_choices(space: Space) -> Iterator[str]:
+def _sampler_proposes_choices(space: Searched) -> Iterator[str]:
     """Reject choices with a sampler that cannot propose them."""
     sampler = space.search.sampler
     for p in space.parameters:
@@ -500,19 +511,19 @@ def _sampler_proposes_choices(space: Space) -> Iterator[str]:
             yield f"sampler: {sampler} proposes numbers only, and {p.name} is a choice; use tpe, or fix {p.name}"
 
 
-def _are_joined(space: Space) -> bool:
+def _are_joined(space: Searched) -> bool:
     """Return whether the sampler chooses the objective."""
     return len(space.groups[0].branches) > 1
 
 
-def _sampler_chooses_objectives(space: Space) -> Iterator[str]:
+def _sampler_chooses_objectives(space: Searched) -> Iterator[str]:
     """Reject several objectives with a sampler that cannot choose among them."""
     sampler = space.search.sampler
     if _are_joined(space) and not sampler.together:
         yield f"sampler: {sampler} cannot choose among objectives; use tpe or random, or split: true"
 
 
-def _sampler_chooses_items(space: Space) -> Iterator[str]:
+def _sampler_chooses_items(space: Searched) -> Iterator[str]:
     """Reject items with their own ranges for a sampler that cannot choose among them."""
     sampler = space.search.sampler
     nested = sorted({p.within[0] for p in space.parameters if p.within})
@@ -523,7 +534,7 @@ def _sampler_chooses_items(space: Space) -> Iterator[str]:
         )
 
 
-def _grid_is_run_once(space: Space) -> Iterator[str]:
+def _grid_is_run_once(space: Searched) -> Iterator[str]:
     """Reject a grid that cannot be listed, is too large, or differs from `num_samples`."""
     if not isinstance(space.search.sampler, Grid) or any(
         group.conditional for group in space.groups
@@ -539,7 +550,7 @@ def _grid_is_run_once(space: Space) -> Iterator[str]:
         yield f"num_samples: the grid has {size} points, each is one trial, got {given}; leave it out"
 
 
-def _gp_can_list_values(space: Space) -> Iterator[str]:
+def _gp_can_list_values(space: Searched) -> Iterator[str]:
     """Reject parameters with too many values for Optuna's gp, which lists them."""
     for p in space.parameters:
         size = p.domain.size or 0
@@ -547,21 +558,21 @@ def _gp_can_list_values(space: Space) -> Iterator[str]:
             yield f"sampler: gp cannot propose one of {size} values of {p.name}; raise its step, or use tpe"
 
 
-def _sampler_has_several_metrics(space: Space) -> Iterator[str]:
+def _sampler_has_several_metrics(space: Searched) -> Iterator[str]:
     """Reject several metrics with a sampler that can optimise only one."""
     search = space.search
     if search.more_metrics and not search.sampler.several:
         yield f"sampler: {search.sampler} has one metric only; use tpe or gp for {', '.join(search.metrics)}"
 
 
-def _parameters_differ(space: Space) -> Iterator[str]:
+def _parameters_differ(space: Searched) -> Iterator[str]:
     """Reject the number of parameters as a metric if all students have the same."""
     searched = any(p.path[0] == "student" for p in space.parameters)
     if "parameters" in space.search.more_metrics and not searched:
         yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
 
 
-def _stopping_judges_by_one_metric(space: Space) -> Iterator[str]:
+def _stopping_judges_by_one_metric(space: Searched) -> Iterator[str]:
     """Reject early stopping with several metrics."""
     search, stopping = space.search, space.search.stopping
     if search.more_metrics and not isinstance(stopping, NoStopping):
@@ -571,14 +582,14 @@ def _stopping_judges_by_one_metric(space: Space) -> Iterator[str]:
         )
 
 
-def _generations_are_whole(space: Space) -> Iterator[str]:
+def _generations_are_whole(space: Searched) -> Iterator[str]:
     """Reject early stopping with a sampler that needs full-length trials."""
     sampler = space.search.sampler
     if sampler.full_length_only and not isinstance(space.search.stopping, NoStopping):
         yield f"stopping: a trial that is stopped early is missing from a generation of {sampler}; set stopping: none"
 
 
-def _begins_too_late(space: Space) -> bool:
+def _begins_too_late(space: Searched) -> bool:
     """Return whether a halving's `min_epochs` leave no rung."""
     stopping, epochs = space.search.stopping, space.epochs
     if not isinstance(stopping, Halving) or not stopping.min_epochs:
@@ -586,7 +597,7 @@ def _begins_too_late(space: Space) -> bool:
     return epochs > 1 and not stopping.rungs(epochs)
 
 
-def _halving_stops_trials(space: Space) -> Iterator[str]:
+def _halving_stops_trials(space: Searched) -> Iterator[str]:
     """Reject a halving without rungs."""
     stopping = space.search.stopping
     if isinstance(stopping, Halving) and _begins_too_late(space):
@@ -596,7 +607,7 @@ def _halving_stops_trials(space: Space) -> Iterator[str]:
         )
 
 
-def _brackets_have_trials(space: Space) -> Iterator[str]:
+def _brackets_have_trials(space: Searched) -> Iterator[str]:
     """Reject a hyperband with too few trials per bracket."""
     stopping, epochs, share = space.search.stopping, space.epochs, _share(space)
     if not isinstance(stopping, Hyperband) or _begins_too_late(space):
@@ -608,7 +619,7 @@ def _brackets_have_trials(space: Space) -> Iterator[str]:
         yield f"stopping: hyperband's {n} brackets need {2 * n} trials of each objective, got {share}; use halving"
 
 
-def _median_has_few_rungs(space: Space) -> Iterator[str]:
+def _median_has_few_rungs(space: Searched) -> Iterator[str]:
     """Reject a median that judges a trial too often."""
     stopping = space.search.stopping
     if not isinstance(stopping, Median) or not stopping.min_epochs:
@@ -618,7 +629,7 @@ def _median_has_few_rungs(space: Space) -> Iterator[str]:
         yield f"stopping: median would judge a trial {times} times; raise min_epochs"
 
 
-def _median_begins(space: Space) -> Iterator[str]:
+def _median_begins(space: Searched) -> Iterator[str]:
     """Reject a median that begins only after an objective's last trial."""
     stopping, share = space.search.stopping, _share(space)
     if isinstance(stopping, Median) and share <= stopping.startup:
@@ -628,9 +639,11 @@ def _median_begins(space: Space) -> Iterator[str]:
         )
 
 
-def _gpu_hours_end(space: Space) -> Iterator[str]:
+def _gpu_hours_end(space: Searched) -> Iterator[str]:
     """Reject a budget of GPU hours for trials without GPUs."""
-    if space.search.gpu_hours is not None and not space.example.gpus_per_worker:
+    if space.search.gpu_hours is None or not isinstance(space, Space):
+        return
+    if not space.example.gpus_per_worker:
         yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
 
 
