@@ -154,7 +154,7 @@ def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: 
 def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tuner(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    (code,) = blocks("search.md", "python")
+    code, _ = blocks("search.md", "python")
     two = [line for line in code.splitlines() if "searcher" in line]
     assert len(two) == 2
     run = subprocess.run(
@@ -181,6 +181,24 @@ def test_the_two_lines_of_the_page_serve_a_trainable_of_ones_own_in_a_plain_tune
         )
     for trial in ends[TrialState.FAIL]:
         assert trial.user_attrs["reason"].startswith("ArithmeticError: diverged in epoch 1")
+
+
+@pytest.mark.ray
+def test_the_dictionary_of_the_page_is_searched_in_a_plain_tuner_as_it_stands_there(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    _, code = blocks("search.md", "python")
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=110
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^8 trials, best 0\.\d+ (hinge|log_loss)$", run.stdout, re.M), run.stdout
+    study = optuna.load_study(
+        study_name="tfkd/all", storage=open_journal(tmp_path / "study.journal")
+    )
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert set(study.best_params) == {"model/eta0", "model/alpha", "model/loss"}
+    assert len(list((tmp_path / "tb").glob("*/events.*"))) >= 8
 
 
 # --- what programs read

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
-    from tfkd_ray.learn.loop import train
+    from tfkd_ray.learn.loop import Epoch, train
     from tfkd_ray.learn.teachers import find_or_train
     from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping
     from tfkd_ray.run.tune import build_tuner, resume_tuner
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ConfigError": "settings.errors",
+    "Epoch": "learn.loop",
     "OptunaSearcher": "run.searcher",
     "Progress": "show.live",
     "StudyStopping": "run.searcher",
@@ -33,6 +34,7 @@ _HOME = {
 
 __all__ = [
     "ConfigError",
+    "Epoch",
     "OptunaSearcher",
     "Progress",
     "StudyStopping",

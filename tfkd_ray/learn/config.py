@@ -16,8 +16,10 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -37,6 +39,8 @@ from tfkd_ray.learn.models import (
     what_a_seed_leaves_open,
 )
 from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
+from tfkd_ray.learn.own_loop import OwnLoop
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import Settings, members, name_alone, tag
 
@@ -210,6 +214,8 @@ def _input_problems(teacher: TeacherConfig, channels: int) -> Iterator[str]:
 class TrainConfig(Settings):
     """The complete configuration of one training run: network, data, objective, optimizer, seed."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"loop"})
+
     recipe: str | None = None
     """Named settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data
     set's first recipe. Explicit settings override it."""
@@ -258,6 +264,9 @@ class TrainConfig(Settings):
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 10.0
     """Seconds between checkpoints of the whole run state, each written at the end of an epoch. 0:
     after every epoch."""
+    loop: Annotated[OwnLoop | None, BeforeValidator(own_code.spelled_out)] = None
+    """Training loop of your own, for student and teacher; `package.module:function` for short. None:
+    that of this package."""
 
     @model_validator(mode="before")
     @classmethod
@@ -272,6 +281,14 @@ class TrainConfig(Settings):
                 tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE}
             )
         return result
+
+    @model_serializer(mode="wrap")
+    def _as_before_loops(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the settings; without a loop of one's own, as before there was that setting."""
+        tree: dict[str, Any] = handler(self)
+        if self.loop is None:
+            tree.pop("loop", None)
+        return tree
 
     @field_validator("precision")
     @classmethod
@@ -301,7 +318,7 @@ class TrainConfig(Settings):
             problems.append(
                 f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
             )
-        problems += [*self._network_problems(), *self._worker_problems()]
+        problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -342,6 +359,15 @@ class TrainConfig(Settings):
                 f"optim.batch_size: {workers} workers cannot share {self.optim.batch_size} images"
             )
 
+    def _loop_problems(self) -> Iterator[str]:
+        if self.loop is None:
+            return
+        if self.workers > 1:
+            yield f"workers: a loop of your own trains in one process, got {self.workers}; set workers: 1"
+        if self.init == "trained":
+            yield "init: 'trained' is for the loop of this package; load the weights in your own one"
+        yield from self.loop.problems()
+
     def _teacher_problems(self) -> Iterator[str]:
         teacher = self.teacher or TeacherConfig()
         own_teacher = self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf)
@@ -380,7 +406,7 @@ class TrainConfig(Settings):
     def banked(self) -> bool:
         """Return whether the teacher's logits come from the bank, if `soft_labels.fits`."""
         run = self.teacher_run() if self.objective.needs_teacher else None
-        if run is None:
+        if run is None or self.loop is not None:
             return False
         labels = self.teacher.labels if self.teacher else "auto"
         return labels == "bank" or (
@@ -413,6 +439,7 @@ class TrainConfig(Settings):
             resources=self.resources,
             precision=self.precision,
             compile=self.compile,
+            loop=self.loop,
         )
 
     def try_own_code(self) -> list[str]:
@@ -494,7 +521,7 @@ class TeacherRun(TrainConfig):
     stop_accuracy: float | None = None
     weights: str | None = None
     input: TeacherInput | None = None
-    later: ClassVar[frozenset[str]] = frozenset({"input"})
+    later: ClassVar[frozenset[str]] = frozenset({"input", "loop"})
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Return whether the run ends after the epoch with these metrics."""

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,8 @@ from tfkd_ray.learn.models import (
     may_lack_gradients,
 )
 from tfkd_ray.learn.objectives import Canonical, OwnObjective, Terms
+from tfkd_ray.learn.own_loop import Diverged as Diverged
+from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.settings.errors import ConfigError, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
@@ -74,10 +76,6 @@ EXPLODED = 100
 is finite."""
 
 
-class Diverged(ArithmeticError):
-    """Raised if the training or validation loss is no longer finite."""
-
-
 def train(
     config: TrainConfig,
     state: State | None = None,
@@ -98,6 +96,9 @@ def train(
         say: called with a sentence if the loss explodes but stays finite. None: standard error.
     """
     check_kind(config, TrainConfig, "config")
+    if config.loop is not None:
+        yield from _own_epochs(config, config.loop.ready(), state, teacher, say)
+        return
     others = asked_beside(more_metrics)
     # 1. Where it runs
     workers, rank = _workers_and_rank()
@@ -201,6 +202,87 @@ def train(
             metrics["images_per_s"] = count / train_seconds
             history.append(metrics)
             yield Epoch(metrics, snapshot)
+
+
+def _own_epochs(
+    config: TrainConfig,
+    loop: OwnLoop,
+    state: State | None,
+    teacher: nn.Module | Bank | None,
+    say: Callable[[str], None] | None,
+) -> Generator[Epoch, None, None]:
+    """Yield the epochs of a user's own loop, as `train` yields its own.
+
+    A run state holds what the loop's own state does: its `model`, and the rest as `loop`.
+    """
+    run = config.fingerprint(LOOP_VERSION)
+    history: list[dict[str, float]] = []
+    given: State | None = None
+    if state is not None:
+        _check_run(state, config)
+        history = list(state["history"])
+        given = {**state["loop"], "model": state["model"], "epoch": len(history)}
+    if history and config.is_last(history[-1]):
+        return
+    taught = config.objective.needs_teacher
+    if taught and teacher is None:
+        raise ValueError(_without_teacher(config))
+    told = parameters = 0
+    with _set_up(config) as device:
+        network = None
+        if taught and teacher is not None:
+            network = _network_of(teacher).to(device).eval().requires_grad_(False)
+        count = len(config.data.load()[0])
+        epochs = loop.epochs(config, given, network, len(history))
+        try:
+            start = time.perf_counter()
+            for metrics, content in epochs:
+                seconds = time.perf_counter() - start
+                if not parameters:
+                    parameters = _parameters_of(config, content()["model"])
+                if getattr(config, "stop_accuracy", None) and "val_accuracy" not in metrics:
+                    raise ConfigError(
+                        f"teacher.stop_accuracy: needs val_accuracy, which {loop.path} does not yield"
+                    )
+                found = {"parameters": float(parameters), "seconds": seconds}
+                history.append({**metrics, **found, "images_per_s": count / seconds})
+
+                def snapshot(content: Callable[[], State] = content) -> State:
+                    kept = _copy_to_cpu(dict(content()))
+                    model = kept.pop("model")
+                    done = {"run": run, "epoch": len(history), "history": list(history)}
+                    return {"model": model, "loop": kept} | done
+
+                sentence = exploded(metrics, config.data.num_classes)
+                if sentence and not told:
+                    told = 1
+                    (say or _to_standard_error)(sentence)
+                yield Epoch(history[-1], snapshot)
+                if config.is_last(history[-1]):
+                    return
+                start = time.perf_counter()
+        finally:
+            epochs.close()
+
+
+def _parameters_of(config: TrainConfig, weights: Mapping[str, Tensor]) -> int:
+    """Return the number of the student's parameters; raise if these are not its weights."""
+    student = config.build_student()
+    try:
+        student.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"loop.path: {config.loop and config.loop.path} yields a state whose 'model' does not fit the student "
+            f"{config.student.called}: {problem}; train config.build_student(), and give its state_dict()"
+        ) from None
+    return sum(p.numel() for p in student.parameters())
+
+
+def _without_teacher(config: TrainConfig) -> str:
+    return (
+        f"objective {config.objective.called}: needs a teacher; pass teachers.find_or_train(config)"
+    )
 
 
 class _Lessons:
@@ -386,9 +468,7 @@ def _new_student(
     if config.batch_norm == "sync" and workers > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     if config.needs_teacher and teacher is None:
-        raise ValueError(
-            f"objective {config.objective.called}: needs a teacher; pass teachers.find_or_train(config)"
-        )
+        raise ValueError(_without_teacher(config))
     if config.init == "trained" and teacher is not None:
         student.load_state_dict(_network_of(teacher).state_dict())
     return student, unused

@@ -229,9 +229,12 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
             on_run(run.name)
         network = run.config.build_student()
         network.load_state_dict(load_weights(path.with_name(WEIGHTS), network=network))
-        logits, labels = _logits(
-            network.to(device).to(memory_format=run.config.student.memory_format), data, test
-        )
+        network = network.to(device).to(memory_format=run.config.student.memory_format)
+        loop = run.config.loop
+        if loop is None or loop.test is None:
+            logits, labels = _logits(network, data, test)
+        else:
+            logits, labels = loop.ready().test_logits(run.config, network, test), test.labels
         found = {"logits": logits, "labels": labels}
         teacher = run.config.teacher_run() if run.config.objective.needs_teacher else None
         if teacher is not None:

@@ -50,7 +50,7 @@ from tfkd_ray.settings.errors import ConfigError, check_kind, did_you_mean, read
 from tfkd_ray.settings.passwords import masked, shown
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.listener import Epochs
-from tfkd_ray.space.plain import PlainSpace, search_settings
+from tfkd_ray.space.plain import PlainSpace, parameters_from, plain_space, search_settings
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
 from tfkd_ray.space.search_config import CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
 from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space
@@ -216,7 +216,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
         A plain dictionary without a metric gets it from there.
         """
-        space = self.space
+        if self._space is None:  # a restored Tuner says it before `restore` knows the space
+            self._told = (metric, mode) if metric is not None else self._told
+            return
+        space = self._space
         if isinstance(space, PlainSpace) and not space.search.metric and metric is not None:
             self._space = space.judged_by(metric, mode)
             self._know_metric()
@@ -350,13 +353,19 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         """Save which Tune trial belongs to which study trial; the study holds everything else."""
         numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
-        Path(checkpoint_path).write_text(
-            json.dumps({"journal": str(self.journal), "trials": numbers})
-        )
+        state: dict[str, Any] = {"journal": str(self.journal), "trials": numbers}
+        if isinstance(self._space, PlainSpace) and not self._space.constants:
+            # a restored Tuner does not say its param_space again
+            state |= {"parameters": self._space.parameters_text}
+        Path(checkpoint_path).write_text(json.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
         """Continue from the study, with the trials that Tune resumes."""
-        self._saved = json.loads(Path(checkpoint_path).read_text()).get("trials", {})
+        state = json.loads(Path(checkpoint_path).read_text())
+        self._saved = state.get("trials", {})
+        if self._space is None and "parameters" in state:
+            parameters = parameters_from(state["parameters"])
+            self._take_space(plain_space({}, parameters, **self._plain, constants=False))
         if self.storage is None:
             drop_stale_locks(self.journal)  # of a killed driver
         self._studies = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from ray.tune.search.sample import (
     Categorical,
     Domain,
@@ -37,7 +38,7 @@ from tfkd_ray.space.ranges import (
 from tfkd_ray.space.search_config import Grid as GridSampler
 from tfkd_ray.space.space import Parameter
 
-_PLAIN = str | int | float | bool | None
+_PLAIN = (str, int, float, bool, type(None))
 _PLACEHOLDERS = ("__fn_ph", "__ref_ph")
 """First items of the pairs that a Tuner puts into its `param_space` for functions and objects."""
 
@@ -143,11 +144,11 @@ class _Domains:
                 f"{name}: tune.grid_search tries every value; write tune.choice([...]), or set search={{'sampler': "
                 "'grid'}, which tries every combination once"
             )
-        values = list(domain.categories)
+        values = [v.item() if isinstance(v, np.generic) else v for v in domain.categories]
         for k, value in enumerate(values):
             inside = list(_domains_in(value, (*name.split("/"), str(k))))
             if inside or not _is_data(value):
-                what = "has a domain in it" if inside else "is an object"
+                what = "has a domain in it" if inside else "is an object, or has one in it"
                 raise ConfigError(
                     f"{name}: item {k} of tune.choice {what}, which no study can keep; write names (texts or numbers), "
                     "and look them up in your trainable"
@@ -194,11 +195,11 @@ def _is_data(value: Any) -> bool:
     """Return whether a value is text, numbers, or lists and dictionaries of them."""
     if _placeholder(value) is not None:
         return False
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         return all(isinstance(k, str) and _is_data(v) for k, v in value.items())
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return all(map(_is_data, value))
-    return isinstance(value, _PLAIN)
+    return type(value) in _PLAIN
 
 
 def _range(domain: Float | Integer, name: str) -> Range | int:

@@ -40,7 +40,7 @@ class Settings(BaseModel):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name in self.later and value == field.get_default(call_default_factory=True):
-                del tree[name]
+                tree.pop(name, None)
             elif isinstance(value, Settings):
                 tree[name] = value.content()
             elif isinstance(value, tuple | list) and any(

@@ -383,19 +383,26 @@ def arms_of(
 
 
 def _with_code_of_now(arms: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return arms with the present code of their own objectives, and a note on what has changed."""
+    """Return arms with the present code of the user's own, and a note on what has changed."""
     found, notes = [], []
     for arm in arms:
-        objective = validated(TrainConfig, arm["config"]).objective
+        config = validated(TrainConfig, arm["config"])
+        if config.loop is not None and (changed := config.loop.changed()) is not None:
+            notes.append(_tuned_for_old_code(changed))
+            now = config.loop.as_it_is_now().model_dump(mode="json")
+            arm = {**arm, "config": {**arm["config"], "loop": now}}
+        objective = config.objective
         changed = objective.changed() if isinstance(objective, OwnObjective) else None
         if isinstance(objective, OwnObjective) and changed is not None:
-            notes.append(
-                f"Since the sweep {changed}: its settings were tuned for the old code, and the new one is trained here."
-            )
+            notes.append(_tuned_for_old_code(changed))
             now = objective.as_it_is_now().model_dump(mode="json")
             arm = {**arm, "config": {**arm["config"], "objective": now}}
         found.append(arm)
     return found, list(dict.fromkeys(notes))
+
+
+def _tuned_for_old_code(changed: str) -> str:
+    return f"Since the sweep {changed}: its settings were tuned for the old code, and the new one is trained here."
 
 
 def _full(experiment: Path) -> list[Record]:

@@ -4,6 +4,7 @@
 what the settings mean: a trainable gets the dictionary as its user wrote it.
 """
 
+import ast
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from tfkd_ray.learn.config import Count
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.space.ranges import Path_, Tree
+from tfkd_ray.space.ranges import Choices, Path_, Range, Tree
 from tfkd_ray.space.search_config import Grid, SearchConfig
 from tfkd_ray.space.space import SEARCH_RULES, Branch, Parameter, Searched
 
@@ -97,6 +98,16 @@ class PlainSpace(Searched):
             found[p.name] = value
         return found
 
+    @property
+    def parameters_text(self) -> str:
+        """Return the parameters as Python's literals, which `parameters_from` reads."""
+        listed = []
+        for p in self.branch.parameters:
+            domain = p.domain
+            told = list(domain.values) if isinstance(domain, Choices) else vars(domain)
+            listed.append((p.name, p.path, told))
+        return repr(listed)
+
     def point(self, given: Mapping[str, Any]) -> Tree:
         """Return a point's values by parameter name.
 
@@ -139,6 +150,15 @@ def plain_space(
     if problems:
         raise ConfigError(problems)
     return space
+
+
+def parameters_from(text: str) -> tuple[Parameter, ...]:
+    """Return the parameters of a text that `parameters_text` has made; it runs no code."""
+    found = []
+    for name, path, told in ast.literal_eval(text):
+        domain = Choices(tuple(told)) if isinstance(told, list) else Range(**told)
+        found.append(Parameter(name, path, domain))
+    return tuple(found)
 
 
 def search_settings(given: Mapping[str, Any]) -> PlainSearch:

@@ -827,8 +827,11 @@ class _Ranges:
         of_own = there[:-1] == ("objective", "args")
         if of_own and self._whole is not None and isinstance(given, dict):
             whole = self._whole.get(there[-1], None if "step" in given else False)
+        of_loop = there[:-1] == ("loop", "args")
+        if of_loop and isinstance(given, dict):  # real numbers, unless their step is a whole one
+            whole = None if "step" in given else False
         domain = domain_of(given, called, self._notes, whole=whole)
-        if of_own and isinstance(domain, Range):
+        if (of_own or of_loop) and isinstance(domain, Range):
             domain = domain.spelled
         if domain is None and isinstance(given, list | dict) and holds_a_number(called):
             raise ConfigError(range_meant(given, called))
@@ -933,7 +936,19 @@ def _teachers_can_be_listed(p: Parameter) -> Iterator[str]:
         yield f"{p.name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
 
 
-PARAMETER_RULES = (_trials_can_be_compared, _names_are_fixed, _teachers_can_be_listed)
+def _loops_are_fixed(p: Parameter) -> Iterator[str]:
+    """Reject a search over loops: it would compare programs, not settings."""
+    top, *below = p.path
+    if top == "loop" and below[:1] != ["args"]:
+        yield f"{p.name}: one loop for the whole sweep; search its arguments, below loop.args"
+
+
+PARAMETER_RULES = (
+    _trials_can_be_compared,
+    _names_are_fixed,
+    _teachers_can_be_listed,
+    _loops_are_fixed,
+)
 
 
 def _parameters_are_searchable(branch: Branch) -> Iterator[str]:
