@@ -21,6 +21,7 @@ def train(config, state, teacher, beta2=0.999):
     if state is not None:
         student.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+    parts = {"model": student, "optimizer": optimizer}
     for epoch in range(state["epoch"] if state else 0, config.epochs):
         student.train()
         for batch in torch.randperm(len(labels)).split(config.optim.batch_size):
@@ -34,5 +35,4 @@ def train(config, state, teacher, beta2=0.999):
             with torch.no_grad():
                 logits = student.eval()((val_set.images - mean) / std)
             metrics |= metrics_from(metric_sums(logits, val_set.labels))
-        parts = {"model": student, "optimizer": optimizer}
         yield Epoch(metrics, lambda: {name: part.state_dict() for name, part in parts.items()})

@@ -167,7 +167,7 @@ def test_a_run_without_a_loop_of_ones_own_is_written_and_named_as_before() -> No
     plain = validated(TrainConfig, BASE)
     assert "loop" not in plain.model_dump(mode="json") and '"loop"' not in plain.model_dump_json()
     assert validated(TrainConfig, {**BASE, "loop": None}).fingerprint() == plain.fingerprint()
-    assert plain.fingerprint(LOOP_VERSION) == "PLAIN"
+    assert plain.fingerprint(LOOP_VERSION) == "0f3a52d2f67e2d93", "as of release 0.1.0"
     assert "loop" not in build_space(dict(BASE)).tree
 
 
@@ -436,7 +436,33 @@ def test_the_loop_of_the_example_is_plain_pytorch_in_under_40_lines(
     assert space.try_own_code() == []
     for branch in space.branches:
         run = branch.example
-        whole = list(train(run, teacher=find_or_train(run, tmp_path)))
-        half = train(run, whole[0].state(), teacher=find_or_train(run, tmp_path))
-        assert next(half).metrics["val_nll"] == whole[1].metrics["val_nll"]
-        assert whole[1].metrics["val_nll"] < whole[0].metrics["val_nll"]
+        epochs = train(run, teacher=find_or_train(run, tmp_path))
+        first = next(epochs)
+        state = first.state()
+        second = next(epochs).metrics
+        again = next(train(run, state, teacher=find_or_train(run, tmp_path))).metrics
+        assert again["val_nll"] == second["val_nll"] < first.metrics["val_nll"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_text_of_the_example_is_distilled_and_ends_in_a_verdict(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
+    for name in ("own_loop.py", "text.py", "text.yaml"):
+        (tmp_path / name).write_text((EXAMPLES / name).read_text())
+    more = ("epochs=3", "search.num_samples=6", "data.args.pieces=60", "teacher.epochs=2")
+    run = tfkd("check", "text.yaml", *more)
+    assert run.returncode == 0, run.stderr
+    run = tfkd("tune", "text.yaml", "--name", "text", *more, timeout=300)
+    assert run.returncode == 0, run.stderr
+    experiment = tmp_path / "tfkd_results/text"
+    assert [r.objective for r in read_records(experiment)].count("kd") == 2
+    run = tfkd("confirm", str(experiment), "--seeds", "2", "--name", "verdict", timeout=300)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "tfkd_results/verdict/confirm.json").read_text())
+    (verdict,) = result["verdicts"]
+    assert verdict["text"] and {arm["role"] for arm in result["arms"]} >= {"candidate", "baseline"}
+    run = tfkd("export", str(experiment), "-o", "student", timeout=200)
+    assert run.returncode == 0, run.stderr
