@@ -99,8 +99,8 @@ def write_own_modules(folder: Path) -> None:
         first = block.partition("\n")[0]
         (folder / first.removeprefix("# ")).write_text(block)
     assert {p.name for p in folder.iterdir()} == {
-        "kd.yaml", "loss.yaml", "make_photos.py", "my_data.py", "my_losses.py", "my_nets.py", "own.yaml", "photos.yaml",
-        "timm.yaml",
+        "kd.yaml", "loop.yaml", "loss.yaml", "make_photos.py", "my_data.py", "my_loop.py", "my_losses.py", "my_nets.py",
+        "own.yaml", "photos.yaml", "timm.yaml",
     }  # fmt: skip
 
 
@@ -125,11 +125,28 @@ def test_the_loss_of_the_page_is_swept_and_confirmed_as_it_stands_there(
     assert (tmp_path / "tfkd_results/verdict/confirm.json").is_file()
 
 
+@pytest.mark.ray
+@pytest.mark.docs
+@pytest.mark.timeout(600)
+def test_the_loop_of_the_page_is_swept_and_confirmed_as_it_stands_there(
+    ray_cluster: str, tfkd: Run, tmp_path: Path
+) -> None:
+    write_own_modules(tmp_path)
+    shown = [line.removeprefix("$ ") for line in blocks("own.md", "console")[1].splitlines()]
+    assert [line.split()[1] for line in shown] == ["check", "tune", "confirm"]
+    for command in shown:
+        run = tfkd(*command.split()[1:], cwd=tmp_path, timeout=400)
+        assert run.returncode == 0, f"{command}: {run.stdout} {run.stderr}"
+    records = read_records(tmp_path / "tfkd_results/loop")
+    assert all("loop.args.clip" in record.parameters for record in records)
+    assert (tmp_path / "tfkd_results/loop-verdict/confirm.json").is_file()
+
+
 @pytest.mark.docs
 @pytest.mark.timeout(240)
 def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: Path) -> None:
     write_own_modules(tmp_path)
-    lines = [line for block in blocks("own.md", "console")[1:] for line in block.splitlines()]
+    lines = [line for block in blocks("own.md", "console")[2:] for line in block.splitlines()]
     shown = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     assert len(shown) == 7
     printed = []
