@@ -22,6 +22,7 @@ from tfkd_ray.learn.loop import LOOP_VERSION, Diverged, train, train_in
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.export import export
+from tfkd_ray.show.plan import plan
 from tfkd_ray.show.report import report
 from tfkd_ray.space.arms import arms_of
 from tfkd_ray.space.space import build_space, load_space
@@ -442,6 +443,26 @@ def test_the_loop_of_the_example_is_plain_pytorch_in_under_40_lines(
         second = next(epochs).metrics
         again = next(train(run, state, teacher=find_or_train(run, tmp_path))).metrics
         assert again["val_nll"] == second["val_nll"] < first.metrics["val_nll"]
+
+
+def test_a_plan_measures_the_epochs_of_a_loop_of_ones_own(loops: Path) -> None:
+    found = plan(build_space({**BASE, "loop": "loops_of_mine:good"}), probe=True)
+    assert found.seconds is not None and found.seconds > 0
+
+
+def test_the_loop_of_the_example_with_accelerate_resumes_bit_identically(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is of the extra dev")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    tree = {**BASE, "optim": {"lr": 0.01}, "loop": "accelerated_loop:train"}
+    run = validated(TrainConfig, tree)
+    epochs = train(run)
+    first = next(epochs)
+    state = first.state()
+    second = next(epochs).metrics
+    again = next(train(run, state)).metrics
+    assert again["val_nll"] == second["val_nll"] < first.metrics["val_nll"]
 
 
 @pytest.mark.ray

@@ -66,12 +66,8 @@ def card_text(
     yield "\n## Recipe\n"
     tree = config.model_dump(mode="json")
     yield "```yaml"
-    yield dump_yaml(
-        {
-            k: tree[k]
-            for k in ("objective", "epochs", "optim", "schedule", "augment", "init", "seed")
-        }
-    ).rstrip()
+    recipe = ("objective", "epochs", "optim", "schedule", "augment", "init", "seed", "loop")
+    yield dump_yaml({k: tree[k] for k in recipe if k in tree}).rstrip()
     yield "```"
     yield "\n## Teacher\n"
     yield from _teacher_section(chosen)
