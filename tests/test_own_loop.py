@@ -251,6 +251,16 @@ def test_a_teacher_that_stops_early_stops_the_loop(loops: Path, tmp_path: Path) 
     assert json.loads(about.read_text())["metrics"]["epoch"] == 2
 
 
+def test_the_searched_arguments_of_a_loop_are_not_its_teachers(loops: Path) -> None:
+    taught = {"objective": "kd", **TEACHER}
+    runs = [run_of("good", args={"width": n}, **taught).teacher_run() for n in (3, 4)]
+    runs += [run_of("good", test="logits", **taught).teacher_run()]
+    assert len({run.fingerprint() for run in runs if run is not None}) == 1
+    with pytest.raises(ConfigError, match="the teacher is trained with its defaults; give each"):
+        run_of("needs_more", args={"width": 4}, **taught)
+    run_of("needs_more", args={"width": 4})
+
+
 # --- what is refused
 
 YIELDED = {

@@ -366,7 +366,8 @@ class TrainConfig(Settings):
             yield f"workers: a loop of your own trains in one process, got {self.workers}; set workers: 1"
         if self.init == "trained":
             yield "init: 'trained' is for the loop of this package; load the weights in your own one"
-        yield from self.loop.problems()
+        trains_teacher = self.needs_teacher and not (self.teacher and self.teacher.weights)
+        yield from self.loop.problems(trains_teacher=trains_teacher)
 
     def _teacher_problems(self) -> Iterator[str]:
         teacher = self.teacher or TeacherConfig()
@@ -439,7 +440,7 @@ class TrainConfig(Settings):
             resources=self.resources,
             precision=self.precision,
             compile=self.compile,
-            loop=self.loop,
+            loop=self.loop and self.loop.of_teacher(),
         )
 
     def try_own_code(self) -> list[str]:

@@ -226,7 +226,7 @@ def _own_epochs(
         return
     taught = config.objective.needs_teacher
     if taught and teacher is None:
-        raise ValueError(_without_teacher(config))
+        raise ValueError(_teacher_is_missing(config))
     told = parameters = 0
     with _set_up(config) as device:
         network = None
@@ -279,7 +279,7 @@ def _parameters_of(config: TrainConfig, weights: Mapping[str, Tensor]) -> int:
     return sum(p.numel() for p in student.parameters())
 
 
-def _without_teacher(config: TrainConfig) -> str:
+def _teacher_is_missing(config: TrainConfig) -> str:
     return (
         f"objective {config.objective.called}: needs a teacher; pass teachers.find_or_train(config)"
     )
@@ -468,7 +468,7 @@ def _new_student(
     if config.batch_norm == "sync" and workers > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     if config.needs_teacher and teacher is None:
-        raise ValueError(_without_teacher(config))
+        raise ValueError(_teacher_is_missing(config))
     if config.init == "trained" and teacher is not None:
         student.load_state_dict(_network_of(teacher).state_dict())
     return student, unused

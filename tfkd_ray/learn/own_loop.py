@@ -30,11 +30,9 @@ from tfkd_ray.store.experiment import FULL_LENGTH
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tfkd_ray.learn.config import TrainConfig
-
 NEEDED = ("epoch", "train_loss")
 """Metrics that every epoch has."""
-RESERVED = {"failed", "done", "note", "node", "config", "trial", FULL_LENGTH}
+TAKEN_NAMES = {"failed", "done", "note", "node", "config", "trial", FULL_LENGTH}
 """Names that mean something else in a trial's results."""
 _END = object()
 
@@ -88,12 +86,21 @@ class OwnLoop(Settings):
     def _paths(self) -> list[str]:
         return [path for path in (self.path, self.test) if path is not None]
 
-    def problems(self) -> Iterator[str]:
+    def of_teacher(self) -> OwnLoop:
+        """Return the loop that trains a teacher: the arguments, which may be searched, are not its."""
+        digest = None if self.digest is None else self.digest.partition("-")[0]
+        return OwnLoop(path=self.path, digest=digest)
+
+    def problems(self, *, trains_teacher: bool) -> Iterator[str]:
         """Yield a sentence for each reason why the functions cannot be called."""
         if is_only_reading():
             return
         batch = ["config", "state", "teacher"]
-        yield from _call_problems(self.path, "loop.path", batch, self.args)
+        found = list(_call_problems(self.path, "loop.path", batch, self.args))
+        yield from found
+        if trains_teacher and self.args and not found:
+            for problem in _call_problems(self.path, "loop.path", batch, {}):
+                yield f"{problem}: the teacher is trained with its defaults; give each argument one"
         if self.test is not None:
             yield from _call_problems(self.test, "loop.test", ["config", "network", "images"], {})
 
@@ -123,7 +130,7 @@ class OwnLoop(Settings):
 
     def epochs(
         self,
-        config: TrainConfig,
+        config: Any,
         state: dict[str, Any] | None,
         teacher: nn.Module | None,
         done: int,
@@ -131,12 +138,15 @@ class OwnLoop(Settings):
         """Yield the epochs of the function, checked; the global generators are seeded before each.
 
         Args:
+            config: a `TrainConfig`.
             done: number of epochs in `state`.
         """
         function = imported(self.path, "loop.path")
         found = own_code.at_home(function)(config, state, teacher, **self.args)
         if not isinstance(found, Iterator):
-            raise self._wrong(f"returns {_kind(found)}; it must be a generator that yields epochs")
+            raise self._wrong(
+                f"returns {_type_of(found)}; it must be a generator that yields epochs"
+            )
         following = own_code.at_home(lambda: next(found, _END))
         put_back = random_states()
         try:
@@ -164,7 +174,7 @@ class OwnLoop(Settings):
             if hasattr(found, "close"):
                 found.close()
 
-    def test_logits(self, config: TrainConfig, network: nn.Module, images: Images) -> Tensor:
+    def test_logits(self, config: Any, network: nn.Module, images: Images) -> Tensor:
         """Return the logits [N, K] of the test function."""
         import torch
 
@@ -179,7 +189,7 @@ class OwnLoop(Settings):
             found = function(config, network.eval(), images.images)
         size = [len(images), config.data.num_classes]
         if not isinstance(found, torch.Tensor) or list(found.shape) != size:
-            raise ConfigError(f"{what} must return logits {size}, a tensor, got {_kind(found)}")
+            raise ConfigError(f"{what} must return logits {size}, a tensor, got {_type_of(found)}")
         if not found.is_floating_point() or not bool(found.isfinite().all()):
             raise ConfigError(f"{what} returns logits that are not finite numbers")
         return found.float()
@@ -187,13 +197,13 @@ class OwnLoop(Settings):
     def _checked(self, item: Any, epoch: int) -> Yielded:
         """Return what was yielded for an epoch; raise a ConfigError if it is no such thing."""
         if not isinstance(item, tuple) or len(item) != len(Yielded._fields):
-            raise self._wrong(f"yields {_kind(item)}; it must yield Epoch(metrics, state)")
+            raise self._wrong(f"yields {_type_of(item)}; it must yield Epoch(metrics, state)")
         metrics, state = item
         if not isinstance(metrics, Mapping):
-            raise self._wrong(f"yields metrics that are {_kind(metrics)}, not a dictionary")
+            raise self._wrong(f"yields metrics that are {_type_of(metrics)}, not a dictionary")
         if not callable(state):
             raise self._wrong(
-                f"yields a state that is {_kind(state)}, not a function that returns one: lambda: {{'model': ...}}"
+                f"yields a state that is {_type_of(state)}, not a function that returns one: lambda: {{'model': ...}}"
             )
         for name in NEEDED:
             if name not in metrics:
@@ -215,14 +225,14 @@ class OwnLoop(Settings):
         return Yielded(found, state)
 
     def _number(self, name: Any, value: Any) -> float:
-        if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+        if not isinstance(name, str) or not name.isidentifier() or name in TAKEN_NAMES:
             raise self._wrong(
                 f"yields a metric called {name!r}; a name has letters, digits and _, and is none of "
-                f"{', '.join(sorted(RESERVED))}"
+                f"{', '.join(sorted(TAKEN_NAMES))}"
             )
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise self._wrong(
-                f"yields {name} as {_kind(value)}, not a number; of a tensor take .item()"
+                f"yields {name} as {_type_of(value)}, not a number; of a tensor take .item()"
             )
         return float(value)
 
@@ -276,7 +286,7 @@ def _call_problems(
         pass
 
 
-def _kind(value: Any) -> str:
+def _type_of(value: Any) -> str:
     """Return what a value is, for a sentence."""
     shape = getattr(value, "shape", None)
     size = f" {list(shape)}" if isinstance(shape, tuple) else ""

@@ -38,7 +38,7 @@ from tfkd_ray.space.ranges import (
 from tfkd_ray.space.search_config import Grid as GridSampler
 from tfkd_ray.space.space import Parameter
 
-_PLAIN = (str, int, float, bool, type(None))
+_DATA_TYPES = (str, int, float, bool, type(None))
 _PLACEHOLDERS = ("__fn_ph", "__ref_ph")
 """First items of the pairs that a Tuner puts into its `param_space` for functions and objects."""
 
@@ -199,7 +199,7 @@ def _is_data(value: Any) -> bool:
         return all(isinstance(k, str) and _is_data(v) for k, v in value.items())
     if type(value) in (list, tuple):
         return all(map(_is_data, value))
-    return type(value) in _PLAIN
+    return type(value) in _DATA_TYPES
 
 
 def _range(domain: Float | Integer, name: str) -> Range | int:

@@ -116,7 +116,7 @@ class PlainSpace(Searched):
         paths = {p.path for p in self.branch.parameters}
         return {
             "/".join(map(str, path)): value
-            for path, value in _leaves(given, paths)
+            for path, value in _parts_of_point(given, paths)
             if path in paths or not self._is_constant(path)
         }
 
@@ -181,13 +181,13 @@ def _dicts_of(tree: Tree) -> Tree:
     return {k: _dicts_of(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
-def _leaves(
+def _parts_of_point(
     given: Mapping[str, Any], paths: set[Path_], above: Path_ = ()
 ) -> Iterator[tuple[Path_, Any]]:
     """Yield (path, value) of a point; a value at one of `paths` is whole, whatever it is."""
     for key, value in given.items():
         path = (*above, *(key.split("/") if isinstance(key, str) else (key,)))
         if path not in paths and isinstance(value, Mapping) and value:
-            yield from _leaves(value, paths, path)
+            yield from _parts_of_point(value, paths, path)
         else:
             yield path, value
