@@ -274,6 +274,22 @@ def test_a_journal_of_another_space_is_refused_and_stays_as_it_is(tmp_path: Path
     list(proposals({"x": tune.uniform(0, 2)}, journal, 2, study="another"))
 
 
+def test_a_password_of_a_storage_is_in_nothing_that_ray_saves(tmp_path: Path) -> None:
+    url = "postgresql://me:s3cret@127.0.0.1/db"
+    for given in ({"x": tune.uniform(0, 1)}, None):
+        searcher = OptunaSearcher(given, tmp_path / "j", **JUDGED, search={"storage": url})
+        assert searcher.storage == url and b"s3cret" not in cloudpickle.dumps(searcher)
+
+
+def test_a_searcher_of_an_earlier_release_that_ray_has_saved_still_reads(tmp_path: Path) -> None:
+    ours = build_space({"objective": "ce", "optim": {"lr": {"low": 0.1, "high": 0.9}}})
+    searcher = OptunaSearcher(ours, tmp_path / "journal")
+    state = {k: v for k, v in searcher.__getstate__().items() if k not in ("_space", "_plain")}
+    again = OptunaSearcher.__new__(OptunaSearcher)
+    again.__setstate__({**state, "space": ours})
+    assert isinstance(again.suggest("a"), dict)
+
+
 # --- points
 
 

@@ -142,6 +142,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             _check_plain(space, epochs, folder, place, priors)
             settings = search_settings(self._plain["search"])
         self.storage = storage or settings.storage
+        self._plain["search"].pop("storage", None)  # its password is not kept
         self.study, self.place = study or settings.study or "tfkd", dict(place or {})
         self.journal = Path(journal).absolute()
         self.folder = folder
@@ -244,10 +245,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next configuration: unfinished trials, new ones, then FINISHED."""
-        studies = self._open()
         if not self._asked:
             self._asked = True
             self.check_metric(caller_argument("run", "metric"), caller_argument("run", "mode"))
+        studies = self._open()
         if self._todo:
             n = self._todo.pop(0)
         elif self._next < self.space.search.num_samples:
