@@ -1,7 +1,7 @@
 """The same loop with Hugging Face's Accelerate: device, mixed precision and batches are its own.
 
-    pip install 'tfkd_ray[accelerate]'
-    loop: "accelerated_loop:train"
+pip install accelerate
+loop: "accelerated_loop:train"
 """
 
 import torch
