@@ -11,13 +11,13 @@ from tfkd_ray.learn.evaluate import metric_sums, metrics_from
 
 def train(config, state, teacher, beta2=0.999):
     train_set, val_set = config.data.load()  # val_set is None where a final student is trained
+    device = "cuda" if config.gpus_per_worker else "cpu"
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in config.data.statistics())
-    images, labels = (train_set.images - mean) / std, train_set.labels
-    student, objective = config.build_student(), config.objective.ready()
-    weight_decay = config.optim.weight_decay
-    optimizer = torch.optim.AdamW(
-        student.parameters(), config.optim.lr, betas=(0.9, beta2), weight_decay=weight_decay
-    )
+    images = ((train_set.images - mean) / std).to(device)
+    labels = train_set.labels.to(device)
+    student, objective = config.build_student().to(device), config.objective.ready()
+    settings = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, beta2), **settings)
     if state is not None:
         student.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -33,6 +33,6 @@ def train(config, state, teacher, beta2=0.999):
         metrics = {"epoch": epoch + 1, "train_loss": loss.item()}
         if val_set is not None:
             with torch.no_grad():
-                logits = student.eval()((val_set.images - mean) / std)
-            metrics |= metrics_from(metric_sums(logits, val_set.labels))
+                logits = student.eval()(((val_set.images - mean) / std).to(device))
+            metrics |= metrics_from(metric_sums(logits.cpu(), val_set.labels))
         yield Epoch(metrics, lambda: {name: part.state_dict() for name, part in parts.items()})

@@ -19,6 +19,7 @@ from tfkd_ray.learn.checkpoint import load_state
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.images import random_position
 from tfkd_ray.learn.loop import LOOP_VERSION, Diverged, train, train_in
+from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.show.export import export
@@ -377,6 +378,25 @@ def test_code_that_has_changed_refuses_to_go_on_and_is_told_by_confirm(
     )
     assert "settings were tuned for the old code" in after.note
     assert after.arms[0].config.fingerprint() != before.arms[0].config.fingerprint()
+
+
+def test_a_loop_that_breaks_the_contract_is_wrong_input_for_the_command_line(
+    tfkd: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "loops_of_mine.py").write_text(LOOPS)
+    (tmp_path / "one.yaml").write_text(json.dumps({**BASE, "loop": "loops_of_mine:skips"}))
+    run = tfkd("train", "one.yaml", "--out", "one")
+    assert run.returncode == 2, run.stderr
+    assert "loop.path: loops_of_mine:skips yields epoch 3 where epoch 2 is next" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_an_experiment_with_a_loop_of_ones_own_is_read_without_its_code() -> None:
+    tree = {**BASE, "loop": {"path": "nowhere:train", "digest": "0" * 16}}
+    with only_reading():
+        assert build_space(tree).tree["loop"]["digest"] == "0" * 16
+    with pytest.raises(ConfigError, match="there is no module 'nowhere'"):
+        build_space(tree)
 
 
 # --- on test
