@@ -38,8 +38,16 @@ from tfkd_ray.learn.models import (
     last_step,
     what_a_seed_leaves_open,
 )
-from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, Objective, TfkdSelf
+from tfkd_ray.learn.objectives import (
+    Canonical,
+    CrossEntropy,
+    LabelSmoothing,
+    Objective,
+    OwnObjective,
+    TfkdSelf,
+)
 from tfkd_ray.learn.own_loop import OwnLoop
+from tfkd_ray.learn.own_loss import Layers
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import Settings, members, name_alone, tag
@@ -319,6 +327,7 @@ class TrainConfig(Settings):
                 f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
             )
         problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
+        problems += self._layer_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -369,6 +378,22 @@ class TrainConfig(Settings):
         trains_teacher = self.needs_teacher and not (self.teacher and self.teacher.weights)
         yield from self.loop.problems(trains_teacher=trains_teacher)
 
+    def _layer_problems(self) -> Iterator[str]:
+        """Yield a sentence for each setting under which no layer's output reaches an objective."""
+        called = self.objective.called
+        if not self.objective.asks_for_layers:
+            return
+        if self.compile == "on":
+            yield (
+                f"compile: objective {called} asks for the outputs of layers, which are caught as the student runs, and "
+                "a compiled student has none; set compile: off"
+            )
+        if self.loop is not None:
+            yield (
+                f"objective.{called}.features: the loop of this package takes them from the networks; leave them out, "
+                "and take them in your own loop"
+            )
+
     def _teacher_problems(self) -> Iterator[str]:
         teacher = self.teacher or TeacherConfig()
         own_teacher = self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf)
@@ -405,7 +430,7 @@ class TrainConfig(Settings):
 
     @property
     def banked(self) -> bool:
-        """Return whether the teacher's logits come from the bank, if `soft_labels.fits`."""
+        """Return whether the teacher's logits and layers come from the bank, if both fit there."""
         run = self.teacher_run() if self.objective.needs_teacher else None
         if run is None or self.loop is not None:
             return False
@@ -448,7 +473,7 @@ class TrainConfig(Settings):
 
         Return notes on settings that are allowed but probably a mistake.
         """
-        notes = self.objective.try_out(self.data.num_classes)
+        notes = self.try_objective()
         teacher = self.teacher_run()
         for run in (self, teacher) if teacher else (self,):
             alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
@@ -469,6 +494,60 @@ class TrainConfig(Settings):
                 again = run.build_student(shape)
                 notes += _notes_of_chance(what, what_a_seed_leaves_open(network, again, shape))
         return list(dict.fromkeys(notes))
+
+    def try_objective(self) -> list[str]:
+        """Call an own loss on two small batches, with this run's networks if it asks for layers.
+
+        Return notes on what is allowed but probably a mistake.
+        """
+        if not self.objective.asks_for_layers:
+            return self.objective.try_out(self.data.num_classes)
+        from tfkd_ray.learn.features import trial_batches
+
+        objective, student, teacher = self._with_networks()
+        assert isinstance(objective, OwnObjective), f"{objective=}"
+        shapes = self.data.shape, self._teacher_shape()
+        batches = trial_batches(student, teacher, objective, shapes, self.data.num_classes)
+        return objective.try_out(self.data.num_classes, batches)
+
+    def ready_objective(self) -> Canonical:
+        """Return the objective for the batches of this run; see `Canonical.ready`.
+
+        Raises:
+            ConfigError: if it asks for a layer that its network lacks.
+        """
+        if not self.objective.asks_for_layers:
+            return self.objective.ready()
+        return self._with_networks()[0]
+
+    @property
+    def ce_share(self) -> float | None:
+        """Return the weight of CE in the loss; see `Canonical.ce_share`."""
+        if not self.objective.asks_for_layers:
+            return self.objective.ce_share
+        return self.ready_objective().ce_share
+
+    def _with_networks(self) -> tuple[Canonical, nn.Module, nn.Module | None]:
+        """Return the ready objective that asks for layers, and untrained networks that have them.
+
+        The teacher is None if the objective needs none.
+        """
+        from tfkd_ray.learn.features import shapes_of
+
+        assert isinstance(self.objective, OwnObjective), f"{self.objective=}"
+        asked, where = self.objective.features, f"objective.{self.objective.called}.features"
+        student = self.build_student().to(memory_format=self.student.memory_format)
+        about = f"{where}.student: {self.student.called}"
+        of_student = shapes_of(student, asked.student, self.data.shape, about)
+        run = self.teacher_run() if self.objective.needs_teacher else None
+        if run is None:
+            return self.objective.ready(Layers(of_student, {}), self.seed), student, None
+        shape = self._teacher_shape()
+        teacher = run.build_student(shape).to(memory_format=run.student.memory_format)
+        about = f"{where}.teacher: {run.student.called}"
+        of_teacher = shapes_of(teacher, asked.teacher, shape, about)
+        layers = Layers(of_student, of_teacher)
+        return self.objective.ready(layers, self.seed), student, teacher
 
     def build_student(self, shape: tuple[int, int, int] | None = None) -> nn.Module:
         """Return the student with its initial weights, all drawn from the run's seed."""

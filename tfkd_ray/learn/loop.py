@@ -35,6 +35,14 @@ from tfkd_ray.learn.evaluate import (
     metrics_from,
     predictions,
 )
+from tfkd_ray.learn.features import (
+    Tapped,
+    caught,
+    from_rows,
+    in_rows,
+    numbers_of,
+    tapped_student,
+)
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
 from tfkd_ray.learn.models import (
     OwnNetwork,
@@ -61,12 +69,14 @@ class Epoch(NamedTuple):
     metrics: dict[str, float]
     """`epoch` (from 1), `train_loss`, its unweighted parts `train_ce` and `train_kd` (none of a
     function of the user's own, which gives the whole loss),
-    `train_kd_ratio` (see `gradient_ratio`; from the first worker's share of the first batch),
+    `train_kd_ratio` (see `gradient_ratio`; from the first worker's share of the first batch; none of
+    an objective that asks for layers, whose soft part may not depend on the logits),
     `val_...` (see `evaluate`), `lr` of the last step, `parameters` (number of the student's),
     `seconds` (of this epoch, with validation), `images_per_s` (without validation)."""
     state: Callable[[], State]
     """Function that copies the whole run state to the CPU: `epoch`, `model`, `optimizer`, `history`
-    (the metrics of all epochs) and `run`. The state has no schedule and no generator: the learning
+    (the metrics of all epochs), `run`, and `objective` (what an objective that asks for layers
+    owns). The state has no schedule and no generator: the learning
     rate is a function of the step, and randomness is a function of (seed, purpose, epoch, step,
     worker)."""
 
@@ -110,24 +120,27 @@ def train(
         count, classes, optim = len(train_set), config.data.num_classes, config.optim
 
         # 3. Student, objective, teacher, optimizer
-        objective = config.objective.ready()
+        objective = config.ready_objective()
         student, unused = _new_student(config, teacher, count, device)
-        lessons = _Lessons(config, teacher, count, device)
-        optimizer = _new_optimizer(student, optim)
+        lessons = _Lessons(config, teacher, count, device, objective, say)
+        tapped = tapped_student(student, objective, lessons.autocast)
+        trained = student if tapped is None else tapped.to(device)
+        optimizer = _new_optimizer(trained, optim)
+        kept = _kept_by_state(student, optimizer, tapped)
 
         # 4. Resume
         run = config.fingerprint(LOOP_VERSION)
         history: list[dict[str, float]] = []
         if state is not None:
             _check_run(state, config)
-            student.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            for name, part in kept.items():
+                part.load_state_dict(state[name])
             history = list(state["history"])
-        model = _data_parallel(student, unused=unused) if workers > 1 else student
+        model = _data_parallel(trained, unused=unused) if workers > 1 else trained
         forward = compiled(model, config, count) if config.compile == "on" else model
 
         def snapshot() -> State:
-            parts = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
+            parts = {name: part.state_dict() for name, part in kept.items()}
             done = {"run": run, "epoch": len(history), "history": list(history)}
             return _copy_to_cpu(parts) | done
 
@@ -156,12 +169,17 @@ def train(
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                     seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
-                    soft = lessons.of_batch(mine, images)
-                    with lessons.autocast:
-                        logits = forward(images)
+                    soft, taught = lessons.of_batch(mine, images)
+                    labels = train_set.labels[mine]
+                    if tapped is None:
+                        with lessons.autocast:
+                            logits = forward(images)
+                        logits = logits.float()
+                        terms = objective.terms(logits, labels, soft)
+                    else:
+                        logits, *both = forward(images, labels, soft, taught)
+                        terms = Terms(*both)
                     _check_learnable(logits, config)
-                    logits = logits.float()
-                    terms = objective.terms(logits, train_set.labels[mine], soft)
                     loss = objective.combine(terms)
                     if step == 0:
                         ratio = gradient_ratio(objective, terms, logits)
@@ -182,12 +200,8 @@ def train(
                 dist.all_reduce(val_sums)
 
             # 8. Metrics
-            train_loss, train_ce, train_kd = (sums / count).tolist()
-            metrics = {"epoch": float(epoch + 1), "train_loss": train_loss}
-            if objective.has_parts:
-                metrics["train_ce"] = train_ce
-            if terms.kd is not None:
-                metrics |= {"train_kd": train_kd, "train_kd_ratio": float(ratio)}
+            metrics = {"epoch": float(epoch + 1)}
+            metrics |= _loss_metrics(objective, terms, sums / count, ratio)
             metrics |= metrics_from(val_sums) if val_set is not None else {}
             metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
             _check_finite(metrics, soft, objective)
@@ -288,11 +302,14 @@ def _teacher_is_missing(config: TrainConfig) -> str:
 class _Lessons:
     """The teacher's logits for a student in training: from the bank, or from the teacher itself.
 
-    All are None if the objective needs no teacher.
+    All are None if the objective needs no teacher. With them come the outputs of the layers that
+    the objective asks for.
 
     Args:
         teacher: a bank that is too large, or that the configuration does not want, is not used.
         count: number of train images.
+        objective: a `ready` one.
+        say: called with a sentence if the layers do not fit in the bank. None: standard error.
     """
 
     def __init__(
@@ -301,8 +318,11 @@ class _Lessons:
         teacher: nn.Module | Bank | None,
         count: int,
         device: torch.device,
+        objective: Canonical,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self._config, self._count, self.device = config, count, device
+        self._layers = objective.teacher_layers
         bf16 = config.precision == "bf16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         """The precision in which student and teacher run."""
@@ -310,14 +330,22 @@ class _Lessons:
         self._online: nn.Module | None = None
         self._of_train: Tensor | None = None
         self._of_val: Tensor | None = None
+        self._rows: Tensor | None = None
         self._run = config.teacher_run() if config.objective.needs_teacher else None
         if self._run is None or teacher is None:
             return
         small = fits(count, config.data.num_classes)
-        if isinstance(teacher, Bank) and config.banked and small:
+        numbers = numbers_of(self._layers)
+        if isinstance(teacher, Bank) and config.banked and small and fits(count, numbers):
             self._bank = teacher
-        else:
-            self._online = self._placed(_network_of(teacher))
+            return
+        self._online = self._placed(_network_of(teacher))
+        if isinstance(teacher, Bank) and config.banked and small:
+            _tell_once(
+                f"the outputs of the teacher's {' and '.join(self._layers)}, {numbers:,} numbers an image, are too "
+                "large for the bank of soft labels: the teacher runs in every step",
+                say,
+            )
 
     def begin_epoch(self, epoch: int, seen: Callable[[list[Tensor]], Iterator[Tensor]]) -> None:
         """Get the logits of all train images, as the epoch's view, from the bank.
@@ -328,25 +356,39 @@ class _Lessons:
         if self._bank is None:
             return
 
-        def ask(network: nn.Module, index: Tensor) -> Tensor:
+        def passes(network: nn.Module, index: Tensor) -> Iterator[Tensor]:
+            """Yield the logits of each batch of these images."""
             network = self._placed(network)
             with torch.no_grad(), self.autocast:
                 batches = list(index.to(self.device).split(self._config.optim.batch_size))
-                return torch.cat([network(images).float() for images in seen(batches)])
+                for images in seen(batches):
+                    yield network(images).float()
+
+        def ask(network: nn.Module, index: Tensor) -> Tensor:
+            return torch.cat(list(passes(network, index)))
+
+        def ask_layers(network: nn.Module, index: Tensor) -> Tensor:
+            with caught(network, list(self._layers)) as found:
+                return torch.cat([in_rows(found, self._layers) for _ in passes(network, index)])
 
         key = self._config.augment.key(self._config.seed, epoch)
         found = self._bank.logits(key, self._count, self._config.data.num_classes, ask)
         self._of_train = found.to(self.device)
+        if self._layers:
+            numbers = numbers_of(self._layers)
+            rows = self._bank.features(key, self._count, list(self._layers), numbers, ask_layers)
+            self._rows = rows.to(self.device)
 
-    def of_batch(self, mine: Tensor, images: Tensor) -> Tensor | None:
-        """Return the logits [B, K] of train images with the indices `mine`."""
+    def of_batch(self, mine: Tensor, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Return the logits [B, K] of train images with the indices `mine`, and their layers."""
         if self._of_train is not None:
-            return self._of_train[mine].float()
+            layers = {} if self._rows is None else from_rows(self._rows[mine], self._layers)
+            return self._of_train[mine].float(), layers
         if self._online is None:
-            return None
-        with torch.no_grad(), self.autocast:
+            return None, {}
+        with torch.no_grad(), self.autocast, caught(self._online, list(self._layers)) as found:
             logits: Tensor = self._online(images).float()
-        return logits
+        return logits, {name: x.float() for name, x in found.items()}
 
     def of_validation(self, images: Images, rank: int, workers: int) -> Tensor | None:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
@@ -370,6 +412,16 @@ class _Lessons:
         assert self._run is not None
         network = network.to(self.device).to(memory_format=self._run.student.memory_format)
         return network.eval().requires_grad_(False)
+
+
+_told: set[str] = set()
+"""Sentences that this process has said."""
+
+
+def _tell_once(text: str, say: Callable[[str], None] | None) -> None:
+    if text not in _told and _workers_and_rank()[1] == 0:
+        _told.add(text)
+        (say or _to_standard_error)(text)
 
 
 def _network_of(teacher: nn.Module | Bank) -> nn.Module:
@@ -474,21 +526,32 @@ def _new_student(
     return student, unused
 
 
-def _new_optimizer(student: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
+def _new_optimizer(trained: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
+    """Return the optimizer of a student, or of a student and what its objective owns."""
     optimizer = torch.optim.SGD(
-        student.parameters(),
+        trained.parameters(),
         lr=optim.lr,
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         nesterov=optim.nesterov,
         # fused SGD steps no complex numbers
-        fused=not any(parameter.is_complex() for parameter in student.parameters()),
+        fused=not any(parameter.is_complex() for parameter in trained.parameters()),
     )
     # torch's fused SGD fails if a parameter's first gradient comes after the others'
     if optim.momentum:
-        for parameter in student.parameters():
+        for parameter in trained.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _kept_by_state(
+    student: nn.Module, optimizer: torch.optim.Optimizer, tapped: Tapped | None
+) -> dict[str, Any]:
+    """Return what a run state holds the state of, by its names there."""
+    kept: dict[str, Any] = {"model": student, "optimizer": optimizer}
+    if tapped is not None:
+        kept["objective"] = tapped.owned
+    return kept
 
 
 def _check_learnable(logits: Tensor, config: TrainConfig) -> None:
@@ -712,7 +775,7 @@ _COMPILED: set[tuple[Any, ...]] = set()
 """Kinds of run that this process has compiled since torch's cache was last reset."""
 
 
-def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[..., Any]:
     """Return a student compiled by torch.compile, independent of what this process compiled before.
 
     torch keeps 8 graphs over all networks and batch shapes together; from the ninth on it silently
@@ -750,12 +813,30 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[[Te
     return forward
 
 
+def _loss_metrics(
+    objective: Canonical, terms: Terms, means: Tensor, ratio: Tensor
+) -> dict[str, float]:
+    """Return the metrics of the loss over an epoch, from its means: whole loss, CE, soft part."""
+    loss, ce, kd = means.tolist()
+    found = {"train_loss": loss}
+    if objective.has_parts:
+        found["train_ce"] = ce
+    if terms.kd is not None:
+        found["train_kd"] = kd
+        if not objective.asks_for_layers:
+            found["train_kd_ratio"] = float(ratio)
+    return found
+
+
 def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor:
     """Return |gradient of the soft part| / |gradient of CE| by the logits, both weighted.
 
-    It is 0 if one of them has no weight.
+    It is 0 if one of them has no weight, and for an objective that asks for layers, whose soft part
+    need not depend on the logits.
     """
-    if terms.kd is None or not objective.kd_weight * objective.ce_weight:
+    if terms.kd is None or objective.asks_for_layers:
+        return torch.zeros(())
+    if not objective.kd_weight * objective.ce_weight:
         return torch.zeros(())
     ce, kd = (
         torch.autograd.grad(part, logits, retain_graph=True)[0].norm()

@@ -26,13 +26,23 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
 
 from tfkd_ray.learn.own import code_of, is_only_reading
-from tfkd_ray.learn.own_loss import OwnLoss, facts_of, loss_problems, tried
+from tfkd_ray.learn.own_loss import (
+    SIDES,
+    Batch,
+    Features,
+    Layers,
+    OwnLoss,
+    Shape,
+    facts_of,
+    loss_problems,
+    tried,
+)
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import Settings, leaves, tag
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 NumpyArray = NDArray[Any]
@@ -90,15 +100,31 @@ class Canonical(Settings):
     def check(self, num_classes: int) -> None:
         """Raise ValueError if a hyperparameter makes no sense for this number of classes."""
 
-    def try_out(self, num_classes: int) -> list[str]:
+    @property
+    def asks_for_layers(self) -> bool:
+        """Return whether it learns from layers of the networks, too; see features.py."""
+        return False
+
+    @property
+    def teacher_layers(self) -> Mapping[str, Shape]:
+        """Return the teacher's layers that a `ready` objective asks for, with their shapes."""
+        return {}
+
+    def try_out(self, num_classes: int, batches: list[Batch] | None = None) -> list[str]:
         """Call a loss of the user's own once, so that its errors appear before anything starts.
 
-        Return notes on what is allowed but probably a mistake.
+        Return notes on what is allowed but probably a mistake. A loss that asks for layers is
+        `ready`, and gets two batches with their outputs.
         """
         return []
 
-    def ready(self) -> Self:
-        """Return this objective for the batches of a run; the user's own code is loaded once."""
+    def ready(self, layers: Layers | None = None, seed: int = 0) -> Self:
+        """Return this objective for the batches of a run; the user's own code is loaded once.
+
+        Args:
+            layers: those that it asks for, of the run's networks.
+            seed: of the run, for weights of its own.
+        """
         return self
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
@@ -378,6 +404,37 @@ class TfkdRegCode(Canonical):
         return (self.correct_prob - (1 - self.correct_prob) / (num_classes - 1)) / self.temperature
 
 
+def _as_text(name: Any) -> Any:
+    """Return the name of a layer of `nn.Sequential`, which YAML reads as a number, as text."""
+    return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
+
+
+def _as_list(names: Any) -> Any:
+    """Return the name of a single layer as a list."""
+    return [names] if isinstance(names, str | int) else names
+
+
+LayerNames = Annotated[
+    tuple[Annotated[str, Field(min_length=1), BeforeValidator(_as_text)], ...],
+    BeforeValidator(_as_list),
+]
+
+
+class FeatureLayers(Settings):
+    """Layers whose outputs an own objective gets for each batch.
+
+    They are named as in `named_modules()` of the network: layer3, layer3.0.conv1, or 4 in an
+    nn.Sequential. A layer runs once in a forward pass and gives a tensor [B, ...].
+    """
+
+    student: LayerNames = ()
+    """The loss gets a parameter `student_features`: a mapping from layer to output, with
+    gradient."""
+    teacher: LayerNames = ()
+    """The loss gets a parameter `teacher_features`: a mapping from layer to output. They come from
+    the bank if all of them together fit as logits do, otherwise the teacher runs in every step."""
+
+
 class OwnObjective(Canonical):
     """A loss of your own: `package.module:function`, or a class with `terms`.
 
@@ -388,6 +445,7 @@ class OwnObjective(Canonical):
     teacher's logits are float32 [B, K], labels int64 [B]. The name of its trials is the function's.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"features"})
     name: Literal["own"] = "own"
     path: str
     """Path of the function or class, `package.module:name`, in an installed package or in the
@@ -398,8 +456,10 @@ class OwnObjective(Canonical):
     """Digest of the function's file and of all files of your own that it imports, recorded when a
     file is read. A run refuses other code; without it, the code as it is now counts."""
     taught: bool | None = None
-    """Whether it needs a teacher, recorded from its signature: it has a parameter `teacher` without
-    a default."""
+    """Whether it needs a teacher, recorded from its signature: it has a parameter `teacher` or
+    `teacher_features` without a default, or `features` names layers of the teacher."""
+    features: FeatureLayers = FeatureLayers()
+    """Layers of student and teacher whose outputs it gets, too."""
     _loss: OwnLoss | None = PrivateAttr(None)
 
     def __hash__(self) -> int:
@@ -423,8 +483,17 @@ class OwnObjective(Canonical):
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Return whether its function needs a teacher's logits."""
+        """Return whether its function needs a teacher's logits or layers."""
         return bool(self.taught)
+
+    @property
+    def asks_for_layers(self) -> bool:
+        return bool(self.features.student or self.features.teacher)
+
+    @property
+    def teacher_layers(self) -> Mapping[str, Shape]:
+        layers = self._ready_loss.layers if self.asks_for_layers else None
+        return {} if layers is None else layers.teacher
 
     @property
     def has_parts(self) -> bool:
@@ -445,15 +514,19 @@ class OwnObjective(Canonical):
 
     @property
     def ce_share(self) -> float | None:
-        """Return the weight of CE; None for a function, or if the first term is another."""
-        if not self.has_parts:
+        """Return the weight of CE; None for a function, or if the first term is another.
+
+        Of an objective that asks for layers, it is known when it is `ready`.
+        """
+        if (self.asks_for_layers and self._loss is None) or not self.has_parts:
             return None
         import torch
 
         g = torch.Generator().manual_seed(0)
         logits, teacher = (torch.randn(4, 3, generator=g) for _ in range(2))
         labels = torch.tensor([0, 1, 2, 0])
-        ce = self.terms(logits, labels, teacher if self.needs_teacher else None).ce
+        features = self._ready_loss.random_features(4, g)
+        ce = self.terms(logits, labels, teacher if self.needs_teacher else None, features).ce
         same = torch.allclose(ce, _cross_entropy(logits, labels), rtol=1e-4)
         return self.loss_scale * self.ce_weight if same else None
 
@@ -471,27 +544,37 @@ class OwnObjective(Canonical):
                 f"objective.own.path: its function's name becomes that of trials and arms, so it has up to 40 letters "
                 f"from a to z, digits and _, got {self.called!r}; rename it"
             )
-        problems += loss_problems(self.path, self.args, f"objective.{self.called}")
+        asked = {side: getattr(self.features, side) for side in SIDES}
+        problems += loss_problems(self.path, self.args, asked, f"objective.{self.called}")
         if problems:
             raise ValueError("\n".join(problems))
 
-    def try_out(self, num_classes: int) -> list[str]:
-        ready = self.ready()
-        return tried(ready._ready_loss, ready, num_classes)
+    def try_out(self, num_classes: int, batches: list[Batch] | None = None) -> list[str]:
+        ready = self if batches else self.ready()
 
-    def ready(self) -> Self:
+        def total(batch: Batch) -> Tensor:
+            return ready.combine(ready.terms(*batch))
+
+        return tried(ready._ready_loss, total, num_classes, batches)
+
+    def ready(self, layers: Layers | None = None, seed: int = 0) -> Self:
         if (changed := self.changed()) is not None:
             raise ConfigError(
                 f"objective.{self.called}.digest: {changed}. Put the old code back, or begin anew with the code as it "
                 "is (in a file of one run: leave digest out)"
             )
-        return self.loaded()
+        return self.loaded(layers, seed)
 
-    def loaded(self) -> Self:
+    def loaded(self, layers: Layers | None = None, seed: int = 0) -> Self:
         """Return `ready`, whatever its code is now."""
+        assert self.asks_for_layers == (layers is not None), f"{self.features=} {layers=}"
         found = self.model_copy()
-        found._loss = OwnLoss(self.path, self.args)
+        found._loss = OwnLoss(self.path, self.args, layers, seed if layers else 0)
         return found
+
+    def owned(self) -> nn.Module:
+        """Return a module of the parameters that it owns, of a `ready` objective."""
+        return self._ready_loss.owned()
 
     def changed(self) -> str | None:
         """Return a sentence if the code is not what was recorded, else None."""
@@ -512,10 +595,17 @@ class OwnObjective(Canonical):
             return super().combine(terms)
         return terms.ce if self.loss_scale == 1 else self.loss_scale * terms.ce
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
-        if self.needs_teacher:
+    def terms(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: Tensor | None = None,
+        features: Features | None = None,
+    ) -> Terms:
+        loss = self._ready_loss
+        if loss.takes_teacher:
             teacher = _needed(teacher, self.called)
-        whole, ce, kd = self._ready_loss(logits, labels, teacher)
+        whole, ce, kd = loss(logits, labels, teacher, features)
         if whole is not None:
             return Terms(whole, None)
         assert ce is not None, f"{ce=}"
@@ -524,7 +614,10 @@ class OwnObjective(Canonical):
     @property
     def _ready_loss(self) -> OwnLoss:
         """Return the loss of `ready`, or another one for a single use."""
-        return self._loss if self._loss is not None else OwnLoss(self.path, self.args)
+        if self._loss is not None:
+            return self._loss
+        assert not self.asks_for_layers, f"{self.called} must be ready: it needs the networks"
+        return OwnLoss(self.path, self.args)
 
 
 def recorded(tree: Any) -> Any:
@@ -536,7 +629,10 @@ def recorded(tree: Any) -> Any:
     facts = facts_of(path) if isinstance(path, str) else None
     if facts is None:
         return tree
-    return {**tree, "digest": tree.get("digest") or facts.code.digest, "taught": facts.taught}
+    features = tree.get("features")
+    asked = features.get("teacher") if isinstance(features, Mapping) else None
+    taught = facts.taught or bool(asked)
+    return {**tree, "digest": tree.get("digest") or facts.code.digest, "taught": taught}
 
 
 Objective = Annotated[

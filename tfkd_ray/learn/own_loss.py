@@ -2,7 +2,8 @@
 
 `OwnObjective` (objectives.py) is its setting. The loss is a function `(logits, labels, **args)` or
 `(logits, labels, teacher, **args)`, or a class whose objects have `terms(logits, labels)` or
-`terms(logits, labels, teacher)`, created with `**args`.
+`terms(logits, labels, teacher)`, created with `**args`. It may ask for the outputs of layers, too,
+by parameters `student_features` and `teacher_features`; see features.py.
 
 Shapes: B = batch, K = classes.
 """
@@ -27,10 +28,16 @@ from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
 TEACHER = "teacher"
 """Name of the parameter for the teacher's logits."""
+SIDES = ("student", "teacher")
+"""Networks whose layers a loss may ask for: as `student_features`, `teacher_features`."""
+_FEATURES = {f"{side}_features": side for side in SIDES}
+_SHAPES = {f"{side}_shapes": side for side in SIDES}
+"""Parameters of a class that get the shapes of these layers' outputs."""
 _GIVEN = 2
 """Number of leading parameters that training gives: logits and labels."""
 _KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -41,20 +48,57 @@ class Facts(NamedTuple):
 
     code: Code
     taught: bool
-    """True if its signature asks for a teacher's logits."""
+    """True if its signature asks for a teacher's logits or layers."""
 
 
 class _Call(NamedTuple):
-    """The parameters of a loss: those of a batch, and those that are settings."""
+    """The parameters of a loss: those of a batch, those of shapes, and those that are settings."""
 
     batch: dict[str, inspect.Parameter]
+    shapes: dict[str, inspect.Parameter]
     args: dict[str, inspect.Parameter]
     hints: dict[str, Any]
     """Annotations of `args`, without those that cannot be resolved."""
     any_more: bool
     """True if it accepts other arguments, too (`**kwargs`)."""
-    taught: bool
+    takes_teacher: bool
     """True if it needs a teacher's logits."""
+
+    @property
+    def taught(self) -> bool:
+        """Return whether it needs a teacher: its logits, or the outputs of its layers."""
+        features = self.batch.get("teacher_features")
+        return self.takes_teacher or (features is not None and _is_required(features))
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is inspect.Parameter.empty
+
+
+Shape = tuple[int, ...]
+
+
+class Layers(NamedTuple):
+    """The layers that a loss asks for, with the shape of an image's output."""
+
+    student: Mapping[str, Shape]
+    teacher: Mapping[str, Shape]
+
+
+class Features(NamedTuple):
+    """Outputs of layers for a batch, [B, ...] each, by the names of the layers."""
+
+    student: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """What a loss gets of a batch."""
+
+    logits: Tensor
+    labels: Tensor
+    teacher: Tensor | None
+    features: Features | None = None
 
 
 class Result(NamedTuple):
@@ -75,17 +119,24 @@ def facts_of(path: str) -> Facts | None:
     return Facts(code_of(path), call.taught)
 
 
-def loss_problems(path: str, args: Mapping[str, Any], where: str) -> list[str]:
+def loss_problems(
+    path: str, args: Mapping[str, Any], asked: Mapping[str, Sequence[str]], where: str
+) -> list[str]:
     """Return a sentence for each reason why a loss cannot be called with these arguments.
 
     Args:
+        asked: names of the layers of each side.
         where: dotted path of its settings.
     """
     try:
         call = _call_of(_found_at(path, f"{where}.path"))
     except ConfigError as error:
         return error.problems
-    return list(_argument_problems(call, args, f"{where}.args", own_code.shown_name(path)))
+    name = str(own_code.shown_name(path))
+    problems = list(_argument_problems(call, args, f"{where}.args", name))
+    for side in SIDES:
+        problems += _feature_problems(call, side, asked[side], f"{where}.features.{side}", name)
+    return problems
 
 
 def whole_numbers(path: str) -> dict[str, bool]:
@@ -127,7 +178,7 @@ def _found_at(path: str, where: str) -> Any:
         raise ConfigError(
             f"{where}: {path} has no signature that Python can read; wrap it in a function of your own"
         ) from None
-    of_batch = [name for name in call.batch if name != TEACHER]
+    of_batch = [name for name in call.batch if name not in {TEACHER, *_FEATURES}]
     if len(of_batch) < _GIVEN:
         what = "its terms" if isinstance(found, type) else "it"
         raise ConfigError(
@@ -144,21 +195,22 @@ def _call_of(found: Any) -> _Call:
     if is_class and not isinstance(inspect.getattr_static(found, "terms"), staticmethod):
         batch_of = batch_of[1:]  # self
     names = [p.name for p in batch_of if p.kind in _POSITIONAL][:_GIVEN]
-    batch = {p.name: p for p in batch_of if p.name in {*names, TEACHER}}
+    batch = {p.name: p for p in batch_of if p.name in {*names, TEACHER, *_FEATURES}}
     if is_class:
         args_of, target = list(inspect.signature(found).parameters.values()), found.__init__
     else:
         args_of, target = [p for p in batch_of if p.name not in batch], found
     args = {p.name: p for p in args_of if p.kind in _KEYWORDS}
+    shapes = {name: args.pop(name) for name in _SHAPES if is_class and name in args}
     try:
         hints = typing.get_type_hints(target, include_extras=True)
     except Exception:  # an annotation may name anything
         hints = {}
     any_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in args_of)
-    needed = TEACHER in batch and batch[TEACHER].default is inspect.Parameter.empty
+    needed = TEACHER in batch and _is_required(batch[TEACHER])
     declared = TEACHER in batch and getattr(found, "needs_teacher", False) is True
     hints = {name: hint for name, hint in hints.items() if name in args}
-    return _Call(batch, args, hints, any_more, needed or declared)
+    return _Call(batch, shapes, args, hints, any_more, needed or declared)
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -174,6 +226,8 @@ def _argument_problems(
     for key, value in given.items():
         if key in call.batch:
             yield f"{where}.{key}: training gives it for each batch; leave it out"
+        elif key in call.shapes:
+            yield f"{where}.{key}: training gives it, from the layers of features; leave it out"
         elif key in call.args:
             if problem := _value_problem(call.args[key], call.hints.get(key), value):
                 yield f"{where}.{key}: {problem} (the signature says {_as_written(call.args[key])})"
@@ -181,11 +235,35 @@ def _argument_problems(
             hint = did_you_mean(key, call.args) if call.args else "it has none"
             yield f"{where}.{key}: {name} has no such argument; {hint}"
     for key, parameter in call.args.items():
-        if parameter.default is inspect.Parameter.empty and key not in given:
+        if _is_required(parameter) and key not in given:
             hint = (
                 "; a teacher's logits come as a parameter named teacher" if "teach" in key else ""
             )
             yield f"{where}.{key}: required by {name}, and not given{hint}"
+
+
+def _feature_problems(
+    call: _Call, side: str, layers: Sequence[str], where: str, name: str
+) -> Iterator[str]:
+    """Yield a sentence for each reason why a loss cannot get these layers of a network."""
+    key = f"{side}_features"
+    takes = call.batch.get(key)
+    if takes is not None and takes.kind not in _KEYWORDS:
+        yield f"{where}: {name} takes {key} by position alone; take it by name: remove the / from its signature"
+    if layers and takes is None:
+        yield (
+            f"{where}: nothing would use {' and '.join(layers)}: {name} has no parameter {key}; add it, or leave them "
+            "out"
+        )
+    asks = [k for k in (key, f"{side}_shapes") if k in {**call.batch, **call.shapes}]
+    asks = [k for k in asks if _is_required({**call.batch, **call.shapes}[k])]
+    if asks and not layers:
+        yield (
+            f"{where}: required, as {name} takes {' and '.join(asks)}: name layers of the {side}'s network, as in "
+            f"features: {{{side}: [layer3]}}"
+        )
+    if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
+        yield f"{where}: {twice[0]} is listed twice"
 
 
 def _value_problem(parameter: inspect.Parameter, hint: Any, value: Any) -> str | None:
@@ -217,39 +295,74 @@ def _as_written(parameter: inspect.Parameter) -> str:
 
 
 class OwnLoss:
-    """A loss of the user's own, ready for batches; a class is instantiated once."""
+    """A loss of the user's own, ready for batches; a class is instantiated once.
 
-    def __init__(self, path: str, args: Mapping[str, Any]) -> None:
+    Args:
+        layers: those that it asks for, of the networks at hand; None: none.
+        seed: of the weights that it draws. It matters only if they are trained: with layers.
+    """
+
+    def __init__(
+        self, path: str, args: Mapping[str, Any], layers: Layers | None = None, seed: int = 0
+    ) -> None:
         found = _found_at(path, "path")
         call = _call_of(found)
         self.called = own_code.shown_name(path)
         self.path = path
-        self.takes_teacher = call.taught
+        self.takes_teacher = call.takes_teacher
         self.has_parts = isinstance(found, type)
+        self.layers = layers
         arguments = copy.deepcopy(dict(args))
         if self.has_parts:
-            with seeded(0, "objective"):
-                self.object = own_code.at_home(found)(**arguments)
+            for name, side in _SHAPES.items():
+                if name in call.shapes and layers is not None:
+                    arguments[name] = dict(getattr(layers, side))
+            self.object = self._made(found, arguments, seed)
             self._call = own_code.at_home(self.object.terms)
         else:
             self.object = found
             self._call = functools.partial(own_code.at_home(found), **arguments)
-        kind = call.batch[TEACHER].kind if call.taught else None
+        kind = call.batch[TEACHER].kind if call.takes_teacher else None
         self._by_name = kind in _KEYWORDS
+        self._sides = {
+            name: side
+            for name, side in _FEATURES.items()
+            if name in call.batch and layers is not None and getattr(layers, side)
+        }
         self._to = getattr(self.object, "to", None) if self.has_parts else None
         self._device: Any = None
 
-    def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Result:
+    def _made(self, found: Any, arguments: dict[str, Any], seed: int) -> Any:
+        """Return an object of the user's class."""
+        try:
+            with seeded(seed, "objective"):
+                return own_code.at_home(found)(**arguments)
+        except ConfigError:
+            raise
+        except Exception as error:  # the user's class may raise anything
+            given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+            raise self.wrong(
+                f"made with ({given}), it ends in {type(error).__name__}: {error}"
+            ) from error
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: Tensor | None,
+        features: Features | None = None,
+    ) -> Result:
         """Return the loss of a batch; raise a ConfigError if it is none."""
         if self._to is not None and self._device != logits.device:  # a module, with buffers
             self._device = logits.device
             self._to(self._device)
+        more = {name: getattr(features, side) for name, side in self._sides.items()}
         if not self.takes_teacher:
-            found = self._call(logits, labels)
+            found = self._call(logits, labels, **more)
         elif self._by_name:
-            found = self._call(logits, labels, teacher=teacher)
+            found = self._call(logits, labels, teacher=teacher, **more)
         else:
-            found = self._call(logits, labels, teacher)
+            found = self._call(logits, labels, teacher, **more)
         if not self.has_parts:
             return Result(self._scalar(found, "it"))
         if not isinstance(found, tuple | list) or len(found) != 2:
@@ -257,6 +370,35 @@ class OwnLoss:
         ce, kd = found
         ce = self._scalar(ce, "the first of its terms")
         return Result(None, ce, None if kd is None else self._scalar(kd, "the second of its terms"))
+
+    def owned(self) -> nn.Module:
+        """Return a module of what its object owns: itself, or its attributes that are modules.
+
+        Only an object that asks for layers may own parameters.
+        """
+        from torch import nn
+
+        if isinstance(self.object, nn.Module):
+            return self.object
+        owned = nn.Module()
+        for name, value in getattr(self.object, "__dict__", {}).items() if self.has_parts else ():
+            if isinstance(value, nn.Module):
+                owned.add_module(name, value)
+            elif isinstance(value, nn.Parameter):
+                owned.register_parameter(name, value)
+        return owned
+
+    def random_features(self, count: int, generator: torch.Generator) -> Features | None:
+        """Return random outputs of the layers that it asks for; None if it asks for none."""
+        import torch
+
+        if self.layers is None:
+            return None
+        sides = (
+            {name: torch.randn(count, *shape, generator=generator) for name, shape in side.items()}
+            for side in self.layers
+        )
+        return Features(*sides)
 
     def weight(self, name: str) -> float:
         """Return a number of a class's object, such as `ce_weight`; 1 if it has none."""
@@ -289,34 +431,35 @@ def _brief_of(value: Any) -> str:
 
 # --- a trial of it --------------------------------------------------------------------------------
 
-_BATCH = 8
+TRIED_IMAGES = 8
 """Images of a batch on which a loss is tried."""
-Total = typing.Callable[["Tensor", "Tensor", "Tensor | None"], "Tensor"]
+Total = typing.Callable[[Batch], "Tensor"]
 
 
-def tried(loss: OwnLoss, total: Total, num_classes: int) -> list[str]:
+def tried(
+    loss: OwnLoss, total: Total, num_classes: int, batches: Sequence[Batch] | None = None
+) -> list[str]:
     """Call a loss on two small batches, so that its errors appear before anything starts.
 
     Return notes on what is allowed but probably a mistake.
 
     Args:
         total: gives the whole loss of a batch, from this `OwnLoss`.
+        batches: two, with the outputs of the layers that it asks for. None: it asks for none.
 
     Raises:
         ConfigError: if it raises, is no finite scalar, has no gradient, or keeps state.
     """
     import torch
-    from torch import nn
 
     K = num_classes
-    with seeded(0, "objective", K):
-        batches = [
-            (torch.randn(_BATCH, K), torch.randint(K, (_BATCH,)), 2 * torch.randn(_BATCH, K))
-            for _ in range(2)
-        ]
-    if isinstance(loss.object, nn.Module) and any(True for _ in loss.object.parameters()):
-        raise loss.wrong("it has parameters, and nothing trains them; use buffers or numbers")
-    first, second = batches
+    first, second = batches or _made_up_batches(K)
+    learns = any(p.requires_grad for p in loss.owned().parameters())
+    if loss.layers is None and learns:
+        raise loss.wrong(
+            "it has parameters, and nothing trains them; use buffers or numbers, or freeze them with "
+            "requires_grad_(False)"
+        )
     once = _asked(loss, total, first)
     _asked(loss, total, second)
     before = _data_of(loss)
@@ -327,11 +470,9 @@ def tried(loss: OwnLoss, total: Total, num_classes: int) -> list[str]:
     if changed := _first_change(before, _data_of(loss)):
         raise _stateful(loss, f"{changed} changes from batch to batch")
     if getattr(loss.object, "soft_labels", False):
-        logits, labels, teacher = first
-        mixed = (torch.eye(K)[labels] + torch.eye(K)[labels.flip(0)]) / 2
-        _asked(loss, total, (logits, mixed, teacher))
-    twice = (torch.cat([part, part]) for part in first)
-    if abs(_asked(loss, total, tuple(twice)) - 2 * once) < 1e-4 * abs(once):
+        mixed = (torch.eye(K)[first.labels] + torch.eye(K)[first.labels.flip(0)]) / 2
+        _asked(loss, total, first._replace(labels=mixed))
+    if abs(_asked(loss, total, _twice(first)) - 2 * once) < 1e-4 * abs(once):
         return [
             f"objective {loss.called}: a batch that is twice as long gives twice the loss: it seems to be a sum over "
             "the images; training expects their mean"
@@ -339,18 +480,48 @@ def tried(loss: OwnLoss, total: Total, num_classes: int) -> list[str]:
     return []
 
 
-def _asked(loss: OwnLoss, total: Total, batch: Sequence[Tensor]) -> float:
+def _made_up_batches(num_classes: int) -> list[Batch]:
+    import torch
+
+    K, B = num_classes, TRIED_IMAGES
+    with seeded(0, "objective", K):
+        return [
+            Batch(torch.randn(B, K), torch.randint(K, (B,)), 2 * torch.randn(B, K))
+            for _ in range(2)
+        ]
+
+
+def _twice(batch: Batch) -> Batch:
+    """Return a batch with each image twice."""
+    import torch
+
+    def doubled(features: Features | None) -> Features | None:
+        if features is None:
+            return None
+        return Features(*({k: torch.cat([x, x]) for k, x in side.items()} for side in features))
+
+    logits, labels, teacher, features = batch
+    soft = None if teacher is None else torch.cat([teacher, teacher])
+    return Batch(torch.cat([logits, logits]), torch.cat([labels, labels]), soft, doubled(features))
+
+
+def _asked(loss: OwnLoss, total: Total, batch: Batch) -> float:
     """Return the loss of a batch; raise a ConfigError if it is no number or has no gradient."""
     import torch
 
-    logits, labels, teacher = batch
-    K = logits.shape[1]
-    leaf = logits.clone().requires_grad_()
-    given = f"logits {list(logits.shape)}, labels {list(labels.shape)}"
-    given += f" and a teacher's logits {list(teacher.shape)}" if loss.takes_teacher else ""
+    leaf = batch.logits.clone().requires_grad_()
+    seen, leaves = None, {}
+    if batch.features is not None:
+        leaves = {k: x.clone().requires_grad_() for k, x in batch.features.student.items()}
+        known = {k: x.clone() for k, x in batch.features.teacher.items()}
+        seen = Features({k: x * 1 for k, x in leaves.items()}, known)
+    soft = batch.teacher
+    if soft is not None:
+        soft = soft.clone() if loss.takes_teacher else None
+    given = _given(loss, batch)
     try:
-        with seeded(0, "objective", K), torch.enable_grad():
-            value = total(leaf * 1, labels.clone(), teacher.clone() if loss.takes_teacher else None)
+        with seeded(0, "objective", leaf.shape[1]), torch.enable_grad():
+            value = total(Batch(leaf * 1, batch.labels.clone(), soft, seen))
     except ConfigError:
         raise
     except Exception as error:  # the user's function may raise anything
@@ -361,12 +532,76 @@ def _asked(loss: OwnLoss, total: Total, batch: Sequence[Tensor]) -> float:
         )
     if not value.requires_grad:
         raise loss.wrong("it has no gradient; is there a detach, a no_grad or an argmax in it?")
-    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    _check_gradients(loss, value, leaf, leaves)
+    return float(value.detach())
+
+
+def _given(loss: OwnLoss, batch: Batch) -> str:
+    """Return what a loss is given, in words."""
+    given = f"logits {list(batch.logits.shape)}, labels {list(batch.labels.shape)}"
+    if loss.takes_teacher and batch.teacher is not None:
+        given += f" and a teacher's logits {list(batch.teacher.shape)}"
+    for side, features in zip(SIDES, batch.features or (), strict=False):
+        shapes = ", ".join(f"{name}: {list(x.shape)}" for name, x in features.items())
+        given += f", {side}_features {{{shapes}}}" if features else ""
+    return given
+
+
+def _check_gradients(
+    loss: OwnLoss, value: Tensor, logits: Tensor, features: Mapping[str, Tensor]
+) -> None:
+    """Raise a ConfigError if what should learn from a loss does not, or if anything else would.
+
+    Args:
+        features: the student's, leaves of the graph like the logits.
+    """
+    import torch
+
+    learning = {name: p for name, p in loss.owned().named_parameters() if p.requires_grad}
+    wanted = [logits, *features.values(), *learning.values()]
+    gradient, *others = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
     if gradient is None:
         raise loss.wrong("it does not depend on the logits, so that nothing would be learnt")
     if not gradient.isfinite().all():
         raise loss.wrong("its gradient by the logits is not finite; look for the root or log of 0")
-    return float(value.detach())
+    for name, found in zip(features, others, strict=False):
+        if found is None:
+            raise loss.wrong(
+                f"it does not depend on the student's layer {name}, which features.student asks for; use it, or leave "
+                "it out"
+            )
+        if not found.isfinite().all():
+            raise loss.wrong(
+                f"its gradient by the student's layer {name} is not finite; look for the root or log of 0"
+            )
+    for name, found in zip(learning, others[len(features) :], strict=True):
+        if found is None:
+            raise loss.wrong(
+                f"its parameter {name} {list(learning[name].shape)} gets no gradient, so that nothing would train it; "
+                "use it in the loss, or leave it out"
+            )
+    known = {id(tensor) for tensor in wanted}
+    for tensor in _leaves_of(value):
+        if id(tensor) not in known:
+            way = "detach it, or make it a number"
+            if loss.layers is not None:
+                way = "make it, or its module, an attribute of an object of a class with terms"
+            raise loss.wrong(
+                f"a tensor {list(tensor.shape)} with requires_grad takes part in it, and nothing trains it; {way}"
+            )
+
+
+def _leaves_of(value: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors at which a gradient of `value` would arrive."""
+    waiting, seen = [value.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (tensor := getattr(node, "variable", None)) is not None:
+            yield tensor
+        waiting += [step for step, _ in node.next_functions]
 
 
 def _stateful(loss: OwnLoss, problem: str) -> ConfigError:
@@ -382,13 +617,22 @@ _PLAIN = (bool, int, float, complex, str, bytes, list, dict, set, type(None))
 
 
 def _data_of(loss: OwnLoss) -> dict[str, Any]:
-    """Return copies of the data that a loss may change: its object's and its module's."""
+    """Return copies of the data that a loss may change: its object's and its module's.
+
+    What checkpoints hold does not count: the state_dict of what it owns, if it asks for layers.
+    """
     from torch import Tensor
 
     found: dict[str, Any] = {}
     module = inspect.getmodule(type(loss.object) if loss.has_parts else loss.object)
     of_module = vars(module) if module is not None else {}
     of_object = getattr(loss.object, "__dict__", {})
+    if loss.layers is not None:
+        owned = loss.owned()
+        kept = owned.state_dict()
+        lost = {name: b for name, b in owned.named_buffers() if name not in kept}
+        inner = {"_parameters", "_buffers", "_modules"}
+        of_object = {**{k: v for k, v in of_object.items() if k not in inner}, **lost}
     for whose, data in (("the module's", of_module), ("its", of_object)):
         for name, value in data.items():
             small = not isinstance(value, Tensor) or value.numel() < _LARGE

@@ -6,11 +6,12 @@ Processes that need it at the same time fill it together, chunk by chunk; the ho
 lock computes it, and the lock of a killed process is released.
 
 Logits are kept in half precision, less their row means: softmax ignores the mean, and the rounding
-is finer. A view with larger logits (`HALF`) is kept in float32. Files are a cache and may be
+is finer. A view with larger logits (`HALF`) is kept in float32. Outputs of the teacher's layers,
+which an objective of the user's own may ask for, are views of their own, kept as they are. Files are a cache and may be
 deleted at any time. If there is no room for a view, each trial computes it for itself, with one
 warning per process.
 
-Shapes: N = images, K = classes.
+Shapes: N = images, K = classes, D = numbers of an image in all layers together.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,12 @@ class Elsewhere(Protocol):
 
     def offer(self, name: str, content: bytes) -> None:
         """Store the file of a view that this node has filled."""
+
+
+Compute = Callable[[nn.Module, Tensor], Tensor]
+"""Returns what a teacher gives for the images at indices int64 [n]: rows [n, ...]."""
+Kept = Callable[[Tensor], Tensor]
+"""Returns rows as a view keeps them."""
 
 
 class Bank:
@@ -90,7 +97,7 @@ class Bank:
         view: dict[str, Any],
         count: int,
         num_classes: int,
-        compute: Callable[[nn.Module, Tensor], Tensor],
+        compute: Compute,
     ) -> Tensor:
         """Return the teacher's logits of a view, less their row means.
 
@@ -101,11 +108,34 @@ class Bank:
             count: N.
             compute: returns the logits [n, K] of the images at indices int64 [n].
         """
+        return self._found(view, [count, num_classes], compute, _centred)
+
+    def features(
+        self,
+        view: dict[str, Any],
+        count: int,
+        layers: Sequence[str],
+        numbers: int,
+        compute: Compute,
+    ) -> Tensor:
+        """Return outputs of the teacher's layers for a view, as rows [N, D]; else like `logits`.
+
+        Args:
+            layers: their names, in the order of the rows' parts.
+            numbers: D.
+        """
+        of_layers = {**view, "layers": list(layers)}
+        return self._found(of_layers, [count, numbers], compute, _as_they_are)
+
+    def _found(
+        self, view: dict[str, Any], shape: list[int], compute: Compute, kept: Kept
+    ) -> Tensor:
+        """Return the numbers of a view: of a file, of another node, or computed."""
         about = {
             "of": json.dumps(self._of, sort_keys=True),
             "view": json.dumps(view, sort_keys=True),
         }
-        about["shape"] = json.dumps([count, num_classes])
+        about["shape"] = json.dumps(shape)
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
         path = self._folder / f"{name}.safetensors"
         found = _read(path, about)
@@ -118,26 +148,21 @@ class Bank:
                 self._write(path, content)
             found = _read(path, about)
             found = load(content)["logits"] if found is None else found
-        found = self._filled(path, about, count, compute) if found is None else found
+        found = self._filled(path, about, shape, compute, kept) if found is None else found
         if self.meet is not None:
             self.meet()
         return found
 
     def _filled(
-        self,
-        path: Path,
-        about: dict[str, str],
-        count: int,
-        compute: Callable[[nn.Module, Tensor], Tensor],
+        self, path: Path, about: dict[str, str], shape: list[int], compute: Compute, kept: Kept
     ) -> Tensor:
-        """Return the logits of a view, computed together with concurrent processes."""
+        """Return the numbers of a view, computed together with concurrent processes."""
         parts: dict[int, Tensor] = {}
+        count, columns = shape
         chunks = dict(enumerate(torch.arange(count).tensor_split(CHUNKS)))
         # the view, and as much again for its parts
-        if not self._has_room(4 * count * int(json.loads(about["shape"])[1])):
-            return _together(
-                [_centred(compute(self.network(), chunk)) for chunk in chunks.values()]
-            )
+        if not self._has_room(4 * count * columns):
+            return _together([kept(compute(self.network(), chunk)) for chunk in chunks.values()])
         for wait in (False, True):  # first the free chunks, then the locked ones
             for k in chunks.keys() - parts.keys():
                 part, mine = path.with_suffix(f".{k}"), about | {"part": str(k)}
@@ -149,7 +174,7 @@ class Bank:
                     if done is None and (whole := _read(path, about)) is not None:
                         return whole  # the others have finished and removed the parts
                     if done is None:
-                        done = _centred(compute(self.network(), chunks[k]))
+                        done = kept(compute(self.network(), chunks[k]))
                         self._write(part, _view_bytes(done, mine))
                     parts[k] = done
         with _locked_file(self._folder / "lock-whole", wait=True):
@@ -201,9 +226,9 @@ _told: set[Path] = set()
 """Folders for which this process has reported a failure."""
 
 
-def fits(count: int, num_classes: int) -> bool:
-    """Return whether a view is small enough for the bank."""
-    return 2 * count * num_classes <= LARGEST
+def fits(count: int, columns: int) -> bool:
+    """Return whether a view [N, K], or [N, D], is small enough for the bank."""
+    return 2 * count * columns <= LARGEST
 
 
 def limit() -> float:
@@ -218,8 +243,23 @@ def _centred(logits: Tensor) -> Tensor:
             "the teacher gives logits that are not finite numbers; look at its weights and at how its images are "
             "normalised, or set precision: fp32"
         )
-    logits = (logits - logits.mean(dim=1, keepdim=True)).cpu()
-    return logits.half() if bool((logits.abs() < HALF).all()) else logits
+    return _rounded(logits - logits.mean(dim=1, keepdim=True))
+
+
+def _as_they_are(features: Tensor) -> Tensor:
+    features = features.float()
+    if not features.isfinite().all():
+        raise ConfigError(
+            "a layer of the teacher gives numbers that are not finite; look at its weights and at how its images are "
+            "normalised, or set precision: fp32"
+        )
+    return _rounded(features)
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """Return rows on the CPU, in half precision if they are below `HALF`."""
+    rows = rows.cpu()
+    return rows.half() if bool((rows.abs() < HALF).all()) else rows
 
 
 def _together(parts: list[Tensor]) -> Tensor:

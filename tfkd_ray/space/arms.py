@@ -342,8 +342,7 @@ def arms_of(
         rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
-    objective = validated(TrainConfig, arms[0]["config"]).objective
-    weight = objective.ce_share
+    weight = validated(TrainConfig, arms[0]["config"]).ce_share
     if weight is None and "scaled" in rivals:
         notes.append(
             f"{first.objective} is a function, so its weight of CE cannot be told, and there is no baseline ce-scaled; "

@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +47,11 @@ middle."""
 LIMIT = f"{100 * EXPLAIN_TOLERANCE:g} %"
 WIDTH = 80
 TINY_PROBABILITY = 1e-30
+LAYERS_TOO = (
+    "learns from layers of the networks, too: its gradient by the logits does not show what it amounts to, nor which "
+    "settings matter"
+)
+"""What is said of an objective that asks for layers."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,11 @@ def amounts_to(objective: Canonical, num_classes: int) -> Amount:
 def knobs(branch: Branch, num_classes: int) -> list[Knob]:
     """Return the searched settings of a branch, each varied while the others are fixed.
 
-    The others are at their middle, and at combinations of their ends.
+    The others are at their middle, and at combinations of their ends. None are returned of an
+    objective that asks for layers: a gradient by the logits does not show what it does.
     """
+    if branch.example.objective.asks_for_layers:
+        return []
     searched = _searched_values(branch)
     gradient = _gradients(num_classes)
     middle = _middle(branch)
@@ -209,6 +217,9 @@ def explained(space: Space) -> Iterator[str]:
     scales = ", ".join(f"{s:g}" for s in SCALES)
     yield f"{data.name}, K = {K}: judged on {_random_images(K)} synthetic images, logits times {scales}"
     for branch in space.branches:
+        if branch.example.objective.asks_for_layers:
+            yield from ("", f"objective.{branch.objective}", *_indented([LAYERS_TOO]))
+            continue
         found = knobs(branch, K)
         amounts = [amounts_to(o, K) for o in _ends_searched(branch)]
         yield ""
@@ -236,6 +247,9 @@ def explained(space: Space) -> Iterator[str]:
 def arm_line(name: str, config: TrainConfig) -> Iterator[str]:
     """Yield the equivalent of one configuration's objective: a line with its name, then details."""
     yield textwrap.shorten(f"{name}: {config.objective.called}", WIDTH, placeholder=" ...")
+    if config.objective.asks_for_layers:
+        yield from _indented([LAYERS_TOO])
+        return
     yield from _indented(_sentences([amounts_to(config.objective, config.data.num_classes)]))
 
 
@@ -539,6 +553,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-def _indented(sentences: Iterator[str]) -> Iterator[str]:
+def _indented(sentences: Iterable[str]) -> Iterator[str]:
     for sentence in sentences:
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="  ", subsequent_indent="    ")

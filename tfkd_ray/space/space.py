@@ -259,7 +259,7 @@ class Space(Searched):
             for end in (0, -1):
                 ends = {p.name: p.domain.probes[end] for p in branch.parameters}
                 config = branch.config(ends)
-                notes += config.objective.try_out(config.data.num_classes)
+                notes += config.try_objective()
         return list(dict.fromkeys(notes))
 
     def single(self) -> TrainConfig:

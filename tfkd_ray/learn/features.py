@@ -1,0 +1,221 @@
+"""Layers of the networks, for objectives of the user's own that learn from them.
+
+A layer's output is caught by a forward hook while a batch runs. `Tapped` is the student together
+with the parameters that the objective owns: DDP wraps it, and the optimizer trains both. The
+teacher's outputs come from the bank or from the teacher itself, see `loop._Lessons`.
+
+Shapes: B = batch, N = images, K = classes, D = numbers of an image in all layers together.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfkd_ray.learn.images import seeded
+from tfkd_ray.learn.objectives import Canonical, OwnObjective
+from tfkd_ray.learn.own_loss import TRIED_IMAGES, Batch, Features, Shape
+from tfkd_ray.settings.errors import ConfigError, did_you_mean
+
+
+@contextlib.contextmanager
+def caught(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Yield a mapping that gets the outputs of these layers in each forward pass inside."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_hook(functools.partial(_keep, found, name))
+        for name in layers
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _keep(
+    found: dict[str, Any], name: str, module: nn.Module, given: tuple[Any, ...], output: Any
+) -> None:
+    found[name] = output
+
+
+class Tapped(nn.Module):
+    """A student and the objective that learns from its layers, in one module.
+
+    Args:
+        objective: a `ready` one.
+        autocast: the precision of the student; the loss is computed in float32.
+    """
+
+    def __init__(
+        self, student: nn.Module, objective: OwnObjective, autocast: torch.autocast
+    ) -> None:
+        super().__init__()
+        self.student, self.owned = student, objective.owned()
+        self._objective, self._autocast = objective, autocast
+
+    def forward(
+        self, images: Tensor, labels: Tensor, soft: Tensor | None, taught: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (logits [B, K], CE or the whole loss, the soft part or None).
+
+        Args:
+            soft: the teacher's logits [B, K].
+            taught: outputs of the teacher's layers.
+        """
+        with self._autocast, caught(self.student, self._objective.features.student) as found:
+            logits = self.student(images)
+        logits = logits.float()
+        features = Features({name: x.float() for name, x in found.items()}, taught)
+        ce, kd = self._objective.terms(logits, labels, soft, features)
+        return logits, ce, kd
+
+
+def tapped_student(
+    student: nn.Module, objective: Canonical, autocast: torch.autocast
+) -> Tapped | None:
+    """Return the student with an objective that learns from its layers; None if it does not."""
+    if not objective.asks_for_layers:
+        return None
+    assert isinstance(objective, OwnObjective), f"{objective=}"
+    return Tapped(student, objective, autocast)
+
+
+# --- which layers there are -----------------------------------------------------------------------
+
+
+def shapes_of(
+    network: nn.Module, layers: Sequence[str], shape: tuple[int, int, int], about: str
+) -> dict[str, Shape]:
+    """Return the shape of an image's output of each layer; raise a ConfigError if one has none.
+
+    The network runs on two random images, in eval mode.
+
+    Args:
+        shape: (C, H, W) of its images.
+        about: the setting that names the layers, and the network, for sentences.
+    """
+    if not layers:
+        return {}
+    names = [name for name, _ in network.named_modules() if name]
+    for name in layers:
+        if name not in names:
+            raise ConfigError(f"{about} has no layer {name!r}; {_nearest(name, names)}")
+    passes: dict[str, list[tuple[Any, int | None]]] = {name: [] for name in layers}
+
+    def note(name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        passes[name].append((output, output._version if isinstance(output, Tensor) else None))
+
+    hooks = [
+        network.get_submodule(name).register_forward_hook(functools.partial(note, name))
+        for name in layers
+    ]
+    training = network.training
+    try:
+        with torch.no_grad(), seeded(0, "layers"):
+            network.eval()(torch.randn(2, *shape))
+        for name, found in passes.items():
+            if (problem := _problem_of(found)) is not None:
+                raise ConfigError(f"{about}: layer {name!r} {problem}")
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {name: tuple(found[0][0].shape[1:]) for name, found in passes.items()}
+
+
+def _problem_of(passes: Sequence[tuple[Any, int | None]]) -> str | None:
+    """Return why the outputs of a layer in a forward pass of two images are of no use, or None."""
+    if len(passes) != 1:
+        return (
+            f"runs {len(passes)} times in a forward pass, and only one output can be meant; name a layer that runs "
+            "once, such as the block around it"
+        )
+    output, version = passes[0]
+    if not isinstance(output, Tensor):
+        return (
+            f"gives {type(output).__name__}, not a tensor; name a layer inside it, or one after it"
+        )
+    if output.ndim < 2 or len(output) != 2 or not output.is_floating_point():
+        return f"gives {list(output.shape)} for 2 images; an output is a float tensor [B, ...]"
+    if output._version != version:
+        return (
+            "is overwritten in place by the layer after it (as by ReLU(inplace=True)), so that its output is lost; "
+            "name that layer instead, or the block around both"
+        )
+    return None
+
+
+MOST_NAMED = 12
+"""Most layers that a sentence lists."""
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """Return the layer that is likely meant, or the first ones of the network."""
+    hint = did_you_mean(name, names)
+    if hint.startswith("did you mean"):
+        return hint
+    depth = min(n.count(".") for n in names) if names else 0
+    top = [n for n in names if n.count(".") == depth]
+    more = ", ..." if len(top) > MOST_NAMED else ""
+    return f"its outer layers: {', '.join(top[:MOST_NAMED])}{more}"
+
+
+# --- all layers of an image in one row, as the bank keeps them ------------------------------------
+
+
+def numbers_of(shapes: Mapping[str, Shape]) -> int:
+    """Return D."""
+    return sum(map(math.prod, shapes.values()))
+
+
+def in_rows(found: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Tensor:
+    """Return outputs of layers [B, ...] as rows, float32 [B, D]."""
+    return torch.cat([found[name].float().flatten(1) for name in shapes], dim=1)
+
+
+def from_rows(rows: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Return the outputs of layers, float32 [B, ...], from rows [B, D]."""
+    parts = rows.float().split([math.prod(shape) for shape in shapes.values()], dim=1)
+    return {
+        name: part.reshape(-1, *shape)
+        for part, (name, shape) in zip(parts, shapes.items(), strict=True)
+    }
+
+
+# --- a trial --------------------------------------------------------------------------------------
+
+
+def trial_batches(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    objective: OwnObjective,
+    shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
+    num_classes: int,
+) -> list[Batch]:
+    """Return two small batches of random images, with logits and outputs of layers.
+
+    Args:
+        student: it runs in training mode, as does the teacher, since an untrained network's logits
+            may be huge in eval mode. Their batch statistics change.
+        teacher: None if the objective needs none.
+        shapes: (C, H, W) of the student's images and of the teacher's.
+    """
+    layers = objective.features
+    batches = []
+    with seeded(0, "objective", num_classes), torch.no_grad():
+        for _ in range(2):
+            labels = torch.randint(num_classes, (TRIED_IMAGES,))
+            with caught(student, layers.student) as seen:
+                logits = student.train()(torch.randn(TRIED_IMAGES, *shapes[0]))
+            soft, known = 2 * torch.randn_like(logits), dict[str, Tensor]()
+            if teacher is not None:
+                with caught(teacher, layers.teacher) as known:
+                    soft = teacher.train()(torch.randn(TRIED_IMAGES, *shapes[1]))
+            sides = ({name: x.float() for name, x in side.items()} for side in (seen, known))
+            batches.append(Batch(logits.float(), labels, soft.float(), Features(*sides)))
+    return batches
