@@ -8,6 +8,7 @@ from typing import Any
 
 import tfkd_ray
 from tfkd_ray.learn.config import TeacherConfig, TrainConfig
+from tfkd_ray.learn.objectives import FeatureLayers
 from tfkd_ray.settings.schema import Settings, members, tag
 from tfkd_ray.space.search_config import SearchConfig
 
@@ -24,7 +25,7 @@ PARTS: dict[str, list[type[Settings]]] = {
         ),
     ],
     "Search": [SearchConfig, *members(FIELDS["sampler"]), *members(FIELDS["stopping"])],
-    "Objectives": members(FIELDS["objective"]),
+    "Objectives": [*members(FIELDS["objective"]), FeatureLayers],
     "Data sets": members(FIELDS["data"]),
     "Networks": members(FIELDS["student"]),
 }

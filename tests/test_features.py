@@ -444,7 +444,7 @@ ODD = {"student": "losses_on_layers:odd_net"}
 TRIED = {
     "layer": (run_of, "without_weight", {"student": ["layr3"]}, RESNET, "objective.without_weight.features.student: resnet18 has no layer 'layr3'; did you mean 'layer3'?"),
     "far layer": (run_of, "without_weight", {"student": ["x"]}, {}, "objective.without_weight.features.student: cnn has no layer 'x'; its outer layers: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
-    "teacher's layer": (run_of, "Base", {"student": [2], "teacher": ["layer3.2"]}, {"teacher": {"model": "resnet18"}}, "objective.Base.features.teacher: resnet18 has no layer 'layer3.2'; did you mean 'layer3.0'?"),
+    "teacher's layer": (run_of, "Base", {"student": [2], "teacher": ["layer3.2"]}, {"teacher": {"model": "resnet18"}}, "objective.Base.features.teacher: resnet18 has no layer 'layer3.2'; did you mean 'layer3.1'?"),
     "mismatch": (run_of, "Mismatch", BOTH, {}, "objective Mismatch: losses_on_layers:Mismatch: given logits [8, 10], labels [8], student_features {2: [8, 4, 8, 8]}, teacher_features {2: [8, 6, 8, 8]}, it ends in RuntimeError: The size of tensor a (4) must match"),
     "of another width": (run_of, "Base", BOTH, MLP, "objective Base: losses_on_layers:Base: given logits [8, 10], labels [8], student_features {2: [8, 16]}"),
     "shapes": (run_of, "Wrong_shape", BOTH, {}, "objective Wrong_shape: losses_on_layers:Wrong_shape: made with (student_shapes={'2': (4, 8, 8)}, teacher_shapes={'2': (6, 8, 8)}), it ends in ValueError: not enough values to unpack"),

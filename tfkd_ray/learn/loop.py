@@ -414,13 +414,13 @@ class _Lessons:
         return network.eval().requires_grad_(False)
 
 
-_told: set[str] = set()
+_told_once: set[str] = set()
 """Sentences that this process has said."""
 
 
 def _tell_once(text: str, say: Callable[[str], None] | None) -> None:
-    if text not in _told and _workers_and_rank()[1] == 0:
-        _told.add(text)
+    if text not in _told_once and _workers_and_rank()[1] == 0:
+        _told_once.add(text)
         (say or _to_standard_error)(text)
 
 

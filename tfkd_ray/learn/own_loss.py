@@ -581,7 +581,7 @@ def _check_gradients(
                 "use it in the loss, or leave it out"
             )
     known = {id(tensor) for tensor in wanted}
-    for tensor in _leaves_of(value):
+    for tensor in _ends_of_graph(value):
         if id(tensor) not in known:
             way = "detach it, or make it a number"
             if loss.layers is not None:
@@ -591,7 +591,7 @@ def _check_gradients(
             )
 
 
-def _leaves_of(value: Tensor) -> Iterator[Tensor]:
+def _ends_of_graph(value: Tensor) -> Iterator[Tensor]:
     """Yield the tensors at which a gradient of `value` would arrive."""
     waiting, seen = [value.grad_fn], set[Any]()
     while waiting:
