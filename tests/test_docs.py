@@ -99,8 +99,8 @@ def write_own_modules(folder: Path) -> None:
         first = block.partition("\n")[0]
         (folder / first.removeprefix("# ")).write_text(block)
     assert {p.name for p in folder.iterdir()} == {
-        "kd.yaml", "loop.yaml", "loss.yaml", "make_photos.py", "my_data.py", "my_loop.py", "my_losses.py", "my_nets.py",
-        "own.yaml", "photos.yaml", "timm.yaml",
+        "hint.yaml", "hints.py", "kd.yaml", "loop.yaml", "loss.yaml", "make_photos.py", "my_data.py", "my_loop.py",
+        "my_losses.py", "my_nets.py", "own.yaml", "photos.yaml", "timm.yaml",
     }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_the_loop_of_the_page_is_swept_and_confirmed_as_it_stands_there(
     ray_cluster: str, tfkd: Run, tmp_path: Path
 ) -> None:
     write_own_modules(tmp_path)
-    shown = [line.removeprefix("$ ") for line in blocks("own.md", "console")[1].splitlines()]
+    shown = [line.removeprefix("$ ") for line in blocks("own.md", "console")[2].splitlines()]
     assert [line.split()[1] for line in shown] == ["check", "tune", "confirm"]
     for command in shown:
         run = tfkd(*command.split()[1:], cwd=tmp_path, timeout=400)
@@ -146,9 +146,10 @@ def test_the_loop_of_the_page_is_swept_and_confirmed_as_it_stands_there(
 @pytest.mark.timeout(240)
 def test_the_modules_of_the_page_train_as_they_stand_there(tfkd: Run, tmp_path: Path) -> None:
     write_own_modules(tmp_path)
-    lines = [line for block in blocks("own.md", "console")[2:] for line in block.splitlines()]
+    _, hint, _, *others = blocks("own.md", "console")  # two are swept
+    lines = [line for block in (hint, *others) for line in block.splitlines()]
     shown = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    assert len(shown) == 7
+    assert len(shown) == 9
     printed = []
     for command in shown:
         program, *words = command.split()

@@ -30,6 +30,7 @@ from tfkd_ray.learn.own import only_reading
 from tfkd_ray.learn.soft_labels import Bank
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.show.plan import resident_bytes
 from tfkd_ray.space.explain import explained, warnings_of
 from tfkd_ray.space.space import build_space, load_space
 
@@ -373,6 +374,15 @@ def test_the_bank_holds_the_teachers_layers_and_they_are_those_of_the_teacher(
     monkeypatch.setattr(Bank, "network", lambda self: pytest.fail("the teacher ran again"))
     again = find_or_train(run, tmp_path)
     assert same(last_of(run, again).state(), from_bank.state()), "all of it is in the bank"
+
+
+def test_a_plan_counts_the_layers_that_the_bank_keeps_on_the_device() -> None:
+    tree = {**BASE["teacher"], "labels": "bank"}
+    plain, tapped = (run_of("plain", None, teacher=tree), run_of("Base", teacher=tree))
+    kd = validated(TrainConfig, {**BASE, "objective": "kd", "teacher": tree})
+    count = len(tapped.data.load()[0])
+    assert resident_bytes(plain) < resident_bytes(kd)
+    assert resident_bytes(tapped) - resident_bytes(kd) == 2 * count * 6 * 64
 
 
 def test_layers_too_large_for_the_bank_are_asked_of_the_teacher_which_is_said_once(

@@ -331,6 +331,7 @@ class _Lessons:
         self._of_train: Tensor | None = None
         self._of_val: Tensor | None = None
         self._rows: Tensor | None = None
+        self._rows_of: dict[str, Any] = {}
         self._run = config.teacher_run() if config.objective.needs_teacher else None
         if self._run is None or teacher is None:
             return
@@ -374,10 +375,10 @@ class _Lessons:
         key = self._config.augment.key(self._config.seed, epoch)
         found = self._bank.logits(key, self._count, self._config.data.num_classes, ask)
         self._of_train = found.to(self.device)
-        if self._layers:
+        if self._layers and key != self._rows_of:
             numbers = numbers_of(self._layers)
             rows = self._bank.features(key, self._count, list(self._layers), numbers, ask_layers)
-            self._rows = rows.to(self.device)
+            self._rows, self._rows_of = rows.to(self.device), key
 
     def of_batch(self, mine: Tensor, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return the logits [B, K] of train images with the indices `mine`, and their layers."""

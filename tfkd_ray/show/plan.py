@@ -263,9 +263,17 @@ def resident_bytes(config: TrainConfig) -> int:
 
     Images that are read batch by batch do not count.
     """
+    from tfkd_ray.learn.features import numbers_of
+    from tfkd_ray.learn.soft_labels import fits
+
     sets = [found for found in config.data.load() if found is not None]
-    images = 0 if config.data.streams else sum(map(len, sets)) * math.prod(config.data.shape)
-    return images + (2 * sum(map(len, sets)) * config.data.num_classes if config.banked else 0)
+    count = sum(map(len, sets))
+    images = 0 if config.data.streams else count * math.prod(config.data.shape)
+    if not config.banked:
+        return images
+    labels = 2 * count * config.data.num_classes
+    layers = numbers_of(config.ready_objective().teacher_layers)
+    return images + labels + (2 * len(sets[0]) * layers if fits(len(sets[0]), layers) else 0)
 
 
 def _time(seconds: float) -> str:
