@@ -31,7 +31,7 @@ class Hint(nn.Module):
         self,
         student_shapes: Mapping[str, tuple[int, ...]],
         teacher_shapes: Mapping[str, tuple[int, ...]],
-        weight: Weight = 0.01,
+        weight: Weight = 0.001,
     ) -> None:
         super().__init__()
         (student,), (teacher,) = student_shapes.values(), teacher_shapes.values()

@@ -76,6 +76,28 @@ class Learns(torch.nn.Module):
     def terms(self, logits, labels):
         return self.w * F.cross_entropy(logits, labels), None
 
+class Holds:
+    def __init__(self):
+        self.project = torch.nn.Linear(10, 10)
+    def terms(self, logits, labels):
+        return F.cross_entropy(self.project(logits), labels), None
+
+class Fails:
+    def __init__(self, width: int = 3):
+        raise ValueError("no such width")
+    def terms(self, logits, labels):
+        return F.cross_entropy(logits, labels), None
+
+_project = torch.nn.Linear(10, 10)
+def projects(logits, labels): return F.cross_entropy(_project(logits), labels)
+
+class Frozen(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(10, 10).requires_grad_(False)
+    def terms(self, logits, labels):
+        return F.cross_entropy(self.project(logits), labels), None
+
 class Buffered(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -242,6 +264,9 @@ TRIED = {
     "raises": "given logits [8, 10], labels [8], it ends in ValueError",
     "OneTerm": "terms must return (ce, soft), got a tensor float32 []",
     "Learns": "it has parameters, and nothing trains them",
+    "Holds": "it has parameters, and nothing trains them",
+    "projects": "a tensor [10] with requires_grad takes part in it, and nothing trains it",
+    "Fails": "made with (), it ends in ValueError: no such width",
     "Counts": "it keeps state between batches (its n changes from batch to batch)",
     "counts": "it keeps state between batches (the module's _seen changes from batch to batch)",
     "momentum": "it keeps state between batches",
@@ -259,7 +284,7 @@ def test_a_loss_that_cannot_be_trained_with_is_told_before_anything_starts(
     assert f"objective {name}: losses_of_mine:{name}: {sentence}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["mixed", "cached", "anything", "Buffered"])
+@pytest.mark.parametrize("name", ["mixed", "cached", "anything", "Buffered", "Frozen"])
 def test_a_loss_that_is_one_is_accepted(losses: Path, name: str) -> None:
     run = run_of(name, **({"x": 1} if name == "anything" else {}))
     assert run.try_own_code() == []
