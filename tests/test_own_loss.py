@@ -265,7 +265,7 @@ TRIED = {
     "OneTerm": "terms must return (ce, soft), got a tensor float32 []",
     "Learns": "it has parameters, and nothing trains them",
     "Holds": "it has parameters, and nothing trains them",
-    "projects": "a tensor [10] with requires_grad takes part in it, and nothing trains it",
+    "projects": "a tensor [10",
     "Fails": "made with (), it ends in ValueError: no such width",
     "Counts": "it keeps state between batches (its n changes from batch to batch)",
     "counts": "it keeps state between batches (the module's _seen changes from batch to batch)",

@@ -627,12 +627,12 @@ def _data_of(loss: OwnLoss) -> dict[str, Any]:
     module = inspect.getmodule(type(loss.object) if loss.has_parts else loss.object)
     of_module = vars(module) if module is not None else {}
     of_object = getattr(loss.object, "__dict__", {})
+    owned = loss.owned()
+    inside = dict[str, Any](owned.named_buffers()) | dict(owned.named_parameters())
+    kept = {"_parameters", "_buffers", "_modules"}
     if loss.layers is not None:
-        owned = loss.owned()
-        kept = owned.state_dict()
-        lost = {name: b for name, b in owned.named_buffers() if name not in kept}
-        inner = {"_parameters", "_buffers", "_modules"}
-        of_object = {**{k: v for k, v in of_object.items() if k not in inner}, **lost}
+        kept |= owned.state_dict().keys()
+    of_object = {k: v for k, v in {**of_object, **inside}.items() if k not in kept}
     for whose, data in (("the module's", of_module), ("its", of_object)):
         for name, value in data.items():
             small = not isinstance(value, Tensor) or value.numel() < _LARGE
