@@ -60,6 +60,19 @@ class Base(nn.Module):
     def terms(self, logits, labels, student_features, teacher_features):
         return ce(logits, labels), (self.project(mine(student_features)) - mine(teacher_features)).square().mean()
 
+class Looks(Base):
+    def terms(self, logits, labels, teacher, student_features, teacher_features):
+        tensors = logits, teacher, *student_features.values(), *teacher_features.values()
+        assert all(x.dtype == torch.float32 for x in tensors) and len(tensors) == 6
+        assert mine(student_features).requires_grad and not mine(teacher_features).requires_grad
+        assert [*student_features] == ["6", "2"] and self.training
+        assert self.project(mine(student_features)).dtype == torch.float32
+        return super().terms(logits, labels, student_features, teacher_features)
+    def __init__(self, student_shapes, teacher_shapes):
+        nn.Module.__init__(self)
+        assert [*student_shapes] == [*teacher_shapes] == ["6", "2"]
+        self.project = nn.Conv2d(student_shapes["6"][0], teacher_shapes["6"][0], 1)
+
 class With_kd(Base):
     def terms(self, logits, labels, teacher, student_features, teacher_features):
         kd = F.kl_div(F.log_softmax(logits, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True)
@@ -139,10 +152,11 @@ class Odd(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
         self.relu, self.pool = nn.ReLU(), nn.AdaptiveMaxPool2d(2, return_indices=True)
+        self.only_eval = nn.Identity()
         self.unused, self.head = nn.Linear(2, 2), nn.Linear(16, num_classes)
     def forward(self, x):
         x, _ = self.pool(self.relu(self.relu(self.body(x))))
-        return self.head(x.flatten(1))
+        return self.head(x.flatten(1) if self.training else self.only_eval(x.flatten(1)))
 """
 CNN = {"name": "cnn", "widths": [4, 8]}
 BASE: dict[str, Any] = {
@@ -270,6 +284,15 @@ def test_a_feature_loss_of_weight_zero_gives_the_student_of_plain_training_bitwi
     ce = list(train(validated(TrainConfig, {**BASE, "objective": "ce"})))
     assert same(plain[-1].state()["model"], ce[-1].state()["model"])
     assert [e.metrics["train_loss"] for e in plain] == [e.metrics["train_loss"] for e in ce]
+
+
+@pytest.mark.parametrize("labels", ["bank", "online"])
+def test_a_loss_gets_its_layers_in_float32_and_in_their_order_whatever_the_precision(
+    labels: str, tmp_path: Path
+) -> None:
+    tree = {**BASE["teacher"], "labels": labels}
+    run = run_of("Looks", {"student": [6, 2], "teacher": [6, 2]}, precision="bf16", teacher=tree)
+    assert last_of(run, find_or_train(run, tmp_path)).metrics["train_kd"] > 0
 
 
 def last_of(run: TrainConfig, teacher: nn.Module | Bank | None) -> Epoch:
@@ -470,6 +493,7 @@ TRIED = {
     "twice in a pass": (run_of, "without_weight", {"student": ["relu"]}, ODD, "losses_on_layers:odd_net: layer 'relu' runs 2 times in a forward pass, and only one output can be meant"),
     "never": (run_of, "without_weight", {"student": ["unused"]}, ODD, "layer 'unused' runs 0 times in a forward pass"),
     "in place": (run_of, "without_weight", {"student": ["body.1"]}, ODD, "layer 'body.1' is overwritten in place by the layer after it"),
+    "not in training": (run_of, "without_weight", {"student": ["only_eval"]}, ODD, "layer 'only_eval', which features asks for, has not run for a batch"),
     "no tensor": (run_of, "without_weight", {"student": ["pool"]}, ODD, "layer 'pool' gives tuple, not a tensor"),
 }  # fmt: skip
 

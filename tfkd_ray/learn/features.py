@@ -10,7 +10,7 @@ Shapes: B = batch, N = images, K = classes, D = numbers of an image in all layer
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,19 @@ def _keep(
     found[name] = output
 
 
+def outputs_of(found: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
+    """Return caught outputs, float32 [B, ...], in the order in which the layers were asked for."""
+    outputs = {}
+    for name in layers:
+        if name not in found:
+            raise ConfigError(
+                f"layer {name!r}, which features asks for, has not run for a batch; name one that runs in training as "
+                "it does in validation"
+            )
+        outputs[name] = found[name].float()
+    return outputs
+
+
 class Tapped(nn.Module):
     """A student and the objective that learns from its layers, in one module.
 
@@ -67,10 +80,11 @@ class Tapped(nn.Module):
             soft: the teacher's logits [B, K].
             taught: outputs of the teacher's layers.
         """
-        with self._autocast, caught(self.student, self._objective.features.student) as found:
+        layers = self._objective.features.student
+        with self._autocast, caught(self.student, layers) as found:
             logits = self.student(images)
         logits = logits.float()
-        features = Features({name: x.float() for name, x in found.items()}, taught)
+        features = Features(outputs_of(found, layers), taught)
         ce, kd = self._objective.terms(logits, labels, soft, features)
         return logits, ce, kd
 
@@ -175,7 +189,7 @@ def numbers_of(shapes: Mapping[str, Shape]) -> int:
 
 def in_rows(found: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Tensor:
     """Return outputs of layers [B, ...] as rows, float32 [B, D]."""
-    return torch.cat([found[name].float().flatten(1) for name in shapes], dim=1)
+    return torch.cat([x.flatten(1) for x in outputs_of(found, shapes).values()], dim=1)
 
 
 def from_rows(rows: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -216,6 +230,9 @@ def trial_batches(
             if teacher is not None:
                 with caught(teacher, layers.teacher) as known:
                     soft = teacher.train()(torch.randn(TRIED_IMAGES, *shapes[1]))
-            sides = ({name: x.float() for name, x in side.items()} for side in (seen, known))
-            batches.append(Batch(logits.float(), labels, soft.float(), Features(*sides)))
+            features = Features(
+                outputs_of(seen, layers.student),
+                outputs_of(known, layers.teacher if teacher is not None else ()),
+            )
+            batches.append(Batch(logits.float(), labels, soft.float(), features))
     return batches

@@ -41,6 +41,7 @@ from tfkd_ray.learn.features import (
     from_rows,
     in_rows,
     numbers_of,
+    outputs_of,
     tapped_student,
 )
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
@@ -389,7 +390,7 @@ class _Lessons:
             return None, {}
         with torch.no_grad(), self.autocast, caught(self._online, list(self._layers)) as found:
             logits: Tensor = self._online(images).float()
-        return logits, {name: x.float() for name, x in found.items()}
+        return logits, outputs_of(found, self._layers)
 
     def of_validation(self, images: Images, rank: int, workers: int) -> Tensor | None:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
