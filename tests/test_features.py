@@ -151,12 +151,15 @@ class Odd(nn.Module):
     def __init__(self, shape, num_classes):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-        self.relu, self.pool = nn.ReLU(), nn.AdaptiveMaxPool2d(2, return_indices=True)
+        self.relu, self.pool = nn.ReLU(), nn.Module()
+        self.pool.max, self.pool.flat = nn.AdaptiveMaxPool2d(2, return_indices=True), nn.Flatten()
+        self.pool.drop = nn.Dropout(0.5, inplace=True)
         self.only_eval = nn.Identity()
         self.unused, self.head = nn.Linear(2, 2), nn.Linear(16, num_classes)
     def forward(self, x):
-        x, _ = self.pool(self.relu(self.relu(self.body(x))))
-        return self.head(x.flatten(1) if self.training else self.only_eval(x.flatten(1)))
+        x, _ = self.pool.max(self.relu(self.relu(self.body(x))))
+        x = self.pool.drop(self.pool.flat(x))
+        return self.head(x if self.training else self.only_eval(x))
 """
 CNN = {"name": "cnn", "widths": [4, 8]}
 BASE: dict[str, Any] = {
@@ -490,11 +493,12 @@ TRIED = {
     "no logits": (run_of, "on_layers_alone", {"student": [2]}, {}, "it does not depend on the logits"),
     "viewed": (run_of, "viewed", {"student": [2]}, {}, "student_features {2: [8, 4, 8, 8]}, it ends in RuntimeError: view size is not compatible"),
     "lost buffer": (run_of, "Averaging", BOTH, {}, "it keeps state between batches (its center changes from batch to batch)"),
-    "twice in a pass": (run_of, "without_weight", {"student": ["relu"]}, ODD, "losses_on_layers:odd_net: layer 'relu' runs 2 times in a forward pass, and only one output can be meant"),
+    "twice in a pass": (run_of, "without_weight", {"student": ["relu"]}, ODD, "losses_on_layers:odd_net: layer 'relu' runs 2 times in a forward pass, and must run once"),
     "never": (run_of, "without_weight", {"student": ["unused"]}, ODD, "layer 'unused' runs 0 times in a forward pass"),
     "in place": (run_of, "without_weight", {"student": ["body.1"]}, ODD, "layer 'body.1' is overwritten in place by the layer after it"),
-    "not in training": (run_of, "without_weight", {"student": ["only_eval"]}, ODD, "layer 'only_eval', which features asks for, has not run for a batch"),
-    "no tensor": (run_of, "without_weight", {"student": ["pool"]}, ODD, "layer 'pool' gives tuple, not a tensor"),
+    "not in training": (run_of, "without_weight", {"student": ["only_eval"]}, ODD, "objective.without_weight.features.student: layer 'only_eval' runs 0 times"),
+    "in place in training": (run_of, "without_weight", {"student": ["pool.flat"]}, ODD, "features.student: layer 'pool.flat' is overwritten in place"),
+    "no tensor": (run_of, "without_weight", {"student": ["pool.max"]}, ODD, "layer 'pool.max' gives tuple, not a tensor"),
 }  # fmt: skip
 
 

@@ -21,11 +21,14 @@ from tfkd_ray.learn.objectives import Canonical, OwnObjective
 from tfkd_ray.learn.own_loss import TRIED_IMAGES, Batch, Features, Shape
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 
+Caught = dict[str, list[tuple[Any, int | None]]]
+"""Each output of each layer, with its version then, which counts changes in place."""
+
 
 @contextlib.contextmanager
-def caught(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Yield a mapping that gets the outputs of these layers in each forward pass inside."""
-    found: dict[str, Tensor] = {}
+def caught(network: nn.Module, layers: Iterable[str]) -> Iterator[Caught]:
+    """Yield a mapping that gets the outputs of these layers while the network runs inside."""
+    found: Caught = {}
     hooks = [
         network.get_submodule(name).register_forward_hook(functools.partial(_keep, found, name))
         for name in layers
@@ -37,23 +40,49 @@ def caught(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tens
             hook.remove()
 
 
-def _keep(
-    found: dict[str, Any], name: str, module: nn.Module, given: tuple[Any, ...], output: Any
-) -> None:
-    found[name] = output
+def _keep(found: Caught, name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+    version = output._version if isinstance(output, Tensor) else None
+    found.setdefault(name, []).append((output, version))
 
 
-def outputs_of(found: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
-    """Return caught outputs, float32 [B, ...], in the order in which the layers were asked for."""
+def outputs_of(found: Caught, layers: Iterable[str], count: int, about: str) -> dict[str, Tensor]:
+    """Take the outputs of one forward pass, float32 [B, ...], in the order of `layers`.
+
+    Args:
+        count: B.
+        about: whose layers they are, for the ConfigError if one has no single output.
+    """
     outputs = {}
     for name in layers:
-        if name not in found:
-            raise ConfigError(
-                f"layer {name!r}, which features asks for, has not run for a batch; name one that runs in training as "
-                "it does in validation"
-            )
-        outputs[name] = found[name].float()
+        passes = found.pop(name, [])
+        if (problem := _problem_of(passes, count)) is not None:
+            raise ConfigError(f"{about}: layer {name!r} {problem}")
+        outputs[name] = passes[0][0].float()
     return outputs
+
+
+def _problem_of(passes: Sequence[tuple[Any, int | None]], count: int) -> str | None:
+    """Return why what a layer gave for `count` images is of no use, or None."""
+    if len(passes) != 1:
+        return (
+            f"runs {len(passes)} times in a forward pass, and must run once; name another one, such as the block "
+            "around it"
+        )
+    output, version = passes[0]
+    if not isinstance(output, Tensor):
+        return (
+            f"gives {type(output).__name__}, not a tensor; name a layer inside it, or one after it"
+        )
+    if output.ndim < 2 or len(output) != count or not output.is_floating_point():
+        return (
+            f"gives {list(output.shape)} for {count} images; an output is a float tensor [B, ...]"
+        )
+    if output._version != version:
+        return (
+            "is overwritten in place by the layer after it (as by ReLU(inplace=True)), so that its output is lost; "
+            "name that layer instead, or the block around both"
+        )
+    return None
 
 
 class Tapped(nn.Module):
@@ -84,7 +113,8 @@ class Tapped(nn.Module):
         with self._autocast, caught(self.student, layers) as found:
             logits = self.student(images)
         logits = logits.float()
-        features = Features(outputs_of(found, layers), taught)
+        about = f"objective {self._objective.called}: student"
+        features = Features(outputs_of(found, layers, len(images), about), taught)
         ce, kd = self._objective.terms(logits, labels, soft, features)
         return logits, ce, kd
 
@@ -119,49 +149,12 @@ def shapes_of(
     for name in layers:
         if name not in names:
             raise ConfigError(f"{about} has no layer {name!r}; {_nearest(name, names)}")
-    passes: dict[str, list[tuple[Any, int | None]]] = {name: [] for name in layers}
-
-    def note(name: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        passes[name].append((output, output._version if isinstance(output, Tensor) else None))
-
-    hooks = [
-        network.get_submodule(name).register_forward_hook(functools.partial(note, name))
-        for name in layers
-    ]
     training = network.training
-    try:
-        with torch.no_grad(), seeded(0, "layers"):
-            network.eval()(torch.randn(2, *shape))
-        for name, found in passes.items():
-            if (problem := _problem_of(found)) is not None:
-                raise ConfigError(f"{about}: layer {name!r} {problem}")
-    finally:
-        network.train(training)
-        for hook in hooks:
-            hook.remove()
-    return {name: tuple(found[0][0].shape[1:]) for name, found in passes.items()}
-
-
-def _problem_of(passes: Sequence[tuple[Any, int | None]]) -> str | None:
-    """Return why the outputs of a layer in a forward pass of two images are of no use, or None."""
-    if len(passes) != 1:
-        return (
-            f"runs {len(passes)} times in a forward pass, and only one output can be meant; name a layer that runs "
-            "once, such as the block around it"
-        )
-    output, version = passes[0]
-    if not isinstance(output, Tensor):
-        return (
-            f"gives {type(output).__name__}, not a tensor; name a layer inside it, or one after it"
-        )
-    if output.ndim < 2 or len(output) != 2 or not output.is_floating_point():
-        return f"gives {list(output.shape)} for 2 images; an output is a float tensor [B, ...]"
-    if output._version != version:
-        return (
-            "is overwritten in place by the layer after it (as by ReLU(inplace=True)), so that its output is lost; "
-            "name that layer instead, or the block around both"
-        )
-    return None
+    with torch.no_grad(), seeded(0, "layers"), caught(network, layers) as found:
+        network.eval()(torch.randn(2, *shape))
+    network.train(training)
+    outputs = outputs_of(found, layers, 2, about)
+    return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
 
 MOST_NAMED = 12
@@ -187,9 +180,9 @@ def numbers_of(shapes: Mapping[str, Shape]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def in_rows(found: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Tensor:
+def in_rows(outputs: Mapping[str, Tensor]) -> Tensor:
     """Return outputs of layers [B, ...] as rows, float32 [B, D]."""
-    return torch.cat([x.flatten(1) for x in outputs_of(found, shapes).values()], dim=1)
+    return torch.cat([output.flatten(1) for output in outputs.values()], dim=1)
 
 
 def from_rows(rows: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -219,20 +212,19 @@ def trial_batches(
         teacher: None if the objective needs none.
         shapes: (C, H, W) of the student's images and of the teacher's.
     """
-    layers = objective.features
+    layers, where = objective.features, f"objective.{objective.called}.features"
     batches = []
     with seeded(0, "objective", num_classes), torch.no_grad():
         for _ in range(2):
             labels = torch.randint(num_classes, (TRIED_IMAGES,))
-            with caught(student, layers.student) as seen:
+            with caught(student, layers.student) as found:
                 logits = student.train()(torch.randn(TRIED_IMAGES, *shapes[0]))
-            soft, known = 2 * torch.randn_like(logits), dict[str, Tensor]()
+            mine = outputs_of(found, layers.student, TRIED_IMAGES, f"{where}.student")
+            soft, theirs = 2 * torch.randn_like(logits), dict[str, Tensor]()
             if teacher is not None:
-                with caught(teacher, layers.teacher) as known:
+                with caught(teacher, layers.teacher) as found:
                     soft = teacher.train()(torch.randn(TRIED_IMAGES, *shapes[1]))
-            features = Features(
-                outputs_of(seen, layers.student),
-                outputs_of(known, layers.teacher if teacher is not None else ()),
-            )
+                theirs = outputs_of(found, layers.teacher, TRIED_IMAGES, f"{where}.teacher")
+            features = Features(mine, theirs)
             batches.append(Batch(logits.float(), labels, soft.float(), features))
     return batches

@@ -36,6 +36,7 @@ from tfkd_ray.learn.evaluate import (
     predictions,
 )
 from tfkd_ray.learn.features import (
+    Caught,
     Tapped,
     caught,
     from_rows,
@@ -323,7 +324,7 @@ class _Lessons:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._config, self._count, self.device = config, count, device
-        self._layers = objective.teacher_layers
+        self._layers, self._called = objective.teacher_layers, objective.called
         bf16 = config.precision == "bf16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         """The precision in which student and teacher run."""
@@ -370,8 +371,11 @@ class _Lessons:
             return torch.cat(list(passes(network, index)))
 
         def ask_layers(network: nn.Module, index: Tensor) -> Tensor:
-            with caught(network, list(self._layers)) as found:
-                return torch.cat([in_rows(found, self._layers) for _ in passes(network, index)])
+            rows = []
+            with caught(network, self._layers) as found:
+                for logits in passes(network, index):
+                    rows.append(in_rows(self._outputs(found, len(logits))))
+            return torch.cat(rows)
 
         key = self._config.augment.key(self._config.seed, epoch)
         found = self._bank.logits(key, self._count, self._config.data.num_classes, ask)
@@ -388,9 +392,9 @@ class _Lessons:
             return self._of_train[mine].float(), layers
         if self._online is None:
             return None, {}
-        with torch.no_grad(), self.autocast, caught(self._online, list(self._layers)) as found:
+        with torch.no_grad(), self.autocast, caught(self._online, self._layers) as found:
             logits: Tensor = self._online(images).float()
-        return logits, outputs_of(found, self._layers)
+        return logits, self._outputs(found, len(images))
 
     def of_validation(self, images: Images, rank: int, workers: int) -> Tensor | None:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
@@ -408,6 +412,10 @@ class _Lessons:
         elif self._online is not None:
             self._of_val = ask(self._online, torch.arange(len(images))[rank::workers])
         return self._of_val
+
+    def _outputs(self, found: Caught, count: int) -> dict[str, Tensor]:
+        """Return the outputs of the teacher's layers for a batch of `count` images."""
+        return outputs_of(found, self._layers, count, f"objective {self._called}: teacher")
 
     def _placed(self, network: nn.Module) -> nn.Module:
         """Return the teacher on this device, ready for inference."""
