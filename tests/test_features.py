@@ -97,6 +97,11 @@ class Flat(Base):
         (student,), (teacher,) = student_shapes.values(), teacher_shapes.values()
         self.project = nn.Linear(student[0], teacher[0])
 
+class Lazy(Base):
+    def __init__(self, student_shapes, teacher_shapes):
+        super().__init__(student_shapes, teacher_shapes)
+        self.project = nn.LazyConv2d(self.teacher[0], 1)
+
 class Mismatch(Base):
     def terms(self, logits, labels, student_features, teacher_features):
         return ce(logits, labels), (mine(student_features) - mine(teacher_features)).square().mean()
@@ -484,6 +489,7 @@ TRIED = {
     "mismatch": (run_of, "Mismatch", BOTH, {}, "objective Mismatch: losses_on_layers:Mismatch: given logits [8, 10], labels [8], student_features {2: [8, 4, 8, 8]}, teacher_features {2: [8, 6, 8, 8]}, it ends in RuntimeError: The size of tensor a (4) must match"),
     "of another width": (run_of, "Base", BOTH, MLP, "objective Base: losses_on_layers:Base: given logits [8, 10], labels [8], student_features {2: [8, 16]}"),
     "shapes": (run_of, "Wrong_shape", BOTH, {}, "objective Wrong_shape: losses_on_layers:Wrong_shape: made with (student_shapes={'2': (4, 8, 8)}, teacher_shapes={'2': (6, 8, 8)}), it ends in ValueError: not enough values to unpack"),
+    "lazy": (run_of, "Lazy", BOTH, {}, "its project.weight has no shape before the first batch, when the optimizer needs it; build it from the parameters student_shapes and teacher_shapes"),
     "unused projector": (run_of, "Unused", BOTH, {}, "its parameter project.weight [6, 4, 1, 1] gets no gradient, so that nothing would train it"),
     "detached projector": (run_of, "Detached", BOTH, {}, "its parameter project.weight [6, 4, 1, 1] gets no gradient, so that nothing would train it"),
     "hidden projector": (run_of, "Hidden", BOTH, {}, "with requires_grad takes part in it, and nothing trains it; make it, or its module, an attribute of an object of a class with terms"),

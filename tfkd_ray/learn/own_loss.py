@@ -454,8 +454,14 @@ def tried(
 
     K = num_classes
     first, second = batches or _made_up_batches(K)
-    learns = any(p.requires_grad for p in loss.owned().parameters())
-    if loss.layers is None and learns:
+    owned = loss.owned()
+    for name, tensor in [*owned.named_parameters(), *owned.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise loss.wrong(
+                f"its {name} has no shape before the first batch, when the optimizer needs it; build it from the "
+                "parameters student_shapes and teacher_shapes, without lazy modules"
+            )
+    if loss.layers is None and any(p.requires_grad for p in owned.parameters()):
         raise loss.wrong(
             "it has parameters, and nothing trains them; use buffers or numbers, or freeze them with "
             "requires_grad_(False)"
