@@ -436,6 +436,21 @@ def test_layers_too_large_for_the_bank_are_asked_of_the_teacher_which_is_said_on
     assert all(same(one.state(), online.state()) for one in ended)
 
 
+def test_layers_for_which_the_disk_has_no_room_are_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("With_kd", teacher={**BASE["teacher"], "labels": "bank", "seed": 7})
+    bank, said = find_or_train(run, tmp_path), list[str]()
+    assert isinstance(bank, Bank)
+    bank.say = said.append
+    monkeypatch.setattr(soft_labels, "_told", set())
+    monkeypatch.setenv("TFKD_BANK_GB", "0.00005")  # logits have room, layers have none
+    without = last_of(run, bank)
+    assert len(said) == 1 and "TFKD_BANK_GB allows 0 MB, and a view needs" in said[0]
+    monkeypatch.delenv("TFKD_BANK_GB")
+    assert same(without.state(), last_of(run, find_or_train(run, tmp_path)).state())
+
+
 def test_layers_of_the_bank_are_not_taken_for_those_of_other_layers(tmp_path: Path) -> None:
     tree = {**BASE["teacher"], "labels": "bank"}
     ends = []
