@@ -385,8 +385,8 @@ class TrainConfig(Settings):
             return
         if self.compile == "on":
             yield (
-                f"compile: objective {called} asks for the outputs of layers, which are caught as the student runs, and "
-                "a compiled student has none; set compile: off"
+                f"compile: objective {called} asks for the outputs of layers, which are caught as the student runs, "
+                "and a compiled student has none; set compile: off"
             )
         if self.loop is not None:
             yield (
