@@ -448,6 +448,8 @@ class TrainConfig(Settings):
 
         Return notes on settings that are allowed but probably a mistake.
         """
+        if self.loop is not None:
+            self.loop.ready()  # refuses other code than was recorded
         notes = self.objective.try_out(self.data.num_classes)
         teacher = self.teacher_run()
         for run in (self, teacher) if teacher else (self,):
