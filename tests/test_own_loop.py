@@ -373,7 +373,9 @@ def test_code_that_has_changed_refuses_to_go_on_and_is_told_by_confirm(
         ConfigError, match=r"loop\.digest: the code of the loop good is not what it"
     ):
         next(train(run))
-    with pytest.raises(ConfigError, match=r"loop\.digest: the code of the loop good is not what it"):
+    with pytest.raises(
+        ConfigError, match=r"loop\.digest: the code of the loop good is not what it"
+    ):
         space.try_own_code()  # as resume does, before any trial
     after = arms_of(tmp_path / "e", top_k=1)
     assert (
