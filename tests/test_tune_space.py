@@ -193,6 +193,22 @@ def test_what_cannot_be_translated_is_a_sentence_with_the_key_and_the_way_out(na
     assert sentence in str(error.value)
 
 
+def test_dictionaries_in_a_grid_search_that_tune_would_merge_are_refused() -> None:
+    items = [{"w": 1}, {"v": 2}]
+    with pytest.raises(
+        ConfigError, match=r"net: Tune would merge a dictionary of tune\.grid_search"
+    ):
+        tune_space(
+            {"net": tune.grid_search(items)},
+            epochs=EPOCHS,
+            search={"sampler": "grid"},
+            constants=False,
+        )
+    for given in (tune.grid_search(items), tune.choice(items)):
+        found = tune_space({"net": given}, epochs=EPOCHS, search={"sampler": "grid"})
+        assert found.search.num_samples == 2
+
+
 def test_all_problems_of_a_dictionary_are_told_at_once() -> None:
     wrong = {"a": tune.randn(), "b": {"c": tune.sample_from(lambda: 1)}, "d": tune.uniform(0, 1)}
     with pytest.raises(ConfigError) as error:
