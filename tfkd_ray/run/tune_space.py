@@ -152,7 +152,7 @@ class _Domains:
                 f"{name}: tune.grid_search tries every value; write tune.choice([...]), or set search={{'sampler': "
                 "'grid'}, which tries every combination once"
             )
-        # what is a dictionary itself would stay
+        # a grid_search is a dictionary itself, into which Tune would merge the chosen one
         if self._merged and of_grid and any(isinstance(v, Mapping) for v in domain.categories):
             raise ConfigError(
                 f"{name}: Tune would merge a dictionary of tune.grid_search with the others; write "
