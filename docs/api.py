@@ -20,7 +20,7 @@ PARTS: dict[str, list[type[Settings]]] = {
         TrainConfig,
         *(
             m
-            for f in ("teacher", "input", "optim", "augment", "schedule")
+            for f in ("teacher", "input", "optim", "augment", "schedule", "loop")
             for m in members(FIELDS[f])
         ),
     ],
@@ -65,6 +65,12 @@ def plain(value: Any) -> str:
     return str(tag(type(value)) or "its defaults") if isinstance(value, Settings) else str(value)
 
 
+def title(model: type[Settings]) -> str:
+    """The heading of a class: the name by which a file chooses it, if it is one of several."""
+    chosen = None if model in members(FIELDS["loop"]) else tag(model)
+    return chosen or model.__name__
+
+
 def table(model: type[Settings]) -> str:
     """Markdown: every setting of a class, its default, what it may be, and what it is."""
     rows, schema = [], model.model_json_schema()["properties"]
@@ -105,9 +111,7 @@ def pages() -> dict[Path, str]:
     ]
     for part, models in PARTS.items():
         lines += [f"## {part}\n"]
-        lines += [
-            f"### {tag(m) or m.__name__}\n\n{inspect.getdoc(m)}\n\n{table(m)}\n" for m in models
-        ]
+        lines += [f"### {title(m)}\n\n{inspect.getdoc(m)}\n\n{table(m)}\n" for m in models]
     known = {m.__name__: table(m) for models in PARTS.values() for m in models}
     block = r"(?s)(<!-- (\w+) -->\n).*?(?=\n\n)"
     space = re.sub(block, lambda m: m[1] + known[m[2]], (DOCS / "space.md").read_text())

@@ -363,6 +363,7 @@ def test_code_that_has_changed_refuses_to_go_on_and_is_told_by_confirm(
     objectives = ["tfkd_reg", "ce", "lsr"]
     make_sweep(tmp_path / "e", 24, 9, objective=objectives, loop="swept_loop:good")
     run = validated(TrainConfig, {**BASE, "loop": "swept_loop:good"})
+    space = build_space(read_experiment(tmp_path / "e")["space"])
     before = arms_of(tmp_path / "e", top_k=1)
     assert before.note == ""
     (tmp_path / "swept_loop.py").write_text(LOOPS + "\n# changed\n")
@@ -372,6 +373,10 @@ def test_code_that_has_changed_refuses_to_go_on_and_is_told_by_confirm(
         ConfigError, match=r"loop\.digest: the code of the loop good is not what it"
     ):
         next(train(run))
+    with pytest.raises(
+        ConfigError, match=r"loop\.digest: the code of the loop good is not what it"
+    ):
+        space.try_own_code()  # as resume does, before any trial
     after = arms_of(tmp_path / "e", top_k=1)
     assert (
         "Since the sweep the code of the loop good is not what it was: swept_loop.py" in after.note
@@ -452,7 +457,7 @@ def test_a_loop_is_swept_stopped_early_resumed_shown_and_confirmed_by_its_test_f
     result = json.loads((tmp_path / "tfkd_results/verdict/confirm.json").read_text())
     assert result["verdicts"]
     for file in (tmp_path / "tfkd_results/verdict/trials").glob("*/test.safetensors"):
-        assert float(load_file(file)["logits"].min()) > 50, "they are the test function's"
+        assert float(load_file(file)["logits"].mean()) > 50, "they are the test function's"
     export(experiment, tmp_path / "student")
 
 

@@ -193,6 +193,22 @@ def test_what_cannot_be_translated_is_a_sentence_with_the_key_and_the_way_out(na
     assert sentence in str(error.value)
 
 
+def test_dictionaries_in_a_grid_search_that_tune_would_merge_are_refused() -> None:
+    items = [{"w": 1}, {"v": 2}]
+    with pytest.raises(
+        ConfigError, match=r"net: Tune would merge a dictionary of tune\.grid_search"
+    ):
+        tune_space(
+            {"net": tune.grid_search(items)},
+            epochs=EPOCHS,
+            search={"sampler": "grid"},
+            constants=False,
+        )
+    for given in (tune.grid_search(items), tune.choice(items)):
+        found = tune_space({"net": given}, epochs=EPOCHS, search={"sampler": "grid"})
+        assert found.search.num_samples == 2
+
+
 def test_all_problems_of_a_dictionary_are_told_at_once() -> None:
     wrong = {"a": tune.randn(), "b": {"c": tune.sample_from(lambda: 1)}, "d": tune.uniform(0, 1)}
     with pytest.raises(ConfigError) as error:
@@ -453,11 +469,12 @@ def trainable(config):
 ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {k: os.environ[k] for k in ("HERE", "PAUSE")}})
 trainable = tune.with_resources(trainable, {"CPU": 1})
 if sys.argv[1] == "begin":
-    searcher = OptunaSearcher(None, Path("study.journal"), epochs=9, search={"stopping": "none"})
+    space = {"net": {"x": tune.uniform(0, 1)}, "scale": 2}
+    ours = space if os.environ["BY"] == "searcher" else None
+    searcher = OptunaSearcher(ours, Path("study.journal"), epochs=9, search={"stopping": "none"})
     how = tune.TuneConfig(search_alg=searcher, scheduler=StudyStopping(searcher), num_samples=5, metric="loss", mode="min")
     where = tune.RunConfig(name="e", storage_path=os.getcwd(), verbose=0)
-    space = {"net": {"x": tune.uniform(0, 1)}, "scale": 2}
-    tune.Tuner(trainable, param_space=space, tune_config=how, run_config=where).fit()
+    tune.Tuner(trainable, param_space=None if ours else space, tune_config=how, run_config=where).fit()
 else:
     os.chdir("elsewhere")
     grid = tune.Tuner.restore(sys.argv[1], trainable=trainable).fit()
@@ -481,14 +498,16 @@ def snapshot_has_running_trials(experiment: Path) -> bool:
 @pytest.mark.fault
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("by", ["param_space", "searcher"])
 def test_a_users_tuner_restored_after_a_kill_runs_each_trial_of_its_dictionary_to_its_end(
-    ray_cluster: str, tmp_path: Path
+    ray_cluster: str, tmp_path: Path, by: str
 ) -> None:
     (tmp_path / "script.py").write_text(RESTORED)
     begun = tmp_path / "begun"
     begun.mkdir()
     (tmp_path / "elsewhere").mkdir()
     env = {**os.environ, "HERE": str(begun), "PAUSE": "0.5", "TUNE_GLOBAL_CHECKPOINT_S": "0.1"}
+    env["BY"] = by
     with (tmp_path / "said").open("w") as said:
         driver = subprocess.Popen(
             [sys.executable, "script.py", "begin"], cwd=tmp_path, env=env, stderr=said

@@ -473,7 +473,14 @@ class TrainConfig(Settings):
 
         Return notes on settings that are allowed but probably a mistake.
         """
-        notes = self.try_objective()
+        if self.loop is not None:
+            self.loop.ready()  # refuses other code than was recorded
+        notes = [*self.try_objective(), *own_code.at_home(self._try_networks)()]
+        return list(dict.fromkeys(notes))
+
+    def _try_networks(self) -> list[str]:
+        """Build the external networks of student and teacher, and train a step; return notes."""
+        notes = []
         teacher = self.teacher_run()
         for run in (self, teacher) if teacher else (self,):
             alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
@@ -493,7 +500,7 @@ class TrainConfig(Settings):
             if isinstance(run.student, OwnNetwork):
                 again = run.build_student(shape)
                 notes += _notes_of_chance(what, what_a_seed_leaves_open(network, again, shape))
-        return list(dict.fromkeys(notes))
+        return notes
 
     def try_objective(self) -> list[str]:
         """Call an own loss on two small batches, with this run's networks if it asks for layers.

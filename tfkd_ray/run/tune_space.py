@@ -57,7 +57,8 @@ def tune_space(
         search: search settings, as below `search` in a file.
         constants: True if proposals hold what is not searched, too.
     """
-    found = _Domains(grid=isinstance(search_settings(search).sampler, GridSampler))
+    grid = isinstance(search_settings(search).sampler, GridSampler)
+    found = _Domains(grid=grid, merged=not constants)
     template = found.taken_from(given)
     if found.problems:
         raise ConfigError(found.problems)
@@ -74,10 +75,16 @@ def tune_space(
 class _Domains:
     """Collects the domains of a dictionary as parameters, and their problems."""
 
-    def __init__(self, *, grid: bool) -> None:
+    def __init__(self, *, grid: bool, merged: bool) -> None:
+        """Collect domains.
+
+        Args:
+            grid: the sampler tries every combination.
+            merged: Tune merges proposals into its own copy of the dictionary.
+        """
         self.parameters: list[Parameter] = []
         self.problems: list[str] = []
-        self._grid = grid
+        self._grid, self._merged = grid, merged
 
     def taken_from(self, given: Mapping[str, Any], above: Path_ = ()) -> Tree:
         """Return the dictionary with None for each domain, and its fixed values where they are."""
@@ -139,10 +146,17 @@ class _Domains:
         )
 
     def _choices(self, domain: Categorical, name: str) -> Choices:
-        if isinstance(domain.get_sampler(), Grid) and not self._grid:
+        of_grid = isinstance(domain.get_sampler(), Grid)
+        if of_grid and not self._grid:
             raise ConfigError(
                 f"{name}: tune.grid_search tries every value; write tune.choice([...]), or set search={{'sampler': "
                 "'grid'}, which tries every combination once"
+            )
+        # a grid_search is a dictionary itself, into which Tune would merge the chosen one
+        if self._merged and of_grid and any(isinstance(v, Mapping) for v in domain.categories):
+            raise ConfigError(
+                f"{name}: Tune would merge a dictionary of tune.grid_search with the others; write "
+                "tune.choice([...]), of which the sampler grid tries every value, too"
             )
         values = [v.item() if isinstance(v, np.generic) else v for v in domain.categories]
         for k, value in enumerate(values):
