@@ -1,6 +1,6 @@
 """The same loop with Hugging Face's Accelerate: device, mixed precision and batches are its own.
 
-pip install accelerate
+pip install 'tfkd_ray[accelerate]'
 loop: "accelerated_loop:train"
 """
 

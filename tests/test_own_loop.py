@@ -489,7 +489,6 @@ def test_a_plan_measures_the_epochs_of_a_loop_of_ones_own(loops: Path) -> None:
 def test_the_loop_of_the_example_with_accelerate_resumes_bit_identically(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is of the extra dev")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     tree = {**BASE, "optim": {"lr": 0.01}, "loop": "accelerated_loop:train"}
     run = validated(TrainConfig, tree)

@@ -175,6 +175,7 @@ FREE_OF_ADVISORIES = {
     "numpy": "1.22",  # CVE-2021-41495, CVE-2021-41496
     "scipy": "1.10",  # CVE-2023-25399, CVE-2023-29824
     "pyarrow": "14.0.1",  # CVE-2023-47248: reading its files ran code
+    "accelerate": "1.15",  # CVE-2025-14925, before 1.12; CVE-2026-69112, through 1.14: paths in an index
     "plotly": "6",  # brings plotly.js 3; CVE-2023-46308, before plotly.js 2.25.2
     "onnx": "1.21",  # CVE-2022-25882, CVE-2024-27318, CVE-2026-27489, CVE-2026-34446: files beside the model were read
 }
