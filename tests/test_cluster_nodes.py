@@ -34,7 +34,7 @@ from tfkd_ray.settings.yaml import dump_yaml
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import read_metrics, read_records
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500)]
 
 BIN = Path(sys.executable).parent
 SPACE: dict[str, Any] = {
@@ -82,7 +82,7 @@ def reported(script: str, place: Path, what: Any, *more: str) -> Any:
         *more,
     ]
     env = {**os.environ, "TMPDIR": str(place), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}
-    run = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400)
     lines = [line for line in run.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, run.stderr[-3000:]
     return json.loads(lines[0][7:])
