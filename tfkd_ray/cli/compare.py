@@ -187,7 +187,7 @@ def _fit_arms(compared: "Comparison", comparison: "Experiment") -> bool | None:
     from tfkd_ray.run.confirm import comparison_tuner
 
     progress = progress_view(comparison.folder)
-    teachers = [teacher for run in compared.runs_on_data if (teacher := run.config.teacher_run())]
+    teachers = [made for run in compared.runs_on_data for made in run.config.teacher_runs()]
     told = teacher_lines(teachers, comparison.storage.folder)
     return fit_tuner(
         progress,

@@ -158,7 +158,7 @@ def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
     count = 0
     yield "fixed:"
     for path, value in _leaves(space.tree, searched):
-        if path[0] in ("search", "objective", "teacher") or path in searched:
+        if path[0] in ("search", "objective", "teacher", "teachers") or path in searched:
             continue
         differs = (
             path[1] in own

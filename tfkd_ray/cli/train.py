@@ -53,7 +53,7 @@ def teacher_train_verb(args: argparse.Namespace) -> int:
 
     if is_arms_file(args.file):
         arms = load_arms(args.file, args.overrides).arms
-        runs = [run for arm in arms if (run := arm.config.teacher_run())]
+        runs = [run for arm in arms for run in arm.config.teacher_runs()]
     else:
         runs = load_file(args).teacher_runs()
     if not runs:

@@ -205,24 +205,40 @@ class TeacherConfig(Settings):
     online: computes them in every step. auto: bank, except for tiny teachers."""
 
 
-def _input_problems(teacher: TeacherConfig, channels: int) -> Iterator[str]:
+class SharingTeacher(TeacherConfig):
+    """One of several teachers: the student learns from the mean of their softened probabilities."""
+
+    share: Positive = 1.0
+    """Weight of its probabilities in the mean; the shares of all teachers are divided by their
+    sum. It may be searched by a range, as no teacher depends on it."""
+
+
+def _input_problems(teacher: TeacherConfig, channels: int, where: str) -> Iterator[str]:
     if teacher.input is None:
         return
     if teacher.weights is None:
         yield (
-            "teacher.input: is for teacher.weights; a teacher that is trained here sees images as the student "
+            f"{where}.input: is for {where}.weights; a teacher that is trained here sees images as the student "
             "does; leave it out"
         )
         return
     for name, values in (("mean", teacher.input.mean), ("std", teacher.input.std)):
         if len(values) != channels:
-            yield f"teacher.input.{name}: {len(values)} values for {channels} channels"
+            yield f"{where}.input.{name}: {len(values)} values for {channels} channels"
+
+
+def number_teachers(tree: dict[str, Any]) -> None:
+    """Put a list of teachers in a tree where their settings stand by number: below `teachers`."""
+    given = tree.get("teacher")
+    if isinstance(given, list | tuple) and given and not tree.get("teachers"):
+        tree["teachers"] = {str(k): teacher for k, teacher in enumerate(given, start=1)}
+        del tree["teacher"]
 
 
 class TrainConfig(Settings):
     """The complete configuration of one training run: network, data, objective, optimizer, seed."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"loop"})
+    later: ClassVar[frozenset[str]] = frozenset({"loop", "teachers"})
 
     recipe: str | None = None
     """Named settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data
@@ -234,7 +250,10 @@ class TrainConfig(Settings):
     objective: Objective
     teacher: TeacherConfig | None = None
     """The teacher of `kd` and the other distillation objectives. `tfkd_self` has a default: the
-    student's network under the recipe."""
+    student's network under the recipe. A list is short for `teachers`."""
+    teachers: dict[str, SharingTeacher] = {}
+    """Two or more teachers by number, from 1; written as a list, `teacher: [{...}, {...}]`. Each is
+    an artifact of its own; the student learns from the mean of their softened probabilities."""
     init: Literal["random", "trained"] = "random"
     """trained: starts from the weights of a trained copy of the student. With `ce`, that is
     training twice: the control for the time that `tfkd_self` spends on its teacher."""
@@ -282,20 +301,28 @@ class TrainConfig(Settings):
         """Return the tree with missing settings filled in from the recipe."""
         if not isinstance(tree, Mapping):
             return tree
+        tree = dict(tree)
+        number_teachers(tree)
         recipe = _recipe(tree.get("data"), tree.get("recipe"))
         result = filled(tree, recipe)
+        of_teacher = {k: v for k, v in recipe.items() if k in TEACHER_RECIPE}
         if isinstance(tree.get("teacher"), Mapping):
-            result["teacher"] = filled(
-                tree["teacher"], {k: v for k, v in recipe.items() if k in TEACHER_RECIPE}
-            )
+            result["teacher"] = filled(tree["teacher"], of_teacher)
+        if isinstance(tree.get("teachers"), Mapping):
+            result["teachers"] = {
+                str(number): filled(one, of_teacher) if isinstance(one, Mapping) else one
+                for number, one in tree["teachers"].items()
+            }
         return result
 
     @model_serializer(mode="wrap")
-    def _as_before_loops(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the settings; without a loop of one's own, as before there was that setting."""
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the settings, without those that are `later` and empty."""
         tree: dict[str, Any] = handler(self)
         if self.loop is None:
             tree.pop("loop", None)
+        if not self.teachers:
+            tree.pop("teachers", None)
         return tree
 
     @field_validator("precision")
@@ -328,17 +355,19 @@ class TrainConfig(Settings):
             )
         problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
         problems += self._layer_problems()
+        if self.teachers:
+            problems += self._several_problems() or self._twins()
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def _network_problems(self) -> Iterator[str]:
-        model = self.teacher.model if self.teacher else None
-        sizes = self._teacher_shape()
-        for path, network, shape in (
-            ("student", self.student, self.data.shape),
-            ("teacher.model", model, sizes),
-        ):
+        found: list[tuple[str, Network | None, tuple[int, int, int]]] = [
+            ("student", self.student, self.data.shape)
+        ]
+        for where, teacher in self._given_teachers().items():
+            found.append((f"{where}.model", teacher.model, self._teacher_shape(teacher)))
+        for path, network, shape in found:
             try:
                 if network is not None:
                     network.check(shape)
@@ -394,27 +423,85 @@ class TrainConfig(Settings):
                 "and take them in your own loop"
             )
 
+    def _given_teachers(self) -> dict[str, TeacherConfig]:
+        """Return the settings of each teacher by their path; without any, the defaults of one."""
+        if self.teachers:
+            return {f"teachers.{number}": one for number, one in self.teachers.items()}
+        return {"teacher": self.teacher or TeacherConfig()}
+
     def _teacher_problems(self) -> Iterator[str]:
-        teacher = self.teacher or TeacherConfig()
+        for where, teacher in self._given_teachers().items():
+            yield from self._problems_of(teacher, where)
+
+    def _problems_of(self, teacher: TeacherConfig, where: str) -> Iterator[str]:
         own_teacher = self.objective.needs_teacher and not isinstance(self.objective, TfkdSelf)
         if own_teacher and teacher.model is None:
             yield (
-                f"teacher.model: objective {self.objective.called} needs a teacher's network, and none is given; add "
+                f"{where}.model: objective {self.objective.called} needs a teacher's network, and none is given; add "
                 "teacher: {model: ...}, or use tfkd_self, whose teacher is the student itself"
             )
-        if isinstance(self.objective, TfkdSelf) and teacher.model not in (None, self.student):
+        other = not self.teachers and teacher.model not in (None, self.student)
+        if isinstance(self.objective, TfkdSelf) and other:
             yield "teacher.model: objective tfkd_self learns from a copy of the student; leave it out, or use kd"
-        if self.init == "trained" and teacher.model not in (None, self.student):
+        if self.init == "trained" and other:
             yield "init: 'trained' starts from a trained copy of the student, and the teacher here is another network"
-        yield from _input_problems(teacher, self.data.shape[0])
+        yield from _input_problems(teacher, self.data.shape[0], where)
         epochs = teacher.epochs or self.epochs
         if teacher.stop_epoch is not None and teacher.stop_epoch > epochs:
-            yield f"teacher.stop_epoch: must be at most teacher.epochs, {epochs}, got {teacher.stop_epoch}"
+            yield f"{where}.stop_epoch: must be at most {where}.epochs, {epochs}, got {teacher.stop_epoch}"
         if teacher.stop_accuracy is not None and not self.data.val_fraction:
             yield (
-                "teacher.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch, "
+                f"{where}.stop_accuracy: needs validation to be judged on, and data.val_fraction is 0; use stop_epoch, "
                 "or confirm --train-only"
             )
+
+    def _several_problems(self) -> list[str]:
+        """Return a sentence for each setting that does not go with several teachers."""
+        count, found = len(self.teachers), []
+        if wrong := next((name for name in self.teachers if not name.isdecimal()), None):
+            found.append(
+                f"teachers.{wrong}: teachers have numbers, got {wrong!r}; write a list, teacher: [{{...}}, {{...}}]"
+            )
+        if count == 1:
+            found.append(
+                "teacher: a list of one teacher, and several are two or more; write its settings without the list"
+            )
+        if self.teacher is not None:
+            found.append(
+                f"teacher: is one teacher beside the {count} of teachers; put all of them in one list"
+            )
+        if isinstance(self.objective, TfkdSelf):
+            found.append(
+                f"teacher: objective tfkd_self learns from one copy of the student, and {count} teachers are given; "
+                "leave them out, or use kd"
+            )
+        if self.init == "trained":
+            found.append(
+                f"init: 'trained' starts from one trained copy of the student, and {count} teachers are given; give one"
+            )
+        if self.loop is not None and self.objective.needs_teacher:
+            found.append(
+                f"loop: a loop of your own gets one teacher, and {count} are given; give one, or combine them in a "
+                "network of your own"
+            )
+        if isinstance(self.objective, OwnObjective) and self.objective.features.teacher:
+            found.append(
+                f"objective.{self.objective.called}.features.teacher: layers are those of one teacher, and {count} are "
+                "given; give one, or leave these layers out"
+            )
+        return found
+
+    def _twins(self) -> list[str]:
+        """Return a sentence if two of several teachers are the same one."""
+        made: dict[str, str] = {}
+        for where, teacher in self._given_teachers().items():
+            twin = made.setdefault(self._run_of(teacher).fingerprint(), where)
+            if twin != where:
+                return [
+                    f"{where}: is the same teacher as {twin}; leave one out and change the other's share, or give "
+                    "them different seeds"
+                ]
+        return []
 
     @property
     def worker_resources(self) -> dict[str, float]:
@@ -430,21 +517,50 @@ class TrainConfig(Settings):
 
     @property
     def banked(self) -> bool:
-        """Return whether the teacher's logits and layers come from the bank, if both fit there."""
-        run = self.teacher_run() if self.objective.needs_teacher else None
-        if run is None or self.loop is not None:
+        """Return whether the logits of all teachers come from the bank; see `banks`."""
+        return bool(self.banks) and all(self.banks)
+
+    @property
+    def banks(self) -> tuple[bool, ...]:
+        """Return for each teacher whether its logits and layers come from the bank, if they fit.
+
+        It is empty if the objective needs no teacher.
+        """
+        if not self.objective.needs_teacher:
+            return ()
+        return tuple(map(self._has_bank, self._given_teachers().values()))
+
+    def _has_bank(self, teacher: TeacherConfig) -> bool:
+        if self.loop is not None:
             return False
-        labels = self.teacher.labels if self.teacher else "auto"
-        return labels == "bank" or (
-            labels == "auto" and run.student.operations(self.data.shape) >= TINY_NETWORK
+        network = teacher.model or self.student
+        return teacher.labels == "bank" or (
+            teacher.labels == "auto" and network.operations(self.data.shape) >= TINY_NETWORK
         )
 
-    def teacher_run(self) -> TeacherRun | None:
-        """Return the run that trains this run's teacher, or None if it needs none."""
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Return the weights of several teachers in the mean of their probabilities; their sum is 1."""
+        total = math.fsum(one.share for one in self.teachers.values())
+        return tuple(one.share / total for one in self.teachers.values())
+
+    def teacher_runs(self) -> tuple[TeacherRun, ...]:
+        """Return the runs that train this run's teachers; empty if it needs none."""
         if not self.needs_teacher:
-            return None
+            return ()
+        if self.teachers:
+            return tuple(map(self._run_of, self.teachers.values()))
         recipe = {k: v for k, v in _recipe(self.data, self.recipe).items() if k in TEACHER_RECIPE}
-        teacher = self.teacher or TeacherConfig(**recipe)
+        return (self._run_of(self.teacher or TeacherConfig(**recipe)),)
+
+    def teacher_run(self) -> TeacherRun | None:
+        """Return the run that trains this run's only teacher, or None if it needs none."""
+        runs = self.teacher_runs()
+        if len(runs) > 1:
+            raise ValueError(f"this run has {len(runs)} teachers; ask for teacher_runs()")
+        return runs[0] if runs else None
+
+    def _run_of(self, teacher: TeacherConfig) -> TeacherRun:
         return TeacherRun(
             recipe=self.recipe,
             data=self.data,
@@ -481,13 +597,14 @@ class TrainConfig(Settings):
     def _try_networks(self) -> list[str]:
         """Build the external networks of student and teacher, and train a step; return notes."""
         notes = []
-        teacher = self.teacher_run()
-        for run in (self, teacher) if teacher else (self,):
+        for run in (self, *self.teacher_runs()):
             alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
             trains = not isinstance(run, TeacherRun) or run.weights is None
             if not isinstance(run.student, OwnNetwork | Timm) and not (alone and trains):
                 continue
-            shape = self._teacher_shape() if run is teacher else self.data.shape
+            shape = self.data.shape
+            if run is not self and isinstance(run, TeacherRun):
+                shape = resized(shape, run.shown)
             network = run.build_student(shape)
             what = run.student.called
             if trains:
@@ -513,7 +630,7 @@ class TrainConfig(Settings):
 
         objective, student, teacher = self._with_networks()
         assert isinstance(objective, OwnObjective), f"{objective=}"
-        shapes = self.data.shape, self._teacher_shape()
+        shapes = self.data.shape, self._teacher_shape(self._first_teacher)
         batches = trial_batches(student, teacher, objective, shapes, self.data.num_classes)
         return objective.try_out(self.data.num_classes, batches)
 
@@ -537,7 +654,7 @@ class TrainConfig(Settings):
     def _with_networks(self) -> tuple[Canonical, nn.Module, nn.Module | None]:
         """Return the ready objective that asks for layers, and untrained networks that have them.
 
-        The teacher is None if the objective needs none.
+        The teacher is the first one, or None if the objective needs none.
         """
         from tfkd_ray.learn.features import shapes_of
 
@@ -546,10 +663,10 @@ class TrainConfig(Settings):
         student = self.build_student().to(memory_format=self.student.memory_format)
         about = f"{where}.student: {self.student.called}"
         of_student = shapes_of(student, asked.student, self.data.shape, about)
-        run = self.teacher_run() if self.objective.needs_teacher else None
-        if run is None:
+        runs = self.teacher_runs() if self.objective.needs_teacher else ()
+        if not runs:
             return self.objective.ready(Layers(of_student, {}), self.seed), student, None
-        shape = self._teacher_shape()
+        run, shape = runs[0], self._teacher_shape(self._first_teacher)
         teacher = run.build_student(shape).to(memory_format=run.student.memory_format)
         about = f"{where}.teacher: {run.student.called}"
         of_teacher = shapes_of(teacher, asked.teacher, shape, about)
@@ -561,9 +678,12 @@ class TrainConfig(Settings):
         with seeded(self.seed, "init"):
             return self.student.build(shape or self.data.shape, self.data.num_classes)
 
-    def _teacher_shape(self) -> tuple[int, int, int]:
-        """Return (C, H, W) of the teacher's input images."""
-        teacher = self.teacher or TeacherConfig()
+    @property
+    def _first_teacher(self) -> TeacherConfig:
+        return next(iter(self._given_teachers().values()))
+
+    def _teacher_shape(self, teacher: TeacherConfig) -> tuple[int, int, int]:
+        """Return (C, H, W) of a teacher's input images."""
         shown = known_input(
             teacher.weights, teacher.model or self.student, teacher.input, self.data
         )
@@ -591,13 +711,16 @@ class TrainConfig(Settings):
         tree = {
             name: value
             for name, value in self.content().items()
-            if name not in {*RUN_ONLY, "recipe", "teacher"}
+            if name not in {*RUN_ONLY, "recipe", "teacher", "teachers"}
         }
         tree["data"] = self.data.identity()
-        teacher = self.teacher_run()
-        text = json.dumps(
-            [tree, teacher and teacher.fingerprint(), self.banked, *more], sort_keys=True
-        )
+        made: Any = [run.fingerprint() for run in self.teacher_runs()]
+        banked: Any = self.banked
+        if len(made) > 1:
+            made, banked = [*zip(made, self.shares, strict=True)], self.banks
+        else:
+            made = made[0] if made else None
+        text = json.dumps([tree, made, banked, *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -608,7 +731,7 @@ class TeacherRun(TrainConfig):
     stop_accuracy: float | None = None
     weights: str | None = None
     input: TeacherInput | None = None
-    later: ClassVar[frozenset[str]] = frozenset({"input", "loop"})
+    later: ClassVar[frozenset[str]] = frozenset({"input", "loop", "teachers"})
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Return whether the run ends after the epoch with these metrics."""

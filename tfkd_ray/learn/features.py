@@ -2,7 +2,7 @@
 
 A layer's output is caught by a forward hook while a batch runs. `Tapped` is the student together
 with the parameters that the objective owns: DDP wraps it, and the optimizer trains both. The
-teacher's outputs come from the bank or from the teacher itself, see `loop._Lessons`.
+teacher's outputs come from the bank or from the teacher itself, see `loop._Lesson`.
 
 Shapes: B = batch, N = images, K = classes, D = numbers of an image in all layers together.
 """

@@ -56,6 +56,7 @@ from tfkd_ray.learn.models import (
 from tfkd_ray.learn.objectives import Canonical, OwnObjective, Terms
 from tfkd_ray.learn.own_loop import Diverged as Diverged
 from tfkd_ray.learn.own_loop import OwnLoop
+from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, listed
 from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.settings.errors import ConfigError, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
@@ -92,7 +93,7 @@ def train(
     config: TrainConfig,
     state: State | None = None,
     *,
-    teacher: nn.Module | Bank | None = None,
+    teacher: Teachers = None,
     more_metrics: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Generator[Epoch, None, None]:
@@ -102,7 +103,7 @@ def train(
         state: the run state to resume; the result is bit-identical to an uninterrupted run (same
             processor type, threads, torch).
         teacher: required by some objectives; see `teachers.find_or_train`. A bare module is run in
-            every step.
+            every step. Several teachers are a list, in the order of `config.teacher_runs()`.
         more_metrics: metrics to compute on validation besides the usual ones, such as `val_auroc`;
             see `scores.SCORES`.
         say: called with a sentence if the loss explodes but stays finite. None: standard error.
@@ -224,7 +225,7 @@ def _own_epochs(
     config: TrainConfig,
     loop: OwnLoop,
     state: State | None,
-    teacher: nn.Module | Bank | None,
+    teacher: Teachers,
     say: Callable[[str], None] | None,
 ) -> Generator[Epoch, None, None]:
     """Yield the epochs of a user's own loop, as `train` yields its own.
@@ -246,8 +247,8 @@ def _own_epochs(
     told = parameters = 0
     with _set_up(config) as device:
         network = None
-        if taught and teacher is not None:
-            network = _network_of(teacher).to(device).eval().requires_grad_(False)
+        if taught:
+            network = _network_of(_only(teacher, config)).to(device).eval().requires_grad_(False)
         count = len(config.data.load()[0])
         epochs = loop.epochs(config, given, network, len(history))
         try:
@@ -301,49 +302,130 @@ def _teacher_is_missing(config: TrainConfig) -> str:
     )
 
 
-class _Lessons:
-    """The teacher's logits for a student in training: from the bank, or from the teacher itself.
+def _only(teacher: Teachers, config: TrainConfig) -> Teacher:
+    """Return the single teacher of a run."""
+    given = listed(teacher)
+    if len(given) != 1:
+        raise ValueError(
+            f"objective {config.objective.called}: needs one teacher, got {len(given)}"
+        )
+    return given[0]
 
-    All are None if the objective needs no teacher. With them come the outputs of the layers that
-    the objective asks for.
+
+class _Lessons:
+    """What a student in training gets of its teachers; None if the objective needs no teacher.
+
+    The logits of several teachers are `combined` to those of one.
 
     Args:
+        teacher: those of `config.teacher_runs()`; see `_Lesson`.
+        count: number of train images.
+        objective: a `ready` one.
+        say: called with a sentence if layers do not fit in the bank. None: standard error.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher: Teachers,
+        count: int,
+        device: torch.device,
+        objective: Canonical,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device = device
+        bf16 = config.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        """The precision in which student and teachers run."""
+        self._of_val: Tensor | None = None
+        self._parts: list[_Lesson] = []
+        if not config.objective.needs_teacher:
+            return
+        runs, given = config.teacher_runs(), listed(teacher)
+        if len(given) != len(runs):
+            raise ValueError(
+                f"teacher: {len(runs)} are needed, and {len(given)} given; pass teachers.find_or_train(config)"
+            )
+        for run, banked, one in zip(runs, config.banks, given, strict=True):
+            kind = run.student.memory_format, banked
+            self._parts.append(
+                _Lesson(config, *kind, one, count, device, objective, self.autocast, say)
+            )
+        self._shares, self._temperature = config.shares, 1.0
+        if len(self._parts) > 1:
+            self._temperature = objective.teacher_temperature
+
+    def begin_epoch(self, epoch: int, seen: Callable[[list[Tensor]], Iterator[Tensor]]) -> None:
+        """Get the logits of all train images, as the epoch's view, from the banks.
+
+        Args:
+            seen: yields the images of each batch of indices, augmented.
+        """
+        for part in self._parts:
+            part.begin_epoch(epoch, seen)
+
+    def of_batch(self, mine: Tensor, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Return the logits [B, K] of train images with the indices `mine`, and their layers."""
+        found = [part.of_batch(mine, images) for part in self._parts]
+        if len(found) < 2:
+            return found[0] if found else (None, {})
+        return self._combined([logits for logits, _ in found]), {}
+
+    def of_validation(self, images: Images, rank: int, workers: int) -> Tensor | None:
+        """Return the logits of a worker's validation images; they are the same in every epoch."""
+        if self._of_val is None and self._parts:
+            found = [part.of_validation(images, rank, workers) for part in self._parts]
+            self._of_val = found[0]
+            if len(found) > 1:
+                self._of_val = self._combined([z.to(self.device).float() for z in found])
+        return self._of_val
+
+    def _combined(self, logits: list[Tensor]) -> Tensor:
+        return combined(logits, self._shares, self._temperature)
+
+
+class _Lesson:
+    """One teacher's logits for a student in training: from its bank, or from the teacher itself.
+
+    With them come the outputs of the layers that the objective asks for.
+
+    Args:
+        layout: memory format of the teacher's network.
+        banked: whether the configuration wants the bank.
         teacher: a bank that is too large, or that the configuration does not want, is not used.
         count: number of train images.
         objective: a `ready` one.
+        autocast: the precision in which it runs.
         say: called with a sentence if the layers do not fit in the bank. None: standard error.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        teacher: nn.Module | Bank | None,
+        layout: torch.memory_format,
+        banked: bool,
+        teacher: Teacher,
         count: int,
         device: torch.device,
         objective: Canonical,
-        say: Callable[[str], None] | None = None,
+        autocast: torch.autocast,
+        say: Callable[[str], None] | None,
     ) -> None:
         self._config, self._count, self.device = config, count, device
         self._layers, self._called = objective.teacher_layers, objective.called
-        bf16 = config.precision == "bf16"
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        """The precision in which student and teacher run."""
+        self._layout, self.autocast = layout, autocast
         self._bank: Bank | None = None
         self._online: nn.Module | None = None
         self._of_train: Tensor | None = None
-        self._of_val: Tensor | None = None
         self._rows: Tensor | None = None
         self._rows_of: dict[str, Any] = {}
-        self._run = config.teacher_run() if config.objective.needs_teacher else None
-        if self._run is None or teacher is None:
-            return
         small = fits(count, config.data.num_classes)
         numbers = numbers_of(self._layers)
-        if isinstance(teacher, Bank) and config.banked and small and fits(count, numbers):
+        if isinstance(teacher, Bank) and banked and small and fits(count, numbers):
             self._bank = teacher
             return
         self._online = self._placed(_network_of(teacher))
-        if isinstance(teacher, Bank) and config.banked and small:
+        if isinstance(teacher, Bank) and banked and small:
             _tell_once(
                 f"the outputs of the teacher's {' and '.join(self._layers)}, {numbers:,} numbers an image, are too "
                 "large for the bank of soft labels: the teacher runs in every step",
@@ -385,18 +467,17 @@ class _Lessons:
             rows = self._bank.features(key, self._count, list(self._layers), numbers, ask_layers)
             self._rows, self._rows_of = rows.to(self.device), key
 
-    def of_batch(self, mine: Tensor, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def of_batch(self, mine: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the logits [B, K] of train images with the indices `mine`, and their layers."""
         if self._of_train is not None:
             layers = {} if self._rows is None else from_rows(self._rows[mine], self._layers)
             return self._of_train[mine].float(), layers
-        if self._online is None:
-            return None, {}
+        assert self._online is not None, f"{self._bank=}"
         with torch.no_grad(), self.autocast, caught(self._online, self._layers) as found:
             logits: Tensor = self._online(images).float()
         return logits, self._outputs(found, len(images))
 
-    def of_validation(self, images: Images, rank: int, workers: int) -> Tensor | None:
+    def of_validation(self, images: Images, rank: int, workers: int) -> Tensor:
         """Return the logits of a worker's validation images; they are the same in every epoch."""
 
         def ask(network: nn.Module, index: Tensor) -> Tensor:
@@ -404,14 +485,11 @@ class _Lessons:
             found = predictions(self._placed(network), asked, self._config.data, bf16=bf16)
             return torch.cat([logits for logits, _ in found])
 
-        if self._of_val is not None:
-            return self._of_val
         if self._bank is not None:
             view, classes = {"split": "val"}, self._config.data.num_classes
-            self._of_val = self._bank.logits(view, len(images), classes, ask)[rank::workers]
-        elif self._online is not None:
-            self._of_val = ask(self._online, torch.arange(len(images))[rank::workers])
-        return self._of_val
+            return self._bank.logits(view, len(images), classes, ask)[rank::workers]
+        assert self._online is not None, f"{self._bank=}"
+        return ask(self._online, torch.arange(len(images))[rank::workers])
 
     def _outputs(self, found: Caught, count: int) -> dict[str, Tensor]:
         """Return the outputs of the teacher's layers for a batch of `count` images."""
@@ -419,8 +497,7 @@ class _Lessons:
 
     def _placed(self, network: nn.Module) -> nn.Module:
         """Return the teacher on this device, ready for inference."""
-        assert self._run is not None
-        network = network.to(self.device).to(memory_format=self._run.student.memory_format)
+        network = network.to(self.device).to(memory_format=self._layout)
         return network.eval().requires_grad_(False)
 
 
@@ -434,7 +511,7 @@ def _tell_once(text: str, say: Callable[[str], None] | None) -> None:
         (say or _to_standard_error)(text)
 
 
-def _network_of(teacher: nn.Module | Bank) -> nn.Module:
+def _network_of(teacher: Teacher) -> nn.Module:
     return teacher.network() if isinstance(teacher, Bank) else teacher
 
 
@@ -475,8 +552,8 @@ def _set_up(config: TrainConfig) -> Iterator[torch.device]:
 
 def _runs_external_code(config: TrainConfig) -> bool:
     """Return whether the student or its teacher is a network of your own or of timm."""
-    made = config.teacher_run() if config.objective.needs_teacher else None
-    networks = [config.student] if made is None else [config.student, made.student]
+    made = config.teacher_runs() if config.objective.needs_teacher else ()
+    networks = [config.student, *(run.student for run in made)]
     return any(isinstance(network, OwnNetwork | Timm) for network in networks)
 
 
@@ -515,7 +592,7 @@ def _seen(
 
 
 def _new_student(
-    config: TrainConfig, teacher: nn.Module | Bank | None, count: int, device: torch.device
+    config: TrainConfig, teacher: Teachers, count: int, device: torch.device
 ) -> tuple[nn.Module, bool]:
     """Return the untrained student, and whether a parameter may lack its gradient in a step."""
     workers, _ = _workers_and_rank()
@@ -531,8 +608,8 @@ def _new_student(
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     if config.needs_teacher and teacher is None:
         raise ValueError(_teacher_is_missing(config))
-    if config.init == "trained" and teacher is not None:
-        student.load_state_dict(_network_of(teacher).state_dict())
+    if config.init == "trained":
+        student.load_state_dict(_network_of(_only(teacher, config)).state_dict())
     return student, unused
 
 
@@ -617,7 +694,7 @@ def train_in(
     directory: Path,
     config: TrainConfig,
     *,
-    teacher: nn.Module | Bank | None = None,
+    teacher: Teachers = None,
     more_metrics: Sequence[str] = (),
     about: dict[str, str] | None = None,
     say: Callable[[str], None] | None = None,
@@ -644,8 +721,8 @@ def train_in(
     writes = _workers_and_rank()[1] == 0
     if writes:
         remove_partial(directory)
-    if isinstance(teacher, Bank):
-        teacher.say = say
+    for bank in banks_in(teacher):
+        bank.say = say
     last: Epoch | None = None
     run = train(config, state, teacher=teacher, more_metrics=more_metrics, say=say)
     with ThreadPoolExecutor(1) as thread:

@@ -35,6 +35,7 @@ from tfkd_ray.learn.own_loss import (
     Shape,
     facts_of,
     loss_problems,
+    temperature_of,
     tried,
 )
 from tfkd_ray.settings import own_code
@@ -95,6 +96,14 @@ class Canonical(Settings):
     @property
     def ce_weight(self) -> float:
         """Return 1 - alpha, the weight of `Terms.ce` inside the brackets."""
+        return 1.0
+
+    @property
+    def teacher_temperature(self) -> float:
+        """Return T at which the probabilities of several teachers are averaged.
+
+        It is the temperature by which the loss divides the teacher's logits; 1 if there is none.
+        """
         return 1.0
 
     def check(self, num_classes: int) -> None:
@@ -211,6 +220,10 @@ class _Distillation(Canonical):
     def ce_weight(self) -> float:
         return 1 - self.alpha
 
+    @property
+    def teacher_temperature(self) -> float:
+        return self.temperature
+
 
 class KnowledgeDistillation(_Distillation):
     """Knowledge distillation with a trained teacher. (Hinton et al. 2015, arXiv:1503.02531.)
@@ -306,6 +319,11 @@ class StandardisedKD(_Distillation):
     needs_teacher: ClassVar[bool] = True
     name: Literal["kd_standardised"] = "kd_standardised"
     temperature: Temperature = 2.0
+
+    @property
+    def teacher_temperature(self) -> float:
+        """Return 1: its temperature divides standardised logits, not the teacher's."""
+        return 1.0
 
     def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
@@ -511,6 +529,11 @@ class OwnObjective(Canonical):
     @property
     def ce_weight(self) -> float:
         return self._ready_loss.weight("ce_weight") * self._ready_loss.weight("loss_scale")
+
+    @property
+    def teacher_temperature(self) -> float:
+        """Return its argument `temperature`, given or by default; 1 without one."""
+        return temperature_of(self.path, self.args)
 
     @property
     def ce_share(self) -> float | None:

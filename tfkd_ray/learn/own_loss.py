@@ -139,6 +139,17 @@ def loss_problems(
     return problems
 
 
+def temperature_of(path: str, args: Mapping[str, Any]) -> float:
+    """Return the argument `temperature` of a loss, given or by default; 1 if it is no number above 0."""
+    value = args.get("temperature")
+    parameter = _call_of(_found_at(path, "path")).args.get("temperature")
+    if "temperature" not in args and parameter is not None:
+        value = parameter.default
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    return 1.0
+
+
 def whole_numbers(path: str) -> dict[str, bool]:
     """Return for each argument with the annotation of a number whether that is a whole one."""
     try:

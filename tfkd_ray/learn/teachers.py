@@ -36,7 +36,7 @@ MOST_SHOWN = 6
 def teacher_name(config: TeacherRun) -> str:
     """Return the name of the teacher that `config` makes: network and fingerprint.
 
-    `config` is a `TrainConfig.teacher_run`. If it has no data digest, that of the local data is
+    `config` is one of `TrainConfig.teacher_runs`. If it has no data digest, that of the local data is
     used.
     """
     # without local data, it has the name from before data had digests
@@ -292,11 +292,21 @@ def load_teacher(config: TeacherRun, storage: Path) -> nn.Module:
     return module.eval()
 
 
-def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = None) -> Bank | None:
-    """Return the soft labels of a student's teacher, loaded on first use; None if it needs none."""
-    run = config.teacher_run()
-    if run is None:
-        return None
+def bank_of(
+    config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = None
+) -> Bank | tuple[Bank, ...] | None:
+    """Return the soft labels of a student's teacher, loaded on first use; None if it needs none.
+
+    Of several teachers, those of each, in the order of `config.teacher_runs()`.
+    """
+    banks = tuple(_bank(config, run, storage, elsewhere) for run in config.teacher_runs())
+    if len(banks) > 1:
+        return banks
+    return banks[0] if banks else None
+
+
+def _bank(config: TrainConfig, run: TeacherRun, storage: Path, elsewhere: Elsewhere | None) -> Bank:
+    """Return the soft labels of one teacher of a student."""
     if not is_here(run, storage):
         load_teacher(run, storage)  # raises what is wrong
     about = describe(run, storage)
@@ -314,22 +324,21 @@ def bank_of(config: TrainConfig, storage: Path, elsewhere: Elsewhere | None = No
 
 def find_or_train(
     config: TrainConfig, storage: Path | str, say: Callable[[str], None] | None = None
-) -> Bank | None:
+) -> Bank | tuple[Bank, ...] | None:
     """Return the teacher that a configuration needs, trained first if missing.
 
-    None if it needs none. The teacher belongs to the local data, identified by their digest; see
-    `TrainConfig.pinned`. A teacher that is no better than guessing is reported through `say`, by
-    default on standard error.
+    None if it needs none; of several teachers, a tuple. The teacher belongs to the local data,
+    identified by their digest; see `TrainConfig.pinned`. A teacher that is no better than guessing
+    is reported through `say`, by default on standard error.
     """
     check_kind(config, TrainConfig, "config")
     if not config.needs_teacher:
         return None
     config = config.pinned()
-    run = config.teacher_run()
-    if run is None:
-        return None
-    train_teacher(run, Path(storage))
-    tell_doubts([run], Path(storage), say)
+    runs = config.teacher_runs()
+    for run in runs:
+        train_teacher(run, Path(storage))
+    tell_doubts(runs, Path(storage), say)
     return bank_of(config, Path(storage))
 
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.checkpoint import WEIGHTS, load_weights, save_weights
-from tfkd_ray.learn.config import TeacherRun
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.dataset import Dataset, digest_of
 from tfkd_ray.learn.evaluate import predictions
 from tfkd_ray.learn.images import Images
 from tfkd_ray.learn.loop import LOOP_VERSION
+from tfkd_ray.learn.several import combined
 from tfkd_ray.run.callbacks import Lock, Losses, in_order
 from tfkd_ray.run.tune import SharingFifo, assemble, prepare, train_teachers
 from tfkd_ray.settings import own_code
@@ -130,7 +131,7 @@ def comparison_tuner(
     def lost(teacher: TeacherRun, reason: str) -> None:
         without_teacher[teacher.fingerprint()] = reason
 
-    needed = {made.fingerprint(): made for run in runs if (made := run.config.teacher_run())}
+    needed = {made.fingerprint(): made for run in runs for made in run.config.teacher_runs()}
     try:
         train_teachers(needed.values(), storage, on_teacher, lost, on_note)
     except BaseException:
@@ -138,10 +139,11 @@ def comparison_tuner(
         raise
     done = {r.name for r in read_records(directory) if r.status == "done"}
     for number, run in enumerate(runs):
-        teacher = run.config.teacher_run()
-        if teacher is not None and teacher.fingerprint() in without_teacher:
+        made = [teacher.fingerprint() for teacher in run.config.teacher_runs()]
+        reasons = [without_teacher[teacher] for teacher in made if teacher in without_teacher]
+        if reasons:
             done.add(run.name)
-            write_record(_failed(directory, number, run, without_teacher[teacher.fingerprint()]))
+            write_record(_failed(directory, number, run, reasons[0]))
     home, proposals = own_code.here(), []
     for number, run in enumerate(runs):
         if run.name not in done:
@@ -216,7 +218,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test: Images | None = None
     noted = False
-    guesses: dict[str, Tensor] = {}  # of teachers, [N]
+    taught = _Taught(directory.parent, device)
     for run in done:
         path = trials_folder(directory) / run.name / LOGITS
         if path.exists():
@@ -236,18 +238,50 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
         else:
             logits, labels = loop.ready().test_logits(run.config, network, test), test.labels
         found = {"logits": logits, "labels": labels}
-        teacher = run.config.teacher_run() if run.config.objective.needs_teacher else None
-        if teacher is not None:
-            name = teachers.teacher_name(teacher)
-            if name not in guesses and teachers.is_trained(teacher, directory.parent):
-                network = teachers.load_teacher(teacher, directory.parent).to(device)
-                guesses[name] = _logits(network, data, test)[0].argmax(dim=1)
-            found |= {"teacher": guesses[name]} if name in guesses else {}
+        guesses = taught.guesses(run.config, test)
+        found |= {} if guesses is None else {"teacher": guesses}
         if not noted:  # before anybody can see a result; if a file cannot be read, there is none
             _note_opening(directory, compared, digest, len(done))
             noted = True
         save_weights(path, found, {"run": run.name})
     return outcome(directory)
+
+
+class _Taught:
+    """What teachers say on the test images, asked once of each.
+
+    Args:
+        storage: of the teachers.
+    """
+
+    def __init__(self, storage: Path, device: torch.device) -> None:
+        self._storage, self._device = storage, device
+        self._guesses: dict[str, Tensor] = {}
+        self._logits: dict[str, Tensor] = {}
+
+    def guesses(self, config: TrainConfig, test: Images) -> Tensor | None:
+        """Return the classes [N] that a student's teacher, or its teachers together, answer.
+
+        None if the objective needs no teacher, or if one is not here.
+        """
+        runs = config.teacher_runs() if config.objective.needs_teacher else ()
+        names = [teachers.teacher_name(run) for run in runs]
+        if len(runs) == 1 and names[0] in self._guesses:
+            return self._guesses[names[0]]
+        if not runs or not all(teachers.is_trained(run, self._storage) for run in runs):
+            return None
+        if len(runs) == 1:
+            self._guesses[names[0]] = self._asked(runs[0], config, test).argmax(dim=1)
+            return self._guesses[names[0]]
+        for name, run in zip(names, runs, strict=True):
+            if name not in self._logits:
+                self._logits[name] = self._asked(run, config, test)
+        logits, temperature = [self._logits[n] for n in names], config.objective.teacher_temperature
+        return combined(logits, config.shares, temperature).argmax(dim=1)
+
+    def _asked(self, run: TeacherRun, config: TrainConfig, test: Images) -> Tensor:
+        network = teachers.load_teacher(run, self._storage).to(self._device)
+        return _logits(network, config.data, test)[0]
 
 
 def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
@@ -503,12 +537,16 @@ def _notes_of(directory: Path, compared: Comparison) -> Iterator[str]:
         made = {
             t.fingerprint(): t
             for r in compared.runs
-            if r.arm == arm.name and (t := r.config.teacher_run())
+            if r.arm == arm.name
+            for t in r.config.teacher_runs()
         }
+        several = len(arm.config.teachers) if arm.config.needs_teacher else 0
         if any(t.weights for t in made.values()):
             yield f"{arm.name}: its teacher is from elsewhere; training data unknown"
         elif len(made) == 1:
             yield f"{arm.name}: conditional on one teacher, which all its seeds share"
+        elif several and len(made) == several:
+            yield f"{arm.name}: conditional on its {several} teachers, which all its seeds share"
 
 
 TABLE_COLUMNS = 6

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train_in
+from tfkd_ray.learn.several import banks_in
 from tfkd_ray.run.connect import BROKEN_GPU
 from tfkd_ray.settings.errors import ConfigError, readable
 from tfkd_ray.settings.files import DISK_ERRORS, write_text
@@ -73,14 +74,14 @@ def prepared_epochs(
     storage, directory = assignment.place
     shelf = _Elsewhere(shelf_name(directory.parent.parent)) if ray.is_initialized() else None
     storage.begin_trial(directory)
-    if (run_of_teacher := config.teacher_run()) is not None:
+    for run_of_teacher in config.teacher_runs():
         teachers.fetch_teacher(run_of_teacher, storage)
     teacher = teachers.bank_of(config, storage.folder, shelf)
     if meet is not None:
         config.data.load()  # cached with its statistics; the loop uses the same
         config.data.statistics()
-        if teacher is not None:
-            teacher.meet = meet
+        for bank in banks_in(teacher):
+            bank.meet = meet
         meet()
     return train_in(
         directory,

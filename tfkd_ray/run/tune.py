@@ -603,7 +603,7 @@ def _tuner(
             else tune_config.max_concurrent_trials or None  # 0 means no limit
         ),
     )
-    banked = any(branch.example.banked for branch in space.branches)
+    banked = any(any(branch.example.banks) for branch in space.branches)
     callbacks = in_order(
         lock,
         TensorBoard(experiment / "tb", space, space.search.metric),

@@ -127,11 +127,10 @@ def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
         if isinstance(part, int):  # an index in a list
             continue
         inside = [f for m in found for name, f in m.model_fields.items() if name == part]
-        found = (
-            [m for f in inside for m in members(f)]
-            if inside
-            else [m for m in found if tag(m) == part]
-        )
+        if inside:
+            found = [m for f in inside for m in members(f)]
+        elif not str(part).isdecimal():  # the number of an item leads to the item itself
+            found = [m for m in found if tag(m) == part]
     return {name for m in found for name in m.model_fields}
 
 
@@ -143,6 +142,9 @@ def members(field: FieldInfo) -> list[type[Settings]]:
         for a in found
         if typing.get_origin(a) in (tuple, list)
         for t in leaves(typing.get_args(a)[0])
+    ]
+    found += [
+        t for a in found if typing.get_origin(a) is dict for t in leaves(typing.get_args(a)[1])
     ]
     return [t for t in found if isinstance(t, type) and issubclass(t, Settings)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.teachers import known_of, teacher_name
 from tfkd_ray.settings.errors import ConfigError
@@ -113,10 +113,18 @@ def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
 
 
 def _teacher_section(chosen: Chosen) -> Iterator[str]:
-    run = chosen.config.teacher_run()
-    if run is None:
+    runs, shares = chosen.config.teacher_runs(), chosen.config.shares
+    if not runs:
         yield "No trained teacher: the objective needs none."
-        return
+    if len(runs) > 1:
+        yield f"{len(runs)} teachers; the student learnt from the mean of their softened probabilities."
+    for number, run in enumerate(runs):
+        if len(runs) > 1:
+            yield f"\nTeacher {number + 1}, {shares[number]:.1%} of the mean:\n"
+        yield from _about_teacher(chosen, run)
+
+
+def _about_teacher(chosen: Chosen, run: TeacherRun) -> Iterator[str]:
     try:
         about = known_of(run, chosen.storage)
     except ValueError as error:

@@ -334,8 +334,10 @@ def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
 def _recipe_print(config: TrainConfig) -> str:
     """Return a configuration's fingerprint without seeds, and whether validation is held out."""
     teacher = config.teacher and config.teacher.model_copy(update={"seed": 0})
+    teachers = {name: t.model_copy(update={"seed": 0}) for name, t in config.teachers.items()}
     data = config.data.model_copy(update={"val_fraction": 0.0})
-    return config.model_copy(update={"seed": 0, "data": data, "teacher": teacher}).fingerprint()
+    changes = {"seed": 0, "data": data, "teacher": teacher, "teachers": teachers}
+    return config.model_copy(update=changes).fingerprint()
 
 
 def _verdict_text(result: dict[str, Any], directory: Path, arm: str) -> list[str]:

@@ -88,7 +88,7 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
         )
     runs = [run for run in space.teacher_runs() if run.weights is None]
     teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
-    banked = any(branch.example.banked for branch in space.branches)
+    banked = any(any(branch.example.banks) for branch in space.branches)
     teacher_s = None
     if probe:
         teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs)
@@ -199,11 +199,9 @@ def _epoch_seconds(config: TrainConfig) -> float:
     }
     changes |= {"stop_epoch": None, "stop_accuracy": None} if isinstance(config, TeacherRun) else {}
     if config.banked:
-        changes |= {"objective": CrossEntropy(), "teacher": None}
+        changes |= {"objective": CrossEntropy(), "teacher": None, "teachers": {}}
     short = config.model_copy(update=changes)
-    run = short.teacher_run()
-    teacher = untrained(run) if run else None
-    *_, last = train(short, teacher=teacher)
+    *_, last = train(short, teacher=[untrained(run) for run in short.teacher_runs()] or None)
     train_set, val_set = config.data.load()
     images = (
         len(train_set) + (len(val_set) if val_set is not None else 0) / 3
@@ -269,9 +267,9 @@ def resident_bytes(config: TrainConfig) -> int:
     sets = [found for found in config.data.load() if found is not None]
     count = sum(map(len, sets))
     images = 0 if config.data.streams else count * math.prod(config.data.shape)
-    if not config.banked:
+    if not any(config.banks):
         return images
-    labels = 2 * count * config.data.num_classes
+    labels = 2 * count * config.data.num_classes * sum(config.banks)
     layers = numbers_of(config.ready_objective().teacher_layers)
     return images + labels + (2 * len(sets[0]) * layers if fits(len(sets[0]), layers) else 0)
 

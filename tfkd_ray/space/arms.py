@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from tfkd_ray.learn.config import RUN_ONLY, TeacherConfig, TrainConfig, filled
+from tfkd_ray.learn.config import (
+    RUN_ONLY,
+    TeacherConfig,
+    TrainConfig,
+    filled,
+    number_teachers,
+)
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, OwnObjective
 from tfkd_ray.settings import own_code
@@ -192,6 +198,7 @@ def _arm(
     own = {k: v for k, v in given.items() if k in Arm.model_fields and k != "config"}
     config = {k: copy.deepcopy(v) for k, v in given.items() if k not in own}
     config = filled(config, copy.deepcopy(dict(shared)))
+    number_teachers(config)
     try:
         for text in overrides:
             override(config, text)
@@ -240,21 +247,31 @@ def runs_of(
             changes: dict[str, Any] = {"seed": seed}
             if not hold_out:
                 changes["data"] = config.data.model_copy(update={"val_fraction": 0.0})
-            own_teacher = config.teacher is not None and config.teacher.model not in (
-                None,
-                config.student,
-            )
-            if config.needs_teacher and (teacher_per_seed or not own_teacher):
-                run = config.teacher_run()
-                assert run is not None, f"{config=}"
-                teacher = config.teacher or TeacherConfig(optim=run.optim, schedule=run.schedule)
-                changes["teacher"] = teacher.model_copy(update={"seed": TEACHER_SEEDS + seed})
+            if config.needs_teacher:
+                changes |= _teachers_of_seed(config, seed, teacher_per_seed=teacher_per_seed)
             tree = config.model_copy(update=changes).model_dump(mode="json")
             try:
                 runs.append(Run(arm.name, seed, validated(TrainConfig, tree)))
             except ConfigError as error:
                 raise ConfigError([f"arms.{arm.name}.{p}" for p in error.problems]) from None
     return runs
+
+
+def _teachers_of_seed(config: TrainConfig, seed: int, *, teacher_per_seed: bool) -> dict[str, Any]:
+    """Return the settings of the teachers that a seed does not share with others, changed."""
+    if config.teachers:
+        several = dict(config.teachers)
+        for k, (name, one) in enumerate(config.teachers.items(), start=1):
+            if teacher_per_seed or one.model == config.student:
+                several[name] = one.model_copy(update={"seed": k * TEACHER_SEEDS + seed})
+        return {"teachers": several}
+    own_teacher = config.teacher is not None and config.teacher.model not in (None, config.student)
+    if own_teacher and not teacher_per_seed:
+        return {}
+    run = config.teacher_run()
+    assert run is not None, f"{config=}"
+    teacher = config.teacher or TeacherConfig(optim=run.optim, schedule=run.schedule)
+    return {"teacher": teacher.model_copy(update={"seed": TEACHER_SEEDS + seed})}
 
 
 # --- arms of a sweep ------------------------------------------------------------------------------
@@ -306,6 +323,7 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     objectives = [ranges[name] for name in lacking]
     tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
     tree |= {"teacher": None, "init": "random"}
+    tree.pop("teachers", None)
     own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
@@ -355,6 +373,7 @@ def arms_of(
             "objective": {"name": "ce", "loss_scale": weight},
             "teacher": teacher,
         }
+        scaled.pop("teachers", None)
         arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
     setting = next((p.objective for p in PUBLISHED if p.objective.name == first.objective), None)  # type: ignore[attr-defined]
     if setting is not None and "published" in rivals:
@@ -565,14 +584,23 @@ def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
         "student": _small_network(tree.get("student", "mlp")),
     }
     if isinstance(tree.get("teacher"), dict):
-        left_out = ("epochs", "weights", "stop_accuracy")
-        teacher = {k: v for k, v in tree["teacher"].items() if k not in left_out}
-        if teacher.get("model"):
-            teacher["model"] = _small_network(teacher["model"])
-        if teacher.get("stop_epoch"):
-            teacher["stop_epoch"] = 1
-        small["teacher"] = teacher
+        small["teacher"] = _small_teacher(tree["teacher"])
+    if isinstance(tree.get("teachers"), dict):
+        small["teachers"] = {k: _small_teacher(v) for k, v in tree["teachers"].items()}
     return small
+
+
+def _small_teacher(given: Any) -> Any:
+    """Return a teacher's settings, trained here for two epochs at most."""
+    if not isinstance(given, dict):
+        return given
+    left_out = ("epochs", "weights", "stop_accuracy")
+    teacher = {k: v for k, v in given.items() if k not in left_out}
+    if teacher.get("model"):
+        teacher["model"] = _small_network(teacher["model"])
+    if teacher.get("stop_epoch"):
+        teacher["stop_epoch"] = 1
+    return teacher
 
 
 def _small_network(network: Any) -> Any:

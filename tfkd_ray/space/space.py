@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfkd_ray.learn.config import RUN_ONLY, TeacherRun, TrainConfig
+from tfkd_ray.learn.config import RUN_ONLY, TeacherRun, TrainConfig, number_teachers
 from tfkd_ray.learn.objectives import Canonical, recorded
 from tfkd_ray.learn.own import is_only_reading
 from tfkd_ray.learn.own_loss import whole_numbers
@@ -55,6 +55,8 @@ from tfkd_ray.space.search_config import (
 
 Within = tuple[str, Any]
 """An item of choices: (name of the parameter, its value)."""
+OF_TEACHERS = ("teacher", "teachers")
+"""Settings of a run's teachers."""
 MAX_CORNERS = 256
 MAX_TEACHERS = 1000
 MAX_GRID = 100_000
@@ -134,10 +136,10 @@ class Branch:
         """Return the parameters that a trial's teacher depends on; empty if it needs none."""
         if not _needs_teacher(self.tree):
             return []
-        parts = {"teacher", "augment", "init"}
+        parts = {*OF_TEACHERS, "augment", "init"}
         if not _is_taught(self.tree["objective"]) or self.tree.get("init") == "trained":
             parts.add("student")
-        return [p for p in self.parameters if p.path[0] in parts]
+        return [p for p in self.parameters if p.path[0] in parts and not _is_share(p)]
 
     @property
     def example(self) -> TrainConfig:
@@ -287,8 +289,7 @@ class Space(Searched):
         for branch in self.branches:
             first = _first(branch.parameters)
             for values in _every_choice(branch.makes_teachers):
-                run = branch.config({**first, **values}).teacher_run()
-                if run is not None:
+                for run in branch.config({**first, **values}).teacher_runs():
                     runs.setdefault(run.fingerprint(), run)
         return list(runs.values())
 
@@ -332,6 +333,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"a space is settings (key: value), got {masked(repr(tree))}", source)
     tree = dict(copy.deepcopy(tree))
+    number_teachers(tree)
     if "arms" in tree:
         raise ConfigError(
             "arms: this file lists arms, which are compared, not searched: tfkd confirm FILE",
@@ -384,6 +386,8 @@ def _read_branches(
         if name_of(objective) == "tfkd_self" and taught and isinstance(teacher, dict):
             # the given network is the other objectives' teacher; a self teacher is the student's
             shared["teacher"] = {k: v for k, v in teacher.items() if k != "model"}
+        if name_of(objective) == "tfkd_self" and taught:
+            shared.pop("teachers", None)
         try:
             branches.append(_build_branch({**shared, "objective": objective}, notes))
         except ConfigError as error:
@@ -465,8 +469,9 @@ NOTES = (_weights_are_unknown, _trials_are_the_same, _trials_repeat_others)
 def _teacher_is_needed(space: Space) -> Iterator[str]:
     """Reject a searched teacher without an objective that needs one."""
     if not any(_needs_teacher(branch.tree) for branch in space.branches):
-        for name in _ranges(space.tree.get("teacher"), ("teacher",)):
-            yield f"{name}: is searched, and no objective here needs a teacher; leave it out"
+        for part in OF_TEACHERS:
+            for name in _ranges(space.tree.get(part), (part,)):
+                yield f"{name}: is searched, and no objective here needs a teacher; leave it out"
 
 
 def _teachers_are_few(space: Space) -> Iterator[str]:
@@ -880,11 +885,11 @@ def _whole_arguments(objective: Tree) -> dict[str, bool] | None:
 
 def _without_teacher(branch: Branch) -> Branch:
     """Return the branch with the first values of its teacher's settings, which have no effect."""
-    idle = tuple(p for p in branch.parameters if p.path[0] == "teacher")
+    idle = tuple(p for p in branch.parameters if p.path[0] in OF_TEACHERS)
     first = _first(idle)
     for p in dataclasses.replace(branch, parameters=idle).asked(first):
         p.put(branch.tree, first[p.name])
-    others = tuple(p for p in branch.parameters if p.path[0] != "teacher")
+    others = tuple(p for p in branch.parameters if p.path[0] not in OF_TEACHERS)
     return dataclasses.replace(branch, parameters=others)
 
 
@@ -932,8 +937,13 @@ def _names_are_fixed(p: Parameter) -> Iterator[str]:
 
 def _teachers_can_be_listed(p: Parameter) -> Iterator[str]:
     """Reject a range in a teacher, which must have choices."""
-    if p.path[0] == "teacher" and isinstance(p.domain, Range):
+    if p.path[0] in OF_TEACHERS and isinstance(p.domain, Range) and not _is_share(p):
         yield f"{p.name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
+
+
+def _is_share(p: Parameter) -> bool:
+    """Return whether a parameter weighs one of several teachers, which does not change it."""
+    return p.path[0] == "teachers" and p.path[2:] == ("share",)
 
 
 def _loops_are_fixed(p: Parameter) -> Iterator[str]:
@@ -1064,9 +1074,11 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
     objectives = [tree["objective"] for tree in trees]
     teachers = [tree["teacher"] for tree in trees if _needs_teacher(tree)] or [trees[0]["teacher"]]
     with_network = [t for t in teachers if t and ("choices" in t or t["model"])]
+    several = [tree["teachers"] for tree in trees if _needs_teacher(tree) and "teachers" in tree]
     return {
         **trees[0],
         "teacher": (with_network or teachers)[0],
+        **({"teachers": several[0]} if several else {}),
         "objective": objectives if len(objectives) > 1 else objectives[0],
         "search": search.model_dump(mode="json"),
     }
@@ -1083,8 +1095,11 @@ def _with_ranges(branch: Branch) -> Tree:
 
 def override(tree: Tree, text: str) -> None:
     """Set one `key.path=value` of the command line in the tree of a configuration or a space."""
+    number_teachers(tree)
     key, equals, value = text.partition("=")
     path = key.split(".")
+    if path[0] == "teacher" and path[1:] and path[1].isdecimal():  # one of a list
+        path[0] = "teachers"
     if not equals or not all(path):
         raise ConfigError(f"{text}: an override is key.path=value, for example optim.lr=0.1")
     if path[0] not in {"search", *TrainConfig.model_fields}:
