@@ -501,7 +501,8 @@ def test_a_share_is_tuned_confirmed_and_exported(
     arm = next(a for a in result["arms"] if a["role"] == "candidate")
     assert all(0 < seed["agreement"] <= 1 for seed in arm["runs"])
     _guesses_are_those_of_both(storage, arm["name"])
-    found = tfkd("export", str(storage / "two"), "-o", "student", timeout=200)
+    taught = next(r for r in records if r.objective == "kd" and r.status == "done")
+    found = tfkd("export", str(taught.folder), "-o", "student", timeout=200)
     assert found.returncode == 0, found.stderr
     card = (tmp_path / "student/README.md").read_text()
     assert "2 teachers; the student learnt from the mean" in card and "Teacher 2, " in card
