@@ -15,11 +15,12 @@ from test_loop import numbers, same
 from torch import Tensor, nn
 
 from tfkd_ray import find_or_train
+from tfkd_ray.cli.fit import teacher_lines
 from tfkd_ray.learn.checkpoint import load_state
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.evaluate import predictions
 from tfkd_ray.learn.loop import Epoch, train, train_in
-from tfkd_ray.learn.several import banks_in, combined, listed
+from tfkd_ray.learn.several import banks_in, combined, each_of
 from tfkd_ray.learn.soft_labels import Bank
 from tfkd_ray.learn.teachers import is_trained, load_teacher, teacher_folder
 from tfkd_ray.settings.errors import ConfigError
@@ -378,7 +379,7 @@ def test_as_many_teachers_are_given_as_are_needed() -> None:
         next(train(run, teacher=networks(run)[:1]))
     with pytest.raises(ValueError, match="needs a teacher"):
         next(train(run))
-    assert listed(None) == []
+    assert each_of(None) == []
 
 
 def hinted(
@@ -471,6 +472,18 @@ def test_the_seeds_of_a_comparison_share_teachers_of_other_networks() -> None:
     assert len({made.seed for pair in runs for made in pair}) == 4
     small = build_arms(tree, preset="smoke").arms[0].config
     assert len(small.teachers) == 2 and small.epochs == 2
+
+
+def test_teachers_that_differ_by_more_than_their_seed_are_told_of_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = {**SMALL, "model": {"name": "mlp", "hidden": [32]}}
+    runs = config(teacher=[SMALL, wide, {**wide, "seed": 3}]).teacher_runs()
+    say = teacher_lines(runs, tmp_path)
+    for run in runs:
+        say(run, None)
+    line = "teacher: training mlp with ce for 1 epochs"
+    assert capsys.readouterr().err.splitlines() == [line, f"{line} (2 seeds)"]
 
 
 # --- a sweep and its verdict

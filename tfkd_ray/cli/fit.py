@@ -53,13 +53,16 @@ def teacher_lines(
     """Return a `teacher_line` for many teachers; those that differ by seed alone are one line."""
     from tfkd_ray.learn.teachers import is_trained
 
-    missing = {run.fingerprint(): how_made(run) for run in runs if not is_trained(run, storage)}
+    def but_for_seed(run: "TeacherRun") -> str:
+        return run.model_copy(update={"seed": 0}).fingerprint()
+
+    missing = {run.fingerprint(): but_for_seed(run) for run in runs if not is_trained(run, storage)}
     counts = Counter(missing.values())
 
     def say(run: "TeacherRun", about: dict[str, Any] | None) -> None:
         if about is not None:
             teacher_line(run, about)
-        elif number := counts.pop(how_made(run), 0):
+        elif number := counts.pop(but_for_seed(run), 0):
             say_error(f"teacher: {how_made(run)}" + (f" ({number} seeds)" if number > 1 else ""))
 
     return say

@@ -56,7 +56,7 @@ from tfkd_ray.learn.models import (
 from tfkd_ray.learn.objectives import Canonical, OwnObjective, Terms
 from tfkd_ray.learn.own_loop import Diverged as Diverged
 from tfkd_ray.learn.own_loop import OwnLoop
-from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, listed
+from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, each_of
 from tfkd_ray.learn.soft_labels import Bank, fits
 from tfkd_ray.settings.errors import ConfigError, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
@@ -304,7 +304,7 @@ def _teacher_is_missing(config: TrainConfig) -> str:
 
 def _only(teacher: Teachers, config: TrainConfig) -> Teacher:
     """Return the single teacher of a run."""
-    given = listed(teacher)
+    given = each_of(teacher)
     if len(given) != 1:
         raise ValueError(
             f"objective {config.objective.called}: needs one teacher, got {len(given)}"
@@ -341,7 +341,7 @@ class _Lessons:
         self._parts: list[_Lesson] = []
         if not config.objective.needs_teacher:
             return
-        runs, given = config.teacher_runs(), listed(teacher)
+        runs, given = config.teacher_runs(), each_of(teacher)
         if len(given) != len(runs):
             raise ValueError(
                 f"teacher: {len(runs)} are needed, and {len(given)} given; pass teachers.find_or_train(config)"

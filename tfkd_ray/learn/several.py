@@ -17,7 +17,7 @@ Teachers = Teacher | Sequence[Teacher] | None
 """What a run learns from: one teacher, several in the order of `TrainConfig.teacher_runs`, none."""
 
 
-def listed(teachers: Teachers) -> list[Teacher]:
+def each_of(teachers: Teachers) -> list[Teacher]:
     """Return all teachers."""
     if teachers is None:
         return []
@@ -26,7 +26,7 @@ def listed(teachers: Teachers) -> list[Teacher]:
 
 def banks_in(teachers: Teachers) -> list[Bank]:
     """Return the teachers that are banks."""
-    return [teacher for teacher in listed(teachers) if isinstance(teacher, Bank)]
+    return [teacher for teacher in each_of(teachers) if isinstance(teacher, Bank)]
 
 
 def combined(logits: Sequence[Tensor], shares: Sequence[float], temperature: float) -> Tensor:
