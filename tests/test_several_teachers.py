@@ -25,6 +25,7 @@ from tfkd_ray.learn.soft_labels import Bank
 from tfkd_ray.learn.teachers import is_trained, load_teacher, teacher_folder
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.show.export import export
 from tfkd_ray.show.plan import plan, resident_bytes
 from tfkd_ray.space.arms import build_arms, runs_of
 from tfkd_ray.space.space import build_space, override
@@ -491,32 +492,30 @@ def test_teachers_that_differ_by_more_than_their_seed_are_told_of_one_by_one(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_share_is_tuned_confirmed_and_exported(
     ray_cluster: str, tfkd: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "space.json").write_text(json.dumps(SPACE))
-    found = tfkd("tune", "space.json", "--name", "two", timeout=300)
+    more = ("epochs=2", "search.num_samples=6", "search.stopping=none")
+    found = tfkd("tune", "space.json", "--name", "two", *more, timeout=400)
     assert found.returncode == 0, found.stderr
     storage = tmp_path / "tfkd_results"
     records = read_records(storage / "two")
-    assert {r.status for r in records} <= {"done", "stopped"} and len(records) == 9
+    assert [r.status for r in records] == ["done"] * 6
     shares = {r.parameters["teachers.2.share"] for r in records if r.objective == "kd"}
-    assert len(shares) == 3 and "teachers" in read_experiment(storage / "two")["space"]
+    assert len(shares) == 2 and "teachers" in read_experiment(storage / "two")["space"]
     assert len(read_teachers(storage)) == 3
-    found = tfkd("resume", str(storage / "two"), "--add-trials", "3", timeout=300)
-    assert found.returncode == 0, found.stderr
-    assert len(read_records(storage / "two")) == 12 and len(read_teachers(storage)) == 3
-    found = tfkd("confirm", str(storage / "two"), "--seeds", "2", "--name", "verdict", timeout=300)
+    more = ("--seeds", "2", "--top-k", "1", "--name", "verdict")
+    found = tfkd("confirm", str(storage / "two"), *more, timeout=400)
     assert found.returncode == 0, found.stderr
     result = json.loads((storage / "verdict/confirm.json").read_text())
     assert result["verdicts"]
     arm = next(a for a in result["arms"] if a["role"] == "candidate")
     assert all(0 < seed["agreement"] <= 1 for seed in arm["runs"])
     _guesses_are_those_of_both(storage, arm["name"])
-    taught = next(r for r in records if r.objective == "kd" and r.status == "done")
-    found = tfkd("export", str(taught.folder), "-o", "student", timeout=200)
-    assert found.returncode == 0, found.stderr
+    taught = next(r for r in records if r.objective == "kd")
+    export(taught.folder, tmp_path / "student")
     card = (tmp_path / "student/README.md").read_text()
     assert "2 teachers; the student learnt from the mean" in card and "Teacher 2, " in card
 
