@@ -133,14 +133,10 @@ def train(
 
         # 4. Resume
         run = config.fingerprint(LOOP_VERSION)
-        history: list[dict[str, float]] = []
-        if state is not None:
-            _check_run(state, config)
-            for name, part in kept.items():
-                part.load_state_dict(state[name])
-            history = list(state["history"])
+        history = [] if state is None else _resumed(state, config, kept)
         model = _data_parallel(trained, unused=unused) if workers > 1 else trained
         forward = compiled(model, config, count) if config.compile == "on" else model
+        learn = functools.partial(_learn, forward, objective, lessons.autocast)
 
         def snapshot() -> State:
             parts = {name: part.state_dict() for name, part in kept.items()}
@@ -173,15 +169,7 @@ def train(
                         group["lr"] = lr
                     seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
                     soft, taught = lessons.of_batch(mine, images)
-                    labels = train_set.labels[mine]
-                    if tapped is None:
-                        with lessons.autocast:
-                            logits = forward(images)
-                        logits = logits.float()
-                        terms = objective.terms(logits, labels, soft)
-                    else:
-                        logits, *both = forward(images, labels, soft, taught)
-                        terms = Terms(*both)
+                    logits, terms = learn(images, train_set.labels[mine], soft, taught)
                     _check_learnable(logits, config)
                     loss = objective.combine(terms)
                     if step == 0:
@@ -639,6 +627,33 @@ def _kept_by_state(
     if tapped is not None:
         kept["objective"] = tapped.owned
     return kept
+
+
+def _resumed(state: State, config: TrainConfig, kept: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Load what a run state holds; return the metrics of its epochs."""
+    _check_run(state, config)
+    for name, part in kept.items():
+        part.load_state_dict(state[name])
+    return list(state["history"])
+
+
+def _learn(
+    forward: Callable[..., Any],
+    objective: Canonical,
+    autocast: torch.autocast,
+    images: Tensor,
+    labels: Tensor,
+    soft: Tensor | None,
+    taught: Mapping[str, Tensor],
+) -> tuple[Tensor, Terms]:
+    """Return a batch's logits, float32 [B, K], and the terms of its loss."""
+    if objective.asks_for_layers:  # `Tapped` computes both
+        logits, *both = forward(images, labels, soft, taught)
+        return logits, Terms(*both)
+    with autocast:
+        logits = forward(images)
+    logits = logits.float()
+    return logits, objective.terms(logits, labels, soft)
 
 
 def _check_learnable(logits: Tensor, config: TrainConfig) -> None:

@@ -16,7 +16,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -213,15 +213,19 @@ def _call_of(found: Any) -> _Call:
         args_of, target = [p for p in batch_of if p.name not in batch], found
     args = {p.name: p for p in args_of if p.kind in _KEYWORDS}
     shapes = {name: args.pop(name) for name in _SHAPES if is_class and name in args}
-    try:
-        hints = typing.get_type_hints(target, include_extras=True)
-    except Exception:  # an annotation may name anything
-        hints = {}
     any_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in args_of)
     needed = TEACHER in batch and _is_required(batch[TEACHER])
     declared = TEACHER in batch and getattr(found, "needs_teacher", False) is True
-    hints = {name: hint for name, hint in hints.items() if name in args}
-    return _Call(batch, shapes, args, hints, any_more, needed or declared)
+    return _Call(batch, shapes, args, _hints_of(target, args), any_more, needed or declared)
+
+
+def _hints_of(target: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the annotations of these parameters; none if one of a function's is unknown."""
+    try:
+        hints = typing.get_type_hints(target, include_extras=True)
+    except Exception:  # an annotation may name anything
+        return {}
+    return {name: hints[name] for name in names if name in hints}
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

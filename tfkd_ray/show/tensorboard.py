@@ -141,11 +141,7 @@ class TensorBoard(OwnCallback):
         _add(writer, 0, _session_start(values, group, self._columns, self._kinds))
         if assignment is not None and is_new:
             config = {k: v for k, v in trial.config.items() if k not in (SECTION, TRIAL_INDEX)}
-            plain = _plain_training(config)
-            _add(writer, 0, _text_summary("trial/change", _change(plain, config)))
-            _add(writer, 0, _text_summary("trial/config", _again(assignment.name, config)))
-            if assignment.arm is None:  # seeds of an arm would repeat it
-                _add_targets(writer, config["objective"], plain.data.num_classes)
+            _add_texts(writer, assignment, config)
         writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
 
@@ -442,6 +438,15 @@ def label_probability(objective: Canonical, num_classes: int) -> float | None:
     label, other = objective.correct_prob, (1 - objective.correct_prob) / (K - 1)
     gap = math.log(label / other) if isinstance(objective, TfkdReg) else label - other
     return 1 / (1 + (K - 1) * math.exp(-gap / objective.temperature))
+
+
+def _add_texts(writer: EventFileWriter, assignment: Assignment, config: Mapping[str, Any]) -> None:
+    """Write how a trial differs from plain training, its configuration, and its targets."""
+    plain = _plain_training(config)
+    _add(writer, 0, _text_summary("trial/change", _change(plain, config)))
+    _add(writer, 0, _text_summary("trial/config", _again(assignment.name, config)))
+    if assignment.arm is None:  # seeds of an arm would repeat it
+        _add_targets(writer, config["objective"], plain.data.num_classes)
 
 
 def _add_targets(writer: EventFileWriter, tree: Any, num_classes: int) -> None:
