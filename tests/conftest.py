@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def _no_power_cut() -> Iterator[None]:
     os.fsync = lambda fd: None
     yield
     os.fsync = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_server_left() -> Iterator[None]:
+    """Fail if a server still runs: on a closed socket it spins, and slows all tests after it."""
+    yield
+    left = [t.name for t in threading.enumerate() if "serve_forever" in t.name]
+    assert not left, left
 
 
 @pytest.fixture(scope="session")
