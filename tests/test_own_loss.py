@@ -602,3 +602,33 @@ def test_a_loss_that_opens_a_relative_path_is_tried_where_its_experiment_was_beg
         config.try_own_code()
     monkeypatch.setattr("tfkd_ray.settings.own_code._home", home)
     config.try_own_code()
+
+
+READING_NETWORK = """
+from pathlib import Path
+from torch import nn
+
+class Scaled(nn.Module):
+    def __init__(self, shape, num_classes):
+        super().__init__()
+        self.layer = nn.Linear(shape[1] * shape[2], num_classes)
+
+    def forward(self, images):
+        return float(Path("weight.txt").read_text()) * self.layer(images.flatten(1))
+"""
+
+
+def test_a_network_that_opens_a_relative_path_is_tried_where_its_experiment_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, module = tmp_path / "home", f"network_{tmp_path.name}"
+    home.mkdir()
+    (home / f"{module}.py").write_text(READING_NETWORK)
+    (home / "weight.txt").write_text("2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(home))
+    config = validated(TrainConfig, {"objective": "ce", "student": f"{module}:Scaled"})
+    with pytest.raises((ConfigError, FileNotFoundError), match=r"weight\.txt"):
+        config.try_own_code()
+    monkeypatch.setattr("tfkd_ray.settings.own_code._home", home)
+    config.try_own_code()
