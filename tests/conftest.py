@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +137,28 @@ def tfkd_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
     return run
+
+
+def train_as_worker(
+    rank: int, folder: str, tree: dict[str, Any], teachers: Callable[..., Any]
+) -> None:
+    """Train as one of two workers, in a process of its own; the first saves the last state.
+
+    Args:
+        teachers: returns the teachers of a run.
+    """
+    from tfkd_ray.learn.config import TrainConfig
+    from tfkd_ray.learn.loop import train
+    from tfkd_ray.settings.schema import validated
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    run = validated(TrainConfig, tree)
+    for epoch in train(run, teacher=teachers(run)):
+        last = epoch
+    if rank == 0:
+        torch.save(last.state(), f"{folder}/state.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # see test_loop.py

@@ -1,7 +1,6 @@
 """Losses of the user's own on layers of the networks: hooks, projectors, the bank, what is refused."""
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT
+from conftest import ROOT, train_as_worker
 from test_loop import numbers, same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -350,20 +348,6 @@ def test_a_run_with_a_projector_that_is_stopped_and_resumed_equals_one_never_sto
     assert state is not None and same(state, whole[-1].state())
 
 
-def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    run = validated(TrainConfig, tree)
-    for epoch in train(run, teacher=teacher_of(run)):
-        last = epoch
-    if rank == 0:
-        torch.save(last.state(), f"{folder}/state.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # see test_loop.py
-
-
 OWN_NETWORK = {"name": "own", "path": "test_models:odd", "args": {"kind": "auxiliary"}}
 TWO = {
     "a class": ("Flat", {"student": ["1"], "teacher": ["1"]}, {}),
@@ -378,7 +362,8 @@ def test_two_workers_agree_with_one_on_a_projector(
 ) -> None:
     run = run_of(name, features, **{**MLP, **changes})
     one = last_of(run, teacher_of(run)).state()
-    mp.spawn(_worker, (str(tmp_path), run.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
+    given = (str(tmp_path), run.model_dump(mode="json"), teacher_of)
+    mp.spawn(train_as_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for part in ("model", "objective"):
         assert one[part].keys() == two[part].keys() and one[part]

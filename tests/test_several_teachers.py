@@ -1,15 +1,13 @@
 """Two or more teachers: the mean of their softened probabilities, their shares, their artifacts."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import Run
+from conftest import Run, train_as_worker
 from safetensors.torch import load_file
 from test_loop import numbers, same
 from torch import Tensor, nn
@@ -203,25 +201,12 @@ def test_the_state_of_a_run_with_other_shares_is_refused() -> None:
         next(train(other, state, teacher=networks(other)))
 
 
-def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    run = validated(TrainConfig, tree)
-    for epoch in train(run, teacher=networks(run)):
-        last = epoch
-    if rank == 0:
-        torch.save(last.state(), f"{folder}/state.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # see test_loop.py
-
-
 @pytest.mark.slow
 def test_two_workers_agree_with_one_on_two_teachers(tmp_path: Path) -> None:
     run = config()
     one = last_of(run, networks(run)).state()
-    mp.spawn(_worker, (str(tmp_path), run.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
+    given = (str(tmp_path), run.model_dump(mode="json"), networks)
+    mp.spawn(train_as_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for key, value in one["model"].items():
         assert (two["model"][key] - value).abs().max() < 1e-5, key
