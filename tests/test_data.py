@@ -38,6 +38,7 @@ from tfkd_ray.learn.official import (
     Kmnist,
     Mnist,
 )
+from tfkd_ray.learn.omniglot import CHARACTERS, CHECKSUMS, Omniglot
 from tfkd_ray.learn.own import imported
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
@@ -1061,6 +1062,30 @@ def zipped(folder: Path, path: Path) -> None:
             archive.write(file, f"{folder.name}/{file.relative_to(folder)}")
 
 
+def drawing(seed: int) -> np.ndarray[Any, Any]:
+    """Return bool [105, 105], True where the paper is white."""
+    return np.random.default_rng(seed).random((105, 105)) > 0.2
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_drawings(root: Path, name: str, alphabets: list[str]) -> Path:
+    """Write some alphabets of an official set; a drawing depends on its alphabet and place alone."""
+    for alphabet in alphabets:
+        first = 1000 * sorted(CHARACTERS).index(alphabet)
+        for character in range(1, CHARACTERS[alphabet] + 1):
+            folder = root / name / alphabet / f"character{character:02}"
+            folder.mkdir(parents=True)
+            for drawer in range(1, 21):
+                content = png(drawing(first + 20 * character + drawer))
+                (folder / f"{character:04}_{drawer:02}.png").write_bytes(content)
+    return root / name
+
+
 @pytest.fixture
 def served(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1087,6 +1112,13 @@ def served(
             zipped(tmp_path / "gzip", folder / "gzip.zip")
             monkeypatch.setattr(Emnist, "url", f"{url}/gzip.zip")
             monkeypatch.setattr(Emnist, "md5s", (md5(folder / "gzip.zip"),))
+        elif name == "omniglot":
+            write_drawings(tmp_path, "images_background_small2", ["Tagalog"])
+            zipped(tmp_path / "images_background_small2", folder / "images_background_small2.zip")
+            checksum = hashlib.sha256((folder / "images_background_small2.zip").read_bytes())
+            data = Omniglot(root=root, sets=("images_background_small2",), alphabets=("Tagalog",))
+            monkeypatch.setattr(Omniglot, "url", url)
+            monkeypatch.setitem(CHECKSUMS, "images_background_small2", checksum.hexdigest())
         elif name == "tiny_imagenet":
             data = TinyImagenet(root=root)
             zipped(write_tiny(tmp_path / "tiny-imagenet-200"), folder / "tiny.zip")
@@ -1103,7 +1135,16 @@ def served(
     return make
 
 
-DOWNLOADED = ["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "tiny_imagenet"]
+DOWNLOADED = [
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "emnist",
+    "cifar10",
+    "cifar100",
+    "omniglot",
+    "tiny_imagenet",
+]
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
@@ -1119,6 +1160,8 @@ def test_a_data_set_is_downloaded_once(
         for path in data.root.rglob("*")
         if path.suffix in (".part", ".zip") or path.name.startswith("tmp")
     ]
+    if name == "omniglot":  # is read as a zip
+        left.remove("images_background_small2.zip")
     assert not left
     for path in server[1].iterdir():
         path.unlink()
@@ -1134,7 +1177,7 @@ def test_nothing_is_kept_of_a_download_of_another_md5(
         path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(
         ConfigError,
-        match=rf"^data {name}: http\S* has the md5 \w+, and the official file's is \w+; it is not kept; try again, or ",
+        match=rf"^data {name}: http\S* has the (md5|sha256) \w+, and the official file's is \w+; it is not kept; try again, or ",
     ):
         data.download()
     assert not list(data.root.iterdir())

@@ -47,6 +47,7 @@ from tfkd_ray.learn.dataset import (
 )
 from tfkd_ray.learn.image_files import ImageFolder, Imagenet, TinyImagenet
 from tfkd_ray.learn.official import Cifar10, Cifar100, Emnist, FashionMnist, Kmnist, Mnist
+from tfkd_ray.learn.omniglot import Omniglot
 from tfkd_ray.learn.own import imported
 
 
@@ -221,6 +222,7 @@ Data = Annotated[
     | FashionMnist
     | Kmnist
     | Emnist
+    | Omniglot
     | Cifar10
     | Cifar100
     | TinyImagenet

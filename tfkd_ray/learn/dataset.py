@@ -208,6 +208,37 @@ class Dataset(Settings):
     def _examine(self) -> None:
         self.check()
 
+    def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sorted positions in the official train set (train, validation).
+
+        Validation may be empty.
+
+        Args:
+            labels: of the official train set, int64 [N].
+        """
+        import torch
+
+        used = torch.arange(len(labels))
+        if self.subset is not None and self.subset < len(labels):
+            used = stratified(labels, 1 - self.subset / len(labels), seed=self.split_seed)[0]
+        if not self.val_fraction:
+            return used, used[:0]
+        train, val = stratified(labels[used], self.val_fraction, seed=self.split_seed)
+        if not len(val):
+            raise ConfigError(
+                f"data {self.name}: val_fraction: no class has two images, so none can be held out; got "
+                f"{self.val_fraction:g}"
+            )
+        return used[train], used[val]
+
+    def test_clusters(self) -> Tensor | None:
+        """Return the cluster of each test image, int64 [N]; None: test images are independent.
+
+        Images of a cluster have something in common, such as the person who drew them. The
+        bootstrap over test images resamples whole clusters.
+        """
+        return None
+
     def _whole(self, split: Split) -> Images:
         """Return the images of a whole official split."""
         import torch
@@ -253,9 +284,14 @@ class FileDataset(Dataset):
             raise self._wrong(path, problem)
         return labels - first
 
-    def _fetch(self, url: str, md5: str, path: Path) -> None:
-        """Download a file completely or not at all."""
-        digest = hashlib.md5(usedforsecurity=False)
+    def _fetch(self, url: str, checksum: str, path: Path) -> None:
+        """Download a file completely or not at all.
+
+        Args:
+            checksum: md5, or SHA-256 if it has 64 digits.
+        """
+        kind = "sha256" if len(checksum) == 64 else "md5"
+        digest = hashlib.new(kind, usedforsecurity=False)
         try:
             with (
                 whole_file(path) as part,
@@ -265,9 +301,9 @@ class FileDataset(Dataset):
                 while piece := reply.read(2**20):
                     digest.update(piece)
                     file.write(piece)
-                if digest.hexdigest() != md5:
+                if digest.hexdigest() != checksum:
                     problem = (
-                        f"{url} has the md5 {digest.hexdigest()}, and the official file's is {md5}; "
+                        f"{url} has the {kind} {digest.hexdigest()}, and the official file's is {checksum}; "
                         "it is not kept"
                     )
                     raise ConfigError(f"data {self.name}: {problem}; try again, or {self.origin}")
@@ -353,7 +389,7 @@ def _examined(data: Dataset) -> None:
 def load_official(data: Dataset) -> OfficialSets:
     before = _state(data)  # taken first, so that files that change during the read are read again
     whole = data._whole("train")
-    train, val = split(whole.labels, data)
+    train, val = data.split(whole.labels)
     return OfficialSets(
         whole, whole.part(train), whole.part(val) if len(val) else None, before or _state(data)
     )
@@ -436,25 +472,6 @@ def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
             f"data {data.name}: channel {int(std.argmin())} has one value in all images; leave it out"
         )
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def split(labels: Tensor, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Return sorted positions in the official train set (train, validation).
-
-    Validation may be empty.
-    """
-    import torch
-
-    used = torch.arange(len(labels))
-    if data.subset is not None and data.subset < len(labels):
-        used = stratified(labels, 1 - data.subset / len(labels), seed=data.split_seed)[0]
-    if not data.val_fraction:
-        return used, used[:0]
-    train, val = stratified(labels[used], data.val_fraction, seed=data.split_seed)
-    if not len(val):
-        raise ConfigError(f"data {data.name}: val_fraction: no class has two images, so none can be held out; got "
-                          f"{data.val_fraction:g}")  # fmt: skip
-    return used[train], used[val]
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -473,7 +473,9 @@ def _judged_arm(
     if not judged:
         return verdict.JudgedArm(name, (), np.zeros(0))
     images = np.array(list(judged.values()))
-    return verdict.JudgedArm(name, tuple(judged), images.mean(axis=1), images)
+    found_clusters = runs[0].config.data.test_clusters()
+    clusters = None if found_clusters is None else found_clusters.numpy()
+    return verdict.JudgedArm(name, tuple(judged), images.mean(axis=1), images, clusters)
 
 
 def _has_diverged(result: dict[str, Any]) -> bool:

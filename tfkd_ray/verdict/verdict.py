@@ -20,7 +20,7 @@ thousands of simulated experiments.
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -104,6 +104,9 @@ class JudgedArm:
     images: NDArray[Any] | None = None
     """[n, N] the metric of each test image (for accuracy: whether it was right); its mean over
     images is the value."""
+    clusters: NDArray[Any] | None = None
+    """[N] the cluster of each test image, whose images have something in common, such as the person
+    who drew them. None: images are independent."""
 
     def __post_init__(self) -> None:
         n = len(self.seeds)
@@ -115,6 +118,8 @@ class JudgedArm:
             )
             off = np.abs(self.images.mean(axis=1) - self.values).max(initial=0)
             assert not off > 1e-5, f"{self.name}: values are not the means over images, {off=}"
+            if self.clusters is not None:
+                assert self.clusters.shape == self.images.shape[1:], f"{self.clusters.shape=}"
 
 
 # --- the decision, on arrays -----------------------------------------------------------------------------------
@@ -330,6 +335,7 @@ def paired(
                 - b.images[rows_b].mean(axis=0, dtype=float)
             ),
             seed,
+            a.clusters,
         )
     return Paired(
         over=b.name,
@@ -352,15 +358,32 @@ def hedges(df: int) -> float:
     return float(np.exp(special.gammaln(df / 2) - special.gammaln((df - 1) / 2)) / np.sqrt(df / 2))
 
 
-def image_interval(leads: Array, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean of [N] leads, an image each."""
+def image_interval(
+    leads: Array, seed: int = 0, clusters: NDArray[Any] | None = None
+) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean of [N] leads, an image each.
+
+    Args:
+        clusters: [N]; whole clusters are resampled. None: each image is its own.
+    """
     if np.ptp(leads) == 0:
         return float(leads[0]), float(leads[0])
+    samples: tuple[NDArray[Any], ...] = (leads,)
+    mean: Callable[..., Any] = np.mean
+    if clusters is not None:
+        _, of_image = np.unique(clusters, return_inverse=True)
+        samples, mean = (np.bincount(of_image, leads), np.bincount(of_image)), _mean_of_clusters
     ci = stats.bootstrap(
-        (leads,), np.mean, n_resamples=RESAMPLES, confidence_level=1 - ALPHA, method="percentile", batch=100,
-        rng=np.random.default_rng(seed),
+        samples, mean, n_resamples=RESAMPLES, confidence_level=1 - ALPHA, method="percentile", batch=100,
+        paired=True, rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return float(ci.low), float(ci.high)
+
+
+def _mean_of_clusters(sums: Array, counts: Array, axis: int) -> Array:
+    """Return the mean over images from the sums of clusters and their numbers of images."""
+    means: Array = sums.sum(axis) / counts.sum(axis)
+    return means
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------
