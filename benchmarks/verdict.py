@@ -1,6 +1,6 @@
 """How often the verdict is wrong: simulated experiments through the shipped `leads_of` and `decide`.
 
-    python benchmarks/verdict.py [--simulations 20000] [--seed 0]
+    python benchmarks/verdict.py [--simulations 20000] [--seed 0] [--sequential]
 
 Each simulation is an experiment: k = 3 candidates and m = 3 baselines, all on the same n seeds and the same test set.
 
@@ -24,11 +24,16 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from tfkd_ray.verdict.verdict import ACCURACY, decide, leads_of
+from tfkd_ray.verdict.decision import ALPHA, decide, leads_of
+from tfkd_ray.verdict.sequential import SeedPlan, nominal_levels, settle
+from tfkd_ray.verdict.verdict import ACCURACY
 
 Array = NDArray[np.float64]
 CANDIDATES = BASELINES = 3
 SEEDS = (3, 5, 10)
+PLAN = SeedPlan(3, 20)
+SEQUENTIAL_GAINS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+"""In points; at 20 seeds they take the power of the fixed comparison from 0 to 1."""
 CHUNK = 2000
 """Number of simulations at a time."""
 
@@ -213,6 +218,75 @@ def sweep(
     return np.take_along_axis(seen, best, axis=1), np.take_along_axis(true, best, axis=1)
 
 
+@dataclass(frozen=True)
+class SequentialRates:
+    """What a sequential comparison does, beside a fixed one with as many seeds as its limit."""
+
+    found: float
+    """Share of candidates that are found better."""
+    found_fixed: float
+    family_wise: float
+    """Share of experiments with a 'better'."""
+    family_wise_fixed: float
+    seeds: float
+    """Mean seeds of an experiment, as a share of the limit."""
+    coverage: float
+    """Of the intervals over all looks, at the look at which the experiment stops."""
+
+
+def sequential(
+    simulations: int, gains: Array, candidates: int, *, plan: SeedPlan = PLAN, seed: int = 0
+) -> SequentialRates:
+    """Return the rates of a comparison of the first `candidates` arms with the others."""
+    rng = np.random.default_rng(seed)
+    found, fixed, seeds, covered = [], [], [], []
+    for start in range(0, simulations, CHUNK):
+        size = min(CHUNK, simulations - start)
+        measured, expected = LARGE.accuracies(rng, size, plan.limit, gains)
+        leads = measured[:, :candidates, None] - measured[:, None, candidates:]
+        truth = expected[:, :candidates, None] - expected[:, None, candidates:]
+        settled = settle(leads, plan, ACCURACY.margin)
+        last = np.where(settled.all_done, settled.seeds.max(axis=-1), plan.limit)
+        found.append(settled.better)
+        fixed.append(decide(leads_of(leads), ACCURACY.margin).better)
+        seeds.append(last)
+        for n in plan.looks:
+            level = nominal_levels(ALPHA, plan)[n - plan.first]
+            at_end = leads_of(leads[last == n][..., :n], level)
+            inside = (at_end.low <= truth[last == n]) & (truth[last == n] <= at_end.high)
+            covered.append(inside.ravel())
+    better, better_fixed = np.concatenate(found), np.concatenate(fixed)
+    return SequentialRates(
+        found=float(better.mean()),
+        found_fixed=float(better_fixed.mean()),
+        family_wise=float(better.any(axis=-1).mean()),
+        family_wise_fixed=float(better_fixed.any(axis=-1).mean()),
+        seeds=float(np.concatenate(seeds).mean() / plan.limit),
+        coverage=float(np.concatenate(covered).mean()),
+    )
+
+
+def print_sequential(simulations: int, seed: int) -> None:
+    print(
+        f"\nSequential, {PLAN.first} to {PLAN.limit} seeds, beside a fixed {PLAN.limit}; all candidates gain the same\n"
+        "\n| candidates, baselines | gain, points | found: fixed | sequential | difference | any 'better': fixed | "
+        "sequential | seeds, of the limit | coverage at the end |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for k, m in ((1, 1), (3, 1), (3, 3)):
+        for gain in SEQUENTIAL_GAINS:
+            r = sequential(simulations, points([gain] * k, [0] * m), k, seed=seed)
+            cells = [
+                f"{100 * r.found_fixed:.1f}",
+                f"{100 * r.found:.1f}",
+                f"{100 * (r.found - r.found_fixed):+.1f}",
+                percent(r.family_wise_fixed, simulations),
+                percent(r.family_wise, simulations),
+                f"{100 * r.seeds:.0f}",
+                f"{100 * r.coverage:.1f}",
+            ]
+            row(f"{k}, {m} | {gain:g}", cells)
+
+
 def bootstrap_coverage(simulations: int, n: int, seed: int = 0) -> float:
     """Return how often a 95 % percentile bootstrap over n seeds covers the mean of a normal."""
     rng = np.random.default_rng(seed)
@@ -263,7 +337,11 @@ def main() -> None:
     )
     parser.add_argument("--simulations", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sequential", action="store_true", help="only sequential comparisons")
     args = parser.parse_args()
+    if args.sequential:
+        print_sequential(args.simulations, args.seed + 10)
+        return
     sims, start = args.simulations, time.perf_counter()
     print(f"{sims:,} simulations a cell, seed {args.seed}; per cent ± standard error")
 
@@ -320,6 +398,8 @@ def main() -> None:
             sims, points([gain, 0, 0], [0, 0, 0]), count=slice(0, 1), seed=args.seed + 9
         )
         row(f"{gain} points", [verdicts(rates[n]) for n in SEEDS])
+
+    print_sequential(sims, args.seed + 10)
 
     head("what we do not use")
     row(

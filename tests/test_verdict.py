@@ -16,17 +16,15 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.verdict.decision import decide, holm, leads_of
 from tfkd_ray.verdict.verdict import (
     ACCURACY,
     MOST_SEEDS,
     JudgedArm,
     JudgedMetric,
-    decide,
     hedges,
-    holm,
     image_interval,
     judge,
-    leads_of,
     paired,
     seeds_needed,
     smallest_seen,

@@ -37,9 +37,8 @@ def confirm_verb(args: argparse.Namespace) -> int:
 
     if args.top_k < 1:
         raise ConfigError("at least the best one is compared", f"--top-k {args.top_k}")
-    if args.seeds < 2:
-        message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
-        raise ConfigError(message, f"--seeds {args.seeds}")
+    first_look, most = args.seeds
+    _check_seeds(first_look, most)
     if is_arms(args):
         usual = {
             "--top-k": args.top_k == DEFAULT_TOP_K,
@@ -85,15 +84,38 @@ def confirm_verb(args: argparse.Namespace) -> int:
 
     prepare(compared.example, storage)
     taken = read_experiment(given)["space"]["seed"] if compared.experiment else None
-    seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + args.seeds + 1) if seed != taken][
-        : args.seeds
-    ]
-    options = {"teacher_per_seed": args.teacher_per_seed, "hold_out": args.train_only}
+    seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + most + 1) if seed != taken][:most]
+    options = {
+        "teacher_per_seed": args.teacher_per_seed,
+        "hold_out": args.train_only,
+        "first_look": first_look,
+    }
     storage.check_new(name)  # before tuning baselines, which takes a while
     new_comparison(
         compared, seeds, storage.folder / name, strict=args.fail_if_not_better, **options
     )
     return compare_arms(Experiment(storage, name), args.address)
+
+
+def _check_seeds(first_look: int | None, most: int) -> None:
+    """Raise a ConfigError for numbers of seeds that can tell nothing."""
+    from tfkd_ray.settings.errors import ConfigError
+
+    if first_look is None:
+        if most < 2:
+            message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
+            raise ConfigError(message, f"--seeds {most}")
+        return
+    option = f"--seeds {first_look}..{most}"
+    if first_look < 3:
+        message = (
+            f"the first look needs 3 seeds or more to measure a spread by, got {first_look}; "
+            f"try 3..{max(most, 20)}"
+        )
+        raise ConfigError(message, option)
+    if most < first_look:
+        message = f"the limit, {most}, is below the first look, {first_look}; write FIRST..LIMIT, such as 3..20"
+        raise ConfigError(message, option)
 
 
 def _tuned_baselines(
@@ -153,7 +175,12 @@ def compare_arms(comparison: "Experiment", address: str | None) -> int:
 
     directory = comparison.folder
     compared = read_comparison(directory)
-    if not compared.is_trained:
+    if not compared.ended:
+        code = _train_until_settled(compared, comparison, address)
+        if code is not None:
+            return code
+        compared = read_comparison(directory)
+    elif not compared.is_trained:
         join_ray(address, compared.runs[0].config.workers)
         ended = _fit_arms(compared, comparison)
         if not ended:
@@ -182,17 +209,49 @@ def compare_arms(comparison: "Experiment", address: str | None) -> int:
     )
 
 
-def _fit_arms(compared: "Comparison", comparison: "Experiment") -> bool | None:
-    """Train the missing runs of a comparison; see `_fit`."""
+def _train_until_settled(
+    compared: "Comparison", comparison: "Experiment", address: str | None
+) -> int | None:
+    """Add seeds to a sequential comparison until it ends; return an exit code if it cannot go on."""
+    from tfkd_ray.run.confirm import ends_at_look
+    from tfkd_ray.store.experiment import read_records
+
+    assert compared.plan is not None, comparison
+    known: dict[str, Any] = {}
+    for seeds in compared.plan.looks:
+        runs = compared.runs[: seeds * len(compared.arms.arms)]
+        over = {r.name for r in read_records(comparison.folder) if r.status in ("done", "failed")}
+        if not over >= {run.name for run in runs}:
+            join_ray(address, compared.runs[0].config.workers)
+            ended = _fit_arms(compared, comparison, seeds)
+            if not ended:
+                return FAILED if ended is None else told_of_interrupt(comparison.folder)
+        try:
+            ends = ends_at_look(comparison, seeds, known)
+        except KeyboardInterrupt:
+            return told_of_interrupt(comparison.folder)
+        if ends:
+            break
+        say_error(f"look at {seeds} seeds: not settled; training one more seed of each arm")
+    return None
+
+
+def _fit_arms(
+    compared: "Comparison", comparison: "Experiment", seeds: int | None = None
+) -> bool | None:
+    """Train the missing runs of a comparison, of the first seeds or of all; see `fit_tuner`."""
     from tfkd_ray.run.confirm import comparison_tuner
 
     progress = progress_view(comparison.folder)
-    teachers = [made for run in compared.runs_on_data for made in run.config.teacher_runs()]
+    runs = compared.runs_on_data
+    if seeds is not None:
+        runs = runs[: seeds * len(compared.arms.arms)]
+    teachers = [made for run in runs for made in run.config.teacher_runs()]
     told = teacher_lines(teachers, comparison.storage.folder)
     return fit_tuner(
         progress,
         lambda shown: comparison_tuner(
-            comparison, callbacks=[shown], on_teacher=told, on_note=shown.note
+            comparison, callbacks=[shown], on_teacher=told, on_note=shown.note, seeds=seeds
         ),
         comparison.folder,
     )

@@ -355,10 +355,11 @@ def _parser() -> argparse.ArgumentParser:
     storage(sub)
     sub.add_argument(
         "--seeds",
-        type=_count,
-        default=5,
-        metavar="N",
-        help="runs of each arm (default: 5, which shows gains of about a point; 10 show half a point)",
+        type=_seeds,
+        default=(None, 5),
+        metavar="N|FIRST..LIMIT",
+        help="runs of each arm (default: 5, which shows gains of about a point; 10 show half a point); "
+        "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
     )
     sub.add_argument("--preset", choices=["smoke"], help="smoke: scaled down, to see it run")
     sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
@@ -544,6 +545,14 @@ def _budgets(sub: argparse.ArgumentParser) -> None:
     for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
                          help=f"end the sweep, to be resumed, after so many {text}")  # fmt: skip
+
+
+def _seeds(text: str) -> tuple[int | None, int]:
+    """Return (None, N), or (first look, limit) of a sequential comparison."""
+    first, dots, limit = text.partition("..")
+    if not dots:
+        return None, _count(text)
+    return _count(first), _count(limit)
 
 
 def _count(text: str) -> int:

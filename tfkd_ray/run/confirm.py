@@ -36,7 +36,7 @@ from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import check_writable, write_text
 from tfkd_ray.show.tensorboard import TensorBoard, write_comparison
-from tfkd_ray.space.arms import Arm, Arms, Comparison, Run, read_comparison
+from tfkd_ray.space.arms import Arm, Arms, Comparison, Run, end_comparison, read_comparison
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     Record,
@@ -51,6 +51,7 @@ from tfkd_ray.store.experiment import (
 from tfkd_ray.store.storage import Experiment, to_continue
 from tfkd_ray.verdict import verdict
 from tfkd_ray.verdict.scores import SCORES, score_of, scores
+from tfkd_ray.verdict.sequential import SeedPlan
 
 LOGITS = "test.safetensors"
 """A run's logits [N, K] on the test split, the labels [N], and its teacher's guesses [N]."""
@@ -105,8 +106,13 @@ def comparison_tuner(
     callbacks: Sequence[tune.Callback] = (),
     on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    seeds: int | None = None,
 ) -> tune.Tuner:
-    """Return a Tuner that trains a comparison's missing runs; train its teachers first."""
+    """Return a Tuner that trains a comparison's missing runs; train its teachers first.
+
+    Args:
+        seeds: only the runs of so many first seeds. None: all.
+    """
     comparison = to_continue(comparison)
     storage, directory = comparison.storage, comparison.folder
     compared = read_comparison(directory)
@@ -118,6 +124,8 @@ def comparison_tuner(
             directory,
         )
     runs = compared.runs_on_data
+    if seeds is not None:
+        runs = runs[: seeds * len(compared.arms.arms)]
     check_writable(directory, "a directory of yours")
     config = runs[0].config
     for arm in compared.arms.arms:
@@ -204,47 +212,114 @@ def judge_on_test(
         lock.release()
 
 
+def ends_at_look(comparison: Experiment | Path, seeds: int, known: dict[str, Any]) -> bool:
+    """Look at the test split after so many seeds; return whether the comparison ends here.
+
+    A sequential comparison ends when every candidate is settled, or at its limit. Until then no
+    test figure leaves this process: a look writes the line of its opening, and nothing else.
+
+    Args:
+        known: results of runs at earlier looks of this process, by name; it is added to.
+    """
+    comparison = to_continue(comparison)
+    directory, storage, lock = comparison.folder, comparison.storage, Lock(*comparison)
+    try:
+        with storage.up_to_date(comparison.name, storage.folder / OPENINGS):
+            compared = read_comparison(directory)
+            assert compared.plan is not None, directory
+            words = _words_at_look(directory, compared, seeds, known)
+            ends = seeds == compared.plan.limit or "cannot tell" not in words
+            if ends:
+                end_comparison(directory, seeds)
+            return ends
+    finally:
+        lock.release()
+
+
+def _words_at_look(
+    directory: Path, compared: Comparison, seeds: int, known: dict[str, Any]
+) -> list[str]:
+    """Return the verdict on each candidate after so many seeds."""
+    runs = compared.runs_on_data[: seeds * len(compared.arms.arms)]
+    records = {record.name: record for record in read_records(directory)}
+    done = [run for run in runs if run.name in records and records[run.name].status == "done"]
+    if not done:
+        raise _nothing_trained(directory, len(runs))
+    tester = _Tester(directory, done[0].config.data)
+    _note_opening(directory, compared, tester.digest, len(done), seeds)
+    for run in done:
+        if run.name not in known:
+            logits, labels = tester.logits(run)
+            known[run.name] = scores(logits.cpu().numpy(), labels.cpu().numpy())
+    arrays, diverged = {}, set[str]()
+    for arm in compared.arms.arms:
+        mine = [run for run in runs if run.arm == arm.name]
+        found = [_status_of(run, records.get(run.name)) | known.get(run.name, {}) for run in mine]
+        arrays[arm.name] = _judged_arm(arm.name, mine, found, None, compared.arms.metric)
+        diverged |= {arm.name} if any(map(_has_diverged, found)) else set()
+    looked = compared.seeds[:seeds]
+    judged = _verdicts(compared.arms, arrays, diverged, compared.plan, looked)
+    return [one.verdict for _, found in judged for one in found.candidates]
+
+
+def _nothing_trained(directory: Path, runs: int) -> ConfigError:
+    where = trials_folder(directory)
+    return ConfigError(f"none of its {runs} runs was trained to the end; see {where}", directory)
+
+
 def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, Any]:
     compared = read_comparison(directory)
     runs = compared.runs_on_data
     records = {record.name: record for record in read_records(directory)}
     done = [run for run in runs if run.name in records and records[run.name].status == "done"]
     if not done:
-        where = trials_folder(directory)
-        raise ConfigError(
-            f"none of its {len(runs)} runs was trained to the end; see {where}", directory
-        )
-    data = done[0].config.data
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test: Images | None = None
+        raise _nothing_trained(directory, len(runs))
+    tester: _Tester | None = None
     noted = False
-    taught = _Taught(directory.parent, device)
     for run in done:
         path = trials_folder(directory) / run.name / LOGITS
         if path.exists():
             continue
-        if test is None:
-            test = data.load_test()
-            digest = digest_of(test)
-            test = test.on(device)
+        tester = tester or _Tester(directory, done[0].config.data)
         if on_run:
             on_run(run.name)
-        network = run.config.build_student()
-        network.load_state_dict(load_weights(path.with_name(WEIGHTS), network=network))
-        network = network.to(device).to(memory_format=run.config.student.memory_format)
-        loop = run.config.loop
-        if loop is None or loop.test is None:
-            logits, labels = _logits(network, data, test)
-        else:
-            logits, labels = loop.ready().test_logits(run.config, network, test), test.labels
+        logits, labels = tester.logits(run)
         found = {"logits": logits, "labels": labels}
-        guesses = taught.guesses(run.config, test)
+        guesses = tester.taught.guesses(run.config, tester.test)
         found |= {} if guesses is None else {"teacher": guesses}
         if not noted:  # before anybody can see a result; if a file cannot be read, there is none
-            _note_opening(directory, compared, digest, len(done))
+            if compared.plan is None:
+                _note_opening(directory, compared, tester.digest, len(done))
             noted = True
         save_weights(path, found, {"run": run.name})
     return outcome(directory)
+
+
+class _Tester:
+    """The test split, opened, and what trained runs say on it.
+
+    Args:
+        directory: of the comparison.
+    """
+
+    def __init__(self, directory: Path, data: Dataset) -> None:
+        self._directory, self._data = directory, data
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        test = data.load_test()
+        self.digest = digest_of(test)
+        self.test = test.on(self._device)
+        self.taught = _Taught(directory.parent, self._device)
+
+    def logits(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Return a trained run's logits [N, K] and the labels [N]."""
+        weights = trials_folder(self._directory) / run.name / WEIGHTS
+        network = run.config.build_student()
+        network.load_state_dict(load_weights(weights, network=network))
+        network = network.to(self._device).to(memory_format=run.config.student.memory_format)
+        loop = run.config.loop
+        if loop is None or loop.test is None:
+            return _logits(network, self._data, self.test)
+        return loop.ready().test_logits(run.config, network, self.test), self.test.labels
 
 
 class _Taught:
@@ -308,11 +383,16 @@ def split_id(data: Dataset) -> str:
     return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)
 
 
-def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int) -> None:
+def _note_opening(
+    directory: Path, compared: Comparison, digest: str, runs: int, seeds: int | None = None
+) -> None:
     """Record that the test split is opened, and its digest; refuse a split that has changed since.
 
-    Write one line for each number of trained runs: resuming a judgement that was killed adds no
-    line.
+    Write one line for each number of trained runs, or for each look of a sequential comparison:
+    resuming a judgement that was killed adds no line.
+
+    Args:
+        seeds: of this look. None: the number of seeds is fixed.
     """
     ours = [
         opened
@@ -327,7 +407,10 @@ def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int)
                 "comparison",
                 directory,
             )
-    if not (directory / "confirm.json").exists() and any(
+    if seeds is not None:
+        if any(opened.get("seeds") == seeds for opened in ours):
+            return
+    elif not (directory / "confirm.json").exists() and any(
         opened.get("runs") == runs for opened in ours
     ):
         return
@@ -339,6 +422,8 @@ def _note_opening(directory: Path, compared: Comparison, digest: str, runs: int)
         "digest": digest,
         "runs": runs,
     }
+    if seeds is not None and compared.plan is not None:
+        line |= {"seeds": seeds, "look": seeds - compared.plan.first + 1}
     append_line(directory.parent / OPENINGS, json.dumps(line), durable=True)
 
 
@@ -405,7 +490,9 @@ def outcome(directory: Path) -> dict[str, Any]:
                 "text": verdict.verdict_table(judged, arms=False),
                 **judged.to_json(),
             }
-            for student, judged in _verdicts(compared.arms, arrays, diverged)
+            for student, judged in _verdicts(
+                compared.arms, arrays, diverged, compared.plan, compared.seeds
+            )
         ],
     }
     write_text(directory / "confirm.json", json.dumps(result, indent=1) + "\n")
@@ -439,9 +526,7 @@ def _run_outcome(
 ) -> tuple[dict[str, Any], NDArray[np.bool_] | None]:
     """Return (the record of a run, a mask of the test images that it classified correctly [N])."""
     path = trials_folder(directory) / run.name / LOGITS
-    found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
-    if record and record.reason:
-        found["reason"] = record.reason.splitlines()[0]
+    found = _status_of(run, record)
     if not path.exists():
         return found, None
     arrays = load_file(path)
@@ -452,17 +537,30 @@ def _run_outcome(
     return found, guesses == arrays["labels"]
 
 
+def _status_of(run: Run, record: Record | None) -> dict[str, Any]:
+    """Return what became of a run, without its results."""
+    found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
+    if record and record.reason:
+        found["reason"] = record.reason.splitlines()[0]
+    return found
+
+
 def _judged_arm(
     name: str,
     runs: Sequence[Run],
     found: Sequence[dict[str, Any]],
-    right: Sequence[NDArray[np.bool_] | None],
+    right: Sequence[NDArray[np.bool_] | None] | None,
     metric: str,
 ) -> verdict.JudgedArm:
-    """Return the arm's test values; a diverged run counts with the accuracy of guessing."""
+    """Return the arm's test values; a diverged run counts with the accuracy of guessing.
+
+    Args:
+        right: masks of the test images that each run classified correctly. None: only the values
+            are needed.
+    """
     pairs = list(zip(runs, found, strict=True))
     diverged = [run.seed for run, result in pairs if _has_diverged(result)]
-    if metric != "val_accuracy" or diverged:
+    if metric != "val_accuracy" or diverged or right is None:
         row = score_of(metric)
         values = {run.seed: result[row.name] for run, result in pairs if row.name in result}
         values |= dict.fromkeys(diverged, row.guess(runs[0].config.data.num_classes))
@@ -483,12 +581,20 @@ def _has_diverged(result: dict[str, Any]) -> bool:
 
 
 def _verdicts(
-    arms: Arms, arrays: dict[str, verdict.JudgedArm], diverged: set[str]
+    arms: Arms,
+    arrays: dict[str, verdict.JudgedArm],
+    diverged: set[str],
+    plan: SeedPlan | None,
+    seeds: Sequence[int],
 ) -> Iterator[tuple[str, verdict.Verdict]]:
     """Yield a verdict for each student network with candidates and baselines, or one for a sweep.
 
     Nothing is judged if a baseline has fewer than two runs or a diverged run: a candidate would win
     by default.
+
+    Args:
+        plan: of a sequential comparison.
+        seeds: of all looks so far, in order.
     """
 
     def group(arm: Arm) -> str:
@@ -514,10 +620,16 @@ def _verdicts(
         if not reasons:
             try:
                 lost = len(candidates) - len(able)
-                yield (
-                    names,
-                    verdict.judge(able, baselines, metric, searched=arms.searched, lost=lost),
+                judged = verdict.judge(
+                    able,
+                    baselines,
+                    metric,
+                    searched=arms.searched,
+                    lost=lost,
+                    plan=plan,
+                    seeds=seeds,
                 )
+                yield names, judged
                 continue
             except ConfigError as error:  # no common seeds
                 reasons = error.problems
@@ -527,13 +639,20 @@ def _verdicts(
 def _notes_of(directory: Path, compared: Comparison) -> Iterator[str]:
     found = openings(directory.parent, compared.data)
     own = next((k for k, o in enumerate(found) if o.get("id") == compared.id), len(found))
-    before = found[:own]
-    if sum(o.get("id") == compared.id for o in found) > 1:
+    # the looks of a sequential comparison are one opening
+    before = list({o.get("id", k): o for k, o in reversed([*enumerate(found[:own])])}.values())
+    times = sum(o.get("id") == compared.id for o in found)
+    if compared.plan is not None:
+        yield (
+            f"a sequential comparison: one opening of the test split, in {times} looks, from {compared.plan.first} to "
+            f"{len(compared.seeds)} of at most {compared.plan.limit} seeds; levels and intervals hold over all looks"
+        )
+    elif times > 1:
         yield "this test split was opened again after more runs were trained: the verdict before may have been seen"
     if before:
         yield (
             f"this test split was opened {len(before)} times before in this storage, first on "
-            f"{before[0]['when'][:10]} by {before[0]['experiment']}: what was chosen since may have been chosen by it"
+            f"{before[-1]['when'][:10]} by {before[-1]['experiment']}: what was chosen since may have been chosen by it"
         )
     for arm in compared.arms.arms:
         made = {

@@ -45,6 +45,7 @@ from tfkd_ray.store.experiment import (
 )
 from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.scores import Selectable
+from tfkd_ray.verdict.sequential import SeedPlan
 
 FIRST_SEED = 1001
 """First seed for arms; it is far from the seeds of sweeps."""
@@ -482,8 +483,14 @@ def new_comparison(
     teacher_per_seed: bool = False,
     hold_out: bool = False,
     strict: bool = False,
+    first_look: int | None = None,
 ) -> None:
-    """Create a comparison's directory; for wrong input, raise a ConfigError and write nothing."""
+    """Create a comparison's directory; for wrong input, raise a ConfigError and write nothing.
+
+    Args:
+        first_look: seeds before the first look of a sequential comparison, which takes all seeds at
+            most. None: the number of seeds is fixed.
+    """
     from tfkd_ray.learn.loop import LOOP_VERSION
 
     check_new(directory)
@@ -496,6 +503,7 @@ def new_comparison(
         "fail_if_not_better": strict,
         "digest": digest,
         "seeds": list(seeds),
+        **({} if first_look is None else {"first_look": first_look, "most_seeds": len(seeds)}),
         "teacher_per_seed": teacher_per_seed,
         "hold_out": hold_out,
         "compared": compared.model_dump(mode="json"),
@@ -525,6 +533,15 @@ class Comparison:
 
     digest: str | None = None
     """Digest of its runs' data; None if it began before data had digests."""
+    plan: SeedPlan | None = None
+    """Looks of a sequential comparison; None if the number of seeds is fixed."""
+    ended: bool = True
+    """False if a sequential comparison may still take more looks."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Return the seeds of all arms, in order; of a sequential comparison, at most these."""
+        return list(dict.fromkeys(run.seed for run in self.runs))
 
     @property
     def data(self) -> Dataset:
@@ -551,9 +568,21 @@ def read_comparison(directory: Path) -> Comparison:
         made_with = (str(about["versions"]["torch"]), int(about["loop_version"]))
         digest = str(about["digest"]) if "digest" in about else None
         id, strict = str(about["id"]), bool(about["fail_if_not_better"])
+        plan = None
+        if "first_look" in about:
+            plan = SeedPlan(int(about["first_look"]), int(about["most_seeds"]))
+        ended = plan is None or bool(about.get("ended"))
     done = {record.name for record in read_records(directory) if record.status == "done"}
     is_trained = done >= {run.name for run in runs}
-    return Comparison(arms, runs, options["hold_out"], id, strict, made_with, is_trained, digest)
+    held = options["hold_out"]
+    return Comparison(arms, runs, held, id, strict, made_with, is_trained, digest, plan, ended)
+
+
+def end_comparison(directory: Path, seeds: int) -> None:
+    """Record that a sequential comparison took its last look at this number of seeds."""
+    about = read_yaml(directory / "confirm.yaml", follow=False)
+    about |= {"seeds": about["seeds"][:seeds], "ended": True}
+    write_text(directory / "confirm.yaml", dump_yaml(about))
 
 
 # --- presets --------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ verdicts:
 
 `benchmarks/verdict.py` simulates how often they are wrong. To add a metric, add a row to `scores`.
 
-Shapes: n = seeds, k = candidates, m = baselines, N = test images; `...` = any, so that one call decides
-thousands of simulated experiments.
+Shapes: n = seeds, N = test images.
 """
 
 import math
@@ -22,7 +21,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +30,19 @@ from statsmodels.stats.power import TTestPower
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import json_tree
+from tfkd_ray.verdict.decision import (
+    ALPHA,
+    ROUNDING,
+    Array,
+    Decision,
+    Leads,
+    decide,
+    leads_of,
+)
 from tfkd_ray.verdict.scores import score_of
+from tfkd_ray.verdict.sequential import SeedPlan, Settled, nominal_levels, settle
 
-Array = NDArray[np.float64]
 Word = Literal["better", "not better", "cannot tell"]
-
-ALPHA = 0.05
-"""Two-sided level of all tests; intervals have level 1 - ALPHA."""
 
 POWER = 0.8
 """Power: the probability behind 'would have been seen' in the sentences."""
@@ -47,10 +52,6 @@ RESAMPLES = 2000
 
 MOST_SEEDS = 10_000
 """Larger numbers of seeds are not computed."""
-
-ROUNDING = 1e-6
-"""Leads within this are equal: float32 rounds accuracies near 1 by 6e-8; one image in 100,000 is
-1e-5."""
 
 
 # --- what is compared ------------------------------------------------------------------------------------------
@@ -120,100 +121,6 @@ class JudgedArm:
             assert not off > 1e-5, f"{self.name}: values are not the means over images, {off=}"
             if self.clusters is not None:
                 assert self.clusters.shape == self.images.shape[1:], f"{self.clusters.shape=}"
-
-
-# --- the decision, on arrays -----------------------------------------------------------------------------------
-
-
-class Leads(NamedTuple):
-    """Statistics of leads, each [...]."""
-
-    mean: Array
-    sd: Array
-    """Standard deviation, ddof 1."""
-    low: Array
-    high: Array
-    """The interval is `low` to `high`; infinite if there is none."""
-    p: Array
-    """Two-sided p of the hypothesis that there is no lead."""
-    constant: NDArray[np.bool_]
-    """True: the lead is the same in every seed."""
-
-
-def leads_of(leads: Array) -> Leads:
-    """Return mean, spread, t interval and p of leads [..., n], n >= 2 paired differences each.
-
-    A lead that is the same in every seed has no spread to measure by, and happens by chance on small test sets, so the
-    t test (which would say p = 0) is replaced by the sign test and its interval: p = 2 / 2^n, and no interval at 95 %
-    before n = 6. Where every difference is 0, p is 1 and the interval is 0 to 0.
-    """
-    n = leads.shape[-1]
-    assert n >= 2, f"{leads.shape=}"
-    constant = np.ptp(leads, axis=-1) <= ROUNDING
-    identical = np.abs(leads).max(axis=-1) <= ROUNDING
-    mean = np.where(identical, 0.0, leads.mean(axis=-1))
-    spread = np.where(constant[..., None], np.nan, leads)
-    test = stats.ttest_1samp(spread, 0, axis=-1)
-    low, high = test.confidence_interval(1 - ALPHA)
-    sign_p = float(stats.binomtest(n, n).pvalue)
-    width = np.where(identical | (sign_p <= ALPHA), 0.0, np.inf)
-    return Leads(
-        mean=mean,
-        sd=np.where(constant, 0.0, leads.std(axis=-1, ddof=1)),
-        low=np.where(constant, mean - width, low),
-        high=np.where(constant, mean + width, high),
-        p=np.where(identical, 1.0, np.where(constant, sign_p, test.pvalue)),
-        constant=constant,
-    )
-
-
-class Decision(NamedTuple):
-    """Verdicts on the candidates, each [..., k]."""
-
-    better: NDArray[np.bool_]
-    not_better: NDArray[np.bool_]
-    p: Array
-    """p that it is better than every baseline: the largest p of its comparisons."""
-    p_holm: Array
-    against: NDArray[np.intp]
-    """Index of the decisive baseline: the closest call, or the one over which a lead is most
-    clearly ruled out."""
-
-
-def decide(leads: Leads, margin: float, lost: int = 0) -> Decision:
-    """Decide for leads [..., k, m] of k candidates over m baselines.
-
-    `lost` is the number of further candidates that cannot be judged.
-
-    The largest p of several tests is a valid p of 'not better than every one' (Berger 1982), so the
-    correction counts only the candidates. 'Not better' is about one baseline, at the level of the
-    interval printed beside it.
-    """
-    p_each = np.where(leads.mean > 0, leads.p, 1.0)
-    p = p_each.max(axis=-1)
-    p_holm = holm(np.concatenate([p, np.ones((*p.shape[:-1], lost))], axis=-1))[..., : p.shape[-1]]
-    better = p_holm <= ALPHA
-    ruled_out = (leads.high < margin) | (leads.high <= 0)
-    not_better = ~better & ruled_out.any(axis=-1)
-    closest = np.lexsort((-leads.mean, p_each), axis=-1)[..., -1]
-    return Decision(
-        better, not_better, p, p_holm, np.where(not_better, leads.high.argmin(axis=-1), closest)
-    )
-
-
-def holm(p: Array) -> Array:
-    """Return Holm's adjusted p over the last axis.
-
-    statsmodels' `multipletests` takes one row at a time, 18 ms each.
-    """
-    k = p.shape[-1]
-    order = p.argsort(axis=-1)
-    steps = np.take_along_axis(p, order, axis=-1) * np.arange(k, 0, -1)
-    adjusted = np.empty_like(steps)
-    np.put_along_axis(
-        adjusted, order, np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0), axis=-1
-    )
-    return adjusted
 
 
 # --- power -----------------------------------------------------------------------------------------------------
@@ -310,6 +217,7 @@ def paired(
     *,
     candidates: int = 1,
     seed: int = 0,
+    level: float = ALPHA,
 ) -> Paired:
     """Return the lead of `a` over `b`, on the seeds that both have.
 
@@ -317,11 +225,12 @@ def paired(
         candidates: number of judged candidates; power is at the level of Holm's first step,
             5 % over this.
         seed: seed of the bootstrap.
+        level: of the interval over seeds; below ALPHA in a sequential comparison.
     """
     seeds = tuple(s for s in a.seeds if s in b.seeds)
     rows_a, rows_b = ([arm.seeds.index(s) for s in seeds] for arm in (a, b))
     sign = 1 if metric.larger_is_better else -1
-    stat = leads_of(sign * (a.values[rows_a] - b.values[rows_b]))
+    stat = leads_of(sign * (a.values[rows_a] - b.values[rows_b]), level)
     lead, sd, n, alpha = float(stat.mean), float(stat.sd), len(seeds), ALPHA / candidates
     images = None
     if a.images is not None and b.images is not None:
@@ -435,26 +344,30 @@ def judge(
     *,
     searched: int | None = None,
     lost: int = 0,
+    plan: SeedPlan | None = None,
+    seeds: Sequence[int] = (),
 ) -> Verdict:
     """Judge which candidates are better than every baseline; raise a ConfigError if it cannot.
 
     Args:
         searched: number of configurations from which the search chose the candidates.
         lost: candidates of the same comparison with too few runs to be judged; Holm counts them.
+        plan: of a sequential comparison. None: the number of seeds was fixed.
+        seeds: of all looks of a sequential comparison so far, in order; some runs may have failed.
     """
     if problems := _problems(candidates, baselines, metric):
         raise ConfigError(problems)
-    k = len(candidates) + lost
-    rows = [[paired(a, b, metric, candidates=k) for b in baselines] for a in candidates]
-    verdict_table = {
-        f: np.array([[getattr(c, f) for c in row] for row in rows])
-        for f in ("sd", "low", "high", "p", "constant")
-    }
-    decision = decide(
-        Leads(mean=np.array([[c.lead for c in row] for row in rows]), **verdict_table),
-        metric.margin,
-        lost,
-    )
+    k, level, settled = len(candidates) + lost, ALPHA, None
+    if plan is not None:
+        leads = _leads_by_seed(candidates, baselines, metric, seeds)
+        settled = settle(leads, plan, metric.margin, lost)
+        level = nominal_levels(ALPHA, plan)[len(seeds) - plan.first]
+    rows = [
+        [paired(a, b, metric, candidates=k, level=level) for b in baselines] for a in candidates
+    ]
+    decision = _decision(rows, metric, lost)
+    if settled is not None:
+        decision = _sequential_decision(rows, settled)
     judged = []
     for i, (arm, row) in enumerate(zip(candidates, rows, strict=True)):
         word: Word = "cannot tell"
@@ -463,7 +376,14 @@ def judge(
         elif decision.not_better[i]:
             word = "not better"
         named, p_holm = row[decision.against[i]], float(decision.p_holm[i])
-        sentence = _verdict_sentence(arm.name, word, named, p_holm, k, metric)
+        if settled is None or plan is None:
+            sentence = _verdict_sentence(arm.name, word, named, p_holm, k, metric)
+        else:
+            at = int(settled.seeds[i])
+            hopeless = bool(settled.hopeless[i])
+            sentence = _sequential_sentence(
+                arm.name, word, named, p_holm, metric, plan, at, hopeless
+            )
         judged.append(
             Judged(arm.name, word, sentence, named.over, float(decision.p[i]), p_holm, tuple(row))
         )
@@ -482,6 +402,43 @@ def judge(
         arms=tuple(summary(arm) for arm in (*candidates, *baselines)),
         notes=tuple(_verdict_notes(judged, [*candidates, *baselines], metric)),
     )
+
+
+def _decision(rows: Sequence[Sequence[Paired]], metric: JudgedMetric, lost: int) -> Decision:
+    """Return the decision on a fixed number of seeds."""
+    fields = {"mean": "lead"} | {f: f for f in ("sd", "low", "high", "p", "constant")}
+    arrays = {
+        ours: np.array([[getattr(c, theirs) for c in row] for row in rows])
+        for ours, theirs in fields.items()
+    }
+    return decide(Leads(**arrays), metric.margin, lost)
+
+
+def _sequential_decision(rows: Sequence[Sequence[Paired]], settled: Settled) -> Decision:
+    """Return the decision of a sequence of looks, at the last of them."""
+    not_better = settled.ruled_out | settled.hopeless
+    lowest = np.array([[c.high for c in row] for row in rows]).argmin(axis=-1)
+    against = np.where(not_better, lowest, settled.p_each.argmax(axis=-1))
+    return Decision(settled.better, not_better, settled.p, settled.p_holm, against)
+
+
+def _leads_by_seed(
+    candidates: Sequence[JudgedArm],
+    baselines: Sequence[JudgedArm],
+    metric: JudgedMetric,
+    seeds: Sequence[int],
+) -> Array:
+    """Return the leads [k, m, n] over some seeds in order; NaN where one of both has no run."""
+    sign = 1 if metric.larger_is_better else -1
+
+    def values(arms: Sequence[JudgedArm]) -> Array:
+        rows = np.full((len(arms), len(seeds)), np.nan)
+        for row, arm in zip(rows, arms, strict=True):
+            row[[seeds.index(seed) for seed in arm.seeds]] = arm.values
+        return rows
+
+    leads: Array = sign * (values(candidates)[:, None] - values(baselines)[None])
+    return leads
 
 
 def undecided(
@@ -582,6 +539,48 @@ def _verdict_sentence(
         return start
     seeds = f"more than {MOST_SEEDS:,}" if c.needed is None else f"about {c.needed:,}"
     return f"{start}, and {seeds} seeds would show one of {metric.show(c.lead)}"
+
+
+def _sequential_sentence(
+    name: str,
+    word: Word,
+    c: Paired,
+    p_holm: float,
+    metric: JudgedMetric,
+    plan: SeedPlan,
+    at: int,
+    hopeless: bool,
+) -> str:
+    """Return the sentence on a candidate that was settled at `at` seeds, or by none of the looks."""
+    n, unit = len(c.seeds), metric.unit
+    lead = metric.show(c.lead) + unit
+    spread = "the same in every seed"
+    if not c.constant:
+        spread = f"95 % over all looks {metric.interval(c.low, c.high)}"
+    when = f"settled at {at} of at most {plan.limit} seeds"
+    if word == "better":
+        return (
+            f"{name} is better than every baseline: its lead over {c.over}, the closest call, is {lead} "
+            f"({spread}; {_p(p_holm)} over all looks and candidates; n = {n}; {when})"
+        )
+    if word == "not better" and c.high <= 0:
+        worse = metric.show(-c.lead) + unit
+        spread = f"95 % over all looks {metric.interval(-c.high, -c.low)}"
+        return f"{name} is not better than {c.over}: it is worse, by {worse} ({spread}; n = {n}; {when})"
+    if hopeless:
+        return (
+            f"{name} is not better than {c.over}, as far as {plan.limit} seeds could show: its lead is {lead} "
+            f"({spread}; n = {n}; {when}), and more seeds would hardly find it better"
+        )
+    if word == "not better":
+        return (
+            f"{name} is not better than {c.over}: its lead is {lead} ({spread}; n = {n}; {when}), and one of "
+            f"{metric.show(metric.margin)}{unit} or more is ruled out"
+        )
+    return (
+        f"cannot tell with {plan.limit} seeds whether {name} is better than {c.over}: its lead is {lead} "
+        f"({spread}; {_p(p_holm)} over all looks and candidates; n = {n})"
+    )
 
 
 def _overall(judged: Sequence[Judged], baselines: Sequence[JudgedArm]) -> str:
