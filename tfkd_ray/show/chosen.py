@@ -124,8 +124,8 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
         full = sum(r.status == "done" for r in records)
         text = (
             f"The best of {len(records)} trials of the sweep `{experiment.name}` on validation ({full} of full "
-            f"length): {value} after its last epoch. It was selected by this number, which is therefore flattering: of "
-            "many trials the luckiest is always ahead of its true value."
+            f"length): {value} after its last epoch. It was selected by this number, which is therefore biased: the "
+            "best of many trials looks better than it is."
         )
     else:
         ahead = (
