@@ -156,7 +156,7 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
             if f".{name}: " in progress.ended_by
         )
         print(
-            f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {shell_word(experiment)} {more}"
+            f"ended early: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
         )
     return code if ended else told_of_interrupt(experiment)
 

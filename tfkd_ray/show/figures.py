@@ -346,7 +346,7 @@ def curves(sweep: Sweep) -> Figure:
     name = score_of(sweep.metric).title
     sentence = f"Each line is a trial: its {name} after every epoch."
     if rungs:
-        sentence += " Dashed lines are the rungs, where trials are judged and only the best of their objective go on."
+        sentence += " Dashed lines are the rungs: only the best trials of an objective continue."
     if cut:
         sentence += f" Of {len(sweep.records):,} trials {MAX_CURVES} or fewer are drawn: the best, and the rest evenly."
     return Figure("curves", f"{name[0].upper()}{name[1:]} over epochs", sentence, panels, wide=True)
