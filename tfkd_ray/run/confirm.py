@@ -248,7 +248,7 @@ def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, 
 
 
 class _Taught:
-    """What teachers say on the test images, asked once of each.
+    """The answers of teachers on the test images, computed once per teacher.
 
     Args:
         storage: of the teachers.
