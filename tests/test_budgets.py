@@ -215,7 +215,7 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_new_one_and_the_total_is_exa
     assert len(records[0].metrics) <= 1
     before = (tmp_path / "e" / "experiment.yaml").read_text()
     with pytest.raises(
-        ConfigError, match=r"search.cpu_hours: .* are reached; to go on, give a new one"
+        ConfigError, match=r"search.cpu_hours: .* are reached; to resume, give a new one"
     ):
         resume_tuner(tmp_path / "e")
     for wrong in (0, -1.5):
@@ -286,7 +286,9 @@ def test_a_budget_of_the_command_line_ends_a_sweep_and_is_over_by_one_report_of_
     out, err = capsys.readouterr()
     said = rf"search\.{name}: [0-9.]+ of {most} (s|h|failed trials) are reached"
     assert re.search(rf"^ending: {said}$", err, re.M), err
-    assert re.search(rf"^ended early: {said}; go on with:\n  tfkd resume e {more}$", out, re.M), out
+    assert re.search(rf"^ended early: {said}; resume with:\n  tfkd resume e {more}$", out, re.M), (
+        out
+    )
     after = told[told.index("the end") :]
     assert told.count("the end") == 1 and all(after.count(trial) <= 1 for trial in after)
     records = read_records(tmp_path / "e")
@@ -370,7 +372,7 @@ def test_a_sweep_goes_on_in_a_wider_space(ray_cluster: str, tmp_path: Path) -> N
     }
     with pytest.raises(ConfigError) as error:
         resume_tuner(tmp_path / "e", space={**wider, "epochs": 4})
-    assert "an experiment goes on in its own space, or in one that holds all of it" in str(
+    assert "an experiment is resumed in its own space, or in one that contains all of it" in str(
         error.value
     )
     assert "epochs: was 3, and is 4 now" in str(error.value)

@@ -299,7 +299,7 @@ def test_ctrl_c_in_train_saves_at_the_end_of_the_epoch(tfkd: Run, here: Path) ->
                 break
         run.send_signal(signal.SIGINT)
         err = run.stderr.read()
-    assert run.returncode == 130 and "the same command with --out out goes on where it was" in err
+    assert run.returncode == 130 and "the same command with --out out resumes the run" in err
     told = len((here / "out" / "metrics.jsonl").read_text().splitlines())
     assert 20 <= told < 300
     again = tfkd(*command[:4], "epochs=300", "--out", "out", cwd=here)

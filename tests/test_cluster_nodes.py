@@ -504,7 +504,7 @@ def test_a_job_goes_on_when_the_one_who_follows_it_interrupts_or_hangs_up(starte
             codes[name] = client.wait(timeout=30)
             said[name] = path.read_text()
     assert codes == {"interrupted": 130, "hung-up": -signal.SIGHUP}
-    assert said["interrupted"].endswith("not followed any more; the job goes on\n"), said[
+    assert said["interrupted"].endswith("no longer followed; the job continues\n"), said[
         "interrupted"
     ]
     jobs = {
@@ -764,7 +764,7 @@ def test_a_host_that_is_cut_off_in_the_middle_of_a_sweep_costs_no_trial(hosts: P
     lost = [
         line.split(":")[0]
         for line in said.splitlines()
-        if "its process was lost; it goes on" in line
+        if "its process was lost; it resumes" in line
     ]
     assert len(lost) == 1 and lost[0] in running, said
     assert_same_as_never_lost(place / "s/e", 6)

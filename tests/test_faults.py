@@ -621,7 +621,7 @@ def test_a_sweep_whose_head_is_killed_says_how_to_go_on_and_leaves_nothing_runni
     with tuning(tree({"num_samples": 2}, epochs=100_000), tmp_path) as driver:
         wait(lambda: any(len(m) > 3 for m in written_metrics(experiment)), "a trial of 3 epochs")
         assert_ends_without_its_head(
-            driver, tmp_path, "go on with:\n  tfkd resume tfkd_results/e\n"
+            driver, tmp_path, "resume with:\n  tfkd resume tfkd_results/e\n"
         )
 
 

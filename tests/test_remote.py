@@ -1075,7 +1075,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
     text = (tmp_path / "said").read_text()
     assert (
         text.count("does not answer") == 1
-        and "the sweep goes on" in text
+        and "the sweep continues" in text
         and "answers again" in text
     ), text
     elsewhere("reader")

@@ -448,7 +448,7 @@ def test_trials_are_added_to_a_finished_sweep(ray_cluster: str, tmp_path: Path) 
 def test_an_experiment_is_not_written_over(ray_cluster: str, tmp_path: Path) -> None:
     (tmp_path / "e").mkdir()
     with pytest.raises(
-        ConfigError, match=r"experiment 'e' exists already; choose another name, or go on with it"
+        ConfigError, match=r"experiment 'e' exists already; choose another name, or resume it"
     ):
         build_tuner(TREE, name="e", storage=tmp_path)
 
@@ -460,7 +460,7 @@ def test_a_command_that_is_shown_can_be_typed_whatever_the_name(
     with pytest.raises(ConfigError) as refused:
         build_tuner(TREE, name="a 'b' $c", storage=tmp_path)
     (problem,) = refused.value.problems
-    assert shlex.split(problem.partition("go on with it: ")[2]) == [
+    assert shlex.split(problem.partition("resume it: ")[2]) == [
         "tfkd",
         "resume",
         str(tmp_path / "a 'b' $c"),

@@ -93,8 +93,8 @@ def head_needed(experiment: Path | None = None, progress: Any = None) -> Iterato
             progress.stop()
         again = "run the same command again; teachers that are trained are kept"
         if experiment is not None and _is_written(experiment):
-            again = f"go on with:\n  tfkd resume {shell_word(experiment)}"
-        say_error(f"stopped: {what}; when a cluster is there again, {again}")
+            again = f"resume with:\n  tfkd resume {shell_word(experiment)}"
+        say_error(f"stopped: {what}; once a cluster runs again, {again}")
         os._exit(FAILED)  # threads that wait for Ray would wait until Ray kills this process
 
     with head_watched(gone):
@@ -129,7 +129,7 @@ def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> 
             raise
         progress.stop()
         say_error(
-            f"stopped: {trouble}; when that is mended, go on with:\n  tfkd resume {shell_word(experiment)}"
+            f"stopped: {trouble}; once that is fixed, resume with:\n  tfkd resume {shell_word(experiment)}"
         )
         return None
     finally:
@@ -182,5 +182,5 @@ def _beside(say: Callable[..., None], *words: str) -> threading.Thread:
 
 
 def told_of_interrupt(experiment: Path) -> int:
-    say_error(f"interrupted; go on with:\n  tfkd resume {shell_word(experiment)}")
+    say_error(f"interrupted; resume with:\n  tfkd resume {shell_word(experiment)}")
     return INTERRUPTED

@@ -241,85 +241,97 @@ def _parser() -> argparse.ArgumentParser:
 
     def download(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--download", action="store_true", help="fetch the data set first, if it is not there"
+            "--download", action="store_true", help="download the data set first if it is missing"
         )
 
     def storage(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--storage", type=place_or_url, default=DEFAULT_STORAGE, metavar="DIR",
-                         help="where experiments and teachers go: a directory, s3://BUCKET/PREFIX or "
+                         help="storage of experiments and teachers: a directory, s3://BUCKET/PREFIX or "
                          "gs://BUCKET/PREFIX (default: ./tfkd_results)")  # fmt: skip
 
     sub = verb("tune", tune_verb, "Run a sweep.")
     file_and_overrides(sub, "a search-space file")
     download(sub)
     storage(sub)
-    sub.add_argument("--name", help="of the experiment (default: the file's name and the time)")
+    sub.add_argument(
+        "--name", help="name of the experiment (default: the file's name and the time)"
+    )
     _elsewhere(sub)
 
     _budgets(sub)
-    sub.add_argument("--num-samples", type=_count, metavar="N", help="trials, over all objectives")
+    sub.add_argument(
+        "--num-samples", type=_count, metavar="N", help="number of trials, over all objectives"
+    )
     sub.add_argument("--prior", type=place_or_url, action="append", default=[], metavar="DIR",
-                     help="learn from an earlier experiment's trials, where they lie in this space")  # fmt: skip
+                     help="learn also from those trials of an earlier experiment that lie in this space")  # fmt: skip
     sub.add_argument(
         "--study-storage",
         metavar="URL",
-        help="of Optuna's study (default: a journal in the experiment)",
+        help="URL of the study's Optuna storage (default: a journal in the experiment)",
     )
 
     sub = verb(
-        "resume", resume_verb, "Go on with a sweep that was interrupted, or add trials to it."
+        "resume",
+        resume_verb,
+        "Resume an interrupted sweep or comparison, or add trials to a sweep.",
     )
-    sub.add_argument("experiment", type=place_or_url, help="its directory, or URL")
-    sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more")
+    sub.add_argument("experiment", type=place_or_url, help="directory or URL of the experiment")
+    sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more trials")
     sub.add_argument(
         "--space",
         metavar="FILE",
-        help="go on in a wider space, which holds every trial of this one",
+        help="continue in a wider space, which must contain every trial of this one",
     )
     sub.add_argument(
         "--retry-failed",
         action="store_true",
-        help="run the failed trials again (a comparison's always do)",
+        help="retry the failed trials (a comparison always retries them)",
     )
     _budgets(sub)
     sub.add_argument(
-        "--study-storage", metavar="URL", help="of Optuna's study, where it is not in TFKD_STORAGE"
+        "--study-storage",
+        metavar="URL",
+        help="URL of the study's Optuna storage, if TFKD_STORAGE does not hold it",
     )
     _elsewhere(sub)
 
     sub = verb(
         "check",
         check_verb,
-        "Check a search-space or arms file and say what it does; starts nothing.",
+        "Check a search-space or arms file and show what it runs; starts nothing.",
     )
     file_and_overrides(sub, "a search-space or arms file")
     sub.add_argument(
-        "--all", action="store_true", help="list every fixed setting, also those that are as usual"
+        "--all",
+        action="store_true",
+        help="list every fixed setting, including those at their defaults",
     )
 
     sub = verb(
         "plan",
         plan_verb,
-        "Say what a sweep will take: trials, epochs, hours, money, disk; starts nothing.",
+        "Estimate the cost of a sweep: trials, epochs, hours, money, disk; starts nothing.",
     )
     file_and_overrides(sub, "a search-space file")
     sub.add_argument(
         "--probe",
         action="store_true",
-        help="train a few steps of each objective here, for the hours",
+        help="train a few steps of each objective here to estimate the hours",
     )
     sub.add_argument(
         "--slots",
         type=_count,
         metavar="N",
-        help="trials at a time (default: those of this machine)",
+        help="concurrent trials (default: as many as fit on this machine)",
     )
-    sub.add_argument("--gpu-hour-price", type=float, metavar="X", help="of one GPU")
+    sub.add_argument(
+        "--gpu-hour-price", type=float, metavar="X", help="price of one GPU for an hour"
+    )
 
     sub = verb(
         "explain",
         explain_verb,
-        "Say what each objective of a file amounts to, and which searched settings matter.",
+        "Show the equivalent loss of each objective in a file, and which searched settings matter.",
     )
     file_and_overrides(sub, "a search space, an arms file or a configuration")
 
@@ -331,25 +343,25 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="where the student goes; the same DIR again goes on there",
+        help="directory for the student; the same DIR again resumes the run",
     )
 
-    sub = verb("confirm", confirm_verb, "Does it help? Train the best of a sweep, or the arms of a file, over several "
-               "seeds, and judge them against tuned baselines on the test split.")  # fmt: skip
+    sub = verb("confirm", confirm_verb, "Train the best trials of a sweep, or the arms of a file, with several seeds, "
+               "and compare them with tuned baselines on the test split.")  # fmt: skip
     file_and_overrides(sub, "a sweep's directory or URL, or an arms file")
     sub.add_argument(
         "--top-k",
         type=_count,
         default=DEFAULT_TOP_K,
         metavar="K",
-        help="of a sweep: its K best (default: 3)",
+        help="confirm the K best trials of a sweep (default: 3)",
     )
     sub.add_argument("--baselines", default=DEFAULT_BASELINES, metavar="LIST",
-                     help="of a sweep: what its best must beat (default: ce,lsr,scaled,published)")  # fmt: skip
+                     help="baselines for a sweep's best trials (default: ce,lsr,scaled,published)")  # fmt: skip
     sub.add_argument(
         "--fail-if-not-better",
         action="store_true",
-        help="end with exit code 7 unless an arm is better",
+        help="exit with code 7 unless an arm is better",
     )
     download(sub)
     storage(sub)
@@ -358,45 +370,51 @@ def _parser() -> argparse.ArgumentParser:
         type=_seeds,
         default=(None, 5),
         metavar="N|FIRST..LIMIT",
-        help="runs of each arm (default: 5, which shows gains of about a point; 10 show half a point); "
+        help="seeds per arm (default: 5, which detect gains of about a point; 10 detect half a point); "
         "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
     )
-    sub.add_argument("--preset", choices=["smoke"], help="smoke: scaled down, to see it run")
+    sub.add_argument(
+        "--preset", choices=["smoke"], help="smoke: scale the arms down, as a smoke test"
+    )
     sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
     sub.add_argument(
         "--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd"
     )
-    sub.add_argument("--name", help="of the comparison (default: the file's name and the time)")
+    sub.add_argument(
+        "--name", help="name of the comparison (default: the file's name and the time)"
+    )
     _elsewhere(sub)
 
     sub = verb(
         "export",
         export_verb,
-        "Write a student as a folder to give away: weights, graphs, model card.",
+        "Export a student as a folder: weights, graphs, model card.",
     )
     sub.add_argument(
         "source",
         type=place_or_url,
-        help="a sweep, a trial's folder, what tfkd train made, or a comparison",
+        help="a sweep, a trial's folder, the output of tfkd train, or a comparison",
     )
-    sub.add_argument("--arm", help="of a comparison (default: the first by verdict, then by mean)")
+    sub.add_argument(
+        "--arm", help="arm of a comparison (default: the best by verdict, then by mean)"
+    )
     sub.add_argument(
         "--seed",
         type=_count,
-        help="of a comparison (default: the first that was trained to the end)",
+        help="seed of a comparison (default: the first fully trained one)",
     )
     sub.add_argument(
-        "-o", "--out", type=Path, metavar="DIR", help="a new directory (default: ./NAME-export)"
+        "-o", "--out", type=Path, metavar="DIR", help="new directory (default: ./NAME-export)"
     )
     sub.add_argument(
-        "--onnx", action="store_true", help="also as ONNX (pip install 'tfkd_ray[onnx]')"
+        "--onnx", action="store_true", help="also write ONNX (pip install 'tfkd_ray[onnx]')"
     )
-    sub.add_argument("--licence", metavar="NAME", help="of the weights, e.g. apache-2.0")
+    sub.add_argument("--licence", metavar="NAME", help="licence of the weights, e.g. apache-2.0")
 
     sub = verb("teacher", teacher_verb, "Train, list or show teachers.")
     actions = sub.add_subparsers(dest="do", required=True, metavar="train|list|show")
-    for do, text in (("train", "Train the teachers that a file needs."), ("list", "List the teachers that are there."),
-                     ("show", "Show how a teacher was made, and how good it is.")):  # fmt: skip
+    for do, text in (("train", "Train the teachers that a file needs."), ("list", "List the trained teachers."),
+                     ("show", "Show how a teacher was made, and its metrics.")):  # fmt: skip
         action = actions.add_parser(do, help=text, description=text)
         storage(action)
         if do == "train":
@@ -405,12 +423,12 @@ def _parser() -> argparse.ArgumentParser:
             file_and_overrides(action, "a search space, an arms file or a configuration")
             _elsewhere(action)
         elif do == "show":
-            action.add_argument("name", help="of the teacher")
+            action.add_argument("name", help="name of the teacher")
 
     def experiment(sub: argparse.ArgumentParser, *, follow: bool = False) -> None:
-        sub.add_argument("experiment", type=place_or_url, help="its directory, or URL")
+        sub.add_argument("experiment", type=place_or_url, help="directory or URL of the experiment")
         if follow:
-            sub.add_argument("-f", "--follow", action="store_true", help="go on as long as it runs")
+            sub.add_argument("-f", "--follow", action="store_true", help="follow it until it ends")
 
     sub = verb(
         "best",
@@ -424,27 +442,29 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("trials", trials_verb, "List the trials of an experiment.")
     experiment(sub)
     sub.add_argument(
-        "--sort", default="number", metavar="FIELD[:desc]", help="by a metric or a parameter"
+        "--sort", default="number", metavar="FIELD[:desc]", help="sort by a metric or a parameter"
     )
     sub.add_argument("--filter", action="append", default=[], metavar="EXPR",
-                     help="such as status=done, objective=kd, val_accuracy>0.9; several must all hold")  # fmt: skip
-    sub.add_argument("--columns", metavar="A,B", help="which, in this order")
-    sub.add_argument("--limit", type=_count, metavar="N", help="only the first N")
+                     help="such as status=done, objective=kd, val_accuracy>0.9; repeat it: all must hold")  # fmt: skip
+    sub.add_argument("--columns", metavar="A,B", help="columns to show, in this order")
+    sub.add_argument("--limit", type=_count, metavar="N", help="show only the first N")
     sub.add_argument("-o", "--output", choices=["table", "json", "csv"], default="table")
 
-    sub = verb("status", status_verb, "How far an experiment is, also while it runs.")
+    sub = verb("status", status_verb, "Show the progress of an experiment, also while it runs.")
     experiment(sub, follow=True)
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = verb("logs", logs_verb, "What a trial said, epoch by epoch.")
+    sub = verb("logs", logs_verb, "Print the log of a trial, one line per epoch.")
     experiment(sub, follow=True)
-    sub.add_argument("trial", help="its name, the beginning of it, or its number")
+    sub.add_argument("trial", help="name of the trial, the beginning of its name, or its number")
 
     sub = verb("ls", ls_verb, "List experiments and comparisons.")
     storage(sub)
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = verb("report", report_verb, "Write an experiment, or a comparison, as one HTML page.")
+    sub = verb(
+        "report", report_verb, "Write a report on an experiment or a comparison as one HTML page."
+    )
     experiment(sub)
     sub.add_argument(
         "-o",
@@ -452,11 +472,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="(default: report.html; - or /dev/stdout: standard output)",
+        help="output file (default: report.html; - or /dev/stdout: standard output)",
     )
-    sub.add_argument("--figures", type=Path, metavar="DIR", help="the figures as SVG, too")
+    sub.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as SVG")
     sub.add_argument("--confirm", type=place_or_url, action="append", metavar="DIR",
-                     help="a comparison to report with it (default: all of this sweep's)")  # fmt: skip
+                     help="comparison to include (default: all of this sweep's)")  # fmt: skip
 
     sub = verb(
         "tensorboard",
@@ -464,43 +484,43 @@ def _parser() -> argparse.ArgumentParser:
         "Compare the trials of experiments in TensorBoard, on this machine only.",
     )
     sub.add_argument("experiments", type=place_or_url, nargs="+", metavar="EXPERIMENT",
-                     help="directories, or URLs, shown side by side")  # fmt: skip
+                     help="directories or URLs, shown side by side")  # fmt: skip
     sub.add_argument(
-        "--port", type=_count, default=6006, help="(default: 6006; 0: any that is free)"
+        "--port", type=_count, default=6006, help="port (default: 6006; 0: any free port)"
     )
 
     sub = verb(
         "doctor",
         doctor_verb,
-        "Look for what would make a sweep slow, unsafe or stuck: here, and on a cluster's nodes.",
+        "Find problems that make a sweep slow, unsafe or stuck, here and on a cluster's nodes.",
     )
-    sub.add_argument("--address", help="of the Ray cluster to look at: auto, HOST:PORT or http://HOST:PORT (default: "
+    sub.add_argument("--address", help="Ray cluster to check: auto, HOST:PORT or http://HOST:PORT (default: "
                      "RAY_ADDRESS, or this machine alone)")  # fmt: skip
-    sub.add_argument("--cluster", metavar="FILE", help="of the cluster, that is up, to look at")
+    sub.add_argument("--cluster", metavar="FILE", help="file of the running cluster to check")
     sub.add_argument(
         "--storage",
         type=place_or_url,
         metavar="DIR",
-        help="where experiments go, which all nodes must see "
-        "(default: what the cluster file says; on this machine ./tfkd_results)",
+        help="storage of experiments, which all nodes must see "
+        "(default: the cluster file's; on this machine ./tfkd_results)",
     )
-    sub.add_argument("--space", metavar="FILE", help="a search space whose trials must find room")
+    sub.add_argument("--space", metavar="FILE", help="search space whose trials must fit")
     sub.add_argument(
         "--reap", action="store_true", help="remove placement groups of jobs that have ended"
     )
 
     _cluster_parser(
-        verb("cluster", _cluster, "Check, start, watch and end clusters; see docs/clusters.md.")
+        verb("cluster", _cluster, "Check, start, watch and stop clusters; see docs/clusters.md.")
     )
     return parser
 
 
 def _elsewhere(sub: argparse.ArgumentParser) -> None:
     """Add the options that say where a sweep runs."""
-    sub.add_argument("--address", help="of a Ray cluster to run on: auto, HOST:PORT, or http://HOST:PORT, where it "
-                     "runs as a job (default: RAY_ADDRESS, or start one here)")  # fmt: skip
+    sub.add_argument("--address", help="Ray cluster to run on: auto, HOST:PORT, or http://HOST:PORT to run as a job "
+                     "(default: RAY_ADDRESS, or a new cluster here)")  # fmt: skip
     sub.add_argument(
-        "--cluster", metavar="FILE", help="of a cluster that is up, to run on as a job"
+        "--cluster", metavar="FILE", help="file of a running cluster, to run on as a job"
     )
     sub.add_argument("--detach", action="store_true", help="do not follow the job")
 
@@ -510,28 +530,28 @@ def _cluster_parser(sub: argparse.ArgumentParser) -> None:
         dest="do", required=True, metavar="check|up|status|submit|logs|down"
     )
     for do, text in (
-        ("check", "Say what is wrong with a cluster file; starts nothing."),
-        ("up", "Start the cluster; if it is up, leave it as it is."),
-        ("status", "Say which of its nodes run, and so cost money, and which jobs."),
+        ("check", "Check a cluster file; starts nothing."),
+        ("up", "Start the cluster; leaves a running one unchanged."),
+        ("status", "Show its jobs and its running nodes, which cost money."),
         ("submit", "Run a command on the cluster, as a job."),
         ("logs", "Follow a job."),
-        ("down", "End the cluster, and see that it has ended."),
+        ("down", "Stop the cluster, and wait until its nodes are gone."),
     ):
         action = actions.add_parser(do, help=text, description=text)
         action.add_argument("file", help="a cluster file, or the name of one that ships with tfkd")
         if do == "check":
             action.add_argument(
-                "--space", metavar="FILE", help="a search space whose trials must find room on it"
+                "--space", metavar="FILE", help="search space whose trials must fit on it"
             )
             continue
         action.add_argument(
             "--print", action="store_true", help="print the commands instead of running them"
         )
         if do == "submit":
-            action.add_argument("--detach", action="store_true", help="do not follow it")
+            action.add_argument("--detach", action="store_true", help="do not follow the job")
             action.usage = "%(prog)s [--print] [--detach] FILE -- COMMAND"
         elif do == "logs":
-            action.add_argument("job", nargs="?", help="which (default: the newest)")
+            action.add_argument("job", nargs="?", help="job to follow (default: the newest)")
 
 
 def _cluster(args: argparse.Namespace) -> int:
@@ -544,7 +564,7 @@ def _budgets(sub: argparse.ArgumentParser) -> None:
     """Add the options that end a sweep, each named after its setting in `search`."""
     for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
-                         help=f"end the sweep, to be resumed, after so many {text}")  # fmt: skip
+                         help=f"stop the sweep, which can be resumed, after so many {text}")  # fmt: skip
 
 
 def _seeds(text: str) -> tuple[int | None, int]:

@@ -1,4 +1,4 @@
-"""The verbs that only look: doctor, check, plan, explain, status, trials, report, export, ..."""
+"""The reading verbs: doctor, check, plan, explain, status, trials, report, export, ..."""
 
 import argparse
 import contextlib

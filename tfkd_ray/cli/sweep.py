@@ -156,7 +156,7 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
             if f".{name}: " in progress.ended_by
         )
         print(
-            f"ended early: {progress.ended_by}; go on with:\n  tfkd resume {shell_word(experiment)} {more}"
+            f"ended early: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
         )
     return code if ended else told_of_interrupt(experiment)
 
@@ -178,8 +178,8 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
         return FAILED if count["failed"] and not count["interrupted"] else OK
     _print_best(space, records, winner)
     print("\n" + "\n".join(receipt_lines(space, records)))
-    print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and of many")
-    print("trials the luckiest is always ahead of its true value.")
+    print(f"\nThis is not a verdict: it is the best of {len(records)} on validation, and the best")
+    print("of many trials looks better than it is (selection bias).")
     where = shell_word(experiment)
     print(f"\nwritten to {short_path(experiment)}")
     if not whole:
@@ -204,7 +204,7 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
         f"{count['stopped']} stopped early, {count['failed']} failed{cut}"
     )
     if lost := sum(record.lost for record in records):
-        print(f"  {lost} times a process was lost, and its trial went on; that is no failure")
+        print(f"  {lost} times a process was lost and its trial resumed; this is no failure")
     if gone := gone_trials(experiment):
         print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
     failed = [record for record in records if record.status == "failed"]

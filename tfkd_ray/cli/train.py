@@ -132,7 +132,7 @@ def train_verb(args: argparse.Namespace) -> int:
             elif metrics["epoch"] < config.epochs:
                 epochs.close()
                 say_error(
-                    f"interrupted; the same command with --out {short_path(out)} goes on where it was"
+                    f"interrupted; the same command with --out {short_path(out)} resumes the run"
                 )
                 return INTERRUPTED
     except (ArithmeticError, RuntimeError) as error:

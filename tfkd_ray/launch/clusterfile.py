@@ -1,4 +1,4 @@
-"""A cluster file: read it, and check offline what Ray, Kubernetes and Slurm would find too late.
+"""Cluster files: reads them, and finds mistakes that Ray, Kubernetes and Slurm would find too late.
 
 There are three kinds: Ray's own (`provider:`), KubeRay's (`apiVersion:`, RayCluster or RayJob) and
 a Slurm batch script (`#SBATCH`). Ray's and KubeRay's own schemas are checked first; the rules here

@@ -1,4 +1,4 @@
-"""`tfkd doctor`: find what would make a sweep slow, unsafe or stuck, here and on every node.
+"""`tfkd doctor`: find problems that make a sweep slow, unsafe or stuck, here and on every node.
 
 A check yields its findings, one line each, with the way to solve a problem. A task on each node
 collects the facts about it (`run/nodes.py`). To add a check, write a function that yields `Found`,

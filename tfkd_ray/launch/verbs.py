@@ -1,4 +1,4 @@
-"""`tfkd cluster check|up|status|submit|logs|down`, and jobs: thin over ray, kubectl and Slurm.
+"""`tfkd cluster check|up|status|submit|logs|down`, and jobs: thin wrappers of ray, kubectl, Slurm.
 
 A verb first builds the list of its commands; `--print` prints it instead of running it. Running a
 command shows its output; the first that fails ends the verb. Ray is not imported.
@@ -683,7 +683,7 @@ def run_job(
             run(logs_command(address, job), what="following the job")
     except KeyboardInterrupt:
         say(
-            "not followed any more; the job goes on"
+            "no longer followed; the job continues"
             if sent
             else "interrupted while it was sent: it may run, or not"
         )

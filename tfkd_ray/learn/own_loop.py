@@ -2,7 +2,7 @@
 
 `OwnLoop` names a generator `train(config, state, teacher, **args)` that yields one `Epoch` an
 epoch. `loop.train` runs it in place of its own stages; checkpoints, resuming, stopping and the
-judgement on test stay as they are.
+evaluation on the test split stay unchanged.
 
 Shapes: N = images, C = channels, H, W = height and width, K = classes.
 """
@@ -46,7 +46,7 @@ class Yielded(NamedTuple):
 
     metrics: dict[str, float]
     state: Callable[[], dict[str, Any]]
-    """Returns what the loop needs to go on: `model`, and whatever else it keeps."""
+    """Returns the state to resume from: `model`, and anything else that the loop keeps."""
 
 
 class OwnLoop(Settings):
@@ -87,7 +87,7 @@ class OwnLoop(Settings):
         return [path for path in (self.path, self.test) if path is not None]
 
     def of_teacher(self) -> OwnLoop:
-        """Return the loop that trains a teacher: the arguments, which may be searched, are not its."""
+        """Return the loop that trains a teacher: without the arguments, which may be searched."""
         digest = None if self.digest is None else self.digest.partition("-")[0]
         return OwnLoop(path=self.path, digest=digest)
 

@@ -2,8 +2,8 @@
 
 `OwnObjective` (objectives.py) is its setting. The loss is a function `(logits, labels, **args)` or
 `(logits, labels, teacher, **args)`, or a class whose objects have `terms(logits, labels)` or
-`terms(logits, labels, teacher)`, created with `**args`. It may ask for the outputs of layers, too,
-by parameters `student_features` and `teacher_features`; see features.py.
+`terms(logits, labels, teacher)`, created with `**args`. Its parameters
+`student_features` and `teacher_features` ask for outputs of layers; see features.py.
 
 Shapes: B = batch, K = classes.
 """
@@ -44,7 +44,7 @@ _KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_
 
 
 class Facts(NamedTuple):
-    """What the code of a loss says, as a run records it."""
+    """Facts from the code of a loss, which a run records."""
 
     code: Code
     taught: bool
@@ -93,7 +93,7 @@ class Features(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loss gets of a batch."""
+    """The inputs of a loss for one batch."""
 
     logits: Tensor
     labels: Tensor
@@ -102,7 +102,7 @@ class Batch(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The loss of one batch, as a loss of the user's own gives it."""
+    """The result of a user's own loss for one batch."""
 
     whole: Tensor | None
     """The whole loss; None if the parts are known."""
@@ -111,7 +111,7 @@ class Result(NamedTuple):
 
 
 def facts_of(path: str) -> Facts | None:
-    """Return what the code at a path says; None if it is no loss, which `loss_problems` reports."""
+    """Return the facts about the loss at a path; None if `loss_problems` finds no loss there."""
     try:
         call = _call_of(_found_at(path, "path"))
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Teachers are artifacts, named by the fingerprint of their making, trained once, verified on load.
+"""Teachers: artifacts that are named by a fingerprint, trained once, and verified when loaded.
 
 A teacher lives in `<storage>/teachers/<network>-<fingerprint>/`: `student.safetensors` (the name of
 every trained network's weights) and `teacher.json`, which records its making and its metrics on

@@ -586,7 +586,7 @@ class Uploads(Listener):
         except OSError as error:
             if self._trouble is None:
                 self._note(
-                    f"{self._url}: {self._store.trouble(error)}; the sweep goes on, and uploads when it can"
+                    f"{self._url}: {self._store.trouble(error)}; the sweep continues, and uploads when it can"
                 )
             self._trouble = self._store.trouble(error)
             return False

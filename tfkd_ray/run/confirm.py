@@ -323,7 +323,7 @@ class _Tester:
 
 
 class _Taught:
-    """What teachers say on the test images, asked once of each.
+    """The answers of teachers on the test images, computed once per teacher.
 
     Args:
         storage: of the teachers.

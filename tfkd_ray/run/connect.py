@@ -1,4 +1,4 @@
-"""The Ray cluster of a sweep: connect to it, and refuse early what it can never run."""
+"""The Ray cluster of a sweep: connect to it, and refuse early the trials that it can never run."""
 
 import contextlib
 import importlib.metadata

@@ -88,8 +88,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     A proposal is the whole configuration as a tree, with a `trial` section: its `number`, its
     `name` (t0007-tfkd_reg), the `metrics` that judge it, its `directory` in `folder`, and the items
-    of `place`. Of a plain dictionary it is that dictionary, with a value for each domain, and
-    nothing else.
+    of `place`. For a plain dictionary, it is that dictionary with a value in place of each domain,
+    and nothing else.
 
     Results must contain the metrics. A result without `epoch` counts as one epoch. A trial is
     COMPLETE after its last epoch, or if it ended by itself or by the `stop` of its `RunConfig`;
@@ -108,10 +108,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         priors: directories of earlier experiments whose results the sampler uses (`prior_trials`).
         points_to_evaluate: points to propose first: parameters by name, `objective` among them, or
             whole configurations. The sampler chooses the missing values.
-        metric: of a dictionary, the name of what its trainable reports. None: TuneConfig's.
-        mode: of a dictionary, "max" or "min". None: TuneConfig's.
-        epochs: of a dictionary, the number of results that a trial of full length reports.
-        search: of a dictionary, settings as below `search` in a file: `sampler`, `stopping`,
+        metric: for a dictionary: the name of its trainable's metric. None: TuneConfig's.
+        mode: for a dictionary: "max" or "min". None: TuneConfig's.
+        epochs: for a dictionary: the number of results that a full-length trial reports.
+        search: for a dictionary: settings as below `search` in a file: `sampler`, `stopping`,
             `num_samples`, `seed`, `storage`, `study`.
     """
 

@@ -99,7 +99,7 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
             if not self._path.parent.is_dir():
                 raise FileNotFoundError(errno.ENOENT, "its directory is gone")
             save_journal(self.storage, saved)
-            kept = f"what the search knows is in {saved.name}, and resuming goes on from there"
+            kept = f"what the search knows is in {saved.name}, and resuming continues from there"
         except OSError as error:
             kept = f"what the search knows could not be saved beside it ({error.strerror})"
         raise OSError(errno.ESTALE, f"was {what} while the sweep ran; {kept}", str(self._path))

@@ -252,7 +252,7 @@ def resume_tuner(
         over = over_budget(new.search.budgets, spent)
         if over:
             raise ConfigError(
-                f"{over}; to go on, give a new one, which counts from now on", experiment
+                f"{over}; to resume, give a new one, which starts from zero", experiment
             )
         prepare(new.example, storage, new.try_own_code())
         if new.search.study != old.search.study:
@@ -336,7 +336,7 @@ def _check_own_study(space: Space, journal: Path) -> None:
     ):
         message = (
             f"study.journal is another user's ({journal.stat().st_uid}), and cmaes keeps its state in it as a pickle, "
-            "which runs as code; if you trust whoever wrote it, copy the experiment, and go on with the copy"
+            "which runs as code; if you trust whoever wrote it, copy the experiment, and resume the copy"
         )
         raise ConfigError(message, journal.parent)
 
@@ -346,7 +346,7 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
     for tree in searcher.recorded():
         was = build_space(tree, searcher.journal)
         missing, more = not_superset(was, space), not_superset(space, was)
-        how = "widened by hand; put back what it was, and go on with: tfkd resume --space FILE"
+        how = "widened by hand; put back what it was, and resume with: tfkd resume --space FILE"
         if missing:
             how = (
                 "changed by hand, and does not hold the trials that are there; put back what it was"
@@ -376,7 +376,7 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
         new = with_digest(new, old.example.data.digest)
     problems = not_superset(old, new)
     if problems:
-        message = "an experiment goes on in its own space, or in one that holds all of it"
+        message = "an experiment is resumed in its own space, or in one that contains all of it"
         raise ConfigError([message, *problems], experiment)
     if new.search.storage not in (None, old.search.storage):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Errors that a person can mend, their sentences and the exit codes of the command line."""
+"""Errors that a user can fix, their messages, and the exit codes of the command line."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
 
 
 class ConfigError(Exception):
-    """Wrong input by a person: every problem at once, each a sentence that begins with the field it is about."""
+    """Wrong input: lists every problem at once, each as a sentence that begins with its field."""
 
     def __init__(self, problems: str | Iterable[str], source: str | Path | None = None) -> None:
         found = [problems] if isinstance(problems, str) else list(problems)

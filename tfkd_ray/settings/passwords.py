@@ -1,8 +1,8 @@
 """Passwords in URLs: find them, and mask them in a URL or a sentence.
 
-A password is the part that SQLAlchemy's parser reads as one. As users forget to percent-encode odd
-passwords, it extends to the last @. One that another sign than a colon sets off from the user is a
-password, too. In a query it is the value of every key with a telling name.
+A password is the part that SQLAlchemy's parser reads as one. It extends to the last @, because users
+forget to percent-encode odd passwords. Another sign than a colon may separate it from the user. In a
+query, the value of every key whose name suggests a secret is a password.
 """
 
 import re

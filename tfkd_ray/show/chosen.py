@@ -83,7 +83,7 @@ def choose(source: Path, arm: str | None = None, seed: int | None = None) -> Cho
         winner = best(records, selection_metric(source))
         if winner is None:
             raise ConfigError(
-                f"no trial of full length yet ({len(records)} trials), so none has weights; go on with: tfkd resume "
+                f"no trial of full length yet ({len(records)} trials), so none has weights; resume with: tfkd resume "
                 f"{shlex.quote(str(source))}",
                 source,
             )
@@ -124,8 +124,8 @@ def _chosen_of_trial(record: Record, experiment: Path) -> Chosen:
         full = sum(r.status == "done" for r in records)
         text = (
             f"The best of {len(records)} trials of the sweep `{experiment.name}` on validation ({full} of full "
-            f"length): {value} after its last epoch. It was selected by this number, which is therefore flattering: of "
-            "many trials the luckiest is always ahead of its true value."
+            f"length): {value} after its last epoch. It was selected by this number, which is therefore biased: the "
+            "best of many trials looks better than it is."
         )
     else:
         ahead = (
@@ -155,7 +155,7 @@ def _of_run(folder: Path) -> Chosen:
         done = f"{metrics[-1]['epoch']:.0f}" if metrics else "none"
         raise ConfigError(
             f"not finished: no {WEIGHTS} in it, {done} of {config.epochs} epochs done; the same tfkd train command "
-            "goes on",
+            "resumes it",
             folder,
         )
     return Chosen(
@@ -164,7 +164,7 @@ def _of_run(folder: Path) -> Chosen:
         storage=folder.parent,
         config=config,
         metrics=metrics[-1] if metrics else {},
-        selection=["A single run. What else was tried before it was chosen is not known here."],
+        selection=["A single run. It is unknown which other runs it was chosen from."],
         verdict=_found_verdicts(folder.parent, config),
     )
 
@@ -174,7 +174,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     compared, result = read_comparison(directory), _outcome(directory)
     if result is None:
         raise ConfigError(
-            f"not finished: not judged yet, no confirm.json in it; go on: tfkd resume {shlex.quote(str(directory))}",
+            f"not finished: not judged yet, no confirm.json in it; resume: tfkd resume {shlex.quote(str(directory))}",
             directory,
         )
     arms = {found["name"]: found for found in result["arms"]}
@@ -208,7 +208,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
 def _seed_of(
     name: str | None, runs: dict[int, dict[str, Any]], seed: int | None, directory: Path
 ) -> int:
-    """Return the seed of the run to take: the first that was trained to the end, or that asked for."""
+    """Return the seed of the run to take: the given one, or the first that was fully trained."""
     done = [s for s, run in runs.items() if run["status"] == "done"]
     if not done:
         raise ConfigError(

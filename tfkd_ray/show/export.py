@@ -7,7 +7,7 @@
     student.onnx         the same for ONNX, where asked for
     SHA256SUMS           checksums of all of these, in the format of sha256sum; see `verify`
 
-To add a format: a function like `_pt2` and its line in `_graphs`. Exporting never opens the test
+To add a format, write a function like `_pt2` and its line in `_graphs`. Exporting never opens the test
 split.
 
 Shapes: images [B, C, H, W] uint8 in, logits [B, K] out.

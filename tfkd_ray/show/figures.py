@@ -26,7 +26,7 @@ MAX_FOREST = 150
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#555555")
 RANKED = ("#FDE725", "#5EC962", "#21918C", "#3B528B", "#440154")
 """Colours from the last rank to the first: viridis."""
-LUCK = "the luckiest of many trials is always ahead of its true value"
+LUCK = "the best of many trials looks better than it is (selection bias)"
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def curves(sweep: Sweep) -> Figure:
     name = score_of(sweep.metric).title
     sentence = f"Each line is a trial: its {name} after every epoch."
     if rungs:
-        sentence += " Dashed lines are the rungs, where trials are judged and only the best of their objective go on."
+        sentence += " Dashed lines are the rungs: only the best trials of an objective continue."
     if cut:
         sentence += f" Of {len(sweep.records):,} trials {MAX_CURVES} or fewer are drawn: the best, and the rest evenly."
     return Figure("curves", f"{name[0].upper()}{name[1:]} over epochs", sentence, panels, wide=True)

@@ -5,7 +5,7 @@ resumed or restored, it continues from its last checkpoint. `Announcer` is the o
 that decides which epochs are new. It passes each to its `Listener`s once, in the order of its list,
 which `callbacks.in_order` defines.
 
-To react to a sweep in a new way: a `Listener` in callbacks.py, and its place in `in_order`.
+To react to a sweep in a new way, write a `Listener` in callbacks.py and add it to `in_order`.
 """
 
 import math

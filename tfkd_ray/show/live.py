@@ -1,8 +1,8 @@
-"""The view of a running sweep: one screen that refreshes in place on a terminal, one updating output in a notebook, one
-line an event when piped.
+"""The live view of a sweep: one screen on a terminal, one updating output in a notebook, or one line
+per event in a pipe.
 
 The plan is read from the experiment. The view goes to standard error; `tfkd tune` prints its
-results to standard output at the end. To show one thing more: a line in `Progress.lines`.
+results to standard output at the end. To show more, add a line to `Progress.lines`.
 """
 
 import html
@@ -76,12 +76,12 @@ def _latest(rows: list[str], runs: Sequence[_Run], most: int) -> list[str]:
 
 
 class Progress(OwnCallback):
-    """Shows a sweep, or a comparison of arms, while it runs. Beside a `build_tuner` of your own it needs nothing else:
+    """Shows a sweep, or a comparison of arms, while it runs. To use it with `build_tuner`:
 
         build_tuner(space, name="mine", callbacks=[Progress(Path("tfkd_results/mine"))]).fit()
 
     Args:
-        experiment: its directory, which must be there when the sweep begins.
+        experiment: its directory, which must exist when the sweep begins.
         console: where it is shown. None: standard error, or the cell of a notebook that calls `fit`.
     """
 
@@ -187,7 +187,7 @@ class Progress(OwnCallback):
 
     def on_lost(self, trial: Any) -> None:
         name = Assignment.of(trial.config).name
-        self._say(f"{name}: its process was lost; it goes on from its last checkpoint")
+        self._say(f"{name}: its process was lost; it resumes from its last checkpoint")
 
     def on_close(self, trials: Sequence[Any]) -> None:
         self._draw(force=True)

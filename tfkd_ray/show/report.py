@@ -1,9 +1,9 @@
-"""One HTML file about an experiment that opens from disk, on paper and on a phone; `--figures` writes the plots as SVG.
+"""The report on an experiment: one HTML file for screens, phones and paper; `--figures` writes SVG.
 
 A report is a list of `Section`s, each of HTML and `Figure`s. A figure is data alone; plotly.js
-(from the plotly package, once, in the page) and matplotlib both draw it. To add a figure: a
-function that returns one, and its place in `_sweep_sections`. A Content-Security-Policy forbids the
-page all network access and foreign scripts; everything read from files is escaped.
+(from the plotly package, once, in the page) and matplotlib both draw it. To add a figure,
+write a function that returns one, and add it to `_sweep_sections`. A Content-Security-Policy forbids
+the page all network access and foreign scripts; everything read from files is escaped.
 """
 
 import importlib.util

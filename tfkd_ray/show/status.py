@@ -1,9 +1,9 @@
-"""Experiments as they are now, for `tfkd status`, `best`, `trials`, `logs` and `ls`. No torch, no Ray, no Optuna.
+"""The present state of experiments, for `tfkd status`, `best`, `trials`, `logs` and `ls`.
 
 A reader may be another process, user or machine than the sweep, so nothing here writes or locks.
 Only the last line of each metrics.jsonl is read, so 1,000 trials take a fraction of a second. An
-experiment is a sweep (experiment.yaml) or a comparison of arms (confirm.yaml). To show one thing
-more: a key in `status`, a line in `status_lines`.
+experiment is a sweep (experiment.yaml) or a comparison of arms (confirm.yaml). To show more, add
+a key to `status` and a line to `status_lines`. Needs neither torch, Ray nor Optuna.
 """
 
 import bisect
@@ -659,7 +659,7 @@ def _time_parts(found: dict[str, Any]) -> list[str]:
     if found["left_s"] is not None:
         parts.append(f"about {duration(found['left_s'])} left")
     if found["state"] == "interrupted":
-        parts.append("go on with: tfkd resume")
+        parts.append("resume with: tfkd resume")
     return parts
 
 

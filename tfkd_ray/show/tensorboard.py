@@ -71,8 +71,8 @@ class TensorBoard(OwnCallback):
     Args:
         folder: where the runs go; point `tensorboard --logdir` at it.
         space: names the columns of HParams; of an `OptunaSearcher`, its `space`. Without it they
-            are the union of what the trials say.
-        metric: what `hp/value` is. None: the metric of a plain dictionary's space, or val_accuracy.
+            are the union of the trials' parameters.
+        metric: the metric of `hp/value`. None: the metric of a plain dictionary's space, or val_accuracy.
     """
 
     def __init__(

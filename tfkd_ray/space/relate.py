@@ -121,7 +121,7 @@ def not_superset(old: Space, new: Space) -> list[str]:
                 f"objective: {was.objective} is in the trials that are there, and not in the new space; add it"
             )
     if old.search.split != new.search.split:
-        problems.append("search.split: cannot change while a sweep goes on")
+        problems.append("search.split: cannot change when a sweep is resumed")
     if old.search.metrics != new.search.metrics:
         problems.append(
             f"search.metric: was {', '.join(old.search.metrics)}, and trials were judged by it"

@@ -1,7 +1,7 @@
 """The assignment of a trial: its number, name, parameters, and the places where it reads and writes.
 
-In Ray's configuration of a trial it is a plain dictionary, the `trial` section: trainables of users read it there, and
-so do experiment states that Ray has saved with earlier releases. `Assignment.of` reads it, `section` makes it.
+In Ray's configuration of a trial it is a plain dictionary, the `trial` section: users' trainables read it there, and
+states that Ray saved with earlier releases contain it. `Assignment.of` reads it, `section` makes it.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """An experiment's directory: its files, read and written without Ray, torch or unpickling.
 
-    experiment.yaml                the space as it was understood, versions, git commit, seeds, command line
+    experiment.yaml                the resolved space, versions, git commit, seeds, command line
     study.journal                  Optuna's journal: proposals, values after every epoch, ends
     spent.json                     seconds of all drivers, and of all trials, for budgets
     trials/t0007-tfkd_reg/         one folder a trial
@@ -481,7 +481,7 @@ def check_new(experiment: Path) -> None:
             f"is a link to {experiment.readlink()}; choose another name: --name NAME", experiment
         )
     if experiment.exists() and not is_begun(experiment):
-        message = f"experiment {experiment.name!r} exists already; choose another name, or go on with it: tfkd resume"
+        message = f"experiment {experiment.name!r} exists already; choose another name, or resume it: tfkd resume"
         raise ConfigError(f"{message} {shlex.quote(str(experiment))}", experiment.parent)
     check_writable(experiment.parent, "--storage DIR")
 

@@ -412,7 +412,9 @@ def check_new_in(store: Store, name: str) -> None:
     """
     store.now()
     if store.objects(name):
-        message = f"experiment {name!r} exists already; choose another name, or go on with it: tfkd resume"
+        message = (
+            f"experiment {name!r} exists already; choose another name, or resume it: tfkd resume"
+        )
         raise ConfigError(f"{message} {store.url}/{name}", store.url)
 
 

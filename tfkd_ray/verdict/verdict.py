@@ -1,9 +1,9 @@
-"""Is an arm better than every baseline? Paired seeds in, one of three verdicts out, in a sentence. No torch, no Ray.
+"""The verdict on each arm, from paired seeds: is it better than every baseline? No torch, no Ray.
 
-An arm's *lead* over a baseline is how much better its metric is, seed by seed, positive where the arm is better. The t
-interval over seeds separates the lead from the luck of the seeds, on this test set. The bootstrap
-over test images, shown apart, separates it from the luck of the test images. There are three
-verdicts:
+An arm's *lead* over a baseline is the difference of their metrics, seed by seed, positive if the arm
+is better. The t interval over seeds separates the lead from the luck of the seeds, on this test set.
+The bootstrap over test images, shown apart, separates it from the luck of the test images. There are
+three verdicts:
 
     better        beats every baseline: its p, the largest of its comparisons' two-sided p (1 where the lead is not
                   positive), is at most 5 % after Holm over the candidates
@@ -467,7 +467,7 @@ def _problems(
         if bad:
             found.append(
                 f"{arm.name}: {metric.name} is not a finite number at seed {_list(bad)}; a run that diverged is a "
-                "result and cannot be left out alone: mend the configuration, or leave the arm out"
+                "result and cannot be left out alone: fix the configuration, or leave the arm out"
             )
     why = "one run has no spread, so no difference can be told from luck; use 2 seeds or more (5 is a fair start)"
     few = [arm for arm in arms if len(arm.seeds) < 2]
