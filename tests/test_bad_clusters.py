@@ -254,7 +254,7 @@ def test_a_provider_that_does_not_answer_is_given_up(
     assert time.monotonic() - began < 20
     err = capsys.readouterr().err
     assert (
-        f"{provider} did not say within 2 s, so nothing was started" in err
+        f"{provider} did not answer within 2 s, so nothing was started" in err
         and "Traceback" not in err
     )
 
@@ -267,7 +267,7 @@ def test_a_kubectl_that_does_not_answer_is_given_up(
     (tmp_path / "kubectl").write_text("#!/bin/bash\nexec /bin/sleep 60\n")
     (tmp_path / "kubectl").chmod(0o755)
     assert main(["cluster", "up", "kuberay-cluster"]) == 1
-    assert "kubectl did not say within 0.5 s" in capsys.readouterr().err
+    assert "kubectl did not answer within 0.5 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -346,8 +346,8 @@ def test_what_is_no_cluster_file_is_said_with_exit_code_2(
         ("aws-gpu.yaml", {"workers": 15, "gpus_per_worker": 1}, "a trial needs 15 x 1 CPU and 1 GPU, each on one node, and with all its nodes the cluster has room for 14"),
         ("aws-gpu.yaml", {"gpus_per_worker": 8}, "room for 0 of them"),
         ("aws-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "A10G"}, None),
-        ("aws-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "H100"}, "accelerator_type: no node type is said to have H100 (said is A10G), and an autoscaler starts what the file says; if one has it, add to its resources: 'accelerator_type:H100': 1"),
-        ("gcp-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "A10G"}, "no node type is said to have A10G (said is L4)"),
+        ("aws-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "H100"}, "accelerator_type: no node type declares H100 (declared: A10G), and an autoscaler starts only declared kinds; if one has it, add to its resources: 'accelerator_type:H100': 1"),
+        ("gcp-gpu.yaml", {"gpus_per_worker": 1, "accelerator_type": "A10G"}, "no node type declares A10G (declared: L4)"),
         ("azure-gpu.yaml", {"gpus_per_worker": 4, "accelerator_type": "A100"}, None),
         ("kuberay-cluster.yaml", {"gpus_per_worker": 1, "accelerator_type": "L4"}, "add to its rayStartParams.resources: 'accelerator_type:L4': 1"),
         ("slurm.sh", {"gpus_per_worker": 1, "accelerator_type": "H100"}, None),
@@ -402,7 +402,7 @@ def test_each_type_of_node_has_its_own_kind_of_gpu(
     if fits:
         check(file, build_space(trial).example)
     else:
-        with pytest.raises(ConfigError, match=f"no node type is said to have {kind} "):
+        with pytest.raises(ConfigError, match=f"no node type declares {kind} "):
             check(file, build_space(trial).example)
     if kind == "L4":
         with pytest.raises(ConfigError, match="room for 8 of them"):

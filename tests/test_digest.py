@@ -437,7 +437,7 @@ def test_an_experiment_records_the_digest_and_goes_on_with_these_data_only(
     said: list[str] = []
     other = build_tuner(space, name="b", storage=tmp_path, on_note=said.append)
     anew, doubt = said  # of random images no teacher learns anything
-    assert "teacher and soft labels are made anew" in anew and digest in anew, other
+    assert "the teacher and its soft labels are computed again" in anew and digest in anew, other
     assert "where guessing is on" in doubt
     path.write_bytes(raw)
     forget()

@@ -573,7 +573,7 @@ def test_layers_may_be_searched_and_a_space_reads_back_without_their_code() -> N
 def test_explain_says_that_a_gradient_by_the_logits_does_not_show_a_loss_on_layers() -> None:
     space = build_space(SPACE)
     text = " ".join(" ".join(explained(space)).split())
-    assert text.count("learns from layers of the networks, too") == 2
+    assert text.count("also learns from layers of the networks") == 2
     assert not [w for w in warnings_of(space) if "without_weight" in w]
 
 

@@ -545,7 +545,7 @@ def test_what_is_read_and_confirmed_of_a_sweep_has_the_name_of_the_function(
     assert compared.arms[0].config.objective.called == name
     controls = [arm for arm in compared.arms if arm.name == "ce-scaled"]
     if name == "as_kd":
-        assert not controls and "its weight of CE cannot be told" in compared.note
+        assert not controls and "its weight of CE is unknown" in compared.note
     else:
         alpha = compared.arms[0].config.objective.model_dump()["args"]["alpha"]
         (control,) = controls

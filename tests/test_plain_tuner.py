@@ -431,5 +431,5 @@ def test_more_points_than_trials_points_of_a_grid_and_points_without_a_value_are
     for wrong in (None, float("nan"), "0.5"):
         with pytest.raises(ConfigError, match="add_evaluated_point: a number"):
             searcher.add_evaluated_point({"optim.lr": 0.2}, wrong)
-    with pytest.raises(ConfigError, match=r"optim\.lr is searched, and is not said"):
+    with pytest.raises(ConfigError, match=r"optim\.lr is searched, and the point lacks it"):
         searcher.add_evaluated_point({}, 0.5)

@@ -894,7 +894,7 @@ WIDE: dict[str, Any] = {
         ({"optim": {**WIDE["optim"], "weight_decay": {"low": 1e-3, "high": 1e-2}}}, "optim.weight_decay: was fixed at 0.0005"),
         ({"epochs": 5}, "epochs: was 27, and is 5 now"),
         ({"objective": {"name": "lsr", "alpha": 0.2}}, "objective.lsr.alpha: was 0.1, and is 0.2 now"),
-        ({"objective": "ce"}, "objective: lsr is in the trials that are there, and not in the new space"),
+        ({"objective": "ce"}, "objective: existing trials have lsr, and the new space lacks it"),
         ({"search": {"metric": "val_nll"}}, "search.metric: was val_accuracy"),
         ({"seed": 1}, "seed: was 0, and is 1 now"),
     ],

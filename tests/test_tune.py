@@ -626,7 +626,7 @@ def test_what_is_removed_of_a_trial_that_runs_is_said_and_written_again(tmp_path
     tell(2)
     tell(3)
     assert said == [
-        "t0: its folder was removed while it ran; made again, with all epochs that it has told"
+        "t0: its folder was removed while it ran; written again, with all epochs reported so far"
     ]
     assert [m["epoch"] for m in read_record(folder).metrics] == [1, 2, 3] and read_record(
         folder
@@ -634,7 +634,7 @@ def test_what_is_removed_of_a_trial_that_runs_is_said_and_written_again(tmp_path
     (folder / "metrics.jsonl").unlink()
     recorder.on_trial_start(0, [], trial)  # its process was lost
     assert said[1:] == [
-        "t0: metrics.jsonl was removed while it ran; made again, with all epochs that it has told"
+        "t0: metrics.jsonl was removed while it ran; written again, with all epochs reported so far"
     ]
     assert [m["epoch"] for m in read_record(folder).metrics] == [1, 2, 3]
     shutil.rmtree(folder)

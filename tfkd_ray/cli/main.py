@@ -142,7 +142,7 @@ def _file_trouble(error: OSError) -> str | None:
     from tfkd_ray.settings.files import DISK_ERRORS
 
     if _directory_is_gone():
-        return "the directory that this was called from is gone; cd to one that is there"
+        return "the working directory no longer exists; cd to another one"
     if error.filename is None and error.errno not in DISK_ERRORS:
         return None
     name = str(error.filename or "the disk")

@@ -172,8 +172,8 @@ def _no_such_gpu(file: ClusterFile, nodes: Sequence[NodeType], gpu: str) -> str:
     said = ", ".join(sorted(kind.removeprefix(KIND) for kind in kinds)) or "none"
     place = "rayStartParams.resources" if file.kind == "kuberay" else "resources"
     return (
-        f"accelerator_type: no node type is said to have {gpu} (said is {said})"
-        f", and an autoscaler starts what the file says; if one has it, add to its {place}: '{KIND}{gpu}': 1"
+        f"accelerator_type: no node type declares {gpu} (declared: {said})"
+        f", and an autoscaler starts only declared kinds; if one has it, add to its {place}: '{KIND}{gpu}': 1"
     )
 
 

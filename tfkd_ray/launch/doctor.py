@@ -251,7 +251,7 @@ def check_asked() -> Iterator[Found]:
     except OSError as error:
         yield _unclear(str(getattr(error, "reason", None) or error))
     else:
-        yield Found("problem", "access", "the cluster lets anyone in without a token; start it anew with "
+        yield Found("problem", "access", "the cluster lets anyone in without a token; restart it with "
                     "RAY_AUTH_MODE=token, as `tfkd cluster up` does")  # fmt: skip
 
 

@@ -544,8 +544,8 @@ def _provider_asked(command: Command, whom: str) -> subprocess.CompletedProcess[
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise StepFailed(
-            f"is there access to this provider? {whom} did not say within {ASK_S:g} s, so nothing was started; look "
-            f"whether its servers are reached from here"
+            f"{whom} did not answer within {ASK_S:g} s, so nothing was started; check that this machine reaches "
+            "the provider's servers"
         ) from None
 
 

@@ -123,8 +123,8 @@ class OwnLoop(Settings):
         """Return this loop for a run; raise a ConfigError if its code is not what was recorded."""
         if (changed := self.changed()) is not None:
             raise ConfigError(
-                f"loop.digest: {changed}. Put the old code back, or begin anew with the code as it is (in a file of "
-                "one run: leave digest out)"
+                f"loop.digest: {changed}. Put the old code back, or start a new run with the present code (in a file "
+                "of one run: leave digest out)"
             )
         return self
 

@@ -118,8 +118,8 @@ def of_other_data(config: TeacherRun, storage: Path) -> str | None:
             config.model_copy(update={"data": like})
         ):
             return (
-                f"data {config.data.name}: its images or labels are others than when teacher {about['name']} was made "
-                f"(digest {here}, then {was}): teacher and soft labels are made anew"
+                f"data {config.data.name}: its images or labels have changed since teacher {about['name']} was made "
+                f"(digest {here}, then {was}): the teacher and its soft labels are computed again"
             )
     return None
 

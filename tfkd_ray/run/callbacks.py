@@ -103,7 +103,7 @@ class Recorder(Listener):
         self._make(trial)
         what = f"{gone[0]} was" if len(gone) == 1 else "its folder was"
         self._note(
-            f"{folder.name}: {what} removed while it ran; made again, with all epochs that it has told"
+            f"{folder.name}: {what} removed while it ran; written again, with all epochs reported so far"
         )
         return True
 

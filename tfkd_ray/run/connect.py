@@ -394,7 +394,7 @@ def _check_speaks_alike(address: str) -> None:
 def _open_head(address: str) -> str:
     return (
         f"the Ray cluster at {address} runs without authentication, and this process with (RAY_AUTH_MODE=token), so "
-        "its trials could not answer; start the cluster anew with RAY_AUTH_MODE=token and this machine's token, or, "
+        "its trials could not answer; restart the cluster with RAY_AUTH_MODE=token and this machine's token, or, "
         "where nobody else reaches it, unset RAY_AUTH_MODE here"
     )
 

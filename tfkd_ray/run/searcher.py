@@ -1038,7 +1038,7 @@ def _against(branch: Branch, given: dict[str, Any], whole: bool) -> tuple[list[s
         if not p.domain.contains(filled[p.name])
     ]
     lacking = [name for name in names if whole and name not in given]
-    problems += [f"{name} is searched, and is not said" for name in lacking]
+    problems += [f"{name} is searched, and the point lacks it" for name in lacking]
     left = [name for name in given if name not in names]
     problems += [f"{n}: objective {branch.objective} has no such parameter then" for n in left]
     return names, problems

@@ -349,7 +349,7 @@ def _check_unchanged(space: Space, searcher: OptunaSearcher) -> None:
         how = "widened by hand; put back what it was, and resume with: tfkd resume --space FILE"
         if missing:
             how = (
-                "changed by hand, and does not hold the trials that are there; put back what it was"
+                "changed by hand, and no longer contains the existing trials; put back what it was"
             )
         if missing or more:
             file = searcher.journal.with_name("experiment.yaml")

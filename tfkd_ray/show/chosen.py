@@ -325,8 +325,8 @@ def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
                 lines += ["", *_verdict_text(result, directory, arm.name)]
                 lines += [
                     "",
-                    "That is about the configuration, trained anew with other seeds. These weights are not among those "
-                    "that were judged, and have not seen the test split.",
+                    "That verdict is about the configuration, retrained with other seeds. These weights were not "
+                    "judged and have not seen the test split.",
                 ]
     return [*(lines[1:] or [NOT_CONFIRMED]), *unread]
 

@@ -364,7 +364,7 @@ def arms_of(
     weight = validated(TrainConfig, arms[0]["config"]).ce_share
     if weight is None and "scaled" in rivals:
         notes.append(
-            f"{first.objective} is a function, so its weight of CE cannot be told, and there is no baseline ce-scaled; "
+            f"{first.objective} is a function, so its weight of CE is unknown, and there is no baseline ce-scaled; "
             "a class with terms and ce_weight has one."
         )
     if weight is not None and weight > 0 and "scaled" in rivals:

@@ -48,10 +48,10 @@ LIMIT = f"{100 * EXPLAIN_TOLERANCE:g} %"
 WIDTH = 80
 TINY_PROBABILITY = 1e-30
 LAYERS_TOO = (
-    "learns from layers of the networks, too: its gradient by the logits does not show what it amounts to, nor which "
+    "also learns from layers of the networks: its gradient by the logits shows neither its equivalent nor which "
     "settings matter"
 )
-"""What is said of an objective that asks for layers."""
+"""Sentence about an objective that asks for layers."""
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def not_superset(old: Space, new: Space) -> list[str]:
     for was in old.branches:
         if was.objective not in branches:
             problems.append(
-                f"objective: {was.objective} is in the trials that are there, and not in the new space; add it"
+                f"objective: existing trials have {was.objective}, and the new space lacks it; add it"
             )
     if old.search.split != new.search.split:
         problems.append("search.split: cannot change when a sweep is resumed")
