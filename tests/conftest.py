@@ -139,6 +139,14 @@ def tfkd_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
+def is_whole(export: Path) -> bool:
+    """Return whether sha256sum finds all files of an exported folder as they are listed, no others."""
+    listed = (export / "SHA256SUMS").read_text().splitlines()
+    names = {"SHA256SUMS", *(line.partition("  ")[2] for line in listed)}
+    found = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=export)
+    return found.returncode == 0 and names == {path.name for path in export.iterdir()}
+
+
 def train_as_worker(
     rank: int, folder: str, tree: dict[str, Any], teachers: Callable[..., Any]
 ) -> None:

@@ -214,7 +214,6 @@ from tfkd_ray.run.auth import token_in
 from tfkd_ray.run.studies import open_journal
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import read_yaml
-from tfkd_ray.show.export import verify
 from tfkd_ray.show.status import status
 from tfkd_ray.store.experiment import gone_trials, read_metrics, read_record, read_spent
 
@@ -239,7 +238,7 @@ READS = {
     "weights": lambda f: outside(f / "w.safetensors"), "pt": lambda f: outside(f / "w.pt"),
     "tiny": lambda f: TinyImagenet(root=f).load(), "state": state, "holes": state,
     "tail": said, "hollow": said, "slurm": lambda f: load_cluster(f / "job.sh"),
-    "token": lambda f: token_in(f / "auth_token"), "sums": verify,
+    "token": lambda f: token_in(f / "auth_token"),
     "gone": lambda f: print(len(gone_trials(f)), "trials are gone"),
     "journal": lambda f: open_journal(f / "study.journal"),
 }
@@ -289,8 +288,8 @@ def claims(folder: Path, what: str) -> None:
         (folder / "val/images").mkdir(parents=True)
         (folder / "val/val_annotations.txt").touch()
         sparse(folder / "wnids.txt", 2**40)
-    elif what in ("slurm", "token", "sums"):
-        name = {"slurm": "job.sh", "token": "auth_token", "sums": "SHA256SUMS"}[what]
+    elif what in ("slurm", "token"):
+        name = {"slurm": "job.sh", "token": "auth_token"}[what]
         sparse(folder / name, 2**40, b"#SBATCH -N 1\n")
     elif what in ("journal", "gone"):  # a study, then a terabyte without a line
         sparse(folder / "study.journal", 2**40, (RELEASE / "sweep/study.journal").read_bytes())
@@ -352,7 +351,6 @@ def claims(folder: Path, what: str) -> None:
         "gone",
         "slurm",
         "token",
-        "sums",
         "idx",
         "cifar",
         "tiny",

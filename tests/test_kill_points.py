@@ -17,7 +17,7 @@ from typing import Any
 import killed
 import psutil
 import pytest
-from conftest import Run
+from conftest import Run, is_whole
 from test_faults import assert_no_orphans, tree
 
 from tfkd_ray.learn.checkpoint import WEIGHTS, save_weights
@@ -26,7 +26,6 @@ from tfkd_ray.run.confirm import LOGITS
 from tfkd_ray.run.tune import build_tuner
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.yaml import dump_yaml
-from tfkd_ray.show.export import verify
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import Record, read_records, write_experiment, write_record
@@ -96,7 +95,7 @@ def test_an_export_that_is_killed_at_any_file_leaves_nothing_or_all_and_the_next
         was_killed = killed_at(
             point, ["export", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out"
         )
-        assert not out.exists() or verify(out), f"{point=}"
+        assert not out.exists() or is_whole(out), f"{point=}"
         assert contents(sweep) == before, f"{point=}"
         if not was_killed:
             break
@@ -104,8 +103,8 @@ def test_an_export_that_is_killed_at_any_file_leaves_nothing_or_all_and_the_next
             assert not killed_at(
                 1000, ["export", str(sweep), "-o", str(out)], tmp_path, tmp_path / "out"
             )
-            assert verify(out) and [p.name for p in out.parent.iterdir()] == ["x"], f"{point=}"
-    assert point > 8 and verify(out) and sorted(p.name for p in out.parent.iterdir()) == ["x"]
+            assert is_whole(out) and [p.name for p in out.parent.iterdir()] == ["x"], f"{point=}"
+    assert point > 8 and is_whole(out) and sorted(p.name for p in out.parent.iterdir()) == ["x"]
 
 
 def test_a_report_that_is_killed_at_any_file_leaves_the_old_page_or_the_new_one(

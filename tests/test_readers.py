@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from rich.cells import cell_len
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import legible, write_text
@@ -221,7 +222,7 @@ def test_status_is_at_most_80_columns_wide(sweep: Path) -> None:
     found = status(sweep)
     found["failures"] = [{"trial": "t", "reason": "試" * 90 + "\x1b[31m"}]
     for line_ in status_lines(found):
-        assert readers.cell_len(line_) <= 80 and line_.isprintable()
+        assert cell_len(line_) <= 80 and line_.isprintable()
     assert any("not a verdict" in line_ for line_ in status_lines(found))
 
 
@@ -634,7 +635,7 @@ def test_ls_lists_what_is_there_and_says_what_cannot_be_read(small: Path) -> Non
     )
     assert found["broken"]["state"] == "unreadable" and "layout 7" in found["broken"]["why"]
     json.dumps(list(found.values()), allow_nan=False)
-    assert all(readers.cell_len(line_) <= 80 for line_ in ls_lines(ls(storage)))
+    assert all(cell_len(line_) <= 80 for line_ in ls_lines(ls(storage)))
     assert ls_lines(ls(small)) == ["no experiments here"]
     with pytest.raises(ConfigError, match="no such directory"):
         ls(storage / "gone")

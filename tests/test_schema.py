@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from tfkd_ray.launch.clusterfile import load_cluster
 from tfkd_ray.learn.config import TrainConfig
+from tfkd_ray.settings.columns import in_columns, on_one_line
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import settings_at, validated
 from tfkd_ray.settings.yaml import dump_yaml, find_file, parse_documents, parse_yaml, read_yaml
@@ -182,3 +184,23 @@ def test_shipped_files_are_found_from_anywhere(
     monkeypatch.chdir(tmp_path)
     assert find_file(given, "search_spaces").is_file()
     assert not find_file("mine.yaml", "search_spaces").exists()
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+def test_tables_set_numbers_to_the_right_and_cut_the_first_column_alone() -> None:
+    rows = ["arm\taccuracy\tn\tof", "試験\t90.04 ± 0.43\t5\tmine", "a" * 48 + "\tnone\t12\t7 days"]
+    assert in_columns(rows, 40) == [
+        "arm                 accuracy   n  of",
+        "試験            90.04 ± 0.43   5  mine",
+        "aaaaaaaaaaaaa…          none  12  7 days",
+    ]
+    assert in_columns(rows)[2].startswith("a" * 48 + "  ")
+    assert in_columns([]) == [] and in_columns(["a\tb"], 1) == ["a  b"]
+    assert max(map(cell_len, in_columns(rows, 10))) == 8 + 26
+
+
+def test_a_cell_holds_no_line_end_and_no_control_character() -> None:
+    (line,) = in_columns([on_one_line("a\tb\n\x1b[31m") + "\tc"])
+    assert line.isprintable() and "\\t" in line and line.endswith("  c")

@@ -1,6 +1,6 @@
 """The verb `confirm`: train arms over seeds, then judge them on the test split."""
 
-import argparse
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,14 @@ from tfkd_ray.cli.terminal import (
     shell_word,
     short_path,
 )
-from tfkd_ray.settings.errors import FAILED, NOT_BETTER, OK
+from tfkd_ray.settings.errors import FAILED, NOT_BETTER, OK, ConfigError
 
 # --- confirm ---------------------------------------------------------------------------------------------------
 
 
-def confirm_verb(args: argparse.Namespace) -> int:
+def confirm_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import confirm_as_job
     from tfkd_ray.launch.verbs import is_arms
-    from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.arms import FIRST_SEED, arms_of, load_arms, new_comparison, rivals_of
     from tfkd_ray.store.experiment import read_experiment
     from tfkd_ray.store.storage import Experiment, checked, to_continue
@@ -99,8 +98,6 @@ def confirm_verb(args: argparse.Namespace) -> int:
 
 def _check_seeds(first_look: int | None, most: int) -> None:
     """Raise a ConfigError for numbers of seeds that can tell nothing."""
-    from tfkd_ray.settings.errors import ConfigError
-
     if first_look is None:
         if most < 2:
             message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"
@@ -118,14 +115,11 @@ def _check_seeds(first_look: int | None, most: int) -> None:
         raise ConfigError(message, option)
 
 
-def _tuned_baselines(
-    sweep: "Experiment", rivals: Sequence[str], args: argparse.Namespace
-) -> Path | None:
+def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: Namespace) -> Path | None:
     """Tune the baselines that got fewer trials than the winner's objective; return that sweep.
 
     None if no baseline needs it.
     """
-    from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.arms import baseline_space, untuned
     from tfkd_ray.store.experiment import read_experiment, read_records
     from tfkd_ray.store.storage import to_resume

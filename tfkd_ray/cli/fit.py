@@ -1,17 +1,19 @@
 """Shared parts of the verbs that train: join Ray, run a Tuner, handle Ctrl-C and disk errors."""
 
-import contextlib
 import os
 import signal
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfkd_ray.learn.config import TeacherRun
+    from tfkd_ray.run.tune import OnTeacher
+    from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.cli.terminal import how_made, leave, say_error, shell_word
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED
 
@@ -38,7 +40,7 @@ def join_ray(address: str | None, workers: int) -> None:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
-def teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
+def teacher_line(run: "TeacherRun", about: "Tree | None") -> None:
     if about is not None:
         accuracy = about["metrics"].get("val_accuracy")
         judged = "" if accuracy is None else f", val_accuracy {accuracy:.4f}"
@@ -47,9 +49,7 @@ def teacher_line(run: "TeacherRun", about: dict[str, Any] | None) -> None:
         say_error(f"teacher: {how_made(run)}")
 
 
-def teacher_lines(
-    runs: Iterable["TeacherRun"], storage: Path
-) -> Callable[["TeacherRun", dict[str, Any] | None], None]:
+def teacher_lines(runs: Iterable["TeacherRun"], storage: Path) -> "OnTeacher":
     """Return a `teacher_line` for many teachers; those that differ by seed alone are one line."""
     from tfkd_ray.learn.teachers import is_trained
 
@@ -59,7 +59,7 @@ def teacher_lines(
     missing = {run.fingerprint(): but_for_seed(run) for run in runs if not is_trained(run, storage)}
     counts = Counter(missing.values())
 
-    def say(run: "TeacherRun", about: dict[str, Any] | None) -> None:
+    def say(run: "TeacherRun", about: "Tree | None") -> None:
         if about is not None:
             teacher_line(run, about)
         elif number := counts.pop(but_for_seed(run), 0):
@@ -83,7 +83,7 @@ def fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> b
         return _fit_tuner(progress, build, experiment)
 
 
-@contextlib.contextmanager
+@contextmanager
 def head_needed(experiment: Path | None = None, progress: Any = None) -> Iterator[None]:
     """End this command with a sentence if the head of its Ray cluster dies in this block."""
     from tfkd_ray.run.connect import head_watched
@@ -92,17 +92,14 @@ def head_needed(experiment: Path | None = None, progress: Any = None) -> Iterato
         if progress is not None:
             progress.stop()
         again = "run the same command again; teachers that are trained are kept"
-        if experiment is not None and _is_written(experiment):
+        heads = ("experiment.yaml", "confirm.yaml")
+        if experiment is not None and any((experiment / name).is_file() for name in heads):
             again = f"resume with:\n  tfkd resume {shell_word(experiment)}"
         say_error(f"stopped: {what}; once a cluster runs again, {again}")
         os._exit(FAILED)  # threads that wait for Ray would wait until Ray kills this process
 
     with head_watched(gone):
         yield
-
-
-def _is_written(experiment: Path) -> bool:
-    return any((experiment / name).is_file() for name in ("experiment.yaml", "confirm.yaml"))
 
 
 def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> bool | None:
@@ -138,7 +135,7 @@ def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> 
     return not interrupted
 
 
-@contextlib.contextmanager
+@contextmanager
 def _ctrl_c(progress: Any) -> Iterator[list[bool]]:
     """Handle Ctrl-C and SIGTERM: the first ends Tune and trials save, the second exits at once.
 

@@ -4,7 +4,6 @@ Results go to standard output, progress and errors to standard error. Exit codes
 7 not better (confirm), 130 interrupted.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -12,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -43,7 +43,7 @@ from tfkd_ray.cli.terminal import (
     say_error,
 )
 from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
-from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT, ConfigError, Unreachable
 from tfkd_ray.settings.own_code import enter_job
 from tfkd_ray.settings.passwords import masked
 
@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with contextlib.redirect_stderr(Legible(sys.stderr)):
             args = _parsed_args(argv)
-        from tfkd_ray.settings.errors import ConfigError, Unreachable  # `--help` needs no YAML
     except ModuleNotFoundError as error:
         return _not_installed(argv[0] if argv else "", error)
     except SystemExit as end:  # `--help`, or a wrong option
@@ -169,7 +168,7 @@ def _not_installed(verb: str, error: ModuleNotFoundError) -> int:
     return FAILED
 
 
-def _parsed_args(argv: list[str]) -> argparse.Namespace:
+def _parsed_args(argv: list[str]) -> Namespace:
     """Parse the arguments; also keep them as `words`, with a parser, for jobs that forward them."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -208,13 +207,13 @@ def _command_of(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:cut], argv[cut + 1 :]
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report an error of the command line, with passwords masked."""
         super().error(masked(message))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = _Parser(
         prog="tfkd",
         description="Search the hyperparameters of knowledge distillation and teacher-free KD on Ray.",
@@ -223,14 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tfkd {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(
-        name: str, run: Callable[[argparse.Namespace], int], text: str
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[[Namespace], int], text: str) -> ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
 
-    def file_and_overrides(sub: argparse.ArgumentParser, what: str) -> None:
+    def file_and_overrides(sub: ArgumentParser, what: str) -> None:
         sub.add_argument("file", help=f"{what}, or the name of one that ships with tfkd")
         sub.add_argument(
             "overrides",
@@ -239,12 +236,10 @@ def _parser() -> argparse.ArgumentParser:
             help="settings that replace the file's",
         )
 
-    def download(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--download", action="store_true", help="download the data set first if it is missing"
-        )
+    def download(sub: ArgumentParser) -> None:
+        _flag(sub, "--download", "download the data set first if it is missing")
 
-    def storage(sub: argparse.ArgumentParser) -> None:
+    def storage(sub: ArgumentParser) -> None:
         sub.add_argument("--storage", type=place_or_url, default=DEFAULT_STORAGE, metavar="DIR",
                          help="storage of experiments and teachers: a directory, s3://BUCKET/PREFIX or "
                          "gs://BUCKET/PREFIX (default: ./tfkd_results)")  # fmt: skip
@@ -282,11 +277,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="continue in a wider space, which must contain every trial of this one",
     )
-    sub.add_argument(
-        "--retry-failed",
-        action="store_true",
-        help="retry the failed trials (a comparison always retries them)",
-    )
+    _flag(sub, "--retry-failed", "retry the failed trials (a comparison always retries them)")
     _budgets(sub)
     sub.add_argument(
         "--study-storage",
@@ -301,11 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         "Check a search-space or arms file and show what it runs; starts nothing.",
     )
     file_and_overrides(sub, "a search-space or arms file")
-    sub.add_argument(
-        "--all",
-        action="store_true",
-        help="list every fixed setting, including those at their defaults",
-    )
+    _flag(sub, "--all", "list every fixed setting, including those at their defaults")
 
     sub = verb(
         "plan",
@@ -313,11 +300,7 @@ def _parser() -> argparse.ArgumentParser:
         "Estimate the cost of a sweep: trials, epochs, hours, money, disk; starts nothing.",
     )
     file_and_overrides(sub, "a search-space file")
-    sub.add_argument(
-        "--probe",
-        action="store_true",
-        help="train a few steps of each objective here to estimate the hours",
-    )
+    _flag(sub, "--probe", "train a few steps of each objective here to estimate the hours")
     sub.add_argument(
         "--slots",
         type=_count,
@@ -358,11 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--baselines", default=DEFAULT_BASELINES, metavar="LIST",
                      help="baselines for a sweep's best trials (default: ce,lsr,scaled,published)")  # fmt: skip
-    sub.add_argument(
-        "--fail-if-not-better",
-        action="store_true",
-        help="exit with code 7 unless an arm is better",
-    )
+    _flag(sub, "--fail-if-not-better", "exit with code 7 unless an arm is better")
     download(sub)
     storage(sub)
     sub.add_argument(
@@ -376,10 +355,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--preset", choices=["smoke"], help="smoke: scale the arms down, as a smoke test"
     )
-    sub.add_argument("--train-only", action="store_true", help="leave validation out of training")
-    sub.add_argument(
-        "--teacher-per-seed", action="store_true", help="train a teacher for each seed, also for kd"
-    )
+    _flag(sub, "--train-only", "leave validation out of training")
+    _flag(sub, "--teacher-per-seed", "train a teacher for each seed, also for kd")
     sub.add_argument(
         "--name", help="name of the comparison (default: the file's name and the time)"
     )
@@ -406,9 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "-o", "--out", type=Path, metavar="DIR", help="new directory (default: ./NAME-export)"
     )
-    sub.add_argument(
-        "--onnx", action="store_true", help="also write ONNX (pip install 'tfkd_ray[onnx]')"
-    )
+    _flag(sub, "--onnx", "also write ONNX (pip install 'tfkd_ray[onnx]')")
     sub.add_argument("--licence", metavar="NAME", help="licence of the weights, e.g. apache-2.0")
 
     sub = verb("teacher", teacher_verb, "Train, list or show teachers.")
@@ -425,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
         elif do == "show":
             action.add_argument("name", help="name of the teacher")
 
-    def experiment(sub: argparse.ArgumentParser, *, follow: bool = False) -> None:
+    def experiment(sub: ArgumentParser, *, follow: bool = False) -> None:
         sub.add_argument("experiment", type=place_or_url, help="directory or URL of the experiment")
         if follow:
             sub.add_argument("-f", "--follow", action="store_true", help="follow it until it ends")
@@ -437,7 +412,7 @@ def _parser() -> argparse.ArgumentParser:
         "several metrics, the trials that no other beats.",
     )
     experiment(sub)
-    sub.add_argument("--json", action="store_true", help="for programs")
+    _flag(sub, "--json", "for programs")
 
     sub = verb("trials", trials_verb, "List the trials of an experiment.")
     experiment(sub)
@@ -452,7 +427,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("status", status_verb, "Show the progress of an experiment, also while it runs.")
     experiment(sub, follow=True)
-    sub.add_argument("--json", action="store_true", help="for programs")
+    _flag(sub, "--json", "for programs")
 
     sub = verb("logs", logs_verb, "Print the log of a trial, one line per epoch.")
     experiment(sub, follow=True)
@@ -460,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("ls", ls_verb, "List experiments and comparisons.")
     storage(sub)
-    sub.add_argument("--json", action="store_true", help="for programs")
+    _flag(sub, "--json", "for programs")
 
     sub = verb(
         "report", report_verb, "Write a report on an experiment or a comparison as one HTML page."
@@ -505,9 +480,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the cluster file's; on this machine ./tfkd_results)",
     )
     sub.add_argument("--space", metavar="FILE", help="search space whose trials must fit")
-    sub.add_argument(
-        "--reap", action="store_true", help="remove placement groups of jobs that have ended"
-    )
+    _flag(sub, "--reap", "remove placement groups of jobs that have ended")
 
     _cluster_parser(
         verb("cluster", _cluster, "Check, start, watch and stop clusters; see docs/clusters.md.")
@@ -515,17 +488,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _elsewhere(sub: argparse.ArgumentParser) -> None:
+def _flag(sub: ArgumentParser, option: str, text: str) -> None:
+    sub.add_argument(option, action="store_true", help=text)
+
+
+def _elsewhere(sub: ArgumentParser) -> None:
     """Add the options that say where a sweep runs."""
     sub.add_argument("--address", help="Ray cluster to run on: auto, HOST:PORT, or http://HOST:PORT to run as a job "
                      "(default: RAY_ADDRESS, or a new cluster here)")  # fmt: skip
     sub.add_argument(
         "--cluster", metavar="FILE", help="file of a running cluster, to run on as a job"
     )
-    sub.add_argument("--detach", action="store_true", help="do not follow the job")
+    _flag(sub, "--detach", "do not follow the job")
 
 
-def _cluster_parser(sub: argparse.ArgumentParser) -> None:
+def _cluster_parser(sub: ArgumentParser) -> None:
     actions = sub.add_subparsers(
         dest="do", required=True, metavar="check|up|status|submit|logs|down"
     )
@@ -544,23 +521,21 @@ def _cluster_parser(sub: argparse.ArgumentParser) -> None:
                 "--space", metavar="FILE", help="search space whose trials must fit on it"
             )
             continue
-        action.add_argument(
-            "--print", action="store_true", help="print the commands instead of running them"
-        )
+        _flag(action, "--print", "print the commands instead of running them")
         if do == "submit":
-            action.add_argument("--detach", action="store_true", help="do not follow the job")
+            _flag(action, "--detach", "do not follow the job")
             action.usage = "%(prog)s [--print] [--detach] FILE -- COMMAND"
         elif do == "logs":
             action.add_argument("job", nargs="?", help="job to follow (default: the newest)")
 
 
-def _cluster(args: argparse.Namespace) -> int:
+def _cluster(args: Namespace) -> int:
     from tfkd_ray.launch.verbs import cluster
 
     return cluster(args)
 
 
-def _budgets(sub: argparse.ArgumentParser) -> None:
+def _budgets(sub: ArgumentParser) -> None:
     """Add the options that end a sweep, each named after its setting in `search`."""
     for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
@@ -577,7 +552,7 @@ def _seeds(text: str) -> tuple[int | None, int]:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) > 10**9:
-        raise argparse.ArgumentTypeError(f"a whole number, got {text!r}")
+        raise ArgumentTypeError(f"a whole number, got {text!r}")
     return int(text)
 
 

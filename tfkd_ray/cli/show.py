@@ -1,6 +1,5 @@
 """The reading verbs: doctor, check, plan, explain, status, trials, report, export, ..."""
 
-import argparse
 import contextlib
 import io
 import os
@@ -8,18 +7,18 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Iterator
+from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tfkd_ray.space.space import Space
 from tfkd_ray.cli.fit import join_ray
 from tfkd_ray.cli.terminal import DEFAULT_STORAGE, how_made, load_file, say_error, short_path
-from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, Sentences
 
 
-def doctor_verb(args: argparse.Namespace) -> int:
+def doctor_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import doctor_as_job
     from tfkd_ray.space.space import load_space
 
@@ -44,8 +43,7 @@ def doctor_verb(args: argparse.Namespace) -> int:
 # --- check -----------------------------------------------------------------------------------------------------
 
 
-def check_verb(args: argparse.Namespace) -> int:
-    from tfkd_ray.settings.errors import ConfigError
+def check_verb(args: Namespace) -> int:
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import warnings_of
 
@@ -79,8 +77,7 @@ def check_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def plan_verb(args: argparse.Namespace) -> int:
-    from tfkd_ray.settings.errors import ConfigError
+def plan_verb(args: Namespace) -> int:
     from tfkd_ray.show.plan import lines, plan, slots_here
 
     if args.slots == 0:
@@ -93,7 +90,7 @@ def plan_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def explain_verb(args: argparse.Namespace) -> int:
+def explain_verb(args: Namespace) -> int:
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import arm_line, explained
 
@@ -105,13 +102,13 @@ def explain_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def _describe(space: "Space") -> Iterator[str]:
+def _describe(space: "Space") -> Sentences:
     """Yield what is searched, for all objectives and for each, line by line."""
     from tfkd_ray.space.relate import warm_points
 
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
     search, epochs = space.search, space.epochs
-    rungs = search.stopping.rungs(epochs)
+    rungs = space.rungs
     share = search.num_samples // len(space.branches)
     per = (
         f"{share} for each of {len(space.branches)} objectives"
@@ -138,26 +135,26 @@ def _describe(space: "Space") -> Iterator[str]:
     yield from (f"teacher, once before the trials: {how_made(run)}" for run in space.teacher_runs())
 
 
-def print_notes(space: "Space") -> Iterator[str]:
+def print_notes(space: "Space") -> Sentences:
     for note in space.notes:
         yield from textwrap.wrap(
             f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False
         )
 
 
-def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
+def _fixed(space: "Space", *, whole: bool) -> Sentences:
     """Yield fixed settings: networks, and those unlike recipe and defaults; `whole`: all."""
     from tfkd_ray.learn.config import TrainConfig
-    from tfkd_ray.settings.yaml import in_yaml
+    from tfkd_ray.settings.yaml import in_yaml, leaves_of
 
     data, recipe = space.example.data, space.example.recipe
     bare = {"objective": "ce", "data": data, "recipe": recipe, "precision": space.tree["precision"]}
-    usual = dict(_leaves(TrainConfig.model_validate(bare).model_dump(mode="json")))
+    usual = dict(leaves_of(TrainConfig.model_validate(bare).tree))
     own = {"name", *data.model_dump(exclude_defaults=True)}
     searched = {p.path for p in space.parameters}
     count = 0
     yield "fixed:"
-    for path, value in _leaves(space.tree, searched):
+    for path, value in leaves_of(space.tree, searched):
         if path[0] in ("search", "objective", "teacher", "teachers") or path in searched:
             continue
         differs = (
@@ -173,21 +170,10 @@ def _fixed(space: "Space", *, whole: bool) -> Iterator[str]:
         yield f"  {count} more are as in the recipe {named} of {data.name}, or as usual (--all lists them)"
 
 
-def _leaves(
-    tree: Any, whole: Collection[tuple[str, ...]] = (), path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield (path, value) of every leaf; a path of `whole` counts as one."""
-    if isinstance(tree, dict) and path not in whole:
-        for key, value in tree.items():
-            yield from _leaves(value, whole, (*path, key))
-    else:
-        yield path, tree
-
-
 # --- export ----------------------------------------------------------------------------------------------------
 
 
-def export_verb(args: argparse.Namespace) -> int:
+def export_verb(args: Namespace) -> int:
     from tfkd_ray.show.export import ExportFailed, export
 
     source = _to_export(args.source)
@@ -233,10 +219,9 @@ def _to_export(place: "Path | str") -> Path:
     return source
 
 
-def best_verb(args: argparse.Namespace) -> int:
+def best_verb(args: Namespace) -> int:
     import json
 
-    from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.settings.yaml import dump_yaml
     from tfkd_ray.show.status import best_lines, best_of, front_of, read_lasts
     from tfkd_ray.store.storage import experiment_of
@@ -262,7 +247,7 @@ def best_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def trials_verb(args: argparse.Namespace) -> int:
+def trials_verb(args: Namespace) -> int:
     from tfkd_ray.show.trials import trials_table
     from tfkd_ray.store.storage import experiment_of
 
@@ -279,7 +264,7 @@ def trials_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def status_verb(args: argparse.Namespace) -> int:
+def status_verb(args: Namespace) -> int:
     import json
 
     from tfkd_ray.show.status import follow_status, status, status_lines
@@ -302,7 +287,7 @@ def status_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def logs_verb(args: argparse.Namespace) -> int:
+def logs_verb(args: Namespace) -> int:
     from tfkd_ray.show.trials import logs
     from tfkd_ray.store.storage import experiment_of, kept_up_to_date
 
@@ -316,7 +301,7 @@ def logs_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def ls_verb(args: argparse.Namespace) -> int:
+def ls_verb(args: Namespace) -> int:
     import json
 
     from tfkd_ray.show.status import ls, ls_lines
@@ -329,7 +314,7 @@ def ls_verb(args: argparse.Namespace) -> int:
     return OK
 
 
-def report_verb(args: argparse.Namespace) -> int:
+def report_verb(args: Namespace) -> int:
     from tfkd_ray.show.report import report
     from tfkd_ray.space.arms import comparisons_of
     from tfkd_ray.store.storage import absolute, experiment_of
@@ -356,7 +341,7 @@ _HOW_TO_COMPARE = """\
 A trial that runs, or was interrupted, has the status Unknown."""
 
 
-def tensorboard_verb(args: argparse.Namespace) -> int:
+def tensorboard_verb(args: Namespace) -> int:
     import tempfile
 
     from tensorboard import program
@@ -407,8 +392,6 @@ def tensorboard_verb(args: argparse.Namespace) -> int:
 def _check_port(port: int) -> None:
     """Raise a ConfigError that names the next free port if this one cannot be used."""
     import socket
-
-    from tfkd_ray.settings.errors import ConfigError
 
     def problem(port: int) -> str | None:
         try:

@@ -1,10 +1,10 @@
 """The verbs `tune` and `resume`."""
 
-import argparse
 import dataclasses
 import json
 import os
 import textwrap
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,12 +30,12 @@ from tfkd_ray.cli.terminal import (
     shell_word,
     short_path,
 )
-from tfkd_ray.settings.errors import FAILED, OK
+from tfkd_ray.settings.errors import FAILED, OK, ConfigError
 
 # --- tune and resume -------------------------------------------------------------------------------------------
 
 
-def tune_verb(args: argparse.Namespace) -> int:
+def tune_verb(args: Namespace) -> int:
     options = {"num_samples": args.num_samples, **{name: getattr(args, name) for name in BUDGETS}}
     args.overrides += [
         f"search.{name}={value}" for name, value in options.items() if value is not None
@@ -78,9 +78,8 @@ def tune_verb(args: argparse.Namespace) -> int:
     )
 
 
-def resume_verb(args: argparse.Namespace) -> int:
+def resume_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import resume_as_job
-    from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.space import build_space, load_space
     from tfkd_ray.store.experiment import read_experiment
     from tfkd_ray.store.storage import to_continue

@@ -1,12 +1,12 @@
 """Messages, names and paths as the terminal shows them, and ending on Ctrl-C."""
 
-import argparse
 import contextlib
 import os
 import shlex
 import signal
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tfkd_ray.learn.config import TeacherRun, TrainConfig
     from tfkd_ray.space.space import Space
     from tfkd_ray.store.storage import Storage
-from tfkd_ray.settings.errors import INTERRUPTED
+from tfkd_ray.settings.errors import INTERRUPTED, ConfigError
 
 BUDGET_OPTIONS = (
     ("--time-budget", "time_budget_s", "SECONDS", "seconds"),
@@ -70,15 +70,14 @@ def place_or_url(text: str) -> "Path | str":
     return text if "://" in text else Path(text)
 
 
-def load_file(args: argparse.Namespace) -> "Space":
+def load_file(args: Namespace) -> "Space":
     from tfkd_ray.space.space import load_space
 
     return load_space(args.file, args.overrides)
 
 
-def have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
+def have_data(config: "TrainConfig", args: Namespace) -> None:
     """Raise a ConfigError if the data are missing; with --download, download them first."""
-    from tfkd_ray.settings.errors import ConfigError
 
     if args.download:
         try:
@@ -89,7 +88,7 @@ def have_data(config: "TrainConfig", args: argparse.Namespace) -> None:
     config.data.check()
 
 
-def new_name(args: argparse.Namespace, storage: "Storage", stem: str) -> str:
+def new_name(args: Namespace, storage: "Storage", stem: str) -> str:
     """Return the name of a new experiment: `--name`, or the stem and the time."""
     from tfkd_ray.store.experiment import check_name
 
@@ -128,7 +127,6 @@ def same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
     Raises a ConfigError if the directory holds another run, or one on other data.
     """
     from tfkd_ray.learn.config import TrainConfig
-    from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.settings.schema import validated
     from tfkd_ray.settings.yaml import read_yaml
 

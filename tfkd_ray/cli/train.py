@@ -1,9 +1,9 @@
 """The verbs `train` and `teacher`, which train one network."""
 
-import argparse
 import contextlib
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.cli.fit import head_needed, join_ray, teacher_line
 from tfkd_ray.cli.terminal import have_data, load_file, same_run, say_error, short_path
-from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK
+from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, did_you_mean
 
 # --- teachers --------------------------------------------------------------------------------------------------
 
 
-def teacher_verb(args: argparse.Namespace) -> int:
-    from tfkd_ray.settings.errors import ConfigError, did_you_mean
+def teacher_verb(args: Namespace) -> int:
+    from tfkd_ray.settings.columns import in_columns, on_one_line
     from tfkd_ray.settings.yaml import dump_yaml
     from tfkd_ray.store.experiment import read_teachers
     from tfkd_ray.store.storage import storage_at
@@ -27,13 +27,13 @@ def teacher_verb(args: argparse.Namespace) -> int:
     storage.fetch("teachers")
     found = {about["name"]: about for about in read_teachers(storage.folder)}
     if args.do == "list":
-        print(f"{'teacher':<36} {'data':<14} {'epochs':>6} {'val_accuracy':>12}")
+        table = ["teacher\tdata\tepochs\tval_accuracy"]
         for name, about in found.items():
             accuracy = about["metrics"].get("val_accuracy")
             shown = "" if accuracy is None else f"{accuracy:.4f}"
-            print(
-                f"{name:<36} {about['config']['data']['name']:<14} {_epochs_of(about):>6} {shown:>12}"
-            )
+            data = about["config"]["data"]["name"]
+            table.append(f"{on_one_line(name)}\t{on_one_line(data)}\t{_epochs_of(about)}\t{shown}")
+        print("\n".join(in_columns(table)))
         return OK
     if args.name not in found:
         hint = did_you_mean(args.name, found) if found else "there is none"
@@ -46,9 +46,8 @@ def _epochs_of(about: dict[str, Any]) -> str:
     return "given" if about["config"].get("weights") else f"{about['metrics']['epoch']:.0f}"
 
 
-def teacher_train_verb(args: argparse.Namespace) -> int:
+def teacher_train_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import teacher_as_job
-    from tfkd_ray.settings.errors import ConfigError
     from tfkd_ray.space.arms import is_arms_file, load_arms
 
     if is_arms_file(args.file):
@@ -86,8 +85,7 @@ def teacher_train_verb(args: argparse.Namespace) -> int:
 # --- the other verbs -------------------------------------------------------------------------------------------
 
 
-def train_verb(args: argparse.Namespace) -> int:
-    from tfkd_ray.settings.errors import ConfigError
+def train_verb(args: Namespace) -> int:
 
     if isinstance(args.storage, str):
         raise ConfigError(
@@ -162,7 +160,7 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
 
         check_room(config)
     teacher = find_or_train(config, storage, say_error)
-    write_text(out / "config.yaml", dump_yaml(config.model_dump(mode="json")))
+    write_text(out / "config.yaml", dump_yaml(config.tree))
     if config.workers > 1:
         from tfkd_ray.run.group import WorkerGroup
         from tfkd_ray.store.assignment import Assignment
@@ -170,7 +168,7 @@ def _epochs(config: "TrainConfig", out: Path, storage: Path) -> Any:
 
         assignment = Assignment(out.name, config.epochs, directory=out, storage=Directory(storage))
         group = WorkerGroup(config, out / "group", say_error)
-        source: Any = group.epochs(config.model_dump(mode="json"), assignment)
+        source: Any = group.epochs(config.tree, assignment)
     else:
         from tfkd_ray.learn.loop import train_in
 

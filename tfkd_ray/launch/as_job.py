@@ -1,8 +1,8 @@
 """Verbs of `tfkd` that run as a job on a cluster."""
 
-import argparse
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from tfkd_ray.launch.verbs import (
     reached,
     run,
     run_job,
-    say,
 )
 from tfkd_ray.settings.errors import OK, ConfigError
+from tfkd_ray.settings.errors import to_stderr as say
 from tfkd_ray.settings.files import expanded
 from tfkd_ray.settings.passwords import shown
 from tfkd_ray.settings.yaml import find_file
@@ -31,7 +31,7 @@ from tfkd_ray.store.experiment import check_name
 from tfkd_ray.store.storage import is_url, storage_at
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(args: Namespace) -> None:
     """Refuse contradictory options, unknown kinds of address and, in a job, other versions."""
     if args.cluster and args.address:
         raise ConfigError(
@@ -51,7 +51,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def sweep_as_job(
-    words: Sequence[str], args: argparse.Namespace, *, file: Path | None = None, shape: Any = None
+    words: Sequence[str], args: Namespace, *, file: Path | None = None, shape: Any = None
 ) -> int:
     """Run `tfkd WORDS` as a job; the word SENT stands for a file that is sent with it."""
     try:
@@ -88,7 +88,7 @@ def _send(where: str, address: str, words: Sequence[str], file: Path | None, det
         )
 
 
-def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
+def tune_as_job(args: Namespace, space: Any) -> int | None:
     """Run `tfkd tune` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
@@ -109,7 +109,7 @@ def tune_as_job(args: argparse.Namespace, space: Any) -> int | None:
     return sweep_as_job(words, args, file=file, shape=space.example)
 
 
-def resume_as_job(args: argparse.Namespace) -> int | None:
+def resume_as_job(args: Namespace) -> int | None:
     """Run `tfkd resume` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
@@ -119,7 +119,7 @@ def resume_as_job(args: argparse.Namespace) -> int | None:
     return sweep_as_job(job_words(args, sent="space"), args, file=file)
 
 
-def confirm_as_job(args: argparse.Namespace) -> int | None:
+def confirm_as_job(args: Namespace) -> int | None:
     """Run `tfkd confirm` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
@@ -135,7 +135,7 @@ def confirm_as_job(args: argparse.Namespace) -> int | None:
     return sweep_as_job(job_words(args, sent="file", storage=storage), args, file=file, shape=shape)
 
 
-def teacher_as_job(args: argparse.Namespace, shape: Any) -> int | None:
+def teacher_as_job(args: Namespace, shape: Any) -> int | None:
     """Run `tfkd teacher train` as a job on a cluster; return None if it runs here."""
     check_options(args)
     if not is_job(args):
@@ -144,7 +144,7 @@ def teacher_as_job(args: argparse.Namespace, shape: Any) -> int | None:
     return sweep_as_job(words, args, file=find_file(args.file, "search_spaces"), shape=shape)
 
 
-def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
+def doctor_as_job(args: Namespace, shape: Any) -> int | None:
     """Run `tfkd doctor` as a job on a cluster; return None if it runs here."""
     args.detach = False
     check_options(args)
@@ -161,7 +161,7 @@ def doctor_as_job(args: argparse.Namespace, shape: Any) -> int | None:
     )
 
 
-def _storage_of(args: argparse.Namespace) -> str | None:
+def _storage_of(args: Namespace) -> str | None:
     """Return the cluster's storage: `--storage`, or the file's; None: Slurm's script sets it."""
     if args.storage not in (None, Path("tfkd_results")):  # the defaults
         if isinstance(args.storage, str):

@@ -13,7 +13,7 @@ from tfkd_ray.launch.clusterfile import ClusterFile, NodeType
 from tfkd_ray.launch.kuberay_rules import kuberay_problems, pod_groups, pod_kinds, volume_problems
 from tfkd_ray.launch.ray_rules import NODE_LOCAL, mount_problems, ray_problems
 from tfkd_ray.launch.slurm_rules import sbatch_lines, slurm_problems
-from tfkd_ray.learn.config import DRIVER
+from tfkd_ray.learn.config import DRIVER, KIND
 
 
 def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
@@ -43,7 +43,6 @@ def check(file: ClusterFile, shape: "TrainConfig | None" = None) -> list[str]:
 
 def _amounts(node: "NodeType") -> Iterator[str]:
     """Yield what a node has, one phrase each."""
-    from tfkd_ray.learn.config import KIND
 
     for kind, amount in node.resources.items():
         if kind != DRIVER:
@@ -142,7 +141,6 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
     nodes = node_types(file)
     if shape is None or nodes is None:
         return
-    from tfkd_ray.learn.config import KIND
 
     need = {kind: amount for kind, amount in shape.worker_resources.items()
             if kind in ("CPU", "GPU") or (file.kind == "ray" and not kind.startswith(KIND))}  # fmt: skip
@@ -166,7 +164,6 @@ def _room(file: ClusterFile, shape: "TrainConfig | None") -> Iterator[str]:
 
 
 def _no_such_gpu(file: ClusterFile, nodes: Sequence[NodeType], gpu: str) -> str:
-    from tfkd_ray.learn.config import KIND
 
     kinds = {kind for node in nodes for kind in node.resources if kind.startswith(KIND)}
     said = ", ".join(sorted(kind.removeprefix(KIND) for kind in kinds)) or "none"
@@ -199,7 +196,6 @@ def may_have(file: ClusterFile, node: NodeType, wanted: str) -> bool:
     """
     if not node.resources.get("GPU"):
         return False
-    from tfkd_ray.learn.config import KIND
 
     if any(kind.startswith(KIND) for kind in node.resources):
         return wanted in node.resources

@@ -11,18 +11,14 @@ A file also names the storage of experiments: `metadata: {tfkd: {storage: ...}}`
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted
 from tfkd_ray.settings.files import expanded, kind_of
-from tfkd_ray.settings.yaml import bytes_of, find_file, parse_documents, text_of
-
-if TYPE_CHECKING:
-    pass
-
+from tfkd_ray.settings.yaml import Tree, Values, bytes_of, find_file, parse_documents, text_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -33,10 +29,10 @@ class ClusterFile:
 
     path: Path
     kind: Literal["ray", "kuberay", "slurm"]
-    tree: dict[str, Any]
+    tree: Tree
     """KubeRay's RayCluster or RayJob; empty for Slurm."""
     text: str
-    others: tuple[dict[str, Any], ...] = ()
+    others: tuple[Tree, ...] = ()
     """The other documents of KubeRay's file."""
 
     @property
@@ -57,7 +53,7 @@ class ClusterFile:
     @property
     def here(self) -> bool:
         """Return True if the cluster is this machine alone, which needs no ssh."""
-        provider = self.tree.get("provider") or {}
+        provider = below(self.tree, "provider")
         return (
             self.provider == "local"
             and provider.get("head_ip") in LOOPBACK
@@ -97,13 +93,16 @@ class ClusterFile:
         return int(option(self.head, "port") or 6379)
 
     @property
-    def cluster(self) -> dict[str, Any]:
+    def cluster(self) -> Tree:
         """Return KubeRay's specification of the cluster itself."""
         spec = self.tree["spec"]
-        found: dict[str, Any] = (
-            spec.get("rayClusterSpec") or {} if self.tree["kind"] == "RayJob" else spec
-        )
+        found: Tree = below(spec, "rayClusterSpec") if self.tree["kind"] == "RayJob" else spec
         return found
+
+
+def below(tree: Values, key: str) -> Tree:
+    """Return the settings below a key; empty if there are none."""
+    return tree.get(key) or {}
 
 
 def option(command: str, name: str) -> str | None:
@@ -168,7 +167,7 @@ def _cluster_of(found: Path, text: str, documents: list[Any]) -> ClusterFile:
 # --- shared by all kinds --------------------------------------------------------------------------
 
 
-def schema_problems(tree: Any, schema: dict[str, Any]) -> Iterator[str]:
+def schema_problems(tree: Any, schema: Tree) -> Sentences:
     """Yield the errors of a JSON schema, one sentence each."""
     from jsonschema import Draft7Validator
 
@@ -219,9 +218,9 @@ def quantity(value: Any) -> float | None:
     return float(found[1]) * (10.0 ** int(found[3]) if found[3] else _UNITS[found[2] or ""])
 
 
-def amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
+def amount_problems(place: str, group: Tree) -> Sentences:
     """Yield CPUs and GPUs that are not amounts for Kubernetes or `ray start`."""
-    container = group["template"]["spec"]["containers"][0].get("resources") or {}
+    container = below(group["template"]["spec"]["containers"][0], "resources")
     for part in ("requests", "limits"):
         for kind, value in (container.get(part) or {}).items():
             field = f"{place}.template.spec.containers.0.resources.{part}.{dotted([kind])}"
@@ -231,12 +230,12 @@ def amount_problems(place: str, group: dict[str, Any]) -> Iterator[str]:
             elif kind.endswith("/gpu") and amount != int(amount):
                 yield f"{field}: GPUs are whole, got {value!r}"
     for name in ("num-cpus", "num-gpus"):
-        value = (group.get("rayStartParams") or {}).get(name, "0")
+        value = below(group, "rayStartParams").get(name, "0")
         if not re.fullmatch(r"[0-9]{1,9}", str(value)):
             yield f'{place}.rayStartParams.{name}: `ray start` takes a whole number ("4"), got {value!r}'
 
 
-def name_problems(file: ClusterFile) -> Iterator[str]:
+def name_problems(file: ClusterFile) -> Sentences:
     """Yield problems with the name, which becomes part of machines' and files' names."""
     name = file.tree["cluster_name"]
     allowed, said = r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "letters, digits, - and _"
@@ -246,16 +245,16 @@ def name_problems(file: ClusterFile) -> Iterator[str]:
         yield f"cluster_name: must be of {said}, at most 63, got {name!r}"
 
 
-def copy_problems(file: ClusterFile) -> Iterator[str]:
+def copy_problems(file: ClusterFile) -> Sentences:
     """Yield files to copy that are missing here; the token is created when the cluster starts."""
-    for there, here in (file.tree.get("file_mounts") or {}).items():
+    for there, here in below(file.tree, "file_mounts").items():
         if not there:
             yield f"file_mounts: {here} must have a path on the nodes, got {there!r}"
         elif not str(there).endswith("auth_token"):
             yield from (f"file_mounts.{there}: {problem}" for problem in _no_copy(here))
 
 
-def _no_copy(here: str) -> Iterator[str]:
+def _no_copy(here: str) -> Sentences:
     """Yield why a file or folder cannot be copied. Ray reads all of it, and waits for pipes."""
     try:
         path = expanded(here)

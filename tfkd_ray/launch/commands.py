@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from tfkd_ray.launch.clusterfile import ClusterFile, option
+from tfkd_ray.launch.clusterfile import ClusterFile, below, option
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import expanded
 
@@ -27,13 +27,11 @@ def up_commands(file: ClusterFile) -> list[Command]:
             "a Slurm cluster lives as long as its job; start both: tfkd cluster submit FILE -- tfkd tune SPACE",
             path,
         )
-    wait = kube(
-        file, "wait", "--for=condition=HeadPodReady", "--timeout=900s", f"raycluster/{file.name}"
-    )
-    return [
-        kube(file, "apply", "--filename", path),
-        *([wait] if file.tree["kind"] == "RayCluster" else []),
-    ]
+    apply = kube(file, "apply --filename", path)
+    if is_rayjob(file):
+        return [apply]
+    ready = "wait --for=condition=HeadPodReady --timeout=900s"
+    return [apply, kube(file, ready, f"raycluster/{file.name}")]
 
 
 def down_commands(file: ClusterFile) -> list[Command]:
@@ -46,22 +44,15 @@ def down_commands(file: ClusterFile) -> list[Command]:
         return [["ray", "down", "--yes", str(file.path)]]
     if file.kind == "slurm":
         return [["scancel", "--me", "--name", file.name]]
-    return [
-        kube(
-            file,
-            "delete",
-            "--ignore-not-found",
-            "--timeout=300s",
-            f"{file.tree['kind'].lower()}/{file.name}",
-        )
-    ]
+    name = f"{file.tree['kind'].lower()}/{file.name}"
+    return [kube(file, "delete --ignore-not-found --timeout=300s", name)]
 
 
 def tidy_commands(file: ClusterFile) -> list[Command]:
     """Return the commands that delete the NetworkPolicies, after the pods that they protect."""
     names = [d["metadata"]["name"] for d in file.others if d.get("kind") == "NetworkPolicy"]
     return [
-        kube(file, "delete", "--ignore-not-found", "--timeout=60s", f"networkpolicy/{name}")
+        kube(file, "delete --ignore-not-found --timeout=60s", f"networkpolicy/{name}")
         for name in names
     ]
 
@@ -69,16 +60,14 @@ def tidy_commands(file: ClusterFile) -> list[Command]:
 def rayclusters_command(file: ClusterFile) -> Command:
     """Return the command that lists a RayJob's clusters, RAYCLUSTER in other commands."""
     selector = f"ray.io/originated-from-crd=RayJob,ray.io/originated-from-cr-name={file.name}"
-    return kube(file, "get", "rayclusters", "--output", "name", "--selector", selector)
+    return kube(file, "get rayclusters --output name --selector", selector)
 
 
 def head_command(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> Command:
     """Return the command that names the head's pod of a RayJob, HEAD in other commands."""
     selector = f"ray.io/node-type=head,{_selector(file, clusters)}"
-    running = "status.phase=Running"
-    return kube(
-        file, "get", "pods", "--output", "name", "--selector", selector, "--field-selector", running
-    )
+    words = "--field-selector", "status.phase=Running"
+    return kube(file, "get pods --output name --selector", selector, *words)
 
 
 def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -> list[Command]:
@@ -108,30 +97,12 @@ def nodes_commands(file: ClusterFile, clusters: Sequence[str] = (RAYCLUSTER,)) -
         return [["az", "vm", "list", "--resource-group", provider["resource_group"], "--show-details",
                  "--query", query, "--output", "tsv"]]  # fmt: skip
     if file.kind == "slurm":
-        return [
-            [
-                "squeue",
-                "--me",
-                "--noheader",
-                "--name",
-                file.name,
-                "--format",
-                "%i %T %D nodes %R %L left",
-            ]
-        ]
+        shown = "--format", "%i %T %D nodes %R %L left"
+        return [["squeue", "--me", "--noheader", "--name", file.name, *shown]]
     if is_rayjob(file) and not clusters:
         return []
-    return [
-        kube(
-            file,
-            "get",
-            "pods",
-            "--no-headers",
-            "--ignore-not-found",
-            "--selector",
-            _selector(file, clusters),
-        )
-    ]
+    listed = "get pods --no-headers --ignore-not-found --selector"
+    return [kube(file, listed, _selector(file, clusters))]
 
 
 def is_rayjob(file: ClusterFile) -> bool:
@@ -148,10 +119,10 @@ def _selector(file: ClusterFile, clusters: Sequence[str]) -> str:
     )
 
 
-def kube(file: ClusterFile, *words: str) -> Command:
-    """Return a `kubectl` command in the file's namespace."""
+def kube(file: ClusterFile, verb: str, *words: str) -> Command:
+    """Return a `kubectl` command in the file's namespace, its first words as one text."""
     namespace = file.tree["metadata"].get("namespace")
-    return ["kubectl", *(["--namespace", namespace] if namespace else []), *words]
+    return ["kubectl", *(["--namespace", namespace] if namespace else []), *verb.split(), *words]
 
 
 def hosts(file: ClusterFile) -> list[str]:
@@ -165,7 +136,7 @@ def hosts(file: ClusterFile) -> list[str]:
 
 def ssh(file: ClusterFile, host: str, command: str) -> Command:
     """Return an ssh command on a node, with the file's user, key and proxy."""
-    auth = file.tree.get("auth") or {}
+    auth = below(file.tree, "auth")
     key = ["-i", str(expanded(auth["ssh_private_key"]))] if "ssh_private_key" in auth else []
     options = ["BatchMode=yes", f"ConnectTimeout={SSH_S}", "LogLevel=ERROR"]
     options += (
@@ -192,17 +163,10 @@ def tunnel_command(file: ClusterFile, port: int, head: str = "pod/HEAD") -> Comm
     if file.here:
         return None
     if file.kind == "ray":
-        return [
-            "ray",
-            "dashboard",
-            "--port",
-            str(port),
-            "--remote-port",
-            str(file.dashboard_port),
-            str(file.path),
-        ]
+        ports = ["--port", str(port), "--remote-port", str(file.dashboard_port)]
+        return ["ray", "dashboard", *ports, str(file.path)]
     target = head if is_rayjob(file) else f"service/{file.name}-head-svc"
-    return kube(file, "port-forward", "--address", "127.0.0.1", target, f"{port}:8265")
+    return kube(file, "port-forward --address 127.0.0.1", target, f"{port}:8265")
 
 
 def logs_command(address: str, job: str) -> Command:

@@ -21,7 +21,7 @@ from typing import Any
 from tfkd_ray.run.auth import token
 from tfkd_ray.settings.errors import ConfigError, Unreachable
 from tfkd_ray.settings.own_code import JOB_FOLDER, PACKAGE
-from tfkd_ray.settings.yaml import text_of
+from tfkd_ray.settings.yaml import Tree, text_of
 
 LEFT_OUT = (
     # secrets
@@ -192,7 +192,7 @@ def check_ray_version(address: str) -> None:
         )
 
 
-def jobs_at(address: str) -> list[dict[str, Any]]:
+def jobs_at(address: str) -> list[Tree]:
     """Return submitted jobs, the newest first."""
     found = [job for job in ask(address, "/api/jobs/") if job.get("submission_id")]
     return sorted(found, key=lambda job: -(job.get("start_time") or 0))

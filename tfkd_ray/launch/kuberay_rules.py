@@ -4,23 +4,24 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tfkd_ray.launch.clusterfile import (
     LOOPBACK,
     ClusterFile,
     NodeType,
     amount_problems,
+    below,
     quantity,
     schema_problems,
     versions_in,
 )
 from tfkd_ray.learn.config import DRIVER
+from tfkd_ray.settings.errors import Sentences
+from tfkd_ray.settings.yaml import Tree
 
 
-def volume_problems(file: ClusterFile, field: str) -> Iterator[str]:
+def volume_problems(file: ClusterFile, field: str) -> Sentences:
     """Yield pods that mount no shared volume at the storage."""
     assert file.storage is not None, f"{file.path=}"
     for place, group in pod_groups(file):
@@ -37,13 +38,13 @@ def volume_problems(file: ClusterFile, field: str) -> Iterator[str]:
             )
 
 
-def pod_kinds(place: str, group: dict[str, Any]) -> NodeType:
+def pod_kinds(place: str, group: Tree) -> NodeType:
     container = group["template"]["spec"]["containers"][0]
     limits = {
         **container.get("resources", {}).get("requests", {}),
         **container.get("resources", {}).get("limits", {}),
     }
-    started = group.get("rayStartParams") or {}
+    started = below(group, "rayStartParams")
     cpus = started.get(
         "num-cpus", math.ceil(quantity(limits.get("cpu", 0)) or 0)
     )  # rounded as KubeRay does
@@ -66,7 +67,7 @@ def pod_kinds(place: str, group: dict[str, Any]) -> NodeType:
 
 
 @functools.cache
-def _kuberay_schema() -> dict[str, Any]:
+def _kuberay_schema() -> Tree:
     schema, pod = (
         json.loads(Path(__file__).with_name(f"{name}-schema.json").read_text())
         for name in ("kuberay", "kubernetes-pod")
@@ -74,7 +75,7 @@ def _kuberay_schema() -> dict[str, Any]:
     return {**schema, "definitions": {**schema["definitions"], **pod["definitions"]}}
 
 
-def pod_groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
+def pod_groups(file: ClusterFile) -> list[tuple[str, Tree]]:
     """Return (place in the file, group of pods) for each group, the head first."""
     at = "spec.rayClusterSpec" if file.tree["kind"] == "RayJob" else "spec"
     workers = file.cluster.get("workerGroupSpecs") or []
@@ -84,7 +85,7 @@ def pod_groups(file: ClusterFile) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def kuberay_problems(file: ClusterFile) -> Iterator[str]:
+def kuberay_problems(file: ClusterFile) -> Sentences:
     found = list(schema_problems(file.tree, _kuberay_schema()))
     yield from found
     if found:
@@ -99,7 +100,7 @@ def kuberay_problems(file: ClusterFile) -> Iterator[str]:
         )
     groups = pod_groups(file)
     at = groups[0][0].removesuffix(".headGroupSpec")
-    mode = (file.cluster.get("authOptions") or {}).get(
+    mode = below(file.cluster, "authOptions").get(
         "mode", "token" if "authOptions" in file.cluster else None
     )
     if mode != "token":
@@ -108,7 +109,7 @@ def kuberay_problems(file: ClusterFile) -> Iterator[str]:
         yield "RAY_AUTH_TOKEN: a token does not belong in a file; authOptions makes a secret of it"
     yield from _kuberay_ports(file, *groups[0])
     yield from _image_problems(file, groups)
-    resources = (groups[0][1].get("rayStartParams") or {}).get("resources", "")
+    resources = below(groups[0][1], "rayStartParams").get("resources", "")
     if not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", resources):
         wanted = f'resources: \'"{{\\"{DRIVER}\\": 1000}}"\''
         yield f"{groups[0][0]}.rayStartParams: the head lacks the resource '{DRIVER}', which trials of several workers need; add: {wanted}"  # noqa: E501
@@ -119,7 +120,7 @@ def kuberay_problems(file: ClusterFile) -> Iterator[str]:
         yield from _rayjob_problems(file.tree["spec"])
 
 
-def _image_problems(file: ClusterFile, groups: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+def _image_problems(file: ClusterFile, groups: list[tuple[str, Tree]]) -> Sentences:
     """Yield images that are not one release of Ray, the same on all pods."""
     at = groups[0][0].removesuffix(".headGroupSpec")
     version = file.cluster.get("rayVersion")
@@ -136,7 +137,7 @@ def _image_problems(file: ClusterFile, groups: list[tuple[str, dict[str, Any]]])
             yield f"{where}: Ray {min(named)}, and rayVersion is {version}; make them equal"
 
 
-def _replica_problems(groups: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+def _replica_problems(groups: list[tuple[str, Tree]]) -> Sentences:
     """Yield numbers of pods that contradict each other."""
     for place, group in groups:
         low, high = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
@@ -146,7 +147,7 @@ def _replica_problems(groups: list[tuple[str, dict[str, Any]]]) -> Iterator[str]
             yield f"{place}.replicas: must be from {low} to {high}, got {group['replicas']}"
 
 
-def _rayjob_problems(spec: dict[str, Any]) -> Iterator[str]:
+def _rayjob_problems(spec: Tree) -> Sentences:
     """Yield what a RayJob lacks to run and to end."""
     if not spec.get("entrypoint"):
         yield "spec.entrypoint: required, and not given"
@@ -154,19 +155,19 @@ def _rayjob_problems(spec: dict[str, Any]) -> Iterator[str]:
         yield "spec.shutdownAfterJobFinishes: must be true, or the cluster costs money after its job has ended"
 
 
-def _kuberay_ports(file: ClusterFile, place: str, head: dict[str, Any]) -> Iterator[str]:
+def _kuberay_ports(file: ClusterFile, place: str, head: Tree) -> Sentences:
     """Yield open ports: only loopback or a NetworkPolicy may give access to the dashboard."""
     if head.get("serviceType", "ClusterIP") != "ClusterIP":
         yield f"{place}.serviceType: {head['serviceType']} opens Ray's ports outside of Kubernetes; use ClusterIP"
     if head.get("enableIngress"):
         yield f"{place}.enableIngress: opens the dashboard outside of Kubernetes; use kubectl port-forward"
-    host = (head.get("rayStartParams") or {}).get("dashboard-host")
-    labels = (head["template"].get("metadata") or {}).get("labels") or {}
+    host = below(head, "rayStartParams").get("dashboard-host")
+    labels = below(head["template"], "metadata").get("labels") or {}
     guarded = any(
         d.get("kind") == "NetworkPolicy"
         and isinstance(d.get("spec"), dict)
         and "Ingress" in (d["spec"].get("policyTypes") or [])
-        and (d["spec"].get("podSelector") or {}).get("matchLabels", {}).items() <= labels.items()
+        and below(d["spec"], "podSelector").get("matchLabels", {}).items() <= labels.items()
         for d in file.others
     )
     if host not in LOOPBACK and not guarded:

@@ -6,13 +6,13 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tfkd_ray.launch.clusterfile import (
     LOOPBACK,
     ClusterFile,
+    below,
     copy_problems,
     name_problems,
     option,
@@ -20,7 +20,8 @@ from tfkd_ray.launch.clusterfile import (
     versions_in,
 )
 from tfkd_ray.learn.config import DRIVER
-from tfkd_ray.settings.errors import did_you_mean, dotted
+from tfkd_ray.settings.errors import Sentences, did_you_mean, dotted
+from tfkd_ray.settings.yaml import Tree
 
 PROVIDERS = {
     "local": {"head_ip", "worker_ips", "external_head_ip", "coordinator_address"},
@@ -36,7 +37,7 @@ NODE_LOCAL = re.compile(r"^(?!/)|^/(tmp|var|dev|run|root|home|opt|local|scratch|
 """Path prefixes that are usually node-local."""
 
 
-def mount_problems(file: ClusterFile, field: str) -> Iterator[str]:
+def mount_problems(file: ClusterFile, field: str) -> Sentences:
     """Yield missing mounts: rented machines share nothing unless the file mounts it."""
     assert file.storage is not None, f"{file.path=}"
     setup = [
@@ -64,7 +65,7 @@ def mount_problems(file: ClusterFile, field: str) -> Iterator[str]:
 # --- Ray's own files ------------------------------------------------------------------------------
 
 
-def ray_problems(file: ClusterFile) -> Iterator[str]:
+def ray_problems(file: ClusterFile) -> Sentences:
     found = list(_ray_schema(file))
     yield from found
     if found:  # the other rules need a file of the right shape
@@ -83,7 +84,7 @@ def ray_problems(file: ClusterFile) -> Iterator[str]:
         yield from rule(file)
 
 
-def _ray_schema(file: ClusterFile) -> Iterator[str]:
+def _ray_schema(file: ClusterFile) -> Sentences:
     """Yield the errors of Ray itself: its schema, then its preparation and validation."""
     import ray.autoscaler
 
@@ -102,7 +103,7 @@ def _ray_schema(file: ClusterFile) -> Iterator[str]:
         yield from _ray_validation(file.tree)
 
 
-def _other_types(tree: dict[str, Any]) -> Iterator[str]:
+def _other_types(tree: Tree) -> Sentences:
     """Yield values of a type that Ray's schema accepts and Ray itself does not."""
     provider, mounts = tree["provider"], tree.get("file_mounts")
     for key in ("head_ip", "external_head_ip", "coordinator_address", "region"):
@@ -116,7 +117,7 @@ def _other_types(tree: dict[str, Any]) -> Iterator[str]:
         yield f"provider.worker_ips: must be a list of addresses, got {hosts!r}"
 
 
-def _local_problems(tree: dict[str, Any]) -> Iterator[str]:
+def _local_problems(tree: Tree) -> Sentences:
     if "coordinator_address" in tree["provider"]:
         yield "provider.coordinator_address: tfkd does not ask coordinators; name head_ip and worker_ips"
     else:
@@ -127,7 +128,7 @@ def _local_problems(tree: dict[str, Any]) -> Iterator[str]:
         yield "available_node_types: not for provider local, where head_ip and worker_ips are the nodes"
 
 
-def _node_type_problems(tree: dict[str, Any]) -> Iterator[str]:
+def _node_type_problems(tree: Tree) -> Sentences:
     for key in ("available_node_types", "head_node_type"):
         if key not in tree:
             yield f"{key}: required, and not given"
@@ -136,7 +137,7 @@ def _node_type_problems(tree: dict[str, Any]) -> Iterator[str]:
         yield f"head_node_type: no such node type {head!r}; {did_you_mean(str(head), types)}"
 
 
-def _ray_validation(tree: dict[str, Any]) -> Iterator[str]:
+def _ray_validation(tree: Tree) -> Sentences:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -149,16 +150,16 @@ def _ray_validation(tree: dict[str, Any]) -> Iterator[str]:
             yield f"(Ray): {str(error).splitlines()[0] if str(error) else said.getvalue().strip()}"
 
 
-def _provider(file: ClusterFile) -> Iterator[str]:
+def _provider(file: ClusterFile) -> Sentences:
     """Yield unknown keys of `provider`, which Ray's schema accepts."""
     known = PROVIDERS[file.provider] | {"type"}
     for key in sorted(set(file.tree["provider"]) - known):
         yield f"{dotted(['provider', key])}: Ray reads no such setting for {file.provider}; {did_you_mean(key, known)}"
 
 
-def _node_problems(file: ClusterFile) -> Iterator[str]:
+def _node_problems(file: ClusterFile) -> Sentences:
     """Yield contradictions between minimum and maximum numbers of nodes."""
-    types = file.tree.get("available_node_types") or {}
+    types = below(file.tree, "available_node_types")
     most = file.tree.get("max_workers", 2)
     for name, node in types.items():
         low, high = node.get("min_workers", 0), node.get("max_workers", most)
@@ -187,7 +188,7 @@ def _node_problems(file: ClusterFile) -> Iterator[str]:
         )
 
 
-def _starts(file: ClusterFile) -> Iterator[str]:
+def _starts(file: ClusterFile) -> Sentences:
     """Yield faults of Ray's start: token, dashboard on loopback, the head's driver resource."""
     yield from _start_lines(file, "head_start_ray_commands")
     if not file.here:
@@ -209,7 +210,7 @@ def _starts(file: ClusterFile) -> Iterator[str]:
     yield from _driver_resource(file)
 
 
-def _start_lines(file: ClusterFile, field: str) -> Iterator[str]:
+def _start_lines(file: ClusterFile, field: str) -> Sentences:
     commands = [str(line) for line in file.tree.get(field) or []]
     lines = [line for line in commands if re.search(r"\bray start\b", line)]
     if not lines:
@@ -225,9 +226,9 @@ def _start_lines(file: ClusterFile, field: str) -> Iterator[str]:
             )
 
 
-def _driver_resource(file: ClusterFile) -> Iterator[str]:
-    types = file.tree.get("available_node_types") or {}
-    resources = types.get(file.tree.get("head_node_type"), {}).get("resources") or {}
+def _driver_resource(file: ClusterFile) -> Sentences:
+    types = below(file.tree, "available_node_types")
+    resources = below(below(types, str(file.tree.get("head_node_type"))), "resources")
     given = re.search(r"--resources[=\s]+(['\"])(.*?)\1(?=\s|;|$)", file.head, re.M)
     if not resources.get(DRIVER) and (
         given is None or not re.search(rf"{DRIVER}\\?\"\s*:\s*[1-9]", given[2])
@@ -238,24 +239,24 @@ def _driver_resource(file: ClusterFile) -> Iterator[str]:
         )
 
 
-def _token_copied(file: ClusterFile) -> Iterator[str]:
+def _token_copied(file: ClusterFile) -> Sentences:
     """Yield a problem if not every node gets the token."""
-    mounts = file.tree.get("file_mounts") or {}
+    mounts = below(file.tree, "file_mounts")
     if not file.here and not any(str(there).endswith("auth_token") for there in mounts):
         yield "file_mounts: the nodes do not get the token; add: ~/.ray/auth_token: ~/.ray/auth_token"
 
 
-def _open_to_the_world(file: ClusterFile) -> Iterator[str]:
+def _open_to_the_world(file: ClusterFile) -> Sentences:
     """Yield ports that are open to everyone."""
-    provider, types = file.tree["provider"], file.tree.get("available_node_types") or {}
-    rules = json.dumps(provider.get("security_group") or {})
+    provider, types = file.tree["provider"], below(file.tree, "available_node_types")
+    rules = json.dumps(below(provider, "security_group"))
     if "0.0.0.0/0" in rules or "::/0" in rules:
         yield "provider.security_group: opens a port to the whole world; name your own network's addresses instead"
     inside = provider.get("use_internal_ips") is True
     if file.provider == "azure" and not inside:
         yield "provider.use_internal_ips: must be true: the security group that Ray makes opens port 22 to the world"
     for name, node in types.items():
-        config = node.get("node_config") or {}
+        config = below(node, "node_config")
         if file.provider == "aws" and not inside and not config.get("SecurityGroupIds"):
             yield (
                 f"available_node_types.{name}.node_config.SecurityGroupIds: required: the security group that Ray "
@@ -268,7 +269,7 @@ def _open_to_the_world(file: ClusterFile) -> Iterator[str]:
             )
 
 
-def _versions(file: ClusterFile) -> Iterator[str]:
+def _versions(file: ClusterFile) -> Sentences:
     """Yield versions of Ray, Python and torch that are inexact or different between machines."""
     if file.here:
         return
@@ -287,10 +288,10 @@ def _versions(file: ClusterFile) -> Iterator[str]:
 def _role_texts(file: ClusterFile) -> dict[str, list[Any]]:
     """Return the images and set-up commands of the head and of the workers."""
 
-    def commands(tree: dict[str, Any], *keys: str) -> list[Any]:
+    def commands(tree: Tree, *keys: str) -> list[Any]:
         return [line for key in keys for line in tree.get(key) or []]
 
-    docker, types = file.tree.get("docker") or {}, file.tree.get("available_node_types") or {}
+    docker, types = below(file.tree, "docker"), below(file.tree, "available_node_types")
     image = docker.get("image", "")
     heads = [docker.get("head_image", image)]
     heads += commands(file.tree, "initialization_commands", "setup_commands", "head_setup_commands")
@@ -305,7 +306,7 @@ def _role_texts(file: ClusterFile) -> dict[str, list[Any]]:
     return {"head": heads, "workers": workers}
 
 
-def _inexact(what: str, found: dict[str, set[str]]) -> Iterator[str]:
+def _inexact(what: str, found: dict[str, set[str]]) -> Sentences:
     """Yield a role that has no version of something, or several, and roles that differ."""
     for role, versions in found.items():
         if len(versions) > 1:
@@ -317,7 +318,7 @@ def _inexact(what: str, found: dict[str, set[str]]) -> Iterator[str]:
         yield f"{what}: {min(head)} on the head and {min(workers)} on the workers; use the same on all nodes"
 
 
-def _loose(text: str) -> Iterator[str]:
+def _loose(text: str) -> Sentences:
     """Yield a problem if an image or a command does not say which version it means."""
     if tag := re.fullmatch(r"[\w./-]+(?::(latest|nightly)[\w.-]*)?", text.strip()):
         yield f"docker: the image {text!r} is {tag[1] or 'without a tag'}: it changes by itself; name one"
@@ -326,10 +327,10 @@ def _loose(text: str) -> Iterator[str]:
         yield f"setup_commands: {loose[1]} without a version; pin it: {loose[1]}==VERSION"
 
 
-def _machine_image(file: ClusterFile) -> Iterator[str]:
+def _machine_image(file: ClusterFile) -> Sentences:
     """Yield AWS machines without an image; Ray's default is Ubuntu 18.04, in few regions."""
-    for name, node in (file.tree.get("available_node_types") or {}).items():
-        if file.provider == "aws" and not (node.get("node_config") or {}).get("ImageId"):
+    for name, node in below(file.tree, "available_node_types").items():
+        if file.provider == "aws" and not below(node, "node_config").get("ImageId"):
             yield (
                 f"available_node_types.{name}.node_config.ImageId: required: Ray's own choice is an image of Ubuntu "
                 "18.04, and there is none for some regions; clusters/aws-gpu.yaml says how to find one"

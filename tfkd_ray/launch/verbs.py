@@ -4,8 +4,6 @@ A verb first builds the list of its commands; `--print` prints it instead of run
 command shows its output; the first that fails ends the verb. Ray is not imported.
 """
 
-import argparse
-import contextlib
 import io
 import os
 import re
@@ -18,13 +16,15 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
 from tfkd_ray.launch.check import check, placeholders
-from tfkd_ray.launch.clusterfile import ClusterFile, load_cluster
+from tfkd_ray.launch.clusterfile import ClusterFile, below, load_cluster
 from tfkd_ray.launch.commands import (
     SSH_S,
     Command,
@@ -62,6 +62,7 @@ from tfkd_ray.settings.errors import (
     ConfigError,
     Unreachable,
 )
+from tfkd_ray.settings.errors import to_stderr as say
 from tfkd_ray.settings.files import expanded
 
 TUNNEL_S = 60
@@ -96,7 +97,7 @@ class StepFailed(Exception):
         self.code, self.said, self.ends = code, said, ends
 
 
-def cluster(args: argparse.Namespace) -> int:
+def cluster(args: Namespace) -> int:
     """Run one of `tfkd cluster`'s verbs and return its exit code."""
     file = load_cluster(args.file)
     lines = check(file, _shape(args.space) if args.do == "check" and args.space else None)
@@ -131,14 +132,10 @@ def _shape(space: str) -> Any:
     return load_space(space).example
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # --- commands of a verb ---------------------------------------------------------------------------
 
 
-def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
+def _commands(file: ClusterFile, args: Namespace) -> list[Command]:
     """Return a verb's commands for --print, with capitals for names that only a cluster knows."""
     if args.do == "up":
         return up_commands(file)
@@ -150,7 +147,7 @@ def _commands(file: ClusterFile, args: argparse.Namespace) -> list[Command]:
     if file.kind == "slurm":
         return [slurm_submit(file, _verb_words(args)) if args.do == "submit" else slurm_logs(file)]
     if args.do == "logs" and is_rayjob(file):
-        return [kube(file, "logs", "--follow", f"job/{file.name}")]
+        return [kube(file, "logs --follow", f"job/{file.name}")]
     address = f"http://127.0.0.1:{file.dashboard_port}"
     tunnel = tunnel_command(file, file.dashboard_port)
     before = [
@@ -180,7 +177,7 @@ def _shown(command: Command) -> str:
     return shlex.join(command[:-1]) + " &" if command[-1] == "&" else shlex.join(command)
 
 
-def _verb_words(args: argparse.Namespace) -> list[str]:
+def _verb_words(args: Namespace) -> list[str]:
     if not args.command:
         raise ConfigError("what to run? tfkd cluster submit FILE -- COMMAND", "submit")
     return [*args.command]
@@ -237,7 +234,7 @@ def _too_late(process: subprocess.Popen[str], late: threading.Event) -> None:
 
 def _end(process: subprocess.Popen[str], number: signal.Signals, *, group: bool) -> None:
     """Send a signal to a command, and to its group if it leads one."""
-    with contextlib.suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):
         if group:
             os.killpg(process.pid, number)
         else:
@@ -268,7 +265,7 @@ def _env() -> dict[str, str]:
     return {**os.environ, **settings, "PATH": path}
 
 
-@contextlib.contextmanager
+@contextmanager
 def reached(file: ClusterFile) -> Iterator[str]:
     """Yield the address of the cluster's dashboard, through a tunnel that closes at the end."""
     if file.kind == "slurm":
@@ -302,7 +299,7 @@ def reached(file: ClusterFile) -> Iterator[str]:
             check_ray_version(address)
             yield address
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.killpg(tunnel.pid, signal.SIGTERM)
             tunnel.wait()
 
@@ -346,7 +343,7 @@ def _listens(port: int) -> bool:
 # --- up and down ----------------------------------------------------------------------------------
 
 
-def _up(file: ClusterFile, args: argparse.Namespace) -> int:
+def _up(file: ClusterFile, args: Namespace) -> int:
     commands = up_commands(file)
     if file.kind == "ray":
         own_token()
@@ -392,7 +389,7 @@ def _step(command: Command, *, what: str, limit_s: float | None = None) -> None:
 
 def _check_token_mounts(file: ClusterFile) -> None:
     """Raise if the token for the nodes is missing or not private."""
-    for there, here in (file.tree.get("file_mounts") or {}).items():
+    for there, here in below(file.tree, "file_mounts").items():
         if str(there).endswith("auth_token"):
             path = expanded(str(here))
             if not path.is_file():
@@ -412,7 +409,7 @@ def _check_token_mounts(file: ClusterFile) -> None:
 
 def _check_key(file: ClusterFile) -> None:
     """Raise if the ssh key is missing or not private: ssh would refuse it much later."""
-    key = (file.tree.get("auth") or {}).get("ssh_private_key")
+    key = below(file.tree, "auth").get("ssh_private_key")
     if key is None:
         return
     path = expanded(str(key))
@@ -549,7 +546,7 @@ def _provider_asked(command: Command, whom: str) -> subprocess.CompletedProcess[
         ) from None
 
 
-def _down(file: ClusterFile, args: argparse.Namespace) -> int:
+def _down(file: ClusterFile, args: Namespace) -> int:
     if file.here:
         _end_here(file)
     clusters = _rayclusters(file)
@@ -583,7 +580,7 @@ def _end_here(file: ClusterFile) -> None:
     mark = f"{sockets_dir(file)}/session".encode()
     for number in (signal.SIGTERM, signal.SIGKILL):
         for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if mark in path.read_bytes() and int(path.parent.name) != os.getpid():
                     os.kill(int(path.parent.name), number)
         time.sleep(2)
@@ -607,7 +604,7 @@ def _nodes_up(file: ClusterFile, clusters: Sequence[str]) -> list[str]:
 _PRICED = {"aws", "gcp", "azure", "kuberay", "slurm"}
 
 
-def _status_lines(file: ClusterFile, args: argparse.Namespace) -> int:
+def _status_lines(file: ClusterFile, args: Namespace) -> int:
     nodes = _nodes_up(file, _rayclusters(file))
     if file.here:
         nodes = nodes and ["127.0.0.1"]
@@ -644,7 +641,7 @@ def waiting_lines(text: str) -> list[str]:
     return found
 
 
-def _submit(file: ClusterFile, args: argparse.Namespace) -> int:
+def _submit(file: ClusterFile, args: Namespace) -> int:
     words = _verb_words(args)
     if file.kind == "slurm":
         run(slurm_submit(file, words), what="submitting")
@@ -679,7 +676,7 @@ def run_job(
         sent = True
         if detach:
             return OK
-        with contextlib.suppress(StepFailed):  # a failed job, too; its state is read below
+        with suppress(StepFailed):  # a failed job, too; its state is read below
             run(logs_command(address, job), what="following the job")
     except KeyboardInterrupt:
         say(
@@ -728,7 +725,7 @@ def _state_of(address: str, job: str) -> dict[str, Any] | None:
     return next((j for j in jobs_at(address) if j["submission_id"] == job), None)
 
 
-def _cluster_logs(file: ClusterFile, args: argparse.Namespace) -> int:
+def _cluster_logs(file: ClusterFile, args: Namespace) -> int:
     if file.kind == "slurm" or is_rayjob(file):
         run(_commands(file, args)[0], what="following")
         return OK
@@ -747,7 +744,7 @@ def _cluster_logs(file: ClusterFile, args: argparse.Namespace) -> int:
 # --- sweeps as jobs -------------------------------------------------------------------------------
 
 
-def is_job(args: argparse.Namespace) -> bool:
+def is_job(args: Namespace) -> bool:
     """Return True if a sweep should run as a job on a cluster."""
     return bool(args.cluster) or str(args.address or "").startswith(("http://", "https://"))
 
@@ -758,9 +755,7 @@ SENT = "\0"
 """Placeholder for the sent file in a job's words; no command line can contain it."""
 
 
-def job_words(
-    args: argparse.Namespace, *, sent: str | None = None, storage: str | None = None
-) -> list[str]:
+def job_words(args: Namespace, *, sent: str | None = None, storage: str | None = None) -> list[str]:
     """Return the command line without the options that choose where it runs.
 
     Args:
@@ -768,7 +763,7 @@ def job_words(
         storage: replaces `--storage` on the cluster.
     """
     replaced = [] if storage is None else ["storage"]
-    dropped = argparse.ArgumentParser(add_help=False)
+    dropped = ArgumentParser(add_help=False)
     for name in (*PLACES, *replaced):
         dropped.add_argument(f"--{name}", action="store_true" if name == "detach" else "store")
     words = _without_secrets(dropped.parse_known_args(args.words)[1])
@@ -777,13 +772,13 @@ def job_words(
     return [*words, *(["--storage", storage] if storage is not None else [])]
 
 
-def _with_sent(args: argparse.Namespace, words: list[str], name: str, value: str) -> list[str]:
+def _with_sent(args: Namespace, words: list[str], name: str, value: str) -> list[str]:
     """Return the words with SENT as an argument's value, at the one place that has this value."""
     for place, word in enumerate(words):
         option, equals, _ = word.removesuffix(value).partition("=")
         if word.endswith(value) and (equals or not option):
             changed = [*words[:place], *([option] if option else []), SENT, *words[place + 1 :]]
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+            with redirect_stderr(io.StringIO()), suppress(SystemExit):
                 if getattr(args.parsed(changed), name) == SENT:
                     return changed
     raise AssertionError(f"{words=} {name=} {value=}")
@@ -815,7 +810,7 @@ def check_places(places: Sequence[Path | str], what: str) -> None:
             )
 
 
-def is_arms(args: argparse.Namespace) -> bool:
+def is_arms(args: Namespace) -> bool:
     """Return True if `tfkd confirm` gets an arms file (in a job: an absolute path), not a sweep."""
     given = Path(args.file)
     there = is_job(args) and given.is_absolute() and not given.is_file()

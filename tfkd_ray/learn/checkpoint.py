@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, Say
 from tfkd_ray.settings.files import opened, read_at_most, write_whole
 
 State = dict[str, Any]
@@ -61,7 +61,7 @@ def save_state(directory: Path, state: State) -> None:
     fresh.replace(last)
 
 
-def load_state(directory: Path, say: Callable[[str], None] | None = None) -> State | None:
+def load_state(directory: Path, say: Say | None = None) -> State | None:
     """Return the newest undamaged state in `directory`, or None if there is none.
 
     A damaged file is skipped and reported through `say`, by default as a warning.

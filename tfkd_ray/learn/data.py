@@ -61,7 +61,7 @@ class Digits(Dataset):
     shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     mean: ClassVar[tuple[float, ...]] = (4.8826,)
     std: ClassVar[tuple[float, ...]] = (6.0141,)
-    origin: ClassVar[str] = "it comes with scikit-learn: pip install scikit-learn"
+    origin = "it comes with scikit-learn: pip install scikit-learn"
 
     name: Literal["digits"] = "digits"
 
@@ -87,8 +87,8 @@ class OwnData(Dataset):
     The global random generators of torch, numpy and Python are seeded identically before each call.
     """
 
-    known_by_digest: ClassVar[set[str]] = {"path", "args"}
-    origin: ClassVar[str] = "the function at data.path makes it"
+    known_by_digest = {"path", "args"}
+    origin = "the function at data.path makes it"
 
     name: Literal["own"] = "own"
     path: str
@@ -104,7 +104,7 @@ class OwnData(Dataset):
     """Standard deviation per channel, in pixel units of 0 to 255. None: measured."""
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.model_dump(mode="json")))
+        return hash(json.dumps(self.tree))
 
     @model_validator(mode="after")
     def _statistics_for_all_channels(self) -> Self:

@@ -25,6 +25,7 @@ from tfkd_ray.learn.images import FolderSet, Images, ImageSet, generator
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import expanded, remembered, state_of, whole_file
 from tfkd_ray.settings.schema import Settings
+from tfkd_ray.settings.yaml import Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
-MODERN: dict[str, Any] = {
+MODERN: Tree = {
     "optim": {"nesterov": True},
     "schedule": {"name": "cosine", "warmup_epochs": 1.0},
 }
 """A recipe that beats the paper's on every network for which we know figures."""
-PAPER_RECIPE: dict[str, Any] = {
+PAPER_RECIPE: Tree = {
     "epochs": 200,
     "optim": {
         "lr": 0.1,
@@ -50,7 +51,7 @@ PAPER_RECIPE: dict[str, Any] = {
     "schedule": {"name": "step", "milestones": [0.3, 0.6, 0.8], "gamma": 0.2, "warmup_epochs": 1.0},
 }
 """The Tf-KD paper's recipe for CIFAR, without its augmentation."""
-IMAGENET: dict[str, Any] = {
+IMAGENET: Tree = {
     "epochs": 90,
     "optim": {
         "lr": 0.2,
@@ -111,7 +112,7 @@ class Dataset(Settings):
     known_by_digest: ClassVar[set[str]] = set()
     """Settings that identify a data set only if it has no digest."""
     later: ClassVar[frozenset[str]] = frozenset({"digest"})
-    recipes: ClassVar[dict[str, dict[str, Any]]] = {"plain": {}, "modern": MODERN}
+    recipes: ClassVar[dict[str, Tree]] = {"plain": {}, "modern": MODERN}
     """Default settings by recipe name; the first recipe is the default. Explicit settings override
     them."""
 
@@ -150,7 +151,7 @@ class Dataset(Settings):
         self.load()
         return self
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Tree:
         """Return the settings and digest that identify these images, as JSON, without paths."""
         out = self.places | (self.known_by_digest if self.digest else set())
         return {name: value for name, value in self.content().items() if name not in out}

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.images import Images
+from tfkd_ray.settings.yaml import Numbers
 from tfkd_ray.verdict.calibration import BINS, bin_of, calibration_error
 from tfkd_ray.verdict.scores import Score, score_of
 
@@ -47,7 +48,7 @@ def predictions(
         yield logits.float(), images.labels[mine]
 
 
-def evaluate(network: nn.Module, data: Dataset, images: Images) -> dict[str, float]:
+def evaluate(network: nn.Module, data: Dataset, images: Images) -> Numbers:
     """Return the metrics of a network on a set of images; see `metrics_from`."""
     return metrics_from(
         sum((metric_sums(*batch) for batch in predictions(network, images, data)), torch.zeros(1))
@@ -82,7 +83,7 @@ def metric_sums(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -
     )
 
 
-def metrics_from(sums: Tensor) -> dict[str, float]:
+def metrics_from(sums: Tensor) -> Numbers:
     """Return the metrics of all images from the sum of their `metric_sums`.
 
     `val_accuracy` and `val_top5` are fractions; `val_nll` is in nats per image; `val_ece` is the
@@ -122,7 +123,7 @@ def metrics_at_once(
     *,
     rank: int,
     workers: int,
-) -> dict[str, float]:
+) -> Numbers:
     """Return metrics that are not sums over batches; every worker must call it, and gets the same.
 
     Args:

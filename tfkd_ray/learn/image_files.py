@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -56,8 +56,8 @@ class TinyImagenet(FileDataset):
     std: ClassVar[tuple[float, ...]] = (0.2302 * 255, 0.2265 * 255, 0.2262 * 255)
     url: ClassVar[str] = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     md5: ClassVar[str] = "90528d7ca1a48142e341f4ef8d21d0de"
-    origin: ClassVar[str] = f"get and unpack {url}"
-    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+    origin = f"get and unpack {url}"
+    recipes = {
         "paper": {
             **PAPER_RECIPE,
             "schedule": {**PAPER_RECIPE["schedule"], "gamma": 0.1},
@@ -217,8 +217,8 @@ class FolderDataset(FileDataset):
     begin with a dot, or do not end as image files do, are skipped.
     """
 
-    streams: ClassVar[bool] = True
-    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+    streams = True
+    recipes = {
         "paper": IMAGENET,
         "modern": {
             **IMAGENET,
@@ -346,9 +346,9 @@ class ImageFolder(FolderDataset):
     """Your own image files."""
 
     # the folder identifies the data set
-    places: ClassVar[set[str]] = {"readers"}
-    known_by_digest: ClassVar[set[str]] = {"root"}
-    origin: ClassVar[str] = "put images at root/train/CLASS/ and root/val/CLASS/"
+    places = {"readers"}
+    known_by_digest = {"root"}
+    origin = "put images at root/train/CLASS/ and root/val/CLASS/"
 
     name: Literal["image_folder"] = "image_folder"
     num_classes: Annotated[int, Field(ge=2)]
@@ -363,9 +363,7 @@ class Imagenet(FolderDataset):
     """
 
     num_classes: ClassVar[int] = 1000
-    origin: ClassVar[str] = (
-        "register at https://image-net.org for ILSVRC2012, and unpack it to root/train/CLASS/ and root/val/CLASS/"
-    )
+    origin = "register at https://image-net.org for ILSVRC2012, and unpack it to root/train/CLASS/ and root/val/CLASS/"
 
     name: Literal["imagenet"] = "imagenet"
     root: AbsolutePath = Path("~/datasets/imagenet")

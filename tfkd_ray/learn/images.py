@@ -29,7 +29,10 @@ from tfkd_ray.settings.files import opened
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    Pixels = NDArray[np.uint8]
 
 
 AHEAD = 2
@@ -222,9 +225,7 @@ class FolderSet:
             for k, (i, crop) in enumerate(zip(indices, numbers, strict=True))
         ]
 
-    def _decode(
-        self, index: int, crop: list[float] | None, out: np.ndarray[Any, np.dtype[np.uint8]]
-    ) -> None:
+    def _decode(self, index: int, crop: list[float] | None, out: Pixels) -> None:
         def view(image: Image.Image) -> Image.Image:
             return (
                 _centre(image, self.side) if crop is None else _cut_to_size(image, crop, self.side)
@@ -239,9 +240,7 @@ def _finished(images: Tensor, jobs: list[Future[None]]) -> Tensor:
     return images
 
 
-def decoded(
-    name: str, path: Path, view: Callable[[Image.Image], Image.Image]
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decoded(name: str, path: Path, view: Callable[[Image.Image], Image.Image]) -> Pixels:
     """Return uint8 [3, H, W] of an image file after `view`, in RGB.
 
     Args:
@@ -415,7 +414,7 @@ def _check_kept_values(image: ImageFile.ImageFile, file: BinaryIO) -> None:
         )
 
 
-def _colours_of(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _colours_of(image: Image.Image) -> Pixels:
     """Return the pixels, decoded, without their transparency."""
     return np.asarray(image)[..., : 4 if image.mode == "CMYK" else 3]
 
@@ -427,9 +426,7 @@ def _has_16_bits(tile: Any) -> bool:
     return ";16" in str(tile.args)
 
 
-def _loses_levels(
-    file: BinaryIO, tiles: Sequence[Any], upper: np.ndarray[Any, np.dtype[np.uint8]]
-) -> bool:
+def _loses_levels(file: BinaryIO, tiles: Sequence[Any], upper: Pixels) -> bool:
     """Return whether values differ in 16 bits that are the same in the upper 8.
 
     Pillow keeps the upper bytes alone. The file is read again for the lower ones.

@@ -9,7 +9,7 @@ import math
 import tarfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class IdxDataset(FileDataset):
     """
 
     shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
+    mean: ClassVar[tuple[float, ...] | None] = None
+    std: ClassVar[tuple[float, ...] | None] = None
     folders: ClassVar[tuple[str, ...]]
     """Other places of the files, below `root`."""
     url: ClassVar[str] = ""
@@ -159,17 +161,17 @@ class Mnist(IdxDataset):
     """70,000 handwritten digits. (LeCun et al. 1998.)"""
 
     num_classes: ClassVar[int] = 10
-    mean: ClassVar[tuple[float, ...]] = (0.1307 * 255,)
-    std: ClassVar[tuple[float, ...]] = (0.3081 * 255,)
-    folders: ClassVar[tuple[str, ...]] = ("MNIST/raw",)
-    url: ClassVar[str] = "https://ossci-datasets.s3.amazonaws.com/mnist"
-    md5s: ClassVar[tuple[str, ...]] = (
+    mean = (0.1307 * 255,)
+    std = (0.3081 * 255,)
+    folders = ("MNIST/raw",)
+    url = "https://ossci-datasets.s3.amazonaws.com/mnist"
+    md5s = (
         "f68b3c2dcbeaaa9fbdd348bbdeb94873",
         "d53e105ee54ea40749a09fcbcd1e9432",
         "9fb629c4189551a2d022fa330f9573f3",
         "ec29112dd5afa0611ce80d1b7f02629c",
     )
-    origin: ClassVar[str] = "get the four files from https://ossci-datasets.s3.amazonaws.com/mnist/"
+    origin = "get the four files from https://ossci-datasets.s3.amazonaws.com/mnist/"
 
     name: Literal["mnist"] = "mnist"
     root: AbsolutePath = Path("~/datasets/mnist")
@@ -182,17 +184,17 @@ class FashionMnist(IdxDataset):
     """
 
     num_classes: ClassVar[int] = 10
-    mean: ClassVar[tuple[float, ...]] = (0.2860 * 255,)
-    std: ClassVar[tuple[float, ...]] = (0.3530 * 255,)
-    folders: ClassVar[tuple[str, ...]] = ("FashionMNIST/raw",)
-    url: ClassVar[str] = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
-    md5s: ClassVar[tuple[str, ...]] = (
+    mean = (0.2860 * 255,)
+    std = (0.3530 * 255,)
+    folders = ("FashionMNIST/raw",)
+    url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+    md5s = (
         "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "25c81989df183df01b3e8a0aad5dffbe",
         "bef4ecab320f06d8554ea6380940ec79",
         "bb300cfdad3c16e7a12a480ee83cd310",
     )
-    origin: ClassVar[str] = (
+    origin = (
         "apt-get install dataset-fashion-mnist, or get the four files from "
         "https://github.com/zalandoresearch/fashion-mnist"
     )
@@ -205,17 +207,17 @@ class Kmnist(IdxDataset):
     """70,000 cursive Japanese characters, 10 classes. (Clanuwat et al. 2018, arXiv:1812.01718.)"""
 
     num_classes: ClassVar[int] = 10
-    mean: ClassVar[tuple[float, ...]] = (0.1904 * 255,)
-    std: ClassVar[tuple[float, ...]] = (0.3475 * 255,)
-    folders: ClassVar[tuple[str, ...]] = ("KMNIST/raw",)
-    url: ClassVar[str] = "http://codh.rois.ac.jp/kmnist/dataset/kmnist"
-    md5s: ClassVar[tuple[str, ...]] = (
+    mean = (0.1904 * 255,)
+    std = (0.3475 * 255,)
+    folders = ("KMNIST/raw",)
+    url = "http://codh.rois.ac.jp/kmnist/dataset/kmnist"
+    md5s = (
         "bdb82020997e1d708af4cf47b453dcf7",
         "e144d726b3acfaa3e44228e80efcd344",
         "5c965bf0a639b31b8f53240b1b52f4d7",
         "7320c461ea6c1c855c0b718fb2a4b134",
     )
-    origin: ClassVar[str] = "get the four files from http://codh.rois.ac.jp/kmnist/"
+    origin = "get the four files from http://codh.rois.ac.jp/kmnist/"
 
     name: Literal["kmnist"] = "kmnist"
     root: AbsolutePath = Path("~/datasets/kmnist")
@@ -228,12 +230,10 @@ class Emnist(IdxDataset):
     are measured.
     """
 
-    mean: ClassVar[tuple[float, ...] | None] = None
-    std: ClassVar[tuple[float, ...] | None] = None
-    folders: ClassVar[tuple[str, ...]] = ("gzip", "EMNIST/raw")
-    url: ClassVar[str] = "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"
-    md5s: ClassVar[tuple[str, ...]] = ("58c8d27c78d21e728a6bc7b3cc06412e",)  # of the archive
-    origin: ClassVar[str] = f"get and unpack {url}"
+    folders = ("gzip", "EMNIST/raw")
+    url = "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"
+    md5s = ("58c8d27c78d21e728a6bc7b3cc06412e",)  # of the archive
+    origin = f"get and unpack {url}"
     facts: ClassVar[dict[str, tuple[int, int, int]]] = {
         "balanced": (47, 112_800, 18_800),
         "byclass": (62, 697_932, 116_323),
@@ -288,14 +288,17 @@ class CifarDataset(FileDataset):
     `root` holds either. If both exist, the archive is read, because its md5 proves its content.
     """
 
+    num_classes: ClassVar[int]
     shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
     url: ClassVar[str]
     archive: ClassVar[str]
     md5: ClassVar[str]
     folder: ClassVar[str]
     batches: ClassVar[dict[Split, tuple[str, ...]]]
     labels_key: ClassVar[bytes]
-    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+    recipes = {
         "paper": {
             **PAPER_RECIPE,
             "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15.0},
@@ -442,19 +445,19 @@ class CifarDataset(FileDataset):
 class Cifar10(CifarDataset):
     """60,000 photographs in 10 classes. (Krizhevsky 2009.)"""
 
-    num_classes: ClassVar[int] = 10
-    mean: ClassVar[tuple[float, ...]] = (0.4914 * 255, 0.4822 * 255, 0.4465 * 255)
-    std: ClassVar[tuple[float, ...]] = (0.2470 * 255, 0.2435 * 255, 0.2616 * 255)
-    archive: ClassVar[str] = "cifar-10-python.tar.gz"
-    md5: ClassVar[str] = "c58f30108f718f92721af3b95e74349a"
-    folder: ClassVar[str] = "cifar-10-batches-py"
-    batches: ClassVar[dict[Split, tuple[str, ...]]] = {
+    num_classes = 10
+    mean = (0.4914 * 255, 0.4822 * 255, 0.4465 * 255)
+    std = (0.2470 * 255, 0.2435 * 255, 0.2616 * 255)
+    archive = "cifar-10-python.tar.gz"
+    md5 = "c58f30108f718f92721af3b95e74349a"
+    folder = "cifar-10-batches-py"
+    batches = {
         "train": ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"),
         "test": ("test_batch",),
     }
-    labels_key: ClassVar[bytes] = b"labels"
-    url: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    origin: ClassVar[str] = f"get {url}"
+    labels_key = b"labels"
+    url = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    origin = f"get {url}"
 
     name: Literal["cifar10"] = "cifar10"
     root: AbsolutePath = Path("~/datasets/cifar10")
@@ -463,24 +466,24 @@ class Cifar10(CifarDataset):
 class Cifar100(CifarDataset):
     """60,000 photographs in 100 "fine" classes, the data of the Tf-KD paper. (Krizhevsky 2009.)"""
 
-    num_classes: ClassVar[int] = 100
-    mean: ClassVar[tuple[float, ...]] = (
+    num_classes = 100
+    mean = (
         0.5070751592371323 * 255,
         0.48654887335491514 * 255,
         0.4409178433670343 * 255,
     )
-    std: ClassVar[tuple[float, ...]] = (
+    std = (
         0.2673342858792401 * 255,
         0.2564384629170883 * 255,
         0.27615047132568404 * 255,
     )
-    archive: ClassVar[str] = "cifar-100-python.tar.gz"
-    md5: ClassVar[str] = "eb9058c3a382ffc7106e4002c42a8d85"
-    folder: ClassVar[str] = "cifar-100-python"
-    batches: ClassVar[dict[Split, tuple[str, ...]]] = {"train": ("train",), "test": ("test",)}
-    labels_key: ClassVar[bytes] = b"fine_labels"
-    url: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-    origin: ClassVar[str] = f"get {url}"
+    archive = "cifar-100-python.tar.gz"
+    md5 = "eb9058c3a382ffc7106e4002c42a8d85"
+    folder = "cifar-100-python"
+    batches = {"train": ("train",), "test": ("test",)}
+    labels_key = b"fine_labels"
+    url = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    origin = f"get {url}"
 
     name: Literal["cifar100"] = "cifar100"
     root: AbsolutePath = Path("~/datasets/cifar100")

@@ -136,8 +136,8 @@ class Omniglot(FileDataset):
     mean: ClassVar[tuple[float, ...] | None] = None
     std: ClassVar[tuple[float, ...] | None] = None
     url: ClassVar[str] = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-    origin: ClassVar[str] = f"get the zips of data.sets from {url}"
-    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+    origin = f"get the zips of data.sets from {url}"
+    recipes = {
         "plain": {},
         "modern": MODERN,
         "augmented": {**MODERN, "augment": {"crop_padding": 2, "rotation_degrees": 15.0}},

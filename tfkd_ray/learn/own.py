@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfkd_ray.learn.images import seeded
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
 
 # --- your own -------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ from tfkd_ray.settings.errors import ConfigError, did_you_mean
 _reads_only: ContextVar[bool] = ContextVar("_reads_only", default=False)
 
 
-@contextlib.contextmanager
+@contextmanager
 def only_reading() -> Iterator[None]:
     """Accept settings that name the user's own code without its import, inside the block.
 
@@ -177,7 +177,7 @@ _LIBRARIES = {"site-packages", "dist-packages"}
 """Folders of installed packages, wherever they are."""
 
 
-def _imported_in(source: bytes, package: str) -> Iterator[str]:
+def _imported_in(source: bytes, package: str) -> Sentences:
     """Yield the dotted names that a source imports; some may be no modules."""
     try:
         tree = ast.parse(source)
@@ -188,7 +188,7 @@ def _imported_in(source: bytes, package: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            with contextlib.suppress(ImportError):  # it leads out of the package
+            with suppress(ImportError):  # it leads out of the package
                 base = importlib.util.resolve_name(base, package)
                 yield base
                 yield from (f"{base}.{alias.name}" for alias in node.names)
@@ -197,5 +197,5 @@ def _imported_in(source: bytes, package: str) -> Iterator[str]:
             given = node.args[0]
             text = given.value if isinstance(given, ast.Constant) else None
             if called in ("import_module", "__import__") and isinstance(text, str):
-                with contextlib.suppress(ImportError):
+                with suppress(ImportError):
                     yield importlib.util.resolve_name(text, package)

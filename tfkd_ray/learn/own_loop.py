@@ -23,8 +23,9 @@ from pydantic import JsonValue, model_validator
 from tfkd_ray.learn.images import Images, ImageSet, address, random_states, seed_all
 from tfkd_ray.learn.own import code_of, imported, is_only_reading
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.schema import Settings
+from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.store.experiment import FULL_LENGTH
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Yielded(NamedTuple):
     """One epoch as a user's loop yielded it, checked."""
 
     metrics: dict[str, float]
-    state: Callable[[], dict[str, Any]]
+    state: Callable[[], Tree]
     """Returns the state to resume from: `model`, and anything else that the loop keeps."""
 
 
@@ -71,7 +72,7 @@ class OwnLoop(Settings):
     read. A run refuses other code; without it, the code as it is now counts."""
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.model_dump(mode="json")))
+        return hash(json.dumps(self.tree))
 
     @model_validator(mode="before")
     @classmethod
@@ -91,7 +92,7 @@ class OwnLoop(Settings):
         digest = None if self.digest is None else self.digest.partition("-")[0]
         return OwnLoop(path=self.path, digest=digest)
 
-    def problems(self, *, trains_teacher: bool) -> Iterator[str]:
+    def problems(self, *, trains_teacher: bool) -> Sentences:
         """Yield a sentence for each reason why the functions cannot be called."""
         if is_only_reading():
             return
@@ -131,7 +132,7 @@ class OwnLoop(Settings):
     def epochs(
         self,
         config: Any,
-        state: dict[str, Any] | None,
+        state: Tree | None,
         teacher: nn.Module | None,
         done: int,
     ) -> Generator[Yielded, None, None]:
@@ -236,7 +237,7 @@ class OwnLoop(Settings):
             )
         return float(value)
 
-    def _content(self, yielded: Yielded, epoch: int) -> dict[str, Any]:
+    def _content(self, yielded: Yielded, epoch: int) -> Tree:
         """Return a copy of a loop's state; raise a ConfigError if a checkpoint cannot hold it."""
         found = yielded.state()
         where = f"yields a state at epoch {epoch} that"
@@ -265,9 +266,7 @@ def _digest_of(paths: list[str]) -> str | None:
     return "-".join(found) or None
 
 
-def _call_problems(
-    path: str, where: str, first: list[str], args: Mapping[str, Any]
-) -> Iterator[str]:
+def _call_problems(path: str, where: str, first: list[str], args: Values) -> Sentences:
     """Yield a sentence if the function at a path does not take these arguments."""
     try:
         function = imported(path, where)

@@ -25,7 +25,8 @@ from pydantic.errors import PydanticUserError
 from tfkd_ray.learn.images import seeded
 from tfkd_ray.learn.own import Code, code_of, imported
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
+from tfkd_ray.settings.yaml import Tree, Values
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class _Call(NamedTuple):
     batch: dict[str, inspect.Parameter]
     shapes: dict[str, inspect.Parameter]
     args: dict[str, inspect.Parameter]
-    hints: dict[str, Any]
+    hints: Tree
     """Annotations of `args`, without those that cannot be resolved."""
     any_more: bool
     """True if it accepts other arguments, too (`**kwargs`)."""
@@ -120,7 +121,7 @@ def facts_of(path: str) -> Facts | None:
 
 
 def loss_problems(
-    path: str, args: Mapping[str, Any], asked: Mapping[str, Sequence[str]], where: str
+    path: str, args: Values, asked: Mapping[str, Sequence[str]], where: str
 ) -> list[str]:
     """Return a sentence for each reason why a loss cannot be called with these arguments.
 
@@ -139,7 +140,7 @@ def loss_problems(
     return problems
 
 
-def temperature_of(path: str, args: Mapping[str, Any]) -> float:
+def temperature_of(path: str, args: Values) -> float:
     """Return the argument `temperature` of a loss, given or by default; 1 if it is no number above 0."""
     value = args.get("temperature")
     parameter = _call_of(_found_at(path, "path")).args.get("temperature")
@@ -219,7 +220,7 @@ def _call_of(found: Any) -> _Call:
     return _Call(batch, shapes, args, _hints_of(target, args), any_more, needed or declared)
 
 
-def _hints_of(target: Any, names: Iterable[str]) -> dict[str, Any]:
+def _hints_of(target: Any, names: Iterable[str]) -> Tree:
     """Return the annotations of these parameters; none if one of a function's is unknown."""
     try:
         hints = typing.get_type_hints(target, include_extras=True)
@@ -234,9 +235,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def _argument_problems(
-    call: _Call, given: Mapping[str, Any], where: str, name: str | None
-) -> Iterator[str]:
+def _argument_problems(call: _Call, given: Values, where: str, name: str | None) -> Sentences:
     """Yield a sentence for each argument that is unknown, missing or of another type."""
     for key, value in given.items():
         if key in call.batch:
@@ -259,7 +258,7 @@ def _argument_problems(
 
 def _feature_problems(
     call: _Call, side: str, layers: Sequence[str], where: str, name: str
-) -> Iterator[str]:
+) -> Sentences:
     """Yield a sentence for each reason why a loss cannot get these layers of a network."""
     key = f"{side}_features"
     takes = call.batch.get(key)
@@ -318,7 +317,7 @@ class OwnLoss:
     """
 
     def __init__(
-        self, path: str, args: Mapping[str, Any], layers: Layers | None = None, seed: int = 0
+        self, path: str, args: Values, layers: Layers | None = None, seed: int = 0
     ) -> None:
         found = _found_at(path, "path")
         call = _call_of(found)
@@ -347,7 +346,7 @@ class OwnLoss:
         self._to = getattr(self.object, "to", None) if self.has_parts else None
         self._device: Any = None
 
-    def _made(self, found: Any, arguments: dict[str, Any], seed: int) -> Any:
+    def _made(self, found: Any, arguments: Tree, seed: int) -> Any:
         """Return an object of the user's class."""
         try:
             with seeded(seed, "objective"):
@@ -637,19 +636,19 @@ _LARGE = 1_000_000
 _PLAIN = (bool, int, float, complex, str, bytes, list, dict, set, type(None))
 
 
-def _data_of(loss: OwnLoss) -> dict[str, Any]:
+def _data_of(loss: OwnLoss) -> Tree:
     """Return copies of the data that a loss may change: its object's and its module's.
 
     What checkpoints hold does not count: the state_dict of what it owns, if it asks for layers.
     """
     from torch import Tensor
 
-    found: dict[str, Any] = {}
+    found: Tree = {}
     module = inspect.getmodule(type(loss.object) if loss.has_parts else loss.object)
     of_module = vars(module) if module is not None else {}
     of_object = getattr(loss.object, "__dict__", {})
     owned = loss.owned()
-    inside = dict[str, Any](owned.named_buffers()) | dict(owned.named_parameters())
+    inside = Tree(owned.named_buffers()) | dict(owned.named_parameters())
     kept = {"_parameters", "_buffers", "_modules"}
     if loss.layers is not None:
         kept |= owned.state_dict().keys()
@@ -669,7 +668,7 @@ def _copied(value: Any) -> Any:
         return None
 
 
-def _first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+def _first_change(before: Values, after: Values) -> str | None:
     """Return the name of the first datum that differs, or None."""
     for name in {**before, **after}:
         if not _same(before.get(name), after.get(name)):

@@ -6,13 +6,10 @@ validation.
 """
 
 import contextlib
-import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -24,8 +21,9 @@ from tfkd_ray.learn.evaluate import evaluate, predictions
 from tfkd_ray.learn.loop import LOOP_VERSION, train_in
 from tfkd_ray.learn.soft_labels import Bank, Elsewhere
 from tfkd_ray.learn.weights import input_of, input_shape, load_outside, show, untrained
-from tfkd_ray.settings.errors import ConfigError, check_kind
-from tfkd_ray.settings.files import expanded, opened, write_whole
+from tfkd_ray.settings.errors import ConfigError, Say, check_kind, some_of, to_stderr
+from tfkd_ray.settings.files import expanded, sha256_of, write_whole
+from tfkd_ray.settings.yaml import Numbers, Tree
 from tfkd_ray.store.experiment import read_teacher, read_teachers
 from tfkd_ray.store.storage import Storage, everything, light
 
@@ -62,9 +60,9 @@ def is_trained(config: TeacherRun, storage: Path) -> bool:
 def train_teacher(
     config: TeacherRun,
     storage: Path,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: Callable[[Numbers], None] | None = None,
     on_saved: Callable[[bool], None] | None = None,
-) -> dict[str, Any]:
+) -> Tree:
     """Train the teacher, or take it from its file, unless it exists; return `teacher.json`.
 
     One process at a time trains a teacher, and others wait for it; if the process is killed, the
@@ -83,8 +81,8 @@ def train_teacher(
                 "loop_version": LOOP_VERSION,
                 "torch": torch.__version__,
                 "metrics": metrics,
-                "sha256": _sha256(folder / WEIGHTS),
-                "config": config.model_dump(mode="json"),
+                "sha256": sha256_of(folder / WEIGHTS),
+                "config": config.tree,
                 "input": input_of(config),
             }
             if config.weights is not None:
@@ -127,10 +125,10 @@ def of_other_data(config: TeacherRun, storage: Path) -> str | None:
 def _trained(
     config: TeacherRun,
     folder: Path,
-    on_epoch: Callable[[dict[str, float]], None] | None,
+    on_epoch: Callable[[Numbers], None] | None,
     on_saved: Callable[[bool], None] | None,
-) -> dict[str, float]:
-    metrics: dict[str, float] = {}
+) -> Numbers:
+    metrics: Numbers = {}
     for metrics in train_in(folder, config, on_saved=on_saved):
         if on_epoch:
             on_epoch(metrics)
@@ -142,7 +140,7 @@ def _trained(
     return metrics
 
 
-def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
+def _taken(config: TeacherRun, folder: Path) -> Numbers:
     """Copy external weights; return their metrics on validation, empty without validation."""
     assert config.weights is not None, f"{config.weights=}"
     data = config.data
@@ -155,7 +153,7 @@ def _taken(config: TeacherRun, folder: Path) -> dict[str, float]:
     return {} if val_set is None else evaluate(module, data, val_set)
 
 
-def _doubt(config: TeacherRun, folder: Path, metrics: dict[str, float]) -> str | None:
+def _doubt(config: TeacherRun, folder: Path, metrics: Numbers) -> str | None:
     """Return a sentence on a teacher no better than guessing, or with exchanged classes, else None.
 
     It names the likely cause. Only weights from elsewhere can have classes in another order.
@@ -209,30 +207,27 @@ def _exchanged(name: str, met: torch.Tensor) -> str | None:
     moved = (clearly & (2 * most > met.sum(dim=1))).nonzero()[:, 0]
     if not len(moved) or not meant[moved].sort().values.equal(moved):
         return None
-    shown = ", ".join(f"{k} is {int(meant[k])}" for k in moved[:MOST_SHOWN].tolist())
-    more = f" and {len(moved) - MOST_SHOWN} more" if len(moved) > MOST_SHOWN else ""
+    shown = some_of([f"{k} is {int(meant[k])}" for k in moved.tolist()], MOST_SHOWN)
     return (
-        f"WARNING: teacher {name} has {len(moved)} classes in another order than those of the data ({shown}{more}); "
+        f"WARNING: teacher {name} has {len(moved)} classes in another order than those of the data ({shown}); "
         "students would learn from wrong answers. Put the rows of its last layer into the order of the data's classes"
     )
 
 
-def tell_doubts(
-    runs: Iterable[TeacherRun], storage: Path, say: Callable[[str], None] | None = None
-) -> None:
+def tell_doubts(runs: Iterable[TeacherRun], storage: Path, say: Say | None = None) -> None:
     """Report trained teachers that are no better than guessing. None: to standard error."""
     for run in runs:
         if is_trained(run, storage) and (doubt := describe(run, storage).get("doubt")):
-            say(doubt) if say else print(doubt, file=sys.stderr, flush=True)
+            (say or to_stderr)(doubt)
 
 
 def _source_sha256(config: TeacherRun) -> str | None:
     """Return the SHA-256 of the weights' source file, or None if there is none any more."""
     path = expanded(config.weights) if config.weights else None
-    return _sha256(path) if path and path.is_file() else None
+    return sha256_of(path) if path and path.is_file() else None
 
 
-def describe(config: TeacherRun, storage: Path) -> dict[str, Any]:
+def describe(config: TeacherRun, storage: Path) -> Tree:
     """Return the content of a trained teacher's `teacher.json`."""
     return read_teacher(_teacher_place(config, storage))
 
@@ -250,7 +245,7 @@ def is_here(config: TeacherRun, storage: Path) -> bool:
     return (_teacher_place(config, storage) / "teacher.json").exists()
 
 
-def known_of(config: TeacherRun, storage: Path) -> dict[str, Any] | None:
+def known_of(config: TeacherRun, storage: Path) -> Tree | None:
     """Return a teacher's `teacher.json`, also of an earlier loop version, or None."""
     if is_here(config, storage):
         return describe(config, storage)
@@ -323,7 +318,7 @@ def _bank(config: TrainConfig, run: TeacherRun, storage: Path, elsewhere: Elsewh
 
 
 def find_or_train(
-    config: TrainConfig, storage: Path | str, say: Callable[[str], None] | None = None
+    config: TrainConfig, storage: Path | str, say: Say | None = None
 ) -> Bank | tuple[Bank, ...] | None:
     """Return the teacher that a configuration needs, trained first if missing.
 
@@ -340,8 +335,3 @@ def find_or_train(
         train_teacher(run, Path(storage))
     tell_doubts(runs, Path(storage), say)
     return bank_of(config, Path(storage))
-
-
-def _sha256(path: Path) -> str:
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +28,9 @@ from tfkd_ray.run.connect import (
 from tfkd_ray.run.epochs import Shelf, shelf_name
 from tfkd_ray.run.searcher import OptunaSearcher
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, Say, to_stderr
 from tfkd_ray.settings.files import DISK_ERRORS, check_room_for, remove_left_behind, write_text
+from tfkd_ray.settings.yaml import Numbers, Tree, Values
 from tfkd_ray.show.listener import Announcer, Listener
 from tfkd_ray.show.live import Progress
 from tfkd_ray.show.status import driver_of
@@ -64,14 +64,14 @@ class Recorder(Listener):
         losses: "Losses",
         budget: "Budget | None" = None,
         *,
-        on_note: Callable[[str], None] | None = None,
+        on_note: Say | None = None,
     ) -> None:
         self._lines: dict[str, list[str]] = {}
         self._begun: set[str] = set()
         self._over: list[Path] = []
-        self._losses, self._budget, self._note = losses, budget, on_note or _to_stderr
+        self._losses, self._budget, self._note = losses, budget, on_note or to_stderr
 
-    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+    def on_start(self, trial: Any, last: Values) -> None:
         folder = self._folder(trial)
         self._make_again(trial)
         metrics = read_metrics(folder)
@@ -107,7 +107,7 @@ class Recorder(Listener):
         )
         return True
 
-    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+    def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         line = json.dumps(
             {k: v for k, v in metrics.items() if k in _METRICS or k.startswith("val_")}
         )
@@ -117,7 +117,7 @@ class Recorder(Listener):
         if again and not metrics.get("done"):
             self._write(trial, "running")
 
-    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+    def on_result(self, trial: Any, result: Tree) -> None:
         if result.get(
             "done"
         ):  # before the study is updated: a crash between them repeats the end, never loses it
@@ -132,7 +132,7 @@ class Recorder(Listener):
             self._over.append(self._folder(trial))
             _drop_states(self._over[-1])
 
-    def _end(self, trial: Any, result: dict[str, Any]) -> None:
+    def _end(self, trial: Any, result: Tree) -> None:
         failed = result.get("failed")
         full = result.get("epoch") == Assignment.of(trial.config).epochs or result.get(FULL_LENGTH)
         ended = "done" if full else "stopped"
@@ -146,11 +146,8 @@ class Recorder(Listener):
         for folder in self._over:  # a stopped trial may have been saving until now
             _drop_states(folder)
         for trial in trials:
-            if (
-                trial.trial_id in self._begun
-                and trial.status not in ("ERROR",)
-                and not _ended(trial)
-            ):
+            ended = trial.status == "ERROR" or (trial.last_result or {}).get("done")
+            if trial.trial_id in self._begun and not ended:
                 self._write(trial, "interrupted", self._budget and self._budget.reason)
 
     def _folder(self, trial: Any) -> Path:
@@ -173,7 +170,7 @@ class Recorder(Listener):
             )
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**self.__dict__, "_note": None}
 
 
@@ -197,20 +194,12 @@ _METRICS = {
 }
 
 
-def _ended(trial: Any) -> bool:
-    return bool((trial.last_result or {}).get("done"))
-
-
 QUICK, QUICK_S = 3, 60
 """Trials in a row, each lost within so many seconds without an epoch, that exclude a node."""
 
 
 class NoNodeLeft(RuntimeError):
     """The GPUs of all nodes that can run a trial are broken; the sweep can be resumed."""
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Losses(Listener):
@@ -229,18 +218,18 @@ class Losses(Listener):
         clock: Callable[[], float] = time.monotonic,
         *,
         config: TrainConfig | None = None,
-        on_note: Callable[[str], None] | None = None,
+        on_note: Say | None = None,
     ) -> None:
         self._timeout_s, self._clock, self._config, self._note = (
             timeout_s,
             clock,
             config,
-            on_note or _to_stderr,
+            on_note or to_stderr,
         )
-        self._began: dict[str, float] = {}
+        self._began: Numbers = {}
         self._broken: dict[str, list[str]] = {}
         self._why: dict[str, str] = {}
-        self._short: dict[str, float] = {}
+        self._short: Numbers = {}
         self._over: str | None = None
         self._since: dict[str, tuple[float, Any]] = {}
         self._again: dict[str, int] = {}
@@ -268,7 +257,7 @@ class Losses(Listener):
             f"{epoch} ({self._why.get(trial.trial_id, 'no memory, a crash?')})"
         )
 
-    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+    def on_start(self, trial: Any, last: Values) -> None:
         if trial.trial_id not in self._all:
             folder = Assignment.of(trial.config).folder
             self._all[trial.trial_id] = (
@@ -279,7 +268,7 @@ class Losses(Listener):
         self._began[trial.trial_id] = self._clock()
         self._since[trial.trial_id] = self._clock(), trial
 
-    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+    def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         """Reset the number of losses at a new epoch."""
         self._epoch[trial.trial_id] = epoch
         self._began.pop(trial.trial_id, None)
@@ -287,7 +276,7 @@ class Losses(Listener):
         if trial.max_failures >= 0:
             trial.max_failures = trial.num_failures + self._again[trial.trial_id]
 
-    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+    def on_result(self, trial: Any, result: Tree) -> None:
         self._since[trial.trial_id] = self._clock(), trial
 
     def on_end(self, trial: Any) -> None:
@@ -350,11 +339,11 @@ class Losses(Listener):
         state = folder / LAST
         check_room_for(folder, 2 * (state.stat().st_size if state.exists() else 0) + 2**20)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**self.__dict__, "_since": {}, "_clock": None, "_note": None}
 
 
-def spent_so_far(experiment: Path, *, workers: dict[str, float]) -> dict[str, float]:
+def spent_so_far(experiment: Path, *, workers: Numbers) -> Numbers:
     """Return what an experiment has spent, by budget: seconds, GPU-hours, CPU-hours, failed trials.
 
     Hours are the larger of two sums, times the `gpus` and `cpus` of a trial in `workers`: the
@@ -386,7 +375,7 @@ def over_budget(budgets: Mapping[str, float], spent: Mapping[str, float]) -> str
     return None
 
 
-def workers_of(tree: Mapping[str, Any]) -> dict[str, float]:
+def workers_of(tree: Values) -> Numbers:
     """Return the CPUs and GPUs that a trial holds, from the tree of a space."""
     return {
         "gpus": tree["workers"] * tree["gpus_per_worker"],
@@ -413,7 +402,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         space: Space,
         searcher: OptunaSearcher,
         *,
-        on_budget: Callable[[str], None] | None = None,
+        on_budget: Say | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._experiment, self._limits, self._clock, self._on_budget = (
@@ -428,9 +417,9 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         self._began = clock()
         self._failed = failed_numbers(experiment) - searcher.waiting()
         self._told = 0.0
-        self._since: dict[str, float] = {}
+        self._since: Numbers = {}
 
-    def spent(self) -> dict[str, float]:
+    def spent(self) -> Numbers:
         """Return what is spent now, by budget."""
         now = self._clock()
         hours = self._held(now) / 3600
@@ -443,7 +432,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     # --- called by Tune
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Tree) -> bool:
         return False
 
     def stop_all(self) -> bool:
@@ -460,14 +449,14 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
     def on_begin(self) -> None:
         self._began = self._clock()
 
-    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+    def on_start(self, trial: Any, last: Values) -> None:
         self._since[trial.trial_id] = self._clock()
 
-    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+    def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         self._told += metrics.get("seconds", 0.0)
         self._since[trial.trial_id] = self._clock()
 
-    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+    def on_result(self, trial: Any, result: Tree) -> None:
         if result.get("failed"):
             self._failed.add(Assignment.of(trial.config).number)
         self._write()
@@ -501,7 +490,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
         text = json.dumps({name: round(value, 3) for name, value in counted.items()})
         write_text(self._experiment / "spent.json", text + "\n")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**self.__dict__, "_searcher": None, "_on_budget": None, "_clock": None}
 
 
@@ -521,7 +510,7 @@ class SoftLabels(Listener):
         if self._shelf is not None:
             ray.kill(self._shelf)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**self.__dict__, "_shelf": None}
 
 
@@ -531,10 +520,10 @@ class Uploads(Listener):
     If the store does not answer, this is reported once and retried; the sweep continues.
     """
 
-    def __init__(self, claim: remote.Claim, on_note: Callable[[str], None] | None) -> None:
+    def __init__(self, claim: remote.Claim, on_note: Say | None) -> None:
         self._store, self._url, self._experiment = claim.store, claim.url, claim.folder
         self._claim, self._upload = claim, remote.Upload(claim.store, claim.name)
-        self._note = on_note or _to_stderr
+        self._note = on_note or to_stderr
         self._trouble: str | None = None
         self._taken_over: ConfigError | None = None
         self._wake, self._over = threading.Event(), threading.Event()
@@ -595,7 +584,7 @@ class Uploads(Listener):
         self._trouble = None
         return True
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {"_url": self._url}
 
 
@@ -657,7 +646,7 @@ class Lock(Listener):
         if self._lock is not None:
             self._lock.release()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**self.__dict__, "_lock": None, "claim": None}
 
 
@@ -669,7 +658,7 @@ def in_order(
     *,
     budget: Budget | None = None,
     labels: SoftLabels | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_note: Say | None = None,
 ) -> list[tune.Callback]:
     """Return the callbacks of a sweep or a comparison in the order in which they get each event.
 

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from tfkd_ray.learn.images import Images
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.several import combined
 from tfkd_ray.run.callbacks import Lock, Losses, in_order
-from tfkd_ray.run.tune import SharingFifo, assemble, prepare, train_teachers
+from tfkd_ray.run.tune import OnTeacher, SharingFifo, assemble, prepare, train_teachers
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.columns import in_columns
+from tfkd_ray.settings.errors import ConfigError, Say, Sentences
 from tfkd_ray.settings.files import check_writable, write_text
+from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.show.tensorboard import TensorBoard, write_comparison
 from tfkd_ray.space.arms import Arm, Arms, Comparison, Run, end_comparison, read_comparison
 from tfkd_ray.store.assignment import SECTION, Assignment
@@ -64,13 +66,13 @@ TRIES = 2
 class ListSearcher(Searcher):  # type: ignore[misc]
     """Proposes a list of runs in order, each again if it fails, up to `TRIES` times."""
 
-    def __init__(self, proposals: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, proposals: Sequence[Tree]) -> None:
         super().__init__(metric="train_loss", mode="min")
         self._waiting = deque(proposals)
-        self._running: dict[str, dict[str, Any]] = {}
+        self._running: dict[str, Tree] = {}
         self._tries: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Tree | str | None:
         """Return the next run, None while a running one may still fail, or FINISHED."""
         if not self._waiting:
             return None if self._running else str(Searcher.FINISHED)
@@ -78,11 +80,11 @@ class ListSearcher(Searcher):  # type: ignore[misc]
         self._running[trial_id] = proposal
         return proposal
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_result(self, trial_id: str, result: Tree) -> None:
         pass
 
     def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        self, trial_id: str, result: Tree | None = None, error: bool = False
     ) -> None:
         proposal = self._running.pop(trial_id, None)
         failed = error or bool((result or {}).get("failed"))
@@ -104,8 +106,8 @@ def comparison_tuner(
     comparison: Experiment | Path,
     *,
     callbacks: Sequence[tune.Callback] = (),
-    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_teacher: OnTeacher | None = None,
+    on_note: Say | None = None,
     seeds: int | None = None,
 ) -> tune.Tuner:
     """Return a Tuner that trains a comparison's missing runs; train its teachers first.
@@ -165,7 +167,7 @@ def comparison_tuner(
                 directory=trials_folder(directory) / run.name,
                 home=home,
             )
-            proposals.append({**run.config.model_dump(mode="json"), SECTION: assignment.section()})
+            proposals.append({**run.config.tree, SECTION: assignment.section()})
     losses = Losses(config=compared.runs[0].config, on_note=on_note)
     return assemble(
         config,
@@ -187,7 +189,7 @@ def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
         objective=run.config.objective.called,
         status="failed",
         parameters={"arm": run.arm, "seed": run.seed},
-        config=run.config.model_dump(mode="json"),
+        config=run.config.tree,
         reason=reason,
     )
 
@@ -195,9 +197,7 @@ def _failed(directory: Path, number: int, run: Run, reason: str) -> Record:
 # --- the test split -------------------------------------------------------------------------------
 
 
-def judge_on_test(
-    comparison: Experiment | Path, on_run: Callable[[str], None] | None = None
-) -> dict[str, Any]:
+def judge_on_test(comparison: Experiment | Path, on_run: Say | None = None) -> Tree:
     """Open the test split once, judge every trained run, and return the content of confirm.json.
 
     Each run keeps its test logits. A file beside the experiments records that the split was opened,
@@ -212,7 +212,7 @@ def judge_on_test(
         lock.release()
 
 
-def ends_at_look(comparison: Experiment | Path, seeds: int, known: dict[str, Any]) -> bool:
+def ends_at_look(comparison: Experiment | Path, seeds: int, known: Tree) -> bool:
     """Look at the test split after so many seeds; return whether the comparison ends here.
 
     A sequential comparison ends when every candidate is settled, or at its limit. Until then no
@@ -236,9 +236,7 @@ def ends_at_look(comparison: Experiment | Path, seeds: int, known: dict[str, Any
         lock.release()
 
 
-def _words_at_look(
-    directory: Path, compared: Comparison, seeds: int, known: dict[str, Any]
-) -> list[str]:
+def _words_at_look(directory: Path, compared: Comparison, seeds: int, known: Tree) -> list[str]:
     """Return the verdict on each candidate after so many seeds."""
     runs = compared.runs_on_data[: seeds * len(compared.arms.arms)]
     records = {record.name: record for record in read_records(directory)}
@@ -267,7 +265,7 @@ def _nothing_trained(directory: Path, runs: int) -> ConfigError:
     return ConfigError(f"none of its {runs} runs was trained to the end; see {where}", directory)
 
 
-def _judged(directory: Path, on_run: Callable[[str], None] | None) -> dict[str, Any]:
+def _judged(directory: Path, on_run: Say | None) -> Tree:
     compared = read_comparison(directory)
     runs = compared.runs_on_data
     records = {record.name: record for record in read_records(directory)}
@@ -427,7 +425,7 @@ def _note_opening(
     append_line(directory.parent / OPENINGS, json.dumps(line), durable=True)
 
 
-def openings(storage: Path, data: Dataset) -> list[dict[str, Any]]:
+def openings(storage: Path, data: Dataset) -> list[Tree]:
     """Return the times at which a data set's test split was opened, in any storage, in order."""
     split, path = split_id(data), storage / OPENINGS
     found = []
@@ -447,7 +445,7 @@ def openings(storage: Path, data: Dataset) -> list[dict[str, Any]]:
 # --- the outcome ----------------------------------------------------------------------------------
 
 
-def outcome(directory: Path) -> dict[str, Any]:
+def outcome(directory: Path) -> Tree:
     """Return a comparison's measurements and verdicts, read from its files, as in confirm.json.
 
     There is one verdict for each student network that has candidates and baselines.
@@ -468,7 +466,7 @@ def outcome(directory: Path) -> dict[str, Any]:
                 ),
                 "role": arm.part,
                 "student": arm.config.student.name,
-                "objective": arm.config.objective.model_dump(mode="json"),
+                "objective": arm.config.objective.tree,
                 "runs": list(found),
             }
         )
@@ -523,7 +521,7 @@ def _growth(directory: Path, arm: verdict.JudgedArm) -> dict[str, Sequence[Any]]
 
 def _run_outcome(
     directory: Path, run: Run, record: Record | None
-) -> tuple[dict[str, Any], NDArray[np.bool_] | None]:
+) -> tuple[Tree, NDArray[np.bool_] | None]:
     """Return (the record of a run, a mask of the test images that it classified correctly [N])."""
     path = trials_folder(directory) / run.name / LOGITS
     found = _status_of(run, record)
@@ -537,9 +535,9 @@ def _run_outcome(
     return found, guesses == arrays["labels"]
 
 
-def _status_of(run: Run, record: Record | None) -> dict[str, Any]:
+def _status_of(run: Run, record: Record | None) -> Tree:
     """Return what became of a run, without its results."""
-    found: dict[str, Any] = {"seed": run.seed, "status": record.status if record else "not run"}
+    found: Tree = {"seed": run.seed, "status": record.status if record else "not run"}
     if record and record.reason:
         found["reason"] = record.reason.splitlines()[0]
     return found
@@ -548,7 +546,7 @@ def _status_of(run: Run, record: Record | None) -> dict[str, Any]:
 def _judged_arm(
     name: str,
     runs: Sequence[Run],
-    found: Sequence[dict[str, Any]],
+    found: Sequence[Tree],
     right: Sequence[NDArray[np.bool_] | None] | None,
     metric: str,
 ) -> verdict.JudgedArm:
@@ -576,7 +574,7 @@ def _judged_arm(
     return verdict.JudgedArm(name, tuple(judged), images.mean(axis=1), images, clusters)
 
 
-def _has_diverged(result: dict[str, Any]) -> bool:
+def _has_diverged(result: Tree) -> bool:
     return result["status"] == "failed" and str(result.get("reason", "")).startswith("Diverged")
 
 
@@ -636,7 +634,7 @@ def _verdicts(
         yield names, verdict.undecided(reasons, metric, searched=arms.searched)
 
 
-def _notes_of(directory: Path, compared: Comparison) -> Iterator[str]:
+def _notes_of(directory: Path, compared: Comparison) -> Sentences:
     found = openings(directory.parent, compared.data)
     own = next((k for k, o in enumerate(found) if o.get("id") == compared.id), len(found))
     # the looks of a sequential comparison are one opening
@@ -671,24 +669,25 @@ def _notes_of(directory: Path, compared: Comparison) -> Iterator[str]:
 
 
 TABLE_COLUMNS = 6
-"""Maximum number of metrics in a table: of 80 columns, an arm's name takes 23, each metric 9."""
+"""Maximum number of metrics in a table: of 80 columns, an arm's name takes 20, each metric 10."""
 
 
-def _other_metrics(result: dict[str, Any]) -> Iterator[str]:
+def _other_metrics(result: Tree) -> Sentences:
     """Yield means over seeds of all metrics but accuracy; NLL in nats, most others as fractions."""
     known = {key for arm in result["arms"] for run in arm["runs"] for key in run}
     rows = [row for row in SCORES.values() if row.heading is not None and row.name in known]
     for first in range(0, len(rows), TABLE_COLUMNS):
         some = rows[first : first + TABLE_COLUMNS]
         yield ""
-        yield f"{'means on test':<23}" + "".join(f"{row.heading:>9}" for row in some)
+        table = ["\t".join(["means on test", *(str(row.heading) for row in some)])]
         for arm in result["arms"]:
             values = [[run[row.name] for run in arm["runs"] if row.name in run] for row in some]
-            cells = "".join(f"{np.mean(v):>9.4f}" if v else " " * 9 for v in values)
-            yield f"{arm['name'][:23]:<23}{cells}".rstrip()
+            cells = [f"{np.mean(v):.4f}" if v else "" for v in values]
+            table.append("\t".join([arm["name"], *cells]))
+        yield from in_columns(table, 80)
 
 
-def outcome_table(result: dict[str, Any]) -> list[str]:
+def outcome_table(result: Tree) -> list[str]:
     """Return the outcome as lines of at most 80 columns; accuracies are in per cent."""
     lines = [result["title"], f"test split of {result['test']}; trained on {result['trained_on']}"]
     if result["preset"]:
@@ -697,9 +696,9 @@ def outcome_table(result: dict[str, Any]) -> list[str]:
         )
     printed = any(arm["published"] is not None for arm in result["arms"])
     lines += textwrap.wrap(result["note"], 80) if result["note"] else []
-    lines += ["", f"{'arm':<23} {'test acc. %':>15} {'n':>3} {'95 % over seeds':>18}"]
-    lines[-1] += f" {'published':>9} {'diff':>7}" if printed else ""
-    lines += [_arm_line(arm) for arm in result["arms"]]
+    head = "arm\ttest acc. %\tn\t95 % over seeds" + "\tpublished\tdiff" * printed
+    rows = [_arm_row(arm, printed) for arm in result["arms"]]
+    lines += ["", *in_columns([head, *rows], 80)]
     for arm in result["arms"]:
         for run in arm["runs"]:
             if run["status"] != "done":
@@ -714,17 +713,15 @@ def outcome_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _arm_line(arm: dict[str, Any]) -> str:
+def _arm_row(arm: Tree, printed: bool) -> str:
     """Return an arm's accuracy on test over its runs, beside what is published."""
-    values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
-    ours = f"{values.mean():.2f}" if len(values) else "none"
-    interval = ""
-    if len(values) > 1:
-        s = verdict.summary(verdict.JudgedArm(arm["name"], tuple(range(len(values))), values))
-        ours = f"{s.mean:.2f} ± {s.sd:.2f}"
+    s = verdict.over_seeds(arm)
+    ours, interval = f"{s.mean:.2f}" if s.n else "none", ""
+    if s.n > 1:
+        ours += f" ± {s.sd:.2f}"
         interval = verdict.ACCURACY.interval(s.low / 100, s.high / 100)
-    line = f"{arm['name'][:23]:<23} {ours:>15} {len(values):>3} {interval:>18}"
+    row = f"{arm['name']}\t{ours}\t{s.n}\t{interval}"
     if arm["published"] is None:
-        return line
-    gap = f"{values.mean() - arm['published']:+.2f}" if len(values) else ""
-    return f"{line} {arm['published']:>9.2f} {gap:>7}"
+        return row + "\t\t" * printed
+    gap = f"{s.mean - arm['published']:+.2f}" if s.n else ""
+    return f"{row}\t{arm['published']:.2f}\t{gap}"

@@ -1,6 +1,5 @@
 """The Ray cluster of a sweep: connect to it, and refuse early the trials that it can never run."""
 
-import contextlib
 import importlib.metadata
 import inspect
 import logging
@@ -10,7 +9,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from tfkd_ray.learn.config import DRIVER as DRIVER
 from tfkd_ray.learn.config import KIND, RAYS_OWN, TrainConfig
 from tfkd_ray.run.auth import own_token, token, token_file
-from tfkd_ray.settings.errors import ConfigError, Unreachable
+from tfkd_ray.settings.errors import ConfigError, Say, Sentences, Unreachable
 from tfkd_ray.settings.files import opened, read_at_most
 from tfkd_ray.settings.own_code import before_the_library, safe_path
 from tfkd_ray.settings.passwords import shown
+from tfkd_ray.settings.yaml import Numbers
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
@@ -113,7 +114,7 @@ def connect(address: str | None = None, *, workers: int = 1) -> bool:
     return False
 
 
-@contextlib.contextmanager
+@contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep this program's SIGTERM handler: Ray's own, during its start, exits without a message."""
     utils = ray._private.utils
@@ -348,6 +349,10 @@ def _set_token_mode(mode: str | None) -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
+def _uses_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
 def _mode_given() -> str | None:
     """Return RAY_AUTH_MODE if the user has set it."""
     mode = os.environ.get("RAY_AUTH_MODE")
@@ -357,7 +362,7 @@ def _mode_given() -> str | None:
 def _join_with_token_or_without(address: str) -> None:
     """Set the token mode that the head at HOST:PORT wants; raise ConfigError if impossible."""
     given = _mode_given()
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # never ask without TLS
+    if _uses_tls():  # never ask without TLS
         _set_token_mode("token" if token() is not None else None)
     elif _lets_in(address):
         if given == "token":
@@ -386,8 +391,11 @@ def _check_speaks_alike(address: str) -> None:
     """Raise if the user's connection sends a token to a cluster without: it could not answer."""
     from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 
-    tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
-    if not tls and get_authentication_mode() == AuthenticationMode.TOKEN and _lets_in(address):
+    if (
+        not _uses_tls()
+        and get_authentication_mode() == AuthenticationMode.TOKEN
+        and _lets_in(address)
+    ):
         raise ConfigError(_open_head(address))
 
 
@@ -423,7 +431,7 @@ def end_children() -> None:
     import psutil  # a dependency of Ray
 
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
@@ -431,8 +439,8 @@ HEAD_GONE_S = 30
 """Time without an answer after which a command ends with a sentence; Ray exits silently at 60 s."""
 
 
-@contextlib.contextmanager
-def head_watched(when_gone: Callable[[str], None]) -> Iterator[None]:
+@contextmanager
+def head_watched(when_gone: Say) -> Iterator[None]:
     """Call `when_gone` with a sentence, in a thread, when the head of the cluster dies.
 
     Before that, all processes of a cluster that was started here are killed.
@@ -495,7 +503,7 @@ def _amount(kind: str, amount: float) -> str:
     )
 
 
-def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]:
+def _absent(config: TrainConfig, nodes: list[Numbers]) -> Sentences:
     """Yield the resources, other than CPUs and GPUs, that no node has."""
     there = {kind for node in nodes for kind, amount in node.items() if amount}
     kinds = sorted(kind.partition(":")[2] for kind in there if kind.startswith(KIND))
@@ -507,7 +515,7 @@ def _absent(config: TrainConfig, nodes: list[dict[str, float]]) -> Iterator[str]
             yield f"resources.{kind}: no node has it; they have {', '.join(own) or 'none'} (ray start --resources=...)"
 
 
-def _nodes_alive() -> list[dict[str, float]]:
+def _nodes_alive() -> list[Numbers]:
     return [
         node["Resources"]
         for node in ray.nodes()
@@ -515,7 +523,7 @@ def _nodes_alive() -> list[dict[str, float]]:
     ]
 
 
-def _workers_on(node: dict[str, float], need: dict[str, float]) -> int:
+def _workers_on(node: Numbers, need: Numbers) -> int:
     return int(min(node.get(kind, 0) / amount + 1e-9 for kind, amount in need.items()))
 
 
@@ -575,7 +583,9 @@ def grows_for(config: TrainConfig, trials: int) -> bool:
             state = _cluster_status().autoscaling_state
             version = state.last_seen_cluster_resource_state_version
             begun = version if begun is None else begun
-            if any(_is_of(gang, config) for gang in state.infeasible_gang_resource_requests):
+            gangs = state.infeasible_gang_resource_requests
+            bundles = [dict(r.resources_bundle) for gang in gangs for r in gang.requests]
+            if config.worker_resources in bundles:
                 return False
             if version > begun and (state.pending_instance_requests or state.pending_instances):
                 return True
@@ -586,16 +596,12 @@ def grows_for(config: TrainConfig, trials: int) -> bool:
         remove_placement_group(group)
 
 
-def _is_of(gang: Any, config: TrainConfig) -> bool:
-    return any(dict(r.resources_bundle) == config.worker_resources for r in gang.requests)
-
-
 def _cluster_status() -> Any:
     """Return the head's status of nodes and autoscaler; empty if it gives none."""
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply = GetClusterStatusReply()
-    with contextlib.suppress(ray.exceptions.RayError):
+    with suppress(ray.exceptions.RayError):
         gcs = ray._raylet.GcsClient(ray.get_runtime_context().gcs_address)
         reply.ParseFromString(gcs.get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
     return reply
@@ -650,7 +656,7 @@ class LeakedGroup:
     """A placement group of a job that has ended."""
 
     id: str
-    bundles: tuple[dict[str, float], ...]
+    bundles: tuple[Numbers, ...]
 
 
 def leaked_groups() -> list[LeakedGroup] | None:
@@ -699,7 +705,7 @@ def caller_argument(function: str, name: str) -> Any:
     return None
 
 
-@contextlib.contextmanager
+@contextmanager
 def ctrl_c_waits() -> Iterator[None]:
     """Delay Ctrl-C, and SIGTERM if handled alike, to the end of a block.
 

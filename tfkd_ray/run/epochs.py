@@ -1,10 +1,10 @@
 """The epochs of a trial in one process, errors of GPUs and disks, and soft labels between nodes."""
 
-import contextlib
 import json
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train_in
 from tfkd_ray.learn.several import banks_in
 from tfkd_ray.run.connect import BROKEN_GPU
-from tfkd_ray.settings.errors import ConfigError, readable
+from tfkd_ray.settings.errors import ConfigError, Say, readable
 from tfkd_ray.settings.files import DISK_ERRORS, write_text
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.store.assignment import Assignment
@@ -52,7 +52,7 @@ def check_metrics(metrics: Mapping[str, Any], assignment: Assignment) -> None:
 
 
 def epochs_here(
-    run: dict[str, Any], assignment: Assignment, say: Callable[[str], None] | None = None
+    run: dict[str, Any], assignment: Assignment, say: Say | None = None
 ) -> Iterator[Metrics]:
     """Yield the epochs of a trial in this process."""
     yield from prepared_epochs(run, assignment, say)
@@ -61,7 +61,7 @@ def epochs_here(
 def prepared_epochs(
     run: dict[str, Any],
     assignment: Assignment,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
     meet: Callable[[], None] | None = None,
 ) -> Iterator[Metrics]:
     """Yield the epochs of a trial in this process, after preparing its data and its teacher.
@@ -110,13 +110,13 @@ def check_data_here(config: TrainConfig) -> None:
 def stop_epochs(epochs: Iterator[Metrics]) -> None:
     """End a trial without saving; do nothing if it has already ended."""
     if hasattr(epochs, "throw"):
-        with contextlib.suppress(Stopped, StopIteration):
+        with suppress(Stopped, StopIteration):
             epochs.throw(Stopped())
 
 
 def reason_of(error: BaseException) -> str:
     text = ""
-    with contextlib.suppress(Exception):  # even its text may raise
+    with suppress(Exception):  # even its text may raise
         text = readable(str(error)).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -167,7 +167,7 @@ def note_broken(assignment: Assignment, reason: str) -> None:
     told = {"node": this_node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / BROKEN_GPU, json.dumps(told))
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         storage.send(folder / BROKEN_GPU)
 
 
@@ -218,7 +218,7 @@ class _Elsewhere:
         self._shelf: Any = None
 
     def fetch(self, name: str) -> bytes | None:
-        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+        with suppress(ValueError, ray.exceptions.RayError):
             self._shelf = self._shelf or ray.get_actor(self._name)
             refs = ray.get(self._shelf.fetch.remote(name))
             return ray.get(refs[0]) if refs else None
@@ -226,7 +226,7 @@ class _Elsewhere:
 
     def offer(self, name: str, content: bytes) -> None:
         if self._shelf is not None:
-            with contextlib.suppress(ray.exceptions.RayError):
+            with suppress(ray.exceptions.RayError):
                 ray.get(self._shelf.offer.remote(name, content))
 
 

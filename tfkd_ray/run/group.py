@@ -1,6 +1,5 @@
 """Resident groups of Ray Train workers, which run one trial after another."""
 
-import contextlib
 import functools
 import os
 import queue
@@ -11,6 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tfkd_ray.run.epochs import (
 )
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.store.assignment import Assignment
 
 STOP_TIMEOUT_S = 10.0
@@ -77,7 +78,7 @@ class WorkerGroup:
         self._runs = 0
         self._desk: Any = None
 
-    def epochs(self, run: dict[str, Any], assignment: Assignment) -> Iterator[Metrics]:
+    def epochs(self, run: Tree, assignment: Assignment) -> Iterator[Metrics]:
         """Yield the epochs of a trial on the group; start or restart the group if necessary."""
         if self._desk is None or not self._alive():
             self._start(assignment.avoid)
@@ -110,7 +111,7 @@ class WorkerGroup:
     def close(self) -> None:
         """End the workers."""
         if self._desk is not None:
-            with contextlib.suppress(ray.exceptions.RayError, GroupLost):
+            with suppress(ray.exceptions.RayError, GroupLost):
                 self._tell(("leave",))
                 ray.get(self._desk.ended.remote(STOP_TIMEOUT_S), timeout=STOP_TIMEOUT_S + 5)
             ray.kill(self._desk)
@@ -131,9 +132,7 @@ class WorkerGroup:
         desk = ray.remote(_Desk).options(
             num_cpus=0, max_concurrency=16, runtime_env={"env_vars": env}
         )
-        self._desk = desk.remote(
-            self._config.model_dump(mode="json"), str(self._folder), own_code.here(), avoid
-        )
+        self._desk = desk.remote(self._config.tree, str(self._folder), own_code.here(), avoid)
 
     def _alive(self) -> bool:
         try:
@@ -161,7 +160,7 @@ class WorkerGroup:
 
     def _wait_until_saved(self, number: int) -> None:
         until = time.monotonic() + STOP_TIMEOUT_S
-        with contextlib.suppress(GroupLost):
+        with suppress(GroupLost):
             while time.monotonic() < until and self._next(number)[0] != "saved":
                 pass
 
@@ -173,7 +172,7 @@ class _Desk:
     """
 
     def __init__(
-        self, config: dict[str, Any], storage: str, home: own_code.Place, avoid: Sequence[str]
+        self, config: Tree, storage: str, home: own_code.Place, avoid: Sequence[str]
     ) -> None:
         own_code.enter(home)
         self._home, self._avoid = home, avoid
@@ -223,7 +222,7 @@ class _Desk:
             self._trouble = reason_of(error).splitlines()[0]
         finally:  # Ray Train's own folder, with none of our files
             shutil.rmtree(Path(storage) / name, ignore_errors=True)
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 Path(storage).rmdir()
 
     def put_command(self, message: tuple[Any, ...]) -> None:
@@ -278,7 +277,7 @@ class _Notice:
     def __init__(self) -> None:
         self.came = self.training = False
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Tree) -> None:
         self.__dict__.update(state)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._leave)
@@ -295,7 +294,7 @@ class _Notice:
         return bool(came)
 
 
-def _worker(given: dict[str, Any]) -> None:
+def _worker(given: Tree) -> None:
     """Run trials one after another, in step with the group's other workers."""
     seal_test_split()
     own_code.enter(given["home"])
@@ -338,7 +337,7 @@ class _GroupWorker:
         dist.broadcast_object_list(message, src=0, group=self._control)
         return tuple(message[0])
 
-    def run_trial(self, number: int, run: dict[str, Any], assignment: Assignment) -> None:
+    def run_trial(self, number: int, run: Tree, assignment: Assignment) -> None:
         """Run a trial until it ends; raise if the group cannot run another one."""
         self._notice.training = self._in_step = True
         say = functools.partial(self._tell, number, "note") if self._first else unheard

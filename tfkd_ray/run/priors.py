@@ -37,7 +37,7 @@ def prior_trials(space: Space, experiments: Sequence[Path | str]) -> list[Prior]
     """
     if not experiments:
         return []
-    sampler, metrics = space.search.sampler, space.search.metrics
+    sampler, metrics = space.sampler, space.search.metrics
     if not sampler.priors:
         raise ConfigError(
             f"priors: earlier results would change nothing for the sampler {sampler}; use tpe or gp"

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna import Study, Trial, pruners, samplers
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial as TuneTrial
@@ -49,6 +50,7 @@ from tfkd_ray.run.tune_space import tune_space
 from tfkd_ray.settings.errors import ConfigError, check_kind, did_you_mean, readable
 from tfkd_ray.settings.passwords import masked, shown
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.show.listener import Epochs
 from tfkd_ray.space.plain import PlainSpace, parameters_from, plain_space, search_settings
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
@@ -73,7 +75,7 @@ END_OF_STEPS = 2**31
 class _Live:
     """A running trial: its place in a study and the epochs reported, in all sessions."""
 
-    def __init__(self, study: optuna.Study, trial: optuna.Trial, reported: set[int]) -> None:
+    def __init__(self, study: Study, trial: Trial, reported: set[int]) -> None:
         self.study, self.trial, self.reported = study, trial, reported
         self.before = max(reported, default=0)
         self.epochs = Epochs()
@@ -81,6 +83,10 @@ class _Live:
         """Ray's iteration of the last result that did not end the trial."""
         self.stopped = False
         """True once the study has decided that the trial should stop."""
+
+    def tell(self, values: Any = None, state: TrialState | None = None) -> None:
+        """Record the end of the trial in its study; repeating it changes nothing."""
+        self.study.tell(self.trial.number, values, state, skip_if_finished=True)
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
@@ -117,22 +123,22 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def __init__(
         self,
-        space: Space | Mapping[str, Any] | None,
+        space: Space | Values | None,
         journal: Path | str,
         *,
         study: str | None = None,
         folder: Path | None = None,
-        place: Mapping[str, Any] | None = None,
+        place: Values | None = None,
         storage: str | None = None,
         priors: Sequence[Path | str] = (),
-        points_to_evaluate: Sequence[Mapping[str, Any]] = (),
+        points_to_evaluate: Sequence[Values] = (),
         metric: str | None = None,
         mode: str | None = None,
         epochs: int | None = None,
-        search: Mapping[str, Any] | None = None,
+        search: Values | None = None,
     ) -> None:
         super().__init__()
-        self._plain: dict[str, Any] = {"epochs": epochs, "search": dict(search or {})}
+        self._plain: Tree = {"epochs": epochs, "search": dict(search or {})}
         self._told = (metric, mode)
         self._points_given = list(points_to_evaluate)
         if isinstance(space, Space):
@@ -151,7 +157,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """True if trials are stopped only by the studies' decisions (see `StudyStopping`)."""
         self._saved: dict[str, int] = {}
         self._space: Space | PlainSpace | None = None
-        self._given: dict[str, list[dict[str, Any]]] = {}
+        self._given: dict[str, list[Tree]] = {}
         if space is not None:
             self._take_space(
                 space if isinstance(space, Space) else tune_space(space, **self._plain)
@@ -183,7 +189,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._metric, self._mode = search.metric, search.mode
 
     def _forget(self) -> None:
-        self._studies: list[optuna.Study] | None = None
+        self._studies: list[Study] | None = None
         self._storage: Any = None
         self._asked = False
         self._live: dict[str, _Live] = {}
@@ -193,9 +199,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._group_of: dict[int, int] = {}
         self._counts: collections.Counter[int] = collections.Counter()
         self._next = 0
-        self._warm: dict[int, list[dict[str, Any]]] = {}
-        self._points: dict[int, list[dict[str, Any]]] = {}
-        self._dealt: dict[int, optuna.Study] = {}
+        self._warm: dict[int, list[Tree]] = {}
+        self._points: dict[int, list[Tree]] = {}
+        self._dealt: dict[int, Study] = {}
 
     # --- called by Tune
 
@@ -243,7 +249,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return "give OptunaSearcher this metric and mode"
         return "set search.metric in the space"
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Tree | str | None:
         """Return the next configuration: unfinished trials, new ones, then FINISHED."""
         if not self._asked:
             self._asked = True
@@ -262,13 +268,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         if number is None:
             study.sampler = self._sampler(n, g, k)
             trial, reported = study.ask(), set[int]()
-            if isinstance(self.space.search.stopping, Hyperband):
-                trial.set_user_attr(
-                    "bracket", self.space.search.stopping.bracket(self.space.epochs, k)
-                )
+            if isinstance(self.space.stopping, Hyperband):
+                trial.set_user_attr("bracket", self.space.stopping.bracket(self.space.epochs, k))
         else:
             trial = self._again(study, number)
-            reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
+            reported = set(_trials(study)[number].intermediate_values)
         branch, values = group.values(trial)
         config = branch.config(values) if isinstance(self.space, Space) else None
         name = f"t{n:04d}" if config is None else f"t{n:04d}-{config.objective.called}"
@@ -288,42 +292,44 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             directory=None if self.folder is None else self.folder / name,
             more=self.place,
         )
-        return {SECTION: assignment.section(), **config.model_dump(mode="json")}
+        return {SECTION: assignment.section(), **config.tree}
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_result(self, trial_id: str, result: Tree) -> None:
         """Write the epoch's value to the study."""
         self.report(trial_id, result)
         if trial_id in self._live:
             self._live[trial_id].told = result.get("training_iteration")
 
     def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        self, trial_id: str, result: Tree | None = None, error: bool = False
     ) -> None:
         """Record in the study how the trial ended; repeating it changes nothing."""
         live = self._live.pop(trial_id, None)
         if live is None:
             return
-        study, trial = live.study, live.trial
         result = result or {}
         failed = self._failure(trial_id, result, error)
         if result and not failed:
             self._put(live, result)
         if failed or not (result or live.reported):
-            trial.set_user_attr("reason", failed or "ended without a result")
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            self._fail(live, failed or "ended without a result")
         elif result and self._is_whole(live, result):
             self._tell_values(live, {m: result.get(m) for m in self.space.search.metrics})
         else:
-            study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+            live.tell(state=TrialState.PRUNED)
 
-    def _failure(self, trial_id: str, result: dict[str, Any], error: bool) -> str:
+    def _fail(self, live: _Live, reason: str) -> None:
+        live.trial.set_user_attr("reason", reason)
+        live.tell(state=TrialState.FAIL)
+
+    def _failure(self, trial_id: str, result: Tree, error: bool) -> str:
         """Return why a trial failed, or an empty text."""
         # with a value, the error is that of another repeat of a `Repeater`
         if error and not is_number(result.get(self.space.search.metric)):
             return self._errors.pop(trial_id, "") or _raised() or "its process was lost"
         return str(result.get("failed") or "")
 
-    def _tell_values(self, live: _Live, values: dict[str, Any]) -> None:
+    def _tell_values(self, live: _Live, values: Tree) -> None:
         """Record a trial of full length in the study: done, or failed if a value is no number."""
         bad = [
             f"{metric} is {_as_told(value)}"
@@ -331,13 +337,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             if not is_number(value)
         ]
         if bad:
-            live.trial.set_user_attr("reason", ", ".join(bad))
-            live.study.tell(live.trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            return
-        told = [as_number(value) for value in values.values()]
-        live.study.tell(live.trial.number, told, skip_if_finished=True)
+            self._fail(live, ", ".join(bad))
+        else:
+            live.tell([as_number(value) for value in values.values()])
 
-    def _is_whole(self, live: _Live, result: dict[str, Any]) -> bool:
+    def _is_whole(self, live: _Live, result: Tree) -> bool:
         """Return True if an ended trial has full length, by its epochs, by itself or by the user."""
         if not {"epoch", "training_iteration", "done"} & set(result):
             return True  # from a `Repeater`: the mean of trials that have ended
@@ -354,7 +358,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None:
         """Save which Tune trial belongs to which study trial; the study holds everything else."""
         numbers = {i: live.trial.user_attrs["number"] for i, live in self._live.items()}
-        state: dict[str, Any] = {"journal": str(self.journal), "trials": numbers}
+        state: Tree = {"journal": str(self.journal), "trials": numbers}
         if isinstance(self._space, PlainSpace) and not self._space.constants:
             # a restored Tuner does not say its param_space again
             state |= {"parameters": self._space.parameters_text}
@@ -372,12 +376,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._studies = None
         self._open()
 
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key not in _ALIVE}
+    def __getstate__(self) -> Tree:
+        alive = object.__new__(OptunaSearcher)
+        alive._forget()
+        kept = {key: value for key, value in self.__dict__.items() if key not in alive.__dict__}
         return {**kept, "storage": self.storage and masked(self.storage)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        earlier: dict[str, Any] = {
+    def __setstate__(self, state: Tree) -> None:
+        earlier: Tree = {
             "_space": state.get("space"),
             "_plain": {},
             "_told": (None, None),
@@ -388,7 +394,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     # --- called by scheduler and driver
 
-    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def report(self, trial_id: str, result: Tree) -> bool:
         """Write an epoch's value to the study, once; return True if the trial should stop here.
 
         A resumed trial reports its epochs again. They are known and judged, except for the last:
@@ -433,14 +439,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         latest = {
             t.user_attrs["number"]: (study, t)
             for study in studies
-            for t in study.get_trials(deepcopy=False)
+            for t in _trials(study)
             if "number" in t.user_attrs
         }
         failed = [entry for entry in latest.values() if entry[1].state == TrialState.FAIL]
         for study, trial in failed:
             about = {k: v for k, v in trial.user_attrs.items() if k != "reason"}
             study.add_trial(
-                optuna.trial.create_trial(
+                create_trial(
                     state=TrialState.RUNNING,
                     params=trial.params,
                     distributions=trial.distributions,
@@ -460,22 +466,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         """
         studies = dict(zip([group.name for group in self.space.groups], self._open(), strict=True))
         for prior in priors:
-            study = studies[prior.group]
-            if all(
-                t.user_attrs.get("prior") != prior.origin for t in study.get_trials(deepcopy=False)
-            ):
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        values=prior.values,
-                        params=prior.params,
-                        distributions=prior.distributions,
-                        user_attrs={"prior": prior.origin},
-                    )
-                )
+            about = {"params": prior.params, "distributions": prior.distributions}
+            _add_once(studies[prior.group], prior.origin, values=prior.values, **about)
 
     def add_evaluated_point(
         self,
-        parameters: Mapping[str, Any],
+        parameters: Values,
         value: Any,
         error: bool = False,
         pruned: bool = False,
@@ -511,17 +507,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         }
         origin = f"evaluated: {json.dumps(about, sort_keys=True, default=str)}"
         study = self._open()[self.space.groups.index(group)]
-        if any(t.user_attrs.get("prior") == origin for t in study.get_trials(deepcopy=False)):
-            return
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                values=[as_number(v) for v in told] if whole else None,
-                params=params,
-                distributions=distributions,
-                user_attrs={"prior": origin},
-                intermediate_values={} if self.space.search.more_metrics else on_the_way,
-            )
+        _add_once(
+            study,
+            origin,
+            state=state,
+            values=[as_number(v) for v in told] if whole else None,
+            params=params,
+            distributions=distributions,
+            intermediate_values={} if self.space.search.more_metrics else on_the_way,
         )
 
     def _check_values(self, told: list[Any], value: Any) -> None:
@@ -540,14 +533,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def known(self) -> dict[int, str]:
         """Return the names of all trials in the studies, by number."""
-        trials = [t for study in self._open() for t in study.get_trials(deepcopy=False)]
+        trials = [t for study in self._open() for t in _trials(study)]
         return {
             t.user_attrs["number"]: str(t.user_attrs.get("name"))
             for t in trials
             if "number" in t.user_attrs
         }
 
-    def recorded(self) -> list[dict[str, Any]]:
+    def recorded(self) -> list[Tree]:
         """Return the trees of these studies' spaces, mostly one. Release 0.1.0 recorded none."""
         noted = {
             str(tree)
@@ -560,7 +553,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 trees.append(dict(parse_json(text)))
         return trees
 
-    def studies(self) -> list[optuna.Study]:
+    def studies(self) -> list[Study]:
         """Return the studies, one for each group of the space."""
         return self._open()
 
@@ -570,7 +563,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         storage: BaseStorage = self._storage
         return storage
 
-    def _put(self, live: _Live, result: dict[str, Any]) -> bool:
+    def _put(self, live: _Live, result: Tree) -> bool:
         """Write a value; return True if it is new to the study and a number."""
         epoch, value = live.epochs.of(result), as_number(result.get(self.space.search.metric))
         if self.space.search.more_metrics:  # Optuna keeps no intermediate values then
@@ -585,7 +578,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     # --- Optuna
 
-    def _open(self) -> list[optuna.Study]:
+    def _open(self) -> list[Study]:
         """Create or continue the studies, and queue their unfinished trials."""
         if self._studies is None:
             self._forget()
@@ -610,7 +603,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._saved = {}
         return self._studies
 
-    def _make_studies(self) -> list[optuna.Study]:
+    def _make_studies(self) -> list[Study]:
         """Create or load the studies; record their space in them, so that edits are detected."""
         directions = {"max": "maximize", "min": "minimize"}
         record = json.dumps(self.space.tree)
@@ -626,7 +619,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             for group in self.space.groups
         ]
         for study in studies:
-            if "space" not in study.user_attrs and not study.get_trials(deepcopy=False):
+            if "space" not in study.user_attrs and not _trials(study):
                 study.set_user_attr("space", record)
         return studies
 
@@ -645,11 +638,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 "OptunaSearcher another journal, or another study"
             )
 
-    def _take_stock(self, studies: Sequence[optuna.Study]) -> None:
+    def _take_stock(self, studies: Sequence[Study]) -> None:
         """Read the studies: trial numbers, their groups, and the trials that must run (again)."""
         latest: dict[int, FrozenTrial] = {}
         for g, study in enumerate(studies):
-            for trial in study.get_trials(deepcopy=False):
+            for trial in _trials(study):
                 n = trial.user_attrs.get("number")
                 if n is not None:
                     latest[n], self._group_of[n] = (
@@ -673,7 +666,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._todo.remove(n)
         assert self._studies is not None, f"{trial_id=}"
         study = self._studies[self._group_of[n]]
-        reported = set(study.get_trials(deepcopy=False)[number].intermediate_values)
+        reported = set(_trials(study)[number].intermediate_values)
         self._live[trial_id] = _Live(study, self._again(study, number), reported)
 
     def _deal(self, n: int) -> tuple[int, int]:
@@ -685,9 +678,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             else collections.Counter(g for m, g in self._group_of.items() if m < n)
         )
         groups = self.space.groups
-        sizes = [
-            g.grid_size if isinstance(self.space.search.sampler, Grid) else None for g in groups
-        ]
+        sizes = [g.grid_size if isinstance(self.space.sampler, Grid) else None for g in groups]
         room = [g for g, size in enumerate(sizes) if size is None or counts[g] < size]
         g = min(room, key=lambda g: (counts[g], g))
         k = counts[g]
@@ -695,21 +686,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._counts[g] += 1
         return g, k
 
-    def _again(self, study: optuna.Study, number: int) -> optuna.Trial:
+    def _again(self, study: Study, number: int) -> Trial:
         """Return a trial of an earlier session, which returns the parameters that it got then."""
-        study.sampler = optuna.samplers.RandomSampler(
-            seed=0
-        )  # it samples nothing: all parameters exist
+        study.sampler = samplers.RandomSampler(seed=0)  # it samples nothing: all parameters exist
         study_id = self._storage.get_study_id_from_name(study.study_name)
-        return optuna.Trial(
-            study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        )
+        return Trial(study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
 
-    def _sampler(self, n: int, g: int, k: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, n: int, g: int, k: int) -> samplers.BaseSampler:
         """Return the sampler of trial n, the k-th of its group."""
         search, group = self.space.search, self.space.groups[g]
         settings, seed = search.sampler, address(search.seed, "proposal", n) % 2**32
-        random = optuna.samplers.RandomSampler(seed=seed)
+        random = samplers.RandomSampler(seed=seed)
         if g not in self._warm:
             published = group_points(self.space, group) if isinstance(self.space, Space) else []
             told = [group.told(branch_of(group, p.objective), p.values) for p in published]
@@ -725,9 +712,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if given is not None:
-                return optuna.samplers.PartialFixedSampler(given, random)
+                return samplers.PartialFixedSampler(given, random)
             if isinstance(settings, Tpe):
-                return optuna.samplers.TPESampler(
+                return samplers.TPESampler(
                     seed=seed,
                     multivariate=settings.multivariate,
                     group=settings.multivariate and group.conditional,
@@ -736,11 +723,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                     n_ei_candidates=settings.candidates,
                 )
             if isinstance(settings, Gp):
-                return optuna.samplers.GPSampler(
+                return samplers.GPSampler(
                     seed=seed, n_startup_trials=startup, warn_independent_sampling=False
                 )
             if isinstance(settings, CmaEs):
-                return optuna.samplers.CmaEsSampler(
+                return samplers.CmaEsSampler(
                     seed=seed,
                     n_startup_trials=settings.startup,
                     popsize=settings.population,
@@ -750,12 +737,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _begins_evenly(self, g: int, early: bool) -> bool:
         """Return True if a model starts with quasi-random points: one branch, no results yet."""
-        modelled = isinstance(self.space.search.sampler, Tpe | Gp)
+        modelled = isinstance(self.space.sampler, Tpe | Gp)
         if not (early and modelled and len(self.space.groups[g].branches) == 1):
             return False
-        return all("prior" not in t.user_attrs for t in self._open()[g].get_trials(deepcopy=False))
+        return all("prior" not in t.user_attrs for t in _trials(self._open()[g]))
 
-    def _point(self, g: int, k: int) -> dict[str, Any]:
+    def _point(self, g: int, k: int) -> Tree:
         """Return point k of a sampler that ignores values, as Optuna gives it to a study in memory.
 
         It depends on k alone, whatever the real study contains: priors, attempts, incomplete
@@ -768,14 +755,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             if g not in self._dealt:
                 seed = address(search.seed, "points", g) % 2**32
                 sampler = (
-                    optuna.samplers.QMCSampler(
+                    samplers.QMCSampler(
                         qmc_type=getattr(search.sampler, "kind", "sobol"),
                         scramble=True,
                         seed=seed,
                         warn_independent_sampling=False,
                     )
                     if not isinstance(search.sampler, Grid)
-                    else optuna.samplers.GridSampler(group.grid or {}, seed=seed)
+                    else samplers.GridSampler(group.grid or {}, seed=seed)
                 )
                 self._dealt[g] = optuna.create_study(sampler=sampler)
             while len(points) <= k:
@@ -787,38 +774,32 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                     self._dealt[g].tell(trial, 0.0)
         return points[k]
 
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        stopping, epochs = self.space.search.stopping, self.space.epochs
+    def _pruner(self) -> pruners.BasePruner:
+        stopping, epochs = self.space.stopping, self.space.epochs
         if isinstance(stopping, Hyperband):
             return Rungs(stopping.brackets(epochs), stopping.factor)
         if type(stopping) is Halving:
             return Rungs([stopping.rungs(epochs)], stopping.factor)
         if isinstance(stopping, Median):
             every = stopping.rungs(epochs)[:1] or [epochs]
-            return optuna.pruners.MedianPruner(
+            return pruners.MedianPruner(
                 n_startup_trials=stopping.startup,
                 n_min_trials=stopping.startup,  # priors have no intermediate values
                 n_warmup_steps=every[0],
                 interval_steps=every[0],
             )
-        return optuna.pruners.NopPruner()
+        return pruners.NopPruner()
 
 
-_ALIVE = {
-    *(
-        "_studies",
-        "_storage",
-        "_live",
-        "_errors",
-        "_todo",
-        "_started",
-        "_group_of",
-        "_counts",
-        "_next",
-        "_warm",
-    ),
-    *("_points", "_dealt", "_asked"),
-}
+def _trials(study: Study) -> Any:
+    return study.get_trials(deepcopy=False)
+
+
+def _add_once(study: Study, origin: str, **trial: Any) -> None:
+    """Add a trial from elsewhere to a study that has none of this origin."""
+    there = _trials(study)
+    if all(known.user_attrs.get("prior") != origin for known in there):
+        study.add_trial(create_trial(user_attrs={"prior": origin}, **trial))
 
 
 def _as_told(value: Any) -> str:
@@ -834,7 +815,7 @@ def _raised() -> str | None:
     )
 
 
-class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
+class Rungs(pruners.BasePruner):  # type: ignore[misc]
     """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934), without promotion.
 
     At a rung a trial continues if its value is among the best 1 / `factor` of those that reached
@@ -850,7 +831,7 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
     def __init__(self, brackets: list[list[int]], factor: int) -> None:
         self._brackets, self._factor = brackets, factor
 
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Return True if the trial should stop at the epoch that it reported last."""
         bracket = trial.user_attrs.get("bracket", 0)
         rungs = self._brackets[bracket]
@@ -858,7 +839,7 @@ class Rungs(optuna.pruners.BasePruner):  # type: ignore[misc]
         if rung is None or self._first(trial, rung) != trial.last_step:
             return False
         values: dict[Any, float] = {}
-        for t in study.get_trials(deepcopy=False):  # of a retried trial, the last attempt
+        for t in _trials(study):  # of a retried trial, the last attempt
             if (
                 t.user_attrs.get("bracket", 0) == bracket
                 and (step := self._first(t, rung)) is not None
@@ -925,9 +906,7 @@ class StudyStopping(FIFOScheduler):  # type: ignore[misc]
             give_larger_share(trial)
             send_elsewhere(trial)
 
-    def on_trial_result(
-        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
-    ) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: Tree) -> str:
         """Return STOP at a rung if the trial is not among the best 1 / factor of its group."""
         stop = self.searcher.report(trial.trial_id, result)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
@@ -980,8 +959,8 @@ def _evaluated_state(*, error: bool, pruned: bool) -> TrialState:
 
 
 def point_in(
-    space: Space | PlainSpace, parameters: Mapping[str, Any], *, whole: bool = False
-) -> tuple[BranchGroup, str, dict[str, Any]]:
+    space: Space | PlainSpace, parameters: Values, *, whole: bool = False
+) -> tuple[BranchGroup, str, Tree]:
     """Return (group, objective, values by parameter name) of a given point; all values if `whole`.
 
     A point is a whole configuration, or values by parameter name, with the `objective` if needed.
@@ -1018,7 +997,7 @@ def point_in(
     raise ConfigError(f"a point: {problem}" for problem in dict.fromkeys(problems))
 
 
-def _check_names(space: Searched, given: Mapping[str, Any]) -> None:
+def _check_names(space: Searched, given: Values) -> None:
     names = {p.name for p in space.parameters}
     unknown = [name for name in given if name not in names]
     if unknown:
@@ -1027,7 +1006,7 @@ def _check_names(space: Searched, given: Mapping[str, Any]) -> None:
         )
 
 
-def _against(branch: Branch, given: dict[str, Any], whole: bool) -> tuple[list[str], list[str]]:
+def _against(branch: Branch, given: Tree, whole: bool) -> tuple[list[str], list[str]]:
     """Return the names of the parameters that a branch asks a point for, and what is wrong."""
     filled = {p.name: p.domain.middle for p in branch.parameters} | given
     asked = list(branch.asked(filled))
@@ -1044,15 +1023,13 @@ def _against(branch: Branch, given: dict[str, Any], whole: bool) -> tuple[list[s
     return names, problems
 
 
-def given_points(
-    space: Space | PlainSpace, points: Sequence[Mapping[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
+def given_points(space: Space | PlainSpace, points: Sequence[Values]) -> dict[str, list[Tree]]:
     """Return points by the name of their group, in the form of its sampler."""
-    if points and isinstance(space.search.sampler, Grid):
+    if points and isinstance(space.sampler, Grid):
         raise ConfigError(
             "points_to_evaluate: a grid is every combination once; leave them out, or choose a sampler"
         )
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Tree]] = {}
     for point in points:
         group, objective, values = point_in(space, point)
         told = {"objective": objective} if len(group.branches) > 1 else {}
@@ -1076,13 +1053,13 @@ def copy_trials(old: OptunaSearcher, new: OptunaSearcher) -> None:
     assert isinstance(new.space, Space), f"{new.space=}"
     copies: list[tuple[int, str, FrozenTrial]] = []
     for group, study in zip(old.space.groups, old.studies(), strict=True):
-        for trial in study.get_trials(deepcopy=False):
+        for trial in _trials(study):
             if "number" in trial.user_attrs or "prior" in trial.user_attrs:
                 _, config = group.propose(optuna.trial.FixedTrial(trial.params))
                 place = placed(new.space, config)
                 assert not isinstance(place, list), f"{trial.user_attrs=} {place=}"
                 params, distributions = as_asked(place[0], config.objective.called, place[1])
-                copied = optuna.trial.create_trial(
+                copied = create_trial(
                     state=trial.state,
                     values=trial.values if trial.state == TrialState.COMPLETE else None,
                     params=params,

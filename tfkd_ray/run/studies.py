@@ -1,6 +1,5 @@
 """Storages of Optuna's studies: the journal file, and databases with a URL."""
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -8,8 +7,9 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -26,6 +26,7 @@ from tfkd_ray.settings.passwords import (
     shown,
     without_secrets,
 )
+from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.space.search_config import ENVIRONMENT
 from tfkd_ray.space.space import Searched
 from tfkd_ray.store.experiment import LONGEST_LINE, damaged, parse_json
@@ -70,15 +71,15 @@ class _Journal(JournalFileBackend):  # type: ignore[misc]
         self._head, self._end, self._tail = b"", 0, b""
         super().__init__(str(path))
 
-    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+    def read_logs(self, log_number_from: int) -> Iterable[Tree]:
         with self._watched():
             yield from super().read_logs(log_number_from)
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[Tree]) -> None:
         with self._watched():
             super().append_logs(logs)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _watched(self) -> Iterator[None]:
         """Check the file before and after it is used: it may be lost at any moment between."""
         self._check()
@@ -153,12 +154,12 @@ class _Logs(BaseJournalBackend):  # type: ignore[misc]
     """A journal in memory."""
 
     def __init__(self) -> None:
-        self.logs: list[dict[str, Any]] = []
+        self.logs: list[Tree] = []
 
-    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+    def read_logs(self, log_number_from: int) -> Iterable[Tree]:
         return self.logs[log_number_from:]
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[Tree]) -> None:
         self.logs += logs
 
 
@@ -208,7 +209,7 @@ def _locks(journal: Path) -> set[tuple[float, Path]]:
     """Return (creation time, file) of every lock of a journal."""
     found = set()
     for path in journal.parent.glob(f"{journal.name}.lock*"):
-        with contextlib.suppress(FileNotFoundError):  # already released
+        with suppress(FileNotFoundError):  # already released
             found.add((path.lstat().st_mtime, path))
     return found
 
@@ -221,7 +222,7 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
         self.start = self.end = 0
         self.line = self.tail = b""
 
-    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+    def read_logs(self, log_number_from: int) -> Iterable[Tree]:
         assert log_number_from == 0, f"{log_number_from=}"
         with opened(self._path) as file:
             while line := file.readline(LONGEST_LINE):
@@ -241,7 +242,7 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
                     raise _corrupt(self._path, self.start, line) from None
                 yield log
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[Tree]) -> None:
         raise AssertionError("only read here")
 
 
@@ -262,7 +263,7 @@ def open_storage(url: str) -> BaseStorage:
         return RDBStorage(template, engine_kwargs={"connect_args": wait})
 
 
-@contextlib.contextmanager
+@contextmanager
 def database(url: str) -> Iterator[None]:
     """Turn a database's errors into a ConfigError."""
     whole = whole_url(url)

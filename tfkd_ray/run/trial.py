@@ -6,12 +6,12 @@ actor: a trial of one worker trains inside it; for trials of several workers it 
 for each trial would take 14 to 22 s).
 """
 
-import contextlib
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from tfkd_ray.run.group import GroupLost, TrialFailed, WorkerGroup
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.schema import validated
+from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.store.assignment import Assignment, without_assignment
 
 
@@ -58,7 +59,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
     from its last checkpoint. A result's `note` is a sentence for the user.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: Tree) -> None:
         seal_test_split()
         self._group: WorkerGroup | None = None
         self._epochs: Iterator[Metrics] = iter(())
@@ -68,8 +69,8 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             signal.signal(signal.SIGTERM, self._leave)
         self._begin(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        with contextlib.suppress(
+    def reset_config(self, new_config: Tree) -> bool:
+        with suppress(
             Exception
         ):  # an error while closing the previous trial must not fail this one
             stop_epochs(self._epochs)
@@ -89,7 +90,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         finally:
             os._exit(1)  # the trial continues in another process
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _begin(self, config: Tree) -> None:
         self._assignment = Assignment.of(config)
         if self._assignment.home is not None:  # each time: Ray has changed to its own folder
             own_code.enter(self._assignment.home)
@@ -104,7 +105,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             )
             self._epochs = self._group.epochs(run, self._assignment)
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Tree:
         try:
             metrics = next(self._epochs)
             check_metrics(metrics, self._assignment)
@@ -127,7 +128,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
             "node": this_node(),
         }
 
-    def _failed(self, error: BaseException) -> dict[str, Any]:
+    def _failed(self, error: BaseException) -> Tree:
         if isinstance(error, TrialFailed):
             reason, trace = str(error), error.trace
         else:
@@ -135,7 +136,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         storage, folder = self._assignment.place
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "error.txt", trace)
-        with contextlib.suppress(OSError):  # the reason is reported anyway
+        with suppress(OSError):  # the reason is reported anyway
             storage.send(folder / "error.txt")
         share = self.trial_resources.required_resources.get("GPU", 0) if self.trial_resources else 0
         if is_out_of_memory(error) and 0 < share < 1:
@@ -149,7 +150,7 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         if hasattr(self._epochs, "close"):
-            with contextlib.suppress(GroupLost):
+            with suppress(GroupLost):
                 self._epochs.close()  # saves if necessary
         if self._group is not None:
             self._group.close()

@@ -1,12 +1,12 @@
 """A sweep: a `ray.tune.Tuner` made of space, teachers, search and stopping."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,11 @@ from tfkd_ray.run.studies import (
 )
 from tfkd_ray.run.trial import StudentTrial, resources_of
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, readable
+from tfkd_ray.settings.errors import ConfigError, Say, readable, some_of, to_stderr
 from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.settings.yaml import Tree, Values, dump_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.relate import not_superset
 from tfkd_ray.space.search_config import Asha, SearchConfig
@@ -84,22 +84,24 @@ MANY_TRIALS = 16
 """Number of concurrent trials from which on their processes are started in parallel."""
 LOOK_S = 5
 """Interval of counting nodes, which may come and go."""
+OnTeacher = Callable[[TeacherRun, Tree | None], None]
+"""Called with a teacher's run before it is trained (with None) and after (with teacher.json)."""
 STORAGE = Path("tfkd_results")
 """Default directory of experiments and teachers, below the current directory."""
 
 
 def build_tuner(
-    space: Space | dict[str, Any] | Path | str,
+    space: Space | Tree | Path | str,
     *,
     name: str | None = None,
     storage: Storage | Path | str = STORAGE,
     callbacks: Sequence[tune.Callback] = (),
     tune_config: tune.TuneConfig | None = None,
     run_config: tune.RunConfig | None = None,
-    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    on_teacher: OnTeacher | None = None,
     priors: Sequence[Path | str] = (),
-    on_budget: Callable[[str], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_budget: Say | None = None,
+    on_note: Say | None = None,
 ) -> tune.Tuner:
     """Return a `ray.tune.Tuner` that runs a space; its `.fit()` returns Ray's own `ResultGrid`.
 
@@ -175,17 +177,17 @@ def resume_tuner(
     *,
     add_trials: int = 0,
     callbacks: Sequence[tune.Callback] = (),
-    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    on_teacher: OnTeacher | None = None,
     retry_failed: bool = False,
     time_budget_s: float | None = None,
     gpu_hours: float | None = None,
     cpu_hours: float | None = None,
     max_failed_trials: int | None = None,
     priors: Sequence[Path | str] = (),
-    space: Space | dict[str, Any] | Path | str | None = None,
+    space: Space | Tree | Path | str | None = None,
     study_storage: str | None = None,
-    on_budget: Callable[[str], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_budget: Say | None = None,
+    on_note: Say | None = None,
 ) -> tune.Tuner:
     """Return a Tuner that resumes an experiment: unfinished trials first, then new ones.
 
@@ -225,7 +227,7 @@ def resume_tuner(
         if study_storage is not None:
             about["space"]["search"]["storage"] = study_storage
         old = build_space(about["space"], experiment / "experiment.yaml")
-        say = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
+        say = on_note or to_stderr
         if take_saved_journal(experiment / "study.journal"):
             say(
                 "study.journal was lost while the sweep ran: going on with what the search saved then"
@@ -277,7 +279,7 @@ def resume_tuner(
     return tuner
 
 
-def _check_budgets(budgets: dict[str, Any]) -> None:
+def _check_budgets(budgets: Tree) -> None:
     for name, more in budgets.items():
         if more is not None and not more > 0:
             raise ConfigError(f"{name}: a budget is above 0, got {more}")
@@ -286,12 +288,10 @@ def _check_budgets(budgets: dict[str, Any]) -> None:
 def _with_search(space: Space, **settings: Any) -> Space:
     """Return the space with other settings of its search."""
     try:
-        search = validated(SearchConfig, {**space.search.model_dump(mode="json"), **settings})
+        search = validated(SearchConfig, {**space.search.tree, **settings})
     except ConfigError as error:
         raise ConfigError(f"search.{p}" for p in error.problems) from None
-    return dataclasses.replace(
-        space, search=search, tree={**space.tree, "search": search.model_dump(mode="json")}
-    )
+    return replace(space, search=search, tree={**space.tree, "search": search.tree})
 
 
 def _searcher(
@@ -329,11 +329,7 @@ def _check_free(url: str, study: str, *, begun: bool) -> None:
 
 def _check_own_study(space: Space, journal: Path) -> None:
     """Refuse cmaes with somebody else's journal, in which Optuna would read pickles."""
-    if (
-        space.search.sampler.name == "cmaes"
-        and journal.exists()
-        and journal.stat().st_uid != os.getuid()
-    ):
+    if space.sampler.name == "cmaes" and journal.exists() and journal.stat().st_uid != os.getuid():
         message = (
             f"study.journal is another user's ({journal.stat().st_uid}), and cmaes keeps its state in it as a pickle, "
             "which runs as code; if you trust whoever wrote it, copy the experiment, and resume the copy"
@@ -362,9 +358,8 @@ def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
     lost = [r.name for r in read_records(experiment) if known.get(r.number) != r.name]
     if lost:
         where = "study.journal" if searcher.storage is None else masked(searcher.storage)
-        names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         message = (
-            f"{where} does not hold {names}, whose files are there; "
+            f"{where} does not hold {some_of(lost)}, whose files are there; "
             "put back a copy of it, or remove their folders"
         )
         raise ConfigError(message, experiment)
@@ -421,9 +416,9 @@ class TeacherFailed(RuntimeError):
 def train_teachers(
     runs: Iterable[TeacherRun],
     storage: Storage,
-    on_teacher: Callable[[TeacherRun, dict[str, Any] | None], None] | None = None,
+    on_teacher: OnTeacher | None = None,
     on_failure: Callable[[TeacherRun, str], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_note: Say | None = None,
 ) -> None:
     """Train the missing teachers in parallel Ray tasks, each with one worker's resources.
 
@@ -434,7 +429,7 @@ def train_teachers(
     trained, or if a teacher is no better than guessing.
     """
     on_teacher = on_teacher or (lambda run, about: None)
-    note = on_note or (lambda text: print(text, file=sys.stderr, flush=True))
+    note = on_note or to_stderr
     runs, folder = list(runs), storage.folder
     for run in runs:
         teachers.fetch_teacher(run, storage, weights=False)
@@ -475,7 +470,7 @@ def train_teachers(
     teachers.tell_doubts(runs, folder, note)
 
 
-def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> dict[str, Any]:
+def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> Tree:
     seal_test_split()
     own_code.enter(home)
     check_data_here(run)
@@ -486,7 +481,7 @@ def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> di
     return about
 
 
-def _as_space(space: Space | dict[str, Any] | Path | str) -> tuple[Space, str]:
+def _as_space(space: Space | Tree | Path | str) -> tuple[Space, str]:
     if isinstance(space, Space):
         return space, "sweep"
     if isinstance(space, dict):
@@ -569,7 +564,7 @@ def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune
         space = _with_search(
             space, time_budget_s=getattr(seconds, "total_seconds", lambda: seconds)()
         )
-        tune_config = dataclasses.replace(tune_config, time_budget_s=None)
+        tune_config = replace(tune_config, time_budget_s=None)
     return space, tune_config
 
 
@@ -581,8 +576,8 @@ def _tuner(
     tune_config: tune.TuneConfig,
     run_config: tune.RunConfig,
     searcher: OptunaSearcher,
-    on_budget: Callable[[str], None] | None,
-    on_note: Callable[[str], None] | None,
+    on_budget: Say | None,
+    on_note: Say | None,
 ) -> tune.Tuner:
     trials = searcher.remaining()
     told = (
@@ -590,7 +585,7 @@ def _tuner(
     )  # Tune refuses to get it twice
     budget = Budget(experiment, space, searcher, on_budget=on_budget)
     losses = Losses(space.search.trial_timeout_s, config=space.example, on_note=on_note)
-    tune_config = dataclasses.replace(
+    tune_config = replace(
         tune_config,
         metric=None if told else tune_config.metric or space.search.metric,
         mode=None if told else tune_config.mode or space.search.mode,
@@ -617,9 +612,7 @@ def _tuner(
     stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
         stoppers.append(budget)
-    run_config = dataclasses.replace(
-        run_config, stop=CombinedStopper(*stoppers) if stoppers else None
-    )
+    run_config = replace(run_config, stop=CombinedStopper(*stoppers) if stoppers else None)
     return assemble(
         space.example,
         experiment,
@@ -632,7 +625,7 @@ def _tuner(
 
 
 def _scheduler(space: Space, searcher: OptunaSearcher) -> TrialScheduler:
-    stopping, epochs = space.search.stopping, space.epochs
+    stopping, epochs = space.stopping, space.epochs
     if isinstance(stopping, Asha):
         first = [*stopping.rungs(epochs), epochs][0]
         return SharingAsha(
@@ -667,7 +660,7 @@ class FullLength(tune.Stopper):  # type: ignore[misc]
             stop = FunctionStopper(lambda trial_id, result: _reached(limits, result))
         self._stop = stop if isinstance(stop, tune.Stopper) else FunctionStopper(stop)
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Tree) -> bool:
         over = bool(self._stop(trial_id, result))
         if over and not result.get("failed"):
             result[FULL_LENGTH] = True
@@ -677,7 +670,7 @@ class FullLength(tune.Stopper):  # type: ignore[misc]
         return bool(self._stop.stop_all())
 
 
-def _reached(limits: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+def _reached(limits: Values, result: Values) -> bool:
     told = flatten_dict(result)
     return any(name in told and told[name] >= limit for name, limit in limits.items())
 
@@ -721,7 +714,7 @@ def assemble(
         tune.with_resources(
             StudentTrial, lambda proposal: resources_of(config)
         ),  # called for each trial
-        tune_config=dataclasses.replace(
+        tune_config=replace(
             tune_config,
             search_alg=searcher,
             max_concurrent_trials=at_once,
@@ -729,7 +722,7 @@ def assemble(
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
-        run_config=dataclasses.replace(
+        run_config=replace(
             run_config,
             # Ray names its staging folder by this and the second: the whole path, to be unique
             name=str(trials_folder(experiment).relative_to(experiment.anchor)),
@@ -766,12 +759,12 @@ class Room(ConcurrencyLimiter):  # type: ignore[misc]
         super().__init__(searcher, max_concurrent=1)
         self._config, self._most, self._more, self._looked = config, most, more, -math.inf
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> Tree | None:
         """Return a proposal, or None: not now."""
         if time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
             self.max_concurrent = min(self._most, max(1, room_for(self._config)) + self._more)
-        found: dict[str, Any] | None = super().suggest(trial_id)
+        found: Tree | None = super().suggest(trial_id)
         return found
 
 

@@ -25,6 +25,7 @@ from ray.tune.search.sample import (
 )
 
 from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.space.plain import PlainSpace, plain_space, search_settings
 from tfkd_ray.space.ranges import (
     CHOICES_RULES,
@@ -32,8 +33,7 @@ from tfkd_ray.space.ranges import (
     Choices,
     Path_,
     Range,
-    Tree,
-    first_found,
+    refuse,
 )
 from tfkd_ray.space.search_config import Grid as GridSampler
 from tfkd_ray.space.space import Parameter
@@ -44,10 +44,10 @@ _PLACEHOLDERS = ("__fn_ph", "__ref_ph")
 
 
 def tune_space(
-    given: Mapping[str, Any],
+    given: Values,
     *,
     epochs: int,
-    search: Mapping[str, Any],
+    search: Values,
     constants: bool = True,
 ) -> PlainSpace:
     """Return the space of a dictionary with Tune's domains; raise one ConfigError for all problems.
@@ -86,7 +86,7 @@ class _Domains:
         self.problems: list[str] = []
         self._grid, self._merged = grid, merged
 
-    def taken_from(self, given: Mapping[str, Any], above: Path_ = ()) -> Tree:
+    def taken_from(self, given: Values, above: Path_ = ()) -> Tree:
         """Return the dictionary with None for each domain, and its fixed values where they are."""
         tree = {}
         for key, value in given.items():
@@ -167,9 +167,7 @@ class _Domains:
                     f"{name}: item {k} of tune.choice {what}, which no study can keep; write names (texts or numbers), "
                     "and look them up in your trainable"
                 )
-        problems = first_found(CHOICES_RULES, {"choices": values})
-        if problems:
-            raise ConfigError(name + problem for problem in problems)
+        refuse(name, CHOICES_RULES, {"choices": values})
         return Choices(tuple(values))
 
 
@@ -243,10 +241,7 @@ def _range(domain: Float | Integer, name: str) -> Range | int:
         if isinstance(whole, int):
             return whole
         found = whole
-    scaled = replace(found, step=None) if log else found
-    problems = first_found(RANGE_RULES, scaled)
-    if problems:
-        raise ConfigError(name + problem for problem in problems)
+    refuse(name, RANGE_RULES, replace(found, step=None) if log else found)
     return found
 
 

@@ -2,13 +2,28 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tfkd_ray.settings.passwords import masked_words
 
 OK, FAILED, WRONG_INPUT, NOT_BETTER, INTERRUPTED = 0, 1, 2, 7, 130
+Say = Callable[[str], None]
+"""Tells a sentence to the user."""
+Sentences = Iterator[str]
+"""Sentences, or lines of text, one by one."""
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """Return a list of names, of many the first ones and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class ConfigError(Exception):

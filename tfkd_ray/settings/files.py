@@ -4,7 +4,6 @@ Untrusted files are read without running anything in them. Decoded copies are ca
 takes long.
 """
 
-import contextlib
 import errno
 import fcntl
 import functools
@@ -21,6 +20,7 @@ import stat
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -39,9 +39,13 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"), durable=durable)
 
 
+def _nearest_of(folder: Path) -> Path:
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
 def check_room_for(folder: Path, size: int) -> None:
     """Raise the system's OSError if a folder, existing or not, lacks room for `size` more bytes."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    there = _nearest_of(folder)
     with tempfile.TemporaryFile(dir=there) as file:
         for _ in range(0, size, 2**20):
             file.write(bytes(2**20))
@@ -53,7 +57,7 @@ def check_writable(folder: Path, option: str) -> None:
 
     `option` names the option that the error suggests.
     """
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    there = _nearest_of(folder)
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
@@ -80,7 +84,7 @@ DISK_ERRORS = {
 
 def free_bytes(folder: Path) -> float:
     """Return the bytes free for a folder, existing or not; infinite if they are unknown."""
-    disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
+    disk = shutil.disk_usage(_nearest_of(folder))
     return disk.free if disk.total else math.inf
 
 
@@ -103,13 +107,13 @@ def state_of(paths: Iterable[Path]) -> str:
 def remembered(state: str, make: Callable[[], str]) -> str:
     """Return the digest that this node has cached for a `state_of`; else `make` it and cache it."""
     path = cache_folder() / "digests" / state
-    with contextlib.suppress(OSError, UnicodeDecodeError):
+    with suppress(OSError, UnicodeDecodeError):
         with opened(path) as file:
             found = file.read(33).decode()
         if re.fullmatch("[0-9a-f]{32}", found):
             return found
     found = make()
-    with contextlib.suppress(OSError), whole_file(path) as part:
+    with suppress(OSError), whole_file(path) as part:
         part.write_text(found)
     return found
 
@@ -129,7 +133,7 @@ def expanded(path: Path | str) -> Path:
         raise ConfigError(message) from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a new, empty file to write to. It replaces `path` on success and is removed on failure.
 
@@ -141,7 +145,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{secrets.token_hex(8)}{PART}")
     handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     try:
-        with contextlib.suppress(OSError):  # the file system has no locks
+        with suppress(OSError):  # the file system has no locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield part
         part.replace(path)
@@ -159,7 +163,7 @@ LEFT_BEHIND_S = 60.0
 
 def remove_left_behind(folder: Path, age_s: float = LEFT_BEHIND_S) -> None:
     """Remove partial files that killed writers left: of some age, and with a lock nobody holds."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+    with suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries if _PART_NAME.fullmatch(entry.name)]
         for path in (folder / name for name in names):
             facts = path.lstat()
@@ -171,6 +175,11 @@ def remove_left_behind(folder: Path, age_s: float = LEFT_BEHIND_S) -> None:
                 path.unlink()
             finally:
                 os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:

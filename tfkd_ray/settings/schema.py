@@ -34,9 +34,14 @@ class Settings(BaseModel):
     """Settings that a later release added. A fingerprint omits them at their default, which must be
     neutral, so that older results keep their names."""
 
+    @property
+    def tree(self) -> dict[str, Any]:
+        """Return the settings as JSON, every default filled in."""
+        return self.model_dump(mode="json")
+
     def content(self) -> dict[str, Any]:
         """Return the settings as JSON for fingerprints, without `later` ones at their default."""
-        tree = self.model_dump(mode="json")
+        tree = self.tree
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name in self.later and value == field.get_default(call_default_factory=True):

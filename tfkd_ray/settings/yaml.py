@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,12 @@ import yaml
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import legible, opened, read_at_most
 
+Tree = dict[str, Any]
+"""Settings as a file has them, or a JSON object: values by key."""
+Values = Mapping[str, Any]
+"""The same where they are only read."""
+Numbers = dict[str, float]
+"""Numbers by name, such as metrics."""
 MOST_YAML_BYTES = 2**20
 """Most bytes of a YAML file, a hundred times our largest. Parsing them takes seconds."""
 MAX_NODES = 100_000
@@ -76,7 +82,7 @@ class _Loader(yaml.SafeLoader):
                 )
             own.add(key)
         self.flatten_mapping(node)  # `<<` adds keys; the mapping's own override them
-        mapping: dict[str, Any] = {}
+        mapping: Tree = {}
         for key_node, value_node in node.value:
             mapping[self.construct_object(key_node, deep=True)] = self.construct_object(
                 value_node, deep=True
@@ -278,7 +284,7 @@ def bytes_of(path: Path, *, follow: bool = True) -> bytes:
         raise ConfigError(f"cannot be read: {error.strerror}", path) from None
 
 
-def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
+def read_yaml(path: Path, *, follow: bool = True) -> Tree:
     """Read the mapping in a YAML file, or in a link's target if `follow`; else a ConfigError."""
     tree = parse_yaml(text_of(path, follow=follow), path)
     if tree is None:
@@ -371,3 +377,14 @@ def find_file(path: str | Path, folder: str, *, suffix: str = ".yaml") -> Path:
     roots = (package, package.parent)
     shipped = [root / folder / inside.with_suffix(suffix) for root in roots]
     return next((p for p in shipped if p.exists() and ".." not in inside.parts), given)
+
+
+def leaves_of(
+    tree: Any, whole: Collection[tuple[str, ...]] = (), path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (path, value) of every leaf; a path of `whole` counts as one."""
+    if isinstance(tree, dict) and path not in whole:
+        for key, value in tree.items():
+            yield from leaves_of(value, whole, (*path, key))
+    else:
+        yield path, tree

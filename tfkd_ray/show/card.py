@@ -3,17 +3,15 @@
 import importlib.metadata
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.teachers import known_of, teacher_name
-from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.settings.errors import ConfigError, Sentences
+from tfkd_ray.settings.yaml import Tree, dump_yaml
 from tfkd_ray.show.chosen import GRAPH, ONNX, OPSET, Chosen, listed
 
 # --- the card --------------------------------------------------------------------------------------------------
@@ -27,7 +25,7 @@ def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
         "format": "pt",
         "name": chosen.name,
         "run": chosen.config.fingerprint(LOOP_VERSION),
-        "student": json.dumps(chosen.config.student.model_dump(mode="json")),
+        "student": json.dumps(chosen.config.student.tree),
         "data": data.name,
         "shape": json.dumps(data.shape),
         "num_classes": str(data.num_classes),
@@ -38,9 +36,7 @@ def weights_header(chosen: Chosen, licence: str | None) -> dict[str, str]:
     }
 
 
-def card_text(
-    chosen: Chosen, result: dict[str, Any], notes: list[str], licence: str | None
-) -> Iterator[str]:
+def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | None) -> Sentences:
     config = chosen.config
     data, objective = config.data, config.objective.called
     given = {"license": licence} if licence else {"license": "other", "license_name": "none-given"}
@@ -64,7 +60,7 @@ def card_text(
     yield "\n## Does it help? The verdict\n"
     yield from chosen.verdict
     yield "\n## Recipe\n"
-    tree = config.model_dump(mode="json")
+    tree = config.tree
     yield "```yaml"
     recipe = ("objective", "epochs", "optim", "schedule", "augment", "init", "seed", "loop")
     yield dump_yaml({k: tree[k] for k in recipe if k in tree}).rstrip()
@@ -81,7 +77,7 @@ def card_text(
     yield from _again_section(chosen)
 
 
-def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
+def _use(config: TrainConfig, result: Tree) -> Sentences:
     """Write how to use the files: input, output, examples."""
     data = config.data
     channels, height, width = data.shape
@@ -112,7 +108,7 @@ def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
         yield f"\n`{name}` is not here, as the network could not be exported to it: `{reason}`"
 
 
-def _teacher_section(chosen: Chosen) -> Iterator[str]:
+def _teacher_section(chosen: Chosen) -> Sentences:
     runs, shares = chosen.config.teacher_runs(), chosen.config.shares
     if not runs:
         yield "No trained teacher: the objective needs none."
@@ -124,7 +120,7 @@ def _teacher_section(chosen: Chosen) -> Iterator[str]:
         yield from _about_teacher(chosen, run)
 
 
-def _about_teacher(chosen: Chosen, run: TeacherRun) -> Iterator[str]:
+def _about_teacher(chosen: Chosen, run: TeacherRun) -> Sentences:
     try:
         about = known_of(run, chosen.storage)
     except ValueError as error:
@@ -147,7 +143,7 @@ def _about_teacher(chosen: Chosen, run: TeacherRun) -> Iterator[str]:
     yield f"- SHA-256 of its weights: `{about['sha256']}`; trained with torch {about['torch']}"
 
 
-def _again_section(chosen: Chosen) -> Iterator[str]:
+def _again_section(chosen: Chosen) -> Sentences:
     """Write how to reproduce the student."""
     made, config = chosen.made, chosen.config
     versions = made.get("versions") or {}

@@ -13,7 +13,7 @@ from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.settings.yaml import read_yaml
+from tfkd_ray.settings.yaml import Numbers, Tree, read_yaml
 from tfkd_ray.space.arms import read_comparison
 from tfkd_ray.store.experiment import (
     Record,
@@ -46,13 +46,13 @@ class Chosen:
     storage: Path
     """The directory of `teachers/`, and of comparisons."""
     config: TrainConfig
-    metrics: dict[str, float]
+    metrics: Numbers
     """Metrics of its last epoch."""
     selection: list[str]
     """Paragraphs on the choice."""
     verdict: list[str]
     """Verdicts of comparisons on it: the lines of the card's section."""
-    made: dict[str, Any] = field(default_factory=dict)
+    made: Tree = field(default_factory=dict)
     """Command, versions, git commit and seeds, as recorded when it was trained; empty if they were
     not."""
 
@@ -205,9 +205,7 @@ def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen
     )
 
 
-def _seed_of(
-    name: str | None, runs: dict[int, dict[str, Any]], seed: int | None, directory: Path
-) -> int:
+def _seed_of(name: str | None, runs: dict[int, Tree], seed: int | None, directory: Path) -> int:
     """Return the seed of the run to take: the given one, or the first that was fully trained."""
     done = [s for s, run in runs.items() if run["status"] == "done"]
     if not done:
@@ -225,21 +223,19 @@ def _seed_of(
     )
 
 
-def _outcome(directory: Path) -> dict[str, Any] | None:
+def _outcome(directory: Path) -> Tree | None:
     """Read confirm.json; None if it does not exist."""
     with damaged(path := directory / "confirm.json"):
-        found: dict[str, Any] | None = (
-            parse_json(read_text(path)) if os.path.lexists(path) else None
-        )
+        found: Tree | None = parse_json(read_text(path)) if os.path.lexists(path) else None
     return found
 
 
-def _chosen_values(arm: dict[str, Any], metric: Score) -> list[float]:
+def _chosen_values(arm: Tree, metric: Score) -> list[float]:
     """Return the values on the test split by seed, as the comparison measured them."""
     return [run[metric.name] for run in arm["runs"] if metric.name in run]
 
 
-def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
+def _best_arm(result: Tree, metric: Score) -> str | None:
     """Return the best arm of a comparison.
 
     That is the candidate that is better than every baseline. Of several, or if none is, the one
@@ -253,14 +249,14 @@ def _best_arm(result: dict[str, Any], metric: Score) -> str | None:
         or judged
     )
 
-    def place(arm: dict[str, Any]) -> tuple[bool, bool]:
+    def place(arm: Tree) -> tuple[bool, bool]:
         return arm["role"] == "candidate", words.get(arm["name"]) == "better"
 
     return max(best_first, key=place)["name"] if best_first else None
 
 
 def _arm_selection(
-    result: dict[str, Any],
+    result: Tree,
     metric: Score,
     directory: Path,
     name: str,
@@ -340,7 +336,7 @@ def _recipe_print(config: TrainConfig) -> str:
     return config.model_copy(update=changes).fingerprint()
 
 
-def _verdict_text(result: dict[str, Any], directory: Path, arm: str) -> list[str]:
+def _verdict_text(result: Tree, directory: Path, arm: str) -> list[str]:
     """Return the verdict on an arm: a sentence, its comparisons with intervals, notes."""
     opened = result["opened"][0]["when"][:10] if result["opened"] else "an unknown day"
     where = f"Comparison `{directory.name}`, test split of {result['test']}, trained on {result['trained_on']}"

@@ -5,7 +5,7 @@
     config.yaml          the resolved configuration: `tfkd train config.yaml` trains it again
     student.pt2          torch.export: uint8 images in, logits out, any batch size; loads with torch alone
     student.onnx         the same for ONNX, where asked for
-    SHA256SUMS           checksums of all of these, in the format of sha256sum; see `verify`
+    SHA256SUMS           checksums of all of these, in the format of sha256sum: `sha256sum --check SHA256SUMS`
 
 To add a format, write a function like `_pt2` and its line in `_graphs`. Exporting never opens the test
 split.
@@ -13,10 +13,8 @@ split.
 Shapes: images [B, C, H, W] uint8 in, logits [B, K] out.
 """
 
-import contextlib
 import fcntl
 import glob
-import hashlib
 import importlib.metadata
 import importlib.util
 import math
@@ -25,8 +23,9 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,16 +37,8 @@ from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.evaluate import EVAL_PIXELS
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import (
-    PART,
-    check_writable,
-    expanded,
-    kind_of,
-    opened,
-    read_at_most,
-    write_text,
-)
-from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.settings.files import PART, check_writable, expanded, kind_of, sha256_of, write_text
+from tfkd_ray.settings.yaml import Tree, dump_yaml
 from tfkd_ray.show.card import card_text, weights_header
 from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, OPSET, SUMS, Chosen, choose
 
@@ -79,7 +70,7 @@ def export(
     seed: int | None = None,
     onnx: bool = False,
     licence: str | None = None,
-) -> dict[str, Any]:
+) -> Tree:
     """Write a student's folder atomically.
 
     Args:
@@ -106,9 +97,9 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with _whole_folder(out) as part:
         save_weights(part / WEIGHTS, network.state_dict(), weights_header(chosen, licence))
-        write_text(part / "config.yaml", dump_yaml(chosen.config.model_dump(mode="json")))
+        write_text(part / "config.yaml", dump_yaml(chosen.config.tree))
         found, problems = _graphs(part, network, data, batches, onnx)
-        result: dict[str, Any] = {
+        result: Tree = {
             "name": chosen.name,
             "folder": str(out),
             "split": split,
@@ -119,45 +110,8 @@ def export(
         }
         write_text(part / "README.md", "\n".join(card_text(chosen, result, notes, licence)) + "\n")
         names = sorted(path.name for path in part.iterdir())
-        write_text(part / SUMS, "".join(f"{_sha256_of(part / name)}  {name}\n" for name in names))
+        write_text(part / SUMS, "".join(f"{sha256_of(part / name)}  {name}\n" for name in names))
     return {**result, "files": [*names, SUMS]}
-
-
-MOST_SUMS_BYTES = 2**20
-"""Most bytes that are read of a list of checksums; ours has a few hundred."""
-
-
-def verify(folder: Path) -> list[str]:
-    """Check that an exported folder's files are unchanged; return their names.
-
-    Damage and changes raise a ConfigError. It is no signature: whoever changes a file can change
-    SHA256SUMS, too.
-    """
-    path = folder / SUMS
-    if not path.is_file():
-        raise ConfigError(f"not an exported student: there is no {SUMS} in it", folder)
-    listed, problems = dict[str, str](), list[str]()
-    with opened(path) as file:
-        text = read_at_most(file, MOST_SUMS_BYTES).decode("utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
-        if match is None:
-            problems.append(f"{SUMS}: line {number} is not a checksum and a name: {line[:80]!r}")
-        else:
-            listed[match[2]] = match[1]
-    for name, expected in listed.items():
-        if not (folder / name).is_file():
-            problems.append(f"{name}: missing; {SUMS} lists it")
-        elif _sha256_of(folder / name) != expected:
-            problems.append(f"{name}: changed: its SHA-256 is not the one in {SUMS}; get it again")
-    there = {p.name for p in folder.iterdir()} - {SUMS}
-    problems += [
-        f"{name}: not in {SUMS}: it was added later" for name in sorted(there - set(listed))
-    ]
-    problems += [] if listed else [f"{SUMS}: lists no file"]
-    if problems:
-        raise ConfigError(problems, folder)
-    return sorted(listed)
 
 
 def _check_export(out: Path, onnx: bool, licence: str | None) -> None:
@@ -317,7 +271,7 @@ def _onnx(path: Path, program: ExportedProgram, batches: Sequence[Tensor]) -> li
     """Write the graph for ONNX; return its logits, computed from the file by onnxruntime."""
     import onnxruntime
 
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    names: Tree = {"input_names": ["images"], "output_names": ["logits"]}
     torch.onnx.export(
         program, (), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False, **names
     )  # fmt: skip
@@ -338,25 +292,20 @@ def _export_reason(error: Exception) -> str:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
+@contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to write to. It becomes `out` on success and is removed on failure.
 
     Leftovers of killed exports to the same place are removed: nobody holds their locks.
     """
     for left in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}{PART}"):
-        with contextlib.suppress(OSError), _locked(left):
+        with suppress(OSError), _locked(left):
             shutil.rmtree(left)
     part = out.with_name(f".{out.name}.{secrets.token_hex(4)}{PART}")
     part.mkdir()
     try:
-        with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # the file system has no locks
+        with ExitStack() as held:
+            with suppress(OSError):  # the file system has no locks
                 held.enter_context(_locked(part))
             yield part
             for path in part.iterdir():
@@ -367,7 +316,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; raise an OSError if another process holds it, or if it is no folder."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from tfkd_ray.settings.errors import some_of
 from tfkd_ray.show.page import DARK, PALE, Axis, Figure, Panel, Series, escaped
-from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations
+from tfkd_ray.show.receipt import MIN_TRIALS, fidelity_warnings, rank_correlations, value_at_rung
 from tfkd_ray.show.status import ExperimentPlan, read_lasts
 from tfkd_ray.space.ranges import Choices, Range
 from tfkd_ray.space.space import Parameter, Space, build_space
@@ -50,6 +51,9 @@ class Sweep:
     def of(self, objective: str, records: Sequence[Record]) -> list[Record]:
         return [r for r in records if r.objective == objective]
 
+    def full_of(self, objective: str) -> list[Record]:
+        return self.of(objective, self.full)
+
     def value(self, metrics: Mapping[str, float], metric: str | None = None) -> float:
         """Return the metric in the unit that is shown."""
         key = metric or self.metric
@@ -80,10 +84,6 @@ def read_sweep(experiment: Path, plan: ExperimentPlan) -> Sweep:
     return Sweep(plan, build_space(plan.about["space"], experiment / "experiment.yaml"), records)
 
 
-def some_of(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 # --- figures of a sweep ----------------------------------------------------------------------------------------
 
 
@@ -107,7 +107,7 @@ def parallel(sweep: Sweep) -> Figure:
 def _parallel_panel(sweep: Sweep, objective: str, low: float, high: float) -> Panel:
     searched = _searched(sweep, objective)
     last = len(searched)
-    full = sweep.ranked(sweep.of(objective, sweep.full))
+    full = sweep.ranked(sweep.full_of(objective))
     other = [r for r in sweep.of(objective, sweep.records) if r not in full]
 
     def line(record: Record) -> Iterator[tuple[float, float | None, str]]:
@@ -192,7 +192,7 @@ def slices(sweep: Sweep) -> Figure:
 def _slice(sweep: Sweep, p: Parameter, objectives: Sequence[str], title: str) -> Panel:
     series = []
     for objective in objectives:
-        some = [r for r in sweep.of(objective, sweep.full) if p.name in r.parameters]
+        some = [r for r in sweep.full_of(objective) if p.name in r.parameters]
         x = [_at(p, r.parameters[p.name]) for r in some]
         y = [sweep.value(r.last) for r in some]
         series.append(Series("points", x, y, objective if len(objectives) > 1 else "", sweep.colour(objective),
@@ -211,7 +211,7 @@ def contours(sweep: Sweep) -> Figure:
         t, alpha = searched.get("temperature"), searched.get("alpha")
         if t is None or alpha is None or not all(isinstance(p.domain, Range) for p in (t, alpha)):
             continue  # nothing lies between choices
-        full = sweep.of(objective, sweep.full)
+        full = sweep.full_of(objective)
         panel = _contour(sweep, objective, t, alpha, full) if len(full) >= MIN_TRIALS else None
         if panel:
             panels.append(panel)
@@ -252,7 +252,7 @@ def _contour(
 def importance_section(sweep: Sweep) -> Figure:
     panels, few, cut = [], [], False
     for objective in sweep.plan.rows:
-        full = sweep.of(objective, sweep.full)
+        full = sweep.full_of(objective)
         searched = [
             p for p in _searched(sweep, objective) if p.within is None
         ]  # settings of every trial
@@ -311,7 +311,7 @@ def _shares(
 
 def curves(sweep: Sweep) -> Figure:
     share = max(1, MAX_CURVES // len(sweep.plan.rows))
-    rungs = sweep.space.search.stopping.rungs(sweep.space.epochs)
+    rungs = sweep.space.rungs
     cut = False
     panels = []
 
@@ -321,7 +321,7 @@ def curves(sweep: Sweep) -> Figure:
 
     for objective in sweep.plan.rows:
         mine = [r for r in sweep.of(objective, sweep.records) if r.metrics]
-        full = sweep.ranked(sweep.of(objective, sweep.full))
+        full = sweep.ranked(sweep.full_of(objective))
         keep = full[:10]
         drawn = keep + _evenly([r for r in mine if r not in keep], share - len(keep))
         cut |= len(drawn) < len(mine)
@@ -371,7 +371,7 @@ def pareto_section(sweep: Sweep) -> Figure:
         if any(_has_numbers(last, (first, other)) for last in lasts):
             panels.append(_front_panel(sweep, first, other))
     names = [score_of(m).title for m in (first, *others)]
-    many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front])}."
+    many = f" Of all {len(searched)} together the front is: {some_of([r.name for r in front], 10)}."
     return Figure(
         "pareto",
         f"{names[0][0].upper()}{names[0][1:]} against {' and '.join(names[1:])}",
@@ -409,13 +409,14 @@ def fidelity(sweep: Sweep) -> Figure:
         for found in rank_correlations(sweep.space, sweep.records)
     }
     panels: list[Panel] = []
-    few = sorted({f"{o} ({len(sweep.of(o, sweep.full))})" for o in sweep.plan.rows
-                  if len(sweep.of(o, sweep.full)) < MIN_TRIALS})  # fmt: skip
-    for rung in sweep.space.search.stopping.rungs(sweep.space.epochs):
+    few = sorted({f"{o} ({len(sweep.full_of(o))})" for o in sweep.plan.rows
+                  if len(sweep.full_of(o)) < MIN_TRIALS})  # fmt: skip
+    for rung in sweep.space.rungs:
         series = []
         for objective in sweep.plan.rows:
-            pairs = [(v, sweep.value(r.last), r) for r in sweep.of(objective, sweep.full)
-                     if math.isfinite(v := _value_after(sweep, r, rung))]  # fmt: skip
+            full, factor = sweep.full_of(objective), score_of(sweep.metric).factor
+            there = ((factor * value_at_rung(sweep.space, r, rung), r) for r in full)
+            pairs = [(value, sweep.value(r.last), r) for value, r in there if math.isfinite(value)]
             if len(pairs) < MIN_TRIALS:
                 continue
             x, y = [p[0] for p in pairs], [p[1] for p in pairs]
@@ -447,17 +448,13 @@ def fidelity(sweep: Sweep) -> Figure:
         "over the survivors a correlation is lower than over all that came to the rung; a second number is "
         "corrected for that." + "".join(warnings)
     )
-    if not sweep.space.search.stopping.rungs(sweep.space.epochs):
+    if not sweep.space.rungs:
         return Figure(
             "fidelity",
             "Do the rungs rank right?",
             "This sweep has no rungs: every trial runs its full length.",
         )
     return Figure("fidelity", "Do the rungs rank right?", _but_few(sentence, panels, few), panels)
-
-
-def _value_after(sweep: Sweep, record: Record, epoch: int) -> float:
-    return next((sweep.value(m) for m in record.metrics if m.get("epoch") == epoch), math.nan)
 
 
 def _but_few(sentence: str, panels: Sequence[Panel], few: Sequence[str]) -> str:

@@ -9,11 +9,12 @@ To react to a sweep in a new way, write a `Listener` in callbacks.py and add it 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
 
+from tfkd_ray.settings.yaml import Tree, Values
 from tfkd_ray.store.assignment import Assignment
 from tfkd_ray.store.experiment import as_number, read_metrics
 
@@ -27,7 +28,7 @@ class Listener:
     def on_begin(self) -> None:
         """Called before the first trial."""
 
-    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+    def on_start(self, trial: Any, last: Values) -> None:
         """Called when a process takes a trial, for the first time or again.
 
         Args:
@@ -35,10 +36,10 @@ class Listener:
                 none.
         """
 
-    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+    def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         """Called for each new epoch of a trial, once."""
 
-    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+    def on_result(self, trial: Any, result: Tree) -> None:
         """Called for every result, after `on_epoch`: also for repeated epochs and failures."""
 
     def on_lost(self, trial: Any) -> None:
@@ -60,13 +61,13 @@ class Listener:
 class Epochs:
     """The epochs of one trial: finds a result's epoch, and whether it is new."""
 
-    def __init__(self, last: Mapping[str, Any] | None = None) -> None:
-        self.last: Mapping[str, Any] = last or {}
+    def __init__(self, last: Values | None = None) -> None:
+        self.last: Values = last or {}
         """Begin after the last reported epoch, given by its metrics."""
         self._number = int(self.last["epoch"]) if self.last else None
         self._counts = bool(self.last)
 
-    def of(self, result: Mapping[str, Any]) -> int | None:
+    def of(self, result: Values) -> int | None:
         """Return the result's epoch; if the trial reports none, Ray's count of its results."""
         epoch = _finite(result.get("epoch"))
         self._counts |= epoch is not None
@@ -74,7 +75,7 @@ class Epochs:
             epoch = _finite(result.get("training_iteration"))
         return None if epoch is None else int(epoch)
 
-    def new(self, result: Mapping[str, Any]) -> int | None:
+    def new(self, result: Values) -> int | None:
         """Return the result's epoch, if it is new; a failure has none."""
         epoch = self.of(result)
         if (
@@ -114,7 +115,7 @@ class Announcer(tune.Callback):  # type: ignore[misc]
             listener.on_start(trial, last)
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: Tree, **info: Any
     ) -> None:
         if trial.trial_id not in self._told:
             self.on_trial_start(iteration, trials, trial)
@@ -159,7 +160,7 @@ class Announcer(tune.Callback):  # type: ignore[misc]
             self._told[trial.trial_id] = Epochs(metrics[-1] if metrics else None)
         return self._told[trial.trial_id]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**self.__dict__, "_told": {}}
 
 
@@ -174,5 +175,5 @@ class OwnCallback(Announcer, Listener):
         """Itself alone."""
         return (self,)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Tree) -> None:
         self.__dict__.update({"_told": {}, **state})  # earlier releases saved none

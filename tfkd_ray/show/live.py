@@ -11,26 +11,26 @@ import sys
 import textwrap
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from tfkd_ray.settings import own_code
+from tfkd_ray.settings.columns import fitted, in_columns, on_one_line
 from tfkd_ray.settings.files import legible
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.settings.yaml import in_yaml
+from tfkd_ray.settings.yaml import Numbers, Tree, Values, in_yaml
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.show.status import (
     ExperimentPlan,
     duration,
     epochs_left,
-    fitted,
-    padded,
     read_plan,
     spent,
 )
@@ -56,7 +56,7 @@ class _Run:
     row: str
     epochs: int
     """Epochs of a trial of full length."""
-    parameters: dict[str, Any]
+    parameters: Tree
     epoch: int = 0
     status: str = "running"
     value: float = math.nan
@@ -153,7 +153,7 @@ class Progress(OwnCallback):
             if self._waiting and self._waiting != before:
                 self._say(f"waiting for nodes: {self._waiting}")
 
-    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+    def on_start(self, trial: Any, last: Values) -> None:
         assignment = Assignment.of(trial.config)
         before = self._runs.pop(assignment.name, None)  # moves a restarted trial to the end
         again = before is not None and before.status == "running"
@@ -165,14 +165,14 @@ class Progress(OwnCallback):
             self._epochs.append(time.monotonic())
         self._say(f"{run.name}: {'started again' if again else 'started'}")
 
-    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+    def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         run = self._run_of(trial)
         if run is not None:
             run.epoch, run.value = epoch, _number_cell(metrics, self._metric)
             run.images_per_s = _number_cell(metrics, "images_per_s")
             self._epochs.append(time.monotonic())
 
-    def on_result(self, trial: Any, result: dict[str, Any]) -> None:
+    def on_result(self, trial: Any, result: Tree) -> None:
         run = self._run_of(trial)
         if run is not None and "note" in result:
             self.note(f"{run.name}: {result['note']}")
@@ -302,7 +302,7 @@ class Progress(OwnCallback):
         seconds = time.monotonic() - self._epochs[0] if self._epochs else 0.0
         return (len(self._epochs) - 1) / seconds if seconds > 0 else 0.0
 
-    def _left(self, runs: Sequence[_Run], used: dict[str, float]) -> str:
+    def _left(self, runs: Sequence[_Run], used: Numbers) -> str:
         """Return the remaining time at this speed; empty while the speed is unknown."""
         rate = self._rate()
         if not rate:
@@ -314,7 +314,7 @@ class Progress(OwnCallback):
             return f", {duration(max(0.0, budget))} left of the time budget"
         return f", about {duration(left)} left"
 
-    def _budgets(self, used: dict[str, float], failed: int) -> Iterator[str]:
+    def _budgets(self, used: Numbers, failed: int) -> Iterator[str]:
         tree = self._plan.about.get("space", {})
         hours = used["trial_seconds"] / 3600 * tree.get("workers", 1)
         for name, limit in self._search.budgets.items():
@@ -356,15 +356,19 @@ class Progress(OwnCallback):
         rungs = self._search.stopping.rungs(epochs) if self._plan.kind == "sweep" else []
         if not rungs or not runs:
             return []
-        each = math.ceil(len(rungs) / max(1, (width - 14) // 7 - 1))
+        room = (width - 14) // (2 * len(str(epochs)) + 3)  # of ranges, and two blanks before each
+        each = math.ceil(len(rungs) / max(1, room - 1))
         groups = [*(rungs[k : k + each] for k in range(0, len(rungs), each)), [epochs]]
         ends = [run.epoch for run in runs if run.status == "stopped"]
-        table = [
-            ("rung at epoch", [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups]),
-            ("  came there", [str(sum(run.epoch >= g[0] for run in runs)) for g in groups]),
-            ("  were stopped", [str(sum(g[0] <= epoch <= g[-1] for epoch in ends)) for g in groups[:-1]]),
-        ]  # fmt: skip
-        return [f"{label:<14}" + "".join(f"{cell:>7}" for cell in cells) for label, cells in table]
+        ranges = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups]
+        came = [str(sum(run.epoch >= g[0] for run in runs)) for g in groups]
+        stopped = [str(sum(g[0] <= epoch <= g[-1] for epoch in ends)) for g in groups[:-1]]
+        table = (
+            ["rung at epoch", *ranges],
+            ["  came there", *came],
+            ["  were stopped", *stopped, ""],
+        )
+        return in_columns(map("\t".join, table))
 
     def _rows(self, runs: Sequence[_Run], width: int, *, most: int) -> list[str]:
         """Return a line for each objective or arm.
@@ -375,21 +379,21 @@ class Progress(OwnCallback):
         for run in runs:
             by_row.setdefault(run.row, []).append(run)
         shown = _latest(list(by_row), runs, most)
-        column = max(8, min(max(map(len, shown)), 20 if width < 120 else 40))
         ce = self._best_of(by_row.get("ce", []))
         versus = self._plan.metric is not None and "ce" in by_row and len(by_row) > 1
         head = fitted(f"best {self._metric}", 17) if self._plan.metric else f"least {self._metric}"
-        cells = f"{'full':>6} {'stopped':>7} {'failed':>6}  {head:>{len(head)}}" + (
-            f" {'vs ce':>8}" if versus else ""
-        )
-        lines = [f"{'':<{column}} {cells}  running"]
+        table = [f"\tfull\tstopped\tfailed\t{head}" + "\tvs ce" * versus]
         for row in shown:
             count, best = Counter(run.status for run in by_row[row]), self._best_of(by_row[row])
             value = f"{best.value:.4f}" if best else ""
             lead = f"{best.value - ce.value:+.4f}" if best and ce and best is not ce else ""
-            text = f"{padded(row, column)} {count['done']:>6} {count['stopped']:>7} {count['failed']:>6}"
-            text += f"  {value:>{len(head)}}" + (f" {lead:>8}" if versus else "")
-            lines.append(f"{text}  {self._running(by_row[row], width - len(lines[0]) + 7)}")
+            text = f"{count['done']}\t{count['stopped']}\t{count['failed']}\t{value}"
+            table.append(f"{on_one_line(row)}\t{text}" + f"\t{lead}" * versus)
+        head, *lines = in_columns(table, width - 20 if width < 120 else width - 50)
+        lines = [f"{head}  running", *lines]
+        for place, row in enumerate(shown, start=1):
+            running = self._running(by_row[row], width - cell_len(head) - 2)
+            lines[place] = f"{set_cell_size(lines[place], cell_len(head))}  {running}"
         if hidden := [row for row in by_row if row not in shown]:
             begun = sum(bool(by_row[row]) for row in hidden)
             lines.append(f"and {len(hidden)} more, of which {begun} have begun")
@@ -413,7 +417,7 @@ class Progress(OwnCallback):
                 return text
         return ""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**super().__getstate__(), "_live": None, "_cell": None, "_console": None}
 
 
@@ -438,6 +442,6 @@ class _Cell:
             self._handle.update(both, raw=True)
 
 
-def _number_cell(metrics: Mapping[str, Any], name: str) -> float:
+def _number_cell(metrics: Values, name: str) -> float:
     value = metrics.get(name)
     return math.nan if value is None else float(value)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tfkd_ray.settings.files import json_tree, whole_file
+from tfkd_ray.settings.yaml import Tree
 
 PALE, DARK = "#C4C4C4", "#222222"
 
@@ -243,16 +244,16 @@ def _inert_json(tree: Any) -> str:
 # --- plotly ----------------------------------------------------------------------------------------------------
 
 
-def _plotly(panel: Panel) -> dict[str, Any]:
+def _plotly(panel: Panel) -> Tree:
     """Return the arguments of `Plotly.newPlot`: data and layout."""
-    data: list[dict[str, Any]] = []
+    data: list[Tree] = []
     if panel.surface is not None:
         x, y, z, label = panel.surface
         data.append({"type": "contour", "x": x, "y": y, "z": z, "colorscale": "Viridis", "hoverinfo": "skip",
                      "colorbar": {"title": {"text": escaped(label), "side": "right"}, "thickness": 12},
                      "contours": {"coloring": "heatmap"}, "line": {"width": 0.5}, "connectgaps": False})  # fmt: skip
     for s in panel.series:
-        trace: dict[str, Any] = {
+        trace: Tree = {
             "x": s.x,
             "y": s.y,
             "name": escaped(s.name),
@@ -311,8 +312,8 @@ def _plotly(panel: Panel) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _plotly_axis(axis: Axis) -> dict[str, Any]:
-    made: dict[str, Any] = {
+def _plotly_axis(axis: Axis) -> Tree:
+    made: Tree = {
         "title": {"text": escaped(axis.label), "standoff": 6},
         "type": "log" if axis.log else "linear",
         "automargin": True,

@@ -13,6 +13,7 @@ from typing import Any
 
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy
+from tfkd_ray.settings.columns import in_columns
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
 from tfkd_ray.space.space import Space
 
@@ -145,10 +146,11 @@ def lines(
         slots: number of trials at a time.
         gpu_hour_price: price of an hour of one GPU.
     """
-    yield f"{'objective':<16} {'trials':>6}  {'expected to come to epoch':<32} {'epochs':>7} {'at most':>7}"
+    table = ["objective\ttrials\texpected to come to epoch\tepochs\tat most"]
     for part in found.parts:
         reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
-        yield f"{part.objective:<16} {part.trials:>6}  {reaching:<32} {part.epochs:>7.0f} {part.most:>7}"
+        table.append(f"{part.objective}\t{part.trials}\t{reaching}\t{part.epochs:.0f}\t{part.most}")
+    yield from in_columns(table, 80)
     most = sum(part.most for part in found.parts)
     yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
     if found.teacher_epochs:

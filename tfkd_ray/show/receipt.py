@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tfkd_ray.settings.columns import in_columns
 from tfkd_ray.space.ranges import Range
 from tfkd_ray.space.search_config import Halving, Hyperband
 from tfkd_ray.space.space import Space
@@ -44,7 +45,7 @@ def reaching(space: Space, trials: int) -> tuple[tuple[int, float], ...]:
 
     For each rung and the last epoch.
     """
-    stopping, epochs = space.search.stopping, space.epochs
+    stopping, epochs = space.stopping, space.epochs
     halvings, sizes, factor = [list[int]()], {0: trials}, 1
     if isinstance(stopping, Halving):
         halvings, factor = [stopping.rungs(epochs)], stopping.factor
@@ -193,9 +194,7 @@ def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[Ranki
     """Yield a ranking for each objective and rung with enough full-length trials that differ."""
     from scipy.stats import spearmanr
 
-    for branch, rung in itertools.product(
-        space.branches, space.search.stopping.rungs(space.epochs)
-    ):
+    for branch, rung in itertools.product(space.branches, space.rungs):
         pairs = _pairs(space, records, branch.objective, rung)
         at_rung, at_end = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
         if len(pairs) < MIN_TRIALS or len(set(at_rung)) == 1 or len(set(at_end)) == 1:
@@ -204,7 +203,7 @@ def rank_correlations(space: Space, records: Sequence[Record]) -> Iterator[Ranki
             v
             for r in records
             if r.objective == branch.objective
-            for v in [_value_at(space, r, rung)]
+            for v in [value_at_rung(space, r, rung)]
         ]
         judged = [v for v in judged if math.isfinite(v)]
         score = dict(zip(judged, _normal_scores(judged), strict=True))
@@ -228,7 +227,7 @@ def _normal_scores(values: Sequence[float]) -> list[float]:
     return [float(x) for x in norm.ppf((rankdata(values) - 0.5) / len(values))]
 
 
-def _value_at(space: Space, record: Record, epoch: int) -> float:
+def value_at_rung(space: Space, record: Record, epoch: int) -> float:
     """Return the metric of a trial after an epoch; NaN if the trial did not reach it."""
     return next(
         (m.get(space.search.metric, math.nan) for m in record.metrics if m.get("epoch") == epoch),
@@ -241,7 +240,7 @@ def _pairs(
 ) -> list[tuple[Record, float, float]]:
     """Return the full-length trials of an objective with their values at a rung and at the end."""
     found = [
-        (r, _value_at(space, r, rung), r.last.get(space.search.metric, math.nan))
+        (r, value_at_rung(space, r, rung), r.last.get(space.search.metric, math.nan))
         for r in records
         if r.objective == objective and r.status == "done"
     ]
@@ -259,7 +258,7 @@ def fidelity_warnings(space: Space, records: Sequence[Record]) -> list[str]:
     benchmarks/RESULTS.md has measurements of how often that is right.
     """
     found: dict[str, str] = {}
-    rungs = space.search.stopping.rungs(space.epochs)
+    rungs = space.rungs
     for at in rank_correlations(space, records):
         bloomers = _late_bloomers(space, records, at.objective, at.rung)
         if at.objective not in found and (at.most < LOW or (at.corrected < LOW and bloomers)):
@@ -309,6 +308,6 @@ def _late_bloomers(space: Space, records: Sequence[Record], objective: str, rung
 def receipt_lines(space: Space, records: Sequence[Record], width: int = 80) -> Iterator[str]:
     """Yield the receipt and its warnings for a terminal."""
     rows = receipt_rows(receipt(space, records))
-    yield from (f"{what:<24} {amount}" for what, amount in rows)
+    yield from in_columns(map("\t".join, rows))
     for warning in fidelity_warnings(space, records):
         yield from textwrap.wrap(f"warning: {warning}", width, subsequent_indent="  ")

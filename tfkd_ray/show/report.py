@@ -15,18 +15,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.objectives import OwnObjective
 from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, Sentences, some_of
 from tfkd_ray.settings.files import check_writable, kind_of
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.settings.yaml import dump_yaml
+from tfkd_ray.settings.yaml import Tree, dump_yaml
 from tfkd_ray.show.figures import (
     COLOURS,
     LUCK,
@@ -41,7 +38,6 @@ from tfkd_ray.show.figures import (
     read_sweep,
     short_name,
     slices,
-    some_of,
     trial_value,
     with_margin,
 )
@@ -186,9 +182,7 @@ def _not_a_verdict(sweep: Sweep) -> str:
 
 def _best_table(sweep: Sweep) -> str:
     rows = []
-    winners = sweep.ranked(
-        [f[0] for o in sweep.plan.rows if (f := sweep.ranked(sweep.of(o, sweep.full)))]
-    )
+    winners = sweep.ranked([f[0] for o in sweep.plan.rows if (f := sweep.ranked(sweep.full_of(o)))])
     for record in winners:
         gap = sweep.value(record.last) - sweep.value(winners[0].last)
         settings = "\n".join(
@@ -200,7 +194,7 @@ def _best_table(sweep: Sweep) -> str:
             [record.objective + part, record.name, trial_value(sweep, record), f"{gap:+.2f}" if gap else "0", str(n),
              settings, _equivalence(record)]
         )  # fmt: skip
-    none = [o for o in sweep.plan.rows if not sweep.of(o, sweep.full)]
+    none = [o for o in sweep.plan.rows if not sweep.full_of(o)]
     text = f"<p>No trial of full length yet: {escaped(', '.join(none))}.</p>" if none else ""
     if not rows:
         return text or "<p>None.</p>"
@@ -259,7 +253,7 @@ def _failures(sweep: Sweep) -> str:
         why = cut_short((record.reason or "no reason is known").strip())
         reasons.setdefault(why, []).append(record.name)
     rows = [
-        [str(len(names)), why, some_of(names)]
+        [str(len(names)), why, some_of(names, 10)]
         for why, names in sorted(reasons.items(), key=lambda i: -len(i[1]))
     ]
     more = len(rows) - MAX_FAILURES
@@ -267,7 +261,7 @@ def _failures(sweep: Sweep) -> str:
     return table_html(["trials", "reason", "which"], rows[:MAX_FAILURES]) + text
 
 
-def _reproduce(plan: ExperimentPlan, experiment: Path) -> Iterator[str]:
+def _reproduce(plan: ExperimentPlan, experiment: Path) -> Sentences:
     about = plan.about
     argv = [str(word) for word in about.get("command") or []]
     command = shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else "not known"
@@ -330,13 +324,13 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
         yield Section("How to reproduce", list(_reproduce(plan, directory)))
 
 
-def _read_judged(directory: Path) -> dict[str, Any] | None:
+def _read_judged(directory: Path) -> Tree | None:
     """Read confirm.json; None if the test split was not opened yet."""
     path = directory / "confirm.json"
     if not os.path.lexists(path):
         return None
     with damaged(path):
-        judged: dict[str, Any] = parse_json(read_text(path))
+        judged: Tree = parse_json(read_text(path))
         missing = {
             "title",
             "arms",
@@ -390,13 +384,16 @@ def _verdict_boxes(directory: Path) -> list[str | Figure]:
     return boxes
 
 
-def _arms_table(judged: dict[str, Any]) -> str:
+def _arms_table(judged: Tree) -> str:
+    from tfkd_ray.verdict.verdict import over_seeds
+
     printed = any(arm["published"] is not None for arm in judged["arms"])
     rows = []
     for arm in judged["arms"]:
-        n, mean, sd, low, high = _over_seeds(arm)
-        row = [arm["name"], arm["role"], arm["student"], _settings(arm["objective"]), str(n)]
-        row += [f"{mean:.2f}" if n else "", f"{sd:.2f}" if n > 1 else "", _interval_text(low, high)]
+        s = over_seeds(arm)
+        row = [arm["name"], arm["role"], arm["student"], _settings(arm["objective"]), str(s.n)]
+        row += [f"{s.mean:.2f}" if s.n else "", f"{s.sd:.2f}" if s.n > 1 else ""]
+        row.append(_interval_text(s.low, s.high))
         if printed:
             row += ["" if arm["published"] is None else f"{arm['published']:.2f}"]
         rows.append(row)
@@ -413,31 +410,12 @@ def _arms_table(judged: dict[str, Any]) -> str:
     return table_html(head + (["published, %"] if printed else []), rows)
 
 
-def _over_seeds(arm: dict[str, Any]) -> tuple[int, float, float, float, float]:
-    """Return runs, mean, sd and the 95 % interval of the mean of test accuracy, in per cent."""
-    from tfkd_ray.verdict import verdict
-
-    values = np.array(
-        [100 * run["accuracy"] for run in arm["runs"] if "accuracy" in run], dtype=float
-    )
-    if len(values) < 2:
-        return (
-            len(values),
-            float(values.mean()) if len(values) else math.nan,
-            math.nan,
-            math.nan,
-            math.nan,
-        )
-    s = verdict.summary(verdict.JudgedArm(arm["name"], tuple(range(len(values))), values))
-    return s.n, s.mean, s.sd, s.low, s.high
-
-
 def _interval_text(low: float | None, high: float | None) -> str:
     finite = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
     return f"{low:.2f} to {high:.2f}" if finite else "-"
 
 
-def _settings(objective: dict[str, Any]) -> str:
+def _settings(objective: Tree) -> str:
     name = str(own_code.shown_name(objective) or objective["name"])
     shown = objective["args"] if objective["name"] == "own" else objective
     rest = ", ".join(
@@ -448,7 +426,20 @@ def _settings(objective: dict[str, Any]) -> str:
     return f"{name}: {rest}" if rest else name
 
 
-def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
+def _bars_of(intervals: Sequence[tuple[float | None, float | None]], scale: float = 1.0) -> Series:
+    """Return a bar for each interval that is finite, the first one lowest."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for row, (low, high) in enumerate(intervals):
+        if low is not None and high is not None and math.isfinite(high - low):
+            x += [scale * low, scale * high, None]
+            y += [float(row), float(row), None]
+    return Series("lines", x, y, width=3)
+
+
+def _arm_figures(judged: Tree) -> Iterator[Figure]:
+    from tfkd_ray.verdict.verdict import over_seeds
+
     panels = []
     for student in dict.fromkeys(arm["student"] for arm in judged["arms"]):
         arms = [
@@ -458,10 +449,7 @@ def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
         ]
         if not arms:
             continue
-        dots, means = Series("points", [], [], "a seed", "#7A9CC6", opacity=0.6), {"x": [], "y": []}  # type: ignore[var-annotated]
         x, y, text = [], [], []
-        spread_x: list[float | None] = []
-        spread_y: list[float | None] = []
         for row, arm in enumerate(reversed(arms)):
             runs = [run for run in arm["runs"] if "accuracy" in run]
             x += [100 * run["accuracy"] for run in runs]
@@ -470,18 +458,17 @@ def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
                 f"{escaped(arm['name'])}, seed {run['seed']}: {100 * run['accuracy']:.2f} %"
                 for run in runs
             ]
-            _, mean, _, low, high = _over_seeds(arm)
-            means["x"].append(mean)
-            means["y"].append(float(row))
-            if math.isfinite(low) and math.isfinite(high):
-                spread_x += [low, high, None]
-                spread_y += [float(row), float(row), None]
+        found = [over_seeds(arm) for arm in reversed(arms)]
+        bars = _bars_of([(s.low, s.high) for s in found])
         ticks = tuple((float(i), arm["name"]) for i, arm in enumerate(reversed(arms)))
-        series = [replace(dots, x=x, y=y, text=text), Series("lines", spread_x, spread_y, "95 % of the mean", width=3),
-                  Series("points", means["x"], means["y"], "mean")]  # fmt: skip
+        series = [
+            Series("points", x, y, "a seed", "#7A9CC6", text, opacity=0.6),
+            replace(bars, name="95 % of the mean"),
+            Series("points", [s.mean for s in found], [i for i, _ in ticks], "mean"),
+        ]
         rows = Axis("", ticks=ticks, span=(-0.6, len(arms) - 0.4))
         title, height = f"student {student}", 150 + 26 * len(arms)
-        all_x = [*x, *(v for v in spread_x if v is not None)]
+        all_x = [*x, *(v for v in bars.x if v is not None)]
         panels.append(
             Panel(
                 title,
@@ -499,35 +486,21 @@ def _arm_figures(judged: dict[str, Any]) -> Iterator[Figure]:
         yield Figure("arms", "Test accuracy of the arms", sentence, panels)
 
 
-def _lead_figures(judged: dict[str, Any]) -> Iterator[Figure]:
+def _lead_figures(judged: Tree) -> Iterator[Figure]:
     panels = []
     for found in judged["verdicts"]:
         scale = 100.0 if found["metric"]["percent"] else 1.0
         pairs = [(c["name"], p) for c in found["candidates"] for p in c["comparisons"]][::-1]
-        spread_x: list[float | None] = []
-        spread_y: list[float | None] = []
-        for row, (_, p) in enumerate(pairs):
-            if p["low"] is not None and p["high"] is not None:
-                spread_x += [scale * p["low"], scale * p["high"], None]
-                spread_y += [float(row), float(row), None]
-        all_x = [
-            0.0,
-            *(x for x in spread_x if x is not None),
-            *(scale * p["lead"] for _, p in pairs),
-        ]
+        bars = _bars_of([(p["low"], p["high"]) for _, p in pairs], scale)
+        leads = [scale * p["lead"] for _, p in pairs]
+        all_x = [0.0, *(x for x in bars.x if x is not None), *leads]
         ticks = tuple((float(i), f"{name} over {p['over']}") for i, (name, p) in enumerate(pairs))
-        points = Series(
-            "points",
-            [scale * p["lead"] for _, p in pairs],
-            [i for i, _ in ticks],
-            "mean lead",
-            COLOURS[0],
-        )
+        points = Series("points", leads, [i for i, _ in ticks], "mean lead", COLOURS[0])
         margin = found["metric"]["margin"]
         unit = "points" if found["metric"]["percent"] else "own unit"
         x = Axis(f"lead in {found['metric']['name']}, {unit}", span=with_margin(all_x))
         y = Axis("", ticks=ticks, span=(-0.6, len(pairs) - 0.4))
-        bars = Series("lines", spread_x, spread_y, "95 % over seeds", COLOURS[0], width=3)
+        bars = replace(bars, name="95 % over seeds", colour=COLOURS[0])
         rules = [(0.0, ""), (scale * margin, f"{scale * margin:g}")]
         panels.append(
             Panel(
@@ -547,7 +520,7 @@ def _lead_figures(judged: dict[str, Any]) -> Iterator[Figure]:
         yield Figure("leads", "Leads over the baselines", sentence, panels)
 
 
-def _leads_table(judged: dict[str, Any]) -> str:
+def _leads_table(judged: Tree) -> str:
     rows = []
     for found in judged["verdicts"]:
         scale = 100.0 if found["metric"]["percent"] else 1.0

@@ -24,12 +24,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
-
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.columns import fitted, in_columns, on_one_line
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
-from tfkd_ray.settings.yaml import in_yaml, parse_yaml, read_yaml
+from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.store.experiment import (
     BASELINES,
     STATUSES,
@@ -79,7 +78,7 @@ class ExperimentPlan:
     metric: str | None
     """Metric whose last epoch gives a trial's value. None: a comparison, which is judged on the
     test split."""
-    about: dict[str, Any]
+    about: Tree
     """Content of the whole file."""
 
     @property
@@ -208,7 +207,7 @@ def record_of(folder: Path) -> Record | None:
         raise ConfigError(f"was changed by hand, or cut: {error}", path) from None
 
 
-def last_line(path: Path) -> dict[str, float]:
+def last_line(path: Path) -> Numbers:
     """Read the last complete line of a metrics.jsonl; empty if there is none."""
     try:
         file = opened(path, follow=False)
@@ -304,7 +303,7 @@ def _changed(path: Path) -> float:
 # --- status ----------------------------------------------------------------------------------------------------
 
 
-def status(experiment: Path) -> dict[str, Any]:
+def status(experiment: Path) -> Tree:
     """Return an experiment's status as JSON types (`tfkd status --json`). Keys are only ever added:
 
     name, kind (sweep, comparison), preset, created
@@ -374,19 +373,19 @@ def _last_failures(records: Sequence[Record]) -> list[dict[str, str]]:
     return [{"trial": r.name, "reason": first_line(r.reason)} for r in failed[-3:]]
 
 
-def _status_rows(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, dict[str, Any]]:
+def _status_rows(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, Tree]:
     """Return the number of trials in each state, and the best one, by objective or arm."""
     members: dict[str, list[Record]] = {name: [] for name in plan.rows}
     for record in records:
         members.setdefault(plan.row(record), []).append(record)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Tree] = {}
     for name, own in members.items():
         counts = Counter(record.status for record in own)
         rows[name] = {**{s: counts[s] for s in STATUSES}, "best": _best_trials(own, plan)}
     return rows
 
 
-def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[dict[str, Any]]:
+def follow_status(experiment: Path, every_s: float = 1.0) -> Iterator[Tree]:
     """Yield the status now and every `every_s` seconds until the experiment stops running."""
     while True:
         found = status(experiment)
@@ -410,7 +409,7 @@ def best_of(experiment: Path) -> tuple[Record, ExperimentPlan]:
     return winner, plan
 
 
-def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> dict[str, Any]:
+def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> Tree:
     """Return the best of a sweep as JSON types (`tfkd best --json`). Keys are only ever added:
 
     metrics   metrics by which trials are judged; the first one leads
@@ -435,7 +434,7 @@ def front_of(front: Sequence[Record], plan: ExperimentPlan, trials: int) -> dict
     }
 
 
-def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
+def best_lines(found: Tree, experiment: Path) -> list[str]:
     """Return the result of `front_of` as lines; with several metrics as a table."""
     metrics, best = found["metrics"], found["best"]
     if len(metrics) == 1:
@@ -443,20 +442,19 @@ def best_lines(found: dict[str, Any], experiment: Path) -> list[str]:
         return [
             f"{best[0]['trial']} of {_shown_name(experiment)}: {value}, the best of {found['trials']} on validation"
         ]
-    widths = [max(12, len(m)) for m in metrics]
-    lines = [
+    title = (
         f"{_shown_name(experiment)}: of {found['trials']} trials, {len(best)} that no other beats "
-        "on validation in all of",
-        f"{'trial':<24}" + "".join(f" {m:>12}" for m in metrics),
-    ]
+    )
+    rows = ["\t".join(["trial", *metrics])]
     for entry in best:
-        line = padded(entry["trial"], 24)
-        for m, width in zip(metrics, widths, strict=True):
-            value = entry["values"][m]
-            digits = 0 if value > 1 and value == round(value) else 4
-            line += f" {value:>{width}.{digits}f}"
-        lines.append(line)
+        values = (_front_value(entry["values"][metric]) for metric in metrics)
+        rows.append("\t".join([on_one_line(entry["trial"]), *values]))
+    lines = [f"{title}on validation in all of", *in_columns(rows, TERMINAL_WIDTH)]
     return [*lines, f"below: {best[0]['trial']}, the best in {metrics[0]}"]
+
+
+def _front_value(value: float) -> str:
+    return f"{value:.0f}" if value > 1 and value == round(value) else f"{value:.4f}"
 
 
 def _shown_name(experiment: Path) -> str:
@@ -481,7 +479,7 @@ def cut_short(text: str) -> str:
     return text if len(text) <= MOST_OF_A_TEXT else text[:MOST_OF_A_TEXT] + "…"
 
 
-def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> dict[str, Any] | None:
+def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None:
     if plan.metric is None:
         return None
     judged = ranked_trials(records, plan.metric)
@@ -587,7 +585,7 @@ def epochs_left(begun: Sequence[tuple[int, int, str]], new: Sequence[int]) -> fl
     return sum(n * rest(*where) for where, n in lengths.items())
 
 
-def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dict[str, float]:
+def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> Numbers:
     """Return what budgets count: `seconds` of a sweep's drivers, `trial_seconds` of its trials.
 
     Args:
@@ -602,7 +600,7 @@ def spent(experiment: Path, running: int = 0, *, since: float = math.inf) -> dic
     }
 
 
-def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str]:
+def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     """Return a status as lines of at most `width` columns."""
     trials, epochs = found["trials"], found["epochs"]
     over = sum(trials[s] for s in ("done", "stopped", "failed"))
@@ -613,7 +611,7 @@ def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str
         lines.insert(
             1, f"PRESET {found['preset']}: scaled down, not comparable with what is published"
         )
-    lines += [*_row_lines(found), "", *_best_trial_lines(found)]
+    lines += [*in_columns(_table_rows(found), width), "", *_best_trial_lines(found)]
     for sentence in found["verdict"]:
         lines += textwrap.wrap(f"verdict, {sentence}", width, subsequent_indent="  ")
     times = _time_parts(found)
@@ -624,19 +622,19 @@ def status_lines(found: dict[str, Any], width: int = TERMINAL_WIDTH) -> list[str
     return [fitted(line.rstrip(), width) for line in lines]
 
 
-def _row_lines(found: dict[str, Any]) -> Iterator[str]:
+def _table_rows(found: Tree) -> Sentences:
     heading = f"best {found['metric']}" if found["metric"] else ""
-    yield f"{'':<24} {'running':>7} {'full':>6} {'stopped':>7} {'failed':>6}  {heading}"
+    yield f"\trunning\tfull\tstopped\tfailed\t{heading}"
     for name, row in found["rows"].items():
         best = f"{row['best']['value']:.4f} {row['best']['trial']}" if row["best"] else ""
         running = row["running"]
         if found["state"] != "running":
             running += row["interrupted"]
-        ended = f"{row['done']:>6} {row['stopped']:>7} {row['failed']:>6}"
-        yield f"{padded(name, 24)} {running:>7} {ended}  {best}"
+        counts = f"{running}\t{row['done']}\t{row['stopped']}\t{row['failed']}"
+        yield f"{on_one_line(name)}\t{counts}\t{on_one_line(best)}"
 
 
-def _best_trial_lines(found: dict[str, Any]) -> Iterator[str]:
+def _best_trial_lines(found: Tree) -> Sentences:
     best, metric = found["best"], found["metric"]
     if best:
         ties = f", shared by {best['shared_by']} trials" if best["shared_by"] > 1 else ""
@@ -649,7 +647,7 @@ def _best_trial_lines(found: dict[str, Any]) -> Iterator[str]:
         yield "no trial of full length yet, so there is no best one"
 
 
-def _time_parts(found: dict[str, Any]) -> list[str]:
+def _time_parts(found: Tree) -> list[str]:
     shown = "ran" if found["ran_s"] else "elapsed"
     parts = []
     if found[f"{shown}_s"] is not None:
@@ -670,25 +668,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-def fitted(text: str, width: int) -> str:
-    """Return escaped text on one line, cut to a number of terminal columns."""
-    most = 16 * width  # a character may take no column, as an accent does
-    text = on_one_line(text[:most]) + "…" * (len(text) > most)
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
-
-
-def on_one_line(text: str) -> str:
-    return legible(text.replace("\n", "\\n").replace("\t", "\\t"))
-
-
-def padded(text: str, width: int) -> str:
-    """Return text padded or cut to a number of terminal columns."""
-    return set_cell_size(fitted(text, width), width)
-
-
 # --- trials ----------------------------------------------------------------------------------------------------
 
-Row = dict[str, Any]
+Row = Tree
 
 
 def key_of(row: Row, field: str) -> str | None:
@@ -745,7 +727,7 @@ def inert(text: str) -> str:
 # --- all experiments -------------------------------------------------------------------------------------------
 
 
-def ls(storage: Path) -> list[dict[str, Any]]:
+def ls(storage: Path) -> list[Tree]:
     """Return the experiments in a storage directory, oldest first (`tfkd ls --json`).
 
     Keys: name, kind, created, state, planned and ended trials, best and metric (null in a
@@ -758,7 +740,7 @@ def ls(storage: Path) -> list[dict[str, Any]]:
         )
     found = []
     for experiment, why in _experiments_in(storage):
-        entry: dict[str, Any] = dict.fromkeys(
+        entry: Tree = dict.fromkeys(
             ("kind", "preset", "created", "trials", "ended", "best", "metric", "why")
         )
         try:
@@ -801,20 +783,22 @@ def _experiments_in(storage: Path) -> Iterator[tuple[Path, str]]:
             yield path, f"cannot be read: {error.strerror}"
 
 
-def ls_lines(found: Sequence[dict[str, Any]], width: int = TERMINAL_WIDTH) -> list[str]:
+def ls_lines(found: Sequence[Tree], width: int = TERMINAL_WIDTH) -> list[str]:
     """Return the experiments as lines of at most `width` columns."""
     if not found:
         return ["no experiments here"]
-    lines = [f"{'experiment':<28} {'created':<16} {'state':<11} {'ended':>9}  best"]
+    rows = ["experiment\tcreated\tstate\tended\tbest"]
     for entry in found:
         created = fitted((entry["created"] or "")[:16].replace("T", " "), 16)
         ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
         best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
-        best = best or (arms if entry["kind"] == "comparison" else "")
-        lines.append(
-            f"{padded(entry['name'], 28)} {created:<16} {entry['state']:<11} {ended:>9}  {best}"
-        )
+        best = on_one_line(best) or (arms if entry["kind"] == "comparison" else "")
+        rows.append(f"{on_one_line(entry['name'])}\t{created}\t{entry['state']}\t{ended}\t{best}")
+    head, *below = in_columns(rows, width)
+    lines = [head]
+    for entry, line in zip(found, below, strict=True):
+        lines.append(line)
         if entry["why"]:  # in full, on lines of their own
             why = on_one_line(entry["why"])
             lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")

@@ -13,7 +13,7 @@ import io
 import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,17 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS, DONE, SHOULD_CHECKP
 from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
 from safetensors.numpy import load_file
-from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
+from tensorboard.compat.proto import event_pb2, tensor_pb2, types_pb2
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
-from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.api_pb2 import HParamInfo
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
+    HParamsPluginData,
+    SessionEndInfo,
+    SessionStartInfo,
+)
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -35,7 +42,7 @@ from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.objectives import Canonical, LabelSmoothing, Objective, TfkdReg, TfkdRegCode
 from tfkd_ray.learn.own import only_reading
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.yaml import dump_yaml, in_yaml
+from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml, leaves_of
 from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.space.arms import Arm, read_comparison
 from tfkd_ray.space.plain import PlainSpace
@@ -100,17 +107,15 @@ class TensorBoard(OwnCallback):
             return
         for old in self._folder.glob("events.*.space"):  # the space of a resumed sweep may be wider
             old.unlink()
-        writer = EventFileWriter(str(self._folder), filename_suffix=".space")
-        metrics = {VALUE: self._metric or "value", EPOCHS: "epochs"}
+        metrics, texts = {VALUE: self._metric or "value", EPOCHS: "epochs"}, []
         if isinstance(self._space, Space):
             metrics = _metrics(self._space)
             about = _about_experiment(self._space, self._columns, self._folder.parent)
-            _add(writer, 0, _layout(_charts([self._space])))
-            _add(writer, 0, _text_summary("experiment", about))
-        _add(writer, 0, _experiment(_hparam_columns(self._space), metrics))
-        writer.close()
+            texts = [_layout(_charts([self._space])), _text_summary("experiment", about)]
+        columns = _experiment(_hparam_columns(self._space), metrics)
+        _write(self._folder, *texts, columns, suffix=".space")
 
-    def on_start(self, trial: Any, last: Mapping[str, Any]) -> None:
+    def on_start(self, trial: Any, last: Values) -> None:
         self._close(trial)
         assignment = Assignment.find(trial.config)
         seen = int(last["epoch"]) if last else -1
@@ -145,7 +150,7 @@ class TensorBoard(OwnCallback):
         writer.flush()
         self._writers[trial.trial_id] = (writer, seen)
 
-    def on_epoch(self, trial: Any, epoch: int, metrics: Mapping[str, Any]) -> None:
+    def on_epoch(self, trial: Any, epoch: int, metrics: Values) -> None:
         writer, _ = self._writers[trial.trial_id]
         if trial.trial_id in self._void:
             self._void.remove(trial.trial_id)
@@ -171,9 +176,8 @@ class TensorBoard(OwnCallback):
             if name := self._objective(trial):
                 values[f"objective/{name}"] = told[self._metric]
         if values:
-            _add(writer, epoch, summary_pb2.Summary(
-                value=[summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            ))  # fmt: skip
+            points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            _add(writer, epoch, Summary(value=points))
         writer.flush()
         self._writers[trial.trial_id] = (writer, epoch)
 
@@ -196,13 +200,10 @@ class TensorBoard(OwnCallback):
             how = "stopped early" if stopped else "done"
             if failed:
                 how = f"failed: {failed}"
-            end = EventFileWriter(writer.get_logdir(), filename_suffix=".end")
-            _add(end, epoch, _session_end(bool(failed)))
-            _add(end, epoch, _scalar(EPOCHS, epoch))
-            _add(
-                end, epoch, _text_summary("trial/outcome", f"after {epoch} of {full} epochs: {how}")
-            )
-            end.close()
+            outcome = f"after {epoch} of {full} epochs: {how}"
+            ended = _session_end(bool(failed)), _scalar(EPOCHS, epoch)
+            words = _text_summary("trial/outcome", outcome)
+            _write(writer.get_logdir(), *ended, words, step=epoch, suffix=".end")
         self._close(trial)
 
     def _close(self, trial: Any) -> None:
@@ -225,7 +226,7 @@ class TensorBoard(OwnCallback):
             and not key.startswith("config/")
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Tree:
         return {**super().__getstate__(), "_writers": {}, "_void": set(), "_owners": {}}
 
 
@@ -262,12 +263,9 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
     label = f"test {score_of(whole.metric).label}" + (
         f" (preset {whole.preset}: scaled down)" if whole.preset else ""
     )
-    root = EventFileWriter(str(folder))
-    _add(root, 0, _experiment(_ARM_COLUMNS, {VALUE: label}))
-    _add(root, 0, _layout([_MARGINS]))
-    root.close()
+    _write(folder, _experiment(_ARM_COLUMNS, {VALUE: label}), _layout([_MARGINS]))
     compared = {arm.name: arm for arm in whole.arms}
-    per_class: dict[str, Any] = {}
+    per_class: Tree = {}
     figures = {}
     for name, arm in arms.items():
         if arm["runs"]:
@@ -296,9 +294,7 @@ def write_comparison(folder: Path, arms: Mapping[str, Mapping[str, Sequence[Any]
                 _add(writer, seeds, _scalar(f"test_acc/{kind}", value))
         writer.close()
         for run, value in zip(arm["runs"], arm["values"], strict=True):
-            writer = EventFileWriter(str(folder / str(run)), filename_suffix=".test")
-            _add(writer, 0, _scalar(VALUE, value))
-            writer.close()
+            _write(folder / str(run), _scalar(VALUE, value), suffix=".test")
 
 
 @only_reading()
@@ -314,7 +310,7 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
                 (folder / name / run.name).symlink_to(run.absolute())
     if list(folder.glob("events.*")):
         return
-    columns: dict[str, api_pb2.HParamInfo] = {}
+    columns: dict[str, HParamInfo] = {}
     metrics, spaces, margins = dict[str, str](), list[Space](), list[layout_pb2.Category]()
     for experiment in experiments.values():
         if (experiment / "confirm.yaml").is_file():
@@ -327,13 +323,11 @@ def side_by_side(folder: Path, experiments: Mapping[str, Path]) -> None:
             spaces.append(space)
         for column in found:
             columns[column.name] = _common(columns.get(column.name, column), column)
-    root = EventFileWriter(str(folder))
-    _add(root, 0, _experiment(columns.values(), metrics))
-    _add(root, 0, _layout([*(_charts(spaces) if spaces else []), *margins]))
-    root.close()
+    layout = _layout([*(_charts(spaces) if spaces else []), *margins])
+    _write(folder, _experiment(columns.values(), metrics), layout)
 
 
-def _common(one: api_pb2.HParamInfo, other: api_pb2.HParamInfo) -> api_pb2.HParamInfo:
+def _common(one: HParamInfo, other: HParamInfo) -> HParamInfo:
     """Return a column for the sessions of two experiments.
 
     Where one has numbers and the other text, a filter by text or range ends in an error; a list of
@@ -341,7 +335,7 @@ def _common(one: api_pb2.HParamInfo, other: api_pb2.HParamInfo) -> api_pb2.HPara
     """
     if one == other:
         return one
-    common = api_pb2.HParamInfo(name=one.name, type=one.type, differs=True)
+    common = HParamInfo(name=one.name, type=one.type, differs=True)
     lists = (one.domain_discrete.values, other.domain_discrete.values)
     values = [value for listed in lists for value in listed]
     if one.type != other.type or len({value.WhichOneof("kind") for value in values}) > 1:
@@ -381,22 +375,24 @@ def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path
     return "\n".join(lines)
 
 
-def _plain_training(config: Mapping[str, Any]) -> TrainConfig:
+def _plain_training(config: Values) -> TrainConfig:
     """Return the baseline of a trial: cross-entropy with the defaults, same data, same student."""
     same = {k: config[k] for k in ("recipe", "data", "student") if k in config}
     return TrainConfig.model_validate({**same, "objective": "ce"})
 
 
-def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
+def _change(plain: TrainConfig, config: Values) -> str:
     """Return the differences of a configuration from plain training, in Markdown."""
-    theirs, ours = (dict(_hparam_leaves(tree)) for tree in (plain.model_dump(mode="json"), config))
+    theirs, ours = (
+        {".".join(path): value for path, value in leaves_of(tree)} for tree in (plain.tree, config)
+    )
     paths = [
         p
         for p in dict.fromkeys([*ours, *theirs])
         if p not in RUN_ONLY and ours.get(p) != theirs.get(p)
     ]
 
-    def cell(tree: Mapping[str, Any], path: str) -> str:
+    def cell(tree: Values, path: str) -> str:
         if path not in tree:
             return ""
         value = tree[path]
@@ -406,16 +402,8 @@ def _change(plain: TrainConfig, config: Mapping[str, Any]) -> str:
     return "\n".join(["| setting | plain training | here |", "|---|---|---|", *rows])
 
 
-def _again(name: str, config: Mapping[str, Any]) -> str:
+def _again(name: str, config: Values) -> str:
     return f"Save this as `{name}.yaml`, then: `tfkd train {name}.yaml`\n\n```yaml\n{dump_yaml(config)}```"
-
-
-def _hparam_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, Mapping):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _hparam_leaves(value, f"{path}.{key}" if path else key)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------
@@ -440,7 +428,7 @@ def label_probability(objective: Canonical, num_classes: int) -> float | None:
     return 1 / (1 + (K - 1) * math.exp(-gap / objective.temperature))
 
 
-def _add_texts(writer: EventFileWriter, assignment: Assignment, config: Mapping[str, Any]) -> None:
+def _add_texts(writer: EventFileWriter, assignment: Assignment, config: Values) -> None:
     """Write how a trial differs from plain training, its configuration, and its targets."""
     plain = _plain_training(config)
     _add(writer, 0, _text_summary("trial/change", _change(plain, config)))
@@ -615,8 +603,8 @@ def _charts(spaces: Sequence[Space]) -> list[layout_pb2.Category]:
 
 
 _ARM_COLUMNS = [
-    api_pb2.HParamInfo(name="objective", type=api_pb2.DATA_TYPE_STRING, differs=True),
-    api_pb2.HParamInfo(name="arm", type=api_pb2.DATA_TYPE_STRING, differs=True),
+    HParamInfo(name="objective", type=api_pb2.DATA_TYPE_STRING, differs=True),
+    HParamInfo(name="arm", type=api_pb2.DATA_TYPE_STRING, differs=True),
 ]
 _MARGINS = layout_pb2.Category(
     title="test accuracy",
@@ -633,18 +621,22 @@ _MARGINS = layout_pb2.Category(
 )  # fmt: skip
 
 
-def _layout(categories: Sequence[layout_pb2.Category]) -> summary_pb2.Summary:
+def _summary(tag: str, **content: Any) -> Summary:
+    return Summary(value=[Summary.Value(tag=tag, **content)])
+
+
+def _layout(categories: Sequence[layout_pb2.Category]) -> Summary:
     # TensorBoard's own function for it needs TensorFlow
-    plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name=custom_scalar_metadata.PLUGIN_NAME)
+    plugin = SummaryMetadata.PluginData(plugin_name=custom_scalar_metadata.PLUGIN_NAME)
     content = layout_pb2.Layout(category=categories).SerializeToString()
     return _size_of(
         custom_scalar_metadata.CONFIG_SUMMARY_TAG,
-        summary_pb2.SummaryMetadata(plugin_data=plugin),
+        SummaryMetadata(plugin_data=plugin),
         content,
     )
 
 
-def _text_summary(tag: str, markdown: str) -> summary_pb2.Summary:
+def _text_summary(tag: str, markdown: str) -> Summary:
     return _size_of(
         tag,
         text_metadata.create_summary_metadata("", ""),
@@ -652,24 +644,22 @@ def _text_summary(tag: str, markdown: str) -> summary_pb2.Summary:
     )
 
 
-def _size_of(tag: str, about: summary_pb2.SummaryMetadata, content: bytes) -> summary_pb2.Summary:
+def _size_of(tag: str, about: SummaryMetadata, content: bytes) -> Summary:
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[content])
-    return summary_pb2.Summary(
-        value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=tensor)]
-    )
+    return _summary(tag, metadata=about, tensor=tensor)
 
 
-def _image(tag: str, image: Image.Image) -> summary_pb2.Summary:
+def _image(tag: str, image: Image.Image) -> Summary:
     png = io.BytesIO()
     image.save(png, "png")
-    content = summary_pb2.Summary.Image(
+    content = Summary.Image(
         width=image.width, height=image.height, colorspace=3, encoded_image_string=png.getvalue()
     )
-    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, image=content)])
+    return _summary(tag, image=content)
 
 
-def _scalar(tag: str, value: float) -> summary_pb2.Summary:
-    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)])
+def _scalar(tag: str, value: float) -> Summary:
+    return _summary(tag, simple_value=value)
 
 
 def short_names(parameters: Sequence[Parameter]) -> dict[str, str]:
@@ -686,9 +676,7 @@ def _kinds(parameters: Sequence[Parameter]) -> dict[str, str]:
     return {p.name: _kind(p.domain.values) for p in parameters if isinstance(p.domain, Choices)}
 
 
-def _experiment(
-    columns: Iterable[api_pb2.HParamInfo], metrics: Mapping[str, str]
-) -> summary_pb2.Summary:
+def _experiment(columns: Iterable[HParamInfo], metrics: Mapping[str, str]) -> Summary:
     infos = [
         api_pb2.MetricInfo(name=api_pb2.MetricName(tag=t), display_name=name)
         for t, name in metrics.items()
@@ -696,9 +684,7 @@ def _experiment(
     experiment = api_pb2.Experiment(
         hparam_infos=columns, metric_infos=infos, time_created_secs=time.time()
     )
-    return _hparam_summary(
-        metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=experiment)
-    )
+    return _hparam_summary(metadata.EXPERIMENT_TAG, experiment=experiment)
 
 
 def _metrics(space: Space) -> dict[str, str]:
@@ -711,15 +697,15 @@ def _metrics(space: Space) -> dict[str, str]:
     return {VALUE: space.search.metric, **more, EPOCHS: "epochs"}
 
 
-def _hparam_columns(space: Searched) -> list[api_pb2.HParamInfo]:
+def _hparam_columns(space: Searched) -> list[HParamInfo]:
     names = short_names(space.parameters)
     objectives = [b.objective for b in space.branches]
     columns = [_column("objective", Choices(tuple(objectives)))] if len(objectives) > 1 else []
     return columns + [_column(names[p.name], p.domain) for p in space.parameters]
 
 
-def _column(name: str, domain: Any) -> api_pb2.HParamInfo:
-    info = api_pb2.HParamInfo(name=name, differs=True)
+def _column(name: str, domain: Any) -> HParamInfo:
+    info = HParamInfo(name=name, differs=True)
     if isinstance(domain, Choices):
         kind = _kind(domain.values)
         info.type = _TYPES[kind]
@@ -755,47 +741,49 @@ def _hparam(value: Any, kind: str) -> Any:
 
 
 def _session_start(
-    values: Mapping[str, Any],
+    values: Values,
     name: str,
     columns: Mapping[str, str],
     kinds: Mapping[str, str] | None = None,
-) -> summary_pb2.Summary:
+) -> Summary:
     """Return the HParams summary of a trial's start.
 
     Args:
         kinds: types of the declared columns, by parameter; see `_kind`.
     """
-    info = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time.time())
+    info = SessionStartInfo(group_name=name, start_time_secs=time.time())
     for key, value in values.items():
         short = columns.get(key, key)
         if isinstance(value, np.generic):
             value = value.item()
         kind = (kinds or {}).get(key) or _kind([value])
         setattr(info.hparams[short], kind, _hparam(value, kind))
-    return _hparam_summary(
-        metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info)
-    )
+    return _hparam_summary(metadata.SESSION_START_INFO_TAG, session_start_info=info)
 
 
-def _session_end(failed: bool) -> summary_pb2.Summary:
+def _session_end(failed: bool) -> Summary:
     status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
-    info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
-    return _hparam_summary(
-        metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=info)
-    )
+    info = SessionEndInfo(status=status, end_time_secs=time.time())
+    return _hparam_summary(metadata.SESSION_END_INFO_TAG, session_end_info=info)
 
 
-def _hparam_summary(tag: str, data: plugin_data_pb2.HParamsPluginData) -> summary_pb2.Summary:
-    data.version = metadata.PLUGIN_DATA_VERSION
-    about = summary_pb2.SummaryMetadata(
-        plugin_data=summary_pb2.SummaryMetadata.PluginData(
+def _hparam_summary(tag: str, **info: Any) -> Summary:
+    data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **info)
+    about = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(
             plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString()
         )
     )
-    return summary_pb2.Summary(
-        value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)]
-    )
+    return _summary(tag, metadata=about, tensor=metadata.NULL_TENSOR)
 
 
-def _add(writer: EventFileWriter, step: int, summary: summary_pb2.Summary) -> None:
+def _add(writer: EventFileWriter, step: int, summary: Summary) -> None:
     writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def _write(folder: Path | str, *summaries: Summary, step: int = 0, suffix: str = "") -> None:
+    """Write a whole file of events."""
+    writer = EventFileWriter(str(folder), filename_suffix=suffix)
+    for summary in summaries:
+        _add(writer, step, summary)
+    writer.close()

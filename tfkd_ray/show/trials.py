@@ -7,13 +7,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
-
-from tfkd_ray.settings.errors import ConfigError, did_you_mean
+from tfkd_ray.settings.columns import in_columns, on_one_line
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
 from tfkd_ray.settings.files import json_tree, opened, read_at_most
 from tfkd_ray.settings.yaml import in_yaml
 from tfkd_ray.show.status import (
@@ -30,7 +29,6 @@ from tfkd_ray.show.status import (
     is_running,
     key_of,
     number_in,
-    on_one_line,
     read_lasts,
     read_plan,
     record_of,
@@ -99,7 +97,10 @@ def trials_table(
         return _as_json(found, chosen)
     if output == "csv":
         return _as_csv(found, chosen or fields)
-    return _columns(found, chosen) if chosen else _usual(found, plan)
+    if not chosen:
+        return _usual(found, plan)
+    cells = ["\t".join(_cell(row, field) for field in chosen) for row in found]
+    return "\n".join(in_columns(["\t".join(chosen), *cells]))
 
 
 def _fields(rows: Sequence[Row]) -> list[str]:
@@ -249,35 +250,21 @@ def _cell(row: Row, field: str) -> str:
 
 def _usual(rows: Sequence[Row], plan: ExperimentPlan) -> str:
     metric = plan.metric or "train_loss"
-    width = max(13, len(metric))
-    lines = [f"{'trial':<22} {'status':<12} {'epoch':>5} {metric:>{width}}  parameters"]
+    lines = [f"trial\tstatus\tepoch\t{metric}\tparameters"]
     for row in rows:
         value = f"{row[metric]:.4f}" if metric in row else ""
         own = [key for key in row if "." in key or (plan.kind == "comparison" and key == "seed")]
         parameters = " ".join(f"{k.split('.', 1)[-1]}={_cell(row, k)}" for k in own)
         reason = first_line(row["reason"]) if row.get("reason") else parameters
         trial = on_one_line(cut_short(row["trial"]))
-        lines.append(
-            f"{trial:<22} {row['status']:<12} {row['epoch']:>5} {value:>{width}}  {on_one_line(reason)}"
-        )
-    return "\n".join(lines)
-
-
-def _columns(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    cells = [list(columns), *([_cell(row, c) for c in columns] for row in rows)]
-    widths = [max(cell_len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(set_cell_size(text, w) for text, w in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
+        lines.append(f"{trial}\t{row['status']}\t{row['epoch']}\t{value}\t{on_one_line(reason)}")
+    return "\n".join(in_columns(lines))
 
 
 # --- one trial's log -------------------------------------------------------------------------------------------
 
 
-def logs(
-    experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5
-) -> Iterator[str]:
+def logs(experiment: Path, trial: str, *, follow: bool = False, every_s: float = 0.5) -> Sentences:
     """Yield a trial's log by line: its epochs and how it ended, with the traceback if it failed.
 
     Args:
@@ -312,7 +299,7 @@ def _folder_of(experiment: Path, trial: str) -> Path:
     )
 
 
-def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> Iterator[str]:
+def _log_lines(experiment: Path, folder: Path, follow: bool, every_s: float) -> Sentences:
     shown = 0
     while True:
         record = record_of(

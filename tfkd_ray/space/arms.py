@@ -8,7 +8,7 @@ import copy
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,14 +24,15 @@ from tfkd_ray.learn.config import (
 )
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, OwnObjective
+from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted
 from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import Settings, name_alone, validated
-from tfkd_ray.settings.yaml import dump_yaml, find_file, read_yaml
+from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, find_file, read_yaml
 from tfkd_ray.space.ranges import Domain
-from tfkd_ray.space.space import Space, build_space, override
+from tfkd_ray.space.space import TUNED_BASELINES, Space, build_space, override
 from tfkd_ray.store.experiment import (
     BASELINES,
     Record,
@@ -150,7 +151,7 @@ def load_arms(
 
 
 def build_arms(
-    tree: Mapping[str, Any],
+    tree: Values,
     source: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
@@ -163,7 +164,7 @@ def build_arms(
         raise ConfigError(
             "arms: needs a list of at least one arm, each with a name and an objective", source
         )
-    arms: list[dict[str, Any]] = []
+    arms: list[Tree] = []
     problems: list[str] = []
     for number, arm in enumerate(given):
         try:
@@ -189,10 +190,10 @@ def build_arms(
 def _arm(
     number: int,
     given: Any,
-    shared: Mapping[str, Any],
+    shared: Values,
     overrides: Sequence[str],
     preset: str | None,
-) -> dict[str, Any]:
+) -> Tree:
     """Return one arm of a file: its own settings, and its configuration with the shared ones."""
     if not isinstance(given, dict):
         raise ConfigError(f"arms.{number}: needs settings (name, objective, ...), got {given!r}")
@@ -211,7 +212,7 @@ def _arm(
         raise ConfigError(f"{where}.{p}" for p in error.problems) from None
 
 
-def _arm_problems(compared: Arms) -> Iterator[str]:
+def _arm_problems(compared: Arms) -> Sentences:
     names = [arm.name for arm in compared.arms]
     folders = [name.lower() for name in names]  # some file systems do not know case
     first = compared.example
@@ -245,12 +246,12 @@ def runs_of(
     for seed in seeds:
         for arm in compared.arms:
             config = arm.config
-            changes: dict[str, Any] = {"seed": seed}
+            changes: Tree = {"seed": seed}
             if not hold_out:
                 changes["data"] = config.data.model_copy(update={"val_fraction": 0.0})
             if config.needs_teacher:
                 changes |= _teachers_of_seed(config, seed, teacher_per_seed=teacher_per_seed)
-            tree = config.model_copy(update=changes).model_dump(mode="json")
+            tree = config.model_copy(update=changes).tree
             try:
                 runs.append(Run(arm.name, seed, validated(TrainConfig, tree)))
             except ConfigError as error:
@@ -258,7 +259,7 @@ def runs_of(
     return runs
 
 
-def _teachers_of_seed(config: TrainConfig, seed: int, *, teacher_per_seed: bool) -> dict[str, Any]:
+def _teachers_of_seed(config: TrainConfig, seed: int, *, teacher_per_seed: bool) -> Tree:
     """Return the settings of the teachers that a seed does not share with others, changed."""
     if config.teachers:
         several = dict(config.teachers)
@@ -317,11 +318,7 @@ def untuned(experiment: Path) -> dict[str, int]:
 def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     """Return the sweep's space with these baselines as its objectives, and these trials of each."""
     tree = copy.deepcopy(read_experiment(experiment)["space"])
-    ranges = {
-        "ce": {"name": "ce"},
-        "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
-    }
-    objectives = [ranges[name] for name in lacking]
+    objectives = [TUNED_BASELINES[name] for name in lacking]
     tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
     tree |= {"teacher": None, "init": "random"}
     tree.pop("teachers", None)
@@ -348,7 +345,7 @@ def arms_of(
     """
     winners = _candidates(experiment, top_k)
     first, metric = winners[0], selection_metric(experiment)
-    arms: list[dict[str, Any]] = []
+    arms: list[Tree] = []
     for winner in winners:
         arms.append({"name": winner.name, "config": winner.config, "role": "candidate"})
     for name in [b for b in BASELINES if b in rivals]:
@@ -378,11 +375,11 @@ def arms_of(
         arms.append({"name": "ce-scaled", "config": scaled, "role": "baseline"})
     setting = next((p.objective for p in PUBLISHED if p.objective.name == first.objective), None)  # type: ignore[attr-defined]
     if setting is not None and "published" in rivals:
-        published = {**first.config, "objective": setting.model_dump(mode="json")}
+        published = {**first.config, "objective": setting.tree}
         arms.append(
             {"name": f"{first.objective}-published", "config": published, "role": "reference"}
         )
-    distinct: dict[str, dict[str, Any]] = {}
+    distinct: dict[str, Tree] = {}
     for arm in arms:
         whole = validated(Arms, {"arms": [arm]})
         (run,) = runs_of(whole, [FIRST_SEED], hold_out=True)
@@ -401,21 +398,17 @@ def arms_of(
     )
 
 
-def _with_code_of_now(arms: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _with_code_of_now(arms: list[Tree]) -> tuple[list[Tree], list[str]]:
     """Return arms with the present code of the user's own, and a note on what has changed."""
     found, notes = [], []
     for arm in arms:
         config = validated(TrainConfig, arm["config"])
-        if config.loop is not None and (changed := config.loop.changed()) is not None:
-            notes.append(_tuned_for_old_code(changed))
-            now = config.loop.as_it_is_now().model_dump(mode="json")
-            arm = {**arm, "config": {**arm["config"], "loop": now}}
-        objective = config.objective
-        changed = objective.changed() if isinstance(objective, OwnObjective) else None
-        if isinstance(objective, OwnObjective) and changed is not None:
-            notes.append(_tuned_for_old_code(changed))
-            now = objective.as_it_is_now().model_dump(mode="json")
-            arm = {**arm, "config": {**arm["config"], "objective": now}}
+        for key, own in (("loop", config.loop), ("objective", config.objective)):
+            if not isinstance(own, OwnLoop | OwnObjective):
+                continue
+            if (changed := own.changed()) is not None:
+                notes.append(_tuned_for_old_code(changed))
+                arm = {**arm, "config": {**arm["config"], key: own.as_it_is_now().tree}}
         found.append(arm)
     return found, list(dict.fromkeys(notes))
 
@@ -464,10 +457,10 @@ def comparisons_of(experiment: Path) -> list[Path]:
     return sorted(p for p in found if _compared(p).get("experiment") == experiment.name)
 
 
-def _compared(directory: Path) -> dict[str, Any]:
+def _compared(directory: Path) -> Tree:
     path = directory / "confirm.yaml"
     with damaged(path):
-        compared: dict[str, Any] = read_yaml(path)["compared"]
+        compared: Tree = read_yaml(path)["compared"]
         compared.get  # noqa: B018
     return compared
 
@@ -497,7 +490,7 @@ def new_comparison(
     digest = compared.example.data.pinned().digest
     runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
     about = {
-        **about_now([masked(word) for word in sys.argv], compared.model_dump(mode="json")),
+        **about_now([masked(word) for word in sys.argv], compared.tree),
         "id": uuid.uuid4().hex,
         "loop_version": LOOP_VERSION,
         "fail_if_not_better": strict,
@@ -506,7 +499,7 @@ def new_comparison(
         **({} if first_look is None else {"first_look": first_look, "most_seeds": len(seeds)}),
         "teacher_per_seed": teacher_per_seed,
         "hold_out": hold_out,
-        "compared": compared.model_dump(mode="json"),
+        "compared": compared.tree,
     }
     partial = directory.with_name(f".{directory.name}.{about['id']}")
     write_text(partial / "confirm.yaml", dump_yaml(about))
@@ -595,7 +588,7 @@ _BY_SIZE = [
 stay distinct."""
 
 
-def _smoke(tree: dict[str, Any]) -> dict[str, Any]:
+def _smoke(tree: Tree) -> Tree:
     """Return a scaled-down configuration for one process.
 
     It has two epochs, about a thousand images, and networks of one convolution.

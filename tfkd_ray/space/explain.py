@@ -31,6 +31,8 @@ from tfkd_ray.learn.objectives import (
     OwnObjective,
     softmax,
 )
+from tfkd_ray.settings.columns import in_columns
+from tfkd_ray.settings.errors import Sentences
 from tfkd_ray.space.ranges import Choices, Domain
 from tfkd_ray.space.space import Branch, Parameter, Space
 
@@ -178,7 +180,7 @@ def warnings_of(space: Space) -> list[str]:
     return sentences
 
 
-def _about_knob(knob: Knob, way_out: str) -> Iterator[str]:
+def _about_knob(knob: Knob, way_out: str) -> Sentences:
     """Yield a sentence if a setting does nothing or only scales the loss."""
     if knob.verdict == "dead":
         least, largest = knob.scalars
@@ -194,7 +196,7 @@ def _about_knob(knob: Knob, way_out: str) -> Iterator[str]:
         )
 
 
-def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Iterator[str]:
+def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Sentences:
     """Yield a sentence if several live settings together amount to one label-smoothing alpha."""
     live = [k.name.rpartition(".")[2] for k in found if k.verdict == "live"]
     if len(live) < 2:
@@ -210,7 +212,7 @@ def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Itera
         )
 
 
-def explained(space: Space) -> Iterator[str]:
+def explained(space: Space) -> Sentences:
     """Yield the equivalents of a space's objectives and searched settings, 80 columns a line."""
     data = space.example.data
     K = data.num_classes
@@ -226,13 +228,13 @@ def explained(space: Space) -> Iterator[str]:
         teacher = ", synthetic teacher" if amounts[0].objective.needs_teacher else ""
         yield f"objective.{branch.objective}{teacher}"
         yield from _indented(_sentences(amounts))
-        if found:
-            yield f"  {'searched':<16} {'range':<32} {'moves':>6} {'scales':>9}  verdict"
+        table = ["  searched\trange\tmoves\tscales\tverdict"] if found else []
         for knob in found:
             name = knob.name.rpartition(".")[2]
             domain = textwrap.shorten(str(knob.domain), 32, placeholder=" ...")
-            numbers = f"{_percent(knob.residual):>6} {f'{knob.spread:.2g}x':>9}"
-            yield f"  {name:<16} {domain:<32} {numbers}  {knob.verdict}"
+            numbers = f"{_percent(knob.residual)}\t{knob.spread:.2g}x"
+            table.append(f"  {name}\t{domain}\t{numbers}\t{knob.verdict}")
+        yield from in_columns(table, WIDTH)
     if any(p.path[0] == "objective" for p in space.parameters):
         yield ""
         yield from textwrap.wrap(
@@ -244,7 +246,7 @@ def explained(space: Space) -> Iterator[str]:
         )
 
 
-def arm_line(name: str, config: TrainConfig) -> Iterator[str]:
+def arm_line(name: str, config: TrainConfig) -> Sentences:
     """Yield the equivalent of one configuration's objective: a line with its name, then details."""
     yield textwrap.shorten(f"{name}: {config.objective.called}", WIDTH, placeholder=" ...")
     if config.objective.asks_for_layers:
@@ -496,7 +498,7 @@ def _ends_searched(branch: Branch) -> Iterator[Canonical]:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def _sentences(amounts: Sequence[Amount]) -> Iterator[str]:
+def _sentences(amounts: Sequence[Amount]) -> Sentences:
     """Yield sentences on an objective, from its amounts at middle and ends (one if it is fixed)."""
     objective = amounts[0].objective
     settings = [
@@ -553,6 +555,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-def _indented(sentences: Iterable[str]) -> Iterator[str]:
+def _indented(sentences: Iterable[str]) -> Sentences:
     for sentence in sentences:
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="  ", subsequent_indent="    ")

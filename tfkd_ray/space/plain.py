@@ -14,7 +14,8 @@ from typing import Any, Literal
 from tfkd_ray.learn.config import Count
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.space.ranges import Choices, Path_, Range, Tree
+from tfkd_ray.settings.yaml import Tree, Values
+from tfkd_ray.space.ranges import Choices, Path_, Range
 from tfkd_ray.space.search_config import Grid, SearchConfig
 from tfkd_ray.space.space import SEARCH_RULES, Branch, Parameter, Searched
 
@@ -78,7 +79,7 @@ class PlainSpace(Searched):
         told = {"metric": metric, "direction": mode}
         return dataclasses.replace(self, search=self.search.model_copy(update=told))
 
-    def filled(self, values: Mapping[str, Any]) -> Tree:
+    def filled(self, values: Values) -> Tree:
         """Return the user's dictionary with these values, by parameter name."""
         tree = _dicts_of(self.branch.tree) if self.constants else {}
         for p in self.branch.parameters:
@@ -88,7 +89,7 @@ class PlainSpace(Searched):
             here[p.path[-1]] = copy.deepcopy(values[p.name])
         return tree
 
-    def values_in(self, config: Mapping[str, Any]) -> Tree:
+    def values_in(self, config: Values) -> Tree:
         """Return the searched values of a trial's dictionary, by parameter name."""
         found = {}
         for p in self.branch.parameters:
@@ -108,7 +109,7 @@ class PlainSpace(Searched):
             listed.append((p.name, p.path, told))
         return repr(listed)
 
-    def point(self, given: Mapping[str, Any]) -> Tree:
+    def point(self, given: Values) -> Tree:
         """Return a point's values by parameter name.
 
         It may name them `net/width`, or be a dictionary like the space's, constants included.
@@ -134,7 +135,7 @@ def plain_space(
     parameters: tuple[Parameter, ...],
     *,
     epochs: int,
-    search: Mapping[str, Any],
+    search: Values,
     constants: bool,
 ) -> PlainSpace:
     """Return the space of a dictionary with holes; raise a ConfigError with all its problems."""
@@ -161,7 +162,7 @@ def parameters_from(text: str) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-def search_settings(given: Mapping[str, Any]) -> PlainSearch:
+def search_settings(given: Values) -> PlainSearch:
     """Return the search settings of a plain dictionary; raise a ConfigError for all others."""
     problems = []
     for name in given:
@@ -182,7 +183,7 @@ def _dicts_of(tree: Tree) -> Tree:
 
 
 def _parts_of_point(
-    given: Mapping[str, Any], paths: set[Path_], above: Path_ = ()
+    given: Values, paths: set[Path_], above: Path_ = ()
 ) -> Iterator[tuple[Path_, Any]]:
     """Yield (path, value) of a point; a value at one of `paths` is whole, whatever it is."""
     for key, value in given.items():

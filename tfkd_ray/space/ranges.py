@@ -13,14 +13,13 @@ from fractions import Fraction
 from typing import Any, Protocol, TypeVar, get_origin
 
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted
 from tfkd_ray.settings.schema import Settings, leaves, members, name_alone, tag
-from tfkd_ray.settings.yaml import in_yaml
+from tfkd_ray.settings.yaml import Tree, in_yaml
 
-Tree = dict[str, Any]
 Path_ = tuple[str, ...]
 Item = TypeVar("Item")
-Rule = Callable[[Item], Iterator[str]]
+Rule = Callable[[Item], Sentences]
 """A function that yields a sentence for each problem of its argument, and nothing if it is
 valid."""
 
@@ -75,9 +74,13 @@ class Range:
         return f"1 - {name}" if self.log_complement else name
 
     @property
+    def _ends(self) -> tuple[float, float]:
+        return self.shown(self.low), self.shown(self.high)
+
+    @property
     def span(self) -> tuple[float, float]:
         """Return the smallest and the largest number shown."""
-        low, high = self.shown(self.low), self.shown(self.high)
+        low, high = self._ends
         return (high, low) if self.log_complement else (low, high)
 
     def place(self, value: float) -> float:
@@ -86,7 +89,7 @@ class Range:
 
     def at(self, place: float) -> float:
         """Return the value at a place, the inverse of `place`; it need not lie on a step."""
-        low, high = self.shown(self.low), self.shown(self.high)
+        low, high = self._ends
         if not self.logarithmic:
             return low * (1 - place) + high * place
         return self.shown(float(low ** (1 - place) * high**place))
@@ -173,7 +176,7 @@ class Range:
     @property
     def middle(self) -> float:
         """Return the value in the middle, on the scale of the range."""
-        low, high = self.shown(self.low), self.shown(self.high)
+        low, high = self._ends
         value = (low + high) / 2
         if self.logarithmic:
             product = float(low) * float(high)
@@ -325,14 +328,14 @@ def domain_of(value: Any, path: Path_, notes: list[str], *, whole: bool | None) 
         return None
     where = dotted(path)
     if "choices" in value:
-        _refuse(where, CHOICES_RULES, value)
+        refuse(where, CHOICES_RULES, value)
         return _choices(value["choices"], path)
-    _refuse(where, KEY_RULES, value)
+    refuse(where, KEY_RULES, value)
     found = Range(**value)
     if whole is None:
         whole = all(isinstance(v, int | None) for v in (found.low, found.high, found.step))
     found = replace(found, whole=whole)
-    _refuse(where, RANGE_RULES, found)
+    refuse(where, RANGE_RULES, found)
     return found if found.step is None else _ended_by_its_steps(found, found.step, where, notes)
 
 
@@ -345,7 +348,8 @@ def first_found(rules: Sequence[Rule[Item]], given: Item) -> list[str]:
     return []
 
 
-def _refuse(where: str, rules: Sequence[Rule[Item]], given: Item) -> None:
+def refuse(where: str, rules: Sequence[Rule[Item]], given: Item) -> None:
+    """Raise a ConfigError with the problems of the first rule that finds any."""
     problems = first_found(rules, given)
     if problems:
         raise ConfigError(where + problem for problem in problems)
@@ -364,28 +368,28 @@ def _ended_by_its_steps(given: Range, step: float, where: str, notes: list[str])
 # --- rules of a file: each yields a sentence that continues the setting's path
 
 
-def _stands_alone(given: Tree) -> Iterator[str]:
+def _stands_alone(given: Tree) -> Sentences:
     """Reject other keys besides choices."""
     others = set(given) - {"choices"}
     if others:
         yield f": choices stand alone, got also {', '.join(sorted(others))}"
 
 
-def _is_a_list(given: Tree) -> Iterator[str]:
+def _is_a_list(given: Tree) -> Sentences:
     """Reject choices that are not a list of at least one value."""
     values = given["choices"]
     if not isinstance(values, list) or not values:
         yield f".choices: needs a list of at least one value, got {values!r}"
 
 
-def _is_given_once(given: Tree) -> Iterator[str]:
+def _is_given_once(given: Tree) -> Sentences:
     """Reject duplicate choices."""
     values = given["choices"]
     if len(set(map(_frozen, values))) < len(values):
         yield f".choices: a value is given twice in {values!r}"
 
 
-def _equal_themselves(given: Tree) -> Iterator[str]:
+def _equal_themselves(given: Tree) -> Sentences:
     """Reject NaN among choices: no trial could be told that it has this value."""
     if "nan" in (repr(number) for number in _numbers_in(given["choices"])):
         yield f".choices: nan equals no value, not even itself, got {given['choices']!r}; leave it out"
@@ -400,14 +404,14 @@ def _numbers_in(value: Any) -> Iterator[float]:
             yield from _numbers_in(below)
 
 
-def _differ_as_texts(given: Tree) -> Iterator[str]:
+def _differ_as_texts(given: Tree) -> Sentences:
     """Reject a text that is how the sampler sees another choice's settings."""
     texts = Choices(tuple(given["choices"])).points
     if len(set(texts)) < len(texts):
         yield f".choices: a text and the settings that it spells, in {given['choices']!r}; leave one out"
 
 
-def _has_keys_of_a_range(given: Tree) -> Iterator[str]:
+def _has_keys_of_a_range(given: Tree) -> Sentences:
     """Reject keys that a range does not have."""
     for key in given:
         if key in ENDS:
@@ -416,19 +420,14 @@ def _has_keys_of_a_range(given: Tree) -> Iterator[str]:
             yield f".{key}: no such key of a range; {did_you_mean(key, RANGE_KEYS)}"
 
 
-def _low_is_a_number(given: Tree) -> Iterator[str]:
-    """Reject a low end that is not a number."""
-    if not _is_plain_number(given.get("low")):
-        yield f".low: a range needs a number here, got {given.get('low')!r}"
+def _ends_are_numbers(given: Tree) -> Sentences:
+    """Reject ends that are not numbers."""
+    for key in ("low", "high"):
+        if not _is_plain_number(given.get(key)):
+            yield f".{key}: a range needs a number here, got {given.get(key)!r}"
 
 
-def _high_is_a_number(given: Tree) -> Iterator[str]:
-    """Reject a high end that is not a number."""
-    if not _is_plain_number(given.get("high")):
-        yield f".high: a range needs a number here, got {given.get('high')!r}"
-
-
-def _numbers_are_finite(given: Tree) -> Iterator[str]:
+def _numbers_are_finite(given: Tree) -> Sentences:
     """Reject the first number that a float cannot hold."""
     for key in ("low", "high", "step"):
         if not _is_finite(given.get(key)):
@@ -436,7 +435,7 @@ def _numbers_are_finite(given: Tree) -> Iterator[str]:
             return
 
 
-def _flags_are_flags(given: Tree) -> Iterator[str]:
+def _flags_are_flags(given: Tree) -> Sentences:
     """Reject a log or log_complement that is neither true nor false."""
     for key in ("log", "log_complement"):
         if not isinstance(given.get(key, False), bool):
@@ -444,7 +443,7 @@ def _flags_are_flags(given: Tree) -> Iterator[str]:
             return
 
 
-def _low_is_below_high(given: Range) -> Iterator[str]:
+def _low_is_below_high(given: Range) -> Sentences:
     """Reject a low end that is not below the high one."""
     low, high = given.low, given.high
     if low > high:
@@ -453,40 +452,40 @@ def _low_is_below_high(given: Range) -> Iterator[str]:
         yield f": low and high are both {low:g}; write the value itself to fix it"
 
 
-def _log_has_logarithms(given: Range) -> Iterator[str]:
+def _log_has_logarithms(given: Range) -> Sentences:
     """Reject a log range that reaches 0 or below."""
     if given.log and given.low <= 0:
         yield f": a log range starts above 0, got low {given.low:g}; raise low, or leave out log"
 
 
-def _log_complement_has_logarithms(given: Range) -> Iterator[str]:
+def _log_complement_has_logarithms(given: Range) -> Sentences:
     """Reject a log_complement range outside [0, 1)."""
     low, high = given.low, given.high
     if given.log_complement and not 0 <= low < high < 1:
         yield f": log_complement needs 0 <= low < high < 1, got low {low:g} and high {high:g}"
 
 
-def _step_is_above_0(given: Range) -> Iterator[str]:
+def _step_is_above_0(given: Range) -> Sentences:
     """Reject a step that is not a number above 0."""
     step = given.step
     if step is not None and (not _is_plain_number(step) or step <= 0):
         yield f".step: a number above 0, got {step!r}"
 
 
-def _scale_is_one(given: Range) -> Iterator[str]:
+def _scale_is_one(given: Range) -> Sentences:
     """Reject a range with two scales."""
     if (given.step is not None) + given.log + given.log_complement > 1:
         yield ": only one of log, step and log_complement"
 
 
-def _numbers_are_whole(given: Range) -> Iterator[str]:
+def _numbers_are_whole(given: Range) -> Sentences:
     """Reject fractions in the range of a whole-number setting."""
     numbers = [v for v in (given.low, given.high, given.step) if v is not None]
     if given.whole and any(v != int(v) for v in numbers):
         yield f": whole numbers only, got {replace(given, whole=False)}"
 
 
-def _step_is_within(given: Range) -> Iterator[str]:
+def _step_is_within(given: Range) -> Sentences:
     """Reject a step larger than its range."""
     low, high, step = given.low, given.high, given.step
     if step is not None and step > high - low:
@@ -496,7 +495,7 @@ def _step_is_within(given: Range) -> Iterator[str]:
         )
 
 
-def _step_moves_a_float(given: Range) -> Iterator[str]:
+def _step_moves_a_float(given: Range) -> Sentences:
     """Reject a step too small to change the float that it is added to."""
     low, high, step = given.low, given.high, given.step
     if step is None or isinstance(low + high + step, int):
@@ -515,8 +514,7 @@ CHOICES_RULES = (
 )
 KEY_RULES = (
     _has_keys_of_a_range,
-    _low_is_a_number,
-    _high_is_a_number,
+    _ends_are_numbers,
     _numbers_are_finite,
     _flags_are_flags,
 )

@@ -3,16 +3,17 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from tfkd_ray.learn.config import RUN_ONLY, OptimConfig, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.schema import tag
-from tfkd_ray.space.ranges import Choices, Path_, Range, Tree
+from tfkd_ray.settings.yaml import Tree, Values, leaves_of
+from tfkd_ray.space.ranges import Choices, Path_, Range
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path
 from tfkd_ray.store.experiment import as_number
@@ -29,9 +30,7 @@ def branch_of(group: BranchGroup, objective: str) -> Any:
     return next(b for b in group.branches if b.objective == objective)
 
 
-def as_asked(
-    group: BranchGroup, objective: str, values: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def as_asked(group: BranchGroup, objective: str, values: Values) -> tuple[Tree, Tree]:
     """Return (parameters, distributions) of a study's trial with these values."""
     import optuna  # imported here: commands that only read a space do without
 
@@ -65,7 +64,7 @@ def warm_points(space: Space) -> list[WarmPoint]:
 
 def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
     """Return a group's `warm_points`: objectives in turn, at most a quarter of its trials."""
-    if not space.search.warm_start or isinstance(space.search.sampler, Grid):
+    if not space.search.warm_start or isinstance(space.sampler, Grid):
         return []
     in_turn: list[WarmPoint] = []
     for row in itertools.zip_longest(*map(_published, group.branches)):
@@ -136,7 +135,7 @@ def not_superset(old: Space, new: Space) -> list[str]:
 # --- rules of two branches: the second must contain the trials of the first
 
 
-def _ranges_are_as_wide(was: Branch, now: Branch) -> Iterator[str]:
+def _ranges_are_as_wide(was: Branch, now: Branch) -> Sentences:
     """Reject a searched setting that became fixed or narrower."""
     after = _by_place(now)
     for place, p in _by_place(was).items():
@@ -146,14 +145,14 @@ def _ranges_are_as_wide(was: Branch, now: Branch) -> Iterator[str]:
             yield f"{p.name}: was {p.domain}, and {after[place].domain} does not hold all of it; widen it"
 
 
-def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Iterator[str]:
+def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Sentences:
     """Reject a new range that lacks the value that was fixed."""
     before = _by_place(was)
     for place, p in _by_place(now).items():
         if place in before or not _was_there(was, p):
             continue
         there = was.config(was.around(p)) if p.within else was.example
-        value = value_at(there.model_dump(mode="json"), p.path)
+        value = value_at(there.tree, p.path)
         if not p.domain.contains(value):
             yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
 
@@ -167,10 +166,10 @@ def _was_there(was: Branch, p: Parameter) -> bool:
     return bool(domains) and domains[0].contains(item)
 
 
-def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
+def _fixed_values_are_the_same(was: Branch, now: Branch) -> Sentences:
     """Reject a fixed value that changed."""
     searched = {p.path for p in (*was.parameters, *now.parameters)}
-    examples = [branch.example.model_dump(mode="json") for branch in (was, now)]
+    examples = [branch.example.tree for branch in (was, now)]
     for path, a, b in _differences(*examples):
         if not _is_below(path, searched):
             name = ".".join(public_path(path, was.objective))
@@ -206,8 +205,8 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
 
     For two different kinds of a thing, only their names.
     """
-    left = dict(_leaves_of(a))
-    right = dict(_leaves_of(b))
+    left = dict(leaves_of(a))
+    right = dict(leaves_of(b))
     digests = (left.get(DIGEST), right.get(DIGEST))
     if None in digests:  # one began before data had digests, or has not begun
         left[DIGEST] = right[DIGEST] = None
@@ -220,14 +219,6 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
         only_where = top in {"recipe", *RUN_ONLY} or (top == "data" and last in Dataset.places)
         if not only_where:
             yield path, left.get(path), right.get(path)
-
-
-def _leaves_of(tree: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves_of(value, (*path, str(key)))
-    else:
-        yield path, tree
 
 
 def value_at(tree: Any, path: Path_) -> Any:
@@ -243,7 +234,7 @@ def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list
     The configuration is another space's; its seed and run settings (`RUN_ONLY`) may differ. If it
     does not lie in this space, return the differences instead.
     """
-    tree = config.model_dump(mode="json")
+    tree = config.tree
     name = config.objective.called
     for group in space.groups:
         for branch in group.branches:
@@ -272,7 +263,7 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
     if different:
         return different
     try:
-        here = branch.config(values).model_dump(mode="json")
+        here = branch.config(values).tree
     except ConfigError as error:
         return error.problems
     for path, a, b in _differences(tree, here):
@@ -289,13 +280,13 @@ def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: 
         if isinstance(p.domain, Range) and not p.domain.contains(value_at(tree, p.path)):
             return False
     others = branch.around(choices) | values | {choices.name: item}
-    here = value_at(branch.config(others).model_dump(mode="json"), choices.path)
+    here = value_at(branch.config(others).tree, choices.path)
     there = value_at(tree, choices.path)
     if not isinstance(here, dict) or not isinstance(there, dict):
         return bool(here == there)
     depth = len(choices.path)
     loose = [p.path[depth:] for p in inside]
-    left = dict(_leaves_of(here))
-    right = dict(_leaves_of(there))
+    left = dict(leaves_of(here))
+    right = dict(leaves_of(there))
     differ = [path for path in {*left, *right} if left.get(path) != right.get(path)]
     return all(_is_below(path, loose) for path in differ)

@@ -38,7 +38,7 @@ class _Sampler(Settings):
 class Tpe(_Sampler):
     """Tree-structured Parzen estimators: models where good trials are, stopped ones included."""
 
-    together: ClassVar[bool] = True
+    together = True
     name: Literal["tpe"] = "tpe"
     startup: Count | None = None
     """Proposals before the model is used; quasi-random if an objective has its own sampler and no
@@ -61,11 +61,11 @@ class Gp(_Sampler):
 class CmaEs(_Sampler):
     """CMA-ES: adapts a normal distribution by generations; ranges only, one metric, no stopping."""
 
-    choices: ClassVar[bool] = False
-    several: ClassVar[bool] = False
-    priors: ClassVar[bool] = False
-    full_length_only: ClassVar[bool] = True
-    needs: ClassVar[str | None] = "cmaes"
+    choices = False
+    several = False
+    priors = False
+    full_length_only = True
+    needs = "cmaes"
     name: Literal["cmaes"] = "cmaes"
     startup: Count = 1
     """Random proposals before it begins."""
@@ -76,7 +76,7 @@ class CmaEs(_Sampler):
 class Qmc(_Sampler):
     """Quasi-random points, which cover the space more evenly than random ones."""
 
-    priors: ClassVar[bool] = False
+    priors = False
     name: Literal["qmc"] = "qmc"
     kind: Literal["sobol", "halton"] = "sobol"
 
@@ -84,15 +84,15 @@ class Qmc(_Sampler):
 class Random(_Sampler):
     """Independent random proposals."""
 
-    together: ClassVar[bool] = True
-    priors: ClassVar[bool] = False
+    together = True
+    priors = False
     name: Literal["random"] = "random"
 
 
 class Grid(_Sampler):
     """Every combination of choices and steps once, in random order; no more and no fewer trials."""
 
-    priors: ClassVar[bool] = False
+    priors = False
     name: Literal["grid"] = "grid"
 
 

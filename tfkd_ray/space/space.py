@@ -8,12 +8,11 @@ itself, at both ends of every range.
 """
 
 import copy
-import dataclasses
 import importlib.util
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from tfkd_ray.learn.objectives import Canonical, recorded
 from tfkd_ray.learn.own import is_only_reading
 from tfkd_ray.learn.own_loss import whole_numbers
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
-from tfkd_ray.settings.yaml import find_file, in_yaml, parse_yaml, read_yaml
+from tfkd_ray.settings.yaml import Tree, Values, find_file, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.space.ranges import (
     RANGE_KEYS,
     Choices,
@@ -33,7 +32,6 @@ from tfkd_ray.space.ranges import (
     Path_,
     Range,
     Suggests,
-    Tree,
     domain_of,
     first_found,
     holds_a_number,
@@ -50,11 +48,18 @@ from tfkd_ray.space.search_config import (
     Hyperband,
     Median,
     NoStopping,
+    Sampler,
     SearchConfig,
+    Stopping,
 )
 
 Within = tuple[str, Any]
 """An item of choices: (name of the parameter, its value)."""
+TUNED_BASELINES: dict[str, Tree] = {
+    "ce": {"name": "ce"},
+    "lsr": {"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}},
+}
+"""Baselines that a space adds to its objectives, with the ranges in which they are tuned."""
 OF_TEACHERS = ("teacher", "teachers")
 """Settings of a run's teachers."""
 MAX_CORNERS = 256
@@ -83,7 +88,7 @@ class Parameter:
     """Condition for searching it: (name of a choice parameter, its required value). None:
     always."""
 
-    def is_asked(self, chosen: Mapping[str, Any]) -> bool:
+    def is_asked(self, chosen: Values) -> bool:
         """Return whether it is searched, given the values of the other parameters."""
         if self.within is None:
             return True
@@ -107,7 +112,7 @@ class Branch:
     parameters: tuple[Parameter, ...]
     """Parameters, choices before those within them."""
 
-    def asked(self, values: Mapping[str, Any]) -> Iterator[Parameter]:
+    def asked(self, values: Values) -> Iterator[Parameter]:
         """Yield the parameters that these values activate; the caller may add values on the way."""
         there: Tree = {}
         for p in self.parameters:
@@ -115,7 +120,7 @@ class Branch:
                 yield p
                 there[p.name] = values[p.name]
 
-    def config(self, values: Mapping[str, Any]) -> TrainConfig:
+    def config(self, values: Values) -> TrainConfig:
         """Return the configuration for these values, by parameter name."""
         tree = copy.deepcopy(self.tree)
         for p in self.asked(values):
@@ -154,12 +159,12 @@ class BranchGroup:
     name: str
     branches: tuple[Branch, ...]
 
-    def propose(self, trial: Suggests) -> tuple[dict[str, Any], TrainConfig]:
+    def propose(self, trial: Suggests) -> tuple[Tree, TrainConfig]:
         """Return (values by parameter name, their configuration), proposed by the sampler."""
         branch, values = self.values(trial)
         return values, branch.config(values)
 
-    def values(self, trial: Suggests) -> tuple[Branch, dict[str, Any]]:
+    def values(self, trial: Suggests) -> tuple[Branch, Tree]:
         """Return (branch, values by parameter name), proposed by the sampler."""
         names = [b.objective for b in self.branches]
         chosen = trial.suggest_categorical("objective", names) if len(names) > 1 else names[0]
@@ -169,7 +174,7 @@ class BranchGroup:
             values[p.name] = p.domain.suggest(trial, p.name)
         return branch, values
 
-    def told(self, branch: Branch, values: Mapping[str, Any]) -> Tree:
+    def told(self, branch: Branch, values: Values) -> Tree:
         """Return the values of a branch in the form in which `suggest` asks for them."""
         told: Tree = {}
         if len(self.branches) > 1:
@@ -234,9 +239,24 @@ class Searched:
         return list(found.values())
 
     @property
+    def sampler(self) -> Sampler:
+        """Return the settings of the sampler."""
+        return self.search.sampler
+
+    @property
+    def stopping(self) -> Stopping:
+        """Return the settings of early stopping."""
+        return self.search.stopping
+
+    @property
     def epochs(self) -> int:
         """Return the full length of a trial."""
         return int(self.tree["epochs"])
+
+    @property
+    def rungs(self) -> list[int]:
+        """Return the epochs after which trials may be stopped."""
+        return self.stopping.rungs(self.epochs)
 
 
 @dataclass(frozen=True)
@@ -349,13 +369,13 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     if problems:
         raise ConfigError(problems, source)
     search = _sized(space)
-    space = dataclasses.replace(space, search=search, tree=_resolved(branches, search))
+    space = replace(space, search=search, tree=_resolved(branches, search))
     problems = first_found(SPACE_RULES, space)
     if problems:
         raise ConfigError(problems, source)
     for note_of in NOTES:
         notes += note_of(space)
-    return dataclasses.replace(space, notes=tuple(dict.fromkeys(notes)))
+    return replace(space, notes=tuple(dict.fromkeys(notes)))
 
 
 def _read_search(given: Any) -> tuple[SearchConfig, list[str]]:
@@ -416,7 +436,7 @@ def _share(space: Searched) -> int:
 # --- notes: each a sentence on an oddity of a space
 
 
-def _weights_are_unknown(space: Space) -> Iterator[str]:
+def _weights_are_unknown(space: Space) -> Sentences:
     """Yield a note if a teacher's weights may have seen the validation images."""
     weights = {str(run.weights) for run in space.teacher_runs() if run.weights}
     if weights:
@@ -426,7 +446,7 @@ def _weights_are_unknown(space: Space) -> Iterator[str]:
         )
 
 
-def _trials_are_the_same(space: Space) -> Iterator[str]:
+def _trials_are_the_same(space: Space) -> Sentences:
     """Yield a note if nothing is searched, so that all trials are equal."""
     share = _share(space)
     idle = [b.objective for b in space.branches if not b.parameters]
@@ -443,7 +463,7 @@ def _trials_are_the_same(space: Space) -> Iterator[str]:
     )
 
 
-def _trials_repeat_others(space: Space) -> Iterator[str]:
+def _trials_repeat_others(space: Space) -> Sentences:
     """Yield a note if trials must repeat, because there are hardly more different ones."""
     share = _share(space)
     few = {}
@@ -451,7 +471,7 @@ def _trials_repeat_others(space: Space) -> Iterator[str]:
         size = group.size
         if any(b.parameters for b in group.branches) and size is not None and size < 2 * share:
             few[group.name] = size
-    if share < 2 or not few or isinstance(space.search.sampler, Grid):
+    if share < 2 or not few or isinstance(space.sampler, Grid):
         return
     points = ", ".join(f"{size} different trials of {name}" for name, size in few.items())
     way = "write a range, or more choices, or lower search.num_samples"
@@ -466,7 +486,7 @@ NOTES = (_weights_are_unknown, _trials_are_the_same, _trials_repeat_others)
 # --- rules of a space's teachers, on the tree of the file
 
 
-def _teacher_is_needed(space: Space) -> Iterator[str]:
+def _teacher_is_needed(space: Space) -> Sentences:
     """Reject a searched teacher without an objective that needs one."""
     if not any(_needs_teacher(branch.tree) for branch in space.branches):
         for part in OF_TEACHERS:
@@ -474,7 +494,7 @@ def _teacher_is_needed(space: Space) -> Iterator[str]:
                 yield f"{name}: is searched, and no objective here needs a teacher; leave it out"
 
 
-def _teachers_are_few(space: Space) -> Iterator[str]:
+def _teachers_are_few(space: Space) -> Sentences:
     """Reject more teachers than can be trained before the sweep."""
     for branch in space.branches:
         teachers = _teachers(branch)
@@ -490,7 +510,7 @@ def _teachers(branch: Branch) -> int:
     listed = []
     for p in branch.makes_teachers:
         if isinstance(p.domain, Range):  # teachers are trained with the low end only
-            p = dataclasses.replace(p, domain=Choices((p.domain.probes[0],)))
+            p = replace(p, domain=Choices((p.domain.probes[0],)))
         listed.append(p)
     return _combinations(listed) or 1
 
@@ -501,16 +521,16 @@ TEACHER_RULES = (_teacher_is_needed, _teachers_are_few)
 # --- rules of search settings: each yields a sentence that continues `search.`
 
 
-def _sampler_is_installed(space: Searched) -> Iterator[str]:
+def _sampler_is_installed(space: Searched) -> Sentences:
     """Reject a sampler whose package is not installed."""
-    sampler = space.search.sampler
+    sampler = space.sampler
     if sampler.needs and importlib.util.find_spec(sampler.needs) is None:
         yield f"sampler: {sampler} needs the package {sampler.needs}, which is not here: pip install {sampler.needs}"
 
 
-def _sampler_proposes_choices(space: Searched) -> Iterator[str]:
+def _sampler_proposes_choices(space: Searched) -> Sentences:
     """Reject choices with a sampler that cannot propose them."""
-    sampler = space.search.sampler
+    sampler = space.sampler
     for p in space.parameters:
         if isinstance(p.domain, Choices) and not sampler.choices:
             yield f"sampler: {sampler} proposes numbers only, and {p.name} is a choice; use tpe, or fix {p.name}"
@@ -521,16 +541,16 @@ def _are_joined(space: Searched) -> bool:
     return len(space.groups[0].branches) > 1
 
 
-def _sampler_chooses_objectives(space: Searched) -> Iterator[str]:
+def _sampler_chooses_objectives(space: Searched) -> Sentences:
     """Reject several objectives with a sampler that cannot choose among them."""
-    sampler = space.search.sampler
+    sampler = space.sampler
     if _are_joined(space) and not sampler.together:
         yield f"sampler: {sampler} cannot choose among objectives; use tpe or random, or split: true"
 
 
-def _sampler_chooses_items(space: Searched) -> Iterator[str]:
+def _sampler_chooses_items(space: Searched) -> Sentences:
     """Reject items with their own ranges for a sampler that cannot choose among them."""
-    sampler = space.search.sampler
+    sampler = space.sampler
     nested = sorted({p.within[0] for p in space.parameters if p.within})
     if nested and not sampler.together and not _are_joined(space):
         yield (
@@ -539,11 +559,9 @@ def _sampler_chooses_items(space: Searched) -> Iterator[str]:
         )
 
 
-def _grid_is_run_once(space: Searched) -> Iterator[str]:
+def _grid_is_run_once(space: Searched) -> Sentences:
     """Reject a grid that cannot be listed, is too large, or differs from `num_samples`."""
-    if not isinstance(space.search.sampler, Grid) or any(
-        group.conditional for group in space.groups
-    ):
+    if not isinstance(space.sampler, Grid) or any(group.conditional for group in space.groups):
         return
     given, size = space.search.num_samples, _grid_size(space)
     endless = [p for p in space.parameters if p.domain.size is None]
@@ -555,31 +573,31 @@ def _grid_is_run_once(space: Searched) -> Iterator[str]:
         yield f"num_samples: the grid has {size} points, each is one trial, got {given}; leave it out"
 
 
-def _gp_can_list_values(space: Searched) -> Iterator[str]:
+def _gp_can_list_values(space: Searched) -> Sentences:
     """Reject parameters with too many values for Optuna's gp, which lists them."""
     for p in space.parameters:
         size = p.domain.size or 0
-        if isinstance(space.search.sampler, Gp) and size > MAX_STEPS:
+        if isinstance(space.sampler, Gp) and size > MAX_STEPS:
             yield f"sampler: gp cannot propose one of {size} values of {p.name}; raise its step, or use tpe"
 
 
-def _sampler_has_several_metrics(space: Searched) -> Iterator[str]:
+def _sampler_has_several_metrics(space: Searched) -> Sentences:
     """Reject several metrics with a sampler that can optimise only one."""
     search = space.search
     if search.more_metrics and not search.sampler.several:
         yield f"sampler: {search.sampler} has one metric only; use tpe or gp for {', '.join(search.metrics)}"
 
 
-def _parameters_differ(space: Searched) -> Iterator[str]:
+def _parameters_differ(space: Searched) -> Sentences:
     """Reject the number of parameters as a metric if all students have the same."""
     searched = any(p.path[0] == "student" for p in space.parameters)
     if "parameters" in space.search.more_metrics and not searched:
         yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
 
 
-def _stopping_judges_by_one_metric(space: Searched) -> Iterator[str]:
+def _stopping_judges_by_one_metric(space: Searched) -> Sentences:
     """Reject early stopping with several metrics."""
-    search, stopping = space.search, space.search.stopping
+    search, stopping = space.search, space.stopping
     if search.more_metrics and not isinstance(stopping, NoStopping):
         yield (
             f"stopping: {stopping.name} judges by one metric, and there are {len(search.metrics)}: a trial that is "
@@ -587,24 +605,24 @@ def _stopping_judges_by_one_metric(space: Searched) -> Iterator[str]:
         )
 
 
-def _generations_are_whole(space: Searched) -> Iterator[str]:
+def _generations_are_whole(space: Searched) -> Sentences:
     """Reject early stopping with a sampler that needs full-length trials."""
-    sampler = space.search.sampler
-    if sampler.full_length_only and not isinstance(space.search.stopping, NoStopping):
+    sampler = space.sampler
+    if sampler.full_length_only and not isinstance(space.stopping, NoStopping):
         yield f"stopping: a trial that is stopped early is missing from a generation of {sampler}; set stopping: none"
 
 
 def _begins_too_late(space: Searched) -> bool:
     """Return whether a halving's `min_epochs` leave no rung."""
-    stopping, epochs = space.search.stopping, space.epochs
+    stopping, epochs = space.stopping, space.epochs
     if not isinstance(stopping, Halving) or not stopping.min_epochs:
         return False
     return epochs > 1 and not stopping.rungs(epochs)
 
 
-def _halving_stops_trials(space: Searched) -> Iterator[str]:
+def _halving_stops_trials(space: Searched) -> Sentences:
     """Reject a halving without rungs."""
-    stopping = space.search.stopping
+    stopping = space.stopping
     if isinstance(stopping, Halving) and _begins_too_late(space):
         yield (
             f"stopping: {stopping.name} would never stop a trial: min_epochs is {stopping.min_epochs} of "
@@ -612,9 +630,9 @@ def _halving_stops_trials(space: Searched) -> Iterator[str]:
         )
 
 
-def _brackets_have_trials(space: Searched) -> Iterator[str]:
+def _brackets_have_trials(space: Searched) -> Sentences:
     """Reject a hyperband with too few trials per bracket."""
-    stopping, epochs, share = space.search.stopping, space.epochs, _share(space)
+    stopping, epochs, share = space.stopping, space.epochs, _share(space)
     if not isinstance(stopping, Hyperband) or _begins_too_late(space):
         return
     n = len(stopping.brackets(epochs))
@@ -624,9 +642,9 @@ def _brackets_have_trials(space: Searched) -> Iterator[str]:
         yield f"stopping: hyperband's {n} brackets need {2 * n} trials of each objective, got {share}; use halving"
 
 
-def _median_has_few_rungs(space: Searched) -> Iterator[str]:
+def _median_has_few_rungs(space: Searched) -> Sentences:
     """Reject a median that judges a trial too often."""
-    stopping = space.search.stopping
+    stopping = space.stopping
     if not isinstance(stopping, Median) or not stopping.min_epochs:
         return
     times = space.epochs // stopping.min_epochs
@@ -634,9 +652,9 @@ def _median_has_few_rungs(space: Searched) -> Iterator[str]:
         yield f"stopping: median would judge a trial {times} times; raise min_epochs"
 
 
-def _median_begins(space: Searched) -> Iterator[str]:
+def _median_begins(space: Searched) -> Sentences:
     """Reject a median that begins only after an objective's last trial."""
-    stopping, share = space.search.stopping, _share(space)
+    stopping, share = space.stopping, _share(space)
     if isinstance(stopping, Median) and share <= stopping.startup:
         yield (
             f"stopping: median begins after {stopping.startup} full-length trials of an objective, and each has "
@@ -644,7 +662,7 @@ def _median_begins(space: Searched) -> Iterator[str]:
         )
 
 
-def _gpu_hours_end(space: Searched) -> Iterator[str]:
+def _gpu_hours_end(space: Searched) -> Sentences:
     """Reject a budget of GPU hours for trials without GPUs."""
     if space.search.gpu_hours is None or not isinstance(space, Space):
         return
@@ -675,21 +693,21 @@ SEARCH_RULES = (
 # --- rules of a whole space
 
 
-def _validation_is_kept(space: Space) -> Iterator[str]:
+def _validation_is_kept(space: Space) -> Sentences:
     """Reject a sweep without validation images."""
     is_sweep = space.parameters or len(space.branches) > 1
     if is_sweep and not space.example.data.val_fraction:
         yield "data.val_fraction: a sweep chooses on validation, so it must be above 0, got 0"
 
 
-def _objectives_have_trials(space: Space) -> Iterator[str]:
+def _objectives_have_trials(space: Space) -> Sentences:
     """Reject fewer trials than objectives."""
     search, objectives = space.search, len(space.branches)
     if search.num_samples < objectives and search.split:
         yield f"search.num_samples: {objectives} objectives share it equally, got {search.num_samples}"
 
 
-def _is_searched_as_it_can_be(space: Space) -> Iterator[str]:
+def _is_searched_as_it_can_be(space: Space) -> Sentences:
     """Reject search settings that do not fit the space."""
     for rule in SEARCH_RULES:
         for problem in rule(space):
@@ -712,7 +730,7 @@ def with_digest(space: Space, digest: str | None) -> Space:
     data = {**space.tree["data"], "digest": digest}
     found = build_space({**space.tree, "data": data})
     # a tree has no password
-    return dataclasses.replace(found, notes=space.notes, search=space.search)
+    return replace(found, notes=space.notes, search=space.search)
 
 
 def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]:
@@ -733,12 +751,8 @@ def _objectives(given: Any, search: SearchConfig, notes: list[str]) -> list[Any]
         raise ConfigError(
             f"objective: {', '.join(sorted(twice))} is listed twice; widen one range instead{way}"
         )
-    added: list[Any] = []
-    if search.baselines and len(given) > 1:
-        if "ce" not in names:
-            added.append({"name": "ce"})
-        if "lsr" not in names:
-            added.append({"name": "lsr", "alpha": {"low": 0.02, "high": 0.4, "log": True}})
+    wanted = TUNED_BASELINES if search.baselines and len(given) > 1 else {}
+    added = [copy.deepcopy(tree) for name, tree in wanted.items() if name not in names]
     if added:
         notes.append(
             f"added {' and '.join(a['name'] for a in added)}: baselines are tuned as hard as the rest "
@@ -770,7 +784,7 @@ def _ranges(value: Any, path: Path_) -> Iterator[str]:
             yield from _ranges(below, (*path, str(key)))
 
 
-def _ranges_in_lists(value: Any, path: Path_) -> Iterator[str]:
+def _ranges_in_lists(value: Any, path: Path_) -> Sentences:
     """Yield a note for each part of a list that looks like a range, and is none there."""
     parts = dict(enumerate(value)) if isinstance(value, list) else value
     if not isinstance(parts, dict):
@@ -887,10 +901,10 @@ def _without_teacher(branch: Branch) -> Branch:
     """Return the branch with the first values of its teacher's settings, which have no effect."""
     idle = tuple(p for p in branch.parameters if p.path[0] in OF_TEACHERS)
     first = _first(idle)
-    for p in dataclasses.replace(branch, parameters=idle).asked(first):
+    for p in replace(branch, parameters=idle).asked(first):
         p.put(branch.tree, first[p.name])
     others = tuple(p for p in branch.parameters if p.path[0] not in OF_TEACHERS)
-    return dataclasses.replace(branch, parameters=others)
+    return replace(branch, parameters=others)
 
 
 def _precision(branch: Branch) -> str:
@@ -905,7 +919,7 @@ def _precision(branch: Branch) -> str:
 # --- rules of a branch: each yields a sentence on a problem
 
 
-def _names_differ(found: Sequence[Parameter]) -> Iterator[str]:
+def _names_differ(found: Sequence[Parameter]) -> Sentences:
     """Reject two parameters of the same name."""
     count = Counter(p.name for p in found)
     for name, times in count.items():
@@ -919,14 +933,14 @@ def _names_differ(found: Sequence[Parameter]) -> Iterator[str]:
 ONE_A_SWEEP = {*RUN_ONLY, "recipe", "data", "epochs", "seed", "batch_norm", "precision", "compile"}
 
 
-def _trials_can_be_compared(p: Parameter) -> Iterator[str]:
+def _trials_can_be_compared(p: Parameter) -> Sentences:
     """Reject a searched setting that makes trials different runs, but not better ones."""
     top = p.path[0]
     if top in ONE_A_SWEEP:
         yield f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared"
 
 
-def _names_are_fixed(p: Parameter) -> Iterator[str]:
+def _names_are_fixed(p: Parameter) -> Sentences:
     """Reject a search of a `name` alone: objectives are a list, others are searched whole."""
     if p.path in (("objective",), ("objective", "name")):
         yield f"{p.name}: write a list instead: objective: [ce, lsr, ...]"
@@ -935,7 +949,7 @@ def _names_are_fixed(p: Parameter) -> Iterator[str]:
         yield f"{p.name}: search the whole setting instead: {above}: {{choices: [NAME, {{name: NAME, ...}}]}}"
 
 
-def _teachers_can_be_listed(p: Parameter) -> Iterator[str]:
+def _teachers_can_be_listed(p: Parameter) -> Sentences:
     """Reject a range in a teacher, which must have choices."""
     if p.path[0] in OF_TEACHERS and isinstance(p.domain, Range) and not _is_share(p):
         yield f"{p.name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
@@ -946,7 +960,7 @@ def _is_share(p: Parameter) -> bool:
     return p.path[0] == "teachers" and p.path[2:] == ("share",)
 
 
-def _loops_are_fixed(p: Parameter) -> Iterator[str]:
+def _loops_are_fixed(p: Parameter) -> Sentences:
     """Reject a search over loops: it would compare programs, not settings."""
     top, *below = p.path
     if top == "loop" and below[:1] != ["args"]:
@@ -961,14 +975,14 @@ PARAMETER_RULES = (
 )
 
 
-def _parameters_are_searchable(branch: Branch) -> Iterator[str]:
+def _parameters_are_searchable(branch: Branch) -> Sentences:
     """Reject parameters that may not be searched."""
     for p in branch.parameters:
         for rule in PARAMETER_RULES:
             yield from rule(p)
 
 
-def _corners_are_valid(branch: Branch) -> Iterator[str]:
+def _corners_are_valid(branch: Branch) -> Sentences:
     """Reject a branch with an invalid configuration at an end of a range, or an inert setting."""
     for values in _corners(branch.parameters):
         try:
@@ -984,7 +998,7 @@ def _corners_are_valid(branch: Branch) -> Iterator[str]:
                 )
 
 
-def _choices_differ(branch: Branch) -> Iterator[str]:
+def _choices_differ(branch: Branch) -> Sentences:
     """Reject two choices that are the same settings, written in two ways."""
     for p in branch.parameters:
         if isinstance(p.domain, Choices):
@@ -993,8 +1007,8 @@ def _choices_differ(branch: Branch) -> Iterator[str]:
             yield from _same_settings(branch, p, plain[:MAX_CORNERS])
 
 
-def _same_settings(branch: Branch, p: Parameter, values: Sequence[Any]) -> Iterator[str]:
-    around, before = branch.around(p), dict[str, Any]()
+def _same_settings(branch: Branch, p: Parameter, values: Sequence[Any]) -> Sentences:
+    around, before = branch.around(p), Tree()
     for value in values:
         try:
             settings = branch.config({**around, p.name: value}).model_dump_json()
@@ -1059,7 +1073,7 @@ def _combinations(parameters: Sequence[Parameter], within: Within | None = None)
     return count
 
 
-def _corners(parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
+def _corners(parameters: Sequence[Parameter]) -> Iterator[Tree]:
     """Yield values to check a space with: every combination of choices, at both ends of ranges.
 
     Beyond a maximum number of combinations, only the first ones.
@@ -1080,13 +1094,13 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
         "teacher": (with_network or teachers)[0],
         **({"teachers": several[0]} if several else {}),
         "objective": objectives if len(objectives) > 1 else objectives[0],
-        "search": search.model_dump(mode="json"),
+        "search": search.tree,
     }
 
 
 def _with_ranges(branch: Branch) -> Tree:
     """Return the tree of a branch with every default filled in and its ranges kept."""
-    tree = branch.example.model_dump(mode="json")
+    tree = branch.example.tree
     for p in branch.parameters:
         if p.within is None:
             _put(tree, p.path, p.domain.tree)

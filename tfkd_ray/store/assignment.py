@@ -12,6 +12,7 @@ from typing import Any
 
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.own_code import Place
+from tfkd_ray.settings.yaml import Values
 from tfkd_ray.store.storage import Directory, Storage, received
 
 SECTION = "trial"
@@ -29,7 +30,7 @@ class Assignment:
     epochs: int
     """Epochs of a trial of full length."""
     number: int = 0
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Values = field(default_factory=dict)
     """Searched values by parameter name; in a comparison the run's arm and seed."""
     arm: str | None = None
     """The arm of a comparison's run."""
@@ -43,11 +44,11 @@ class Assignment:
     """Place of the user's own modules."""
     avoid: tuple[str, ...] = ()
     """Ids of the nodes on which the trial must not run."""
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Values = field(default_factory=dict)
     """Other keys of the section, unchanged: a searcher's `place`, or what a user added."""
 
     @classmethod
-    def find(cls, config: Mapping[str, Any]) -> "Assignment | None":
+    def find(cls, config: Values) -> "Assignment | None":
         """Return the assignment in a trial's configuration; None if it has no such section."""
         section = config.get(SECTION)
         if not isinstance(section, Mapping) or not set(_REQUIRED) <= set(section):
@@ -69,7 +70,7 @@ class Assignment:
         return cls(**told, more=more)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Assignment":
+    def of(cls, config: Values) -> "Assignment":
         """Return the assignment in a trial's configuration; raise a ConfigError where there is none."""
         found = cls.find(config)
         if found is None:
@@ -106,6 +107,6 @@ class Assignment:
 _KNOWN = [f.name for f in dataclasses.fields(Assignment) if f.name != "more"]
 
 
-def without_assignment(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_assignment(config: Values) -> dict[str, Any]:
     """Return the training configuration alone."""
     return {name: value for name, value in config.items() if name != SECTION}

@@ -28,13 +28,13 @@ import shlex
 import subprocess
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.errors import ConfigError, some_of
 from tfkd_ray.settings.files import (
     DISK_ERRORS,
     PART,
@@ -46,7 +46,7 @@ from tfkd_ray.settings.files import (
     read_at_most,
     write_text,
 )
-from tfkd_ray.settings.yaml import dump_yaml, read_yaml
+from tfkd_ray.settings.yaml import Numbers, Tree, Values, dump_yaml, read_yaml
 from tfkd_ray.verdict import scores
 
 STATUSES = ("running", "done", "stopped", "failed", "interrupted")
@@ -97,21 +97,21 @@ class Record:
     objective: str
     status: str
     """One of running, done, stopped (early), failed, interrupted."""
-    parameters: dict[str, Any]
-    config: dict[str, Any]
+    parameters: Tree
+    config: Tree
     reason: str | None = None
     lost: int = 0
     """Times that its process was lost and the trial resumed; not a failure of its own."""
-    metrics: list[dict[str, float]] = field(default_factory=list)
+    metrics: list[Numbers] = field(default_factory=list)
     """Metrics of each epoch."""
 
     @property
-    def last(self) -> dict[str, float]:
+    def last(self) -> Numbers:
         """Metrics of the last epoch; empty before the first."""
         return self.metrics[-1] if self.metrics else {}
 
 
-def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str]) -> None:
+def write_experiment(experiment: Path, tree: Values, argv: list[str]) -> None:
     """Write experiment.yaml: everything needed to describe the run and to repeat it."""
     seeds = {
         "trials": tree["seed"],
@@ -125,7 +125,7 @@ def write_experiment(experiment: Path, tree: Mapping[str, Any], argv: list[str])
     )
 
 
-def about_now(argv: list[str], tree: Mapping[str, Any]) -> dict[str, Any]:
+def about_now(argv: list[str], tree: Values) -> Tree:
     """Return what runs here and now: layout, time, command, versions, git commit.
 
     With the user's own code, also the directory.
@@ -144,7 +144,7 @@ def about_now(argv: list[str], tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_experiment(experiment: Path) -> dict[str, Any]:
+def read_experiment(experiment: Path) -> Tree:
     """Read experiment.yaml; raise a ConfigError if the directory is no experiment."""
     if not os.path.lexists(experiment / "experiment.yaml"):
         raise ConfigError("not an experiment: there is no experiment.yaml in it", experiment)
@@ -240,9 +240,9 @@ _ENDED = (1, 2, 3)
 
 def gone_sentence(names: Sequence[str]) -> str:
     """Return the sentence about trials whose folders are gone."""
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     what = "its folder is" if len(names) == 1 else "their folders are"
-    return f"the study has {listed}, and {what} gone: what they came to is in the study alone; put the folders back"
+    gone = f"the study has {some_of(names)}, and {what} gone"
+    return f"{gone}: what they came to is in the study alone; put the folders back"
 
 
 def read_record(folder: Path) -> Record:
@@ -250,7 +250,7 @@ def read_record(folder: Path) -> Record:
     return as_record(folder, read_metrics(folder))
 
 
-def as_record(folder: Path, metrics: list[dict[str, float]]) -> Record:
+def as_record(folder: Path, metrics: list[Numbers]) -> Record:
     """Return the trial of a trial.json's content, with these metrics."""
     path = folder / "trial.json"
     try:
@@ -280,7 +280,7 @@ def write_record(record: Record) -> None:
     write_text(record.folder / "trial.json", json.dumps(about, indent=1) + "\n", durable=True)
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[Numbers]:
     """Read the complete lines of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -290,7 +290,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         return [as_metrics(line) for line in text.split("\n")[:-1]]
 
 
-def as_metrics(line: str | bytes) -> dict[str, float]:
+def as_metrics(line: str | bytes) -> Numbers:
     """Parse a line of metrics.jsonl; raise a ValueError if it is none."""
     found = parse_json(line)
     if not isinstance(found, dict) or not all(_is_json_number(value) for value in found.values()):
@@ -308,18 +308,18 @@ def _is_json_number(value: Any) -> bool:
     )
 
 
-def read_teachers(storage: Path) -> list[dict[str, Any]]:
+def read_teachers(storage: Path) -> list[Tree]:
     """Read teacher.json of every finished teacher under a storage directory, by name."""
     return [
         read_teacher(path.parent) for path in sorted((storage / "teachers").glob("*/teacher.json"))
     ]
 
 
-def read_teacher(folder: Path) -> dict[str, Any]:
+def read_teacher(folder: Path) -> Tree:
     """Read a teacher's teacher.json; raise a ConfigError if it is damaged."""
     path = folder / "teacher.json"
     with damaged(path):
-        about: dict[str, Any] = parse_json(read_text(path))
+        about: Tree = parse_json(read_text(path))
         as_metrics(json.dumps(about["metrics"]))
         if (
             not all(isinstance(about[name], str) for name in ("name", "sha256"))
@@ -329,7 +329,7 @@ def read_teacher(folder: Path) -> dict[str, Any]:
     return about
 
 
-def read_spent(experiment: Path) -> dict[str, float]:
+def read_spent(experiment: Path) -> Numbers:
     """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it."""
     path = experiment / "spent.json"
     if not path.exists():
@@ -550,7 +550,7 @@ class _Judged(Protocol):
     @property
     def status(self) -> str: ...
     @property
-    def last(self) -> dict[str, float]: ...
+    def last(self) -> Numbers: ...
     @property
     def number(self) -> int: ...
 

@@ -36,6 +36,7 @@ from urllib.parse import urlsplit
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.files import cache_folder, opened, whole_file, write_text
 from tfkd_ray.settings.passwords import shown, without_secrets
+from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -439,7 +440,9 @@ class Claim:
         with said(self.store):
             now = self.store.now()
             written, other = self.store.info(f"{self.name}/{DRIVER_FILE}"), self._read()
-            if written and other and not other["ended"] and not self._was_ours(other):
+            # a driver with this same mirror has ended, as this process holds the mirror's lock
+            ours = other and _session(self.folder) == str(other["session"])
+            if written and other and not other["ended"] and not ours:
                 age = max(0.0, now - written.time)
                 if age < STALE_S:
                     raise ConfigError(
@@ -476,13 +479,6 @@ class Claim:
         self.check()
         self._write(ended=True)
 
-    def _was_ours(self, other: dict[str, Any]) -> bool:
-        """Return whether the other driver used this same mirror.
-
-        Then it has ended, because this process holds the lock on the mirror's disk.
-        """
-        return _session(self.folder) == str(other["session"])
-
     def _fetched(self) -> str | None:
         """Return the session whose files were fetched."""
         path = self.folder / DRIVER_FILE
@@ -491,7 +487,7 @@ class Claim:
         with damaged(path):
             return str(parse_json(read_text(path))["session"])
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> Tree | None:
         content = self.store.read(f"{self.name}/{DRIVER_FILE}")
         return None if content is None else dict(json.loads(content))
 
@@ -634,16 +630,16 @@ def _stat(path: Path) -> list[int] | None:
     return [facts.st_size, facts.st_mtime_ns]
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> Tree:
     """Read, by name, size and time of the object and of its file; null if unknown."""
     try:
-        found: dict[str, Any] = parse_json(read_text(folder / _INDEX))
+        found: Tree = parse_json(read_text(folder / _INDEX))
     except (OSError, ValueError):
         return {}
     return found
 
 
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
+def _write_index(folder: Path, index: Tree) -> None:
     with whole_file(folder / _INDEX) as part:
         part.write_text(json.dumps(index))
 

@@ -7,10 +7,10 @@ a trial's configuration, which `received` reads. To add a kind of storage: a sub
 made in `storage_at`. `remote` says how buckets work.
 """
 
-import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +117,7 @@ class Storage:
         """
         return None
 
-    @contextlib.contextmanager
+    @contextmanager
     def up_to_date(self, name: str, *beside: Path) -> Iterator[None]:
         """Work here on an experiment, its weights and teachers; then upload it and `beside`."""
         yield
@@ -228,7 +228,7 @@ class Mirror(Storage):
             if last:
                 self.send(weights, state, patiently=True)
                 return
-            with contextlib.suppress(OSError):  # the next upload follows
+            with suppress(OSError):  # the next upload follows
                 self.send(state)
 
         return upload
@@ -238,7 +238,7 @@ class Mirror(Storage):
         claim.take()
         return claim
 
-    @contextlib.contextmanager
+    @contextmanager
     def up_to_date(self, name: str, *beside: Path) -> Iterator[None]:
         for below in (name, "teachers"):
             self.fetch(below, all_but_run_states)
@@ -345,7 +345,7 @@ def as_given(text: str) -> str:
     return text
 
 
-@contextlib.contextmanager
+@contextmanager
 def kept_up_to_date(places: Sequence[Path | str], want: Want = light) -> Iterator[None]:
     """Fetch the experiments of URLs every `FETCH_S`, for commands that show changes live."""
     over, urls = threading.Event(), [place for place in places if is_url(place)]
@@ -353,7 +353,7 @@ def kept_up_to_date(places: Sequence[Path | str], want: Want = light) -> Iterato
     def fetch() -> None:
         while not over.wait(FETCH_S):
             for url in urls:
-                with contextlib.suppress(ConfigError):  # retried next time
+                with suppress(ConfigError):  # retried next time
                     experiment_of(url, want)
 
     thread = threading.Thread(target=fetch, daemon=True)

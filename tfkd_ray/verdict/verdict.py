@@ -19,7 +19,7 @@ Shapes: n = seeds, N = test images.
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,8 +28,10 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 from statsmodels.stats.power import TTestPower
 
-from tfkd_ray.settings.errors import ConfigError
+from tfkd_ray.settings.columns import in_columns
+from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.files import json_tree
+from tfkd_ray.settings.yaml import Tree
 from tfkd_ray.verdict.decision import (
     ALPHA,
     ROUNDING,
@@ -177,6 +179,17 @@ def summary(arm: JudgedArm) -> Summary:
     return Summary(
         arm.name, len(arm.seeds), float(s.mean), float(s.sd), float(s.low), float(s.high)
     )
+
+
+def over_seeds(arm: Tree) -> Summary:
+    """Return the test accuracy of an arm of confirm.json over its runs, in per cent.
+
+    The mean of no run, and the spread of fewer than two, are NaN.
+    """
+    values = 100 * np.array([run["accuracy"] for run in arm["runs"] if "accuracy" in run])
+    if len(values) > 1:
+        return summary(JudgedArm(arm["name"], tuple(range(len(values))), values))
+    return Summary(arm["name"], len(values), *values, *[math.nan] * (4 - len(values)))
 
 
 @dataclass(frozen=True)
@@ -330,7 +343,7 @@ class Verdict:
     notes: tuple[str, ...]
     """Caveats that a reader must see beside the sentences."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Tree:
         """Return everything as JSON types; absent bounds and numbers are None."""
         tree = json_tree({"alpha": ALPHA, "power": POWER, **asdict(self)})
         assert isinstance(tree, dict)
@@ -629,7 +642,7 @@ def _verdict_notes(
     return notes
 
 
-def _notes_on_better(j: Judged, metric: JudgedMetric) -> Iterator[str]:
+def _notes_on_better(j: Judged, metric: JudgedMetric) -> Sentences:
     """Yield what limits the lead of a candidate that is better."""
     nearest = next(c for c in j.comparisons if c.over == j.against)
     if nearest.high < metric.margin:
@@ -652,33 +665,29 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
     """
     metric = verdict.metric
     unit = "points" if metric.percent else "own unit"
-    lines = [
-        f"{_cut(f'{metric.name}, {unit}', 30):<30} {'n':>4} {'mean ± sd':>20} {'95 % over seeds':>23}"
-    ]
+    table = [f"{metric.name}, {unit}\tn\tmean ± sd\t95 % over seeds"]
     for s in verdict.arms:
         spread = f"{metric.show(s.mean)} ± {metric.show(s.sd)}"
-        lines.append(
-            f"{_cut(s.name, 30):<30} {s.n:>4} {spread:>20} {metric.interval(s.low, s.high):>23}"
-        )
-    lines = lines if arms else []
+        table.append(f"{s.name}\t{s.n}\t{spread}\t{metric.interval(s.low, s.high)}")
+    lines = in_columns(table, 80) if arms else []
     for j in verdict.candidates:
-        head = f"lead of {_cut(j.name, 17)}"
-        lines += [
-            "",
-            f"{head:<25} {'lead':>7} {'95 % over seeds':>18} {'over images':>18} {'p':>5}",
-        ]
+        table = [f"lead of {j.name}\tlead\t95 % over seeds\tover images\tp"]
+        details = []
         for c in j.comparisons:
             images = "-" if c.images is None else metric.interval(*c.images)
             p = "<.001" if c.p < 0.001 else f"{c.p:.3f}"
             seeds = metric.interval(c.low, c.high)
-            over = f"  over {_cut(c.over, 18)}"
-            lines.append(f"{over:<25} {metric.show(c.lead):>7} {seeds:>18} {images:>18} {p:>5}")
+            table.append(f"  over {c.over}\t{metric.show(c.lead)}\t{seeds}\t{images}\t{p}")
             effect = "-" if c.effect is None else f"{c.effect:z.2f}"
             seen = "-" if c.smallest_seen is None else metric.show(c.smallest_seen)
             needed = f"{c.needed:,}" if c.needed else "-"
-            lines.append(
+            details.append(
                 f"    n {len(c.seeds)}, effect size {effect}, smallest seen {seen}, seeds needed {needed}"
             )
+        head, *rows = in_columns(table, 80)
+        lines += ["", head]
+        for row, detail in zip(rows, details, strict=True):
+            lines += [row, detail]
     lines.append("")
     if verdict.searched is not None:
         lines.append(
@@ -696,7 +705,3 @@ def _wrapped(text: str) -> list[str]:
     )
     lines = textwrap.wrap(kept, 80, subsequent_indent="  ", break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,47 @@
+"""Text for a terminal: on one line, cut to its columns, and tables. Characters may be two columns wide."""
+
+import re
+from collections.abc import Iterable
+
+from rich.cells import cell_len, set_cell_size
+
+from tfkd_ray.settings.files import legible
+
+_NUMBER = re.compile(r"([-+<]?[\d.,/]+(e[-+]?\d+)?( ?%|x)?( (±|to) -?[\d.,]+)?|-|none|nan|)")
+"""What a column of numbers may have below its head; intervals and missing numbers count."""
+
+
+def on_one_line(text: str) -> str:
+    """Return escaped text without line ends and tabs."""
+    return legible(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def fitted(text: str, width: int) -> str:
+    """Return escaped text on one line, cut to a number of terminal columns."""
+    most = 16 * width  # a character may take no column, as an accent does
+    text = on_one_line(text[:most]) + "…" * (len(text) > most)
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def in_columns(rows: Iterable[str], width: int | None = None) -> list[str]:
+    """Return a table as lines: its head, then its rows, with numbers set to the right.
+
+    Tabs separate the cells of a row, which are on one line. With a `width`, the first column is cut
+    where lines would be longer, to no fewer than 8.
+    """
+    table = [row.split("\t") for row in rows]
+    sizes, numbers = [], []
+    for head, *below in zip(*table, strict=True):
+        sizes.append(max(map(cell_len, (head, *below))))
+        numbers.append(all(map(_NUMBER.fullmatch, below)))
+    if width is not None and table:
+        rest = sum(size + 2 for size in sizes[1:])
+        sizes[0] = min(sizes[0], max(8, width - rest))
+    lines = []
+    for first, *others in table:
+        cells = [set_cell_size(fitted(first, sizes[0]), sizes[0])]
+        for cell, size, number in zip(others, sizes[1:], numbers[1:], strict=True):
+            blank = " " * (size - cell_len(cell))
+            cells.append(blank + cell if number else cell + blank)
+        lines.append("  ".join(cells).rstrip())
+    return lines
