@@ -36,7 +36,10 @@ from tfkd_ray.settings.schema import name_alone
 if TYPE_CHECKING:
     from torch import Tensor
 from tfkd_ray.learn.dataset import (
+    Channels,
     Dataset,
+    ImageShape,
+    Labelled,
     Level,
     OfficialSets,
     Split,
@@ -58,9 +61,9 @@ class Digits(Dataset):
     """
 
     num_classes: ClassVar[int] = 10
-    shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
-    mean: ClassVar[tuple[float, ...]] = (4.8826,)
-    std: ClassVar[tuple[float, ...]] = (6.0141,)
+    shape: ClassVar[ImageShape] = (1, 8, 8)
+    mean: ClassVar[Channels] = (4.8826,)
+    std: ClassVar[Channels] = (6.0141,)
     origin = "it comes with scikit-learn: pip install scikit-learn"
 
     name: Literal["digits"] = "digits"
@@ -69,7 +72,7 @@ class Digits(Dataset):
         """Raise a ConfigError if scikit-learn's file is missing."""
         _digits_file()
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         images, labels = _digits()
         train, test = stratified(labels, 0.2, seed=1998)
         chosen = train if split == "train" else test
@@ -144,7 +147,7 @@ class OwnData(Dataset):
             pass
         return own_code.at_home(function)
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         import torch
 
         function = self._function()
@@ -251,7 +254,7 @@ def _digits_file() -> Path:
 
 
 @functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
+def _digits() -> Labelled:
     import torch
 
     with gzip.open(_digits_file(), "rt") as file:

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 
 Split = Literal["train", "test"]
+ImageShape = tuple[int, int, int]
+"""(C, H, W)."""
+Channels = tuple[float, ...]
+"""A number for each channel."""
+Labelled = tuple["Tensor", "Tensor"]
+"""Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 MODERN: Tree = {
@@ -89,18 +95,18 @@ class Dataset(Settings):
         @property
         def num_classes(self) -> int: ...
         @property
-        def shape(self) -> tuple[int, int, int]:
+        def shape(self) -> ImageShape:
             """(C, H, W) of the images."""
 
         @property
-        def mean(self) -> tuple[float, ...] | None:
+        def mean(self) -> Channels | None:
             """Mean per channel over the official train set, in pixel units of 0 to 255.
 
             None: measured, see `statistics`.
             """
 
         @property
-        def std(self) -> tuple[float, ...] | None: ...
+        def std(self) -> Channels | None: ...
 
     name: str
     origin: ClassVar[str]
@@ -174,7 +180,7 @@ class Dataset(Settings):
         """Return the files of a split, which identify it while unchanged, or an empty list."""
         return []
 
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def statistics(self) -> tuple[Channels, Channels]:
         """Return (mean, std) per channel, pixel units of 0 to 255: the known or measured ones."""
         return (self.mean, self.std) if self.mean and self.std else _measured(self)
 
@@ -247,7 +253,7 @@ class Dataset(Settings):
         images, labels = self._official(split)
         return ImageSet(images, labels, torch.arange(len(labels)), len(labels))
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         """Return (uint8 [N, C, H, W], int64 [N]) of an official split."""
         raise TypeError(f"{type(self).__name__} does not say how it loads")
 
@@ -269,6 +275,10 @@ class FileDataset(Dataset):
     name: str
     root: AbsolutePath
     """Folder of the files. Location only: it affects no number."""
+
+    @property
+    def _root(self) -> Path:
+        return expanded(self.root)
 
     def _wrong(self, path: Path, problem: str) -> ConfigError:
         return ConfigError(f"data {self.name}: {path}: {problem}")
@@ -314,7 +324,7 @@ class FileDataset(Dataset):
 
     def _fetch_folder(self, url: str, md5: str, folder: str) -> None:
         """Download a zip and move its folder into `root`, completely or not at all."""
-        root = expanded(self.root)
+        root = self._root
         if (root / folder).exists():
             raise self._wrong(
                 root / folder,
@@ -453,7 +463,7 @@ def _summed(
 
 
 @functools.lru_cache(maxsize=4)
-def _measured(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _measured(data: Dataset) -> tuple[Channels, Channels]:
     """Return (mean, std) per channel of train and validation: exact, the same for every split."""
     import torch
 

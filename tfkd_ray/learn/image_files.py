@@ -18,7 +18,7 @@ from pydantic import Field
 from tfkd_ray.learn.cache import cached
 from tfkd_ray.learn.images import FolderSet, Images, check_headers, decoded, rgb
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import cached_file, expanded, opened, read_at_most
+from tfkd_ray.settings.files import cached_file, opened, read_at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,10 @@ from tfkd_ray.learn.dataset import (
     PAPER_RECIPE,
     SPLITS,
     AbsolutePath,
+    Channels,
     FileDataset,
+    ImageShape,
+    Labelled,
     Level,
     Split,
     Spread,
@@ -51,9 +54,9 @@ class TinyImagenet(FileDataset):
     """
 
     num_classes: ClassVar[int] = 200
-    shape: ClassVar[tuple[int, int, int]] = (3, 64, 64)
-    mean: ClassVar[tuple[float, ...]] = (0.4802 * 255, 0.4481 * 255, 0.3975 * 255)
-    std: ClassVar[tuple[float, ...]] = (0.2302 * 255, 0.2265 * 255, 0.2262 * 255)
+    shape: ClassVar[ImageShape] = (3, 64, 64)
+    mean: ClassVar[Channels] = (0.4802 * 255, 0.4481 * 255, 0.3975 * 255)
+    std: ClassVar[Channels] = (0.2302 * 255, 0.2265 * 255, 0.2262 * 255)
     url: ClassVar[str] = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     md5: ClassVar[str] = "90528d7ca1a48142e341f4ef8d21d0de"
     origin = f"get and unpack {url}"
@@ -80,7 +83,7 @@ class TinyImagenet(FileDataset):
             self._fetch_folder(self.url, self.md5, "tiny-imagenet-200")
 
     def _folder(self) -> Path:
-        root = expanded(self.root)
+        root = self._root
         folders = [root, root / "tiny-imagenet-200"]
         needs = ("wnids.txt", "train", "val/images", "val/val_annotations.txt")
         for folder in folders:
@@ -98,7 +101,7 @@ class TinyImagenet(FileDataset):
             raise self._wrong(folder / "wnids.txt", f"{odd[0][:100]!r} is no name of a class")
         return classes
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         import torch
 
         folder = self._folder()
@@ -237,7 +240,7 @@ class FolderDataset(FileDataset):
     """Threads per worker that decode ahead of training. They affect no number."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> ImageShape:
         """Return (3, S, S)."""
         return 3, self.image_size, self.image_size
 
@@ -246,7 +249,7 @@ class FolderDataset(FileDataset):
         self._classes("test")
 
     def _folder(self, split: Split) -> Path:
-        root = expanded(self.root)
+        root = self._root
         names = ("train",) if split == "train" else ("val", "test")
         for name in names:
             if (root / name).is_dir():
@@ -303,7 +306,7 @@ class FolderDataset(FileDataset):
                 raise self._wrong(folder / name, f"no image in it ({', '.join(IMAGE_SUFFIXES)})")
             files += [f"{folder.name}/{name}/{file}" for file in found]
             labels += [k] * len(found)
-        root, positions = expanded(self.root), torch.arange(len(files))
+        root, positions = self._root, torch.arange(len(files))
         return FolderSet(
             self.name,
             root,

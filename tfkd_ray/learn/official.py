@@ -15,11 +15,21 @@ import numpy as np
 
 from tfkd_ray.learn.cache import cached
 from tfkd_ray.settings.errors import ConfigError
-from tfkd_ray.settings.files import ArraysOnly, expanded, opened, read_at_most
+from tfkd_ray.settings.files import ArraysOnly, opened, read_at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
-from tfkd_ray.learn.dataset import MODERN, PAPER_RECIPE, SPLITS, AbsolutePath, FileDataset, Split
+from tfkd_ray.learn.dataset import (
+    MODERN,
+    PAPER_RECIPE,
+    SPLITS,
+    AbsolutePath,
+    Channels,
+    FileDataset,
+    ImageShape,
+    Labelled,
+    Split,
+)
 
 MOST_PICKLE_BYTES = 2**28
 """Limit of bytes of a CIFAR pickle; the largest official one has 155,249,918."""
@@ -35,9 +45,9 @@ class IdxDataset(FileDataset):
     `root` is the folder that holds them, or torchvision's download folder.
     """
 
-    shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
-    mean: ClassVar[tuple[float, ...] | None] = None
-    std: ClassVar[tuple[float, ...] | None] = None
+    shape: ClassVar[ImageShape] = (1, 28, 28)
+    mean: ClassVar[Channels | None] = None
+    std: ClassVar[Channels | None] = None
     folders: ClassVar[tuple[str, ...]]
     """Other places of the files, below `root`."""
     url: ClassVar[str] = ""
@@ -54,7 +64,7 @@ class IdxDataset(FileDataset):
             super().download()  # refuses, with the data set's origin
         for stem, md5 in zip([*self._files("train"), *self._files("test")], self.md5s, strict=True):
             if not self._found(stem):
-                self._fetch(f"{self.url}/{stem}.gz", md5, expanded(self.root) / f"{stem}.gz")
+                self._fetch(f"{self.url}/{stem}.gz", md5, self._root / f"{stem}.gz")
 
     def _sources(self, split: Split) -> list[Path]:
         return self._paths(*self._files(split))
@@ -67,7 +77,7 @@ class IdxDataset(FileDataset):
     def _official_size(self, split: Split) -> int:
         return {"train": 60_000, "test": 10_000}[split]
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         (images_path, labels_path), most = (
             self._paths(*self._files(split)),
             self._official_size(split),
@@ -95,7 +105,7 @@ class IdxDataset(FileDataset):
         return 0
 
     def _folders(self) -> list[Path]:
-        root = expanded(self.root)
+        root = self._root
         return [root, *(root / folder for folder in self.folders)]
 
     def _found(self, stem: str) -> list[Path]:
@@ -267,7 +277,7 @@ class Emnist(IdxDataset):
     def _first_label(self) -> int:
         return 1 if self.variant == "letters" else 0
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         images, labels = super()._official(split)
         return images.transpose(2, 3).contiguous(), labels
 
@@ -289,9 +299,9 @@ class CifarDataset(FileDataset):
     """
 
     num_classes: ClassVar[int]
-    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
-    mean: ClassVar[tuple[float, ...]]
-    std: ClassVar[tuple[float, ...]]
+    shape: ClassVar[ImageShape] = (3, 32, 32)
+    mean: ClassVar[Channels]
+    std: ClassVar[Channels]
     url: ClassVar[str]
     archive: ClassVar[str]
     md5: ClassVar[str]
@@ -314,11 +324,11 @@ class CifarDataset(FileDataset):
         self._source()
 
     def download(self) -> None:
-        root = expanded(self.root)
+        root = self._root
         if not (root / self.archive).is_file() and not (root / self.folder).is_dir():
             self._fetch(self.url, self.md5, root / self.archive)
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         source, names = self._source(), self.batches[split]
         if source.is_dir():
             return self._joined(source, names, self._from_folder(source, names))
@@ -338,9 +348,7 @@ class CifarDataset(FileDataset):
         for name, raw in read(source, names).items():
             self._batch(source / name, raw)  # its labels and the number of its images
 
-    def _joined(
-        self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]
-    ) -> tuple[Tensor, Tensor]:
+    def _joined(self, source: Path, names: tuple[str, ...], raw: dict[str, bytearray]) -> Labelled:
         import torch
 
         parts = [self._batch(source / name, raw[name]) for name in names]
@@ -349,7 +357,7 @@ class CifarDataset(FileDataset):
         )
 
     def _source(self) -> Path:
-        root = expanded(self.root)
+        root = self._root
         if (root / self.archive).is_file():
             return root / self.archive
         if (root / self.folder).is_dir():
@@ -413,7 +421,7 @@ class CifarDataset(FileDataset):
             return f"{member.name} is no file in it, but a link or the like"
         return None
 
-    def _batch(self, path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
+    def _batch(self, path: Path, raw: bytearray) -> Labelled:
         """Return (uint8 [N, 3, 32, 32], int64 [N]) of one pickle."""
         import torch
 

@@ -20,10 +20,19 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from tfkd_ray.learn.cache import cached
-from tfkd_ray.learn.dataset import MODERN, SPLITS, AbsolutePath, FileDataset, Split
+from tfkd_ray.learn.dataset import (
+    MODERN,
+    SPLITS,
+    AbsolutePath,
+    Channels,
+    FileDataset,
+    ImageShape,
+    Labelled,
+    Split,
+)
 from tfkd_ray.learn.images import generator
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
-from tfkd_ray.settings.files import expanded, opened, read_at_most
+from tfkd_ray.settings.files import opened, read_at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,8 +142,8 @@ class Omniglot(FileDataset):
     sets is one class; its files must be the same in all of them. Images are white on black.
     """
 
-    mean: ClassVar[tuple[float, ...] | None] = None
-    std: ClassVar[tuple[float, ...] | None] = None
+    mean: ClassVar[Channels | None] = None
+    std: ClassVar[Channels | None] = None
     url: ClassVar[str] = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
     origin = f"get the zips of data.sets from {url}"
     recipes = {
@@ -172,7 +181,7 @@ class Omniglot(FileDataset):
         return self
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> ImageShape:
         """Return (1, S, S)."""
         return (1, self.side, self.side)
 
@@ -218,7 +227,7 @@ class Omniglot(FileDataset):
         self._places()
 
     def download(self) -> None:
-        root = expanded(self.root)
+        root = self._root
         for name in self.sets:
             if self._place(name) is None:
                 self._fetch(f"{self.url}/{name}.zip", CHECKSUMS[name], root / f"{name}.zip")
@@ -227,7 +236,7 @@ class Omniglot(FileDataset):
         wanted = set(self._drawings(SPLITS))
         self._check_all_there(wanted, set(self._files()))
 
-    def _official(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _official(self, split: Split) -> Labelled:
         places = [*self._places().values()]
         read = [place for place in places if place.suffix == ".zip"]
         for place in places:
@@ -237,7 +246,7 @@ class Omniglot(FileDataset):
         kept = f"{self.name}-{which}-{self.side}-{split}"
         return cached(kept, read, lambda: self._decoded(split))
 
-    def _decoded(self, split: Split) -> tuple[Tensor, Tensor]:
+    def _decoded(self, split: Split) -> Labelled:
         import torch
 
         files, wanted = self._files(), list(self._drawings([split]))
@@ -285,7 +294,7 @@ class Omniglot(FileDataset):
 
     def _place(self, name: str) -> Path | None:
         """Return the zip or the folder of a set; a zip first, because it proves its content."""
-        root = expanded(self.root)
+        root = self._root
         for folder in (root, root / "omniglot-py"):
             if (folder / f"{name}.zip").is_file():
                 return folder / f"{name}.zip"
@@ -297,7 +306,7 @@ class Omniglot(FileDataset):
         found = {name: self._place(name) for name in self.sets}
         missing = [name for name, place in found.items() if place is None]
         if missing:
-            root = expanded(self.root)
+            root = self._root
             what = f"{' and '.join(missing)}, as zip or folder"
             raise self._missing(what, [root, root / "omniglot-py"])
         return {name: place for name, place in found.items() if place is not None}
@@ -388,7 +397,7 @@ class Omniglot(FileDataset):
                     f"{alphabet}/character{character:02}: {drawer:02} is no official drawer"
                 )
         if sentences:
-            root = expanded(self.root)
+            root = self._root
             raise ConfigError(
                 [f"data {self.name}: {root}: {text}; {self.origin}" for text in sentences]
             )
