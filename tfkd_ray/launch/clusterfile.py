@@ -18,7 +18,15 @@ from typing import Any, Literal
 
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted
 from tfkd_ray.settings.files import expanded, kind_of
-from tfkd_ray.settings.yaml import Tree, Values, bytes_of, find_file, parse_documents, text_of
+from tfkd_ray.settings.yaml import (
+    Tree,
+    Values,
+    bytes_of,
+    find_file,
+    parse_documents,
+    text_of,
+    value_at,
+)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -67,10 +75,8 @@ class ClusterFile:
             found = re.search(r"^TFKD_RESULTS=[\"']?([^\s\"'#]+)", self.text, re.M)
             return found[1] if found else None
         place = ("tfkd", "storage") if self.kind == "ray" else ("annotations", "tfkd/storage")
-        below: Any = self.tree.get("metadata")
-        for key in place:
-            below = below.get(key) if isinstance(below, dict) else None
-        return None if below is None else str(below)
+        found = value_at(self.tree, ("metadata", *place))
+        return None if found is None else str(found)
 
     @property
     def head(self) -> str:

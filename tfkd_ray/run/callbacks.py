@@ -37,7 +37,7 @@ from tfkd_ray.show.status import driver_of
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.space import Space
 from tfkd_ray.store import remote
-from tfkd_ray.store.assignment import Assignment, without_assignment
+from tfkd_ray.store.assignment import assigned, without_assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     Record,
@@ -134,7 +134,7 @@ class Recorder(Listener):
 
     def _end(self, trial: Any, result: Tree) -> None:
         failed = result.get("failed")
-        full = result.get("epoch") == Assignment.of(trial.config).epochs or result.get(FULL_LENGTH)
+        full = result.get("epoch") == assigned(trial).epochs or result.get(FULL_LENGTH)
         ended = "done" if full else "stopped"
         self._write(trial, "failed" if failed else ended, failed)
 
@@ -151,10 +151,10 @@ class Recorder(Listener):
                 self._write(trial, "interrupted", self._budget and self._budget.reason)
 
     def _folder(self, trial: Any) -> Path:
-        return Assignment.of(trial.config).folder
+        return assigned(trial).folder
 
     def _write(self, trial: Any, status: str, reason: str | None = None) -> None:
-        assignment, config = Assignment.of(trial.config), without_assignment(trial.config)
+        assignment, config = assigned(trial), without_assignment(trial.config)
         self._make_again(trial)
         write_record(
             Record(
@@ -259,7 +259,7 @@ class Losses(Listener):
 
     def on_start(self, trial: Any, last: Values) -> None:
         if trial.trial_id not in self._all:
-            folder = Assignment.of(trial.config).folder
+            folder = assigned(trial).folder
             self._all[trial.trial_id] = (
                 read_record(folder).lost if (folder / "trial.json").exists() else 0
             )
@@ -317,7 +317,7 @@ class Losses(Listener):
             self._why.pop(trial.trial_id, None)
             return
         self._why[trial.trial_id] = broken["reason"]
-        storage, folder = Assignment.of(trial.config).place
+        storage, folder = assigned(trial).place
         path = folder / BROKEN_GPU
         path.unlink()
         storage.send(path)
@@ -335,7 +335,7 @@ class Losses(Listener):
 
     def _check_disk(self, trial: Any) -> None:
         """Raise if the trial's next checkpoint could not be written."""
-        folder = Assignment.of(trial.config).folder
+        folder = assigned(trial).folder
         state = folder / LAST
         check_room_for(folder, 2 * (state.stat().st_size if state.exists() else 0) + 2**20)
 
@@ -458,7 +458,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     def on_result(self, trial: Any, result: Tree) -> None:
         if result.get("failed"):
-            self._failed.add(Assignment.of(trial.config).number)
+            self._failed.add(assigned(trial).number)
         self._write()
 
     def on_end(self, trial: Any) -> None:
@@ -470,7 +470,7 @@ class Budget(Listener, tune.Stopper):  # type: ignore[misc]
 
     def on_failed(self, trial: Any) -> None:
         self.on_lost(trial)
-        self._failed.add(Assignment.of(trial.config).number)
+        self._failed.add(assigned(trial).number)
 
     def on_close(self, trials: Sequence[Any]) -> None:
         self._write()

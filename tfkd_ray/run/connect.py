@@ -30,7 +30,7 @@ from tfkd_ray.settings.files import opened, read_at_most
 from tfkd_ray.settings.own_code import before_the_library, safe_path
 from tfkd_ray.settings.passwords import shown
 from tfkd_ray.settings.yaml import Numbers
-from tfkd_ray.store.assignment import SECTION, Assignment
+from tfkd_ray.store.assignment import SECTION, assigned
 from tfkd_ray.store.experiment import damaged, parse_json, read_text
 
 AUTOSCALER_S = 15
@@ -179,7 +179,7 @@ def short_share(trial: Any) -> float | None:
     share = _left_by(trial, OUT_OF_MEMORY)
     if share is None:
         return None
-    storage, folder = Assignment.of(trial.config).place
+    storage, folder = assigned(trial).place
     path = folder / OUT_OF_MEMORY
     path.unlink()
     storage.send(path)
@@ -229,7 +229,7 @@ def found_broken(trial: Any) -> dict[str, str] | None:
 
 def _left_by(trial: Any, name: str) -> Any:
     """Return the JSON content of a file that a trial left in its folder, or None."""
-    storage, folder = Assignment.of(trial.config).place
+    storage, folder = assigned(trial).place
     path = storage.bring(folder / name)
     if not os.path.lexists(path):
         return None
@@ -243,7 +243,7 @@ def send_elsewhere(trial: Any) -> None:
     goes_on = trial.status != Trial.RUNNING  # Tune has queued it again
     if goes_on and (broken is not None or _shunned):
         avoid = sorted(_shunned | ({broken["node"]} if broken else set()))
-        trial.config[SECTION] = replace(Assignment.of(trial.config), avoid=tuple(avoid)).section()
+        trial.config[SECTION] = replace(assigned(trial), avoid=tuple(avoid)).section()
         trial.update_resources(
             shunning(trial.placement_group_factory, broken["node"] if broken else None)
         )

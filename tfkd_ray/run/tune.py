@@ -67,7 +67,7 @@ from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.relate import not_superset
 from tfkd_ray.space.search_config import Asha, SearchConfig
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digest
-from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
     gone_sentence,
@@ -780,7 +780,7 @@ _TUNE_SETTINGS = {
 
 
 def _trial_name(trial: Any) -> str:
-    return Assignment.of(trial.config).name
+    return assigned(trial).name
 
 
 def no_node_left(error: BaseException | None) -> str | None:

@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -388,3 +388,10 @@ def leaves_of(
             yield from leaves_of(value, whole, (*path, key))
     else:
         yield path, tree
+
+
+def value_at(tree: Any, path: Iterable[str]) -> Any:
+    """Return the value at a path of a tree; None if the path does not exist."""
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree

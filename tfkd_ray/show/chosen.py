@@ -1,6 +1,5 @@
 """The student to export: found in a sweep, a trial, a run or a comparison, with its verdicts."""
 
-import os
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -19,12 +18,11 @@ from tfkd_ray.store.experiment import (
     Record,
     best,
     damaged,
-    parse_json,
     read_experiment,
+    read_judged,
     read_metrics,
     read_record,
     read_records,
-    read_text,
     selection_metric,
     trials_folder,
 )
@@ -171,7 +169,7 @@ def _of_run(folder: Path) -> Chosen:
 
 def _of_comparison(directory: Path, arm: str | None, seed: int | None) -> Chosen:
     """Return a run of a comparison."""
-    compared, result = read_comparison(directory), _outcome(directory)
+    compared, result = read_comparison(directory), read_judged(directory)
     if result is None:
         raise ConfigError(
             f"not finished: not judged yet, no confirm.json in it; resume: tfkd resume {shlex.quote(str(directory))}",
@@ -221,13 +219,6 @@ def _seed_of(name: str | None, runs: dict[int, Tree], seed: int | None, director
     raise ConfigError(
         f"--seed: {name} with {seed}: {why}; trained to the end: {listed(done)}", directory
     )
-
-
-def _outcome(directory: Path) -> Tree | None:
-    """Read confirm.json; None if it does not exist."""
-    with damaged(path := directory / "confirm.json"):
-        found: Tree | None = parse_json(read_text(path)) if os.path.lexists(path) else None
-    return found
 
 
 def _chosen_values(arm: Tree, metric: Score) -> list[float]:
@@ -309,7 +300,7 @@ def _found_verdicts(storage: Path, config: TrainConfig) -> list[str]:
     for path in sorted(storage.glob("*/confirm.json")):
         directory = path.parent
         try:
-            compared, result = read_comparison(directory), _outcome(directory)
+            compared, result = read_comparison(directory), read_judged(directory)
         except ConfigError as error:
             unread += [
                 "",
@@ -363,9 +354,9 @@ def _verdict_text(result: Tree, directory: Path, arm: str) -> list[str]:
         ]
         lines += ["|---|---:|---:|---:|---:|---:|"]
         for c in candidate["comparisons"]:
-            images = "-" if c["images"] is None else _interval(metric, *c["images"])
+            images = "-" if c["images"] is None else metric.interval(*c["images"])
             lines.append(
-                f"| {c['over']} | {metric.show(c['lead'])}{metric.unit} | {_interval(metric, c['low'], c['high'])} | "
+                f"| {c['over']} | {metric.show(c['lead'])}{metric.unit} | {metric.interval(c['low'], c['high'])} | "
                 f"{images} | {len(c['seeds'])} | {'< 0.001' if c['p'] < 0.001 else format(c['p'], '.3f')} |"
             )
         if found["searched"]:
@@ -381,10 +372,6 @@ def _verdict_text(result: Tree, directory: Path, arm: str) -> list[str]:
         if not note.startswith(others)
         for line in ("", f"Note: {note}.")
     ]
-
-
-def _interval(metric: JudgedMetric, low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else metric.interval(low, high)
 
 
 def listed(values: Sequence[Any]) -> str:

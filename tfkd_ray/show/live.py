@@ -35,7 +35,7 @@ from tfkd_ray.show.status import (
     spent,
 )
 from tfkd_ray.space.search_config import SearchConfig
-from tfkd_ray.store.assignment import Assignment
+from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import FULL_LENGTH, read_record, read_records
 from tfkd_ray.verdict import scores
 
@@ -154,7 +154,7 @@ class Progress(OwnCallback):
                 self._say(f"waiting for nodes: {self._waiting}")
 
     def on_start(self, trial: Any, last: Values) -> None:
-        assignment = Assignment.of(trial.config)
+        assignment = assigned(trial)
         before = self._runs.pop(assignment.name, None)  # moves a restarted trial to the end
         again = before is not None and before.status == "running"
         row = assignment.arm or str(own_code.shown_name(trial.config["objective"]))
@@ -181,12 +181,10 @@ class Progress(OwnCallback):
         self._end(trial, (trial.last_result or {}).get("failed"))
 
     def on_failed(self, trial: Any) -> None:
-        self._end(
-            trial, read_record(Assignment.of(trial.config).folder).reason or "its process was lost"
-        )
+        self._end(trial, read_record(assigned(trial).folder).reason or "its process was lost")
 
     def on_lost(self, trial: Any) -> None:
-        name = Assignment.of(trial.config).name
+        name = assigned(trial).name
         self._say(f"{name}: its process was lost; it resumes from its last checkpoint")
 
     def on_close(self, trials: Sequence[Any]) -> None:
@@ -194,7 +192,7 @@ class Progress(OwnCallback):
         self.stop()
 
     def _run_of(self, trial: Any) -> _Run | None:
-        return self._runs.get(Assignment.of(trial.config).name)
+        return self._runs.get(assigned(trial).name)
 
     def stop(self) -> None:
         """Leave the terminal as it was; in a notebook, leave the last state."""

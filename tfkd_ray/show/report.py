@@ -8,7 +8,6 @@ the page all network access and foreign scripts; everything read from files is e
 
 import importlib.util
 import math
-import os
 import shlex
 import time
 from collections import Counter
@@ -64,8 +63,7 @@ from tfkd_ray.store.experiment import (
     check_output,
     damaged,
     output_descriptor,
-    parse_json,
-    read_text,
+    read_judged,
     write_output,
 )
 from tfkd_ray.verdict.scores import score_of
@@ -300,7 +298,7 @@ def _comparison_sections(directory: Path, *, inside: bool = False) -> list[Secti
 
 def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Section]:
     """Return a comparison's sections; `inside` a sweep's report, without the verdict."""
-    plan, judged = read_plan(directory), _read_judged(directory)
+    plan, judged = read_plan(directory), read_judged(directory)
     if not inside:
         yield Section("Verdict", _verdict_boxes(directory))
     if judged is not None:
@@ -324,33 +322,8 @@ def _sections_of_comparison(directory: Path, *, inside: bool) -> Iterator[Sectio
         yield Section("How to reproduce", list(_reproduce(plan, directory)))
 
 
-def _read_judged(directory: Path) -> Tree | None:
-    """Read confirm.json; None if the test split was not opened yet."""
-    path = directory / "confirm.json"
-    if not os.path.lexists(path):
-        return None
-    with damaged(path):
-        judged: Tree = parse_json(read_text(path))
-        missing = {
-            "title",
-            "arms",
-            "verdicts",
-            "notes",
-            "test",
-            "trained_on",
-            "opened",
-            "preset",
-        } - judged.keys()
-    if missing:
-        raise ConfigError(
-            f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {shlex.quote(str(directory))}",
-            path,
-        )
-    return judged
-
-
 def _verdict_boxes(directory: Path) -> list[str | Figure]:
-    judged = _read_judged(directory)
+    judged = read_judged(directory)
     if judged is None:
         s = status(directory)["trials"]
         text = f"{s['done']} of {s['planned']} runs are trained, and the test split is still shut."

@@ -121,37 +121,30 @@ def read_plan(experiment: Path) -> ExperimentPlan:
     Raises a ConfigError if the directory is no experiment, or has another layout.
     """
     path = experiment / "confirm.yaml"
-    try:
-        if os.path.lexists(path):
-            about = read_yaml(path, follow=False)
-            if about.get("layout") != VERSION:
-                raise ConfigError(
-                    f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path
-                )
-            arms = {
-                str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]
-            }
-            return ExperimentPlan(
-                "comparison",
-                str(about["created"]),
-                arms,
-                len(arms) * len(about["seeds"]),
-                None,
-                about,
-            )
-        path = experiment / "experiment.yaml"
-        if not os.path.lexists(path):
-            raise ConfigError(_no_experiment(experiment), experiment)
-        about = read_experiment(experiment)
+    if os.path.lexists(path):
+        with damaged(path):
+            return _plan_of_comparison(read_yaml(path, follow=False), path)
+    path = experiment / "experiment.yaml"
+    if not os.path.lexists(path):
+        raise ConfigError(_no_experiment(experiment), experiment)
+    about = read_experiment(experiment)
+    with damaged(path):
         space, search = about["space"], about["space"]["search"]
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
         rows = {str(own_code.shown_name(o) or o["name"]): int(space["epochs"]) for o in given}
         metric = scores.score_of(str(search["metric"])).key
-        return ExperimentPlan(
-            "sweep", str(about["created"]), rows, int(search["num_samples"]), metric, about
+        trials = int(search["num_samples"])
+        return ExperimentPlan("sweep", str(about["created"]), rows, trials, metric, about)
+
+
+def _plan_of_comparison(about: Tree, path: Path) -> ExperimentPlan:
+    if about.get("layout") != VERSION:
+        raise ConfigError(
+            f"layout {about.get('layout')!r}, and this release reads layout {VERSION}", path
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"was changed by hand, or cut: {_filter_words(error)}", path) from None
+    arms = {str(arm["name"]): int(arm["config"]["epochs"]) for arm in about["compared"]["arms"]}
+    runs = len(arms) * len(about["seeds"])
+    return ExperimentPlan("comparison", str(about["created"]), arms, runs, None, about)
 
 
 def _no_experiment(directory: Path) -> str:
@@ -166,10 +159,6 @@ def _no_experiment(directory: Path) -> str:
     if inside:
         return f"not an experiment, but a directory of experiments; name one of them: {', '.join(inside[:9])}"
     return "not an experiment: there is no experiment.yaml in it, and no confirm.yaml"
-
-
-def _filter_words(error: Exception) -> str:
-    return f"no {error} in it" if isinstance(error, KeyError) else str(error)
 
 
 def read_lasts(experiment: Path, alive: bool | None = None) -> list[Record]:
@@ -497,15 +486,13 @@ def _best_trials(records: Sequence[Record], plan: ExperimentPlan) -> Tree | None
 
 def _verdict_of(experiment: Path) -> list[str] | None:
     """Return the sentences of a comparison's verdicts; None if it is not judged."""
+    path = experiment / "confirm.json"
     try:
-        judged = parse_json(read_text(experiment / "confirm.json"))
-        return [f"{found['student']}: {found['sentence']}" for found in judged["verdicts"]]
+        with damaged(path):
+            judged = parse_json(read_text(path))
+            return [f"{found['student']}: {found['sentence']}" for found in judged["verdicts"]]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"was changed by hand, or cut: {_filter_words(error)}", experiment / "confirm.json"
-        ) from None
 
 
 def _elapsed(created: str, until: float) -> float | None:

@@ -31,7 +31,7 @@ from tfkd_ray.settings.files import write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import Settings, name_alone, validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, find_file, read_yaml
-from tfkd_ray.space.ranges import Domain
+from tfkd_ray.space.ranges import Domain, name_of
 from tfkd_ray.space.space import TUNED_BASELINES, Space, build_space, override
 from tfkd_ray.store.experiment import (
     BASELINES,
@@ -626,8 +626,7 @@ def _small_teacher(given: Any) -> Any:
 
 
 def _small_network(network: Any) -> Any:
-    given = name_alone(network)
-    name = given.get("name") if isinstance(given, dict) else None
+    name = name_of(network)
     if name in (None, "mlp", "cnn"):
         return network
     size = _BY_SIZE.index(name) if name in _BY_SIZE else len(_BY_SIZE)

@@ -33,6 +33,7 @@ from tfkd_ray.learn.objectives import (
 )
 from tfkd_ray.settings.columns import in_columns
 from tfkd_ray.settings.errors import Sentences
+from tfkd_ray.settings.yaml import value_at
 from tfkd_ray.space.ranges import Choices, Domain
 from tfkd_ray.space.space import Branch, Parameter, Space
 
@@ -475,9 +476,7 @@ def _with_value(objective: Canonical, parameter: Parameter, value: Any) -> Canon
     if not below:
         return objective.model_copy(update={top: value})
     whole = copy.deepcopy(getattr(objective, top))
-    part = whole
-    for name in below[:-1]:
-        part = part.get(name) if isinstance(part, dict) else None
+    part = value_at(whole, below[:-1])
     if not isinstance(part, dict) or below[-1] not in part:
         return objective
     part[below[-1]] = value

@@ -12,7 +12,7 @@ from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
 from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.schema import tag
-from tfkd_ray.settings.yaml import Tree, Values, leaves_of
+from tfkd_ray.settings.yaml import Tree, Values, leaves_of, value_at
 from tfkd_ray.space.ranges import Choices, Path_, Range
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path
@@ -219,13 +219,6 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
         only_where = top in {"recipe", *RUN_ONLY} or (top == "data" and last in Dataset.places)
         if not only_where:
             yield path, left.get(path), right.get(path)
-
-
-def value_at(tree: Any, path: Path_) -> Any:
-    """Return the value at a path of a tree; None if the path does not exist."""
-    for part in path:
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list[str]:

@@ -110,3 +110,8 @@ _KNOWN = [f.name for f in dataclasses.fields(Assignment) if f.name != "more"]
 def without_assignment(config: Values) -> dict[str, Any]:
     """Return the training configuration alone."""
     return {name: value for name, value in config.items() if name != SECTION}
+
+
+def assigned(trial: Any) -> Assignment:
+    """Return the assignment of one of Tune's trials."""
+    return Assignment.of(trial.config)

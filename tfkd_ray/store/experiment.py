@@ -329,6 +329,25 @@ def read_teacher(folder: Path) -> Tree:
     return about
 
 
+_OF_CONFIRM = ("title", "arms", "verdicts", "notes", "test", "trained_on", "opened", "preset")
+
+
+def read_judged(directory: Path) -> Tree | None:
+    """Read confirm.json; None if the test split was not opened yet."""
+    path = directory / "confirm.json"
+    if not os.path.lexists(path):
+        return None
+    with damaged(path):
+        judged: Tree = parse_json(read_text(path))
+        missing = set(_OF_CONFIRM) - judged.keys()
+    if missing:
+        raise ConfigError(
+            f"lacks {', '.join(sorted(missing))}; write it again: tfkd resume {shlex.quote(str(directory))}",
+            path,
+        )
+    return judged
+
+
 def read_spent(experiment: Path) -> Numbers:
     """Read spent.json: `seconds` that drivers ran, and `trial_seconds`; both 0 without it."""
     path = experiment / "spent.json"

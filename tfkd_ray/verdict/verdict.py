@@ -75,9 +75,11 @@ class JudgedMetric:
         """Return the value without its unit."""
         return f"{100 * value:z.2f}" if self.percent else f"{value:z.4f}"
 
-    def interval(self, low: float, high: float) -> str:
-        """Return an interval as text: '-0.10 to 0.52'."""
-        return f"{self.show(low)} to {self.show(high)}" if math.isfinite(high - low) else "-"
+    def interval(self, low: float | None, high: float | None) -> str:
+        """Return an interval as text: '-0.10 to 0.52'; a dash if there is none."""
+        if low is None or high is None or not math.isfinite(high - low):
+            return "-"
+        return f"{self.show(low)} to {self.show(high)}"
 
     @property
     def unit(self) -> str:
