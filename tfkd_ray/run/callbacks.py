@@ -180,17 +180,15 @@ def _drop_states(folder: Path) -> None:
 
 
 _METRICS = {
-    *(
-        "epoch",
-        "train_loss",
-        "train_ce",
-        "train_kd",
-        "train_kd_ratio",
-        "lr",
-        "parameters",
-        "seconds",
-        "images_per_s",
-    )
+    "epoch",
+    "train_loss",
+    "train_ce",
+    "train_kd",
+    "train_kd_ratio",
+    "lr",
+    "parameters",
+    "seconds",
+    "images_per_s",
 }
 
 
@@ -535,8 +533,7 @@ class Uploads(Listener):
     def on_end(self, trial: Any) -> None:
         self._wake.set()
 
-    def on_failed(self, trial: Any) -> None:
-        self._wake.set()
+    on_failed = on_end
 
     def on_step(self) -> None:
         if self._taken_over is not None:

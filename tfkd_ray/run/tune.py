@@ -58,7 +58,7 @@ from tfkd_ray.run.studies import (
 )
 from tfkd_ray.run.trial import StudentTrial, resources_of
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.errors import ConfigError, Say, readable, some_of, to_stderr
+from tfkd_ray.settings.errors import ConfigError, Say, Sentences, readable, some_of, to_stderr
 from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
@@ -131,7 +131,8 @@ def build_tuner(
     space, stem = _as_space(space)
     run_config = run_config or tune.RunConfig()
     tune_config = tune_config or tune.TuneConfig()
-    _check_ray_configs(tune_config, run_config)
+    if problems := list(_ray_config_problems(tune_config, run_config)):
+        raise ConfigError(problems)
     space, tune_config = _overridden(space, tune_config)
     if run_config.name and name and run_config.name != name:
         raise ConfigError(
@@ -489,55 +490,48 @@ def _as_space(space: Space | Tree | Path | str) -> tuple[Space, str]:
     return load_space(Path(space)), Path(space).stem
 
 
-def _check_ray_configs(tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> None:
-    """Refuse Ray settings that would be ignored because a space or a trial sets them."""
+def _ray_config_problems(tune_config: tune.TuneConfig, run_config: tune.RunConfig) -> Sentences:
+    """Reject Ray settings that would be ignored because a space or a trial sets them."""
     usual, usual_run = tune.TuneConfig(), tune.RunConfig()
-    problems = []
     if tune_config.search_alg is not None:
-        problems.append(
+        yield (
             "tune_config.search_alg: build_tuner brings its own searcher; to use another, give StudentTrial to a Tuner "
             "of your own"
         )
     if tune_config.num_samples != usual.num_samples:
-        problems.append(
+        yield (
             "tune_config.num_samples: the space says how many trials; set search.num_samples there"
         )
     if (tune_config.max_concurrent_trials or 0) < 0:
-        problems.append(
+        yield (
             f"tune_config.max_concurrent_trials: 0 (no limit) or more, got {tune_config.max_concurrent_trials}"
         )
     for name in ("trial_name_creator", "trial_dirname_creator"):
         if getattr(tune_config, name) is not None:
-            problems.append(
+            yield (
                 f"tune_config.{name}: trials have names by which all else here finds them; leave it out"
             )
     if tune_config.chdir_to_trial_dir != usual.chdir_to_trial_dir:
-        problems.append(
-            "tune_config.chdir_to_trial_dir: Ray has given it up; set RAY_CHDIR_TO_TRIAL_DIR"
-        )
+        yield ("tune_config.chdir_to_trial_dir: Ray has given it up; set RAY_CHDIR_TO_TRIAL_DIR")
     if (
         tune_config.metric is not None
         and getattr(tune_config.scheduler, "metric", None) is not None
     ):
-        problems.append(
-            "tune_config.metric: the scheduler has a metric of its own; give one of them"
-        )
+        yield ("tune_config.metric: the scheduler has a metric of its own; give one of them")
     if run_config.checkpoint_config not in (None, tune.CheckpointConfig()):
-        problems.append(
+        yield (
             "run_config.checkpoint_config: trials keep their own checkpoints; see checkpoint_every_s"
         )
     if run_config.failure_config is not None and run_config.failure_config.fail_fast:
-        problems.append(
+        yield (
             "run_config.failure_config.fail_fast: a trial that fails here raises nothing; set search.max_failed_trials "
             "to 1 in the space"
         )
     if run_config.storage_filesystem != usual_run.storage_filesystem:
-        problems.append(
+        yield (
             "run_config.storage_filesystem: an experiment goes to a directory, s3://BUCKET/PREFIX or "
             "gs://BUCKET/PREFIX; say which with storage_path"
         )
-    if problems:
-        raise ConfigError(problems)
 
 
 def _overridden(space: Space, tune_config: tune.TuneConfig) -> tuple[Space, tune.TuneConfig]:

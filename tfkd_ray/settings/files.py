@@ -67,16 +67,14 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 DISK_ERRORS = {
-    *(
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EIO,
-        errno.ESTALE,
-        errno.ENODEV,
-        errno.ENOTCONN,
-        errno.ETIMEDOUT,
-    ),
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
     errno.EFBIG,
 }
 """errno values of a full, read-only or lost disk, and of a file size limit."""

@@ -115,11 +115,10 @@ def _known(fields: Sequence[str], metric: str | None) -> set[str]:
     return {*fields, *ends} if metric is None else {*fields, *ends, metric}
 
 
-def _sort_problems(sort: str) -> list[str]:
+def _sort_problems(sort: str) -> Sentences:
     key, _, order = sort.partition(":")
-    if order in ("", "desc", "asc"):
-        return []
-    return [f"--sort {sort}: {key}, or {key}:desc for the other way round"]
+    if order not in ("", "desc", "asc"):
+        yield f"--sort {sort}: {key}, or {key}:desc for the other way round"
 
 
 def _unknown(option: str, names: Sequence[str], known: set[str]) -> list[str]:
@@ -130,14 +129,12 @@ def _unknown(option: str, names: Sequence[str], known: set[str]) -> list[str]:
     ]
 
 
-def _output_problems(output: str, limit: int | None) -> list[str]:
-    problems = []
+def _output_problems(output: str, limit: int | None) -> Sentences:
     formats = ("table", "json", "csv")
     if output not in formats:
-        problems.append(f"--output: no such format {output!r}; {did_you_mean(output, formats)}")
+        yield f"--output: no such format {output!r}; {did_you_mean(output, formats)}"
     if limit is not None and limit < 1:
-        problems.append(f"--limit: at least 1, got {limit}")
-    return problems
+        yield f"--limit: at least 1, got {limit}"
 
 
 def _as_json(rows: Sequence[Row], chosen: Sequence[str] | None) -> str:

@@ -621,27 +621,25 @@ def _overall(judged: Sequence[Judged], baselines: Sequence[JudgedArm]) -> str:
 
 def _verdict_notes(
     judged: Sequence[Judged], arms: Sequence[JudgedArm], metric: JudgedMetric
-) -> list[str]:
-    notes = []
+) -> Sentences:
     wanted = sorted({s for arm in arms for s in arm.seeds})
     for arm in arms:
         if lacking := [s for s in wanted if s not in arm.seeds]:
-            notes.append(
+            yield (
                 f"{arm.name} has no value at seed {_list(lacking)}: compared on the seeds that both arms have"
             )
     if any(len(c.seeds) == 2 for j in judged for c in j.comparisons):
-        notes.append(
+        yield (
             "n = 2: the spread comes from one difference, so only very large leads can be told from luck"
         )
     for j in judged:
         for c in j.comparisons:
             if c.constant and abs(c.lead) > ROUNDING:
-                notes.append(
+                yield (
                     f"{j.name} over {c.over}: the same lead in every seed; a sign test stands in for the t test"
                 )
         if j.verdict == "better":
-            notes += _notes_on_better(j, metric)
-    return notes
+            yield from _notes_on_better(j, metric)
 
 
 def _notes_on_better(j: Judged, metric: JudgedMetric) -> Sentences:
