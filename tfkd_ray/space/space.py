@@ -935,10 +935,25 @@ def _names_are_fixed(p: Parameter) -> Iterator[str]:
         yield f"{p.name}: search the whole setting instead: {above}: {{choices: [NAME, {{name: NAME, ...}}]}}"
 
 
-def _teachers_can_be_listed(p: Parameter) -> Iterator[str]:
-    """Reject a range in a teacher, which must have choices."""
-    if p.path[0] in OF_TEACHERS and isinstance(p.domain, Range) and not _is_share(p):
-        yield f"{p.name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
+def _teachers_can_be_listed(branch: Branch) -> Iterator[str]:
+    """Reject a range on which a teacher depends: it must have choices."""
+    for p in branch.makes_teachers:
+        if isinstance(p.domain, Range) and (p.path[0] in OF_TEACHERS or _moves_teachers(branch, p)):
+            yield (
+                f"{p.name}: choices only (teachers are trained before the sweep, each once): "
+                "{choices: [...]}"
+            )
+
+
+def _moves_teachers(branch: Branch, p: Parameter) -> bool:
+    """Return whether the teachers at both ends of a range differ."""
+    around = branch.around(p)
+    try:
+        configs = [branch.config({**around, p.name: end}) for end in p.domain.probes]
+    except ConfigError:  # another rule tells what is wrong
+        return False
+    made = [[run.fingerprint() for run in config.teacher_runs()] for config in configs]
+    return any(runs != made[0] for runs in made)
 
 
 def _is_share(p: Parameter) -> bool:
@@ -956,7 +971,6 @@ def _loops_are_fixed(p: Parameter) -> Iterator[str]:
 PARAMETER_RULES = (
     _trials_can_be_compared,
     _names_are_fixed,
-    _teachers_can_be_listed,
     _loops_are_fixed,
 )
 
@@ -1006,7 +1020,12 @@ def _same_settings(branch: Branch, p: Parameter, values: Sequence[Any]) -> Itera
         before[settings] = value
 
 
-BRANCH_RULES = (_parameters_are_searchable, _corners_are_valid, _choices_differ)
+BRANCH_RULES = (
+    _parameters_are_searchable,
+    _teachers_can_be_listed,
+    _corners_are_valid,
+    _choices_differ,
+)
 """Rules in the order in which their problems are reported, all at once, after those of single
 ranges."""
 
