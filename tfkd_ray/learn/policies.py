@@ -66,9 +66,10 @@ def _displaced(images: Tensor, op: Tensor, strength: Tensor, *, relative: bool) 
 # --- colours: each takes images [B, C, H, W] and factors or levels [B, 1, 1, 1] -------------------
 
 
-def _blended(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """Return factor * images + (1 - factor) * other as uint8."""
-    return (images * factor).add_((1 - factor) * other).clamp_(0, 255).to(torch.uint8)
+def _stretched(images: Tensor, other: Tensor, strength: Tensor) -> Tensor:
+    """Return images, moved away from other ones by a strength, as uint8."""
+    found = images * (1 + strength.double()).float()
+    return found.addcmul_(-strength, other).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -80,18 +81,18 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _brightness(images: Tensor, strength: Tensor) -> Tensor:
-    return (images * (1 + strength)).clamp_(0, 255).to(torch.uint8)
+    return (images * (1 + strength.double()).float()).clamp_(0, 255).to(torch.uint8)
 
 
 def _color(images: Tensor, strength: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images
-    return _blended(images, _grey(images), 1 + strength)
+    return _stretched(images, _grey(images), strength)
 
 
 def _contrast(images: Tensor, strength: Tensor) -> Tensor:
     mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
-    return _blended(images, mean, 1 + strength)
+    return _stretched(images, mean, strength)
 
 
 def _sharpness(images: Tensor, strength: Tensor) -> Tensor:
@@ -109,8 +110,9 @@ def _posterize(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def _solarize(images: Tensor, strength: Tensor) -> Tensor:
-    # in float64, as thresholds may be whole numbers
-    return torch.where(images >= 255 * strength.double(), 255 - images, images)
+    # rounded once, as thresholds may be whole numbers
+    threshold = (255 * strength.double()).float()
+    return torch.where(images >= threshold, 255 - images, images)
 
 
 def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
