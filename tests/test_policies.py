@@ -10,12 +10,29 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from tfkd_ray.learn.augment import Augment, RandAugment
-from tfkd_ray.learn.policies import LEVELS, OPERATIONS, RAND, WIDE, distorted, erased, erased_box, strengths
+from tfkd_ray.learn.policies import (
+    LEVELS,
+    OPERATIONS,
+    RAND,
+    WIDE,
+    distorted,
+    erased,
+    erased_box,
+    strengths,
+)
 
 THEIRS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
           "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize")  # fmt: skip
 POLICIES: dict[str, Any] = {"wide": v2.TrivialAugmentWide(), "rand": v2.RandAugment()}
-EXACT = {"Identity", "TranslateX", "TranslateY", "Posterize", "Solarize", "AutoContrast", "Equalize"}
+EXACT = {
+    "Identity",
+    "TranslateX",
+    "TranslateY",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+}
 
 
 def made(count: int, shape: tuple[int, int, int]) -> Tensor:
@@ -46,7 +63,11 @@ def test_every_operation_is_torchvisions_at_every_level(
         for sign in signs:
             magnitude = 0.0 if table is None else sign * float(table[level])
             wanted = theirs._apply_image_or_video_transform(
-                images, name, magnitude, interpolation=InterpolationMode.NEAREST, fill={torch.Tensor: None}
+                images,
+                name,
+                magnitude,
+                interpolation=InterpolationMode.NEAREST,
+                fill={torch.Tensor: None},
             )
             strength = (sign * ours[level]).repeat(6, 1)
             op = torch.full((6, 1), number)
@@ -54,7 +75,10 @@ def test_every_operation_is_torchvisions_at_every_level(
             unlike = found != wanted
             assert found.dtype == torch.uint8 and found.shape == images.shape
             if number <= OPERATIONS.index("rotate"):
-                assert unlike.any(dim=1).float().mean() <= (0 if name in EXACT else 0.01), (level, sign)
+                assert unlike.any(dim=1).float().mean() <= (0 if name in EXACT else 0.01), (
+                    level,
+                    sign,
+                )
             else:
                 away = (found.int() - wanted.int()).abs().max()
                 assert away <= (0 if name in EXACT else 1), (level, sign)
@@ -67,7 +91,9 @@ def test_operations_are_named_as_in_torchvision() -> None:
     assert [name.lower() for name in THEIRS] == [name.replace("_", "") for name in OPERATIONS]
 
 
-@pytest.mark.parametrize("augment", [Augment(trivial=True), Augment(rand=RandAugment(ops=3))], ids=["trivial", "rand"])
+@pytest.mark.parametrize(
+    "augment", [Augment(trivial=True), Augment(rand=RandAugment(ops=3))], ids=["trivial", "rand"]
+)
 def test_an_image_alone_is_changed_as_in_any_batch(augment: Augment) -> None:
     images, view = made(40, (3, 32, 32)), augment.view(0, 1, 40)
     whole = augment(images, view)
@@ -91,7 +117,9 @@ def test_operations_and_levels_are_drawn_evenly() -> None:
     assert view.op is not None and view.strength is not None
     assert view.op.flatten().bincount().tolist() == pytest.approx([2000] * 14, rel=0.1)
     shears = view.strength[view.op == OPERATIONS.index("shear_x")]
-    assert shears.abs().max() == pytest.approx(0.99) and (shears < 0).float().mean() == pytest.approx(0.5, abs=0.04)
+    assert shears.abs().max() == pytest.approx(0.99) and (
+        shears < 0
+    ).float().mean() == pytest.approx(0.5, abs=0.04)
     assert (view.strength[view.op > OPERATIONS.index("sharpness")] >= 0).all()
     rand = Augment(rand=RandAugment(ops=2, magnitude=30)).view(0, 0, 100)
     assert rand.op is not None and rand.op.shape == (100, 2)
@@ -111,7 +139,10 @@ def test_erasing_is_torchvisions_with_a_rectangle_that_it_could_draw(size: tuple
         _, area, shape, row, column = draws[k].tolist()
         pixels = H * W * (0.02 + 0.31 * area)
         ratio = math.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * shape)
-        h, w = min(round(math.sqrt(pixels * ratio)), H - 1), min(round(math.sqrt(pixels / ratio)), W - 1)
+        h, w = (
+            min(round(math.sqrt(pixels * ratio)), H - 1),
+            min(round(math.sqrt(pixels / ratio)), W - 1),
+        )
         i, j = int(row * (H - h + 1)), int(column * (W - w + 1))
         assert boxes[k].tolist() == [i, j, i + h, j + w]
         assert found[k].equal(functional.erase(images[k], i, j, h, w, torch.zeros(1)))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tfkd_ray.learn.images import generator
 from tfkd_ray.learn.mixing import within
@@ -100,7 +99,9 @@ def _sharpness(images: Tensor, strength: Tensor) -> Tensor:
         return images
     plain = images.float()
     inner = plain[..., 1:-1, 1:-1]
-    blurred = ((F.avg_pool2d(plain, 3, 1, divisor_override=1) + 4 * inner) / 13).round_()
+    rows = plain[..., :-2, :] + plain[..., 1:-1, :] + plain[..., 2:, :]
+    nine = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    blurred = ((nine + 4 * inner) / 13).round_()
     inner.sub_((blurred - inner) * strength)
     return plain.clamp_(0, 255).to(torch.uint8)
 
@@ -111,8 +112,9 @@ def _posterize(images: Tensor, strength: Tensor) -> Tensor:
 
 def _solarize(images: Tensor, strength: Tensor) -> Tensor:
     # rounded once, as thresholds may be whole numbers
-    threshold = (255 * strength.double()).float()
-    return torch.where(images >= threshold, 255 - images, images)
+    threshold = (255 * strength.double()).float().ceil().to(torch.uint8)
+    bright = (images >= threshold).to(torch.uint8)
+    return images ^ bright.mul_(255)
 
 
 def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
@@ -207,10 +209,9 @@ def distorted(images: Tensor, op: Tensor, strength: Tensor, *, relative: bool) -
     for ops, strengths_ in zip(op.unbind(1), strength.unbind(1), strict=True):
         order = ops.argsort()
         counts = ops.bincount(minlength=len(OPERATIONS)).tolist()
-        changed, by_op = images[order], strengths_[order]
-        _apply_in_place(changed, ops[order], by_op, counts, relative=relative)
-        images = torch.empty_like(changed)
-        images[order] = changed
+        changed = images.index_select(0, order)
+        _apply_in_place(changed, ops[order], strengths_[order], counts, relative=relative)
+        images = changed.index_select(0, order.argsort())
     return images
 
 
