@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tfkd_ray
+from tfkd_ray.learn.augment import RandAugment
 from tfkd_ray.learn.config import TeacherConfig, TrainConfig
 from tfkd_ray.learn.objectives import FeatureLayers
 from tfkd_ray.settings.schema import Settings, members, tag
@@ -23,6 +24,7 @@ PARTS: dict[str, list[type[Settings]]] = {
             for f in ("teacher", "teachers", "input", "optim", "augment", "schedule", "loop")
             for m in members(FIELDS[f])
         ),
+        RandAugment,
     ],
     "Search": [SearchConfig, *members(FIELDS["sampler"]), *members(FIELDS["stopping"])],
     "Objectives": [*members(FIELDS["objective"]), FeatureLayers],

@@ -45,9 +45,21 @@ def split_of(positions: list[int], official: int = 60) -> ImageSet:
     return ImageSet(pixels, at % 10, at, official)
 
 
+def pictures(split: str) -> tuple[Tensor, Tensor]:
+    """Return 300 blurred patterns of noise in colour, one pattern a class."""
+    g = torch.Generator().manual_seed(0)
+    classes = torch.rand(10, 3, 8, 8, generator=g) * 200
+    labels = torch.arange(300) % 10
+    noise = torch.randint(0, 56, (300, 3, 8, 8), generator=g)
+    return (classes[labels] + noise).to(torch.uint8), labels
+
+
+DATA = {"name": "own", "path": f"{__name__}:pictures", "shape": [3, 8, 8], "num_classes": 10}
+
+
 def config(**changes: Any) -> TrainConfig:
     tree = {
-        "data": {"name": "digits", "subset": 300},
+        "data": DATA,
         "objective": "ce",
         "student": {"name": "mlp", "hidden": [16]},
         "optim": {"batch_size": 50},
@@ -173,7 +185,7 @@ def test_partners_come_from_the_train_images_of_the_split_alone(
         stored[rows] = train_set.images
         return dataclasses.replace(train_set, stored=stored), val_set
 
-    c = config(augment=EVERY["mixup and cutmix"])
+    c = config(augment=EVERY["mixup and cutmix"], data={"name": "digits", "subset": 300})
     plain = list(train(c))[-1].state()
     monkeypatch.setattr(Digits, "load", spoiled)
     train_set, _ = c.data.load()
@@ -223,7 +235,7 @@ def test_an_epoch_is_the_textbook_loop_with_images_mixed_one_by_one() -> None:
     net = c.build_student()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     images, _ = c.data.load()
-    mean, std = c.data.statistics()
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in c.data.statistics())
     for epoch in range(2):
         view, mix = augment.of_epoch(0, epoch, images, (8, 8))
         assert mix is not None
@@ -231,10 +243,10 @@ def test_an_epoch_is_the_textbook_loop_with_images_mixed_one_by_one() -> None:
         for k in range(len(images)):
             one = torch.tensor([k])
             x = augment(next(images.read([one])), view.of(one)).float()
-            seen.append(augment.erased((x - mean[0]) / std[0], view.of(one))[0])
+            seen.append(augment.erased((x - mean) / std, view.of(one))[0])
         batches = epoch_order(images, 0, epoch).split(50)
         for step, batch in enumerate(batches):
-            x, q = torch.zeros(len(batch), 1, 8, 8), torch.zeros(len(batch), 10)
+            x, q = torch.zeros(len(batch), 3, 8, 8), torch.zeros(len(batch), 10)
             for i, k in enumerate(batch.tolist()):
                 p, share = int(mix.partner[k]), float(mix.share[k])
                 top, left, bottom, right = mix.box[k].tolist()
@@ -279,7 +291,7 @@ def test_training_from_the_bank_is_training_with_the_teacher_in_every_step(
     assert len(views) == 3  # two epochs and validation
     for a, b in zip(*found, strict=True):
         for name in ("train_loss", "train_ce", "train_kd", "val_teacher_kl"):
-            assert b.metrics[name] == pytest.approx(a.metrics[name], rel=1e-3)
+            assert b.metrics[name] == pytest.approx(a.metrics[name], rel=1e-3, abs=5e-4)
         weights = a.state()["model"]
         assert all((b.state()["model"][k] - v).abs().max() < 2e-3 for k, v in weights.items())
 
@@ -311,11 +323,11 @@ def test_validation_is_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Tensor] = []
     network = c.build_student()
     network.load_state_dict(next(train(c)).state()["model"])
-    mean, std = c.data.statistics()
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in c.data.statistics())
     for images in val.read(list(torch.arange(len(val)).split(50))):
-        found.append(network.eval()((images.float() - mean[0]) / std[0]))
+        found.append(network.eval()((images.float() - mean) / std))
     nll = F.cross_entropy(torch.cat(found), val.labels)
-    assert next(train(c)).metrics["val_nll"] == pytest.approx(float(nll), rel=1e-5)
+    assert next(train(c)).metrics["val_nll"] == pytest.approx(nll.item(), rel=1e-5)
 
 
 # --- alternating flip, and what stays as it was
@@ -494,7 +506,7 @@ def test_dkd_is_refused_with_mixed_labels_and_no_other_objective() -> None:
 
 def test_a_space_with_a_mix_that_an_objective_cannot_learn_from_is_refused() -> None:
     tree = {"objective": ["dkd", "ce"], "teacher": {"model": "mlp"}}
-    with pytest.raises(ConfigError, match="augment.mixup: objective dkd has no form"):
+    with pytest.raises(ConfigError, match=r"augment\.mixup: objective dkd has no form"):
         build_space({**tree, "augment": {"mixup": {"choices": [0, 0.2]}}})
     build_space({**tree, "augment": {"mixup": 0}})
 
@@ -529,7 +541,7 @@ def test_an_own_loss_that_takes_probabilities_learns_from_them_and_others_are_re
     with pytest.raises(ConfigError) as error:
         config(objective="losses_of_mixes:hard", augment=augment)
     assert "declare hard.soft_labels = True if it takes probabilities [B, K]" in str(error.value)
-    with pytest.raises(ConfigError, match="augment.mixup: the loop of this package mixes images"):
+    with pytest.raises(ConfigError, match=r"augment\.mixup: the loop of this package mixes images"):
         config(loop="losses_of_mixes:loop", augment=augment)
 
 
@@ -547,12 +559,16 @@ def test_an_own_loss_that_takes_probabilities_learns_from_them_and_others_are_re
         ),
         ({"erase": 1.5}, "augment.erase: Input should be less than or equal to 1, got 1.5"),
         ({"mixup": -0.1}, "augment.mixup: Input should be greater than or equal to 0, got -0.1"),
+        (
+            {"trivial": True, "mixup": 1},
+            "augment.trivial: is for pixels of 0 to 255, and those of digits end at 16",
+        ),
         ({"cutmx": 1}, "augment.cutmx: no such setting; did you mean 'cutmix'?"),
     ],
 )
 def test_a_wrong_setting_is_told_with_field_rule_and_value(augment: Any, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
-        config(augment=augment)
+        config(augment=augment, data="digits")
     assert sentence in str(error.value)
 
 
@@ -570,7 +586,7 @@ def test_a_range_on_which_a_teacher_depends_is_refused_and_choices_make_one_teac
         build_space({"objective": "ce", "augment": augment})
     space = build_space({**kd, "augment": {"mixup": {"choices": [0, 0.2, 1]}}})
     assert len(space.teacher_runs()) == 3
-    with pytest.raises(ConfigError, match="student.dropout: choices only"):
+    with pytest.raises(ConfigError, match=r"student\.dropout: choices only"):
         build_space(
             {
                 "objective": "tfkd_self",
@@ -587,8 +603,8 @@ def test_every_setting_is_searched_and_the_space_reads_back() -> None:
         "flip": {"choices": [False, True, "alternating"]},
         "rand": {"ops": {"low": 1, "high": 3}, "magnitude": {"low": 1, "high": 14}},
     }
-    space = build_space({"objective": "ce", "augment": augment})
+    space = build_space({"objective": "ce", "augment": augment, "data": "fashion_mnist"})
     assert len(space.parameters) == 6 and build_space(space.tree).tree == space.tree
     policies = {"choices": [{"mixup": 0.2}, {"trivial": True}, {"rand": {"magnitude": 5}}]}
-    space = build_space({"objective": "ce", "augment": policies})
+    space = build_space({"objective": "ce", "augment": policies, "data": "fashion_mnist"})
     assert build_space(space.tree).tree == space.tree

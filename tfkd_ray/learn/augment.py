@@ -170,7 +170,7 @@ class Augment(Settings):
     @property
     def is_none(self) -> bool:
         """Return whether augmentation leaves every decoded image unchanged."""
-        return not (self._moves or self._has_policy or self.erase or self.mixes)
+        return not (self._moves or self.has_policy or self.erase or self.mixes)
 
     @property
     def mixes(self) -> bool:
@@ -182,7 +182,8 @@ class Augment(Settings):
         return bool(self.crop_padding or self.flip or self.rotation_degrees)
 
     @property
-    def _has_policy(self) -> bool:
+    def has_policy(self) -> bool:
+        """Return whether TrivialAugment or RandAugment changes the images."""
         return self.trivial or self.rand is not None
 
     def key(self, seed: int, epoch: int) -> dict[str, Any]:
@@ -220,14 +221,14 @@ class Augment(Settings):
         if self.flip == "alternating":
             first = torch.rand(official_size, generator=generator(seed, "flip")) < 0.5
             view = view._replace(flipped=first ^ (epoch % 2 == 1))
-        if self._has_policy or self.erase:
+        if self.has_policy or self.erase:
             view = self._with_later_draws(view, seed, epoch, official_size)
         return view
 
     def _with_later_draws(self, view: View, seed: int, epoch: int, official_size: int) -> View:
         from tfkd_ray.learn.policies import drawn_holes, drawn_policy
 
-        if self._has_policy:
+        if self.has_policy:
             asked = self.rand.model_dump() if self.rand else {}
             op, strength = drawn_policy(official_size, seed, epoch, **asked)
             view = view._replace(op=op, strength=strength)

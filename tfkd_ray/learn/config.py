@@ -354,7 +354,7 @@ class TrainConfig(Settings):
                 f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
             )
         problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
-        problems += self._mixing_problems()
+        problems += self._augment_problems()
         problems += self._layer_problems()
         if self.teachers:
             problems += self._several_problems() or self._twins()
@@ -424,9 +424,12 @@ class TrainConfig(Settings):
                 "and take them in your own loop"
             )
 
-    def _mixing_problems(self) -> Iterator[str]:
-        """Yield a sentence if nothing can learn from mixed labels."""
-        called = self.objective.called
+    def _augment_problems(self) -> Iterator[str]:
+        """Yield a sentence for each augmentation that these images, or this objective, cannot have."""
+        called, brightest = self.objective.called, self.data.brightest
+        if self.augment.has_policy and brightest != 255:
+            where = "augment.trivial" if self.augment.trivial else "augment.rand"
+            yield f"{where}: is for pixels of 0 to 255, and those of {self.data.name} end at {brightest}; leave it out"
         if not self.augment.mixes:
             return
         where = "augment.mixup" if self.augment.mixup else "augment.cutmix"

@@ -61,6 +61,7 @@ class Digits(Dataset):
     shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     mean: ClassVar[tuple[float, ...]] = (4.8826,)
     std: ClassVar[tuple[float, ...]] = (6.0141,)
+    brightest: ClassVar[int] = 16
     origin: ClassVar[str] = "it comes with scikit-learn: pip install scikit-learn"
 
     name: Literal["digits"] = "digits"
