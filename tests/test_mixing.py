@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from test_folder import write_folder
 from test_loop import _worker, numbers, same
 from torch import Tensor
 from torchvision.transforms import v2
@@ -223,6 +224,35 @@ def batches_of(c: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Te
     batches = epoch_order(train_set, c.seed, 0).split(c.optim.batch_size)
     trained = [x for x in images if len(x) > 2][: len(batches)]
     return list(zip(batches, trained, strict=True))
+
+
+def test_partners_in_a_streamed_folder_are_decoded_with_their_own_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(write_folder(tmp_path, train=4, side=40))
+    data = {
+        "name": "image_folder",
+        "root": root,
+        "num_classes": 2,
+        "image_size": 32,
+        "val_fraction": 0.0,
+    }
+    augment = {"resized_crop": True, "flip": False, "rotation_degrees": 0, "mixup": 1.0}
+    c = config(data=data, augment=augment, epochs=1, optim={"batch_size": 4}, recipe="modern")
+    images, _ = c.data.load()
+    view, mix = c.augment.of_epoch(0, 0, images, c.data.shape[1:])
+    assert mix is not None
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in c.data.statistics())
+
+    def seen(k: int) -> Tensor:
+        (image,) = next(images.read([torch.tensor([k])], view.crop))
+        return (image.float() - mean) / std
+
+    for index, batch in batches_of(c, monkeypatch):
+        for k, found in zip(index.tolist(), batch, strict=True):
+            share = float(mix.share[k])
+            wanted = share * seen(k) + (1 - share) * seen(int(mix.partner[k]))
+            assert torch.allclose(found, wanted, atol=1e-5)
 
 
 # --- a whole epoch, and the rules of a run
@@ -523,6 +553,10 @@ soft.soft_labels = True
 def hard(logits, labels):
     return F.cross_entropy(logits, labels)
 
+def layered(logits, labels, student_features):
+    return F.cross_entropy(logits, labels) + 0.1 * student_features["1"].square().mean()
+layered.soft_labels = True
+
 def loop(config, state, teacher):
     yield
 """
@@ -538,6 +572,8 @@ def test_an_own_loss_that_takes_probabilities_learns_from_them_and_others_are_re
     own = next(train(config(objective="losses_of_mixes:soft", augment=augment))).metrics
     ce = next(train(config(augment=augment))).metrics
     assert own["train_loss"] == pytest.approx(ce["train_loss"], rel=1e-5)
+    layers = {"name": "own", "path": "losses_of_mixes:layered", "features": {"student": "1"}}
+    assert next(train(config(objective=layers, augment=augment))).metrics["train_loss"] > 0
     with pytest.raises(ConfigError) as error:
         config(objective="losses_of_mixes:hard", augment=augment)
     assert "declare hard.soft_labels = True if it takes probabilities [B, K]" in str(error.value)
