@@ -52,6 +52,8 @@ def kind(schema: dict[str, Any]) -> str:
         return "[a network](api.md#networks)" if "resnet18" in names else ", ".join(names)
     if name := schema.get("$ref", "").rpartition("/")[2]:
         return f"[{name}](api.md#{name.lower()})"
+    if "const" in schema:
+        return str(schema["const"])
     if options := schema.get("anyOf") or schema.get("enum"):
         return " or ".join(kind(o) if isinstance(o, dict) else str(o) for o in options)
     if schema.get("type") == "array":
