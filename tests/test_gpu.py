@@ -126,10 +126,11 @@ def test_augmented_and_mixed_images_are_those_of_the_cpu() -> None:
     for name in ("cpu", "cuda"):
         device = torch.device(name)
         images = ImageSet(pixels, at % 10, at, 256).on(device)
-        view, mix = augment.of_epoch(0, 1, images, (32, 32)).on(device)
-        assert mix is not None
-        (read,) = images.read([at.to(device)])
-        seen = augment.erased(augment(read, view).float(), view)
+        view = augment.of_epoch(0, 1, images, (32, 32))
+        assert view.mix is not None
+        mix, index = view.mix.on(device), at.to(device)
+        (read,), (drawn,) = images.read([index]), view.of_each([index], device)
+        seen = augment.erased(augment(read, drawn).float(), drawn)
         found.append(mix(seen, seen[mix.partner]).cpu())
     unlike = (found[0] - found[1]).abs() > 1.01
     assert unlike.float().mean() < 0.01

@@ -13,7 +13,7 @@ Shapes: N = images of the official set, B = batch, C = channels, H, W = height a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -77,9 +77,17 @@ class EpochView(NamedTuple):
     mix: Mix | None
     """Partners of the images; None without mixup and cutmix."""
 
-    def on(self, device: torch.device) -> EpochView:
-        """Return the same draws on a device."""
-        return EpochView(self.view.on(device), self.mix and self.mix.on(device))
+    def of_each(self, batches: Sequence[Tensor], device: torch.device) -> Iterator[View]:
+        """Yield the draws of each batch of indices, on a device.
+
+        Operations stay on the CPU, where they decide what is computed: no step waits for a GPU.
+        """
+        op = self.view.op
+        there = self.view._replace(op=None).on(device)
+        plans = batches if op is None else [batch.cpu() for batch in batches]
+        for index, plan in zip(batches, plans, strict=True):
+            drawn = there.of(index)
+            yield drawn if op is None else drawn._replace(op=op[plan])
 
     def labels_of(self, hard: Tensor) -> Callable[[Tensor], Tensor | Mixed]:
         """Return the function that gives the labels of a batch of indices.

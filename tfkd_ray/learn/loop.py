@@ -580,12 +580,13 @@ def _seen(
     With mixup or cutmix the partners are read with them, wherever in the split they are.
     """
     mean, std = scale
-    device = mean.device
-    view, mix = seen_so.on(device)
-    read = shares if mix is None else [torch.cat([s, mix.partner[s]]) for s in shares]
-    reading = train_set.read(read, seen_so.view.crop)
-    for mine, index, images in zip(shares, read, reading, strict=True):
-        drawn = view.of(index)
+    device, (view, mix) = mean.device, seen_so
+    read = shares
+    if mix is not None:
+        mix = mix.on(device)
+        read = [torch.cat([mine, mix.partner[mine]]) for mine in shares]
+    parts = zip(shares, train_set.read(read, view.crop), seen_so.of_each(read, device), strict=True)
+    for mine, images, drawn in parts:
         augmented = config.augment(images.to(device, non_blocking=True), drawn)
         normal = config.augment.erased((augmented.float() - mean) / std, drawn)
         yield normal if mix is None else mix.of(mine)(*normal.split(len(mine)))

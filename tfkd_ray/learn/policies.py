@@ -202,16 +202,19 @@ def distorted(images: Tensor, op: Tensor, strength: Tensor, *, relative: bool) -
     """Return uint8 images after their operations, one after the other.
 
     Args:
-        op: int64 [B, R].
-        strength: float32 [B, R].
+        op: int64 [B, R], on the CPU or the images' device; on the CPU, nothing waits for a GPU.
+        strength: float32 [B, R], on the images' device.
         relative: whether translations are shares of the side, as RandAugment's.
     """
+    device = images.device
     for ops, strengths_ in zip(op.unbind(1), strength.unbind(1), strict=True):
         order = ops.argsort()
         counts = ops.bincount(minlength=len(OPERATIONS)).tolist()
+        by_op, back = ops[order].to(device, non_blocking=True), order.argsort()
+        order = order.to(device, non_blocking=True)
         changed = images.index_select(0, order)
-        _apply_in_place(changed, ops[order], strengths_[order], counts, relative=relative)
-        images = changed.index_select(0, order.argsort())
+        _apply_in_place(changed, by_op, strengths_[order], counts, relative=relative)
+        images = changed.index_select(0, back.to(device, non_blocking=True))
     return images
 
 
