@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from tfkd_ray.learn.augment import Augment, RandAugment
 from tfkd_ray.learn.policies import (
-    LEVELS,
+    MAGNITUDES,
     OPERATIONS,
     RAND,
     WIDE,
@@ -55,7 +55,7 @@ def test_every_operation_is_torchvisions_at_every_level(
     """Nearest pixels may be rounded either way; colours may be cut down from 1 less than a whole."""
     theirs, name = POLICIES[policy], THEIRS[number]
     levels, signed = theirs._AUGMENTATION_SPACE[name]
-    table = levels(LEVELS, *shape[1:])
+    table = levels(MAGNITUDES, *shape[1:])
     ours = strengths(WIDE if policy == "wide" else RAND)[number]
     signs = (1, -1) if signed else (1,)
     images = made(6, shape)

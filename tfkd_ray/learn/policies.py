@@ -17,7 +17,7 @@ from torch import Tensor
 from tfkd_ray.learn.images import generator
 from tfkd_ray.learn.mixing import within
 
-LEVELS = 31
+MAGNITUDES = 31
 """Levels of strength, from 0 to 30."""
 ERASED_SHARE = (0.02, 0.33)
 """Smallest and largest share of an image's area that is erased."""
@@ -168,14 +168,16 @@ RAND: dict[str, float] = {
 
 
 def strengths(largest: dict[str, float]) -> Tensor:
-    """Return the strength of each operation at each level, float32 [operations, LEVELS]."""
+    """Return the strength of each operation at each level, float32 [operations, MAGNITUDES]."""
     colours = ("brightness", "color", "contrast", "sharpness")
     ends = dict.fromkeys(colours, largest["color"])
     ends |= {name: largest[name.partition("_")[0]] for name in MOVES}
-    rows = {name: torch.linspace(0, end, LEVELS) for name, end in ends.items()}
-    rows["posterize"] = (8 - torch.arange(LEVELS) / ((LEVELS - 1) / largest["posterize"])).round()
-    rows["solarize"] = torch.linspace(1, 0, LEVELS)
-    return torch.stack([rows.get(name, torch.zeros(LEVELS)) for name in OPERATIONS])
+    rows = {name: torch.linspace(0, end, MAGNITUDES) for name, end in ends.items()}
+    rows["posterize"] = (
+        8 - torch.arange(MAGNITUDES) / ((MAGNITUDES - 1) / largest["posterize"])
+    ).round()
+    rows["solarize"] = torch.linspace(1, 0, MAGNITUDES)
+    return torch.stack([rows.get(name, torch.zeros(MAGNITUDES)) for name in OPERATIONS])
 
 
 def drawn_policy(
@@ -190,7 +192,7 @@ def drawn_policy(
     """
     g = generator(seed, "policy", epoch)
     op = torch.randint(len(OPERATIONS), (count, ops), generator=g)
-    level = torch.randint(LEVELS, (count, ops), generator=g)
+    level = torch.randint(MAGNITUDES, (count, ops), generator=g)
     negative = torch.rand(count, ops, generator=g) < 0.5
     if magnitude is not None:
         level = torch.full_like(level, magnitude)
