@@ -1,18 +1,49 @@
 """Time batched augmentation of 128 images of 32x32 on one core, beside torchvision's per-image one.
 
 python benchmarks/augment.py
+
+The first part is the paper's augmentation beside torchvision's transforms. The second part is every
+ingredient alone and all of them together, as a step of training has them: with mixup or cutmix, the
+128 partners are augmented, too. The third part is what mixing costs a streamed folder of JPEGs.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from data import write_jpegs
+from torch import Tensor
 from torchvision import transforms
 
-from tfkd_ray.learn.augment import Augment
+from tfkd_ray.learn.augment import Augment, RandAugment
+from tfkd_ray.learn.image_files import ImageFolder
+from tfkd_ray.learn.images import Images, ImageSet
 
 PAPER = Augment(crop_padding=4, flip=True, rotation_degrees=15)
+ALL = {
+    "crop_padding": 4,
+    "flip": True,
+    "rotation_degrees": 15,
+    "erase": 0.25,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+}
+ALONE = {
+    "none: to float, and normalised": Augment(),
+    "crop and flip": Augment(crop_padding=4, flip=True),
+    "crop, flip and rotation": PAPER,
+    "trivial": Augment(trivial=True),
+    "rand, 2 operations": Augment(rand=RandAugment()),
+    "erase": Augment(erase=0.25),
+    "mixup": Augment(mixup=0.2),
+    "cutmix": Augment(cutmix=1.0),
+    "all with trivial": Augment(**ALL, trivial=True),
+    "all with rand, 2 operations": Augment(**ALL, rand=RandAugment()),
+}
+BATCH, COUNT = 128, 1024
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 30) -> list[float]:
@@ -25,10 +56,32 @@ def milliseconds(run: Callable[[], object], repeats: int = 30) -> list[float]:
     return times[3:]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
-    view = PAPER.view(0, 0, 128)
+def batch_of(augment: Augment, images: Images) -> Callable[[], Tensor]:
+    """Return the function that makes one batch as a step of training does, without its reading."""
+    view, mix = augment.of_epoch(0, 0, images, (32, 32))
+    mine = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))[:BATCH]
+    index = mine if mix is None else torch.cat([mine, mix.partner[mine]])
+    (read,) = images.read([index])
+    mean, std = torch.full((1, 3, 1, 1), 120.0), torch.full((1, 3, 1, 1), 60.0)
+
+    def made() -> Tensor:
+        drawn = view.of(index)
+        normal = augment.erased((augment(read, drawn).float() - mean) / std, drawn)
+        return normal if mix is None else mix.of(mine)(*normal.split(BATCH))
+
+    return made
+
+
+def show(name: str, times: list[float]) -> None:
+    print(
+        f"{name}: median {statistics.median(times):.2f} ms, {min(times):.2f} to {max(times):.2f}, n {len(times)}",
+        flush=True,
+    )
+
+
+def beside_torchvision() -> None:
+    images = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)
+    view = PAPER.view(0, 0, BATCH)
     pil = [transforms.functional.to_pil_image(image) for image in images]
     theirs = transforms.Compose(
         [
@@ -42,12 +95,49 @@ def main() -> None:
     for _ in range(5):  # interleaved: the machine's speed drifts
         ours_ms += milliseconds(lambda: PAPER(images, view))
         theirs_ms += milliseconds(lambda: torch.stack([theirs(image) for image in pil]), 5)
-    for name, times in (("batched, ours", ours_ms), ("per image, torchvision on PIL", theirs_ms)):
-        print(
-            f"{name}: median {statistics.median(times):.2f} ms, {min(times):.2f} to {max(times):.2f}, n {len(times)}"
-        )
+    show("batched, ours", ours_ms)
+    show("per image, torchvision on PIL", theirs_ms)
     print(f"ratio of medians: {statistics.median(theirs_ms) / statistics.median(ours_ms):.1f}")
 
 
+def each_ingredient() -> None:
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8, generator=g)
+    at = torch.arange(COUNT)
+    images = ImageSet(pixels, at % 10, at, COUNT)
+    times: dict[str, list[float]] = {name: [] for name in ALONE}
+    made = {name: batch_of(augment, images) for name, augment in ALONE.items()}
+    for _ in range(5):
+        for name, run in made.items():
+            times[name] += milliseconds(run, 10)
+    for name, found in times.items():
+        show(name, found)
+
+
+def streamed() -> None:
+    """Show the images per second that one reader decodes, alone and with their partners."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_jpegs(Path(folder))
+        data = ImageFolder(root=Path(folder), num_classes=2, readers=1, val_fraction=0.0)
+        images, _ = data.load()
+        rates: dict[str, list[float]] = {"alone": [], "with partners": []}
+        for _ in range(5):
+            for name, augment in (("alone", Augment()), ("with partners", Augment(mixup=0.2))):
+                _, mix = augment.of_epoch(0, 0, images, data.shape[1:])
+                plans = torch.arange(len(images)).split(50)
+                read = [p if mix is None else torch.cat([p, mix.partner[p]]) for p in plans]
+                start = time.perf_counter()
+                list(images.read(read))
+                rates[name].append(len(images) / (time.perf_counter() - start))
+        for name, found in rates.items():
+            print(
+                f"JPEGs of 500x400, {name}: median {statistics.median(found):.0f} images/s, {min(found):.0f} to "
+                f"{max(found):.0f}, n {len(found)}"
+            )
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    beside_torchvision()
+    each_ingredient()
+    streamed()

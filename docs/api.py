@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tfkd_ray
+from tfkd_ray.learn.augment import RandAugment
 from tfkd_ray.learn.config import TeacherConfig, TrainConfig
 from tfkd_ray.learn.objectives import FeatureLayers
 from tfkd_ray.settings.schema import Settings, members, tag
@@ -23,6 +24,7 @@ PARTS: dict[str, list[type[Settings]]] = {
             for f in ("teacher", "teachers", "input", "optim", "augment", "schedule", "loop")
             for m in members(FIELDS[f])
         ),
+        RandAugment,
     ],
     "Search": [SearchConfig, *members(FIELDS["sampler"]), *members(FIELDS["stopping"])],
     "Objectives": [*members(FIELDS["objective"]), FeatureLayers],
@@ -50,6 +52,8 @@ def kind(schema: dict[str, Any]) -> str:
         return "[a network](api.md#networks)" if "resnet18" in names else ", ".join(names)
     if name := schema.get("$ref", "").rpartition("/")[2]:
         return f"[{name}](api.md#{name.lower()})"
+    if "const" in schema:
+        return str(schema["const"])
     if options := schema.get("anyOf") or schema.get("enum"):
         return " or ".join(kind(o) if isinstance(o, dict) else str(o) for o in options)
     if schema.get("type") == "array":

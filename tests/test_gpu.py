@@ -109,3 +109,28 @@ def test_fp32_is_exact_and_bf16_lets_the_rest_be_tf32(monkeypatch: pytest.Monkey
         list(train(config(precision=precision, epochs=1)))
         assert set(seen) == {(tf32, tf32)}
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_augmented_and_mixed_images_are_those_of_the_cpu() -> None:
+    """Colours may be cut down from 1 less than a whole, pixels at a tie be the other one."""
+    from tfkd_ray.learn.augment import Augment
+    from tfkd_ray.learn.images import ImageSet
+
+    augment = Augment(
+        crop_padding=4, flip=True, rotation_degrees=15, trivial=True, erase=0.5, mixup=0.2, cutmix=1
+    )
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=g)
+    at = torch.arange(256)
+    found = []
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        images = ImageSet(pixels, at % 10, at, 256).on(device)
+        view = augment.of_epoch(0, 1, images, (32, 32))
+        assert view.mix is not None
+        mix, index = view.mix.on(device), at.to(device)
+        (read,), (drawn,) = images.read([index]), view.of_each([index], device)
+        seen = augment.erased(augment(read, drawn).float(), drawn)
+        found.append(mix(seen, seen[mix.partner]).cpu())
+    unlike = (found[0] - found[1]).abs() > 1.01
+    assert unlike.float().mean() < 0.01

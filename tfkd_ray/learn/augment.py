@@ -1,7 +1,11 @@
 """Augmentation on batches of tensors, on any device: crop, flip and rotation in one gather.
 
 The augmentation of an image is a function of (seed, epoch, position in the official train set)
-only. The split, the batch, the worker and the number of reads do not change it.
+only. The split, the batch, the worker and the number of reads do not change it. Only the partner
+with which mixup and cutmix mix an image depends on the split, too; see mixing.py.
+
+An image is cropped, flipped and rotated, then changed by TrivialAugment or RandAugment, normalised,
+erased, and mixed last with its partner, which is seen as its own view of the epoch.
 
 Shapes: N = images of the official set, B = batch, C = channels, H, W = height and width.
 """
@@ -9,11 +13,21 @@ Shapes: N = images of the official set, B = batch, C = channels, H, W = height a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from tfkd_ray.learn.images import generator
+from tfkd_ray.learn.images import Images, generator
+from tfkd_ray.learn.mixing import Mix, Mixed, drawn_mix
 from tfkd_ray.settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -35,18 +49,83 @@ class View(NamedTuple):
     crop: Tensor
     """float32 [N, 4], uniform in [0, 1): size, shape, top and left of a resized crop; [N, 0]
     without one."""
+    op: Tensor | None = None
+    """int64 [N, R]: operations of TrivialAugment or RandAugment by number; see policies.py."""
+    strength: Tensor | None = None
+    """float32 [N, R]: strengths of these operations."""
+    hole: Tensor | None = None
+    """float32 [N, 5], uniform in [0, 1): draws of random erasing."""
 
     def of(self, index: Tensor) -> View:
         """Return the draws of the images at some indices."""
-        return View(*(part[index] for part in self))
+        return self._each(lambda part: part[index])
 
     def on(self, device: torch.device) -> View:
         """Return the same draws on a device."""
-        return View(*(part.to(device) for part in self))
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> View:
+        parts = [None if part is None else change(part) for part in self]
+        return View(*parts)  # type: ignore[arg-type]
+
+
+class EpochView(NamedTuple):
+    """How an epoch sees the train images of a split."""
+
+    view: View
+    """Draws of each image of the split."""
+    mix: Mix | None
+    """Partners of the images; None without mixup and cutmix."""
+
+    def of_each(self, batches: Sequence[Tensor], device: torch.device) -> Iterator[View]:
+        """Yield the draws of each batch of indices, on a device.
+
+        Operations stay on the CPU, where they decide what is computed: no step waits for a GPU.
+        """
+        op = self.view.op
+        there = self.view._replace(op=None).on(device)
+        plans = batches if op is None else [batch.cpu() for batch in batches]
+        for index, plan in zip(batches, plans, strict=True):
+            drawn = there.of(index)
+            yield drawn if op is None else drawn._replace(op=op[plan])
+
+    def labels_of(self, hard: Tensor) -> Callable[[Tensor], Tensor | Mixed]:
+        """Return the function that gives the labels of a batch of indices.
+
+        Args:
+            hard: int64 [n], the labels of the split.
+        """
+        if self.mix is None:
+            return hard.__getitem__
+        return self.mix.on(hard.device).labels(hard).of
+
+
+def _as_coin(value: Any) -> Any:
+    if value == "alternating":
+        return value
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"must be true, false or alternating, got {value!r}") from None
+
+
+class RandAugment(Settings):
+    """RandAugment, as in torchvision. (Cubuk et al. 2019, arXiv:1909.13719.)"""
+
+    ops: Annotated[int, Field(ge=1, le=14)] = 2
+    """Number of operations, one after the other, each drawn from 14."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Level of strength of every operation."""
 
 
 class Augment(Settings):
-    """Random crop of the zero-padded image, horizontal flip and rotation, in the paper's order."""
+    """Random crop of the zero-padded image, horizontal flip and rotation, in the paper's order.
+
+    Then TrivialAugment or RandAugment, random erasing, and mixup or cutmix with another train image
+    of the split.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"trivial", "rand", "erase", "mixup", "cutmix"})
 
     resized_crop: bool = False
     """Crop 8 to 100 % of the area, with sides of 3:4 to 4:3, and resize it, as for ImageNet
@@ -55,22 +134,82 @@ class Augment(Settings):
 
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 0
     """Pixels of black padding on each side before a random crop. 0: no crop. The paper uses 4."""
-    flip: bool = False
-    """Mirror half of the images."""
+    flip: Annotated[bool | Literal["alternating"], BeforeValidator(_as_coin)] = False
+    """Mirror half of the images. alternating: a coin decides for the first epoch, and each image is
+    mirrored in every other epoch (Jordan 2024, arXiv:2404.00498)."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation in degrees, in either direction; nearest pixel, black corners. The paper
     uses 15."""
 
+    trivial: bool = False
+    """TrivialAugment, its wide version: one of 14 operations of random strength on each image, as in
+    torchvision: translations by up to 32 pixels, nearest pixel, black corners. (Müller and Hutter
+    2021, arXiv:2103.10158.)"""
+    rand: RandAugment | None = None
+    """RandAugment in place of `trivial`: `{ops, magnitude}`."""
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of erasing a rectangle of 2 to 33 % of the area, with sides of 3:10 to 33:10: it
+    becomes the data set's mean. (Zhong et al. 2017, arXiv:1708.04896.) 0: none."""
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """alpha: mixes each image and its label with another one, with a share from Beta(alpha, alpha).
+    (Zhang et al. 2017, arXiv:1710.09412.) 0: none."""
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """alpha: pastes a box of another image into each, 1 - share of its area, with the share from
+    Beta(alpha, alpha); the label is mixed by the area that is left. (Yun et al. 2019,
+    arXiv:1905.04899.) 0: none. With `mixup`, a coin decides for each image and epoch."""
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if self.trivial and self.rand is not None:
+            raise ValueError(
+                "trivial and rand: one of the two; leave rand out, or set trivial: false"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the settings, without those that are `later` and neutral."""
+        tree: dict[str, Any] = handler(self)
+        for name in self.later:
+            if not tree[name]:
+                del tree[name]
+        return tree
+
     @property
     def is_none(self) -> bool:
         """Return whether augmentation leaves every decoded image unchanged."""
-        return not (self.crop_padding or self.flip or self.rotation_degrees)
+        return not (self._moves or self.has_policy or self.erase or self.mixes)
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether images are mixed, and their labels with them."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
+    def _moves(self) -> bool:
+        return bool(self.crop_padding or self.flip or self.rotation_degrees)
+
+    @property
+    def has_policy(self) -> bool:
+        """Return whether TrivialAugment or RandAugment changes the images."""
+        return self.trivial or self.rand is not None
 
     def key(self, seed: int, epoch: int) -> dict[str, Any]:
         """Return the key of an epoch's view; without random augmentation all epochs share one."""
         fixed = self.is_none and not self.resized_crop
         which = {} if fixed else {"seed": seed, "epoch": epoch}
         return {"split": "train", "augment": self.model_dump(mode="json"), **which}
+
+    def of_epoch(self, seed: int, epoch: int, images: Images, size: tuple[int, int]) -> EpochView:
+        """Return how an epoch sees the train images of a split, on the CPU.
+
+        Args:
+            size: (H, W).
+        """
+        view = self.view(seed, epoch, images.official_size).of(images.positions.cpu())
+        if not self.mixes:
+            return EpochView(view, None)
+        return EpochView(view, drawn_mix(images, size, seed, epoch, self.mixup, self.cutmix))
 
     def view(self, seed: int, epoch: int, official_size: int) -> View:
         """Return the view of all N images of an official set in an epoch, on the CPU."""
@@ -84,17 +223,55 @@ class Augment(Settings):
         )
         reach = math.radians(self.rotation_degrees)
         crop = torch.rand(official_size, 4 if self.resized_crop else 0, generator=g)
-        return View(
-            offsets[0], offsets[1], (coins < 0.5) & self.flip, (2 * turns - 1) * reach, crop
+        view = View(
+            offsets[0], offsets[1], (coins < 0.5) & bool(self.flip), (2 * turns - 1) * reach, crop
         )
+        if self.flip == "alternating":
+            first = torch.rand(official_size, generator=generator(seed, "flip")) < 0.5
+            view = view._replace(flipped=first ^ (epoch % 2 == 1))
+        if self.has_policy or self.erase:
+            view = self._with_later_draws(view, seed, epoch, official_size)
+        return view
+
+    def _with_later_draws(self, view: View, seed: int, epoch: int, official_size: int) -> View:
+        from tfkd_ray.learn.policies import drawn_holes, drawn_policy
+
+        if self.has_policy:
+            asked = self.rand.model_dump() if self.rand else {}
+            op, strength = drawn_policy(official_size, seed, epoch, **asked)
+            view = view._replace(op=op, strength=strength)
+        if self.erase:
+            view = view._replace(hole=drawn_holes(official_size, seed, epoch))
+        return view
 
     def __call__(self, images: Tensor, view: View) -> Tensor:
-        """Return augmented images [B, C, H, W], same dtype; `view` holds the draws of these B."""
+        """Return augmented images [B, C, H, W], same dtype; `view` holds the draws of these B.
+
+        They are not yet erased or mixed; see `erased` and `Mix`.
+        """
+        if self._moves:
+            images = self._moved(images, view)
+        if view.op is None or view.strength is None:
+            return images
+        from tfkd_ray.learn.policies import distorted
+
+        return distorted(images, view.op, view.strength, relative=self.rand is not None)
+
+    def erased(self, images: Tensor, view: View) -> Tensor:
+        """Return normalised images [B, C, H, W] with erased rectangles, which are 0."""
+        if view.hole is None:
+            return images
+        from tfkd_ray.learn.policies import erased
+
+        return erased(images, view.hole, self.erase)
+
+    def _moved(self, images: Tensor, view: View) -> Tensor:
+        """Return cropped, flipped and rotated images."""
         import torch
 
-        if self.is_none:
-            return images
-        B, C, H, W = images.shape
+        from tfkd_ray.learn.policies import gathered
+
+        B, _, H, W = images.shape
         y = torch.arange(H, device=images.device).view(1, H, 1).expand(B, H, W)
         x = torch.arange(W, device=images.device).view(1, 1, W).expand(B, H, W)
         inside = None
@@ -115,6 +292,5 @@ class Augment(Settings):
             )
             within = (x >= 0) & (x < W) & (y >= 0) & (y < H)
             inside = within if inside is None else inside & within
-        index = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).view(B, 1, H * W).expand(B, C, H * W)
-        seen = images.view(B, C, H * W).gather(2, index).view(B, C, H, W)
+        seen = gathered(images, y, x)
         return seen if inside is None else seen * inside.view(B, 1, H, W)

@@ -354,6 +354,7 @@ class TrainConfig(Settings):
                 f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
             )
         problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
+        problems += self._augment_problems()
         problems += self._layer_problems()
         if self.teachers:
             problems += self._several_problems() or self._twins()
@@ -422,6 +423,25 @@ class TrainConfig(Settings):
                 f"objective.{called}.features: the loop of this package takes them from the networks; leave them out, "
                 "and take them in your own loop"
             )
+
+    def _augment_problems(self) -> Iterator[str]:
+        """Yield a sentence for each augmentation that these images, or this objective, cannot have."""
+        called, brightest = self.objective.called, self.data.brightest
+        if self.augment.has_policy and brightest != 255:
+            where = "augment.trivial" if self.augment.trivial else "augment.rand"
+            yield f"{where}: is for pixels of 0 to 255, and those of {self.data.name} end at {brightest}; leave it out"
+        if not self.augment.mixes:
+            return
+        where = "augment.mixup" if self.augment.mixup else "augment.cutmix"
+        if self.loop is not None:
+            yield f"{where}: the loop of this package mixes images; leave it out, and mix them in your own loop"
+            return
+        if self.objective.soft_labels:
+            return
+        way = "leave mixup and cutmix out, or choose another objective"
+        if isinstance(self.objective, OwnObjective):
+            way = f"declare {called}.soft_labels = True if it takes probabilities [B, K], or leave mixup and cutmix out"
+        yield f"{where}: objective {called} has no form for the labels of mixed images; {way}"
 
     def _given_teachers(self) -> dict[str, TeacherConfig]:
         """Return the settings of each teacher by their path; without any, the defaults of one."""

@@ -64,6 +64,7 @@ class Digits(Dataset):
     shape: ClassVar[ImageShape] = (1, 8, 8)
     mean: ClassVar[Channels] = (4.8826,)
     std: ClassVar[Channels] = (6.0141,)
+    brightest: ClassVar[int] = 16
     origin = "it comes with scikit-learn: pip install scikit-learn"
 
     name: Literal["digits"] = "digits"

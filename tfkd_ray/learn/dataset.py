@@ -113,6 +113,8 @@ class Dataset(Settings):
     """Instructions to get the data; they end the error sentence for missing data."""
     streams: ClassVar[bool] = False
     """True if images stay on disk and are decoded when needed."""
+    brightest: ClassVar[int] = 255
+    """Largest value of a pixel."""
     places: ClassVar[set[str]] = {"root", "readers"}
     """Settings of where the images are and how they are read; they affect no number."""
     known_by_digest: ClassVar[set[str]] = set()

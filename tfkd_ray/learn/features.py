@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tfkd_ray.learn.images import seeded
+from tfkd_ray.learn.mixing import Mixed
 from tfkd_ray.learn.objectives import Canonical, OwnObjective
 from tfkd_ray.learn.own_loss import TRIED_IMAGES, Batch, Features, Shape
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
@@ -101,7 +102,11 @@ class Tapped(nn.Module):
         self._objective, self._autocast = objective, autocast
 
     def forward(
-        self, images: Tensor, labels: Tensor, soft: Tensor | None, taught: Mapping[str, Tensor]
+        self,
+        images: Tensor,
+        labels: Tensor | Mixed,
+        soft: Tensor | None,
+        taught: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (logits [B, K], CE or the whole loss, the soft part or None).
 

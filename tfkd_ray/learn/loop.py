@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tfkd_ray.learn.augment import View
+from tfkd_ray.learn.augment import EpochView
 from tfkd_ray.learn.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
 from tfkd_ray.learn.config import OptimConfig, TrainConfig
 from tfkd_ray.learn.evaluate import (
@@ -46,6 +46,7 @@ from tfkd_ray.learn.features import (
     tapped_student,
 )
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
+from tfkd_ray.learn.mixing import Mixed
 from tfkd_ray.learn.models import (
     OwnNetwork,
     Timm,
@@ -152,8 +153,8 @@ def train(
             order = epoch_order(train_set, config.seed, epoch).to(device)
             batches = split_batches(order, optim.batch_size, workers)
             shares = [batch.tensor_split(workers)[rank] for batch in batches]
-            view = config.augment.view(config.seed, epoch, train_set.official_size)
-            view = view.of(train_set.positions.cpu())
+            view = config.augment.of_epoch(config.seed, epoch, train_set, config.data.shape[1:])
+            labels_of = view.labels_of(train_set.labels)
             lessons.begin_epoch(epoch, functools.partial(seen, view))
             # sums of loss, CE and KD, each weighted by images
             sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -169,7 +170,7 @@ def train(
                         group["lr"] = lr
                     seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
                     soft, taught = lessons.of_batch(mine, images)
-                    logits, terms = learn(images, train_set.labels[mine], soft, taught)
+                    logits, terms = learn(images, labels_of(mine), soft, taught)
                     _check_learnable(logits, config)
                     loss = objective.combine(terms)
                     if step == 0:
@@ -568,15 +569,27 @@ def _mean_and_std(config: TrainConfig, device: torch.device) -> list[Tensor]:
 
 
 def _seen(
-    train_set: Images, config: TrainConfig, scale: list[Tensor], view: View, shares: list[Tensor]
+    train_set: Images,
+    config: TrainConfig,
+    scale: list[Tensor],
+    seen_so: EpochView,
+    shares: list[Tensor],
 ) -> Iterator[Tensor]:
-    """Yield the images [B, C, H, W] of each share of the train set, as an epoch's view."""
+    """Yield the images [B, C, H, W] of each share of the train set, as an epoch's view.
+
+    With mixup or cutmix the partners are read with them, wherever in the split they are.
+    """
     mean, std = scale
-    device = mean.device
-    reading, there = train_set.read(shares, view.crop), view.on(device)
-    for mine, images in zip(shares, reading, strict=True):
-        augmented = config.augment(images.to(device, non_blocking=True), there.of(mine))
-        yield (augmented.float() - mean) / std
+    device, (view, mix) = mean.device, seen_so
+    read = shares
+    if mix is not None:
+        mix = mix.on(device)
+        read = [torch.cat([mine, mix.partner[mine]]) for mine in shares]
+    parts = zip(shares, train_set.read(read, view.crop), seen_so.of_each(read, device), strict=True)
+    for mine, images, drawn in parts:
+        augmented = config.augment(images.to(device, non_blocking=True), drawn)
+        normal = config.augment.erased((augmented.float() - mean) / std, drawn)
+        yield normal if mix is None else mix.of(mine)(*normal.split(len(mine)))
 
 
 def _new_student(
@@ -642,7 +655,7 @@ def _learn(
     objective: Canonical,
     autocast: torch.autocast,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | Mixed,
     soft: Tensor | None,
     taught: Mapping[str, Tensor],
 ) -> tuple[Tensor, Terms]:

@@ -10,6 +10,12 @@ data sets. `batchmean` (sum over classes, mean over the batch) is the only reduc
 objective, write a class with a `name`, and add one line to `Objective`. A loss of the user's own
 needs no change here: `OwnObjective` names it.
 
+Of mixed images (mixup, cutmix) the labels are `Mixed`: classes a and b and a share l, the soft target
+q = l * e_a + (1 - l) * e_b. In place of the hard label, CE is that with q,
+l * CE(a) + (1 - l) * CE(b), in every objective; the virtual teachers of tfkd_reg and tfkd_reg_code
+are mixed as q is; soft parts of a teacher's logits know no label and stay, with the logits of the
+mixed image. dkd has no such form.
+
 Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
 """
 
@@ -25,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr, model_validator
 
+from tfkd_ray.learn.mixing import Mixed
 from tfkd_ray.learn.own import code_of, is_only_reading
 from tfkd_ray.learn.own_loss import (
     SIDES,
@@ -35,6 +42,7 @@ from tfkd_ray.learn.own_loss import (
     Shape,
     facts_of,
     loss_problems,
+    takes_soft_labels,
     temperature_of,
     tried,
 )
@@ -44,6 +52,8 @@ from tfkd_ray.settings.schema import Settings, leaves, tag
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    Labels = Tensor | Mixed
 
 
 NumpyArray = NDArray[Any]
@@ -57,7 +67,7 @@ class Terms(NamedTuple):
     """The two unweighted parts of a loss: scalars, means over the batch."""
 
     ce: Tensor
-    """Cross-entropy with the hard labels, in nats."""
+    """Cross-entropy with the labels, hard or mixed, in nats."""
     kd: Tensor | None
     """KL_batchmean(target_T || student_T) in nats, without T^2; None if there is no soft part."""
 
@@ -66,6 +76,8 @@ class Canonical(Settings):
     """Base class of objectives: the loss scale, and the combination of the two parts."""
 
     needs_teacher: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = True
+    """Whether labels may be mixed."""
     searchable: ClassVar[frozenset[str] | None] = None
     """Names of settings that a space may search; None: all. The others duplicate the searchable
     ones."""
@@ -136,7 +148,7 @@ class Canonical(Settings):
         """
         return self
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         """Return the unweighted CE and KL of one batch (means over the batch, nats)."""
         return Terms(_cross_entropy(logits, labels), None)
 
@@ -150,7 +162,7 @@ class Canonical(Settings):
         computes it with torch. This function does not use torch.
 
         Args:
-            labels: [B].
+            labels: [B]; of mixed images the probabilities q, [B, K].
             teacher: logits, float64 [B, K].
         """
         return None
@@ -162,12 +174,15 @@ class Canonical(Settings):
             loss = loss + self.kd_weight * terms.kd
         return self.loss_scale * loss
 
-    def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Tensor:
         return self.combine(self.terms(logits, labels, teacher))
 
 
 class CrossEntropy(Canonical):
-    """Plain training; with `loss_scale` below 1, the control for losses of a smaller CE weight."""
+    """Plain training; with `loss_scale` below 1, the control for losses of a smaller CE weight.
+
+    Of mixed images: l * CE(a) + (1 - l) * CE(b).
+    """
 
     name: Literal["ce"] = "ce"
 
@@ -178,7 +193,8 @@ class LabelSmoothing(Canonical):
     As in Eq. 1-3 of Yuan et al. 2020, alpha is spread over all K classes, the label included. The
     Tf-KD authors' code leaves exactly 1 - alpha on the label and spreads alpha over the other K - 1
     classes: its alpha is (K - 1) / K times this one. The second term is KL(u || p) with u = 1/K;
-    the loss is torch's `label_smoothing=alpha` less alpha * log K.
+    the loss is torch's `label_smoothing=alpha` less alpha * log K. Of mixed images, q is smoothed:
+    (1 - alpha) * CE(q) + alpha * KL(u || p).
     """
 
     name: Literal["lsr"] = "lsr"
@@ -193,12 +209,12 @@ class LabelSmoothing(Canonical):
     def ce_weight(self) -> float:
         return 1 - self.alpha
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         from torch.nn import functional as F
 
         log_p = F.log_softmax(logits, dim=1)
         uniform_ce = -log_p.mean(dim=1).mean()
-        return Terms(F.nll_loss(log_p, labels), uniform_ce - math.log(logits.shape[1]))
+        return Terms(_nll(log_p, labels), uniform_ce - math.log(logits.shape[1]))
 
     def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return np.full_like(teacher, 1 / teacher.shape[1]), 1.0
@@ -229,13 +245,14 @@ class KnowledgeDistillation(_Distillation):
     """Knowledge distillation with a trained teacher. (Hinton et al. 2015, arXiv:1503.02531.)
 
     Yuan et al. 2020 print it as Eq. 4 without T^2 and release it with `mean` reduction, which
-    divides by B * K: see `from_released`.
+    divides by B * K: see `from_released`. Of mixed images: CE with q, and the KL to the teacher's
+    probabilities of the mixed image (function matching, Beyer et al. 2022, arXiv:2106.05237).
     """
 
     needs_teacher: ClassVar[bool] = True
     name: Literal["kd"] = "kd"
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
         return Terms(_cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
 
@@ -255,21 +272,24 @@ class DecoupledKD(_Distillation):
     (Zhao et al. 2022.) The soft part is `target_weight` * TCKD + `nontarget_weight` * NCKD. The
     published code adds both, with T^2, to a CE of weight 1: that is alpha = 1/2 and loss_scale = 2
     here. Both parts are computed from logarithms, so they stay finite if a probability rounds to 0
-    or 1.
+    or 1. Its parts need one label an image, so there is no form for mixed images.
     """
 
     needs_teacher: ClassVar[bool] = True
+    soft_labels: ClassVar[bool] = False
     name: Literal["dkd"] = "dkd"
     target_weight: Annotated[float, Field(ge=0)] = 1.0
     """alpha of the paper."""
     nontarget_weight: Annotated[float, Field(ge=0)] = 8.0
     """beta of the paper."""
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         import torch
         from torch.nn import functional as F
 
         teacher = _needed(teacher, self.name)
+        if isinstance(labels, Mixed):
+            raise ValueError(f"objective {self.name}: has no form for the labels of mixed images")
         ce = _cross_entropy(logits, labels)
         other = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
         log_p, log_p_else, among_p = _decoupled(logits / self.temperature, labels, other)
@@ -287,7 +307,8 @@ class Dist(_Distillation):
     Eq. 6-9: the soft part is 1 - Pearson correlation with the teacher's softened probabilities:
     over the classes of an image (`inter_weight`), and over the images of the batch for each class
     (`intra_weight`). The second depends on the batch size and on the split of the batch over
-    workers. The gradient is bounded for a student whose deviation is nearly 0.
+    workers. The gradient is bounded for a student whose deviation is nearly 0. Of mixed images: CE
+    with q, and the relations with the teacher's probabilities of these images.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -298,7 +319,7 @@ class Dist(_Distillation):
     intra_weight: Annotated[float, Field(ge=0)] = 1.0
     """gamma of the paper."""
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         from torch.nn import functional as F
 
         teacher = _needed(teacher, self.name)
@@ -313,7 +334,8 @@ class StandardisedKD(_Distillation):
 
     (Sun et al. 2024, arXiv:2403.01427, Eq. 9 and Algorithm 1; their weights .1 for CE and 9 are
     alpha = .989, s = 9.1.) A student's deviation below 0.1 counts as 0.1, so that the gradient
-    stays bounded for a head that starts at zero.
+    stays bounded for a head that starts at zero. Of mixed images: CE with q, and the KL to the
+    teacher's standardised logits of the mixed image.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -325,7 +347,7 @@ class StandardisedKD(_Distillation):
         """Return 1: its temperature divides standardised logits, not the teacher's."""
         return 1.0
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
         soft = softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
         return Terms(_cross_entropy(logits, labels), soft)
@@ -337,7 +359,8 @@ class TfkdReg(_Distillation):
     (Eq. 8 and 9 of Yuan et al. 2020.) The virtual teacher gives p^d = `correct_prob` to the label
     and shares the rest equally. Its logits are log p^d; T softens both sides. Without T^2, as Eq. 9
     is printed, the term is nearly zero (about 1e-3 of CE's gradient at T = 20). The authors' code
-    computes another loss: `tfkd_reg_code`.
+    computes another loss: `tfkd_reg_code`. Of mixed images, the softened virtual teachers t of both
+    labels are mixed: KL(l * t_a + (1 - l) * t_b || student_T).
     """
 
     name: Literal["tfkd_reg"] = "tfkd_reg"
@@ -353,7 +376,7 @@ class TfkdReg(_Distillation):
                 f"classes), got {self.correct_prob:g}: below it the virtual teacher prefers the wrong classes"
             )
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         gap = self._gap(logits.shape[1])
         return Terms(_cross_entropy(logits, labels), flat_kl(logits, labels, gap, self.temperature))
 
@@ -371,7 +394,8 @@ class TfkdRegCode(Canonical):
 
     It differs from Eq. 9: the target is softmax(p^d / T), a temperature on probabilities; the
     student is not softened; there is no T^2. It equals s * LSR(eps) + constant for every T and
-    correct_prob (`as_label_smoothing`), so a space searches `alpha` and `loss_scale` only.
+    correct_prob (`as_label_smoothing`), so a space searches `alpha` and `loss_scale` only. Of mixed
+    images, its targets t are mixed: KL(l * t_a + (1 - l) * t_b || student).
     """
 
     searchable: ClassVar[frozenset[str] | None] = frozenset({"alpha", "loss_scale"})
@@ -398,7 +422,7 @@ class TfkdRegCode(Canonical):
                 f"classes), got {self.correct_prob:g}"
             )
 
-    def terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Terms:
+    def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         return Terms(
             _cross_entropy(logits, labels), flat_kl(logits, labels, self._gap(logits.shape[1]), 1.0)
         )
@@ -461,6 +485,7 @@ class OwnObjective(Canonical):
     of a class, `Class(**args)`, has `terms(logits, labels[, teacher])`, which returns (ce, soft);
     its loss is `ce_weight` * ce + `kd_weight` * soft, where a weight that it lacks is 1. Logits and
     teacher's logits are float32 [B, K], labels int64 [B]. The name of its trials is the function's.
+    Of mixed images, a function or class with `soft_labels = True` gets q as labels, float32 [B, K].
     """
 
     later: ClassVar[frozenset[str]] = frozenset({"features"})
@@ -518,9 +543,12 @@ class OwnObjective(Canonical):
         return self._ready_loss.has_parts
 
     @property
-    def soft_labels(self) -> bool:
-        """Return whether it declares `soft_labels = True`: labels may be probabilities [B, K]."""
-        return getattr(self._ready_loss.object, "soft_labels", False) is True
+    def soft_labels(self) -> bool:  # type: ignore[override]
+        """Return whether it declares `soft_labels = True`: labels may be probabilities [B, K].
+
+        True if its code may not be read, or cannot.
+        """
+        return is_only_reading() or takes_soft_labels(self.path)
 
     @property
     def kd_weight(self) -> float:
@@ -621,13 +649,15 @@ class OwnObjective(Canonical):
     def terms(
         self,
         logits: Tensor,
-        labels: Tensor,
+        labels: Labels,
         teacher: Tensor | None = None,
         features: Features | None = None,
     ) -> Terms:
         loss = self._ready_loss
         if loss.takes_teacher:
             teacher = _needed(teacher, self.called)
+        if isinstance(labels, Mixed):
+            labels = labels.probabilities(logits.shape[1])
         whole, ce, kd = loss(logits, labels, teacher, features)
         if whole is not None:
             return Terms(whole, None)
@@ -727,11 +757,22 @@ def _standardised(logits: Tensor, least: float = 0.0) -> Tensor:
     return (logits - logits.mean(dim=1, keepdim=True)) / deviation
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
     """Return the cross-entropy with the labels in nats, mean over the batch."""
     from torch.nn import functional as F
 
+    if isinstance(labels, Mixed):
+        return _nll(F.log_softmax(logits, dim=1), labels)
     return F.cross_entropy(logits, labels)
+
+
+def _nll(log_p: Tensor, labels: Labels) -> Tensor:
+    """Return the cross-entropy of log-probabilities [B, K] with the labels, mean over the batch."""
+    from torch.nn import functional as F
+
+    if isinstance(labels, Mixed):
+        return -labels.expected(log_p).mean()
+    return F.nll_loss(log_p, labels)
 
 
 def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -746,11 +787,11 @@ def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
-def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> Tensor:
+def flat_kl(logits: Tensor, labels: Labels, gap: float, temperature: float) -> Tensor:
     """Return KL_batchmean(q || student_T); q's logit is `gap` at the label, 0 at the other classes.
 
     The target has only two distinct probabilities, so no [B, K] target is made: besides CE, it
-    costs one softmax.
+    costs one softmax. Of mixed labels, the targets of both are mixed.
     """
     from torch.nn import functional as F
 
@@ -758,10 +799,33 @@ def flat_kl(logits: Tensor, labels: Tensor, gap: float, temperature: float) -> T
     log_other = -gap - math.log1p((K - 1) * math.exp(-gap))
     other, label = math.exp(log_other), math.exp(log_other + gap)
     log_p = F.log_softmax(logits / temperature, dim=1)
-    at_label = log_p.gather(1, labels[:, None]).mean()
+    negative_entropy: Tensor | float = label * (log_other + gap) + (K - 1) * other * log_other
+    if isinstance(labels, Mixed):
+        at_label = labels.expected(log_p).mean()
+        negative_entropy = _mixed_entropy(labels, label, other, K, log_p)
+    else:
+        at_label = log_p.gather(1, labels[:, None]).mean()
     everywhere = log_p.sum(dim=1).mean()
-    negative_entropy = label * (log_other + gap) + (K - 1) * other * log_other
     return negative_entropy - (label - other) * at_label - other * everywhere
+
+
+def _mixed_entropy(
+    labels: Mixed, label: float, other: float, num_classes: int, like: Tensor
+) -> Tensor:
+    """Return the mean over the batch of sum q log q, of the mixtures q of two flat targets.
+
+    Args:
+        label: a target's probability of its label.
+        other: its probability of each other class.
+    """
+    import torch
+
+    share, same = labels.share.to(like.dtype), labels.first == labels.second
+    first = torch.where(same, label, other + share * (label - other))
+    second = torch.where(same, other, other + (1 - share) * (label - other))
+    at_labels = (torch.xlogy(first, first) + torch.xlogy(second, second)).mean()
+    elsewhere: Tensor = at_labels + (num_classes - 2) * other * math.log(other)
+    return elsewhere
 
 
 def softmax(logits: NumpyArray) -> NumpyArray:
@@ -772,8 +836,12 @@ def softmax(logits: NumpyArray) -> NumpyArray:
 
 
 def _flat(labels: NumpyArray, gap: float, num_classes: int) -> NumpyArray:
-    """Return the target of `flat_kl`, [B, K]."""
-    return softmax(gap * (labels[:, None] == np.arange(num_classes)))
+    """Return the target of `flat_kl`, [B, K], of labels [B] or of probabilities [B, K]."""
+    if labels.ndim == 1:
+        return softmax(gap * (labels[:, None] == np.arange(num_classes)))
+    label, other, *_ = softmax(gap * (np.arange(num_classes) == 0))
+    mixed: NumpyArray = other + (label - other) * labels
+    return mixed
 
 
 def from_released(

@@ -140,6 +140,15 @@ def loss_problems(
     return problems
 
 
+def takes_soft_labels(path: str) -> bool:
+    """Return whether a loss declares `soft_labels = True`; True if it cannot be imported."""
+    try:
+        found = _found_at(path, "path")
+    except ConfigError:  # `loss_problems` reports it
+        return True
+    return getattr(found, "soft_labels", False) is True
+
+
 def temperature_of(path: str, args: Values) -> float:
     """Return the argument `temperature` of a loss, given or by default; 1 if it is no number above 0."""
     value = args.get("temperature")

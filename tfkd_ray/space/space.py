@@ -949,10 +949,25 @@ def _names_are_fixed(p: Parameter) -> Sentences:
         yield f"{p.name}: search the whole setting instead: {above}: {{choices: [NAME, {{name: NAME, ...}}]}}"
 
 
-def _teachers_can_be_listed(p: Parameter) -> Sentences:
-    """Reject a range in a teacher, which must have choices."""
-    if p.path[0] in OF_TEACHERS and isinstance(p.domain, Range) and not _is_share(p):
-        yield f"{p.name}: choices only (teachers are trained before the sweep, each once): {{choices: [...]}}"
+def _teachers_can_be_listed(branch: Branch) -> Sentences:
+    """Reject a range on which a teacher depends: it must have choices."""
+    for p in branch.makes_teachers:
+        if isinstance(p.domain, Range) and (p.path[0] in OF_TEACHERS or _moves_teachers(branch, p)):
+            yield (
+                f"{p.name}: choices only (teachers are trained before the sweep, each once): "
+                "{choices: [...]}"
+            )
+
+
+def _moves_teachers(branch: Branch, p: Parameter) -> bool:
+    """Return whether the teachers at both ends of a range differ."""
+    around = branch.around(p)
+    try:
+        configs = [branch.config({**around, p.name: end}) for end in p.domain.probes]
+    except ConfigError:  # another rule tells what is wrong
+        return False
+    made = [[run.fingerprint() for run in config.teacher_runs()] for config in configs]
+    return any(runs != made[0] for runs in made)
 
 
 def _is_share(p: Parameter) -> bool:
@@ -970,7 +985,6 @@ def _loops_are_fixed(p: Parameter) -> Sentences:
 PARAMETER_RULES = (
     _trials_can_be_compared,
     _names_are_fixed,
-    _teachers_can_be_listed,
     _loops_are_fixed,
 )
 
@@ -1020,7 +1034,12 @@ def _same_settings(branch: Branch, p: Parameter, values: Sequence[Any]) -> Sente
         before[settings] = value
 
 
-BRANCH_RULES = (_parameters_are_searchable, _corners_are_valid, _choices_differ)
+BRANCH_RULES = (
+    _parameters_are_searchable,
+    _teachers_can_be_listed,
+    _corners_are_valid,
+    _choices_differ,
+)
 """Rules in the order in which their problems are reported, all at once, after those of single
 ranges."""
 
