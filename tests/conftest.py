@@ -15,6 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from tfkd_ray.learn.data import Data
+from tfkd_ray.learn.objectives import Objective, OwnObjective
+from tfkd_ray.settings.schema import leaves, tag
+from tfkd_ray.verdict.scores import SCORES, SELECTABLE
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault(
     "RAY_worker_niceness", "0"
@@ -36,6 +41,12 @@ if (
 ROOT = Path(__file__).parent.parent
 ARMS = [p for p in sorted((ROOT / "search_spaces").rglob("*.yaml")) if "\narms:" in p.read_text()]
 SHIPPED = [p for p in sorted((ROOT / "search_spaces").rglob("*.yaml")) if p not in ARMS]
+OBJECTIVES = [kind() for kind in leaves(Objective) if kind is not OwnObjective]
+"""Every objective with its defaults, except losses of the user's own."""
+DATA_SETS = {str(tag(kind)): kind for kind in leaves(Data)}
+"""Every kind of data set by its name."""
+AT_ONCE = [key for key in SELECTABLE if not SCORES[key].usual]
+"""The metrics that validation calculates only where a search asks for them."""
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ARMS
 
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.objectives import CrossEntropy
+from tfkd_ray.learn.objectives import CrossEntropy, TfkdReg
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.space.arms import (
     Arms,
@@ -215,6 +215,17 @@ def test_the_arms_of_a_sweep_are_its_best_and_what_they_must_beat(sweep: Path) -
         and scaled.optim.lr == published.optim.lr == 0.105
     )
     assert [a.name for a in arms_of(sweep, top_k=1).arms][0:2] == ["t0001-tfkd_reg", "t0004-ce"]
+
+
+def test_of_an_objective_without_parts_there_is_no_scaled_ce_and_the_note_says_why(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TfkdReg, "has_parts", False)
+    compared = arms_of(sweep, top_k=1)
+    assert "ce-scaled" not in {arm.name for arm in compared.arms}
+    assert compared.note == (
+        "tfkd_reg does not give CE as a part, so its weight of CE is unknown, and there is no baseline ce-scaled."
+    )
 
 
 def test_a_baseline_with_fewer_trials_is_to_be_tuned(sweep: Path) -> None:

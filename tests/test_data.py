@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import DATA_SETS
 from PIL import Image
 
 from tfkd_ray.learn.config import TrainConfig
@@ -35,7 +36,6 @@ from tfkd_ray.learn.official import (
     Emnist,
     FashionMnist,
     IdxDataset,
-    Kmnist,
     Mnist,
 )
 from tfkd_ray.learn.omniglot import CHARACTERS, CHECKSUMS, Omniglot
@@ -170,7 +170,12 @@ def test_a_sealed_process_cannot_open_the_test_split() -> None:
 
 # --- IDX -------------------------------------------------------------------------------------------------------
 
-IDX = [Mnist, FashionMnist, Kmnist]
+IDX = [
+    kind
+    for kind in DATA_SETS.values()
+    if issubclass(kind, IdxDataset) and kind._official is IdxDataset._official
+]
+"""Data sets of IDX files that are read as they stand; EMNIST's are transposed."""
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
@@ -183,37 +188,34 @@ def pixels(n: int, *shape: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(n).integers(0, 256, (n, *shape), dtype=np.uint8)
 
 
-def write_idx(folder: Path, *, gz: bool = False) -> None:
-    """Write 40 train and 20 test images, the classes in turn."""
+def write_idx(folder: Path, *, gz: bool = False, kind: type[IdxDataset] = Mnist) -> None:
+    """Write 4 train and 2 test images of each class, the classes in turn."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, n in (("train", 40), ("t10k", 20)):
-        for stem, array in (
-            ("images-idx3-ubyte", pixels(n, 28, 28)),
-            ("labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10),
-        ):
+    data = kind()  # type: ignore[call-arg]
+    for split, each in (("train", 4), ("test", 2)):
+        n = each * data.num_classes
+        labels = np.arange(n, dtype=np.uint8) % data.num_classes
+        arrays = pixels(n, *data.shape[1:]), labels
+        for stem, array in zip(data._files(split), arrays, strict=True):  # type: ignore[arg-type]
             raw = idx(array)
-            (folder / f"{split}-{stem}{'.gz' * gz}").write_bytes(
-                gzip.compress(raw, 1) if gz else raw
-            )
+            (folder / f"{stem}{'.gz' * gz}").write_bytes(gzip.compress(raw, 1) if gz else raw)
 
 
 @pytest.mark.parametrize("gz", [False, True], ids=["raw", "gz"])
 @pytest.mark.parametrize("kind", IDX)
 def test_idx_files_are_read_to_the_pixel(tmp_path: Path, kind: type[IdxDataset], gz: bool) -> None:
-    write_idx(tmp_path, gz=gz)
+    write_idx(tmp_path, gz=gz, kind=kind)
     data = kind(root=tmp_path)  # type: ignore[call-arg]
     data.check()
-    for split, n in (("train", 40), ("test", 20)):
+    K = data.num_classes
+    for split, n in (("train", 4 * K), ("test", 2 * K)):
         images, labels = data._official(split)  # type: ignore[arg-type]
         assert images.dtype == torch.uint8 and images.shape == (n, *kind.shape)
-        assert (images.numpy()[:, 0] == pixels(n, 28, 28)).all() and labels.tolist() == [
-            i % 10 for i in range(n)
-        ]
+        assert (images.numpy()[:, 0] == pixels(n, *kind.shape[1:])).all()
+        assert labels.tolist() == [i % K for i in range(n)]
     train, val = data.load()
-    assert (
-        val.labels.bincount().tolist() == [1] * 10 and train.labels.bincount().tolist() == [3] * 10
-    )
-    assert len(data.load_test()) == 20
+    assert val.labels.bincount().tolist() == [1] * K and train.labels.bincount().tolist() == [3] * K
+    assert len(data.load_test()) == 2 * K
 
 
 def test_a_folder_that_torchvision_downloaded_to_will_do(tmp_path: Path) -> None:
@@ -266,7 +268,9 @@ def test_a_broken_gzip_gets_a_sentence(tmp_path: Path, spoil: Callable[[bytes], 
         Mnist(root=tmp_path).load()
 
 
-@pytest.mark.parametrize("kind", [*IDX, Cifar10, Cifar100])
+@pytest.mark.parametrize(
+    "kind", [k for k in DATA_SETS.values() if issubclass(k, IdxDataset | CifarDataset)]
+)
 def test_missing_files_say_where_they_were_looked_for_and_how_to_get_them(
     tmp_path: Path, kind: type[IdxDataset] | type[CifarDataset]
 ) -> None:
@@ -1095,13 +1099,10 @@ def served(
     root = tmp_path / "new/root"
 
     def make(name: str) -> FileDataset:
-        data: FileDataset
-        if name in ("mnist", "fashion_mnist", "kmnist"):
-            data = {"mnist": Mnist, "fashion_mnist": FashionMnist, "kmnist": Kmnist}[name](
-                root=root
-            )
-            write_idx(folder, gz=True)
-            stems = [*data._files("train"), *data._files("test")]  # type: ignore[attr-defined]
+        kind, data = DATA_SETS[name], DATA_SETS[name](root=root)
+        if kind in IDX:
+            write_idx(folder, gz=True, kind=kind)
+            stems = [*data._files("train"), *data._files("test")]
             monkeypatch.setattr(type(data), "url", url)
             monkeypatch.setattr(
                 type(data), "md5s", tuple(md5(folder / f"{stem}.gz") for stem in stems)
@@ -1120,13 +1121,11 @@ def served(
             monkeypatch.setattr(Omniglot, "url", url)
             monkeypatch.setitem(CHECKSUMS, "images_background_small2", checksum.hexdigest())
         elif name == "tiny_imagenet":
-            data = TinyImagenet(root=root)
             zipped(write_tiny(tmp_path / "tiny-imagenet-200"), folder / "tiny.zip")
             monkeypatch.setattr(TinyImagenet, "url", f"{url}/tiny.zip")
             monkeypatch.setattr(TinyImagenet, "md5", md5(folder / "tiny.zip"))
         else:
-            kind: type[CifarDataset] = {"cifar10": Cifar10, "cifar100": Cifar100}[name]
-            data = kind(root=root)  # type: ignore[call-arg]
+            assert issubclass(kind, CifarDataset), f"write here what the server has of {name}"
             write_cifar(folder, kind, pickled(kind), archive=True)
             monkeypatch.setattr(kind, "url", f"{url}/{kind.archive}")
             monkeypatch.setattr(kind, "md5", md5(folder / kind.archive))
@@ -1135,16 +1134,7 @@ def served(
     return make
 
 
-DOWNLOADED = [
-    "mnist",
-    "fashion_mnist",
-    "kmnist",
-    "emnist",
-    "cifar10",
-    "cifar100",
-    "omniglot",
-    "tiny_imagenet",
-]
+DOWNLOADED = [name for name, kind in DATA_SETS.items() if getattr(kind, "url", "")]
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
@@ -1254,11 +1244,23 @@ def test_what_is_not_for_download_says_how_to_get_it() -> None:
 
 # --- as settings -----------------------------------------------------------------------------------------------
 
+BY_NAME = [
+    name
+    for name, kind in DATA_SETS.items()
+    if not any(field.is_required() for field in kind.model_fields.values())
+]
+"""Data sets of which the name says all."""
 
-@pytest.mark.parametrize("kind", [Digits, *IDX, Cifar10, Cifar100, TinyImagenet])
-def test_a_data_set_is_picked_by_name_and_survives_yaml(kind: type[Digits]) -> None:
-    data = validated(TrainConfig, {"objective": "ce", "student": "cnn", "data": kind().name}).data
-    assert data == kind() and len(kind.mean) == len(kind.std) == kind.shape[0]
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_data_set_is_picked_by_name_and_survives_yaml(name: str) -> None:
+    kind = DATA_SETS[name]
+    data = validated(TrainConfig, {"objective": "ce", "student": "cnn", "data": name}).data
+    assert data == kind()
+    if data.mean is None:  # they are measured
+        assert data.std is None
+    else:
+        assert len(data.mean) == len(data.std) == data.shape[0]
     text = dump_yaml({"objective": {"name": "ce"}, "data": data.model_dump(mode="json")})
     assert validated(TrainConfig, parse_yaml(text, "f")).data == data
 

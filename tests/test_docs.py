@@ -8,18 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
-from conftest import ROOT, Run
+from conftest import DATA_SETS, ROOT, Run
 from optuna.trial import TrialState
 from test_readers import make_sweep
 
+from tfkd_ray.learn.objectives import NAMES
 from tfkd_ray.run.studies import open_journal
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import parse_yaml
 from tfkd_ray.show.status import best_of, front_of, ls, status
 from tfkd_ray.space.space import build_space
 from tfkd_ray.store.experiment import read_records
+from tfkd_ray.verdict.scores import SCORES, SELECTABLE, scores
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -44,6 +47,39 @@ def test_the_reference_has_every_public_name_and_names_no_place_on_this_machine(
     missing = [name for name in tfkd_ray.__all__ if f"## {name}\n" not in text]
     assert not missing
     assert str(Path.home()) not in text and str(ROOT) not in text
+
+
+# --- tables written by hand
+
+
+def table(page: Path, head: str) -> list[list[str]]:
+    """Return the cells of the rows below a table's head."""
+    lines = page.read_text().partition(f"| {head} |\n")[2].partition("\n\n")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[1:]]
+    assert rows, f"{page.name}: no table with the head {head}"
+    return rows
+
+
+def names_in(rows: list[list[str]]) -> list[str]:
+    return sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row[0]))
+
+
+def test_the_readme_names_every_objective_and_data_set_and_no_other() -> None:
+    readme = ROOT / "README.md"
+    assert names_in(table(readme, "name | what it is")) == sorted(NAMES)
+    assert names_in(table(readme, "data set | format")) == sorted(DATA_SETS)
+
+
+def test_the_pages_name_every_metric_and_its_better_direction() -> None:
+    rows = table(DOCS / "search.md", "metric | what it is | better | when")
+    assert names_in(rows) == sorted(SELECTABLE)
+    for name, _, better, when in rows:
+        row = SCORES[name.strip("`")]
+        assert better == {"max": "higher", "min": "lower"}[row.direction], name
+        assert when == {True: "always", False: "if asked for"}[row.usual], name
+    text = (DOCS / "confirm.md").read_text().partition("(per seed: ")[2].partition(")")[0]
+    found = text.replace("\n", " ").replace("agreement with the teacher", "agreement").split(", ")
+    assert sorted(found) == sorted([*scores(np.eye(3), np.arange(3)), "agreement"])
 
 
 # --- faults

@@ -2,26 +2,24 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED
+from conftest import OBJECTIVES, SHIPPED
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.images import generator
+from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.objectives import (
     Canonical,
     CrossEntropy,
-    DecoupledKD,
-    Dist,
     KnowledgeDistillation,
     LabelSmoothing,
-    StandardisedKD,
+    Terms,
     TfkdReg,
     TfkdRegCode,
-    TfkdSelf,
     from_released,
 )
 from tfkd_ray.space.explain import (
@@ -38,11 +36,8 @@ from tfkd_ray.space.explain import (
 )
 from tfkd_ray.space.space import Space, build_space, load_space
 
-ALL = [
-    CrossEntropy(), LabelSmoothing(), KnowledgeDistillation(), TfkdSelf(), TfkdReg(), TfkdRegCode(), DecoupledKD(), Dist(),
-    StandardisedKD(),
-]  # fmt: skip
-IDS = [o.name for o in ALL]
+IDS = [o.name for o in OBJECTIVES]
+TAUGHT = [o.name for o in OBJECTIVES if o.needs_teacher]
 SCALE = {"low": 0.05, "high": 1, "log": True}
 SPACES = [p for p in SHIPPED if p.parent.name == "search_spaces"]  # below it are arms
 DIGITS = next(p for p in SPACES if p.stem == "digits_tfkd")
@@ -51,7 +46,7 @@ DIGITS = next(p for p in SPACES if p.stem == "digits_tfkd")
 def space(objective: Any, **tree: Any) -> Space:
     teacher = (
         {"teacher": {"model": "mlp"}}
-        if objective["name"] in ("kd", "dkd", "dist", "kd_standardised")
+        if objective["name"] in TAUGHT and objective["name"] != "tfkd_self"  # trains its own
         else {}
     )
     return build_space({"objective": objective, "student": "mlp", **teacher, **tree})
@@ -66,7 +61,7 @@ def knob(name: str, K: int = 10, **settings: Any) -> Knob:
 # --- gradients
 
 
-@pytest.mark.parametrize("objective", ALL, ids=IDS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
 @pytest.mark.parametrize("K", [2, 10])
 def test_the_gradient_is_that_of_the_loss(objective: Canonical, K: int) -> None:
     scaled = objective.model_copy(update={"loss_scale": 0.3})
@@ -189,6 +184,49 @@ def test_no_other_label_smoothing_is_nearer() -> None:
             )
 
 
+class Whole(Canonical):
+    """A loss that is not CE and a soft part: CE times (1 - p)^gamma."""
+
+    has_parts: ClassVar[bool] = False
+    name: Literal["whole"] = "whole"
+    gamma: float = 2.0
+    kind: str = "focal"
+
+    def terms(
+        self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None
+    ) -> Terms:
+        log_p = logits.log_softmax(dim=1).gather(1, labels[:, None])
+        return Terms(-((1 - log_p.exp()) ** self.gamma * log_p).mean(), None)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # it is not in the union
+def test_a_loss_without_parts_is_explained_by_its_own_gradient_and_not_as_ce() -> None:
+    objective = Whole(loss_scale=0.3)
+    test_the_gradient_is_that_of_the_loss(objective, 10)
+    amount = amounts_to(objective, 10)
+    assert objective.ce_share is amount.ce_weight is None and amount.residual > 0.1
+    plain = amounts_to(Whole(gamma=0, loss_scale=0.3), 10)
+    assert plain.residual < 1e-12 and plain.lsr.loss_scale == pytest.approx(0.3)
+    run = TrainConfig(objective=CrossEntropy(), epochs=1, data={"name": "digits", "subset": 100})
+    run = run.model_copy(update={"objective": objective})
+    lines = list(arm_line("mine", run))
+    assert lines[:3] == [
+        "mine: whole",
+        "  loss_scale 0.3, gamma 2, kind focal",
+        "  weight of CE unknown: whole gives the whole loss",
+    ]
+    (epoch,) = train(run)
+    assert "train_loss" in epoch.metrics
+    assert not {"train_ce", "train_kd", "train_kd_ratio"} & set(epoch.metrics)
+
+
+def test_every_setting_of_an_objective_is_shown() -> None:
+    objective = {"name": "dkd", "nontarget_weight": {"low": 1, "high": 8}}
+    assert "  loss_scale 1, alpha 0.9, T 4, target_weight 1, nontarget_weight 1 to 8" in explained(
+        space(objective)
+    )
+
+
 # --- settings
 
 
@@ -200,7 +238,9 @@ def test_loss_scale_is_redundant_everywhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("K", [10, 1000])
-@pytest.mark.parametrize("name", ["kd", "tfkd_self", "dkd", "dist", "kd_standardised"])
+@pytest.mark.parametrize(
+    "name", [o.name for o in OBJECTIVES if o.needs_teacher and hasattr(o, "temperature")]
+)
 def test_the_temperature_of_a_trained_teacher_is_live(name: str, K: int) -> None:
     assert knob(name, K, temperature={"low": 1, "high": 20, "log": True}).residual > 0.2
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import AT_ONCE
 from torch import Tensor, nn
 
 from tfkd_ray.learn import loop
@@ -452,7 +453,6 @@ def _worker(rank: int, folder: str, tree: dict[str, Any]) -> None:
     os._exit(0)
 
 
-AT_ONCE = ("val_auroc", "val_macro_f1", "val_balanced_accuracy")
 AGREE = [CrossEntropy(), TfkdReg(alpha=0.5, temperature=4.0)]
 
 

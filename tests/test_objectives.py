@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OBJECTIVES
 from torch import Tensor
 
 from tfkd_ray.learn.objectives import (
@@ -122,14 +123,13 @@ def test_tfkd_reg_code_is_what_was_released(batch: Batch, T: float) -> None:
 
 # --- limits and identities
 
-ALL = [
-    CrossEntropy(), LabelSmoothing(), KnowledgeDistillation(), TfkdSelf(), TfkdReg(), TfkdRegCode(), DecoupledKD(), Dist(),
-    StandardisedKD(),
-]  # fmt: skip
-IDS = [o.name for o in ALL]
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+WITH_ALPHA = [o for o in OBJECTIVES if hasattr(o, "alpha")]
+WITH_TEMPERATURE = [o for o in WITH_ALPHA if hasattr(o, "temperature")]
+TAUGHT = [o for o in OBJECTIVES if o.needs_teacher]
 
 
-@pytest.mark.parametrize("objective", ALL[1:], ids=IDS[1:])
+@pytest.mark.parametrize("objective", WITH_ALPHA, ids=lambda o: o.name)
 def test_alpha_0_is_plain_training(batch: Batch, objective: LabelSmoothing) -> None:
     logits, labels, teacher = batch
     zero = objective.model_copy(update={"alpha": 0.0})
@@ -138,7 +138,7 @@ def test_alpha_0_is_plain_training(batch: Batch, objective: LabelSmoothing) -> N
     )
 
 
-@pytest.mark.parametrize("objective", ALL, ids=IDS)
+@every_objective
 def test_loss_scale_multiplies_the_whole_loss(batch: Batch, objective: CrossEntropy) -> None:
     logits, labels, teacher = batch
     scaled = objective.model_copy(update={"loss_scale": 0.25})
@@ -419,9 +419,7 @@ def test_usual_students_do_not_meet_the_bound(batch: Batch) -> None:
     assert found is not None and found.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "objective", [KnowledgeDistillation, DecoupledKD, Dist, StandardisedKD, TfkdReg]
-)
+@pytest.mark.parametrize("objective", [type(o) for o in WITH_TEMPERATURE])
 def test_the_gradient_is_right_in_float32_up_to_the_highest_temperature(
     objective: type[KnowledgeDistillation],
 ) -> None:
@@ -444,7 +442,7 @@ def test_the_gradient_is_right_in_float32_up_to_the_highest_temperature(
 # --- shapes, gradients, precision
 
 
-@pytest.mark.parametrize("objective", ALL, ids=IDS)
+@every_objective
 def test_no_gradient_reaches_the_teacher_and_the_loss_is_a_scalar(
     batch: Batch, objective: CrossEntropy
 ) -> None:
@@ -455,7 +453,7 @@ def test_no_gradient_reaches_the_teacher_and_the_loss_is_a_scalar(
     assert loss.shape == () and z.grad is not None and z.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("objective", ALL, ids=IDS)
+@every_objective
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_logits_give_finite_losses(objective: CrossEntropy, dtype: torch.dtype) -> None:
     logits = (
@@ -468,7 +466,10 @@ def test_large_logits_give_finite_losses(objective: CrossEntropy, dtype: torch.d
     assert loss.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
 
 
-def test_kd_without_a_teacher_says_what_it_needs(batch: Batch) -> None:
+@pytest.mark.parametrize("objective", TAUGHT, ids=lambda o: o.name)
+def test_an_objective_without_its_teacher_says_what_it_needs(
+    batch: Batch, objective: KnowledgeDistillation
+) -> None:
     logits, labels, _ = batch
-    with pytest.raises(ValueError, match="kd: needs the teacher's"):
-        KnowledgeDistillation()(logits, labels)
+    with pytest.raises(ValueError, match=f"^objective {objective.name}: needs the teacher's"):
+        objective(logits, labels)

@@ -25,7 +25,7 @@ from tfkd_ray.settings.yaml import parse_yaml
 from tfkd_ray.show.report import report
 from tfkd_ray.show.status import read_plan
 from tfkd_ray.space.arms import arms_of
-from tfkd_ray.space.explain import amounts_to, explained, knobs
+from tfkd_ray.space.explain import amounts_to, arm_line, explained, knobs
 from tfkd_ray.space.space import Space, build_space, load_space
 
 LOSSES = """
@@ -479,6 +479,8 @@ def test_an_own_loss_is_explained_by_its_gradient(space: Space) -> None:
         amount = amounts_to(mine.objective, 10)
         assert amount.lsr.alpha == pytest.approx(kd.lsr.alpha, abs=1e-3)
         assert amount.residuals == pytest.approx(kd.residuals, abs=1e-3)
+    other = "\n".join(arm_line("mine", run_of("OtherParts", taught=True)))
+    assert "weight of CE unknown: the first part of OtherParts is not CE" in other
     text = "\n".join(explained(conditional))
     assert "objective.margin_kd, synthetic teacher" in text
     assert "weight of CE unknown: margin_kd gives the whole loss" in text

@@ -78,6 +78,8 @@ class Canonical(Settings):
     needs_teacher: ClassVar[bool] = False
     soft_labels: ClassVar[bool] = True
     """Whether labels may be mixed."""
+    has_parts: ClassVar[bool] = True
+    """Whether `terms` are CE and a soft part; False: `Terms.ce` is the whole loss."""
     searchable: ClassVar[frozenset[str] | None] = None
     """Names of settings that a space may search; None: all. The others duplicate the searchable
     ones."""
@@ -91,14 +93,9 @@ class Canonical(Settings):
         return str(tag(type(self)))
 
     @property
-    def has_parts(self) -> bool:
-        """Return whether `terms` are CE and a soft part; else `Terms.ce` is the whole loss."""
-        return True
-
-    @property
     def ce_share(self) -> float | None:
         """Return the weight of CE in the whole loss, s * (1 - alpha); None if it is unknown."""
-        return self.loss_scale * self.ce_weight
+        return self.loss_scale * self.ce_weight if self.has_parts else None
 
     @property
     def kd_weight(self) -> float:
@@ -168,7 +165,9 @@ class Canonical(Settings):
         return None
 
     def combine(self, terms: Terms) -> Tensor:
-        """Return the canonical loss of these terms, a scalar."""
+        """Return the loss of these terms, a scalar: the canonical one, or s times the whole."""
+        if not self.has_parts:
+            return terms.ce if self.loss_scale == 1 else self.loss_scale * terms.ce
         loss = self.ce_weight * terms.ce
         if terms.kd is not None:
             loss = loss + self.kd_weight * terms.kd
@@ -539,7 +538,8 @@ class OwnObjective(Canonical):
         return {} if layers is None else layers.teacher
 
     @property
-    def has_parts(self) -> bool:
+    def has_parts(self) -> bool:  # type: ignore[override]
+        """Return whether it is a class with `terms`; a function gives the whole loss."""
         return self._ready_loss.has_parts
 
     @property
@@ -640,11 +640,6 @@ class OwnObjective(Canonical):
     def as_it_is_now(self) -> Self:
         """Return the same objective with its present code recorded."""
         return self.model_copy(update={"digest": code_of(self.path).digest})
-
-    def combine(self, terms: Terms) -> Tensor:
-        if self.has_parts:
-            return super().combine(terms)
-        return terms.ce if self.loss_scale == 1 else self.loss_scale * terms.ce
 
     def terms(
         self,

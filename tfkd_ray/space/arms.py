@@ -358,12 +358,15 @@ def arms_of(
         rival = scores.ranked(found, metric, lambda record: record.last[metric])[0]
         arms.append({"name": rival.name, "config": rival.config, "role": "baseline"})
     arms, notes = _with_code_of_now(arms)
-    weight = validated(TrainConfig, arms[0]["config"]).ce_share
+    best_run = validated(TrainConfig, arms[0]["config"])
+    weight = best_run.ce_share
     if weight is None and "scaled" in rivals:
         notes.append(
-            f"{first.objective} is a function, so its weight of CE is unknown, and there is no baseline ce-scaled; "
-            "a class with terms and ce_weight has one."
+            f"{first.objective} does not give CE as a part, so its weight of CE is unknown, and there is no baseline "
+            "ce-scaled."
         )
+        if isinstance(best_run.objective, OwnObjective):
+            notes.append("A class with terms and ce_weight has one.")
     if weight is not None and weight > 0 and "scaled" in rivals:
         teacher = first.config["teacher"] if first.config.get("init") == "trained" else None
         scaled = {

@@ -341,16 +341,18 @@ def _gradients(num_classes: int) -> Callable[[Canonical], ExplainArray]:
     def soft(objective: Canonical) -> ExplainArray:
         target = objective.soft_target(labels, teacher)
         if target is None:
-            return _by_torch(objective, logits, labels, teacher)
+            return _by_torch(lambda *batch: objective.terms(*batch).kd, logits, labels, teacher)
         q, temperature = target
         return _means((softmax(logits / temperature) - q) / temperature)
 
     @functools.lru_cache(maxsize=64)
-    def whole(objective: OwnObjective) -> ExplainArray:
-        return _of_own(objective, logits, labels, teacher)
+    def whole(objective: Canonical) -> ExplainArray:
+        if isinstance(objective, OwnObjective):
+            return _of_own(objective, logits, labels, teacher)
+        return _by_torch(objective, logits, labels, teacher)
 
     def gradient(objective: Canonical) -> ExplainArray:
-        if isinstance(objective, OwnObjective):
+        if isinstance(objective, OwnObjective) or not objective.has_parts:
             return whole(objective)
         if not objective.kd_weight:
             return objective.loss_scale * objective.ce_weight * ce
@@ -364,18 +366,23 @@ def _gradients(num_classes: int) -> Callable[[Canonical], ExplainArray]:
 
 
 def _by_torch(
-    objective: Canonical, logits: ExplainArray, labels: ExplainArray, teacher: ExplainArray
+    loss: Callable[..., Any], logits: ExplainArray, labels: ExplainArray, teacher: ExplainArray
 ) -> ExplainArray:
-    """Return the gradient [S, N] of `Terms.kd` of any objective, computed by torch."""
+    """Return the gradient [S, N] of a loss, computed by torch.
+
+    Args:
+        loss: a function of (logits, labels, teacher), such as an objective, or a part of it; it
+            returns a scalar, or None, which counts as 0.
+    """
     import torch
 
     z = torch.tensor(logits, requires_grad=True)
     right, target = torch.tensor(labels.astype(np.int64)), torch.tensor(teacher)
     total = 0 * z.sum()
     for each in z:
-        kd = objective.terms(each, right, target).kd
-        if kd is not None:
-            total = total + kd
+        part = loss(each, right, target)
+        if part is not None:
+            total = total + part
     found: ExplainArray = torch.autograd.grad(total, z)[0].flatten(1).numpy()
     return found
 
@@ -500,24 +507,14 @@ def _ends_searched(branch: Branch) -> Iterator[Canonical]:
 def _sentences(amounts: Sequence[Amount]) -> Sentences:
     """Yield sentences on an objective, from its amounts at middle and ends (one if it is fixed)."""
     objective = amounts[0].objective
-    settings = [
-        f"{label} {_span([getattr(a.objective, field) for a in amounts])}"
-        for label, field in (
-            ("alpha", "alpha"),
-            ("T", "temperature"),
-            ("correct_prob", "correct_prob"),
-        )
-        if field in type(objective).model_fields
-    ]
-    yield f"loss_scale {_span([a.objective.loss_scale for a in amounts])}" + "".join(
-        f", {text}" for text in settings
-    )
+    yield ", ".join(_shown_settings(amounts))
     weights = [a.ce_weight for a in amounts]
     known = [weight for weight in weights if weight is not None]
     if len(known) == len(weights):
-        parts = bool(settings) or isinstance(objective, OwnObjective)
-        soft = f", of the soft part {_span([a.soft_weight for a in amounts])}" if parts else ""
-        yield f"weight of CE {_span(known)}{soft}"
+        soft = f", of the soft part {_span([a.soft_weight for a in amounts])}"
+        yield f"weight of CE {_span(known)}{soft * (not isinstance(objective, CrossEntropy))}"
+    elif objective.has_parts:
+        yield f"weight of CE unknown: the first part of {objective.called} is not CE"
     else:
         yield f"weight of CE unknown: {objective.called} gives the whole loss"
     if isinstance(objective, CrossEntropy | LabelSmoothing):
@@ -535,6 +532,23 @@ def _sentences(amounts: Sequence[Amount]) -> Sentences:
         )
     else:
         yield f"the nearest label smoothing, alpha {alpha}, is {_percent(min(off))} to {_percent(max(off))} off"
+
+
+def _shown_settings(amounts: Sequence[Amount]) -> Iterator[str]:
+    """Yield an objective's settings with their values; of an own loss, its loss scale alone."""
+    yield f"loss_scale {_span([a.objective.loss_scale for a in amounts])}"
+    objective = amounts[0].objective
+    if isinstance(objective, OwnObjective):
+        return
+    for field in type(objective).model_fields:
+        if field in ("name", "loss_scale"):
+            continue
+        values = [getattr(a.objective, field) for a in amounts]
+        label = "T" if field == "temperature" else field
+        if all(isinstance(value, int | float) for value in values):
+            yield f"{label} {_span(values)}"
+        else:
+            yield f"{label} {' or '.join(dict.fromkeys(map(str, values)))}"
 
 
 def _as_smoothing(amounts: Sequence[Amount]) -> str:
