@@ -46,6 +46,7 @@ from tfkd_ray.learn.objectives import (
     OwnObjective,
     TfkdSelf,
 )
+from tfkd_ray.learn.optimizers import Count, Optim, OptimConfig, Positive
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.own_loss import Layers
 from tfkd_ray.settings import own_code
@@ -54,10 +55,6 @@ from tfkd_ray.settings.schema import Settings, members, name_alone, tag
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 KIND = "accelerator_type:"
@@ -73,25 +70,6 @@ LAST_STEPS = {
     "probability near 1; it learns slowly and badly. Take the sigmoid out of its forward",
 }
 """Notes on networks that end in what a loss applies itself."""
-
-
-class OptimConfig(Settings):
-    """SGD with momentum. Weight decay applies to all parameters, as in the paper's code."""
-
-    lr: Positive = 0.1
-    """Peak learning rate for the whole batch, over all workers."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    """Use Nesterov's momentum. The paper's recipe does not."""
-    batch_size: Count = 128
-    """Images per step, over all workers."""
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
 
 
 class Schedule(Settings):
@@ -182,7 +160,7 @@ class TeacherConfig(Settings):
     ] = CrossEntropy()
     epochs: Count | None = None
     """Epochs of the teacher's training. None: as many as the student's."""
-    optim: OptimConfig = OptimConfig()
+    optim: Optim = OptimConfig()
     schedule: AnySchedule = Cosine()
     seed: Annotated[int, Field(ge=0)] = 1_000_000
     """Seed of the teacher's run; it differs from the student's, so that a self teacher is a
@@ -258,7 +236,7 @@ class TrainConfig(Settings):
     """trained: starts from the weights of a trained copy of the student. With `ce`, that is
     training twice: the control for the time that `tfkd_self` spends on its teacher."""
     epochs: Count = 27
-    optim: OptimConfig = OptimConfig()
+    optim: Optim = OptimConfig()
     schedule: AnySchedule = Cosine()
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initialisation, data order, augmentation and dropout, all of them pure functions of
@@ -808,6 +786,8 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
         given = name_alone(result[key]) if key in result else {}
         if key not in result:
             result[key] = default
+        elif key == "optim" and _is_named_apart(given, default):
+            result[key] = filled(given, {k: v for k, v in default.items() if k in OF_ALL})
         elif (
             isinstance(given, dict)
             and isinstance(default, dict)
@@ -815,6 +795,19 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
         ):
             result[key] = filled(given, default)
     return result
+
+
+OF_ALL = {"batch_size"}
+"""Settings of a recipe's optimizer that are those of any other one, too."""
+
+
+def _is_named_apart(given: Any, default: Any) -> bool:
+    """Return whether settings have another name than a recipe's."""
+    return (
+        isinstance(given, Mapping)
+        and isinstance(default, Mapping)
+        and given.get("name", default.get("name")) != default.get("name")
+    )
 
 
 TINY_NETWORK = 2e6

@@ -34,13 +34,14 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 MODERN: dict[str, Any] = {
-    "optim": {"nesterov": True},
+    "optim": {"name": "sgd", "nesterov": True},
     "schedule": {"name": "cosine", "warmup_epochs": 1.0},
 }
 """A recipe that beats the paper's on every network for which we know figures."""
 PAPER_RECIPE: dict[str, Any] = {
     "epochs": 200,
     "optim": {
+        "name": "sgd",
         "lr": 0.1,
         "weight_decay": 5e-4,
         "momentum": 0.9,
@@ -53,6 +54,7 @@ PAPER_RECIPE: dict[str, Any] = {
 IMAGENET: dict[str, Any] = {
     "epochs": 90,
     "optim": {
+        "name": "sgd",
         "lr": 0.2,
         "weight_decay": 1e-4,
         "momentum": 0.9,

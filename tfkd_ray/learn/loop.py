@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.learn.augment import View
 from tfkd_ray.learn.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
-from tfkd_ray.learn.config import OptimConfig, TrainConfig
+from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.evaluate import (
     asked_beside,
     metric_sums,
@@ -54,6 +54,7 @@ from tfkd_ray.learn.models import (
     may_lack_gradients,
 )
 from tfkd_ray.learn.objectives import Canonical, OwnObjective, Terms
+from tfkd_ray.learn.optimizers import Updates, new_optimizer
 from tfkd_ray.learn.own_loop import Diverged as Diverged
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, each_of
@@ -128,7 +129,7 @@ def train(
         lessons = _Lessons(config, teacher, count, device, objective, say)
         tapped = tapped_student(student, objective, lessons.autocast)
         trained = student if tapped is None else tapped.to(device)
-        optimizer = _new_optimizer(trained, optim)
+        optimizer = new_optimizer(trained, optim)
         kept = _kept_by_state(student, optimizer, tapped)
 
         # 4. Resume
@@ -164,9 +165,7 @@ def train(
                 parts = zip(batches, shares, seen(view, shares), strict=True)
                 for step, (batch, mine, images) in enumerate(parts):
                     progress = epoch + (step + 0.5) / len(batches)
-                    lr = optim.lr * config.schedule.factor(progress, config.epochs)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
+                    lr = optimizer.set_rate(config.schedule.factor(progress, config.epochs))
                     seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
                     soft, taught = lessons.of_batch(mine, images)
                     logits, terms = learn(images, train_set.labels[mine], soft, taught)
@@ -601,27 +600,7 @@ def _new_student(
     return student, unused
 
 
-def _new_optimizer(trained: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
-    """Return the optimizer of a student, or of a student and what its objective owns."""
-    optimizer = torch.optim.SGD(
-        trained.parameters(),
-        lr=optim.lr,
-        momentum=optim.momentum,
-        weight_decay=optim.weight_decay,
-        nesterov=optim.nesterov,
-        # fused SGD steps no complex numbers
-        fused=not any(parameter.is_complex() for parameter in trained.parameters()),
-    )
-    # torch's fused SGD fails if a parameter's first gradient comes after the others'
-    if optim.momentum:
-        for parameter in trained.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def _kept_by_state(
-    student: nn.Module, optimizer: torch.optim.Optimizer, tapped: Tapped | None
-) -> dict[str, Any]:
+def _kept_by_state(student: nn.Module, optimizer: Updates, tapped: Tapped | None) -> dict[str, Any]:
     """Return what a run state holds the state of, by its names there."""
     kept: dict[str, Any] = {"model": student, "optimizer": optimizer}
     if tapped is not None:
