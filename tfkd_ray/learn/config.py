@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from tfkd_ray.learn.augment import Augment
+from tfkd_ray.learn.average import Ema
 from tfkd_ray.learn.data import Data, Digits
 from tfkd_ray.learn.dataset import Dataset, Level, Spread
 from tfkd_ray.learn.images import seeded
@@ -216,7 +217,7 @@ def number_teachers(tree: dict[str, Any]) -> None:
 class TrainConfig(Settings):
     """The complete configuration of one training run: network, data, objective, optimizer, seed."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"loop", "teachers"})
+    later: ClassVar[frozenset[str]] = frozenset({"loop", "teachers", "ema"})
 
     recipe: str | None = None
     """Named settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data
@@ -238,6 +239,8 @@ class TrainConfig(Settings):
     epochs: Count = 27
     optim: Optim = OptimConfig()
     schedule: AnySchedule = Cosine()
+    ema: Ema | None = None
+    """Exponential moving average of the weights, which then is the student. None: off."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initialisation, data order, augmentation and dropout, all of them pure functions of
     it."""
@@ -301,6 +304,8 @@ class TrainConfig(Settings):
             tree.pop("loop", None)
         if not self.teachers:
             tree.pop("teachers", None)
+        if self.ema is None:
+            tree.pop("ema", None)
         return tree
 
     @field_validator("precision")
@@ -332,7 +337,7 @@ class TrainConfig(Settings):
                 f"augment.resized_crop: for data sets of image files; {self.data.name} is in memory"
             )
         problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
-        problems += self._layer_problems()
+        problems += [*self._layer_problems(), *self._optim_problems()]
         if self.teachers:
             problems += self._several_problems() or self._twins()
         if problems:
@@ -375,6 +380,20 @@ class TrainConfig(Settings):
                 f"optim.batch_size: {workers} workers cannot share {self.optim.batch_size} images"
             )
 
+    def _optim_problems(self) -> Iterator[str]:
+        found = [("optim", self.optim, self.workers)]
+        for where, teacher in self._given_teachers().items():
+            found.append((f"{where}.optim", teacher.optim, 1))
+        for where, optim, workers in found:
+            share = optim.batch_size // workers
+            if 0 < share < optim.accumulate:
+                of_worker = "" if workers == 1 else f" a worker's share of {optim.batch_size},"
+                yield (
+                    f"{where}.accumulate: {optim.accumulate} pieces of{of_worker} {share} images; lower it to {share}, "
+                    "or raise batch_size"
+                )
+            yield from optim.problems(where)
+
     def _loop_problems(self) -> Iterator[str]:
         if self.loop is None:
             return
@@ -382,6 +401,8 @@ class TrainConfig(Settings):
             yield f"workers: a loop of your own trains in one process, got {self.workers}; set workers: 1"
         if self.init == "trained":
             yield "init: 'trained' is for the loop of this package; load the weights in your own one"
+        if self.ema is not None:
+            yield "ema: is for the loop of this package; average the weights in your own one, or leave it out"
         trains_teacher = self.needs_teacher and not (self.teacher and self.teacher.weights)
         yield from self.loop.problems(trains_teacher=trains_teacher)
 
@@ -570,13 +591,22 @@ class TrainConfig(Settings):
         if self.loop is not None:
             self.loop.ready()  # refuses other code than was recorded
         notes = [*self.try_objective(), *own_code.at_home(self._try_networks)()]
+        self.try_optimizer()
         return list(dict.fromkeys(notes))
+
+    def try_optimizer(self) -> None:
+        """Raise a ConfigError if an optimizer has nothing to update, or is one's own and fails."""
+        runs = [("optim", self), *(("teacher.optim", run) for run in self.teacher_runs())]
+        for where, run in runs:
+            trains = not isinstance(run, TeacherRun) or run.weights is None
+            if trains and run.loop is None:
+                run.optim.try_out(run.build_student, where)
 
     def _try_networks(self) -> list[str]:
         """Build the external networks of student and teacher, and train a step; return notes."""
         notes = []
         for run in (self, *self.teacher_runs()):
-            alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
+            alone = run.optim.smallest_piece(run.workers) < 2 and run.batch_norm != "sync"
             trains = not isinstance(run, TeacherRun) or run.weights is None
             if not isinstance(run.student, OwnNetwork | Timm) and not (alone and trains):
                 continue
@@ -709,7 +739,7 @@ class TeacherRun(TrainConfig):
     stop_accuracy: float | None = None
     weights: str | None = None
     input: TeacherInput | None = None
-    later: ClassVar[frozenset[str]] = frozenset({"input", "loop", "teachers"})
+    later: ClassVar[frozenset[str]] = TrainConfig.later | {"input"}
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Return whether the run ends after the epoch with these metrics."""

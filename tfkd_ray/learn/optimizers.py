@@ -6,17 +6,23 @@ To add one, write a class of settings with a `name` and `_parts`, and one line i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
+from tfkd_ray.learn.images import seeded
+from tfkd_ray.learn.own import code_of, imported, is_only_reading
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import Settings
@@ -67,6 +73,40 @@ class Optimization(Settings):
         """Return the name in sentences."""
         return self.name
 
+    def smallest_piece(self, workers: int) -> int:
+        """Return the images of the smallest piece of a full batch."""
+        return self.batch_size // workers // self.accumulate
+
+    def pieces(self, images: int, workers: int) -> int:
+        """Return in how many pieces a worker runs its share of a batch, of so many images.
+
+        A share that is smaller than others, at the end of an epoch, has fewer pieces, so that each
+        has 2 images if those of a full batch have.
+        """
+        if self.accumulate == 1:
+            return 1
+        least = min(2, self.smallest_piece(workers))
+        return max(1, min(self.accumulate, images // least))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_setting_of_another(cls, tree: Any) -> Any:
+        """Reject a setting of another optimizer by the name of that one."""
+        if not isinstance(tree, Mapping):
+            return tree
+        kinds = Optimization.__subclasses__()
+        for setting in sorted({*map(str, tree)} - {*cls.model_fields}):
+            names = [
+                kind.model_fields["name"].default for kind in kinds if setting in kind.model_fields
+            ]
+            if names:
+                own = cls.model_fields["name"].default
+                raise ValueError(
+                    f"{setting} is a setting of {' and '.join(names)}, not of {own}; leave it out, or write "
+                    f"name: {names[0]}"
+                )
+        return tree
+
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the settings, without those that are `later` and at their default."""
@@ -75,6 +115,13 @@ class Optimization(Settings):
             if getattr(self, name) == type(self).model_fields[name].default:
                 tree.pop(name, None)
         return tree
+
+    def problems(self, where: str) -> Iterator[str]:
+        """Yield a sentence for each reason why it cannot be used; `where`: dotted path."""
+        yield from ()
+
+    def try_out(self, build: Callable[[], nn.Module], where: str) -> None:
+        """Raise a ConfigError if it cannot update a network; `where`: dotted path."""
 
     def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
         """Return the optimizers of torch that make an update together, by their names."""
@@ -175,20 +222,22 @@ class Muon(Optimization):
     eps: Positive = 1e-8
     """Number that AdamW's part adds to the root of the average square."""
 
+    def try_out(self, build: Callable[[], nn.Module], where: str) -> None:
+        """Raise a ConfigError if a student has nothing for Muon."""
+        if not hidden_matrices(build()):
+            raise ConfigError(f"{where}: {NOTHING_HIDDEN}")
+
     def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
         """Return torch's Muon and AdamW; raise a ConfigError if a student has nothing for Muon."""
         import torch
 
-        hidden = {id(parameter) for parameter in _hidden_matrices(_student_of(trained))}
+        hidden = {id(parameter) for parameter in hidden_matrices(_student_of(trained))}
         ours = [_only(group, lambda p: id(p) in hidden) for group in groups]
         others = [_only(group, lambda p: id(p) not in hidden) for group in groups]
         ours = [group for group in ours if group.parameters]
         others = [group for group in others if group.parameters]
         if not ours:
-            raise ConfigError(
-                "optim.muon: is for hidden matrices, and the student has none (its first and last weights, "
-                "convolutions, norms and biases are AdamW's); use adamw"
-            )
+            raise ConfigError(f"optim: {NOTHING_HIDDEN}")
         muon = torch.optim.Muon(
             [self.group(group, self.weight_decay) for group in ours],
             lr=self.lr,
@@ -198,6 +247,12 @@ class Muon(Optimization):
         )
         peaks = [self.lr * group.factor for group in ours]
         return {"muon": Part(muon, peaks), "adamw": _adamw(self, others, self.adamw_lr)}
+
+
+NOTHING_HIDDEN = (
+    "muon is for hidden matrices, and the student has none (its first and last weights, convolutions, norms and "
+    "biases are AdamW's); use adamw"
+)
 
 
 def _adamw(settings: AdamW | Muon, groups: list[Group], lr: float) -> Part:
@@ -214,7 +269,7 @@ def _adamw(settings: AdamW | Muon, groups: list[Group], lr: float) -> Part:
     return Part(optimizer, [lr * group.factor for group in groups])
 
 
-def _hidden_matrices(student: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(student: nn.Module) -> list[nn.Parameter]:
     """Return the matrices for Muon: without the first and the last weight, and embeddings."""
     from torch import nn
 
@@ -232,6 +287,161 @@ def _only(group: Group, belongs: Callable[[nn.Parameter], bool]) -> Group:
     return group._replace(parameters=[p for p in group.parameters if belongs(p)])
 
 
+class OwnOptimizer(Optimization):
+    """An optimizer of your own: `package.module:Class`, a `torch.optim.Optimizer`.
+
+    It is called as `Class(groups, lr=lr, **args)`, where `groups` is a list of dictionaries with
+    `params`, as torch's optimizers take it. Before each update, the learning rate of the schedule is
+    in `group["lr"]`. Its weight decay is one of its `args`.
+    """
+
+    name: Literal["own"] = "own"
+    path: str
+    """Path of the class, `package.module:Class`, in an installed package or in the working directory
+    of `tfkd`, where it also runs."""
+    args: dict[str, JsonValue] = {}
+    """More arguments of the class. Each may be searched."""
+    digest: str | None = None
+    """Digest of the class's file and of all files of your own that it imports, recorded when a file
+    is read. A run refuses other code; without it, the code as it is now counts."""
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.model_dump(mode="json")))
+
+    @property
+    def called(self) -> str:
+        """Return the name of its class."""
+        return str(own_code.shown_name(self.path))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recorded(cls, tree: Any) -> Any:
+        path = tree.get("path") if isinstance(tree, Mapping) else None
+        if not isinstance(path, str) or is_only_reading() or tree.get("digest") is not None:
+            return tree
+        try:
+            imported(path, "path")
+        except ConfigError:  # `problems` tells it
+            return tree
+        return {**tree, "digest": code_of(path).digest}
+
+    def problems(self, where: str) -> Iterator[str]:
+        """Yield a sentence if the class is missing or refuses these arguments."""
+        if is_only_reading():
+            return
+        try:
+            found = imported(self.path, f"{where}.path")
+        except ConfigError as error:
+            yield from error.problems
+            return
+        if not callable(found):
+            yield f"{where}.path: {self.path} is {found!r}, not a class"
+            return
+        try:
+            inspect.signature(found).bind([], lr=self.lr, **self.args)
+        except TypeError as error:
+            yield f"{where}.args: {self.path} is called with groups, lr and these: {error}"
+        except ValueError:  # written in C, without a signature
+            pass
+
+    def changed(self) -> str | None:
+        """Return a sentence if the code is not what was recorded, else None."""
+        try:
+            imported(self.path, "optim.path")
+        except ConfigError:
+            return None
+        code = code_of(self.path)
+        if self.digest in (None, code.digest):
+            return None
+        return (
+            f"the code of the optimizer {self.called} is not what it was: {code} had digest {self.digest}, and has "
+            f"{code.digest} now"
+        )
+
+    def as_it_is_now(self) -> Self:
+        """Return the same optimizer with its present code recorded."""
+        return self.model_copy(update={"digest": code_of(self.path).digest})
+
+    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
+        """Return the user's optimizer; raise a ConfigError if its code is not what was recorded."""
+        if (changed := self.changed()) is not None:
+            raise ConfigError(
+                f"optim.digest: {changed}. Put the old code back, or begin anew with the code as it is (in a file of "
+                "one run: leave digest out)"
+            )
+        return {"own": self._part(groups, "optim")}
+
+    def try_out(self, build: Callable[[], nn.Module], where: str) -> None:
+        """Raise a ConfigError if it cannot update a small network, or goes on otherwise when resumed."""
+        import torch
+        from torch import nn
+
+        def begun() -> tuple[nn.Module, Updates]:
+            with seeded(0, "optimizer"):
+                network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+            groups = _groups(network, self, {})
+            return network, Updates({"own": self._part(groups, where)}, self.lr)
+
+        def updated(network: nn.Module, updates: Updates) -> None:
+            updates.set_rate(1.0)
+            updates.zero_grad()
+            with seeded(0, "images"):
+                images = torch.randn(8, 3)
+            network(images).square().mean().backward()
+            updates.step()
+
+        file = io.BytesIO()
+        network, updates = begun()
+        resumed, others = begun()
+        try:
+            updated(network, updates)
+            torch.save(updates.state_dict(), file)
+            file.seek(0)
+            resumed.load_state_dict(network.state_dict())
+            others.load_state_dict(torch.load(file, weights_only=True))
+            updated(network, updates)
+            updated(resumed, others)
+        except ConfigError:
+            raise
+        except Exception as error:  # the author's code may raise anything
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(
+                f"{where}: {self.called} fails when two updates of a small network are tried: {problem}"
+            ) from error
+        same = zip(network.parameters(), resumed.parameters(), strict=True)
+        if not all(torch.equal(a, b) for a, b in same):
+            raise ConfigError(
+                f"{where}: {self.called} goes on otherwise after load_state_dict than without; keep all that it needs "
+                "in self.state and in its groups"
+            )
+
+    def _part(self, groups: list[Group], where: str) -> Part:
+        import torch
+
+        given: list[dict[str, Any]] = []
+        for group in groups:
+            spared = {} if group.decays else {"weight_decay": 0.0}
+            given.append({"params": group.parameters, **spared})
+        try:
+            optimizer = own_code.at_home(imported(self.path, f"{where}.path"))(
+                given, lr=self.lr, **self.args
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # the author's code may raise anything
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(f"{where}.args: {self.called} refuses them: {problem}") from error
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"{where}.path: {self.path} gives {type(optimizer).__name__}; an optimizer is a torch.optim.Optimizer"
+            )
+        if self.no_decay != "none" and "weight_decay" not in optimizer.defaults:
+            raise ConfigError(
+                f"{where}.no_decay: {self.called} has no weight_decay to leave out; set no_decay: none"
+            )
+        return Part(optimizer, [self.lr * group.factor for group in groups])
+
+
 def _with_name(value: Any) -> Any:
     """Return settings by a name alone as settings; without a name, they are those of sgd."""
     tree = own_code.spelled_out(value)
@@ -239,7 +449,9 @@ def _with_name(value: Any) -> Any:
 
 
 Optim = Annotated[
-    OptimConfig | AdamW | Muon, Field(discriminator="name"), BeforeValidator(_with_name)
+    OptimConfig | AdamW | Muon | OwnOptimizer,
+    Field(discriminator="name"),
+    BeforeValidator(_with_name),
 ]
 
 

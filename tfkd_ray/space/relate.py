@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from tfkd_ray.learn.config import RUN_ONLY, OptimConfig, TrainConfig
+from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
+from tfkd_ray.learn.optimizers import OptimConfig
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import tag
-from tfkd_ray.space.ranges import Choices, Path_, Range, Tree
+from tfkd_ray.space.ranges import Choices, Path_, Range, Tree, name_of
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path
 from tfkd_ray.store.experiment import as_number
@@ -97,7 +98,7 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
     """Return values for a branch's parameters: the objective's, else the paper's or the middle."""
     values: Tree = {}
     for p in branch.asked(values):
-        usual = PAPER_VALUES.get(p.path)
+        usual = PAPER_VALUES.get(p.path) if _is_sgd(branch, values) else None
         if p.path[0] == "objective":
             values[p.name] = getattr(objective, p.path[1])
         elif usual is not None and p.domain.contains(usual):
@@ -105,6 +106,12 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
         else:
             values[p.name] = p.domain.middle
     return values
+
+
+def _is_sgd(branch: Branch, values: Mapping[str, Any]) -> bool:
+    """Return whether a configuration with these values has the optimizer of the paper."""
+    given = values.get("optim", branch.tree.get("optim"))
+    return name_of(given) in (None, "sgd")
 
 
 PAPER_VALUES: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
-from tfkd_ray.learn.config import Count, Positive
+from tfkd_ray.learn.optimizers import Count, Positive
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.settings.schema import Settings, name_alone, tag
 from tfkd_ray.verdict.scores import Selectable, SelectableBeside, score_of

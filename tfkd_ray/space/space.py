@@ -262,6 +262,7 @@ class Space(Searched):
                 ends = {p.name: p.domain.probes[end] for p in branch.parameters}
                 config = branch.config(ends)
                 notes += config.try_objective()
+                config.try_optimizer()
         return list(dict.fromkeys(notes))
 
     def single(self) -> TrainConfig:
@@ -832,7 +833,7 @@ class _Ranges:
         of_own = there[:-1] == ("objective", "args")
         if of_own and self._whole is not None and isinstance(given, dict):
             whole = self._whole.get(there[-1], None if "step" in given else False)
-        of_loop = there[:-1] == ("loop", "args")
+        of_loop = there[:-1] in (("loop", "args"), ("optim", "args"))
         if of_loop and isinstance(given, dict):  # real numbers, unless their step is a whole one
             whole = None if "step" in given else False
         domain = domain_of(given, called, self._notes, whole=whole)
