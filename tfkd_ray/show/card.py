@@ -66,7 +66,7 @@ def card_text(
     yield "\n## Recipe\n"
     tree = config.model_dump(mode="json")
     yield "```yaml"
-    recipe = ("objective", "epochs", "optim", "schedule", "augment", "init", "seed", "loop")
+    recipe = ("objective", "epochs", "optim", "schedule", "ema", "augment", "init", "seed", "loop")
     yield dump_yaml({k: tree[k] for k in recipe if k in tree}).rstrip()
     yield "```"
     yield "\n## Teacher\n"

@@ -24,6 +24,7 @@ from tfkd_ray.learn.config import (
 )
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, OwnObjective
+from tfkd_ray.learn.optimizers import OwnOptimizer
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, did_you_mean, dotted
 from tfkd_ray.settings.files import write_text
@@ -394,7 +395,7 @@ def arms_of(
             "arms": list(distinct.values()),
             "note": " ".join(notes),
             "searched": len(read_records(experiment)),
-            "metric": metric,
+            "metric": scores.of_student(metric),
             "experiment": experiment.name,
         },
         experiment,
@@ -410,6 +411,12 @@ def _with_code_of_now(arms: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
             notes.append(_tuned_for_old_code(changed))
             now = config.loop.as_it_is_now().model_dump(mode="json")
             arm = {**arm, "config": {**arm["config"], "loop": now}}
+        optim = config.optim
+        changed = optim.changed() if isinstance(optim, OwnOptimizer) else None
+        if isinstance(optim, OwnOptimizer) and changed is not None:
+            notes.append(_tuned_for_old_code(changed))
+            now = optim.as_it_is_now().model_dump(mode="json")
+            arm = {**arm, "config": {**arm["config"], "optim": now}}
         objective = config.objective
         changed = objective.changed() if isinstance(objective, OwnObjective) else None
         if isinstance(objective, OwnObjective) and changed is not None:
