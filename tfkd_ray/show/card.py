@@ -15,6 +15,7 @@ from tfkd_ray.learn.teachers import known_of, teacher_name
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import dump_yaml
 from tfkd_ray.show.chosen import GRAPH, ONNX, OPSET, Chosen, listed
+from tfkd_ray.verdict.scores import OF_AVERAGE
 
 # --- the card --------------------------------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ def card_text(
     yield from _use(config, result)
     yield "\n## How it was chosen\n"
     yield "\n\n".join([*chosen.selection, *notes])
-    if measured := {k: v for k, v in chosen.metrics.items() if k.startswith("val_")}:
+    if measured := _measured(chosen):
         yield f"\nOn validation, after epoch {chosen.metrics['epoch']:.0f}:\n\n| metric | value |\n|---|---:|"
         yield from (f"| {key} | {value:.4f} |" for key, value in measured.items())
     elif not data.val_fraction:
@@ -79,6 +80,13 @@ def card_text(
     )
     yield "The data have terms of their own."
     yield from _again_section(chosen)
+
+
+def _measured(chosen: Chosen) -> dict[str, float]:
+    """Return the metrics of the exported network on validation: with `ema`, of the averaged weights."""
+    of_average = {key for key in OF_AVERAGE if key in chosen.metrics}
+    found = of_average or {key for key in chosen.metrics if key.startswith("val_")}
+    return {key: value for key, value in chosen.metrics.items() if key in found}
 
 
 def _use(config: TrainConfig, result: dict[str, Any]) -> Iterator[str]:
