@@ -20,7 +20,7 @@ from tfkd_ray.learn.optimizers import AdamW, Muon, OptimConfig, hidden_matrices,
 from tfkd_ray.learn.soft_labels import Bank
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.space.relate import warm_points
+from tfkd_ray.space.relate import not_superset, placed, warm_points
 from tfkd_ray.space.space import build_space
 
 SMALL: dict[str, Any] = {
@@ -144,7 +144,7 @@ def test_an_epoch_is_the_textbook_loop_with_torchs_own_optimizer(kind: str) -> N
             x = (train_set.part(batch).images.float() - mean[0]) / std[0]  # type: ignore[union-attr]
             net.zero_grad()
             F.cross_entropy(net(x), train_set.labels[batch]).backward()
-            norm = sum(float(p.grad.square().sum()) for p in net.parameters()) ** 0.5  # type: ignore[union-attr]
+            norm = nn.utils.get_total_norm([p.grad for p in net.parameters()])
             for p in net.parameters():
                 assert p.grad is not None
                 p.grad *= min(1.0, 0.5 / (norm + 1e-6))
@@ -518,3 +518,22 @@ def test_the_papers_learning_rate_is_tried_first_for_sgd_alone() -> None:
         tree["objective"] = {"name": "tfkd_reg", "temperature": {"low": 1, "high": 50}}
         tried[name] = {point.values["optim.lr"] for point in warm_points(build_space(tree))}
     assert tried["sgd"] == {0.1} and 0.1 not in tried["adamw"] and tried["adamw"]
+
+
+def test_a_space_that_begins_to_search_a_new_setting_holds_the_trials_before() -> None:
+    optim = {"lr": {"low": 0.01, "high": 0.5}}
+    old = build_space({**SMALL, "optim": optim})
+    for name, wider, narrower in (
+        ("no_decay", ["none", "norm_and_bias"], []),
+        ("accumulate", [1, 2], [2, 4]),
+        ("clip_norm", [None, 1.0], [1.0, 2.0]),
+    ):
+        space = build_space({**SMALL, "optim": optim | {name: {"choices": wider}}})
+        assert not not_superset(old, space)
+        found = placed(space, old.branches[0].config({"optim.lr": 0.1}))
+        assert not isinstance(found, list) and found[1][f"optim.{name}"] == wider[0]
+        if len(narrower) > 1:
+            space = build_space({**SMALL, "optim": optim | {name: {"choices": narrower}}})
+            assert f"optim.{name}: was fixed at {wider[0]!r}" in not_superset(old, space)[0]
+    other = build_space({**SMALL, "optim": {"name": "adamw", "lr": optim["lr"]}})
+    assert not_superset(old, other) == ["optim.name: was 'sgd', and is 'adamw' now"]

@@ -238,6 +238,7 @@ class TrainConfig(Settings):
     training twice: the control for the time that `tfkd_self` spends on its teacher."""
     epochs: Count = 27
     optim: Optim = OptimConfig()
+    """Optimizer, and the batch of an update; settings without a name are those of `sgd`."""
     schedule: AnySchedule = Cosine()
     ema: Ema | None = None
     """Exponential moving average of the weights, which then is the student. None: off."""

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     JsonValue,
+    SerializationInfo,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -38,6 +39,10 @@ Decay = Annotated[float, Field(ge=0)]
 
 ADDED = frozenset({"no_decay", "clip_norm", "accumulate"})
 """Settings that came after the first release, with neutral defaults."""
+
+
+WHOLE = "whole"
+"""Context of `model_dump` in which no setting is left out."""
 
 
 class Group(NamedTuple):
@@ -108,9 +113,13 @@ class Optimization(Settings):
         return tree
 
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the settings, without those that are `later` and at their default."""
+    def _as_before(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        """Return the settings, without those that are `later` and at their default; see `WHOLE`."""
         tree: dict[str, Any] = handler(self)
+        if info.context == WHOLE:
+            return tree
         for name in self.later:
             if getattr(self, name) == type(self).model_fields[name].default:
                 tree.pop(name, None)
@@ -123,7 +132,7 @@ class Optimization(Settings):
     def try_out(self, build: Callable[[], nn.Module], where: str) -> None:
         """Raise a ConfigError if it cannot update a network; `where`: dotted path."""
 
-    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
+    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, RatedOptimizer]:
         """Return the optimizers of torch that make an update together, by their names."""
         raise TypeError(f"{type(self).__name__} does not say how it updates")
 
@@ -133,7 +142,7 @@ class Optimization(Settings):
         return {"params": group.parameters, "weight_decay": decay}
 
 
-class Part(NamedTuple):
+class RatedOptimizer(NamedTuple):
     """One optimizer of torch, with the peak learning rate of each of its groups."""
 
     optimizer: torch.optim.Optimizer
@@ -160,7 +169,7 @@ class OptimConfig(Optimization):
             raise ValueError("nesterov needs a momentum above 0")
         return self
 
-    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
+    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, RatedOptimizer]:
         """Return torch's SGD."""
         import torch
 
@@ -176,7 +185,7 @@ class OptimConfig(Optimization):
         if self.momentum:
             for parameter in _all_of(groups):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return {"sgd": Part(optimizer, [self.lr * group.factor for group in groups])}
+        return {"sgd": RatedOptimizer(optimizer, [self.lr * group.factor for group in groups])}
 
 
 class AdamW(Optimization):
@@ -196,7 +205,7 @@ class AdamW(Optimization):
     eps: Positive = 1e-8
     """Number that is added to the root of the average square."""
 
-    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
+    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, RatedOptimizer]:
         """Return torch's AdamW."""
         return {"adamw": _adamw(self, groups, self.lr)}
 
@@ -227,13 +236,13 @@ class Muon(Optimization):
         if not hidden_matrices(build()):
             raise ConfigError(f"{where}: {NOTHING_HIDDEN}")
 
-    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
+    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, RatedOptimizer]:
         """Return torch's Muon and AdamW; raise a ConfigError if a student has nothing for Muon."""
         import torch
 
         hidden = {id(parameter) for parameter in hidden_matrices(_student_of(trained))}
-        ours = [_only(group, lambda p: id(p) in hidden) for group in groups]
-        others = [_only(group, lambda p: id(p) not in hidden) for group in groups]
+        ours = [_some_of(group, lambda p: id(p) in hidden) for group in groups]
+        others = [_some_of(group, lambda p: id(p) not in hidden) for group in groups]
         ours = [group for group in ours if group.parameters]
         others = [group for group in others if group.parameters]
         if not ours:
@@ -246,7 +255,7 @@ class Muon(Optimization):
             nesterov=self.nesterov,
         )
         peaks = [self.lr * group.factor for group in ours]
-        return {"muon": Part(muon, peaks), "adamw": _adamw(self, others, self.adamw_lr)}
+        return {"muon": RatedOptimizer(muon, peaks), "adamw": _adamw(self, others, self.adamw_lr)}
 
 
 NOTHING_HIDDEN = (
@@ -255,7 +264,7 @@ NOTHING_HIDDEN = (
 )
 
 
-def _adamw(settings: AdamW | Muon, groups: list[Group], lr: float) -> Part:
+def _adamw(settings: AdamW | Muon, groups: list[Group], lr: float) -> RatedOptimizer:
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -266,7 +275,7 @@ def _adamw(settings: AdamW | Muon, groups: list[Group], lr: float) -> Part:
         weight_decay=settings.weight_decay,
         fused=_can_be_fused(groups),
     )
-    return Part(optimizer, [lr * group.factor for group in groups])
+    return RatedOptimizer(optimizer, [lr * group.factor for group in groups])
 
 
 def hidden_matrices(student: nn.Module) -> list[nn.Parameter]:
@@ -282,7 +291,7 @@ def hidden_matrices(student: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in weights[1:-1] if weight.ndim == 2 and id(weight) not in embeddings]
 
 
-def _only(group: Group, belongs: Callable[[nn.Parameter], bool]) -> Group:
+def _some_of(group: Group, belongs: Callable[[nn.Parameter], bool]) -> Group:
     """Return a group with those of its parameters that belong to a part."""
     return group._replace(parameters=[p for p in group.parameters if belongs(p)])
 
@@ -362,7 +371,7 @@ class OwnOptimizer(Optimization):
         """Return the same optimizer with its present code recorded."""
         return self.model_copy(update={"digest": code_of(self.path).digest})
 
-    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, Part]:
+    def parts(self, trained: nn.Module, groups: list[Group]) -> dict[str, RatedOptimizer]:
         """Return the user's optimizer; raise a ConfigError if its code is not what was recorded."""
         if (changed := self.changed()) is not None:
             raise ConfigError(
@@ -415,7 +424,7 @@ class OwnOptimizer(Optimization):
                 "in self.state and in its groups"
             )
 
-    def _part(self, groups: list[Group], where: str) -> Part:
+    def _part(self, groups: list[Group], where: str) -> RatedOptimizer:
         import torch
 
         given: list[dict[str, Any]] = []
@@ -439,7 +448,7 @@ class OwnOptimizer(Optimization):
             raise ConfigError(
                 f"{where}.no_decay: {self.called} has no weight_decay to leave out; set no_decay: none"
             )
-        return Part(optimizer, [self.lr * group.factor for group in groups])
+        return RatedOptimizer(optimizer, [self.lr * group.factor for group in groups])
 
 
 def _with_name(value: Any) -> Any:
@@ -475,7 +484,7 @@ class Updates:
     """
 
     def __init__(
-        self, parts: Mapping[str, Part], lr: float, clip_norm: float | None = None
+        self, parts: Mapping[str, RatedOptimizer], lr: float, clip_norm: float | None = None
     ) -> None:
         self.parts = dict(parts)
         self._lr, self._clip_norm = lr, clip_norm

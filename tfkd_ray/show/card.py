@@ -57,7 +57,7 @@ def card_text(
     yield from _use(config, result)
     yield "\n## How it was chosen\n"
     yield "\n\n".join([*chosen.selection, *notes])
-    if measured := _measured(chosen):
+    if measured := _of_exported(chosen):
         yield f"\nOn validation, after epoch {chosen.metrics['epoch']:.0f}:\n\n| metric | value |\n|---|---:|"
         yield from (f"| {key} | {value:.4f} |" for key, value in measured.items())
     elif not data.val_fraction:
@@ -82,7 +82,7 @@ def card_text(
     yield from _again_section(chosen)
 
 
-def _measured(chosen: Chosen) -> dict[str, float]:
+def _of_exported(chosen: Chosen) -> dict[str, float]:
     """Return the metrics of the exported network on validation: with `ema`, of the averaged weights."""
     of_average = {key for key in OF_AVERAGE if key in chosen.metrics}
     found = of_average or {key for key in chosen.metrics if key.startswith("val_")}

@@ -355,6 +355,7 @@ def arms_of(
     for name in [b for b in BASELINES if b in rivals]:
         there = [experiment] if baselines is None else [experiment, baselines]
         found = [record for where in there for record in _full(where) if record.objective == name]
+        found = [record for record in found if metric in record.last]
         if not found:
             raise ConfigError(
                 f"no full-length trial of the baseline {name}; tune it first", experiment

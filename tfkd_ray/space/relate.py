@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
-from tfkd_ray.learn.optimizers import OptimConfig
+from tfkd_ray.learn.optimizers import WHOLE, OptimConfig
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import tag
 from tfkd_ray.space.ranges import Choices, Path_, Range, Tree, name_of
@@ -160,7 +160,7 @@ def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Iterator[str]:
         if place in before or not _was_there(was, p):
             continue
         there = was.config(was.around(p)) if p.within else was.example
-        value = value_at(there.model_dump(mode="json"), p.path)
+        value = value_at(there.model_dump(mode="json", context=WHOLE), p.path)
         if not p.domain.contains(value):
             yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
 
@@ -177,7 +177,7 @@ def _was_there(was: Branch, p: Parameter) -> bool:
 def _fixed_values_are_the_same(was: Branch, now: Branch) -> Iterator[str]:
     """Reject a fixed value that changed."""
     searched = {p.path for p in (*was.parameters, *now.parameters)}
-    examples = [branch.example.model_dump(mode="json") for branch in (was, now)]
+    examples = [branch.example.model_dump(mode="json", context=WHOLE) for branch in (was, now)]
     for path, a, b in _differences(*examples):
         if not _is_below(path, searched):
             name = ".".join(public_path(path, was.objective))
@@ -250,7 +250,7 @@ def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list
     The configuration is another space's; its seed and run settings (`RUN_ONLY`) may differ. If it
     does not lie in this space, return the differences instead.
     """
-    tree = config.model_dump(mode="json")
+    tree = config.model_dump(mode="json", context=WHOLE)
     name = config.objective.called
     for group in space.groups:
         for branch in group.branches:
@@ -279,7 +279,7 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
     if different:
         return different
     try:
-        here = branch.config(values).model_dump(mode="json")
+        here = branch.config(values).model_dump(mode="json", context=WHOLE)
     except ConfigError as error:
         return error.problems
     for path, a, b in _differences(tree, here):
@@ -296,7 +296,7 @@ def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: 
         if isinstance(p.domain, Range) and not p.domain.contains(value_at(tree, p.path)):
             return False
     others = branch.around(choices) | values | {choices.name: item}
-    here = value_at(branch.config(others).model_dump(mode="json"), choices.path)
+    here = value_at(branch.config(others).model_dump(mode="json", context=WHOLE), choices.path)
     there = value_at(tree, choices.path)
     if not isinstance(here, dict) or not isinstance(there, dict):
         return bool(here == there)

@@ -350,7 +350,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     problems = first_found(TEACHER_RULES, space)
     if problems:
         raise ConfigError(problems, source)
-    search = _judged(space, _sized(space), notes)
+    search = _judged_by_average(space, _sized(space), notes)
     space = dataclasses.replace(space, search=search, tree=_resolved(branches, search))
     problems = first_found(SPACE_RULES, space)
     if problems:
@@ -413,7 +413,7 @@ def _averages(branch: Branch) -> bool:
     return branch.example.ema is not None
 
 
-def _judged(space: Space, search: SearchConfig, notes: list[str]) -> SearchConfig:
+def _judged_by_average(space: Space, search: SearchConfig, notes: list[str]) -> SearchConfig:
     """Return the search settings with the metric of the averaged weights as the default with `ema`.
 
     At every rung it ranks trials as their final averaged weights are ranked, and the weights in
