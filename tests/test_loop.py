@@ -623,7 +623,7 @@ def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alo
 def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
     """Forget all compiled code of this process, and compile with `backend` from now on."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr("tfkd_ray.learn.loop._COMPILED", set())
+    monkeypatch.setattr("tfkd_ray.learn.loop._COMPILED", {})
     torch.compiler.reset()
 
 
@@ -648,6 +648,29 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
         assert compiled == pytest.approx(plain, rel=1e-5)
     assert [b for b in batches if b in sizes] == [*sizes, 63]  # 79 was still cached, and 63 was not
     assert len(batches) == 2 * 7
+
+
+def test_pieces_of_a_batch_are_compiled_however_many_kinds_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Uneven pieces of whole batches and of the last one are four sizes a kind of run."""
+    batches: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        batches.extend(len(x) for x in inputs if x.dim() == 4)
+        return graph
+
+    forgotten(monkeypatch, backend)
+    for size in (63, 47, 57):
+        optim = {"batch_size": size, "accumulate": 2}
+        runs = [
+            config(compile=how, data=Digits(subset=400), epochs=1, optim=optim)
+            for how in ("on", "off")
+        ]
+        compiled, plain = (next(train(c)).metrics["train_loss"] for c in runs)
+        assert compiled == pytest.approx(plain, rel=1e-5)
+    pieces = {32, 31, 3, 2}, {24, 23, 19}, {29, 28, 18, 17}
+    assert [*map(set, (batches[:4], batches[4:7], batches[7:]))] == [*pieces]
 
 
 @pytest.mark.parametrize(

@@ -909,8 +909,19 @@ def allow_tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
-_COMPILED: set[tuple[Any, ...]] = set()
-"""Kinds of run that this process has compiled since torch's cache was last reset."""
+_COMPILED: dict[tuple[Any, ...], int] = {}
+"""Kinds of run that this process has compiled since torch's cache was last reset, with their graphs."""
+MOST_GRAPHS = 8
+"""Graphs that torch keeps over all networks."""
+
+
+def _graphs(config: TrainConfig) -> int:
+    """Return how many graphs a run needs: for its batches and a smaller last one.
+
+    Pieces of a batch have two sizes, and several workers run them in two ways (`_synchronised`).
+    """
+    pieces = config.optim.accumulate > 1
+    return 2 * (1 + pieces) * (1 + (pieces and config.workers > 1))
 
 
 def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[..., Any]:
@@ -918,20 +929,22 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
 
     torch keeps 8 graphs over all networks and batch shapes together; from the ninth on it silently
     trains uncompiled, so a trial's numbers would depend on the trials before it. A run needs two
-    graphs, because its last batch may be smaller (more if your own network has code that torch
-    cannot trace). Graphs of the last four kinds of run are kept in memory; torch's disk cache has
-    the others.
+    graphs, because its last batch may be smaller (more with `accumulate`, and if your own network has
+    code that torch cannot trace). Graphs of the last four kinds of run are kept in memory; torch's
+    disk cache has the others.
 
     Raises:
         RuntimeError: at the first batch, if torch cannot compile the network.
     """
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
-    shapes = images, config.optim.batch_size, config.data.shape, config.data.num_classes
+    batch = config.optim.batch_size, config.optim.accumulate
+    shapes = images, *batch, config.data.shape, config.data.num_classes
     kind = (config.student.model_dump_json(), *shapes, *where)
-    if kind not in _COMPILED and len(_COMPILED) == 4:
+    more = 0 if kind in _COMPILED else _graphs(config)
+    if sum(_COMPILED.values()) + more > MOST_GRAPHS:
         torch.compiler.reset()
         _COMPILED.clear()
-    _COMPILED.add(kind)
+    _COMPILED[kind] = _graphs(config)
     mode = "reduce-overhead" if config.gpus_per_worker else None  # CUDA graphs
     network = torch.compile(model, dynamic=False, mode=mode)
 

@@ -58,6 +58,9 @@ class Group(NamedTuple):
 class Optimization(Settings):
     """What the settings of all optimizers share: how the gradient of one update is made."""
 
+    moments: ClassVar[int] = 2
+    """Most numbers that its state has for each weight."""
+
     name: str
     lr: Positive
     """Peak learning rate for the whole batch, over all workers."""
@@ -154,6 +157,7 @@ class OptimConfig(Optimization):
     in the paper's code, unless `no_decay` says otherwise."""
 
     later: ClassVar[frozenset[str]] = ADDED | {"name"}
+    moments: ClassVar[int] = 1
 
     name: Literal["sgd"] = "sgd"
     lr: Positive = 0.1
