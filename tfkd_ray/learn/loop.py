@@ -915,7 +915,7 @@ MOST_GRAPHS = 8
 """Graphs that torch keeps over all networks."""
 
 
-def _graphs(config: TrainConfig) -> int:
+def _graphs_of_run(config: TrainConfig) -> int:
     """Return how many graphs a run needs: for its batches and a smaller last one.
 
     Pieces of a batch have two sizes, and several workers run them in two ways (`_synchronised`).
@@ -940,11 +940,11 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     batch = config.optim.batch_size, config.optim.accumulate
     shapes = images, *batch, config.data.shape, config.data.num_classes
     kind = (config.student.model_dump_json(), *shapes, *where)
-    more = 0 if kind in _COMPILED else _graphs(config)
+    more = 0 if kind in _COMPILED else _graphs_of_run(config)
     if sum(_COMPILED.values()) + more > MOST_GRAPHS:
         torch.compiler.reset()
         _COMPILED.clear()
-    _COMPILED[kind] = _graphs(config)
+    _COMPILED[kind] = _graphs_of_run(config)
     mode = "reduce-overhead" if config.gpus_per_worker else None  # CUDA graphs
     network = torch.compile(model, dynamic=False, mode=mode)
 
