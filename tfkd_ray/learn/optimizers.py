@@ -541,7 +541,7 @@ def new_optimizer(
 
     Args:
         trained: the student, or a `Tapped` with it.
-        factors: multiples of the learning rate by the names of the student's parameters, above 0;
+        factors: multiples of the learning rate by the names of the parameters of `trained`, above 0;
             those that are not named have 1. Parameters that do not require a gradient get no update.
     """
     groups = _groups(trained, optim, factors or {})
@@ -561,14 +561,13 @@ def _groups(trained: nn.Module, optim: Optimization, factors: Mapping[str, float
     Parameters without a gradient stay where they are, as in earlier run states: they are skipped in
     every update, and a network of the user's own may let them learn later.
     """
-    by_name = dict(_student_of(trained).named_parameters())
-    unknown = sorted({*factors} - {*by_name})
+    named = list(trained.named_parameters())
+    unknown = sorted({*factors} - {name for name, _ in named})
     assert not unknown, f"{unknown=}"
-    factor_of = {id(by_name[name]): factor for name, factor in factors.items()}
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in trained.named_parameters():
+    for name, parameter in named:
         spared = parameter.ndim <= 1 or name.rpartition(".")[2].endswith("bias")
         decays = optim.no_decay == "none" or not spared
-        key = factor_of.get(id(parameter), 1.0), decays
+        key = factors.get(name, 1.0), decays
         found.setdefault(key, []).append(parameter)
     return [Group(parameters, *key) for key, parameters in found.items()]
