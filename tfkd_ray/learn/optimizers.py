@@ -7,7 +7,6 @@ To add one, write a class of settings with a `name` and `_parts`, and one line i
 from __future__ import annotations
 
 import inspect
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -389,6 +388,8 @@ class OwnOptimizer(Optimization):
         import torch
         from torch import nn
 
+        from tfkd_ray.learn.checkpoint import reread
+
         def begun() -> tuple[nn.Module, Updates]:
             with seeded(0, "optimizer"):
                 network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -403,15 +404,12 @@ class OwnOptimizer(Optimization):
             network(images).square().mean().backward()
             updates.step()
 
-        file = io.BytesIO()
         network, updates = begun()
         resumed, others = begun()
         try:
             updated(network, updates)
-            torch.save(updates.state_dict(), file)
-            file.seek(0)
             resumed.load_state_dict(network.state_dict())
-            others.load_state_dict(torch.load(file, weights_only=True))
+            others.load_state_dict(reread(updates.state_dict()))
             updated(network, updates)
             updated(resumed, others)
         except ConfigError:
