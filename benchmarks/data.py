@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tfkd_ray.learn.config import OptimConfig, TrainConfig
+from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder
 from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.models import MobileNetV2
 from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.learn.official import Cifar100
+from tfkd_ray.learn.optimizers import OptimConfig
 
 
 def write_cifar100(root: Path) -> None:

@@ -15,6 +15,8 @@ images a second, and the ratio to this package's loop.
     timm        timm's loader and, with a teacher, its LogitDistillationTask, as its train.py drives them
     torchdistill  its TrainingBox and DistillationBox (pip install '.[bench]' has both)
     bare        forward, backward and optimizer of the same net on one batch that stays: what cannot be saved
+    ours adamw, bare adamw   both with torch's fused AdamW
+    ours ema    with an average of the weights, which validation of no images does not judge
 
 `--profile` instead prints, by torch's profiler, the operations in which our step takes longer than
 bare.
@@ -287,13 +289,15 @@ def torchdistills(case: Case) -> Round:
         yield (now() - start) / count
 
 
-def bare(case: Case, precision: str) -> Round:
+def bare(case: Case, precision: str, *, adamw: bool = False) -> Round:
     """Yield rounds of the arithmetic alone."""
     network = case.config().student
     student = case.student().to(memory_format=network.memory_format).train()
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True
     )
+    if adamw:
+        optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.05, fused=True)  # type: ignore[assignment]
     images, labels = (
         torch.randn(BATCH, 3, 32, 32, device=device()),
         torch.randint(0, K, (BATCH,), device=device()),
@@ -336,6 +340,10 @@ def loops_of(case: Case, teacher: str | None, rounds: int, folder: Path) -> dict
         makers["ours fp32"] = lambda: ours(case, rounds, folder, precision="fp32")
         makers["bare fp32"] = lambda: bare(case, "fp32")
     if teacher is None:
+        optim = {"name": "adamw", "batch_size": BATCH}
+        makers["ours adamw"] = lambda: ours(case, rounds, folder, optim=optim)
+        makers["bare adamw"] = lambda: bare(case, precision, adamw=True)
+        makers["ours ema"] = lambda: ours(case, rounds, folder, ema={})
         for name, objective in (("tfkd_reg", {"name": "tfkd_reg"}), ("lsr", {"name": "lsr"})):
             makers[f"ours {name}"] = lambda o=objective: ours(case, rounds, folder, objective=o)  # type: ignore[misc]
     else:

@@ -158,6 +158,10 @@ def test_a_comparison_remembers_all_it_needs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
+    return written_sweep(tmp_path)
+
+
+def written_sweep(tmp_path: Path, metric: str = "val_accuracy", **more: Any) -> Path:
     """Return a sweep over tfkd_reg, ce and lsr, two trials each; the tfkd_reg ones are similar."""
     space = build_space(
         {
@@ -170,6 +174,7 @@ def sweep(tmp_path: Path) -> Path:
                 {"name": "lsr", "alpha": 0.2},
             ],
             "search": {"num_samples": 9, "stopping": "none"},
+            **more,
         }
     )
     write_experiment(tmp_path / "s", space.tree, [])
@@ -192,7 +197,7 @@ def sweep(tmp_path: Path) -> Path:
                 )
             )
             (tmp_path / "s/trials" / name / "metrics.jsonl").write_text(
-                json.dumps({"epoch": 2, "val_accuracy": value}) + "\n"
+                json.dumps({"epoch": 2, metric: value}) + "\n"
             )
             number += 1
     return tmp_path / "s"
@@ -226,6 +231,16 @@ def test_of_an_objective_without_parts_there_is_no_scaled_ce_and_the_note_says_w
     assert compared.note == (
         "tfkd_reg does not give CE as a part, so its weight of CE is unknown, and there is no baseline ce-scaled."
     )
+
+
+def test_a_sweep_that_judged_averaged_weights_is_confirmed_on_test_by_the_student_that_is_kept(
+    tmp_path: Path,
+) -> None:
+    compared = arms_of(written_sweep(tmp_path, "val_ema_accuracy", ema={"decay": 0.9}))
+    assert compared.metric == "val_accuracy" and compared.arms[0].name == "t0001-tfkd_reg"
+    assert all(arm.config.ema is not None for arm in compared.arms)
+    with pytest.raises(ConfigError, match=r"metric: no such name 'val_ema_accuracy'"):
+        build_arms({**TREE, "metric": "val_ema_accuracy"})
 
 
 def test_a_baseline_with_fewer_trials_is_to_be_tuned(sweep: Path) -> None:

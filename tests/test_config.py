@@ -13,7 +13,6 @@ from tfkd_ray.learn.config import (
     RUN_ONLY,
     Constant,
     Cosine,
-    OptimConfig,
     Step,
     TeacherConfig,
     TrainConfig,
@@ -23,6 +22,7 @@ from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.models import Cnn, Mlp
 from tfkd_ray.learn.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
 from tfkd_ray.learn.official import Mnist
+from tfkd_ray.learn.optimizers import OptimConfig
 from tfkd_ray.learn.teachers import find_or_train
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated

@@ -15,12 +15,13 @@ from conftest import DATA_SETS, ROOT, Run
 from optuna.trial import TrialState
 from test_readers import make_sweep
 
+from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.objectives import NAMES
 from tfkd_ray.run.studies import open_journal
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.yaml import parse_yaml
 from tfkd_ray.show.status import best_of, front_of, ls, status
-from tfkd_ray.space.space import build_space
+from tfkd_ray.space.space import build_space, load_space
 from tfkd_ray.store.experiment import read_records
 from tfkd_ray.verdict.scores import SCORES, SELECTABLE, scores
 
@@ -136,7 +137,7 @@ def write_own_modules(folder: Path) -> None:
         (folder / first.removeprefix("# ")).write_text(block)
     assert {p.name for p in folder.iterdir()} == {
         "hint.yaml", "hints.py", "kd.yaml", "loop.yaml", "loss.yaml", "make_photos.py", "my_data.py", "my_loop.py",
-        "my_losses.py", "my_nets.py", "own.yaml", "photos.yaml", "timm.yaml",
+        "my_losses.py", "my_nets.py", "my_optimizers.py", "optimizer.yaml", "own.yaml", "photos.yaml", "timm.yaml",
     }  # fmt: skip
 
 
@@ -176,6 +177,18 @@ def test_the_loop_of_the_page_is_swept_and_confirmed_as_it_stands_there(
     records = read_records(tmp_path / "tfkd_results/loop")
     assert all("loop.args.clip" in record.parameters for record in records)
     assert (tmp_path / "tfkd_results/loop-verdict/confirm.json").is_file()
+
+
+def test_the_optimizer_of_the_page_trains_as_it_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_own_modules(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    space = load_space(tmp_path / "optimizer.yaml", ["epochs=2"])
+    assert not space.try_own_code()
+    first, second = (e.metrics["train_loss"] for e in train(space.example))
+    assert second < first
 
 
 @pytest.mark.docs

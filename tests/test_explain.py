@@ -310,6 +310,10 @@ def test_a_redundant_setting_is_warned_of_with_a_way_out() -> None:
     both = {"lr": {"low": 0.01, "high": 1}, "weight_decay": {"low": 1e-5, "high": 1e-3}}
     (sentence,) = warnings_of(space(tree, optim=both))
     assert sentence.endswith("both are searched already: fix it")
+    (sentence,) = warnings_of(space(tree, optim="adamw"))
+    assert sentence.endswith(
+        "(20-fold over its range), and updates of adamw do not depend on that; fix it"
+    )
 
 
 def test_settings_that_are_one_knob_are_warned_of() -> None:

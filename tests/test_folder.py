@@ -21,12 +21,13 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from tfkd_ray.learn.augment import Augment
-from tfkd_ray.learn.config import OptimConfig, TrainConfig
+from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.image_files import ImageFolder, Imagenet
 from tfkd_ray.learn.images import _TURNS, AHEAD, FolderSet, crop_box
 from tfkd_ray.learn.loop import Epoch, train
 from tfkd_ray.learn.models import Cnn
 from tfkd_ray.learn.objectives import CrossEntropy
+from tfkd_ray.learn.optimizers import OptimConfig
 from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.schema import validated
 

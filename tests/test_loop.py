@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tfkd_ray.learn import loop
 from tfkd_ray.learn.checkpoint import LAST, WEIGHTS, load_state, load_weights, save_state
-from tfkd_ray.learn.config import Constant, OptimConfig, Step, TrainConfig
+from tfkd_ray.learn.config import Constant, Step, TrainConfig
 from tfkd_ray.learn.data import Digits
 from tfkd_ray.learn.evaluate import predictions
 from tfkd_ray.learn.images import ImageSet
@@ -30,6 +30,7 @@ from tfkd_ray.learn.loop import (
     Epoch,
     allow_tf32,
     epoch_order,
+    gradient_norms,
     gradient_ratio,
     split_batches,
     train,
@@ -37,6 +38,7 @@ from tfkd_ray.learn.loop import (
 )
 from tfkd_ray.learn.models import Cnn, Mlp
 from tfkd_ray.learn.objectives import CrossEntropy, LabelSmoothing, TfkdReg, TfkdSelf
+from tfkd_ray.learn.optimizers import OptimConfig
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.verdict.scores import scores
 
@@ -621,7 +623,7 @@ def test_a_compiled_step_learns_the_same_and_is_compiled_for_the_first_trial_alo
 def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
     """Forget all compiled code of this process, and compile with `backend` from now on."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr("tfkd_ray.learn.loop._COMPILED", set())
+    monkeypatch.setattr("tfkd_ray.learn.loop._COMPILED", {})
     torch.compiler.reset()
 
 
@@ -646,6 +648,29 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
         assert compiled == pytest.approx(plain, rel=1e-5)
     assert [b for b in batches if b in sizes] == [*sizes, 63]  # 79 was still cached, and 63 was not
     assert len(batches) == 2 * 7
+
+
+def test_pieces_of_a_batch_are_compiled_however_many_kinds_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Uneven pieces of whole batches and of the last one are four sizes a kind of run."""
+    batches: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        batches.extend(len(x) for x in inputs if x.dim() == 4)
+        return graph
+
+    forgotten(monkeypatch, backend)
+    for size in (63, 47, 57):
+        optim = {"batch_size": size, "accumulate": 2}
+        runs = [
+            config(compile=how, data=Digits(subset=400), epochs=1, optim=optim)
+            for how in ("on", "off")
+        ]
+        compiled, plain = (next(train(c)).metrics["train_loss"] for c in runs)
+        assert compiled == pytest.approx(plain, rel=1e-5)
+    pieces = {32, 31, 3, 2}, {24, 23, 19}, {29, 28, 18, 17}
+    assert [*map(set, (batches[:4], batches[4:7], batches[7:]))] == [*pieces]
 
 
 @pytest.mark.parametrize(
@@ -715,5 +740,7 @@ def test_the_gradient_ratio_is_that_of_the_weighted_parts() -> None:
     terms = objective.terms(logits, labels)
     ce = torch.autograd.grad(0.7 * terms.ce, logits, retain_graph=True)[0].norm()
     kd = torch.autograd.grad(0.3 * 25 * terms.kd, logits, retain_graph=True)[0].norm()
-    assert gradient_ratio(objective, terms, logits) == pytest.approx((kd / ce).item(), rel=1e-5)
-    assert gradient_ratio(CrossEntropy(), CrossEntropy().terms(logits, labels), logits) == 0
+    norms = gradient_norms(objective, terms, logits)
+    assert gradient_ratio([norms]) == pytest.approx((kd / ce).item(), rel=1e-5)
+    alone = gradient_norms(CrossEntropy(), CrossEntropy().terms(logits, labels), logits)
+    assert gradient_ratio([alone]) == 0

@@ -178,6 +178,9 @@ def test_disk_is_that_of_trials_and_teachers_and_the_bank_has_its_own(
     alone = plan(build_space({**tree, "objective": "ce"}))
     assert (alone.disk, alone.bank) == (5 * 6 * size, 0)
     assert "disk: at most 0.3 MiB of weights and checkpoints" in list(lines(alone))
+    two = {"optim": {"choices": ["sgd", "adamw"]}, "ema": {"decay": {"choices": [0, 0.9]}}}
+    many = plan(build_space({**tree, "objective": "ce", **two}))
+    assert many.disk == 9 * 6 * size, "weights; twice weights, average, and two moments"
     teacher = {"model": {"choices": [mlp, {**mlp, "dropout": 0.5}]}, "labels": "bank"}
     taught = {**tree, "objective": "kd", "teacher": teacher}
     found = plan(build_space(taught))

@@ -45,8 +45,9 @@ def scaled_down(path: Path, place: Path) -> Space:
     else:
         data |= {"subset": 200}
     tree |= {"data": data, "workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1, "epochs": 1}
-    tree["student"] = {"name": "cnn", "widths": [2]}
-    tree["optim"] = {**tree["optim"], "batch_size": 64}
+    if "choices" not in tree["optim"]:  # else its student is small, and for these optimizers
+        tree["student"] = {"name": "cnn", "widths": [2]}
+        tree["optim"] = {**tree["optim"], "batch_size": 64}
     if "teacher" in tree:
         teacher = {k: v for k, v in tree["teacher"].items() if k not in KNOBS}
         searched = [

@@ -118,7 +118,7 @@ def train_verb(args: Namespace) -> int:
         for metrics in epochs:
             shown = {
                 k: metrics[k]
-                for k in ("train_loss", "val_accuracy", "val_nll", "lr")
+                for k in ("train_loss", "val_accuracy", "val_nll", "val_ema_accuracy", "lr")
                 if k in metrics
             }
             say_error(
@@ -138,7 +138,9 @@ def train_verb(args: Namespace) -> int:
         return FAILED
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    name = "val_accuracy" if "val_accuracy" in metrics else "train_loss"
+    # the averaged weights are the student
+    names = ("val_ema_accuracy", "val_accuracy", "train_loss")
+    name = next(name for name in names if name in metrics)
     print(f"{name} {metrics[name]:.4f} after {metrics['epoch']:.0f} epochs, in {short_path(out)}")
     return OK
 

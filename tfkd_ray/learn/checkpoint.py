@@ -90,6 +90,15 @@ def load_state(directory: Path, say: Say | None = None) -> State | None:
     return None
 
 
+def reread(state: State) -> State:
+    """Return a state as `load_state` would, without a file; raise if it holds more than values."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    found: State = torch.load(buffer, weights_only=True, map_location="cpu")
+    return found
+
+
 _DIGEST = re.compile(rb"[0-9a-f]{64}\n")
 _ZIP_END = re.compile(rb"PK\x05\x06.{16}\0\0", re.S)
 """Last bytes of torch's format, a zip archive without a comment."""

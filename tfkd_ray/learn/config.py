@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from tfkd_ray.learn.augment import Augment
+from tfkd_ray.learn.average import Ema
 from tfkd_ray.learn.data import Data, Digits
 from tfkd_ray.learn.dataset import Dataset, Level, Spread
 from tfkd_ray.learn.images import seeded
@@ -46,6 +47,7 @@ from tfkd_ray.learn.objectives import (
     OwnObjective,
     TfkdSelf,
 )
+from tfkd_ray.learn.optimizers import Count, Optim, OptimConfig, Positive
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.own_loss import Layers
 from tfkd_ray.settings import own_code
@@ -54,10 +56,6 @@ from tfkd_ray.settings.schema import Settings, members, name_alone, tag
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 KIND = "accelerator_type:"
@@ -73,25 +71,6 @@ LAST_STEPS = {
     "probability near 1; it learns slowly and badly. Take the sigmoid out of its forward",
 }
 """Notes on networks that end in what a loss applies itself."""
-
-
-class OptimConfig(Settings):
-    """SGD with momentum. Weight decay applies to all parameters, as in the paper's code."""
-
-    lr: Positive = 0.1
-    """Peak learning rate for the whole batch, over all workers."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    """Use Nesterov's momentum. The paper's recipe does not."""
-    batch_size: Count = 128
-    """Images per step, over all workers."""
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
 
 
 class Schedule(Settings):
@@ -182,7 +161,7 @@ class TeacherConfig(Settings):
     ] = CrossEntropy()
     epochs: Count | None = None
     """Epochs of the teacher's training. None: as many as the student's."""
-    optim: OptimConfig = OptimConfig()
+    optim: Optim = OptimConfig()
     schedule: AnySchedule = Cosine()
     seed: Annotated[int, Field(ge=0)] = 1_000_000
     """Seed of the teacher's run; it differs from the student's, so that a self teacher is a
@@ -238,7 +217,7 @@ def number_teachers(tree: dict[str, Any]) -> None:
 class TrainConfig(Settings):
     """The complete configuration of one training run: network, data, objective, optimizer, seed."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"loop", "teachers"})
+    later: ClassVar[frozenset[str]] = frozenset({"loop", "teachers", "ema"})
 
     recipe: str | None = None
     """Named settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data
@@ -258,8 +237,11 @@ class TrainConfig(Settings):
     """trained: starts from the weights of a trained copy of the student. With `ce`, that is
     training twice: the control for the time that `tfkd_self` spends on its teacher."""
     epochs: Count = 27
-    optim: OptimConfig = OptimConfig()
+    optim: Optim = OptimConfig()
+    """Optimizer, and the batch of an update; settings without a name are those of `sgd`."""
     schedule: AnySchedule = Cosine()
+    ema: Ema | None = None
+    """Exponential moving average of the weights, which then is the student. None: off."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initialisation, data order, augmentation and dropout, all of them pure functions of
     it."""
@@ -323,6 +305,8 @@ class TrainConfig(Settings):
             tree.pop("loop", None)
         if not self.teachers:
             tree.pop("teachers", None)
+        if self.ema is None:
+            tree.pop("ema", None)
         return tree
 
     @field_validator("precision")
@@ -355,7 +339,7 @@ class TrainConfig(Settings):
             )
         problems += [*self._network_problems(), *self._worker_problems(), *self._loop_problems()]
         problems += self._augment_problems()
-        problems += self._layer_problems()
+        problems += [*self._layer_problems(), *self._optim_problems()]
         if self.teachers:
             problems += self._several_problems() or self._twins()
         if problems:
@@ -398,6 +382,20 @@ class TrainConfig(Settings):
                 f"optim.batch_size: {workers} workers cannot share {self.optim.batch_size} images"
             )
 
+    def _optim_problems(self) -> Iterator[str]:
+        found = [("optim", self.optim, self.workers)]
+        for where, teacher in self._given_teachers().items():
+            found.append((f"{where}.optim", teacher.optim, 1))
+        for where, optim, workers in found:
+            share = optim.batch_size // workers
+            if 0 < share < optim.accumulate:
+                of_worker = "" if workers == 1 else f" a worker's share of {optim.batch_size},"
+                yield (
+                    f"{where}.accumulate: {optim.accumulate} pieces of{of_worker} {share} images; lower it to {share}, "
+                    "or raise batch_size"
+                )
+            yield from optim.problems(where)
+
     def _loop_problems(self) -> Iterator[str]:
         if self.loop is None:
             return
@@ -405,6 +403,8 @@ class TrainConfig(Settings):
             yield f"workers: a loop of your own trains in one process, got {self.workers}; set workers: 1"
         if self.init == "trained":
             yield "init: 'trained' is for the loop of this package; load the weights in your own one"
+        if self.ema is not None:
+            yield "ema: is for the loop of this package; average the weights in your own one, or leave it out"
         trains_teacher = self.needs_teacher and not (self.teacher and self.teacher.weights)
         yield from self.loop.problems(trains_teacher=trains_teacher)
 
@@ -612,13 +612,22 @@ class TrainConfig(Settings):
         if self.loop is not None:
             self.loop.ready()  # refuses other code than was recorded
         notes = [*self.try_objective(), *own_code.at_home(self._try_networks)()]
+        self.try_optimizer()
         return list(dict.fromkeys(notes))
+
+    def try_optimizer(self) -> None:
+        """Raise a ConfigError if an optimizer has nothing to update, or is one's own and fails."""
+        runs = [("optim", self), *(("teacher.optim", run) for run in self.teacher_runs())]
+        for where, run in runs:
+            trains = not isinstance(run, TeacherRun) or run.weights is None
+            if trains and run.loop is None:
+                run.optim.try_out(run.build_student, where)
 
     def _try_networks(self) -> list[str]:
         """Build the external networks of student and teacher, and train a step; return notes."""
         notes = []
         for run in (self, *self.teacher_runs()):
-            alone = run.optim.batch_size < 2 * run.workers and run.batch_norm != "sync"
+            alone = run.optim.smallest_piece(run.workers) < 2 and run.batch_norm != "sync"
             trains = not isinstance(run, TeacherRun) or run.weights is None
             if not isinstance(run.student, OwnNetwork | Timm) and not (alone and trains):
                 continue
@@ -751,7 +760,7 @@ class TeacherRun(TrainConfig):
     stop_accuracy: float | None = None
     weights: str | None = None
     input: TeacherInput | None = None
-    later: ClassVar[frozenset[str]] = frozenset({"input", "loop", "teachers"})
+    later: ClassVar[frozenset[str]] = TrainConfig.later | {"input"}
 
     def is_last(self, metrics: Mapping[str, float]) -> bool:
         """Return whether the run ends after the epoch with these metrics."""
@@ -828,6 +837,8 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
         given = name_alone(result[key]) if key in result else {}
         if key not in result:
             result[key] = default
+        elif key == "optim" and _is_named_apart(given, default):
+            result[key] = filled(given, {k: v for k, v in default.items() if k in OF_ALL})
         elif (
             isinstance(given, dict)
             and isinstance(default, dict)
@@ -835,6 +846,19 @@ def filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
         ):
             result[key] = filled(given, default)
     return result
+
+
+OF_ALL = {"batch_size"}
+"""Settings of a recipe's optimizer that are those of any other one, too."""
+
+
+def _is_named_apart(given: Any, default: Any) -> bool:
+    """Return whether settings have another name than a recipe's."""
+    return (
+        isinstance(given, Mapping)
+        and isinstance(default, Mapping)
+        and given.get("name", default.get("name")) != default.get("name")
+    )
 
 
 TINY_NETWORK = 2e6

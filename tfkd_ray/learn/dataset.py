@@ -41,13 +41,14 @@ Labelled = tuple["Tensor", "Tensor"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 MODERN: Tree = {
-    "optim": {"nesterov": True},
+    "optim": {"name": "sgd", "nesterov": True},
     "schedule": {"name": "cosine", "warmup_epochs": 1.0},
 }
 """A recipe that beats the paper's on every network for which we know figures."""
 PAPER_RECIPE: Tree = {
     "epochs": 200,
     "optim": {
+        "name": "sgd",
         "lr": 0.1,
         "weight_decay": 5e-4,
         "momentum": 0.9,
@@ -60,6 +61,7 @@ PAPER_RECIPE: Tree = {
 IMAGENET: Tree = {
     "epochs": 90,
     "optim": {
+        "name": "sgd",
         "lr": 0.2,
         "weight_decay": 1e-4,
         "momentum": 0.9,

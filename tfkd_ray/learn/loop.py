@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tfkd_ray.learn.augment import EpochView
+from tfkd_ray.learn.average import Average
 from tfkd_ray.learn.checkpoint import WEIGHTS, State, load_state, save_state, save_weights
-from tfkd_ray.learn.config import OptimConfig, TrainConfig
+from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.evaluate import (
     asked_beside,
     metric_sums,
@@ -55,6 +56,7 @@ from tfkd_ray.learn.models import (
     may_lack_gradients,
 )
 from tfkd_ray.learn.objectives import Canonical, OwnObjective, Terms
+from tfkd_ray.learn.optimizers import Updates, new_optimizer
 from tfkd_ray.learn.own_loop import Diverged as Diverged
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, each_of
@@ -84,6 +86,9 @@ class Epoch(NamedTuple):
     rate is a function of the step, and randomness is a function of (seed, purpose, epoch, step,
     worker)."""
 
+
+_Norms = tuple[int, Tensor] | None
+"""Images of a piece of a batch, and the norms of its gradients; see `gradient_norms`."""
 
 EXPLODED = 100
 """Multiple of the loss of guessing, log K, above which a run counts as exploded although its loss
@@ -129,15 +134,15 @@ def train(
         lessons = _Lessons(config, teacher, count, device, objective, say)
         tapped = tapped_student(student, objective, lessons.autocast)
         trained = student if tapped is None else tapped.to(device)
-        optimizer = _new_optimizer(trained, optim)
-        kept = _kept_by_state(student, optimizer, tapped)
+        optimizer, average = new_optimizer(trained, optim), _average_of(student, config)
+        kept = _kept_by_state(student, optimizer, tapped, average)
 
         # 4. Resume
         run = config.fingerprint(LOOP_VERSION)
         history = [] if state is None else _resumed(state, config, kept)
         model = _data_parallel(trained, unused=unused) if workers > 1 else trained
         forward = compiled(model, config, count) if config.compile == "on" else model
-        learn = functools.partial(_learn, forward, objective, lessons.autocast)
+        learn = functools.partial(_learn, forward, config, objective, lessons.autocast)
 
         def snapshot() -> State:
             parts = {name: part.state_dict() for name, part in kept.items()}
@@ -156,8 +161,8 @@ def train(
             view = config.augment.of_epoch(config.seed, epoch, train_set, config.data.shape[1:])
             labels_of = view.labels_of(train_set.labels)
             lessons.begin_epoch(epoch, functools.partial(seen, view))
-            # sums of loss, CE and KD, each weighted by images
-            sums = torch.zeros(3, dtype=torch.float64, device=device)
+            # sums of loss, CE and KD, each weighted by images; gradients of the first batch
+            sums, norms = torch.zeros(3, dtype=torch.float64, device=device), list[_Norms]()
 
             # 6. Steps
             with _seeding(external) as seed_step:
@@ -165,36 +170,38 @@ def train(
                 parts = zip(batches, shares, seen(view, shares), strict=True)
                 for step, (batch, mine, images) in enumerate(parts):
                     progress = epoch + (step + 0.5) / len(batches)
-                    lr = optim.lr * config.schedule.factor(progress, config.epochs)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
-                    soft, taught = lessons.of_batch(mine, images)
-                    logits, terms = learn(images, labels_of(mine), soft, taught)
-                    _check_learnable(logits, config)
-                    loss = objective.combine(terms)
-                    if step == 0:
-                        ratio = gradient_ratio(objective, terms, logits)
+                    lr = optimizer.set_rate(config.schedule.factor(progress, config.epochs))
                     optimizer.zero_grad()
-                    # DDP takes the mean over workers: weigh each by its images
-                    (loss * (len(mine) * workers / len(batch))).backward()
+                    pieces = _pieces(mine, images, config)
+                    for piece, (some, shown) in enumerate(pieces):
+                        seed_step(_of_dropout(config.seed, epoch, step, rank, piece))
+                        with _synchronised(model, last=piece == len(pieces) - 1):
+                            soft, taught = lessons.of_batch(some, shown)
+                            logits, terms = learn(shown, labels_of(some), soft, taught)
+                            loss = objective.combine(terms)
+                            if step == 0:
+                                norms.append(gradient_norms(objective, terms, logits))
+                            # DDP takes the mean over workers: weigh each by its images
+                            (loss * (len(some) * workers / len(batch))).backward()
+                        sums += _three_losses(loss, terms) * len(some)
                     optimizer.step()
-                    kd = loss.new_zeros(()) if terms.kd is None else terms.kd
-                    sums += torch.stack([loss, terms.ce, kd]).detach() * len(mine)
+                    if average is not None:
+                        average.update(epoch * len(batches) + step + 1)
                 train_seconds = time.perf_counter() - start
 
                 # 7. Validation: each worker takes its share, without padding
                 val_sums, val_logits = _validate(
                     student, val_set, lessons, config, keep=bool(others)
                 )
+                of_average = _average_metrics(average, val_set, lessons, config)
             if workers > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(val_sums)
 
             # 8. Metrics
             metrics = {"epoch": float(epoch + 1)}
-            metrics |= _loss_metrics(objective, terms, sums / count, ratio)
-            metrics |= metrics_from(val_sums) if val_set is not None else {}
+            metrics |= _loss_metrics(objective, terms, sums / count, norms)
+            metrics |= {} if val_set is None else metrics_from(val_sums) | of_average
             metrics |= {"lr": lr, "parameters": float(sum(p.numel() for p in student.parameters()))}
             _check_finite(metrics, soft, objective)
             if val_set is not None and others:
@@ -601,7 +608,8 @@ def _new_student(
     student = config.build_student()
     check_learns(called, student)
     batches = split_batches(torch.arange(count), config.optim.batch_size, workers)
-    if min(map(len, batches)) < 2 * workers and config.batch_norm != "sync":
+    alone = min(map(len, batches)) < 2 * workers or config.optim.smallest_piece(workers) < 2
+    if alone and config.batch_norm != "sync":
         check_lone_image(called, student, config.data.shape)
     student = student.to(device).to(memory_format=config.student.memory_format)
     unused = workers > 1 and _unused(student, config)
@@ -614,32 +622,45 @@ def _new_student(
     return student, unused
 
 
-def _new_optimizer(trained: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
-    """Return the optimizer of a student, or of a student and what its objective owns."""
-    optimizer = torch.optim.SGD(
-        trained.parameters(),
-        lr=optim.lr,
-        momentum=optim.momentum,
-        weight_decay=optim.weight_decay,
-        nesterov=optim.nesterov,
-        # fused SGD steps no complex numbers
-        fused=not any(parameter.is_complex() for parameter in trained.parameters()),
-    )
-    # torch's fused SGD fails if a parameter's first gradient comes after the others'
-    if optim.momentum:
-        for parameter in trained.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+def _average_of(student: nn.Module, config: TrainConfig) -> Average | None:
+    """Return the average of the student's weights as they are now; None without `ema`."""
+    if config.ema is None:
+        return None
+    network = config.build_student().to(next(student.parameters()).device)
+    return Average(config.ema, network.to(memory_format=config.student.memory_format), student)
 
 
 def _kept_by_state(
-    student: nn.Module, optimizer: torch.optim.Optimizer, tapped: Tapped | None
+    student: nn.Module, optimizer: Updates, tapped: Tapped | None, average: Average | None
 ) -> dict[str, Any]:
-    """Return what a run state holds the state of, by its names there."""
+    """Return what a run state holds the state of, by its names there: `model` is the student to keep."""
     kept: dict[str, Any] = {"model": student, "optimizer": optimizer}
+    if average is not None:
+        kept |= {"model": average, "trained": student}
     if tapped is not None:
         kept["objective"] = tapped.owned
     return kept
+
+
+def _of_dropout(seed: int, epoch: int, step: int, rank: int, piece: int) -> int:
+    """Return the address of the random numbers of a piece of a worker's share of a batch."""
+    of_piece = (piece,) if piece else ()
+    return address(seed, "step", epoch, step, rank, *of_piece)
+
+
+def _pieces(mine: Tensor, images: Tensor, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
+    """Return a worker's share of a batch, the indices and the images, in pieces; see `accumulate`."""
+    count = config.optim.pieces(len(mine), config.workers)
+    if count == 1:
+        return [(mine, images)]
+    return list(zip(mine.tensor_split(count), images.tensor_split(count), strict=True))
+
+
+def _synchronised(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Add the gradients of several workers in the last piece of a step alone."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
 def _resumed(state: State, config: TrainConfig, kept: Mapping[str, Any]) -> list[dict[str, float]]:
@@ -652,6 +673,7 @@ def _resumed(state: State, config: TrainConfig, kept: Mapping[str, Any]) -> list
 
 def _learn(
     forward: Callable[..., Any],
+    config: TrainConfig,
     objective: Canonical,
     autocast: torch.autocast,
     images: Tensor,
@@ -662,10 +684,12 @@ def _learn(
     """Return a batch's logits, float32 [B, K], and the terms of its loss."""
     if objective.asks_for_layers:  # `Tapped` computes both
         logits, *both = forward(images, labels, soft, taught)
+        _check_learnable(logits, config)
         return logits, Terms(*both)
     with autocast:
         logits = forward(images)
     logits = logits.float()
+    _check_learnable(logits, config)
     return logits, objective.terms(logits, labels, soft)
 
 
@@ -704,6 +728,19 @@ def _validate(
         if keep:
             kept.append(guess)
     return sums, kept
+
+
+def _average_metrics(
+    average: Average | None, val_set: Images | None, lessons: _Lessons, config: TrainConfig
+) -> dict[str, float]:
+    """Return the metrics of the averaged weights on validation; every worker gets the same."""
+    if average is None or val_set is None:
+        return {}
+    sums, _ = _validate(average.network, val_set, lessons, config, keep=False)
+    if _workers_and_rank()[0] > 1:
+        dist.all_reduce(sums)
+    found = metrics_from(sums)
+    return {f"val_ema_{name}": found[f"val_{name}"] for name in ("accuracy", "nll", "ece")}
 
 
 def _check_finite(metrics: dict[str, float], soft: Tensor | None, objective: Canonical) -> None:
@@ -886,8 +923,19 @@ def allow_tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
-_COMPILED: set[tuple[Any, ...]] = set()
-"""Kinds of run that this process has compiled since torch's cache was last reset."""
+_COMPILED: dict[tuple[Any, ...], int] = {}
+"""Kinds of run that this process has compiled since torch's cache was last reset, with their graphs."""
+MOST_GRAPHS = 8
+"""Graphs that torch keeps over all networks."""
+
+
+def _graphs_of_run(config: TrainConfig) -> int:
+    """Return how many graphs a run needs: for its batches and a smaller last one.
+
+    Pieces of a batch have two sizes, and several workers run them in two ways (`_synchronised`).
+    """
+    pieces = config.optim.accumulate > 1
+    return 2 * (1 + pieces) * (1 + (pieces and config.workers > 1))
 
 
 def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[..., Any]:
@@ -895,20 +943,22 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
 
     torch keeps 8 graphs over all networks and batch shapes together; from the ninth on it silently
     trains uncompiled, so a trial's numbers would depend on the trials before it. A run needs two
-    graphs, because its last batch may be smaller (more if your own network has code that torch
-    cannot trace). Graphs of the last four kinds of run are kept in memory; torch's disk cache has
-    the others.
+    graphs, because its last batch may be smaller (more with `accumulate`, and if your own network has
+    code that torch cannot trace). Graphs of the last four kinds of run are kept in memory; torch's
+    disk cache has the others.
 
     Raises:
         RuntimeError: at the first batch, if torch cannot compile the network.
     """
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
-    shapes = images, config.optim.batch_size, config.data.shape, config.data.num_classes
+    batch = config.optim.batch_size, config.optim.accumulate
+    shapes = images, *batch, config.data.shape, config.data.num_classes
     kind = (config.student.model_dump_json(), *shapes, *where)
-    if kind not in _COMPILED and len(_COMPILED) == 4:
+    more = 0 if kind in _COMPILED else _graphs_of_run(config)
+    if sum(_COMPILED.values()) + more > MOST_GRAPHS:
         torch.compiler.reset()
         _COMPILED.clear()
-    _COMPILED.add(kind)
+    _COMPILED[kind] = _graphs_of_run(config)
     mode = "reduce-overhead" if config.gpus_per_worker else None  # CUDA graphs
     network = torch.compile(model, dynamic=False, mode=mode)
 
@@ -928,8 +978,14 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     return forward
 
 
+def _three_losses(loss: Tensor, terms: Terms) -> Tensor:
+    """Return the whole loss of a batch, its CE and its soft part, [3], without their graph."""
+    kd = loss.new_zeros(()) if terms.kd is None else terms.kd
+    return torch.stack([loss, terms.ce, kd]).detach()
+
+
 def _loss_metrics(
-    objective: Canonical, terms: Terms, means: Tensor, ratio: Tensor
+    objective: Canonical, terms: Terms, means: Tensor, norms: Sequence[_Norms]
 ) -> dict[str, float]:
     """Return the metrics of the loss over an epoch, from its means: whole loss, CE, soft part."""
     loss, ce, kd = means.tolist()
@@ -939,26 +995,42 @@ def _loss_metrics(
     if terms.kd is not None:
         found["train_kd"] = kd
         if not objective.asks_for_layers:
-            found["train_kd_ratio"] = float(ratio)
+            found["train_kd_ratio"] = gradient_ratio(norms)
     return found
 
 
-def gradient_ratio(objective: Canonical, terms: Terms, logits: Tensor) -> Tensor:
-    """Return |gradient of the soft part| / |gradient of CE| by the logits, both weighted.
+def gradient_norms(objective: Canonical, terms: Terms, logits: Tensor) -> _Norms:
+    """Return the number of images, and |gradient| of the soft part and of CE by the logits, [2].
 
-    It is 0 if one of them has no weight, and for an objective that asks for layers, whose soft part
-    need not depend on the logits.
+    Both are weighted. None if one of them has no weight, and for an objective that asks for layers,
+    whose soft part need not depend on the logits.
     """
     if terms.kd is None or objective.asks_for_layers:
-        return torch.zeros(())
+        return None
     if not objective.kd_weight * objective.ce_weight:
-        return torch.zeros(())
+        return None
     ce, kd = (
         torch.autograd.grad(part, logits, retain_graph=True)[0].norm()
         for part in (terms.ce, terms.kd)
     )
-    ratio: Tensor = objective.kd_weight * kd / (objective.ce_weight * ce)
-    return ratio
+    return len(logits), torch.stack([objective.kd_weight * kd, objective.ce_weight * ce])
+
+
+def gradient_ratio(norms: Sequence[_Norms]) -> float:
+    """Return |gradient of the soft part| / |gradient of CE| by the logits of a batch, both weighted.
+
+    It is 0 if one of them has no weight.
+
+    Args:
+        norms: those of the pieces of the batch.
+    """
+    known = [found for found in norms if found is not None]
+    if not known:
+        return 0.0
+    kd, ce = known[0][1]
+    if len(known) > 1:  # the loss of a piece is the mean over its images
+        kd, ce = torch.stack([count * both for count, both in known]).norm(dim=0)
+    return float(kd / ce)
 
 
 def epoch_order(images: Images, seed: int, epoch: int) -> Tensor:

@@ -732,8 +732,8 @@ def check_lone_image(what: str, network: nn.Module, shape: tuple[int, int, int])
     except Exception as error:  # the author's code may raise anything
         if "more than 1 value per channel" in str(error):
             raise ConfigError(
-                f"{lone}, and BatchNorm of model {what} needs two at least; raise it to 2 times workers or more, or "
-                "use a network without BatchNorm"
+                f"{lone}, and BatchNorm of model {what} needs two at least; raise it to 2 times workers (times "
+                "optim.accumulate) or more, or use a network without BatchNorm"
             ) from None
         raise ConfigError(
             f"{lone}, and model {what} fails on it ({type(error).__name__}: {error}); raise it to 2 times workers or "

@@ -98,7 +98,7 @@ def problems_of(error: ValidationError, model: type[Settings]) -> list[str]:
 
 def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
     loc = tuple(e["loc"])
-    path = dotted(loc) or "(the file)"
+    path = dotted(_without_default_tag(loc)) or "(the file)"
     kind, value = e["type"], e["input"]
     got = (shown if loc[-1:] == ("storage",) else masked)(repr(value))
     if kind == "extra_forbidden":
@@ -120,6 +120,13 @@ def _sentence(e: dict[str, Any], model: type[Settings]) -> str:
         message = str(e["ctx"]["error"])
         return message if not loc else f"{path}: {message}"
     return f"{path}: {e['msg']}, got {got}"
+
+
+def _without_default_tag(loc: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield the parts of a location of pydantic's, without the name of an optimizer that needs none."""
+    for part, before in zip(loc, (None, *loc), strict=False):
+        if (before, part) != ("optim", "sgd"):
+            yield part
 
 
 def settings_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:

@@ -13,6 +13,7 @@ from tfkd_ray.learn.teachers import known_of, teacher_name
 from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.yaml import Tree, dump_yaml
 from tfkd_ray.show.chosen import GRAPH, ONNX, OPSET, Chosen, listed
+from tfkd_ray.verdict.scores import OF_AVERAGE
 
 # --- the card --------------------------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
     yield from _use(config, result)
     yield "\n## How it was chosen\n"
     yield "\n\n".join([*chosen.selection, *notes])
-    if measured := {k: v for k, v in chosen.metrics.items() if k.startswith("val_")}:
+    if measured := _of_exported(chosen):
         yield f"\nOn validation, after epoch {chosen.metrics['epoch']:.0f}:\n\n| metric | value |\n|---|---:|"
         yield from (f"| {key} | {value:.4f} |" for key, value in measured.items())
     elif not data.val_fraction:
@@ -62,7 +63,7 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
     yield "\n## Recipe\n"
     tree = config.tree
     yield "```yaml"
-    recipe = ("objective", "epochs", "optim", "schedule", "augment", "init", "seed", "loop")
+    recipe = ("objective", "epochs", "optim", "schedule", "ema", "augment", "init", "seed", "loop")
     yield dump_yaml({k: tree[k] for k in recipe if k in tree}).rstrip()
     yield "```"
     yield "\n## Teacher\n"
@@ -75,6 +76,13 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
     )
     yield "The data have terms of their own."
     yield from _again_section(chosen)
+
+
+def _of_exported(chosen: Chosen) -> dict[str, float]:
+    """Return the metrics of the exported network on validation: with `ema`, of the averaged weights."""
+    of_average = {key for key in OF_AVERAGE if key in chosen.metrics}
+    found = of_average or {key for key in chosen.metrics if key.startswith("val_")}
+    return {key: value for key, value in chosen.metrics.items() if key in found}
 
 
 def _use(config: TrainConfig, result: Tree) -> Sentences:

@@ -97,9 +97,8 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             _view_seconds(run) * space.epochs for run in space.teacher_runs() if banked
         )
     config = space.example
-    # a trial keeps its weights once, and two run states with weights and momentum; a teacher its
-    # weights
-    disk = _weights(config) * 5 * space.search.num_samples + sum(
+    # a teacher keeps its weights
+    disk = _weights(config) * _copies(space) * space.search.num_samples + sum(
         _weights(run) for run in space.teacher_runs()
     )
     bank = 0
@@ -127,6 +126,24 @@ def slots_here(space: Space) -> int:
         fit = min(fit, torch.cuda.device_count() / (config.workers * config.gpus_per_worker))
     most = space.search.max_concurrent or space.search.num_samples
     return max(1, min(int(fit), most, space.search.num_samples))
+
+
+def _copies(space: Space) -> int:
+    """Return how many numbers a trial keeps for each weight, at most.
+
+    The weights once, and two run states with weights, their average, and what the optimizer keeps.
+    """
+    found = []
+    for branch in space.branches:
+        first = {p.name: p.domain.probes[0] for p in branch.parameters}
+        options = [first]
+        for p in branch.parameters:
+            if p.path in (("optim",), ("ema",)):
+                options += [{**first, p.name: value} for value in p.domain.probes]
+        for config in map(branch.config, options):
+            averaged = config.ema is not None
+            found.append(1 + 2 * (1 + averaged + config.optim.moments))
+    return max(found)
 
 
 def _weights(config: TrainConfig) -> int:
@@ -205,9 +222,9 @@ def _epoch_seconds(config: TrainConfig) -> float:
     short = config.model_copy(update=changes)
     *_, last = train(short, teacher=[untrained(run) for run in short.teacher_runs()] or None)
     train_set, val_set = config.data.load()
-    images = (
-        len(train_set) + (len(val_set) if val_set is not None else 0) / 3
-    )  # validation takes about a third of training
+    # validation takes about a third of training, and with an average there are two
+    share = 1 / 3 if config.ema is None else 2 / 3
+    images = len(train_set) + (len(val_set) if val_set is not None else 0) * share
     return images / last.metrics["images_per_s"] / config.workers
 
 

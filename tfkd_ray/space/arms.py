@@ -24,6 +24,7 @@ from tfkd_ray.learn.config import (
 )
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, OwnObjective
+from tfkd_ray.learn.optimizers import OwnOptimizer
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotted
@@ -351,6 +352,7 @@ def arms_of(
     for name in [b for b in BASELINES if b in rivals]:
         there = [experiment] if baselines is None else [experiment, baselines]
         found = [record for where in there for record in _full(where) if record.objective == name]
+        found = [record for record in found if metric in record.last]
         if not found:
             raise ConfigError(
                 f"no full-length trial of the baseline {name}; tune it first", experiment
@@ -394,7 +396,7 @@ def arms_of(
             "arms": list(distinct.values()),
             "note": " ".join(notes),
             "searched": len(read_records(experiment)),
-            "metric": metric,
+            "metric": scores.of_student(metric),
             "experiment": experiment.name,
         },
         experiment,
@@ -406,8 +408,12 @@ def _with_code_of_now(arms: list[Tree]) -> tuple[list[Tree], list[str]]:
     found, notes = [], []
     for arm in arms:
         config = validated(TrainConfig, arm["config"])
-        for key, own in (("loop", config.loop), ("objective", config.objective)):
-            if not isinstance(own, OwnLoop | OwnObjective):
+        for key, own in (
+            ("loop", config.loop),
+            ("optim", config.optim),
+            ("objective", config.objective),
+        ):
+            if not isinstance(own, OwnLoop | OwnOptimizer | OwnObjective):
                 continue
             if (changed := own.changed()) is not None:
                 notes.append(_tuned_for_old_code(changed))

@@ -31,6 +31,7 @@ from tfkd_ray.learn.objectives import (
     OwnObjective,
     softmax,
 )
+from tfkd_ray.learn.optimizers import AdamW, Muon
 from tfkd_ray.settings.columns import in_columns
 from tfkd_ray.settings.errors import Sentences
 from tfkd_ray.settings.yaml import value_at
@@ -175,14 +176,28 @@ def warnings_of(space: Space) -> list[str]:
     sentences: list[str] = []
     for branch in space.branches:
         found = knobs(branch, K)
+        blind = _blind_to_scale(branch)
         for knob in found:
-            sentences += _about_knob(knob, way_out)
+            sentences += _about_knob(knob, way_out, blind)
         sentences += _about_all(branch, found, K)
     return sentences
 
 
-def _about_knob(knob: Knob, way_out: str) -> Sentences:
-    """Yield a sentence if a setting does nothing or only scales the loss."""
+def _blind_to_scale(branch: Branch) -> str | None:
+    """Return the optimizer of all trials if its updates do not depend on the gradient's size."""
+    searched = any(p.path in (("optim",), ("optim", "clip_norm")) for p in branch.parameters)
+    optim = branch.example.optim
+    if searched or optim.clip_norm is not None or not isinstance(optim, AdamW | Muon):
+        return None
+    return optim.name
+
+
+def _about_knob(knob: Knob, way_out: str, blind: str | None) -> Sentences:
+    """Yield a sentence if a setting does nothing or only scales the loss.
+
+    Args:
+        blind: an optimizer for which the size of the gradient has no effect.
+    """
     if knob.verdict == "dead":
         least, largest = knob.scalars
         moved = max(abs(least - 1), abs(largest - 1))
@@ -190,7 +205,12 @@ def _about_knob(knob: Knob, way_out: str) -> Sentences:
             f"{knob.name}: dead: over its range the logit gradient moves by {_percent(knob.residual)} (below {LIMIT}), "
             f"and its size by {_percent(moved)}; fix it, or widen it"
         )
-    if knob.verdict == "redundant":
+    if knob.verdict == "redundant" and blind is not None:
+        yield (
+            f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), and updates of "
+            f"{blind} do not depend on that; fix it"
+        )
+    elif knob.verdict == "redundant":
         yield (
             f"{knob.name}: redundant: it only scales the loss ({knob.spread:.3g}-fold over its range), which is "
             f"optim.lr times that and optim.weight_decay divided by it; {way_out}"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tfkd_ray.learn.config import Count
+from tfkd_ray.learn.optimizers import Count
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from tfkd_ray.learn.config import RUN_ONLY, OptimConfig, TrainConfig
+from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
+from tfkd_ray.learn.optimizers import WHOLE, OptimConfig
 from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.schema import tag
 from tfkd_ray.settings.yaml import Tree, Values, leaves_of, value_at
-from tfkd_ray.space.ranges import Choices, Path_, Range
+from tfkd_ray.space.ranges import Choices, Path_, Range, name_of
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path
 from tfkd_ray.store.experiment import as_number
@@ -96,7 +97,7 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
     """Return values for a branch's parameters: the objective's, else the paper's or the middle."""
     values: Tree = {}
     for p in branch.asked(values):
-        usual = PAPER_VALUES.get(p.path)
+        usual = PAPER_VALUES.get(p.path) if _is_sgd(branch, values) else None
         if p.path[0] == "objective":
             values[p.name] = getattr(objective, p.path[1])
         elif usual is not None and p.domain.contains(usual):
@@ -104,6 +105,12 @@ def _values_for(branch: Branch, objective: Canonical) -> Tree:
         else:
             values[p.name] = p.domain.middle
     return values
+
+
+def _is_sgd(branch: Branch, values: Values) -> bool:
+    """Return whether a configuration with these values has the optimizer of the paper."""
+    given = values.get("optim", branch.tree.get("optim"))
+    return name_of(given) in (None, "sgd")
 
 
 PAPER_VALUES: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}
@@ -152,7 +159,7 @@ def _new_ranges_hold_old_values(was: Branch, now: Branch) -> Sentences:
         if place in before or not _was_there(was, p):
             continue
         there = was.config(was.around(p)) if p.within else was.example
-        value = value_at(there.tree, p.path)
+        value = value_at(there.model_dump(mode="json", context=WHOLE), p.path)
         if not p.domain.contains(value):
             yield f"{p.name}: was fixed at {value!r}, which {p.domain} does not hold"
 
@@ -169,7 +176,7 @@ def _was_there(was: Branch, p: Parameter) -> bool:
 def _fixed_values_are_the_same(was: Branch, now: Branch) -> Sentences:
     """Reject a fixed value that changed."""
     searched = {p.path for p in (*was.parameters, *now.parameters)}
-    examples = [branch.example.tree for branch in (was, now)]
+    examples = [branch.example.model_dump(mode="json", context=WHOLE) for branch in (was, now)]
     for path, a, b in _differences(*examples):
         if not _is_below(path, searched):
             name = ".".join(public_path(path, was.objective))
@@ -227,7 +234,7 @@ def placed(space: Space, config: TrainConfig) -> tuple[BranchGroup, Tree] | list
     The configuration is another space's; its seed and run settings (`RUN_ONLY`) may differ. If it
     does not lie in this space, return the differences instead.
     """
-    tree = config.tree
+    tree = config.model_dump(mode="json", context=WHOLE)
     name = config.objective.called
     for group in space.groups:
         for branch in group.branches:
@@ -256,7 +263,7 @@ def _values_of(branch: Branch, tree: Tree) -> Tree | list[str]:
     if different:
         return different
     try:
-        here = branch.config(values).tree
+        here = branch.config(values).model_dump(mode="json", context=WHOLE)
     except ConfigError as error:
         return error.problems
     for path, a, b in _differences(tree, here):
@@ -273,7 +280,7 @@ def _is_item(branch: Branch, values: Tree, choices: Parameter, item: Any, tree: 
         if isinstance(p.domain, Range) and not p.domain.contains(value_at(tree, p.path)):
             return False
     others = branch.around(choices) | values | {choices.name: item}
-    here = value_at(branch.config(others).tree, choices.path)
+    here = value_at(branch.config(others).model_dump(mode="json", context=WHOLE), choices.path)
     there = value_at(tree, choices.path)
     if not isinstance(here, dict) or not isinstance(there, dict):
         return bool(here == there)

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
-from tfkd_ray.learn.config import Count, Positive
+from tfkd_ray.learn.optimizers import Count, Positive
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.settings.schema import Settings, name_alone, tag
-from tfkd_ray.verdict.scores import Selectable, SelectableBeside, score_of
+from tfkd_ray.verdict.scores import Searchable, SearchableBeside, score_of
 
 
 class _Sampler(Settings):
@@ -236,11 +236,12 @@ class SearchConfig(Settings):
     stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = (
         Halving()
     )
-    metric: Selectable = "val_accuracy"
-    """Validation metric after a trial's last epoch, which is the trial's value. NLL and ECE are
-    minimised, others maximised. A list, such as [val_accuracy, val_ece], optimises all of them;
-    `best` is then a Pareto front, led by the first metric."""
-    more_metrics: tuple[SelectableBeside, ...] = ()
+    metric: Searchable = "val_accuracy"
+    """Validation metric after a trial's last epoch, which is the trial's value; val_ema_accuracy by
+    default if all trials have `ema`. NLL and ECE are minimised, others maximised. A list, such as
+    [val_accuracy, val_ece], optimises all of them; `best` is then a Pareto front, led by the first
+    metric."""
+    more_metrics: tuple[SearchableBeside, ...] = ()
     """The other metrics of a list given as `metric`; also `parameters`, the number of the student's
     weights, minimised."""
     max_concurrent: Count | None = None

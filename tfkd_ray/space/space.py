@@ -52,6 +52,7 @@ from tfkd_ray.space.search_config import (
     SearchConfig,
     Stopping,
 )
+from tfkd_ray.verdict.scores import OF_AVERAGE, score_of
 
 Within = tuple[str, Any]
 """An item of choices: (name of the parameter, its value)."""
@@ -282,6 +283,7 @@ class Space(Searched):
                 ends = {p.name: p.domain.probes[end] for p in branch.parameters}
                 config = branch.config(ends)
                 notes += config.try_objective()
+                config.try_optimizer()
         return list(dict.fromkeys(notes))
 
     def single(self) -> TrainConfig:
@@ -368,7 +370,7 @@ def build_space(tree: Tree, source: str | Path | None = None) -> Space:
     problems = first_found(TEACHER_RULES, space)
     if problems:
         raise ConfigError(problems, source)
-    search = _sized(space)
+    search = _judged_by_average(space, _sized(space), notes)
     space = replace(space, search=search, tree=_resolved(branches, search))
     problems = first_found(SPACE_RULES, space)
     if problems:
@@ -420,6 +422,35 @@ def _sized(space: Space) -> SearchConfig:
     search, size = space.search, _grid_size(space)
     if isinstance(search.sampler, Grid) and "num_samples" not in search.model_fields_set and size:
         return search.model_copy(update={"num_samples": size})
+    return search
+
+
+def _averages(branch: Branch) -> bool:
+    """Return whether all trials of a branch have averaged weights."""
+    chosen = [p for p in branch.parameters if p.path == ("ema",)]
+    if chosen:
+        return None not in chosen[0].domain.probes
+    return branch.example.ema is not None
+
+
+def _judged_by_average(space: Space, search: SearchConfig, notes: list[str]) -> SearchConfig:
+    """Return the search settings with the metric of the averaged weights as the default with `ema`.
+
+    At every rung it ranks trials as their final averaged weights are ranked, and the weights in
+    training rank them less so (benchmarks/RESULTS.md).
+    """
+    if not all(map(_averages, space.branches)):
+        return search
+    average = OF_AVERAGE[0]
+    if "metric" not in search.model_fields_set:
+        notes.append(f"search.metric: {average}, as the averaged weights (ema) are the student")
+        return search.model_copy(update={"metric": average})
+    for metric in search.metrics:
+        if twin := next((key for key in OF_AVERAGE if score_of(key).kept_as == metric), None):
+            notes.append(
+                f"search.metric: {metric} is of the weights in training, and with ema the student is their average: "
+                f"{twin}"
+            )
     return search
 
 
@@ -595,6 +626,16 @@ def _parameters_differ(space: Searched) -> Sentences:
         yield "more_metrics: parameters are the same in all trials where the student is fixed; search it, or leave them"
 
 
+def _averages_are_there(space: Space) -> Sentences:
+    """Reject a metric of averaged weights where trials have none."""
+    of_average = [metric for metric in space.search.metrics if metric in OF_AVERAGE]
+    if of_average and not all(map(_averages, space.branches)):
+        yield (
+            f"search.metric: {of_average[0]} is of averaged weights, and not all trials have ema; set it, such as ema: "
+            "{decay: 0.999} (decay: 0 is no average)"
+        )
+
+
 def _stopping_judges_by_one_metric(space: Searched) -> Sentences:
     """Reject early stopping with several metrics."""
     search, stopping = space.search, space.stopping
@@ -714,7 +755,12 @@ def _is_searched_as_it_can_be(space: Space) -> Sentences:
             yield f"search.{problem}"
 
 
-SPACE_RULES = (_validation_is_kept, _objectives_have_trials, _is_searched_as_it_can_be)
+SPACE_RULES = (
+    _averages_are_there,
+    _validation_is_kept,
+    _objectives_have_trials,
+    _is_searched_as_it_can_be,
+)
 """Rules in the order in which they are checked; only the first broken one is reported."""
 
 
@@ -846,7 +892,7 @@ class _Ranges:
         of_own = there[:-1] == ("objective", "args")
         if of_own and self._whole is not None and isinstance(given, dict):
             whole = self._whole.get(there[-1], None if "step" in given else False)
-        of_loop = there[:-1] == ("loop", "args")
+        of_loop = there[:-1] in (("loop", "args"), ("optim", "args"))
         if of_loop and isinstance(given, dict):  # real numbers, unless their step is a whole one
             whole = None if "step" in given else False
         domain = domain_of(given, called, self._notes, whole=whole)

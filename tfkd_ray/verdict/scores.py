@@ -178,6 +178,10 @@ class Score:
     """True: validation always records it, from sums over batches (`evaluate.metric_sums`). The
     others need the logits of all images at once: validation computes them where a search asks for
     them."""
+    kept_as: str | None = None
+    """Of a metric of the averaged weights (`ema`) beside those in training: the key of the same
+    metric of the student that is kept. Only a search can choose by it: on test, the averaged weights
+    are the student."""
 
     @property
     def name(self) -> str:
@@ -229,21 +233,33 @@ _ROWS = (
           heading="macro F1", tag="val/macro_f1", margin=0.002, of=macro_f1),
     Score("val_balanced_accuracy", "max", "balanced accuracy", "%",
           heading="balanced", tag="val/balanced_acc", margin=0.002, of=balanced_accuracy),
+    Score("val_ema_accuracy", "max", "accuracy of the averaged weights", "%",
+          tag="val/ema_acc", margin=0.002, kept_as="val_accuracy"),
+    Score("val_ema_nll", "min", "NLL of the averaged weights", "nats an image",
+          tag="val/ema_loss", margin=0.005, kept_as="val_nll",
+          guess=lambda classes: -math.log(1 / classes)),
+    Score("val_ema_ece", "min", "calibration error of the averaged weights", "%",
+          tag="val/ema_ece", margin=0.002, kept_as="val_ece",
+          guess=lambda classes: 1.0),
     Score("train_loss", "min", "training loss", "nats an image", tag="train/loss"),
     Score("parameters", "min", "parameters of the student", "thousands", tag="model/parameters"),
 )  # fmt: skip
 
 SCORES = {row.key: row for row in _ROWS}
 """Every metric, by its key."""
-SELECTABLE = tuple(row.key for row in _ROWS if row.margin is not None)
+SELECTABLE = tuple(row.key for row in _ROWS if row.margin is not None and row.kept_as is None)
 """Metrics that a search can choose by, and a verdict be about."""
+OF_AVERAGE = tuple(row.key for row in _ROWS if row.kept_as is not None)
+"""Metrics of the averaged weights, which only a search with `ema` can choose by."""
 
 if TYPE_CHECKING:
     Selectable = str
-    SelectableBeside = str
+    Searchable = str
+    SearchableBeside = str
 else:
     Selectable = Literal[SELECTABLE]
-    SelectableBeside = Literal[(*SELECTABLE, "parameters")]
+    Searchable = Literal[(*SELECTABLE, *OF_AVERAGE)]
+    SearchableBeside = Literal[(*SELECTABLE, *OF_AVERAGE, "parameters")]
 
 
 def score_of(key: str) -> Score:
@@ -251,6 +267,11 @@ def score_of(key: str) -> Score:
     if key not in SCORES:
         raise ValueError(f"no such metric {key!r}; known: {', '.join(SCORES)}")
     return SCORES[key]
+
+
+def of_student(key: str) -> str:
+    """Return the metric of the student that is kept: the averaged weights are the student."""
+    return score_of(key).kept_as or key
 
 
 def scores(logits: "Logits", labels: "Labels") -> dict[str, float]:
