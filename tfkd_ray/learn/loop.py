@@ -46,6 +46,7 @@ from tfkd_ray.learn.features import (
     tapped_student,
 )
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
+from tfkd_ray.learn.initial import factors_by_depth, set_training
 from tfkd_ray.learn.mixing import Mixed
 from tfkd_ray.learn.models import (
     OwnNetwork,
@@ -125,11 +126,12 @@ def train(
 
         # 3. Student, objective, teacher, optimizer
         objective = config.ready_objective()
-        student, unused = _new_student(config, teacher, count, device)
+        student, unused = _new_student(config, teacher, count, device, state is None, say)
         lessons = _Lessons(config, teacher, count, device, objective, say)
         tapped = tapped_student(student, objective, lessons.autocast)
         trained = student if tapped is None else tapped.to(device)
-        optimizer = _new_optimizer(trained, optim)
+        factors = factors_by_depth(trained, student, config.lr_decay)
+        optimizer = _new_optimizer(trained, optim, factors)
         kept = _kept_by_state(student, optimizer, tapped)
 
         # 4. Resume
@@ -161,13 +163,13 @@ def train(
 
             # 6. Steps
             with _seeding(external) as seed_step:
-                model.train()
+                set_training(model, student, config.freeze)
                 parts = zip(batches, shares, seen(view, shares), strict=True)
                 for step, (batch, mine, images) in enumerate(parts):
                     progress = epoch + (step + 0.5) / len(batches)
                     lr = optim.lr * config.schedule.factor(progress, config.epochs)
                     for group in optimizer.param_groups:
-                        group["lr"] = lr
+                        group["lr"] = lr * group.get("factor", 1.0)
                     seed_step(address(config.seed, "step", epoch, step, rank))  # dropout
                     soft, taught = lessons.of_batch(mine, images)
                     logits, terms = learn(images, labels_of(mine), soft, taught)
@@ -593,12 +595,24 @@ def _seen(
 
 
 def _new_student(
-    config: TrainConfig, teacher: Teachers, count: int, device: torch.device
+    config: TrainConfig,
+    teacher: Teachers,
+    count: int,
+    device: torch.device,
+    new: bool,
+    say: Say | None,
 ) -> tuple[nn.Module, bool]:
-    """Return the untrained student, and whether a parameter may lack its gradient in a step."""
+    """Return the untrained student, and whether a parameter may lack its gradient in a step.
+
+    Args:
+        new: False for a run that is resumed, whose state has the weights.
+        say: called with a sentence if its head is new. None: standard error.
+    """
     workers, _ = _workers_and_rank()
     called = config.student.called
     student = config.build_student()
+    for note in config.begin(student, load=new):
+        _tell_once(note, say)
     check_learns(called, student)
     batches = split_batches(torch.arange(count), config.optim.batch_size, workers)
     if min(map(len, batches)) < 2 * workers and config.batch_norm != "sync":
@@ -614,10 +628,20 @@ def _new_student(
     return student, unused
 
 
-def _new_optimizer(trained: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
-    """Return the optimizer of a student, or of a student and what its objective owns."""
+def _new_optimizer(
+    trained: nn.Module, optim: OptimConfig, factors: Mapping[str, float]
+) -> torch.optim.SGD:
+    """Return the optimizer of a student, or of a student and what its objective owns.
+
+    Args:
+        factors: on the learning rate, by the names of parameters; 1 for others.
+    """
+    alike: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.named_parameters():
+        alike.setdefault(factors.get(name, 1.0), []).append(parameter)
+    groups = [{"params": group, "factor": factor} for factor, group in alike.items()]
     optimizer = torch.optim.SGD(
-        trained.parameters(),
+        groups if factors else trained.parameters(),
         lr=optim.lr,
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
@@ -904,7 +928,7 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     """
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
     shapes = images, config.optim.batch_size, config.data.shape, config.data.num_classes
-    kind = (config.student.model_dump_json(), *shapes, *where)
+    kind = (config.student.model_dump_json(), config.freeze, *shapes, *where)
     if kind not in _COMPILED and len(_COMPILED) == 4:
         torch.compiler.reset()
         _COMPILED.clear()
