@@ -47,6 +47,7 @@ from tfkd_ray.learn.features import (
     tapped_student,
 )
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
+from tfkd_ray.learn.initial import factors_by_depth, set_training
 from tfkd_ray.learn.mixing import Mixed
 from tfkd_ray.learn.models import (
     OwnNetwork,
@@ -61,7 +62,7 @@ from tfkd_ray.learn.own_loop import Diverged as Diverged
 from tfkd_ray.learn.own_loop import OwnLoop
 from tfkd_ray.learn.several import Teacher, Teachers, banks_in, combined, each_of
 from tfkd_ray.learn.soft_labels import Bank, fits
-from tfkd_ray.settings.errors import ConfigError, check_kind
+from tfkd_ray.settings.errors import ConfigError, Say, check_kind
 from tfkd_ray.settings.files import DISK_ERRORS, remove_partial
 
 LOOP_VERSION = 3
@@ -130,11 +131,14 @@ def train(
 
         # 3. Student, objective, teacher, optimizer
         objective = config.ready_objective()
-        student, unused = _new_student(config, teacher, count, device)
+        student, unused = _new_student(config, teacher, count, device, state is None, say)
         lessons = _Lessons(config, teacher, count, device, objective, say)
         tapped = tapped_student(student, objective, lessons.autocast)
         trained = student if tapped is None else tapped.to(device)
-        optimizer, average = new_optimizer(trained, optim), _average_of(student, config)
+        optimizer = new_optimizer(
+            trained, optim, factors_by_depth(trained, student, config.lr_decay)
+        )
+        average = _average_of(student, config)
         kept = _kept_by_state(student, optimizer, tapped, average)
 
         # 4. Resume
@@ -166,7 +170,7 @@ def train(
 
             # 6. Steps
             with _seeding(external) as seed_step:
-                model.train()
+                set_training(model, student, config.freeze)
                 parts = zip(batches, shares, seen(view, shares), strict=True)
                 for step, (batch, mine, images) in enumerate(parts):
                     progress = epoch + (step + 0.5) / len(batches)
@@ -190,9 +194,7 @@ def train(
                 train_seconds = time.perf_counter() - start
 
                 # 7. Validation: each worker takes its share, without padding
-                val_sums, val_logits = _validate(
-                    student, val_set, lessons, config, keep=bool(others)
-                )
+                val_sums, guesses = _validate(student, val_set, lessons, config, keep=bool(others))
                 of_average = _average_metrics(average, val_set, lessons, config)
             if workers > 1:
                 dist.all_reduce(sums)
@@ -206,7 +208,7 @@ def train(
             _check_finite(metrics, soft, objective)
             if val_set is not None and others:
                 metrics |= metrics_at_once(
-                    others, val_logits, val_set.labels, classes, rank=rank, workers=workers
+                    others, guesses, val_set.labels, classes, rank=rank, workers=workers
                 )
             if not told and rank == 0 and (sentence := exploded(metrics, classes)):
                 told = True
@@ -600,12 +602,24 @@ def _seen(
 
 
 def _new_student(
-    config: TrainConfig, teacher: Teachers, count: int, device: torch.device
+    config: TrainConfig,
+    teacher: Teachers,
+    count: int,
+    device: torch.device,
+    new: bool,
+    say: Say | None,
 ) -> tuple[nn.Module, bool]:
-    """Return the untrained student, and whether a parameter may lack its gradient in a step."""
+    """Return the untrained student, and whether a parameter may lack its gradient in a step.
+
+    Args:
+        new: False for a run that is resumed, whose state has the weights.
+        say: called with a sentence if its head is new. None: standard error.
+    """
     workers, _ = _workers_and_rank()
     called = config.student.called
     student = config.build_student()
+    for note in config.begin(student, load=new):
+        _tell_once(note, say)
     check_learns(called, student)
     batches = split_batches(torch.arange(count), config.optim.batch_size, workers)
     alone = min(map(len, batches)) < 2 * workers or config.optim.smallest_piece(workers) < 2
@@ -953,7 +967,7 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
     batch = config.optim.batch_size, config.optim.accumulate
     shapes = images, *batch, config.data.shape, config.data.num_classes
-    kind = (config.student.model_dump_json(), *shapes, *where)
+    kind = (config.student.model_dump_json(), config.freeze, *shapes, *where)
     more = 0 if kind in _COMPILED else _graphs_of_run(config)
     if sum(_COMPILED.values()) + more > MOST_GRAPHS:
         torch.compiler.reset()
