@@ -135,9 +135,8 @@ def train(
         lessons = _Lessons(config, teacher, count, device, objective, say)
         tapped = tapped_student(student, objective, lessons.autocast)
         trained = student if tapped is None else tapped.to(device)
-        optimizer = new_optimizer(
-            trained, optim, factors_by_depth(trained, student, config.lr_decay)
-        )
+        rates = factors_by_depth(trained, student, config.lr_decay)
+        optimizer = new_optimizer(trained, optim, rates)
         average = _average_of(student, config)
         kept = _kept_by_state(student, optimizer, tapped, average)
 
