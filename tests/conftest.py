@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm_server import warm_server
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault(
@@ -58,18 +59,41 @@ def _no_server_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """Yield the address of the session's cluster."""
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Yield the beginning of a command whose process has its imports behind it, for example `-m tfkd_ray`."""
+    with warm_server(tmp_path_factory.mktemp("warm")):
+        yield [sys.executable, "-S", str(ROOT / "tests/warm.py")]
+
+
+@contextlib.contextmanager
+def monkeypatch_of_workers() -> Iterator[None]:
+    """Let a node of Ray that starts here begin its workers by tests/warm.py."""
+    from ray._private.parameter import RayParams
+
+    def filled(self: Any, **usual: Any) -> None:
+        if "setup_worker_path" in usual:
+            usual["setup_worker_path"] = str(ROOT / "tests/warm.py")
+        before(self, **usual)
+
+    before, RayParams.update_if_absent = RayParams.update_if_absent, filled
+    yield
+    RayParams.update_if_absent = before
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(warm: list[str]) -> Iterator[str]:
+    """Yield the address of the session's cluster, whose workers have their imports behind them."""
     import ray
 
     from tfkd_ray.run.auth import own_token
     from tfkd_ray.run.connect import DRIVER
 
     own_token()
-    ray.init(
-        address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
-        logging_level="ERROR", object_store_memory=150 * 2**20,
-    )  # fmt: skip
+    with monkeypatch_of_workers():
+        ray.init(
+            address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
+            logging_level="ERROR", object_store_memory=150 * 2**20,
+        )  # fmt: skip
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield os.environ["RAY_ADDRESS"]
     del os.environ["RAY_ADDRESS"]
@@ -106,14 +130,18 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def tfkd(tmp_path: Path) -> Run:
-    """Return a function that runs `tfkd ARGS` in an empty directory."""
+def tfkd(tmp_path: Path, warm: list[str]) -> Run:
+    """Return a function that runs `tfkd ARGS` in an empty directory, in a process of its own.
+
+    The process has its imports behind it, unless it gets a variable of Python's own.
+    """
 
     def run(
         *args: str, cwd: Path = tmp_path, timeout: float = 110, **env: str
     ) -> subprocess.CompletedProcess[str]:
+        new = any(name.startswith("PYTHON") for name in env)
         return subprocess.run(
-            [sys.executable, "-m", "tfkd_ray", *args],
+            [*([sys.executable] if new else warm), "-m", "tfkd_ray", *args],
             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
 
