@@ -529,6 +529,7 @@ def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     assert lock.claim is not None
     uploads = Uploads(lock.claim, None)
     monkeypatch.setattr(remote, "STALE_S", 0.0)  # as if suspended for a minute
+    monkeypatch.setattr(remote, "UPLOAD_S", 0.1)
     elsewhere("other")
     fetched(bucket)
     begun(bucket)
