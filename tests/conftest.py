@@ -67,6 +67,11 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         yield [sys.executable, "-S", str(ROOT / "tests/warm.py")]
 
 
+def of_faults(item: pytest.Item) -> bool:
+    """Return True if a test breaks things on purpose, which it does with processes as users have them."""
+    return any(item.get_closest_marker(mark) for mark in ("fault", "cluster"))
+
+
 @contextlib.contextmanager
 def warm_workers() -> Iterator[None]:
     """Make a node of Ray that starts here begin its workers with tests/warm.py."""
@@ -85,15 +90,21 @@ def warm_workers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(warm: list[str]) -> Iterator[str]:
-    """Yield the address of the session's cluster, whose workers have their imports behind them."""
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Yield the address of the session's cluster.
+
+    Its workers have their imports behind them, unless faults are to be tested.
+    """
     import ray
 
     from tfkd_ray.run.auth import own_token
     from tfkd_ray.run.connect import DRIVER
 
     own_token()
-    with warm_workers():
+    with contextlib.ExitStack() as stack:
+        if not any(of_faults(item) for item in request.session.items):
+            request.getfixturevalue("warm")
+            stack.enter_context(warm_workers())
         ray.init(
             address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
             logging_level="ERROR", object_store_memory=150 * 2**20,
@@ -139,18 +150,21 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def tfkd(tmp_path: Path, warm: list[str]) -> Run:
+def tfkd(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
     """Return a function that runs `tfkd ARGS` in an empty directory, in a process of its own.
 
-    The process has its imports behind it, unless it gets a variable of Python's own.
+    The process has its imports behind it, unless it gets a variable of Python's own, or is to test
+    faults.
     """
+    python = [sys.executable]
+    warm = python if of_faults(request.node) else request.getfixturevalue("warm")
 
     def run(
         *args: str, cwd: Path = tmp_path, timeout: float = 110, **env: str
     ) -> subprocess.CompletedProcess[str]:
         new = any(name.startswith("PYTHON") for name in env)
         return subprocess.run(
-            [*([sys.executable] if new else warm), "-m", "tfkd_ray", *args],
+            [*(python if new else warm), "-m", "tfkd_ray", *args],
             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
 
