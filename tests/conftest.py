@@ -117,10 +117,16 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a GPU; give tests with Ray one process and one cluster."""
+    """Skip tests marked `gpu` without a GPU; give tests with Ray one process and one cluster.
+
+    Tests that begin processes with imports are slow: the first waits for the server of these.
+    """
     for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
+        names = getattr(item, "fixturenames", ())
+        if "ray_cluster" in names:
             item.add_marker(pytest.mark.ray)
+        if ("warm" in names or "tfkd" in names) and not of_faults(item):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

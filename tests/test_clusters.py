@@ -1035,6 +1035,7 @@ def test_a_job_that_the_cluster_would_refuse_is_told_why(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_head_that_does_not_answer_is_given_up_in_time(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

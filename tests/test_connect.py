@@ -87,6 +87,7 @@ def test_a_ray_that_does_not_start_in_time_is_a_sentence(
 
 
 @pytest.mark.parametrize("package", ["torch", "pydantic"])
+@pytest.mark.slow
 def test_a_python_that_lacks_a_package_says_which_python_and_which_package(
     package: str, tmp_path: Path
 ) -> None:
@@ -192,6 +193,7 @@ def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
         web.shutdown()
 
 
+@pytest.mark.slow
 def test_a_port_where_something_else_listens_is_said_within_seconds(
     no_ray: None, stranger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

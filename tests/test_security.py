@@ -123,6 +123,7 @@ def test_yaml_is_read_by_the_safe_loader_alone() -> None:
     assert [base.__name__ for base in tfkd_ray.settings.yaml._Loader.__bases__] == ["SafeLoader"]
 
 
+@pytest.mark.slow
 def test_nothing_is_unpickled_and_no_text_is_run() -> None:
     used = {
         ast.unparse(n)
