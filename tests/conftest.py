@@ -1,7 +1,9 @@
 """Fixtures: a Ray cluster of 2 CPUs for the session, which tests' commands join by RAY_ADDRESS."""
 
 import contextlib
+import gc
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm_server import warm_server
 
 from tfkd_ray.learn.data import Data
 from tfkd_ray.learn.objectives import Objective, OwnObjective
@@ -69,18 +72,54 @@ def _no_server_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """Yield the address of the session's cluster."""
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Yield the beginning of a command whose process has its imports behind it, for example `-m tfkd_ray`."""
+    with warm_server(tmp_path_factory.mktemp("warm")):
+        yield [sys.executable, "-S", str(ROOT / "tests/warm.py")]
+
+
+def of_faults(item: pytest.Item) -> bool:
+    """Return True if a test breaks things on purpose, which it does with processes as users have them."""
+    return any(item.get_closest_marker(mark) for mark in ("fault", "cluster"))
+
+
+@contextlib.contextmanager
+def warm_workers() -> Iterator[None]:
+    """Make a node of Ray that starts here begin its workers with tests/warm.py."""
+    from ray._private.parameter import RayParams
+
+    before = RayParams.update_if_absent
+
+    def updated(self: Any, **usual: Any) -> None:
+        if "setup_worker_path" in usual:
+            usual["setup_worker_path"] = str(ROOT / "tests/warm.py")
+        before(self, **usual)
+
+    RayParams.update_if_absent = updated
+    yield
+    RayParams.update_if_absent = before
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Yield the address of the session's cluster.
+
+    Its workers have their imports behind them, unless faults are to be tested.
+    """
     import ray
 
     from tfkd_ray.run.auth import own_token
     from tfkd_ray.run.connect import DRIVER
 
     own_token()
-    ray.init(
-        address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
-        logging_level="ERROR", object_store_memory=150 * 2**20,
-    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if not any(of_faults(item) for item in request.session.items):
+            request.getfixturevalue("warm")
+            stack.enter_context(warm_workers())
+        ray.init(
+            address="local", num_cpus=2, resources={DRIVER: 1000}, include_dashboard=True, log_to_driver=False,
+            logging_level="ERROR", object_store_memory=150 * 2**20,
+        )  # fmt: skip
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield os.environ["RAY_ADDRESS"]
     del os.environ["RAY_ADDRESS"]
@@ -89,10 +128,16 @@ def ray_cluster() -> Iterator[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a GPU; give tests with Ray one process and one cluster."""
+    """Skip tests marked `gpu` without a GPU; give tests with Ray one process and one cluster.
+
+    Tests that begin processes with imports are slow: the first waits for the server of these.
+    """
     for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
+        names = getattr(item, "fixturenames", ())
+        if "ray_cluster" in names:
             item.add_marker(pytest.mark.ray)
+        if ("warm" in names or "tfkd" in names) and not of_faults(item):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -100,7 +145,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fail if pytest-xdist ignores groups (3.8 with pytest 9.2): each process starts a Ray."""
+    """Fail if pytest-xdist ignores groups (3.8 with pytest 9.2): each process starts a Ray.
+
+    Leave what has been imported out of garbage collections, each of which would take 1.5 s.
+    """
+    gc.collect()
+    gc.freeze()
     if getattr(session.config.option, "loadgroup", False):
         apart = [
             item.nodeid
@@ -117,14 +167,21 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def tfkd(tmp_path: Path) -> Run:
-    """Return a function that runs `tfkd ARGS` in an empty directory."""
+def tfkd(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
+    """Return a function that runs `tfkd ARGS` in an empty directory, in a process of its own.
+
+    The process has its imports behind it, unless it gets a variable of Python's own, or is to test
+    faults.
+    """
+    python = [sys.executable]
+    warm = python if of_faults(request.node) else request.getfixturevalue("warm")
 
     def run(
         *args: str, cwd: Path = tmp_path, timeout: float = 110, **env: str
     ) -> subprocess.CompletedProcess[str]:
+        new = any(name.startswith("PYTHON") for name in env)
         return subprocess.run(
-            [sys.executable, "-m", "tfkd_ray", *args],
+            [*(python if new else warm), "-m", "tfkd_ray", *args],
             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
 
@@ -156,6 +213,21 @@ def is_whole(export: Path) -> bool:
     names = {"SHA256SUMS", *(line.partition("  ")[2] for line in listed)}
     found = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=export)
     return found.returncode == 0 and names == {path.name for path in export.iterdir()}
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Return a way to start processes that have torch and the loop imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["hypothesis", "pytest", "torch.nn.parallel", "tfkd_ray.learn.loop", "tfkd_ray.run.tune"]
+    )
+    return context
+
+
+def as_two_workers(function: Callable[..., None], *given: Any) -> None:
+    """Call a function in two processes, with their ranks and what is given."""
+    forkserver()
+    torch.multiprocessing.start_processes(function, given, nprocs=2, start_method="forkserver")
 
 
 def train_as_worker(

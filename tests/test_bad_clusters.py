@@ -98,6 +98,7 @@ def test_a_head_that_dies_while_a_job_is_sent_is_told_from_a_job_that_failed(
     )
 
 
+@pytest.mark.slow
 def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
     head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +244,7 @@ def test_without_a_providers_credentials_nothing_is_started(
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.slow
 def test_a_provider_that_does_not_answer_is_given_up(
     rented: Callable[[str, str], dict[str, Path]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     provider: str,

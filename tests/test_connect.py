@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tfkd_ray.run import connect as cluster
 from tfkd_ray.run.connect import _found_here, connect
 from tfkd_ray.settings.errors import ConfigError, Unreachable
 
@@ -86,6 +87,7 @@ def test_a_ray_that_does_not_start_in_time_is_a_sentence(
 
 
 @pytest.mark.parametrize("package", ["torch", "pydantic"])
+@pytest.mark.slow
 def test_a_python_that_lacks_a_package_says_which_python_and_which_package(
     package: str, tmp_path: Path
 ) -> None:
@@ -191,15 +193,18 @@ def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
         web.shutdown()
 
 
+@pytest.mark.slow
 def test_a_port_where_something_else_listens_is_said_within_seconds(
-    no_ray: None, stranger: str
+    no_ray: None, stranger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert cluster.CONNECT_TIMEOUT_S <= 10
+    monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 2)
     began = time.monotonic()
     with pytest.raises(
         ConfigError, match=f"what listens at {stranger} does not answer as a Ray head does"
     ):
         connect(stranger)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 7
 
 
 def test_the_address_of_a_client_is_refused_with_the_one_that_is_meant(no_ray: None) -> None:

@@ -159,6 +159,7 @@ def test_addresses_are_stable_and_apart() -> None:
     assert a.equal(b)
 
 
+@pytest.mark.slow
 def test_a_sealed_process_cannot_open_the_test_split() -> None:
     code = "from tfkd_ray.learn.data import *; from tfkd_ray.learn.dataset import seal_test_split; seal_test_split(); Digits().load(); Digits().load_test()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

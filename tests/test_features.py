@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import ROOT, train_as_worker
+from conftest import ROOT, as_two_workers, train_as_worker
 from test_loop import numbers, same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -362,8 +361,7 @@ def test_two_workers_agree_with_one_on_a_projector(
 ) -> None:
     run = run_of(name, features, **{**MLP, **changes})
     one = last_of(run, teacher_of(run)).state()
-    given = (str(tmp_path), run.model_dump(mode="json"), teacher_of)
-    mp.spawn(train_as_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
+    as_two_workers(train_as_worker, str(tmp_path), run.model_dump(mode="json"), teacher_of)
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for part in ("model", "objective"):
         assert one[part].keys() == two[part].keys() and one[part]

@@ -14,9 +14,8 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import AT_ONCE
+from conftest import AT_ONCE, as_two_workers
 from torch import Tensor, nn
 
 from tfkd_ray.learn import loop
@@ -468,7 +467,7 @@ def test_two_workers_agree_with_one(objective: CrossEntropy, tmp_path: Path) -> 
         schedule=Constant().model_dump(),
     )
     one = list(train(c, more_metrics=AT_ONCE))[-1].state()
-    mp.spawn(_worker, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
+    as_two_workers(_worker, str(tmp_path), c.model_dump(mode="json"))
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for name, value in one["model"].items():
         assert (two["model"][name] - value).abs().max() < 1e-5, name
@@ -525,7 +524,7 @@ def test_two_workers_agree_with_one_on_an_own_network_and_look_for_missing_gradi
         schedule=Constant().model_dump(),
     )
     one = list(train(c, more_metrics=AT_ONCE))[-1].state()
-    mp.spawn(_worker_that_tells, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
+    as_two_workers(_worker_that_tells, str(tmp_path), c.model_dump(mode="json"))
     assert [(tmp_path / f"looks{rank}").read_text() for rank in range(2)] == [looks] * 2
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for name, value in one["model"].items():

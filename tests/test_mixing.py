@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import as_two_workers
 from test_folder import write_folder
 from test_loop import _worker, numbers, same
 from torch import Tensor
@@ -338,7 +338,7 @@ def test_a_teacher_is_trained_on_the_mixes_of_the_run() -> None:
 def test_two_workers_agree_with_one(tmp_path: Path) -> None:
     c = config(augment=EVERY["all"], objective="tfkd_reg", optim={"batch_size": 64})
     one = list(train(c))[-1].state()
-    mp.spawn(_worker, (str(tmp_path), c.model_dump(mode="json")), nprocs=2)  # type: ignore[no-untyped-call]
+    as_two_workers(_worker, str(tmp_path), c.model_dump(mode="json"))
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for name, value in one["model"].items():
         assert (two["model"][name] - value).abs().max() < 1e-5, name

@@ -64,6 +64,7 @@ def python(code: str, *options: str, cwd: Path, **env: str) -> list[str]:
 # --- where modules are looked for --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_python_m_runs_nothing_that_merely_lies_in_the_working_directory(tmp_path: Path) -> None:
     lay_out(tmp_path)
     (tmp_path / "tfkd_ray.py").unlink()  # which Python itself would run
@@ -180,6 +181,7 @@ def test_groups_run_where_the_sweep_was_started(
 # --- jobs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_has_the_working_directory_beside_the_package_not_before_it(tmp_path: Path) -> None:
     work, folder = lay_out(tmp_path / "work"), tmp_path / "job"
     folder.mkdir()

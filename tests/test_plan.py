@@ -81,6 +81,7 @@ def test_a_probe_gives_hours_and_money() -> None:
     assert gpu.gpus == 2
 
 
+@pytest.mark.slow
 def test_a_probe_of_kd_asks_the_teacher_once_for_each_view_and_not_in_every_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

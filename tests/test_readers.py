@@ -390,6 +390,7 @@ def test_what_cannot_be_read_is_one_sentence(
             read(small / where)
 
 
+@pytest.mark.slow
 def test_status_of_a_thousand_trials_takes_less_than_a_second(tmp_path: Path) -> None:
     make_sweep(tmp_path / "large", 1000, 100, search={"stopping": "none"})
     taken = []

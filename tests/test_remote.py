@@ -486,6 +486,7 @@ def begun(bucket: str) -> tuple[Path, remote.Claim]:
 
 
 @both
+@pytest.mark.slow
 def test_a_second_driver_is_refused_with_the_firsts_host_and_process_until_that_is_silent(
     bucket: str, elsewhere: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +530,7 @@ def test_a_driver_that_was_taken_over_ends_and_overwrites_nothing(
     assert lock.claim is not None
     uploads = Uploads(lock.claim, None)
     monkeypatch.setattr(remote, "STALE_S", 0.0)  # as if suspended for a minute
+    monkeypatch.setattr(remote, "UPLOAD_S", 0.1)
     elsewhere("other")
     fetched(bucket)
     begun(bucket)
@@ -577,6 +579,7 @@ def test_a_mirror_is_newer_than_the_store_only_where_its_own_driver_was_the_last
 
 
 @both
+@pytest.mark.slow
 def test_trials_begun_after_the_last_upload_of_the_study_are_dropped_and_no_others(
     bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
@@ -608,6 +611,7 @@ def refused(tfkd: Run, *words: str, **env: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_is_a_sentence_each_within_ten_seconds(
     bucket: str, tfkd: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -877,6 +881,7 @@ def test_a_trial_goes_on_on_another_node_bit_by_bit_from_what_it_uploaded(
 
 
 @both
+@pytest.mark.slow
 def test_a_trial_that_cannot_upload_its_end_waits_and_one_on_its_way_does_not(
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_huge_file_is_refused_within_seconds(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["aliases", "documents"])
+@pytest.mark.slow
 def test_a_large_file_is_read_no_further_than_to_the_most_values(name: str) -> None:
     began = time.process_time()
     with pytest.raises(ConfigError, match="more than 100000 values"):

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import Run, train_as_worker
+from conftest import Run, as_two_workers, train_as_worker
 from safetensors.torch import load_file
 from test_loop import numbers, same
 from torch import Tensor, nn
@@ -205,8 +204,7 @@ def test_the_state_of_a_run_with_other_shares_is_refused() -> None:
 def test_two_workers_agree_with_one_on_two_teachers(tmp_path: Path) -> None:
     run = config()
     one = last_of(run, networks(run)).state()
-    given = (str(tmp_path), run.model_dump(mode="json"), networks)
-    mp.spawn(train_as_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
+    as_two_workers(train_as_worker, str(tmp_path), run.model_dump(mode="json"), networks)
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for key, value in one["model"].items():
         assert (two["model"][key] - value).abs().max() < 1e-5, key

@@ -344,6 +344,7 @@ def test_ranges_and_choices_say_what_they_are() -> None:
     assert str(Choices((1, "a"))) == "1 | a"
 
 
+@pytest.mark.slow
 def test_mutated_trees_are_refused_with_sentences_and_never_crash() -> None:
     """A first fuzz test: replace random values of a shipped space by unusual ones."""
     rng = random.Random(0)
@@ -693,6 +694,7 @@ def test_teachers_are_those_of_what_they_depend_on() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_long_list_of_choices_is_compared_once() -> None:
     values = [{"width": k} for k in range(20_000)]
     assert own({"x": {"choices": values}}).groups[0].size == 20_000

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import forkserver
 
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.config import TeacherConfig, TeacherRun, TrainConfig
@@ -95,7 +96,7 @@ def _train(storage: Path, times: "multiprocessing.Queue[int]") -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_it_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     epochs: multiprocessing.Queue[int] = context.Queue()
     both = [context.Process(target=_train, args=(tmp_path, epochs)) for _ in range(2)]
     for process in both:
