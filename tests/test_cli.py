@@ -208,10 +208,10 @@ def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
     out = capsys.readouterr().out
     assert out.splitlines()[:6] == [
         "# e: of 4 trials, 3 that no other beats on validation in all of",
-        "# trial                    val_accuracy      val_ece",
-        "# t0001-kd_standardised          0.9500       0.3000",
-        "# t0000-tfkd_reg                 0.9000       0.2000",
-        "# t0002-lsr                      0.8000       0.1000",
+        "# trial                  val_accuracy  val_ece",
+        "# t0001-kd_standardised        0.9500   0.3000",
+        "# t0000-tfkd_reg               0.9000   0.2000",
+        "# t0002-lsr                    0.8000   0.1000",
         "# below: t0001-kd_standardised, the best in val_accuracy",
     ]
     (here / "best.yaml").write_text(out)
@@ -721,7 +721,7 @@ def test_check_and_explain_read_arms_files_too(
         and max(map(len, out.splitlines())) <= 80
     )
     assert main(["explain", "digits_tfkd"]) == 0
-    assert "correct_prob     0.9 to 0.999 (log in 1 - x)" in capsys.readouterr().out
+    assert "correct_prob  0.9 to 0.999 (log in 1 - x)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1118,7 +1118,12 @@ def given(action: argparse.Action, *, joined: bool = False) -> list[str]:
     """Return words that set an option, or a positional argument, to an unusual value."""
     if action.nargs == 0:
         return [action.option_strings[-1]]
-    number = action.type is not None and action.type.__name__ in ("_count", "int", "float")  # type: ignore[union-attr]
+    number = action.type is not None and action.type.__name__ in (
+        "_count",
+        "_seeds",
+        "int",
+        "float",
+    )  # type: ignore[union-attr]
     value = f"/there/{action.dest}.yaml"
     if action.choices:
         value = list(action.choices)[-1]

@@ -123,15 +123,9 @@ class Store:
 
     def objects(self, below: str = "") -> dict[str, Object]:
         """Return all objects below a name, by name. Raises an OSError, as all methods do."""
-        from pyarrow.fs import FileType
-
         found = self._listed(below, recursive=True)
         root = len(self._path("")) + 1
-        files = {
-            i.path[root:]: Object(i.size, i.mtime.timestamp())
-            for i in found
-            if i.type == FileType.File
-        }
+        files = {i.path[root:]: Object(i.size, i.mtime.timestamp()) for i in found if i.is_file}
         # skip names that would escape the mirror or collide with its own files
         return {
             name: about for name, about in files.items() if not re.search(r"(^|/)(\.|/|$)|\0", name)
@@ -139,10 +133,8 @@ class Store:
 
     def names(self) -> list[str]:
         """Return the names of experiments and other folders directly below."""
-        from pyarrow.fs import FileType
-
         return sorted(
-            i.base_name for i in self._listed("", recursive=False) if i.type == FileType.Directory
+            i.base_name for i in self._listed("", recursive=False) if i.type.name == "Directory"
         )
 
     def _listed(self, below: str, *, recursive: bool) -> list[Any]:
@@ -185,10 +177,8 @@ class Store:
 
     def info(self, name: str) -> Object | None:
         """Return size and time of one object; None if it does not exist."""
-        from pyarrow.fs import FileType
-
         found = self._files.get_file_info(self._path(name))
-        return Object(found.size, found.mtime.timestamp()) if found.type == FileType.File else None
+        return Object(found.size, found.mtime.timestamp()) if found.is_file else None
 
     def mark(self) -> Path:
         """Make the mirror, so that `store_of` recognises it; return its folder."""
