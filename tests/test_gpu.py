@@ -134,3 +134,13 @@ def test_augmented_and_mixed_images_are_those_of_the_cpu() -> None:
         found.append(mix(seen, seen[mix.partner]).cpu())
     unlike = (found[0] - found[1]).abs() > 1.01
     assert unlike.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_an_optimizer_updates_as_on_the_cpu(name: str) -> None:
+    """Pieces, clipping and the average, too. Muon multiplies in bfloat16."""
+    optim = {"name": name, "batch_size": 64, "accumulate": 3, "clip_norm": 1.0}
+    tree = {"student": {"name": "mlp", "hidden": [32, 16]}, "optim": optim, "ema": {"decay": 0.9}}
+    gpu, cpu = (list(train(config(**tree, gpus_per_worker=n)))[-1] for n in (1, 0))
+    for key in ("train_loss", "val_nll", "val_ema_nll"):
+        assert gpu.metrics[key] == pytest.approx(cpu.metrics[key], rel=0.02), key

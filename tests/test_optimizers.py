@@ -421,6 +421,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"workers": 4, "optim": {"batch_size": 30, "accumulate": 8}},
         "optim.accumulate: 8 pieces of a worker's share of 30, 7 images; lower it to 7, or raise batch_size",
     ),
+    "an own one's momentum": (
+        {"optim": OWN | {"momentum": 0.9}},
+        "optim.own: momentum is a setting of sgd and muon, not of own; leave it out, or if it is an argument of its "
+        "class, write it below args: args: {momentum: ...}",
+    ),
     "no learning rate": ({"optim": f"{__name__}:Lion"}, "optim.own.lr: required, and not given"),
     "no module": ({"optim": {"name": "nowhere:Lion", "lr": 1}}, "optim.path: nowhere:Lion: there is no module 'nowhere'"),
     "no such argument": (

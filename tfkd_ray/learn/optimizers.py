@@ -108,9 +108,11 @@ class Optimization(Settings):
             ]
             if names:
                 own = cls.model_fields["name"].default
+                way = f"write name: {names[0]}"
+                if "args" in cls.model_fields:
+                    way = f"if it is an argument of its class, write it below args: args: {{{setting}: ...}}"
                 raise ValueError(
-                    f"{setting} is a setting of {' and '.join(names)}, not of {own}; leave it out, or write "
-                    f"name: {names[0]}"
+                    f"{setting} is a setting of {' and '.join(names)}, not of {own}; leave it out, or {way}"
                 )
         return tree
 
@@ -291,7 +293,8 @@ def hidden_matrices(student: nn.Module) -> list[nn.Parameter]:
         for module in student.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
-    return [weight for weight in weights[1:-1] if weight.ndim == 2 and id(weight) not in embeddings]
+    inner = [weight for weight in weights[1:-1] if weight.ndim == 2 and not weight.is_complex()]
+    return [weight for weight in inner if id(weight) not in embeddings]
 
 
 def _some_of(group: Group, belongs: Callable[[nn.Parameter], bool]) -> Group:
