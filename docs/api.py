@@ -21,7 +21,17 @@ PARTS: dict[str, list[type[Settings]]] = {
         TrainConfig,
         *(
             m
-            for f in ("teacher", "teachers", "input", "optim", "ema", "augment", "schedule", "loop")
+            for f in (
+                "teacher",
+                "teachers",
+                "input",
+                "optim",
+                "ema",
+                "augment",
+                "schedule",
+                "init",
+                "loop",
+            )
             for m in members(FIELDS[f])
         ),
         RandAugment,

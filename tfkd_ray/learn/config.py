@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -136,6 +136,63 @@ def _absolute_weights(weights: str) -> str:
     return weights if elsewhere else str(Path(weights).absolute())
 
 
+def _absolute_beginning(weights: str) -> str:
+    if not weights:
+        raise ValueError("needs a file, torchvision, torchvision:NAME or timm, got ''")
+    return weights if weights == "timm" else _absolute_weights(weights)
+
+
+class InitialWeights(Settings):
+    """External weights with which a student begins, as for fine-tuning.
+
+    Images are normalised by the data set, whatever the weights were trained with; `mean` and `std`
+    of image folders and of data of your own can be set to theirs.
+    """
+
+    weights: Annotated[str, AfterValidator(_absolute_beginning)]
+    """A file (safetensors or a torch state_dict), at the same path on every machine;
+    `torchvision`, or `torchvision:NAME` for one of its sets of ImageNet weights; or `timm`, for a
+    network of timm: its default weights of that name. Those of torchvision and timm are downloaded
+    when a run begins. If they are for other classes, or have no head, the student's head is new. A
+    fingerprint holds the name: give a changed file another one. We cannot know what they were
+    trained on."""
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate for each block between a parameter and the head, which has the
+    full rate; 0.75 gives the third block from the end 0.56 of it. See `initial.depths` for what a
+    block is."""
+
+
+OF_LIBRARIES = ("torchvision", "timm")
+"""Libraries that know how images were prepared for their weights."""
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return f"[{', '.join(f'{number:.4g}' for number in numbers)}]"
+
+
+def _read_init(value: Any) -> Any:
+    """Return settings of weights from a mapping; refuse other words than `random` and `trained`."""
+    if isinstance(value, InitialWeights):
+        return value
+    if isinstance(value, Mapping):
+        tree = dict(value)
+        name = tree.pop("name", None)  # of a word among choices, or below which an override writes
+        if name in ("random", "trained") and not tree:
+            return name
+        return InitialWeights.model_validate(tree if name == "random" else value)
+    if value not in ("random", "trained"):
+        hint = "random, trained, or settings: {weights: FILE}"
+        if isinstance(value, str):
+            raise ValueError(f"no such name {value!r}; it is {hint}")
+        raise ValueError(f"needs {hint}, got {value!r}")
+    return value
+
+
+def _one_or_more(value: Any) -> Any:
+    """Return a list of names; one name alone is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 class TeacherInput(Settings):
     """Preprocessing of images for a teacher with external weights."""
 
@@ -217,7 +274,7 @@ def number_teachers(tree: dict[str, Any]) -> None:
 class TrainConfig(Settings):
     """The complete configuration of one training run: network, data, objective, optimizer, seed."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"loop", "teachers", "ema"})
+    later: ClassVar[frozenset[str]] = frozenset({"loop", "teachers", "ema", "freeze"})
 
     recipe: str | None = None
     """Named settings to start from: `paper`, `modern`, ... (see `Dataset.recipes`). None: the data
@@ -233,9 +290,18 @@ class TrainConfig(Settings):
     teachers: dict[str, SharingTeacher] = {}
     """Two or more teachers by number, from 1; written as a list, `teacher: [{...}, {...}]`. Each is
     an artifact of its own; the student learns from the mean of their softened probabilities."""
-    init: Literal["random", "trained"] = "random"
+    init: Annotated[Literal["random", "trained"] | InitialWeights, BeforeValidator(_read_init)] = (
+        "random"
+    )
     """trained: starts from the weights of a trained copy of the student. With `ce`, that is
-    training twice: the control for the time that `tfkd_self` spends on its teacher."""
+    training twice: the control for the time that `tfkd_self` spends on its teacher. Settings, such
+    as `{weights: FILE}`: starts from weights from elsewhere; so does the teacher of `tfkd_self`."""
+    freeze: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)
+    ] = ()
+    """Parts of the student that do not learn, by their names in the network, with all that is in
+    them; `*` and `?` are wildcards. Their BatchNorm keeps its statistics; dropout goes on. The
+    teacher of `tfkd_self` has the same frozen parts, unless `init` is `trained`."""
     epochs: Count = 27
     optim: Optim = OptimConfig()
     """Optimizer, and the batch of an update; settings without a name are those of `sgd`."""
@@ -305,6 +371,8 @@ class TrainConfig(Settings):
             tree.pop("loop", None)
         if not self.teachers:
             tree.pop("teachers", None)
+        if not self.freeze:
+            tree.pop("freeze", None)
         if self.ema is None:
             tree.pop("ema", None)
         return tree
@@ -403,6 +471,10 @@ class TrainConfig(Settings):
             yield f"workers: a loop of your own trains in one process, got {self.workers}; set workers: 1"
         if self.init == "trained":
             yield "init: 'trained' is for the loop of this package; load the weights in your own one"
+        if self.initial_weights is not None:
+            yield "init.weights: is for the loop of this package; load the weights in your own one"
+        if self.freeze:
+            yield "freeze: is for the loop of this package; freeze these parts in your own one"
         if self.ema is not None:
             yield "ema: is for the loop of this package; average the weights in your own one, or leave it out"
         trains_teacher = self.needs_teacher and not (self.teacher and self.teacher.weights)
@@ -536,6 +608,16 @@ class TrainConfig(Settings):
         return self.objective.needs_teacher or self.init == "trained"
 
     @property
+    def initial_weights(self) -> str | None:
+        """Return the external weights with which the student begins, or None."""
+        return self.init.weights if isinstance(self.init, InitialWeights) else None
+
+    @property
+    def lr_decay(self) -> float:
+        """Return the factor on the learning rate for each block before the head."""
+        return self.init.lr_decay if isinstance(self.init, InitialWeights) else 1.0
+
+    @property
     def banked(self) -> bool:
         """Return whether the logits of all teachers come from the bank; see `banks`."""
         return bool(self.banks) and all(self.banks)
@@ -581,7 +663,14 @@ class TrainConfig(Settings):
         return runs[0] if runs else None
 
     def _run_of(self, teacher: TeacherConfig) -> TeacherRun:
+        begins: dict[str, Any] = {}
+        if isinstance(self.objective, TfkdSelf) and self.init != "trained" and not teacher.weights:
+            # it is the student itself, trained; the student's learning rates are its own
+            begins["freeze"] = self.freeze
+            if self.initial_weights is not None:
+                begins["init"] = InitialWeights(weights=self.initial_weights)
         return TeacherRun(
+            **begins,
             recipe=self.recipe,
             data=self.data,
             augment=self.augment,
@@ -613,7 +702,57 @@ class TrainConfig(Settings):
             self.loop.ready()  # refuses other code than was recorded
         notes = [*self.try_objective(), *own_code.at_home(self._try_networks)()]
         self.try_optimizer()
-        return list(dict.fromkeys(notes))
+        return list(dict.fromkeys([*notes, *self.try_beginning()]))
+
+    def try_beginning(self) -> list[str]:
+        """Load the student's external weights, if they are here, and freeze its parts.
+
+        Nothing is downloaded. Return notes on what is new in the student.
+        """
+        if self.initial_weights is None and not self.freeze:
+            return []
+        return own_code.at_home(self._try_beginning)()
+
+    def _try_beginning(self) -> list[str]:
+        return [*self._normalised_otherwise(), *self.begin(self.build_student(), download=False)]
+
+    def _normalised_otherwise(self) -> Iterator[str]:
+        """Yield a note if weights of torchvision or timm were trained on other statistics."""
+        source = str(self.initial_weights).partition(":")[0]
+        known = self.student.trained_with(self.data.shape) if source in OF_LIBRARIES else None
+        of_data = self.data.mean, self.data.std
+        if known is None or not all(of_data):
+            return
+        mean, std = (tuple(map(float, values)) for values in of_data if values)
+        pairs = zip(mean, std, known[0], known[1], strict=True)
+        if any(abs(m - a) > 0.1 * b or abs(s - b) > 0.1 * b for m, s, a, b in pairs):
+            yield (
+                f"init.weights: {self.initial_weights}: were trained on images normalised by mean "
+                f"{_listed(known[0])} and std {_listed(known[1])}, and the data here by {_listed(mean)} and "
+                f"{_listed(std)}; where parts are frozen, give the data theirs, if it has these settings (data.mean, "
+                "data.std)"
+            )
+
+    def begin(self, student: nn.Module, *, load: bool = True, download: bool = True) -> list[str]:
+        """Load a new student's external weights, and freeze its parts; return notes.
+
+        Args:
+            load: False only freezes.
+            download: False checks what can be known of the weights without a download.
+        """
+        if self.initial_weights is None and not self.freeze:
+            return []
+        from tfkd_ray.learn import initial
+
+        return initial.begin(
+            student,
+            self.student,
+            self.data.shape,
+            self.data.num_classes,
+            weights=self.initial_weights if load else None,
+            freeze=self.freeze,
+            download=download,
+        )
 
     def try_optimizer(self) -> None:
         """Raise a ConfigError if an optimizer has nothing to update, or is one's own and fails."""

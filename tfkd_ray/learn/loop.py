@@ -47,6 +47,7 @@ from tfkd_ray.learn.features import (
     tapped_student,
 )
 from tfkd_ray.learn.images import Images, address, generator, random_states, seed_all
+from tfkd_ray.learn.initial import factors_by_depth, set_training
 from tfkd_ray.learn.mixing import Mixed
 from tfkd_ray.learn.models import (
     OwnNetwork,
@@ -130,11 +131,11 @@ def train(
 
         # 3. Student, objective, teacher, optimizer
         objective = config.ready_objective()
-        student, unused = _new_student(config, teacher, count, device)
+        student, unused = _new_student(config, teacher, count, device, state is None, say)
         lessons = _Lessons(config, teacher, count, device, objective, say)
         tapped = tapped_student(student, objective, lessons.autocast)
         trained = student if tapped is None else tapped.to(device)
-        optimizer, average = new_optimizer(trained, optim), _average_of(student, config)
+        optimizer, average = _updates_of(trained, student, config), _average_of(student, config)
         kept = _kept_by_state(student, optimizer, tapped, average)
 
         # 4. Resume
@@ -166,7 +167,7 @@ def train(
 
             # 6. Steps
             with _seeding(external) as seed_step:
-                model.train()
+                set_training(model, student, config.freeze)
                 parts = zip(batches, shares, seen(view, shares), strict=True)
                 for step, (batch, mine, images) in enumerate(parts):
                     progress = epoch + (step + 0.5) / len(batches)
@@ -600,12 +601,24 @@ def _seen(
 
 
 def _new_student(
-    config: TrainConfig, teacher: Teachers, count: int, device: torch.device
+    config: TrainConfig,
+    teacher: Teachers,
+    count: int,
+    device: torch.device,
+    new: bool,
+    say: Callable[[str], None] | None,
 ) -> tuple[nn.Module, bool]:
-    """Return the untrained student, and whether a parameter may lack its gradient in a step."""
+    """Return the untrained student, and whether a parameter may lack its gradient in a step.
+
+    Args:
+        new: False for a run that is resumed, whose state has the weights.
+        say: called with a sentence if its head is new. None: standard error.
+    """
     workers, _ = _workers_and_rank()
     called = config.student.called
     student = config.build_student()
+    for note in config.begin(student, load=new):
+        _tell_once(note, say)
     check_learns(called, student)
     batches = split_batches(torch.arange(count), config.optim.batch_size, workers)
     alone = min(map(len, batches)) < 2 * workers or config.optim.smallest_piece(workers) < 2
@@ -620,6 +633,12 @@ def _new_student(
     if config.init == "trained":
         student.load_state_dict(_network_of(_only(teacher, config)).state_dict())
     return student, unused
+
+
+def _updates_of(trained: nn.Module, student: nn.Module, config: TrainConfig) -> Updates:
+    """Return the optimizer of a student, or of a student and what its objective owns."""
+    factors = factors_by_depth(trained, student, config.lr_decay)
+    return new_optimizer(trained, config.optim, factors)
 
 
 def _average_of(student: nn.Module, config: TrainConfig) -> Average | None:
@@ -953,7 +972,7 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     where = config.workers, config.cpus_per_worker, config.gpus_per_worker, config.precision
     batch = config.optim.batch_size, config.optim.accumulate
     shapes = images, *batch, config.data.shape, config.data.num_classes
-    kind = (config.student.model_dump_json(), *shapes, *where)
+    kind = (config.student.model_dump_json(), config.freeze, *shapes, *where)
     more = 0 if kind in _COMPILED else _graphs_of_run(config)
     if sum(_COMPILED.values()) + more > MOST_GRAPHS:
         torch.compiler.reset()

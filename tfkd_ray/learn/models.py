@@ -492,6 +492,155 @@ class Vgg19(_Vgg):
     name: Literal["vgg19_bn"] = "vgg19_bn"
 
 
+class ViTTiny(TorchvisionNetwork):
+    """Vision transformer with 12 blocks of width 192 and 3 heads, as torchvision's larger ones.
+
+    (Dosovitskiy et al. 2020, arXiv:2010.11929; this size: Touvron et al. 2020, arXiv:2012.12877.)
+    Images are square. Its names are those of torchvision's ViT; timm's are another network's.
+    """
+
+    name: Literal["vit_tiny"] = "vit_tiny"
+    patch: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Side of a patch in pixels, which divides the image's. None: the largest of 16, 8, 4, 2 and 1
+    that gives 7 by 7 patches at least: 16 at 224 pixels, 8 at 64, 4 at 32."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        super().check(shape)
+        _, height, width = shape
+        if height != width:
+            raise ValueError(f"name: {self.name} needs square images, these are {height}x{width}")
+        if height % self.side_of_patch(shape):
+            raise ValueError(
+                f"patch: must divide the {height} pixels of the images, got {self.patch}"
+            )
+
+    def side_of_patch(self, shape: tuple[int, int, int]) -> int:
+        """Return the side of a patch of these images, in pixels."""
+        if self.patch is not None:
+            return self.patch
+        side = shape[1]
+        return next((p for p in (16, 8, 4, 2) if side % p == 0 and side // p >= 7), 1)
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torchvision.models import VisionTransformer
+
+        self.check(shape)
+        network: nn.Module = VisionTransformer(
+            image_size=shape[1],
+            patch_size=self.side_of_patch(shape),
+            num_layers=12,
+            num_heads=3,
+            hidden_dim=192,
+            mlp_dim=768,
+            num_classes=num_classes,
+        )
+        if shape[0] != 3:
+            _replace_patches(network, "conv_proj", shape[0], self.side_of_patch(shape))
+        # torchvision begins with logits of zero, so that no gradient reaches the layers below
+        head = network.get_submodule("heads.head")
+        _normal_weights(head)
+        return network
+
+
+class _ConvNeXt(TorchvisionNetwork):
+    blocks: ClassVar[tuple[int, int, int, int]] = (2, 2, 6, 2)
+    widths: ClassVar[tuple[int, int, int, int]]
+    stochastic_depth: ClassVar[float] = 0.0
+
+    patch: Literal[1, 2, 4] | None = None
+    """Side and stride, in pixels, of the first convolution; 4 in the original. None: 2 for images
+    up to 64 pixels, 1 below 16, else 4."""
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        super().check(shape)
+        side, patch = min(shape[1:]), self.side_of_patch(shape)
+        if side // patch < 8:
+            raise ValueError(
+                f"patch: {patch} leaves {side // patch} of {side} pixels, which are halved three times; lower it"
+            )
+
+    def side_of_patch(self, shape: tuple[int, int, int]) -> int:
+        """Return the side of the first convolution for these images, in pixels."""
+        if self.patch is not None:
+            return self.patch
+        side = min(shape[1:])
+        if side > SMALL_IMAGE:
+            return 4
+        return 2 if side >= 16 else 1
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        from torchvision.models.convnext import (  # type: ignore[import-untyped]
+            CNBlockConfig,
+            ConvNeXt,
+        )
+
+        self.check(shape)
+        stages = [
+            CNBlockConfig(width, out, count)
+            for width, out, count in zip(
+                self.widths, (*self.widths[1:], None), self.blocks, strict=True
+            )
+        ]
+        network: nn.Module = ConvNeXt(stages, self.stochastic_depth, num_classes=num_classes)
+        patch = self.side_of_patch(shape)
+        if patch != 4 or shape[0] != 3:
+            _replace_patches(network, "features.0.0", shape[0], patch)
+        return network
+
+
+class ConvNeXtAtto(_ConvNeXt):
+    """ConvNeXt of 3.7 million parameters, of torchvision's blocks; timm's has other names.
+
+    (Liu et al. 2022, arXiv:2201.03545; this size: Woo et al. 2023, arXiv:2301.00808.)
+    """
+
+    name: Literal["convnext_atto"] = "convnext_atto"
+    widths: ClassVar[tuple[int, int, int, int]] = (40, 80, 160, 320)
+
+
+class ConvNeXtFemto(_ConvNeXt):
+    """ConvNeXt of 5.2 million parameters, of torchvision's blocks; timm's has other names.
+
+    (Liu et al. 2022, arXiv:2201.03545; this size: Woo et al. 2023, arXiv:2301.00808.)
+    """
+
+    name: Literal["convnext_femto"] = "convnext_femto"
+    widths: ClassVar[tuple[int, int, int, int]] = (48, 96, 192, 384)
+
+
+class ConvNeXtTiny(_ConvNeXt):
+    """ConvNeXt of 28.6 million parameters; above 64 pixels torchvision's own.
+
+    (Liu et al. 2022, arXiv:2201.03545.) As there, it drops blocks by chance, up to 10 % of them.
+    """
+
+    name: Literal["convnext_tiny"] = "convnext_tiny"
+    blocks: ClassVar[tuple[int, int, int, int]] = (3, 3, 9, 3)
+    widths: ClassVar[tuple[int, int, int, int]] = (96, 192, 384, 768)
+    stochastic_depth: ClassVar[float] = 0.1
+
+
+def _replace_patches(network: nn.Module, path: str, channels: int, side: int) -> None:
+    """Replace the convolution of the patches, for this number of channels and side in pixels."""
+    from torch import nn
+
+    old = network.get_submodule(path)
+    assert isinstance(old, nn.Conv2d), f"{old=}"
+    new = nn.Conv2d(channels, old.out_channels, side, side)
+    _normal_weights(new)
+    network.set_submodule(path, new, strict=True)
+
+
+def _normal_weights(layer: nn.Module) -> None:
+    """Draw a layer's weights from a normal of deviation 0.02, cut off; set its bias to 0."""
+    from torch import nn
+
+    assert isinstance(layer, nn.Conv2d | nn.Linear), f"{layer=}"
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 # --- external networks ----------------------------------------------------------------------------
 
 
@@ -560,30 +709,38 @@ class Timm(Network):
         return mean, std, int(about.input_size[-1])
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        self.check(shape)
+        make = functools.partial(self._made, shape, num_classes, pretrained=False)
+        return _tried(f"model timm:{self.model}", make, shape, num_classes)
+
+    def pretrained(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return timm's network with its weights, downloaded if missing.
+
+        The stem is timm's. A head of other classes is random.
+        """
+        self.check(shape)
+        with_weights: nn.Module = self._made(shape, num_classes, pretrained=True)
+        return with_weights
+
+    def _made(self, shape: tuple[int, int, int], num_classes: int, *, pretrained: bool) -> Any:
+        import timm
         from torch import nn
 
-        self.check(shape)
-
-        def make() -> Any:
-            import timm
-
-            given = {
-                "pretrained": False,
-                "num_classes": num_classes,
-                "in_chans": shape[0],
-                **self.args,
-            }
-            network = timm.create_model(self.model, **given)
-            first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-            if self.stem == "timm" or min(shape[1:]) > SMALL_IMAGE or first is None:
-                return network
-            if first.in_channels == shape[0] and 1 < first.stride[0] < first.kernel_size[0]:
-                _replace_first_convolution(network, shape[0], small=True)
-                if hasattr(network, "maxpool"):
-                    network.maxpool = nn.Identity()
+        given = {
+            "pretrained": pretrained,
+            "num_classes": num_classes,
+            "in_chans": shape[0],
+            **self.args,
+        }
+        network = timm.create_model(self.model, **given)
+        first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+        if pretrained or self.stem == "timm" or min(shape[1:]) > SMALL_IMAGE or first is None:
             return network
-
-        return _tried(f"model timm:{self.model}", make, shape, num_classes)
+        if first.in_channels == shape[0] and 1 < first.stride[0] < first.kernel_size[0]:
+            _replace_first_convolution(network, shape[0], small=True)
+            if hasattr(network, "maxpool"):
+                network.maxpool = nn.Identity()
+        return network
 
 
 class OwnNetwork(Network):
@@ -901,6 +1058,10 @@ Model = Annotated[
     | DenseNet121
     | Vgg16
     | Vgg19
+    | ViTTiny
+    | ConvNeXtAtto
+    | ConvNeXtFemto
+    | ConvNeXtTiny
     | Timm
     | OwnNetwork,
     Field(discriminator="name"),

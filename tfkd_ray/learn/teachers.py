@@ -20,7 +20,8 @@ from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.evaluate import evaluate, predictions
 from tfkd_ray.learn.loop import LOOP_VERSION, train_in
 from tfkd_ray.learn.soft_labels import Bank, Elsewhere
-from tfkd_ray.learn.weights import input_of, input_shape, load_outside, show, untrained
+from tfkd_ray.learn.teacher_input import input_of, input_shape, show, untrained
+from tfkd_ray.learn.weights import load_outside
 from tfkd_ray.settings.errors import ConfigError, Say, check_kind, some_of, to_stderr
 from tfkd_ray.settings.files import expanded, sha256_of, write_whole
 from tfkd_ray.settings.yaml import Numbers, Tree

@@ -1,4 +1,4 @@
-"""External weights for a network: a user's file, or torchvision's weights for ImageNet.
+"""External weights for a network: a user's file, or weights of torchvision or timm.
 
 Reading a file runs nothing that it holds. The result fits the network, or a ConfigError gives the
 reason.
@@ -9,21 +9,19 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tfkd_ray.learn.checkpoint import check_torch
-from tfkd_ray.learn.config import TeacherInput, TeacherRun
 from tfkd_ray.learn.dataset import Dataset
-from tfkd_ray.learn.models import SMALL_IMAGE, Network, TorchvisionNetwork
+from tfkd_ray.learn.models import SMALL_IMAGE, Network, Timm, TorchvisionNetwork
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
 from tfkd_ray.settings.files import expanded, opened, read_at_most
-from tfkd_ray.store.experiment import MOST_JSON_BYTES, parse_json, read_teacher
+from tfkd_ray.store.experiment import MOST_JSON_BYTES, parse_json
 
 Weights = dict[str, Tensor]
 """A state_dict, on the CPU."""
@@ -58,41 +56,129 @@ def load_outside(
     num_classes: int,
     data: Dataset | None = None,
 ) -> Weights:
-    """Return a state_dict that fits `model.build(shape, num_classes)`.
+    """Return a teacher's state_dict, which fits `model.build(shape, num_classes)`.
 
     Args:
         weights: a file (safetensors or a torch state_dict), `torchvision`, or `torchvision:NAME`.
         data: the data set that the teacher is for; a file of ours that was trained on other data
             raises.
     """
-    try:
+    with _said_of(f"teacher.weights: {weights}"):
         if weights.partition(":")[0] == "torchvision":
-            path = _torchvision_file(weights.partition(":")[2], model, shape, num_classes)
+            source = torchvision_source(weights, model, shape)
+            if num_classes != 1000:
+                raise ConfigError(
+                    f"torchvision's teachers have the 1000 classes of ImageNet and the data has {num_classes}"
+                )
+            path = source.downloaded()
         else:
             path = expanded(weights)
             _check_same_data(path, data)
-        kept = _read_weights(path)
         with torch.random.fork_rng(devices=[]):
             wanted: Weights = model.build(shape, num_classes).state_dict()
-        found, begin = _of_network(
-            kept,
-            wanted,
-            lambda tensors: not any(_misfits(tensors, wanted, model.name, num_classes, [])),
-        )
-        if problems := list(_misfits(found, wanted, model.name, num_classes, begin)):
-            raise ConfigError(problems)
-        for key, value in found.items():
-            # as it is used: a large number of float64 is infinite in float32
-            if not value.to(wanted[key].dtype).isfinite().all():
-                raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
-    except ConfigError as error:
-        raise ConfigError(
-            f"teacher.weights: {weights}: {problem}" for problem in error.problems
-        ) from None
+        found, _ = _fitting(path, wanted, model.name, num_classes, new_head=False)
     return {
         key: found[key].to(value.dtype, copy=True) if key in found else value
         for key, value in wanted.items()
     }
+
+
+def load_beginning(
+    weights: str,
+    network: Network,
+    student: nn.Module,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    download: bool = True,
+) -> str | None:
+    """Load the weights with which a student begins; return a sentence on its head if that is new.
+
+    A head of another number of classes, or one that the file lacks, stays as the student has it.
+
+    Args:
+        weights: as for a teacher, or `timm`: those of timm for a network of its own.
+        student: the network, built for (C, H, W) and its classes; it gets the weights.
+        download: False checks what can be known without a download. What it returns is the same.
+    """
+    with _said_of(f"init.weights: {weights}"):
+        if weights == "timm":
+            return _begin_as_timm(network, student, shape, num_classes, download=download)
+        wanted: Weights = student.state_dict()
+        if weights.partition(":")[0] == "torchvision":
+            source = torchvision_source(weights, network, shape)
+            if not download and not source.path.exists():
+                return None if num_classes == 1000 else _new_head(weights, None, 1000, num_classes)
+            path = source.downloaded()
+        else:
+            path = expanded(weights)
+        found, head = _fitting(path, wanted, network.name, num_classes, new_head=True)
+    student.load_state_dict(
+        {
+            key: found[key].to(value.dtype) if key in found and key not in head else value
+            for key, value in wanted.items()
+        }
+    )
+    if not head:
+        return None
+    of_file = found[head[0]].shape[0] if head[0] in found else None
+    return _new_head(weights, head[0].rpartition(".")[0], of_file, num_classes)
+
+
+def _new_head(weights: str, layer: str | None, of_file: int | None, num_classes: int) -> str:
+    """Return the sentence on a student whose head its weights do not have.
+
+    Args:
+        layer: the head. None: not known yet.
+        of_file: number of classes of the weights. None: they have no head.
+    """
+    named = "" if layer is None else f" ({layer})"
+    has = "have no head" if of_file is None else f"are for {of_file} classes"
+    return (
+        f"init.weights: {weights}: these weights {has}, and the data has {num_classes}; the student begins with a new "
+        f"head{named}, drawn from its seed"
+    )
+
+
+@contextlib.contextmanager
+def _said_of(about: str) -> Iterator[None]:
+    """Put what a sentence is about in front of the sentences that are raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{about}: {problem}" for problem in error.problems) from None
+
+
+def _fitting(
+    path: Path, wanted: Weights, name: str, num_classes: int, *, new_head: bool
+) -> tuple[Weights, list[str]]:
+    """Return the tensors of a file that fit a network, and the names of those of another head.
+
+    Args:
+        new_head: whether a head of another number of classes, or none, fits.
+    """
+    kept = _read_weights(path)
+
+    def fits(tensors: Weights) -> bool:
+        return not any(_misfits(tensors, wanted, name, num_classes, []))
+
+    def fits_below_head(tensors: Weights) -> bool:
+        head = _other_head(tensors, wanted, num_classes)
+        return fits({**tensors, **{key: wanted[key] for key in head}})
+
+    found, begin = _of_network(kept, wanted, fits)
+    head: list[str] = []
+    if new_head and not fits(found):
+        found, begin = _of_network(kept, wanted, fits_below_head)
+        head = _other_head(found, wanted, num_classes)
+    judged = {**found, **{key: wanted[key] for key in head}}
+    if problems := list(_misfits(judged, wanted, name, num_classes, begin)):
+        raise ConfigError(problems)
+    for key, value in judged.items():
+        # as it is used: a large number of float64 is infinite in float32
+        if not value.to(wanted[key].dtype).isfinite().all():
+            raise ConfigError(f"{key} holds NaN or infinity; take the file of an earlier epoch")
+    return found, head
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -288,68 +374,6 @@ def _said(content: dict[str, Any]) -> str:
     return f"{content.get('name')} ({more})" if more else f"{content.get('name')}"
 
 
-# --- how its images were prepared -----------------------------------------------------------------
-
-
-def untrained(config: TeacherRun) -> nn.Module:
-    """Return the teacher's network without its weights; its input is normalised by the data set."""
-    module = config.build_student(input_shape(config, input_of(config)))
-    if config.weights is not None:
-        show(module, config.data, input_of(config))
-    return module
-
-
-def input_of(config: TeacherRun) -> dict[str, Any]:
-    """Return the preprocessing that the teacher was trained with: `mean`, `std` and `size`.
-
-    `mean` and `std` are per channel; a `size` of None is the data set's.
-    """
-    if config.weights is not None and config.input is None:
-        beside = expanded(config.weights).parent / "teacher.json"  # a teacher of ours
-        if config.weights.partition(":")[0] != "torchvision" and beside.is_file():
-            with contextlib.suppress(ConfigError, ValueError):
-                about = read_teacher(beside.parent)
-                of = about["config"]["data"]
-                known = about.get("input") or {"mean": of.get("mean"), "std": of.get("std")}
-                if known["mean"] and known["std"]:
-                    return TeacherInput.model_validate(known).model_dump(mode="json")
-    if config.shown is not None:
-        return config.shown.model_dump(mode="json")
-    mean, std = config.data.statistics()
-    return {"mean": list(mean), "std": list(std), "size": None}
-
-
-def input_shape(config: TeacherRun, shown: dict[str, Any]) -> tuple[int, int, int]:
-    """Return (C, H, W) of the teacher's input images."""
-    channels, height, width = config.data.shape
-    side = shown["size"]
-    return (channels, side or height, side or width)
-
-
-def show(module: nn.Module, data: Dataset, shown: dict[str, Any]) -> None:
-    """Convert images from the data set's preprocessing to the network's own, before its forward.
-
-    Do nothing if they are equal. The state_dict does not change.
-    """
-    mean, std = data.statistics()
-    side = shown["size"]
-    fits = side is None or tuple(data.shape[1:]) == (side, side)
-    if fits and (list(mean), list(std)) == (shown["mean"], shown["std"]):
-        return
-    factor = torch.tensor(std) / torch.tensor(shown["std"])
-    shift = (torch.tensor(mean) - torch.tensor(shown["mean"])) / torch.tensor(shown["std"])
-
-    def seen(network: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (x,) = images
-        a, b = (values.to(x.device, torch.float32).view(1, -1, 1, 1) for values in (factor, shift))
-        x = x.float() * a + b
-        if not fits:
-            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
-        return (x,)
-
-    module.register_forward_pre_hook(seen)
-
-
 # --- does it fit ----------------------------------------------------------------------------------
 
 
@@ -403,6 +427,23 @@ def _differ_in_classes(
     return len(classes) == len(layers) == 1 and tails_fit and ours
 
 
+def _other_head(found: Weights, wanted: Weights, num_classes: int) -> list[str]:
+    """Return the network's names of a head of other classes, or of one that is missing; or none."""
+    shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    missing = [
+        key for key in wanted if key not in found and not key.endswith("num_batches_tracked")
+    ]
+    if missing:
+        layer = list(wanted)[-1].rpartition(".")[0]
+        last = [key for key in wanted if key.rpartition(".")[0] == layer]
+        ours = all(wanted[key].shape[:1] == (num_classes,) for key in last)
+        return last if ours and missing == last and not shapes else []
+    classes = {found[key].shape[:1] for key in shapes}
+    tails_fit = all(found[key].shape[1:] == wanted[key].shape[1:] for key in shapes)
+    ours = all(wanted[key].shape[:1] == (num_classes,) for key in shapes)
+    return shapes if len(classes) == 1 and tails_fit and ours else []
+
+
 def _first_few(items: list[str]) -> str:
     """Return the number of tensors, and three of their names."""
     return f"{len(items)} tensor{'s' * (len(items) > 1)} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
@@ -411,21 +452,41 @@ def _first_few(items: list[str]) -> str:
 # --- torchvision ----------------------------------------------------------------------------------
 
 
-def _torchvision_file(
-    name: str, model: Network, shape: tuple[int, int, int], num_classes: int
-) -> Path:
-    """Return the path of torchvision's weights in torch's cache, downloaded if missing."""
+class TorchvisionSource(NamedTuple):
+    """One of torchvision's files of weights."""
+
+    url: str
+    path: Path
+    """Its place in torch's cache."""
+
+    def downloaded(self) -> Path:
+        """Return its place, after a download if it is not there."""
+        path = self.path
+        if not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(
+                    self.url, str(path), path.stem.rpartition("-")[2], progress=False
+                )
+            except (OSError, RuntimeError) as error:  # no network, or not the expected file
+                raise ConfigError(
+                    f"cannot be downloaded ({error}); put {self.url} at {path}"
+                ) from None
+        return path
+
+
+def torchvision_source(
+    weights: str, model: Network, shape: tuple[int, int, int]
+) -> TorchvisionSource:
+    """Return the file that `torchvision` or `torchvision:NAME` means for a network."""
     from torchvision.models import get_model_weights, list_models  # type: ignore[import-untyped]
 
+    name = weights.partition(":")[2]
     if not isinstance(model, TorchvisionNetwork) or model.name not in list_models():
         raise ConfigError(f"torchvision has no {model.name}; name a file")
     if model.name == "googlenet":
         raise ConfigError(
             "googlenet's expect images of another mean and spread than we give; take another network"
-        )
-    if num_classes != 1000:
-        raise ConfigError(
-            f"torchvision's teachers have the 1000 classes of ImageNet and the data has {num_classes}"
         )
     if min(shape[1:]) <= SMALL_IMAGE or shape[0] != 3:
         raise ConfigError(
@@ -438,13 +499,52 @@ def _torchvision_file(
             f"{model.name} has no weights {name!r}; {did_you_mean(name, sets.__members__)}"
         )
     url: str = (sets[name] if name else sets.DEFAULT).url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                url, str(path), path.stem.rpartition("-")[2], progress=False
-            )
-        except (OSError, RuntimeError) as error:  # no network, or not the expected file
-            raise ConfigError(f"cannot be downloaded ({error}); put {url} at {path}") from None
-    return path
+    return TorchvisionSource(
+        url, Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    )
+
+
+# --- timm -----------------------------------------------------------------------------------------
+
+
+def _begin_as_timm(
+    network: Network,
+    student: nn.Module,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    download: bool,
+) -> str | None:
+    """Load timm's weights into a network of timm, but for a head of other classes."""
+    if not isinstance(network, Timm):
+        raise ConfigError(
+            f"is for networks of timm, and the student is {network.called}; name a file"
+        )
+    about: dict[str, Any] = getattr(student, "pretrained_cfg", {})
+    if not any(about.get(key) for key in ("hf_hub_id", "url", "file", "state_dict")):
+        raise ConfigError(f"timm has no weights of {network.model}; name a file")
+    new = about["num_classes"] != num_classes
+    of_head = about.get("classifier") or ()
+    layers = (of_head,) if isinstance(of_head, str) else tuple(of_head)
+    note = None
+    if new:
+        note = _new_head("timm", " and ".join(layers), about["num_classes"], num_classes)
+    if not download:
+        return note
+    try:
+        found = network.pretrained(shape, num_classes).state_dict()
+    except Exception as error:  # of the network, of the file, or of timm
+        raise ConfigError(
+            f"cannot be had ({_line(error)}); if this machine has no network, name a file"
+        ) from None
+    wanted = student.state_dict()
+    heads = tuple(f"{layer}." for layer in layers)
+    below = [key for key in wanted if not (new and key.startswith(heads))]
+    other = [key for key in below if key not in found or found[key].shape != wanted[key].shape]
+    if other:
+        raise ConfigError(
+            f"the student's {other[0]} is {list(wanted[other[0]].shape)}, and timm's another one, as images up to "
+            f"{SMALL_IMAGE} pixels get a smaller first convolution; set student.stem: timm"
+        )
+    student.load_state_dict({**wanted, **{key: found[key] for key in below}})
+    return note

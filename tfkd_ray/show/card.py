@@ -63,7 +63,18 @@ def card_text(chosen: Chosen, result: Tree, notes: list[str], licence: str | Non
     yield "\n## Recipe\n"
     tree = config.tree
     yield "```yaml"
-    recipe = ("objective", "epochs", "optim", "schedule", "ema", "augment", "init", "seed", "loop")
+    recipe = (
+        "objective",
+        "epochs",
+        "optim",
+        "schedule",
+        "ema",
+        "augment",
+        "init",
+        "freeze",
+        "seed",
+        "loop",
+    )
     yield dump_yaml({k: tree[k] for k in recipe if k in tree}).rstrip()
     yield "```"
     yield "\n## Teacher\n"

@@ -205,7 +205,7 @@ def _epoch_seconds(config: TrainConfig) -> float:
     cached, the step is one of plain training, and `_view_seconds` measures the labels.
     """
     from tfkd_ray.learn.loop import train
-    from tfkd_ray.learn.weights import untrained
+    from tfkd_ray.learn.teacher_input import untrained
 
     data = config.data.model_copy(
         update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0}
@@ -233,7 +233,7 @@ def _view_seconds(run: TeacherRun) -> float:
     import torch
 
     from tfkd_ray.learn.evaluate import predictions
-    from tfkd_ray.learn.weights import untrained
+    from tfkd_ray.learn.teacher_input import untrained
 
     device = (
         torch.device("cuda", torch.cuda.current_device())

@@ -321,12 +321,20 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     tree = copy.deepcopy(read_experiment(experiment)["space"])
     objectives = [TUNED_BASELINES[name] for name in lacking]
     tree["objective"] = objectives if len(objectives) > 1 else objectives[0]
-    tree |= {"teacher": None, "init": "random"}
+    tree["teacher"] = None
+    if _holds_trained(tree.get("init")):  # a baseline has no teacher
+        tree["init"] = "random"
     tree.pop("teachers", None)
     own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")
+
+
+def _holds_trained(init: Any) -> bool:
+    """Return whether a student of this part of a space may begin as a trained copy."""
+    listed = init.get("choices") if isinstance(init, dict) else None
+    return "trained" in (listed if isinstance(listed, list) else [init])
 
 
 def arms_of(

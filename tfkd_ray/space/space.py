@@ -140,12 +140,24 @@ class Branch:
     @property
     def makes_teachers(self) -> list[Parameter]:
         """Return the parameters that a trial's teacher depends on; empty if it needs none."""
-        if not _needs_teacher(self.tree):
+        if not self.needs_teacher:
             return []
         parts = {*OF_TEACHERS, "augment", "init"}
-        if not _is_taught(self.tree["objective"]) or self.tree.get("init") == "trained":
-            parts.add("student")
-        return [p for p in self.parameters if p.path[0] in parts and not _is_share(p)]
+        if not _is_taught(self.tree["objective"]) or self._may_begin_trained:
+            parts |= {"student", "freeze"}
+        free = [p for p in self.parameters if _is_share(p) or p.path[-1] == "lr_decay"]
+        return [p for p in self.parameters if p.path[0] in parts and p not in free]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether some trial needs a trained network before it starts."""
+        return _needs_teacher(self.tree) or self._may_begin_trained
+
+    @property
+    def _may_begin_trained(self) -> bool:
+        searched = [p.domain for p in self.parameters if p.path == ("init",)]
+        items = [item for d in searched if isinstance(d, Choices) for item in d.values]
+        return "trained" in (self.tree.get("init"), *items)
 
     @property
     def example(self) -> TrainConfig:
@@ -284,6 +296,9 @@ class Space(Searched):
                 config = branch.config(ends)
                 notes += config.try_objective()
                 config.try_optimizer()
+            for values in itertools.islice(_every_choice(_beginnings(branch)), MAX_CORNERS):
+                config = branch.config({**_first(branch.parameters), **values})
+                notes += config.try_beginning()
         return list(dict.fromkeys(notes))
 
     def single(self) -> TrainConfig:
@@ -477,6 +492,27 @@ def _weights_are_unknown(space: Space) -> Sentences:
         )
 
 
+def _beginnings_are_unknown(space: Space) -> Sentences:
+    """Yield a note if a student's weights may have seen the validation images."""
+    found: dict[str, None] = {}
+    for branch in space.branches:
+        first = _first(branch.parameters)
+        for values in itertools.islice(_every_choice(_beginnings(branch)), MAX_CORNERS):
+            weights = branch.config({**first, **values}).initial_weights
+            found |= {} if weights is None else {weights: None}
+    if found:
+        yield (
+            f"init.weights: what {' and '.join(found)} was trained on is not known here; if it has seen the validation "
+            "images, students look better than they are"
+        )
+
+
+def _beginnings(branch: Branch) -> list[Parameter]:
+    """Return the parameters on which the beginning of a student depends."""
+    parts = ("student", "init", "freeze")
+    return [p for p in branch.parameters if p.path[0] in parts]
+
+
 def _trials_are_the_same(space: Space) -> Sentences:
     """Yield a note if nothing is searched, so that all trials are equal."""
     share = _share(space)
@@ -511,7 +547,7 @@ def _trials_repeat_others(space: Space) -> Sentences:
     yield f"there are only {points}: of {share} that are proposed, some are likely to repeat others; {way}"
 
 
-NOTES = (_weights_are_unknown, _trials_are_the_same, _trials_repeat_others)
+NOTES = (_weights_are_unknown, _beginnings_are_unknown, _trials_are_the_same, _trials_repeat_others)
 
 
 # --- rules of a space's teachers, on the tree of the file
@@ -519,7 +555,7 @@ NOTES = (_weights_are_unknown, _trials_are_the_same, _trials_repeat_others)
 
 def _teacher_is_needed(space: Space) -> Sentences:
     """Reject a searched teacher without an objective that needs one."""
-    if not any(_needs_teacher(branch.tree) for branch in space.branches):
+    if not any(branch.needs_teacher for branch in space.branches):
         for part in OF_TEACHERS:
             for name in _ranges(space.tree.get(part), (part,)):
                 yield f"{name}: is searched, and no objective here needs a teacher; leave it out"
@@ -811,7 +847,10 @@ def _needs_teacher(tree: Tree) -> bool:
     """Return whether a run of this tree, with one objective, first needs a trained network."""
     objective = tree.get("objective")
     self_taught = name_of(objective) == "tfkd_self"
-    return tree.get("init") == "trained" or self_taught or _is_taught(objective)
+    init = tree.get("init")
+    listed = init.get("choices") if isinstance(init, dict) else None
+    inits = [init, *listed] if isinstance(listed, list) else [init]
+    return "trained" in inits or self_taught or _is_taught(objective)
 
 
 def _is_taught(objective: Any) -> bool:
