@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_data import pickled, write_cifar
 from torch.utils.flop_counter import FlopCounterMode
 
 from tfkd_ray.learn import config as config_module
@@ -21,7 +22,7 @@ from tfkd_ray.learn.data import Digits
 from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.models import Cnn, Mlp
 from tfkd_ray.learn.objectives import CrossEntropy, KnowledgeDistillation, TfkdSelf
-from tfkd_ray.learn.official import Mnist
+from tfkd_ray.learn.official import Cifar10, Mnist
 from tfkd_ray.learn.optimizers import OptimConfig
 from tfkd_ray.learn.teachers import find_or_train
 from tfkd_ray.settings.errors import ConfigError
@@ -376,3 +377,64 @@ def test_every_problem_of_a_call_is_in_one_error() -> None:
     with pytest.raises(ConfigError) as error:
         TrainConfig(objective="kdd", epochs=0)  # type: ignore[arg-type]
     assert len(error.value.problems) == 2
+
+
+# --- recipes of later papers
+
+
+SLOW_TO_FILL = {"epochs": 2, "schedule": {"warmup_epochs": 0.5}, "optim": {"batch_size": 32}}
+
+
+@pytest.mark.parametrize(
+    ("data", "recipe"),
+    [
+        ("cifar100", "patient"),
+        ("cifar100", "deit"),
+        ("cifar100", "fast"),
+        ("tiny_imagenet", "patient"),
+        ("tiny_imagenet", "deit"),
+        ("imagenet", "patient"),
+        ("imagenet", "deit"),
+        ("fashion_mnist", "patient"),
+        ("omniglot", "patient"),
+        ("digits", "patient"),
+    ],
+)
+def test_a_recipe_by_name_is_whole_and_settings_override_it(data: str, recipe: str) -> None:
+    tree = {"objective": "ce", "data": data, "recipe": recipe}
+    config = validated(TrainConfig, tree)
+    expected = {"patient": (1000, "adamw"), "deit": (300, "adamw"), "fast": (10, "sgd")}[recipe]
+    assert (config.epochs, config.optim.name) == expected
+    assert (config.augment.mixup > 0) == (recipe != "fast")
+    assert config.augment.flip in {
+        "omniglot": [False],
+        "digits": [False],
+    }.get(data, [True, "alternating"])
+    less = validated(TrainConfig, {**tree, "epochs": 3, "augment": {"mixup": 0}})
+    assert (less.epochs, less.augment.mixup, less.optim) == (3, 0, config.optim)
+    other = validated(TrainConfig, {**tree, "optim": {"name": "muon"}})
+    assert other.optim.name == "muon" and other.optim.batch_size == config.optim.batch_size
+
+
+@pytest.mark.parametrize("recipe", ["patient", "deit", "fast"])
+def test_a_recipe_by_name_trains(recipe: str, tmp_path: Path) -> None:
+    write_cifar(tmp_path, Cifar10, pickled(Cifar10), archive=False)
+    tree = {
+        "objective": {"name": "kd", "alpha": 1.0, "temperature": 1.0},
+        "data": {"name": "cifar10", "root": tmp_path},
+        "recipe": recipe,
+        "student": {"name": "cnn", "widths": [4, 8]},
+        "teacher": {"model": {"name": "cnn", "widths": [8, 8]}},
+        **SLOW_TO_FILL,
+    }
+    config = validated(TrainConfig, tree)
+    teacher = config.teacher_run()
+    assert teacher is not None and teacher.optim.name == config.optim.name
+    network = teacher.build_student()
+    metrics = [epoch.metrics for epoch in train(config, teacher=network)]
+    assert all(math.isfinite(m["train_kd"]) for m in metrics) and len(metrics) == 2
+
+
+def test_an_unknown_recipe_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="recipe: digits has no recipe 'deit'; .*patient"):
+        validated(TrainConfig, {"objective": "ce", "recipe": "deit"})

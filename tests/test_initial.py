@@ -395,6 +395,25 @@ def test_a_resumed_run_is_the_same_and_needs_the_file_no_more(student: Any, tmp_
     assert same(rest[-1].state(), whole[-1].state())
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_every_optimizer_takes_frozen_parts_and_rates_by_depth(name: str, tmp_path: Path) -> None:
+    student = {"name": "mlp", "hidden": [16, 16, 16]}
+    made = validated(TrainConfig, {**BASE, "student": student}).build_student()
+    init = {"weights": saved(made, tmp_path / "w.pt"), "lr_decay": 0.5}
+    more = {"optim": {"name": name, "lr": 0.01}, "ema": {"decay": 0.9}}
+    run = config(student=student, init=init, freeze="1", epochs=3, **more)
+    whole = list(train(run))
+    begun = train(run)
+    state = next(begun).state()
+    begun.close()
+    assert same(list(train(run, state))[-1].state(), whole[-1].state())
+    first = made.state_dict()
+    for key, value in whole[-1].state()["trained"].items():
+        assert value.equal(first[key]) == key.startswith("1."), key
+    even = config(student=student, init={**init, "lr_decay": 1}, freeze="1", epochs=3, **more)
+    assert not same(last_of(even).state()["model"], whole[-1].state()["model"])
+
+
 # --- frozen parts
 
 

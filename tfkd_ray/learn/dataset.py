@@ -58,6 +58,59 @@ PAPER_RECIPE: Tree = {
     "schedule": {"name": "step", "milestones": [0.3, 0.6, 0.8], "gamma": 0.2, "warmup_epochs": 1.0},
 }
 """The Tf-KD paper's recipe for CIFAR, without its augmentation."""
+PATIENT: Tree = {
+    "epochs": 1000,
+    "optim": {
+        "name": "adamw",
+        "lr": 0.003,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "batch_size": 512,
+    },
+    "schedule": {"name": "cosine", "warmup_epochs": 15.0},
+    "augment": {"mixup": 1.0},
+}
+"""Function matching: a long schedule, on mixed images that the teacher sees, too. (Beyer et al.
+2022, arXiv:2106.05237.) The settings are those of the authors' code for Oxford Pets (`fast` epochs,
+`medium` rates), for `kd` with alpha = 1; their weight decay, which no learning rate multiplies, is
+divided by the rate here."""
+DEIT: Tree = {
+    "epochs": 300,
+    "optim": {
+        "name": "adamw",
+        "lr": 0.001,
+        "weight_decay": 0.05,
+        "no_decay": "norm_and_bias",
+        "batch_size": 1024,
+    },
+    "schedule": {"name": "cosine", "warmup_epochs": 5.0},
+    "augment": {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25, "rand": {"ops": 2, "magnitude": 9}},
+}
+"""Settings of DeiT for training transformers on little data, without its repeated augmentation and
+stochastic depth. (Touvron et al. 2021, arXiv:2012.12877, table 9.) Its label smoothing is `lsr`."""
+FAST: Tree = {
+    "epochs": 10,
+    "optim": {
+        "name": "sgd",
+        "lr": 1.5,
+        "weight_decay": 0.00133,
+        "momentum": 0.85,
+        "nesterov": True,
+        "batch_size": 1024,
+    },
+    "schedule": {"name": "cosine", "warmup_epochs": 2.3},
+    "augment": {"crop_padding": 2, "flip": "alternating"},
+}
+"""A short schedule with large steps, after airbench94. (Jordan 2024, arXiv:2404.00498.) Its learning
+rate and weight decay are given for the mean over a batch here; its own network, whitening layer and
+rates of biases are not ours. Its label smoothing is `lsr`, with alpha 0.2."""
+
+
+def augmented(recipe: Tree, **augment: Any) -> Tree:
+    """Return a recipe with more augmentation, such as crops and flips of one data set."""
+    return {**recipe, "augment": {**recipe["augment"], **augment}}
+
+
 IMAGENET: Tree = {
     "epochs": 90,
     "optim": {
@@ -122,7 +175,7 @@ class Dataset(Settings):
     known_by_digest: ClassVar[set[str]] = set()
     """Settings that identify a data set only if it has no digest."""
     later: ClassVar[frozenset[str]] = frozenset({"digest"})
-    recipes: ClassVar[dict[str, Tree]] = {"plain": {}, "modern": MODERN}
+    recipes: ClassVar[dict[str, Tree]] = {"plain": {}, "modern": MODERN, "patient": PATIENT}
     """Default settings by recipe name; the first recipe is the default. Explicit settings override
     them."""
 

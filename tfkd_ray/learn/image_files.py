@@ -23,9 +23,11 @@ from tfkd_ray.settings.files import cached_file, opened, read_at_most
 if TYPE_CHECKING:
     from torch import Tensor
 from tfkd_ray.learn.dataset import (
+    DEIT,
     IMAGENET,
     MODERN,
     PAPER_RECIPE,
+    PATIENT,
     SPLITS,
     AbsolutePath,
     Channels,
@@ -35,6 +37,7 @@ from tfkd_ray.learn.dataset import (
     Level,
     Split,
     Spread,
+    augmented,
     folder_identity,
 )
 
@@ -67,6 +70,8 @@ class TinyImagenet(FileDataset):
             "augment": {"flip": True, "rotation_degrees": 20.0},
         },
         "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 8, "flip": True}},
+        "patient": augmented(PATIENT, crop_padding=8, flip=True),
+        "deit": augmented(DEIT, crop_padding=8, flip=True),
     }
 
     name: Literal["tiny_imagenet"] = "tiny_imagenet"
@@ -228,6 +233,8 @@ class FolderDataset(FileDataset):
             "optim": {**IMAGENET["optim"], **MODERN["optim"]},
             "schedule": {**MODERN["schedule"], "warmup_epochs": 5.0},
         },
+        "patient": augmented(PATIENT, resized_crop=True, flip=True),
+        "deit": augmented(DEIT, resized_crop=True, flip=True),
     }
 
     image_size: Annotated[int, Field(ge=8, le=1024)] = 224

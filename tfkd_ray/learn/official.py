@@ -20,8 +20,11 @@ from tfkd_ray.settings.files import ArraysOnly, opened, read_at_most
 if TYPE_CHECKING:
     from torch import Tensor
 from tfkd_ray.learn.dataset import (
+    DEIT,
+    FAST,
     MODERN,
     PAPER_RECIPE,
+    PATIENT,
     SPLITS,
     AbsolutePath,
     Channels,
@@ -29,6 +32,7 @@ from tfkd_ray.learn.dataset import (
     ImageShape,
     Labelled,
     Split,
+    augmented,
 )
 
 MOST_PICKLE_BYTES = 2**28
@@ -209,6 +213,12 @@ class FashionMnist(IdxDataset):
         "https://github.com/zalandoresearch/fashion-mnist"
     )
 
+    recipes = {
+        "plain": {},
+        "modern": MODERN,
+        "patient": augmented(PATIENT, crop_padding=2, flip=True),
+    }
+
     name: Literal["fashion_mnist"] = "fashion_mnist"
     root: AbsolutePath = Path("/usr/share/datasets/fashion-mnist")
 
@@ -314,6 +324,9 @@ class CifarDataset(FileDataset):
             "augment": {"crop_padding": 4, "flip": True, "rotation_degrees": 15.0},
         },
         "modern": {"epochs": 200, **MODERN, "augment": {"crop_padding": 4, "flip": True}},
+        "patient": augmented(PATIENT, crop_padding=4, flip=True),
+        "deit": augmented(DEIT, crop_padding=4, flip=True),
+        "fast": FAST,
     }
 
     check_md5: bool = True

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from tfkd_ray.learn.cache import cached
 from tfkd_ray.learn.dataset import (
     MODERN,
+    PATIENT,
     SPLITS,
     AbsolutePath,
     Channels,
@@ -29,6 +30,7 @@ from tfkd_ray.learn.dataset import (
     ImageShape,
     Labelled,
     Split,
+    augmented,
 )
 from tfkd_ray.learn.images import generator
 from tfkd_ray.settings.errors import ConfigError, did_you_mean
@@ -150,6 +152,7 @@ class Omniglot(FileDataset):
         "plain": {},
         "modern": MODERN,
         "augmented": {**MODERN, "augment": {"crop_padding": 2, "rotation_degrees": 15.0}},
+        "patient": augmented(PATIENT, crop_padding=2, rotation_degrees=15.0),
     }
 
     name: Literal["omniglot"] = "omniglot"
