@@ -17,8 +17,8 @@ from test_data import pickled, write_cifar, write_idx
 
 from tfkd_ray.learn import dataset
 from tfkd_ray.learn.config import TrainConfig
-from tfkd_ray.learn.data import Digits, OwnData, forget_loaded
-from tfkd_ray.learn.dataset import FileDataset, digest_of
+from tfkd_ray.learn.data import Digits, OwnData
+from tfkd_ray.learn.dataset import FileDataset, digest_of, forget_loaded
 from tfkd_ray.learn.image_files import ImageFolder
 from tfkd_ray.learn.images import ImageSet
 from tfkd_ray.learn.loop import LOOP_VERSION
@@ -163,6 +163,20 @@ def idx_at(root: Path, *, gz: bool = False, spoil: bool = False) -> Mnist:
         raw[-1] ^= 1
         path.write_bytes(raw)
     return Mnist(root=root)
+
+
+def test_a_process_that_has_loaded_data_notices_that_their_files_changed(tmp_path: Path) -> None:
+    data = idx_at(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte"
+    pinned, raw = data.pinned(), path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert data.pinned().digest != pinned.digest
+    with pytest.raises(ConfigError, match=str(pinned.digest)):
+        pinned.load()
+    path.write_bytes(raw)
+    pinned.load()
+    path.unlink()
+    pinned.load()  # its images are in memory
 
 
 def test_two_roots_of_the_same_content_are_one_data_set_and_of_other_content_two(

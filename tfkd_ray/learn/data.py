@@ -45,7 +45,6 @@ from tfkd_ray.learn.dataset import (
     Split,
     digest_of,
     label_problem,
-    load_official,
     stratified,
 )
 from tfkd_ray.learn.image_files import ImageFolder, Imagenet, TinyImagenet
@@ -236,11 +235,6 @@ Data = Annotated[
     Field(discriminator="name"),
     BeforeValidator(name_alone),
 ]
-
-
-def forget_loaded() -> None:
-    """Free loaded data, in a process that needed only their digest."""
-    load_official.cache_clear()
 
 
 def _digits_file() -> Path:

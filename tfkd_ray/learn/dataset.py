@@ -5,6 +5,7 @@ Shapes: N = images, C = channels, H, W = height and width.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -453,8 +454,24 @@ def _examined(data: Dataset) -> None:
     data._examine()
 
 
-@functools.lru_cache(maxsize=4)
 def load_official(data: Dataset) -> OfficialSets:
+    """Return the sets of a data set that this process keeps; files that changed are read again."""
+    found, now = _loaded(data), None
+    with contextlib.suppress(ConfigError):  # the files are gone, and their images are here
+        now = _state(data)
+    if now is not None and found.state is not None and now != found.state:
+        _loaded.cache_clear()
+        found = _loaded(data)
+    return found
+
+
+def forget_loaded() -> None:
+    """Free loaded data, in a process that needed only their digest."""
+    _loaded.cache_clear()
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(data: Dataset) -> OfficialSets:
     before = _state(data)  # taken first, so that files that change during the read are read again
     whole = data._whole("train")
     train, val = data.split(whole.labels)

@@ -21,8 +21,7 @@ from sqlalchemy.exc import OperationalError
 
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
-from tfkd_ray.learn.data import forget_loaded
-from tfkd_ray.learn.dataset import seal_test_split
+from tfkd_ray.learn.dataset import forget_loaded, seal_test_split
 from tfkd_ray.run.callbacks import (
     Budget,
     Lock,
