@@ -753,6 +753,15 @@ def test_new_networks_train_a_step_at_each_size(network: Network, side: int) -> 
     assert sum(not before[key].equal(value) for key, value in student.state_dict().items()) > 20
 
 
+@pytest.mark.parametrize("side, patch", [(32, 4), (64, 8), (224, 16)])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_those_of_timm_train_a_step_at_each_size(name: str, side: int, patch: int) -> None:
+    args: dict[str, Any] = {"img_size": side, "patch_size": patch} if name[:3] == "vit" else {}
+    student = Timm(model=name, args=args).build((3, side, side), 7)
+    student(torch.randn(2, 3, side, side)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+
+
 def striped(split: str, count: int = 12) -> tuple[Tensor, Tensor]:
     """A user's data: few images of 32x32, one class brighter than the other."""
     labels = torch.arange(count) % 2
