@@ -25,7 +25,8 @@ from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from tfkd_ray.verdict.decision import ALPHA, decide, leads_of
-from tfkd_ray.verdict.sequential import SeedPlan, nominal_levels, settle
+from tfkd_ray.verdict.seed_plan import SeedPlan
+from tfkd_ray.verdict.sequential import nominal_levels, settle
 from tfkd_ray.verdict.verdict import ACCURACY
 
 Array = NDArray[np.float64]

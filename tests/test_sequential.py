@@ -21,7 +21,8 @@ from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.store.experiment import Record, trials_folder, write_record
 from tfkd_ray.verdict import sequential
 from tfkd_ray.verdict.decision import ALPHA, decide, leads_of
-from tfkd_ray.verdict.sequential import SeedPlan, nominal_levels, settle
+from tfkd_ray.verdict.seed_plan import SeedPlan
+from tfkd_ray.verdict.sequential import nominal_levels, settle
 from tfkd_ray.verdict.verdict import JudgedArm, judge
 
 ROOT = Path(__file__).parent.parent

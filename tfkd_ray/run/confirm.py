@@ -53,7 +53,7 @@ from tfkd_ray.store.experiment import (
 from tfkd_ray.store.storage import Experiment, to_continue
 from tfkd_ray.verdict import verdict
 from tfkd_ray.verdict.scores import SCORES, score_of, scores
-from tfkd_ray.verdict.sequential import SeedPlan
+from tfkd_ray.verdict.seed_plan import SeedPlan
 
 LOGITS = "test.safetensors"
 """A run's logits [N, K] on the test split, the labels [N], and its teacher's guesses [N]."""

@@ -47,7 +47,7 @@ from tfkd_ray.store.experiment import (
 )
 from tfkd_ray.verdict import scores
 from tfkd_ray.verdict.scores import Selectable
-from tfkd_ray.verdict.sequential import SeedPlan
+from tfkd_ray.verdict.seed_plan import SeedPlan
 
 FIRST_SEED = 1001
 """First seed for arms; it is far from the seeds of sweeps."""

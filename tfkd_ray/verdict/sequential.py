@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from tfkd_ray.verdict.decision import ALPHA, Array, Leads, holm, leads_of
+from tfkd_ray.verdict.seed_plan import SeedPlan
 
 SPENDING_POWER = 4
 """rho: after the share t of the seeds, t^rho of the level is spent. (Kim and DeMets 1987.) Smaller
@@ -42,20 +43,6 @@ LEAST_CHANCE = 0.1
 """A candidate is hopeless if a favourable lead would be found with less than this probability."""
 GRID = 601
 """Points at which the density of the process is calculated."""
-
-
-class SeedPlan(NamedTuple):
-    """How many seeds a sequential comparison may take."""
-
-    first: int
-    """Seeds before the first look, at least 3."""
-    limit: int
-    """Seeds of the last look."""
-
-    @property
-    def looks(self) -> range:
-        """Return the numbers of seeds at which candidates are judged."""
-        return range(self.first, self.limit + 1)
 
 
 class Settled(NamedTuple):

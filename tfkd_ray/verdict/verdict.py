@@ -42,7 +42,8 @@ from tfkd_ray.verdict.decision import (
     leads_of,
 )
 from tfkd_ray.verdict.scores import score_of
-from tfkd_ray.verdict.sequential import SeedPlan, Settled, nominal_levels, settle
+from tfkd_ray.verdict.seed_plan import SeedPlan
+from tfkd_ray.verdict.sequential import Settled, nominal_levels, settle
 
 Word = Literal["better", "not better", "cannot tell"]
 
