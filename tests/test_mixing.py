@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import as_two_workers
+from conftest import OBJECTIVES, as_two_workers
 from test_folder import write_folder
 from test_loop import _worker, numbers, same
 from torch import Tensor
@@ -488,10 +488,9 @@ def test_soft_parts_of_a_teachers_logits_know_no_label(objective: Canonical) -> 
     assert mixed.ce.item() == pytest.approx(F.cross_entropy(logits, q).item(), rel=1e-12)
 
 
-LINEAR = [o for o, *_ in DEFINED.values()] + [Dist(), StandardisedKD()]
-
-
-@pytest.mark.parametrize("objective", LINEAR, ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "objective", [o for o in OBJECTIVES if o.soft_labels], ids=lambda o: o.name
+)
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_mix_of_one_image_alone_has_its_hard_label(objective: Canonical, share: float) -> None:
     logits, labels, teacher = given()
