@@ -39,3 +39,23 @@ def test_a_process_ends_with_the_command_that_began_it(warm: list[str], tmp_path
         assert pid != run.pid and Path(f"/proc/{pid}").exists()
         run.kill()
         assert run.stdout.read() == b"", "it has closed the stream"
+
+
+IDS = """
+import random, threading, uuid
+import numpy, ray
+drawn = [random.random(), numpy.random.rand(), uuid.uuid4(), ray.NodeID.from_random()]
+thread = threading.Thread(target=lambda: drawn.append(ray.NodeID.from_random()))
+thread.start()
+thread.join()
+print(*drawn)
+"""
+
+
+def test_no_two_processes_draw_the_same_numbers_or_ids(warm: list[str], tmp_path: Path) -> None:
+    """Ray's placement groups would be taken for one another."""
+    (tmp_path / "script.py").write_text(IDS)
+    command = [*warm, "-m", "script"]
+    told = [subprocess.check_output(command, cwd=tmp_path, text=True) for _ in range(3)]
+    drawn = [word for line in told for word in line.split()]
+    assert len(drawn) == len(set(drawn)) == 15, drawn

@@ -6,6 +6,8 @@ An import of these takes 3 to 5 s, and the tests start some hundred processes: w
 
 import array
 import contextlib
+import gc
+import importlib
 import json
 import os
 import select
@@ -141,12 +143,29 @@ def begin(words: list[str], env: dict[str, str], cwd: str) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-if __name__ == "__main__":
-    import gc
-    import importlib
+def import_all() -> None:
+    """Import what processes need, without a draw from Ray's generator of ids.
 
+    Its state would be the same in all forked processes, and so would their placement groups' ids.
+    """
+    import ray
+    import ray.actor
+
+    class Ids:
+        """In the place of `ActorClassID`, from which each class of actors draws at its import."""
+
+        @staticmethod
+        def from_random() -> Any:
+            return ray.ActorClassID(os.urandom(28))
+
+    before, ray.actor.ActorClassID = ray.actor.ActorClassID, Ids
     for module in IMPORTS:
         importlib.import_module(module)
+    ray.actor.ActorClassID = before
     gc.collect()
     gc.freeze()
+
+
+if __name__ == "__main__":
+    import_all()
     begin(**requests(socket.socket(fileno=int(sys.argv[1]))))
