@@ -192,7 +192,7 @@ def compare_arms(comparison: "Experiment", address: str | None) -> int:
         result = judge_on_test(comparison, opened)
     except KeyboardInterrupt:
         return told_of_interrupt(directory)
-    print("\n".join(outcome_table(result)))
+    print(*outcome_table(result), sep="\n")
     print(f"\nwritten to {short_path(directory)}/confirm.json")
     if compared.strict and not all(found["verdict"] == "better" for found in result["verdicts"]):
         return NOT_BETTER

@@ -96,9 +96,9 @@ def explain_verb(args: Namespace) -> int:
 
     if is_arms_file(args.file):
         for arm in load_arms(args.file, args.overrides).arms:
-            print("\n".join(arm_line(arm.name, arm.config)))
+            print(*arm_line(arm.name, arm.config), sep="\n")
     else:
-        print("\n".join(explained(load_file(args))))
+        print(*explained(load_file(args)), sep="\n")
     return OK
 
 

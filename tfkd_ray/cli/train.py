@@ -33,7 +33,7 @@ def teacher_verb(args: Namespace) -> int:
             shown = "" if accuracy is None else f"{accuracy:.4f}"
             data = about["config"]["data"]["name"]
             table.append(f"{on_one_line(name)}\t{on_one_line(data)}\t{_epochs_of(about)}\t{shown}")
-        print("\n".join(in_columns(table)))
+        print(*in_columns(table), sep="\n")
         return OK
     if args.name not in found:
         hint = did_you_mean(args.name, found) if found else "there is none"

@@ -85,7 +85,6 @@ class Recorder(Listener):
     def _make(self, trial: Any) -> None:
         """Write a trial's lines, and create its folder if it is missing."""
         folder = self._folder(trial)
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(
             folder / "metrics.jsonl", "".join(line + "\n" for line in self._lines[trial.trial_id])
         )

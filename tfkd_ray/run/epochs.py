@@ -165,7 +165,6 @@ def note_broken(assignment: Assignment, reason: str) -> None:
     """Write a note about a broken GPU to the trial's directory, for the driver."""
     storage, folder = assignment.place
     told = {"node": this_node(), "host": socket.gethostname(), "reason": reason.splitlines()[0]}
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / BROKEN_GPU, json.dumps(told))
     with suppress(OSError):
         storage.send(folder / BROKEN_GPU)

@@ -55,7 +55,7 @@ from tfkd_ray.show.listener import Epochs
 from tfkd_ray.space.plain import PlainSpace, parameters_from, plain_space, search_settings
 from tfkd_ray.space.relate import as_asked, branch_of, group_points, is_number, placed
 from tfkd_ray.space.search_config import CmaEs, Gp, Grid, Halving, Hyperband, Median, Qmc, Tpe
-from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space
+from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space, share_of
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
@@ -703,7 +703,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             points = self._given.get(group.name, [])
             self._warm[g] = [*points, *(point for point in told if point not in points)]
         given = self._warm[g][k] if k < len(self._warm[g]) else None
-        share = search.num_samples // len(self.space.groups)
+        share = share_of(self.space)
         startup = getattr(settings, "startup", None) or min(STARTUP, max(3, share // 2))
         if given is None and (
             isinstance(settings, Qmc | Grid) or self._begins_evenly(g, k < startup)
@@ -1036,7 +1036,7 @@ def given_points(space: Space | PlainSpace, points: Sequence[Values]) -> dict[st
         for p in branch_of(group, objective).parameters:
             told |= p.domain.told(p.name, values[p.name]) if p.name in values else {}
         found.setdefault(group.name, []).append(told)
-    share = space.search.num_samples // len(space.groups)
+    share = share_of(space)
     for name, those in found.items():
         if len(those) > share:
             raise ConfigError(

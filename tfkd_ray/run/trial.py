@@ -134,7 +134,6 @@ class StudentTrial(tune.Trainable):  # type: ignore[misc]
         else:
             reason, trace = reason_of(error), "".join(traceback.format_exception(error))
         storage, folder = self._assignment.place
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "error.txt", trace)
         with suppress(OSError):  # the reason is reported anyway
             storage.send(folder / "error.txt")

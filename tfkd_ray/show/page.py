@@ -349,7 +349,6 @@ def draw_svg(figure: Figure, folder: Path) -> Path:
         canvas.suptitle(figure.title, parse_math=False)
         for number, panel in enumerate(figure.panels):
             _draw_panel(canvas.add_subplot(rows, columns, number + 1), canvas, panel)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{figure.key}.svg"
         with whole_file(path) as part:
             canvas.savefig(part, format="svg", metadata={"Date": None})

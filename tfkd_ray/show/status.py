@@ -327,6 +327,7 @@ def status(experiment: Path) -> Tree:
         state = "running"
     rate = _rate(experiment, records, now) if state == "running" else None
     rows, sweep = _status_rows(records, plan), plan.kind == "sweep"
+    since = _changed(experiment / "driver.txt") if alive else math.inf
     return {
         "name": _shown_name(experiment),
         "preset": plan.about.get("compared", {}).get("preset"),
@@ -348,7 +349,7 @@ def status(experiment: Path) -> Tree:
         "elapsed_s": _elapsed(
             plan.created, now if state == "running" else _last_change(experiment)
         ),
-        "ran_s": _ran(experiment, alive=alive) if sweep else None,
+        "ran_s": spent(experiment, since=since)["seconds"] if sweep else None,
         "rate": rate,
         "left_s": _left(plan, records, rate),
         "failures": _last_failures(records),
@@ -499,12 +500,6 @@ def _elapsed(created: str, until: float) -> float | None:
     with suppress(ValueError):
         return max(0.0, until - datetime.fromisoformat(created).timestamp())
     return None
-
-
-def _ran(experiment: Path, *, alive: bool) -> float:
-    return spent(experiment, since=_changed(experiment / "driver.txt") if alive else math.inf)[
-        "seconds"
-    ]
 
 
 def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | None:

@@ -32,7 +32,6 @@ from tfkd_ray.learn.objectives import (
     softmax,
 )
 from tfkd_ray.learn.optimizers import AdamW, Muon
-from tfkd_ray.settings.columns import in_columns
 from tfkd_ray.settings.errors import Sentences
 from tfkd_ray.settings.yaml import value_at
 from tfkd_ray.space.ranges import Choices, Domain
@@ -235,6 +234,8 @@ def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Sente
 
 def explained(space: Space) -> Sentences:
     """Yield the equivalents of a space's objectives and searched settings, 80 columns a line."""
+    from tfkd_ray.settings.columns import in_columns  # `tfkd check` does without
+
     data = space.example.data
     K = data.num_classes
     scales = ", ".join(f"{s:g}" for s in SCALES)

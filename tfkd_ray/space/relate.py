@@ -16,7 +16,7 @@ from tfkd_ray.settings.schema import tag
 from tfkd_ray.settings.yaml import Tree, Values, leaves_of, value_at
 from tfkd_ray.space.ranges import Choices, Path_, Range, name_of
 from tfkd_ray.space.search_config import Grid
-from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path
+from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path, share_of
 from tfkd_ray.store.experiment import as_number
 
 
@@ -70,7 +70,7 @@ def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
     in_turn: list[WarmPoint] = []
     for row in itertools.zip_longest(*map(_published, group.branches)):
         in_turn += [point for point in row if point is not None]
-    return in_turn[: space.search.num_samples // len(space.groups) // 4]
+    return in_turn[: share_of(space) // 4]
 
 
 def _published(branch: Branch) -> Iterator[WarmPoint]:

@@ -474,7 +474,7 @@ def _grid_size(space: Searched) -> int:
     return sum(group.grid_size or 0 for group in space.groups)
 
 
-def _share(space: Searched) -> int:
+def share_of(space: Searched) -> int:
     """Return the number of trials per group."""
     return space.search.num_samples // len(space.groups)
 
@@ -515,7 +515,7 @@ def _beginnings(branch: Branch) -> list[Parameter]:
 
 def _trials_are_the_same(space: Space) -> Sentences:
     """Yield a note if nothing is searched, so that all trials are equal."""
-    share = _share(space)
+    share = share_of(space)
     idle = [b.objective for b in space.branches if not b.parameters]
     if share < 2 or not idle or (len(idle) < len(space.branches) and not space.search.split):
         return
@@ -532,7 +532,7 @@ def _trials_are_the_same(space: Space) -> Sentences:
 
 def _trials_repeat_others(space: Space) -> Sentences:
     """Yield a note if trials must repeat, because there are hardly more different ones."""
-    share = _share(space)
+    share = share_of(space)
     few = {}
     for group in space.groups:
         size = group.size
@@ -709,7 +709,7 @@ def _halving_stops_trials(space: Searched) -> Sentences:
 
 def _brackets_have_trials(space: Searched) -> Sentences:
     """Reject a hyperband with too few trials per bracket."""
-    stopping, epochs, share = space.stopping, space.epochs, _share(space)
+    stopping, epochs, share = space.stopping, space.epochs, share_of(space)
     if not isinstance(stopping, Hyperband) or _begins_too_late(space):
         return
     n = len(stopping.brackets(epochs))
@@ -731,7 +731,7 @@ def _median_has_few_rungs(space: Searched) -> Sentences:
 
 def _median_begins(space: Searched) -> Sentences:
     """Reject a median that begins only after an objective's last trial."""
-    stopping, share = space.stopping, _share(space)
+    stopping, share = space.stopping, share_of(space)
     if isinstance(stopping, Median) and share <= stopping.startup:
         yield (
             f"stopping: median begins after {stopping.startup} full-length trials of an objective, and each has "
