@@ -346,6 +346,17 @@ def test_two_workers_agree_with_one(tmp_path: Path) -> None:
         assert {k: b[k] for k in a} == pytest.approx(a, abs=1e-5)
 
 
+def test_a_batch_of_mixes_in_pieces_is_the_whole_batch() -> None:
+    one, three = (
+        list(train(config(augment=EVERY["all"], optim={"batch_size": 50, "accumulate": pieces})))
+        for pieces in (1, 3)
+    )
+    for a, b in zip(one, three, strict=True):
+        assert b.metrics["train_loss"] == pytest.approx(a.metrics["train_loss"], rel=1e-4)
+    weights = one[-1].state()["model"]
+    assert all((three[-1].state()["model"][k] - v).abs().max() < 1e-4 for k, v in weights.items())
+
+
 def test_validation_is_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     c = config(augment=EVERY["all"], epochs=1)
     _, val = c.data.load()
