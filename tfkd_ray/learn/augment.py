@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+IN_CACHE = 64
+"""Images that are moved together on a CPU: 256 of 32x32 at once take about twice as long."""
+
+
 class View(NamedTuple):
     """The random draws of one epoch, for every image of a set."""
 
@@ -56,7 +60,7 @@ class View(NamedTuple):
     hole: Tensor | None = None
     """float32 [N, 5], uniform in [0, 1): draws of random erasing."""
 
-    def of(self, index: Tensor) -> View:
+    def of(self, index: Tensor | slice) -> View:
         """Return the draws of the images at some indices."""
         return self._each(lambda part: part[index])
 
@@ -269,6 +273,9 @@ class Augment(Settings):
         """Return cropped, flipped and rotated images."""
         import torch
 
+        if images.device.type == "cpu" and len(images) > IN_CACHE:
+            parts = [slice(k, k + IN_CACHE) for k in range(0, len(images), IN_CACHE)]
+            return torch.cat([self._moved(images[part], view.of(part)) for part in parts])
         from tfkd_ray.learn.policies import gathered
 
         B, _, H, W = images.shape

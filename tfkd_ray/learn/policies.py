@@ -245,7 +245,7 @@ def erased(images: Tensor, draws: Tensor, probability: float) -> Tensor:
         draws: uniform in [0, 1), [B, 5]: coin, area, shape, row and column.
     """
     box = erased_box(draws, probability, *images.shape[-2:])
-    return images.masked_fill(within(box, *images.shape[-2:]), 0)
+    return images * ~within(box, *images.shape[-2:])
 
 
 def erased_box(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
