@@ -473,6 +473,7 @@ def train_teachers(
 def _teacher_task(run: TeacherRun, storage: Storage, home: own_code.Place) -> Tree:
     seal_test_split()
     own_code.enter(home)
+    forget_loaded()  # Ray's process may have trained a teacher on data that have changed since
     check_data_here(run)
     teachers.fetch_teacher(run, storage)
     on_saved = storage.on_saved(teachers.teacher_folder(run, storage.folder))
