@@ -596,7 +596,7 @@ def _seen(
     parts = zip(shares, train_set.read(read, view.crop), seen_so.of_each(read, device), strict=True)
     for mine, images, drawn in parts:
         augmented = config.augment(images.to(device, non_blocking=True), drawn)
-        normal = augmented.to(torch.float32, copy=True).sub_(mean).div_(std)
+        normal = augmented.to(mean.dtype, copy=True).sub_(mean).div_(std)
         normal = config.augment.erased(normal, drawn)
         yield normal if mix is None else mix.of(mine)(*normal.split(len(mine)))
 
