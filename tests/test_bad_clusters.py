@@ -85,6 +85,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_head_that_dies_while_a_job_is_sent_is_told_from_a_job_that_failed(
     head: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_head_that_falls_silent_while_a_job_is_sent_is_given_up(
 @pytest.mark.parametrize(
     "code, ends", [(0, 0), (1, 1), (2, 2), (3, 1), (7, 7), (-9, 1), (None, 1)], ids=lambda n: f"{n}"
 )
+@pytest.mark.slow
 def test_a_job_ends_with_the_exit_code_that_tfkd_has_there(
     head: str,
     capfd: pytest.CaptureFixture[str],

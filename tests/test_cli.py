@@ -839,6 +839,7 @@ def test_what_a_sweep_left_is_read_reported_and_exported(
     [("check", "digits_tfkd"), ("ls",), ("status", "x"), ("tune", "digits_tfkd")],
     ids=" ".join,
 )
+@pytest.mark.slow
 def test_a_working_directory_that_is_gone_is_a_sentence(
     tmp_path: Path, argv: tuple[str, ...]
 ) -> None:

@@ -165,6 +165,7 @@ def test_what_is_no_name_of_a_host_is_said(no_ray: None, host: str) -> None:
         connect(f"{host}:6379")
 
 
+@pytest.mark.slow
 def test_auto_where_no_ray_runs_is_said(
     no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -434,6 +434,7 @@ def test_layers_for_which_the_disk_has_no_room_are_the_same_numbers(
     assert same(without.state(), last_of(run, find_or_train(run, tmp_path)).state())
 
 
+@pytest.mark.slow
 def test_layers_of_the_bank_are_not_taken_for_those_of_other_layers(tmp_path: Path) -> None:
     tree = {**BASE["teacher"], "labels": "bank"}
     ends = []

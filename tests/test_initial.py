@@ -506,6 +506,7 @@ def test_a_wrong_freeze_is_refused_by_check_in_every_choice(
     )
 
 
+@pytest.mark.slow
 def test_two_workers_with_frozen_parts_train_as_one(tmp_path: Path) -> None:
     """Frozen parameters are no missing gradients; a frozen BatchNorm is the same for all workers."""
     run = config(student={"name": "cnn", "widths": [6]}, freeze=STEM, optim={"batch_size": 64})
@@ -717,6 +718,7 @@ def test_a_word_can_be_overridden_by_weights() -> None:
 @pytest.mark.parametrize(
     "init, kept", [("trained", "random"), ("random", "random"), ({"weights": "/w.pt"}, "/w.pt")]
 )
+@pytest.mark.slow
 def test_baselines_that_are_tuned_later_begin_with_the_same_weights(
     init: Any, kept: str, tmp_path: Path
 ) -> None:

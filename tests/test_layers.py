@@ -162,6 +162,7 @@ EXPERIMENT = next((Path(__file__).parent / "data").rglob("experiment.yaml")).par
     ],
     ids=lambda command: command[0],
 )
+@pytest.mark.slow
 def test_looking_imports_neither_torch_nor_ray(command: list[str], tmp_path: Path) -> None:
     """On a first-release experiment: importing torch alone takes a second and 600 MB.
 

@@ -197,6 +197,7 @@ def test_on_a_terminal_it_is_one_screen(
         assert len(lines) <= 20
 
 
+@pytest.mark.slow
 def test_of_223_arms_those_that_run_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     arms = [
         {"name": f"arm-{n}", "objective": "ce", "optim": {"lr": (n + 1) / 300}} for n in range(223)
