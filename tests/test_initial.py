@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision  # type: ignore[import-untyped]
-from conftest import Run, train_as_worker
+from conftest import Run, as_two_workers, train_as_worker
 from safetensors.torch import save_file
 from test_loop import numbers, same
 from test_weights import hub as hub  # a fixture
@@ -511,8 +510,7 @@ def test_two_workers_with_frozen_parts_train_as_one(tmp_path: Path) -> None:
     """Frozen parameters are no missing gradients; a frozen BatchNorm is the same for all workers."""
     run = config(student={"name": "cnn", "widths": [6]}, freeze=STEM, optim={"batch_size": 64})
     one = last_of(run).state()
-    given = (str(tmp_path), run.model_dump(mode="json"), _no_teacher)
-    mp.spawn(train_as_worker, given, nprocs=2)  # type: ignore[no-untyped-call]
+    as_two_workers(train_as_worker, str(tmp_path), run.model_dump(mode="json"), _no_teacher)
     two = torch.load(tmp_path / "state.pt", weights_only=True)
     for key, value in one["model"].items():
         assert (two["model"][key] - value).abs().max() < 1e-5, key

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import as_two_workers
 from test_loop import numbers, same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -315,7 +315,7 @@ def test_two_workers_in_pieces_agree_with_one_without(tmp_path: Path) -> None:
     }
     one = list(train(config(**run)))[-1].state()
     two = run | {"workers": 2, "optim": {**run["optim"], "accumulate": 3}}  # type: ignore[dict-item]
-    mp.spawn(_worker, (str(tmp_path), SMALL | two), nprocs=2)  # type: ignore[no-untyped-call]
+    as_two_workers(_worker, str(tmp_path), SMALL | two)
     found = torch.load(tmp_path / "state.pt", weights_only=True)
     assert found["synchronised"][:6] == [False, False, True] * 2
     for part in ("model", "trained"):
