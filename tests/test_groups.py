@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+import torch.distributed as dist
+from conftest import Run, as_two_workers
 from sweep_under_fire import sweep
 from test_folder import write_folder
 
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.loop import train
 from tfkd_ray.learn.teachers import find_or_train
+from tfkd_ray.run import epochs
 from tfkd_ray.run.epochs import COLLECTIVE_TIMEOUT_S
 from tfkd_ray.run.group import TrialFailed, WorkerGroup
 from tfkd_ray.settings.schema import validated
@@ -39,6 +41,30 @@ SPACE: dict[str, Any] = {
     },  # the last one diverges at once
     "search": {"sampler": "random"},
 }
+
+
+def _comes_alone(rank: int, alone: int, folder: str) -> None:
+    """Let one of two workers come to where the other one never comes; write its answers."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    control = dist.new_group(backend="gloo", timeout=epochs.COMMAND_TIMEOUT)
+    assert isinstance(control, dist.ProcessGroup)
+    epochs.BARRIER_TIMEOUT_S = 1.0
+    together = epochs.all_here(control)
+    done = Path(folder) / "done"
+    if rank == alone:
+        done.write_text(json.dumps([together, epochs.all_here(control)]))
+    while not done.exists():
+        time.sleep(0.05)
+    os._exit(0)  # its collective operation is still open
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("alone", [0, 1])
+def test_whichever_worker_has_failed_it_soon_knows_that_the_others_are_elsewhere(
+    tmp_path: Path, alone: int
+) -> None:
+    as_two_workers(_comes_alone, alone, str(tmp_path))
+    assert json.loads((tmp_path / "done").read_text()) == [True, False]
 
 
 def sweep_elsewhere(

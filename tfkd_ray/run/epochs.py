@@ -234,9 +234,14 @@ def unheard(text: str) -> None:
 
 
 def all_here(control: dist.ProcessGroup) -> bool:
-    """Return True if every worker reaches this point, so that all are in step again."""
+    """Return True if every worker reaches this point in time, so that all are in step again.
+
+    In torch's `monitored_barrier` only the first worker has a timeout: any other one would wait
+    until the rest give up their training step.
+    """
     try:
-        dist.monitored_barrier(group=control, timeout=timedelta(seconds=BARRIER_TIMEOUT_S))
+        reached = dist.all_reduce(torch.zeros(1), group=control, async_op=True)
+        reached.wait(timedelta(seconds=BARRIER_TIMEOUT_S))
     except RuntimeError:
         return False
     return True
