@@ -11,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-tools test-docs test-faults test-faults-short test-rest soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
+.PHONY: help demo test test-fast test-tools test-docs test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -98,11 +98,7 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
-# test-tools, test-docs and test-browser at once
-test-rest: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m '(docs or tools or browser) and not fault and not cluster' -n 2 --dist loadgroup $(ARGS)
-
-ci: check test test-rest test-faults-short test-cluster-short
+ci: check test test-tools test-docs test-faults-short test-cluster-short test-browser
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true
