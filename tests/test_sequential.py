@@ -278,7 +278,7 @@ def test_a_sequence_that_is_settled_early_ends_there(
     comparison: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_until(comparison, 3)
-    monkeypatch.setattr(confirm, "_words_at_look", lambda *args: ["not better"])
+    monkeypatch.setattr(confirm, "_all_settled", lambda *args: True)
     assert ends_at_look(comparison, 3, {})
     monkeypatch.undo()
     assert read_comparison(comparison).seeds == [1, 2, 3]
@@ -292,6 +292,26 @@ def test_a_look_that_was_killed_is_noted_once_and_repeated(comparison: Path) -> 
     for _ in range(2):
         assert not ends_at_look(comparison, 3, {})
     assert len((comparison.parent / OPENINGS).read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arm_name", "reason", "ends"),
+    [
+        ("faster", "OSError: a disk", False),
+        ("ce", "OSError: a disk", False),
+        ("ce", "Diverged: train_loss is nan", True),
+    ],
+)
+def test_failed_runs_are_not_settled_and_a_diverged_baseline_ends_it(
+    comparison: Path, arm_name: str, reason: str, ends: bool
+) -> None:
+    train_until(comparison, 3)
+    for run in read_comparison(comparison).runs[:6]:
+        if run.arm == arm_name and run.seed > 1:
+            path = trials_folder(comparison) / run.name / "trial.json"
+            record = json.loads(path.read_text())
+            path.write_text(json.dumps(record | {"status": "failed", "reason": reason}))
+    assert ends_at_look(comparison, 3, {}) == ends
 
 
 def test_a_test_split_that_changed_between_looks_is_refused(

@@ -227,8 +227,8 @@ def ends_at_look(comparison: Experiment | Path, seeds: int, known: Tree) -> bool
         with storage.up_to_date(comparison.name, storage.folder / OPENINGS):
             compared = read_comparison(directory)
             assert compared.plan is not None, directory
-            words = _words_at_look(directory, compared, seeds, known)
-            ends = seeds == compared.plan.limit or "cannot tell" not in words
+            settled = _all_settled(directory, compared, seeds, known)
+            ends = settled or seeds == compared.plan.limit
             if ends:
                 end_comparison(directory, seeds)
             return ends
@@ -236,8 +236,12 @@ def ends_at_look(comparison: Experiment | Path, seeds: int, known: Tree) -> bool
         lock.release()
 
 
-def _words_at_look(directory: Path, compared: Comparison, seeds: int, known: Tree) -> list[str]:
-    """Return the verdict on each candidate after so many seeds."""
+def _all_settled(directory: Path, compared: Comparison, seeds: int, known: Tree) -> bool:
+    """Return whether more seeds would change no verdict.
+
+    A candidate whose runs have failed is not settled. If a baseline has diverged, nothing can be
+    judged, however many seeds there are.
+    """
     runs = compared.runs_on_data[: seeds * len(compared.arms.arms)]
     records = {record.name: record for record in read_records(directory)}
     done = [run for run in runs if run.name in records and records[run.name].status == "done"]
@@ -256,8 +260,13 @@ def _words_at_look(directory: Path, compared: Comparison, seeds: int, known: Tre
         arrays[arm.name] = _judged_arm(arm.name, mine, found, None, compared.arms.metric)
         diverged |= {arm.name} if any(map(_has_diverged, found)) else set()
     looked = compared.seeds[:seeds]
-    judged = _verdicts(compared.arms, arrays, diverged, compared.plan, looked)
-    return [one.verdict for _, found in judged for one in found.candidates]
+    verdicts = list(_verdicts(compared.arms, arrays, diverged, compared.plan, looked))
+    judged = {one.name: one.verdict for _, found in verdicts for one in found.candidates}
+    parts = {arm.name: arm.part for arm in compared.arms.arms}
+    if not verdicts or any(parts[name] == "baseline" for name in diverged):
+        return True
+    candidates = [name for name, part in parts.items() if part == "candidate"]
+    return all(judged.get(name, "cannot tell") != "cannot tell" for name in candidates)
 
 
 def _nothing_trained(directory: Path, runs: int) -> ConfigError:

@@ -365,7 +365,8 @@ def _arms_table(judged: Tree) -> str:
     for arm in judged["arms"]:
         s = over_seeds(arm)
         row = [arm["name"], arm["role"], arm["student"], _settings(arm["objective"]), str(s.n)]
-        row += [f"{s.mean:.2f}" if s.n else "", f"{s.sd:.2f}" if s.n > 1 else ""]
+        row.append(f"{s.mean:.2f}" if s.n else "")
+        row.append(f"{s.sd:.2f}" if s.n > 1 else "")
         row.append(_interval_text(s.low, s.high))
         if printed:
             row += ["" if arm["published"] is None else f"{arm['published']:.2f}"]
