@@ -626,10 +626,8 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> N
     torch.compiler.reset()
 
 
-def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """torch silently stops after 8 graphs a process: four kinds of run, two batches each."""
+def compiled_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the size of each batch for which torch compiles from now on."""
     batches: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
@@ -637,6 +635,14 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
         return graph
 
     forgotten(monkeypatch, backend)
+    return batches
+
+
+def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch silently stops after 8 graphs a process: four kinds of run, two batches each."""
+    batches = compiled_batches(monkeypatch)
     sizes = (63, 47, 41, 57, 71, 79)  # of 320 images, so that all last batches differ
     for size in (*sizes, 79, 63):
         runs = [
@@ -653,13 +659,7 @@ def test_pieces_of_a_batch_are_compiled_however_many_kinds_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Uneven pieces of whole batches and of the last one are four sizes a kind of run."""
-    batches: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
-        batches.extend(len(x) for x in inputs if x.dim() == 4)
-        return graph
-
-    forgotten(monkeypatch, backend)
+    batches = compiled_batches(monkeypatch)
     for size in (63, 47, 57):
         optim = {"batch_size": size, "accumulate": 2}
         runs = [
