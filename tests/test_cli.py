@@ -188,12 +188,22 @@ def test_check_says_what_is_searched_fixed_and_conditional(
     assert re.search(r"searched for every objective:\n  optim.lr +0.01 to 0.5 \(log\)", out)
     assert "teacher, once before the trials: training cnn with ce for 54 epochs" in out
     assert re.search(r"fixed:\n(.*\n)*  optim.batch_size +64", out) and "optim.momentum" not in out
-    assert "25 more are as in the recipe plain of digits, or as usual (--all lists them)" in out
+    assert "25 more as in recipe plain of digits, or default (--all lists them)" in out
     assert main(["check", "digits_tfkd", "--all"]) == 0
     whole = capsys.readouterr().out
     assert re.search(r"fixed:\n(.*\n)*  optim.momentum +0.9", whole)
     assert max(len(line) for line in whole.splitlines()) <= 80
     assert len(out.splitlines()) < 30 and max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_check_keeps_to_80_columns_and_breaks_no_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for space in ("cifar100_defective_kd", "digits_optimizers", "imagenet_kd"):
+        assert main(["check", space]) == 0
+        for line in capsys.readouterr().out.splitlines():
+            words = line.split()
+            assert len(line) <= 80 or max(map(len, words)) > 60, line  # an address stays whole
 
 
 def test_best_of_several_metrics_is_every_trial_that_no_other_beats(
@@ -704,7 +714,7 @@ def test_check_warns_of_a_setting_that_does_nothing(
     out = capsys.readouterr().out
     assert (
         "warning: objective.tfkd_reg.temperature: dead: over its range the logit gradient moves by"
-        in out
+        in " ".join(out.split())
     )
     assert "note: on this machine data cifar100: not found" in out
 

@@ -5,16 +5,16 @@ import io
 import os
 import signal
 import sys
-import textwrap
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tfkd_ray.space.space import Space
+    from tfkd_ray.space.space import Parameter, Space
 from tfkd_ray.cli.fit import join_ray
 from tfkd_ray.cli.terminal import DEFAULT_STORAGE, how_made, load_file, say_error, short_path
+from tfkd_ray.settings.columns import wrapped
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, Sentences
 
 
@@ -58,7 +58,7 @@ def check_verb(args: Namespace) -> int:
         example = compared.example
         listed = f"{len(compared.arms)} arms: {', '.join(arm.name for arm in compared.arms)}"
         print(compared.title)
-        print(textwrap.fill(listed, 80, subsequent_indent="  ", break_on_hyphens=False))
+        print(*wrapped(listed), sep="\n")
         for arm in compared.arms:
             notes += arm.config.try_own_code()
     else:
@@ -67,13 +67,13 @@ def check_verb(args: Namespace) -> int:
         example = space.example
         print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *print_notes(space)]))
         for warning in warnings_of(space):
-            print(f"warning: {warning}")
+            print(*wrapped(f"warning: {warning}"), sep="\n")
     for note in dict.fromkeys(notes):
-        print(f"note: {note}")
+        print(*wrapped(f"note: {note}"), sep="\n")
     try:
         example.data.check()
     except ConfigError as error:  # a file may be checked on a machine without its data
-        print(f"note: on this machine {error}")
+        print(*wrapped(f"note: on this machine {error}"), sep="\n")
     return OK
 
 
@@ -119,27 +119,32 @@ def _describe(space: "Space") -> Sentences:
     yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
         f" after {rungs} epochs" if rungs else ""
     )
-    yield f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
+    yield from wrapped(
+        f"value of a trial: {search.metric} after its last epoch, on validation ({search.mode}imised)"
+    )
     yield from (f"ends after {value:g} {name}" for name, value in search.budgets.items())
     for point in warm_points(space):
-        yield from textwrap.wrap(
-            f"tried first: {point.objective}: {point.origin}", 80, subsequent_indent="  "
-        )
+        yield from wrapped(f"tried first: {point.objective}: {point.origin}")
     if shared:
         yield "searched for every objective:"
-        yield from (f"  {p.name:<34} {p.domain}" for p in shared)
+        yield from _parameter_lines(shared)
     for branch in space.branches:
         own = [p for p in branch.parameters if p not in shared]
         yield f"objective {branch.objective}:" + ("" if own else " nothing of its own")
-        yield from (f"  {p.name:<34} {p.domain}" for p in own)
-    yield from (f"teacher, once before the trials: {how_made(run)}" for run in space.teacher_runs())
+        yield from _parameter_lines(own)
+    for run in space.teacher_runs():
+        yield from wrapped(f"teacher, once before the trials: {how_made(run)}")
+
+
+def _parameter_lines(parameters: "list[Parameter]") -> Sentences:
+    """Yield each parameter's name and range, on lines of 80 columns."""
+    for parameter in parameters:
+        yield from wrapped(f"  {parameter.name:<34} {parameter.domain}", rest=" " * 37)
 
 
 def print_notes(space: "Space") -> Sentences:
     for note in space.notes:
-        yield from textwrap.wrap(
-            f"note: {note}", 80, subsequent_indent="  ", break_on_hyphens=False
-        )
+        yield from wrapped(f"note: {note}")
 
 
 def _fixed(space: "Space", *, whole: bool) -> Sentences:
@@ -167,7 +172,7 @@ def _fixed(space: "Space", *, whole: bool) -> Sentences:
             yield f"  {'.'.join(path):<34} {in_yaml(value)}"
     if count and not whole:
         named = recipe or next(iter(data.recipes))
-        yield f"  {count} more are as in the recipe {named} of {data.name}, or as usual (--all lists them)"
+        yield f"  {count} more as in recipe {named} of {data.name}, or default (--all lists them)"
 
 
 # --- export ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import textwrap
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from tfkd_ray.cli.terminal import (
     shell_word,
     short_path,
 )
+from tfkd_ray.settings.columns import wrapped
 from tfkd_ray.settings.errors import FAILED, OK, ConfigError
 
 # --- tune and resume -------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def _print_counts(records: Sequence["Record"], count: Counter[str], experiment: 
     if lost := sum(record.lost for record in records):
         print(f"  {lost} times a process was lost and its trial resumed; this is no failure")
     if gone := gone_trials(experiment):
-        print(textwrap.fill(gone_sentence(gone), 80, initial_indent="  ", subsequent_indent="  "))
+        print(*wrapped(gone_sentence(gone), first="  "), sep="\n")
     failed = [record for record in records if record.status == "failed"]
     for record in failed[:3]:
         reason = (record.reason or "?").splitlines()[0]

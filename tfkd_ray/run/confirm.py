@@ -7,7 +7,6 @@ A comparison is a directory like an experiment: `confirm.yaml` lists the arms an
 import json
 import os
 import sys
-import textwrap
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from tfkd_ray.learn.several import combined
 from tfkd_ray.run.callbacks import Lock, Losses, in_order
 from tfkd_ray.run.tune import OnTeacher, SharingFifo, assemble, prepare, train_teachers
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.columns import in_columns
+from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.settings.errors import ConfigError, Say, Sentences
 from tfkd_ray.settings.files import check_writable, write_text
 from tfkd_ray.settings.yaml import Tree
@@ -704,7 +703,7 @@ def outcome_table(result: Tree) -> list[str]:
             f"PRESET {result['preset']}: scaled down to see it run; not comparable with what is published"
         )
     printed = any(arm["published"] is not None for arm in result["arms"])
-    lines += textwrap.wrap(result["note"], 80) if result["note"] else []
+    lines += wrapped(result["note"]) if result["note"] else []
     head = "arm\ttest acc. %\tn\t95 % over seeds" + "\tpublished\tdiff" * printed
     rows = [_arm_row(arm, printed) for arm in result["arms"]]
     lines += ["", *in_columns([head, *rows], 80)]
@@ -718,7 +717,7 @@ def outcome_table(result: Tree) -> list[str]:
     for found in result["verdicts"]:
         lines += ["", f"--- student {found['student']}", *found["text"]]
     lines += [""] if result["notes"] else []
-    lines += [line for note in result["notes"] for line in textwrap.wrap(f"note: {note}", 80)]
+    lines += [line for note in result["notes"] for line in wrapped(f"note: {note}")]
     return lines
 
 

@@ -1,6 +1,7 @@
 """Text for a terminal: on one line, cut to its columns, and tables. Characters may be two columns wide."""
 
 import re
+import textwrap
 from collections.abc import Iterable
 
 from rich.cells import cell_len, set_cell_size
@@ -9,6 +10,8 @@ from tfkd_ray.settings.files import legible
 
 _NUMBER = re.compile(r"([-+<]?[\d.,/]+(e[-+]?\d+)?( ?%|x)?( (±|to) -?[\d.,]+)?|-|none|nan|)")
 """What a column of numbers may have below its head; intervals and missing numbers count."""
+
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def on_one_line(text: str) -> str:
@@ -21,6 +24,20 @@ def fitted(text: str, width: int) -> str:
     most = 16 * width  # a character may take no column, as an accent does
     text = on_one_line(text[:most]) + "…" * (len(text) > most)
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def wrapped(text: str, width: int = 80, *, first: str = "", rest: str = "  ") -> list[str]:
+    """Break text into lines at spaces, but not inside `95 %` or `n = 5`.
+
+    A word longer than a line, such as an address, stays whole. `first` and `rest` indent the first
+    line and the others.
+    """
+    kept = re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?== )|(?<= n =) (?=\d)", _NO_BREAK, text)
+    lines = textwrap.wrap(
+        kept, width, initial_indent=first, subsequent_indent=rest,
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
+    return [line.replace(_NO_BREAK, " ") for line in lines]
 
 
 def in_columns(rows: Iterable[str], width: int | None = None) -> list[str]:

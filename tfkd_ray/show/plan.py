@@ -5,7 +5,6 @@ How many trials pass a rung is an expectation (see `receipt`); `at most` is neve
 
 import math
 import os
-import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy
-from tfkd_ray.settings.columns import in_columns
+from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
 from tfkd_ray.space.space import Space
 
@@ -192,9 +191,8 @@ def lines(
             if gpu_hour_price is None
             else f", {hours * found.gpus * gpu_hour_price:,.2f} in money"
         )
-        yield from textwrap.wrap(
-            f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine",
-            80,
+        yield from wrapped(
+            f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine"
         )
 
 

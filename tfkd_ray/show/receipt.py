@@ -8,13 +8,12 @@ later proposals are better, more of them pass.
 import itertools
 import math
 import statistics
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tfkd_ray.settings.columns import in_columns
+from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.space.ranges import Range
 from tfkd_ray.space.search_config import Halving, Hyperband
 from tfkd_ray.space.space import Space
@@ -310,4 +309,4 @@ def receipt_lines(space: Space, records: Sequence[Record], width: int = 80) -> I
     rows = receipt_rows(receipt(space, records))
     yield from in_columns(map("\t".join, rows))
     for warning in fidelity_warnings(space, records):
-        yield from textwrap.wrap(f"warning: {warning}", width, subsequent_indent="  ")
+        yield from wrapped(f"warning: {warning}", width)

@@ -14,7 +14,6 @@ import re
 import socket
 import stat
 import statistics
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tfkd_ray.settings import own_code
-from tfkd_ray.settings.columns import fitted, in_columns, on_one_line
+from tfkd_ray.settings.columns import fitted, in_columns, on_one_line, wrapped
 from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
@@ -595,12 +594,12 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
         )
     lines += [*in_columns(_table_rows(found), width), "", *_best_trial_lines(found)]
     for sentence in found["verdict"]:
-        lines += textwrap.wrap(f"verdict, {sentence}", width, subsequent_indent="  ")
+        lines += wrapped(f"verdict, {sentence}", width)
     times = _time_parts(found)
     lines += [", ".join(times)] if times else []
     lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
     if found["gone"]:
-        lines += textwrap.wrap(gone_sentence(found["gone"]), width, subsequent_indent="  ")
+        lines += wrapped(gone_sentence(found["gone"]), width)
     return [fitted(line.rstrip(), width) for line in lines]
 
 
@@ -783,5 +782,5 @@ def ls_lines(found: Sequence[Tree], width: int = TERMINAL_WIDTH) -> list[str]:
         lines.append(line)
         if entry["why"]:  # in full, on lines of their own
             why = on_one_line(entry["why"])
-            lines += textwrap.wrap(why, width, initial_indent="  ", subsequent_indent="  ")
+            lines += wrapped(why, width, first="  ")
     return [fitted(line.rstrip(), width) for line in lines]

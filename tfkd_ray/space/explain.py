@@ -32,6 +32,7 @@ from tfkd_ray.learn.objectives import (
     softmax,
 )
 from tfkd_ray.learn.optimizers import AdamW, Muon
+from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.settings.errors import Sentences
 from tfkd_ray.settings.yaml import value_at
 from tfkd_ray.space.ranges import Choices, Domain
@@ -234,7 +235,6 @@ def _about_all(branch: Branch, found: Sequence[Knob], num_classes: int) -> Sente
 
 def explained(space: Space) -> Sentences:
     """Yield the equivalents of a space's objectives and searched settings, 80 columns a line."""
-    from tfkd_ray.settings.columns import in_columns  # `tfkd check` does without
 
     data = space.example.data
     K = data.num_classes
@@ -591,4 +591,4 @@ def _percent(share: float) -> str:
 
 def _indented(sentences: Iterable[str]) -> Sentences:
     for sentence in sentences:
-        yield from textwrap.wrap(sentence, WIDTH, initial_indent="  ", subsequent_indent="    ")
+        yield from wrapped(sentence, WIDTH, first="  ", rest="    ")

@@ -17,8 +17,6 @@ Shapes: n = seeds, N = test images.
 """
 
 import math
-import re
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -28,7 +26,7 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 from statsmodels.stats.power import TTestPower
 
-from tfkd_ray.settings.columns import in_columns
+from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.files import json_tree
 from tfkd_ray.settings.yaml import Tree
@@ -695,14 +693,5 @@ def verdict_table(verdict: Verdict, *, arms: bool = True) -> list[str]:
             f"Candidates are the best of {verdict.searched:,} configurations, on validation."
         )
     for text in (*(j.sentence for j in verdict.candidates), *(f"note: {n}" for n in verdict.notes)):
-        lines += _wrapped(text)
-    return [*lines, "", *_wrapped(f"verdict: {verdict.sentence}")]
-
-
-def _wrapped(text: str) -> list[str]:
-    """Wrap text to lines of at most 80 columns, with no break inside '95 %' or 'n = 5'."""
-    kept = re.sub(
-        r"(?<=\d) (?=%)|(?<=\bn) (?== )|(?<= n =) (?=\d)", "\N{NO-BREAK SPACE}", text + "."
-    )
-    lines = textwrap.wrap(kept, 80, subsequent_indent="  ", break_on_hyphens=False)
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+        lines += wrapped(f"{text}.")
+    return [*lines, "", *wrapped(f"verdict: {verdict.sentence}.")]
