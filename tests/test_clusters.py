@@ -286,6 +286,7 @@ def test_a_comment_after_the_dashes_begins_no_second_document(tmp_path: Path) ->
     assert load_cluster(tmp_path / "mine.yaml").tree == load_cluster("aws-gpu").tree
 
 
+@pytest.mark.slow
 def test_a_file_of_many_documents_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("---\na: 1\n" * 10_000)
     began = time.process_time()
@@ -869,6 +870,7 @@ SSH = {
         for name, case in SSH.items()
     ],
 )
+@pytest.mark.slow
 def test_a_host_that_does_not_answer_is_named_before_anything_starts(
     tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, script: str,
     code: int, sentence: str,

@@ -387,6 +387,7 @@ def test_a_slow_disk_delays_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert state is not None and state["epoch"] == 6
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -638,6 +639,7 @@ def compiled_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return batches
 
 
+@pytest.mark.slow
 def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -655,6 +657,7 @@ def test_every_run_of_a_process_is_compiled_however_many_kinds_there_are(
     assert len(batches) == 2 * 7
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_are_compiled_however_many_kinds_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

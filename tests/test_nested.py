@@ -70,6 +70,7 @@ def test_it_reads_back_as_itself() -> None:
     assert again.tree == s.tree and again.parameters == s.parameters and not not_superset(s, again)
 
 
+@pytest.mark.slow
 def test_an_item_of_an_item_and_items_that_have_no_name(tmp_path: Path) -> None:
     inner = {
         "choices": [
@@ -175,6 +176,7 @@ def test_an_override_finds_an_item_by_what_it_is_called(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tpe", "random"])
 @pytest.mark.parametrize("split", [True, False], ids=["a study each", "one study"])
+@pytest.mark.slow
 def test_a_killed_driver_changes_no_proposal(tmp_path: Path, name: str, split: bool) -> None:
     sampler = {"name": "tpe", "startup": 3} if name == "tpe" else "random"
     s = space(
@@ -233,6 +235,7 @@ def test_a_wider_space_holds_the_trials_of_a_narrower_one(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_earlier_trials_find_their_place(tmp_path: Path) -> None:
     old = space(
         student={
@@ -272,6 +275,7 @@ def test_published_settings_take_the_middle_of_what_an_item_has(tmp_path: Path) 
     assert first == points[0].values
 
 
+@pytest.mark.slow
 def test_importance_is_of_what_every_trial_has(tmp_path: Path) -> None:
     done = finished(tmp_path / "e", space(), [k / 24 for k in range(24)])
     for evaluator in ("pedanova", "fanova", "mdi"):

@@ -265,12 +265,27 @@ def test_a_smaller_last_batch_has_fewer_pieces_and_none_has_a_single_image() -> 
 
 def test_dropout_is_addressed_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(loop, "_seed_generators", lambda device, seed: seeds.append(seed))
     student = {"name": "mlp", "hidden": [12], "dropout": 0.5}
     run = config(epochs=1, student=student, optim={"batch_size": 80, "accumulate": 2})
     list(train(run))
     steps = [address(0, "step", 0, step, 0, *k) for step in (0, 1) for k in ((), (1,))]
     assert [seed for seed in seeds if seed in steps] == steps
+
+
+def test_a_step_draws_what_torchs_own_seed_gives_and_formats_no_stack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = config(epochs=2, student={"name": "mlp", "hidden": [12], "dropout": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_seed_generators", lambda device, seed: torch.manual_seed(seed))
+        by_torch = list(train(run))[-1].state()
+    steps = [address(0, "step", epoch, step, 0) for epoch in (0, 1) for step in range(3)]
+    seeds: list[int] = []
+    torchs = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), torchs(seed))[1])
+    assert same(list(train(run))[-1].state(), by_torch)
+    assert not set(seeds) & set(steps)
 
 
 def test_the_bank_gives_pieces_the_same_soft_labels(tmp_path: Path) -> None:

@@ -960,6 +960,7 @@ def test_a_teacher_is_trained_on_one_node_goes_on_on_another_and_is_used_on_a_th
     assert len(metrics) == 6 and metrics[-1]["train_kd"] > 0
 
 
+@pytest.mark.slow
 def test_a_comparison_in_a_bucket_is_judged_on_another_machine_and_the_opening_is_noted_once(
     bucket: str, server: Server, elsewhere: Callable[[str], None]
 ) -> None:
@@ -1090,6 +1091,7 @@ def test_a_sweep_waits_for_a_server_that_was_stopped_and_says_so_once(
 
 
 @both
+@pytest.mark.slow
 def test_an_upload_that_does_not_finish_is_said_with_the_command_that_does_it_later(
     bucket: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,7 @@ def test_the_metric_decides_which_way_is_better(
 # --- the study is the truth
 
 
+@pytest.mark.slow
 def test_the_sequence_of_proposals_is_a_function_of_the_study(tmp_path: Path) -> None:
     whole = run_sweep(OptunaSearcher(space(), tmp_path / "a"))
     for kill_at in (0, 5, 11):
@@ -412,6 +413,7 @@ def test_a_driver_that_dies_before_it_acts_on_a_rung_judges_again(journal: Path)
     ]
 
 
+@pytest.mark.slow
 def test_a_driver_that_dies_while_asking_asks_again_for_the_same(tmp_path: Path) -> None:
     whole = run_sweep(OptunaSearcher(space(), tmp_path / "a"))
     journal = tmp_path / "b"
@@ -776,6 +778,7 @@ def test_a_grid_is_every_combination_once_also_after_a_kill(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "stopping", ["hyperband", "median", {"name": "halving", "factor": 2}, "asha"]
 )
+@pytest.mark.slow
 def test_a_killed_driver_changes_no_judgment(tmp_path: Path, stopping: Any) -> None:
     search = {"stopping": stopping, "num_samples": 28}
     whole = run_sweep(OptunaSearcher(space(**search), tmp_path / "a"))
@@ -1003,6 +1006,7 @@ TOGETHER = pytest.mark.parametrize("split", [True, False], ids=["a study each", 
 
 
 @TOGETHER
+@pytest.mark.slow
 def test_earlier_experiments_are_known_to_the_sampler_and_are_no_trials_of_this_one(
     tmp_path: Path, split: bool
 ) -> None:

@@ -149,6 +149,7 @@ def test_a_lock_that_somebody_holds_is_waited_for_and_not_taken_away(journal: Pa
 # --- SQLite
 
 
+@pytest.mark.slow
 def test_a_sweep_in_sqlite_proposes_what_one_in_a_journal_does_also_after_a_kill(
     tmp_path: Path,
 ) -> None:
@@ -199,6 +200,7 @@ def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
+@pytest.mark.slow
 def test_a_database_that_somebody_else_writes_to_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

@@ -168,7 +168,7 @@ def train(
             sums, norms = torch.zeros(3, dtype=torch.float64, device=device), list[_Norms]()
 
             # 6. Steps
-            with _seeding(external) as seed_step:
+            with _seeding(external, device) as seed_step:
                 set_training(model, student, config.freeze)
                 parts = zip(batches, shares, seen(view, shares), strict=True)
                 for step, (batch, mine, images) in enumerate(parts):
@@ -555,20 +555,31 @@ def _runs_external_code(config: TrainConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _seeding(external: bool) -> Iterator[Callable[[int], Any]]:
-    """Yield the function that seeds a step.
+def _seeding(external: bool, device: torch.device) -> Iterator[Callable[[int], Any]]:
+    """Yield the function that seeds a step: torch's generators of the CPU and of a run's device.
 
     External code may draw from any generator: for it, those of numpy and Python are seeded, too,
     and put back afterwards.
     """
     if not external:
-        yield torch.manual_seed
+        yield functools.partial(_seed_generators, device)
         return
     put_back = random_states()
     try:
         yield seed_all
     finally:
         put_back()
+
+
+def _seed_generators(device: torch.device, seed: int) -> None:
+    """Seed the generators that a step draws from.
+
+    `torch.manual_seed` gives the same numbers, but formats a stack for each kind of device that is
+    not there: up to 0.6 ms a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _mean_and_std(config: TrainConfig, device: torch.device) -> list[Tensor]:
