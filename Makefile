@@ -11,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-tools test-docs test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
+.PHONY: help demo test test-fast test-tools test-docs test-docs-and-tools test-faults test-faults-short soak test-browser test-cluster test-cluster-short test-gpu fuzz check ci format clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
@@ -41,8 +41,8 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on two processes; one of them has the Ray cluster"
-	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 2 --dist loadgroup $(ARGS)
+	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on three processes; one of them has the Ray cluster, and waits much"
+	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 3 --dist loadgroup $(ARGS)
 
 TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist
 test-tools: $(VENV)/.installed
@@ -63,7 +63,7 @@ test-faults: $(VENV)/.installed
 		-m '' -k 'that_dies or loses_a_node or switched_off or ctrl_c or release' $(ARGS)
 
 test-faults-short: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m 'fault and not slow' $(ARGS)
+	@$(BIN)/python -m pytest -m 'fault and not slow' -n 2 --dist loadgroup $(ARGS)
 
 MINUTES ?= 30
 soak: $(VENV)/.installed
@@ -98,7 +98,14 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy --no-error-summary
 	@echo "check: format, lint and types are fine"
 
-ci: check test test-tools test-docs test-faults-short test-cluster-short test-browser
+# the tests of faults and of clusters wait much: beside them others have a processor
+ci: check test
+	@$(MAKE) --jobs 2 --output-sync=target test-faults-short test-docs-and-tools
+	@$(MAKE) --jobs 2 --output-sync=target test-cluster-short test-browser
+
+test-docs-and-tools:
+	@$(MAKE) test-docs
+	@$(MAKE) test-tools
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix --quiet . || true

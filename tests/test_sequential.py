@@ -349,5 +349,5 @@ def test_seeds_are_added_until_the_verdict_is_settled(
     done = tfkd_inside("confirm", "arms.yaml", "--seeds", "3..4", "--name", "seq")
     assert done.returncode == 0, done.stderr
     assert "look at 3 seeds: not settled" in done.stderr
-    assert "in 2 looks, from 3 to 4 of at most 4 seeds" in done.stdout.replace("\n", " ")
+    assert "in 2 looks, from 3 to 4 of at most 4 seeds" in " ".join(done.stdout.split())
     assert os.environ["RAY_ADDRESS"] == ray_cluster
