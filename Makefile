@@ -41,7 +41,7 @@ demo: $(VENV)/.installed
 	@echo "(tfkd is in $(BIN): run 'source $(BIN)/activate' first)"
 
 test: $(VENV)/.installed
-	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on three processes; one of them has the Ray cluster, and waits much"
+	@echo "test: all but the marks 'docs', 'fault', 'browser', 'cluster', 'tools' and 'gpu', on three processes, two of which have a Ray cluster"
 	@$(BIN)/python -m pytest -m 'not docs and not fault and not browser and not cluster and not tools and not gpu' -n 3 --dist loadgroup $(ARGS)
 
 TOOLS := g++ openssh-client procps postgresql dataset-fashion-mnist

@@ -50,6 +50,8 @@ DATA_SETS = {str(tag(kind)): kind for kind in leaves(Data)}
 """Every kind of data set by its name."""
 AT_ONCE = [key for key in SELECTABLE if not SCORES[key].usual]
 """The metrics that validation calculates only where a search asks for them."""
+RAY_HALVES_AT = "test_own"
+"""The files before this name take about as long with Ray as those after it."""
 
 torch.set_num_threads(1)
 
@@ -128,10 +130,11 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a GPU; give tests with Ray one process and one cluster.
+    """Skip tests marked `gpu` without a GPU; give tests with Ray two processes with a cluster each.
 
     Tests that begin processes with imports are slow: the first waits for the server of these.
     """
+    faults = 0
     for item in items:
         names = getattr(item, "fixturenames", ())
         if "ray_cluster" in names:
@@ -139,7 +142,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if ("warm" in names or "tfkd" in names) and not of_faults(item):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            second = item.path.name >= RAY_HALVES_AT
+            if of_faults(item):
+                faults += 1
+                second = bool(faults % 2)
+            item.add_marker(pytest.mark.xdist_group("ray-2" if second else "ray-1"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
 
@@ -159,7 +166,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         ]
         if apart:
             raise pytest.UsageError(
-                f"{len(apart)} tests would not share one Ray, among them {apart[0]}"
+                f"{len(apart)} tests would not share a Ray, among them {apart[0]}"
             )
 
 
