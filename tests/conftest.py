@@ -20,6 +20,7 @@ from warm_server import warm_server
 
 from tfkd_ray.learn.data import Data
 from tfkd_ray.learn.objectives import Objective, OwnObjective
+from tfkd_ray.settings import own_code
 from tfkd_ray.settings.schema import leaves, tag
 from tfkd_ray.verdict.scores import SCORES, SELECTABLE
 
@@ -71,6 +72,12 @@ def _no_server_left() -> Iterator[None]:
     yield
     left = [t.name for t in threading.enumerate() if "serve_forever" in t.name]
     assert not left, left
+
+
+@pytest.fixture(autouse=True)
+def _no_home_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test look for code of one's own where it is, not where an earlier one resumed."""
+    monkeypatch.setattr(own_code, "_home", None)
 
 
 @pytest.fixture(scope="session")

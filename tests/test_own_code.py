@@ -11,6 +11,7 @@ from conftest import Run
 from test_folder import write_folder
 
 from tfkd_ray.launch.jobs import JOB_FOLDER, WORKING, stage_apart, submit_command
+from tfkd_ray.settings import own_code
 from tfkd_ray.store.experiment import read_experiment, read_records
 
 MODULE = """
@@ -209,3 +210,15 @@ def test_a_job_has_the_working_directory_beside_the_package_not_before_it(tmp_pa
     place = {"directory": "/on/the/head", "path": [], "safe": True}
     there = python(enter.format(place), cwd=folder, PYTHONPATH=str(folder), **{JOB_FOLDER: WORKING})
     assert there == [str(folder / WORKING)], "each node has a copy of its own"
+
+
+def test_the_directory_of_an_earlier_experiment_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert str(earlier) in (own_code.remember(str(earlier)) or "")
+    assert own_code.here()["directory"] == str(earlier)
+    assert own_code.remember(str(tmp_path)) is None
+    assert own_code.here()["directory"] == str(tmp_path)

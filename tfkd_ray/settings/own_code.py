@@ -40,11 +40,12 @@ _home: Path | None = None
 
 
 def remember(directory: str | None) -> str | None:
-    """Run the user's own code in the directory where an experiment began.
+    """Run the user's own code in the directory where an experiment began, and no earlier one.
 
     Returns a note for the user; None if that directory is the current one or no longer exists.
     """
     global _home
+    _home = None
     if directory is None or JOB_FOLDER in os.environ or not (there := Path(directory)).is_dir():
         return None
     if there.samefile(Path()):
