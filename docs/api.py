@@ -85,6 +85,18 @@ def title(model: type[Settings]) -> str:
     return chosen or model.__name__
 
 
+def is_settings(thing: Any) -> bool:
+    """Return whether a public name is a class of settings, which has a table below."""
+    return isinstance(thing, type) and issubclass(thing, Settings)
+
+
+def called(model: type[Settings]) -> str:
+    """Return the name of a class in Python, if it is public."""
+    return (
+        f"In Python: `tfkd_ray.{model.__name__}`.\n\n" if model.__name__ in tfkd_ray.__all__ else ""
+    )
+
+
 def table(model: type[Settings]) -> str:
     """Markdown: every setting of a class, its default, what it may be, and what it is."""
     rows, schema = [], model.model_json_schema()["properties"]
@@ -121,11 +133,13 @@ def pages() -> dict[Path, str]:
     lines += [
         f"## {name}\n\n{about(getattr(tfkd_ray, name))}"
         for name in tfkd_ray.__all__
-        if name != "TrainConfig"
+        if not is_settings(getattr(tfkd_ray, name))
     ]
     for part, models in PARTS.items():
         lines += [f"## {part}\n"]
-        lines += [f"### {title(m)}\n\n{inspect.getdoc(m)}\n\n{table(m)}\n" for m in models]
+        lines += [
+            f"### {title(m)}\n\n{called(m)}{inspect.getdoc(m)}\n\n{table(m)}\n" for m in models
+        ]
     known = {m.__name__: table(m) for models in PARTS.values() for m in models}
     block = r"(?s)(<!-- (\w+) -->\n).*?(?=\n\n)"
     space = re.sub(block, lambda m: m[1] + known[m[2]], (DOCS / "space.md").read_text())

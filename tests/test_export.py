@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tfkd_ray import best_config, load_student, write_report
 from tfkd_ray.learn.config import TrainConfig
 from tfkd_ray.learn.data import Digits
 from tfkd_ray.learn.dataset import Dataset
@@ -34,7 +35,7 @@ from tfkd_ray.show.chosen import GRAPH, NOT_CONFIRMED, ONNX, SUMS
 from tfkd_ray.show.export import ExportFailed, export
 from tfkd_ray.space.arms import build_arms, new_comparison, read_comparison
 from tfkd_ray.space.space import build_space
-from tfkd_ray.store.experiment import Record, read_records, write_experiment, write_record
+from tfkd_ray.store.experiment import Record, best, read_records, write_experiment, write_record
 from tfkd_ray.verdict.scores import score_of
 
 SMALL: dict[str, Any] = {
@@ -699,3 +700,47 @@ def test_without_the_packages_onnx_is_refused_at_once(
         ConfigError, match=r"--onnx: onnxruntime not installed here: pip install 'tfkd_ray\[onnx\]'"
     ):
         export(tmp_path / "nothing", tmp_path / "out", onnx=True)
+
+
+# --- from Python
+
+
+def test_a_script_gets_the_best_configuration_and_its_student_with_weights(storage: Path) -> None:
+    config = best_config(str(storage / "sweep"))
+    winner = best(read_records(storage / "sweep"), "val_accuracy")
+    assert winner is not None and config == validated(TrainConfig, winner.config)
+    network = load_student(str(storage / "sweep"))
+    weights = load_file(winner.folder / "student.safetensors")
+    assert all(network.state_dict()[name].equal(value) for name, value in weights.items())
+    assert not network.training and all(p.requires_grad for p in network.parameters())
+    mean, std = config.data.statistics()
+    images = config.data.load()[1].images  # type: ignore[union-attr]
+    logits = network((images.float() - mean[0]) / std[0])
+    assert logits.shape == (len(images), 10)
+
+
+def test_a_script_picks_a_run_of_a_comparison(storage: Path) -> None:
+    arms = storage / "arms"
+    network = load_student(arms, arm="slow")
+    run = sorted((arms / "trials").glob("slow-*"))[0]
+    weights = load_file(run / "student.safetensors")
+    assert all(network.state_dict()[name].equal(value) for name, value in weights.items())
+
+
+def test_a_script_writes_the_report_with_the_comparisons_that_it_names(
+    storage: Path, tmp_path: Path
+) -> None:
+    sweep, page = str(storage / "sweep"), tmp_path / "r.html"
+    assert write_report(sweep, str(page)) == [page]
+    assert "not a verdict" in page.read_text() and "slow" not in page.read_text()
+    write_report(sweep, page, comparisons=[str(storage / "arms")])
+    assert "slow" in page.read_text()
+
+
+@pytest.mark.parametrize("call", [best_config, load_student, write_report])
+def test_a_script_gets_a_sentence_where_there_is_nothing(call: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        call(tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in str(error.value) and "no such" in str(error.value)
+    with pytest.raises(ConfigError):
+        call(str(tmp_path))

@@ -97,10 +97,10 @@ def test_the_commands_of_the_docs_run(
 
 @pytest.mark.ray
 @pytest.mark.docs
-@pytest.mark.parametrize("k", range(3))
+@pytest.mark.parametrize("k", range(4))
 def test_the_python_of_the_readme_runs(ray_cluster: str, place: Path, k: int) -> None:
     code = blocks("python")
-    assert len(code) == 3
+    assert len(code) == 4
     run = subprocess.run(
         [sys.executable, "-c", code[k]], cwd=place, capture_output=True, text=True, timeout=110
     )

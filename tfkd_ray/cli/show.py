@@ -180,8 +180,9 @@ def _fixed(space: "Space", *, whole: bool) -> Sentences:
 
 def export_verb(args: Namespace) -> int:
     from tfkd_ray.show.export import ExportFailed, export
+    from tfkd_ray.show.python import place_of_student
 
-    source = _to_export(args.source)
+    source = place_of_student(args.source)
     out = args.out or Path(f"{source.absolute().name}-export")
     try:
         made = export(
@@ -199,29 +200,6 @@ def export_verb(args: Namespace) -> int:
         say_error(f"{name}: not written: {why}")
     print(f"{made['name']} is in {short_path(Path(made['folder']))}")
     return FAILED if made["problems"] else OK
-
-
-def _to_export(place: "Path | str") -> Path:
-    """Return what to export, on this machine.
-
-    Of a sweep's URL that is the best trial's weights, else everything below the URL.
-    """
-    if isinstance(place, Path):
-        return place
-    from tfkd_ray.show.status import best_of
-    from tfkd_ray.store.storage import all_but_run_states, experiment_of, storage_at
-
-    url, _, trial = str(storage_at(place)).partition("/trials/")
-    found = experiment_of(url)
-    found.storage.fetch_comparisons()
-    if trial:
-        source = folder = found.folder / "trials" / trial
-    elif (found.folder / "confirm.yaml").is_file():
-        return experiment_of(url, all_but_run_states).folder
-    else:
-        source, folder = found.folder, best_of(found.folder)[0].folder
-    found.storage.bring(folder / "student.safetensors")
-    return source
 
 
 def best_verb(args: Namespace) -> int:
@@ -320,17 +298,11 @@ def ls_verb(args: Namespace) -> int:
 
 
 def report_verb(args: Namespace) -> int:
-    from tfkd_ray.show.report import report
-    from tfkd_ray.space.arms import comparisons_of
-    from tfkd_ray.store.storage import absolute, experiment_of
+    from tfkd_ray.show.python import write_report
 
-    sweep = experiment_of(args.experiment)
-    sweep.storage.fetch_comparisons()
-    experiment = absolute(sweep.folder)
-    found = [experiment_of(place).folder for place in args.confirm or ()] or comparisons_of(
-        experiment
-    )
-    for path in report(experiment, args.out, figures=args.figures, comparisons=found):
+    for path in write_report(
+        args.experiment, args.out, figures=args.figures, comparisons=args.confirm
+    ):
         print(path)
     return OK
 

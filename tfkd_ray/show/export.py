@@ -92,7 +92,7 @@ def export(
     chosen = choose(source, arm, seed)
     data = chosen.config.data
     data.check()
-    network, notes = _network(chosen)
+    network, notes = network_of(chosen)
     split, batches = _images(data)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _whole_folder(out) as part:
@@ -141,7 +141,7 @@ def _check_export(out: Path, onnx: bool, licence: str | None) -> None:
 # --- weights and graphs ----------------------------------------------------------------------------------------
 
 
-def _network(chosen: Chosen) -> tuple[nn.Module, list[str]]:
+def network_of(chosen: Chosen) -> tuple[nn.Module, list[str]]:
     """Return the student in eval mode on the CPU, and notes on its file."""
     config, path = chosen.config, chosen.folder / WEIGHTS
     if not path.is_file():

@@ -1,0 +1,120 @@
+"""What a script asks of a finished experiment: its best configuration, its student, its report.
+
+The commands `tfkd export` and `tfkd report` make the same calls. A place is a directory or a URL.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tfkd_ray.store.storage import (
+    absolute,
+    all_but_run_states,
+    experiment_of,
+    is_url,
+    storage_at,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tfkd_ray.learn.config import TrainConfig
+
+
+def best_config(experiment: Path | str) -> "TrainConfig":
+    """Return the configuration of a sweep's best full-length trial, on validation.
+
+    Args:
+        experiment: directory or URL of a sweep.
+
+    Raises:
+        ConfigError: if it is no sweep, or no trial has ended at full length.
+    """
+    from tfkd_ray.learn.config import TrainConfig
+    from tfkd_ray.settings.schema import validated
+    from tfkd_ray.show.status import best_of
+
+    winner, _ = best_of(experiment_of(experiment).folder)
+    return validated(TrainConfig, winner.config, winner.folder / "trial.json")
+
+
+def load_student(
+    source: Path | str, *, arm: str | None = None, seed: int | None = None
+) -> "nn.Module":
+    """Return a trained student with its weights, on the CPU, in eval mode.
+
+    It takes images [B, C, H, W], divided by 255 and normalised with the data set's mean and
+    deviation (`best_config(...).data.statistics()` gives them in units of 0 to 255), and returns
+    logits [B, K]. Never opens the test split.
+
+    Args:
+        source: directory or URL of a sweep (its best trial), a trial, a run of `tfkd train`, or a
+            comparison (its best arm).
+        arm: of a comparison, the arm.
+        seed: of a comparison, the seed of the run.
+
+    Raises:
+        ConfigError: if there is no such student, or its weights are damaged.
+    """
+    from tfkd_ray.show.chosen import choose
+    from tfkd_ray.show.export import network_of
+
+    network, _ = network_of(choose(place_of_student(source), arm, seed))
+    return network.requires_grad_(True)
+
+
+def write_report(
+    experiment: Path | str,
+    out: Path | str = "report.html",
+    *,
+    figures: Path | str | None = None,
+    comparisons: Sequence[Path | str] | None = None,
+) -> list[Path]:
+    """Write the report on a sweep or a comparison; return its files, the page first.
+
+    Args:
+        experiment: its directory or URL.
+        out: the HTML file.
+        figures: a directory for the same figures as SVG; needs matplotlib.
+        comparisons: comparisons that confirm the sweep, whose verdicts come first. None: those
+            beside it that do.
+
+    Raises:
+        ConfigError: if there is no experiment, or a file cannot be written.
+    """
+    from tfkd_ray.show.report import report
+    from tfkd_ray.space.arms import comparisons_of
+
+    found = experiment_of(experiment)
+    found.storage.fetch_comparisons()
+    folder = absolute(found.folder)
+    beside = [experiment_of(place).folder for place in comparisons or ()]
+    return report(
+        folder,
+        Path(out),
+        figures=None if figures is None else Path(figures),
+        comparisons=beside or comparisons_of(folder),
+    )
+
+
+def place_of_student(source: Path | str) -> Path:
+    """Return the directory of a student on this machine, fetched if the place is a URL.
+
+    Of a sweep's URL that is the best trial's weights, else everything below the URL.
+    """
+    from tfkd_ray.learn.checkpoint import WEIGHTS
+    from tfkd_ray.show.status import best_of
+
+    if not is_url(source):
+        return Path(source)
+    url, _, trial = str(storage_at(source)).partition("/trials/")
+    found = experiment_of(url)
+    found.storage.fetch_comparisons()
+    if trial:
+        place = folder = found.folder / "trials" / trial
+    elif (found.folder / "confirm.yaml").is_file():
+        return experiment_of(url, all_but_run_states).folder
+    else:
+        place, folder = found.folder, best_of(found.folder)[0].folder
+    found.storage.bring(folder / WEIGHTS)
+    return place
