@@ -19,7 +19,7 @@ from test_clusters import given, verbs
 from test_readers import change, make_sweep
 
 from tfkd_ray.cli.main import _parser, main
-from tfkd_ray.cli.terminal import shell_word
+from tfkd_ray.cli.terminal import experiment_place, shell_word, sweep_or_arms
 from tfkd_ray.launch.verbs import PLACES
 from tfkd_ray.run.tune import build_tuner, resume_tuner
 from tfkd_ray.settings.yaml import dump_yaml, parse_yaml
@@ -868,3 +868,62 @@ def test_the_exit_code_is_the_documented_one_where_nobody_can_read_the_sentence(
         assert subprocess.run(words, cwd=tmp_path, stderr=full, timeout=110).returncode == 2
     closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *words]
     assert subprocess.run(closed, cwd=tmp_path, timeout=110).returncode == 2
+
+
+# --- names of experiments
+
+
+def begun(folder: Path, ago_s: float) -> None:
+    """Make a finished sweep of four trials that was begun some seconds ago."""
+    make_sweep(folder, 4)
+    when = time.time() - ago_s
+    os.utime(folder / "experiment.yaml", (when, when))
+
+
+def test_an_experiment_is_named_without_its_directory_and_the_newest_by_no_name(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(here / "tfkd_results/newer", 10)
+    begun(here / "tfkd_results/older", 100)
+    for words, name in [
+        (["status", "older"], "older"),
+        (["status", "tfkd_results/older"], "older"),
+        (["status", "@last"], "newer"),
+        (["status"], "newer"),
+        (["trials", "older"], "t0000-tfkd_reg"),
+        (["best", "@last"], "newer"),
+    ]:
+        code = main(words)
+        said = capsys.readouterr()
+        assert code == 0 or words[0] == "best", said.err
+        assert name in said.out + said.err, words
+        newest = "experiment: tfkd_results/newer (the newest)\n"
+        assert said.err.startswith(newest) == (words == ["status"])
+    assert main(["logs", "0"]) == 0
+    assert "(the newest)" in capsys.readouterr().err
+
+
+def test_a_directory_comes_before_a_name_and_a_shipped_arms_file_before_an_experiment(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(here / "tfkd_results/e", 10)
+    begun(here / "e", 100)
+    begun(here / "tfkd_results/digits_arms", 50)
+    assert experiment_place("e") == Path("e")
+    assert experiment_place("digits_arms") == Path("tfkd_results/digits_arms")
+    assert experiment_place("e/trials") == Path("e/trials")
+    assert experiment_place("digits_arms/trials") == Path("tfkd_results/digits_arms/trials")
+    assert experiment_place("s3://b/e") == "s3://b/e"
+    assert experiment_place("") == Path() and experiment_place("../e") == Path("../e")
+    assert sweep_or_arms("digits_arms") == "digits_arms"
+    assert sweep_or_arms("@last") == "tfkd_results/e"
+
+
+def test_without_an_experiment_a_verb_says_that_there_is_none(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = "no experiment is named, and ./tfkd_results has none; name its directory or URL"
+    for words in (["status"], ["best", "@last"], ["confirm", "@last"]):
+        assert main(words) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err == f"tfkd {words[0]}: {sentence}\n"

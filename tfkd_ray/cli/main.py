@@ -38,14 +38,19 @@ from tfkd_ray.cli.terminal import (
     DEFAULT_BASELINES,
     DEFAULT_STORAGE,
     DEFAULT_TOP_K,
+    experiment_place,
     let_end,
+    newest_experiment,
     place_or_url,
     say_error,
+    sweep_or_arms,
 )
 from tfkd_ray.cli.train import teacher_train_verb, teacher_verb, train_verb
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, WRONG_INPUT, ConfigError, Unreachable
 from tfkd_ray.settings.own_code import enter_job
 from tfkd_ray.settings.passwords import masked
+
+EXPERIMENT = "name in ./tfkd_results, directory or URL of the experiment; @last: the newest"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _not_installed(argv[0] if argv else "", error)
     except SystemExit as end:  # `--help`, or a wrong option
         return _ended_by_parser(end)
+    except ConfigError as error:
+        say_error(f"tfkd {argv[0]}: {error}")
+        return WRONG_INPUT
 
     args.command = command
     try:
@@ -179,6 +187,11 @@ def _parsed_args(argv: list[str]) -> Namespace:
     if rest:
         args.overrides += rest
     args.words, args.parsed = argv, _parsed_args
+    if getattr(args, "experiment", "") is None:
+        args.experiment = newest_experiment()
+        say_error(f"experiment: {args.experiment} (the newest)")
+    if args.verb == "confirm":
+        args.file = sweep_or_arms(args.file)
     return args
 
 
@@ -257,7 +270,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument(
         "--num-samples", type=_count, metavar="N", help="number of trials, over all objectives"
     )
-    sub.add_argument("--prior", type=place_or_url, action="append", default=[], metavar="DIR",
+    sub.add_argument("--prior", type=experiment_place, action="append", default=[], metavar="DIR",
                      help="learn also from those trials of an earlier experiment that lie in this space")  # fmt: skip
     sub.add_argument(
         "--study-storage",
@@ -270,7 +283,7 @@ def _parser() -> ArgumentParser:
         resume_verb,
         "Resume an interrupted sweep or comparison, or add trials to a sweep.",
     )
-    sub.add_argument("experiment", type=place_or_url, help="directory or URL of the experiment")
+    sub.add_argument("experiment", type=experiment_place, help=EXPERIMENT)
     sub.add_argument("--add-trials", type=_count, default=0, metavar="N", help="run N more trials")
     sub.add_argument(
         "--space",
@@ -331,7 +344,7 @@ def _parser() -> ArgumentParser:
 
     sub = verb("confirm", confirm_verb, "Train the best trials of a sweep, or the arms of a file, with several seeds, "
                "and compare them with tuned baselines on the test split.")  # fmt: skip
-    file_and_overrides(sub, "a sweep's directory or URL, or an arms file")
+    file_and_overrides(sub, "a sweep's name, directory or URL, or an arms file")
     sub.add_argument(
         "--top-k",
         type=_count,
@@ -369,7 +382,7 @@ def _parser() -> ArgumentParser:
     )
     sub.add_argument(
         "source",
-        type=place_or_url,
+        type=experiment_place,
         help="a sweep, a trial's folder, the output of tfkd train, or a comparison",
     )
     sub.add_argument(
@@ -401,7 +414,8 @@ def _parser() -> ArgumentParser:
             action.add_argument("name", help="name of the teacher")
 
     def experiment(sub: ArgumentParser, *, follow: bool = False) -> None:
-        sub.add_argument("experiment", type=place_or_url, help="directory or URL of the experiment")
+        sub.add_argument("experiment", type=experiment_place, nargs="?",
+                         help=f"{EXPERIMENT} (default: @last)")  # fmt: skip
         if follow:
             sub.add_argument("-f", "--follow", action="store_true", help="follow it until it ends")
 
@@ -450,7 +464,7 @@ def _parser() -> ArgumentParser:
         help="output file (default: report.html; - or /dev/stdout: standard output)",
     )
     sub.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as SVG")
-    sub.add_argument("--confirm", type=place_or_url, action="append", metavar="DIR",
+    sub.add_argument("--confirm", type=experiment_place, action="append", metavar="DIR",
                      help="comparison to include (default: all of this sweep's)")  # fmt: skip
 
     sub = verb(
@@ -458,8 +472,8 @@ def _parser() -> ArgumentParser:
         tensorboard_verb,
         "Compare the trials of experiments in TensorBoard, on this machine only.",
     )
-    sub.add_argument("experiments", type=place_or_url, nargs="+", metavar="EXPERIMENT",
-                     help="directories or URLs, shown side by side")  # fmt: skip
+    sub.add_argument("experiments", type=experiment_place, nargs="+", metavar="EXPERIMENT",
+                     help="names, directories or URLs, shown side by side")  # fmt: skip
     sub.add_argument(
         "--port", type=_count, default=6006, help="port (default: 6006; 0: any free port)"
     )

@@ -70,6 +70,43 @@ def place_or_url(text: str) -> "Path | str":
     return text if "://" in text else Path(text)
 
 
+NEWEST = "@last"
+"""Word for the newest experiment in the default storage."""
+
+
+def experiment_place(text: str) -> "Path | str":
+    """Return the place of an experiment: a directory or a URL, a name in ./tfkd_results, or @last."""
+    if text == NEWEST and not os.path.lexists(text):
+        return newest_experiment()
+    if not text or "://" in text or os.path.lexists(text) or ".." in Path(text).parts:
+        return place_or_url(text)
+    named = DEFAULT_STORAGE / text
+    return named if os.path.lexists(named) else Path(text)
+
+
+def sweep_or_arms(text: str) -> str:
+    """Return what `tfkd confirm` names: a path, a URL, a shipped arms file, or an experiment's name."""
+    from tfkd_ray.settings.yaml import find_file
+
+    if "://" in text or os.path.lexists(text) or find_file(text, "search_spaces").is_file():
+        return text
+    return str(experiment_place(text))
+
+
+def newest_experiment() -> Path:
+    """Return the experiment in ./tfkd_results that was begun last."""
+    begun = {
+        file.parent: file.stat().st_mtime
+        for name in ("experiment.yaml", "confirm.yaml")
+        for file in DEFAULT_STORAGE.glob(f"*/{name}")
+    }
+    if not begun:
+        raise ConfigError(
+            f"no experiment is named, and ./{DEFAULT_STORAGE} has none; name its directory or URL"
+        )
+    return max(begun, key=lambda folder: begun[folder])
+
+
 def load_file(args: Namespace) -> "Space":
     from tfkd_ray.space.space import load_space
 
