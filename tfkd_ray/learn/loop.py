@@ -35,6 +35,7 @@ from tfkd_ray.learn.evaluate import (
     metrics_at_once,
     metrics_from,
     predictions,
+    tf32,
 )
 from tfkd_ray.learn.features import (
     Caught,
@@ -533,18 +534,14 @@ def _set_up(config: TrainConfig) -> Iterator[torch.device]:
     """Yield the device of this worker; torch's threads and TF32 are set for the run meanwhile."""
     device = _device_of(config)
     threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
     torch.set_num_threads(config.cpus_per_worker)
     try:
-        if device.type == "cuda":
-            allow_tf32(config.precision == "bf16")
-        yield device
+        with tf32(device, config.precision == "bf16"):
+            yield device
     finally:
         torch.set_num_threads(threads)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = convolutions
+        if 0 < config.gpus_per_worker < 1:  # others on this GPU may need what torch keeps
+            torch.cuda.empty_cache()
 
 
 def _runs_external_code(config: TrainConfig) -> bool:
@@ -940,12 +937,6 @@ def _data_parallel(student: nn.Module, *, unused: bool) -> nn.Module:
     if unused:
         warnings.filterwarnings("ignore", ".*did not find any unused parameters")
     return DistributedDataParallel(student, find_unused_parameters=unused)
-
-
-def allow_tf32(on: bool) -> None:
-    """Allow or forbid TF32 (10 bits) in CUDA's float32; torch's default: convolutions only."""
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
 
 
 _COMPILED: dict[tuple[Any, ...], int] = {}

@@ -290,7 +290,8 @@ class DecoupledKD(_Distillation):
         if isinstance(labels, Mixed):
             raise ValueError(f"objective {self.name}: has no form for the labels of mixed images")
         ce = _cross_entropy(logits, labels)
-        other = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
+        other = torch.arange(logits.shape[1] - 1, device=logits.device)[None, :]
+        other = other + (other >= labels[:, None])  # a boolean mask would wait for the device
         log_p, log_p_else, among_p = _decoupled(logits / self.temperature, labels, other)
         log_q, log_q_else, among_q = _decoupled(teacher / self.temperature, labels, other)
         target = (
@@ -711,9 +712,9 @@ def _decoupled(logits: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, T
     """Return log p(label) [B], log(1 - p(label)) [B], and the log-softmax of the others [B, K - 1].
 
     Args:
-        other: bool [B, K], True for the classes that are not the label.
+        other: int64 [B, K - 1], the classes that are not the label.
     """
-    rest = logits[other].view(len(labels), -1)
+    rest = logits.gather(1, other)
     norm, rest_norm = logits.logsumexp(dim=1), rest.logsumexp(dim=1)
     return (
         logits.gather(1, labels[:, None])[:, 0] - norm,

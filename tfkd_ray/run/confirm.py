@@ -25,7 +25,7 @@ from tfkd_ray.learn import teachers
 from tfkd_ray.learn.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.dataset import Dataset, digest_of
-from tfkd_ray.learn.evaluate import predictions
+from tfkd_ray.learn.evaluate import predictions, tf32
 from tfkd_ray.learn.images import Images
 from tfkd_ray.learn.loop import LOOP_VERSION
 from tfkd_ray.learn.several import combined
@@ -325,7 +325,8 @@ class _Tester:
         loop = run.config.loop
         if loop is None or loop.test is None:
             return _logits(network, self._data, self.test)
-        return loop.ready().test_logits(run.config, network, self.test), self.test.labels
+        with tf32(self._device, False):
+            return loop.ready().test_logits(run.config, network, self.test), self.test.labels
 
 
 class _Taught:
@@ -366,11 +367,10 @@ class _Taught:
 
 
 def _logits(network: nn.Module, data: Dataset, images: Images) -> tuple[Tensor, Tensor]:
-    """Return (logits [N, K], labels [N])."""
-    logits, labels = (
-        torch.cat(parts) for parts in zip(*predictions(network, images, data), strict=True)
-    )
-    return logits, labels
+    """Return (logits [N, K], labels [N]), in exact float32."""
+    with tf32(images.labels.device, False):
+        logits, labels = zip(*predictions(network, images, data), strict=True)
+    return torch.cat(logits), torch.cat(labels)
 
 
 def split_id(data: Dataset) -> str:
