@@ -461,6 +461,7 @@ with _ctrl_c(Progress()):
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_line_is_being_written_is_told_after_it(tmp_path: Path) -> None:
     """The terminal is slow: the write blocks, and the signal comes in its middle."""
     env = os.environ | {"PYTHONUNBUFFERED": ""}

@@ -1139,6 +1139,7 @@ DOWNLOADED = [name for name, kind in DATA_SETS.items() if getattr(kind, "url", "
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
+@pytest.mark.slow
 def test_a_data_set_is_downloaded_once(
     served: Callable[[str], FileDataset], server: tuple[str, Path], name: str
 ) -> None:

@@ -557,6 +557,7 @@ def test_tf32_is_on_and_off_on_cuda_alone_and_put_back() -> None:
             assert float32_precisions() == before
 
 
+@pytest.mark.slow
 def test_a_run_leaves_torchs_precision_to_the_process_that_has_set_it() -> None:
     """Once a process has used torch's new settings, a look at the old ones raises an error."""
     code = (

@@ -106,6 +106,7 @@ def test_every_network_takes_every_shape_of_image(
 
 
 @pytest.mark.parametrize("network", LIGHT, ids=name_of)
+@pytest.mark.slow
 def test_a_training_step_reaches_every_parameter(network: type[Network]) -> None:
     torch.manual_seed(0)
     module = network().build((1, 8, 8), 7)

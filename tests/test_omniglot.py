@@ -191,6 +191,7 @@ def test_a_wrong_drawing_gets_a_sentence(
     assert "0003_18.png" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_wrong_zip_gets_a_sentence(folder: Path, tmp_path: Path) -> None:
     whole = tmp_path / f"{SMALL[1]}.zip"
     zipped(folder / SMALL[1], whole)

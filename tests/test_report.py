@@ -302,6 +302,7 @@ def test_wrong_input_is_refused_before_anything_is_written(
 # --- comparisons
 
 
+@pytest.mark.slow
 def test_a_confirmed_sweep_begins_with_the_verdict(
     sweep: Path, comparison: Path, tmp_path: Path
 ) -> None:
@@ -316,6 +317,7 @@ def test_a_confirmed_sweep_begins_with_the_verdict(
     assert 'class="box yes"' in text and "arms: Candidates against baselines" in text
 
 
+@pytest.mark.slow
 def test_a_comparison_has_a_report_of_its_own(comparison: Path, tmp_path: Path) -> None:
     written = report(comparison, tmp_path / "r.html", figures=tmp_path / "figures")
     text = without_plotly(tmp_path / "r.html")
