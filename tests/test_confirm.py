@@ -448,7 +448,7 @@ def test_the_test_splits_digest_is_kept_at_its_opening_and_another_is_refused(
     compared = build_arms(TREE)
     new_comparison(compared, [1, 2], tmp_path / "c")
     made, digest = read_comparison(tmp_path / "c"), digest_of(Digits().load_test())
-    assert made.digest == Digits().pinned().digest != digest
+    assert made.digests == Digits().pinned().digests != {"digest": digest}
     _note_opening(tmp_path / "c", made, digest, 4)
     assert [o["digest"] for o in openings(tmp_path, Digits())] == [digest]
     _note_opening(tmp_path / "c", made, digest, 4)  # it was killed before anybody saw a verdict

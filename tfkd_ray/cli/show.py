@@ -7,10 +7,12 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.space.space import Parameter, Space
 from tfkd_ray.cli.fit import join_ray
 from tfkd_ray.cli.terminal import DEFAULT_STORAGE, how_made, load_file, say_error, short_path
@@ -44,10 +46,12 @@ def doctor_verb(args: Namespace) -> int:
 
 
 def check_verb(args: Namespace) -> int:
+    from tfkd_ray.show.plan import ratios_of, unlabelled_ratio
     from tfkd_ray.space.arms import is_arms_file, load_arms
     from tfkd_ray.space.explain import warnings_of
 
     notes: list[str] = []
+    ratios: list[float] = []
     if is_arms_file(args.file):
         if args.all:
             raise ConfigError(
@@ -61,10 +65,12 @@ def check_verb(args: Namespace) -> int:
         print(*wrapped(listed), sep="\n")
         for arm in compared.arms:
             notes += arm.config.try_own_code()
+            ratios.append(unlabelled_ratio(arm.config))
     else:
         space = load_file(args)
         notes += space.try_own_code()
         example = space.example
+        ratios += [ratio for branch in space.branches for ratio in ratios_of(branch)]
         print("\n".join([*_describe(space), *_fixed(space, whole=args.all), *print_notes(space)]))
         for warning in warnings_of(space):
             print(*wrapped(f"warning: {warning}"), sep="\n")
@@ -72,9 +78,30 @@ def check_verb(args: Namespace) -> int:
         print(*wrapped(f"note: {note}"), sep="\n")
     try:
         example.data.check()
+        for line in _unlabelled(example, ratios):
+            print(*wrapped(line), sep="\n")
     except ConfigError as error:  # a file may be checked on a machine without its data
         print(*wrapped(f"note: on this machine {error}"), sep="\n")
     return OK
+
+
+def _unlabelled(example: "TrainConfig", ratios: Sequence[float]) -> Sentences:
+    """Yield how many unlabelled images there are, and a note if they are those of validation.
+
+    Args:
+        ratios: for each labelled image of a step, in all of the file; 0 where there are none.
+    """
+    data = example.data
+    if data.unlabelled is None:
+        return
+    from tfkd_ray.learn.dataset import notes_on_unlabelled
+    from tfkd_ray.learn.unlabelled import number_beside
+
+    count, size = len(data.load_unlabelled()), example.optim.batch_size
+    numbers = sorted({number_beside(size, ratio) for ratio in ratios if ratio})
+    each = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+    yield f"unlabelled images: {count} ({data.unlabelled}), {each} beside {size} labelled ones in a step"
+    yield from (f"note: {note}" for note in notes_on_unlabelled(data))
 
 
 def plan_verb(args: Namespace) -> int:
@@ -153,7 +180,12 @@ def _fixed(space: "Space", *, whole: bool) -> Sentences:
     from tfkd_ray.settings.yaml import in_yaml, leaves_of
 
     data, recipe = space.example.data, space.example.recipe
-    bare = {"objective": "ce", "data": data, "recipe": recipe, "precision": space.tree["precision"]}
+    bare = {
+        "objective": "ce",
+        "data": data.labelled,
+        "recipe": recipe,
+        "precision": space.tree["precision"],
+    }
     usual = dict(leaves_of(TrainConfig.model_validate(bare).tree))
     own = {"name", *data.model_dump(exclude_defaults=True)}
     searched = {p.path for p in space.parameters}

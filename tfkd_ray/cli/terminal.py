@@ -170,7 +170,7 @@ def same_run(config: "TrainConfig", out: Path) -> "TrainConfig":
     path = out / "config.yaml"
     if path.exists():
         there = validated(TrainConfig, read_yaml(path), path)
-        config = config.with_digest(there.data.digest)
+        config = config.with_digests(there.data.digests)
         if there.fingerprint() != config.fingerprint():
             raise ConfigError(
                 "holds another run (see its config.yaml); choose another directory: --out DIR", out

@@ -16,6 +16,15 @@ l * CE(a) + (1 - l) * CE(b), in every objective; the virtual teachers of tfkd_re
 are mixed as q is; soft parts of a teacher's logits know no label and stay, with the logits of the
 mixed image. dkd has no such form.
 
+Unlabelled images (`data.unlabelled`) take part in the soft part alone. A step of B labelled images
+and U unlabelled ones, for the objectives that have a `soft_part` of logits only, has the loss
+
+    L = s * [(1 - alpha) * CE(B) + alpha * T^2 * KD(B) + alpha * T^2 * KD(U)]
+
+where each term is the mean over its own images: CE(B) and KD(B) over the labelled ones, as without
+the others, and KD(U) over the unlabelled ones. Without any, KD(U) is left out. So the weight of the
+unlabelled images does not depend on their number.
+
 Shapes: B = batch, K = classes. Logits are float [B, K], labels int64 [B]; every loss is a scalar.
 """
 
@@ -64,12 +73,14 @@ PositiveNumber = Annotated[float, Field(gt=0)]
 
 
 class Terms(NamedTuple):
-    """The two unweighted parts of a loss: scalars, means over the batch."""
+    """The unweighted parts of a loss: scalars, means over the batch."""
 
     ce: Tensor
     """Cross-entropy with the labels, hard or mixed, in nats."""
     kd: Tensor | None
     """KL_batchmean(target_T || student_T) in nats, without T^2; None if there is no soft part."""
+    unlabelled: Tensor | None = None
+    """The soft part of the step's unlabelled images, their mean; None if there are none."""
 
 
 class Canonical(Settings):
@@ -78,6 +89,8 @@ class Canonical(Settings):
     needs_teacher: ClassVar[bool] = False
     soft_labels: ClassVar[bool] = True
     """Whether labels may be mixed."""
+    learns_without_labels: ClassVar[bool] = False
+    """Whether images without labels may take part; see `soft_part`."""
     has_parts: ClassVar[bool] = True
     """Whether `terms` are CE and a soft part; False: `Terms.ce` is the whole loss."""
     searchable: ClassVar[frozenset[str] | None] = None
@@ -149,6 +162,10 @@ class Canonical(Settings):
         """Return the unweighted CE and KL of one batch (means over the batch, nats)."""
         return Terms(_cross_entropy(logits, labels), None)
 
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Return `Terms.kd` of images without labels, a scalar; see `learns_without_labels`."""
+        raise TypeError(f"objective {self.called}: has no form for images without labels")
+
     def soft_target(
         self, labels: NumpyArray, teacher: NumpyArray
     ) -> tuple[NumpyArray, float] | None:
@@ -171,6 +188,8 @@ class Canonical(Settings):
         loss = self.ce_weight * terms.ce
         if terms.kd is not None:
             loss = loss + self.kd_weight * terms.kd
+        if terms.unlabelled is not None:
+            loss = loss + self.kd_weight * terms.unlabelled
         return self.loss_scale * loss
 
     def __call__(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Tensor:
@@ -249,11 +268,15 @@ class KnowledgeDistillation(_Distillation):
     """
 
     needs_teacher: ClassVar[bool] = True
+    learns_without_labels: ClassVar[bool] = True
     name: Literal["kd"] = "kd"
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
-        return Terms(_cross_entropy(logits, labels), softened_kl(logits, teacher, self.temperature))
+        return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
+
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return softened_kl(logits, teacher, self.temperature)
 
     def soft_target(self, labels: NumpyArray, teacher: NumpyArray) -> tuple[NumpyArray, float]:
         return softmax(teacher / self.temperature), self.temperature
@@ -312,6 +335,7 @@ class Dist(_Distillation):
     """
 
     needs_teacher: ClassVar[bool] = True
+    learns_without_labels: ClassVar[bool] = True
     name: Literal["dist"] = "dist"
     temperature: Temperature = 1.0
     inter_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -320,13 +344,15 @@ class Dist(_Distillation):
     """gamma of the paper."""
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
+        teacher = _needed(teacher, self.name)
+        return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
+
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
         from torch.nn import functional as F
 
-        teacher = _needed(teacher, self.name)
         p = F.softmax(logits / self.temperature, dim=1)
         q = F.softmax(teacher.to(logits.dtype) / self.temperature, dim=1)
-        relations = self.inter_weight * _unlike(p, q) + self.intra_weight * _unlike(p.T, q.T)
-        return Terms(_cross_entropy(logits, labels), relations)
+        return self.inter_weight * _unlike(p, q) + self.intra_weight * _unlike(p.T, q.T)
 
 
 class StandardisedKD(_Distillation):
@@ -339,6 +365,7 @@ class StandardisedKD(_Distillation):
     """
 
     needs_teacher: ClassVar[bool] = True
+    learns_without_labels: ClassVar[bool] = True
     name: Literal["kd_standardised"] = "kd_standardised"
     temperature: Temperature = 2.0
 
@@ -349,8 +376,10 @@ class StandardisedKD(_Distillation):
 
     def terms(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Terms:
         teacher = _needed(teacher, self.name)
-        soft = softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
-        return Terms(_cross_entropy(logits, labels), soft)
+        return Terms(_cross_entropy(logits, labels), self.soft_part(logits, teacher))
+
+    def soft_part(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        return softened_kl(_standardised(logits, LEAST), _standardised(teacher), self.temperature)
 
 
 class TfkdReg(_Distillation):

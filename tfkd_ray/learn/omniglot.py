@@ -225,7 +225,7 @@ class Omniglot(FileDataset):
         train, val = (torch.isin(drawer, part).nonzero()[:, 0] for part in parts)
         return train, val
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ConfigError that names the sets that are missing."""
         self._places()
 

@@ -183,6 +183,7 @@ _METRICS = {
     "train_loss",
     "train_ce",
     "train_kd",
+    "train_kd_unlabelled",
     "train_kd_ratio",
     "lr",
     "parameters",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.checkpoint import WEIGHTS, load_weights, save_weights
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
-from tfkd_ray.learn.dataset import Dataset, digest_of
+from tfkd_ray.learn.dataset import OF_UNLABELLED, Dataset, digest_of
 from tfkd_ray.learn.evaluate import predictions, tf32
 from tfkd_ray.learn.images import Images
 from tfkd_ray.learn.loop import LOOP_VERSION
@@ -384,6 +384,7 @@ def split_id(data: Dataset) -> str:
         "mean",
         "std",
         "digest",
+        *OF_UNLABELLED,
     }
     tree = data.model_dump(mode="json", exclude=data.places | other)
     return data.name if set(tree) == {"name"} else json.dumps(tree, sort_keys=True)

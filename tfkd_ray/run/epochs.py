@@ -98,7 +98,7 @@ def check_data_here(config: TrainConfig) -> None:
     """Raise, with this node's name, if its data are missing or differ from the driver's."""
     try:
         config.data.check()
-        if config.data.digest is not None:
+        if config.data.digests:
             config.data.pinned()
     except ConfigError as error:
         raise ConfigError(

@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 
 from tfkd_ray.learn import teachers
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
-from tfkd_ray.learn.dataset import forget_loaded, seal_test_split
+from tfkd_ray.learn.dataset import forget_loaded, notes_on_unlabelled, seal_test_split
 from tfkd_ray.run.callbacks import (
     Budget,
     Lock,
@@ -65,7 +65,7 @@ from tfkd_ray.settings.yaml import Tree, Values, dump_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.relate import not_superset
 from tfkd_ray.space.search_config import Asha, SearchConfig
-from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digest
+from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digests
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
@@ -367,8 +367,8 @@ def _check_all_there(searcher: OptunaSearcher, experiment: Path) -> None:
 
 def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space:
     """Return a wider space with the old one's storage and new names for its studies."""
-    if new.example.data.digest is None:
-        new = with_digest(new, old.example.data.digest)
+    if not new.example.data.digests:
+        new = with_digests(new, old.example.data.digests)
     problems = not_superset(old, new)
     if problems:
         message = "an experiment is resumed in its own space, or in one that contains all of it"
@@ -398,8 +398,10 @@ def prepare(config: TrainConfig, storage: Storage, notes: Sequence[str] | None =
         notes: those of `try_own_code`, if it was asked for more than this configuration.
     """
     config.data.check()
-    if config.data.digest is not None:
+    if config.data.digests:
         config.data.pinned()
+    for note in notes_on_unlabelled(config.data):
+        print(f"note: {note}", file=sys.stderr)
     forget_loaded()
     for note in config.try_own_code() if notes is None else notes:
         print(f"note: {note}", file=sys.stderr)

@@ -14,7 +14,7 @@ from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
-from tfkd_ray.space.space import Space
+from tfkd_ray.space.space import Branch, Space
 
 PROBE_STEPS = 8
 """Steps of a probe, after one for warming up."""
@@ -52,6 +52,9 @@ class SweepPlan:
     """GPUs of one trial, over its workers."""
     disk: int
     """Bytes of weights and checkpoints, those of teachers included."""
+    unlabelled: tuple[float, ...]
+    """Unlabelled images for each labelled one, in steps and soft labels: the ends of a range;
+    none without any."""
     bank: int
     """Most bytes of soft labels in each node's cache."""
 
@@ -77,7 +80,7 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
     """
     parts = []
     for branch, trials in zip(space.branches, shares(space).values(), strict=True):
-        config = branch.example
+        config = _with_usual_ratio(branch)
         seconds = _epoch_seconds(config) if probe else None
         memory = (
             _gpu_share(config) if probe and config.gpus_per_worker and config.workers == 1 else None
@@ -92,8 +95,10 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
     teacher_s = None
     if probe:
         teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs)
+        # trials share views, up to the largest ratio
+        labelling = 1 + max(ratio for branch in space.branches for ratio in ratios_of(branch))
         teacher_s += sum(
-            _view_seconds(run) * space.epochs for run in space.teacher_runs() if banked
+            _view_seconds(run) * labelling * space.epochs for run in space.teacher_runs() if banked
         )
     config = space.example
     # a teacher keeps its weights
@@ -106,9 +111,33 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
 
         bank = int(limit())
     gpus = config.workers * config.gpus_per_worker
-    return SweepPlan(
-        tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank
-    )
+    ratios = [ratio for branch in space.branches for ratio in ratios_of(branch)]
+    costs = config.workers, gpus, disk, tuple(sorted({*ratios} - {0.0})), bank
+    return SweepPlan(tuple(parts), sum(teachers.values()), teacher_s, *costs)
+
+
+def ratios_of(branch: Branch) -> list[float]:
+    """Return how many unlabelled images a step takes for each labelled one: all ends and choices."""
+    if branch.example.data.unlabelled is None:
+        return [0.0]
+    for p in branch.parameters:
+        if p.path == ("data", "unlabelled_ratio"):
+            return [float(value) for value in p.domain.probes]
+    return [branch.example.data.unlabelled_ratio]
+
+
+def _with_usual_ratio(branch: Branch) -> TrainConfig:
+    """Return a configuration with the mean of a searched `data.unlabelled_ratio`."""
+    config, ratios = branch.example, ratios_of(branch)
+    if config.data.unlabelled is None:
+        return config
+    update = {"unlabelled_ratio": sum(ratios) / len(ratios)}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def unlabelled_ratio(config: TrainConfig) -> float:
+    """Return how many unlabelled images a step takes for each labelled one."""
+    return 0.0 if config.data.unlabelled is None else config.data.unlabelled_ratio
 
 
 def slots_here(space: Space) -> int:
@@ -172,6 +201,11 @@ def lines(
     if found.teacher_epochs:
         yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"
+    if found.unlabelled:
+        ends = f"{found.unlabelled[0]:g}"
+        if len(found.unlabelled) > 1:
+            ends += f" to {found.unlabelled[-1]:g}"
+        yield f"unlabelled images: {ends} for each labelled one, in steps and soft labels"
     if found.bank:
         yield f"soft labels: at most {_bytes_per_epoch(found.bank)} in each node's cache (TFKD_BANK_GB)"
     if found.seconds is None:
@@ -200,12 +234,13 @@ def _epoch_seconds(config: TrainConfig) -> float:
     """Measure the seconds of an epoch from a few steps on a part of the data.
 
     A teacher that runs in every step is replaced by an untrained one. If its soft labels are
-    cached, the step is one of plain training, and `_view_seconds` measures the labels.
+    cached, the step is one of plain training, and `_view_seconds` measures the labels. An
+    unlabelled image takes as long as a labelled one.
     """
     from tfkd_ray.learn.loop import train
     from tfkd_ray.learn.teacher_input import untrained
 
-    data = config.data.model_copy(
+    data = config.data.labelled.model_copy(
         update={"subset": config.optim.batch_size * PROBE_STEPS, "val_fraction": 0.0}
     )
     changes: dict[str, Any] = {
@@ -222,7 +257,8 @@ def _epoch_seconds(config: TrainConfig) -> float:
     train_set, val_set = config.data.load()
     # validation takes about a third of training, and with an average there are two
     share = 1 / 3 if config.ema is None else 2 / 3
-    images = len(train_set) + (len(val_set) if val_set is not None else 0) * share
+    images = len(train_set) * (1 + unlabelled_ratio(config))
+    images += (len(val_set) if val_set is not None else 0) * share
     return images / last.metrics["images_per_s"] / config.workers
 
 
@@ -282,11 +318,13 @@ def resident_bytes(config: TrainConfig) -> int:
     from tfkd_ray.learn.soft_labels import fits
 
     sets = [found for found in config.data.load() if found is not None]
-    count = sum(map(len, sets))
-    images = 0 if config.data.streams else count * math.prod(config.data.shape)
+    labelled = sum(map(len, sets))
+    shown = labelled + (len(config.data.load_unlabelled()) if config.data.unlabelled else 0)
+    images = 0 if config.data.streams else shown * math.prod(config.data.shape)
     if not any(config.banks):
         return images
-    labels = 2 * count * config.data.num_classes * sum(config.banks)
+    count = labelled + len(sets[0]) * unlabelled_ratio(config)
+    labels = 2 * round(count) * config.data.num_classes * sum(config.banks)
     layers = numbers_of(config.ready_objective().teacher_layers)
     return images + labels + (2 * len(sets[0]) * layers if fits(len(sets[0]), layers) else 0)
 

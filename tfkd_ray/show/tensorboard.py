@@ -47,7 +47,7 @@ from tfkd_ray.show.listener import OwnCallback
 from tfkd_ray.space.arms import Arm, read_comparison
 from tfkd_ray.space.plain import PlainSpace
 from tfkd_ray.space.ranges import Choices
-from tfkd_ray.space.space import Parameter, Searched, Space, build_space
+from tfkd_ray.space.space import Parameter, Searched, Space, build_space, without_unlabelled
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import FULL_LENGTH, as_number, read_experiment, trials_folder
 from tfkd_ray.verdict.calibration import BINS, binned, calibration_error
@@ -57,6 +57,7 @@ TAGS = {
     **{row.key: row.tag for row in SCORES.values() if row.tag is not None},
     "train_ce": "train/loss_ce",
     "train_kd": "train/loss_kd",
+    "train_kd_unlabelled": "train/loss_kd_unlabelled",
     "val_teacher_kl": "kd/kl",
     "train_kd_ratio": "kd/grad_ratio",
     "lr": "opt/lr",
@@ -378,7 +379,7 @@ def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path
 def _plain_training(config: Values) -> TrainConfig:
     """Return the baseline of a trial: cross-entropy with the defaults, same data, same student."""
     same = {k: config[k] for k in ("recipe", "data", "student") if k in config}
-    return TrainConfig.model_validate({**same, "objective": "ce"})
+    return TrainConfig.model_validate({**without_unlabelled(same), "objective": "ce"})
 
 
 def _change(plain: TrainConfig, config: Values) -> str:

@@ -204,7 +204,7 @@ def _place_of(p: Parameter) -> tuple[Path_, str]:
     return p.path, json.dumps(item, sort_keys=True)
 
 
-DIGEST = ("data", "digest")
+DIGESTS = (("data", "digest"), ("data", "unlabelled_digest"))
 
 
 def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
@@ -214,9 +214,9 @@ def _differences(a: Tree, b: Tree) -> Iterator[tuple[Path_, Any, Any]]:
     """
     left = dict(leaves_of(a))
     right = dict(leaves_of(b))
-    digests = (left.get(DIGEST), right.get(DIGEST))
-    if None in digests:  # one began before data had digests, or has not begun
-        left[DIGEST] = right[DIGEST] = None
+    for digest in DIGESTS:
+        if None in (left.get(digest), right.get(digest)):
+            left[digest] = right[digest] = None  # one began before there were any, or has not begun
     paths = [p for p in sorted({*left, *right}) if left.get(p) != right.get(p)]
     kinds = {p[:-1] for p in paths if p[-1] == "name"}
     for path in paths:

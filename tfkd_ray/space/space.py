@@ -16,7 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tfkd_ray.learn.config import RUN_ONLY, TeacherRun, TrainConfig, number_teachers
+from tfkd_ray.learn.config import (
+    RUN_ONLY,
+    WITHOUT_LABELS,
+    TeacherRun,
+    TrainConfig,
+    number_teachers,
+)
+from tfkd_ray.learn.dataset import OF_UNLABELLED
 from tfkd_ray.learn.objectives import Canonical, recorded
 from tfkd_ray.learn.own import is_only_reading
 from tfkd_ray.learn.own_loss import whole_numbers
@@ -73,6 +80,10 @@ TAUGHT = {
     str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher is True
 } - {"tfkd_self"}
 """Objectives whose teacher has its own network; of the user's own, the settings say it."""
+NEVER_TAUGHT = {
+    str(tag(m)) for m in OBJECTIVES if issubclass(m, Canonical) and m.needs_teacher is False
+}
+"""Objectives of this package that learn from labels alone, which may stand beside those with a teacher."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +292,11 @@ class Space(Searched):
 
     @property
     def example(self) -> TrainConfig:
-        """Return one configuration; its run settings are those of every other one."""
-        return self.branches[0].example
+        """Return one configuration; its run settings are those of every other one.
+
+        It is one with unlabelled images, if there is any.
+        """
+        return _with_unlabelled(self.branches).example
 
     def try_own_code(self) -> list[str]:
         """Try the user's own code in each objective's first and last configuration; return notes.
@@ -417,8 +431,11 @@ def _read_branches(
     except ConfigError as error:
         return [], error.problems
     taught = any(map(_is_taught, objectives))
+    learns = any(name_of(objective) in WITHOUT_LABELS for objective in objectives)
     for objective in objectives:
         shared = dict(tree)
+        if learns and name_of(objective) in NEVER_TAUGHT:  # such as a baseline beside kd
+            shared = without_unlabelled(shared)
         teacher = tree.get("teacher")
         if name_of(objective) == "tfkd_self" and taught and isinstance(teacher, dict):
             # the given network is the other objectives' teacher; a self teacher is the student's
@@ -430,6 +447,23 @@ def _read_branches(
         except ConfigError as error:
             problems += error.problems
     return branches, problems
+
+
+def without_unlabelled(tree: Tree) -> Tree:
+    """Return the tree of a configuration without the settings of unlabelled images."""
+    data = tree.get("data")
+    if not isinstance(data, Mapping):
+        return tree
+    return {**tree, "data": {k: v for k, v in data.items() if k not in OF_UNLABELLED}}
+
+
+def _with_unlabelled(branches: Sequence[Branch]) -> Branch:
+    """Return a branch whose trials see unlabelled images; the first one if there is none."""
+    for branch in branches:
+        data = branch.tree.get("data")
+        if isinstance(data, Mapping) and data.get("unlabelled") is not None:
+            return branch
+    return branches[0]
 
 
 def _sized(space: Space) -> SearchConfig:
@@ -801,15 +835,15 @@ SPACE_RULES = (
 
 
 def pinned(space: Space) -> Space:
-    """Return the same space with the local data's digest recorded; see `Dataset.pinned`."""
-    return with_digest(space, space.example.data.pinned().digest)
+    """Return the same space with the local data's digests recorded; see `Dataset.pinned`."""
+    return with_digests(space, space.example.data.pinned().digests)
 
 
-def with_digest(space: Space, digest: str | None) -> Space:
-    """Return the same space on data with this digest."""
-    if space.example.data.digest == digest:
+def with_digests(space: Space, digests: Mapping[str, str]) -> Space:
+    """Return the same space on data with these digests."""
+    if space.example.data.digests == digests:
         return space
-    data = {**space.tree["data"], "digest": digest}
+    data = {**space.tree["data"], **digests}
     found = build_space({**space.tree, "data": data})
     # a tree has no password
     return replace(found, notes=space.notes, search=space.search)
@@ -1021,7 +1055,7 @@ ONE_A_SWEEP = {*RUN_ONLY, "recipe", "data", "epochs", "seed", "batch_norm", "pre
 def _trials_can_be_compared(p: Parameter) -> Sentences:
     """Reject a searched setting that makes trials different runs, but not better ones."""
     top = p.path[0]
-    if top in ONE_A_SWEEP:
+    if top in ONE_A_SWEEP and p.path != ("data", "unlabelled_ratio"):
         yield f"{p.name}: one value for the whole sweep; trials that differ in it cannot be compared"
 
 
@@ -1195,6 +1229,7 @@ def _resolved(branches: Sequence[Branch], search: SearchConfig) -> Tree:
     several = [tree["teachers"] for tree in trees if _needs_teacher(tree) and "teachers" in tree]
     return {
         **trees[0],
+        "data": trees[branches.index(_with_unlabelled(branches))]["data"],
         "teacher": (with_network or teachers)[0],
         **({"teachers": several[0]} if several else {}),
         "objective": objectives if len(objectives) > 1 else objectives[0],
