@@ -908,11 +908,12 @@ def test_check_says_how_many_there_are_and_which_are_validation_images(
         "unlabelled_ratio: {choices: [1, 4]}}\n"
     )
     assert main(["check", str(file)]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert f"unlabelled images: 8 ({tmp_path}/x.npy), 64 to 256 beside 64 labelled ones" in said
     assert "note: data.unlabelled: 3 of its 8 images are validation images, byte for byte" in said
     assert main(["plan", str(file)]) == 0
     assert "unlabelled images: 1 to 4 for each labelled one" in capsys.readouterr().out
     (tmp_path / "x.npy").unlink()
     assert main(["check", str(file)]) == 0
-    assert "note: on this machine data.unlabelled: not found" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: on this machine data.unlabelled: not found" in said
