@@ -235,7 +235,7 @@ def test_without_unlabelled_images_the_loss_is_the_one_of_before(objective: Any)
     ce, kd, more = torch.tensor(1.3), torch.tensor(0.4), torch.tensor(0.25)
     before = objective.loss_scale * (objective.ce_weight * ce + objective.kd_weight * kd)
     assert objective.combine(Terms(ce, kd)).equal(before)
-    whole = objective.combine(Terms(ce, kd, more))
+    whole = objective.combine(Terms(ce, kd), more)
     expected = before + objective.loss_scale * objective.kd_weight * more
     assert whole == pytest.approx(float(expected), rel=1e-6)
 
@@ -260,7 +260,7 @@ def test_metrics_are_means_over_the_epochs_images() -> None:
     assert m["train_ce"] == pytest.approx(float(terms.ce), rel=1e-5)
     assert m["train_kd"] == pytest.approx(float(terms.kd), rel=1e-5)
     assert m["train_kd_unlabelled"] == pytest.approx(float(unlabelled), rel=1e-5)
-    whole = c.objective.combine(terms._replace(unlabelled=unlabelled))
+    whole = c.objective.combine(terms, unlabelled)
     assert m["train_loss"] == pytest.approx(float(whole), rel=1e-5)
 
 

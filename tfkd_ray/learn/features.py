@@ -120,8 +120,8 @@ class Tapped(nn.Module):
         logits = logits.float()
         about = f"objective {self._objective.called}: student"
         features = Features(outputs_of(found, layers, len(images), about), taught)
-        terms = self._objective.terms(logits, labels, soft, features)
-        return logits, terms.ce, terms.kd
+        ce, kd = self._objective.terms(logits, labels, soft, features)
+        return logits, ce, kd
 
 
 def tapped_student(

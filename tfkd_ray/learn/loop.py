@@ -196,13 +196,15 @@ def train(
                         seed_step(_of_dropout(config.seed, epoch, step, rank, piece))
                         with _synchronised(model, last=piece == len(pieces) - 1):
                             soft, taught = lessons.of_batch(some, shown)
-                            logits, terms = learn(shown, labels_of(some), soft, taught, added)
-                            loss = objective.combine(terms)
+                            logits, terms, other = learn(
+                                shown, labels_of(some), soft, taught, added
+                            )
+                            loss = objective.combine(terms, other)
                             if step == 0:
                                 norms.append(gradient_norms(objective, terms, logits))
                             # DDP takes the mean over workers: weigh each by its images
                             (loss * (len(some) * workers / len(batch))).backward()
-                        sums += _losses(loss, terms) * len(some)
+                        sums += _losses(loss, terms, other) * len(some)
                     optimizer.step()
                     if average is not None:
                         average.update(epoch * len(batches) + step + 1)
@@ -883,25 +885,25 @@ def _learn(
     soft: Tensor | None,
     taught: Mapping[str, Tensor],
     added: "_Added | None",
-) -> tuple[Tensor, Terms]:
-    """Return a batch's logits, float32 [B, K], and the terms of its loss.
+) -> tuple[Tensor, Terms, Tensor | None]:
+    """Return a batch's logits, float32 [B, K], the terms of its loss, and KD of unlabelled images.
 
     Labelled and unlabelled images run in one forward pass: BatchNorm has the statistics of both.
     """
     if objective.asks_for_layers:  # `Tapped` computes both
         logits, *both = forward(images, labels, soft, taught)
         _check_learnable(logits, config)
-        return logits, Terms(*both)
+        return logits, Terms(*both), None
     with lessons.autocast:
         logits = forward(images if added is None else torch.cat([images, added.images]))
     logits = logits.float()
     _check_learnable(logits, config)
     if added is None:
-        return logits, objective.terms(logits, labels, soft)
+        return logits, objective.terms(logits, labels, soft), None
     logits, unlabelled = logits.split([len(images), len(added.images)])
     theirs = lessons.of_unlabelled(added.places, added.images)
     kd = added.share * objective.soft_part(unlabelled, theirs)
-    return logits, objective.terms(logits, labels, soft)._replace(unlabelled=kd)
+    return logits, objective.terms(logits, labels, soft), kd
 
 
 def _check_learnable(logits: Tensor, config: TrainConfig) -> None:
@@ -1184,10 +1186,14 @@ def compiled(model: nn.Module, config: TrainConfig, images: int) -> Callable[...
     return forward
 
 
-def _losses(loss: Tensor, terms: Terms) -> Tensor:
-    """Return the whole loss of a batch and its `Terms`, [4], without their graph; 0 for a missing one."""
+def _losses(loss: Tensor, terms: Terms, unlabelled: Tensor | None) -> Tensor:
+    """Return the whole loss, CE, KD and that of unlabelled images, [4], without their graph.
+
+    It is 0 for a missing one.
+    """
     none = loss.new_zeros(())
-    return torch.stack([loss, *(none if term is None else term for term in terms)]).detach()
+    parts = [none if part is None else part for part in (terms.kd, unlabelled)]
+    return torch.stack([loss, terms.ce, *parts]).detach()
 
 
 def _loss_metrics(
@@ -1197,11 +1203,7 @@ def _loss_metrics(
     means: Tensor,
     norms: Sequence[_Norms],
 ) -> dict[str, float]:
-    """Return the metrics of the loss over an epoch, from the means of `_losses`.
-
-    Args:
-        terms: those of any piece of a batch; it may lack an unlabelled image.
-    """
+    """Return the metrics of the loss over an epoch, from the means of `_losses`."""
     loss, ce, kd, unlabelled = means.tolist()
     found = {"train_loss": loss}
     if objective.has_parts:

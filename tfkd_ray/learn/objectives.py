@@ -73,14 +73,12 @@ PositiveNumber = Annotated[float, Field(gt=0)]
 
 
 class Terms(NamedTuple):
-    """The unweighted parts of a loss: scalars, means over the batch."""
+    """The two unweighted parts of a loss: scalars, means over the batch."""
 
     ce: Tensor
     """Cross-entropy with the labels, hard or mixed, in nats."""
     kd: Tensor | None
     """KL_batchmean(target_T || student_T) in nats, without T^2; None if there is no soft part."""
-    unlabelled: Tensor | None = None
-    """The soft part of the step's unlabelled images, their mean; None if there are none."""
 
 
 class Canonical(Settings):
@@ -181,15 +179,19 @@ class Canonical(Settings):
         """
         return None
 
-    def combine(self, terms: Terms) -> Tensor:
-        """Return the loss of these terms, a scalar: the canonical one, or s times the whole."""
+    def combine(self, terms: Terms, unlabelled: Tensor | None = None) -> Tensor:
+        """Return the loss of these terms, a scalar: the canonical one, or s times the whole.
+
+        Args:
+            unlabelled: `soft_part` of the step's unlabelled images. None: there are none.
+        """
         if not self.has_parts:
             return terms.ce if self.loss_scale == 1 else self.loss_scale * terms.ce
         loss = self.ce_weight * terms.ce
         if terms.kd is not None:
             loss = loss + self.kd_weight * terms.kd
-        if terms.unlabelled is not None:
-            loss = loss + self.kd_weight * terms.unlabelled
+        if unlabelled is not None:
+            loss = loss + self.kd_weight * unlabelled
         return self.loss_scale * loss
 
     def __call__(self, logits: Tensor, labels: Labels, teacher: Tensor | None = None) -> Tensor:
