@@ -676,6 +676,7 @@ def arrays(tmp_path: Path) -> dict[str, Callable[[], Any]]:
         r"x.npy: needs uint8 \[N, C, H, W\], with C, H, W of 3x8x8, got float64 \[4, 3, 8, 8\]": lambda: np.save(npy, right.astype(float)),
         r"x.npy: needs uint8 .* got uint8 \[4, 8, 8\]": lambda: np.save(npy, right[:, 0]),
         r"x.npy: its images are 1x8x8, and those of own are 3x8x8": lambda: np.save(npy, right[:, :1]),
+        r"x.npy: needs uint8 .* got object \[1\]": lambda: np.save(npy, np.array([{}], dtype=object), allow_pickle=True),
         "x.npy: holds no image": lambda: np.save(npy, right[:0]),
         "x.npy: cannot be read as an array": cut,
         "x.npy: cannot be read as an array: .*; write it with numpy.save": lambda: npy.write_bytes(b"no array"),
