@@ -89,6 +89,8 @@ class Canonical(Settings):
     """Whether labels may be mixed."""
     learns_without_labels: ClassVar[bool] = False
     """Whether images without labels may take part; see `soft_part`."""
+    compares_images: ClassVar[bool] = False
+    """Whether the loss of a batch is more than a mean over its images, so that pieces change it."""
     has_parts: ClassVar[bool] = True
     """Whether `terms` are CE and a soft part; False: `Terms.ce` is the whole loss."""
     searchable: ClassVar[frozenset[str] | None] = None
@@ -338,6 +340,7 @@ class Dist(_Distillation):
 
     needs_teacher: ClassVar[bool] = True
     learns_without_labels: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = True
     name: Literal["dist"] = "dist"
     temperature: Temperature = 1.0
     inter_weight: Annotated[float, Field(ge=0)] = 1.0

@@ -581,7 +581,28 @@ def _trials_repeat_others(space: Space) -> Sentences:
     yield f"there are only {points}: of {share} that are proposed, some are likely to repeat others; {way}"
 
 
-NOTES = (_weights_are_unknown, _beginnings_are_unknown, _trials_are_the_same, _trials_repeat_others)
+def _pieces_change_a_loss(space: Space) -> Sentences:
+    """Yield a note if a loss that compares the images of a batch sees pieces of it."""
+    for branch in space.branches:
+        first = _first(branch.parameters)
+        updates = [p for p in branch.parameters if p.path[0] == "optim"]
+        for values in itertools.islice(_every_choice(updates, end=1), MAX_CORNERS):
+            config = branch.config({**first, **values})
+            if config.objective.compares_images and config.optim.accumulate > 1:
+                yield (
+                    f"optim.accumulate: {branch.objective} compares the images of a batch with each other, and with "
+                    "accumulate those of a piece: the loss is another one than without"
+                )
+                break
+
+
+NOTES = (
+    _pieces_change_a_loss,
+    _weights_are_unknown,
+    _beginnings_are_unknown,
+    _trials_are_the_same,
+    _trials_repeat_others,
+)
 
 
 # --- rules of a space's teachers, on the tree of the file
