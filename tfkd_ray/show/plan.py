@@ -144,11 +144,12 @@ def plan_comparison(
     made: dict[str, TeacherRun] = {}
     views: dict[tuple[str, str], tuple[TeacherRun, int]] = {}
     for config in (run.config for run in runs):
-        for teacher in config.teacher_runs():
+        for number, teacher in enumerate(config.teacher_runs()):
             name = teacher.fingerprint()
             if teacher.weights is None:
                 made[name] = teacher
-            if config.banked:  # arms with the same images share the views of their epochs
+            if number < len(config.banks) and config.banks[number]:
+                # arms with the same images share the views of their epochs
                 first = json.dumps(config.augment.key(config.seed, 1), sort_keys=True)
                 _, most = views.get((name, first), (teacher, 0))
                 views[name, first] = teacher, max(most, _views(config.augment, config.epochs))
