@@ -24,7 +24,7 @@ from tfkd_ray.cli.terminal import (
 )
 from tfkd_ray.settings.errors import FAILED, NOT_BETTER, OK, ConfigError
 
-MOST_SEEDS = 1000
+SEED_LIMIT = 1000
 
 
 # --- confirm ---------------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def confirm_verb(args: Namespace) -> int:
 
 def check_seeds(first_look: int | None, most: int) -> None:
     """Raise a ConfigError for numbers of seeds that can tell nothing, or have no end."""
-    if most > MOST_SEEDS:
-        message = f"at most {MOST_SEEDS} seeds of each arm, which find a lead of a tenth of their spread, got {most}"
+    if most > SEED_LIMIT:
+        message = f"at most {SEED_LIMIT} seeds of each arm, which find a lead of a tenth of their spread, got {most}"
         raise ConfigError(message, "--seeds")
     if first_look is None:
         if most < 2:

@@ -263,7 +263,7 @@ def lines(
         slots: number of trials at a time.
         gpu_hour_price: price of an hour of one GPU.
     """
-    yield from in_columns(_arms_table(found) if found.compares else _trials_table(found), 80)
+    yield from in_columns(_table_of_arms(found) if found.compares else _table_of_trials(found), 80)
     most = sum(part.most for part in found.parts)
     if found.compares:
         yield f"in all {most} epochs of {sum(part.trials for part in found.parts)} runs"
@@ -277,7 +277,7 @@ def lines(
     yield from _hours(found, slots, gpu_hour_price)
 
 
-def _trials_table(found: SweepPlan) -> list[str]:
+def _table_of_trials(found: SweepPlan) -> list[str]:
     table = ["objective\ttrials\texpected to come to epoch\tepochs\tat most"]
     for part in found.parts:
         reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
@@ -285,7 +285,7 @@ def _trials_table(found: SweepPlan) -> list[str]:
     return table
 
 
-def _arms_table(found: SweepPlan) -> list[str]:
+def _table_of_arms(found: SweepPlan) -> list[str]:
     table = ["arm\truns\tepochs each\tepochs"]
     for part in found.parts:
         table.append(f"{part.objective}\t{part.trials}\t{part.most // part.trials}\t{part.most}")
