@@ -25,6 +25,7 @@ from tfkd_ray.cli.terminal import (
 from tfkd_ray.settings.errors import FAILED, NOT_BETTER, OK, ConfigError
 
 SEED_LIMIT = 1000
+"""Most seeds of an arm."""
 
 
 # --- confirm ---------------------------------------------------------------------------------------------------
