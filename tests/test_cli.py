@@ -735,6 +735,13 @@ def test_check_and_explain_read_arms_files_too(
     assert "correct_prob  0.9 to 0.999 (log in 1 - x)" in capsys.readouterr().out
 
 
+def test_plan_of_an_arms_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "digits_arms", "--seeds", "3..20", "--slots", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "in all 6600 epochs of 220 runs" in out and max(map(len, out.splitlines())) <= 80
+    assert "this is the limit of 20 seeds" in out
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -746,6 +753,11 @@ def test_check_and_explain_read_arms_files_too(
         (["confirm", ".", "--preset", "smoke"], "--preset: settings and presets are for arms files"),
         (["check", "digits_arms", "--all"], "--all: is for search spaces"),
         (["plan", "mine.yaml", "--slots", "0"], "--slots: at least 1, got 0"),
+        (["plan", "mine.yaml", "--seeds", "3"], "--seeds: is for an arms file, not for a search space"),
+        (["plan", "mine.yaml", "--train-only"], "--train-only: is for an arms file, not for a search space"),
+        (["plan", "digits_arms", "--seeds", "2..9"], "the first look needs 3 seeds or more"),
+        (["plan", "digits_arms", "--seeds", "1000000000"], "at most 1000 seeds of each arm"),
+        (["confirm", "digits_arms", "--seeds", "3..1001"], "at most 1000 seeds of each arm"),
         (["confirm", "mine.yaml"], "arms: needs a list of at least one arm"),
         (["confirm", "digits_arms", "epochs=x"], "arms.ce.epochs: Input should be a valid integer"),
         (["confirm", "digits_arms", "--preset", "tiny"], "invalid choice: 'tiny'"),

@@ -24,20 +24,24 @@ from tfkd_ray.cli.terminal import (
 )
 from tfkd_ray.settings.errors import FAILED, NOT_BETTER, OK, ConfigError
 
+SEED_LIMIT = 1000
+"""Most seeds of an arm."""
+
+
 # --- confirm ---------------------------------------------------------------------------------------------------
 
 
 def confirm_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import confirm_as_job
     from tfkd_ray.launch.verbs import is_arms
-    from tfkd_ray.space.arms import FIRST_SEED, arms_of, load_arms, new_comparison, rivals_of
+    from tfkd_ray.space.arms import arms_of, load_arms, new_comparison, rivals_of, seeds_from
     from tfkd_ray.store.experiment import read_experiment
     from tfkd_ray.store.storage import Experiment, checked, to_continue
 
     if args.top_k < 1:
         raise ConfigError("at least the best one is compared", f"--top-k {args.top_k}")
     first_look, most = args.seeds
-    _check_seeds(first_look, most)
+    check_seeds(first_look, most)
     if is_arms(args):
         usual = {
             "--top-k": args.top_k == DEFAULT_TOP_K,
@@ -83,7 +87,7 @@ def confirm_verb(args: Namespace) -> int:
 
     prepare(compared.example, storage)
     taken = read_experiment(given)["space"]["seed"] if compared.experiment else None
-    seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + most + 1) if seed != taken][:most]
+    seeds = seeds_from(most, taken)
     options = {
         "teacher_per_seed": args.teacher_per_seed,
         "hold_out": args.train_only,
@@ -96,8 +100,11 @@ def confirm_verb(args: Namespace) -> int:
     return compare_arms(Experiment(storage, name), args.address)
 
 
-def _check_seeds(first_look: int | None, most: int) -> None:
-    """Raise a ConfigError for numbers of seeds that can tell nothing."""
+def check_seeds(first_look: int | None, most: int) -> None:
+    """Raise a ConfigError for numbers of seeds that can tell nothing, or have no end."""
+    if most > SEED_LIMIT:
+        message = f"at most {SEED_LIMIT} seeds of each arm, which find a lead of a tenth of their spread, got {most}"
+        raise ConfigError(message, "--seeds")
     if first_look is None:
         if most < 2:
             message = "one run of each arm cannot tell a difference from luck; at least 2, and 5 or more to tell much"

@@ -36,6 +36,7 @@ from tfkd_ray.cli.sweep import resume_verb, tune_verb
 from tfkd_ray.cli.terminal import (
     BUDGET_OPTIONS,
     DEFAULT_BASELINES,
+    DEFAULT_SEEDS,
     DEFAULT_STORAGE,
     DEFAULT_TOP_K,
     experiment_place,
@@ -310,9 +311,11 @@ def _parser() -> ArgumentParser:
     sub = verb(
         "plan",
         plan_verb,
-        "Estimate the cost of a sweep: trials, epochs, hours, money, disk; starts nothing.",
+        "Estimate the cost of a sweep or of a comparison of arms: trials, epochs, hours, money, disk; "
+        "starts nothing.",
     )
-    file_and_overrides(sub, "a search-space file")
+    file_and_overrides(sub, "a search space, or an arms file")
+    _of_a_comparison(sub, None)
     _flag(sub, "--probe", "train a few steps of each objective here to estimate the hours")
     sub.add_argument(
         "--slots",
@@ -357,19 +360,10 @@ def _parser() -> ArgumentParser:
     _flag(sub, "--fail-if-not-better", "exit with code 7 unless an arm is better")
     download(sub)
     storage(sub)
-    sub.add_argument(
-        "--seeds",
-        type=_seeds,
-        default=(None, 5),
-        metavar="N|FIRST..LIMIT",
-        help="seeds per arm (default: 5, which detect gains of about a point; 10 detect half a point); "
-        "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
-    )
+    _of_a_comparison(sub, DEFAULT_SEEDS)
     sub.add_argument(
         "--preset", choices=["smoke"], help="smoke: scale the arms down, as a smoke test"
     )
-    _flag(sub, "--train-only", "leave validation out of training")
-    _flag(sub, "--teacher-per-seed", "train a teacher for each seed, also for kd")
     sub.add_argument(
         "--name", help="name of the comparison (default: the file's name and the time)"
     )
@@ -554,6 +548,20 @@ def _budgets(sub: ArgumentParser) -> None:
     for option, name, unit, text in BUDGET_OPTIONS:
         sub.add_argument(option, dest=name, metavar=unit, type=int if unit == "N" else float,
                          help=f"stop the sweep, which can be resumed, after so many {text}")  # fmt: skip
+
+
+def _of_a_comparison(sub: ArgumentParser, seeds: tuple[int | None, int] | None) -> None:
+    """Add the options that say which runs a comparison has."""
+    sub.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=seeds,
+        metavar="N|FIRST..LIMIT",
+        help="seeds per arm (default: 5, which detect gains of about a point; 10 detect half a point); "
+        "FIRST..LIMIT, such as 3..20: add seeds until every verdict is settled",
+    )
+    _flag(sub, "--train-only", "leave validation out of training")
+    _flag(sub, "--teacher-per-seed", "train a teacher for each seed, also for kd")
 
 
 def _seeds(text: str) -> tuple[int | None, int]:

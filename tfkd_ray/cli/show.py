@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from tfkd_ray.learn.config import TrainConfig
     from tfkd_ray.space.space import Parameter, Space
 from tfkd_ray.cli.fit import join_ray
-from tfkd_ray.cli.terminal import DEFAULT_STORAGE, how_made, load_file, say_error, short_path
+from tfkd_ray.cli.terminal import (
+    DEFAULT_SEEDS,
+    DEFAULT_STORAGE,
+    how_made,
+    load_file,
+    say_error,
+    short_path,
+)
 from tfkd_ray.settings.columns import wrapped
 from tfkd_ray.settings.errors import FAILED, INTERRUPTED, OK, ConfigError, Sentences
 
@@ -106,14 +113,49 @@ def _unlabelled(example: "TrainConfig", ratios: Sequence[float]) -> Sentences:
 
 def plan_verb(args: Namespace) -> int:
     from tfkd_ray.show.plan import lines, plan, slots_here
+    from tfkd_ray.space.arms import is_arms_file
 
     if args.slots == 0:
         raise ConfigError("--slots: at least 1, got 0")
+    if is_arms_file(args.file):
+        return _plan_comparison(args)
+    given = {
+        "--seeds": args.seeds,
+        "--train-only": args.train_only,
+        "--teacher-per-seed": args.teacher_per_seed,
+    }
+    if ignored := [option for option, value in given.items() if value]:
+        problems = [f"{option}: is for an arms file, not for a search space" for option in ignored]
+        raise ConfigError(problems, args.file)
     space = load_file(args)
     if args.probe:
         space.example.data.check()
     found, slots = plan(space, probe=args.probe), args.slots or slots_here(space)
     print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
+    return OK
+
+
+def _plan_comparison(args: Namespace) -> int:
+    from tfkd_ray.cli.compare import check_seeds
+    from tfkd_ray.show.plan import lines, plan_comparison, run_slots_here
+    from tfkd_ray.space.arms import load_arms, seeds_from
+
+    first_look, most = args.seeds or DEFAULT_SEEDS
+    check_seeds(first_look, most)
+    compared = load_arms(args.file, args.overrides)
+    if args.probe:
+        compared.example.data.check()
+    found = plan_comparison(
+        compared,
+        seeds_from(most),
+        teacher_per_seed=args.teacher_per_seed,
+        hold_out=args.train_only,
+        probe=args.probe,
+    )
+    slots = args.slots or run_slots_here(compared.example, sum(p.trials for p in found.parts))
+    print("\n".join(lines(found, slots=slots, gpu_hour_price=args.gpu_hour_price)))
+    if first_look is not None:
+        print(f"this is the limit of {most} seeds; it ends sooner once every verdict is settled")
     return OK
 
 

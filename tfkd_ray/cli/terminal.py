@@ -26,6 +26,8 @@ BUDGETS = tuple(name for _, name, _, _ in BUDGET_OPTIONS)
 """Names of the budgets in `search`; each option sets one."""
 DEFAULT_STORAGE = Path("tfkd_results")
 DEFAULT_TOP_K = 3
+DEFAULT_SEEDS = (None, 5)
+"""No first look, and 5 seeds of each arm."""
 DEFAULT_BASELINES = "ce,lsr,scaled,published"
 
 

@@ -1,19 +1,23 @@
 """The cost of a sweep before it starts: trials at each rung, epochs, hours, GPU-hours, money, disk.
 
 How many trials pass a rung is an expectation (see `receipt`); `at most` is never exceeded.
+A comparison has a plan, too: runs of each arm, and epochs, none of which is saved.
 """
 
+import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfkd_ray.learn.augment import Augment
 from tfkd_ray.learn.config import TeacherRun, TrainConfig
 from tfkd_ray.learn.objectives import CrossEntropy
 from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
+from tfkd_ray.space.arms import Arms, runs_of
 from tfkd_ray.space.space import Branch, Space
 
 PROBE_STEPS = 8
@@ -22,9 +26,10 @@ PROBE_STEPS = 8
 
 @dataclass(frozen=True)
 class Part:
-    """The trials of one objective."""
+    """The trials of one objective, or the runs of one arm."""
 
     objective: str
+    """Its name, or that of the arm."""
     trials: int
     reaching: tuple[tuple[int, float], ...]
     """(epoch, expected number of trials that reach it), for each rung and the last epoch."""
@@ -41,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The expected cost of a sweep."""
+    """The expected cost of a sweep, or the cost of a comparison."""
 
     parts: tuple[Part, ...]
     teacher_epochs: int
@@ -57,6 +62,8 @@ class SweepPlan:
     none without any."""
     bank: int
     """Most bytes of soft labels in each node's cache."""
+    compares: bool = False
+    """True for a comparison: its parts are arms, and nothing is stopped early."""
 
     @property
     def epochs(self) -> float:
@@ -90,15 +97,17 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             Part(branch.objective, trials, come, epochs, trials * space.epochs, seconds, memory)
         )
     runs = [run for run in space.teacher_runs() if run.weights is None]
-    teachers = {run.fingerprint(): run.stop_epoch or run.epochs for run in runs}
+    teachers = {run.fingerprint(): _teacher_epochs(run) for run in runs}
     banked = any(any(branch.example.banks) for branch in space.branches)
     teacher_s = None
     if probe:
-        teacher_s = sum(_epoch_seconds(run) * (run.stop_epoch or run.epochs) for run in runs)
+        teacher_s = sum(_epoch_seconds(run) * _teacher_epochs(run) for run in runs)
         # trials share views, up to the largest ratio
         labelling = 1 + max(ratio for branch in space.branches for ratio in ratios_of(branch))
         teacher_s += sum(
-            _view_seconds(run) * labelling * space.epochs for run in space.teacher_runs() if banked
+            _view_seconds(run) * labelling * _views(run.augment, space.epochs)
+            for run in space.teacher_runs()
+            if banked
         )
     config = space.example
     # a teacher keeps its weights
@@ -140,20 +149,115 @@ def unlabelled_ratio(config: TrainConfig) -> float:
     return 0.0 if config.data.unlabelled is None else config.data.unlabelled_ratio
 
 
+def plan_comparison(
+    compared: Arms,
+    seeds: Sequence[int],
+    *,
+    teacher_per_seed: bool = False,
+    hold_out: bool = False,
+    probe: bool = False,
+) -> SweepPlan:
+    """Plan a comparison with these seeds; `runs_of` explains its options.
+
+    Args:
+        probe: train some steps of each arm, and of each kind of teacher, here; needs the data.
+    """
+    runs = runs_of(compared, seeds, teacher_per_seed=teacher_per_seed, hold_out=hold_out)
+    parts = []
+    for arm in compared.arms:
+        mine = [run.config for run in runs if run.arm == arm.name]
+        config, epochs = mine[0], sum(one.epochs for one in mine)
+        seconds = _epoch_seconds(config) if probe else None
+        whole = ((config.epochs, float(len(mine))),)
+        parts.append(Part(arm.name, len(mine), whole, epochs, epochs, seconds))
+    made: dict[str, TeacherRun] = {}
+    views: dict[tuple[str, str], tuple[TeacherRun, int]] = {}
+    for config in (run.config for run in runs):
+        for number, teacher in enumerate(config.teacher_runs()):
+            name = teacher.fingerprint()
+            if teacher.weights is None:
+                made[name] = teacher
+            if number < len(config.banks) and config.banks[number]:
+                # arms with the same images share the views of their epochs
+                first = json.dumps(config.augment.key(config.seed, 1), sort_keys=True)
+                _, most = views.get((name, first), (teacher, 0))
+                count = _views(config.augment, config.epochs) * (1 + unlabelled_ratio(config))
+                views[name, first] = teacher, max(most, math.ceil(count))
+    config = compared.example
+    disk = sum(_weights(run.config) for run in runs) + sum(map(_weights, made.values()))
+    ratios = {unlabelled_ratio(run.config) for run in runs} - {0.0}
+    bank = 0
+    if views:
+        from tfkd_ray.learn.soft_labels import limit
+
+        bank = int(limit())
+    return SweepPlan(
+        tuple(parts),
+        sum(map(_teacher_epochs, made.values())),
+        _seconds_of_teachers(made.values(), views.values()) if probe else None,
+        config.workers,
+        config.workers * config.gpus_per_worker,
+        disk,
+        tuple(sorted(ratios)),
+        bank,
+        compares=True,
+    )
+
+
+def _seconds_of_teachers(
+    made: Iterable[TeacherRun], views: Iterable[tuple[TeacherRun, int]]
+) -> float:
+    """Return the seconds to train teachers, and to label views; one of each kind is probed.
+
+    Args:
+        made: the teachers to train.
+        views: teachers, each with its number of views.
+    """
+    seconds, of_epoch, of_view = 0.0, dict[str, float](), dict[str, float]()
+    for run in made:
+        kind = _without_seed(run)
+        if kind not in of_epoch:
+            of_epoch[kind] = _epoch_seconds(run)
+        seconds += of_epoch[kind] * _teacher_epochs(run)
+    for run, count in views:
+        kind = _without_seed(run)
+        if kind not in of_view:
+            of_view[kind] = _view_seconds(run)
+        seconds += of_view[kind] * count
+    return seconds
+
+
+def _without_seed(run: TeacherRun) -> str:
+    return run.model_copy(update={"seed": 0}).fingerprint()
+
+
+def _teacher_epochs(run: TeacherRun) -> int:
+    return run.stop_epoch or run.epochs
+
+
+def _views(augment: Augment, epochs: int) -> int:
+    """Return how many views of the images so many epochs have: one without random augmentation."""
+    return epochs if augment.key(0, 1) != augment.key(0, 2) else 1
+
+
 def slots_here(space: Space) -> int:
     """Return how many trials a sweep runs at a time on this machine: one for each CPU or GPU share.
 
     At least one.
     """
-    config = space.example
+    most = space.search.max_concurrent or space.search.num_samples
+    return run_slots_here(space.example, min(most, space.search.num_samples))
+
+
+def run_slots_here(config: TrainConfig, most: int) -> int:
+    """Return how many of so many runs fit on this machine at a time; at least one."""
     have, take = float(os.cpu_count() or 1), config.workers * config.cpus_per_worker
     fit = have / take
     if config.gpus_per_worker:
         import torch
 
         fit = min(fit, torch.cuda.device_count() / (config.workers * config.gpus_per_worker))
-    most = space.search.max_concurrent or space.search.num_samples
-    return max(1, min(int(fit), most, space.search.num_samples))
+    return max(1, min(int(fit), most))
 
 
 def _copies(space: Space) -> int:
@@ -191,13 +295,12 @@ def lines(
         slots: number of trials at a time.
         gpu_hour_price: price of an hour of one GPU.
     """
-    table = ["objective\ttrials\texpected to come to epoch\tepochs\tat most"]
-    for part in found.parts:
-        reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
-        table.append(f"{part.objective}\t{part.trials}\t{reaching}\t{part.epochs:.0f}\t{part.most}")
-    yield from in_columns(table, 80)
+    yield from in_columns(_table_of_arms(found) if found.compares else _table_of_trials(found), 80)
     most = sum(part.most for part in found.parts)
-    yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
+    if found.compares:
+        yield f"in all {most} epochs of {sum(part.trials for part in found.parts)} runs"
+    else:
+        yield f"in all {found.epochs:.0f} epochs expected, at most {most}; without early stopping always {most}"
     if found.teacher_epochs:
         yield f"teachers, if they are not there yet: {found.teacher_epochs} epochs, once"
     yield f"disk: at most {_bytes_per_epoch(found.disk)} of weights and checkpoints"
@@ -208,8 +311,29 @@ def lines(
         yield f"unlabelled images: {ends} for each labelled one, in steps and soft labels"
     if found.bank:
         yield f"soft labels: at most {_bytes_per_epoch(found.bank)} in each node's cache (TFKD_BANK_GB)"
+    yield from _hours(found, slots, gpu_hour_price)
+
+
+def _table_of_trials(found: SweepPlan) -> list[str]:
+    table = ["objective\ttrials\texpected to come to epoch\tepochs\tat most"]
+    for part in found.parts:
+        reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
+        table.append(f"{part.objective}\t{part.trials}\t{reaching}\t{part.epochs:.0f}\t{part.most}")
+    return table
+
+
+def _table_of_arms(found: SweepPlan) -> list[str]:
+    table = ["arm\truns\tepochs each\tepochs"]
+    for part in found.parts:
+        table.append(f"{part.objective}\t{part.trials}\t{part.most // part.trials}\t{part.most}")
+    return table
+
+
+def _hours(found: SweepPlan, slots: int, gpu_hour_price: float | None) -> Iterator[str]:
+    """Return the lines of a plan on time, memory and money."""
     if found.seconds is None:
-        yield "hours: not known; --probe trains a few steps of each objective here and says"
+        each = "arm" if found.compares else "objective"
+        yield f"hours: not known; --probe trains a few steps of each {each} here and says"
         return
     for part in found.parts:
         yield f"an epoch of {part.objective}: {part.epoch_s:.3g} s on this machine"
@@ -218,7 +342,8 @@ def lines(
         setting = f"gpus_per_worker={1000 // fit / 1000:g}"
         yield f"GPU memory: a trial takes {max(measured):.0%} of one; {fit} fit on it: {setting}"
     hours = found.seconds / 3600
-    yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
+    one = "run" if found.compares else "trial"
+    yield f"training: {_time(found.seconds)} with one {one} at a time, {_time(found.seconds / slots)} with {slots}"
     if found.gpus:
         money = (
             ""

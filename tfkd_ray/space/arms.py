@@ -265,6 +265,11 @@ def _arm_problems(compared: Arms) -> Sentences:
                 yield f"arms.{arm.name}.{key}: one value for all arms; say it at the top of the file"
 
 
+def seeds_from(count: int, taken: int | None = None) -> list[int]:
+    """Return so many seeds of a comparison, without the seed that a sweep has taken."""
+    return [seed for seed in range(FIRST_SEED, FIRST_SEED + count + 1) if seed != taken][:count]
+
+
 def runs_of(
     compared: Arms, seeds: Sequence[int], *, teacher_per_seed: bool = False, hold_out: bool = False
 ) -> list[Run]:
