@@ -61,7 +61,7 @@ from tfkd_ray.settings.errors import ConfigError, Say, Sentences, readable, some
 from tfkd_ray.settings.files import DISK_ERRORS, check_writable, write_text
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import validated
-from tfkd_ray.settings.yaml import Tree, Values, dump_yaml
+from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.relate import not_superset
 from tfkd_ray.space.search_config import Asha, SearchConfig
@@ -376,6 +376,13 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     if new.search.storage not in (None, old.search.storage):
         raise ConfigError(
             "search.storage: an experiment's studies stay where they are; leave it out", experiment
+        )
+    late = [point for point in new.search.points if point not in old.search.points]
+    if late:
+        raise ConfigError(
+            f"search.points: {in_yaml(late[0])} is new, and first trials come first: those here have begun; "
+            "leave it out, or begin a new experiment: tfkd tune",
+            experiment,
         )
     alike = {b.objective: b.parameters for b in old.branches} == {
         b.objective: b.parameters for b in new.branches

@@ -325,7 +325,15 @@ def baseline_space(experiment: Path, lacking: Mapping[str, int]) -> Space:
     if _holds_trained(tree.get("init")):  # a baseline has no teacher
         tree["init"] = "random"
     tree.pop("teachers", None)
-    own = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials", "storage", "study")
+    own = (
+        "time_budget_s",
+        "gpu_hours",
+        "cpu_hours",
+        "max_failed_trials",
+        "storage",
+        "study",
+        "points",
+    )
     tree["search"] = {k: v for k, v in tree["search"].items() if k not in own}
     tree["search"] |= {"num_samples": sum(lacking.values()), "split": True, "baselines": False}
     return build_space(tree, experiment / "experiment.yaml")

@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "metric": "the argument `metric`, or TuneConfig(metric=...), names it",
     "time_budget_s": "set TuneConfig(time_budget_s=...)",
     "max_concurrent": "set TuneConfig(max_concurrent_trials=...)",
+    "points": "pass OptunaSearcher(..., points_to_evaluate=[...])",
     "max_failures": "set RunConfig(failure_config=...)",
 }
 

@@ -10,11 +10,12 @@ from typing import Any, TypeGuard
 from tfkd_ray.learn.config import RUN_ONLY, TrainConfig
 from tfkd_ray.learn.dataset import Dataset
 from tfkd_ray.learn.objectives import PUBLISHED, Canonical
-from tfkd_ray.learn.optimizers import WHOLE, OptimConfig
+from tfkd_ray.learn.optimizers import WHOLE
 from tfkd_ray.settings.errors import ConfigError, Sentences
 from tfkd_ray.settings.schema import tag
 from tfkd_ray.settings.yaml import Tree, Values, leaves_of, value_at
-from tfkd_ray.space.ranges import Choices, Path_, Range, name_of
+from tfkd_ray.space.points import completed, own_points
+from tfkd_ray.space.ranges import Choices, Path_, Range
 from tfkd_ray.space.search_config import Grid
 from tfkd_ray.space.space import Branch, BranchGroup, Parameter, Space, public_path, share_of
 from tfkd_ray.store.experiment import as_number
@@ -42,7 +43,7 @@ def as_asked(group: BranchGroup, objective: str, values: Values) -> tuple[Tree, 
 
 @dataclass(frozen=True)
 class WarmPoint:
-    """A published setting mapped into a space."""
+    """A first trial of a search: a point of its file, or a published setting mapped into its space."""
 
     objective: str
     values: Tree
@@ -53,9 +54,10 @@ class WarmPoint:
 def warm_points(space: Space) -> list[WarmPoint]:
     """Return the first trials of a sweep, each group's in their order.
 
-    A setting is skipped if a value of its objective lies outside of the space or differs from a
-    fixed one. Parameters that it does not mention take the paper's value (the defaults of
-    `OptimConfig`) if that lies inside, else the middle of their range.
+    The points of the file come first (see `points`), then published settings. Of these, one is
+    skipped if a value of its objective lies outside of the space or differs from a fixed one.
+    Parameters that it does not mention take the paper's value (the defaults of `OptimConfig`) if
+    that lies inside, else the middle of their range.
     """
     points = []
     for group in space.groups:
@@ -64,13 +66,21 @@ def warm_points(space: Space) -> list[WarmPoint]:
 
 
 def group_points(space: Space, group: BranchGroup) -> list[WarmPoint]:
-    """Return a group's `warm_points`: objectives in turn, at most a quarter of its trials."""
+    """Return a group's `warm_points`.
+
+    Published settings: objectives in turn, at most a quarter of its trials.
+    """
+    named, _ = own_points(space.branches, space.search.points)
+    here = {branch.objective for branch in group.branches}
+    own = [WarmPoint(p.objective, p.values, p.origin) for p in named if p.objective in here]
     if not space.search.warm_start or isinstance(space.sampler, Grid):
-        return []
+        return own
     in_turn: list[WarmPoint] = []
     for row in itertools.zip_longest(*map(_published, group.branches)):
         in_turn += [point for point in row if point is not None]
-    return in_turn[: share_of(space) // 4]
+    share, known = share_of(space), [(p.objective, p.values) for p in own]
+    new = [p for p in in_turn[: share // 4] if (p.objective, p.values) not in known]
+    return [*own, *new][:share]
 
 
 def _published(branch: Branch) -> Iterator[WarmPoint]:
@@ -95,26 +105,8 @@ def _published(branch: Branch) -> Iterator[WarmPoint]:
 
 def _values_for(branch: Branch, objective: Canonical) -> Tree:
     """Return values for a branch's parameters: the objective's, else the paper's or the middle."""
-    values: Tree = {}
-    for p in branch.asked(values):
-        usual = PAPER_VALUES.get(p.path) if _is_sgd(branch, values) else None
-        if p.path[0] == "objective":
-            values[p.name] = getattr(objective, p.path[1])
-        elif usual is not None and p.domain.contains(usual):
-            values[p.name] = usual
-        else:
-            values[p.name] = p.domain.middle
-    return values
-
-
-def _is_sgd(branch: Branch, values: Values) -> bool:
-    """Return whether a configuration with these values has the optimizer of the paper."""
-    given = values.get("optim", branch.tree.get("optim"))
-    return name_of(given) in (None, "sgd")
-
-
-PAPER_VALUES: dict[Path_, Any] = {("optim", k): v for k, v in OptimConfig().model_dump().items()}
-"""The paper's recipe, which is also our default."""
+    own = [p for p in branch.parameters if p.path[0] == "objective"]
+    return completed(branch, {p.name: getattr(objective, p.path[1]) for p in own})
 
 
 def not_superset(old: Space, new: Space) -> list[str]:

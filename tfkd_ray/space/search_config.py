@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from tfkd_ray.learn.optimizers import Count, Positive
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
@@ -233,6 +240,10 @@ class SearchConfig(Settings):
     warm_start: bool = True
     """Try published settings first if they lie in the space; at most a quarter of an objective's
     trials."""
+    points: tuple[dict[str, Any], ...] = ()
+    """Trials to run first, before the published settings: a list of partial settings, each of one
+    objective, such as {objective: kd, optim.lr: 0.05}. Searched settings that a point leaves out take
+    the paper's value, or the middle of their range. They count as trials."""
     stopping: Annotated[Stopping, Field(discriminator="name"), BeforeValidator(name_alone)] = (
         Halving()
     )
@@ -270,6 +281,16 @@ class SearchConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the proposals: proposal n is a function of this seed, n, and the content of the
     study."""
+
+    @field_validator("points", mode="before")
+    @classmethod
+    def _points_are_settings(cls, given: Any) -> Any:
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"a list of settings, [{{optim.lr: 0.1}}, ...], got {given!r}")
+        for number, point in enumerate(given, start=1):
+            if not isinstance(point, Mapping) or not point:
+                raise ValueError(f"number {number} needs settings (key: value), got {point!r}")
+        return given
 
     @model_validator(mode="before")
     @classmethod

@@ -25,6 +25,7 @@ from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, dotte
 from tfkd_ray.settings.passwords import masked
 from tfkd_ray.settings.schema import members, name_alone, settings_at, tag, validated
 from tfkd_ray.settings.yaml import Tree, Values, find_file, in_yaml, parse_yaml, read_yaml
+from tfkd_ray.space.points import own_points
 from tfkd_ray.space.ranges import (
     RANGE_KEYS,
     Choices,
@@ -784,6 +785,23 @@ def _objectives_have_trials(space: Space) -> Sentences:
         yield f"search.num_samples: {objectives} objectives share it equally, got {search.num_samples}"
 
 
+def _points_can_be_tried(space: Space) -> Sentences:
+    """Reject first points outside of the space, and more of them than trials."""
+    found, problems = own_points(space.branches, space.search.points)
+    yield from problems
+    if space.search.points and isinstance(space.sampler, Grid):
+        yield "search.points: a grid is every combination once; leave them out, or choose a sampler"
+    share = share_of(space)
+    for group in space.groups:
+        names = {branch.objective for branch in group.branches}
+        count = sum(point.objective in names for point in found)
+        if count > share:
+            yield (
+                f"search.points: {count} of {' and '.join(sorted(names))}, and its share is {share} trials; raise "
+                "num_samples, or leave some out"
+            )
+
+
 def _is_searched_as_it_can_be(space: Space) -> Sentences:
     """Reject search settings that do not fit the space."""
     for rule in SEARCH_RULES:
@@ -796,6 +814,7 @@ SPACE_RULES = (
     _validation_is_kept,
     _objectives_have_trials,
     _is_searched_as_it_can_be,
+    _points_can_be_tried,
 )
 """Rules in the order in which they are checked; only the first broken one is reported."""
 
