@@ -109,13 +109,16 @@ def _describe(space: "Space") -> Sentences:
     shared = [p for p in space.parameters if all(p in b.parameters for b in space.branches)]
     search, epochs = space.search, space.epochs
     rungs = space.rungs
-    share = search.num_samples // len(space.branches)
+    share = search.most_trials // len(space.branches)
     per = (
         f"{share} for each of {len(space.branches)} objectives"
         if search.split and len(space.branches) > 1
         else ""
     )
-    yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
+    if search.num_samples is None:
+        yield f"trials until a budget is spent, {epochs} epochs each"
+    else:
+        yield f"{search.num_samples} trials{f', {per}' if per else ''}, {epochs} epochs each"
     yield f"proposed by {search.sampler}, stopped by {search.stopping.name}" + (
         f" after {rungs} epochs" if rungs else ""
     )

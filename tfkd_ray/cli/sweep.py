@@ -80,6 +80,7 @@ def tune_verb(args: Namespace) -> int:
 
 def resume_verb(args: Namespace) -> int:
     from tfkd_ray.launch.as_job import resume_as_job
+    from tfkd_ray.space.search_config import more_samples
     from tfkd_ray.space.space import build_space, load_space
     from tfkd_ray.store.experiment import read_experiment
     from tfkd_ray.store.storage import to_continue
@@ -106,11 +107,12 @@ def resume_verb(args: Namespace) -> int:
     about = read_experiment(experiment)
     if told := remember(about.get("directory")):
         say_error(told)
-    about["space"]["search"]["num_samples"] += args.add_trials
+    samples = about["space"]["search"]["num_samples"]
+    about["space"]["search"]["num_samples"] = more_samples(samples, args.add_trials)
     space = build_space(about["space"], experiment / "experiment.yaml")
     wider = load_space(args.space) if args.space else None
     if wider is not None:
-        samples = wider.search.num_samples + args.add_trials
+        samples = more_samples(wider.search.num_samples, args.add_trials)
         space = dataclasses.replace(
             wider, search=wider.search.model_copy(update={"num_samples": samples})
         )
@@ -142,7 +144,9 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
         ended = fit_tuner(progress, build, experiment)
         if ended is None:
             return FAILED
-        code = _print_summary(space, experiment, whole=ended and not progress.ended_by)
+        endless = space.search.num_samples is None  # its budget is its end
+        whole = ended and (endless or not progress.ended_by)
+        code = _print_summary(space, experiment, whole=whole)
     except KeyboardInterrupt:
         if not (experiment / "experiment.yaml").is_file():
             raise
@@ -154,8 +158,9 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
             for option, name, unit, _ in BUDGET_OPTIONS
             if f".{name}: " in progress.ended_by
         )
+        how = "ended" if endless else "ended early"
         print(
-            f"ended early: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
+            f"{how}: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
         )
     return code if ended else told_of_interrupt(experiment)
 
@@ -188,7 +193,8 @@ def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:
     print(f"  tfkd report {where}")
     print(f"  tfkd tensorboard {where}")
     print(f"  tfkd best {where} > best.yaml && tfkd train best.yaml")
-    print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
+    if space.search.num_samples is not None:
+        print(f"  tfkd resume {where} --add-trials {space.search.num_samples}")
     return OK
 
 

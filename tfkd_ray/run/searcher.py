@@ -257,7 +257,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         studies = self._open()
         if self._todo:
             n = self._todo.pop(0)
-        elif self._next < self.space.search.num_samples:
+        elif self._next < self.space.search.most_trials:
             n = self._next
             self._next += 1
         else:
@@ -425,7 +425,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     def remaining(self) -> int:
         """Return the number of trials still to be proposed, unfinished and new."""
         self._open()
-        return len(self._todo) + self.space.search.num_samples - self._next
+        return len(self._todo) + self.space.search.most_trials - self._next
 
     def close(self) -> None:
         """Close the storage; the next access opens it again."""

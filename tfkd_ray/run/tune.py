@@ -64,7 +64,7 @@ from tfkd_ray.settings.schema import validated
 from tfkd_ray.settings.yaml import Tree, Values, dump_yaml, in_yaml
 from tfkd_ray.show.tensorboard import TensorBoard
 from tfkd_ray.space.relate import not_superset
-from tfkd_ray.space.search_config import Asha, SearchConfig
+from tfkd_ray.space.search_config import Asha, SearchConfig, more_samples
 from tfkd_ray.space.space import Space, build_space, load_space, pinned, with_digest
 from tfkd_ray.store.assignment import assigned
 from tfkd_ray.store.experiment import (
@@ -223,7 +223,8 @@ def resume_tuner(
     with contextlib.ExitStack() as undone:
         lock = Lock(*found)
         undone.callback(lock.release)
-        about["space"]["search"]["num_samples"] += add_trials
+        samples = about["space"]["search"]["num_samples"]
+        about["space"]["search"]["num_samples"] = more_samples(samples, add_trials)
         if study_storage is not None:
             about["space"]["search"]["storage"] = study_storage
         old = build_space(about["space"], experiment / "experiment.yaml")
@@ -389,7 +390,7 @@ def _widened(old: Space, new: Space, add_trials: int, experiment: Path) -> Space
     }
     name, _, count = (old.search.study or "tfkd").partition("@")
     study = old.search.study if alike else f"{name}@{int(count or 1) + 1}"
-    samples = new.search.num_samples + add_trials
+    samples = more_samples(new.search.num_samples, add_trials)
     budgets = old.search.budgets | new.search.budgets
     return _with_search(
         new, storage=old.search.storage, study=study, num_samples=samples, **budgets
@@ -592,7 +593,7 @@ def _tuner(
         mode=None if told else tune_config.mode or space.search.mode,
         search_alg=searcher,
         scheduler=tune_config.scheduler or _scheduler(space, searcher),
-        num_samples=max(1, trials),
+        num_samples=-1 if space.search.num_samples is None else max(1, trials),
         max_concurrent_trials=(
             space.search.max_concurrent
             if tune_config.max_concurrent_trials is None

@@ -258,7 +258,8 @@ class Progress(OwnCallback):
         count = Counter(run.status for run in runs)
         over = count["done"] + count["stopped"] + count["failed"]
         used = spent(self._experiment, count["running"], since=self._start)
-        title = f"{over:,} of {self._plan.trials:,} trials, {count['running']} running, {duration(used['seconds'])}"
+        planned = "" if self._plan.trials is None else f" of {self._plan.trials:,}"
+        title = f"{over:,}{planned} trials, {count['running']} running, {duration(used['seconds'])}"
         title += self._left(runs, used)
         lines = [
             f"{fitted(self._experiment.absolute().name, max(8, width - len(title) - 2))}: {title}"
@@ -307,9 +308,13 @@ class Progress(OwnCallback):
             return ""
         new = self._plan.not_begun(Counter(run.row for run in runs))
         left = epochs_left([(run.epoch, run.epochs, run.status) for run in runs], new) / rate
+        if self._plan.trials is None:
+            left = math.inf
         budget = (self._search.time_budget_s or math.inf) - used["seconds"]
         if budget < left:
             return f", {duration(max(0.0, budget))} left of the time budget"
+        if left == math.inf:  # a budget of hours ends it, which its own line shows
+            return ""
         return f", about {duration(left)} left"
 
     def _budgets(self, used: Numbers, failed: int) -> Iterator[str]:

@@ -16,6 +16,8 @@ from tfkd_ray.settings.columns import in_columns, wrapped
 from tfkd_ray.show.receipt import expected_epochs, reaching, shares
 from tfkd_ray.space.space import Space
 
+OF_MANY = 100
+"""Trials of each objective of which a plan is made if a budget alone ends the search."""
 PROBE_STEPS = 8
 """Steps of a probe, after one for warming up."""
 
@@ -44,6 +46,10 @@ class SweepPlan:
     """The expected cost of a sweep."""
 
     parts: tuple[Part, ...]
+    budgets: dict[str, float] | None
+    """The budgets that end the search, if no number of trials does: the parts are then of `OF_MANY`."""
+    cpus: int
+    """CPUs of one trial, over its workers."""
     teacher_epochs: int
     teacher_s: float | None
     """Seconds for all teachers, one after the other, with the soft labels that they then cache."""
@@ -76,7 +82,8 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
             data.
     """
     parts = []
-    for branch, trials in zip(space.branches, shares(space).values(), strict=True):
+    dealt = shares(space, OF_MANY * len(space.branches))
+    for branch, trials in zip(space.branches, dealt.values(), strict=True):
         config = branch.example
         seconds = _epoch_seconds(config) if probe else None
         memory = (
@@ -97,7 +104,7 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
         )
     config = space.example
     # a teacher keeps its weights
-    disk = _weights(config) * _copies(space) * space.search.num_samples + sum(
+    disk = _weights(config) * _copies(space) * sum(dealt.values()) + sum(
         _weights(run) for run in space.teacher_runs()
     )
     bank = 0
@@ -106,8 +113,18 @@ def plan(space: Space, *, probe: bool = False) -> SweepPlan:
 
         bank = int(limit())
     gpus = config.workers * config.gpus_per_worker
+    cpus = config.workers * config.cpus_per_worker
+    budgets = space.search.budgets if space.search.num_samples is None else None
     return SweepPlan(
-        tuple(parts), sum(teachers.values()), teacher_s, config.workers, gpus, disk, bank
+        tuple(parts),
+        budgets,
+        cpus,
+        sum(teachers.values()),
+        teacher_s,
+        config.workers,
+        gpus,
+        disk,
+        bank,
     )
 
 
@@ -123,8 +140,8 @@ def slots_here(space: Space) -> int:
         import torch
 
         fit = min(fit, torch.cuda.device_count() / (config.workers * config.gpus_per_worker))
-    most = space.search.max_concurrent or space.search.num_samples
-    return max(1, min(int(fit), most, space.search.num_samples))
+    most = space.search.max_concurrent or space.search.most_trials
+    return max(1, min(int(fit), most, space.search.most_trials))
 
 
 def _copies(space: Space) -> int:
@@ -162,6 +179,10 @@ def lines(
         slots: number of trials at a time.
         gpu_hour_price: price of an hour of one GPU.
     """
+    if found.budgets is not None:
+        ends = ", ".join(f"{value:g} {name}" for name, value in found.budgets.items())
+        yield f"trials until a budget is spent: {ends}"
+        yield f"what follows is of {OF_MANY} trials of each objective"
     table = ["objective\ttrials\texpected to come to epoch\tepochs\tat most"]
     for part in found.parts:
         reaching = ", ".join(f"{epoch}: {count:.0f}" for epoch, count in part.reaching)
@@ -185,6 +206,7 @@ def lines(
         yield f"GPU memory: a trial takes {max(measured):.0%} of one; {fit} fit on it: {setting}"
     hours = found.seconds / 3600
     yield f"training: {_time(found.seconds)} with one trial at a time, {_time(found.seconds / slots)} with {slots}"
+    yield from _budget_lines(found, slots)
     if found.gpus:
         money = (
             ""
@@ -194,6 +216,17 @@ def lines(
         yield from wrapped(
             f"GPU-hours: {hours * found.gpus:.2f}{money}, if the GPUs are as fast as this machine"
         )
+
+
+def _budget_lines(found: SweepPlan, slots: int) -> Iterator[str]:
+    """Yield how many trials each budget is expected to be enough for, if they alone end the search."""
+    trials = sum(part.trials for part in found.parts)
+    seconds = sum(part.epochs * (part.epoch_s or 0) for part in found.parts) / trials
+    held = {"time_budget_s": seconds / slots, "gpu_hours": found.gpus * seconds / 3600}
+    held["cpu_hours"] = found.cpus * seconds / 3600
+    for name, limit in (found.budgets or {}).items():
+        if held.get(name):
+            yield f"{limit:g} {name}: about {limit / held[name]:.0f} trials"
 
 
 def _epoch_seconds(config: TrainConfig) -> float:

@@ -125,9 +125,13 @@ def _subtitle(experiment: Path, plan: ExperimentPlan) -> str:
         if s["trials"][key]
     )  # fmt: skip
     made = f"{plan.created[:16].replace('T', ' ')}; report of {time.strftime('%Y-%m-%d %H:%M')}"
-    ran = f"{s['trials']['planned']:,} {'runs' if plan.kind == 'comparison' else 'trials'} planned"
+    ran = f"{'runs' if plan.kind == 'comparison' else 'trials'}: {_planned(plan)}"
     name = f"{experiment.absolute().name}: " if plan.kind == "comparison" else ""
     return f"{name}{what}, {s['state']}; {ran}{': ' + counts if counts else ''}; begun {made}"
+
+
+def _planned(plan: ExperimentPlan) -> str:
+    return "until a budget is spent" if plan.trials is None else f"{plan.trials:,} planned"
 
 
 def _sweep_sections(
@@ -236,7 +240,9 @@ def _equivalence(record: Record) -> str:
 def _receipt(sweep: Sweep) -> str:
     seconds = sum(m.get("seconds", 0.0) for r in sweep.records for m in r.metrics)
     count = Counter(r.status for r in sweep.records)
-    trials = f"{sweep.plan.trials:,} planned, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    trials = (
+        f"{_planned(sweep.plan)}, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
+    )
     rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
     time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
     return table_html(["", ""], [*rows, ["time inside the training loop", time]])

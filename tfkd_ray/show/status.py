@@ -73,7 +73,8 @@ class ExperimentPlan:
     created: str
     rows: dict[str, int]
     """Epochs of a trial of full length, by objective; by arm in a comparison."""
-    trials: int
+    trials: int | None
+    """Number of trials. None: a budget alone ends the sweep."""
     metric: str | None
     """Metric whose last epoch gives a trial's value. None: a comparison, which is judged on the
     test split."""
@@ -92,12 +93,19 @@ class ExperimentPlan:
         return scores.score_of(self.metric or "train_loss").direction
 
     @property
-    def epochs(self) -> int:
-        """Epochs of all trials if each ran its full length; rows share the trials equally."""
+    def epochs(self) -> int | None:
+        """Epochs of all trials if each ran its full length; rows share the trials equally.
+
+        None if the number of trials is not known.
+        """
+        if self.trials is None:
+            return None
         return round(self.trials * statistics.fmean(self.rows.values()))
 
     def not_begun(self, begun: Mapping[str, int]) -> list[int]:
         """Return the full lengths of the trials still to begin; `begun` counts the others."""
+        if self.trials is None:
+            return []
         if self.kind == "sweep":
             return [max(self.rows.values(), default=0)] * max(0, self.trials - sum(begun.values()))
         seeds = self.trials // max(1, len(self.rows))
@@ -132,7 +140,8 @@ def read_plan(experiment: Path) -> ExperimentPlan:
         given = space["objective"] if isinstance(space["objective"], list) else [space["objective"]]
         rows = {str(own_code.shown_name(o) or o["name"]): int(space["epochs"]) for o in given}
         metric = scores.score_of(str(search["metric"])).key
-        trials = int(search["num_samples"])
+        samples = search["num_samples"]
+        trials = None if samples is None else int(samples)
         return ExperimentPlan("sweep", str(about["created"]), rows, trials, metric, about)
 
 
@@ -297,12 +306,13 @@ def status(experiment: Path) -> Tree:
     name, kind (sweep, comparison), preset, created
     state         running; finished: all trials ended, and of a comparison the test split was judged; interrupted
     metric, mode  of a trial's value; metric is null in a comparison
-    trials        planned, started, and the number running, done (full length), stopped (early), failed, interrupted
+    trials        planned (null: until a budget is spent), started, and the number running, done (full length),
+                  stopped (early), failed, interrupted
     rows          the same by objective, or by arm, with best: {trial, objective, value}, or null
     best          trial, objective, value, and how many trials share the value; null before one is of full length
     baselines     the best of ce and of lsr, if they are searched
     verdict       of a comparison: its sentences, one for each student; empty before it is judged
-    epochs        done, planned (all trials of full length)
+    epochs        done, planned (all trials of full length; null: until a budget is spent)
     elapsed_s     from its creation until now, or until its last change, pauses included
     ran_s         seconds that drivers ran its trials, all sessions together, without pauses; null in a comparison
     rate          epochs_per_s of all trials together in this session; null if not running
@@ -316,7 +326,10 @@ def status(experiment: Path) -> Tree:
     counts = Counter(r.status for r in records)
     over = counts["done"] + counts["stopped"] + counts["failed"]
     verdict = _verdict_of(experiment)
-    finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
+    if plan.trials is None:
+        finished = not alive and _is_spent(plan, experiment)
+    else:
+        finished = over >= plan.trials and (plan.kind == "sweep" or verdict is not None)
     done_epochs = sum(epoch_of(r) for r in records)
     now = time.time()
     state = "interrupted"
@@ -354,6 +367,19 @@ def status(experiment: Path) -> Tree:
         "failures": _last_failures(records),
         "gone": gone_trials(experiment) if sweep else [],
     }
+
+
+def _is_spent(plan: ExperimentPlan, experiment: Path) -> bool:
+    """Return whether a budget of time of a sweep is spent, as far as its drivers have counted."""
+    space, counted = plan.about["space"], read_spent(experiment)
+    hours = counted["trial_seconds"] / 3600 * space["workers"]
+    used = {
+        "time_budget_s": counted["seconds"],
+        "gpu_hours": hours * space["gpus_per_worker"],
+        "cpu_hours": hours * space["cpus_per_worker"],
+    }
+    limits = {name: space["search"].get(name) for name in used}
+    return any(limit is not None and used[name] >= limit for name, limit in limits.items())
 
 
 def _last_failures(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -529,7 +555,7 @@ def _rate(experiment: Path, records: Sequence[Record], now: float) -> float | No
 
 
 def _left(plan: ExperimentPlan, records: Sequence[Record], rate: float | None) -> float | None:
-    if not rate:
+    if not rate or plan.trials is None:
         return None
     runs = [(epoch_of(r), int(r.config.get("epochs", 0)), r.status) for r in records]
     return epochs_left(runs, plan.not_begun(Counter(plan.row(r) for r in records))) / rate
@@ -585,8 +611,8 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     """Return a status as lines of at most `width` columns."""
     trials, epochs = found["trials"], found["epochs"]
     over = sum(trials[s] for s in ("done", "stopped", "failed"))
-    tail = f": {found['state']}, {over:,} of {trials['planned']:,} trials, "
-    tail += f"{epochs['done']:,} of {epochs['planned']:,} epochs"
+    tail = f": {found['state']}, {over:,}{_out_of(trials['planned'])} trials, "
+    tail += f"{epochs['done']:,}{_out_of(epochs['planned'])} epochs"
     lines = [fitted(found["name"], max(8, width - len(tail))) + tail, ""]
     if found["preset"]:
         lines.insert(
@@ -601,6 +627,10 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     if found["gone"]:
         lines += wrapped(gone_sentence(found["gone"]), width)
     return [fitted(line.rstrip(), width) for line in lines]
+
+
+def _out_of(planned: int | None) -> str:
+    return "" if planned is None else f" of {planned:,}"
 
 
 def _table_rows(found: Tree) -> Sentences:
@@ -771,7 +801,9 @@ def ls_lines(found: Sequence[Tree], width: int = TERMINAL_WIDTH) -> list[str]:
     rows = ["experiment\tcreated\tstate\tended\tbest"]
     for entry in found:
         created = fitted((entry["created"] or "")[:16].replace("T", " "), 16)
-        ended = "" if entry["trials"] is None else f"{entry['ended']}/{entry['trials']}"
+        ended = "" if entry["ended"] is None else str(entry["ended"])
+        if entry["trials"] is not None:
+            ended += f"/{entry['trials']}"
         best = f"{entry['best']['value']:.4f} {entry['best']['objective']}" if entry["best"] else ""
         arms = f"(of arms, preset {entry['preset']})" if entry["preset"] else "(of arms)"
         best = on_one_line(best) or (arms if entry["kind"] == "comparison" else "")

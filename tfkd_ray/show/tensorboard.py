@@ -353,8 +353,9 @@ def _common(one: HParamInfo, other: HParamInfo) -> HParamInfo:
 def _about_experiment(space: Space, columns: Mapping[str, str], experiment: Path) -> str:
     """Return what is searched and by what command, in Markdown."""
     search = space.search
+    many = "" if search.num_samples is None else f"{search.num_samples} "
     lines = [
-        f"**{experiment.name}**: {search.num_samples} trials of {space.epochs} epochs, proposed by {search.sampler}, "
+        f"**{experiment.name}**: {many}trials of {space.epochs} epochs, proposed by {search.sampler}, "
         f"stopped by {search.stopping.name}. Value of a trial (`{VALUE}`): {search.metric} after its last epoch, on "
         "validation."
     ]

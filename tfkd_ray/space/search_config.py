@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from tfkd_ray.learn.optimizers import Count, Positive
+from tfkd_ray.settings.errors import ConfigError
 from tfkd_ray.settings.passwords import FIRST_AT, after_password, masked
 from tfkd_ray.settings.schema import Settings, name_alone, tag
 from tfkd_ray.verdict.scores import Searchable, SearchableBeside, score_of
@@ -201,6 +202,10 @@ class NoStopping(Settings):
 
 Stopping = Halving | Hyperband | Asha | Median | NoStopping
 
+ENDLESS = 10**9
+"""Trials of a search that does not end by their number."""
+TIME_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours")
+"""Budgets that every search spends in the end."""
 ENVIRONMENT = "TFKD_STORAGE"
 """Environment variable with the storage's whole URL, needed if the experiment's shows *** as the
 password."""
@@ -227,9 +232,9 @@ def _storage_url(url: str | None) -> str | None:
 class SearchConfig(Settings):
     """Search settings: number of trials, sampler, stopping, budgets and storage."""
 
-    num_samples: Count = 24
+    num_samples: Count | None = 24
     """Number of trials, over all objectives. With the grid sampler and no explicit value: the size
-    of the grid."""
+    of the grid. None: trials are added until `time_budget_s`, `gpu_hours` or `cpu_hours` is spent."""
     split: bool = True
     """Give every objective the same number of trials and its own sampler. false: the sampler
     chooses the objective."""
@@ -317,6 +322,11 @@ class SearchConfig(Settings):
         return (self.metric, *self.more_metrics)
 
     @property
+    def most_trials(self) -> int:
+        """Return the number of trials; `ENDLESS` if a budget alone ends the search."""
+        return ENDLESS if self.num_samples is None else self.num_samples
+
+    @property
     def mode(self) -> Literal["max", "min"]:
         """Return the direction in which the first metric is better."""
         return score_of(self.metric).direction
@@ -332,3 +342,13 @@ class SearchConfig(Settings):
         names = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")
         limits = {name: getattr(self, name) for name in names}
         return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def more_samples(num_samples: int | None, more: int) -> int | None:
+    """Return `num_samples` with trials added; raise a ConfigError if a budget alone ends the search."""
+    if num_samples is None and more:
+        raise ConfigError(
+            f"add_trials: search.num_samples is null, so trials are added until a budget is spent, got {more}; give "
+            "another budget instead, such as --time-budget SECONDS"
+        )
+    return None if num_samples is None else num_samples + more

@@ -43,6 +43,7 @@ from tfkd_ray.space.ranges import (
     range_meant,
 )
 from tfkd_ray.space.search_config import (
+    TIME_BUDGETS,
     Gp,
     Grid,
     Halving,
@@ -477,7 +478,7 @@ def _grid_size(space: Searched) -> int:
 
 def share_of(space: Searched) -> int:
     """Return the number of trials per group."""
-    return space.search.num_samples // len(space.groups)
+    return space.search.most_trials // len(space.groups)
 
 
 # --- notes: each a sentence on an oddity of a space
@@ -520,9 +521,10 @@ def _trials_are_the_same(space: Space) -> Sentences:
     idle = [b.objective for b in space.branches if not b.parameters]
     if share < 2 or not idle or (len(idle) < len(space.branches) and not space.search.split):
         return
-    whose, what = f"all {share} trials", "nothing is searched"
+    many = "" if space.search.num_samples is None else f"{share} "
+    whose, what = f"all {many}trials", "nothing is searched"
     if len(space.groups) > 1:
-        whose = f"the {share} trials of {', '.join(idle)} each"
+        whose = f"the {many}trials of {', '.join(idle)} each"
     if len(idle) < len(space.branches):
         what = f"nothing is searched for {', '.join(idle)}"
     yield (
@@ -545,7 +547,8 @@ def _trials_repeat_others(space: Space) -> Sentences:
     way = "write a range, or more choices, or lower search.num_samples"
     if all((group.grid_size or MAX_GRID + 1) <= MAX_GRID for group in space.groups):
         way = "search.sampler: grid, with num_samples left out, runs each once"
-    yield f"there are only {points}: of {share} that are proposed, some are likely to repeat others; {way}"
+    many = "those" if space.search.num_samples is None else share
+    yield f"there are only {points}: of {many} that are proposed, some are likely to repeat others; {way}"
 
 
 NOTES = (_weights_are_unknown, _beginnings_are_unknown, _trials_are_the_same, _trials_repeat_others)
@@ -638,7 +641,7 @@ def _grid_is_run_once(space: Searched) -> Sentences:
     if size > MAX_GRID:
         yield f"sampler: a grid of {size} trials is more than {MAX_GRID}; use qmc or random"
     elif not endless and given != size:
-        yield f"num_samples: the grid has {size} points, each is one trial, got {given}; leave it out"
+        yield f"num_samples: the grid has {size} points, each is one trial, got {in_yaml(given)}; leave it out"
 
 
 def _gp_can_list_values(space: Searched) -> Sentences:
@@ -748,6 +751,16 @@ def _gpu_hours_end(space: Searched) -> Sentences:
         yield "gpu_hours: trials here use no GPU, so it would never end; set gpus_per_worker, or use cpu_hours"
 
 
+def _endless_search_has_a_budget(space: Searched) -> Sentences:
+    """Reject a search that neither a number of trials nor a budget of time ends."""
+    search = space.search
+    if search.num_samples is None and not set(TIME_BUDGETS) & search.budgets.keys():
+        yield (
+            "num_samples: null is until a budget is spent, and there is none; set time_budget_s, gpu_hours or "
+            "cpu_hours, or a number of trials"
+        )
+
+
 SEARCH_RULES = (
     _sampler_is_installed,
     _sampler_proposes_choices,
@@ -764,6 +777,7 @@ SEARCH_RULES = (
     _median_has_few_rungs,
     _median_begins,
     _gpu_hours_end,
+    _endless_search_has_a_budget,
 )
 """Rules in the order in which their problems are reported, all of them at once."""
 
@@ -781,7 +795,7 @@ def _validation_is_kept(space: Space) -> Sentences:
 def _objectives_have_trials(space: Space) -> Sentences:
     """Reject fewer trials than objectives."""
     search, objectives = space.search, len(space.branches)
-    if search.num_samples < objectives and search.split:
+    if search.most_trials < objectives and search.split:
         yield f"search.num_samples: {objectives} objectives share it equally, got {search.num_samples}"
 
 
