@@ -59,6 +59,7 @@ from tfkd_ray.space.space import Branch, BranchGroup, Searched, Space, share_of
 from tfkd_ray.store.assignment import SECTION, Assignment
 from tfkd_ray.store.experiment import (
     FULL_LENGTH,
+    STOPPED_BY,
     as_number,
     damaged,
     parse_json,
@@ -349,6 +350,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             "training_iteration"
         )  # it ended after its last report
         by_itself = bool(result.get("done")) and (told or (self.judges and not live.stopped))
+        by_itself = by_itself and not result.get(STOPPED_BY)
         epoch, last = (
             live.epochs.of(result),
             self.space.epochs - (1 if 0 in live.reported else 0),
@@ -521,6 +523,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         metrics = self.space.search.metrics
         if len(told) != len(metrics) or not all(is_number(v) for v in told):
             raise ConfigError(f"add_evaluated_point: a number for each of {metrics}, got {value!r}")
+
+    def end_early(self, number: int) -> None:
+        """Record an unfinished trial of an earlier session as stopped; it is not proposed again."""
+        studies = self._open()
+        known = self._started.pop(number, None)
+        if known is not None:
+            study = studies[self._group_of[number]]
+            study.tell(known, state=TrialState.PRUNED, skip_if_finished=True)
+            self._todo.remove(number)
 
     def waiting(self) -> set[int]:
         """Return the numbers of the trials that will be proposed again."""

@@ -3,6 +3,7 @@
     experiment.yaml                the resolved space, versions, git commit, seeds, command line
     study.journal                  Optuna's journal: proposals, values after every epoch, ends
     spent.json                     seconds of all drivers, and of all trials, for budgets
+    stop/                          what `tfkd stop` asks of the driver: a file a trial, or `sweep`
     trials/t0007-tfkd_reg/         one folder a trial
         trial.json                 number, objective, searched parameters, configuration, status, reason
         metrics.jsonl              one line an epoch
@@ -66,6 +67,13 @@ FULL_LENGTH = "full_length"
 full length."""
 
 
+STOPPED_BY = "stopped_by"
+"""Key of a trial's last result: why it was stopped, if not by early stopping."""
+STOPS, WHOLE_SWEEP = "stop", "sweep"
+"""Folder of an experiment with what `tfkd stop` asks of its driver; the request to stop everything.
+Each other file there is called as the trial to stop."""
+
+
 def as_number(value: Any) -> float | None:
     """Return a number, or an array of just one, as a float; None for anything else."""
     if hasattr(value, "ndim"):
@@ -85,6 +93,19 @@ def as_number(value: Any) -> float | None:
 def trials_folder(experiment: Path) -> Path:
     """Return the folder of the trials' folders, which is Ray Tune's experiment directory."""
     return experiment / "trials"
+
+
+def stop_requests(experiment: Path) -> set[str]:
+    """Return what is asked of an experiment's driver: names of trials, or `WHOLE_SWEEP`."""
+    folder = experiment / STOPS
+    if folder.is_symlink():
+        return set()
+    try:
+        with os.scandir(folder) as entries:
+            found = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+    except OSError:  # nothing was asked
+        return set()
+    return {name for name in found if not name.endswith(PART)}
 
 
 @dataclass(frozen=True)
