@@ -166,9 +166,11 @@ def _tuned_baselines(sweep: "Experiment", rivals: Sequence[str], args: Namespace
 def compare_arms(comparison: "Experiment", address: str | None) -> int:
     """Run the missing runs of a comparison, then open the test split and print the table."""
     from tfkd_ray.space.arms import read_comparison
+    from tfkd_ray.store.experiment import WHOLE_SWEEP
 
     directory = comparison.folder
     compared = read_comparison(directory)
+    comparison.storage.withdraw(comparison.name, WHOLE_SWEEP)  # of an earlier session
     if not compared.ended:
         code = _train_until_settled(compared, comparison, address)
         if code is not None:

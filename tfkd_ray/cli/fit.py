@@ -132,7 +132,7 @@ def _fit_tuner(progress: Any, build: Callable[[Any], Any], experiment: Path) -> 
     finally:
         threading.excepthook = threading.__excepthook__
         progress.stop()
-    return not interrupted
+    return not interrupted and not progress.stopped_by
 
 
 @contextmanager
@@ -178,6 +178,6 @@ def _beside(say: Callable[..., None], *words: str) -> threading.Thread:
     return thread
 
 
-def told_of_interrupt(experiment: Path) -> int:
-    say_error(f"interrupted; resume with:\n  tfkd resume {shell_word(experiment)}")
+def told_of_interrupt(experiment: Path, how: str | None = None) -> int:
+    say_error(f"{how or 'interrupted'}; resume with:\n  tfkd resume {shell_word(experiment)}")
     return INTERRUPTED

@@ -32,6 +32,7 @@ from tfkd_ray.cli.show import (
     tensorboard_verb,
     trials_verb,
 )
+from tfkd_ray.cli.stop import stop_verb
 from tfkd_ray.cli.sweep import resume_verb, tune_verb
 from tfkd_ray.cli.terminal import (
     BUDGET_OPTIONS,
@@ -298,6 +299,19 @@ def _parser() -> ArgumentParser:
         help="URL of the study's Optuna storage, if TFKD_STORAGE does not hold it",
     )
     _elsewhere(sub)
+
+    sub = verb(
+        "stop",
+        stop_verb,
+        "Stop a running sweep, which can be resumed, or single trials of it; from any terminal or machine.",
+    )
+    sub.add_argument("experiment", type=place_or_url, help="directory or URL of the experiment")
+    sub.add_argument(
+        "trials",
+        nargs="*",
+        metavar="TRIAL",
+        help="trials to stop for good: names, their unique beginnings, or numbers (default: the sweep)",
+    )
 
     sub = verb(
         "check",

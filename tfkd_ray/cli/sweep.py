@@ -162,7 +162,7 @@ def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int
         print(
             f"{how}: {progress.ended_by}; resume with:\n  tfkd resume {shell_word(experiment)} {more}"
         )
-    return code if ended else told_of_interrupt(experiment)
+    return code if ended else told_of_interrupt(experiment, progress.stopped_by)
 
 
 def _print_summary(space: "Space", experiment: Path, *, whole: bool) -> int:

@@ -48,6 +48,7 @@ from tfkd_ray.run.epochs import check_data_here
 from tfkd_ray.run.nodes import check_shared
 from tfkd_ray.run.priors import prior_trials
 from tfkd_ray.run.searcher import OptunaSearcher, StudyStopping, copy_trials, take_saved_journal
+from tfkd_ray.run.stops import Stops, drop_stop, end_stopped
 from tfkd_ray.run.studies import (
     close_storage,
     drop_stale_locks,
@@ -167,8 +168,18 @@ def build_tuner(
     searcher = _searcher(space, experiment, storage, url, priors=priors)
     searcher.remaining()  # creates the studies, with the priors in them
     write_experiment(experiment, space.tree, [masked(word) for word in sys.argv])
+    stops = Stops(Experiment(storage, name), on_note)
     return _tuner(
-        space, experiment, lock, callbacks, tune_config, run_config, searcher, on_budget, on_note
+        space,
+        experiment,
+        lock,
+        callbacks,
+        tune_config,
+        run_config,
+        searcher,
+        stops,
+        on_budget,
+        on_note,
     )
 
 
@@ -223,6 +234,7 @@ def resume_tuner(
     with contextlib.ExitStack() as undone:
         lock = Lock(*found)
         undone.callback(lock.release)
+        drop_stop(found)
         samples = about["space"]["search"]["num_samples"]
         about["space"]["search"]["num_samples"] = more_samples(samples, add_trials)
         if study_storage is not None:
@@ -275,7 +287,11 @@ def resume_tuner(
             write_text(experiment / "experiment.yaml", dump_yaml(about), durable=True)
         train_teachers(new.teacher_runs(), storage, on_teacher, on_note=on_note)
         ray_configs = tune.TuneConfig(), tune.RunConfig()
-        tuner = _tuner(new, experiment, lock, callbacks, *ray_configs, searcher, on_budget, on_note)
+        end_stopped(found, searcher)
+        stops = Stops(found, on_note)
+        tuner = _tuner(
+            new, experiment, lock, callbacks, *ray_configs, searcher, stops, on_budget, on_note
+        )
         undone.pop_all()
     return tuner
 
@@ -578,6 +594,7 @@ def _tuner(
     tune_config: tune.TuneConfig,
     run_config: tune.RunConfig,
     searcher: OptunaSearcher,
+    stops: Stops,
     on_budget: Say | None,
     on_note: Say | None,
 ) -> tune.Tuner:
@@ -607,6 +624,7 @@ def _tuner(
         losses,
         [*callbacks, *(run_config.callbacks or [])],
         budget=budget,
+        stops=stops,
         labels=SoftLabels(experiment) if banked else None,
         on_note=on_note,
     )
@@ -614,7 +632,7 @@ def _tuner(
     stoppers = [FullLength(run_config.stop)] if run_config.stop is not None else []
     if space.search.budgets:
         stoppers.append(budget)
-    run_config = replace(run_config, stop=CombinedStopper(*stoppers) if stoppers else None)
+    run_config = replace(run_config, stop=CombinedStopper(*stoppers, stops))
     return assemble(
         space.example,
         experiment,

@@ -36,7 +36,7 @@ from tfkd_ray.show.status import (
 )
 from tfkd_ray.space.search_config import SearchConfig
 from tfkd_ray.store.assignment import assigned
-from tfkd_ray.store.experiment import FULL_LENGTH, read_record, read_records
+from tfkd_ray.store.experiment import FULL_LENGTH, STOPPED_BY, read_record, read_records
 from tfkd_ray.verdict import scores
 
 REFRESH_S = 0.25
@@ -101,10 +101,17 @@ class Progress(OwnCallback):
         self._drawn = 0.0
         self._looked = -math.inf
         self._waiting = ""
+        self.stops: Any = None
+        """Has the `reason` why `tfkd stop` ends the sweep; a sweep sets it."""
         self.nodes_starting: Callable[[], list[str]] = list
         """Asks an autoscaler which nodes it is starting; a sweep on a cluster sets it."""
 
     # --- events
+
+    @property
+    def stopped_by(self) -> str | None:
+        """Return what ended the sweep if `tfkd stop` did."""
+        return None if self.stops is None else self.stops.reason
 
     def end(self, budget: str) -> None:
         """Called when a budget ends the sweep."""
@@ -219,7 +226,12 @@ class Progress(OwnCallback):
             self._say(f"{run.name}: failed: {reason}")
         elif run.epoch < run.epochs and not (trial.last_result or {}).get(FULL_LENGTH):
             run.status = "stopped"
-            self._say(f"{run.name}: stopped early at epoch {run.epoch}, {value}")
+            how = (
+                "stopped by tfkd stop"
+                if (trial.last_result or {}).get(STOPPED_BY)
+                else "stopped early"
+            )
+            self._say(f"{run.name}: {how} at epoch {run.epoch}, {value}")
         else:
             run.status = "done"
             self._say(f"{run.name}: done, {value}")
@@ -421,7 +433,13 @@ class Progress(OwnCallback):
         return ""
 
     def __getstate__(self) -> Tree:
-        return {**super().__getstate__(), "_live": None, "_cell": None, "_console": None}
+        return {
+            **super().__getstate__(),
+            "_live": None,
+            "_cell": None,
+            "_console": None,
+            "stops": None,
+        }
 
 
 SHOWN_BUDGETS = ("time_budget_s", "gpu_hours", "cpu_hours", "max_failed_trials")

@@ -137,7 +137,8 @@ def receipt(space: Space, records: Sequence[Record]) -> Receipt:
         epochs = int(r.last.get("epoch", 0))
         took[r.objective] += epochs
         seconds[r.objective] += sum(m.get("seconds", 0.0) for m in r.metrics)  # type: ignore[assignment]
-        saved[r.objective] += length - epochs if r.status == "stopped" else 0
+        early = r.status == "stopped" and r.reason is None  # not by tfkd stop
+        saved[r.objective] += length - epochs if early else 0
     dealt = shares(space, len(records))
     most = {o: n * length for o, n in dealt.items()}
     expected = {o: expected_epochs(space, n) for o, n in dealt.items()}

@@ -244,6 +244,9 @@ def _receipt(sweep: Sweep) -> str:
         f"{_planned(sweep.plan)}, {len(sweep.records):,} begun, {count['stopped']:,} stopped early"
     )
     rows = [["trials", trials], *map(list, receipt_rows(receipt(sweep.space, sweep.records)))]
+    by_hand = [r.name for r in sweep.records if r.status == "stopped" and r.reason]
+    if by_hand:
+        rows.append(["stopped for another reason", some_of(by_hand, 10)])
     time = f"{duration(seconds)} (h:mm:ss or m:ss), all trials together"
     return table_html(["", ""], [*rows, ["time inside the training loop", time]])
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from tfkd_ray.settings import own_code
 from tfkd_ray.settings.columns import fitted, in_columns, on_one_line, wrapped
-from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean
+from tfkd_ray.settings.errors import ConfigError, Sentences, did_you_mean, some_of
 from tfkd_ray.settings.files import DISK_ERRORS, legible, opened
 from tfkd_ray.settings.yaml import Numbers, Tree, in_yaml, parse_yaml, read_yaml
 from tfkd_ray.store.experiment import (
@@ -45,6 +45,7 @@ from tfkd_ray.store.experiment import (
     read_metrics,
     read_spent,
     read_text,
+    stop_requests,
     trial_folders,
 )
 from tfkd_ray.verdict import scores
@@ -318,6 +319,8 @@ def status(experiment: Path) -> Tree:
     rate          epochs_per_s of all trials together in this session; null if not running
     left_s        estimate: at each epoch the same share is stopped as so far; null if not running
     failures      the last three: trial, reason (first line)
+    stopped       trials that were stopped for another reason than early stopping: trial, reason
+    stopping      what `tfkd stop` has asked of the driver that runs: names of trials, or `sweep`
     gone          names of the study's trials whose folders are gone
     """
     plan = read_plan(experiment)
@@ -365,6 +368,12 @@ def status(experiment: Path) -> Tree:
         "rate": rate,
         "left_s": _left(plan, records, rate),
         "failures": _last_failures(records),
+        "stopped": [
+            {"trial": r.name, "reason": first_line(r.reason)}
+            for r in records
+            if r.status == "stopped" and r.reason
+        ],
+        "stopping": sorted(stop_requests(experiment)) if state == "running" else [],
         "gone": gone_trials(experiment) if sweep else [],
     }
 
@@ -624,6 +633,11 @@ def status_lines(found: Tree, width: int = TERMINAL_WIDTH) -> list[str]:
     times = _time_parts(found)
     lines += [", ".join(times)] if times else []
     lines += [f"failed: {f['trial']}: {f['reason']}" for f in found["failures"]]
+    lines += [f"stopped: {f['trial']}: {f['reason']}" for f in found["stopped"][-3:]]
+    if more := len(found["stopped"]) - 3:
+        lines += [f"and {more} more for such a reason"] if more > 0 else []
+    if found["stopping"]:
+        lines.append(f"asked by tfkd stop to stop: {some_of(found['stopping'])}")
     if found["gone"]:
         lines += wrapped(gone_sentence(found["gone"]), width)
     return [fitted(line.rstrip(), width) for line in lines]
