@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tfkd_ray.store.experiment import Record
 from tfkd_ray.cli.compare import compare_arms
 from tfkd_ray.cli.fit import fit_tuner, join_ray, progress_view, teacher_line, told_of_interrupt
+from tfkd_ray.cli.on_end import STOPPED, OnEnd
 from tfkd_ray.cli.show import print_notes
 from tfkd_ray.cli.terminal import (
     BUDGET_OPTIONS,
@@ -64,6 +65,7 @@ def tune_verb(args: Namespace) -> int:
         say_error(line)
     return _sweep(
         space,
+        OnEnd(args.on_end, storage.folder / name),
         storage.folder / name,
         lambda progress: build_tuner(
             space,
@@ -103,7 +105,8 @@ def resume_verb(args: Namespace) -> int:
                 for option in wrong
             ]
             raise ConfigError(problems, experiment)
-        return compare_arms(found, args.address)
+        with OnEnd(args.on_end, experiment) as end:
+            return end.of_code(compare_arms(found, args.address, end))
     about = read_experiment(experiment)
     if told := remember(about.get("directory")):
         say_error(told)
@@ -121,6 +124,7 @@ def resume_verb(args: Namespace) -> int:
 
     return _sweep(
         space,
+        OnEnd(args.on_end, experiment),
         experiment,
         lambda progress: resume_tuner(
             found,
@@ -137,11 +141,25 @@ def resume_verb(args: Namespace) -> int:
     )
 
 
-def _sweep(space: "Space", experiment: Path, build: Callable[[Any], Any]) -> int:
-    """Run a Tuner with our table and Ctrl-C handling, then print the results."""
+def _sweep(space: "Space", end: OnEnd, experiment: Path, build: Callable[[Any], Any]) -> int:
+    """Run a Tuner and print the results; then run the command of `--on-end`."""
     progress = progress_view(experiment)
+    with end:
+        try:
+            code = end.of_code(_fit_and_print(space, progress, experiment, build, end))
+        finally:
+            end.begun = progress.begun
+        if progress.ended_by and space.search.num_samples is not None and code == OK:
+            end.status = STOPPED
+        return code
+
+
+def _fit_and_print(
+    space: "Space", progress: Any, experiment: Path, build: Callable[[Any], Any], end: OnEnd
+) -> int:
+    """Run a Tuner with our table and Ctrl-C handling, then print the results."""
     try:
-        ended = fit_tuner(progress, build, experiment)
+        ended = fit_tuner(progress, build, experiment, end)
         if ended is None:
             return FAILED
         endless = space.search.num_samples is None  # its budget is its end

@@ -85,6 +85,8 @@ class Progress(OwnCallback):
         console: where it is shown. None: standard error, or the cell of a notebook that calls `fit`.
     """
 
+    begun = False
+    """True once the sweep has begun."""
     ended_by = ""
     """The budget that ended the sweep, if one did."""
 
@@ -119,6 +121,7 @@ class Progress(OwnCallback):
         self.note(f"ending: {budget}")
 
     def on_begin(self) -> None:
+        self.begun = True
         self._plan: ExperimentPlan = read_plan(self._experiment)
         self._metric = self._plan.metric or "train_loss"
         search = self._plan.about["space"]["search"] if self._plan.kind == "sweep" else {}
